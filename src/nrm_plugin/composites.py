@@ -1,0 +1,159 @@
+"""Composites: any Zennit composite made to conserve, and the ones of this package."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+from zennit.composites import (
+    COMPOSITES,
+    LayerMapComposite,
+    SpecialFirstLayerMapComposite,
+    register_composite,
+)
+from zennit.core import Composite, Hook, Stabilizer
+from zennit.layer import Sum
+from zennit.rules import Epsilon, Flat, Gamma, Pass
+from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
+
+from .errors import NRMError
+from .kernels import Residual
+from .reading import PlainGradient
+from .routes import is_route
+from .rules import Absolute
+from .steps import Normalization, StepHook
+
+Uncovered = Literal["error", "gradient"]
+
+
+class Normalized(Composite):  # type: ignore[misc]
+    """A Zennit composite whose rules hand down all relevance, or say what they absorb.
+
+    Used like any other: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an output in
+    its context is relevance under the normalized kernels.
+
+    Args:
+        composite: The composite that maps modules to rules; its canonizers are applied as well.
+        residual: ``"redistribute"`` or ``"sink"``.
+        gain_limit: Largest factor ``G`` by which a column is raised.
+        uncovered: What a layer without a rule is: an ``"error"`` when a measure is taken, or its plain
+            ``"gradient"``, as in Zennit.
+
+    Raises:
+        TypeError: ``composite`` is no composite, or normalized already.
+    """
+
+    def __init__(
+        self,
+        composite: Composite,
+        residual: Residual = "redistribute",
+        gain_limit: float = 2.0,
+        uncovered: Uncovered = "error",
+    ) -> None:
+        if not isinstance(composite, Composite) or isinstance(composite, Normalized):
+            raise TypeError(f"Normalized wraps a plain Zennit composite, got {type(composite).__name__}.")
+        if uncovered not in ("error", "gradient"):
+            raise ValueError(f"uncovered={uncovered!r} is unknown; choose 'error' or 'gradient'.")
+        self.composite = composite
+        self.normalization = Normalization(residual, gain_limit)
+        self.uncovered = uncovered
+        self._checked: set[int] = set()
+        self._kept: list[Hook] = []
+        super().__init__(module_map=self.mapping, canonizers=list(composite.canonizers))
+
+    def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
+        """The hook of a module, or None when it is no step of its own."""
+        rule = None if isinstance(module, nn.MultiheadAttention) else self.composite.module_map(ctx, name, module)
+        if rule is None and self.uncovered == "gradient" and is_leaf(module) and not is_route(module):
+            rule = PlainGradient()
+        if rule is None:
+            return None
+        self._kept.append(rule)  # its id is remembered in _checked, so it must not be given to another object
+        return StepHook(rule, self.normalization, name, self._checked)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module has no children."""
+    return not module._modules
+
+
+def register(name: str) -> Any:
+    """Registers a composite class under a name in Zennit; refuses to overwrite one, which Zennit does silently."""
+
+    def decorate(composite: type[Composite]) -> type[Composite]:
+        known = COMPOSITES.get(name)
+        if known is not None and known.__qualname__ != composite.__qualname__:
+            raise NRMError(f"Zennit already knows a composite {name!r} ({known.__module__}.{known.__qualname__}).")
+        return register_composite(name)(composite)  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def _layer_map(stabilizer: Any) -> list[tuple[Any, Hook]]:
+    return [
+        (Activation, Pass()),
+        (BatchNorm, Pass()),
+        (Sum, Absolute(stabilizer=stabilizer)),
+        (AvgPool, Absolute(stabilizer=stabilizer)),
+    ]
+
+
+@register("nrm_default")
+class NRMDefault(SpecialFirstLayerMapComposite):  # type: ignore[misc]
+    """The default: Flat on the first convolution, γ on convolutions, ε scaled by the layer on linear ones.
+
+    Sums and average pooling share by absolute contribution.
+
+    Args:
+        gamma: γ of the convolutions.
+        epsilon: ε of the linear layers, in units of the root mean square of their outputs.
+        stabilizer: Stabilizer of all other rules.
+        layer_map, first_map: Rules that come before those of the composite, as in Zennit.
+        zero_params: Parameters to set to zero, as in Zennit.
+        canonizers: As in Zennit.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 0.25,
+        epsilon: float = 0.25,
+        stabilizer: Any = 1e-6,
+        layer_map: list[Any] | None = None,
+        first_map: list[Any] | None = None,
+        zero_params: Any = None,
+        canonizers: list[Any] | None = None,
+    ) -> None:
+        scaled = Stabilizer(epsilon=epsilon, norm_scale=True)
+        rules = [
+            (Convolution, Gamma(gamma=gamma, stabilizer=stabilizer, zero_params=zero_params)),
+            (nn.Linear, Epsilon(epsilon=scaled, zero_params=zero_params)),
+        ]
+        super().__init__(
+            layer_map=[*(layer_map or []), *_layer_map(stabilizer), *rules],
+            first_map=[*(first_map or []), (Convolution, Flat(stabilizer=stabilizer, zero_params=zero_params))],
+            canonizers=canonizers,
+        )
+
+
+@register("nrm_absolute")
+class NRMAbsolute(LayerMapComposite):  # type: ignore[misc]
+    """Absolute shares everywhere: no walk is negative, so the variation is 1 at every tap.
+
+    Args:
+        stabilizer: Stabilizer of all rules.
+        layer_map: Rules that come before those of the composite, as in Zennit.
+        zero_params: Parameters to set to zero, as in Zennit.
+        canonizers: As in Zennit.
+    """
+
+    def __init__(
+        self,
+        stabilizer: Any = 1e-6,
+        layer_map: list[Any] | None = None,
+        zero_params: Any = None,
+        canonizers: list[Any] | None = None,
+    ) -> None:
+        rule = Absolute(stabilizer=stabilizer, zero_params=zero_params)
+        super().__init__(
+            layer_map=[*(layer_map or []), *_layer_map(stabilizer), (Linear, rule)], canonizers=canonizers
+        )

@@ -1,0 +1,356 @@
+r"""Kernels: what one call of a module or function does to relevance, as a linear map.
+
+.. math:: R_i = \sum_j T_{ij} R_j, \qquad c_j = \sum_i T_{ij}
+
+A kernel hands relevance down (``pull``), hands values up (``push``, the transpose), knows its column sums and the
+kernel of absolute values. Shapes: the output of the call is ``(N, *out)``, relevance is ``(K, N, *out)`` with ``K``
+vectors at once, and what comes back is ``(K, N, *in)``, one tensor for each input of the call.
+
+Source: MEASURE, section 2.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import NRMError
+
+Residual = Literal["redistribute", "sink"]
+RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
+
+DENSE_LIMIT = 4096
+"""Columns up to which the kernel of absolute values is formed one column after the other."""
+
+
+def gain(column_sum: Tensor, limit: float) -> Tensor:
+    r"""Factor by which a column is rescaled so that less of it is absorbed.
+
+    .. math::
+        g(c) = \begin{cases} 1/c & c \ge 1/G \\ 1 + (G-1)\,G\,c & 0 < c < 1/G \\ 1 & c \le 0 \end{cases}
+
+    Continuous, between 1 and ``G`` where ``c <= 1``, never flips a sign.
+
+    Args:
+        column_sum: ``c``, any shape.
+        limit: ``G``, at least 1; ``math.inf`` gives ``1/c`` for every positive ``c``.
+
+    Returns:
+        ``g``, the shape of ``column_sum``.
+
+    Source: MEASURE, section 2 (ours).
+    """
+    above = 1 / column_sum.clamp(min=max(1 / limit, torch.finfo(column_sum.dtype).tiny))
+    below = column_sum.clamp(min=0) * ((limit - 1) * limit) + 1 if math.isfinite(limit) else torch.ones_like(above)
+    return torch.where(is_restored(column_sum, limit), above, below)
+
+
+def is_restored(column_sum: Tensor, limit: float) -> Tensor:
+    """Where the gain makes up for the whole loss, so that nothing goes to the sink."""
+    return column_sum >= 1 / limit if math.isfinite(limit) else column_sum > torch.finfo(column_sum.dtype).tiny
+
+
+def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
+    """Share ``1 - g c`` of a column that goes to the sink; exactly 0 where the gain makes up for the loss."""
+    return torch.where(is_restored(column_sum, limit), torch.zeros_like(factor), 1 - factor * column_sum)
+
+
+class Kernel(ABC):
+    """The linear map of one call, before normalization."""
+
+    is_stochastic = False
+    """True when every column sums to one exactly, so that there is neither gain nor sink."""
+
+    @abstractmethod
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        """``(K, N, *out)`` at the output to ``(K, N, *in)`` at each input."""
+
+    @abstractmethod
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        r"""The same with :math:`|T_{ij}|`."""
+
+    def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        """The transpose: values ``(K, N, *in)`` at the inputs to ``(K, N, *out)`` at an output of this shape.
+
+        ``None`` stands for zeros.
+        """
+        first = next(value for value in values if value is not None)
+        with torch.inference_mode(False), torch.enable_grad():
+            seed = first.new_zeros((1, *shape)).requires_grad_()
+            parts = self.pull(seed)
+            chosen = [(part, value) for part, value in zip(parts, values, strict=True) if value is not None]
+            return _vjp([part for part, _ in chosen], seed, [value.unsqueeze(1) for _, value in chosen])[0].squeeze(1)
+
+    def column_sum(self, like: Tensor) -> Tensor:
+        """``c``, the shape of the output ``like``: the transpose applied to ones."""
+        with torch.inference_mode(False), torch.enable_grad():
+            seed = torch.zeros_like(like).unsqueeze(0).requires_grad_()
+            total = sum(part.sum() for part in self.pull(seed))
+            (column,) = torch.autograd.grad(total, seed)
+        return column.squeeze(0)
+
+
+class IdentityKernel(Kernel):
+    """Hands relevance through as it is: activations, dropout, batch normalization after fusion."""
+
+    is_stochastic = True
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return (relevance,)
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return (relevance,)
+
+    def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        (value,) = values
+        assert value is not None
+        return value
+
+
+@dataclass
+class Branch:
+    r"""One branch ``k`` of a rule at one call: modified input, its image without bias, weights.
+
+    Attributes:
+        input: ``in_k``, ``(N, *in)``, a leaf.
+        image: ``J_k in_k``, ``(N, *out)``, with the graph back to ``input``.
+        factor: ``m_k(1)``, ``(N, *out)``.
+        sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
+        weight: The modified weight, where the module has one.
+    """
+
+    input: Tensor
+    image: Tensor
+    factor: Tensor
+    sign: float
+    weight: Tensor | None = None
+
+
+class BranchKernel(Kernel):
+    r"""A rule on an affine module, in the form in which Zennit writes rules.
+
+    .. math:: R = \sum_k \rho_k\, in_k \odot J_k^\top (m_k(1) \odot R'), \qquad
+              c = \sum_k \rho_k\, m_k(1) \odot J_k in_k
+
+    Args:
+        branches: The branches with a non-zero sign.
+        rerun: ``(input, weight) -> image`` of the module without its bias; None for a module without weights.
+        weight: The unmodified weight; None for a module without weights.
+        channel_dims: ``(input, output)`` dimension of the channels, for :meth:`channel_edges`.
+        is_injective: Whether an input entry meets an output entry through one weight only (false where padding
+            repeats entries), so that absolute values may be taken factor by factor.
+    """
+
+    def __init__(
+        self,
+        branches: list[Branch],
+        rerun: Callable[[Tensor, Tensor], Tensor] | None = None,
+        weight: Tensor | None = None,
+        is_injective: bool = True,
+    ) -> None:
+        self.branches = branches
+        self.rerun = rerun
+        self.weight = weight
+        self.is_injective = is_injective
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        inputs = [branch.input for branch in self.branches]
+        gradients = _vjp(
+            [branch.image for branch in self.branches],
+            inputs,
+            [branch.factor * relevance for branch in self.branches],
+        )
+        parts = (branch.sign * branch.input * part for branch, part in zip(self.branches, gradients, strict=True))
+        return (_total(parts),)
+
+    def column_sum(self, like: Tensor) -> Tensor:
+        return _total(branch.sign * branch.factor * branch.image.detach() for branch in self.branches)
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        separated = self._separated() if self.is_injective else None
+        if separated is None:
+            return dense_absolute(self, relevance)
+        total = torch.zeros_like(self.branches[0].input).expand(len(relevance), *self.branches[0].input.shape)
+        for source, factor, carry in separated:
+            total = total + source.abs() * carry(factor.abs() * relevance)
+        return (total,)
+
+    def _separated(self) -> list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] | None:
+        r"""Terms ``(a, m, J^T)`` with :math:`T_{ij} = \sum a_i |w_{ij}| m_j` of which each entry meets only one.
+
+        The modified weights of a rule are, on the positive and on the negative weights apart, multiples of the
+        weight. Branches with the same factor are added up first (ZBox), the others must not overlap.
+        """
+        signs = (None,) if self.weight is None else (1.0, -1.0)
+        terms = []
+        for sign in signs:
+            groups: list[tuple[Tensor, Tensor]] = []
+            for branch in self.branches:
+                multiple = self._multiple(branch, sign)
+                if multiple is None:
+                    return None
+                source = (branch.sign * multiple) * branch.input.detach()
+                for index, (other, factor) in enumerate(groups):
+                    if branch.factor is factor or torch.equal(branch.factor, factor):
+                        groups[index] = (other + source, factor)
+                        break
+                else:
+                    groups.append((source, branch.factor))
+            if _overlap(groups):
+                return None
+            terms += [(source, factor, self._carry(sign)) for source, factor in groups]
+        return terms
+
+    def _multiple(self, branch: Branch, sign: float | None) -> float | None:
+        """λ with ``weight_k = λ weight`` on the weights of one sign; None when there is no such number."""
+        if sign is None:
+            return 1.0
+        assert self.weight is not None and branch.weight is not None
+        chosen = (self.weight * sign) > 0
+        here, modified = self.weight[chosen], branch.weight[chosen]
+        if here.numel() == 0:
+            return 0.0
+        multiple = float((modified / here)[0])
+        tolerance = 1e3 * torch.finfo(here.dtype).eps * float(here.abs().max()) * max(1.0, abs(multiple))
+        return multiple if float((modified - multiple * here).abs().max()) <= tolerance else None
+
+    def _carry(self, sign: float | None) -> Callable[[Tensor], Tensor]:
+        leaf = self.branches[0].input.detach().requires_grad_()
+        with torch.enable_grad():
+            if sign is None:
+                image = self.branches[0].image
+                leaf = self.branches[0].input
+            else:
+                assert self.weight is not None and self.rerun is not None
+                image = self.rerun(leaf, (self.weight * sign).clamp(min=0))
+        return lambda relevance: _vjp([image], leaf, [relevance])[0]
+
+    def channel_edges(self, relevance: Tensor) -> Tensor:
+        r"""Channel × channel joint relevance across this step.
+
+        .. math:: J_{noi} = \sum_k \sum_\tau W_k[o,i,\tau]\; \frac{\partial}{\partial W_k[o,i,\tau]}
+                  \langle \mathrm{branch}_k(\rho_k in_k),\, m_k(1) \odot R \rangle_n
+
+        Args:
+            relevance: ``(N, *out)``, already multiplied by the gain.
+
+        Returns:
+            ``(N, *weight.shape[:2])``: for each sample the weight's two channel dimensions, groups not yet
+            scattered.
+
+        Source: MEASURE, section 4.
+        """
+        if self.rerun is None or self.weight is None:
+            raise NRMError("there is no channel matrix across a step without weights.")
+        rows = []
+        for sample in range(len(relevance)):
+            edges = torch.zeros_like(self.weight)
+            for branch in self.branches:
+                assert branch.weight is not None
+                with torch.enable_grad():
+                    leaf = branch.weight.detach().requires_grad_()
+                    image = self.rerun(branch.sign * branch.input.detach()[sample : sample + 1], leaf)
+                pulled = (branch.factor[sample] * relevance[sample]).unsqueeze(0)
+                edges = edges + leaf.detach() * torch.autograd.grad(image, leaf, pulled)[0]
+            rows.append(edges.flatten(2).sum(-1) if edges.ndim > 2 else edges)
+        return torch.stack(rows)
+
+
+class VjpKernel(Kernel):
+    """A rule that is only known as a function that hands relevance down.
+
+    Args:
+        function: ``(N, *out)`` to ``(N, *in)`` for each input; linear and differentiable.
+    """
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        self.function = function
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        if len(relevance) == 1:
+            return tuple(part.unsqueeze(0) for part in self.function(relevance[0]))
+        return torch.vmap(self.function)(relevance)  # type: ignore[no-any-return]
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return dense_absolute(self, relevance)
+
+
+def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
+    r"""``Σ_j |T_ij| R_j`` from the columns of ``T``, formed a chunk at a time.
+
+    Args:
+        kernel: Any kernel whose samples do not mix.
+        relevance: ``(K, N, *out)``.
+        chunk: Columns formed at once.
+
+    Returns:
+        ``(K, N, *in)`` for each input.
+
+    Raises:
+        NRMError: The output has more than ``DENSE_LIMIT`` entries a sample.
+    """
+    size = math.prod(relevance.shape[2:])
+    if size > DENSE_LIMIT:
+        raise NRMError(
+            f"the walk variation needs |T| of a step with {size} outputs a sample, and its rule gives no closed form "
+            f"for it (forming it column by column stops at {DENSE_LIMIT}). Ask for `variation(layer)`, which is exact "
+            "for every rule, or use a rule of Zennit without padding modes."
+        )
+    flat = relevance.flatten(2)
+    totals: list[Tensor] | None = None
+    for start in range(0, size, chunk):
+        width = min(chunk, size - start)
+        unit = relevance.new_zeros((width, relevance.shape[1], size))
+        unit[torch.arange(width), :, start + torch.arange(width)] = 1
+        columns = kernel.pull(unit.reshape(width, *relevance.shape[1:]))
+        weights = flat[:, :, start : start + width]
+        sums = [torch.einsum("knj,jn...->kn...", weights, column.abs()) for column in columns]
+        totals = sums if totals is None else [old + new for old, new in zip(totals, sums, strict=True)]
+    assert totals is not None
+    return tuple(totals)
+
+
+def linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
+    """Whether ``pull`` is linear, tried on random relevance of both signs at the first sample."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((2, *like.shape), generator=generator, dtype=like.dtype).to(like.device)
+    first, second = noise[:1], noise[1:]
+    with torch.no_grad():
+        combined = kernel.pull(first - 2 * second)
+        apart = [one - 2 * two for one, two in zip(kernel.pull(first), kernel.pull(second), strict=True)]
+    tolerance = math.sqrt(torch.finfo(like.dtype).eps)
+    return all(
+        bool((left - right).abs().max() <= tolerance * max(1e-30, float(right.abs().max())))
+        for left, right in zip(combined, apart, strict=True)
+        if left.numel()
+    )
+
+
+def _vjp(images: list[Tensor], inputs: Tensor | list[Tensor], relevance: list[Tensor]) -> tuple[Tensor, ...]:
+    """Vector–Jacobian products with a leading dimension of ``K`` vectors; the graph is kept."""
+    create = torch.is_grad_enabled()
+    if len(relevance[0]) == 1:
+        parts = torch.autograd.grad(images, inputs, [item[0] for item in relevance], True, create)
+        return tuple(part.unsqueeze(0) for part in parts)
+    return torch.autograd.grad(images, inputs, relevance, True, create, is_grads_batched=True)
+
+
+def _total(parts: object) -> Tensor:
+    first, *rest = parts  # type: ignore[misc]
+    for part in rest:
+        first = first + part
+    return first  # type: ignore[no-any-return]
+
+
+def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:
+    for index, (source, factor) in enumerate(groups):
+        for other, across in groups[:index]:
+            if bool(((source != 0) & (other != 0)).any()) and bool(((factor != 0) & (across != 0)).any()):
+                return True
+    return False

@@ -1,0 +1,490 @@
+"""The normalized relevance measure of a model at some inputs, and what it can be asked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from .composites import Normalized, NRMDefault, Uncovered
+from .errors import CancellationError, EventError, NRMError, NullEventError, StaleMeasureError, samples
+from .events import ABSORBED, Atom, Event
+from .formulas import Formulas
+from .graph import Buffer
+from .kernels import Residual
+from .queries import Below, Books, Decisions, books
+from .recording import OUTPUT, Place, Recording, Tap
+from .starts import normalized, start_vector
+from .sweeps import Cost
+from .wording import explanation
+
+Layer = str | nn.Module | Atom
+Kind = Literal["residual", "constants"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _query(method: Callable[P, T]) -> Callable[P, T]:
+    """A query may be asked under any gradient mode; it is refused when the model is not what it was."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        args[0]._check_fresh()  # type: ignore[attr-defined]
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return wrapped
+
+
+class RelevanceMeasure:
+    r"""Relevance as a normalized signed measure over the walks of a network, one for each sample.
+
+    .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
+              \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
+
+    The model is run once and left as it was; all questions are answered from the recording.
+
+    Args:
+        model: The network, in evaluation mode.
+        inputs: ``(N, …)``, or a tuple of such tensors.
+        target: Output to explain, in Captum's forms: int, tuple, list, tensor; None for a single output.
+        composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` one
+            brings its own settings.
+        residual: What happens to relevance that a rule does not hand down: ``"redistribute"`` (the default) or
+            ``"sink"``.
+        gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` undoes ε and bias altogether.
+        start: Signed vector over the outputs, instead of a target.
+        additional_forward_args: Further arguments of the model.
+        uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
+
+    Raises:
+        TypeError: Settings given beside a ``Normalized`` composite.
+        InputError, TargetError, ModelStateError, GradModeError: What they were given does not fit.
+        UncoveredLayerError, UnsupportedOperationError, UnsupportedRuleError: The model has no measure with these rules.
+
+    Source: arXiv 2606.00557 for the measure; MEASURE for everything that is ours.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        *,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        start: Any = None,
+        additional_forward_args: Any = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        self.composite = normalize(composite, residual, gain_limit, uncovered)
+        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+        self._recording = Recording(model, inputs, self.composite, additional_forward_args)
+        output = self._recording.output.detach()
+        vector = start_vector(output, target, start)
+        self._start = normalized(vector)
+        total = vector.flatten(1).sum(1)
+        self._output = (vector * output).flatten(1).sum(1) / total
+        self._books: Books | None = None
+        self.cost = Cost()
+
+    # -- what there is ----------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the taps, in execution order."""
+        return self._recording.layers
+
+    @property
+    def output(self) -> Tensor:
+        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``: measure times this is the usual LRP score."""
+        return self._output.clone()
+
+    @property
+    def batch(self) -> int:
+        """Number of samples."""
+        return self._recording.batch
+
+    def shape(self, layer: Layer) -> torch.Size:
+        """Shape of a tap, ``(N, …)``."""
+        return self._tap(layer).shape
+
+    def __repr__(self) -> str:
+        rules = type(self.composite.composite).__name__
+        settings = self.composite.normalization
+        return (
+            f"RelevanceMeasure({self.batch} samples, {len(self._recording.taps)} taps, {rules}, "
+            f"residual={settings.residual!r}, gain_limit={settings.gain_limit})"
+        )
+
+    # -- one tap ----------------------------------------------------------------------------------------------
+
+    @overload
+    def marginal(self, layer: Layer, over: str | None = ..., *, given: Any = ..., joint: Any = ..., min_ratio: float | None = ...) -> Tensor: ...
+    @overload
+    def marginal(self, layer: list[Any], over: str | None = ..., *, given: Any = ..., joint: Any = ..., min_ratio: float | None = ...) -> dict[Any, Tensor]: ...
+    @_query
+    def marginal(
+        self,
+        layer: Any,
+        over: str | None = None,
+        *,
+        given: Event | Sequence[Event] | None = None,
+        joint: Event | Sequence[Event] | None = None,
+        min_ratio: float | None = None,
+    ) -> Tensor | dict[Any, Tensor]:
+        r"""Mass of the walks through each neuron of one tap.
+
+        .. math:: \mu(n_l = i) = \mu(\{w : w \text{ crosses } i\})
+
+        Args:
+            layer: Tap name, module or ``at(…)``; a list of them is answered by one pass.
+            over: ``"channel"`` sums over everything but batch and channels.
+            given: Divide by the mass of this event: ``μ(n_l = i | event)``. A list gives one map for each.
+            joint: ``μ(n_l = i and event)``, undivided.
+            min_ratio: Smallest |μ(event)| in units of its variation for which ``given`` divides.
+
+        Returns:
+            ``(N, *shape)``, dimensionless, with a leading dimension for a list of events; a dictionary for a list of
+            layers. With the sink above and the bypass, each sample sums to 1.
+
+        Raises:
+            UnknownLayerError: No tap of that name; the message lists near names.
+            NullEventError, CancellationError: The mass of ``given`` is zero, or cancels.
+
+        Source: MEASURE, sections 3 and 4.
+        """
+        if given is not None and joint is not None:
+            raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
+        single = not isinstance(layer, list)
+        layers = [layer] if single else layer
+        taps = [self._tap(item) for item in layers]
+        maps = self._maps(taps, given, joint, min_ratio)
+        reduced = [self._reduce(values, tap, over) for values, tap in zip(maps, taps, strict=True)]
+        return reduced[0] if single else dict(zip(layers, reduced, strict=True))
+
+    def _maps(self, taps: list[Tap], given: Any, joint: Any, min_ratio: float | None) -> list[Tensor]:
+        if given is None and joint is None:
+            self._books = found = books(self._recording, self._start, [tap.place for tap in taps])
+            self.cost = found.cost
+            maps = [found.maps.get(tap.place, self._start.new_zeros(tap.shape)) for tap in taps]
+            found.maps = {}
+            return maps
+        events, single = _listed(joint if given is None else given)
+        decisions = Decisions(self._formulas(events), self._start, [tap.place for tap in taps])
+        divisor = None if given is None else self._divisor(decisions, events, min_ratio)
+        results = []
+        for tap in taps:
+            rows = torch.stack([decisions.map(tap.place, number) for number in range(len(events))])
+            if divisor is not None:
+                rows = rows / divisor.reshape(len(events), -1, *(1,) * (rows.ndim - 2))
+            results.append(rows[0] if single else rows)
+        self.cost = decisions.cost
+        return results
+
+    def _reduce(self, values: Tensor, tap: Tap, over: str | None) -> Tensor:
+        if over is None:
+            return values
+        if over != "channel":
+            raise ValueError(f"over={over!r} is unknown; choose None or 'channel'.")
+        lead = values.ndim - len(tap.shape)
+        kept = {*range(lead), lead, lead + tap.channel_dim % len(tap.shape)}
+        rest = [dim for dim in range(values.ndim) if dim not in kept]
+        return values.sum(rest) if rest else values
+
+    @_query
+    def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
+        """Mass absorbed above a tap, ``(N,)``.
+
+        Args:
+            layer: Tap name, module or ``at(…)``.
+            kind: Only what rules do not hand down (``"residual"``), or only what ends at parameters, buffers and other
+                constants (``"constants"``); both by default.
+        """
+        return self._absorbed(self._tap(layer), kind, absolute=False)
+
+    @_query
+    def bypass(self, layer: Layer) -> Tensor:
+        """Mass of the walks that reach the input, or a sink elsewhere, without crossing the tap, ``(N,)``."""
+        return self._bypassing(self._tap(layer))
+
+    @_query
+    def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
+        """Mass absorbed in each step that absorbs any, ``(N,)`` each: where the measure leaks."""
+        found: dict[str, Tensor] = {}
+        for (vertex, at), value in reversed(self._plain().sinks.items()):
+            if kind in (None, at):
+                name = self._sink_name(vertex)
+                mass = self._told_apart(value, name)
+                found[name] = found[name] + mass if name in found else mass
+        return found
+
+    @_query
+    def variation(self, layer: Layer) -> Tensor:
+        r"""Tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
+
+        Above 1, neurons of opposite sign share the tap.
+        """
+        tap = self._tap(layer)
+        crossing = self._told_apart(self._plain().absolute.get(tap.place), "the tap") if self._reaches(tap) else 0
+        return crossing + self._absorbed(tap, None, absolute=True) + self._bypassing(tap).abs()
+
+    @_query
+    def walk_variation(self) -> Tensor:
+        r"""``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``: 1 exactly when no walk is negative.
+
+        It bounds every ``|μ(A)|`` and the rounding of every sum, and grows with depth for signed rules.
+        """
+        found = books(self._recording, self._start.abs(), absolute=True)
+        self.cost = found.cost
+        ends = [vertex for vertex, at in enumerate(self._recording.graph.vertices) if at.leaf is not None]
+        total = self._start.new_zeros(self.batch)
+        for place, mass in found.mass.items():
+            if isinstance(place, Buffer) and place.vertex in self._input_vertices(ends):
+                total = total + self._told_apart(mass, "the input")
+        for value in found.sinks.values():
+            total = total + self._told_apart(value, "a sink")
+        return total
+
+    def _input_vertices(self, leaves: list[int]) -> set[int]:
+        """The taps right above the leaves: where walks that are not absorbed end."""
+        graph = self._recording.graph
+        return {
+            number
+            for number, vertex in enumerate(graph.vertices)
+            if any(edge is not None and edge.vertex in leaves for edge in vertex.edges)
+        }
+
+    # -- events -----------------------------------------------------------------------------------------------
+
+    @_query
+    def __call__(
+        self, event: Event | Sequence[Event], given: Event | None = None, *, min_ratio: float | None = None
+    ) -> Tensor:
+        r"""Mass of an event, ``μ(A)``, or given another, ``μ(A | B) = μ(A & B) / μ(B)``.
+
+        Args:
+            event: One event, or a list of them that is answered by one pass.
+            given: The condition.
+            min_ratio: Smallest ``|μ(B)|`` in units of its variation for which it divides; by default 1e-3 in float32
+                and 1e-8 in float64. 0 divides wherever the mass is not zero.
+
+        Returns:
+            ``(N,)``, or ``(E, N)`` for a list of ``E`` events.
+
+        Raises:
+            NullEventError: No walk with a mass satisfies the condition.
+            CancellationError: Its positive and negative walks cancel.
+        """
+        events, single = _listed(event)
+        if not events:
+            return self._start.new_zeros((0, self.batch))
+        asked = events if given is None else [*(item & given for item in events), given]
+        decisions = Decisions(self._formulas(asked), self._start)
+        self.cost = decisions.cost
+        mass = decisions.mass
+        if given is not None:
+            mass = mass[:-1] / self._divisor(decisions, asked, min_ratio, only_last=True)
+        return mass[0] if single else mass
+
+    @_query
+    def conditional(self, event: Event, layer: Layer) -> Tensor:
+        """``μ(event given j)`` for every neuron ``j`` of a tap above all taps of the event, ``(N, *shape)``.
+
+        One transposed pass; defined also where ``μ(j)`` is zero.
+
+        Raises:
+            EventError: The event speaks of a tap that is not below this one.
+        """
+        tap = self._tap(layer)
+        formulas = self._formulas([event])
+        above = [key for key, _ in formulas.levels.items() if not self._is_below(key, tap)]
+        if above:
+            raise EventError(
+                f"{event} speaks of a tap that is not below {tap.names[0] if tap.names else layer!r}; the conditional "
+                "given each neuron of a tap needs taps below it. For taps above, use marginal(layer, given=event)."
+            )
+        below = Below(formulas, tap.place, formulas.roots, self._start)
+        self.cost = below.cost
+        return below.value(formulas.roots[0]).clone()
+
+    @_query
+    def joint(self, upper: Layer, lower: Layer, over: str = "channel") -> Tensor:
+        """Joint relevance of every channel of one tap with every channel of a tap below it, ``(N, upper, lower)``.
+
+        Args:
+            upper: The tap that walks cross first.
+            lower: A tap below it.
+            over: ``"channel"`` or ``"neuron"``.
+
+        Raises:
+            EventError: ``lower`` is not below ``upper``.
+        """
+        from .joints import joint_matrix
+
+        if over not in ("channel", "neuron"):
+            raise ValueError(f"over={over!r} is unknown; choose 'channel' or 'neuron'.")
+        above, below = self._tap(upper), self._tap(lower)
+        if not self._is_below(below.place, above):
+            raise EventError(f"{lower!r} is not below {upper!r}; a joint matrix goes from an upper tap to a lower one.")
+        relevance = books(self._recording, self._start, [above.place]).maps[above.place]
+        matrix, self.cost = joint_matrix(self._recording, above, below, relevance, over == "neuron")
+        return matrix
+
+    def explain(self, event: Event, given: Event | None = None) -> str:
+        """What quantity this is, in words and as a formula, and what it costs."""
+        events = [event] if given is None else [event & given, given]
+        return explanation(self._formulas(events), event, given)
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _formulas(self, events: Sequence[Event]) -> Formulas:
+        for event in events:
+            if not isinstance(event, Event):
+                raise EventError(f"expected an event such as at('layer')[3], got {type(event).__name__}: {event!r}.")
+        return Formulas(self._recording, events)
+
+    def _tap(self, layer: Layer) -> Tap:
+        atom = layer if isinstance(layer, Atom) else Atom(layer)
+        if not isinstance(atom.layer, (str, nn.Module)):
+            raise EventError(f"a layer is a name, a module or at(…), got {type(layer).__name__}.")
+        if atom.index is not None:
+            raise EventError(f"{atom} is an event; a layer is needed here. Use at(layer) without an index, or joint=.")
+        if atom.side == "sink" or atom.call == "any":
+            raise EventError(f"{atom} is not one tap. Ask mu({atom}) for its mass.")
+        (tap,) = self._recording.find(atom.layer, atom.side, atom.call, atom.item)
+        return tap
+
+    def _plain(self) -> Books:
+        if self._books is None:
+            self._books = books(self._recording, self._start)
+            self.cost = self._books.cost
+        return self._books
+
+    def _reaches(self, tap: Tap) -> bool:
+        output = self._recording.graph.output
+        bit = 1 << self._recording.index[tap.place]
+        return tap.place == output or bool(self._recording.below[output.vertex] & bit)
+
+    def _absorbed(self, tap: Tap, kind: Kind | None, absolute: bool) -> Tensor:
+        if kind not in (None, "residual", "constants"):
+            raise ValueError(f"kind={kind!r} is unknown; choose None, 'residual' or 'constants'.")
+        plain = self._plain()
+        bit = 1 << self._recording.index[tap.place]
+        total = self._start.new_zeros(self.batch)
+        for (vertex, at), value in (plain.absolute_sinks if absolute else plain.sinks).items():
+            if kind in (None, at) and self._recording.below[vertex] & bit:
+                total = total + self._told_apart(value, self._sink_name(vertex))
+        return total
+
+    def _bypassing(self, tap: Tap) -> Tensor:
+        plain = self._plain()
+        if not self._reaches(tap):
+            return self._start.flatten(1).sum(1)
+        bit = 1 << self._recording.index[tap.place]
+        total = self._start.new_zeros(self.batch)
+        for (vertex, number), value in plain.flows.items():
+            if self._recording.below[vertex] & bit and not self._recording.through[vertex][number] & bit:
+                total = total + self._told_apart(value, "an edge")
+        return total
+
+    def _told_apart(self, value: Tensor | None, what: str) -> Tensor:
+        if value is None:
+            return self._recording.per_sample(self._start.new_zeros((self.batch + 1, 1)), what)
+        return value
+
+    def _sink_name(self, vertex: int) -> str:
+        step = self._recording.graph.vertices[vertex].step
+        if step is not None:
+            calls = [number for name, number in self._recording.sinks if name == step.name]
+            return step.name if len(calls) == 1 else f"{step.name}:{step.call}"
+        number = self._recording.index.get(Buffer(vertex, 0))
+        names = [] if number is None else self._recording.taps[number].names
+        return names[0] if names else "constants"
+
+    def _is_below(self, key: object, tap: Tap) -> bool:
+        """Whether a place (or the sink of a vertex) can be met after a tap was crossed."""
+        vertex = tap.place.vertex if isinstance(tap.place, Buffer) else tap.place[0]
+        if isinstance(key, int):
+            return (-1 - key) >= vertex if isinstance(tap.place, Buffer) else (-1 - key) > vertex
+        bit = 1 << self._recording.index[key]  # type: ignore[index]
+        if isinstance(tap.place, Buffer):
+            return bool(self._recording.below[vertex] & bit)
+        edge = self._recording.graph.vertices[vertex].edges[tap.place[1]]
+        own = 1 << self._recording.index[tap.place]
+        return edge is not None and bool(self._recording.through[vertex][tap.place[1]] & bit & ~own)
+
+    def _divisor(
+        self, decisions: Decisions, events: Sequence[Event], min_ratio: float | None, only_last: bool = False
+    ) -> Tensor:
+        ratio = (1e-3 if self._start.dtype == torch.float32 else 1e-8) if min_ratio is None else min_ratio
+        chosen = slice(-1, None) if only_last else slice(None)
+        mass, variation = decisions.mass[chosen], decisions.variation[chosen]
+        for event, value, spread in zip(list(events)[chosen], mass, variation, strict=True):
+            _check_condition(event, value, spread, ratio)
+        return mass[-1] if only_last else mass
+
+    def _check_fresh(self) -> None:
+        changed = self._recording.fingerprint.changed()
+        if changed:
+            raise StaleMeasureError(
+                f"{', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''} changed in place since the measure "
+                "was taken, and the measure shares its memory. Take the measure again."
+            )
+
+
+def normalize(
+    composite: Composite | None, residual: Residual | None, gain_limit: float | None, uncovered: Uncovered | None
+) -> Normalized:
+    """A normalized composite of these settings.
+
+    Raises:
+        TypeError: The composite is normalized and settings are given as well.
+    """
+    settings = {"residual": residual, "gain_limit": gain_limit, "uncovered": uncovered}
+    given = {key: value for key, value in settings.items() if value is not None}
+    if isinstance(composite, Normalized):
+        if given:
+            raise TypeError(
+                f"the composite is Normalized and brings its own settings, but {', '.join(given)} "
+                f"{'is' if len(given) == 1 else 'are'} given too. Say it in one place: "
+                f"Normalized(composite, {', '.join(f'{key}={value!r}' for key, value in given.items())})."
+            )
+        return composite
+    if composite is not None and not isinstance(composite, Composite):
+        raise TypeError(f"composite is {type(composite).__name__}, expected an instance of a Zennit composite.")
+    return Normalized(NRMDefault() if composite is None else composite, **given)  # type: ignore[arg-type]
+
+
+def _listed(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
+    if isinstance(event, Event):
+        return [event], True
+    if not isinstance(event, Iterable) or isinstance(event, (str, Tensor)):
+        raise EventError(f"expected an event such as at('layer')[3], or a list of them, got {type(event).__name__}.")
+    return list(event), False
+
+
+def _check_condition(event: Event, mass: Tensor, variation: Tensor, ratio: float) -> None:
+    null = (variation == 0).tolist()
+    if any(null):
+        raise NullEventError(
+            f"cannot condition on {event}: no walk with a mass satisfies it ({samples(null)}), so μ(· | {event}) is "
+            "0/0. Condition on an event with a mass; mu(event) tells it."
+        )
+    weak = (mass.abs() <= ratio * variation).tolist()
+    if any(weak):
+        first = weak.index(True)
+        raise CancellationError(
+            f"cannot condition on {event}: its mass is {float(mass[first]):.2g} but its variation is "
+            f"{float(variation[first]):.2g}. Positive and negative walks cancel, so dividing by the mass is unstable "
+            f"({samples(weak)}). Condition on a smaller event, or pass min_ratio=0 to divide anyway."
+        )
+
+
+__all__ = ["ABSORBED", "OUTPUT", "NRMError", "Place", "RelevanceMeasure", "normalize"]

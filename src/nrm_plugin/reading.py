@@ -1,0 +1,294 @@
+"""Reading a Zennit rule on one call of a module as a kernel.
+
+Three forms, tried in this order: the identity (``Pass``), branches on an affine module (every built-in rule), and
+for everything else the function that hands relevance down, with column sums found by differentiating it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import BasicHook, Hook, ParamMod
+from zennit.layer import Sum
+from zennit.rules import Pass
+
+from .errors import NonlinearRuleError, UnsupportedRuleError
+from .kernels import Branch, BranchKernel, IdentityKernel, Kernel, VjpKernel, linear_in_relevance
+
+_WEIGHTED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_WEIGHTLESS = (
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    Sum,
+)
+
+
+class PlainGradient(Hook):  # type: ignore[misc]
+    """The rule of a layer that a composite leaves uncovered, as Zennit treats it: the plain gradient."""
+
+
+Call = Callable[[nn.Module, Tensor], Tensor]
+"""Runs a module on its first input, the others as they were."""
+
+
+def read_rule(hook: Hook, module: nn.Module, call: Call, inputs: Tensor, output: Tensor, where: str) -> Kernel:
+    """The kernel of a rule at one call.
+
+    Args:
+        hook: The rule, as a composite maps it.
+        module: A shell of the module; it may be written to.
+        call: How to run the module on its first input.
+        inputs: That input, detached, ``(N, *in)``.
+        output: What it returned, ``(N, *out)``.
+        where: Name of the layer, for messages.
+
+    Raises:
+        UnsupportedRuleError: The rule changes how the module runs, or fits no form.
+    """
+    if _overrides(hook, "pre_forward") or _overrides(hook, "post_forward") or _overrides(hook, "pre_backward"):
+        raise UnsupportedRuleError(
+            f"the rule {type(hook).__name__} of layer {where!r} overrides Zennit's own forward hooks, so it cannot be "
+            "read as a kernel. Override `forward` and `backward` only, or write the rule with BasicHook's modifiers."
+        )
+    if type(hook) is Pass:
+        if inputs.shape != output.shape:
+            raise UnsupportedRuleError(
+                f"layer {where!r} ({type(module).__name__}) has the rule Pass, but turns shape {tuple(inputs.shape)} "
+                f"into {tuple(output.shape)}. Give it a rule that hands relevance to its inputs."
+            )
+        return IdentityKernel()
+    if type(hook) is PlainGradient:
+        return _plain_gradient(module, call, inputs)
+    if isinstance(hook, BasicHook) and not _overrides(hook, "backward", BasicHook):
+        _check_convention(hook, where)
+        return _branches(hook, module, call, inputs, output, where) or _modifiers(hook, module, call, inputs)
+    return _backward_of(hook, module, call, inputs, output)
+
+
+def check_linear(kernel: Kernel, hook: Hook, output: Tensor, where: str) -> None:
+    """Raises unless the rule is linear in the relevance that it hands down.
+
+    Raises:
+        NonlinearRuleError: With the rule and the layer.
+    """
+    if not linear_in_relevance(kernel, output[:1].expand_as(output)):
+        raise NonlinearRuleError(
+            f"the rule {type(hook).__name__} of layer {where!r} is not linear in the relevance that it hands down: "
+            "relevance of opposite sign is treated differently. Such a rule (deconvnet, guided backpropagation) gives "
+            "no measure over walks. Choose a composite whose rules are linear, such as EpsilonPlus."
+        )
+
+
+def _overrides(hook: Hook, method: str, base: type = Hook) -> bool:
+    return getattr(type(hook), method) is not getattr(base, method)
+
+
+def _check_convention(hook: BasicHook, where: str) -> None:
+    """Other packages patch Zennit for good, so that the gradient slot carries relevance over activation."""
+    if BasicHook.backward.__module__ != "zennit.core":
+        raise UnsupportedRuleError(
+            f"zennit.core.BasicHook.backward was replaced by {BasicHook.backward.__module__}, which uses another "
+            f"convention than relevance in the gradient slot (layer {where!r}). Use a process without that patch."
+        )
+
+
+def _modified_inputs(hook: BasicHook, inputs: Tensor) -> list[Tensor]:
+    return [modifier(inputs).detach().requires_grad_() for modifier in hook.input_modifiers]
+
+
+def _branches(
+    hook: BasicHook, module: nn.Module, call: Call, inputs: Tensor, output: Tensor, where: str
+) -> BranchKernel | None:
+    """The rule in branch form, or None when the module is not affine or the rule is written another way."""
+    if not is_affine(module):
+        return None
+    sources = _modified_inputs(hook, inputs)
+    signs = _signs(hook, sources)
+    if signs is None:
+        return None
+    images, outputs, weights = [], [], []
+    with torch.enable_grad():
+        for source, param_mod, out_mod in zip(sources, hook.param_modifiers, hook.output_modifiers, strict=True):
+            image, bias, weight = _run_modified(module, param_mod, source, call)
+            result = image.detach() if bias is None else image.detach() + _broadcast(bias, module, image)
+            if out_mod(result) is not result:
+                return None
+            images.append(image)
+            outputs.append(result)
+            weights.append(weight)
+    factors = _factors(hook, outputs)
+    if factors is None:
+        return None
+    branches = [
+        Branch(source, image, factor, sign, weight)
+        for source, image, factor, sign, weight in zip(sources, images, factors, signs, weights, strict=True)
+        if sign != 0
+    ]
+    if isinstance(module, _WEIGHTED):
+        weight = module._parameters["weight"]
+        assert weight is not None
+        injective = getattr(module, "padding_mode", "zeros") == "zeros"
+        return BranchKernel(branches, _rerun(module, call), weight.detach(), injective)
+    return BranchKernel(branches)
+
+
+def is_affine(module: nn.Module) -> bool:
+    """Whether the module is one of torch's affine layers, its forward not overridden by a subclass or a canonizer."""
+    if "forward" in module.__dict__ or module._modules:
+        return False
+    kinds = [kind for kind in (*_WEIGHTED, *_WEIGHTLESS) if isinstance(module, kind)]
+    return any(type(module).forward is kind.forward for kind in kinds) and (
+        not isinstance(module, _WEIGHTED) or module._parameters.get("weight") is not None
+    )
+
+
+def _signs(hook: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
+    """ρ of every branch, when the reducer is ``Σ ρ_k in_k g_k`` or (on inputs of ones) ``Σ ρ_k g_k``."""
+    count = len(sources)
+    shape = (2,) * max(sources[0].ndim, 1)
+    like = {"dtype": sources[0].dtype, "device": sources[0].device}
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator, dtype=sources[0].dtype).to(**like) for _ in range(count)]
+    gradients = [torch.randn(shape, generator=generator, dtype=sources[0].dtype).to(**like) for _ in range(count)]
+    ones, zeros = torch.ones(shape, **like), torch.zeros(shape, **like)
+    try:
+        units = [
+            hook.reducer([ones] * count, [ones if index == unit else zeros for index in range(count)])
+            for unit in range(count)
+        ]
+        reduced = hook.reducer(inputs, gradients)
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return None  # a reducer that needs the true shapes; the general form does not care
+    signs = [float(unit.flatten()[0]) for unit in units]
+    if any(bool((unit != unit.flatten()[0]).any()) for unit in units):
+        return None
+    by_product = sum(sign * source * part for sign, source, part in zip(signs, inputs, gradients, strict=True))
+    by_gradient = sum(sign * part for sign, part in zip(signs, gradients, strict=True))
+    if torch.allclose(reduced, by_product):
+        return signs
+    if torch.allclose(reduced, by_gradient) and all(bool((source == 1).all()) for source in sources):
+        return signs
+    return None
+
+
+def _factors(hook: BasicHook, outputs: list[Tensor]) -> list[Tensor] | None:
+    """``m_k(1)``, when the mapper is elementwise; zero where a denominator is: that column is dead."""
+    ones = torch.ones_like(outputs[0])
+    factors = _mapped(hook, ones, outputs)
+    probe = torch.linspace(-1, 2, ones.numel(), dtype=ones.dtype, device=ones.device).reshape(ones.shape)
+    for factor, mapped in zip(factors, _mapped(hook, probe, outputs), strict=True):
+        if factor.shape != ones.shape:
+            return None
+        difference = (mapped - factor * probe).abs()
+        if bool((difference > 1e-3 * factor.abs() + 1e-30).logical_and(factor.isfinite()).any()):
+            return None
+    return [torch.where(factor.isfinite(), factor, torch.zeros_like(factor)) for factor in factors]
+
+
+def _mapped(hook: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    mapped = hook.gradient_mapper(relevance, outputs)
+    return [mapped] if isinstance(mapped, Tensor) else list(mapped)
+
+
+def _run_modified(
+    module: nn.Module, param_mod: Any, source: Tensor, call: Call
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Image without bias, modified bias, modified weight.
+
+    The module runs without its bias, since output minus bias cancels.
+    """
+    with ParamMod.ensure(param_mod)(module) as modified:
+        bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
+        try:
+            if bias is not None:
+                modified._parameters["bias"] = None
+            image = call(modified, source)
+        finally:
+            if bias is not None:
+                modified._parameters["bias"] = bias
+    return image, None if bias is None else bias.detach(), None if weight is None else weight.detach()
+
+
+def _broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
+    return bias if isinstance(module, nn.Linear) else bias.reshape(-1, *(1,) * (image.ndim - 2))
+
+
+def _rerun(module: nn.Module, call: Call) -> Callable[[Tensor, Tensor], Tensor]:
+    def rerun(source: Tensor, weight: Tensor) -> Tensor:
+        kept = dict(module._parameters)
+        try:
+            module._parameters.update(weight=weight, bias=None)  # type: ignore[arg-type]
+            return call(module, source)
+        finally:
+            module._parameters.clear()
+            module._parameters.update(kept)
+
+    return rerun
+
+
+def _modifiers(hook: BasicHook, module: nn.Module, call: Call, inputs: Tensor) -> VjpKernel:
+    """Any rule written with modifiers, on any module."""
+    sources = _modified_inputs(hook, inputs)
+    outputs = []
+    with torch.enable_grad():
+        for source, param_mod, out_mod in zip(sources, hook.param_modifiers, hook.output_modifiers, strict=True):
+            with ParamMod.ensure(param_mod)(module) as modified:
+                outputs.append(out_mod(call(modified, source)))
+
+    def pull(relevance: Tensor) -> tuple[Tensor, ...]:
+        mapped = _mapped(hook, relevance, outputs)
+        gradients = torch.autograd.grad(outputs, sources, mapped, True, torch.is_grad_enabled())
+        return (hook.reducer(sources, gradients),)
+
+    return VjpKernel(pull)
+
+
+def _plain_gradient(module: nn.Module, call: Call, inputs: Tensor) -> VjpKernel:
+    source = inputs.detach().requires_grad_()
+    with torch.enable_grad():
+        output = call(module, source)
+
+    def pull(relevance: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, source, relevance, True, torch.is_grad_enabled())
+
+    return VjpKernel(pull)
+
+
+def _backward_of(hook: Hook, module: nn.Module, call: Call, inputs: Tensor, output: Tensor) -> VjpKernel:
+    """A rule with a ``backward`` of its own; it may read the plain gradient and what its ``forward`` stored."""
+    gradient = _plain_gradient(module, call, inputs)
+    if _takes_kwargs(hook):
+        hook.forward(module, (inputs,), {}, output)
+    else:
+        hook.forward(module, (inputs,), output)
+
+    def pull(relevance: Tensor) -> tuple[Tensor, ...]:
+        plain = gradient.function(relevance)
+        handed = hook.backward(module, plain, (relevance,))
+        if handed is None:
+            return plain
+        first = handed[0] if isinstance(handed, (tuple, list)) else handed
+        return plain if first is None else (first,)
+
+    return VjpKernel(pull)
+
+
+def _takes_kwargs(hook: Hook) -> bool:
+    """Zennit 1 hands ``(module, args, kwargs, output)`` to hooks that are not written for ``(module, input, output)``."""
+    return len(inspect.signature(hook.forward).parameters) == 4

@@ -1,0 +1,494 @@
+"""Runs a model once under a composite and keeps its taps, steps and their graph. The one place that runs a model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Hook
+
+from .composites import Normalized
+from .errors import (
+    FoldingError,
+    GradModeError,
+    HookedContainerError,
+    InputError,
+    ModelStateError,
+    UncoveredLayerError,
+    UnknownLayerError,
+    UnsupportedOperationError,
+    unknown_layer,
+)
+from .graph import Buffer, Graph
+from .routes import is_route_node, operation
+from .shells import Fingerprint, preserved
+from .steps import Link, Step, StepHook, outside_steps
+
+_RECORDING = threading.RLock()
+
+INPUT, OUTPUT = "input", "output"
+
+Place = Buffer | tuple[int, int]
+"""Where a tap is: a buffer, or the edge ``(vertex, number)`` of a step that reads a tensor."""
+
+
+@dataclass
+class Tap:
+    """One tensor of the computation.
+
+    Attributes:
+        place: Where it is in the graph.
+        shape: ``(N, …)``.
+        names: All its names.
+        channel_dim: The dimension of the channels.
+    """
+
+    place: Place
+    shape: torch.Size
+    names: list[str] = field(default_factory=list)
+    channel_dim: int = 1
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts taps as a walk meets them."""
+        return (self.place.vertex, 0) if isinstance(self.place, Buffer) else (self.place[0], 1)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A tensor that passed a module, by its place in the autograd graph."""
+
+    name: str
+    call: int
+    side: str
+    item: int | None
+    node: Any
+    number: int
+    shape: torch.Size
+    channel_dim: int | None
+
+
+class Recording:
+    """One forward pass of a model under a composite.
+
+    Args:
+        model: Any module.
+        inputs: One tensor or a tuple of tensors, ``(N, …)`` each.
+        composite: Rules and normalization.
+        additional_forward_args: Further positional arguments, handed on as they are.
+
+    Raises:
+        InputError: Inputs of which no measure can be taken.
+        ModelStateError: Training mode, or hooks of another composite.
+        GradModeError: Gradients are off.
+        UncoveredLayerError: A layer without a rule.
+        UnsupportedOperationError: An operation without a kernel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor | tuple[Tensor, ...],
+        composite: Normalized,
+        additional_forward_args: Any = None,
+    ) -> None:
+        tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+        check_inputs(tensors)
+        check_model(model, tensors)
+        self.batch = len(tensors[0])
+        self.names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
+        self._containers: list[str] = []
+        self._seen: list[_Seen] = []
+        self._calls: dict[nn.Module, int] = {}
+        extra = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+        extra = () if additional_forward_args is None else extra
+        with _RECORDING, preserved(model), outside_steps(), torch.enable_grad(), _no_autocast(tensors[0]):
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.requires_grad_(False)
+            self.leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            started = [leaf.clone() for leaf in self.leaves]
+            for item, tensor in enumerate(started):
+                self._see(INPUT, 0, "output", None if len(started) == 1 else item, tensor, None)
+            with ExitStack() as stack:
+                stack.enter_context(composite.context(model))
+                self._watch(model, stack)
+                output = model(*started, *extra)
+        self.fingerprint = Fingerprint(model)
+        self.output = self._checked_output(output)
+        self._see(OUTPUT, 0, "output", None, self.output, None)
+        self.graph = Graph(self.output)
+        self._audit()
+        self._make_taps()
+
+    # -- while the model runs ---------------------------------------------------------------------------------
+
+    def _watch(self, model: nn.Module, stack: ExitStack) -> None:
+        """Hooks around those of the composite: input taps before a step detaches, output taps after it links."""
+        for module, name in self.names.items():
+            hook = _step_hook(module)
+            if hook is not None and module._modules:
+                self._containers.append(name)
+            if hook is not None:
+                hook.on_step = self._number
+            stack.callback(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(self._leave).remove)
+
+    def _number(self, module: nn.Module, step: Step) -> None:
+        step.call = self._calls[module] - 1
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._calls[module] = self._calls.get(module, 0) + 1
+        if _step_hook(module) is not None:
+            return None
+        # An own view of the tensor, so that the tap holds the walks through this call only.
+        def own(value: Any) -> Any:
+            return value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value
+
+        args = tuple(own(value) for value in args)
+        kwargs = {key: own(value) for key, value in kwargs.items()}
+        name, call = self.names[module], self._calls[module] - 1
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        for item, tensor in enumerate(tensors):
+            self._see(name, call, "input", None if len(tensors) == 1 else item, tensor, None)
+        return args, kwargs
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        name, call = self.names[module], self._calls[module] - 1
+        dim = _channel_dim(module)
+        if isinstance(output, Tensor):
+            self._see(name, call, "output", None, output, dim)
+            if not module._modules and _step_hook(module) is None:
+                self._check_covered(module, name, args, output)
+            return
+        items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+        for item, value in enumerate(items):
+            if isinstance(value, Tensor):
+                self._see(name, call, "output", item, value, dim)
+
+    def _see(self, name: str, call: int, side: str, item: int | None, tensor: Tensor, dim: int | None) -> None:
+        if name and tensor.grad_fn is not None and tensor.is_floating_point():
+            self._seen.append(_Seen(name, call, side, item, tensor.grad_fn, tensor.output_nr, tensor.shape, dim))
+
+    def _check_covered(self, module: nn.Module, name: str, args: tuple[Any, ...], output: Tensor) -> None:
+        """A leaf module without a rule may only route."""
+        stop = {value.grad_fn for value in args if isinstance(value, Tensor)}
+        stack = [output.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in stop or isinstance(getattr(node, "step", None), Step):
+                continue
+            if not is_route_node(node):
+                raise UncoveredLayerError(
+                    f"layer {name!r} ({type(module).__name__}) has no rule in this composite, and is no 0/1 route "
+                    f"(its operation is {operation(node)}). Zennit would use its plain gradient, which does not "
+                    "conserve relevance. Map the layer to a rule in the composite's layer_map, or pass "
+                    "Normalized(composite, uncovered='gradient') to account for what its gradient loses."
+                )
+            stop.add(node)
+            stack += [below for below, _ in node.next_functions]
+
+    # -- afterwards -------------------------------------------------------------------------------------------
+
+    def _checked_output(self, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"the model returned {type(output).__name__}, a measure starts at one tensor of shape (N, …). "
+                "Wrap the model in a module that returns the tensor to be explained."
+            )
+        if output.ndim == 0 or len(output) != self.batch:
+            raise InputError(
+                f"the model turned {self.batch} inputs into an output of shape {tuple(output.shape)}; its first "
+                "dimension must be the batch, since every sample has a measure of its own."
+            )
+        if output.grad_fn is None:
+            raise InputError(
+                "the output does not depend on the inputs: no operation joins them in the autograd graph. "
+                "The model may detach, round, or run under torch.no_grad inside its forward."
+            )
+        if not bool(torch.isfinite(output).all()):
+            flags = (~torch.isfinite(output)).flatten(1).any(1).tolist()
+            raise InputError(f"the model's output is not finite for samples {[i for i, f in enumerate(flags) if f]}.")
+        return output
+
+    def _audit(self) -> None:
+        """Every vertex is a step or a known route; anything else would be a wrong number."""
+        for vertex in self.graph.vertices:
+            if vertex.step is None and not is_route_node(vertex.node):
+                raise UnsupportedOperationError(
+                    f"relevance would pass the operation {operation(vertex.node)} (autograd node "
+                    f"{vertex.node.name()}{self._near(vertex.node)}), which has no kernel: it is neither a module with "
+                    "a rule nor a 0/1 route. Use the module form of the operation (zennit.layer.Sum for additions) "
+                    "and give it a rule in the composite."
+                )
+
+    def _near(self, node: Any) -> str:
+        names = [seen.name for seen in self._seen if seen.node is node and seen.name not in (INPUT, OUTPUT)]
+        return f", in {names[0]!r}" if names else ""
+
+    def _make_taps(self) -> None:
+        position = self.graph._position
+        found: dict[Place, Tap] = {}
+        self._named: dict[tuple[str, str, int, int | None], Tap] = {}
+        for seen in self._seen:
+            if seen.node not in position:
+                continue
+            place = Buffer(position[seen.node], seen.number)
+            self._register(found, place, seen.shape, (seen.name, seen.side, seen.call, seen.item), seen.channel_dim)
+        for index, vertex in enumerate(self.graph.vertices):
+            if vertex.step is None:
+                continue
+            for number, edge in enumerate(vertex.edges):
+                if edge is not None:
+                    item = None if len(vertex.edges) == 1 else number
+                    key = (vertex.step.name, "input", vertex.step.call, item)
+                    self._register(found, (index, number), self.graph.shape(edge), key, None)
+        self.taps = sorted(found.values(), key=lambda tap: tap.order)
+        self.index = {tap.place: number for number, tap in enumerate(self.taps)}
+        self.sinks = {(v.step.name, v.step.call): n for n, v in enumerate(self.graph.vertices) if v.step is not None}
+        self._infer_channels()
+        marks = {tap.place: 1 << number for number, tap in enumerate(self.taps) if isinstance(tap.place, Buffer)}
+        edges = {tap.place: 1 << number for number, tap in enumerate(self.taps) if isinstance(tap.place, tuple)}
+        self.below, self.through = self.graph.reach(marks, edges)  # type: ignore[arg-type]
+
+    def _register(
+        self, found: dict[Place, Tap], place: Place, shape: torch.Size, key: tuple[str, str, int, int | None],
+        channel_dim: int | None,
+    ) -> None:
+        tap = found.setdefault(place, Tap(place, shape, channel_dim=0))
+        if key[1] == "output" and key[0] not in tap.names:
+            tap.names.append(key[0])
+        if channel_dim is not None:
+            tap.channel_dim = channel_dim
+        self._named.setdefault(key, tap)
+
+    def _infer_channels(self) -> None:
+        """A tap that no layer lays out has the layout of the nearest tap of its shape, else dimension 1."""
+        known = [(number, tap) for number, tap in enumerate(self.taps) if tap.channel_dim]
+        for number, tap in enumerate(self.taps):
+            if tap.channel_dim:
+                continue
+            alike = [(abs(other - number), near.channel_dim) for other, near in known if near.shape == tap.shape]
+            ranked = [(abs(other - number), near.channel_dim) for other, near in known if len(near.shape) == len(tap.shape)]
+            tap.channel_dim = min(alike or ranked, default=(0, 1))[1] % max(len(tap.shape), 2)
+
+    # -- looking up -------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the output taps, in execution order."""
+        return [name for tap in reversed(self.taps) for name in self._labels(tap)]
+
+    def _labels(self, tap: Tap) -> Iterator[str]:
+        for name in dict.fromkeys(tap.names):
+            calls = self._calls_of(name)
+            yield from [name] if len(calls) == 1 else (
+                f"{name}:{call}" for call in calls if any(
+                    self._named.get((name, "output", call, item)) is tap for item in self._items(name, "output", call)
+                )
+            )
+
+    def _calls_of(self, name: str, side: str = "output") -> list[int]:
+        return sorted({call for known, at, call, _ in self._named if known == name and at == side})
+
+    def _items(self, name: str, side: str, call: int) -> list[int | None]:
+        return [item for known, at, number, item in self._named if (known, at, number) == (name, side, call)]
+
+    def name_of(self, layer: str | nn.Module) -> str:
+        """The name of a layer that was given by name or as a module."""
+        if isinstance(layer, str):
+            return layer
+        if layer not in self.names:
+            raise UnknownLayerError(
+                f"the given {type(layer).__name__} is not a module of the measured model. Pass one of "
+                "`model.modules()`, not a copy of it, or its name."
+            )
+        name = self.names[layer]
+        return name if name else OUTPUT
+
+    def find(self, layer: str | nn.Module, side: str = "output", call: Any = None, item: int | None = None) -> list[Tap]:
+        """The taps that a layer name, side, call and item speak of; several for ``call="any"``.
+
+        Raises:
+            UnknownLayerError: None, with near names.
+        """
+        name = self.name_of(layer)
+        if call is None and ":" in name and name.rpartition(":")[2].isdigit() and not self._calls_of(name, side):
+            name, _, number = name.rpartition(":")
+            call = int(number)
+        calls = self._calls_of(name, side)
+        if not calls:
+            raise self._missing(name, side)
+        if call is None and len(calls) > 1:
+            raise UnknownLayerError(
+                f"{name!r} was called {len(calls)} times, so it has {len(calls)} taps. Say which: "
+                f"at({name!r}, call=0), or call='any' for the walks through one of them."
+            )
+        chosen = calls if call == "any" else [calls[0] if call is None else call]
+        if not set(chosen) <= set(calls):
+            raise UnknownLayerError(f"{name!r} has no call {call}; its calls are {calls}.")
+        return [self._item(name, side, number, item) for number in chosen]
+
+    def find_sink(self, layer: str | nn.Module, call: Any = None) -> list[int]:
+        """The vertices whose sinks a layer name and call speak of.
+
+        Raises:
+            UnknownLayerError: The layer is no step, so it absorbs nothing.
+        """
+        name = self.name_of(layer)
+        calls = sorted(number for known, number in self.sinks if known == name)
+        if not calls:
+            steps = dict.fromkeys(known for known, _ in self.sinks)
+            if self._calls_of(name):
+                raise UnknownLayerError(f"{name!r} only routes relevance, so it has no sink. {unknown_layer(name, steps)}")
+            raise self._missing(name, "output")
+        if call is None and len(calls) > 1:
+            raise UnknownLayerError(f"{name!r} was called {len(calls)} times: say call=0, …, or call='any'.")
+        chosen = calls if call == "any" else [calls[0] if call is None else call]
+        if not set(chosen) <= set(calls):
+            raise UnknownLayerError(f"{name!r} has no call {call}; its calls are {calls}.")
+        return [self.sinks[name, number] for number in chosen]
+
+    def _item(self, name: str, side: str, call: int, item: int | None) -> Tap:
+        items = self._items(name, side, call)
+        if item not in items:
+            if item is None and len(items) == 1:
+                item = items[0]
+            elif item == 0 and items == [None]:
+                item = None
+            else:
+                raise UnknownLayerError(
+                    f"the {side} of {name!r} has {len(items)} tensors: say which by item=, one of {items}; got {item}."
+                )
+        return self._named[name, side, call, item]
+
+    def _missing(self, name: str, side: str) -> UnknownLayerError:
+        for container in self._containers:
+            if container == "" or name.startswith(f"{container}."):
+                return HookedContainerError(
+                    f"{name!r} lies inside {container or 'the model'!r}, to which the composite gives one rule, so "
+                    "that it is a single step without taps inside. Ask for its input or output, or map rules to the "
+                    "modules inside it."
+                )
+        known = [known for known, at, _, _ in self._named if at == side]
+        return UnknownLayerError(unknown_layer(name, dict.fromkeys([*self.layers, *known])))
+
+    def per_sample(self, tensor: Tensor, what: str) -> Tensor:
+        """Sums ``(N, …)`` over everything but the batch.
+
+        Raises:
+            FoldingError: The first dimension is not the batch.
+        """
+        if self.batch == 1:
+            return tensor.sum().reshape(1)
+        if tensor.ndim == 0 or len(tensor) != self.batch:
+            raise FoldingError(
+                f"{what} has shape {tuple(tensor.shape)}, whose first dimension is not the batch of {self.batch}: "
+                "its entries cannot be told apart by sample. Take the measure of one sample at a time."
+            )
+        return tensor.flatten(1).sum(1)
+
+
+def _step_hook(module: nn.Module) -> StepHook | None:
+    """The step hook that a composite has registered on a module."""
+    for hook in module._forward_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, StepHook):
+            return owner
+    return None
+
+
+def _channel_dim(module: nn.Module) -> int | None:
+    """Where a layer puts its channels: last for layers over features, 1 for layers over images."""
+    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)):
+        return -1
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd)
+    return 1 if isinstance(module, kinds) else None
+
+
+@contextmanager
+def _no_autocast(tensor: Tensor) -> Iterator[None]:
+    with torch.autocast(tensor.device.type, enabled=False):
+        yield
+
+
+def check_inputs(tensors: tuple[Any, ...]) -> None:
+    """Raises :class:`InputError` unless these are inputs of which a measure can be taken."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
+        raise GradModeError(
+            f"a measure is taken with gradients on, but this is called under {mode}. Take the measure outside of it; "
+            "it may be asked anywhere."
+        )
+    for number, tensor in enumerate(tensors):
+        what = "the input" if len(tensors) == 1 else f"input {number}"
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{what} is {type(tensor).__name__}, expected a tensor of shape (N, …).")
+        if tensor.is_complex() or not tensor.is_floating_point():
+            raise InputError(
+                f"{what} has dtype {tensor.dtype}; relevance needs real floating point inputs. "
+                "Convert with `.float()`, or ask for a layer behind an embedding by feeding the embeddings."
+            )
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"{what} has dtype {tensor.dtype}, in which sums over walks lose their digits. "
+                "Use float32 or float64 (`model.float()`, `inputs.float()`)."
+            )
+        if tensor.is_inference():
+            raise InputError(f"{what} was made under torch.inference_mode; pass a `.clone()` made outside of it.")
+        if tensor.ndim == 0 or len(tensor) == 0 or tensor.numel() == 0:
+            raise InputError(f"{what} has shape {tuple(tensor.shape)}: there is no sample to explain.")
+        if len(tensor) != len(tensors[0]):
+            raise InputError(f"{what} has {len(tensor)} samples, but input 0 has {len(tensors[0])}.")
+        finite = torch.isfinite(tensor)
+        if not bool(finite.all()):
+            flags = (~finite).flatten(1).any(1) if tensor.ndim > 1 else ~finite
+            raise InputError(f"{what} has nan or inf entries in samples {flags.nonzero().flatten().tolist()}.")
+
+
+def check_model(model: nn.Module, tensors: tuple[Tensor, ...]) -> None:
+    """Raises unless the model can be recorded as it is."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is {type(model).__name__}, expected a torch.nn.Module.")
+    parameters = [*model.parameters(), *model.buffers()]
+    floating = [tensor for tensor in parameters if tensor.is_floating_point()]
+    for tensor in tensors:
+        if floating and tensor.device not in {parameter.device for parameter in floating}:
+            raise InputError(
+                f"the input is on {tensor.device}, the model on {floating[0].device}. Move one: "
+                f"`inputs.to({str(floating[0].device)!r})`."
+            )
+        if floating and tensor.dtype not in {parameter.dtype for parameter in floating}:
+            raise InputError(
+                f"the input has dtype {tensor.dtype}, the model {floating[0].dtype}. Convert one of them."
+            )
+    for name, module in model.named_modules():
+        _check_mode(name, module)
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if isinstance(getattr(hook, "__self__", None), Hook):
+                raise ModelStateError(
+                    f"layer {name!r} has hooks of a Zennit composite on it already. Take the measure outside of "
+                    "`composite.context(model)`, and pass the composite by `composite=`."
+                )
+
+
+def _check_mode(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        if module.training or not module.track_running_stats:
+            why = "is in training mode" if module.training else "keeps no running statistics"
+            raise ModelStateError(
+                f"layer {name!r} ({type(module).__name__}) {why}, so it mixes the samples of a batch, and a sample has "
+                "no measure of its own. Call `model.eval()` (or freeze the statistics)."
+            )
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        raise ModelStateError(
+            f"layer {name!r} ({type(module).__name__}) is in training mode with p={module.p}, so the measure would "
+            "be one of a random net. Call `model.eval()`."
+        )
+
+
+__all__ = ["INPUT", "OUTPUT", "Link", "Recording", "Tap", "check_inputs", "check_model"]

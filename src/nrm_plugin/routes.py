@@ -1,0 +1,83 @@
+"""0/1 routes: operations that hand each output neuron's relevance to one input neuron, as autograd does by itself."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.autograd.graph import Node
+
+_MODULES = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
+    nn.MaxUnpool1d,
+    nn.MaxUnpool2d,
+    nn.MaxUnpool3d,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+    nn.Unfold,
+    nn.ReflectionPad1d,
+    nn.ReflectionPad2d,
+    nn.ReflectionPad3d,
+    nn.ReplicationPad1d,
+    nn.ReplicationPad2d,
+    nn.ReplicationPad3d,
+    nn.CircularPad1d,
+    nn.CircularPad2d,
+    nn.CircularPad3d,
+    nn.ConstantPad1d,
+    nn.ConstantPad2d,
+    nn.ConstantPad3d,
+    nn.ZeroPad1d,
+    nn.ZeroPad2d,
+    nn.ZeroPad3d,
+    nn.UpsamplingNearest2d,
+)
+
+_NODES = frozenset(
+    """
+    Alias View ReshapeAlias UnsafeView Transpose Permute T Squeeze Unsqueeze Expand Repeat Cat Stack Split
+    SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Chunk Unbind Select Slice Index IndexSelect Gather Clone ToCopy
+    AsStrided Movedim Narrow Diagonal Flip Roll Rot90 Sort Topk Where MaskedFill MaskedSelect ConstantPadNd
+    ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
+    MaxPool2DWithIndices MaxPool3DWithIndices MaxPool1D MkldnnMaxPool2D AdaptiveMaxPool2D AdaptiveMaxPool3D
+    FractionalMaxPool2D FractionalMaxPool3D MaxUnpool2D MaxUnpool3D Max Min Amax Amin Maximum Minimum
+    PixelShuffle PixelUnshuffle ChannelShuffle Im2Col Tril Triu UpsampleNearest1D UpsampleNearest2D
+    UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D CopySlices Copy
+    Unfold Take TakeAlongDim Contiguous Detach AccumulateGrad Swapaxes LiftFresh Lift
+    """.lower().split()
+)
+_NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
+
+
+def is_route(module: nn.Module) -> bool:
+    """Whether a module only routes (dropout is checked to be inactive elsewhere)."""
+    return isinstance(module, _MODULES) or (isinstance(module, nn.Upsample) and module.mode.startswith("nearest"))
+
+
+def operation(node: Node) -> str:
+    """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``."""
+    name = node.name().rsplit("::", 1)[-1]
+    found = _NAME.match(name)
+    return found.group(1) if found else name
+
+
+def is_route_node(node: Node) -> bool:
+    """Whether an autograd node is a known 0/1 route."""
+    return operation(node).lower() in _NODES

@@ -1,0 +1,45 @@
+"""Rules that Zennit lacks, written as Zennit rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from zennit.core import BasicHook, ParamMod, Stabilizer
+from zennit.rules import zero_bias
+
+
+class Absolute(BasicHook):  # type: ignore[misc]
+    r"""Shares by absolute contribution.
+
+    .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
+
+    Never negative, so that no walks cancel; the bias has no share. On modules without weights (average pooling,
+    sums) it is the absolute share of the inputs.
+
+    Args:
+        stabilizer: Added to the denominator, or a callable, as in Zennit's rules.
+        zero_params: Names of further parameters to set to zero, as in Zennit's rules.
+
+    Source: MEASURE, section 5 (ours).
+    """
+
+    def __init__(self, stabilizer: Any = 1e-6, zero_params: Any = None) -> None:
+        stabilize = Stabilizer.ensure(stabilizer)
+        modifier = ParamMod(_absolute, zero_params=zero_bias(zero_params), require_params=False)
+        super().__init__(
+            input_modifiers=[torch.abs],
+            param_modifiers=[modifier],
+            output_modifiers=[_same],
+            gradient_mapper=lambda relevance, outputs: relevance / stabilize(outputs[0]),
+            reducer=lambda inputs, gradients: inputs[0] * gradients[0],
+        )
+
+
+def _absolute(parameter: Tensor, name: str) -> Tensor:
+    return parameter.abs()
+
+
+def _same(output: Tensor) -> Tensor:
+    return output

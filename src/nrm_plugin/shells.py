@@ -1,0 +1,115 @@
+"""The user's modules, left alone: shells that share tensors with them, and a guard that puts everything back."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def shell_of(module: nn.Module) -> nn.Module:
+    """A module over the same tensors with dictionaries of its own and no hooks.
+
+    Zennit's ``ParamMod`` writes the modified parameters into the module for a moment; into a shell it may.
+    A shallow copy will not do: it shares the parameter dictionary.
+    """
+    shell = module.__class__.__new__(module.__class__)
+    shell.__dict__ = dict(module.__dict__)
+    for key in _HOOK_DICTS:
+        if key in shell.__dict__:
+            shell.__dict__[key] = OrderedDict()
+    shell._parameters = {name: _shared(parameter) for name, parameter in module._parameters.items()}
+    shell._buffers = dict(module._buffers)
+    shell._modules = {name: child and shell_of(child) for name, child in module._modules.items()}
+    forward = shell.__dict__.get("forward")
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        # A canonizer bound a method to the module; on the shell it must read the shell's parameters.
+        shell.__dict__["forward"] = types.MethodType(forward.__func__, shell)
+    return shell
+
+
+def _shared(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    return None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Puts back, on the way out, everything that recording may touch.
+
+    Attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``), buffers, training mode
+    and random state. What did not change is not written to.
+    """
+    modules = [(module, _state(module)) for module in model.modules()]
+    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    buffers = [(b, b.data, b.requires_grad) for b in model.buffers()]
+    random = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        for module, state in modules:
+            _restore(module, state)
+        for tensor, data, requires_grad in parameters + buffers:
+            if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+                tensor.data = data
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+        torch.set_rng_state(random)
+
+
+def _state(module: nn.Module) -> dict[str, object]:
+    return {key: copy.copy(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+
+
+def _restore(module: nn.Module, state: dict[str, object]) -> None:
+    attributes = module.__dict__
+    for key in [key for key in attributes if key not in state]:
+        del attributes[key]
+    for key, value in state.items():
+        current = attributes.get(key)
+        if isinstance(value, dict) and isinstance(current, dict):
+            # The same dictionary object, since handles of the user's own hooks refer to it.
+            if list(current.items()) != list(value.items()):
+                current.clear()
+                current.update(value)
+        elif current is not value:
+            attributes[key] = value
+
+
+class Fingerprint:
+    """Notices that a parameter or buffer was changed in place, by version counter and by a sample of its entries.
+
+    The sample also catches writes through ``parameter.data``, which leave the version counter alone.
+    """
+
+    def __init__(self, model: nn.Module, entries: int = 16) -> None:
+        self._entries = entries
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._seen = [(name, tensor, tensor._version, self._sample(tensor)) for name, tensor in named]
+
+    def changed(self) -> list[str]:
+        """Names of the tensors that are not what they were."""
+        return [
+            name
+            for name, tensor, version, sample in self._seen
+            if tensor._version != version or not torch.equal(self._sample(tensor), sample)
+        ]
+
+    def _sample(self, tensor: Tensor) -> Tensor:
+        flat = tensor.detach().flatten()
+        step = max(1, flat.numel() // self._entries)
+        return torch.nan_to_num(flat[::step][: self._entries + 1].clone()) if flat.is_floating_point() else flat[:8].clone()

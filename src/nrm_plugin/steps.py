@@ -1,0 +1,283 @@
+"""Steps: one call of one module or function, linked into the autograd graph as its normalized kernel.
+
+A step runs the module on a detached input and links its output straight to that input, so that the module's own
+backward never runs and every call of a reused module has a kernel of its own. The gradient that then flows through
+``torch.autograd`` is relevance.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Hook, RemovableHandle, RemovableHandleList
+
+from .errors import UnsupportedRuleError
+from .kernels import RESIDUALS, IdentityKernel, Kernel, Residual, deficit, gain
+from .reading import check_linear, is_affine, read_rule
+from .shells import shell_of
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What happens to the relevance that a rule does not hand down.
+
+    Attributes:
+        residual: ``"redistribute"`` raises columns by the gain before the rest is absorbed, ``"sink"`` leaves the
+            rule as it is and absorbs what it leaks.
+        gain_limit: Largest gain ``G``, at least 1.
+    """
+
+    residual: Residual = "redistribute"
+    gain_limit: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"residual={self.residual!r} is unknown; choose one of {RESIDUALS}.")
+        if not isinstance(self.gain_limit, (int, float)) or not self.gain_limit >= 1:
+            raise ValueError(f"gain_limit={self.gain_limit!r} must be a number of at least 1 (math.inf is allowed).")
+
+
+class Step:
+    r"""Normalized kernel of one call: :math:`\tilde T_{ij} = g(c_j) T_{ij}`, sink :math:`R_j (1 - g(c_j) c_j)`.
+
+    Args:
+        name: Layer name.
+        output: What the call returned, ``(N, *out)``.
+        build: Makes the kernel; called when relevance first arrives.
+        normalization: What happens to the residual.
+    """
+
+    def __init__(
+        self, name: str, output: Tensor, build: Callable[[], Kernel], normalization: Normalization, rule: str = ""
+    ) -> None:
+        self.name = name
+        self.call = 0
+        self.rule = rule
+        self.shape = output.shape
+        self._like = output.detach()
+        self._build = build
+        self._normalization = normalization
+        self._lock = threading.RLock()
+
+    @functools.cached_property
+    def kernel(self) -> Kernel:
+        """The kernel of the rule, before normalization."""
+        with self._lock, torch.inference_mode(False):
+            return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
+
+    @functools.cached_property
+    def _scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gain and deficit; None for a gain of one and for a deficit of zero."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if "_scales" in self.__dict__:
+                return self.__dict__["_scales"]  # type: ignore[no-any-return]
+            if self.kernel.is_stochastic:
+                return None, None
+            column = self.kernel.column_sum(self._like).detach()
+            if self._normalization.residual == "sink":
+                return None, 1 - column
+            limit = float(self._normalization.gain_limit)
+            factor = gain(column, limit)
+            return factor, deficit(column, factor, limit)
+
+    @property
+    def gain(self) -> Tensor | None:
+        """``g(c)``, ``(N, *out)``; None for one everywhere."""
+        return self._scales[0]
+
+    def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Relevance ``(K, N, *out)`` to ``(K, N, *in)`` at each input and the residual ``(K, N, *out)``."""
+        factor, rest = self._scales
+        parts = self.kernel.pull(relevance if factor is None else relevance * factor)
+        return parts, None if rest is None else relevance * rest
+
+    def pull_absolute(self, mass: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The same for walk masses without sign."""
+        factor, rest = self._scales
+        parts = self.kernel.pull_absolute(mass if factor is None else mass * factor)
+        return parts, None if rest is None else mass * rest.abs()
+
+    def push(self, values: tuple[Tensor | None, ...], absorbed: Tensor | None) -> Tensor | None:
+        """Transpose: values ``(K, N, *in)`` at the inputs and at the sink ``(K, N, *out)`` to ``(K, N, *out)``."""
+        factor, rest = self._scales
+        result = None
+        if any(value is not None for value in values):
+            result = self.kernel.push(values, self.shape).detach()
+            result = result if factor is None else result * factor
+        if absorbed is not None and rest is not None:
+            result = absorbed * rest if result is None else result + absorbed * rest
+        return result
+
+
+class Link(torch.autograd.Function):
+    """Joins the output of a step to its inputs; the gradient is relevance."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, holder: list[Tensor], *inputs: Tensor) -> Tensor:
+        # The output comes in a list: as an argument it would be a view, and later in-place operations illegal.
+        ctx.step = step
+        return holder.pop()
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        parts, _ = ctx.step.pull(relevance.unsqueeze(0))
+        return None, None, *(part.squeeze(0) for part in parts)
+
+
+def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The output, now with the step as its history."""
+    result: Tensor = Link.apply(step, [output], *inputs)
+    return result
+
+
+class _Running(threading.local):
+    """How many modules with a rule are running: inside them nothing is a step of its own."""
+
+    depth = 0
+
+
+_RUNNING = _Running()
+
+
+def is_inside_step() -> bool:
+    """Whether a module with a rule is running right now."""
+    return _RUNNING.depth > 0
+
+
+@contextmanager
+def outside_steps() -> Iterator[None]:
+    """A fresh count for one forward pass, so that a pass that raised leaves nothing behind."""
+    kept, _RUNNING.depth = _RUNNING.depth, 0
+    try:
+        yield
+    finally:
+        _RUNNING.depth = kept
+
+
+class StepHook(Hook):  # type: ignore[misc]
+    """A Zennit hook that turns each call of a module into a step with the rule of another hook.
+
+    Args:
+        rule: The hook that the composite maps the module to.
+        normalization: What happens to the residual.
+        name: Layer name, for messages.
+        checked: Names of rules that were found linear already, shared by all copies.
+    """
+
+    def __init__(
+        self, rule: Hook, normalization: Normalization, name: str = "", checked: set[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.rule = rule
+        self.normalization = normalization
+        self.name = name
+        self.on_step: Callable[[nn.Module, Step], None] | None = None
+        self._checked = set() if checked is None else checked
+        self._calls: list[tuple[Tensor, Tensor, Callable[[nn.Module, Tensor], Tensor]] | None] = []
+
+    def copy(self) -> StepHook:
+        """A hook for another module with the same rule."""
+        hook = StepHook(self.rule, self.normalization, self.name, self._checked)
+        hook.on_step = self.on_step
+        return hook
+
+    def register(self, module: nn.Module) -> RemovableHandleList:
+        """Installs the hook; the handles take it off again."""
+        return RemovableHandleList(
+            [
+                RemovableHandle(self),
+                module.register_forward_pre_hook(self.enter, with_kwargs=True),
+                module.register_forward_hook(self.leave, with_kwargs=True),
+            ]
+        )
+
+    def remove(self) -> None:
+        """Forgets the calls that never returned."""
+        super().remove()
+        self._calls.clear()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Detaches what the module is handed."""
+        places = [place for place in _places(args, kwargs) if place[2].requires_grad]
+        if not self.active or not places or is_inside_step():
+            self._calls.append(None)
+            _RUNNING.depth += 1
+            return None
+        if len(places) > 1:
+            warnings.warn(
+                f"layer {self.name!r} ({type(module).__name__}) has a rule and {len(places)} inputs that depend on the "
+                "model's input. As in Zennit, its rule hands all relevance to the first of them.",
+                stacklevel=2,
+            )
+        args, kwargs = list(args), dict(kwargs)  # type: ignore[assignment]
+        for keyword, key, tensor in places:
+            (kwargs if keyword else args)[key] = _own(module, tensor)  # type: ignore[index]
+        keyword, key, tensor = places[0]
+        fixed_args, fixed_kwargs = tuple(args), dict(kwargs)
+
+        def call(shell: nn.Module, first: Tensor) -> Tensor:
+            args, kwargs = list(fixed_args), dict(fixed_kwargs)
+            (kwargs if keyword else args)[key] = first.clone() if _writes_in_place(shell) else first  # type: ignore[index]
+            return shell.forward(*args, **kwargs)  # type: ignore[no-any-return]
+
+        kept = (kwargs if keyword else args)[key]  # type: ignore[index]
+        self._calls.append((tensor, kept.clone() if _writes_in_place(module) else kept, call))
+        _RUNNING.depth += 1
+        return tuple(args), kwargs
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Links what the module returned."""
+        _RUNNING.depth -= 1
+        entered = self._calls.pop() if self._calls else None
+        if entered is None:
+            return None
+        source, kept, call = entered
+        if not isinstance(output, Tensor):
+            raise UnsupportedRuleError(
+                f"layer {self.name!r} ({type(module).__name__}) has the rule {type(self.rule).__name__}, but returns "
+                f"{type(output).__name__}. A rule needs one tensor; give rules to the modules inside it instead."
+            )
+        if not output.is_floating_point():
+            return None
+        output = output.detach()
+        shell = shell_of(module)
+        rule = self.rule.copy()
+
+        def build() -> Kernel:
+            return read_rule(rule, shell, call, kept, step._like, self.name)
+
+        step = Step(self.name, output, build, self.normalization, type(rule).__name__)
+        if id(self.rule) not in self._checked and not isinstance(step.kernel, IdentityKernel):
+            with torch.inference_mode(False):
+                check_linear(step.kernel, rule, output, self.name)
+        self._checked.add(id(self.rule))
+        if self.on_step is not None:
+            self.on_step(module, step)
+        return link(step, output, (source,))
+
+
+def _places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[bool, Any, Tensor]]:
+    """``(is keyword, key, tensor)`` of every floating tensor that a module is handed."""
+    found: list[tuple[bool, Any, Tensor]] = [
+        (False, index, value) for index, value in enumerate(args) if isinstance(value, Tensor)
+    ]
+    found += [(True, key, value) for key, value in kwargs.items() if isinstance(value, Tensor)]
+    return [place for place in found if place[2].is_floating_point()]
+
+
+def _writes_in_place(module: nn.Module) -> bool:
+    """Whether the module may write to its input: anything but torch's own affine layers, unless it says no."""
+    return not is_affine(module) and getattr(module, "inplace", True) is not False
+
+
+def _own(module: nn.Module, tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if _writes_in_place(module) else tensor.detach()

@@ -1,0 +1,104 @@
+"""Passes over the graph of a recording: relevance down, values up.
+
+Both carry several vectors at once, each under a key of its own, and let a visitor change them where a walk crosses
+a tap. Nothing in here knows of events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .graph import Buffer, Graph
+
+Key = TypeVar("Key", bound=Hashable)
+Vectors = dict[Key, Tensor]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What passes cost: kernels run, and relevance vectors that went through them (several can share a run)."""
+
+    steps: int = 0
+    vectors: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.steps + other.steps, self.vectors + other.vectors)
+
+
+class Visitor(Protocol[Key]):
+    """What a pass asks on its way down. Every vector has the shape of its tensor."""
+
+    def at_buffer(self, buffer: Buffer, vectors: Vectors[Key]) -> Vectors[Key]:
+        """All relevance of one tensor has arrived; returns what goes on."""
+
+    def at_edge(self, vertex: int, number: int, vectors: Vectors[Key]) -> Vectors[Key]:
+        """What one vertex hands down one of its edges; returns what goes on."""
+
+    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[Key]) -> None:
+        """What a vertex absorbs at the entries of its output; ``kind`` is ``"residual"`` or ``"constants"``."""
+
+
+def pull(
+    graph: Graph, start: Iterable[tuple[Buffer, Vectors[Key]]], visitor: Visitor[Key], absolute: bool = False
+) -> Cost:
+    """One pass down.
+
+    Args:
+        graph: The graph of a recording.
+        start: Relevance to begin with, at one or several buffers.
+        visitor: Sees, and may change, every vector.
+        absolute: Use kernels of absolute values.
+
+    Returns:
+        The cost.
+    """
+    waiting: list[dict[int, Vectors[Key]]] = [{} for _ in graph.vertices]
+    for buffer, vectors in start:
+        _add(waiting[buffer.vertex].setdefault(buffer.number, {}), vectors)
+    cost = Cost()
+    for index, vertex in enumerate(graph.vertices):
+        arrived = {number: visitor.at_buffer(Buffer(index, number), v) for number, v in waiting[index].items()}
+        waiting[index] = {}
+        keys = list(dict.fromkeys(key for vectors in arrived.values() for key in vectors))
+        if not keys or not vertex.edges:
+            continue
+        stacked = [_stack(arrived.get(number, {}), keys) for number in range(len(vertex.shapes))]
+        parts, residual = vertex.pull(stacked, absolute)
+        cost += Cost(1, len(keys)) if vertex.step is not None else Cost()
+        if residual is not None:
+            visitor.at_sink(index, 0, "residual", dict(zip(keys, residual, strict=True)))
+        _absorb_constants(vertex, index, stacked, keys, visitor)
+        for number, (part, edge) in enumerate(zip(parts, vertex.edges, strict=True)):
+            if part is None or edge is None:
+                continue
+            shape = graph.shape(edge)
+            rows = {key: row if row.shape == shape else row.sum_to_size(shape) for key, row in zip(keys, part, strict=True)}
+            _add(waiting[edge.vertex].setdefault(edge.number, {}), visitor.at_edge(index, number, rows))
+    return cost
+
+
+def _absorb_constants(vertex, index, stacked, keys, visitor) -> None:  # type: ignore[no-untyped-def]
+    like = next(item for item in stacked if item is not None)
+    shares = vertex.constant_share(like)
+    if shares is None:
+        return
+    for number, (share, item) in enumerate(zip(shares, stacked, strict=True)):
+        if item is not None:
+            visitor.at_sink(index, number, "constants", dict(zip(keys, item * share, strict=True)))
+
+
+def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
+    if not vectors:
+        return None
+    like = next(iter(vectors.values()))
+    return torch.stack([vectors[key] if key in vectors else torch.zeros_like(like) for key in keys])
+
+
+def _add(total: Vectors[Key], vectors: Vectors[Key]) -> None:
+    for key, vector in vectors.items():
+        total[key] = total[key] + vector if key in total else vector

@@ -1,0 +1,68 @@
+"""What a query means, in words and as a formula, and what it costs."""
+
+from __future__ import annotations
+
+from .events import Absorbed, All, Any_, Atom, Event, Not
+from .formulas import Formulas
+
+
+def explanation(formulas: Formulas, event: Event, given: Event | None) -> str:
+    """Three lines: the formula, the words, the cost."""
+    formula = f"μ({event})" if given is None else f"μ({event} | {given}) = μ({event & given}) / μ({given})"
+    subject = f"the share of relevance carried by the walks that {words(event)}"
+    if given is not None:
+        subject = (
+            f"among the walks that {words(given)}, the share of relevance carried by those that also {words(event)}"
+        )
+    steps, all_steps = _steps(formulas)
+    width = formulas.diagram.width(formulas.roots)
+    return (
+        f"{formula}\n{subject[0].upper()}{subject[1:]}.\n"
+        f"Cost: one pass over {steps} of {all_steps} steps, with at most {max(1, width)} "
+        f"relevance vector{'s' if width > 1 else ''} for an undecided walk."
+    )
+
+
+def words(event: Event) -> str:
+    """The event as the rest of a sentence about walks."""
+    if isinstance(event, Absorbed):
+        return "are absorbed on their way"
+    if isinstance(event, Not):
+        return _negated(event.part)
+    if isinstance(event, All):
+        return " and ".join(_inner(part) for part in event.parts)
+    if isinstance(event, Any_):
+        return "either " + " or ".join(_inner(part) for part in event.parts)
+    assert isinstance(event, Atom)
+    return _atom(event)
+
+
+def _inner(event: Event) -> str:
+    return f"({words(event)})" if isinstance(event, (All, Any_)) else words(event)
+
+
+def _negated(event: Event) -> str:
+    if isinstance(event, Absorbed):
+        return "reach the input"
+    if isinstance(event, Atom):
+        return f"do not {_atom(event)} (they go elsewhere, around it, or are absorbed before)"
+    return f"do not ({words(event)})"
+
+
+def _atom(atom: Atom) -> str:
+    which = "any neuron" if atom.index is None else f"neurons [{str(atom).partition('[')[2][:-1]}]"
+    if atom.along_channel:
+        which = f"channel {str(atom).partition('.channel(')[2][:-1]}"
+    name = atom.layer if isinstance(atom.layer, str) else type(atom.layer).__name__
+    where = f"{name!r}" + (f" in call {atom.call}" if atom.call is not None else "")
+    if atom.side == "sink":
+        return f"are absorbed in {where} at {which}"
+    return f"cross {which} of {'the input of ' if atom.side == 'input' else ''}{where}"
+
+
+def _steps(formulas: Formulas) -> tuple[int, int]:
+    """Steps from the output down to where every walk is decided, and all of them."""
+    vertices = formulas.recording.graph.vertices
+    steps = [number for number, vertex in enumerate(vertices) if vertex.step is not None]
+    needed = [number for number in steps if any(formulas.depends(root) & formulas.open[number] for root in formulas.roots)]
+    return len(needed), len(steps)
