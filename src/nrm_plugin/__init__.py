@@ -1,8 +1,20 @@
 """Normalized relevance measure for Zennit and Captum."""
 
+from .attribution import NRM, LayerNRM
 from .composites import Normalized, NRMAbsolute, NRMDefault
 from .events import ABSORBED, Event, at
 from .measure import RelevanceMeasure
 from .rules import Absolute
 
-__all__ = ["ABSORBED", "Absolute", "Event", "NRMAbsolute", "NRMDefault", "Normalized", "RelevanceMeasure", "at"]
+__all__ = [
+    "ABSORBED",
+    "NRM",
+    "Absolute",
+    "Event",
+    "LayerNRM",
+    "NRMAbsolute",
+    "NRMDefault",
+    "Normalized",
+    "RelevanceMeasure",
+    "at",
+]

@@ -26,7 +26,7 @@ from .steps import Normalization, StepHook
 Uncovered = Literal["error", "gradient"]
 
 
-class Normalized(Composite):  # type: ignore[misc]
+class Normalized(Composite):
     """A Zennit composite whose rules hand down all relevance, or say what they absorb.
 
     Used like any other: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an output in
@@ -99,7 +99,7 @@ def _layer_map(stabilizer: Any) -> list[tuple[Any, Hook]]:
 
 
 @register("nrm_default")
-class NRMDefault(SpecialFirstLayerMapComposite):  # type: ignore[misc]
+class NRMDefault(SpecialFirstLayerMapComposite):
     """The default: Flat on the first convolution, γ on convolutions, ε scaled by the layer on linear ones.
 
     Sums and average pooling share by absolute contribution.
@@ -136,7 +136,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):  # type: ignore[misc]
 
 
 @register("nrm_absolute")
-class NRMAbsolute(LayerMapComposite):  # type: ignore[misc]
+class NRMAbsolute(LayerMapComposite):
     """Absolute shares everywhere: no walk is negative, so the variation is 1 at every tap.
 
     Args:
@@ -154,6 +154,4 @@ class NRMAbsolute(LayerMapComposite):  # type: ignore[misc]
         canonizers: list[Any] | None = None,
     ) -> None:
         rule = Absolute(stabilizer=stabilizer, zero_params=zero_params)
-        super().__init__(
-            layer_map=[*(layer_map or []), *_layer_map(stabilizer), (Linear, rule)], canonizers=canonizers
-        )
+        super().__init__(layer_map=[*(layer_map or []), *_layer_map(stabilizer), (Linear, rule)], canonizers=canonizers)

@@ -137,7 +137,7 @@ class Diagram:
 def _settled_and(left: int, right: int) -> int | None:
     if FALSE in (left, right):
         return FALSE
-    if left == TRUE or left == right:
+    if left in (TRUE, right):
         return right
     return left if right == TRUE else None
 
@@ -145,7 +145,7 @@ def _settled_and(left: int, right: int) -> int | None:
 def _settled_or(left: int, right: int) -> int | None:
     if TRUE in (left, right):
         return TRUE
-    if left == FALSE or left == right:
+    if left in (FALSE, right):
         return right
     return left if right == FALSE else None
 

@@ -25,17 +25,19 @@ class Event:
     ``a - b == a & ~b``.
     """
 
-    def __and__(self, other: Event) -> Event:
+    def __and__(self, other: object) -> Event:
         return _combine(All, self, other)
 
-    def __or__(self, other: Event) -> Event:
+    def __or__(self, other: object) -> Event:
         return _combine(Any_, self, other)
 
     def __invert__(self) -> Event:
         return Not(self)
 
-    def __sub__(self, other: Event) -> Event:
-        return self & ~other if isinstance(other, Event) else NotImplemented
+    def __sub__(self, other: object) -> Event:
+        if not isinstance(other, Event):
+            return NotImplemented
+        return self & ~other
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
@@ -50,7 +52,7 @@ class Event:
 
 def _combine(kind: type[All] | type[Any_], left: Event, right: object) -> Event:
     if not isinstance(right, Event):
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]
     parts: list[Event] = []
     for part in (left, right):
         parts.extend(part.parts if isinstance(part, kind) else (part,))
@@ -165,7 +167,6 @@ class Atom(Event):
     item: int | None = None
     index: Index | None = None
     along_channel: bool = False
-    axis: str | None = None
 
     def __getitem__(self, index: Any) -> Atom:
         if self.index is not None:
@@ -187,7 +188,8 @@ class Atom(Event):
         text = f"at({', '.join([_name(self.layer), *extras])})"
         if self.index is None:
             return text
-        return f"{text}.channel({_show(self.index.value)})" if self.along_channel else f"{text}[{_show(self.index.value)}]"
+        shown = _show(self.index.value)
+        return f"{text}.channel({shown})" if self.along_channel else f"{text}[{shown}]"
 
 
 def _show(value: Any) -> str:

@@ -199,7 +199,7 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int) -> Tensor:
 def _select(mask: Tensor, value: object, atom: Atom, shape: torch.Size) -> None:
     value = value.detach().cpu() if isinstance(value, Tensor) else value
     if isinstance(value, list):
-        value = torch.as_tensor(value, dtype=torch.long) if not any(isinstance(v, bool) for v in value) else torch.tensor(value)
+        value = torch.tensor(value) if any(isinstance(v, bool) for v in value) else torch.as_tensor(value).long()
     if isinstance(value, tuple):
         value = tuple(torch.as_tensor(v) if isinstance(v, list) else v for v in value)
     if isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point()):

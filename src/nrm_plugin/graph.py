@@ -16,7 +16,19 @@ from .routes import operation
 from .steps import Step
 
 _WITH_CONSTANTS = frozenset(
-    "cat stack where maskedfill constantpadnd copyslices copy maxunpool2d maxunpool3d maximum minimum".split()
+    [
+        "cat",
+        "stack",
+        "where",
+        "maskedfill",
+        "constantpadnd",
+        "copyslices",
+        "copy",
+        "maxunpool2d",
+        "maxunpool3d",
+        "maximum",
+        "minimum",
+    ]
 )
 
 
@@ -56,7 +68,7 @@ class Vertex:
             return list(parts), residual
         count = next(len(item) for item in relevance if item is not None)
         rows = [self._route([item if item is None else item[k] for item in relevance]) for k in range(count)]
-        return [None if row[0] is None else torch.stack(row) for row in zip(*rows, strict=True)], None  # type: ignore[arg-type]
+        return _columns(rows), None
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
         """The transpose of :meth:`pull`; ``absorbed`` holds the values at the sink, for each output."""
@@ -73,7 +85,7 @@ class Vertex:
                 torch.autograd.grad([p for p, _ in pairs], seeds, [v[k] for _, v in pairs], True, allow_unused=True)
                 for k in range(len(known[0]))
             ]
-        return [None if row[0] is None else torch.stack(row) for row in zip(*rows, strict=True)]  # type: ignore[arg-type]
+        return _columns(rows)
 
     def _route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
         parts = self.node(*relevance)
@@ -91,10 +103,8 @@ class Vertex:
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
                 seeds = [like.new_zeros(shape).requires_grad_() for shape in self.shapes]
-                parts = [part for part in self._route(list(seeds)) if part is not None]
-                columns = torch.autograd.grad(
-                    sum(part.sum() for part in parts), seeds, allow_unused=True, materialize_grads=True
-                )
+                totals = [part.sum() for part in self._route(list(seeds)) if part is not None]
+                columns = torch.autograd.grad(totals, seeds, allow_unused=True, materialize_grads=True)
             self._constant_share = tuple(1 - column for column in columns)
         return self._constant_share
 
@@ -110,19 +120,16 @@ class Graph:
         self.nodes = _in_walk_order(output.grad_fn)
         position = {node: index for index, node in enumerate(self.nodes)}
         self.vertices = [_vertex(node, position) for node in self.nodes]
-        self.output = self.buffer_of(output, position)
-        self._position = position
-
-    def buffer_of(self, tensor: Tensor, position: dict[Any, int] | None = None) -> Buffer | None:
-        """The buffer of a tensor; None when the output does not depend on it."""
-        index = (position or self._position).get(tensor.grad_fn)
-        return None if index is None else Buffer(index, tensor.output_nr)
+        self.position = position
+        self.output = Buffer(0, output.output_nr)
 
     def shape(self, buffer: Buffer) -> torch.Size:
         """Shape of the tensor at a buffer."""
         return self.vertices[buffer.vertex].shapes[buffer.number]
 
-    def reach(self, marks: dict[Buffer, int], edge_marks: dict[tuple[int, int], int]) -> tuple[list[int], list[list[int]]]:
+    def reach(
+        self, marks: dict[Buffer, int], edge_marks: dict[tuple[int, int], int]
+    ) -> tuple[list[int], list[list[int]]]:
         """Which marks lie below each vertex and below each of its edges, as bit sets.
 
         Args:
@@ -143,6 +150,11 @@ class Graph:
                 through[index].append(bits)
                 below[index] |= bits
         return below, through
+
+
+def _columns(rows: list[Any]) -> list[Tensor | None]:
+    """One row for each vector to one stack for each edge."""
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _in_walk_order(root: Any) -> list[Any]:

@@ -51,7 +51,8 @@ def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
         relevance: Marginal at its output, ``(N, *out)``.
     """
     step = recording.graph.vertices[vertex].step
-    assert step is not None and isinstance(step.kernel, BranchKernel)
+    assert step is not None
+    assert isinstance(step.kernel, BranchKernel)
     gain = step.gain
     return step.kernel.channel_edges(relevance if gain is None else relevance * gain)
 

@@ -11,9 +11,10 @@ Source: MEASURE, section 2.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,8 +92,8 @@ class Kernel(ABC):
         """``c``, the shape of the output ``like``: the transpose applied to ones."""
         with torch.inference_mode(False), torch.enable_grad():
             seed = torch.zeros_like(like).unsqueeze(0).requires_grad_()
-            total = sum(part.sum() for part in self.pull(seed))
-            (column,) = torch.autograd.grad(total, seed)
+            totals = [part.sum() for part in self.pull(seed)]
+            (column,) = torch.autograd.grad(totals, seed)
         return column.squeeze(0)
 
 
@@ -211,7 +212,8 @@ class BranchKernel(Kernel):
         """λ with ``weight_k = λ weight`` on the weights of one sign; None when there is no such number."""
         if sign is None:
             return 1.0
-        assert self.weight is not None and branch.weight is not None
+        assert self.weight is not None
+        assert branch.weight is not None
         chosen = (self.weight * sign) > 0
         here, modified = self.weight[chosen], branch.weight[chosen]
         if here.numel() == 0:
@@ -227,7 +229,8 @@ class BranchKernel(Kernel):
                 image = self.branches[0].image
                 leaf = self.branches[0].input
             else:
-                assert self.weight is not None and self.rerun is not None
+                assert self.weight is not None
+                assert self.rerun is not None
                 image = self.rerun(leaf, (self.weight * sign).clamp(min=0))
         return lambda relevance: _vjp([image], leaf, [relevance])[0]
 
@@ -275,7 +278,7 @@ class VjpKernel(Kernel):
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
         if len(relevance) == 1:
             return tuple(part.unsqueeze(0) for part in self.function(relevance[0]))
-        return torch.vmap(self.function)(relevance)  # type: ignore[no-any-return]
+        return tuple(torch.vmap(self.function)(relevance))
 
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
         return dense_absolute(self, relevance)
@@ -341,11 +344,9 @@ def _vjp(images: list[Tensor], inputs: Tensor | list[Tensor], relevance: list[Te
     return torch.autograd.grad(images, inputs, relevance, True, create, is_grads_batched=True)
 
 
-def _total(parts: object) -> Tensor:
-    first, *rest = parts  # type: ignore[misc]
-    for part in rest:
-        first = first + part
-    return first  # type: ignore[no-any-return]
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    first, *rest = parts
+    return functools.reduce(torch.add, rest, first)
 
 
 def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:

@@ -12,7 +12,7 @@ from zennit.core import Composite
 
 from .composites import Normalized, NRMDefault, Uncovered
 from .errors import CancellationError, EventError, NRMError, NullEventError, StaleMeasureError, samples
-from .events import ABSORBED, Atom, Event
+from .events import ABSORBED, Atom, Event, Side
 from .formulas import Formulas
 from .graph import Buffer
 from .kernels import Residual
@@ -115,6 +115,16 @@ class RelevanceMeasure:
         """Shape of a tap, ``(N, …)``."""
         return self._tap(layer).shape
 
+    def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
+        """The taps of a layer: one, or one for each tensor of a tuple.
+
+        Raises:
+            UnknownLayerError: None.
+        """
+        atom = layer if isinstance(layer, Atom) else Atom(layer, side)
+        items = self._recording.items(atom.layer, atom.side, atom.call)
+        return [Atom(atom.layer, atom.side, atom.call, item) for item in items]
+
     def __repr__(self) -> str:
         rules = type(self.composite.composite).__name__
         settings = self.composite.normalization
@@ -126,9 +136,19 @@ class RelevanceMeasure:
     # -- one tap ----------------------------------------------------------------------------------------------
 
     @overload
-    def marginal(self, layer: Layer, over: str | None = ..., *, given: Any = ..., joint: Any = ..., min_ratio: float | None = ...) -> Tensor: ...
+    def marginal(
+        self, layer: Layer, over: str | None = ..., *, given: Any = ..., joint: Any = ..., min_ratio: float | None = ...
+    ) -> Tensor: ...
     @overload
-    def marginal(self, layer: list[Any], over: str | None = ..., *, given: Any = ..., joint: Any = ..., min_ratio: float | None = ...) -> dict[Any, Tensor]: ...
+    def marginal(
+        self,
+        layer: list[Any],
+        over: str | None = ...,
+        *,
+        given: Any = ...,
+        joint: Any = ...,
+        min_ratio: float | None = ...,
+    ) -> dict[Any, Tensor]: ...
     @_query
     def marginal(
         self,

@@ -41,7 +41,7 @@ class Books:
     absolute_sinks: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
     flows: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     maps: dict[Place, Tensor] = field(default_factory=dict)
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
         for vector in vectors.values():

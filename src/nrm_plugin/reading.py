@@ -39,7 +39,7 @@ _WEIGHTLESS = (
 )
 
 
-class PlainGradient(Hook):  # type: ignore[misc]
+class PlainGradient(Hook):
     """The rule of a layer that a composite leaves uncovered, as Zennit treats it: the plain gradient."""
 
 
@@ -162,11 +162,10 @@ def _signs(hook: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
     """ρ of every branch, when the reducer is ``Σ ρ_k in_k g_k`` or (on inputs of ones) ``Σ ρ_k g_k``."""
     count = len(sources)
     shape = (2,) * max(sources[0].ndim, 1)
-    like = {"dtype": sources[0].dtype, "device": sources[0].device}
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(shape, generator=generator, dtype=sources[0].dtype).to(**like) for _ in range(count)]
-    gradients = [torch.randn(shape, generator=generator, dtype=sources[0].dtype).to(**like) for _ in range(count)]
-    ones, zeros = torch.ones(shape, **like), torch.zeros(shape, **like)
+    noise = torch.randn((2, count, *shape), generator=generator, dtype=sources[0].dtype).to(sources[0].device)
+    inputs, gradients = list(noise[0]), list(noise[1])
+    ones, zeros = torch.ones_like(noise[0, 0]), torch.zeros_like(noise[0, 0])
     try:
         units = [
             hook.reducer([ones] * count, [ones if index == unit else zeros for index in range(count)])
@@ -233,7 +232,7 @@ def _rerun(module: nn.Module, call: Call) -> Callable[[Tensor, Tensor], Tensor]:
     def rerun(source: Tensor, weight: Tensor) -> Tensor:
         kept = dict(module._parameters)
         try:
-            module._parameters.update(weight=weight, bias=None)  # type: ignore[arg-type]
+            module.__dict__["_parameters"].update(weight=weight, bias=None)
             return call(module, source)
         finally:
             module._parameters.clear()
@@ -290,5 +289,5 @@ def _backward_of(hook: Hook, module: nn.Module, call: Call, inputs: Tensor, outp
 
 
 def _takes_kwargs(hook: Hook) -> bool:
-    """Zennit 1 hands ``(module, args, kwargs, output)`` to hooks that are not written for ``(module, input, output)``."""
+    """Zennit 1 hands ``(module, args, kwargs, output)`` to hooks not written for ``(module, input, output)``."""
     return len(inspect.signature(hook.forward).parameters) == 4

@@ -145,6 +145,7 @@ class Recording:
         self._calls[module] = self._calls.get(module, 0) + 1
         if _step_hook(module) is not None:
             return None
+
         # An own view of the tensor, so that the tap holds the walks through this call only.
         def own(value: Any) -> Any:
             return value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value
@@ -231,7 +232,7 @@ class Recording:
         return f", in {names[0]!r}" if names else ""
 
     def _make_taps(self) -> None:
-        position = self.graph._position
+        position = self.graph.position
         found: dict[Place, Tap] = {}
         self._named: dict[tuple[str, str, int, int | None], Tap] = {}
         for seen in self._seen:
@@ -251,12 +252,16 @@ class Recording:
         self.index = {tap.place: number for number, tap in enumerate(self.taps)}
         self.sinks = {(v.step.name, v.step.call): n for n, v in enumerate(self.graph.vertices) if v.step is not None}
         self._infer_channels()
-        marks = {tap.place: 1 << number for number, tap in enumerate(self.taps) if isinstance(tap.place, Buffer)}
-        edges = {tap.place: 1 << number for number, tap in enumerate(self.taps) if isinstance(tap.place, tuple)}
-        self.below, self.through = self.graph.reach(marks, edges)  # type: ignore[arg-type]
+        buffers = {place: 1 << number for place, number in self.index.items() if isinstance(place, Buffer)}
+        edges = {place: 1 << number for place, number in self.index.items() if isinstance(place, tuple)}
+        self.below, self.through = self.graph.reach(buffers, edges)
 
     def _register(
-        self, found: dict[Place, Tap], place: Place, shape: torch.Size, key: tuple[str, str, int, int | None],
+        self,
+        found: dict[Place, Tap],
+        place: Place,
+        shape: torch.Size,
+        key: tuple[str, str, int, int | None],
         channel_dim: int | None,
     ) -> None:
         tap = found.setdefault(place, Tap(place, shape, channel_dim=0))
@@ -273,8 +278,8 @@ class Recording:
             if tap.channel_dim:
                 continue
             alike = [(abs(other - number), near.channel_dim) for other, near in known if near.shape == tap.shape]
-            ranked = [(abs(other - number), near.channel_dim) for other, near in known if len(near.shape) == len(tap.shape)]
-            tap.channel_dim = min(alike or ranked, default=(0, 1))[1] % max(len(tap.shape), 2)
+            similar = [(abs(other - number), n.channel_dim) for other, n in known if len(n.shape) == len(tap.shape)]
+            tap.channel_dim = min(alike or similar, default=(0, 1))[1] % max(len(tap.shape), 2)
 
     # -- looking up -------------------------------------------------------------------------------------------
 
@@ -286,9 +291,16 @@ class Recording:
     def _labels(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):
             calls = self._calls_of(name)
-            yield from [name] if len(calls) == 1 else (
-                f"{name}:{call}" for call in calls if any(
-                    self._named.get((name, "output", call, item)) is tap for item in self._items(name, "output", call)
+            yield from (
+                [name]
+                if len(calls) == 1
+                else (
+                    f"{name}:{call}"
+                    for call in calls
+                    if any(
+                        self._named.get((name, "output", call, item)) is tap
+                        for item in self._items(name, "output", call)
+                    )
                 )
             )
 
@@ -310,12 +322,24 @@ class Recording:
         name = self.names[layer]
         return name if name else OUTPUT
 
-    def find(self, layer: str | nn.Module, side: str = "output", call: Any = None, item: int | None = None) -> list[Tap]:
+    def find(
+        self, layer: str | nn.Module, side: str = "output", call: Any = None, item: int | None = None
+    ) -> list[Tap]:
         """The taps that a layer name, side, call and item speak of; several for ``call="any"``.
 
         Raises:
             UnknownLayerError: None, with near names.
         """
+        name, chosen = self._called(layer, side, call)
+        return [self._item(name, side, number, item) for number in chosen]
+
+    def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[int | None]:
+        """Which tensors a layer handed out or was handed: ``[None]`` for a single one."""
+        name, chosen = self._called(layer, side, call)
+        return self._items(name, side, chosen[0])
+
+    def _called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
+        """The name of a layer and its calls that are spoken of."""
         name = self.name_of(layer)
         if call is None and ":" in name and name.rpartition(":")[2].isdigit() and not self._calls_of(name, side):
             name, _, number = name.rpartition(":")
@@ -331,7 +355,7 @@ class Recording:
         chosen = calls if call == "any" else [calls[0] if call is None else call]
         if not set(chosen) <= set(calls):
             raise UnknownLayerError(f"{name!r} has no call {call}; its calls are {calls}.")
-        return [self._item(name, side, number, item) for number in chosen]
+        return name, chosen
 
     def find_sink(self, layer: str | nn.Module, call: Any = None) -> list[int]:
         """The vertices whose sinks a layer name and call speak of.
@@ -344,7 +368,9 @@ class Recording:
         if not calls:
             steps = dict.fromkeys(known for known, _ in self.sinks)
             if self._calls_of(name):
-                raise UnknownLayerError(f"{name!r} only routes relevance, so it has no sink. {unknown_layer(name, steps)}")
+                raise UnknownLayerError(
+                    f"{name!r} only routes relevance, so it has no sink. The steps are {', '.join(map(repr, steps))}."
+                )
             raise self._missing(name, "output")
         if call is None and len(calls) > 1:
             raise UnknownLayerError(f"{name!r} was called {len(calls)} times: say call=0, …, or call='any'.")
@@ -463,9 +489,7 @@ def check_model(model: nn.Module, tensors: tuple[Tensor, ...]) -> None:
                 f"`inputs.to({str(floating[0].device)!r})`."
             )
         if floating and tensor.dtype not in {parameter.dtype for parameter in floating}:
-            raise InputError(
-                f"the input has dtype {tensor.dtype}, the model {floating[0].dtype}. Convert one of them."
-            )
+            raise InputError(f"the input has dtype {tensor.dtype}, the model {floating[0].dtype}. Convert one of them.")
     for name, module in model.named_modules():
         _check_mode(name, module)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
@@ -477,13 +501,12 @@ def check_model(model: nn.Module, tensors: tuple[Tensor, ...]) -> None:
 
 
 def _check_mode(name: str, module: nn.Module) -> None:
-    if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        if module.training or not module.track_running_stats:
-            why = "is in training mode" if module.training else "keeps no running statistics"
-            raise ModelStateError(
-                f"layer {name!r} ({type(module).__name__}) {why}, so it mixes the samples of a batch, and a sample has "
-                "no measure of its own. Call `model.eval()` (or freeze the statistics)."
-            )
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+        why = "is in training mode" if module.training else "keeps no running statistics"
+        raise ModelStateError(
+            f"layer {name!r} ({type(module).__name__}) {why}, so it mixes the samples of a batch, and a sample has "
+            "no measure of its own. Call `model.eval()` (or freeze the statistics)."
+        )
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
         raise ModelStateError(
             f"layer {name!r} ({type(module).__name__}) is in training mode with p={module.p}, so the measure would "

@@ -10,7 +10,7 @@ from zennit.core import BasicHook, ParamMod, Stabilizer
 from zennit.rules import zero_bias
 
 
-class Absolute(BasicHook):  # type: ignore[misc]
+class Absolute(BasicHook):
     r"""Shares by absolute contribution.
 
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}

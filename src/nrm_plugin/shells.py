@@ -112,4 +112,5 @@ class Fingerprint:
     def _sample(self, tensor: Tensor) -> Tensor:
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // self._entries)
-        return torch.nan_to_num(flat[::step][: self._entries + 1].clone()) if flat.is_floating_point() else flat[:8].clone()
+        entries = flat[::step][: self._entries + 1].clone()
+        return torch.nan_to_num(entries) if entries.is_floating_point() else entries

@@ -81,7 +81,9 @@ def _one_hot(output: Tensor, target: Any) -> Tensor:
                 f"{tuple(output.shape)} needs {len(shape)} for each sample."
             )
         if any(not -size <= entry < size for entry, size in zip(index, shape, strict=True)):
-            raise TargetError(f"target {index} of sample {sample} is out of range for an output of shape {tuple(shape)}.")
+            raise TargetError(
+                f"target {index} of sample {sample} is out of range for an output of shape {tuple(output.shape)}."
+            )
         start[(sample, *index)] = 1
     return start
 

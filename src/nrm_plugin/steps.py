@@ -8,7 +8,6 @@ backward never runs and every call of a reused module has a kernel of its own. T
 from __future__ import annotations
 
 import functools
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -78,8 +77,6 @@ class Step:
     def _scales(self) -> tuple[Tensor | None, Tensor | None]:
         """Gain and deficit; None for a gain of one and for a deficit of zero."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if "_scales" in self.__dict__:
-                return self.__dict__["_scales"]  # type: ignore[no-any-return]
             if self.kernel.is_stochastic:
                 return None, None
             column = self.kernel.column_sum(self._like).detach()
@@ -128,7 +125,7 @@ class Link(torch.autograd.Function):
         return holder.pop()
 
     @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         parts, _ = ctx.step.pull(relevance.unsqueeze(0))
         return None, None, *(part.squeeze(0) for part in parts)
 
@@ -163,7 +160,7 @@ def outside_steps() -> Iterator[None]:
         _RUNNING.depth = kept
 
 
-class StepHook(Hook):  # type: ignore[misc]
+class StepHook(Hook):
     """A Zennit hook that turns each call of a module into a step with the rule of another hook.
 
     Args:
@@ -218,21 +215,18 @@ class StepHook(Hook):  # type: ignore[misc]
                 "model's input. As in Zennit, its rule hands all relevance to the first of them.",
                 stacklevel=2,
             )
-        args, kwargs = list(args), dict(kwargs)  # type: ignore[assignment]
-        for keyword, key, tensor in places:
-            (kwargs if keyword else args)[key] = _own(module, tensor)  # type: ignore[index]
-        keyword, key, tensor = places[0]
-        fixed_args, fixed_kwargs = tuple(args), dict(kwargs)
+        args, kwargs = _replaced(args, kwargs, [(at, key, _own(module, tensor)) for at, key, tensor in places])
+        at, key, source = places[0]
 
         def call(shell: nn.Module, first: Tensor) -> Tensor:
-            args, kwargs = list(fixed_args), dict(fixed_kwargs)
-            (kwargs if keyword else args)[key] = first.clone() if _writes_in_place(shell) else first  # type: ignore[index]
-            return shell.forward(*args, **kwargs)  # type: ignore[no-any-return]
+            own = first.clone() if _writes_in_place(shell) else first
+            again, keywords = _replaced(args, kwargs, [(at, key, own)])
+            result: Tensor = shell.forward(*again, **keywords)
+            return result
 
-        kept = (kwargs if keyword else args)[key]  # type: ignore[index]
-        self._calls.append((tensor, kept.clone() if _writes_in_place(module) else kept, call))
+        self._calls.append((source, source.detach(), call))
         _RUNNING.depth += 1
-        return tuple(args), kwargs
+        return args, kwargs
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Links what the module returned."""
@@ -272,6 +266,19 @@ def _places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[bool, A
     ]
     found += [(True, key, value) for key, value in kwargs.items() if isinstance(value, Tensor)]
     return [place for place in found if place[2].is_floating_point()]
+
+
+def _replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], places: list[tuple[bool, Any, Tensor]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with other tensors at some places."""
+    listed, keywords = list(args), dict(kwargs)
+    for keyword, key, tensor in places:
+        if keyword:
+            keywords[key] = tensor
+        else:
+            listed[key] = tensor
+    return tuple(listed), keywords
 
 
 def _writes_in_place(module: nn.Module) -> bool:

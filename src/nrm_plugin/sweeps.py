@@ -77,7 +77,7 @@ def pull(
             if part is None or edge is None:
                 continue
             shape = graph.shape(edge)
-            rows = {key: row if row.shape == shape else row.sum_to_size(shape) for key, row in zip(keys, part, strict=True)}
+            rows = {key: row.sum_to_size(shape) for key, row in zip(keys, part, strict=True)}
             _add(waiting[edge.vertex].setdefault(edge.number, {}), visitor.at_edge(index, number, rows))
     return cost
 

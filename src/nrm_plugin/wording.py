@@ -64,5 +64,6 @@ def _steps(formulas: Formulas) -> tuple[int, int]:
     """Steps from the output down to where every walk is decided, and all of them."""
     vertices = formulas.recording.graph.vertices
     steps = [number for number, vertex in enumerate(vertices) if vertex.step is not None]
-    needed = [number for number in steps if any(formulas.depends(root) & formulas.open[number] for root in formulas.roots)]
+    levels = [formulas.depends(root) for root in formulas.roots]
+    needed = [number for number in steps if any(depends & formulas.open[number] for depends in levels)]
     return len(needed), len(steps)

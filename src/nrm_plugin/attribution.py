@@ -1,0 +1,210 @@
+"""Captum classes: they translate arguments, the measure does the work."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, Literal
+
+import torch
+from captum.attr._utils.attribution import GradientAttribution, LayerAttribution
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from .captum_adapter import as_given, as_tuple, log_usage
+from .composites import Uncovered
+from .errors import InputError
+from .events import Atom, Event, Side, at
+from .kernels import Residual
+from .measure import RelevanceMeasure, normalize
+
+Unit = Literal["output", "measure"]
+
+
+class NRM(GradientAttribution):
+    """Normalized relevance of the inputs, as a Captum attribution method.
+
+    Args:
+        model: The network; ``torch.nn.DataParallel`` is unwrapped.
+        composite: A Zennit composite; None for the default of this package.
+        residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+
+    Raises:
+        InputError: ``model`` is a function instead of a module, whose layers could not be seen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"expected a torch.nn.Module, whose layers have rules, got {type(model).__name__}.")
+        super().__init__(model)
+        self.model = model
+        self.composite = normalize(composite, residual, gain_limit, uncovered)
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        given: Event | None = None,
+        joint: Event | None = None,
+        unit: Unit = "output",
+    ) -> Any:
+        """Relevance of each input entry.
+
+        Args:
+            inputs: ``(N, …)``, or a tuple of such tensors.
+            target: Output to explain, in Captum's forms.
+            additional_forward_args: Further arguments of the model.
+            return_convergence_delta: Also return what the books leave open, ``(N,)``.
+            given: Conditional relevance: given that walks are in this event.
+            joint: Joint relevance with this event.
+            unit: ``"output"``: the relevance, the sink and the bypass of a sample sum to the explained output;
+                ``"measure"``: to 1.
+
+        Returns:
+            Attributions in the form of the inputs, and the delta if asked for.
+        """
+        formatted, was_tuple = as_tuple(inputs)
+        measure = self.measure(formatted, target, additional_forward_args)
+        taps = [at("input")] if len(formatted) == 1 else [at("input", item=item) for item in range(len(formatted))]
+        values = _scaled(measure, measure.marginal(taps, given=given, joint=joint), unit)
+        attributions = as_given(tuple(values[tap] for tap in taps), was_tuple)
+        if not return_convergence_delta:
+            return attributions
+        return attributions, _delta(measure, taps, unit)
+
+    def measure(
+        self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None
+    ) -> RelevanceMeasure:
+        """The measure behind the attributions, to be asked further: sinks, joints, conditionals."""
+        model = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        with torch.enable_grad():  # Captum's methods work under no_grad; its metrics call them so
+            return RelevanceMeasure(
+                model, inputs, target, composite=self.composite, additional_forward_args=additional_forward_args
+            )
+
+    def attribute_future(self) -> None:
+        """Not there, as in Captum's LRP.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("attribute_future is not available for normalized relevance.")
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """True: relevance is a contribution, not a sensitivity."""
+        return True
+
+    def has_convergence_delta(self) -> bool:
+        """True: sink and bypass are accounted for."""
+        return True
+
+    def compute_convergence_delta(self, attributions: Any, output: Tensor, accounted: Tensor | float = 0.0) -> Tensor:
+        """``output - accounted - Σ attributions``, ``(N,)``, as in Captum's LRP.
+
+        Args:
+            attributions: A tensor or tuple of tensors, ``(N, …)``.
+            output: The explained output, ``(N,)``.
+            accounted: What sink and bypass carry, in the same unit.
+        """
+        parts = attributions if isinstance(attributions, tuple) else (attributions,)
+        total = torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
+        return output.flatten() - accounted - total
+
+
+class LayerNRM(NRM, LayerAttribution):
+    """Normalized relevance of the neurons of one or several layers, as a Captum attribution method.
+
+    Args:
+        model: The network.
+        layer: A module or its name, a list of them (answered by one pass), or None for every layer of the measure.
+        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module | str | list[nn.Module | str] | None = None,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        NRM.__init__(self, model, composite, residual, gain_limit, uncovered)
+        LayerAttribution.__init__(self, model, layer)
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        attribute_to_layer_input: bool = False,
+        given: Event | None = None,
+        joint: Event | None = None,
+        unit: Unit = "output",
+    ) -> Any:
+        """Relevance of each neuron of the layers.
+
+        Args:
+            inputs: ``(N, …)``, or a tuple of such tensors.
+            target: Output to explain, in Captum's forms.
+            additional_forward_args: Further arguments of the model.
+            return_convergence_delta: Also return what the books leave open, ``(N,)`` for each layer.
+            attribute_to_layer_input: Relevance at the input of the layers instead of their output.
+            given: Conditional relevance: given that walks are in this event.
+            joint: Joint relevance with this event.
+            unit: ``"output"`` or ``"measure"``.
+
+        Returns:
+            A tensor for a layer (a tuple where it has several), a list for a list or for all layers, and the deltas
+            in the same form if asked for.
+        """
+        formatted, _ = as_tuple(inputs)
+        measure = self.measure(formatted, target, additional_forward_args)
+        layers = measure.layers if self.layer is None else self.layer
+        listed = layers if isinstance(layers, list) else [layers]
+        side: Side = "input" if attribute_to_layer_input else "output"
+        groups = [measure.taps_of(layer, side) for layer in listed]
+        flat = [tap for group in groups for tap in group]
+        values = _scaled(measure, measure.marginal(flat, given=given, joint=joint), unit)
+        attributions = [
+            values[group[0]] if len(group) == 1 else tuple(values[tap] for tap in group) for group in groups
+        ]
+        single = not isinstance(layers, list)
+        if not return_convergence_delta:
+            return attributions[0] if single else attributions
+        deltas = [_delta(measure, group, unit) for group in groups]
+        return (attributions[0], deltas[0]) if single else (attributions, deltas)
+
+
+def _scaled(measure: RelevanceMeasure, values: dict[Atom, Tensor], unit: Unit) -> dict[Atom, Tensor]:
+    if unit not in ("output", "measure"):
+        raise ValueError(f"unit={unit!r} is unknown; choose 'output' or 'measure'.")
+    if unit == "measure":
+        return values
+    output = measure.output
+    return {tap: value * output.reshape(-1, *(1,) * (value.ndim - 1)) for tap, value in values.items()}
+
+
+def _delta(measure: RelevanceMeasure, taps: list[Atom], unit: Unit) -> Tensor:
+    """What mass, sink and bypass leave open."""
+    if len(taps) == 1:
+        (tap,) = taps
+        open_ = 1 - measure.marginal(tap).flatten(1).sum(1) - measure.sink(tap) - measure.bypass(tap)
+    else:
+        # No walk crosses two tensors of one tuple, so what none of them holds is the complement of their union.
+        union = functools.reduce(operator.or_, taps)
+        open_ = 1 - sum(measure(tap) for tap in taps) - measure(~union)
+    return open_ if unit == "measure" else open_ * measure.output
