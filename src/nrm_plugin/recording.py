@@ -27,7 +27,7 @@ from .errors import (
 from .graph import Buffer, Graph
 from .routes import is_route_node, operation
 from .shells import Fingerprint, preserved
-from .steps import Link, Step, StepHook, outside_steps
+from .steps import Step, StepHook, forward_pass
 
 _RECORDING = threading.RLock()
 
@@ -107,7 +107,7 @@ class Recording:
         self._calls: dict[nn.Module, int] = {}
         extra = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
         extra = () if additional_forward_args is None else extra
-        with _RECORDING, preserved(model), outside_steps(), torch.enable_grad(), _no_autocast(tensors[0]):
+        with _RECORDING, preserved(model), forward_pass(self), torch.enable_grad(), _no_autocast(tensors[0]):
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.requires_grad_(False)
             self.leaves = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -133,13 +133,17 @@ class Recording:
             hook = _step_hook(module)
             if hook is not None and module._modules:
                 self._containers.append(name)
-            if hook is not None:
-                hook.on_step = self._number
             stack.callback(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._leave).remove)
 
-    def _number(self, module: nn.Module, step: Step) -> None:
-        step.call = self._calls[module] - 1
+    def on_step(self, module: nn.Module | None, step: Step) -> None:
+        """Numbers the step of a module; one of a function is numbered already."""
+        if module is not None:
+            step.call = self._calls[module] - 1
+
+    def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
+        """The tap of a function."""
+        self._see(name, call, "output", None, output, channel_dim)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._calls[module] = self._calls.get(module, 0) + 1
@@ -514,4 +518,4 @@ def _check_mode(name: str, module: nn.Module) -> None:
         )
 
 
-__all__ = ["INPUT", "OUTPUT", "Link", "Recording", "Tap", "check_inputs", "check_model"]
+__all__ = ["INPUT", "OUTPUT", "Recording", "Tap", "check_inputs", "check_model"]

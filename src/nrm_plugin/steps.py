@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -136,10 +137,45 @@ def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     return result
 
 
-class _Running(threading.local):
-    """How many modules with a rule are running: inside them nothing is a step of its own."""
+class Saved:
+    """A tensor that a step will need when relevance arrives; it survives later writes into its memory."""
 
-    depth = 0
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+        _RUNNING.saved.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(self))
+
+
+def before_writing(tensor: Tensor) -> None:
+    """Gives every step that saved this memory a copy of its own; to be called before an in-place operation."""
+    for reference in _RUNNING.saved.pop(tensor.untyped_storage().data_ptr(), ()):
+        saved = reference()
+        if saved is not None:
+            saved.tensor = saved.tensor.clone()
+
+
+class _Running(threading.local):
+    """State of the forward pass of this thread.
+
+    Attributes:
+        depth: How many modules with a rule are running: inside them nothing is a step of its own.
+        saved: What steps saved, by memory.
+        listener: Is told of every step and tap.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.saved: dict[int, list[weakref.ref[Saved]]] = {}
+        self.listener: Listener | None = None
+
+
+class Listener(Protocol):
+    """Is told what happens in a forward pass."""
+
+    def on_step(self, module: nn.Module | None, step: Step) -> None:
+        """A step of a module, or of a function."""
+
+    def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
+        """A function returned a tensor that carries relevance."""
 
 
 _RUNNING = _Running()
@@ -150,14 +186,20 @@ def is_inside_step() -> bool:
     return _RUNNING.depth > 0
 
 
+def listener() -> Listener | None:
+    """Who listens to the forward pass of this thread."""
+    return _RUNNING.listener
+
+
 @contextmanager
-def outside_steps() -> Iterator[None]:
-    """A fresh count for one forward pass, so that a pass that raised leaves nothing behind."""
-    kept, _RUNNING.depth = _RUNNING.depth, 0
+def forward_pass(listener: Listener | None) -> Iterator[None]:
+    """A fresh state for one forward pass, so that a pass that raised leaves nothing behind."""
+    kept = dict(_RUNNING.__dict__)
+    _RUNNING.__dict__.update(depth=0, saved={}, listener=listener)
     try:
         yield
     finally:
-        _RUNNING.depth = kept
+        _RUNNING.__dict__.update(kept)
 
 
 class StepHook(Hook):
@@ -177,15 +219,12 @@ class StepHook(Hook):
         self.rule = rule
         self.normalization = normalization
         self.name = name
-        self.on_step: Callable[[nn.Module, Step], None] | None = None
         self._checked = set() if checked is None else checked
-        self._calls: list[tuple[Tensor, Tensor, Callable[[nn.Module, Tensor], Tensor]] | None] = []
+        self._calls: list[tuple[Tensor, Saved, Callable[[nn.Module, Tensor], Tensor]] | None] = []
 
     def copy(self) -> StepHook:
         """A hook for another module with the same rule."""
-        hook = StepHook(self.rule, self.normalization, self.name, self._checked)
-        hook.on_step = self.on_step
-        return hook
+        return StepHook(self.rule, self.normalization, self.name, self._checked)
 
     def register(self, module: nn.Module) -> RemovableHandleList:
         """Installs the hook; the handles take it off again."""
@@ -224,7 +263,7 @@ class StepHook(Hook):
             result: Tensor = shell.forward(*again, **keywords)
             return result
 
-        self._calls.append((source, source.detach(), call))
+        self._calls.append((source, Saved(source), call))
         _RUNNING.depth += 1
         return args, kwargs
 
@@ -247,15 +286,15 @@ class StepHook(Hook):
         rule = self.rule.copy()
 
         def build() -> Kernel:
-            return read_rule(rule, shell, call, kept, step._like, self.name)
+            return read_rule(rule, shell, call, kept.tensor, step._like, self.name)
 
         step = Step(self.name, output, build, self.normalization, type(rule).__name__)
         if id(self.rule) not in self._checked and not isinstance(step.kernel, IdentityKernel):
             with torch.inference_mode(False):
                 check_linear(step.kernel, rule, output, self.name)
         self._checked.add(id(self.rule))
-        if self.on_step is not None:
-            self.on_step(module, step)
+        if (hearing := listener()) is not None:
+            hearing.on_step(module, step)
         return link(step, output, (source,))
 
 
