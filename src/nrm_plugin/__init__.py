@@ -3,6 +3,7 @@
 from .attribution import NRM, LayerNRM
 from .composites import Normalized, NRMAbsolute, NRMDefault
 from .events import ABSORBED, Event, at
+from .functional import Interception, register_kernel
 from .measure import RelevanceMeasure
 from .rules import Absolute
 
@@ -11,10 +12,12 @@ __all__ = [
     "NRM",
     "Absolute",
     "Event",
+    "Interception",
     "LayerNRM",
     "NRMAbsolute",
     "NRMDefault",
     "Normalized",
     "RelevanceMeasure",
     "at",
+    "register_kernel",
 ]

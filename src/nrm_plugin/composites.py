@@ -17,6 +17,7 @@ from zennit.rules import Epsilon, Flat, Gamma, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
 from .errors import NRMError
+from .functional import Interception
 from .kernels import Residual
 from .reading import PlainGradient
 from .routes import is_route
@@ -24,6 +25,7 @@ from .rules import Absolute
 from .steps import Normalization, StepHook
 
 Uncovered = Literal["error", "gradient"]
+Sums = Literal["absolute", "ratio", "signed"]
 
 
 class Normalized(Composite):
@@ -36,6 +38,7 @@ class Normalized(Composite):
         composite: The composite that maps modules to rules; its canonizers are applied as well.
         residual: ``"redistribute"`` or ``"sink"``.
         gain_limit: Largest factor ``G`` by which a column is raised.
+        sums: How ``a + b`` shares: ``"absolute"`` (also called ``"ratio"``) or ``"signed"``.
         uncovered: What a layer without a rule is: an ``"error"`` when a measure is taken, or its plain
             ``"gradient"``, as in Zennit.
 
@@ -49,6 +52,7 @@ class Normalized(Composite):
         residual: Residual = "redistribute",
         gain_limit: float = 2.0,
         uncovered: Uncovered = "error",
+        sums: Sums = "absolute",
     ) -> None:
         if not isinstance(composite, Composite) or isinstance(composite, Normalized):
             raise TypeError(f"Normalized wraps a plain Zennit composite, got {type(composite).__name__}.")
@@ -59,7 +63,9 @@ class Normalized(Composite):
         self.uncovered = uncovered
         self._checked: set[int] = set()
         self._kept: list[Hook] = []
-        super().__init__(module_map=self.mapping, canonizers=list(composite.canonizers))
+        self.sums = sums
+        functions = Interception(composite, self.normalization, sums, uncovered)
+        super().__init__(module_map=self.mapping, canonizers=[*composite.canonizers, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
         """The hook of a module, or None when it is no step of its own."""

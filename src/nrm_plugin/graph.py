@@ -7,7 +7,7 @@ autograd computes by itself. Vertices are numbered in the order in which a walk 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -80,7 +80,9 @@ class Vertex:
         with torch.inference_mode(False), torch.enable_grad():
             seeds = [known[0].new_zeros(shape).requires_grad_() for shape in self.shapes]
             parts = self._route(list(seeds))
-            pairs = [(p, v) for p, v in zip(parts, values, strict=True) if p is not None and v is not None]
+            pairs = [(p, v) for p, v in zip(parts, values, strict=True) if v is not None and _carries(p)]
+            if not pairs:
+                return [None] * len(self.shapes)
             rows = [
                 torch.autograd.grad([p for p, _ in pairs], seeds, [v[k] for _, v in pairs], True, allow_unused=True)
                 for k in range(len(known[0]))
@@ -103,9 +105,13 @@ class Vertex:
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
                 seeds = [like.new_zeros(shape).requires_grad_() for shape in self.shapes]
-                totals = [part.sum() for part in self._route(list(seeds)) if part is not None]
-                columns = torch.autograd.grad(totals, seeds, allow_unused=True, materialize_grads=True)
-            self._constant_share = tuple(1 - column for column in columns)
+                totals = [part.sum() for part in self._route(list(seeds)) if _carries(part)]
+                columns = (
+                    torch.autograd.grad(totals, seeds, allow_unused=True, materialize_grads=True)
+                    if totals
+                    else [torch.zeros_like(seed) for seed in seeds]
+                )
+            self._constant_share = tuple(1 - column.detach() for column in columns)
         return self._constant_share
 
 
@@ -121,7 +127,18 @@ class Graph:
         position = {node: index for index, node in enumerate(self.nodes)}
         self.vertices = [_vertex(node, position) for node in self.nodes]
         self.position = position
+        self._count_uses()
         self.output = Buffer(0, output.output_nr)
+
+    def _count_uses(self) -> None:
+        uses = [0] * len(self.vertices)
+        for vertex in self.vertices:
+            for edge in vertex.edges:
+                if edge is not None:
+                    uses[edge.vertex] += 1
+        for vertex, count in zip(self.vertices, uses, strict=True):
+            if vertex.step is not None:
+                vertex.step.uses = count
 
     def shape(self, buffer: Buffer) -> torch.Size:
         """Shape of the tensor at a buffer."""
@@ -150,6 +167,11 @@ class Graph:
                 through[index].append(bits)
                 below[index] |= bits
         return below, through
+
+
+def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether what a route handed down depends on what it was handed (a tensor that is written over gets zeros)."""
+    return part is not None and part.requires_grad
 
 
 def _columns(rows: list[Any]) -> list[Tensor | None]:

@@ -19,7 +19,53 @@ from zennit.rules import Pass
 from .errors import NonlinearRuleError, UnsupportedRuleError
 from .kernels import Branch, BranchKernel, IdentityKernel, Kernel, VjpKernel, linear_in_relevance
 
+
+class Weightless(nn.Module):
+    """A function of one tensor as a module without weights; it must be linear in that tensor.
+
+    Args:
+        function: ``(N, *in)`` to ``(N, *out)``.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, source: Tensor) -> Tensor:
+        """The function."""
+        return self.function(source)
+
+
+class Weighted(nn.Module):
+    """A function of a tensor, a weight and a bias as a module that has them.
+
+    Args:
+        function: ``(source, weight, bias or None)`` to the output; linear in source and in weight, bias added.
+        weight: The weight.
+        bias: The bias, if there is one.
+        bias_dim: The dimension of the output along which the bias lies.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        bias_dim: int,
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.bias_dim = bias_dim
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, source: Tensor) -> Tensor:
+        """The function on the weight and bias that it has now."""
+        return self.function(source, self.weight, self.bias)
+
+
 _WEIGHTED = (
+    Weighted,
     nn.Linear,
     nn.Conv1d,
     nn.Conv2d,
@@ -29,6 +75,7 @@ _WEIGHTED = (
     nn.ConvTranspose3d,
 )
 _WEIGHTLESS = (
+    Weightless,
     nn.AvgPool1d,
     nn.AvgPool2d,
     nn.AvgPool3d,
@@ -225,7 +272,8 @@ def _run_modified(
 
 
 def _broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
-    return bias if isinstance(module, nn.Linear) else bias.reshape(-1, *(1,) * (image.ndim - 2))
+    last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
+    return bias if last else bias.reshape(-1, *(1,) * (image.ndim - 2))
 
 
 def _rerun(module: nn.Module, call: Call) -> Callable[[Tensor, Tensor], Tensor]:

@@ -27,7 +27,7 @@ from .errors import (
 from .graph import Buffer, Graph
 from .routes import is_route_node, operation
 from .shells import Fingerprint, preserved
-from .steps import Step, StepHook, forward_pass
+from .steps import Step, StepHook, forward_pass, unseen
 
 _RECORDING = threading.RLock()
 
@@ -154,8 +154,9 @@ class Recording:
         def own(value: Any) -> Any:
             return value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value
 
-        args = tuple(own(value) for value in args)
-        kwargs = {key: own(value) for key, value in kwargs.items()}
+        with unseen():
+            args = tuple(own(value) for value in args)
+            kwargs = {key: own(value) for key, value in kwargs.items()}
         name, call = self.names[module], self._calls[module] - 1
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         for item, tensor in enumerate(tensors):

@@ -54,6 +54,11 @@ class Step:
         output: What the call returned, ``(N, *out)``.
         build: Makes the kernel; called when relevance first arrives.
         normalization: What happens to the residual.
+        rule: Name of the rule or operation.
+
+    Attributes:
+        call: Which call of the module or function this is.
+        uses: How often its output is read, as far as that is known.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Step:
         self.name = name
         self.call = 0
         self.rule = rule
+        self.uses = 1
         self.shape = output.shape
         self._like = output.detach()
         self._build = build
@@ -71,7 +77,7 @@ class Step:
     @functools.cached_property
     def kernel(self) -> Kernel:
         """The kernel of the rule, before normalization."""
-        with self._lock, torch.inference_mode(False):
+        with self._lock, torch.inference_mode(False), unseen():
             return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
 
     @functools.cached_property
@@ -186,6 +192,16 @@ def is_inside_step() -> bool:
     return _RUNNING.depth > 0
 
 
+@contextmanager
+def unseen() -> Iterator[None]:
+    """What is done in here is no part of the model."""
+    _RUNNING.depth += 1
+    try:
+        yield
+    finally:
+        _RUNNING.depth -= 1
+
+
 def listener() -> Listener | None:
     """Who listens to the forward pass of this thread."""
     return _RUNNING.listener
@@ -290,7 +306,7 @@ class StepHook(Hook):
 
         step = Step(self.name, output, build, self.normalization, type(rule).__name__)
         if id(self.rule) not in self._checked and not isinstance(step.kernel, IdentityKernel):
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), unseen():
                 check_linear(step.kernel, rule, output, self.name)
         self._checked.add(id(self.rule))
         if (hearing := listener()) is not None:

@@ -1,0 +1,75 @@
+# Everything is built inside this folder. `make test` is what continuous integration runs.
+SHELL := bash
+comma := ,
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Zennit 1.x asks for Python >= 3.11.11; an older one gets Zennit 0.5. Both lines are supported and tested.
+# A Python counts when it runs (a pyenv shim may not), is new enough and can make environments.
+first_python = $(shell for p in $(1); do \
+	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < ($(2)))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+PYTHON ?= $(call first_python,python3 python3.11 python3.12 python3.13,3$(comma)11)
+PYTHON_ZENNIT1 ?= $(call first_python,python3.12 python3.13 python3.14 python3.11 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/python,3$(comma)11$(comma)11)
+
+# The second environment carries the Zennit line that .venv does not.
+ZENNIT = $(shell .venv/bin/python -c 'from importlib.metadata import version; print(version("zennit"))')
+OTHER = $(if $(filter 0.%,$(ZENNIT)),.venv-zennit1,.venv-zennit0)
+OTHER_PYTHON = $(if $(filter .venv-zennit0,$(OTHER)),.venv/bin/python,$(PYTHON_ZENNIT1))
+
+# Workers share the cores; a second thread in each only makes them wait for one another.
+WORKERS ?= 2
+pytest = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(1)/bin/python -m pytest -n $(WORKERS)
+
+define versions
+import platform; from importlib.metadata import version; \
+print("Python", platform.python_version(), *(f"- {name} {version(name)}" for name in ("torch", "zennit", "captum")))
+endef
+
+# $(call install,Python,requirements)
+define install
+	@test -n "$(1)" || { echo "Found no Python >= 3.11 that runs and has venv. Name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "Installing into $(@D) with $(1); the first time this downloads torch and takes minutes."
+	@$(@D)/bin/python -c '' 2>/dev/null || "$(1)" -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -q $(2) -c constraints.txt
+	@touch $@
+endef
+
+.PHONY: demo test test-fast lint clean
+
+demo: .venv/.stamp
+	.venv/bin/nrm-plugin demo
+
+test: lint
+	@set -o pipefail; $(call pytest,.venv) | tee .venv/pytest.log
+	@set -e -o pipefail; if [ -z "$(OTHER_PYTHON)" ]; then \
+		stars='***********************************************************************'; \
+		printf '%s\n' '' "$$stars" "$$stars" \
+			'WARNING: HALF OF THE TESTS DID NOT RUN: Zennit 1.x was not tested.' \
+			"Only Zennit $(ZENNIT) was. Zennit 1.x needs a Python >= 3.11.11, and none was" \
+			'found on PATH or under ~/.pyenv. Name one to test both lines:' \
+			'    make test PYTHON_ZENNIT1=/path/to/python' "$$stars" "$$stars" '' >&2; \
+	else \
+		$(MAKE) --no-print-directory $(OTHER)/.stamp; \
+		$(call pytest,$(OTHER)) | tee $(OTHER)/pytest.log; \
+	fi
+	@set -e; for env in .venv $(if $(OTHER_PYTHON),$(OTHER)); do $$env/bin/python -c '$(versions)'; tail -n 1 $$env/pytest.log; done
+
+test-fast: .venv/.stamp
+	$(call pytest,.venv) -m "not slow" -x -q
+
+lint: .venv/.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv .venv-zennit0 .venv-zennit1 build dist nrm-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(call install,$(PYTHON),-e ".[test$(comma)dev]")
+
+.venv-zennit1/.stamp: pyproject.toml constraints.txt
+	$(call install,$(PYTHON_ZENNIT1),-e ".[test$(comma)dev]" "zennit>=1")
+
+.venv-zennit0/.stamp: pyproject.toml constraints.txt
+	$(call install,.venv/bin/python,-e ".[test$(comma)dev]" "zennit<1")

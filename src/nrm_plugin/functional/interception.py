@@ -1,0 +1,344 @@
+"""Interception: every function that a model calls on tensors that carry relevance becomes a step or is a known route.
+
+A ``TorchFunctionMode`` is active while the root module runs. It sees functions, methods and operators before autograd
+does; modules with a rule are steps of their own, and nothing inside them is looked at.
+"""
+
+from __future__ import annotations
+
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+from zennit.canonizers import Canonizer
+from zennit.core import Composite
+
+from ..errors import UncoveredLayerError, UnsupportedOperationError
+from ..kernels import Kernel
+from ..reading import PlainGradient
+from ..routes import is_route_node
+from ..steps import Normalization, Saved, Step, before_writing, is_inside_step, link, listener
+from .gates import MAKING_MODULES, Gates
+from .lookup import CompositeRules, NoRules, RuleLookup
+from .registry import REWRITES, FunctionCall, Handler, Name, Slot, handler_of, name_of
+from .table import LAYERS
+
+_SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
+_WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill masked_scatter set".split())
+_PASSED = frozenset("requires_grad detach backward register_hook retain_grad grad_fn data is_floating_point".split())
+
+
+class Interception(Canonizer):  # type: ignore[misc]
+    """Gives functions the kernels of the registry while a model runs.
+
+    ``Normalized`` applies it by itself; a plain Zennit composite can use it alone:
+    ``EpsilonPlusFlat(canonizers=[Interception()])``.
+
+    Args:
+        composite: Whose rules the functional twins of modules get; None for the defaults.
+        normalization: What happens to the residual of a function's kernel.
+        sums: ``"absolute"`` (also called ``"ratio"``, after arXiv 2407.09115) or ``"signed"``.
+        uncovered: ``"gradient"`` for the plain gradient where the composite gives a layer no rule.
+    """
+
+    def __init__(
+        self,
+        composite: Composite | None = None,
+        normalization: Normalization | None = None,
+        sums: str = "absolute",
+        uncovered: str = "error",
+    ) -> None:
+        super().__init__()
+        if sums not in ("absolute", "ratio", "signed"):
+            raise ValueError(f"sums={sums!r} is unknown; choose 'absolute', 'ratio' or 'signed'.")
+        self.composite = composite
+        self.normalization = normalization or Normalization("sink")
+        self.sums = "absolute" if sums == "ratio" else sums
+        self.uncovered = uncovered
+        self._handles: list[RemovableHandle] = []
+        self._modes: list[_Mode] = []
+
+    def copy(self) -> Interception:
+        """Another interception with the same settings."""
+        return Interception(self.composite, self.normalization, self.sums, self.uncovered)
+
+    def apply(self, root_module: nn.Module) -> list[Interception]:
+        """Starts to intercept the forward passes of a module."""
+        instance = self.copy()
+        instance.register(root_module)
+        return [instance]
+
+    def register(self, root_module: nn.Module) -> None:
+        """Installs hooks on the root, to switch the mode, and on every module, to know where a function is called."""
+        fallback = PlainGradient() if self.uncovered == "gradient" else None
+        rules = NoRules() if self.composite is None else CompositeRules(self.composite, root_module, fallback)
+        names = {module: name for name, module in root_module.named_modules()}
+
+        def start(module: nn.Module, args: Any) -> None:
+            mode = _Mode(rules, self.normalization, self.sums)
+            self._modes.append(mode)
+            mode.__enter__()
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            if self._modes:
+                self._modes.pop().__exit__(None, None, None)
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if self._modes:
+                self._modes[-1].path.append(names[module])
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if self._modes and self._modes[-1].path:
+                self._modes[-1].path.pop()
+                if isinstance(module, MAKING_MODULES) and isinstance(output, Tensor):
+                    self._modes[-1].gates.tag(output)
+
+        self._handles.append(root_module.register_forward_pre_hook(start, prepend=True))
+        for module in names:
+            self._handles.append(module.register_forward_pre_hook(enter))
+            self._handles.append(module.register_forward_hook(leave))
+        self._handles.append(root_module.register_forward_hook(stop, always_call=True))
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _Mode(TorchFunctionMode):
+    """One forward pass under interception."""
+
+    def __init__(self, rules: RuleLookup, normalization: Normalization, sums: str) -> None:
+        super().__init__()
+        self.rules, self.normalization, self.sums = rules, normalization, sums
+        self.gates = Gates()
+        self.path: list[str] = []
+        self._calls: dict[str, int] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = name_of(func)
+        if is_inside_step() or not torch.is_grad_enabled() or name.base in _PASSED:
+            return func(*args, **kwargs)
+        computed: list[Tensor] = []
+        slots = tuple(_slotted(value, computed) for value in args)
+        keyword_slots = {key: _slotted(value, computed) for key, value in kwargs.items() if key != "out"}
+        writes = name.in_place or name.base in _WRITERS or bool(kwargs.get("inplace")) or "out" in kwargs
+        if writes:
+            target = kwargs.get("out", args[0] if args else None)
+            if isinstance(target, Tensor):
+                before_writing(target)
+        if not computed or name.base in _WRITERS:
+            return func(*args, **kwargs)
+        handler = handler_of(func, name)
+        if handler is None and name.base in REWRITES:
+            with self:
+                return self._written(name, args, kwargs, REWRITES[name.base](*args, **kwargs))
+        if handler is None:
+            return self._unknown(func, name, args, kwargs, slots, keyword_slots, computed)
+        return self._step(handler, func, name, args, kwargs, slots, keyword_slots, computed)
+
+    # -- steps ------------------------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        handler: Handler,
+        func: Callable[..., Any],
+        name: Name,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        slots: tuple[Any, ...],
+        keyword_slots: dict[str, Any],
+        computed: list[Tensor],
+    ) -> Any:
+        self._check_covered(name, args, kwargs)
+        function, slots, keyword_slots = _out_of_place(func, name, slots, keyword_slots)
+        call = FunctionCall(
+            name.base,
+            function,
+            self._path(),
+            slots,
+            keyword_slots,
+            [Saved(tensor) for tensor in computed],
+            tuple(self.gates.holds(tensor) for tensor in computed),
+            tuple(tensor.grad_fn for tensor in computed),
+            self.rules,
+            self.sums,
+        )
+        output = call.run(*call.values)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return func(*args, **kwargs)
+        output = output.detach()
+        if any(output.data_ptr() == value.data_ptr() for value in call.values):
+            output = output.clone()  # some operations return their input; a step's output has memory of its own
+        rule = "sum" if name.base in ("add", "sub", "rsub") and len(computed) > 1 else name.base
+        linked = self._linked(call, output, lambda: handler(call), rule, computed)
+        with_constants = len(computed) < len(_tensors_in(args, kwargs)) or any(
+            isinstance(value, (int, float)) for value in args
+        )
+        self.gates.follow(name.base, computed, linked, False, with_constants)
+        return self._written(name, args, kwargs, linked)
+
+    def _linked(
+        self, call: FunctionCall, output: Tensor, build: Callable[[], Kernel], rule: str, computed: list[Tensor]
+    ) -> Tensor:
+        path = f"{call.path}.{call.name}" if call.path else call.name
+        step = Step(path, output, build, self.normalization, rule)
+        step.call = self._calls[path] = self._calls.get(path, -1) + 1
+        hearing = listener()
+        if hearing is not None:
+            hearing.on_step(None, step)
+        linked = link(step, output, tuple(computed))
+        if hearing is not None:
+            dim = None if call.name not in LAYERS else -1 if call.name == "linear" else 1
+            hearing.on_function(path, step.call, linked, dim)
+        return linked
+
+    def _written(self, name: Name, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """Writes a result back where the operation was to be in place."""
+        target = kwargs.get("out", args[0] if args and (name.in_place or kwargs.get("inplace")) else None)
+        return target.copy_(result) if isinstance(target, Tensor) else result
+
+    def _check_covered(self, name: Name, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name.base not in LAYERS:
+            return
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if not isinstance(weight, Tensor) or weight.requires_grad:
+            return
+        like = LAYERS[name.base]()
+        if self.rules.of_weight(weight, like) is None:
+            raise UncoveredLayerError(
+                f"layer {self._path()!r} ({type(like).__name__}, called as {name.base}) has no rule in this composite. "
+                "Zennit would use its plain gradient, which does not conserve relevance. Map the layer to a rule in the "
+                "composite's layer_map, or pass Normalized(composite, uncovered='gradient') to account for what its "
+                "gradient loses."
+            )
+
+    def _path(self) -> str:
+        return self.path[-1] if self.path else ""
+
+    # -- functions without a kernel ---------------------------------------------------------------------------
+
+    def _unknown(
+        self,
+        func: Callable[..., Any],
+        name: Name,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        slots: tuple[Any, ...],
+        keyword_slots: dict[str, Any],
+        computed: list[Tensor],
+    ) -> Any:
+        """A route goes through, a function written in Python is looked into, anything else waits for relevance."""
+        decomposed = _decomposed(func)
+        if decomposed is not None:
+            with self:
+                return decomposed(*args, **kwargs)
+        if name.in_place:
+            return func(*args, **kwargs)  # the audit will see what it is
+        output = func(*args, **kwargs)
+        if _only_routes(output, computed):
+            self.gates.follow(name.base, computed, output, True, False)
+            if isinstance(output, Tensor) and name.base not in _SILENT:
+                self._announce(name, output)
+            return output
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        call = FunctionCall(
+            name.base, func, self._path(), slots, keyword_slots, [Saved(t) for t in computed], (), (), self.rules
+        )
+        error = UnsupportedOperationError(
+            f"relevance arrived at {name.base!r} in {self._path() or 'the model'!r} ({_source_line()}), which has no "
+            "kernel. Tell how it hands relevance down: decorate a function with nrm_plugin.register_kernel"
+            f"({getattr(func, '__module__', None) or 'torch'}.{getattr(func, '__name__', name.base)}), or use an operation that has one."
+        )
+
+        def build() -> Kernel:
+            raise error
+
+        return self._linked(call, output.detach(), build, name.base, computed)
+
+    def _announce(self, name: Name, output: Tensor) -> None:
+        hearing = listener()
+        if hearing is not None and output.grad_fn is not None:
+            path = f"{self._path()}.{name.base}" if self._path() else name.base
+            self._calls[path] = self._calls.get(path, -1) + 1
+            hearing.on_function(path, self._calls[path], output, None)
+
+
+def _slotted(value: Any, computed: list[Tensor]) -> Any:
+    """Arguments with slots in place of the tensors that carry relevance, which are collected."""
+    if isinstance(value, Tensor):
+        if value.requires_grad and value.is_floating_point():
+            computed.append(value)
+            return Slot(len(computed) - 1)
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_slotted(item, computed) for item in value)
+    return value
+
+
+def _out_of_place(
+    func: Callable[..., Any], name: Name, slots: tuple[Any, ...], keyword_slots: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The same function without its in-place write: on copies, or without ``inplace=True``."""
+    if keyword_slots.get("inplace"):
+        return func, slots, {**keyword_slots, "inplace": False}
+    if not name.in_place:
+        return func, slots, keyword_slots
+
+    def on_copy(first: Any, *rest: Any, **options: Any) -> Any:
+        return func(first.clone() if isinstance(first, Tensor) else first, *rest, **options)
+
+    return on_copy, slots, keyword_slots
+
+
+def _tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+def _only_routes(output: Any, computed: list[Tensor]) -> bool:
+    """Whether autograd sees nothing but routes between the inputs of an operation and what it returned."""
+    outputs = [item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)]
+    stop = {tensor.grad_fn for tensor in computed}
+    stack = [item.grad_fn for item in outputs if item.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in stop:
+            continue
+        if not is_route_node(node):
+            return False
+        stop.add(node)
+        stack += [below for below, _ in node.next_functions]
+    return True
+
+
+def _decomposed(func: Any) -> Callable[..., Any] | None:
+    """A function of torch that is written in Python, as one that does not hand itself over to the mode again."""
+    code = getattr(func, "__code__", None)
+    if code is None or not any(word.startswith("has_torch_function") for word in code.co_names):
+        return None
+    blind = {word: _never for word in code.co_names if word.startswith("has_torch_function")}
+    copy = types.FunctionType(code, {**func.__globals__, **blind}, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def _never(*args: Any) -> bool:
+    return False
+
+
+def _source_line() -> str:
+    """Where the model called the function."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/torch/" not in frame.filename and "/nrm_plugin/" not in frame.filename:
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return "unknown line"

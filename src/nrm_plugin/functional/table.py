@@ -1,0 +1,449 @@
+"""Kernels of operations that are no module.
+
+Source: MEASURE, section 5 (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Stabilizer
+from zennit.rules import Pass
+
+from ..kernels import Kernel
+from ..reading import Weighted, Weightless, read_rule
+from ..rules import Absolute
+from .registry import FunctionCall, Slot, kernel, rewrite
+
+STABILIZER = 1e-12
+"""Denominator of a signed share that is exactly zero."""
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "elu": nn.ELU,
+    "selu": nn.SELU,
+    "celu": nn.CELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "mish": nn.Mish,
+    "hardswish": nn.Hardswish,
+    "hardtanh": nn.Hardtanh,
+    "leaky_relu": nn.LeakyReLU,
+    "prelu": nn.PReLU,
+    "rrelu": nn.RReLU,
+    "sigmoid": nn.Sigmoid,
+    "hardsigmoid": nn.Hardsigmoid,
+    "logsigmoid": nn.LogSigmoid,
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
+    "softsign": nn.Softsign,
+    "tanhshrink": nn.Tanhshrink,
+    "hardshrink": nn.Hardshrink,
+    "softshrink": nn.Softshrink,
+    "threshold": lambda: nn.Threshold(0.0, 0.0),
+    "batch_norm": lambda: nn.BatchNorm2d(1),
+}
+"""Functions that are modules too; they get the rule of that module."""
+
+ELEMENTWISE = (
+    "softmax log_softmax softmin dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d "
+    "dropout3d layer_norm native_layer_norm group_norm rms_norm instance_norm local_response_norm pow float_power exp "
+    "exp2 expm1 sqrt rsqrt neg clamp clamp_min clamp_max abs log log2 log10 log1p square reciprocal erf sin cos sinh "
+    "cosh tan atan asinh nan_to_num round floor ceil trunc frac sign logit normalize rdiv rpow stochastic_depth "
+    "hypot fmod remainder sigmoid_ log_sigmoid"
+).split()
+
+
+class BroadcastKernel(Kernel):
+    """Hands everything to one of the inputs, summed over the dimensions in which it was broadcast.
+
+    Args:
+        shapes: Shape of each input.
+        signal: Number of the input that gets all.
+    """
+
+    is_stochastic = True
+
+    def __init__(self, shapes: Sequence[torch.Size], signal: int = 0) -> None:
+        self.shapes, self.signal = list(shapes), signal
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            reduced(relevance, shape) if number == self.signal else relevance.new_zeros((len(relevance), *shape))
+            for number, shape in enumerate(self.shapes)
+        )
+
+    pull_absolute = pull
+
+
+class SplitKernel(Kernel):
+    r"""Shares relevance among inputs, elementwise: :math:`T_k = q_k / \sum_k q_k`.
+
+    Args:
+        shares: One for each input, the shape of the output.
+        shapes: Shape of each input.
+        magnitude: Σ of the magnitudes, for a sum that this sum is a part of.
+        is_stochastic: Whether the shares sum to one exactly.
+    """
+
+    def __init__(
+        self, shares: list[Tensor], shapes: list[torch.Size], magnitude: Tensor | None, is_stochastic: bool
+    ) -> None:
+        self.shares, self.shapes, self.magnitude, self.is_stochastic = shares, shapes, magnitude, is_stochastic
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(self.shares, self.shapes, strict=True)
+        return tuple(reduced(relevance * share, shape) for share, shape in pairs)
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(self.shares, self.shapes, strict=True)
+        return tuple(reduced(relevance * share.abs(), shape) for share, shape in pairs)
+
+    def column_sum(self, like: Tensor) -> Tensor:
+        return torch.stack([share.expand_as(like) for share in self.shares]).sum(0)
+
+
+def reduced(relevance: Tensor, shape: torch.Size) -> Tensor:
+    """``(K, *out)`` summed over the dimensions in which an input of this shape was broadcast."""
+    lead = relevance.ndim - 1 - len(shape)
+    return relevance.sum_to_size((len(relevance), *(1,) * lead, *shape)).reshape(len(relevance), *shape)
+
+
+def _shapes(call: FunctionCall) -> list[torch.Size]:
+    return [value.shape for value in call.values]
+
+
+@kernel(*ACTIVATIONS)
+def activation(call: FunctionCall) -> Kernel:
+    """The rule of the module twin, else the identity."""
+    rule = call.rules.of_module(ACTIVATIONS[call.name]())
+    if rule is None or type(rule) is Pass:
+        return BroadcastKernel(_shapes(call))
+    return _by_rule(rule, call)
+
+
+@kernel(*ELEMENTWISE)
+def elementwise(call: FunctionCall) -> Kernel:
+    """The identity per element; all to the first input, the others are gates."""
+    return BroadcastKernel(_shapes(call))
+
+
+@kernel("add", "sub", "rsub")
+def addition(call: FunctionCall) -> Kernel:
+    r"""Sums share by absolute contribution; a constant is a bias.
+
+    .. math:: T_a = \frac{|a|}{|a| + |b|}
+    """
+    if len(call.saved) == 1:
+        return BroadcastKernel(_shapes(call))
+    alpha = float(call.kwargs.get("alpha", call.args[2] if len(call.args) > 2 else 1))
+    factors = [1.0, alpha] if call.name == "add" else [1.0, -alpha] if call.name == "sub" else [-alpha, 1.0]
+    return split(call, [factor * value for factor, value in zip(factors, call.values, strict=True)])
+
+
+def split(call: FunctionCall, parts: list[Tensor]) -> SplitKernel:
+    """The kernel of a sum of parts."""
+    total = total_of(parts)
+    if call.sums == "signed":
+        stabilize = Stabilizer(STABILIZER)
+        shares = [part / stabilize(total) for part in parts]
+        return SplitKernel(shares, _shapes(call), None, False)
+    sizes = [_magnitude(part, producer) for part, producer in zip(parts, call.producers, strict=True)]
+    whole = total_of(sizes)
+    equal = torch.full_like(whole, 1 / len(sizes))
+    dead = whole == 0
+    shares = [torch.where(dead, equal, size / torch.where(dead, torch.ones_like(whole), whole)) for size in sizes]
+    return SplitKernel(shares, _shapes(call), whole, True)
+
+
+def total_of(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of tensors."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _magnitude(part: Tensor, producer: Any) -> Tensor:
+    """|part|, or for a part that is itself a sum read here only, the sum of its magnitudes.
+
+    So ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` share alike.
+    """
+    step = getattr(producer, "step", None)
+    if step is not None and step.uses <= 1 and step.rule == "sum":
+        inner = step.kernel.magnitude if isinstance(step.kernel, SplitKernel) else None
+        if inner is not None and inner.shape == part.shape:
+            return inner
+    return part.abs()
+
+
+@kernel("mul")
+def product(call: FunctionCall) -> Kernel:
+    """All to the signal; without a known gate the larger operand, else halves."""
+    return weighting(call)
+
+
+def weighting(call: FunctionCall) -> Kernel:
+    """The kernel of ``a * b``."""
+    shapes = _shapes(call)
+    if len(shapes) == 1:
+        return BroadcastKernel(shapes)
+    if call.gates[0] != call.gates[1]:
+        return BroadcastKernel(shapes, signal=call.gates.index(False))
+    sizes = [shape.numel() for shape in shapes]
+    if sizes[0] != sizes[1]:
+        return BroadcastKernel(shapes, signal=sizes.index(max(sizes)))
+    half = torch.full_like(call.values[0], 0.5)
+    return SplitKernel([half, half], shapes, None, True)
+
+
+@kernel("div")
+def quotient(call: FunctionCall) -> Kernel:
+    """All to the numerator."""
+    return BroadcastKernel(_shapes(call))
+
+
+@kernel("maximum", "minimum")
+def pick(call: FunctionCall) -> Kernel:
+    """The larger (smaller) of two gets all; equal ones half each."""
+    if len(call.saved) == 1:
+        return BroadcastKernel(_shapes(call))
+    first, second = torch.broadcast_tensors(*call.values)
+    wins = (first > second) if call.name == "maximum" else (first < second)
+    share = torch.where(first == second, torch.full_like(first, 0.5), wins.to(first.dtype))
+    return SplitKernel([share, 1 - share], _shapes(call), None, True)
+
+
+POOLS = (
+    "mean sum nanmean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+    "lp_pool2d interpolate upsample upsample_bilinear grid_sample cumsum roi_align"
+).split()
+
+
+@kernel(*POOLS)
+def pooling(call: FunctionCall) -> Kernel:
+    """Linear with coefficients that are not negative: by the composite's rule of average pooling."""
+    if len(call.saved) > 1:
+        return _first_only(call, pooling)
+    rule = call.rules.of_module(nn.AvgPool2d(1))
+    if rule is None or _is_sum_of_stack(call):
+        rule = Absolute()
+    return _by_rule(rule, call)
+
+
+def _is_sum_of_stack(call: FunctionCall) -> bool:
+    """``torch.stack([a, b]).sum(dim)`` is a sum like ``a + b``."""
+    return call.name == "sum" and "Stack" in str(getattr(call.producers[0], "name", lambda: "")())
+
+
+def _first_only(call: FunctionCall, handler: Callable[[FunctionCall], Kernel]) -> Kernel:
+    """A kernel in which every input but the first is a constant."""
+    fixed = call.values
+    single = FunctionCall(
+        call.name,
+        lambda first: call.run(first, *fixed[1:]),
+        call.path,
+        (Slot(0),),
+        {},
+        call.saved[:1],
+        call.gates[:1],
+        call.producers[:1],
+        call.rules,
+        call.sums,
+    )
+    return PlacedKernel(handler(single), 0, _shapes(call))
+
+
+class PlacedKernel(Kernel):
+    """A kernel of one input of a call; the other inputs get nothing.
+
+    Args:
+        inner: The kernel of the one input.
+        place: Its number.
+        shapes: Shape of each input.
+    """
+
+    def __init__(self, inner: Kernel, place: int, shapes: list[torch.Size]) -> None:
+        self.inner, self.place, self.shapes = inner, place, shapes
+        self.is_stochastic = inner.is_stochastic
+
+    def _put(self, part: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            part if number == self.place else part.new_zeros((len(part), *shape))
+            for number, shape in enumerate(self.shapes)
+        )
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return self._put(self.inner.pull(relevance)[0])
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return self._put(self.inner.pull_absolute(relevance)[0])
+
+    def column_sum(self, like: Tensor) -> Tensor:
+        return self.inner.column_sum(like)
+
+
+def _by_rule(rule: Any, call: FunctionCall) -> Kernel:
+    """A rule on the function as a module without weights."""
+    shell = Weightless(call.run)
+    value = call.values[0]
+    with torch.no_grad():
+        output = shell(value)
+    return read_rule(rule.copy(), shell, lambda module, source: module.forward(source), value, output, call.path)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(1, 1),
+    "conv1d": lambda: nn.Conv1d(1, 1, 1),
+    "conv2d": lambda: nn.Conv2d(1, 1, 1),
+    "conv3d": lambda: nn.Conv3d(1, 1, 1),
+    "conv_transpose1d": lambda: nn.ConvTranspose1d(1, 1, 1),
+    "conv_transpose2d": lambda: nn.ConvTranspose2d(1, 1, 1),
+    "conv_transpose3d": lambda: nn.ConvTranspose3d(1, 1, 1),
+}
+
+
+@kernel(*LAYERS)
+def layer(call: FunctionCall) -> Kernel:
+    """A layer called as a function: by the rule of the module that owns the weight."""
+    weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
+    if isinstance(weight, Slot) or not isinstance(call.argument(0, "input"), Slot):
+        return contraction(call)
+    rest, options = call.args[3:], {k: v for k, v in call.kwargs.items() if k not in ("input", "weight", "bias")}
+
+    def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return call.function(source, weight, bias, *rest, **options)  # type: ignore[no-any-return]
+
+    bias = None if isinstance(bias, Slot) else bias
+    return weighted(call, run, weight, bias, LAYERS[call.name](), bias_dim=-1 if call.name == "linear" else 1)
+
+
+def weighted(
+    call: FunctionCall,
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    like: nn.Module,
+    bias_dim: int = -1,
+) -> Kernel:
+    """A function that is affine in its one input and linear in a constant weight, by the rule of a layer."""
+    rule = call.rules.of_weight(weight, like)
+    assert rule is not None, "looked up when the function ran"
+    shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim)
+    value = call.values[0]
+    with torch.no_grad():
+        output = shell(value)
+    kernel_ = read_rule(rule.copy(), shell, lambda module, source: module.forward(source), value, output, call.path)
+    return kernel_ if len(call.saved) == 1 else PlacedKernel(kernel_, 0, _shapes(call))
+
+
+@kernel("matmul", "einsum", "bilinear", "tensordot")
+def contraction(call: FunctionCall) -> Kernel:
+    """With a constant matrix a linear layer; of two computed tensors, all to the one that is no gate."""
+    values = call.values
+    if len(values) == 1:
+        constant = next(value for value in _tensors(call.args, call.kwargs) if value.is_floating_point())
+
+        def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            swapped = [_swap(value, constant, weight) for value in call.args]
+            keywords = {key: _swap(value, constant, weight) for key, value in call.kwargs.items()}
+            filled = FunctionCall(
+                call.name, call.function, call.path, tuple(swapped), keywords, call.saved, call.gates, (), call.rules
+            )
+            return filled.run(source)  # type: ignore[no-any-return]
+
+        return weighted(call, run, constant, None, nn.Linear(1, 1))
+    signal = call.gates.index(False) if call.gates[0] != call.gates[1] else None
+    if signal is None:
+        sizes = [value.numel() for value in values]
+        signal = sizes.index(max(sizes)) if sizes[0] != sizes[1] else None
+    if signal is None:
+        return HalvesKernel([_share_in(call, 0), _share_in(call, 1)])
+    return PlacedKernel(_share_in(call, signal), signal, _shapes(call))
+
+
+def _share_in(call: FunctionCall, signal: int) -> Kernel:
+    """Absolute share in one factor of a product, the others held."""
+    values = [value.abs() for value in call.values]
+
+    def run(source: Tensor) -> Tensor:
+        return call.run(*[source if number == signal else value for number, value in enumerate(values)])  # type: ignore[no-any-return]
+
+    shell = Weightless(run)
+    with torch.no_grad():
+        output = shell(values[signal])
+    return read_rule(
+        Absolute(), shell, lambda module, source: module.forward(source), values[signal], output, call.path
+    )
+
+
+class HalvesKernel(Kernel):
+    """Half the relevance by the kernel of each factor."""
+
+    def __init__(self, kernels: list[Kernel]) -> None:
+        self.kernels = kernels
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return tuple(kernel_.pull(relevance / len(self.kernels))[0] for kernel_ in self.kernels)
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return tuple(kernel_.pull_absolute(relevance / len(self.kernels))[0] for kernel_ in self.kernels)
+
+    def column_sum(self, like: Tensor) -> Tensor:
+        return total_of([kernel_.column_sum(like) for kernel_ in self.kernels]) / len(self.kernels)
+
+
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value, {})
+    return found
+
+
+def _swap(value: Any, old: Tensor, new: Tensor) -> Any:
+    if value is old:
+        return new
+    if isinstance(value, (list, tuple)):
+        return type(value)(_swap(item, old, new) for item in value)
+    return value
+
+
+# -- functions that are made of others ----------------------------------------------------------------------------
+
+
+@rewrite("glu")
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    signal, gate = input.chunk(2, dim)
+    return signal * gate.sigmoid()
+
+
+@rewrite("lerp")
+def _lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
+    return input * (1 - weight) + end * weight
+
+
+@rewrite("addcmul")
+def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + tensor1 * tensor2 * value
+
+
+@rewrite("addcdiv")
+def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + tensor1 / tensor2 * value
+
+
+@rewrite("addmm", "addbmm", "baddbmm", "addmv")
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    multiplied = torch.matmul(mat1, mat2)
+    multiplied = multiplied if alpha == 1 else multiplied * alpha
+    return multiplied + (input if beta == 1 else input * beta)
+
+
+__all__ = ["BroadcastKernel", "HalvesKernel", "PlacedKernel", "SplitKernel", "split"]
