@@ -61,7 +61,8 @@ class Weighted(nn.Module):
 
     def forward(self, source: Tensor) -> Tensor:
         """The function on the weight and bias that it has now."""
-        return self.function(source, self.weight, self.bias)
+        bias = self._parameters["bias"]
+        return self.function(source, self.weight, bias)
 
 
 _WEIGHTED = (

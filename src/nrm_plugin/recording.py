@@ -295,6 +295,8 @@ class Recording:
 
     def _labels(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):
+            if any(name.startswith(f"{other}.") for other in tap.names):
+                continue  # the function inside a layer that returns the same tensor: an alias nobody asks for
             calls = self._calls_of(name)
             yield from (
                 [name]

@@ -33,7 +33,7 @@ _WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill ma
 _PASSED = frozenset("requires_grad detach backward register_hook retain_grad grad_fn data is_floating_point".split())
 
 
-class Interception(Canonizer):  # type: ignore[misc]
+class Interception(Canonizer):
     """Gives functions the kernels of the registry while a model runs.
 
     ``Normalized`` applies it by itself; a plain Zennit composite can use it alone:
@@ -82,11 +82,11 @@ class Interception(Canonizer):  # type: ignore[misc]
         def start(module: nn.Module, args: Any) -> None:
             mode = _Mode(rules, self.normalization, self.sums)
             self._modes.append(mode)
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             if self._modes:
-                self._modes.pop().__exit__(None, None, None)
+                self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
         def enter(module: nn.Module, args: Any) -> None:
             if self._modes:
@@ -217,8 +217,8 @@ class _Mode(TorchFunctionMode):
         if self.rules.of_weight(weight, like) is None:
             raise UncoveredLayerError(
                 f"layer {self._path()!r} ({type(like).__name__}, called as {name.base}) has no rule in this composite. "
-                "Zennit would use its plain gradient, which does not conserve relevance. Map the layer to a rule in the "
-                "composite's layer_map, or pass Normalized(composite, uncovered='gradient') to account for what its "
+                "Zennit would use its plain gradient, which does not conserve relevance. Map the layer to a rule in "
+                "the composite's layer_map, or pass Normalized(composite, uncovered='gradient') to account for what its "
                 "gradient loses."
             )
 
@@ -258,7 +258,8 @@ class _Mode(TorchFunctionMode):
         error = UnsupportedOperationError(
             f"relevance arrived at {name.base!r} in {self._path() or 'the model'!r} ({_source_line()}), which has no "
             "kernel. Tell how it hands relevance down: decorate a function with nrm_plugin.register_kernel"
-            f"({getattr(func, '__module__', None) or 'torch'}.{getattr(func, '__name__', name.base)}), or use an operation that has one."
+            f"({getattr(func, '__module__', None) or 'torch'}.{getattr(func, '__name__', name.base)}), or use an "
+            "operation that has one."
         )
 
         def build() -> Kernel:
@@ -309,7 +310,7 @@ def _only_routes(output: Any, computed: list[Tensor]) -> bool:
     """Whether autograd sees nothing but routes between the inputs of an operation and what it returned."""
     outputs = [item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)]
     stop = {tensor.grad_fn for tensor in computed}
-    stack = [item.grad_fn for item in outputs if item.grad_fn is not None]
+    stack = [item.grad_fn for item in outputs]
     while stack:
         node = stack.pop()
         if node is None or node in stop:

@@ -212,9 +212,9 @@ def pick(call: FunctionCall) -> Kernel:
     """The larger (smaller) of two gets all; equal ones half each."""
     if len(call.saved) == 1:
         return BroadcastKernel(_shapes(call))
-    first, second = torch.broadcast_tensors(*call.values)
+    first, second = call.values
     wins = (first > second) if call.name == "maximum" else (first < second)
-    share = torch.where(first == second, torch.full_like(first, 0.5), wins.to(first.dtype))
+    share = wins.to(first.dtype) + (first == second).to(first.dtype) / 2
     return SplitKernel([share, 1 - share], _shapes(call), None, True)
 
 
@@ -425,7 +425,7 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
 
 
 @rewrite("lerp")
-def _lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
+def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
     return input * (1 - weight) + end * weight
 
 
