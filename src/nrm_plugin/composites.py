@@ -95,13 +95,8 @@ def register(name: str) -> Any:
     return decorate
 
 
-def _layer_map(stabilizer: Any) -> list[tuple[Any, Hook]]:
-    return [
-        (Activation, Pass()),
-        (BatchNorm, Pass()),
-        (Sum, Absolute(stabilizer=stabilizer)),
-        (AvgPool, Absolute(stabilizer=stabilizer)),
-    ]
+def _layer_map() -> list[tuple[Any, Hook]]:
+    return [(Activation, Pass()), (BatchNorm, Pass()), (Sum, Absolute()), (AvgPool, Absolute())]
 
 
 @register("nrm_default")
@@ -135,7 +130,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
             (nn.Linear, Epsilon(epsilon=scaled, zero_params=zero_params)),
         ]
         super().__init__(
-            layer_map=[*(layer_map or []), *_layer_map(stabilizer), *rules],
+            layer_map=[*(layer_map or []), *_layer_map(), *rules],
             first_map=[*(first_map or []), (Convolution, Flat(stabilizer=stabilizer, zero_params=zero_params))],
             canonizers=canonizers,
         )
@@ -146,7 +141,6 @@ class NRMAbsolute(LayerMapComposite):
     """Absolute shares everywhere: no walk is negative, so the variation is 1 at every tap.
 
     Args:
-        stabilizer: Stabilizer of all rules.
         layer_map: Rules that come before those of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit.
@@ -154,10 +148,9 @@ class NRMAbsolute(LayerMapComposite):
 
     def __init__(
         self,
-        stabilizer: Any = 1e-6,
         layer_map: list[Any] | None = None,
         zero_params: Any = None,
         canonizers: list[Any] | None = None,
     ) -> None:
-        rule = Absolute(stabilizer=stabilizer, zero_params=zero_params)
-        super().__init__(layer_map=[*(layer_map or []), *_layer_map(stabilizer), (Linear, rule)], canonizers=canonizers)
+        rule = Absolute(zero_params=zero_params)
+        super().__init__(layer_map=[*(layer_map or []), *_layer_map(), (Linear, rule)], canonizers=canonizers)

@@ -143,9 +143,10 @@ class BranchKernel(Kernel):
         branches: The branches with a non-zero sign.
         rerun: ``(input, weight) -> image`` of the module without its bias; None for a module without weights.
         weight: The unmodified weight; None for a module without weights.
-        channel_dims: ``(input, output)`` dimension of the channels, for :meth:`channel_edges`.
         is_injective: Whether an input entry meets an output entry through one weight only (false where padding
             repeats entries), so that absolute values may be taken factor by factor.
+        groups: Groups of a convolution.
+        is_transposed: Whether the first dimension of the weight is that of the input channels.
     """
 
     def __init__(
@@ -154,11 +155,14 @@ class BranchKernel(Kernel):
         rerun: Callable[[Tensor, Tensor], Tensor] | None = None,
         weight: Tensor | None = None,
         is_injective: bool = True,
+        groups: int = 1,
+        is_transposed: bool = False,
     ) -> None:
         self.branches = branches
         self.rerun = rerun
         self.weight = weight
         self.is_injective = is_injective
+        self.groups, self.is_transposed = groups, is_transposed
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
         inputs = [branch.input for branch in self.branches]
@@ -244,8 +248,7 @@ class BranchKernel(Kernel):
             relevance: ``(N, *out)``, already multiplied by the gain.
 
         Returns:
-            ``(N, *weight.shape[:2])``: for each sample the weight's two channel dimensions, groups not yet
-            scattered.
+            ``(N, K_out, K_in)``, zero between channels of different groups.
 
         Source: MEASURE, section 4.
         """
@@ -262,7 +265,17 @@ class BranchKernel(Kernel):
                 pulled = (branch.factor[sample] * relevance[sample]).unsqueeze(0)
                 edges = edges + leaf.detach() * torch.autograd.grad(image, leaf, pulled)[0]
             rows.append(edges.flatten(2).sum(-1) if edges.ndim > 2 else edges)
-        return torch.stack(rows)
+        return self._scattered(torch.stack(rows))
+
+    def _scattered(self, edges: Tensor) -> Tensor:
+        """``(N, rows, columns of one group)`` to all channels, outputs first."""
+        samples, rows, inner = edges.shape
+        per_group = rows // self.groups
+        full = edges.new_zeros(samples, self.groups, per_group, self.groups, inner)
+        index = torch.arange(self.groups)
+        full[:, index, :, index] = edges.reshape(samples, self.groups, per_group, inner).transpose(0, 1)
+        full = full.reshape(samples, rows, self.groups * inner)
+        return full.transpose(1, 2) if self.is_transposed else full
 
 
 class VjpKernel(Kernel):

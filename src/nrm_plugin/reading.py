@@ -192,7 +192,9 @@ def _branches(
         weight = module._parameters["weight"]
         assert weight is not None
         injective = getattr(module, "padding_mode", "zeros") == "zeros"
-        return BranchKernel(branches, _rerun(module, call), weight.detach(), injective)
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        groups = int(getattr(module, "groups", 1))
+        return BranchKernel(branches, _rerun(module, call), weight.detach(), injective, groups, transposed)
     return BranchKernel(branches)
 
 

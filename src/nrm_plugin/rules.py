@@ -16,20 +16,28 @@ class Absolute(BasicHook):
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
 
     Never negative, so that no walks cancel; the bias has no share. On modules without weights (average pooling,
-    sums) it is the absolute share of the inputs.
+    sums) it is the absolute share of the inputs. A neuron whose inputs are all zero shares by weight alone, so that
+    no column is dead.
 
     Args:
         stabilizer: Added to the denominator, or a callable, as in Zennit's rules.
+        floor: Added to every input, in units of the mean absolute input of the sample.
         zero_params: Names of further parameters to set to zero, as in Zennit's rules.
 
     Source: MEASURE, section 5 (ours).
     """
 
-    def __init__(self, stabilizer: Any = 1e-6, zero_params: Any = None) -> None:
+    def __init__(self, stabilizer: Any = 1e-30, zero_params: Any = None, floor: float = 1e-6) -> None:
         stabilize = Stabilizer.ensure(stabilizer)
+
+        def raised(source: Tensor) -> Tensor:
+            size = source.abs()
+            mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
+            return size + (floor * mean).clamp(min=torch.finfo(size.dtype).tiny ** 0.5)
+
         modifier = ParamMod(_absolute, zero_params=zero_bias(zero_params), require_params=False)
         super().__init__(
-            input_modifiers=[torch.abs],
+            input_modifiers=[raised],
             param_modifiers=[modifier],
             output_modifiers=[_same],
             gradient_mapper=lambda relevance, outputs: relevance / stabilize(outputs[0]),

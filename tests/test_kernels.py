@@ -1,0 +1,136 @@
+"""One step: MEASURE section 6, identity 0, and everything that is made from a kernel, on unit vectors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from zennit.composites import NameMapComposite
+from zennit.core import BasicHook, Hook
+
+from nrm_plugin import Absolute, RelevanceMeasure, at
+from nrm_plugin.joints import edge_matrix
+from nrm_plugin.kernels import BranchKernel, VjpKernel, gain
+from tests.nets import LINEAR_RULES, SUM_RULES, zennit_rule
+from tests.oracles import AbsoluteShare, Gamma, Rule, Route, ZPlus, normalized
+from tests.test_oracles import LINEAR_MODULES, drawn
+
+POLICIES = [("sink", 2.0), ("redistribute", 1.0), ("redistribute", 2.0), ("redistribute", math.inf)]
+CASES = [
+    pytest.param(name, rule, id=f"{name}-{rule}")
+    for name, (module, _) in LINEAR_MODULES.items()
+    for rule in (LINEAR_RULES if any(True for _ in module.parameters()) else SUM_RULES)
+]
+WEIGHTED = [param for param in CASES if hasattr(LINEAR_MODULES[param.values[0]][0], "weight")]
+
+
+def measure(module: nn.Module, a: Tensor, hook: Hook, residual: str = "sink", limit: float = 2.0) -> RelevanceMeasure:
+    """The measure of one module, started at every unit vector of its output: one sample for each column."""
+    shape = module(a[None]).shape[1:]
+    units = torch.eye(shape.numel(), dtype=a.dtype).reshape(-1, *shape)
+    net = nn.Sequential()
+    net.add_module("step", module)
+    composite = NameMapComposite([(["step"], hook)])
+    inputs = a.expand(len(units), *a.shape)
+    return RelevanceMeasure(net, inputs, start=units, composite=composite, residual=residual, gain_limit=limit)
+
+
+@pytest.mark.parametrize(("residual", "limit"), POLICIES)
+@pytest.mark.parametrize(("name", "rule"), CASES)
+def test_columns_are_those_of_the_rule_times_the_gain(name: str, rule: Rule, residual: str, limit: float) -> None:
+    module, a = drawn(name)
+    expected, sink = normalized(rule(module, a), residual, limit)
+    mu = measure(module, a, zennit_rule(rule), residual, limit)
+    columns = mu.marginal("input").flatten(1)
+    scale = max(1.0, float(np.abs(expected).sum(0).max()))
+    assert float((columns - torch.as_tensor(expected.T)).abs().max()) <= 1e-10 * scale
+    assert float((mu.sink("input") - torch.as_tensor(sink)).abs().max()) <= 1e-10 * scale
+    assert float((columns.sum(1) + mu.sink("input") - 1).abs().max()) <= 1e-10 * scale
+
+
+@pytest.mark.parametrize(("name", "rule"), CASES)
+def test_walk_variation_of_one_step_is_the_absolute_column_sum(name: str, rule: Rule) -> None:
+    module, a = drawn(name)
+    expected, sink = normalized(rule(module, a), "redistribute", 2.0)
+    mu = measure(module, a, zennit_rule(rule), "redistribute", 2.0)
+    columns = torch.as_tensor(np.abs(expected).sum(0) + np.abs(sink))
+    assert torch.allclose(mu.walk_variation(), columns, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "rule"), CASES)
+def test_a_rule_written_by_the_user_takes_the_general_path_to_the_same_numbers(name: str, rule: Rule) -> None:
+    module, a = drawn(name)
+    built_in = zennit_rule(rule)
+
+    class Own(BasicHook):
+        """The same modifiers with a reducer that only fits whole tensors."""
+
+    own = Own(
+        built_in.input_modifiers,
+        built_in.param_modifiers,
+        built_in.output_modifiers,
+        built_in.gradient_mapper,
+        lambda inputs, gradients: built_in.reducer(inputs, gradients).reshape(inputs[0].shape) + 0 * inputs[0].flip(0),
+    )
+    fast, general = measure(module, a, built_in), measure(module, a, own)
+    own.output_modifiers = [lambda output: output.clone()] * len(own.input_modifiers)
+    slow = measure(module, a, own)
+    assert isinstance(slow._recording.graph.vertices[0].step.kernel, VjpKernel)
+    assert isinstance(fast._recording.graph.vertices[0].step.kernel, BranchKernel)
+    for mu in (general, slow):
+        assert torch.allclose(mu.marginal("input"), fast.marginal("input"), atol=1e-9)
+        assert torch.allclose(mu.sink("input"), fast.sink("input"), atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "rule"), WEIGHTED)
+def test_the_edge_matrix_is_that_of_masked_passes(name: str, rule: Rule) -> None:
+    module, a = drawn(name)
+    mu = measure(module, a, zennit_rule(rule), "redistribute", 2.0)
+    recording = mu._recording
+    relevance = mu.marginal("output")
+    weights = edge_matrix(recording, 0, relevance)
+    masked = mu.joint("output", "input")
+    assert float((weights - masked).abs().max()) <= 1e-9 * max(1.0, float(masked.abs().max()))
+
+
+@pytest.mark.parametrize("name", LINEAR_MODULES)
+def test_absolute_shares_are_absolute_shares(name: str) -> None:
+    module, a = drawn(name)
+    expected, sink = normalized(AbsoluteShare("equal")(module, a), "redistribute", 2.0)
+    mu = measure(module, a, Absolute(floor=1e-12), "redistribute", 2.0)
+    assert torch.allclose(mu.marginal("input").flatten(1), torch.as_tensor(expected.T), atol=1e-5)
+    assert torch.allclose(mu.sink("input"), torch.as_tensor(sink), atol=1e-5)
+
+
+def test_the_gain_is_continuous_bounded_and_never_less_than_one() -> None:
+    c = torch.linspace(-3, 3, 60001, dtype=torch.float64)
+    for limit in (1.0, 1.5, 2.0, 10.0):
+        g = gain(c, limit)
+        assert float(g.diff().abs().max()) < 1e-3 * limit**2
+        assert float(g[c <= 1].min()) >= 1.0
+        assert float(g.max()) <= limit + 1e-12
+        assert torch.equal(g[c <= 0], torch.ones_like(g[c <= 0]))
+        assert torch.allclose(g[c >= 1 / limit] * c[c >= 1 / limit], torch.ones_like(c[c >= 1 / limit]))
+    assert torch.allclose(gain(c, math.inf)[c > 0] * c[c > 0], torch.ones_like(c[c > 0]))
+
+
+def test_a_routing_step_is_its_own_jacobian() -> None:
+    pool = nn.MaxPool2d(2)
+    a = torch.randn(1, 4, 4, dtype=torch.float64)
+    net = nn.Sequential(pool, nn.Flatten())
+    units = torch.eye(4, dtype=torch.float64)
+    mu = RelevanceMeasure(net, a.expand(4, 1, 4, 4), start=units, composite=NameMapComposite([]))
+    assert torch.equal(mu.marginal("input").flatten(1), torch.as_tensor(Route()(pool, a).T))
+
+
+@pytest.mark.parametrize("rule", [ZPlus(), Gamma()], ids=str)
+def test_several_vectors_at_once_are_each_alone(rule: Rule) -> None:
+    module, a = drawn("conv2d grouped")
+    mu = measure(module, a, zennit_rule(rule))
+    events = [at("output")[0], at("output")[1:], at("output")[:, 0]]
+    together = mu.marginal("input", joint=events)
+    for row, event in zip(together, events, strict=True):
+        assert torch.allclose(row, mu.marginal("input", joint=event), atol=1e-13)
