@@ -1,6 +1,7 @@
 """Normalized relevance measure for Zennit and Captum."""
 
 from .attribution import NRM, LayerNRM
+from .canonizers import FuseBatchNorm
 from .composites import Normalized, NRMAbsolute, NRMDefault
 from .events import ABSORBED, Event, at
 from .functional import Interception, register_kernel
@@ -12,6 +13,7 @@ __all__ = [
     "NRM",
     "Absolute",
     "Event",
+    "FuseBatchNorm",
     "Interception",
     "LayerNRM",
     "NRMAbsolute",

@@ -16,8 +16,10 @@ from zennit.layer import Sum
 from zennit.rules import Epsilon, Flat, Gamma, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
+from .canonizers import FuseBatchNorm
 from .errors import NRMError
 from .functional import Interception
+from .fusion import fuse
 from .kernels import Residual
 from .reading import PlainGradient
 from .routes import is_route
@@ -64,8 +66,10 @@ class Normalized(Composite):
         self._checked: set[int] = set()
         self._kept: list[Hook] = []
         self.sums = sums
-        functions = Interception(composite, self.normalization, sums, uncovered)
-        super().__init__(module_map=self.mapping, canonizers=[*composite.canonizers, functions])
+        kept = [canonizer for canonizer in composite.canonizers if not isinstance(canonizer, FuseBatchNorm)]
+        self._fuse = fuse if len(kept) < len(composite.canonizers) else None
+        functions = Interception(composite, self.normalization, sums, uncovered, self._fuse)
+        super().__init__(module_map=self.mapping, canonizers=[*kept, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
         """The hook of a module, or None when it is no step of its own."""
@@ -75,7 +79,7 @@ class Normalized(Composite):
         if rule is None:
             return None
         self._kept.append(rule)  # its id is remembered in _checked, so it must not be given to another object
-        return StepHook(rule, self.normalization, name, self._checked)
+        return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -111,7 +115,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
         stabilizer: Stabilizer of all other rules.
         layer_map, first_map: Rules that come before those of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
-        canonizers: As in Zennit.
+        canonizers: As in Zennit; None for batch-norm fusion.
     """
 
     def __init__(
@@ -132,7 +136,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
         super().__init__(
             layer_map=[*(layer_map or []), *_layer_map(), *rules],
             first_map=[*(first_map or []), (Convolution, Flat(stabilizer=stabilizer, zero_params=zero_params))],
-            canonizers=canonizers,
+            canonizers=[FuseBatchNorm()] if canonizers is None else canonizers,
         )
 
 
@@ -143,7 +147,7 @@ class NRMAbsolute(LayerMapComposite):
     Args:
         layer_map: Rules that come before those of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
-        canonizers: As in Zennit.
+        canonizers: As in Zennit; None for batch-norm fusion.
     """
 
     def __init__(

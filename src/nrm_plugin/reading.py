@@ -44,6 +44,8 @@ class Weighted(nn.Module):
         weight: The weight.
         bias: The bias, if there is one.
         bias_dim: The dimension of the output along which the bias lies.
+        groups: Groups of a convolution.
+        is_transposed: Whether the first dimension of the weight is that of the input channels.
     """
 
     def __init__(
@@ -52,9 +54,12 @@ class Weighted(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         bias_dim: int,
+        groups: int = 1,
+        is_transposed: bool = False,
     ) -> None:
         super().__init__()
         self.function = function
+        self.groups, self.is_transposed = groups, is_transposed
         self.bias_dim = bias_dim
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -192,7 +197,7 @@ def _branches(
         weight = module._parameters["weight"]
         assert weight is not None
         injective = getattr(module, "padding_mode", "zeros") == "zeros"
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) or getattr(module, "is_transposed", False)
         groups = int(getattr(module, "groups", 1))
         return BranchKernel(branches, _rerun(module, call), weight.detach(), injective, groups, transposed)
     return BranchKernel(branches)
@@ -276,7 +281,9 @@ def _run_modified(
 
 def _broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
     last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
-    return bias if last else bias.reshape(-1, *(1,) * (image.ndim - 2))
+    if last or bias.ndim > 1:  # a bias that depends on the position comes in the shape of the output
+        return bias
+    return bias.reshape(-1, *(1,) * (image.ndim - 2))
 
 
 def _rerun(module: nn.Module, call: Call) -> Callable[[Tensor, Tensor], Tensor]:

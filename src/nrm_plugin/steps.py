@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
-from .errors import UnsupportedRuleError
+from .errors import BatchNormWarning, UnsupportedRuleError
 from .kernels import RESIDUALS, IdentityKernel, Kernel, Residual, deficit, gain
 from .reading import check_linear, is_affine, read_rule
 from .shells import shell_of
@@ -46,6 +46,35 @@ class Normalization:
             raise ValueError(f"gain_limit={self.gain_limit!r} must be a number of at least 1 (math.inf is allowed).")
 
 
+@dataclass
+class LayerCall:
+    """What the step of a layer is made of; batch-norm fusion changes it before the kernel is built.
+
+    Attributes:
+        rule: The rule.
+        module: A shell of the layer.
+        call: Runs it on its first input.
+        source: That input.
+        where: Layer name, for messages.
+        is_identity: Whether the layer was fused into a neighbour.
+        holds_dense_norm: Whether a dense layer and a batch norm were fused in here.
+    """
+
+    rule: Hook
+    module: nn.Module
+    call: Callable[[nn.Module, Tensor], Tensor]
+    source: Saved
+    where: str
+    is_identity: bool = False
+    holds_dense_norm: bool = False
+
+    def kernel(self, output: Tensor) -> Kernel:
+        """The kernel of the rule at this call."""
+        if self.is_identity:
+            return IdentityKernel()
+        return read_rule(self.rule, self.module, self.call, self.source.tensor, output, self.where)
+
+
 class Step:
     r"""Normalized kernel of one call: :math:`\tilde T_{ij} = g(c_j) T_{ij}`, sink :math:`R_j (1 - g(c_j) c_j)`.
 
@@ -59,6 +88,7 @@ class Step:
     Attributes:
         call: Which call of the module or function this is.
         uses: How often its output is read, as far as that is known.
+        origin: The :class:`LayerCall` or function call that it is made of.
     """
 
     def __init__(
@@ -68,6 +98,7 @@ class Step:
         self.call = 0
         self.rule = rule
         self.uses = 1
+        self.origin: Any = None
         self.shape = output.shape
         self._like = output.detach()
         self._build = build
@@ -87,11 +118,24 @@ class Step:
             if self.kernel.is_stochastic:
                 return None, None
             column = self.kernel.column_sum(self._like).detach()
+            if getattr(self.origin, "holds_dense_norm", False) and float((column < 0.5).double().mean()) > 0.5:
+                warnings.warn(
+                    f"batch normalization was fused with the dense layer {self.name!r}, and its bias takes most of the "
+                    "relevance of most of its neurons. Heat maps through such a pair say little about the inputs "
+                    "(arXiv 2002.11018); look at sink(layer), or do without fusion.",
+                    BatchNormWarning,
+                    stacklevel=2,
+                )
             if self._normalization.residual == "sink":
                 return None, 1 - column
             limit = float(self._normalization.gain_limit)
             factor = gain(column, limit)
             return factor, deficit(column, factor, limit)
+
+    def forget(self) -> None:
+        """Drops the kernel, for its origin has changed."""
+        self.__dict__.pop("kernel", None)
+        self.__dict__.pop("_scales", None)
 
     @property
     def gain(self) -> Tensor | None:
@@ -120,6 +164,9 @@ class Step:
         if absorbed is not None and rest is not None:
             result = absorbed * rest if result is None else result + absorbed * rest
         return result
+
+
+Fuse = Callable[[Step, Tensor], None]
 
 
 class Link(torch.autograd.Function):
@@ -225,22 +272,29 @@ class StepHook(Hook):
         rule: The hook that the composite maps the module to.
         normalization: What happens to the residual.
         name: Layer name, for messages.
-        checked: Names of rules that were found linear already, shared by all copies.
+        checked: Rules that were found linear already, by id, shared by all copies.
+        fuse: Is shown every new step and its input, to fuse it with its neighbours.
     """
 
     def __init__(
-        self, rule: Hook, normalization: Normalization, name: str = "", checked: set[int] | None = None
+        self,
+        rule: Hook,
+        normalization: Normalization,
+        name: str = "",
+        checked: set[int] | None = None,
+        fuse: Fuse | None = None,
     ) -> None:
         super().__init__()
         self.rule = rule
         self.normalization = normalization
         self.name = name
+        self.fuse = fuse
         self._checked = set() if checked is None else checked
         self._calls: list[tuple[Tensor, Saved, Callable[[nn.Module, Tensor], Tensor]] | None] = []
 
     def copy(self) -> StepHook:
         """A hook for another module with the same rule."""
-        return StepHook(self.rule, self.normalization, self.name, self._checked)
+        return StepHook(self.rule, self.normalization, self.name, self._checked, self.fuse)
 
     def register(self, module: nn.Module) -> RemovableHandleList:
         """Installs the hook; the handles take it off again."""
@@ -298,16 +352,15 @@ class StepHook(Hook):
         if not output.is_floating_point():
             return None
         output = output.detach()
-        shell = shell_of(module)
-        rule = self.rule.copy()
-
-        def build() -> Kernel:
-            return read_rule(rule, shell, call, kept.tensor, step._like, self.name)
-
-        step = Step(self.name, output, build, self.normalization, type(rule).__name__)
+        origin = LayerCall(self.rule.copy(), shell_of(module), call, kept, self.name)
+        step = Step(self.name, output, lambda: origin.kernel(step._like), self.normalization, type(self.rule).__name__)
+        step.origin = origin
+        if self.fuse is not None:
+            with unseen():
+                self.fuse(step, source)
         if id(self.rule) not in self._checked and not isinstance(step.kernel, IdentityKernel):
             with torch.inference_mode(False), unseen():
-                check_linear(step.kernel, rule, output, self.name)
+                check_linear(step.kernel, self.rule, output, self.name)
         self._checked.add(id(self.rule))
         if (hearing := listener()) is not None:
             hearing.on_step(module, step)

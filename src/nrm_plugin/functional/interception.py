@@ -22,11 +22,22 @@ from ..errors import UncoveredLayerError, UnsupportedOperationError
 from ..kernels import Kernel
 from ..reading import PlainGradient
 from ..routes import is_route_node
-from ..steps import Normalization, Saved, Step, before_writing, is_inside_step, link, listener
+from ..steps import (
+    Fuse,
+    LayerCall,
+    Normalization,
+    Saved,
+    Step,
+    before_writing,
+    is_inside_step,
+    link,
+    listener,
+    unseen,
+)
 from .gates import MAKING_MODULES, Gates
 from .lookup import CompositeRules, NoRules, RuleLookup
-from .registry import REWRITES, FunctionCall, Handler, Name, Slot, handler_of, name_of
-from .table import LAYERS
+from .registry import KERNELS, REWRITES, FunctionCall, Handler, Name, Slot, handler_of, name_of
+from .table import LAYERS, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
 _WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill masked_scatter set".split())
@@ -44,6 +55,7 @@ class Interception(Canonizer):
         normalization: What happens to the residual of a function's kernel.
         sums: ``"absolute"`` (also called ``"ratio"``, after arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"gradient"`` for the plain gradient where the composite gives a layer no rule.
+        fuse: Is shown every new step of a layer, to fuse it with its neighbours.
     """
 
     def __init__(
@@ -52,6 +64,7 @@ class Interception(Canonizer):
         normalization: Normalization | None = None,
         sums: str = "absolute",
         uncovered: str = "error",
+        fuse: Fuse | None = None,
     ) -> None:
         super().__init__()
         if sums not in ("absolute", "ratio", "signed"):
@@ -60,12 +73,13 @@ class Interception(Canonizer):
         self.normalization = normalization or Normalization("sink")
         self.sums = "absolute" if sums == "ratio" else sums
         self.uncovered = uncovered
+        self.fuse = fuse
         self._handles: list[RemovableHandle] = []
         self._modes: list[_Mode] = []
 
     def copy(self) -> Interception:
         """Another interception with the same settings."""
-        return Interception(self.composite, self.normalization, self.sums, self.uncovered)
+        return Interception(self.composite, self.normalization, self.sums, self.uncovered, self.fuse)
 
     def apply(self, root_module: nn.Module) -> list[Interception]:
         """Starts to intercept the forward passes of a module."""
@@ -80,7 +94,7 @@ class Interception(Canonizer):
         names = {module: name for name, module in root_module.named_modules()}
 
         def start(module: nn.Module, args: Any) -> None:
-            mode = _Mode(rules, self.normalization, self.sums)
+            mode = _Mode(rules, self.normalization, self.sums, self.fuse)
             self._modes.append(mode)
             mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -114,8 +128,9 @@ class Interception(Canonizer):
 class _Mode(TorchFunctionMode):
     """One forward pass under interception."""
 
-    def __init__(self, rules: RuleLookup, normalization: Normalization, sums: str) -> None:
+    def __init__(self, rules: RuleLookup, normalization: Normalization, sums: str, fuse: Fuse | None) -> None:
         super().__init__()
+        self.fuse = fuse
         self.rules, self.normalization, self.sums = rules, normalization, sums
         self.gates = Gates()
         self.path: list[str] = []
@@ -180,7 +195,9 @@ class _Mode(TorchFunctionMode):
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
             output = output.clone()  # some operations return their input; a step's output has memory of its own
         rule = "sum" if name.base in ("add", "sub", "rsub") and len(computed) > 1 else name.base
-        linked = self._linked(call, output, lambda: handler(call), rule, computed)
+        layer = layer_call(call) if handler is KERNELS.get(name.base) else None
+        build = (lambda: handler(call)) if layer is None else (lambda: layer.kernel(output))
+        linked = self._linked(call, output, build, rule, computed, layer)
         with_constants = len(computed) < len(_tensors_in(args, kwargs)) or any(
             isinstance(value, (int, float)) for value in args
         )
@@ -188,11 +205,21 @@ class _Mode(TorchFunctionMode):
         return self._written(name, args, kwargs, linked)
 
     def _linked(
-        self, call: FunctionCall, output: Tensor, build: Callable[[], Kernel], rule: str, computed: list[Tensor]
+        self,
+        call: FunctionCall,
+        output: Tensor,
+        build: Callable[[], Kernel],
+        rule: str,
+        computed: list[Tensor],
+        layer: LayerCall | None = None,
     ) -> Tensor:
         path = f"{call.path}.{call.name}" if call.path else call.name
         step = Step(path, output, build, self.normalization, rule)
         step.call = self._calls[path] = self._calls.get(path, -1) + 1
+        step.origin = layer
+        if layer is not None and self.fuse is not None:
+            with unseen():
+                self.fuse(step, computed[0])
         hearing = listener()
         if hearing is not None:
             hearing.on_step(None, step)

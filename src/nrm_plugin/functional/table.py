@@ -16,6 +16,7 @@ from zennit.rules import Pass
 from ..kernels import Kernel
 from ..reading import Weighted, Weightless, read_rule
 from ..rules import Absolute
+from ..steps import LayerCall
 from .registry import FunctionCall, Slot, kernel, rewrite
 
 STABILIZER = 1e-12
@@ -293,7 +294,7 @@ def _by_rule(rule: Any, call: FunctionCall) -> Kernel:
     value = call.values[0]
     with torch.no_grad():
         output = shell(value)
-    return read_rule(rule.copy(), shell, lambda module, source: module.forward(source), value, output, call.path)
+    return read_rule(rule.copy(), shell, _forward, value, output, call.path)
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -310,16 +311,66 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @kernel(*LAYERS)
 def layer(call: FunctionCall) -> Kernel:
     """A layer called as a function: by the rule of the module that owns the weight."""
-    weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
-    if isinstance(weight, Slot) or not isinstance(call.argument(0, "input"), Slot):
+    made = layer_call(call)
+    if made is None:
         return contraction(call)
+    with torch.no_grad():
+        output = call.run(*call.values)
+    kernel_ = made.kernel(output)
+    return kernel_ if len(call.saved) == 1 else PlacedKernel(kernel_, 0, _shapes(call))
+
+
+def layer_call(call: FunctionCall) -> LayerCall | None:
+    """A layer or batch normalization called as a function, as the call of a module; None for anything else."""
+    if len(call.saved) != 1 or not isinstance(call.argument(0, "input"), Slot):
+        return None
+    if call.name == "batch_norm":
+        return _norm_call(call)
+    if call.name not in LAYERS:
+        return None
+    weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
     rest, options = call.args[3:], {k: v for k, v in call.kwargs.items() if k not in ("input", "weight", "bias")}
+    transposed = call.name.startswith("conv_transpose")
+    groups = int(call.argument(6, "groups", 1)) if call.name != "linear" else 1
 
     def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return call.function(source, weight, bias, *rest, **options)  # type: ignore[no-any-return]
+        result: Tensor = call.function(source, weight, bias, *rest, **options)
+        return result
 
-    bias = None if isinstance(bias, Slot) else bias
-    return weighted(call, run, weight, bias, LAYERS[call.name](), bias_dim=-1 if call.name == "linear" else 1)
+    like = LAYERS[call.name]()
+    rule = call.rules.of_weight(weight, like)
+    assert rule is not None, "looked up when the function ran"
+    dim = -1 if call.name == "linear" else 1
+    shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), dim, groups, transposed)
+    return LayerCall(rule.copy(), shell, _forward, call.saved[0], call.path)
+
+
+def _norm_call(call: FunctionCall) -> LayerCall | None:
+    """``F.batch_norm`` as the module that it is the twin of."""
+    mean, var = call.argument(1, "running_mean"), call.argument(2, "running_var")
+    if mean is None or var is None or call.argument(5, "training", False):
+        return None
+    weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
+    twin = nn.BatchNorm2d(len(mean), eps=call.argument(7, "eps", 1e-5)).eval()
+    twin.running_mean, twin.running_var = mean.detach(), var.detach()
+    ones = torch.ones_like(mean)
+    twin.weight = nn.Parameter(ones if weight is None else weight.detach(), requires_grad=False)
+    twin.bias = nn.Parameter(torch.zeros_like(ones) if bias is None else bias.detach(), requires_grad=False)
+    rule = call.rules.of_module(twin)
+    return LayerCall(Pass() if rule is None else rule.copy(), twin, _normed, call.saved[0], call.path)
+
+
+def _forward(module: nn.Module, source: Tensor) -> Tensor:
+    result: Tensor = module.forward(source)
+    return result
+
+
+def _normed(module: nn.Module, source: Tensor) -> Tensor:
+    """Batch normalization of any rank: the twin is made for images."""
+    assert isinstance(module, nn.BatchNorm2d)
+    return nn.functional.batch_norm(
+        source, module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps
+    )
 
 
 def weighted(
@@ -337,7 +388,7 @@ def weighted(
     value = call.values[0]
     with torch.no_grad():
         output = shell(value)
-    kernel_ = read_rule(rule.copy(), shell, lambda module, source: module.forward(source), value, output, call.path)
+    kernel_ = read_rule(rule.copy(), shell, _forward, value, output, call.path)
     return kernel_ if len(call.saved) == 1 else PlacedKernel(kernel_, 0, _shapes(call))
 
 
@@ -376,9 +427,7 @@ def _share_in(call: FunctionCall, signal: int) -> Kernel:
     shell = Weightless(run)
     with torch.no_grad():
         output = shell(values[signal])
-    return read_rule(
-        Absolute(), shell, lambda module, source: module.forward(source), values[signal], output, call.path
-    )
+    return read_rule(Absolute(), shell, _forward, values[signal], output, call.path)
 
 
 class HalvesKernel(Kernel):

@@ -1,0 +1,43 @@
+"""Canonizers of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from zennit.canonizers import Canonizer
+
+from .errors import NRMError
+from .functional import Interception
+
+
+class FuseBatchNorm(Canonizer):
+    """Fuses batch normalization into the layers next to it, without touching the model.
+
+    Belongs among the canonizers of a composite that is ``Normalized`` (a measure does that by itself):
+    ``EpsilonPlusFlat(canonizers=[FuseBatchNorm()])``. Neighbours are found while the model runs, so that neither the
+    order of attributes nor the spelling of a net matters.
+
+    Source: arXiv 2002.11018; see :mod:`nrm_plugin.fusion` for the forms.
+    """
+
+    def apply(self, root_module: nn.Module) -> list[Any]:
+        """Refuses: a plain Zennit composite runs the model's own weights.
+
+        Raises:
+            NRMError: Always.
+        """
+        raise NRMError(
+            "FuseBatchNorm changes kernels, not the model, so it works in a Normalized composite only: "
+            "Normalized(composite) or RelevanceMeasure(…, composite=composite). In a plain composite use Zennit's "
+            "SequentialMergeBatchNorm."
+        )
+
+    def register(self) -> None:
+        """Nothing to register."""
+
+    def remove(self) -> None:
+        """Nothing to remove."""
+
+
+__all__ = ["FuseBatchNorm", "Interception"]
