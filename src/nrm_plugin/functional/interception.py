@@ -245,8 +245,8 @@ class _Mode(TorchFunctionMode):
             raise UncoveredLayerError(
                 f"layer {self._path()!r} ({type(like).__name__}, called as {name.base}) has no rule in this composite. "
                 "Zennit would use its plain gradient, which does not conserve relevance. Map the layer to a rule in "
-                "the composite's layer_map, or pass Normalized(composite, uncovered='gradient') to account for what its "
-                "gradient loses."
+                "the composite's layer_map, or pass Normalized(composite, uncovered='gradient') to account for what "
+                "its gradient loses."
             )
 
     def _path(self) -> str:
