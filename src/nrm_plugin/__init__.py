@@ -3,6 +3,7 @@
 from .attribution import NRM, LayerNRM
 from .canonizers import FuseBatchNorm
 from .composites import Normalized, NRMAbsolute, NRMDefault
+from .coverage import Coverage, coverage
 from .events import ABSORBED, Event, at
 from .functional import Interception, register_kernel
 from .measure import RelevanceMeasure
@@ -12,6 +13,7 @@ __all__ = [
     "ABSORBED",
     "NRM",
     "Absolute",
+    "Coverage",
     "Event",
     "FuseBatchNorm",
     "Interception",
@@ -21,5 +23,6 @@ __all__ = [
     "Normalized",
     "RelevanceMeasure",
     "at",
+    "coverage",
     "register_kernel",
 ]

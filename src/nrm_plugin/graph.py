@@ -111,8 +111,9 @@ class Vertex:
                     if totals
                     else [torch.zeros_like(seed) for seed in seeds]
                 )
-            self._constant_share = tuple(1 - column.detach() for column in columns)
-        return self._constant_share
+            shares = tuple(1 - column.detach() for column in columns)
+            self._constant_share = shares if any(bool(share.any()) for share in shares) else ()
+        return self._constant_share or None
 
 
 class Graph:

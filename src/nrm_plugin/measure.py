@@ -240,7 +240,7 @@ class RelevanceMeasure:
         found: dict[str, Tensor] = {}
         for (vertex, at), value in reversed(self._plain().sinks.items()):
             if kind in (None, at):
-                name = self._sink_name(vertex)
+                name = self._recording.name_at(vertex)
                 mass = self._told_apart(value, name)
                 found[name] = found[name] + mass if name in found else mass
         return found
@@ -400,7 +400,7 @@ class RelevanceMeasure:
         total = self._start.new_zeros(self.batch)
         for (vertex, at), value in (plain.absolute_sinks if absolute else plain.sinks).items():
             if kind in (None, at) and self._recording.below[vertex] & bit:
-                total = total + self._told_apart(value, self._sink_name(vertex))
+                total = total + self._told_apart(value, self._recording.name_at(vertex))
         return total
 
     def _bypassing(self, tap: Tap) -> Tensor:
@@ -418,15 +418,6 @@ class RelevanceMeasure:
         if value is None:
             return self._recording.per_sample(self._start.new_zeros((self.batch + 1, 1)), what)
         return value
-
-    def _sink_name(self, vertex: int) -> str:
-        step = self._recording.graph.vertices[vertex].step
-        if step is not None:
-            calls = [number for name, number in self._recording.sinks if name == step.name]
-            return step.name if len(calls) == 1 else f"{step.name}:{step.call}"
-        number = self._recording.index.get(Buffer(vertex, 0))
-        names = [] if number is None else self._recording.taps[number].names
-        return names[0] if names else "constants"
 
     def _is_below(self, key: object, tap: Tap) -> bool:
         """Whether a place (or the sink of a vertex) can be met after a tap was crossed."""

@@ -410,6 +410,17 @@ class Recording:
         known = [known for known, at, _, _ in self._named if at == side]
         return UnknownLayerError(unknown_layer(name, dict.fromkeys([*self.layers, *known])))
 
+    def name_at(self, vertex: int) -> str:
+        """A name for a vertex: of its step, else of its tap, else of the nearest tap above it."""
+        step = self.graph.vertices[vertex].step
+        if step is not None:
+            several = sum(name == step.name for name, _ in self.sinks) > 1
+            return f"{step.name}:{step.call}" if several else step.name
+        for tap in reversed([tap for tap in self.taps if tap.order[0] <= vertex]):
+            if tap.names:
+                return tap.names[0]
+        return "constants"
+
     def per_sample(self, tensor: Tensor, what: str) -> Tensor:
         """Sums ``(N, …)`` over everything but the batch.
 

@@ -292,7 +292,9 @@ class _Mode(TorchFunctionMode):
         def build() -> Kernel:
             raise error
 
-        return self._linked(call, output.detach(), build, name.base, computed)
+        linked = self._linked(call, output.detach(), build, name.base, computed)
+        linked.grad_fn.step.origin = call  # type: ignore[union-attr]  # a Link; tells that nothing is known of it
+        return linked
 
     def _announce(self, name: Name, output: Tensor) -> None:
         hearing = listener()
