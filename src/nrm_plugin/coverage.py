@@ -66,11 +66,10 @@ class Coverage:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in [header, *body]
-        ]
+        table = [header, *body]
+        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table)
+        lines = ["  ".join(cells).rstrip() for cells in padded]
         if self.constants:
             lines.append(f"constants that can absorb: {', '.join(self.constants)}")
         lines.append("every step is covered" if self.is_complete else "NOT every step is covered")
@@ -96,6 +95,7 @@ def coverage(
     """
     plain = composite.composite if isinstance(composite, Normalized) else composite
     canonized = Normalized(NRMDefault() if plain is None else plain, uncovered="gradient")
+    canonized.uncovered = "error"  # functions on weights without a rule are reported, not raised; modules as always
     recording = Recording(model, inputs, canonized, additional_forward_args)
     steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
     calls = Counter(step.name for step in steps)
