@@ -12,6 +12,7 @@ from zennit.core import Composite
 
 from .composites import Normalized, NRMDefault
 from .functional import FunctionCall
+from .reading import Weighted
 from .recording import Recording
 from .steps import LayerCall, Step
 
@@ -112,11 +113,12 @@ def coverage(
 
 def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
     origin = step.origin
-    operation = step.name.rpartition(".")[2]
+    operation, rule = step.name.rpartition(".")[2], step.rule
     if isinstance(origin, LayerCall):
-        operation = type(origin.module).__name__
+        rule = type(origin.rule).__name__
+        operation = operation if isinstance(origin.module, Weighted) else type(origin.module).__name__
     notes = []
-    if step.rule == "PlainGradient":
+    if rule == "PlainGradient":
         notes.append("uncovered: the composite gives it no rule")
     if isinstance(origin, FunctionCall):
         notes.append("unsupported: raises when relevance arrives")
@@ -126,7 +128,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
         notes.append(f"called {calls} times")
     if step.name in tied:
         notes.append(f"shares weights with {tied[step.name]}")
-    return Row(step.name, step.call, operation, step.rule, tuple(step.shape), "; ".join(notes))
+    return Row(step.name, step.call, operation, rule, tuple(step.shape), "; ".join(notes))
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

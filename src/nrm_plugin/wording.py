@@ -50,14 +50,14 @@ def _negated(event: Event) -> str:
 
 
 def _atom(atom: Atom) -> str:
-    which = "any neuron" if atom.index is None else f"neurons [{str(atom).partition('[')[2][:-1]}]"
-    if atom.along_channel:
-        which = f"channel {str(atom).partition('.channel(')[2][:-1]}"
     name = atom.layer if isinstance(atom.layer, str) else type(atom.layer).__name__
     where = f"{name!r}" + (f" in call {atom.call}" if atom.call is not None else "")
-    if atom.side == "sink":
-        return f"are absorbed in {where} at {which}"
-    return f"cross {which} of {'the input of ' if atom.side == 'input' else ''}{where}"
+    if atom.side == "input":
+        where = f"the input of {where}"
+    if atom.index is not None:
+        shown = str(atom).partition(".channel(" if atom.along_channel else "[")[2][:-1]
+        where = f"{where} in channel {shown}" if atom.along_channel else f"{where} at [{shown}]"
+    return f"are absorbed in {where}" if atom.side == "sink" else f"cross {where}"
 
 
 def _steps(formulas: Formulas) -> tuple[int, int]:
