@@ -15,7 +15,7 @@ from nrm_plugin import Absolute, RelevanceMeasure, at
 from nrm_plugin.joints import edge_matrix
 from nrm_plugin.kernels import BranchKernel, VjpKernel, gain
 from tests.nets import LINEAR_RULES, SUM_RULES, zennit_rule
-from tests.oracles import AbsoluteShare, Gamma, Rule, Route, ZPlus, normalized
+from tests.oracles import AbsoluteShare, Gamma, Route, Rule, ZPlus, normalized
 from tests.test_oracles import LINEAR_MODULES, drawn
 
 POLICIES = [("sink", 2.0), ("redistribute", 1.0), ("redistribute", 2.0), ("redistribute", math.inf)]

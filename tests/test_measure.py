@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+
 from nrm_plugin import ABSORBED, Event, RelevanceMeasure, at
 from nrm_plugin.errors import CancellationError, NullEventError
 from tests.nets import Case, rule_maps, tiny_net, tiny_nets, zennit_composite

@@ -1,6 +1,6 @@
 """Figures of a measure. Nothing is computed in here beyond the scale of a drawing.
 
-Every function returns a matplotlib ``Figure`` of its own: no window opens, and no state of pyplot is read or left behind.
+Every function returns a matplotlib ``Figure`` of its own: no window opens, and no state of pyplot is read or left.
 Red is positive and blue negative everywhere; both can be told apart by colour-blind readers.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def joint(
     Args:
         image: ``(C, H, W)``.
         marginal: Heat map of the image, ``(H, W)``.
-        columns, ribbons: As in :func:`flow`.
+        columns: As in :func:`flow`.
+        ribbons: As in :func:`flow`.
         maps: Joint heat maps, ``(H, W)`` each, on one colour scale.
         titles: One for each of them.
         heading: Above all.
@@ -191,7 +193,7 @@ def joint(
     figure = _figure(sum(widths), 5.0)
     if heading:
         figure.suptitle(heading, fontsize=13, color=INK)
-    parts = figure.subfigures(1, 3, width_ratios=widths, wspace=0.03)
+    parts: Any = figure.subfigures(1, 3, width_ratios=widths, wspace=0.03)
     above, below = parts[0].subplots(2, 1)
     draw_image(above, image)
     draw_heat_map(below, marginal, image)
@@ -326,7 +328,7 @@ def draw_flow(axes: Axes, columns: Sequence[Column], ribbons: Sequence[Ribbon]) 
     for number, column in enumerate(columns):
         _draw_column(axes, number, column, centers[number], unit, len(columns))
     _draw_marks(axes, lanes, [ribbon for ribbon in ribbons if ribbon.mark])
-    _draw_scale(axes, unit, [column for column in columns], ribbons)
+    _draw_scale(axes, unit, columns, ribbons)
 
 
 # -- inside -----------------------------------------------------------------------------------------------------------
@@ -362,7 +364,7 @@ def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes]) -> None:
     # The map without the transparency of the picture: a bar of a transparent picture would be blank at zero.
     solid = drawn if drawn.get_alpha() is None else _solid(drawn)
     bar = figure.colorbar(solid, ax=axes, fraction=0.05, pad=0.02, aspect=28)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)  # type: ignore[operator, unused-ignore]
     bar.ax.tick_params(length=0, labelsize=8.5, colors=INK)
     bar.ax.yaxis.get_offset_text().set_fontsize(8)
     bar.formatter.set_powerlimits((-2, 3))  # type: ignore[attr-defined]
@@ -408,7 +410,7 @@ def _draw_ribbon(axes: Axes, lane: Sequence[float], width: float, ribbon: Ribbon
     half = max(width, 0.0015) / 2
     color = POSITIVE if ribbon.value >= 0 else NEGATIVE
     strength = 0.7 if ribbon.mark else 0.13
-    for left, (start, end) in enumerate(zip(lane[:-1], lane[1:], strict=True)):
+    for left, (start, end) in enumerate(pairwise(lane)):
         x = (left, left + 0.5, left + 0.5, left + 1)
         over = [(at, y + half) for at, y in zip(x, (start, start, end, end), strict=True)]
         under = [(at, y - half) for at, y in zip(x, (start, start, end, end), strict=True)][::-1]

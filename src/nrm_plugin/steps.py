@@ -186,7 +186,7 @@ class Link(torch.autograd.Function):
 
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """The output, now with the step as its history."""
-    result: Tensor = Link.apply(step, [output], *inputs)
+    result: Tensor = Link.apply(step, [output], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 
