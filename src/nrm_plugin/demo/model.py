@@ -1,0 +1,103 @@
+"""The demo networks, and the weights and digits embedded in the package."""
+
+from importlib.resources import files
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+WEIGHTS = "digits_vgg.safetensors"
+DATA = "digits_test.safetensors"
+
+
+class DigitsVGG(nn.Module):
+    """VGG in miniature: three blocks of two 3x3 convolutions and a max pooling, then two linear layers.
+
+    Taps of interest: ``features.0``, ``.2``, ``.5``, ``.7``, ``.10``, ``.12`` (convolutions), ``classifier.0`` and
+    ``.3`` (linear).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*_vgg_block(1, 16), *_vgg_block(16, 32), *_vgg_block(32, 64))
+        self.flatten = nn.Flatten()
+        self.classifier = nn.Sequential(
+            nn.Linear(64 * 2 * 2, 64), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(64, 10)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, 10)`` of images ``(N, 1, 16, 16)``."""
+        logits: Tensor = self.classifier(self.flatten(self.features(images)))
+        return logits
+
+
+class DigitsCNN(nn.Module):
+    """A second opinion of another shape: 5x5 kernels, average pooling, one linear layer, no dropout.
+
+    Its weights are not embedded: train them with ``python -m nrm_plugin.demo.train --net cnn5`` and read them with
+    ``safetensors.torch.load_model``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*_cnn_block(1, 12), *_cnn_block(12, 24), *_cnn_block(24, 40))
+        self.flatten = nn.Flatten()
+        self.classifier = nn.Linear(40 * 2 * 2, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, 10)`` of images ``(N, 1, 16, 16)``."""
+        logits: Tensor = self.classifier(self.flatten(self.features(images)))
+        return logits
+
+
+def enlarge(images: Tensor) -> Tensor:
+    """Digits at the size and range the networks expect.
+
+    Args:
+        images: ``(N, 8, 8)``, grey levels 0 to 16 of any dtype.
+
+    Returns:
+        ``(N, 1, 16, 16)``, float32 in [0, 1], interpolated bilinearly.
+    """
+    grey = images.to(torch.float32).unsqueeze(1) / 16
+    return nn.functional.interpolate(grey, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def load_model() -> DigitsVGG:
+    """The trained :class:`DigitsVGG` in evaluation mode; leaves the random state alone."""
+    # Built without storage: initial weights would be drawn from the caller's generator only to be overwritten.
+    with torch.device("meta"):
+        model = DigitsVGG()
+    model.load_state_dict(_embedded(WEIGHTS), strict=True, assign=True)
+    return model.eval()
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """Digits held out of the training.
+
+    Returns:
+        Images ``(450, 1, 16, 16)``, float32 in [0, 1], and labels ``(450,)``, int64.
+    """
+    data = _embedded(DATA)
+    return enlarge(data["images"]), data["labels"].to(torch.int64)
+
+
+def _embedded(name: str) -> dict[str, Tensor]:
+    """Tensors of one safetensors file of this package, which may be zipped."""
+    return safetensors.torch.load(files("nrm_plugin.demo").joinpath(name).read_bytes())
+
+
+def _vgg_block(channels_in: int, channels_out: int) -> list[nn.Module]:
+    """Two 3x3 convolutions with ReLU, then a max pooling: ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
+    return [
+        nn.Conv2d(channels_in, channels_out, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels_out, channels_out, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+    ]
+
+
+def _cnn_block(channels_in: int, channels_out: int) -> list[nn.Module]:
+    """One 5x5 convolution with ReLU, then an average pooling: ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
+    return [nn.Conv2d(channels_in, channels_out, 5, padding=2), nn.ReLU(inplace=True), nn.AvgPool2d(2)]
