@@ -195,7 +195,7 @@ class RelevanceMeasure:
             self.cost = found.cost
             maps = [found.maps.get(tap.place, self._start.new_zeros(tap.shape)) for tap in taps]
             found.maps = {}
-            return maps
+            return _apart(maps, self._start)
         events, single = _listed(joint if given is None else given)
         decisions = Decisions(self._formulas(events), self._start, [tap.place for tap in taps])
         divisor = None if given is None else self._divisor(decisions, events, min_ratio)
@@ -471,6 +471,17 @@ def normalize(
     if composite is not None and not isinstance(composite, Composite):
         raise TypeError(f"composite is {type(composite).__name__}, expected an instance of a Zennit composite.")
     return Normalized(NRMDefault() if composite is None else composite, **given)  # type: ignore[arg-type]
+
+
+def _apart(maps: list[Tensor], start: Tensor) -> list[Tensor]:
+    """The same maps, each in memory of its own: steps that hand relevance through as it is share theirs."""
+    taken = {start.untyped_storage().data_ptr()}
+    result = []
+    for values in maps:
+        memory = values.untyped_storage().data_ptr()
+        result.append(values.clone() if memory in taken else values)
+        taken.add(memory)
+    return result
 
 
 def _listed(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:

@@ -99,7 +99,6 @@ class Recording:
     ) -> None:
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         check_inputs(tensors)
-        check_model(model, tensors)
         self.batch = len(tensors[0])
         self.names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
         self._containers: list[str] = []
@@ -107,7 +106,11 @@ class Recording:
         self._calls: dict[nn.Module, int] = {}
         extra = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
         extra = () if additional_forward_args is None else extra
-        with _RECORDING, preserved(model), forward_pass(self), torch.enable_grad(), _no_autocast(tensors[0]):
+        with ExitStack() as around:
+            around.enter_context(_RECORDING)  # another thread may be recording this model: its hooks are on it then
+            check_model(model, tensors)
+            for block in (preserved(model), forward_pass(self), torch.enable_grad(), _no_autocast(tensors[0])):
+                around.enter_context(block)
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.requires_grad_(False)
             self.leaves = [tensor.detach().requires_grad_() for tensor in tensors]

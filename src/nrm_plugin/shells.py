@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 _HOOK_DICTS = (
     "_forward_hooks",
@@ -28,7 +29,8 @@ def shell_of(module: nn.Module) -> nn.Module:
     Zennit's ``ParamMod`` writes the modified parameters into the module for a moment; into a shell it may.
     A shallow copy will not do: it shares the parameter dictionary.
     """
-    shell = module.__class__.__new__(module.__class__)
+    kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
+    shell: nn.Module = kind.__new__(kind)
     shell.__dict__ = dict(module.__dict__)
     for key in _HOOK_DICTS:
         if key in shell.__dict__:
@@ -36,6 +38,7 @@ def shell_of(module: nn.Module) -> nn.Module:
     shell._parameters = {name: _shared(parameter) for name, parameter in module._parameters.items()}
     shell._buffers = dict(module._buffers)
     shell._modules = {name: child and shell_of(child) for name, child in module._modules.items()}
+    _compute_parametrized(shell, module)
     forward = shell.__dict__.get("forward")
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
         # A canonizer bound a method to the module; on the shell it must read the shell's parameters.
@@ -43,7 +46,18 @@ def shell_of(module: nn.Module) -> nn.Module:
     return shell
 
 
-def _shared(parameter: nn.Parameter | None) -> nn.Parameter | None:
+def _compute_parametrized(shell: nn.Module, module: nn.Module) -> None:
+    """Puts computed weights where the layer would have its own: a rule modifies what the layer multiplies with."""
+    if parametrize.is_parametrized(module):
+        del shell._modules["parametrizations"]
+        for name in module.parametrizations:  # type: ignore[union-attr]
+            shell._parameters[name] = _shared(getattr(module, name))
+    for name in ("weight", "bias"):  # torch's older weight and spectral norms keep it as an attribute
+        if isinstance(shell.__dict__.get(name), Tensor):
+            shell._parameters[name] = _shared(shell.__dict__.pop(name))
+
+
+def _shared(parameter: Tensor | None) -> nn.Parameter | None:
     return None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
 
 
@@ -93,10 +107,11 @@ def _restore(module: nn.Module, state: dict[str, object]) -> None:
 class Fingerprint:
     """Notices that a parameter or buffer was changed in place, by version counter and by a sample of its entries.
 
-    The sample also catches writes through ``parameter.data``, which leave the version counter alone.
+    The sample also catches writes through ``parameter.data``, which leave the version counter alone, unless they spare
+    every entry of the sample; small tensors are in it as a whole.
     """
 
-    def __init__(self, model: nn.Module, entries: int = 16) -> None:
+    def __init__(self, model: nn.Module, entries: int = 4096) -> None:
         self._entries = entries
         named = [*model.named_parameters(), *model.named_buffers()]
         self._seen = [(name, tensor, tensor._version, self._sample(tensor)) for name, tensor in named]
@@ -111,6 +126,5 @@ class Fingerprint:
 
     def _sample(self, tensor: Tensor) -> Tensor:
         flat = tensor.detach().flatten()
-        step = max(1, flat.numel() // self._entries)
-        entries = flat[::step][: self._entries + 1].clone()
+        entries = flat[:: max(1, -(-flat.numel() // self._entries))].clone()
         return torch.nan_to_num(entries) if entries.is_floating_point() else entries

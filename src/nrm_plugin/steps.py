@@ -206,17 +206,23 @@ def before_writing(tensor: Tensor) -> None:
             saved.tensor = saved.tensor.clone()
 
 
+Entered = tuple[Tensor, Saved, Callable[[nn.Module, Tensor], Tensor]]
+"""What a step keeps of a call while it runs: its input, the same kept safe, and how to run the module again."""
+
+
 class _Running(threading.local):
     """State of the forward pass of this thread.
 
     Attributes:
-        depth: How many modules with a rule are running: inside them nothing is a step of its own.
+        entered: The modules with a rule that are running, outermost first: inside them nothing is a step of its own.
+        unseen: How many blocks of :func:`unseen` are open.
         saved: What steps saved, by memory.
         listener: Is told of every step and tap.
     """
 
     def __init__(self) -> None:
-        self.depth = 0
+        self.entered: list[tuple[StepHook, nn.Module, Entered | None]] = []
+        self.unseen = 0
         self.saved: dict[int, list[weakref.ref[Saved]]] = {}
         self.listener: Listener | None = None
 
@@ -236,17 +242,17 @@ _RUNNING = _Running()
 
 def is_inside_step() -> bool:
     """Whether a module with a rule is running right now."""
-    return _RUNNING.depth > 0
+    return _RUNNING.unseen > 0 or bool(_RUNNING.entered)
 
 
 @contextmanager
 def unseen() -> Iterator[None]:
     """What is done in here is no part of the model."""
-    _RUNNING.depth += 1
+    _RUNNING.unseen += 1
     try:
         yield
     finally:
-        _RUNNING.depth -= 1
+        _RUNNING.unseen -= 1
 
 
 def listener() -> Listener | None:
@@ -258,7 +264,7 @@ def listener() -> Listener | None:
 def forward_pass(listener: Listener | None) -> Iterator[None]:
     """A fresh state for one forward pass, so that a pass that raised leaves nothing behind."""
     kept = dict(_RUNNING.__dict__)
-    _RUNNING.__dict__.update(depth=0, saved={}, listener=listener)
+    _RUNNING.__dict__.update(entered=[], unseen=0, saved={}, listener=listener)
     try:
         yield
     finally:
@@ -290,7 +296,6 @@ class StepHook(Hook):
         self.name = name
         self.fuse = fuse
         self._checked = set() if checked is None else checked
-        self._calls: list[tuple[Tensor, Saved, Callable[[nn.Module, Tensor], Tensor]] | None] = []
 
     def copy(self) -> StepHook:
         """A hook for another module with the same rule."""
@@ -302,21 +307,16 @@ class StepHook(Hook):
             [
                 RemovableHandle(self),
                 module.register_forward_pre_hook(self.enter, with_kwargs=True),
-                module.register_forward_hook(self.leave, with_kwargs=True),
+                # Also where the module raised: what comes after it would be taken for a part of it.
+                module.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
             ]
         )
-
-    def remove(self) -> None:
-        """Forgets the calls that never returned."""
-        super().remove()
-        self._calls.clear()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Detaches what the module is handed."""
         places = [place for place in _places(args, kwargs) if place[2].requires_grad]
         if not self.active or not places or is_inside_step():
-            self._calls.append(None)
-            _RUNNING.depth += 1
+            _RUNNING.entered.append((self, module, None))
             return None
         if len(places) > 1:
             warnings.warn(
@@ -333,15 +333,13 @@ class StepHook(Hook):
             result: Tensor = shell.forward(*again, **keywords)
             return result
 
-        self._calls.append((source, Saved(source), call))
-        _RUNNING.depth += 1
+        _RUNNING.entered.append((self, module, (source, Saved(source), call)))
         return args, kwargs
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Links what the module returned."""
-        _RUNNING.depth -= 1
-        entered = self._calls.pop() if self._calls else None
-        if entered is None:
+        """Links what the module returned; without an output where it raised."""
+        entered = self._last_entered(module)
+        if entered is None or output is None:
             return None
         source, kept, call = entered
         if not isinstance(output, Tensor):
@@ -365,6 +363,16 @@ class StepHook(Hook):
         if (hearing := listener()) is not None:
             hearing.on_step(module, step)
         return link(step, output, (source,))
+
+    def _last_entered(self, module: nn.Module) -> Entered | None:
+        """What was kept of this call; the calls inside it that never returned go with it."""
+        running = _RUNNING.entered
+        for place in range(len(running) - 1, -1, -1):
+            if running[place][0] is self and running[place][1] is module:
+                entered = running[place][2]
+                del running[place:]
+                return entered
+        return None
 
 
 def _places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[bool, Any, Tensor]]:

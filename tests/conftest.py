@@ -1,0 +1,148 @@
+"""What several test files share: torchvision nets, Zennit's composites, and the proof that a model was left alone."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from zennit.composites import COMPOSITES, LayerMapComposite
+from zennit.core import Composite
+from zennit.rules import Epsilon, Norm, Pass
+from zennit.types import Activation, AvgPool, BatchNorm, Linear
+
+import nrm_plugin  # noqa: F401  (registers its composites)
+
+NONLINEAR = ("deconvnet", "guided_backprop")
+ARGUMENTS: dict[str, dict[str, float]] = {"epsilon_gamma_box": {"low": -3.0, "high": 3.0}}
+UNCOVERED = ("beta_smooth", *NONLINEAR)
+"""Give no rule to some layers, so that Zennit takes their plain gradient."""
+LINEAR = ("lrp_0", *(name for name in sorted(COMPOSITES) if name not in NONLINEAR))
+SIZES = {"vgg16": 64, "vgg16_bn": 64, "alexnet": 96}
+
+
+def lrp_0(canonizers: list[Any] | None = None) -> Composite:
+    """LRP-0: Epsilon without a stabilizer, and Zennit's usual rules for what has no weights."""
+    rules = [(Activation, Pass()), (BatchNorm, Pass()), (AvgPool, Norm()), (Linear, Epsilon(epsilon=0.0))]
+    return LayerMapComposite(layer_map=rules, canonizers=canonizers)
+
+
+def composite(name: str, canonizers: list[Any] | None = None) -> Composite:
+    """A composite by its name in Zennit, or LRP-0; ``canonizers=[]`` also leaves out those that it has by default."""
+    if name == "lrp_0":
+        return lrp_0(canonizers)
+    return COMPOSITES[name](canonizers=canonizers, **ARGUMENTS.get(name, {}))
+
+
+def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Random biases everywhere, random batch-norm statistics; in evaluation mode."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in net.modules():
+            if getattr(module, "bias", None) is not None:
+                module.bias.normal_(0, 0.1, generator=draw)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.uniform_(0.5, 1.5, generator=draw)
+                module.running_mean.normal_(0, 0.1, generator=draw)
+                module.running_var.uniform_(0.5, 1.5, generator=draw)
+    return net.eval()
+
+
+@functools.cache
+def torchvision_net(name: str, width: int = 256) -> nn.Module:
+    """A net of torchvision with random weights, one object for all tests of a worker.
+
+    Its hidden linear layers are ``width`` wide, 4096 in the original: they hold most weights and take most of the time.
+    """
+    with torch.device("meta"):
+        net = getattr(torchvision.models, name)(weights=None, num_classes=10)
+        places = [number for number, module in enumerate(net.classifier) if isinstance(module, nn.Linear)]
+        sizes = [net.classifier[places[0]].in_features, *[width] * (len(places) - 1), 10]
+        for place, (inputs, outputs) in zip(places, itertools.pairwise(sizes), strict=True):
+            net.classifier[place] = nn.Linear(inputs, outputs)
+    net = net.to_empty(device="cpu")
+    draw = torch.Generator().manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.kaiming_normal_(module.weight, generator=draw)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    return randomize(net)
+
+
+def images(size: int, batch: int = 2) -> Tensor:
+    """Noise in the form of normalized images."""
+    return torch.randn((batch, 3, size, size), generator=torch.Generator().manual_seed(1))
+
+
+# -- the model is as it was ---------------------------------------------------------------------------------------
+
+
+def state_of(model: nn.Module) -> list[tuple[str, object]]:
+    """All that a call could leave behind on a model, and the random states. Tensors by identity and by value."""
+    found: list[tuple[str, object]] = []
+    for name, module in model.named_modules():
+        found.append((f"{name}: class", type(module)))
+        for key, value in module.__dict__.items():
+            inner = {k: id(v) for k, v in value.items()} if isinstance(value, dict) else None
+            found.append((f"{name}.{key}", (id(value), inner, value if isinstance(value, (bool, int, str)) else None)))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found.append((f"{name}: identity", (id(tensor), tensor.data_ptr(), tensor._version, tensor.shape)))
+        found.append((f"{name}: value", tensor.detach().numpy().tobytes()))
+        found.append((f"{name}: gradient", (tensor.requires_grad, id(tensor.grad), tensor._backward_hooks)))
+        found.append((f"{name}: history", (tensor.is_leaf, tensor.grad_fn)))
+    found.append(("state dict", list(model.state_dict())))
+    found.append(("torch's random state", torch.get_rng_state().numpy().tobytes()))
+    found.append(("numpy's random state", str(np.random.get_state())))
+    found.append(("Python's random state", random.getstate()))
+    found.append(("global modes", (torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
+    return found
+
+
+@contextmanager
+def untouched(model: nn.Module, *inputs: Tensor) -> Iterator[None]:
+    """Fails unless a model, and the inputs it was given, are left as they were; also when the body raised."""
+    before = state_of(model), [(x.clone(), x._version, x.requires_grad, x.grad) for x in inputs]
+    try:
+        yield
+    finally:
+        changed = [key for (key, old), (_, new) in zip(before[0], state_of(model), strict=True) if old != new]
+        assert not changed, f"changed: {changed}"
+        for x, (values, version, requires_grad, grad) in zip(inputs, before[1], strict=True):
+            assert torch.equal(x.nan_to_num(), values.nan_to_num())
+            assert (x._version, x.requires_grad) == (version, requires_grad)
+            assert x.grad is grad
+
+
+# -- figures for the report ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worst(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
+    """Remembers the largest error of a test for the summary at the end of the run."""
+
+    def remember(what: str, value: float) -> None:
+        record_property("worst", (what, value))
+
+    return remember
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    figures: dict[str, float] = {}
+    for status in ("passed", "failed"):
+        for report in terminalreporter.stats.get(status, ()):
+            for key, value in getattr(report, "user_properties", ()):
+                if key == "worst":
+                    figures[value[0]] = max(figures.get(value[0], 0.0), value[1])
+    if figures:
+        terminalreporter.section("worst figures")
+        for what, value in sorted(figures.items()):
+            terminalreporter.write_line(f"{value:9.1e}  {what}")

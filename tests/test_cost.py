@@ -1,0 +1,180 @@
+"""What queries cost, counted in kernels run, by the measure itself and from outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nrm_plugin import ABSORBED, RelevanceMeasure, at
+from nrm_plugin.steps import Step
+
+DEPTH, WIDTH = 20, 12
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts kernels run, whoever runs them: ``(kernels, vectors)``."""
+    counted = {"kernels": 0, "vectors": 0}
+
+    def counting(method):
+        def wrapped(self, first, *rest):
+            counted["kernels"] += 1
+            rows = first if isinstance(first, torch.Tensor) else next(v for v in (*first, *rest) if v is not None)
+            counted["vectors"] += len(rows)
+            return method(self, first, *rest)
+
+        return wrapped
+
+    for name in ("pull", "pull_absolute", "push"):
+        monkeypatch.setattr(Step, name, counting(getattr(Step, name)))
+    return counted
+
+
+@pytest.fixture
+def mu():
+    """Of a chain: linear layers named 0, 2, 4 … with a ReLU after each, then a linear head; 41 steps."""
+    torch.manual_seed(0)
+    layers = [module for _ in range(DEPTH) for module in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(WIDTH, 3)).double().eval()
+    return RelevanceMeasure(net, torch.randn(2, WIDTH, dtype=torch.double), 1)
+
+
+ONE_PASS = 2 * DEPTH + 1
+
+
+def down_to(linear):
+    """Steps that a walk passes from the output until it has crossed the output of this linear layer."""
+    return ONE_PASS - linear - 1
+
+
+def measured(mu, runs, query):
+    """Cost of a query; the measure's own count must be the one from outside."""
+    runs.update(kernels=0, vectors=0)
+    query()
+    assert (mu.cost.steps, mu.cost.vectors) == (runs["kernels"], runs["vectors"])
+    return mu.cost
+
+
+def test_the_marginals_of_all_taps_are_one_pass(mu, runs):
+    assert mu.layers[-2:] == ["40", "output"]  # one tap
+    assert len(mu.layers) == ONE_PASS + 2
+    cost = measured(mu, runs, lambda: mu.marginal(mu.layers))
+    assert (cost.steps, cost.vectors) == (ONE_PASS, ONE_PASS)
+
+
+def test_sinks_bypasses_and_variations_of_all_taps_are_one_pass_together(mu, runs):
+    for layer in mu.layers:
+        mu.sink(layer), mu.bypass(layer), mu.variation(layer)
+    mu.sinks()
+    assert runs == {"kernels": ONE_PASS, "vectors": ONE_PASS}
+
+
+def test_after_a_marginal_its_books_are_free(mu, runs):
+    mu.marginal("10")
+    runs.update(kernels=0, vectors=0)
+    mu.sink("10"), mu.bypass("4"), mu.variation("input"), mu.sinks()
+    assert runs["kernels"] == 0
+
+
+def test_the_walk_variation_is_one_pass(mu, runs):
+    assert measured(mu, runs, mu.walk_variation).steps == ONE_PASS
+
+
+@pytest.mark.parametrize("lower", [0, 10, 30])
+def test_an_intersection_is_one_pass_down_to_its_lower_tap(mu, runs, lower):
+    cost = measured(mu, runs, lambda: mu(at("36")[2:5] & at(str(lower))[[0, 3]]))
+    assert (cost.steps, cost.vectors) == (down_to(lower), down_to(lower))
+
+
+def test_an_intersection_over_many_taps_carries_one_vector(mu, runs):
+    event = at("38")[0]
+    for layer in range(0, 38, 2):
+        event = event & at(str(layer))[:6]
+    cost = measured(mu, runs, lambda: mu(event))
+    assert (cost.steps, cost.vectors) == (down_to(0), down_to(0))
+
+
+@pytest.mark.parametrize("lowest", [2, 20])
+def test_a_union_over_many_taps_is_one_pass_down_to_the_lowest(mu, runs, lowest):
+    event = at("36")[1]
+    for layer in range(lowest, 36, 2):
+        event = event | at(str(layer))[[0, 5]]
+    cost = measured(mu, runs, lambda: mu(event))
+    assert (cost.steps, cost.vectors) == (down_to(lowest), down_to(lowest))
+
+
+def eight_pairs_over_two_layers():
+    return [at("30")[i] & at("8")[i] for i in range(8)]
+
+
+def eight_pairs_of_neighbours():
+    """On sixteen layers, each pair below the other."""
+    return [at(str(38 - 4 * i))[0] & at(str(36 - 4 * i))[1] for i in range(8)]
+
+
+def eight_pairs_across_each_other():
+    """On sixteen layers, all upper neurons above all lower ones: every set of pairs can be open at once."""
+    return [at(str(38 - 2 * i))[0] & at(str(22 - 2 * i))[1] for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "pairs", [eight_pairs_over_two_layers, eight_pairs_of_neighbours, eight_pairs_across_each_other]
+)
+def test_one_of_eight_pairs_is_at_most_twice_one_pass(mu, runs, pairs):
+    event = pairs()[0]
+    for pair in pairs()[1:]:
+        event = event | pair
+    cost = measured(mu, runs, lambda: mu(event))
+    assert cost.steps <= 2 * ONE_PASS
+
+
+def test_one_of_eight_pairs_of_neighbours_carries_at_most_two_vectors(mu, runs):
+    event = eight_pairs_of_neighbours()[0]
+    for pair in eight_pairs_of_neighbours()[1:]:
+        event = event | pair
+    assert measured(mu, runs, lambda: mu(event)).vectors <= 2 * ONE_PASS
+
+
+def test_a_formula_whose_normal_form_is_exponential_has_width_two(mu, runs):
+    """``(a1 | b1) & (a2 | b2) & …`` over neighbouring taps has 2¹² terms."""
+    event = at("38")[:3] | at("36")[:3]
+    for layer in range(34, 0, -4):
+        event = event & (at(str(layer))[:3] | at(str(layer - 2))[:3])
+    cost = measured(mu, runs, lambda: mu(event))
+    assert cost.vectors <= 2 * ONE_PASS
+
+
+def test_a_list_of_events_shares_one_pass(mu, runs):
+    events = [at("30")[0], at("20")[1], at("30")[0] & at("20")[1], ABSORBED]
+    cost = measured(mu, runs, lambda: mu(events))
+    assert cost.steps == ONE_PASS
+    assert cost.vectors <= len(events) * ONE_PASS
+
+
+def test_a_decided_event_stops_at_once(mu, runs):
+    assert measured(mu, runs, lambda: mu(at("output")[1])).steps == 0
+    assert measured(mu, runs, lambda: mu(at("38"))).steps <= 2
+
+
+def test_a_map_below_its_condition_is_one_pass(mu, runs):
+    cost = measured(mu, runs, lambda: mu.marginal("input", joint=at("20")[0]))
+    assert (cost.steps, cost.vectors) == (ONE_PASS, ONE_PASS)
+
+
+def test_a_map_above_its_condition_is_a_pass_down_and_one_up(mu, runs):
+    cost = measured(mu, runs, lambda: mu.marginal("30", given=at("10")[0] | at("10")[1], min_ratio=0))
+    assert cost.steps <= 2 * ONE_PASS
+
+
+def test_conditionals_of_all_neurons_are_one_pass_up(mu, runs):
+    cost = measured(mu, runs, lambda: mu.conditional(at("10")[0], "30"))
+    assert (cost.steps, cost.vectors) == (20, 20)
+
+
+def test_what_a_query_will_cost_is_what_it_costs(mu, runs):
+    event = at("30")[0] & at("10")[[1, 2]]
+    text = mu.explain(event)
+    assert runs["kernels"] == 0
+    cost = measured(mu, runs, lambda: mu(event))
+    assert f"one pass over {cost.steps} of {ONE_PASS} steps" in text

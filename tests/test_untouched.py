@@ -1,0 +1,522 @@
+"""A measure leaves the model as it was, answers on its own, and goes when it goes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from zennit.canonizers import SequentialMergeBatchNorm
+from zennit.composites import EpsilonPlusFlat, GuidedBackprop
+from zennit.layer import Sum
+
+from nrm_plugin import ABSORBED, NRM, LayerNRM, Normalized, NRMAbsolute, RelevanceMeasure, at
+from nrm_plugin.errors import (
+    CancellationError,
+    NonlinearRuleError,
+    NRMError,
+    NullEventError,
+    StaleMeasureError,
+    TargetError,
+    UncoveredLayerError,
+    UnknownLayerError,
+)
+from tests.conftest import images, state_of, untouched
+
+
+class Net(nn.Module):
+    """In-place ReLUs, batch norm, a frozen layer, a reused module, a skip, dropout, a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.conv, self.relu, self.add = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True), Sum()
+        self.pool, self.drop = nn.AvgPool2d(4), nn.Dropout(0.5)
+        self.head = nn.Linear(16, 5)
+        self.register_buffer("note", torch.arange(3))
+        self.conv.weight.requires_grad_(False)
+        self.passes = "said by the user"
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.relu(self.add(torch.stack([x, self.relu(self.conv(x))], -1)))
+        return self.head(self.drop(self.pool(x)).flatten(1))
+
+
+def build(seed=0):
+    torch.manual_seed(seed)
+    net = Net().eval()
+    with torch.no_grad():
+        net.stem[1].running_mean.normal_()
+        net.stem[1].running_var.uniform_(0.5, 2)
+    net.stem[0].weight.grad = torch.ones_like(net.stem[0].weight)
+    return net
+
+
+@pytest.fixture
+def net():
+    return build()
+
+
+@pytest.fixture
+def x():
+    return images(8)
+
+
+A, B = at("stem.2")[1], at("pool")[2]
+QUERIES = {
+    "marginal": lambda mu: mu.marginal("pool"),
+    "channels": lambda mu: mu.marginal("stem", over="channel"),
+    "marginals": lambda mu: mu.marginal(["input", "conv", "output"]),
+    "joint map": lambda mu: mu.marginal("input", joint=A),
+    "map above": lambda mu: mu.marginal("pool", joint=A | ~B),
+    "given": lambda mu: mu.marginal("input", given=at("pool")),
+    "sink": lambda mu: mu.sink("input"),
+    "residual": lambda mu: mu.sink("input", kind="residual"),
+    "sinks": lambda mu: mu.sinks(),
+    "bypass": lambda mu: mu.bypass("conv"),
+    "variation": lambda mu: mu.variation("conv"),
+    "walk variation": lambda mu: mu.walk_variation(),
+    "event": lambda mu: mu(A & ~B),
+    "events": lambda mu: mu([A, B, A | B, ABSORBED, at("head", side="sink")]),
+    "conditional": lambda mu: mu.conditional(A, "pool"),
+    "matrix": lambda mu: mu.joint("pool", "stem"),
+    "explain": lambda mu: mu.explain(A, given=B),
+    "output": lambda mu: mu.output,
+}
+
+
+def answers(mu, names=QUERIES):
+    return {name: QUERIES[name](mu) for name in names}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        if isinstance(first[name], str):
+            assert first[name] == second[name]
+        else:
+            torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+
+
+# -- nothing is left behind ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", ["sink", "redistribute"])
+def test_taking_a_measure_leaves_the_model_alone(net, x, residual):
+    with untouched(net, x):
+        RelevanceMeasure(net, x, 1, residual=residual)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_no_query_touches_the_model(net, x, query):
+    mu = RelevanceMeasure(net, x, 1)
+    with untouched(net, x):
+        QUERIES[query](mu)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_measure_can_be_asked_in_every_gradient_mode(net, x, query, mode):
+    expected = QUERIES[query](RelevanceMeasure(net, x, 1))
+    mu = RelevanceMeasure(net, x, 1)
+    with untouched(net, x), mode():
+        found = QUERIES[query](mu)
+    assert_same({query: expected}, {query: found})
+
+
+def test_answers_are_the_users_to_write_to(net, x):
+    mu = RelevanceMeasure(net, x, 1)
+    expected = copy.deepcopy(answers(mu))
+    for value in answers(mu).values():
+        for tensor in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                assert not tensor.requires_grad
+                tensor.fill_(7)
+    assert_same(answers(mu), expected)
+
+
+def test_canonizers_leave_the_model_alone(net, x):
+    rules = EpsilonPlusFlat(canonizers=[SequentialMergeBatchNorm()])
+    with untouched(net, x):
+        answers(RelevanceMeasure(net, x, 1, composite=rules))
+
+
+def test_captum_classes_leave_the_model_alone(net, x):
+    with untouched(net, x):
+        NRM(net).attribute(x, target=1)
+        LayerNRM(net, net.conv).attribute(x, target=1)
+        LayerNRM(net, ["conv", net.pool], composite=NRMAbsolute()).attribute(x, target=1, return_convergence_delta=True)
+
+
+@pytest.mark.parametrize("training", [{}, {"stem.2": True, "head": True}, {"": True}])
+def test_the_training_mode_of_each_module_stays(net, x, training):
+    """Only dropout and batch norm refuse to be measured in training mode."""
+    for name, mode in training.items():
+        net.get_submodule(name).training = mode
+    with untouched(net, x):
+        answers(RelevanceMeasure(net, x, 1))
+
+
+def test_inputs_may_require_gradients_and_get_none(net, x):
+    expected = answers(RelevanceMeasure(net, x, 1))
+    x = x.requires_grad_()
+    with untouched(net, x):
+        assert_same(answers(RelevanceMeasure(net, x, 1)), expected)
+    history = x * 1
+    assert_same(answers(RelevanceMeasure(net, history, 1)), expected)
+
+
+def test_own_hooks_of_the_user_run_and_stay(net, x):
+    seen = []
+    net.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
+    handle = net.conv.register_forward_pre_hook(lambda module, inputs: seen.append("before"))
+    expected = state_of(net)
+    answers(RelevanceMeasure(net, x, 1))
+    assert [type(item) for item in seen] == [str, torch.Tensor]
+    assert state_of(net) == expected
+    handle.remove()
+    net(x)
+    assert len(seen) == 3
+
+
+def test_an_attribute_that_the_forward_pass_writes_is_not_kept(net, x):
+    """What the recording writes into the model, such as a cached activation, would hold its graph alive."""
+
+    class Caching(Net):
+        def forward(self, x):
+            self.passes = super().forward(x)
+            return self.passes
+
+    torch.manual_seed(0)
+    caching = Caching().eval()
+    with untouched(caching, x):
+        RelevanceMeasure(caching, x, 1)
+
+
+def test_modules_with_parametrizations_are_left_alone(x):
+    net = nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), weight_norm(nn.Linear(144, 5)))
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    for number in (0, 3):
+        plain[number].weight.data.copy_(net[number].weight.detach())
+        plain[number].bias.data.copy_(net[number].bias.detach())
+    with untouched(net, x):
+        found = RelevanceMeasure(net, x, 1, composite=EpsilonPlusFlat()).marginal("input")
+    torch.testing.assert_close(found, RelevanceMeasure(plain, x, 1, composite=EpsilonPlusFlat()).marginal("input"))
+
+
+# -- also where it raised -----------------------------------------------------------------------------------------
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        raise ArithmeticError("broken on purpose")
+
+
+class BrokenIn(nn.Module):
+    """Raises in the middle of itself, after some of its parts have run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 5)
+
+    def forward(self, x):
+        self.touched = self.lin(x)
+        raise ArithmeticError("broken on purpose")
+
+
+@pytest.mark.parametrize("broken", [Broken, BrokenIn])
+def test_a_model_that_raises_midway_is_left_alone(net, x, broken):
+    net = nn.Sequential(net, nn.ReLU(inplace=True), broken(), nn.Linear(5, 5)).eval()
+    expected = RelevanceMeasure(net[0], x, 1).marginal("input")
+    with untouched(net, x), pytest.raises(ArithmeticError, match="broken on purpose"):
+        RelevanceMeasure(net, x, 1)
+    assert not torch.overrides._get_current_function_mode_stack()
+    torch.testing.assert_close(RelevanceMeasure(net[0], x, 1).marginal("input"), expected)
+    with pytest.raises(ArithmeticError), Normalized(EpsilonPlusFlat()).context(net):
+        net(x.clone().requires_grad_())
+    assert not torch.overrides._get_current_function_mode_stack()
+    torch.testing.assert_close(RelevanceMeasure(net[0], x, 1).marginal("input"), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"target": 99}, TargetError),
+        ({"target": None}, TargetError),
+        ({"start": [1.0, -1.0, 0.0, 0.0, 0.0]}, TargetError),
+        ({"target": 1, "composite": GuidedBackprop(), "uncovered": "gradient"}, NonlinearRuleError),
+        ({"target": 1, "composite": GuidedBackprop()}, NRMError),
+        ({"target": 1, "residual": "nowhere"}, ValueError),
+        ({"target": 1, "additional_forward_args": 3}, TypeError),
+    ],
+)
+def test_a_refused_measure_leaves_the_model_alone(net, x, arguments, error):
+    with untouched(net, x), pytest.raises(error):
+        RelevanceMeasure(net, x, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        (lambda mu: mu.marginal("nowhere"), UnknownLayerError),
+        (lambda mu: mu(at("pool")[99]), NRMError),
+        (lambda mu: mu(A, given=at("pool")[[]]), NullEventError),
+        (lambda mu: mu.marginal("input", over="nothing"), ValueError),
+        (lambda mu: mu.conditional(B, "stem"), NRMError),
+        (lambda mu: mu.joint("stem", "pool"), NRMError),
+        (lambda mu: mu(A, given=at("pool"), min_ratio=9), CancellationError),
+    ],
+)
+def test_a_query_that_raised_changes_nothing(net, x, query, error):
+    mu = RelevanceMeasure(net, x, 1)
+    expected = answers(mu)
+    with untouched(net, x), pytest.raises(error):
+        query(mu)
+    assert_same(answers(mu), expected)
+
+
+def test_a_layer_without_a_rule_leaves_the_model_alone(x):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(144, 5), nn.PReLU()).eval()
+    net[1].forward = net[1].forward  # an attribute of the user's own that a canonizer could delete
+    with untouched(net, x), pytest.raises(UncoveredLayerError):
+        RelevanceMeasure(net, x, 1, composite=GuidedBackprop())
+
+
+# -- measures beside each other -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(net, x):
+    return RelevanceMeasure(net, x, 1), RelevanceMeasure(net, 2 * x, 3, composite=NRMAbsolute(), residual="sink")
+
+
+@pytest.fixture
+def alone(x):
+    def ask(*args, **kwargs):
+        mu = RelevanceMeasure(build(), *args, **kwargs)
+        return answers(mu)
+
+    return ask(x, 1), ask(2 * x, 3, composite=NRMAbsolute(), residual="sink")
+
+
+def test_two_measures_asked_in_turn_agree_with_each_alone(net, x, pair, alone):
+    found = {}, {}
+    with untouched(net, x):
+        for name in QUERIES:
+            for mu, own in zip(pair, found, strict=True):
+                own[name] = QUERIES[name](mu)
+    for own, expected in zip(found, alone, strict=True):
+        assert_same(own, expected)
+
+
+def test_two_measures_asked_from_two_threads_agree_with_each_alone(net, x, pair, alone):
+    with untouched(net, x), ThreadPoolExecutor(2) as threads:
+        for _ in range(5):
+            for own, expected in zip(threads.map(answers, pair), alone, strict=True):
+                assert_same(own, expected)
+
+
+def test_one_measure_can_be_asked_from_many_threads(net, x, alone):
+    mu = RelevanceMeasure(net, x, 1)
+    with untouched(net, x), ThreadPoolExecutor(4) as threads:
+        for own in threads.map(answers, [mu] * 8):
+            assert_same(own, alone[0])
+
+
+def test_measures_can_be_taken_from_two_threads_at_once(net, x, alone):
+    start = threading.Barrier(4)
+
+    def take(target):
+        start.wait()
+        return [answers(RelevanceMeasure(net, x, target), ["marginal", "event", "sink"]) for _ in range(4)]
+
+    with untouched(net, x), ThreadPoolExecutor(4) as threads:
+        for results in threads.map(take, [1] * 4):
+            for own in results:
+                assert_same(own, {name: alone[0][name] for name in own})
+
+
+def test_a_measure_answers_after_its_model_and_inputs_are_gone(x):
+    expected = answers(RelevanceMeasure(build(), x, 1))
+    own = x.clone()
+    mu = RelevanceMeasure(build(), own, 1)
+    own.zero_()
+    del own
+    gc.collect()
+    assert_same(answers(mu), expected)
+
+
+# -- in-place operations ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", [None, EpsilonPlusFlat(), NRMAbsolute()], ids=["default", "plus", "absolute"])
+def test_in_place_activations_give_the_numbers_of_others(net, x, rules):
+    found = answers(RelevanceMeasure(net, x, 1, composite=rules))
+    for module in net.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    assert_same(answers(RelevanceMeasure(net, x, 1, composite=rules)), found)
+
+
+def test_an_in_place_first_layer_does_not_write_to_the_input(x):
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(192, 4)).eval()
+    with untouched(net, x):
+        mu = RelevanceMeasure(net, x, 1)
+        torch.testing.assert_close(mu.marginal("0"), mu.marginal("input"))
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def tensors_alive():
+    gc.collect()
+    return sum(1 for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter))
+
+
+def test_memory_goes_when_the_measure_goes(net, x):
+    answers(RelevanceMeasure(net, x, 1))
+    before = tensors_alive()
+    mu = RelevanceMeasure(net, x, 1)
+    answers(mu)
+    kernels = [vertex.step.kernel for vertex in mu._recording.graph.vertices if vertex.step is not None]
+    kept = [weakref.ref(item) for item in (mu, mu._recording, mu._recording.output, *mu._recording.leaves, *kernels)]
+    del mu, kernels
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * len(kept)
+    assert tensors_alive() == before
+
+
+def test_memory_goes_without_the_garbage_collector(net, x):
+    """On a GPU nothing tells the collector that memory is short."""
+    gc.collect()
+    gc.disable()
+    try:
+        mu = RelevanceMeasure(net, x, 1)
+        answers(mu)
+        leaf = weakref.ref(mu._recording.leaves[0])
+        output = weakref.ref(mu._recording.output)
+        del mu
+        assert (leaf(), output()) == (None, None)
+    finally:
+        gc.enable()
+
+
+def test_memory_goes_when_a_measure_could_not_be_taken(net, x):
+    net = nn.Sequential(net, Broken()).eval()
+    for _ in range(2):
+        before = tensors_alive()
+        with pytest.raises(ArithmeticError):
+            RelevanceMeasure(net, x, 1)
+    assert tensors_alive() == before
+
+
+def test_queries_do_not_pile_up(net, x):
+    mu = RelevanceMeasure(net, x, 1)
+    answers(mu)
+    before = tensors_alive()
+    for _ in range(3):
+        answers(mu)
+    assert tensors_alive() == before
+
+
+# -- a model that changed -----------------------------------------------------------------------------------------
+
+
+def add_in_place(net):
+    with torch.no_grad():
+        net.conv.weight.add_(1.0)
+
+
+def write_through_data(net):
+    net.head.bias.data.mul_(2.0)
+
+
+def write_one_entry_through_data(net):
+    net.head.weight.data[3, 5] = 7.0
+
+
+def step_an_optimizer(net):
+    optimizer = torch.optim.SGD([net.stem[0].weight], lr=0.1)
+    optimizer.step()
+
+
+def change_a_buffer(net):
+    net.stem[1].running_mean += 1.0
+
+
+def load_other_weights(net):
+    net.load_state_dict(build(1).state_dict())
+
+
+CHANGES = [
+    (add_in_place, "conv.weight"),
+    (write_through_data, "head.bias"),
+    (write_one_entry_through_data, "head.weight"),
+    (step_an_optimizer, "stem.0.weight"),
+    (change_a_buffer, "stem.1.running_mean"),
+    (load_other_weights, "stem.0.weight"),
+]
+
+
+@pytest.mark.parametrize(("change", "name"), CHANGES)
+def test_a_parameter_changed_in_place_makes_the_measure_stale(net, x, change, name):
+    mu = RelevanceMeasure(net, x, 1)
+    answers(mu)
+    change(net)
+    for query in QUERIES.keys() - {"explain", "output"}:
+        with untouched(net, x), pytest.raises(StaleMeasureError, match=rf"{name}.*changed in place.*again"):
+            QUERIES[query](mu)
+    fresh = RelevanceMeasure(net, x, 1)
+    answers(fresh)
+
+
+def test_putting_new_parameters_in_the_place_of_old_ones_leaves_a_measure_alone(net, x):
+    mu = RelevanceMeasure(net, x, 1)
+    expected = answers(mu)
+    net.head = nn.Linear(16, 5)
+    net.conv.weight = nn.Parameter(torch.zeros_like(net.conv.weight))
+    assert_same(answers(mu), expected)
+
+
+def test_a_stale_measure_is_not_needed_to_go_on(net, x):
+    """Written back bit by bit, weights are the same, but the measure cannot know; a fresh one is like the first."""
+    expected = answers(RelevanceMeasure(net, x, 1))
+    mu = RelevanceMeasure(net, x, 1)
+    kept = {key: value.clone() for key, value in net.state_dict().items()}
+    add_in_place(net)
+    with pytest.raises(StaleMeasureError):
+        mu.marginal("pool")
+    torch.testing.assert_close(mu.output, expected["output"])
+    net.load_state_dict(kept)
+    assert_same(answers(RelevanceMeasure(net, x, 1)), expected)
+
+
+def test_training_goes_on_after_a_measure(net, x):
+    twin = copy.deepcopy(net)
+    mu = RelevanceMeasure(net, x, 1)
+    answers(mu)
+    for model in (net, twin):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    for one, other in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_net_of_torchvision_is_left_alone():
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(weights=None, num_classes=4).eval()
+    x = images(32)
+    with untouched(net, x):
+        mu = RelevanceMeasure(net, x, 1)
+        mu.marginal("input")
+        mu(at("layer3")[0] & at("layer1")[1])
