@@ -5,6 +5,8 @@ An event knows no model. Its atoms name taps, and a measure looks them up when t
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -17,6 +19,9 @@ from .errors import EventError
 Side = Literal["input", "output", "sink"]
 SIDES: tuple[Side, ...] = ("input", "output", "sink")
 
+SHOWN = 12
+"""Numbers of neurons that the text of an event lists."""
+
 
 class Event:
     """A set of walks; ``&``, ``|``, ``~`` and ``-`` make new ones.
@@ -26,18 +31,33 @@ class Event:
     """
 
     def __and__(self, other: object) -> Event:
-        return _combine(All, self, other)
+        return _combine(All, self, other, "&")
 
     def __or__(self, other: object) -> Event:
-        return _combine(Any_, self, other)
+        return _combine(Any_, self, other, "|")
 
     def __invert__(self) -> Event:
         return Not(self)
 
     def __sub__(self, other: object) -> Event:
-        if not isinstance(other, Event):
-            return NotImplemented
-        return self & ~other
+        return self & ~_checked_operand(self, other, "-")
+
+    # Reached only from operands that are no events, to say so in the same words.
+    def __rand__(self, other: object) -> NoReturn:
+        _refuse_operand(self, other, "&")
+
+    def __ror__(self, other: object) -> NoReturn:
+        _refuse_operand(self, other, "|")
+
+    def __rsub__(self, other: object) -> NoReturn:
+        _refuse_operand(self, other, "-")
+
+    def __iter__(self) -> NoReturn:
+        # Without this, Python iterates over anything with brackets, and an atom takes any number in them, for ever.
+        raise TypeError(
+            f"{self} is an event, a set of walks, and cannot be iterated over, unpacked or searched with `in`. For one "
+            "event for each channel write `[at(layer)[k] for k in channels]`."
+        )
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
@@ -49,17 +69,32 @@ class Event:
         """The atoms of the formula, from left to right, with repetitions."""
         raise NotImplementedError
 
+    def __str__(self) -> str:
+        raise NotImplementedError
 
-def _combine(kind: type[All] | type[Any_], left: Event, right: object) -> Event:
-    if not isinstance(right, Event):
-        return NotImplemented  # type: ignore[no-any-return]
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _combine(kind: type[All] | type[Any_], left: Event, right: object, sign: str) -> Event:
     parts: list[Event] = []
-    for part in (left, right):
+    for part in (left, _checked_operand(left, right, sign)):
         parts.extend(part.parts if isinstance(part, kind) else (part,))
     return kind(tuple(dict.fromkeys(parts)))
 
 
-@dataclass(frozen=True)
+def _checked_operand(event: Event, other: object, sign: str) -> Event:
+    return other if isinstance(other, Event) else _refuse_operand(event, other, sign)
+
+
+def _refuse_operand(event: Event, other: object, sign: str) -> NoReturn:
+    raise TypeError(
+        f"`{sign}` joins two events, got {event} and {type(other).__name__}. Name the layer of the other one: "
+        "`at(layer)` for a layer, `at(layer)[mask]` for a mask or index."
+    )
+
+
+@dataclass(frozen=True, repr=False)
 class All(Event):
     """The walks that are in every part."""
 
@@ -73,7 +108,7 @@ class All(Event):
         return " & ".join(_bracket(part) for part in self.parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
     """The walks that are in at least one part."""
 
@@ -87,7 +122,7 @@ class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
         return " | ".join(_bracket(part) for part in self.parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Not(Event):
     """The walks that are not in the part: those that bypass it or were absorbed before count as well."""
 
@@ -103,7 +138,7 @@ class Not(Event):
         return f"~{_bracket(self.part)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Absorbed(Event):
     """The walks that end in the sink of any step, whether residual or constant."""
 
@@ -137,22 +172,79 @@ class Index:
 
 def _key(value: Any) -> Hashable:
     if isinstance(value, Tensor):
-        flat = value.detach().cpu()
-        return ("tensor", str(flat.dtype), tuple(flat.shape), flat.contiguous().numpy().tobytes())
+        return ("tensor", str(value.dtype), tuple(value.shape), value.numpy().tobytes())
     if isinstance(value, slice):
         return ("slice", value.start, value.stop, value.step)
-    if isinstance(value, (list, tuple)):
-        return (type(value).__name__, tuple(_key(item) for item in value))
-    if hasattr(value, "tobytes") and hasattr(value, "shape"):
-        return ("array", str(value.dtype), tuple(value.shape), value.tobytes())
+    if isinstance(value, tuple):
+        return ("tuple", tuple(_key(item) for item in value))
     return value  # type: ignore[no-any-return]
+
+
+def _checked_index(atom: Atom, value: Any) -> Any:
+    """An index as ints, slices, ellipses, integer or boolean tensors, and tuples of them."""
+    if isinstance(value, tuple):
+        if sum(item is Ellipsis for item in value) > 1:
+            raise EventError(f"{atom}[…]: an index holds one `...` at most.")
+        return tuple(_checked_index(atom, item) for item in value)
+    if value is Ellipsis:
+        return value
+    if isinstance(value, slice):
+        return _checked_slice(atom, value)
+    if isinstance(value, (Tensor, list, range)) or hasattr(value, "__array__"):
+        tensor = _checked_tensor(atom, value)
+        return tensor.item() if tensor.ndim == 0 else tensor
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise EventError(f"{atom}[{value!r}]: {_INDEX} Got {type(value).__name__}.")
+
+
+_INDEX = "neurons are indexed by ints, slices, lists and tuples of them, integer tensors or boolean masks."
+
+
+def _checked_slice(atom: Atom, value: slice) -> slice:
+    bounds = (value.start, value.stop, value.step)
+    if any(not (bound is None or hasattr(bound, "__index__")) for bound in bounds):
+        raise EventError(f"{atom}[{_show(value)}]: the bounds of a slice are integers.")
+    start, stop, step = (None if bound is None else operator.index(bound) for bound in bounds)
+    if step is not None and step <= 0:
+        raise EventError(f"{atom}[{_show(value)}]: a slice of neurons goes upwards; give a step of at least 1.")
+    return slice(start, stop, step)
+
+
+def _checked_tensor(atom: Atom, value: Any) -> Tensor:
+    """Integers or a mask, on the CPU."""
+    if isinstance(value, list):
+        kinds = {isinstance(item, bool) for item in value}
+        if len(kinds) > 1:
+            raise EventError(f"{atom}[{value!r}]: a list holds either numbers of neurons or true and false, not both.")
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+        tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
+        tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise EventError(f"{atom}[{reprlib.repr(value)}]: {_INDEX} This is none of them: {error}.") from error
+    if tensor.numel() == 0 and isinstance(value, (list, range)):
+        tensor = tensor.long()
+    if tensor.dtype == torch.uint8:
+        raise EventError(
+            f"{atom}: an index of dtype uint8 may be a mask or numbers of neurons. Say which: `mask.bool()` or "
+            "`index.long()`."
+        )
+    if tensor.dtype != torch.bool and (tensor.is_floating_point() or tensor.is_complex()):
+        raise EventError(
+            f"{atom}: {_INDEX} Got {type(value).__name__} of {str(tensor.dtype).removeprefix('torch.')}, shape "
+            f"{tuple(tensor.shape)}; for a mask write `values > threshold`."
+        )
+    if tensor.ndim == 0 and tensor.dtype == torch.bool:
+        raise EventError(f"{atom}[{bool(tensor)}]: a single true or false is no mask; give one for each neuron.")
+    return tensor
 
 
 def _name(layer: str | nn.Module) -> str:
     return repr(layer) if isinstance(layer, str) else f"<{type(layer).__name__}>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Atom(Event):
     """The walk crosses one tap in one of the indexed neurons (in any neuron where nothing is indexed).
 
@@ -164,14 +256,15 @@ class Atom(Event):
     layer: str | nn.Module
     side: Side = "output"
     call: int | Literal["any"] | None = None
-    item: int | None = None
+    item: int | str | None = None
     index: Index | None = None
     along_channel: bool = False
 
     def __getitem__(self, index: Any) -> Atom:
         if self.index is not None:
             raise EventError(f"{self} is indexed already. Combine two atoms of one tap with & or | instead.")
-        return Atom(self.layer, self.side, self.call, self.item, Index(_key(index), index))
+        value = _checked_index(self, index)
+        return Atom(self.layer, self.side, self.call, self.item, Index(_key(value), value))
 
     def channel(self, index: Any) -> Atom:
         """The neurons of one or several channels: dimension 1 of ``(N, C, …)``, the last one of token layouts."""
@@ -202,6 +295,8 @@ def _show(value: Any) -> str:
         return "..."
     if isinstance(value, Tensor) and value.dtype == torch.bool:
         return f"mask of {int(value.sum())} in {tuple(value.shape)}"
+    if isinstance(value, Tensor) and value.numel() > SHOWN:
+        return f"{value.numel()} numbers in {tuple(value.shape)}"
     if isinstance(value, Tensor):
         return str(value.tolist())
     return repr(value)
@@ -211,7 +306,7 @@ def at(
     layer: str | nn.Module,
     side: Side = "output",
     call: int | Literal["any"] | None = None,
-    item: int | None = None,
+    item: int | str | None = None,
 ) -> Atom:
     """Neurons of one tap, to be indexed: ``at("features.28")[3]`` is the event that a walk crosses channel 3.
 
@@ -226,12 +321,14 @@ def at(
         over the dimensions after the batch (or over all, one mask for each sample).
 
     Raises:
-        EventError: ``side`` or ``layer`` is none of these.
+        EventError: One of the arguments is none of these.
     """
     if side not in SIDES:
         raise EventError(f"side={side!r} is unknown; choose one of {', '.join(map(repr, SIDES))}.")
     if not isinstance(layer, (str, nn.Module)):
-        raise EventError(f"a layer is a name or a module, got {type(layer).__name__}.")
+        raise EventError(f"a layer is a name such as 'features.28' or a module, got {type(layer).__name__}: {layer!r}.")
     if not (call is None or call == "any" or (isinstance(call, int) and not isinstance(call, bool))):
-        raise EventError(f"call={call!r}: give the number of the call, or 'any'.")
+        raise EventError(f"call={call!r} is unknown; give the number of the call, from 0, or 'any'.")
+    if not (item is None or (isinstance(item, (int, str)) and not isinstance(item, bool))):
+        raise EventError(f"item={item!r} is unknown; give the number or key of one of the tensors of a layer.")
     return Atom(layer, side, call, item)

@@ -181,15 +181,15 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int) -> Tensor:
         view = [1] * len(shape)
         view[channel_dim] = -1
         return chosen.view(view).expand(1, *inner).clone()
-    value = torch.as_tensor(value) if hasattr(value, "__array__") or isinstance(value, Tensor) else value
     if isinstance(value, Tensor) and value.dtype == torch.bool:
         if value.shape == inner:
-            return value.detach().cpu().clone().unsqueeze(0)
+            return value.clone().unsqueeze(0)
         if value.shape == shape:
-            return value.detach().cpu().clone()
+            return value.clone()
         raise EventError(
             f"{atom}: a mask of shape {tuple(value.shape)} does not fit the tap. Its neurons have shape "
-            f"{tuple(inner)}, with one mask for each of the {shape[0]} samples {tuple(shape)}."
+            f"{tuple(inner)}, with one mask for each of the {shape[0]} samples {tuple(shape)}. For a mask over "
+            "channels use `at(layer).channel(mask)`."
         )
     mask = torch.zeros(inner, dtype=torch.bool)
     _select(mask, value, atom, inner)
@@ -197,16 +197,9 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int) -> Tensor:
 
 
 def _select(mask: Tensor, value: object, atom: Atom, shape: torch.Size) -> None:
-    value = value.detach().cpu() if isinstance(value, Tensor) else value
-    if isinstance(value, list):
-        value = torch.tensor(value) if any(isinstance(v, bool) for v in value) else torch.as_tensor(value).long()
-    if isinstance(value, tuple):
-        value = tuple(torch.as_tensor(v) if isinstance(v, list) else v for v in value)
-    if isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point()):
-        raise EventError(f"{atom}: neurons are indexed by integers, slices or boolean masks, not by floats.")
     try:
         mask[value] = True  # type: ignore[index]
-    except (IndexError, TypeError, RuntimeError, ValueError) as error:
+    except (IndexError, TypeError, RuntimeError, ValueError, OverflowError) as error:
         raise EventError(
             f"{atom}: the index does not fit the neurons of the tap, which have shape {tuple(shape)} "
             f"(the batch is not indexed): {error}."
