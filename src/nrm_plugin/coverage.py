@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from zennit.core import Composite
 
+from .calls import Call, Inputs, Output
 from .composites import Normalized, NRMDefault
 from .functional import FunctionCall
 from .reading import Weighted
@@ -79,17 +81,21 @@ class Coverage:
 
 def coverage(
     model: nn.Module,
-    inputs: Tensor | tuple[Tensor, ...],
+    inputs: Inputs,
     composite: Composite | None = None,
     additional_forward_args: Any = None,
+    additional_forward_kwargs: Mapping[str, Any] | None = None,
+    output: Output | None = None,
 ) -> Coverage:
     """Runs the model once and tells which rule or kernel every step gets.
 
     Args:
         model: The network, in evaluation mode.
-        inputs: ``(N, …)``, or a tuple of such tensors.
+        inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
         composite: A Zennit composite; None for the default of this package.
-        additional_forward_args: Further arguments of the model.
+        additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        additional_forward_kwargs: As there.
+        output: As there.
 
     Raises:
         InputError, ModelStateError, GradModeError: As when a measure is taken.
@@ -97,7 +103,8 @@ def coverage(
     plain = composite.composite if isinstance(composite, Normalized) else composite
     canonized = Normalized(NRMDefault() if plain is None else plain, uncovered="gradient")
     canonized.uncovered = "error"  # functions on weights without a rule are reported, not raised; modules as always
-    recording = Recording(model, inputs, canonized, additional_forward_args)
+    call = Call(inputs, additional_forward_args, additional_forward_kwargs)
+    recording = Recording(model, call, canonized, output)
     steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
     calls = Counter(step.name for step in steps)
     tied = _tied(model)

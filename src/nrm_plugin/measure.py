@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
+from .calls import Call, Inputs, Output
 from .composites import Normalized, NRMDefault, Uncovered
 from .errors import CancellationError, EventError, NRMError, NullEventError, StaleMeasureError, samples
 from .events import ABSORBED, Atom, Event, Side
@@ -51,7 +52,8 @@ class RelevanceMeasure:
 
     Args:
         model: The network, in evaluation mode.
-        inputs: ``(N, …)``, or a tuple of such tensors.
+        inputs: ``(N, …)``, or a tuple of such tensors, or a mapping that the model takes by keyword; of a mapping,
+            only floating point tensors carry relevance.
         target: Output to explain, in Captum's forms: int, tuple, list, tensor; None for a single output.
         composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` one
             brings its own settings.
@@ -59,7 +61,10 @@ class RelevanceMeasure:
             ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` undoes ε and bias altogether.
         start: Signed vector over the outputs, instead of a target.
-        additional_forward_args: Further arguments of the model.
+        additional_forward_args: Further positional arguments of the model; a tuple of them, or one.
+        additional_forward_kwargs: Further keyword arguments.
+        output: Where the model returns several tensors, which of them is explained: its key, its position, or a
+            function of what the model returns. By default the only tensor, or ``"logits"``, or ``"out"``.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
 
     Raises:
@@ -73,7 +78,7 @@ class RelevanceMeasure:
     def __init__(
         self,
         model: nn.Module,
-        inputs: Tensor | tuple[Tensor, ...],
+        inputs: Inputs,
         target: Any = None,
         *,
         composite: Composite | None = None,
@@ -81,16 +86,19 @@ class RelevanceMeasure:
         gain_limit: float | None = None,
         start: Any = None,
         additional_forward_args: Any = None,
+        additional_forward_kwargs: Mapping[str, Any] | None = None,
+        output: Output | None = None,
         uncovered: Uncovered | None = None,
     ) -> None:
         self.composite = normalize(composite, residual, gain_limit, uncovered)
         inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-        self._recording = Recording(model, inputs, self.composite, additional_forward_args)
-        output = self._recording.output.detach()
-        vector = start_vector(output, target, start)
+        call = Call(inputs, additional_forward_args, additional_forward_kwargs)
+        self._recording = Recording(model, call, self.composite, output)
+        values = self._recording.output.detach()
+        vector = start_vector(values, target, start)
         self._start = normalized(vector)
         total = vector.flatten(1).sum(1)
-        self._output = (vector * output).flatten(1).sum(1) / total
+        self._output = (vector * values).flatten(1).sum(1) / total
         self._books: Books | None = None
         self.cost = Cost()
 

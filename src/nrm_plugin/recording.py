@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Hook
 
+from .calls import Call, Output, explained_output
 from .composites import Normalized
 from .errors import (
     FoldingError,
-    GradModeError,
     HookedContainerError,
     InputError,
     ModelStateError,
@@ -32,6 +32,9 @@ from .steps import Step, StepHook, forward_pass, unseen
 _RECORDING = threading.RLock()
 
 INPUT, OUTPUT = "input", "output"
+
+Item = int | str
+"""Which tensor of several: its position in a tuple, or its key."""
 
 Place = Buffer | tuple[int, int]
 """Where a tap is: a buffer, or the edge ``(vertex, number)`` of a step that reads a tensor."""
@@ -66,7 +69,7 @@ class _Seen:
     name: str
     call: int
     side: str
-    item: int | None
+    item: Item | None
     node: Any
     number: int
     shape: torch.Size
@@ -78,12 +81,12 @@ class Recording:
 
     Args:
         model: Any module.
-        inputs: One tensor or a tuple of tensors, ``(N, …)`` each.
+        call: How to call it.
         composite: Rules and normalization.
-        additional_forward_args: Further positional arguments, handed on as they are.
+        output: Which of its outputs the measure starts at, where there is a choice.
 
     Raises:
-        InputError: Inputs of which no measure can be taken.
+        InputError: The output is none that a measure can start at.
         ModelStateError: Training mode, or hooks of another composite.
         GradModeError: Gradients are off.
         UncoveredLayerError: A layer without a rule.
@@ -93,19 +96,16 @@ class Recording:
     def __init__(
         self,
         model: nn.Module,
-        inputs: Tensor | tuple[Tensor, ...],
+        call: Call,
         composite: Normalized,
-        additional_forward_args: Any = None,
+        output: Output | None = None,
     ) -> None:
-        tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-        check_inputs(tensors)
+        tensors = call.tensors
         self.batch = len(tensors[0])
         self.names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
         self._containers: list[str] = []
         self._seen: list[_Seen] = []
         self._calls: dict[nn.Module, int] = {}
-        extra = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-        extra = () if additional_forward_args is None else extra
         with ExitStack() as around:
             around.enter_context(_RECORDING)  # another thread may be recording this model: its hooks are on it then
             check_model(model, tensors)
@@ -115,14 +115,14 @@ class Recording:
                 tensor.requires_grad_(False)
             self.leaves = [tensor.detach().requires_grad_() for tensor in tensors]
             started = [leaf.clone() for leaf in self.leaves]
-            for item, tensor in enumerate(started):
-                self._see(INPUT, 0, "output", None if len(started) == 1 else item, tensor, None)
+            for item, tensor in zip(call.items, started, strict=True):
+                self._see(INPUT, 0, "output", item, tensor, None)
             with ExitStack() as stack:
                 stack.enter_context(composite.context(model))
                 self._watch(model, stack)
-                output = model(*started, *extra)
+                returned = call.run(model, started)
         self.fingerprint = Fingerprint(model)
-        self.output = self._checked_output(output)
+        self.output = explained_output(returned, output, self.batch)
         self._see(OUTPUT, 0, "output", None, self.output, None)
         self.graph = Graph(self.output)
         self._audit()
@@ -174,12 +174,12 @@ class Recording:
             if not module._modules and _step_hook(module) is None:
                 self._check_covered(module, name, args, output)
             return
-        items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-        for item, value in enumerate(items):
+        items = output if isinstance(output, Mapping) else dict(enumerate(output)) if _is_listed(output) else {}
+        for item, value in items.items():
             if isinstance(value, Tensor):
                 self._see(name, call, "output", item, value, dim)
 
-    def _see(self, name: str, call: int, side: str, item: int | None, tensor: Tensor, dim: int | None) -> None:
+    def _see(self, name: str, call: int, side: str, item: Item | None, tensor: Tensor, dim: int | None) -> None:
         if name and tensor.grad_fn is not None and tensor.is_floating_point():
             self._seen.append(_Seen(name, call, side, item, tensor.grad_fn, tensor.output_nr, tensor.shape, dim))
 
@@ -203,27 +203,6 @@ class Recording:
 
     # -- afterwards -------------------------------------------------------------------------------------------
 
-    def _checked_output(self, output: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise InputError(
-                f"the model returned {type(output).__name__}, a measure starts at one tensor of shape (N, …). "
-                "Wrap the model in a module that returns the tensor to be explained."
-            )
-        if output.ndim == 0 or len(output) != self.batch:
-            raise InputError(
-                f"the model turned {self.batch} inputs into an output of shape {tuple(output.shape)}; its first "
-                "dimension must be the batch, since every sample has a measure of its own."
-            )
-        if output.grad_fn is None:
-            raise InputError(
-                "the output does not depend on the inputs: no operation joins them in the autograd graph. "
-                "The model may detach, round, or run under torch.no_grad inside its forward."
-            )
-        if not bool(torch.isfinite(output).all()):
-            flags = (~torch.isfinite(output)).flatten(1).any(1).tolist()
-            raise InputError(f"the model's output is not finite for samples {[i for i, f in enumerate(flags) if f]}.")
-        return output
-
     def _audit(self) -> None:
         """Every vertex is a step or a known route; anything else would be a wrong number."""
         for vertex in self.graph.vertices:
@@ -242,7 +221,7 @@ class Recording:
     def _make_taps(self) -> None:
         position = self.graph.position
         found: dict[Place, Tap] = {}
-        self._named: dict[tuple[str, str, int, int | None], Tap] = {}
+        self._named: dict[tuple[str, str, int, Item | None], Tap] = {}
         for seen in self._seen:
             if seen.node not in position:
                 continue
@@ -269,7 +248,7 @@ class Recording:
         found: dict[Place, Tap],
         place: Place,
         shape: torch.Size,
-        key: tuple[str, str, int, int | None],
+        key: tuple[str, str, int, Item | None],
         channel_dim: int | None,
     ) -> None:
         tap = found.setdefault(place, Tap(place, shape, channel_dim=0))
@@ -301,23 +280,16 @@ class Recording:
             if any(name.startswith(f"{other}.") for other in tap.names):
                 continue  # the function inside a layer that returns the same tensor: an alias nobody asks for
             calls = self._calls_of(name)
-            yield from (
-                [name]
-                if len(calls) == 1
-                else (
-                    f"{name}:{call}"
-                    for call in calls
-                    if any(
-                        self._named.get((name, "output", call, item)) is tap
-                        for item in self._items(name, "output", call)
-                    )
-                )
-            )
+            for call in calls:
+                items = self._items(name, "output", call)
+                for item in items:
+                    if self._named.get((name, "output", call, item)) is tap:
+                        yield name + (f":{call}" if len(calls) > 1 else "") + (f"[{item}]" if len(items) > 1 else "")
 
     def _calls_of(self, name: str, side: str = "output") -> list[int]:
         return sorted({call for known, at, call, _ in self._named if known == name and at == side})
 
-    def _items(self, name: str, side: str, call: int) -> list[int | None]:
+    def _items(self, name: str, side: str, call: int) -> list[Item | None]:
         return [item for known, at, number, item in self._named if (known, at, number) == (name, side, call)]
 
     def name_of(self, layer: str | nn.Module) -> str:
@@ -333,20 +305,34 @@ class Recording:
         return name if name else OUTPUT
 
     def find(
-        self, layer: str | nn.Module, side: str = "output", call: Any = None, item: int | None = None
+        self, layer: str | nn.Module, side: str = "output", call: Any = None, item: Item | None = None
     ) -> list[Tap]:
         """The taps that a layer name, side, call and item speak of; several for ``call="any"``.
 
         Raises:
             UnknownLayerError: None, with near names.
         """
+        if isinstance(layer, str):
+            layer, own = self._split_item(layer, side)
+            item = own if item is None else item
         name, chosen = self._called(layer, side, call)
         return [self._item(name, side, number, item) for number in chosen]
 
-    def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[int | None]:
+    def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
         """Which tensors a layer handed out or was handed: ``[None]`` for a single one."""
+        if isinstance(layer, str):
+            layer, item = self._split_item(layer, side)
+            if item is not None:
+                return [item]
         name, chosen = self._called(layer, side, call)
         return self._items(name, side, chosen[0])
+
+    def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
+        """``"lstm[0]"``, as :attr:`layers` lists it, to layer and item."""
+        stem, bracket, item = name.removesuffix("]").rpartition("[")
+        if not bracket or not name.endswith("]") or self._calls_of(name, side):
+            return name, None
+        return stem, int(item) if item.isdigit() else item
 
     def _called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
         """The name of a layer and its calls that are spoken of."""
@@ -389,7 +375,7 @@ class Recording:
             raise UnknownLayerError(f"{name!r} has no call {call}; its calls are {calls}.")
         return [self.sinks[name, number] for number in chosen]
 
-    def _item(self, name: str, side: str, call: int, item: int | None) -> Tap:
+    def _item(self, name: str, side: str, call: int, item: Item | None) -> Tap:
         items = self._items(name, side, call)
         if item not in items:
             if item is None and len(items) == 1:
@@ -449,6 +435,10 @@ def _step_hook(module: nn.Module) -> StepHook | None:
     return None
 
 
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, (tuple, list))
+
+
 def _channel_dim(module: nn.Module) -> int | None:
     """Where a layer puts its channels: last for layers over features, 1 for layers over images."""
     if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)):
@@ -461,40 +451,6 @@ def _channel_dim(module: nn.Module) -> int | None:
 def _no_autocast(tensor: Tensor) -> Iterator[None]:
     with torch.autocast(tensor.device.type, enabled=False):
         yield
-
-
-def check_inputs(tensors: tuple[Any, ...]) -> None:
-    """Raises :class:`InputError` unless these are inputs of which a measure can be taken."""
-    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-        mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
-        raise GradModeError(
-            f"a measure is taken with gradients on, but this is called under {mode}. Take the measure outside of it; "
-            "it may be asked anywhere."
-        )
-    for number, tensor in enumerate(tensors):
-        what = "the input" if len(tensors) == 1 else f"input {number}"
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{what} is {type(tensor).__name__}, expected a tensor of shape (N, …).")
-        if tensor.is_complex() or not tensor.is_floating_point():
-            raise InputError(
-                f"{what} has dtype {tensor.dtype}; relevance needs real floating point inputs. "
-                "Convert with `.float()`, or ask for a layer behind an embedding by feeding the embeddings."
-            )
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise InputError(
-                f"{what} has dtype {tensor.dtype}, in which sums over walks lose their digits. "
-                "Use float32 or float64 (`model.float()`, `inputs.float()`)."
-            )
-        if tensor.is_inference():
-            raise InputError(f"{what} was made under torch.inference_mode; pass a `.clone()` made outside of it.")
-        if tensor.ndim == 0 or len(tensor) == 0 or tensor.numel() == 0:
-            raise InputError(f"{what} has shape {tuple(tensor.shape)}: there is no sample to explain.")
-        if len(tensor) != len(tensors[0]):
-            raise InputError(f"{what} has {len(tensor)} samples, but input 0 has {len(tensors[0])}.")
-        finite = torch.isfinite(tensor)
-        if not bool(finite.all()):
-            flags = (~finite).flatten(1).any(1) if tensor.ndim > 1 else ~finite
-            raise InputError(f"{what} has nan or inf entries in samples {flags.nonzero().flatten().tolist()}.")
 
 
 def check_model(model: nn.Module, tensors: tuple[Tensor, ...]) -> None:
@@ -535,4 +491,4 @@ def _check_mode(name: str, module: nn.Module) -> None:
         )
 
 
-__all__ = ["INPUT", "OUTPUT", "Recording", "Tap", "check_inputs", "check_model"]
+__all__ = ["INPUT", "OUTPUT", "Recording", "Tap", "check_model"]

@@ -1,0 +1,181 @@
+"""How a model is called, and at which of its outputs a measure starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GradModeError, InputError
+
+Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
+Output = str | int | Callable[[Any], Tensor]
+"""Which output: a key or attribute, a position, or a function of what the model returned."""
+
+EXPLAINED = ("logits", "out")
+"""Keys of a dictionary of outputs that are taken without asking, as transformers and torchvision name them."""
+
+
+class Call:
+    """One call of a model: the tensors that relevance flows to, and everything else it is handed.
+
+    Args:
+        inputs: One tensor, a tuple of them, or a mapping that is handed over by keyword. In a mapping, relevance flows
+            to what is of floating point; masks and numbers are handed on as they are.
+        args: Further positional arguments; a tuple of them, or one.
+        kwargs: Further keyword arguments.
+
+    Attributes:
+        tensors: What relevance flows to, ``(N, …)`` each.
+        items: Their keywords, or their positions where there are several, or None for a single one.
+
+    Raises:
+        InputError: Inputs of which no measure can be taken.
+    """
+
+    def __init__(self, inputs: Inputs, args: Any = None, kwargs: Mapping[str, Any] | None = None) -> None:
+        self._args = args if isinstance(args, tuple) else () if args is None else (args,)
+        self._kwargs = dict(kwargs or {})
+        self._keywords: list[str] | None = None
+        self.items: list[str] | list[int] | list[None]
+        if isinstance(inputs, Mapping):
+            given = {key: value for key, value in inputs.items() if _is_explained(value)}
+            if not given:
+                listed = ", ".join(f"{key!r} ({_kind(value)})" for key, value in inputs.items())
+                raise InputError(
+                    "none of the inputs is a floating point tensor, which relevance could flow to; got "
+                    f"{listed or 'an empty mapping'}. Convert with `.float()`, or feed embeddings."
+                )
+            doubled = inputs.keys() & self._kwargs.keys()
+            if doubled:
+                raise InputError(f"{sorted(doubled)} are given both in the inputs and in additional_forward_kwargs.")
+            self._kwargs.update({key: value for key, value in inputs.items() if key not in given})
+            self.items = self._keywords = list(given)
+            self.tensors = tuple(given.values())
+        else:
+            self.tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+            self.items = [None] if len(self.tensors) == 1 else list(range(len(self.tensors)))
+        check_inputs(self.tensors, self.items)
+
+    def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        """What the model returns for other values of the tensors."""
+        if self._keywords is None:
+            return model(*tensors, *self._args, **self._kwargs)
+        return model(*self._args, **dict(zip(self._keywords, tensors, strict=True)), **self._kwargs)
+
+
+def explained_output(returned: Any, output: Output | None, batch: int) -> Tensor:
+    """The tensor ``(N, …)`` that a measure starts at.
+
+    Args:
+        returned: What the model returned.
+        output: Which of it; None where there is no choice.
+        batch: Number of samples.
+
+    Raises:
+        InputError: There is no such tensor, or a choice.
+    """
+    tensor = _chosen(returned, output)
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"output={output!r} is {type(tensor).__name__}, a measure starts at one tensor (N, …).")
+    if tensor.ndim == 0 or len(tensor) != batch:
+        raise InputError(
+            f"the model turned {batch} inputs into an output of shape {tuple(tensor.shape)}; its first "
+            "dimension must be the batch, since every sample has a measure of its own."
+        )
+    if tensor.grad_fn is None:
+        raise InputError(
+            "the output does not depend on the inputs: no operation joins them in the autograd graph. "
+            "The model may detach, round, or run under torch.no_grad inside its forward."
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        flags = (~torch.isfinite(tensor)).flatten(1).any(1).tolist()
+        raise InputError(f"the model's output is not finite for samples {[i for i, f in enumerate(flags) if f]}.")
+    return tensor
+
+
+def _chosen(returned: Any, output: Output | None) -> Any:
+    choices = _choices(returned)
+    if output is None:
+        tensors = [value for value in choices.values() if isinstance(value, Tensor)]
+        keys = [key for key in EXPLAINED if isinstance(choices.get(key), Tensor)]
+        if isinstance(returned, Tensor):
+            return returned
+        if keys:
+            return choices[keys[0]]
+        if len(tensors) == 1:
+            return tensors[0]
+        raise InputError(
+            f"the model returned {type(returned).__name__}{_listed(choices)}, a measure starts at one tensor of shape "
+            "(N, …). Say which by output=: a key, a position, or a function of what the model returns."
+        )
+    if callable(output):
+        return output(returned)
+    if output in choices:
+        return choices[output]
+    if isinstance(output, str) and hasattr(returned, output):
+        return getattr(returned, output)
+    raise InputError(
+        f"output={output!r} is not in what the model returned, a {type(returned).__name__}{_listed(choices)}."
+    )
+
+
+def _choices(returned: Any) -> dict[Any, Any]:
+    if isinstance(returned, Mapping):
+        return dict(returned)
+    return dict(enumerate(returned)) if isinstance(returned, (tuple, list)) else {}
+
+
+def _listed(choices: dict[Any, Any]) -> str:
+    return f" of {', '.join(f'{key!r} ({_kind(value)})' for key, value in choices.items())}" if choices else ""
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _is_explained(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None]) -> None:
+    """Raises :class:`InputError` unless a measure can be taken of these inputs."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
+        raise GradModeError(
+            f"a measure is taken with gradients on, but this is called under {mode}. Take the measure outside of it; "
+            "it may be asked anywhere."
+        )
+    if not tensors:
+        raise InputError("no input was given: inputs is an empty tuple. Pass a tensor, or a tuple of tensors.")
+    for item, tensor in zip(items, tensors, strict=True):
+        what = "the input" if item is None else f"input {item!r}"
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{what} is {type(tensor).__name__}, expected a tensor of shape (N, …).")
+        if tensor.is_complex() or not tensor.is_floating_point():
+            raise InputError(
+                f"{what} has dtype {tensor.dtype}; relevance needs real floating point inputs. "
+                "Convert with `.float()`, or ask for a layer behind an embedding by feeding the embeddings."
+            )
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"{what} has dtype {tensor.dtype}, in which sums over walks lose their digits. "
+                "Use float32 or float64 (`model.float()`, `inputs.float()`)."
+            )
+        if tensor.is_inference():
+            raise InputError(f"{what} was made under torch.inference_mode; pass a `.clone()` made outside of it.")
+        if tensor.ndim == 0 or len(tensor) == 0 or tensor.numel() == 0:
+            raise InputError(f"{what} has shape {tuple(tensor.shape)}: there is no sample to explain.")
+        if len(tensor) != len(tensors[0]):
+            raise InputError(f"{what} has {len(tensor)} samples, but the first one has {len(tensors[0])}.")
+        finite = torch.isfinite(tensor)
+        if not bool(finite.all()):
+            flags = (~finite).flatten(1).any(1) if tensor.ndim > 1 else ~finite
+            raise InputError(f"{what} has nan or inf entries in samples {flags.nonzero().flatten().tolist()}.")
+
+
+__all__ = ["EXPLAINED", "Call", "Inputs", "Output", "check_inputs", "explained_output"]
