@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import TargetError
+from .errors import TargetError, samples
 
 MIN_TOTAL = 1e-6
 """Smallest |Σ s| in units of Σ|s| for which a start vector has a measure."""
+
+
+def sample_sums(tensor: Tensor) -> Tensor:
+    """``(N, …)`` summed over everything but the batch; also ``(N,)``, which ``flatten(1)`` refuses."""
+    return tensor.reshape(len(tensor), -1).sum(1)
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
@@ -38,19 +44,18 @@ def normalized(start: Tensor) -> Tensor:
     Raises:
         TargetError: A sample whose entries cancel or are all zero.
     """
-    total = start.flatten(1).sum(1)
-    absolute = start.flatten(1).abs().sum(1)
+    total, absolute = sample_sums(start), sample_sums(start.abs())
     bad = total.abs() <= MIN_TOTAL * absolute
     if bool(bad.any()):
         raise TargetError(
-            f"the start vector sums to 0 in samples {bad.nonzero().flatten().tolist()}, so it cannot be normalized. "
-            "A difference of outputs has no measure: take the measure of each output and subtract the queries."
+            f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. A difference of "
+            "outputs has no measure: take the measure of each output and subtract the answers."
         )
     return start / total.reshape(-1, *(1,) * (start.ndim - 1))
 
 
 def _signed(output: Tensor, start: Any) -> Tensor:
-    vector = torch.as_tensor(start, dtype=output.dtype, device=output.device)
+    vector = _real(start)
     if vector.shape == output.shape[1:]:
         vector = vector.expand(output.shape)
     if vector.shape != output.shape:
@@ -59,8 +64,22 @@ def _signed(output: Tensor, start: Any) -> Tensor:
             "each output, with or without the batch."
         )
     if not bool(torch.isfinite(vector).all()):
-        raise TargetError("the start vector has nan or inf entries.")
-    return vector.detach().clone()
+        raise TargetError("the start vector has nan or inf entries; give finite numbers, 0 for outputs left out.")
+    return vector.to(output).clone()
+
+
+def _real(start: Any) -> Tensor:
+    try:
+        vector = start.detach() if isinstance(start, Tensor) else torch.as_tensor(start)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TargetError(
+            f"start is {type(start).__name__}, of which no vector can be made ({error}). Give a tensor or list with "
+            "one number for each output."
+        ) from error
+    if vector.is_complex() or vector.device.type == "meta":
+        what = f"dtype {vector.dtype}" if vector.is_complex() else "device meta, where tensors hold no values"
+        raise TargetError(f"the start vector has {what}; give real numbers, one for each output.")
+    return vector
 
 
 def _one_hot(output: Tensor, target: Any) -> Tensor:
@@ -75,26 +94,35 @@ def _one_hot(output: Tensor, target: Any) -> Tensor:
     indices = _indices(target, len(output))
     start = torch.zeros_like(output).detach()
     for sample, index in enumerate(indices):
+        shown = index[0] if len(index) == 1 else index
         if len(index) != len(shape):
             raise TargetError(
-                f"target {index if len(index) != 1 else index[0]} has {len(index)} indices, an output of shape "
-                f"{tuple(output.shape)} needs {len(shape)} for each sample."
+                f"target {shown} has {len(index)} {'index' if len(index) == 1 else 'indices'}, but an output of shape "
+                f"{tuple(output.shape)} has {len(shape)} dimensions after the batch. {_NEEDED[min(len(shape), 2)]}"
             )
         if any(not -size <= entry < size for entry, size in zip(index, shape, strict=True)):
+            bounds = ", ".join(f"0 to {size - 1}" for size in shape)
             raise TargetError(
-                f"target {index} of sample {sample} is out of range for an output of shape {tuple(output.shape)}."
+                f"target {shown} of sample {sample} is out of range: the output has shape {tuple(output.shape)}, so "
+                f"indices go from {bounds}."
             )
         start[(sample, *index)] = 1
     return start
 
 
+_NEEDED = (
+    "Each sample has one output: leave target= out.",
+    "Give one int for all samples, or a list or tensor of one int for each.",
+    "Give a tuple of that many ints for all samples, or a list of such tuples, one for each.",
+)
+_FORMS = "Give an int, a tuple of ints for an output of several dimensions, or a list or tensor of one for each sample."
+
+
 def _indices(target: Any, batch: int) -> list[tuple[int, ...]]:
-    if isinstance(target, Tensor):
-        if target.is_floating_point() or target.dtype == torch.bool:
-            raise TargetError(f"target has dtype {target.dtype}; a target is an index, so use integers.")
-        target = target.tolist()
+    if hasattr(target, "__array__"):  # a tensor, or what numpy's argmax gives
+        target = _integers(target)
     if isinstance(target, bool) or not isinstance(target, (int, tuple, list)):
-        raise TargetError(f"target is {type(target).__name__}; give an int, a tuple, or a list or tensor of them.")
+        raise TargetError(f"target is {type(target).__name__}. {_FORMS}")
     if isinstance(target, int):
         return [(target,)] * batch
     if isinstance(target, tuple):
@@ -106,7 +134,24 @@ def _indices(target: Any, batch: int) -> list[tuple[int, ...]]:
     return [_tuple(entry) if isinstance(entry, (tuple, list)) else _tuple((entry,)) for entry in target]
 
 
+def _integers(target: Any) -> Any:
+    """Tensors and arrays as Python numbers."""
+    try:
+        tensor = torch.as_tensor(target)
+    except TypeError as error:
+        raise TargetError(f"target has dtype {target.dtype}. {_FORMS}") from error
+    if tensor.device.type == "meta":
+        raise TargetError(f"target is on device meta, where tensors hold no values. {_FORMS}")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TargetError(f"target has dtype {target.dtype}, but is an index into the output. {_FORMS}")
+    return tensor.tolist()
+
+
 def _tuple(entry: Any) -> tuple[int, ...]:
-    if any(isinstance(number, bool) or not isinstance(number, int) for number in entry):
-        raise TargetError(f"target {entry!r} is not made of integers.")
-    return tuple(entry)
+    try:
+        if any(isinstance(number, bool) for number in entry):
+            raise TypeError
+        return tuple(operator.index(number) for number in entry)
+    except TypeError:
+        shown = entry[0] if len(entry) == 1 else entry
+        raise TargetError(f"target {shown!r} is not made of integers. {_FORMS}") from None
