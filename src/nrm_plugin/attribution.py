@@ -17,6 +17,7 @@ from .errors import InputError
 from .events import Atom, Event, Side, at
 from .kernels import Residual
 from .measure import RelevanceMeasure, normalize
+from .starts import sample_sums
 
 Unit = Literal["output", "measure"]
 
@@ -118,7 +119,7 @@ class NRM(GradientAttribution):
             accounted: What sink and bypass carry, in the same unit.
         """
         parts = attributions if isinstance(attributions, tuple) else (attributions,)
-        total = torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
+        total = torch.stack([sample_sums(part) for part in parts]).sum(0)
         return output.flatten() - accounted - total
 
 
@@ -202,7 +203,7 @@ def _delta(measure: RelevanceMeasure, taps: list[Atom], unit: Unit) -> Tensor:
     """What mass, sink and bypass leave open."""
     if len(taps) == 1:
         (tap,) = taps
-        open_ = 1 - measure.marginal(tap).flatten(1).sum(1) - measure.sink(tap) - measure.bypass(tap)
+        open_ = 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)
     else:
         # No walk crosses two tensors of one tuple, so what none of them holds is the complement of their union.
         union = functools.reduce(operator.or_, taps)

@@ -60,7 +60,7 @@ def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
 def _labels(tap: Tap, by_neuron: bool) -> Tensor:
     """Group of every neuron of a tap, ``tap.shape[1:]``."""
     inner = tap.shape[1:]
-    if by_neuron:
+    if by_neuron or not inner:
         return torch.arange(inner.numel()).reshape(inner)
     dim = tap.channel_dim % len(tap.shape) - 1
     view = [1] * len(inner)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .formulas import FALSE, TRUE, Formulas
 from .graph import Buffer
 from .recording import Place, Recording
+from .starts import sample_sums
 from .sweeps import Cost, Vectors, pull
 
 Pair = tuple[int, int]
@@ -71,7 +72,7 @@ class Books:
         batch = self.recording.batch
         if batch == 1:
             return vector.sum().reshape(1)
-        return vector.flatten(1).sum(1) if len(vector) == batch else None
+        return sample_sums(vector) if vector.ndim > 0 and len(vector) == batch else None
 
 
 def _accumulate(total: dict, key: object, value: Tensor | None) -> None:  # type: ignore[type-arg]

@@ -284,7 +284,9 @@ def _broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
     last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
     if last or bias.ndim > 1:  # a bias that depends on the position comes in the shape of the output
         return bias
-    return bias.reshape(-1, *(1,) * (image.ndim - 2))
+    # By the dimensions of the layer, not of the image, which may lack the batch.
+    spatial = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else image.ndim - 2
+    return bias.reshape(-1, *(1,) * spatial)
 
 
 def _rerun(module: nn.Module, call: Call) -> Callable[[Tensor, Tensor], Tensor]:
