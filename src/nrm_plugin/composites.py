@@ -56,8 +56,12 @@ class Normalized(Composite):
         uncovered: Uncovered = "error",
         sums: Sums = "absolute",
     ) -> None:
-        if not isinstance(composite, Composite) or isinstance(composite, Normalized):
-            raise TypeError(f"Normalized wraps a plain Zennit composite, got {type(composite).__name__}.")
+        check_composite(composite)
+        if isinstance(composite, Normalized):
+            raise TypeError(
+                "the composite is Normalized already, and to normalize it again would leave open whose settings hold. "
+                "Give its own composite with the settings you want: Normalized(composite.composite, …)."
+            )
         if uncovered not in ("error", "gradient"):
             raise ValueError(f"uncovered={uncovered!r} is unknown; choose 'error' or 'gradient'.")
         self.composite = composite
@@ -80,6 +84,22 @@ class Normalized(Composite):
             return None
         self._kept.append(rule)  # its id is remembered in _checked, so it must not be given to another object
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
+
+
+def check_composite(composite: Any) -> None:
+    """Raises :class:`TypeError` unless this is an instance of a Zennit composite; says how to make one of it."""
+    if isinstance(composite, Composite):
+        return
+    what, remedy = type(composite).__name__, "Pass an instance, such as EpsilonPlusFlat()."
+    if isinstance(composite, type):
+        what, remedy = f"the class {composite.__name__}", f"Pass an instance: {composite.__name__}()."
+    elif isinstance(composite, str):
+        what = f"the name {composite!r}"
+        remedy = f"Pass an instance: zennit.composites.COMPOSITES[{composite!r}]()."
+    elif isinstance(composite, Hook):
+        what = f"the rule {what}"
+        remedy = f"Map it to layers: LayerMapComposite([(torch.nn.Linear, {type(composite).__name__}())])."
+    raise TypeError(f"expected a Zennit composite, which maps layers to rules, got {what}. {remedy}")
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ backward never runs and every call of a reused module has a kernel of its own. T
 from __future__ import annotations
 
 import functools
+import numbers
 import threading
 import warnings
 import weakref
@@ -42,7 +43,8 @@ class Normalization:
     def __post_init__(self) -> None:
         if self.residual not in RESIDUALS:
             raise ValueError(f"residual={self.residual!r} is unknown; choose one of {RESIDUALS}.")
-        if not isinstance(self.gain_limit, (int, float)) or not self.gain_limit >= 1:
+        is_number = isinstance(self.gain_limit, numbers.Real) and not isinstance(self.gain_limit, bool)
+        if not is_number or not self.gain_limit >= 1:
             raise ValueError(f"gain_limit={self.gain_limit!r} must be a number of at least 1 (math.inf is allowed).")
 
 
