@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import GradModeError, InputError
+from .errors import GradModeError, InputError, samples
 
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
@@ -16,6 +16,12 @@ Output = str | int | Callable[[Any], Tensor]
 
 EXPLAINED = ("logits", "out")
 """Keys of a dictionary of outputs that are taken without asking, as transformers and torchvision name them."""
+
+
+NOT_JOINED = (
+    "the output does not depend on the inputs: no operation joins them in the autograd graph. "
+    "The model may detach, round, or run under torch.no_grad inside its forward."
+)
 
 
 class Call:
@@ -83,16 +89,21 @@ def explained_output(returned: Any, output: Output | None, batch: int) -> Tensor
     if tensor.ndim == 0 or len(tensor) != batch:
         raise InputError(
             f"the model turned {batch} inputs into an output of shape {tuple(tensor.shape)}; its first "
-            "dimension must be the batch, since every sample has a measure of its own."
+            "dimension must be the batch, since every sample has a measure of its own. A single sample needs a batch "
+            "of one: `inputs.unsqueeze(0)`."
+        )
+    if tensor.numel() == 0 or tensor.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"the explained output has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; a measure starts at real "
+            "numbers in float32 or float64. Let the model return its scores."
         )
     if tensor.grad_fn is None:
-        raise InputError(
-            "the output does not depend on the inputs: no operation joins them in the autograd graph. "
-            "The model may detach, round, or run under torch.no_grad inside its forward."
-        )
+        raise InputError(NOT_JOINED)
     if not bool(torch.isfinite(tensor).all()):
-        flags = (~torch.isfinite(tensor)).flatten(1).any(1).tolist()
-        raise InputError(f"the model's output is not finite for samples {[i for i, f in enumerate(flags) if f]}.")
+        raise InputError(
+            f"the model's output has nan or inf entries ({_infinite(tensor)}). Inputs and parameters are finite, so "
+            "look for a division by zero, a logarithm or an overflow in the model."
+        )
     return tensor
 
 
@@ -166,16 +177,25 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None]) -> N
                 f"{what} has dtype {tensor.dtype}, in which sums over walks lose their digits. "
                 "Use float32 or float64 (`model.float()`, `inputs.float()`)."
             )
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta":
+            kind = "nested" if tensor.is_nested else "on device meta" if tensor.device.type == "meta" else "sparse"
+            raise InputError(f"{what} is {kind}; a measure needs a dense tensor that holds values, of shape (N, …).")
         if tensor.is_inference():
             raise InputError(f"{what} was made under torch.inference_mode; pass a `.clone()` made outside of it.")
         if tensor.ndim == 0 or len(tensor) == 0 or tensor.numel() == 0:
             raise InputError(f"{what} has shape {tuple(tensor.shape)}: there is no sample to explain.")
         if len(tensor) != len(tensors[0]):
             raise InputError(f"{what} has {len(tensor)} samples, but the first one has {len(tensors[0])}.")
-        finite = torch.isfinite(tensor)
-        if not bool(finite.all()):
-            flags = (~finite).flatten(1).any(1) if tensor.ndim > 1 else ~finite
-            raise InputError(f"{what} has nan or inf entries in samples {flags.nonzero().flatten().tolist()}.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{what} has nan or inf entries ({_infinite(tensor)}), of which nothing can be explained. Leave these "
+                "samples out, or replace the entries: `inputs.nan_to_num()`."
+            )
+
+
+def _infinite(tensor: Tensor) -> str:
+    """The samples that are not finite."""
+    return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 
 __all__ = ["EXPLAINED", "Call", "Inputs", "Output", "check_inputs", "explained_output"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
@@ -11,15 +12,15 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from .calls import Call, Inputs, Output
-from .composites import Normalized, NRMDefault, Uncovered
+from .composites import Normalized, NRMDefault, Uncovered, check_composite
 from .errors import CancellationError, EventError, NRMError, NullEventError, StaleMeasureError, samples
-from .events import ABSORBED, Atom, Event, Side
+from .events import ABSORBED, Atom, Event, Side, at
 from .formulas import Formulas
 from .graph import Buffer
 from .kernels import Residual
 from .queries import Below, Books, Decisions, books
 from .recording import OUTPUT, Place, Recording, Tap
-from .starts import normalized, start_vector
+from .starts import normalized, sample_sums, start_vector
 from .sweeps import Cost
 from .wording import explanation
 
@@ -97,8 +98,7 @@ class RelevanceMeasure:
         values = self._recording.output.detach()
         vector = start_vector(values, target, start)
         self._start = normalized(vector)
-        total = vector.flatten(1).sum(1)
-        self._output = (vector * values).flatten(1).sum(1) / total
+        self._output = sample_sums(vector * values) / sample_sums(vector)
         self._books: Books | None = None
         self.cost = Cost()
 
@@ -129,7 +129,9 @@ class RelevanceMeasure:
         Raises:
             UnknownLayerError: None.
         """
-        atom = layer if isinstance(layer, Atom) else Atom(layer, side)
+        atom = layer if isinstance(layer, Atom) else _atom(layer, side)
+        if atom.side == "sink":
+            raise EventError(f"{atom} is no tap: walks end there. Ask mu({atom}), or sinks() for all steps.")
         items = self._recording.items(atom.layer, atom.side, atom.call)
         return [Atom(atom.layer, atom.side, atom.call, item) for item in items]
 
@@ -205,6 +207,8 @@ class RelevanceMeasure:
             found.maps = {}
             return _apart(maps, self._start)
         events, single = _listed(joint if given is None else given)
+        if not events:
+            return [self._start.new_zeros((0, *tap.shape)) for tap in taps]
         decisions = Decisions(self._formulas(events), self._start, [tap.place for tap in taps])
         divisor = None if given is None else self._divisor(decisions, events, min_ratio)
         results = []
@@ -220,7 +224,7 @@ class RelevanceMeasure:
         if over is None:
             return values
         if over != "channel":
-            raise ValueError(f"over={over!r} is unknown; choose None or 'channel'.")
+            raise ValueError(f"over={over!r} is unknown; choose None for every neuron, or 'channel'.")
         lead = values.ndim - len(tap.shape)
         kept = {*range(lead), lead, lead + tap.channel_dim % len(tap.shape)}
         rest = [dim for dim in range(values.ndim) if dim not in kept]
@@ -245,9 +249,10 @@ class RelevanceMeasure:
     @_query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
         """Mass absorbed in each step that absorbs any, ``(N,)`` each: where the measure leaks."""
+        _check_kind(kind)
         found: dict[str, Tensor] = {}
-        for (vertex, at), value in reversed(self._plain().sinks.items()):
-            if kind in (None, at):
+        for (vertex, kept), value in reversed(self._plain().sinks.items()):
+            if kind in (None, kept):
                 name = self._recording.name_at(vertex)
                 mass = self._told_apart(value, name)
                 found[name] = found[name] + mass if name in found else mass
@@ -271,7 +276,7 @@ class RelevanceMeasure:
         """
         found = books(self._recording, self._start.abs(), absolute=True)
         self.cost = found.cost
-        ends = [vertex for vertex, at in enumerate(self._recording.graph.vertices) if at.leaf is not None]
+        ends = [number for number, vertex in enumerate(self._recording.graph.vertices) if vertex.leaf is not None]
         total = self._start.new_zeros(self.batch)
         for place, mass in found.mass.items():
             if isinstance(place, Buffer) and place.vertex in self._input_vertices(ends):
@@ -313,6 +318,8 @@ class RelevanceMeasure:
         events, single = _listed(event)
         if not events:
             return self._start.new_zeros((0, self.batch))
+        if given is not None:
+            _check_event(given, "given= takes one event; for several conditions ask once for each. ")
         asked = events if given is None else [*(item & given for item in events), given]
         decisions = Decisions(self._formulas(asked), self._start)
         self.cost = decisions.cost
@@ -367,6 +374,9 @@ class RelevanceMeasure:
 
     def explain(self, event: Event, given: Event | None = None) -> str:
         """What quantity this is, in words and as a formula, and what it costs."""
+        _check_event(event)
+        if given is not None:
+            _check_event(given, "given= takes one event. ")
         events = [event] if given is None else [event & given, given]
         return explanation(self._formulas(events), event, given)
 
@@ -374,14 +384,11 @@ class RelevanceMeasure:
 
     def _formulas(self, events: Sequence[Event]) -> Formulas:
         for event in events:
-            if not isinstance(event, Event):
-                raise EventError(f"expected an event such as at('layer')[3], got {type(event).__name__}: {event!r}.")
+            _check_event(event)
         return Formulas(self._recording, events)
 
     def _tap(self, layer: Layer) -> Tap:
-        atom = layer if isinstance(layer, Atom) else Atom(layer)
-        if not isinstance(atom.layer, (str, nn.Module)):
-            raise EventError(f"a layer is a name, a module or at(…), got {type(layer).__name__}.")
+        atom = layer if isinstance(layer, Atom) else _atom(layer)
         if atom.index is not None:
             raise EventError(f"{atom} is an event; a layer is needed here. Use at(layer) without an index, or joint=.")
         if atom.side == "sink" or atom.call == "any":
@@ -401,20 +408,19 @@ class RelevanceMeasure:
         return tap.place == output or bool(self._recording.below[output.vertex] & bit)
 
     def _absorbed(self, tap: Tap, kind: Kind | None, absolute: bool) -> Tensor:
-        if kind not in (None, "residual", "constants"):
-            raise ValueError(f"kind={kind!r} is unknown; choose None, 'residual' or 'constants'.")
+        _check_kind(kind)
         plain = self._plain()
         bit = 1 << self._recording.index[tap.place]
         total = self._start.new_zeros(self.batch)
-        for (vertex, at), value in (plain.absolute_sinks if absolute else plain.sinks).items():
-            if kind in (None, at) and self._recording.below[vertex] & bit:
+        for (vertex, kept), value in (plain.absolute_sinks if absolute else plain.sinks).items():
+            if kind in (None, kept) and self._recording.below[vertex] & bit:
                 total = total + self._told_apart(value, self._recording.name_at(vertex))
         return total
 
     def _bypassing(self, tap: Tap) -> Tensor:
         plain = self._plain()
         if not self._reaches(tap):
-            return self._start.flatten(1).sum(1)
+            return sample_sums(self._start)
         bit = 1 << self._recording.index[tap.place]
         total = self._start.new_zeros(self.batch)
         for (vertex, number), value in plain.flows.items():
@@ -443,6 +449,8 @@ class RelevanceMeasure:
         self, decisions: Decisions, events: Sequence[Event], min_ratio: float | None, only_last: bool = False
     ) -> Tensor:
         ratio = (1e-3 if self._start.dtype == torch.float32 else 1e-8) if min_ratio is None else min_ratio
+        if not isinstance(ratio, numbers.Real) or not float(ratio) >= 0:
+            raise ValueError(f"min_ratio={min_ratio!r} is unknown; give a number of at least 0, or None.")
         chosen = slice(-1, None) if only_last else slice(None)
         mass, variation = decisions.mass[chosen], decisions.variation[chosen]
         for event, value, spread in zip(list(events)[chosen], mass, variation, strict=True):
@@ -476,8 +484,8 @@ def normalize(
                 f"Normalized(composite, {', '.join(f'{key}={value!r}' for key, value in given.items())})."
             )
         return composite
-    if composite is not None and not isinstance(composite, Composite):
-        raise TypeError(f"composite is {type(composite).__name__}, expected an instance of a Zennit composite.")
+    if composite is not None:
+        check_composite(composite)
     return Normalized(NRMDefault() if composite is None else composite, **given)  # type: ignore[arg-type]
 
 
@@ -492,12 +500,40 @@ def _apart(maps: list[Tensor], start: Tensor) -> list[Tensor]:
     return result
 
 
+def _atom(layer: Any, side: Side = "output") -> Atom:
+    """The tap of a layer.
+
+    Raises:
+        EventError: It is no layer.
+    """
+    if isinstance(layer, Event):
+        raise EventError(f"{layer} is an event; a layer is needed here. Use its layer, and joint= or given= for it.")
+    if isinstance(layer, (list, tuple)):
+        raise EventError(f"one layer is needed here, got {layer!r}; only marginal() takes several, in a list.")
+    return at(layer, side)
+
+
+def _check_event(event: object, remedy: str = "") -> None:
+    if not isinstance(event, Event):
+        raise EventError(
+            f"expected an event such as at('layer')[3], got {type(event).__name__}: {event!r}. {remedy}".rstrip()
+        )
+
+
+def _check_kind(kind: object) -> None:
+    if kind not in (None, "residual", "constants"):
+        raise ValueError(f"kind={kind!r} is unknown; choose None, 'residual' or 'constants'.")
+
+
 def _listed(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
     if isinstance(event, Event):
         return [event], True
     if not isinstance(event, Iterable) or isinstance(event, (str, Tensor)):
         raise EventError(f"expected an event such as at('layer')[3], or a list of them, got {type(event).__name__}.")
-    return list(event), False
+    events = list(event)
+    for item in events:
+        _check_event(item)
+    return events, False
 
 
 def _check_condition(event: Event, mass: Tensor, variation: Tensor, ratio: float) -> None:

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zennit.core import Hook
 
-from .calls import Call, Output, explained_output
+from .calls import NOT_JOINED, Call, Output, explained_output
+from .checks import check_model, check_module
 from .composites import Normalized
 from .errors import (
     FoldingError,
     HookedContainerError,
     InputError,
-    ModelStateError,
     UncoveredLayerError,
     UnknownLayerError,
     UnsupportedOperationError,
@@ -27,6 +26,7 @@ from .errors import (
 from .graph import Buffer, Graph
 from .routes import is_route_node, operation
 from .shells import Fingerprint, preserved
+from .starts import sample_sums
 from .steps import Step, StepHook, forward_pass, unseen
 
 _RECORDING = threading.RLock()
@@ -100,6 +100,7 @@ class Recording:
         composite: Normalized,
         output: Output | None = None,
     ) -> None:
+        check_module(model)
         tensors = call.tensors
         self.batch = len(tensors[0])
         self.names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
@@ -125,6 +126,7 @@ class Recording:
         self.output = explained_output(returned, output, self.batch)
         self._see(OUTPUT, 0, "output", None, self.output, None)
         self.graph = Graph(self.output)
+        self._check_joined()
         self._audit()
         self._make_taps()
 
@@ -202,6 +204,11 @@ class Recording:
             stack += [below for below, _ in node.next_functions]
 
     # -- afterwards -------------------------------------------------------------------------------------------
+
+    def _check_joined(self) -> None:
+        """The graph of an output that depends on something else than the inputs ends at other leaves."""
+        if not any(vertex.leaf is leaf for vertex in self.graph.vertices for leaf in self.leaves):
+            raise InputError(NOT_JOINED)
 
     def _audit(self) -> None:
         """Every vertex is a step or a known route; anything else would be a wrong number."""
@@ -382,9 +389,12 @@ class Recording:
                 item = items[0]
             elif item == 0 and items == [None]:
                 item = None
+            elif items == [None]:
+                raise UnknownLayerError(f"the {side} of {name!r} is one tensor, so leave item= out; got item={item!r}.")
             else:
                 raise UnknownLayerError(
-                    f"the {side} of {name!r} has {len(items)} tensors: say which by item=, one of {items}; got {item}."
+                    f"the {side} of {name!r} has {len(items)} tensors: say which by item=, one of "
+                    f"{', '.join(map(repr, items))}; got {item!r}."
                 )
         return self._named[name, side, call, item]
 
@@ -423,7 +433,7 @@ class Recording:
                 f"{what} has shape {tuple(tensor.shape)}, whose first dimension is not the batch of {self.batch}: "
                 "its entries cannot be told apart by sample. Take the measure of one sample at a time."
             )
-        return tensor.flatten(1).sum(1)
+        return sample_sums(tensor)
 
 
 def _step_hook(module: nn.Module) -> StepHook | None:
@@ -453,42 +463,4 @@ def _no_autocast(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def check_model(model: nn.Module, tensors: tuple[Tensor, ...]) -> None:
-    """Raises unless the model can be recorded as it is."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"the model is {type(model).__name__}, expected a torch.nn.Module.")
-    parameters = [*model.parameters(), *model.buffers()]
-    floating = [tensor for tensor in parameters if tensor.is_floating_point()]
-    for tensor in tensors:
-        if floating and tensor.device not in {parameter.device for parameter in floating}:
-            raise InputError(
-                f"the input is on {tensor.device}, the model on {floating[0].device}. Move one: "
-                f"`inputs.to({str(floating[0].device)!r})`."
-            )
-        if floating and tensor.dtype not in {parameter.dtype for parameter in floating}:
-            raise InputError(f"the input has dtype {tensor.dtype}, the model {floating[0].dtype}. Convert one of them.")
-    for name, module in model.named_modules():
-        _check_mode(name, module)
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if isinstance(getattr(hook, "__self__", None), Hook):
-                raise ModelStateError(
-                    f"layer {name!r} has hooks of a Zennit composite on it already. Take the measure outside of "
-                    "`composite.context(model)`, and pass the composite by `composite=`."
-                )
-
-
-def _check_mode(name: str, module: nn.Module) -> None:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
-        why = "is in training mode" if module.training else "keeps no running statistics"
-        raise ModelStateError(
-            f"layer {name!r} ({type(module).__name__}) {why}, so it mixes the samples of a batch, and a sample has "
-            "no measure of its own. Call `model.eval()` (or freeze the statistics)."
-        )
-    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-        raise ModelStateError(
-            f"layer {name!r} ({type(module).__name__}) is in training mode with p={module.p}, so the measure would "
-            "be one of a random net. Call `model.eval()`."
-        )
-
-
-__all__ = ["INPUT", "OUTPUT", "Recording", "Tap", "check_model"]
+__all__ = ["INPUT", "OUTPUT", "Recording", "Tap"]

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
+from ..checks import check_function
 from ..errors import UncoveredLayerError, UnsupportedOperationError
 from ..kernels import Kernel
 from ..reading import PlainGradient
@@ -175,6 +176,8 @@ class _Mode(TorchFunctionMode):
         computed: list[Tensor],
     ) -> Any:
         self._check_covered(name, args, kwargs)
+        if listener() is not None:  # a context of the composite may run in any mode, a measure may not
+            check_function(name.base, args, kwargs, self._path())
         function, slots, keyword_slots = _out_of_place(func, name, slots, keyword_slots)
         call = FunctionCall(
             name.base,
