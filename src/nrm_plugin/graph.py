@@ -60,7 +60,7 @@ class Vertex:
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
-        """Relevance ``(K, *shape)`` at the outputs to each edge, and what is absorbed, ``(K, *shape)`` or None."""
+        """Relevance ``(K, *shape)`` at the outputs to each edge, and the share that is absorbed, a tensor or None."""
         if self.step is not None:
             (single,) = relevance
             assert single is not None
@@ -177,6 +177,8 @@ def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
 
 def _columns(rows: list[Any]) -> list[Tensor | None]:
     """One row for each vector to one stack for each edge."""
+    if len(rows) == 1:
+        return [None if part is None else part.unsqueeze(0) for part in rows[0]]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 

@@ -101,5 +101,5 @@ class _Prune:
             return {}
         return vectors if self.recording.through[vertex][number] & self.bit else {}
 
-    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[int]) -> None:
+    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[int], share: Tensor) -> None:
         """Absorbed walks do not reach the lower tap."""

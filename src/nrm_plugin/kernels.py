@@ -47,9 +47,11 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
 
     Source: MEASURE, section 2 (ours).
     """
-    above = 1 / column_sum.clamp(min=max(1 / limit, torch.finfo(column_sum.dtype).tiny))
-    below = column_sum.clamp(min=0) * ((limit - 1) * limit) + 1 if math.isfinite(limit) else torch.ones_like(above)
-    return torch.where(is_restored(column_sum, limit), above, below)
+    above = column_sum.clamp(min=max(1 / limit, torch.finfo(column_sum.dtype).tiny)).reciprocal_()
+    restored = is_restored(column_sum, limit)
+    if not math.isfinite(limit):
+        return above.masked_fill_(~restored, 1)
+    return torch.where(restored, above, column_sum.clamp(min=0).mul_((limit - 1) * limit).add_(1))
 
 
 def is_restored(column_sum: Tensor, limit: float) -> Tensor:
@@ -59,7 +61,7 @@ def is_restored(column_sum: Tensor, limit: float) -> Tensor:
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
     """Share ``1 - g c`` of a column that goes to the sink; exactly 0 where the gain makes up for the loss."""
-    return torch.where(is_restored(column_sum, limit), torch.zeros_like(factor), 1 - factor * column_sum)
+    return (1 - factor * column_sum).masked_fill_(is_restored(column_sum, limit), 0)
 
 
 class Kernel(ABC):
@@ -87,6 +89,10 @@ class Kernel(ABC):
             parts = self.pull(seed)
             chosen = [(part, value) for part, value in zip(parts, values, strict=True) if value is not None]
             return _vjp([part for part, _ in chosen], seed, [value.unsqueeze(1) for _, value in chosen])[0].squeeze(1)
+
+    def reach(self, relevance: Tensor | None) -> bool:
+        """Makes what the kernel lacks for this relevance (None for any); true when that changed its column sums."""
+        return False
 
     def column_sum(self, like: Tensor) -> Tensor:
         """``c``, the shape of the output ``like``: the transpose applied to ones."""
@@ -116,21 +122,39 @@ class IdentityKernel(Kernel):
 
 @dataclass
 class Branch:
-    r"""One branch ``k`` of a rule at one call: modified input, its image without bias, weights.
+    r"""One branch ``k`` of a rule at one call: modified input, modified layer.
 
     Attributes:
-        input: ``in_k``, ``(N, *in)``, a leaf.
-        image: ``J_k in_k``, ``(N, *out)``, with the graph back to ``input``.
+        input: ``in_k``, ``(N, *in)``.
         factor: ``m_k(1)``, ``(N, *out)``.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
+        down: :math:`J_k^\top`, ``(K, N, *out)`` to ``(K, N, *in)``.
+        up: :math:`J_k`, the other way.
         weight: The modified weight, where the module has one.
     """
 
     input: Tensor
-    image: Tensor
     factor: Tensor
     sign: float
+    down: Callable[[Tensor], Tensor]
+    up: Callable[[Tensor], Tensor]
     weight: Tensor | None = None
+
+    def pull(self, relevance: Tensor) -> Tensor:
+        """What it hands down, ``(K, N, *out)`` to ``(K, N, *in)``."""
+        return _signed(self.sign, self.input * self.down(self.factor * relevance))
+
+    def push(self, values: Tensor) -> Tensor:
+        """The transpose."""
+        return _signed(self.sign, self.factor * self.up(self.input * values))
+
+
+def _signed(sign: float, values: Tensor) -> Tensor:
+    return values if sign == 1 else sign * values
+
+
+Branches = tuple[list[Branch], Tensor]
+"""Branches, and what they add to the column sums, ``(N, *out)``."""
 
 
 class BranchKernel(Kernel):
@@ -140,7 +164,10 @@ class BranchKernel(Kernel):
               c = \sum_k \rho_k\, m_k(1) \odot J_k in_k
 
     Args:
-        branches: The branches with a non-zero sign.
+        ready: Branches whose sign and input are not zero, and their column sums.
+        waiting: Makes further ones, which matter only where the factors of those that are ready are zero (γ at
+            negative outputs); they are made when relevance arrives there.
+        like: A tensor of the shape of the input, ``(N, *in)``.
         rerun: ``(input, weight) -> image`` of the module without its bias; None for a module without weights.
         weight: The unmodified weight; None for a module without weights.
         is_injective: Whether an input entry meets an output entry through one weight only (false where padding
@@ -151,37 +178,59 @@ class BranchKernel(Kernel):
 
     def __init__(
         self,
-        branches: list[Branch],
+        ready: Branches,
+        waiting: Callable[[], Branches] | None,
+        like: Tensor,
         rerun: Callable[[Tensor, Tensor], Tensor] | None = None,
         weight: Tensor | None = None,
         is_injective: bool = True,
         groups: int = 1,
         is_transposed: bool = False,
     ) -> None:
-        self.branches = branches
+        self.branches, self._column = ready
+        self._waiting = waiting
+        self._like = like
         self.rerun = rerun
         self.weight = weight
         self.is_injective = is_injective
         self.groups, self.is_transposed = groups, is_transposed
 
+    def reach(self, relevance: Tensor | None) -> bool:
+        if self._waiting is None or (relevance is not None and not self._is_waited_for(relevance)):
+            return False
+        branches, column = self._waiting()
+        self._waiting = None
+        self.branches = [*self.branches, *branches]
+        self._column = self._column + column
+        return True
+
+    def _is_waited_for(self, relevance: Tensor) -> bool:
+        try:
+            arrived = relevance != 0
+            for branch in self.branches:
+                arrived = arrived & (branch.factor == 0)
+            return bool(arrived.any())
+        except RuntimeError:  # batched gradients do not tell values
+            return True
+
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        inputs = [branch.input for branch in self.branches]
-        gradients = _vjp(
-            [branch.image for branch in self.branches],
-            inputs,
-            [branch.factor * relevance for branch in self.branches],
-        )
-        parts = (branch.sign * branch.input * part for branch, part in zip(self.branches, gradients, strict=True))
-        return (_total(parts),)
+        parts = [branch.pull(relevance) for branch in self.branches]
+        return (_total(parts) if parts else relevance.new_zeros((len(relevance), *self._like.shape)),)
+
+    def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        (value,) = values
+        assert value is not None
+        parts = [branch.push(value) for branch in self.branches]
+        return _total(parts) if parts else value.new_zeros((len(value), *shape))
 
     def column_sum(self, like: Tensor) -> Tensor:
-        return _total(branch.sign * branch.factor * branch.image.detach() for branch in self.branches)
+        return self._column
 
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
         separated = self._separated() if self.is_injective else None
         if separated is None:
             return dense_absolute(self, relevance)
-        total = torch.zeros_like(self.branches[0].input).expand(len(relevance), *self.branches[0].input.shape)
+        total = relevance.new_zeros((len(relevance), *self._like.shape))
         for source, factor, carry in separated:
             total = total + source.abs() * carry(factor.abs() * relevance)
         return (total,)
@@ -227,15 +276,13 @@ class BranchKernel(Kernel):
         return multiple if float((modified - multiple * here).abs().max()) <= tolerance else None
 
     def _carry(self, sign: float | None) -> Callable[[Tensor], Tensor]:
-        leaf = self.branches[0].input.detach().requires_grad_()
+        if sign is None:
+            return self.branches[0].down
+        assert self.weight is not None
+        assert self.rerun is not None
+        leaf = self._like.detach().requires_grad_()
         with torch.enable_grad():
-            if sign is None:
-                image = self.branches[0].image
-                leaf = self.branches[0].input
-            else:
-                assert self.weight is not None
-                assert self.rerun is not None
-                image = self.rerun(leaf, (self.weight * sign).clamp(min=0))
+            image = self.rerun(leaf, (self.weight * sign).clamp(min=0))
         return lambda relevance: _vjp([image], leaf, [relevance])[0]
 
     def channel_edges(self, relevance: Tensor) -> Tensor:
@@ -318,6 +365,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
             f"for it (forming it column by column stops at {DENSE_LIMIT}). Ask for `variation(layer)`, which is exact "
             "for every rule, or use a rule of Zennit without padding modes."
         )
+    kernel.reach(None)
     flat = relevance.flatten(2)
     totals: list[Tensor] | None = None
     for start in range(0, size, chunk):
@@ -337,6 +385,7 @@ def linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((2, *like.shape), generator=generator, dtype=like.dtype).to(like.device)
     first, second = noise[:1], noise[1:]
+    kernel.reach(None)
     with torch.no_grad():
         combined = kernel.pull(first - 2 * second)
         apart = [one - 2 * two for one, two in zip(kernel.pull(first), kernel.pull(second), strict=True)]

@@ -201,7 +201,8 @@ class RelevanceMeasure:
 
     def _maps(self, taps: list[Tap], given: Any, joint: Any, min_ratio: float | None) -> list[Tensor]:
         if given is None and joint is None:
-            self._books = found = books(self._recording, self._start, [tap.place for tap in taps])
+            found = books(self._recording, self._start, [tap.place for tap in taps])
+            self._books = self._books or found
             self.cost = found.cost
             maps = [found.maps.get(tap.place, self._start.new_zeros(tap.shape)) for tap in taps]
             found.maps = {}
@@ -255,7 +256,7 @@ class RelevanceMeasure:
             if kind in (None, kept):
                 name = self._recording.name_at(vertex)
                 mass = self._told_apart(value, name)
-                found[name] = found[name] + mass if name in found else mass
+                found[name] = found[name] + mass if name in found else mass.clone()
         return found
 
     @_query

@@ -43,6 +43,7 @@ class Books:
     flows: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     maps: dict[Place, Tensor] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
+    _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
         for vector in vectors.values():
@@ -56,17 +57,31 @@ class Books:
                 self.flows[vertex, number] = self._sum(vector)
         return vectors
 
-    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[str]) -> None:
+    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
         for vector in vectors.values():
-            _accumulate(self.sinks, (vertex, kind), self._sum(vector))
-            _accumulate(self.absolute_sinks, (vertex, kind), self._sum(vector.abs()))
+            absorbed = vector * share
+            _accumulate(self.sinks, (vertex, kind), self._sum(absorbed))
+            _accumulate(self.absolute_sinks, (vertex, kind), self._norm(absorbed))
 
     def _enter(self, place: Place, vector: Tensor) -> None:
         if place in self.recording.index:
-            self.mass[place] = self._sum(vector)
-            self.absolute[place] = self._sum(vector.abs())
+            self.mass[place], self.absolute[place] = self._sums(vector)
         if place in self.asked:
             self.maps[place] = vector
+
+    def _sums(self, vector: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Σ and Σ| |; those of the last vector again where a step handed it on as it is."""
+        if self._last is not None and vector.is_set_to(self._last[0]):
+            return self._last[1:]
+        self._last = (vector, self._sum(vector), self._norm(vector))
+        return self._last[1:]
+
+    def _norm(self, vector: Tensor) -> Tensor | None:
+        batch = self.recording.batch
+        if batch == 1:
+            vector = vector.reshape(1, -1)
+        norm: Tensor | None = torch.linalg.vector_norm(vector.flatten(1), 1, dim=1) if len(vector) == batch else None
+        return norm
 
     def _sum(self, vector: Tensor) -> Tensor | None:
         batch = self.recording.batch
@@ -81,7 +96,14 @@ def _accumulate(total: dict, key: object, value: Tensor | None) -> None:  # type
 
 
 def books(recording: Recording, start: Tensor, asked: Iterable[Place] = (), absolute: bool = False) -> Books:
-    """One plain pass: every sink and flow summed, and the maps of the asked taps."""
+    """One plain pass: every sink and flow summed, and the maps of the asked taps.
+
+    Args:
+        recording: The recording.
+        start: The measure over the outputs.
+        asked: Taps whose relevance is wanted.
+        absolute: Use kernels of absolute values.
+    """
     result = Books(recording, frozenset(asked))
     result.cost = pull(recording.graph, [(recording.graph.output, {"": start})], result, absolute)
     return result
@@ -119,14 +141,16 @@ class Decisions:
     def at_edge(self, vertex: int, number: int, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
         return self._cross((vertex, number), vectors)
 
-    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[Pairs]) -> None:
+    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[Pairs], share: Tensor) -> None:
         for pairs, vector in vectors.items():
+            absorbed = None
             for event, node in pairs:
                 if node <= TRUE:
                     continue
                 for left, mask in self.formulas.absorb(node, vertex):
                     if left == TRUE:
-                        self._count(event, _masked(vector, mask))
+                        absorbed = vector * share if absorbed is None else absorbed
+                        self._count(event, _masked(absorbed, mask))
 
     def _cross(self, place: Place, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
         level = self.formulas.levels.get(place)

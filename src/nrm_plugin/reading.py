@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from zennit.core import BasicHook, Hook, ParamMod
 from zennit.layer import Sum
-from zennit.rules import Pass
+from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus
 
 from .errors import NonlinearRuleError, UnsupportedRuleError
-from .kernels import Branch, BranchKernel, IdentityKernel, Kernel, VjpKernel, linear_in_relevance
+from .kernels import Branch, Branches, BranchKernel, IdentityKernel, Kernel, VjpKernel, linear_in_relevance
+from .maps import Map, explicit_maps, recorded_maps
+from .shells import shell_of
 
 
 class Weightless(nn.Module):
@@ -134,6 +137,11 @@ def read_rule(hook: Hook, module: nn.Module, call: Call, inputs: Tensor, output:
     return _backward_of(hook, module, call, inputs, output)
 
 
+def is_known_linear(hook: Hook) -> bool:
+    """Whether this is a rule of Zennit, or of this package, that is known to be linear in the relevance."""
+    return type(hook) in _LINEAR or type(hook).__module__ == "nrm_plugin.rules"
+
+
 def check_linear(kernel: Kernel, hook: Hook, output: Tensor, where: str) -> None:
     """Raises unless the rule is linear in the relevance that it hands down.
 
@@ -162,7 +170,14 @@ def _check_convention(hook: BasicHook, where: str) -> None:
 
 
 def _modified_inputs(hook: BasicHook, inputs: Tensor) -> list[Tensor]:
-    return [modifier(inputs).detach().requires_grad_() for modifier in hook.input_modifiers]
+    """The modified inputs, those that are equal in the same memory: after a ReLU its positive part is the input."""
+    known, sources = [inputs], []
+    for modifier in hook.input_modifiers:
+        source = modifier(inputs).detach()
+        same = next((other for other in known if other.shape == source.shape and torch.equal(other, source)), source)
+        known.append(same)
+        sources.append(same)
+    return sources
 
 
 def _branches(
@@ -175,32 +190,115 @@ def _branches(
     signs = _signs(hook, sources)
     if signs is None:
         return None
-    images, outputs, weights = [], [], []
-    with torch.enable_grad():
-        for source, param_mod, out_mod in zip(sources, hook.param_modifiers, hook.output_modifiers, strict=True):
-            image, bias, weight = _run_modified(module, param_mod, source, call)
-            result = image.detach() if bias is None else image.detach() + _broadcast(bias, module, image)
+    reader = _BranchReader(hook, module, call, inputs, output, sources, signs)
+    first, *later = _INDEPENDENT.get(type(hook), [tuple(range(len(sources)))])
+    ready = reader.read(first)
+    if ready is None:
+        return None
+    waiting = (lambda: reader.certain(later[0])) if later else None
+    if not isinstance(module, _WEIGHTED):
+        return BranchKernel(ready, waiting, inputs)
+    weight = module._parameters["weight"]
+    assert weight is not None
+    injective = getattr(module, "padding_mode", "zeros") == "zeros"
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) or getattr(module, "is_transposed", False)
+    groups = int(getattr(module, "groups", 1))
+    rerun = _rerun(module, call)
+    return BranchKernel(ready, waiting, inputs, rerun, weight.detach(), injective, groups, transposed)
+
+
+_LINEAR = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus)
+
+_INDEPENDENT: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
+"""Branches of built-in rules that share outputs only among themselves: γ has a pair for outputs of either sign."""
+
+
+@dataclass
+class _BranchReader:
+    """Reads some branches of a rule at one call."""
+
+    hook: BasicHook
+    module: nn.Module
+    call: Call
+    inputs: Tensor
+    output: Tensor
+    sources: list[Tensor]
+    signs: list[float]
+
+    def certain(self, chosen: tuple[int, ...]) -> Branches:
+        """Branches of a rule of which others were read already."""
+        found = self.read(chosen)
+        assert found is not None
+        return found
+
+    @torch.no_grad()
+    def read(self, chosen: tuple[int, ...]) -> Branches | None:
+        """The branches of these numbers, or None when they are written another way."""
+        unused = self.output.new_ones(()).expand(self.output.shape)
+        read: dict[int, _Read] = {}
+        outputs = []
+        for number, (source, param_mod, out_mod) in enumerate(
+            zip(self.sources, self.hook.param_modifiers, self.hook.output_modifiers, strict=True)
+        ):
+            if number not in chosen and self.signs[number] != 0:
+                outputs.append(unused)
+                continue
+            with ParamMod.ensure(param_mod)(self.module) as modified:
+                read[number] = self._run(modified, source, self.signs[number])
+            result = read[number].output
             if out_mod(result) is not result:
                 return None
-            images.append(image)
             outputs.append(result)
-            weights.append(weight)
-    factors = _factors(hook, outputs)
-    if factors is None:
-        return None
-    branches = [
-        Branch(source, image, factor, sign, weight)
-        for source, image, factor, sign, weight in zip(sources, images, factors, signs, weights, strict=True)
-        if sign != 0
-    ]
-    if isinstance(module, _WEIGHTED):
-        weight = module._parameters["weight"]
-        assert weight is not None
-        injective = getattr(module, "padding_mode", "zeros") == "zeros"
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) or getattr(module, "is_transposed", False)
-        groups = int(getattr(module, "groups", 1))
-        return BranchKernel(branches, _rerun(module, call), weight.detach(), injective, groups, transposed)
-    return BranchKernel(branches)
+        factors = _factors(self.hook, outputs)
+        if factors is None:
+            return None
+        branches, column = [], torch.zeros_like(self.output)
+        for number in chosen:
+            here, sign = read[number], self.signs[number]
+            if here.maps is not None and sign != 0:
+                down, up = here.maps
+                branches.append(Branch(self.sources[number], factors[number], sign, down, up, here.weight))
+                column.addcmul_(factors[number], here.image, value=sign)
+        return branches, column
+
+    def _run(self, modified: nn.Module, source: Tensor, sign: float) -> _Read:
+        """One modified module at its modified input; without its bias, since output minus bias cancels."""
+        bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
+        if sign == 0 and source is self.inputs and _share_memory(modified._parameters, self.module._parameters):
+            return _Read(self.output)
+        added = None if bias is None else _broadcast(bias.detach(), modified, self.output)
+        if not bool(source.any()):
+            zero = self.output.new_zeros(()) if added is None else added
+            return _Read(zero.expand(self.output.shape))
+        if weight is None:
+            down, up, image = recorded_maps(lambda values: self.call(self.module, values), source)
+            return _Read(image if added is None else image + added, image, (down, up))
+        own = weight.detach()
+        explicit = explicit_maps(modified, own, source)
+        if explicit is None:
+            rerun = _rerun(self.module, self.call)
+            down, up, image = recorded_maps(lambda values: rerun(values, own), source)
+        else:
+            down, up = explicit
+            image = up(source.unsqueeze(0)).squeeze(0)
+        return _Read(image if added is None else image + added, image, (down, up), own)
+
+
+@dataclass
+class _Read:
+    """What one modified module gave: its output, its image without bias (None for zero), its maps and weight."""
+
+    output: Tensor
+    image: Any = None
+    maps: tuple[Map, Map] | None = None
+    weight: Tensor | None = None
+
+
+def _share_memory(some: dict[str, Any], others: dict[str, Any]) -> bool:
+    return all(
+        one is None if other is None else one is not None and one.data_ptr() == other.data_ptr()
+        for one, other in zip(some.values(), others.values(), strict=True)
+    )
 
 
 def is_affine(module: nn.Module) -> bool:
@@ -243,41 +341,36 @@ def _signs(hook: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
 
 
 def _factors(hook: BasicHook, outputs: list[Tensor]) -> list[Tensor] | None:
-    """``m_k(1)``, when the mapper is elementwise; zero where a denominator is: that column is dead."""
+    """``m_k(1)``, when the mapper is elementwise; zero where a denominator is: that column is dead.
+
+    Whether it is elementwise is tried on a corner of the outputs; how Zennit's own mappers work is known.
+    """
     ones = torch.ones_like(outputs[0])
     factors = _mapped(hook, ones, outputs)
+    if any(factor.shape != ones.shape for factor in factors):
+        return None
+    if not type(hook).__module__.startswith(("zennit.", "nrm_plugin.")) and not _is_elementwise(hook, outputs):
+        return None
+    return [factor if bool(factor.isfinite().all()) else factor.nan_to_num_(0, 0, 0) for factor in factors]
+
+
+def _is_elementwise(hook: BasicHook, outputs: list[Tensor]) -> bool:
+    corner = tuple(slice(0, 4) for _ in outputs[0].shape)
+    parts = [output[corner] for output in outputs]
+    ones = torch.ones_like(parts[0])
     probe = torch.linspace(-1, 2, ones.numel(), dtype=ones.dtype, device=ones.device).reshape(ones.shape)
-    for factor, mapped in zip(factors, _mapped(hook, probe, outputs), strict=True):
+    for factor, mapped in zip(_mapped(hook, ones, parts), _mapped(hook, probe, parts), strict=True):
         if factor.shape != ones.shape:
-            return None
+            return False
         difference = (mapped - factor * probe).abs()
         if bool((difference > 1e-3 * factor.abs() + 1e-30).logical_and(factor.isfinite()).any()):
-            return None
-    return [torch.where(factor.isfinite(), factor, torch.zeros_like(factor)) for factor in factors]
+            return False
+    return True
 
 
 def _mapped(hook: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
     mapped = hook.gradient_mapper(relevance, outputs)
     return [mapped] if isinstance(mapped, Tensor) else list(mapped)
-
-
-def _run_modified(
-    module: nn.Module, param_mod: Any, source: Tensor, call: Call
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Image without bias, modified bias, modified weight.
-
-    The module runs without its bias, since output minus bias cancels.
-    """
-    with ParamMod.ensure(param_mod)(module) as modified:
-        bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
-        try:
-            if bias is not None:
-                modified._parameters["bias"] = None
-            image = call(modified, source)
-        finally:
-            if bias is not None:
-                modified._parameters["bias"] = bias
-    return image, None if bias is None else bias.detach(), None if weight is None else weight.detach()
 
 
 def _broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
@@ -291,20 +384,16 @@ def _broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
 
 def _rerun(module: nn.Module, call: Call) -> Callable[[Tensor, Tensor], Tensor]:
     def rerun(source: Tensor, weight: Tensor) -> Tensor:
-        kept = dict(module._parameters)
-        try:
-            module.__dict__["_parameters"].update(weight=weight, bias=None)
-            return call(module, source)
-        finally:
-            module._parameters.clear()
-            module._parameters.update(kept)
+        own = shell_of(module)  # two threads may ask at once
+        own.__dict__["_parameters"].update(weight=weight, bias=None)
+        return call(own, source)
 
     return rerun
 
 
 def _modifiers(hook: BasicHook, module: nn.Module, call: Call, inputs: Tensor) -> VjpKernel:
     """Any rule written with modifiers, on any module."""
-    sources = _modified_inputs(hook, inputs)
+    sources = [modifier(inputs).detach().requires_grad_() for modifier in hook.input_modifiers]
     outputs = []
     with torch.enable_grad():
         for source, param_mod, out_mod in zip(sources, hook.param_modifiers, hook.output_modifiers, strict=True):

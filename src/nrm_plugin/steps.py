@@ -23,7 +23,7 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from .errors import BatchNormWarning, UnsupportedRuleError
 from .kernels import RESIDUALS, IdentityKernel, Kernel, Residual, deficit, gain
-from .reading import check_linear, is_affine, read_rule
+from .reading import check_linear, is_affine, is_known_linear, read_rule
 from .shells import shell_of
 
 
@@ -113,6 +113,14 @@ class Step:
         with self._lock, torch.inference_mode(False), unseen():
             return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
 
+    def _scaled(self, relevance: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Gain and deficit wherever this relevance is not zero; None stands for any relevance."""
+        kernel = self.kernel
+        with self._lock, unseen(), torch.inference_mode(False), torch.no_grad():
+            if kernel.reach(relevance):
+                self.__dict__.pop("_scales", None)
+            return self._scales
+
     @functools.cached_property
     def _scales(self) -> tuple[Tensor | None, Tensor | None]:
         """Gain and deficit; None for a gain of one and for a deficit of zero."""
@@ -132,7 +140,8 @@ class Step:
                 return None, 1 - column
             limit = float(self._normalization.gain_limit)
             factor = gain(column, limit)
-            return factor, deficit(column, factor, limit)
+            rest = deficit(column, factor, limit)
+            return factor, rest if bool(rest.any()) else None
 
     def forget(self) -> None:
         """Drops the kernel, for its origin has changed."""
@@ -142,23 +151,25 @@ class Step:
     @property
     def gain(self) -> Tensor | None:
         """``g(c)``, ``(N, *out)``; None for one everywhere."""
-        return self._scales[0]
+        return self._scaled(None)[0]
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Relevance ``(K, N, *out)`` to ``(K, N, *in)`` at each input and the residual ``(K, N, *out)``."""
-        factor, rest = self._scales
-        parts = self.kernel.pull(relevance if factor is None else relevance * factor)
-        return parts, None if rest is None else relevance * rest
+        """Relevance ``(K, N, *out)`` to ``(K, N, *in)`` at each input, and the share that is absorbed, ``(N, *out)``.
+
+        The share is None where nothing is absorbed; where no relevance arrives it may be any number.
+        """
+        factor, rest = self._scaled(relevance)
+        return self.kernel.pull(relevance if factor is None else relevance * factor), rest
 
     def pull_absolute(self, mass: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """The same for walk masses without sign."""
-        factor, rest = self._scales
+        factor, rest = self._scaled(mass)
         parts = self.kernel.pull_absolute(mass if factor is None else mass * factor)
-        return parts, None if rest is None else mass * rest.abs()
+        return parts, None if rest is None else rest.abs()
 
     def push(self, values: tuple[Tensor | None, ...], absorbed: Tensor | None) -> Tensor | None:
         """Transpose: values ``(K, N, *in)`` at the inputs and at the sink ``(K, N, *out)`` to ``(K, N, *out)``."""
-        factor, rest = self._scales
+        factor, rest = self._scaled(None)
         result = None
         if any(value is not None for value in values):
             result = self.kernel.push(values, self.shape).detach()
@@ -358,7 +369,7 @@ class StepHook(Hook):
         if self.fuse is not None:
             with unseen():
                 self.fuse(step, source)
-        if id(self.rule) not in self._checked and not isinstance(step.kernel, IdentityKernel):
+        if id(self.rule) not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), unseen():
                 check_linear(step.kernel, self.rule, output, self.name)
         self._checked.add(id(self.rule))

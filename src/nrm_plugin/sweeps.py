@@ -39,8 +39,8 @@ class Visitor(Protocol[Key]):
     def at_edge(self, vertex: int, number: int, vectors: Vectors[Key]) -> Vectors[Key]:
         """What one vertex hands down one of its edges; returns what goes on."""
 
-    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[Key]) -> None:
-        """What a vertex absorbs at the entries of its output; ``kind`` is ``"residual"`` or ``"constants"``."""
+    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[Key], share: Tensor) -> None:
+        """A vertex absorbs this share of what arrived at its output; ``kind`` is ``"residual"`` or ``"constants"``."""
 
 
 def pull(
@@ -68,10 +68,10 @@ def pull(
         if not keys or not vertex.edges:
             continue
         stacked = [_stack(arrived.get(number, {}), keys) for number in range(len(vertex.shapes))]
-        parts, residual = vertex.pull(stacked, absolute)
+        parts, share = vertex.pull(stacked, absolute)
         cost += Cost(1, len(keys)) if vertex.step is not None else Cost()
-        if residual is not None:
-            visitor.at_sink(index, 0, "residual", dict(zip(keys, residual, strict=True)))
+        if share is not None:
+            visitor.at_sink(index, 0, "residual", arrived[0], share)
         _absorb_constants(vertex, index, stacked, keys, visitor)
         for number, (part, edge) in enumerate(zip(parts, vertex.edges, strict=True)):
             if part is None or edge is None:
@@ -89,13 +89,15 @@ def _absorb_constants(vertex, index, stacked, keys, visitor) -> None:  # type: i
         return
     for number, (share, item) in enumerate(zip(shares, stacked, strict=True)):
         if item is not None:
-            visitor.at_sink(index, number, "constants", dict(zip(keys, item * share, strict=True)))
+            visitor.at_sink(index, number, "constants", dict(zip(keys, item, strict=True)), share)
 
 
 def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
     if not vectors:
         return None
     like = next(iter(vectors.values()))
+    if len(keys) == 1:
+        return like.unsqueeze(0)
     return torch.stack([vectors[key] if key in vectors else torch.zeros_like(like) for key in keys])
 
 

@@ -272,6 +272,9 @@ class PlacedKernel(Kernel):
         self.inner, self.place, self.shapes = inner, place, shapes
         self.is_stochastic = inner.is_stochastic
 
+    def reach(self, relevance: Tensor | None) -> bool:
+        return self.inner.reach(relevance)
+
     def _put(self, part: Tensor) -> tuple[Tensor, ...]:
         return tuple(
             part if number == self.place else part.new_zeros((len(part), *shape))

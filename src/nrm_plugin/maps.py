@@ -1,0 +1,101 @@
+"""The linear map of one affine layer and its transpose, for many vectors at once.
+
+``up`` takes ``(K, N, *in)`` to ``(K, N, *out)``, ``down`` back. Neither knows of a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Map = Callable[[Tensor], Tensor]
+
+_CONVOLUTIONS: dict[Any, int] = {
+    nn.Conv1d: 1,
+    nn.Conv2d: 2,
+    nn.Conv3d: 3,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 2,
+    nn.ConvTranspose3d: 3,
+}
+
+
+def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> tuple[Map, Map] | None:
+    """``(down, up)`` of a layer of torch by the operations that it is made of; None where it pads in its own way.
+
+    Args:
+        module: A linear or convolutional layer whose forward is torch's own.
+        weight: The weight to use.
+        inputs: A tensor of the shape of its input.
+    """
+    if type(module).forward is nn.Linear.forward:
+        return (lambda relevance: relevance @ weight), (lambda values: values @ weight.t())
+    kind = next((kind for kind in _CONVOLUTIONS if type(module).forward is kind.forward), None)
+    if kind is None or inputs.ndim != _CONVOLUTIONS[kind] + 2:
+        return None
+    options = _options(module, kind)
+    if options is None:
+        return None
+    shape = inputs.shape[1:]
+
+    def down(relevance: Tensor) -> Tensor:
+        flat = relevance.reshape(-1, *relevance.shape[2:])
+        place = relevance.new_empty(()).expand(len(flat), *shape)  # only its shape is read
+        wanted = [True, False, False]
+        found, _, _ = torch.ops.aten.convolution_backward(flat, place, weight, None, *options, wanted)
+        return found.reshape(*relevance.shape[:2], *shape)  # type: ignore[no-any-return]
+
+    def up(values: Tensor) -> Tensor:
+        image = torch.ops.aten.convolution(values.reshape(-1, *shape), weight, None, *options)
+        return image.reshape(*values.shape[:2], *image.shape[1:])  # type: ignore[no-any-return]
+
+    return down, up
+
+
+def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
+    """Stride, padding, dilation, transposed, output padding and groups, as aten takes them."""
+    if module.padding_mode != "zeros":
+        return None
+    transposed = issubclass(kind, nn.modules.conv._ConvTransposeNd)
+    padding = module.padding
+    if padding == "valid":
+        padding = [0] * _CONVOLUTIONS[kind]
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(size % 2 for size in total):
+            return None
+        padding = [size // 2 for size in total]
+    # How much a transposed layer pads may depend on a size given at the call.
+    if transposed and any(module.output_padding):
+        return None
+    outward = list(module.output_padding)
+    return list(module.stride), list(padding), list(module.dilation), transposed, outward, module.groups
+
+
+def recorded_maps(run: Map, inputs: Tensor) -> tuple[Map, Map, Tensor]:
+    """``(down, up, image)`` of any linear function by its own derivative.
+
+    Args:
+        run: ``(N, *in)`` to ``(N, *out)``.
+        inputs: Where it is run, ``(N, *in)``.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = inputs.detach().requires_grad_()
+        image = run(leaf)
+
+    def down(relevance: Tensor) -> Tensor:
+        create = torch.is_grad_enabled()
+        if len(relevance) == 1:
+            return torch.autograd.grad(image, leaf, relevance[0], True, create)[0].unsqueeze(0)
+        return torch.autograd.grad(image, leaf, relevance, True, create, is_grads_batched=True)[0]
+
+    def up(values: Tensor) -> Tensor:
+        return torch.stack([run(value) for value in values])
+
+    return down, up, image.detach()
+
+
+__all__ = ["Map", "explicit_maps", "recorded_maps"]
