@@ -7,7 +7,7 @@ for everything else the function that hands relevance down, with column sums fou
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,45 +234,94 @@ class _BranchReader:
     @torch.no_grad()
     def read(self, chosen: tuple[int, ...]) -> Branches | None:
         """The branches of these numbers, or None when they are written another way."""
-        unused = self.output.new_ones(()).expand(self.output.shape)
-        read: dict[int, _Read] = {}
-        outputs = []
+        runs = []
         for number, (source, param_mod, out_mod) in enumerate(
             zip(self.sources, self.hook.param_modifiers, self.hook.output_modifiers, strict=True)
         ):
+            probe = self.output.new_ones(1)
+            if out_mod(probe) is not probe:
+                return None
             if number not in chosen and self.signs[number] != 0:
-                outputs.append(unused)
+                runs.append(_Run(self.output.new_ones(())))
                 continue
             with ParamMod.ensure(param_mod)(self.module) as modified:
-                read[number] = self._run(modified, source, self.signs[number])
-            result = read[number].output
-            if out_mod(result) is not result:
-                return None
-            outputs.append(result)
-        factors = _factors(self.hook, outputs)
-        if factors is None:
+                runs.append(self._run(modified, source, self.signs[number]))
+        kept = [number for number in chosen if runs[number].maps is not None and self.signs[number] != 0]
+        columns = self._columns(runs, kept)
+        if columns is None:
             return None
-        branches, column = [], torch.zeros_like(self.output)
-        for number in chosen:
-            here, sign = read[number], self.signs[number]
-            if here.maps is not None and sign != 0:
-                down, up = here.maps
-                branches.append(Branch(self.sources[number], factors[number], sign, down, up, here.weight))
-                column.addcmul_(factors[number], here.image, value=sign)
+        factors, column = columns
+        branches = []
+        for number, factor in zip(kept, factors, strict=True):
+            run = runs[number]
+            assert run.maps is not None
+            branches.append(Branch(self.sources[number], factor, self.signs[number], *run.maps, run.weight))
         return branches, column
 
-    def _run(self, modified: nn.Module, source: Tensor, sign: float) -> _Read:
+    def _columns(self, runs: list[_Run], kept: list[int]) -> tuple[list[Tensor], Tensor] | None:
+        """``m_k(1)`` of the kept branches, and the column sums; None where the mapper is not elementwise.
+
+        A zero stands where a denominator is zero: that column is dead. A rule divides, adds signs and compares in a
+        dozen steps, so they are taken block by block, in the cache.
+        """
+        shape = self.output.shape
+        first = next(iter(blocks(self.output)))
+        tried = self._mapped(runs, first)
+        if any(factor.shape != self.output[first].shape for factor in tried):
+            return None
+        known = type(self.hook).__module__.startswith(("zennit.", "nrm_plugin."))
+        if not known and not self._is_elementwise(runs):
+            return None
+        local = self.output.device.type == "cpu" and self._is_local(runs, first, tried)
+        factors = [torch.empty_like(self.output) for _ in kept]
+        column = torch.zeros_like(self.output)
+        for at in blocks(self.output) if local else [tuple(slice(None) for _ in shape)]:
+            mapped = self._mapped(runs, at)
+            for number, factor in zip(kept, factors, strict=True):
+                part = torch.nan_to_num(mapped[number], 0, 0, 0, out=factor[at])
+                column[at].addcmul_(part, runs[number].image[at], value=self.signs[number])
+        return factors, column
+
+    def _mapped(self, runs: list[_Run], at: Block, relevance: Tensor | None = None) -> list[Tensor]:
+        """What the rule makes of relevance, by default ones, at one block of its outputs."""
+        outputs = [run.output(at, self.output.shape) for run in runs]
+        ones = torch.ones_like(self.output[at]) if relevance is None else relevance
+        mapped = self.hook.gradient_mapper(ones, outputs)
+        return [mapped] if isinstance(mapped, Tensor) else list(mapped)
+
+    def _corner(self) -> Block:
+        return tuple(slice(0, 1 if dim < 2 < self.output.ndim else 4) for dim in range(self.output.ndim))
+
+    def _is_local(self, runs: list[_Run], first: Block, tried: list[Tensor]) -> bool:
+        """Whether an entry depends on no other; a stabilizer scaled by the layer does."""
+        corner = self._corner()
+        return all(
+            torch.allclose(here, there[corner], rtol=1e-6, atol=0, equal_nan=True)
+            for here, there in zip(self._mapped(runs, corner), tried, strict=True)
+        )
+
+    def _is_elementwise(self, runs: list[_Run]) -> bool:
+        """Whether the mapper multiplies by a factor for each entry."""
+        corner = self._corner()
+        size = self.output[corner].shape
+        probe = torch.linspace(-1, 2, size.numel(), dtype=self.output.dtype, device=self.output.device).reshape(size)
+        for factor, mapped in zip(self._mapped(runs, corner), self._mapped(runs, corner, probe), strict=True):
+            difference = (mapped - factor * probe).abs()
+            if bool((difference > 1e-3 * factor.abs() + 1e-30).logical_and(factor.isfinite()).any()):
+                return False
+        return True
+
+    def _run(self, modified: nn.Module, source: Tensor, sign: float) -> _Run:
         """One modified module at its modified input; without its bias, since output minus bias cancels."""
         bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
         if sign == 0 and source is self.inputs and _share_memory(modified._parameters, self.module._parameters):
-            return _Read(self.output)
+            return _Run(self.output)
         added = None if bias is None else _broadcast(bias.detach(), modified, self.output)
         if not bool(source.any()):
-            zero = self.output.new_zeros(()) if added is None else added
-            return _Read(zero.expand(self.output.shape))
+            return _Run(self.output.new_zeros(()), added)
         if weight is None:
             down, up, image = recorded_maps(lambda values: self.call(self.module, values), source)
-            return _Read(image if added is None else image + added, image, (down, up))
+            return _Run(image, added, (down, up))
         own = weight.detach()
         explicit = explicit_maps(modified, own, source)
         if explicit is None:
@@ -281,17 +330,44 @@ class _BranchReader:
         else:
             down, up = explicit
             image = up(source.unsqueeze(0)).squeeze(0)
-        return _Read(image if added is None else image + added, image, (down, up), own)
+        return _Run(image, added, (down, up), own)
 
 
 @dataclass
-class _Read:
-    """What one modified module gave: its output, its image without bias (None for zero), its maps and weight."""
+class _Run:
+    """One modified module at its modified input.
 
-    output: Tensor
-    image: Any = None
+    Attributes:
+        image: What it returned, without bias; a scalar where it is the same everywhere.
+        bias: Its bias, in a shape that broadcasts.
+        maps: The linear map and its transpose; None where the input is zero or the output is all that is needed.
+        weight: The modified weight.
+    """
+
+    image: Tensor
+    bias: Tensor | None = None
     maps: tuple[Map, Map] | None = None
     weight: Tensor | None = None
+
+    def output(self, at: Block, shape: torch.Size) -> Tensor:
+        """Image and bias at one block."""
+        image = self.image.expand(shape)[at]
+        return image if self.bias is None else image + self.bias.expand(shape)[at]
+
+
+Block = tuple[slice, ...]
+
+
+def blocks(like: Tensor, size: int = 1 << 17) -> Iterator[Block]:
+    """Splits ``(N, C, …)`` into blocks of about this many entries, first by sample and then along dimension 1."""
+    if like.numel() <= size or like.ndim < 2:
+        yield tuple(slice(None) for _ in like.shape)
+        return
+    width = max(1, size // max(1, like[0, 0].numel()))
+    step = max(1, width // like.shape[1])
+    for sample in range(0, like.shape[0], step):
+        for first in range(0, like.shape[1], width):
+            yield (slice(sample, sample + step), slice(first, first + width))
 
 
 def _share_memory(some: dict[str, Any], others: dict[str, Any]) -> bool:
@@ -338,34 +414,6 @@ def _signs(hook: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
     if torch.allclose(reduced, by_gradient) and all(bool((source == 1).all()) for source in sources):
         return signs
     return None
-
-
-def _factors(hook: BasicHook, outputs: list[Tensor]) -> list[Tensor] | None:
-    """``m_k(1)``, when the mapper is elementwise; zero where a denominator is: that column is dead.
-
-    Whether it is elementwise is tried on a corner of the outputs; how Zennit's own mappers work is known.
-    """
-    ones = torch.ones_like(outputs[0])
-    factors = _mapped(hook, ones, outputs)
-    if any(factor.shape != ones.shape for factor in factors):
-        return None
-    if not type(hook).__module__.startswith(("zennit.", "nrm_plugin.")) and not _is_elementwise(hook, outputs):
-        return None
-    return [factor if bool(factor.isfinite().all()) else factor.nan_to_num_(0, 0, 0) for factor in factors]
-
-
-def _is_elementwise(hook: BasicHook, outputs: list[Tensor]) -> bool:
-    corner = tuple(slice(0, 4) for _ in outputs[0].shape)
-    parts = [output[corner] for output in outputs]
-    ones = torch.ones_like(parts[0])
-    probe = torch.linspace(-1, 2, ones.numel(), dtype=ones.dtype, device=ones.device).reshape(ones.shape)
-    for factor, mapped in zip(_mapped(hook, ones, parts), _mapped(hook, probe, parts), strict=True):
-        if factor.shape != ones.shape:
-            return False
-        difference = (mapped - factor * probe).abs()
-        if bool((difference > 1e-3 * factor.abs() + 1e-30).logical_and(factor.isfinite()).any()):
-            return False
-    return True
 
 
 def _mapped(hook: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
