@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from zennit.composites import EpsilonPlus
 
 from nrm_plugin import RelevanceMeasure
 from nrm_plugin.cli import main
@@ -53,8 +54,8 @@ def test_demo_prints_the_means_of_the_measure(printed: str):
     samples, _ = demo.choose(model, images, labels, ["4", "8"])
     indices = [int(number) for number in re.findall(r"held-out digit (\d+)", printed)]
     assert indices == [sample.index for sample in samples]
-    mu = RelevanceMeasure(model, images[indices], [4, 8])
-    plain = RelevanceMeasure(model, images[indices], [4, 8], residual="sink")
+    mu = RelevanceMeasure(model, images[indices], [4, 8], composite=EpsilonPlus())
+    plain = RelevanceMeasure(model, images[indices], [4, 8], composite=EpsilonPlus(), residual="sink")
     found = re.findall(rf"^(\S+) +{FLOAT} +{FLOAT} +{FLOAT} +{FLOAT}$", printed, re.MULTILINE)
     assert [row[0] for row in found] == list(demo.LAYERS)
     for layer, *numbers in found:
@@ -91,7 +92,7 @@ def test_demo_says_where_the_pictures_are(printed: str, folder: Path):
     named = re.findall(r"^  (.*\.png)$", printed, re.MULTILINE)
     assert Path(named[0]) == folder / "4-joint.png"
     assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in named)
-    assert f"7 pictures are in {folder}/" in printed
+    assert f"7 pictures are in {folder}." in printed
     assert len(list(folder.glob("*.png"))) == 7
 
 

@@ -7,12 +7,13 @@ from .coverage import Coverage, coverage
 from .events import ABSORBED, Event, at
 from .functional import Interception, register_kernel
 from .measure import RelevanceMeasure
-from .rules import Absolute
+from .rules import Absolute, Bounded
 
 __all__ = [
     "ABSORBED",
     "NRM",
     "Absolute",
+    "Bounded",
     "Coverage",
     "Event",
     "FuseBatchNorm",

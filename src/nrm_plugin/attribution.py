@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from .captum_adapter import as_given, as_tuple, log_usage
+from .checks import check_module
 from .composites import Uncovered
-from .errors import InputError
 from .events import Atom, Event, Side, at
 from .kernels import Residual
 from .measure import RelevanceMeasure, normalize
@@ -42,8 +42,7 @@ class NRM(GradientAttribution):
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputError(f"expected a torch.nn.Module, whose layers have rules, got {type(model).__name__}.")
+        check_module(model)
         super().__init__(model)
         self.model = model
         self.composite = normalize(composite, residual, gain_limit, uncovered)

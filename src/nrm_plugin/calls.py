@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import GradModeError, InputError, samples
 
-Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
 """Which output: a key or attribute, a position, or a function of what the model returned."""
 
@@ -61,7 +61,7 @@ class Call:
             self.items = self._keywords = list(given)
             self.tensors = tuple(given.values())
         else:
-            self.tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+            self.tensors = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             self.items = [None] if len(self.tensors) == 1 else list(range(len(self.tensors)))
         check_inputs(self.tensors, self.items)
 
@@ -162,7 +162,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None]) -> N
             "it may be asked anywhere."
         )
     if not tensors:
-        raise InputError("no input was given: inputs is an empty tuple. Pass a tensor, or a tuple of tensors.")
+        raise InputError("no input was given: inputs is empty. Pass a tensor, or a tuple of tensors.")
     for item, tensor in zip(items, tensors, strict=True):
         what = "the input" if item is None else f"input {item!r}"
         if not isinstance(tensor, Tensor):

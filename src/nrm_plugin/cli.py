@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from .demo.run import DEFAULT, MISREAD, Report, Row, run
+from .demo.run import DEFAULT, MISREAD, RULES, Report, Row, run
 from .errors import NRMError
 
 COLUMNS = {
-    "plain": "sum of the relevance that Zennit alone hands to the layer, with the same composite (NRMDefault)",
-    "ours": "mass of the walks that cross the layer",
+    "plain": f"sum of the relevance that Zennit hands to the layer, by its composite {RULES.__name__}",
+    "ours": "mass of the walks that cross the layer, by the same composite, normalized",
     "sink": "mass that was absorbed above the layer",
     "bypass": "mass of the walks that go around the layer",
     "variation": "sum of |mass| over neurons and sink; above 1, neurons of opposite sign share the layer",
@@ -99,12 +99,13 @@ def _check_folder(folder: Path) -> None:
 def _table(report: Report) -> list[str]:
     """One line for each layer, means over the digits."""
     count = len(report.samples)
+    mean = f", mean over these {count} digits" if count > 1 else ""
     names = _columns(report.rows)
     lines = [
         f"A small VGG reads {report.accuracy:.1%} of the held-out digits rightly. Explained here:",
         *(f"  {sample}" for sample in report.samples),
         "",
-        f"Relevance of each layer, output first{f', mean over these {count} digits' if count > 1 else ''}",
+        f"Relevance of each layer with {RULES.__name__}, output first{mean}",
         f"{'layer':14}" + "".join(f"{name:>11}" for name in names),
     ]
     for row in report.rows:
@@ -131,13 +132,13 @@ def _legend(rows: Sequence[Row]) -> list[str]:
 def _where(report: Report, out: Path) -> list[str]:
     first = report.samples[0]
     return [
-        f"{len(report.files)} pictures are in {out}{'' if str(out).endswith('/') else '/'}. Look at these first:",
+        f"{len(report.files)} pictures are in {out}. Look at these first:",
         f"  {report.files[0]}",
         f"      which channels of two layers say {first.read}, and where they look",
         f"  {report.files[2]}",
         "      what each of the most relevant channels draws on",
         f"  {report.files[-1]}",
-        "      how much relevance is left at each layer, beside plain Zennit",
+        "      how much relevance is left at each layer, here and in plain Zennit",
     ]
 
 

@@ -11,9 +11,9 @@ from zennit.composites import (
     SpecialFirstLayerMapComposite,
     register_composite,
 )
-from zennit.core import Composite, Hook, Stabilizer
+from zennit.core import Composite, Hook
 from zennit.layer import Sum
-from zennit.rules import Epsilon, Flat, Gamma, Pass
+from zennit.rules import Flat, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
 from .canonizers import FuseBatchNorm
@@ -23,7 +23,7 @@ from .fusion import fuse
 from .kernels import Residual
 from .reading import PlainGradient
 from .routes import is_route
-from .rules import Absolute
+from .rules import Absolute, Bounded
 from .steps import Normalization, StepHook
 
 Uncovered = Literal["error", "gradient"]
@@ -123,39 +123,43 @@ def _layer_map() -> list[tuple[Any, Hook]]:
     return [(Activation, Pass()), (BatchNorm, Pass()), (Sum, Absolute()), (AvgPool, Absolute())]
 
 
+class _Depthwise(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        return isinstance(module, Convolution) and module.groups == module.in_channels > 1
+
+
+class Depthwise(metaclass=_Depthwise):
+    """Convolutions that do not mix channels, as a type for layer maps."""
+
+
 @register("nrm_default")
 class NRMDefault(SpecialFirstLayerMapComposite):
-    """The default: Flat on the first convolution, γ on convolutions, ε scaled by the layer on linear ones.
+    """The default: Flat on the first convolution, signed shares of bounded variation on all other layers with weights.
 
-    Sums and average pooling share by absolute contribution.
+    Depthwise convolutions, sums and average pooling share by absolute contribution. Every column sums to one, so that
+    nothing is absorbed but what ends at constants.
 
     Args:
-        gamma: γ of the convolutions.
-        epsilon: ε of the linear layers, in units of the root mean square of their outputs.
-        stabilizer: Stabilizer of all other rules.
+        bound: Largest variation of a column, see :class:`~nrm_plugin.rules.Bounded`.
         layer_map, first_map: Rules that come before those of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
+
+    Source: ours; docs/default-composite.md compares it with others.
     """
 
     def __init__(
         self,
-        gamma: float = 0.25,
-        epsilon: float = 0.25,
-        stabilizer: Any = 1e-6,
+        bound: float = 4.0,
         layer_map: list[Any] | None = None,
         first_map: list[Any] | None = None,
         zero_params: Any = None,
         canonizers: list[Any] | None = None,
     ) -> None:
-        scaled = Stabilizer(epsilon=epsilon, norm_scale=True)
-        rules = [
-            (Convolution, Gamma(gamma=gamma, stabilizer=stabilizer, zero_params=zero_params)),
-            (nn.Linear, Epsilon(epsilon=scaled, zero_params=zero_params)),
-        ]
+        rules = [(Depthwise, Absolute(zero_params=zero_params)), (Linear, Bounded(bound, zero_params=zero_params))]
         super().__init__(
             layer_map=[*(layer_map or []), *_layer_map(), *rules],
-            first_map=[*(first_map or []), (Convolution, Flat(stabilizer=stabilizer, zero_params=zero_params))],
+            first_map=[*(first_map or []), (Convolution, Flat(zero_params=zero_params))],
             canonizers=[FuseBatchNorm()] if canonizers is None else canonizers,
         )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -239,26 +239,29 @@ class BranchKernel(Kernel):
         r"""Terms ``(a, m, J^T)`` with :math:`T_{ij} = \sum a_i |w_{ij}| m_j` of which each entry meets only one.
 
         The modified weights of a rule are, on the positive and on the negative weights apart, multiples of the
-        weight. Branches with the same factor are added up first (ZBox), the others must not overlap.
+        weight. Branches with the same factor are added up first (ZBox), then those with the same input up to its
+        sign, for inputs of either sign apart (Bounded); the others must not overlap.
         """
         signs = (None,) if self.weight is None else (1.0, -1.0)
         terms = []
         for sign in signs:
-            groups: list[tuple[Tensor, Tensor]] = []
+            merged: list[tuple[Tensor, Tensor]] = []
             for branch in self.branches:
                 multiple = self._multiple(branch, sign)
                 if multiple is None:
                     return None
                 source = (branch.sign * multiple) * branch.input.detach()
-                for index, (other, factor) in enumerate(groups):
+                for index, (other, factor) in enumerate(merged):
                     if branch.factor is factor or torch.equal(branch.factor, factor):
-                        groups[index] = (other + source, factor)
+                        merged[index] = (other + source, factor)
                         break
                 else:
-                    groups.append((source, branch.factor))
-            if _overlap(groups):
-                return None
-            terms += [(source, factor, self._carry(sign)) for source, factor in groups]
+                    merged.append((source, branch.factor))
+            carry = self._carry(sign)
+            for part in _by_sign(merged):
+                if _overlap(part):
+                    return None
+                terms += [(source, factor, carry) for source, factor in part]
         return terms
 
     def _multiple(self, branch: Branch, sign: float | None) -> float | None:
@@ -409,6 +412,25 @@ def _vjp(images: list[Tensor], inputs: Tensor | list[Tensor], relevance: list[Te
 def _total(parts: Iterable[Tensor]) -> Tensor:
     first, *rest = parts
     return functools.reduce(torch.add, rest, first)
+
+
+def _by_sign(terms: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Terms ``(source, factor)`` where the first source is positive, negative and zero; equal sources are one term."""
+    if not _overlap(terms):
+        yield terms
+        return
+    for number in (1, -1, 0):
+        region = terms[0][0].sign() == number
+        found: list[tuple[Tensor, Tensor]] = []
+        for source, factor in terms:
+            source = torch.where(region, source, torch.zeros_like(source))
+            for index, (other, known) in enumerate(found):
+                if torch.equal(source, other) or torch.equal(source, -other):
+                    found[index] = (other, known + factor if torch.equal(source, other) else known - factor)
+                    break
+            else:
+                found.append((source, factor))
+        yield [(source, factor) for source, factor in found if bool((source != 0).any())]
 
 
 def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:

@@ -92,7 +92,6 @@ class RelevanceMeasure:
         uncovered: Uncovered | None = None,
     ) -> None:
         self.composite = normalize(composite, residual, gain_limit, uncovered)
-        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
         call = Call(inputs, additional_forward_args, additional_forward_kwargs)
         self._recording = Recording(model, call, self.composite, output)
         values = self._recording.output.detach()
@@ -547,10 +546,11 @@ def _check_condition(event: Event, mass: Tensor, variation: Tensor, ratio: float
     weak = (mass.abs() <= ratio * variation).tolist()
     if any(weak):
         first = weak.index(True)
+        anyway = ", or pass min_ratio=0 to divide anyway" if ratio > 0 else ""
         raise CancellationError(
             f"cannot condition on {event}: its mass is {float(mass[first]):.2g} but its variation is "
             f"{float(variation[first]):.2g}. Positive and negative walks cancel, so dividing by the mass is unstable "
-            f"({samples(weak)}). Condition on a smaller event, or pass min_ratio=0 to divide anyway."
+            f"({samples(weak)}). Condition on a smaller event{anyway}."
         )
 
 

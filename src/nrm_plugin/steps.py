@@ -356,9 +356,10 @@ class StepHook(Hook):
             return None
         source, kept, call = entered
         if not isinstance(output, Tensor):
+            inside = "give rules to the modules inside it" if module._modules else "wrap it to return one tensor"
             raise UnsupportedRuleError(
                 f"layer {self.name!r} ({type(module).__name__}) has the rule {type(self.rule).__name__}, but returns "
-                f"{type(output).__name__}. A rule needs one tensor; give rules to the modules inside it instead."
+                f"{type(output).__name__}. A rule needs one tensor; {inside} instead."
             )
         if not output.is_floating_point():
             return None

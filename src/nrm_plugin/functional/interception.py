@@ -136,6 +136,7 @@ class _Mode(TorchFunctionMode):
         self.gates = Gates()
         self.path: list[str] = []
         self._calls: dict[str, int] = {}
+        self._inside: list[Callable[..., Any]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -269,9 +270,14 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         """A route goes through, a function written in Python is looked into, anything else waits for relevance."""
         decomposed = _decomposed(func)
-        if decomposed is not None:
-            with self:
-                return decomposed(*args, **kwargs)
+        # A method of torch.Tensor that calls the one of its base class is handed over under its own name again.
+        if decomposed is not None and func not in self._inside:
+            self._inside.append(func)
+            try:
+                with self:
+                    return decomposed(*args, **kwargs)
+            finally:
+                self._inside.pop()
         if name.in_place:
             return func(*args, **kwargs)  # the audit will see what it is
         output = func(*args, **kwargs)

@@ -1,0 +1,271 @@
+"""The VGG16 picture: files in, pictures out. A narrow net with the layers of VGG16 stands in for the slow real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import vgg16
+from torchvision.models.vgg import make_layers
+
+from benchmarks import vgg16_joint
+from benchmarks.vgg16_joint import load_picture, load_vgg16, main
+from nrm_plugin import RelevanceMeasure, at
+
+WIDTHS = [4, 4, "M", 4, 4, "M", 6, 6, 6, "M", 6, 6, 6, "M", 6, 6, 6, "M"]
+
+
+class Narrow(nn.Module):
+    """The layers of VGG16 under their names, a few channels wide."""
+
+    def __init__(self, weights: None = None, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.features = make_layers(WIDTHS)
+        self.avgpool = nn.AdaptiveAvgPool2d(7)
+        hidden = [nn.Linear(6 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 16), nn.ReLU(True), nn.Dropout()]
+        self.classifier = nn.Sequential(*hidden, nn.Linear(16, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(images)).flatten(1))
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vgg16_joint, "vgg16", Narrow)
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    """Random weights under which relevance reaches the pixels."""
+    draw = torch.Generator().manual_seed(0)
+    net = Narrow(num_classes=1000)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, generator=draw)
+                module.bias.normal_(0, 0.05, generator=draw)
+    return net.state_dict()
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (260, 300, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def image(tmp_path: Path, pixels: np.ndarray) -> Path:
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    return tmp_path / "noise.png"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object, lines: int = 1) -> str:
+    """The last line on stderr of a command that ends with 2 and prints nothing else."""
+    try:
+        code: object = main([str(word) for word in argv])
+    except SystemExit as end:
+        code = end.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == lines
+    return printed.err.splitlines()[-1]
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_pictures_of_a_state_dict_show_the_measure(
+    suffix: str, state: dict[str, Tensor], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    file = tmp_path / f"weights{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    drawn = []
+    original = vgg16_joint.joint_figure
+    monkeypatch.setattr(vgg16_joint, "joint_figure", lambda *args: drawn.append(args) or original(*args))
+    out = tmp_path / "pictures"
+    assert main([str(image), "--weights", str(file), "--out", str(out), "--channels", "2", "--marks", "2"]) == 0
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert written == [out / "noise-2-layers.png", out / "noise-3-layers.png"]
+    for path in written:
+        with Image.open(path) as picture:
+            assert picture.format == "PNG"
+            assert 1000 < picture.width < 2500
+            assert 600 < picture.height < 900
+    net = Narrow()
+    net.load_state_dict(state)
+    net.eval()
+    tensor = load_picture(image).tensor
+    target = int(net(tensor).argmax())
+    mu = RelevanceMeasure(net, tensor, target)
+    (_, _, shown, pairs, _, heading), (_, _, _, triples, _, _) = drawn
+    assert f"class {target}: " in heading
+    torch.testing.assert_close(shown, mu.marginal("input")[0].sum(0))
+    assert triples.layers == ("features.28", "features.21", "features.14")
+    for found in (pairs, triples):
+        place = found.strongest(1)[0]
+        event = at("features.28")[found.channels[0][place[0]]]
+        for layer, channels, index in zip(found.layers[1:], found.channels[1:], place[1:], strict=True):
+            event = event & at(layer)[channels[index]]
+        torch.testing.assert_close(found.values[place], mu(event)[0], rtol=1e-4, atol=1e-8)
+        assert found.values[place] != 0
+
+
+@pytest.mark.usefixtures("narrow")
+def test_arguments_choose_layers_and_class(state, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.save(state, tmp_path / "weights.pth")
+    drawn = []
+    original = vgg16_joint.joint_figure
+    monkeypatch.setattr(vgg16_joint, "joint_figure", lambda *args: drawn.append(args) or original(*args))
+    words = f"{image} --weights {tmp_path}/weights.pth --out {tmp_path} --layers features.19 features.24 --channels 3"
+    assert main([*words.split(), "--target", "281", "--marks", "1"]) == 0
+    ((mu, _, _, found, marks, heading),) = drawn
+    assert (found.layers, marks) == (("features.24", "features.19"), 1)
+    assert found.values.shape == (3, 3)
+    assert "class 281: tabby" in heading
+    net = Narrow()
+    net.load_state_dict(state)
+    torch.testing.assert_close(mu.output[0], net.eval()(load_picture(image).tensor)[0, 281].detach())
+
+
+# -- images -------------------------------------------------------------------------------------------------------
+
+
+def test_image_is_resized_cropped_and_normalized(image: Path):
+    picture = load_picture(image)
+    with Image.open(image) as file:
+        small = file.resize((295, 256), Image.Resampling.BILINEAR)
+    crop = np.asarray(small, dtype=np.float32)[16:240, 36:260] / 255
+    np.testing.assert_allclose(picture.shown.movedim(0, -1), crop, atol=0.012)
+    expected = (crop - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(picture.tensor[0].movedim(0, -1), expected, atol=0.06)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_images_of_every_mode_are_read(mode: str, tmp_path: Path, pixels: np.ndarray):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    Image.fromarray(pixels).convert(mode).save(path)
+    assert load_picture(path).tensor.shape == (1, 3, 224, 224)
+
+
+def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(tmp_path: Path):
+    Image.fromarray(np.full((256, 256), 32896, dtype=np.uint16)).save(tmp_path / "grey.png")
+    assert load_picture(tmp_path / "grey.png").shown.mean() == pytest.approx(128 / 255, abs=1e-3)
+
+
+def test_orientation_of_a_camera_is_obeyed(tmp_path: Path):
+    pixels = np.zeros((256, 256, 3), dtype=np.uint8)
+    pixels[:128] = 255
+    tag = Image.Exif()
+    tag[0x0112] = 3  # upside down
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=tag)
+    shown = load_picture(tmp_path / "turned.jpg").shown
+    assert shown[:, :100].mean() < 0.05
+    assert shown[:, -100:].mean() > 0.95
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "cut", "empty", "folder"])
+def test_image_that_cannot_be_read_takes_one_line(kind: str, image: Path, tmp_path: Path, capsys):
+    path = tmp_path / "bad.png"
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes({"text": b"no image", "cut": image.read_bytes()[:5000], "empty": b""}[kind])
+    line = fails(capsys, path, "--weights", "none", "--out", tmp_path / "out")
+    assert str(path) in line
+    assert ("there is no image" if kind == "missing" else "cannot read") in line
+    assert not (tmp_path / "out").exists()
+
+
+# -- weights ------------------------------------------------------------------------------------------------------
+
+
+def test_the_real_network_takes_a_state_dict(tmp_path: Path):
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in vgg16(weights=None).state_dict().items()}
+    # One number seen under the shape of a weight: the file stays small although the net has 138 million weights.
+    torch.save({name: torch.full((1,), 0.25).expand(shape) for name, shape in shapes.items()}, tmp_path / "vgg16.pth")
+    net = load_vgg16(str(tmp_path / "vgg16.pth"))
+    assert {name: value.shape for name, value in net.state_dict().items()} == shapes
+    assert not net.training
+    assert (net.classifier[6].weight == 0.25).all()
+
+
+@pytest.mark.usefixtures("narrow")
+def test_number_of_classes_comes_from_the_file(tmp_path: Path):
+    torch.save(Narrow(num_classes=7).half().state_dict(), tmp_path / "seven.pth")
+    net = load_vgg16(str(tmp_path / "seven.pth"))
+    assert net(torch.rand(1, 3, 224, 224)).shape == (1, 7)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_random_weights_come_from_the_seed_and_leave_the_random_state_alone():
+    before = torch.get_rng_state()
+    first, again, other = (load_vgg16("none", seed).features[0].weight for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_without_a_connection_the_error_says_what_to_do(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def offline(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    line = fails(capsys, image, "--weights", "IMAGENET1K_V1", "--out", tmp_path / "out", lines=2)
+    assert "IMAGENET1K_V1" in line
+    assert "Name or service not known" in line
+    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in line
+    assert "--weights FILE" in line
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "text.pth", "text.safetensors", "cut.pth", "a list", "a net", "other keys"]
+)
+def test_weights_that_cannot_be_read_take_one_line(kind: str, state, image: Path, tmp_path: Path, capsys):
+    path = tmp_path / (kind if "." in kind else "weights.pth")
+    if kind.startswith("text"):
+        path.write_text("no weights")
+    elif kind != "missing":
+        torch.save(
+            {"a list": [1, 2], "a net": nn.Linear(2, 2), "other keys": {"w": torch.zeros(2)}}.get(kind, state), path
+        )
+    if kind == "cut.pth":
+        path.write_bytes(path.read_bytes()[:3000])
+    line = fails(capsys, image, "--weights", path, "--out", tmp_path / "out")
+    assert str(path) in line
+    words = {"missing": "there is no file", "a list": "holds no state dict", "other keys": "features.0.weight"}
+    assert words.get(kind, "cannot read weights") in line
+
+
+# -- arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--layers features.28", "two or more different convolutions"),
+        ("--layers features.28 features.28", "two or more different convolutions"),
+        ("--layers features.28 features.29", "features.29 is none"),
+        ("--target 1000", "--target 1000 is no class"),
+        ("--target -1", "--target -1 is no class"),
+        ("--channels 0", "'0' is not a whole number above zero"),
+        ("--channels few", "'few' is not"),
+        ("--marks 27", "26"),
+        ("--out /dev/null/pictures", "/dev/null"),
+    ],
+)
+def test_bad_arguments_take_one_line(words: str, said: str, image: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in fails(capsys, image, "--weights", "none", *words.split())
