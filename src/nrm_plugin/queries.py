@@ -61,7 +61,7 @@ class Books:
         for vector in vectors.values():
             absorbed = vector * share
             _accumulate(self.sinks, (vertex, kind), self._sum(absorbed))
-            _accumulate(self.absolute_sinks, (vertex, kind), self._norm(absorbed))
+            _accumulate(self.absolute_sinks, (vertex, kind), self._sum(absorbed.abs()))
 
     def _enter(self, place: Place, vector: Tensor) -> None:
         if place in self.recording.index:
@@ -73,15 +73,8 @@ class Books:
         """Σ and Σ| |; those of the last vector again where a step handed it on as it is."""
         if self._last is not None and vector.is_set_to(self._last[0]):
             return self._last[1:]
-        self._last = (vector, self._sum(vector), self._norm(vector))
+        self._last = (vector, self._sum(vector), self._sum(vector.abs()))
         return self._last[1:]
-
-    def _norm(self, vector: Tensor) -> Tensor | None:
-        batch = self.recording.batch
-        if batch == 1:
-            vector = vector.reshape(1, -1)
-        norm: Tensor | None = torch.linalg.vector_norm(vector.flatten(1), 1, dim=1) if len(vector) == batch else None
-        return norm
 
     def _sum(self, vector: Tensor) -> Tensor | None:
         batch = self.recording.batch

@@ -269,8 +269,7 @@ class _BranchReader:
         tried = self._mapped(runs, first)
         if any(factor.shape != self.output[first].shape for factor in tried):
             return None
-        known = type(self.hook).__module__.startswith(("zennit.", "nrm_plugin."))
-        if not known and not self._is_elementwise(runs):
+        if not is_known_linear(self.hook) and not self._is_elementwise(runs):
             return None
         local = self.output.device.type == "cpu" and self._is_local(runs, first, tried)
         factors = [torch.empty_like(self.output) for _ in kept]
