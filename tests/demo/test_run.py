@@ -211,6 +211,17 @@ def test_run_writes_pictures_of_sensible_size(tmp_path: Path):
         assert path.stat().st_size < 300_000
 
 
+def test_number_of_threads_is_put_back_also_after_an_error(tmp_path: Path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(DemoError):
+            demo.run(["none"], tmp_path)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_picture_of_the_readme_is_one_of_the_demo(tmp_path: Path):
     path = next(path for path in demo.run(["6"], tmp_path).files if path.name == "6-joint.png")
     assert README_PICTURE.stat().st_size < 300_000

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,17 +109,18 @@ def run(wanted: Sequence[str], out: Path) -> Report:
         DemoError: Nothing is wanted, or more digits of a kind than there are.
         OSError: A picture cannot be written.
     """
-    model, (images, labels) = load_model(), load_digits()
-    samples, accuracy = choose(model, images, labels, wanted)
-    chosen = images[[sample.index for sample in samples]]
-    rows = layer_rows(model, chosen, [sample.read for sample in samples])
-    files = []
-    for sample, image in tqdm(
-        _pairs(samples, chosen), desc="pictures", unit="digit", delay=2, disable=None, leave=False
-    ):
-        files += draw_sample(model, sample, image, out)
-    files.append(draw_budgets(rows, samples, chosen, out))
-    return Report(samples, accuracy, rows, files)
+    with _one_thread():
+        model, (images, labels) = load_model(), load_digits()
+        samples, accuracy = choose(model, images, labels, wanted)
+        chosen = images[[sample.index for sample in samples]]
+        rows = layer_rows(model, chosen, [sample.read for sample in samples])
+        files = []
+        for sample, image in tqdm(
+            _pairs(samples, chosen), desc="pictures", unit="digit", delay=2, disable=None, leave=False
+        ):
+            files += draw_sample(model, sample, image, out)
+        files.append(draw_budgets(rows, samples, chosen, out))
+        return Report(samples, accuracy, rows, files)
 
 
 @torch.no_grad()
@@ -254,6 +256,17 @@ def draw_budgets(rows: Sequence[Row], samples: Sequence[Sample], images: Tensor,
         "plain Zennit",
     )  # fmt: skip
     return save(figure, out / "budgets.png")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for the tensors of this network, so small that further threads mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _pairs(samples: Sequence[Sample], images: Tensor) -> list[tuple[Sample, Tensor]]:
