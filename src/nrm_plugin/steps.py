@@ -19,11 +19,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from .errors import BatchNormWarning, UnsupportedRuleError
 from .kernels import RESIDUALS, IdentityKernel, Kernel, Residual, deficit, gain
-from .reading import check_linear, is_affine, is_known_linear, read_rule
+from .reading import Image, broadcast, check_linear, is_affine, is_known_linear, read_rule, wants_image
 from .shells import shell_of
 
 
@@ -58,6 +59,7 @@ class LayerCall:
         call: Runs it on its first input.
         source: That input.
         where: Layer name, for messages.
+        image: What it returned without its bias, and with which weight, where that was seen.
         is_identity: Whether the layer was fused into a neighbour.
         holds_dense_norm: Whether a dense layer and a batch norm were fused in here.
     """
@@ -67,6 +69,7 @@ class LayerCall:
     call: Callable[[nn.Module, Tensor], Tensor]
     source: Saved
     where: str
+    image: Image | None = None
     is_identity: bool = False
     holds_dense_norm: bool = False
 
@@ -74,7 +77,8 @@ class LayerCall:
         """The kernel of the rule at this call."""
         if self.is_identity:
             return IdentityKernel()
-        return read_rule(self.rule, self.module, self.call, self.source.tensor, output, self.where)
+        image, self.image = self.image, None  # needed once; a step keeps what the kernel makes of it
+        return read_rule(self.rule, self.module, self.call, self.source.tensor, output, self.where, image)
 
 
 class Step:
@@ -219,8 +223,21 @@ def before_writing(tensor: Tensor) -> None:
             saved.tensor = saved.tensor.clone()
 
 
-Entered = tuple[Tensor, Saved, Callable[[nn.Module, Tensor], Tensor]]
-"""What a step keeps of a call while it runs: its input, the same kept safe, and how to run the module again."""
+@dataclass
+class Entered:
+    """What a step keeps of a call while it runs.
+
+    Attributes:
+        source: The input.
+        kept: The same, safe from later writes.
+        call: Runs the module again on another first input.
+        apart: Sees what the layer returns before its bias is added.
+    """
+
+    source: Tensor
+    kept: Saved
+    call: Callable[[nn.Module, Tensor], Tensor]
+    apart: BiasApart | None = None
 
 
 class _Running(threading.local):
@@ -282,6 +299,33 @@ def forward_pass(listener: Listener | None) -> Iterator[None]:
         yield
     finally:
         _RUNNING.__dict__.update(kept)
+
+
+class BiasApart(TorchFunctionMode):
+    """Lets a layer run without its bias and adds it afterwards, since the kernel needs both: output minus bias cancels.
+
+    Args:
+        layer: A linear or convolutional layer of torch.
+
+    Attributes:
+        image: What the layer returned without bias, and with which weight; None until it ran.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        self.layer = layer
+        self.image: Image | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if len(args) < 3 or args[1] is not self.weight or args[2] is not self.bias or self.weight is None:
+            return func(*args, **kwargs)
+        image = func(*args[:2], None, *args[3:], **kwargs).detach()
+        self.image = (image, self.weight.detach())
+        return image if self.bias is None else image + broadcast(self.bias.detach(), self.layer, image)
 
 
 class StepHook(Hook):
@@ -346,15 +390,20 @@ class StepHook(Hook):
             result: Tensor = shell.forward(*again, **keywords)
             return result
 
-        _RUNNING.entered.append((self, module, (source, Saved(source), call)))
+        apart = BiasApart(module) if wants_image(self.rule) and is_affine(module) else None
+        _RUNNING.entered.append((self, module, Entered(source, Saved(source), call, apart)))
+        if apart is not None:
+            apart.__enter__()  # type: ignore[no-untyped-call]
         return args, kwargs
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Links what the module returned; without an output where it raised."""
         entered = self._last_entered(module)
+        if entered is not None and entered.apart is not None:
+            entered.apart.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if entered is None or output is None:
             return None
-        source, kept, call = entered
+        source = entered.source
         if not isinstance(output, Tensor):
             inside = "give rules to the modules inside it" if module._modules else "wrap it to return one tensor"
             raise UnsupportedRuleError(
@@ -364,7 +413,8 @@ class StepHook(Hook):
         if not output.is_floating_point():
             return None
         output = output.detach()
-        origin = LayerCall(self.rule.copy(), shell_of(module), call, kept, self.name)
+        image = None if entered.apart is None else entered.apart.image
+        origin = LayerCall(self.rule.copy(), shell_of(module), entered.call, entered.kept, self.name, image)
         step = Step(self.name, output, lambda: origin.kernel(step._like), self.normalization, type(self.rule).__name__)
         step.origin = origin
         if self.fuse is not None:
