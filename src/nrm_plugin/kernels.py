@@ -64,6 +64,34 @@ def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
     return (1 - factor * column_sum).masked_fill_(is_restored(column_sum, limit), 0)
 
 
+def scales(column_sum: Tensor, limit: float) -> tuple[Tensor, Tensor | None]:
+    """Gain and deficit of the columns, any shape; None for a deficit of zero everywhere."""
+    if column_sum.device.type != "cpu":
+        factor = gain(column_sum, limit)
+        return factor, deficit(column_sum, factor, limit)
+    factor, rest, leaks = torch.empty_like(column_sum), torch.empty_like(column_sum), False
+    for at in blocks(column_sum):
+        factor[at] = part = gain(column_sum[at], limit)
+        rest[at] = lost = deficit(column_sum[at], part, limit)
+        leaks = leaks or bool(lost.any())
+    return factor, rest if leaks else None
+
+
+Block = tuple[slice, ...]
+
+
+def blocks(like: Tensor, size: int = 1 << 17) -> Iterator[Block]:
+    """Splits ``(N, C, …)`` by sample and dimension 1 into blocks of about this many entries, which fit a cache."""
+    if like.numel() <= size or like.ndim < 2:
+        yield tuple(slice(None) for _ in like.shape)
+        return
+    width = max(1, size // max(1, like[0, 0].numel()))
+    step = max(1, width // like.shape[1])
+    for sample in range(0, like.shape[0], step):
+        for first in range(0, like.shape[1], width):
+            yield (slice(sample, sample + step), slice(first, first + width))
+
+
 class Kernel(ABC):
     """The linear map of one call, before normalization."""
 
@@ -130,7 +158,7 @@ class Branch:
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         down: :math:`J_k^\top`, ``(K, N, *out)`` to ``(K, N, *in)``.
         up: :math:`J_k`, the other way.
-        weight: The modified weight, where the module has one.
+        modified: Makes the modified weight, where the module has one.
     """
 
     input: Tensor
@@ -138,7 +166,12 @@ class Branch:
     sign: float
     down: Callable[[Tensor], Tensor]
     up: Callable[[Tensor], Tensor]
-    weight: Tensor | None = None
+    modified: Callable[[], Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The modified weight."""
+        return None if self.modified is None else self.modified()
 
     def pull(self, relevance: Tensor) -> Tensor:
         """What it hands down, ``(K, N, *out)`` to ``(K, N, *in)``."""
@@ -269,9 +302,10 @@ class BranchKernel(Kernel):
         if sign is None:
             return 1.0
         assert self.weight is not None
-        assert branch.weight is not None
+        weight = branch.weight
+        assert weight is not None
         chosen = (self.weight * sign) > 0
-        here, modified = self.weight[chosen], branch.weight[chosen]
+        here, modified = self.weight[chosen], weight[chosen]
         if here.numel() == 0:
             return 0.0
         multiple = float((modified / here)[0])
@@ -308,9 +342,10 @@ class BranchKernel(Kernel):
         for sample in range(len(relevance)):
             edges = torch.zeros_like(self.weight)
             for branch in self.branches:
-                assert branch.weight is not None
+                weight = branch.weight
+                assert weight is not None
                 with torch.enable_grad():
-                    leaf = branch.weight.detach().requires_grad_()
+                    leaf = weight.detach().requires_grad_()
                     image = self.rerun(branch.sign * branch.input.detach()[sample : sample + 1], leaf)
                 pulled = (branch.factor[sample] * relevance[sample]).unsqueeze(0)
                 edges = edges + leaf.detach() * torch.autograd.grad(image, leaf, pulled)[0]

@@ -23,6 +23,30 @@ _CONVOLUTIONS: dict[Any, int] = {
 }
 
 
+def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> tuple[Map, Map]:
+    """``(down, up)`` of a linear layer with a modified weight that is never there as a whole.
+
+    The weights of a classifier are larger than all else of many nets, and a copy for every rule would take more time
+    than the layer itself.
+
+    Args:
+        weight: ``(out, in)``.
+        modify: What a rule makes of it, entry by entry.
+        entries: Of the weight, modified at once.
+    """
+    rows = max(1, entries // weight.shape[1])
+    starts = range(0, weight.shape[0], rows)
+
+    def down(relevance: Tensor) -> Tensor:
+        parts = [relevance[..., at : at + rows] @ modify(weight[at : at + rows]) for at in starts]
+        return sum(parts[1:], start=parts[0])
+
+    def up(values: Tensor) -> Tensor:
+        return torch.cat([values @ modify(weight[at : at + rows]).t() for at in starts], -1)
+
+    return down, up
+
+
 def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> tuple[Map, Map] | None:
     """``(down, up)`` of a layer of torch by the operations that it is made of; None where it pads in its own way.
 
@@ -98,4 +122,4 @@ def recorded_maps(run: Map, inputs: Tensor) -> tuple[Map, Map, Tensor]:
     return down, up, image.detach()
 
 
-__all__ = ["Map", "explicit_maps", "recorded_maps"]
+__all__ = ["Map", "blocked_maps", "explicit_maps", "recorded_maps"]

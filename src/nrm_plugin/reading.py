@@ -7,7 +7,7 @@ for everything else the function that hands relevance down, with column sums fou
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,26 @@ import torch
 from torch import Tensor, nn
 from zennit.core import BasicHook, Hook, ParamMod
 from zennit.layer import Sum
-from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus
+from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, NoMod, Norm, Pass, WSquare, ZBox, ZPlus
 
 from .errors import NonlinearRuleError, UnsupportedRuleError
-from .kernels import Branch, Branches, BranchKernel, IdentityKernel, Kernel, VjpKernel, linear_in_relevance
-from .maps import Map, explicit_maps, recorded_maps
+from .kernels import (
+    Block,
+    Branch,
+    Branches,
+    BranchKernel,
+    IdentityKernel,
+    Kernel,
+    VjpKernel,
+    blocks,
+    linear_in_relevance,
+)
+from .maps import Map, blocked_maps, explicit_maps, recorded_maps
 from .rules import Bounded
 from .shells import shell_of
+
+LARGE = 1 << 22
+"""Entries of a linear layer from which on its modified weight is made block by block."""
 
 
 class Weightless(nn.Module):
@@ -191,12 +204,28 @@ def _check_convention(hook: BasicHook, where: str) -> None:
 def _modified_inputs(hook: BasicHook, inputs: Tensor) -> list[Tensor]:
     """The modified inputs, those that are equal in the same memory: after a ReLU its positive part is the input."""
     known, sources = [inputs], []
+    positive = is_known_linear(hook) and bool((inputs >= 0).all())
     for modifier in hook.input_modifiers:
+        part = _part(modifier, inputs) if positive else ""
+        if part:
+            sources.append(inputs if part == "positive" else inputs.new_zeros(()).expand(inputs.shape))
+            continue
         source = modifier(inputs).detach()
         same = next((other for other in known if other.shape == source.shape and torch.equal(other, source)), source)
         known.append(same)
         sources.append(same)
     return sources
+
+
+def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
+    """Whether a modifier of a built-in rule takes the positive part of its input, or the negative one, or neither."""
+    probe = inputs.new_tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
+    modified = modifier(probe)
+    if modified.shape != probe.shape:
+        return ""
+    return (
+        "positive" if modified.equal(probe.clamp(min=0)) else "negative" if modified.equal(probe.clamp(max=0)) else ""
+    )
 
 
 def _branches(
@@ -264,8 +293,12 @@ class _BranchReader:
             if number not in chosen and self.signs[number] != 0:
                 runs.append(_Run(self.output.new_ones(())))
                 continue
-            with ParamMod.ensure(param_mod)(self.module) as modified:
-                runs.append(self._run(modified, source, self.signs[number]))
+            modify = ParamMod.ensure(param_mod)
+            run = self._run_blocked(modify, source)
+            if run is None:
+                with modify(self.module) as modified:
+                    run = self._run(modified, source, self.signs[number])
+            runs.append(run)
         kept = [number for number in chosen if runs[number].maps is not None and self.signs[number] != 0]
         columns = self._columns(runs, kept)
         if columns is None:
@@ -275,7 +308,7 @@ class _BranchReader:
         for number, factor in zip(kept, factors, strict=True):
             run = runs[number]
             assert run.maps is not None
-            branches.append(Branch(self.sources[number], factor, self.signs[number], *run.maps, run.weight))
+            branches.append(Branch(self.sources[number], factor, self.signs[number], *run.maps, run.modified))
         return branches, column
 
     def _columns(self, runs: list[_Run], kept: list[int]) -> tuple[list[Tensor], Tensor] | None:
@@ -336,7 +369,7 @@ class _BranchReader:
         if sign == 0 and source is self.inputs and _share_memory(modified._parameters, self.module._parameters):
             return _Run(self.output)
         added = None if bias is None else broadcast(bias.detach(), modified, self.output)
-        if not bool(source.any()):
+        if _is_zero(source):
             return _Run(self.output.new_zeros(()), added)
         if weight is None:
             down, up, image = recorded_maps(lambda values: self.call(self.module, values), source)
@@ -350,7 +383,31 @@ class _BranchReader:
             down, up = explicit
             known = self.seen is not None and source is self.inputs and own.data_ptr() == self.seen[1].data_ptr()
             image = self.seen[0] if known and self.seen is not None else up(source.unsqueeze(0)).squeeze(0)
-        return _Run(image, added, (down, up), own)
+        return _Run(image, added, (down, up), lambda: own)
+
+    def _run_blocked(self, modify: ParamMod, source: Tensor) -> _Run | None:
+        """The same for a large linear layer and a rule of Zennit that changes its weight; None for all others."""
+        weight = self.module._parameters.get("weight")
+        if weight is None or weight.numel() < LARGE or type(self.module).forward is not nn.Linear.forward:
+            return None
+        if not is_known_linear(self.hook) or isinstance(modify, NoMod) or "weight" in (modify.zero_params or ()):
+            return None
+        if modify.param_keys is not None and "weight" not in modify.param_keys:
+            return None
+        small = shell_of(self.module)
+        small._parameters["weight"] = nn.Parameter(weight.detach()[:1], requires_grad=False)
+        with modify(small) as modified:
+            bias = modified._parameters.get("bias")
+            added = None if bias is None else bias.detach()
+        if _is_zero(source):
+            return _Run(self.output.new_zeros(()), added)
+
+        def modifier(rows: Tensor) -> Tensor:
+            return modify.modifier(rows, "weight")  # type: ignore[no-any-return]
+
+        down, up = blocked_maps(weight.detach(), modifier)
+        image = up(source.unsqueeze(0)).squeeze(0)
+        return _Run(image, added, (down, up), lambda: modifier(weight.detach()))
 
 
 @dataclass
@@ -361,13 +418,13 @@ class _Run:
         image: What it returned, without bias; a scalar where it is the same everywhere.
         bias: Its bias, in a shape that broadcasts.
         maps: The linear map and its transpose; None where the input is zero or the output is all that is needed.
-        weight: The modified weight.
+        modified: Makes the modified weight.
     """
 
     image: Tensor
     bias: Tensor | None = None
     maps: tuple[Map, Map] | None = None
-    weight: Tensor | None = None
+    modified: Callable[[], Tensor] | None = None
 
     def output(self, at: Block, shape: torch.Size) -> Tensor:
         """Image and bias at one block."""
@@ -375,19 +432,9 @@ class _Run:
         return image if self.bias is None else image + self.bias.expand(shape)[at]
 
 
-Block = tuple[slice, ...]
-
-
-def blocks(like: Tensor, size: int = 1 << 17) -> Iterator[Block]:
-    """Splits ``(N, C, …)`` into blocks of about this many entries, first by sample and then along dimension 1."""
-    if like.numel() <= size or like.ndim < 2:
-        yield tuple(slice(None) for _ in like.shape)
-        return
-    width = max(1, size // max(1, like[0, 0].numel()))
-    step = max(1, width // like.shape[1])
-    for sample in range(0, like.shape[0], step):
-        for first in range(0, like.shape[1], width):
-            yield (slice(sample, sample + step), slice(first, first + width))
+def _is_zero(source: Tensor) -> bool:
+    first = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source  # one entry, expanded
+    return not bool(first.any())
 
 
 def _share_memory(some: dict[str, Any], others: dict[str, Any]) -> bool:

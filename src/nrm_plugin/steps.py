@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from .errors import BatchNormWarning, UnsupportedRuleError
-from .kernels import RESIDUALS, IdentityKernel, Kernel, Residual, deficit, gain
+from .kernels import RESIDUALS, IdentityKernel, Kernel, Residual, scales
 from .reading import Image, broadcast, check_linear, is_affine, is_known_linear, read_rule, wants_image
 from .shells import shell_of
 
@@ -142,10 +142,7 @@ class Step:
                 )
             if self._normalization.residual == "sink":
                 return None, 1 - column
-            limit = float(self._normalization.gain_limit)
-            factor = gain(column, limit)
-            rest = deficit(column, factor, limit)
-            return factor, rest if bool(rest.any()) else None
+            return scales(column, float(self._normalization.gain_limit))
 
     def forget(self) -> None:
         """Drops the kernel, for its origin has changed."""
@@ -231,13 +228,13 @@ class Entered:
         source: The input.
         kept: The same, safe from later writes.
         call: Runs the module again on another first input.
-        apart: Sees what the layer returns before its bias is added.
+        apart: Changes how the layer is run, to the same effect.
     """
 
     source: Tensor
     kept: Saved
     call: Callable[[nn.Module, Tensor], Tensor]
-    apart: BiasApart | None = None
+    apart: BiasApart | OutOfPlace | None = None
 
 
 class _Running(threading.local):
@@ -390,7 +387,7 @@ class StepHook(Hook):
             result: Tensor = shell.forward(*again, **keywords)
             return result
 
-        apart = BiasApart(module) if wants_image(self.rule) and is_affine(module) else None
+        apart = _spared(module, self.rule)
         _RUNNING.entered.append((self, module, Entered(source, Saved(source), call, apart)))
         if apart is not None:
             apart.__enter__()  # type: ignore[no-untyped-call]
@@ -413,7 +410,7 @@ class StepHook(Hook):
         if not output.is_floating_point():
             return None
         output = output.detach()
-        image = None if entered.apart is None else entered.apart.image
+        image = entered.apart.image if isinstance(entered.apart, BiasApart) else None
         origin = LayerCall(self.rule.copy(), shell_of(module), entered.call, entered.kept, self.name, image)
         step = Step(self.name, output, lambda: origin.kernel(step._like), self.normalization, type(self.rule).__name__)
         step.origin = origin
@@ -461,10 +458,35 @@ def _replaced(
     return tuple(listed), keywords
 
 
+class OutOfPlace(TorchFunctionMode):
+    """Runs an activation out of place, which saves the copy of an input that it would write to."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "inplace": False} if kwargs.get("inplace") is True else kwargs)
+
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
+
+
+def _spared(module: nn.Module, rule: Hook) -> BiasApart | OutOfPlace | None:
+    """How to run a layer of torch with less work to the same effect, if there is a way."""
+    if wants_image(rule) and is_affine(module):
+        return BiasApart(module)
+    return OutOfPlace() if _is_own_activation(module) and getattr(module, "inplace", False) else None
+
+
+def _is_own_activation(module: nn.Module) -> bool:
+    return any(type(module).forward is kind.forward for kind in _ACTIVATIONS) and "forward" not in module.__dict__
+
+
 def _writes_in_place(module: nn.Module) -> bool:
     """Whether the module may write to its input: anything but torch's own affine layers, unless it says no."""
     return not is_affine(module) and getattr(module, "inplace", True) is not False
 
 
 def _own(module: nn.Module, tensor: Tensor) -> Tensor:
-    return tensor.detach().clone() if _writes_in_place(module) else tensor.detach()
+    clones = _writes_in_place(module) and not _is_own_activation(module)
+    return tensor.detach().clone() if clones else tensor.detach()
