@@ -75,8 +75,10 @@ class Interception(Canonizer):
         self.sums = "absolute" if sums == "ratio" else sums
         self.uncovered = uncovered
         self.fuse = fuse
+        self.active = True
         self._handles: list[RemovableHandle] = []
         self._modes: list[_Mode] = []
+        self._weights: list[list[nn.Parameter]] = []
 
     def copy(self) -> Interception:
         """Another interception with the same settings."""
@@ -95,6 +97,13 @@ class Interception(Canonizer):
         names = {module: name for name, module in root_module.named_modules()}
 
         def start(module: nn.Module, args: Any) -> None:
+            if not self.active:
+                return
+            # Weights are constants. Where they require gradients they would be taken for tensors that carry relevance.
+            weights = [weight for weight in root_module.parameters() if weight.requires_grad and weight.is_leaf]
+            for weight in weights:
+                weight.requires_grad_(False)
+            self._weights.append(weights)
             mode = _Mode(rules, self.normalization, self.sums, self.fuse)
             self._modes.append(mode)
             mode.__enter__()  # type: ignore[no-untyped-call]
@@ -102,6 +111,8 @@ class Interception(Canonizer):
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             if self._modes:
                 self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                for weight in self._weights.pop():
+                    weight.requires_grad_(True)
 
         def enter(module: nn.Module, args: Any) -> None:
             if self._modes:
