@@ -20,6 +20,7 @@ from zennit.rules import Flat, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
 from .canonizers import FuseBatchNorm
+from .checks import check_unhooked
 from .errors import NRMError
 from .functional import Interception
 from .fusion import fuse
@@ -85,6 +86,16 @@ class Normalized(Composite):
         if rule is None:
             return None
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
+
+    def register(self, module: nn.Module) -> None:
+        """Hooks a module, as in Zennit.
+
+        Raises:
+            ModelStateError: Another composite has hooked it; one of the two would silently do nothing.
+        """
+        self.remove()
+        check_unhooked(module, "Leave the context of that composite first, or call its remove().")
+        super().register(module)
 
     @contextmanager
     def inactive(self) -> Iterator[Normalized]:

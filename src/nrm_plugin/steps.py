@@ -314,6 +314,11 @@ class StepHook(Hook):
             ]
         )
 
+    def remove(self) -> None:
+        """Forgets the calls that never returned: torch runs no hook after an interrupt from the keyboard."""
+        super().remove()
+        _RUNNING.entered[:] = [entry for entry in _RUNNING.entered if entry[0] is not self]
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Detaches what the module is handed."""
         places = [place for place in _places(args, kwargs) if place[2].requires_grad]

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from ..checks import check_function
-from ..errors import UncoveredLayerError, UnsupportedOperationError
+from ..errors import ModelStateError, UncoveredLayerError, UnsupportedOperationError
 from ..kernels import Kernel
 from ..reading import PlainGradient
 from ..routes import is_route_node
@@ -97,6 +97,11 @@ class Interception(Canonizer):
         names = {module: name for name, module in root_module.named_modules()}
 
         def start(module: nn.Module, args: Any) -> None:
+            if module is not root_module:
+                raise ModelStateError(
+                    f"this {type(module).__name__} is a copy that was made in the context of a composite, and it took "
+                    "the hooks along. Copy the model outside of the context."
+                )
             if not self.active:
                 return
             # Weights are constants. Where they require gradients they would be taken for tensors that carry relevance.
@@ -109,10 +114,7 @@ class Interception(Canonizer):
             mode.__enter__()  # type: ignore[no-untyped-call]
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
-            if self._modes:
-                self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-                for weight in self._weights.pop():
-                    weight.requires_grad_(True)
+            self._stop()
 
         def enter(module: nn.Module, args: Any) -> None:
             if self._modes:
@@ -135,6 +137,18 @@ class Interception(Canonizer):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        while self._modes:  # torch runs no hook after an interrupt from the keyboard
+            self._stop()
+
+    def _stop(self) -> None:
+        """Ends the innermost pass."""
+        if not self._modes:
+            return
+        mode = self._modes.pop()
+        for weight in self._weights.pop():
+            weight.requires_grad_(True)
+        if mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 class _Mode(TorchFunctionMode):
