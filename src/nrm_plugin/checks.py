@@ -49,12 +49,7 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
     for name, module in model.named_modules():
         _check_kind(name, module)
         _check_mode(name, module)
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if isinstance(getattr(hook, "__self__", None), Hook):
-                raise ModelStateError(
-                    f"{_layer(name, module)} has hooks of a Zennit composite on it already. Take the measure outside "
-                    "of `composite.context(model)`, and pass the composite by `composite=`."
-                )
+    check_unhooked(model, "Take the measure outside of `composite.context(model)`, and pass it by `composite=`.")
     for name, parameter in model.named_parameters():
         _check_parameter(name, parameter)
     floating = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
@@ -69,6 +64,14 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
                 f"the input has dtype {tensor.dtype}, the model {floating[0].dtype}. Convert one of them: "
                 "`inputs.double()` and `model.double()`, or `.float()` for both."
             )
+
+
+def check_unhooked(model: nn.Module, remedy: str) -> None:
+    """Raises :class:`ModelStateError` where a layer has hooks of a composite: two would not know of each other."""
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if isinstance(getattr(hook, "__self__", None), Hook):
+                raise ModelStateError(f"{_layer(name, module)} has hooks of a Zennit composite on it already. {remedy}")
 
 
 def check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakSet
 
 from torch import nn
 from zennit.composites import (
@@ -17,6 +20,7 @@ from zennit.rules import Flat, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
 from .canonizers import FuseBatchNorm
+from .checks import check_unhooked
 from .errors import NRMError
 from .functional import Interception
 from .fusion import fuse
@@ -67,8 +71,7 @@ class Normalized(Composite):
         self.composite = composite
         self.normalization = Normalization(residual, gain_limit)
         self.uncovered = uncovered
-        self._checked: set[int] = set()
-        self._kept: list[Hook] = []
+        self._checked: WeakSet[Hook] = WeakSet()
         self.sums = sums
         kept = [canonizer for canonizer in composite.canonizers if not isinstance(canonizer, FuseBatchNorm)]
         self._fuse = fuse if len(kept) < len(composite.canonizers) else None
@@ -82,8 +85,34 @@ class Normalized(Composite):
             rule = PlainGradient()
         if rule is None:
             return None
-        self._kept.append(rule)  # its id is remembered in _checked, so it must not be given to another object
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
+
+    def register(self, module: nn.Module) -> None:
+        """Hooks a module, as in Zennit.
+
+        Raises:
+            ModelStateError: Another composite has hooked it; one of the two would silently do nothing.
+        """
+        self.remove()
+        check_unhooked(module, "Leave the context of that composite first, or call its remove().")
+        super().register(module)
+
+    @contextmanager
+    def inactive(self) -> Iterator[Normalized]:
+        """Forward passes in here are those of the plain model, and so are their gradients.
+
+        Unlike in Zennit, what was computed before goes on to hand down relevance: a step never runs the backward of
+        its module.
+        """
+        functions = [handle for handle in self.handles if isinstance(handle, Interception)]
+        for handle in functions:
+            handle.active = False
+        try:
+            with super().inactive():
+                yield self
+        finally:
+            for handle in functions:
+                handle.active = True
 
 
 def check_composite(composite: Any) -> None:

@@ -332,7 +332,7 @@ class StepHook(Hook):
         rule: The hook that the composite maps the module to.
         normalization: What happens to the residual.
         name: Layer name, for messages.
-        checked: Rules that were found linear already, by id, shared by all copies.
+        checked: Rules that were found linear already, shared by all copies.
         fuse: Is shown every new step and its input, to fuse it with its neighbours.
     """
 
@@ -341,7 +341,7 @@ class StepHook(Hook):
         rule: Hook,
         normalization: Normalization,
         name: str = "",
-        checked: set[int] | None = None,
+        checked: weakref.WeakSet[Hook] | None = None,
         fuse: Fuse | None = None,
     ) -> None:
         super().__init__()
@@ -349,7 +349,7 @@ class StepHook(Hook):
         self.normalization = normalization
         self.name = name
         self.fuse = fuse
-        self._checked = set() if checked is None else checked
+        self._checked: weakref.WeakSet[Hook] = weakref.WeakSet() if checked is None else checked
 
     def copy(self) -> StepHook:
         """A hook for another module with the same rule."""
@@ -365,6 +365,11 @@ class StepHook(Hook):
                 module.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
             ]
         )
+
+    def remove(self) -> None:
+        """Forgets the calls that never returned: torch runs no hook after an interrupt from the keyboard."""
+        super().remove()
+        _RUNNING.entered[:] = [entry for entry in _RUNNING.entered if entry[0] is not self]
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Detaches what the module is handed."""
@@ -417,10 +422,10 @@ class StepHook(Hook):
         if self.fuse is not None:
             with unseen():
                 self.fuse(step, source)
-        if id(self.rule) not in self._checked and not is_known_linear(self.rule):
+        if self.rule not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), unseen():
                 check_linear(step.kernel, self.rule, output, self.name)
-        self._checked.add(id(self.rule))
+        self._checked.add(self.rule)
         if (hearing := listener()) is not None:
             hearing.on_step(module, step)
         return link(step, output, (source,))

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from ..checks import check_function
-from ..errors import UncoveredLayerError, UnsupportedOperationError
+from ..errors import ModelStateError, UncoveredLayerError, UnsupportedOperationError
 from ..kernels import Kernel
 from ..reading import PlainGradient
 from ..routes import is_route_node
@@ -75,8 +75,10 @@ class Interception(Canonizer):
         self.sums = "absolute" if sums == "ratio" else sums
         self.uncovered = uncovered
         self.fuse = fuse
+        self.active = True
         self._handles: list[RemovableHandle] = []
         self._modes: list[_Mode] = []
+        self._weights: list[list[nn.Parameter]] = []
 
     def copy(self) -> Interception:
         """Another interception with the same settings."""
@@ -95,13 +97,24 @@ class Interception(Canonizer):
         names = {module: name for name, module in root_module.named_modules()}
 
         def start(module: nn.Module, args: Any) -> None:
+            if module is not root_module:
+                raise ModelStateError(
+                    f"this {type(module).__name__} is a copy that was made in the context of a composite, and it took "
+                    "the hooks along. Copy the model outside of the context."
+                )
+            if not self.active:
+                return
+            # Weights are constants. Where they require gradients they would be taken for tensors that carry relevance.
+            weights = [weight for weight in root_module.parameters() if weight.requires_grad and weight.is_leaf]
+            for weight in weights:
+                weight.requires_grad_(False)
+            self._weights.append(weights)
             mode = _Mode(rules, self.normalization, self.sums, self.fuse)
             self._modes.append(mode)
             mode.__enter__()  # type: ignore[no-untyped-call]
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
-            if self._modes:
-                self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._stop()
 
         def enter(module: nn.Module, args: Any) -> None:
             if self._modes:
@@ -124,6 +137,18 @@ class Interception(Canonizer):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        while self._modes:  # torch runs no hook after an interrupt from the keyboard
+            self._stop()
+
+    def _stop(self) -> None:
+        """Ends the innermost pass."""
+        if not self._modes:
+            return
+        mode = self._modes.pop()
+        for weight in self._weights.pop():
+            weight.requires_grad_(True)
+        if mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 class _Mode(TorchFunctionMode):

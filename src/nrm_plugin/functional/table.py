@@ -300,14 +300,14 @@ def _by_rule(rule: Any, call: FunctionCall) -> Kernel:
     return read_rule(rule.copy(), shell, _forward, value, output, call.path)
 
 
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: nn.Linear(1, 1),
-    "conv1d": lambda: nn.Conv1d(1, 1, 1),
-    "conv2d": lambda: nn.Conv2d(1, 1, 1),
-    "conv3d": lambda: nn.Conv3d(1, 1, 1),
-    "conv_transpose1d": lambda: nn.ConvTranspose1d(1, 1, 1),
-    "conv_transpose2d": lambda: nn.ConvTranspose2d(1, 1, 1),
-    "conv_transpose3d": lambda: nn.ConvTranspose3d(1, 1, 1),
+LAYERS: dict[str, Callable[[], nn.Module]] = {  # on a device without values, so that no random number is drawn
+    "linear": lambda: nn.Linear(1, 1, device="meta"),
+    "conv1d": lambda: nn.Conv1d(1, 1, 1, device="meta"),
+    "conv2d": lambda: nn.Conv2d(1, 1, 1, device="meta"),
+    "conv3d": lambda: nn.Conv3d(1, 1, 1, device="meta"),
+    "conv_transpose1d": lambda: nn.ConvTranspose1d(1, 1, 1, device="meta"),
+    "conv_transpose2d": lambda: nn.ConvTranspose2d(1, 1, 1, device="meta"),
+    "conv_transpose3d": lambda: nn.ConvTranspose3d(1, 1, 1, device="meta"),
 }
 
 
