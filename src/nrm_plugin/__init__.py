@@ -7,13 +7,13 @@ from .coverage import Coverage, coverage
 from .events import ABSORBED, Event, at
 from .functional import Interception, register_kernel
 from .measure import RelevanceMeasure
-from .rules import Absolute, Bounded
+from .rules import Absolute, ConservingEpsilon
 
 __all__ = [
     "ABSORBED",
     "NRM",
     "Absolute",
-    "Bounded",
+    "ConservingEpsilon",
     "Coverage",
     "Event",
     "FuseBatchNorm",

@@ -27,7 +27,7 @@ from .fusion import fuse
 from .kernels import Residual
 from .reading import PlainGradient
 from .routes import is_route
-from .rules import Absolute, Bounded
+from .rules import Absolute, ConservingEpsilon
 from .steps import Normalization, StepHook
 
 Uncovered = Literal["error", "gradient"]
@@ -163,13 +163,13 @@ class Depthwise(metaclass=_Depthwise):
 
 @register("nrm_default")
 class NRMDefault(SpecialFirstLayerMapComposite):
-    """The default: Flat on the first convolution, signed shares of bounded variation on all other layers with weights.
+    """The default: Flat on the first convolution, an ε that is handed down on all other layers with weights.
 
     Depthwise convolutions, sums and average pooling share by absolute contribution. Every column sums to one, so that
     nothing is absorbed but what ends at constants.
 
     Args:
-        bound: Largest variation of a column, see :class:`~nrm_plugin.rules.Bounded`.
+        epsilon: ε of :class:`~nrm_plugin.rules.ConservingEpsilon`.
         layer_map, first_map: Rules that come before those of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
@@ -179,13 +179,16 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
     def __init__(
         self,
-        bound: float = 4.0,
+        epsilon: float = 0.2,
         layer_map: list[Any] | None = None,
         first_map: list[Any] | None = None,
         zero_params: Any = None,
         canonizers: list[Any] | None = None,
     ) -> None:
-        rules = [(Depthwise, Absolute(zero_params=zero_params)), (Linear, Bounded(bound, zero_params=zero_params))]
+        rules = [
+            (Depthwise, Absolute(zero_params=zero_params)),
+            (Linear, ConservingEpsilon(epsilon, zero_params=zero_params)),
+        ]
         super().__init__(
             layer_map=[*(layer_map or []), *_layer_map(), *rules],
             first_map=[*(first_map or []), (Convolution, Flat(zero_params=zero_params))],

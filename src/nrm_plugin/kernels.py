@@ -260,9 +260,12 @@ class BranchKernel(Kernel):
         return self._column
 
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        separated = self._separated() if self.is_injective else None
-        if separated is None:
+        if not self.is_injective:
             return dense_absolute(self, relevance)
+        separated = self._separated()
+        if separated is None:
+            plain = self.weight is None or self.rerun is None or self.is_transposed
+            return dense_absolute(self, relevance) if plain else (self._elementwise(relevance),)
         total = relevance.new_zeros((len(relevance), *self._like.shape))
         for source, factor, carry in separated:
             total = total + source.abs() * carry(factor.abs() * relevance)
@@ -272,30 +275,57 @@ class BranchKernel(Kernel):
         r"""Terms ``(a, m, J^T)`` with :math:`T_{ij} = \sum a_i |w_{ij}| m_j` of which each entry meets only one.
 
         The modified weights of a rule are, on the positive and on the negative weights apart, multiples of the
-        weight. Branches with the same factor are added up first (ZBox), then those with the same input up to its
-        sign, for inputs of either sign apart (Bounded); the others must not overlap.
+        weight. Branches with the same factor are added up first (ZBox), the others must not overlap.
         """
         signs = (None,) if self.weight is None else (1.0, -1.0)
         terms = []
         for sign in signs:
-            merged: list[tuple[Tensor, Tensor]] = []
+            groups: list[tuple[Tensor, Tensor]] = []
             for branch in self.branches:
                 multiple = self._multiple(branch, sign)
                 if multiple is None:
                     return None
                 source = (branch.sign * multiple) * branch.input.detach()
-                for index, (other, factor) in enumerate(merged):
+                for index, (other, factor) in enumerate(groups):
                     if branch.factor is factor or torch.equal(branch.factor, factor):
-                        merged[index] = (other + source, factor)
+                        groups[index] = (other + source, factor)
                         break
                 else:
-                    merged.append((source, branch.factor))
-            carry = self._carry(sign)
-            for part in _by_sign(merged):
-                if _overlap(part):
-                    return None
-                terms += [(source, factor, carry) for source, factor in part]
+                    groups.append((source, branch.factor))
+            if _overlap(groups):
+                return None
+            terms += [(source, factor, self._carry(sign)) for source, factor in groups]
         return terms
+
+    def _elementwise(self, relevance: Tensor) -> Tensor:
+        """``Σ_j |T_ij| R_j`` from the patches that the outputs read, one channel after the other; for any branches."""
+        assert self.weight is not None
+        assert self.rerun is not None
+        like = self.branches[0].input.detach()
+        size = self.weight[0].numel()
+        picks = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *self.weight.shape[1:])
+        picks = picks.repeat(self.groups, *(1,) * (picks.ndim - 1))  # picks weight by weight what a channel reads
+        channel = -1 if self.weight.ndim == 2 else 1
+        with torch.no_grad():
+            patches = [
+                self.rerun(branch.sign * branch.input.detach(), picks).movedim(channel, -1) for branch in self.branches
+            ]
+        total = relevance.new_zeros((len(relevance), *patches[0].shape))
+        per_group = len(self.weight) // self.groups
+        for number in range(len(self.weight)):
+            start = number // per_group * size
+            part = _total(
+                read[..., start : start + size]
+                * _row(branch, number)
+                * branch.factor.select(channel, number).unsqueeze(-1)
+                for read, branch in zip(patches, self.branches, strict=True)
+            )
+            arriving = relevance.select(channel if channel < 0 else channel + 1, number).unsqueeze(-1)
+            total[..., start : start + size] += part.abs() * arriving
+        leaf = like.requires_grad_()
+        with torch.enable_grad():
+            image = self.rerun(leaf, picks)
+        return _vjp([image], leaf, [total.movedim(-1, channel if channel < 0 else channel + 1)])[0]
 
     def _multiple(self, branch: Branch, sign: float | None) -> float | None:
         """λ with ``weight_k = λ weight`` on the weights of one sign; None when there is no such number."""
@@ -444,28 +474,15 @@ def _vjp(images: list[Tensor], inputs: Tensor | list[Tensor], relevance: list[Te
     return torch.autograd.grad(images, inputs, relevance, True, create, is_grads_batched=True)
 
 
+def _row(branch: Branch, number: int) -> Tensor:
+    """The modified weights of one output channel, in a row."""
+    assert branch.weight is not None
+    return branch.weight[number].flatten()
+
+
 def _total(parts: Iterable[Tensor]) -> Tensor:
     first, *rest = parts
     return functools.reduce(torch.add, rest, first)
-
-
-def _by_sign(terms: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Terms ``(source, factor)`` where the first source is positive, negative and zero; equal sources are one term."""
-    if not _overlap(terms):
-        yield terms
-        return
-    for number in (1, -1, 0):
-        region = terms[0][0].sign() == number
-        found: list[tuple[Tensor, Tensor]] = []
-        for source, factor in terms:
-            source = torch.where(region, source, torch.zeros_like(source))
-            for index, (other, known) in enumerate(found):
-                if torch.equal(source, other) or torch.equal(source, -other):
-                    found[index] = (other, known + factor if torch.equal(source, other) else known - factor)
-                    break
-            else:
-                found.append((source, factor))
-        yield [(source, factor) for source, factor in found if bool((source != 0).any())]
 
 
 def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:

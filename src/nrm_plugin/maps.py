@@ -56,6 +56,8 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> tuple[Ma
         inputs: A tensor of the shape of its input.
     """
     if type(module).forward is nn.Linear.forward:
+        if _is_even(weight):
+            return _even_linear_maps(weight)
         return (lambda relevance: relevance @ weight), (lambda values: values @ weight.t())
     kind = next((kind for kind in _CONVOLUTIONS if type(module).forward is kind.forward), None)
     if kind is None or inputs.ndim != _CONVOLUTIONS[kind] + 2:
@@ -63,8 +65,50 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> tuple[Ma
     options = _options(module, kind)
     if options is None:
         return None
-    shape = inputs.shape[1:]
+    if _is_even(weight) and not options[3]:
+        return _even_convolution_maps(weight, options, inputs.shape[1:])
+    return _convolution_maps(weight, options, inputs.shape[1:])
 
+
+def _is_even(weight: Tensor) -> bool:
+    """Whether each output channel has one value for all its weights, as one value in memory."""
+    return weight.stride(0) != 0 and not any(weight.stride()[1:])
+
+
+def _even_linear_maps(weight: Tensor) -> tuple[Map, Map]:
+    scale, width = weight[:, 0], weight.shape[1]
+
+    def down(relevance: Tensor) -> Tensor:
+        return (relevance @ scale).unsqueeze(-1).expand(*relevance.shape[:-1], width)
+
+    return down, lambda values: values.sum(-1, keepdim=True) * scale
+
+
+def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> tuple[Map, Map]:
+    """Adds up the channels of a group and slides a window of ones over the sum."""
+    groups = options[-1]
+    ones = weight.new_ones(groups, 1, *weight.shape[2:])
+    per_group = weight.shape[0] // groups
+    scale = weight.as_strided((weight.shape[0],), (weight.stride(0),)).reshape(
+        groups, per_group, *(1,) * (weight.ndim - 2)
+    )
+    sum_down, sum_up = _convolution_maps(ones, options, torch.Size((groups, *shape[1:])))
+
+    def down(relevance: Tensor) -> Tensor:
+        apart = relevance.reshape(*relevance.shape[:2], groups, per_group, *relevance.shape[3:])
+        found = sum_down((apart * scale).sum(3)).unsqueeze(3)
+        width = shape[0] // groups
+        return found.expand(*found.shape[:3], width, *found.shape[4:]).reshape(*relevance.shape[:2], *shape)
+
+    def up(values: Tensor) -> Tensor:
+        apart = values.reshape(*values.shape[:2], groups, shape[0] // groups, *values.shape[3:])
+        found = sum_up(apart.sum(3)).unsqueeze(3) * scale
+        return found.reshape(*values.shape[:2], groups * per_group, *found.shape[4:])
+
+    return down, up
+
+
+def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> tuple[Map, Map]:
     def down(relevance: Tensor) -> Tensor:
         flat = relevance.reshape(-1, *relevance.shape[2:])
         place = relevance.new_empty(()).expand(len(flat), *shape)  # only its shape is read

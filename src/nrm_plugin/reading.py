@@ -30,7 +30,7 @@ from .kernels import (
     linear_in_relevance,
 )
 from .maps import Map, blocked_maps, explicit_maps, recorded_maps
-from .rules import Bounded
+from .rules import ConservingEpsilon, EvenMod
 from .shells import shell_of
 
 LARGE = 1 << 22
@@ -123,7 +123,7 @@ Image = tuple[Tensor, Tensor]
 
 def wants_image(hook: Hook) -> bool:
     """Whether a rule runs the unmodified layer on its unmodified input, so that it need not be run again."""
-    return type(hook) in (Epsilon, Bounded)
+    return type(hook) in (Epsilon, ConservingEpsilon)
 
 
 def read_rule(
@@ -390,7 +390,11 @@ class _BranchReader:
         weight = self.module._parameters.get("weight")
         if weight is None or weight.numel() < LARGE or type(self.module).forward is not nn.Linear.forward:
             return None
-        if not is_known_linear(self.hook) or isinstance(modify, NoMod) or "weight" in (modify.zero_params or ()):
+        if (
+            not is_known_linear(self.hook)
+            or isinstance(modify, (NoMod, EvenMod))
+            or "weight" in (modify.zero_params or ())
+        ):
             return None
         if modify.param_keys is not None and "weight" not in modify.param_keys:
             return None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from zennit.core import BasicHook, ParamMod, Stabilizer
 from zennit.rules import NoMod, zero_bias
+from zennit.types import ConvolutionTranspose
 
 
 class Absolute(BasicHook):
@@ -43,37 +46,35 @@ class Absolute(BasicHook):
         )
 
 
-class Bounded(BasicHook):
-    r"""Shares by signed contribution :math:`z_{ij} = a_i w_{ij}`, of a bounded variation in every column.
+class ConservingEpsilon(BasicHook):
+    r"""ε whose share is handed down: to the inputs in proportion to their size, instead of to nobody.
 
-    .. math:: T_{ij} = \frac{\sigma_j z_{ij} + \lambda_j |z_{ij}|}{\sigma_j z_j + \lambda_j s_j}, \qquad
-              \lambda_j = \max\Bigl(0, \frac{s_j - B |z_j|}{B s_j - |z_j|}\Bigr)
+    .. math:: T_{ij} = \frac{\sigma_j a_i w_{ij} + \varepsilon_j |a_i| / \sum_{i'} |a_{i'}|}{|z_j| + \varepsilon_j},
+              \qquad \varepsilon_j = \max(0,\; \varepsilon\, m_j - |z_j|)
 
-    with :math:`z_j = \sum_i z_{ij}`, :math:`s_j = \sum_i |z_{ij}|`, :math:`\sigma_j` the sign of :math:`z_j`. The
-    bias has no share, so that every column sums to one, and :math:`\lambda_j` is the smallest one for which
-    :math:`\sum_i |T_{ij}| \le B`. So this is LRP-0 without bias where contributions hardly cancel, and elsewhere γ
-    with a γ for each column, :math:`2 \lambda_j / (1 - \lambda_j)`; or, which is the same, αβ with
-    :math:`\alpha = (B + 1) / 2` and :math:`\beta = (B - 1) / 2`. A neuron whose contributions cancel exactly, or whose
-    inputs are all zero, shares as in :class:`Absolute`.
+    with :math:`z_j = \sum_i a_i w_{ij}`, its sign :math:`\sigma_j`, and :math:`m_j = \bar w_j \sum_i |a_i|`, what the
+    inputs of the neuron add up to with its mean :math:`|w_{ij}|` as every weight. So this is LRP-0 without bias where
+    contributions do not cancel below a share ε of :math:`m_j`, and no denominator is smaller than that. Every column
+    sums to one. A neuron whose inputs are all zero shares evenly. On modules without weights, such as average pooling,
+    :math:`|a_i|` is handed through the module.
 
     Args:
-        bound: ``B``, at least 1. At 1 only contributions of the sign of the sum have a share; ``math.inf`` is LRP-0.
+        epsilon: ε; 0 is LRP-0 without bias.
         stabilizer: Added to the denominator, or a callable, as in Zennit's rules.
-        floor: Stands for inputs that are zero in the absolute share, in units of the mean absolute input of the
-            sample.
+        floor: Stands for inputs that are zero among the :math:`|a_i|`, in units of the mean of the sample.
         zero_params: Names of further parameters to set to zero, as in Zennit's rules.
 
     Raises:
-        ValueError: ``bound`` is below 1.
+        ValueError: ``epsilon`` is negative.
 
-    Source: ours; αβ is from Bach et al. 2015, γ from Montavon et al. 2019.
+    Source: ours; LRP-0 and LRP-ε are from Bach et al. 2015.
     """
 
     def __init__(
-        self, bound: float = 4.0, stabilizer: Any = 1e-30, zero_params: Any = None, floor: float = 1e-6
+        self, epsilon: float = 0.2, stabilizer: Any = 1e-30, zero_params: Any = None, floor: float = 1e-6
     ) -> None:
-        if not bound >= 1:
-            raise ValueError(f"bound={bound!r} must be at least 1: shares that sum to one vary by no less.")
+        if not epsilon >= 0:
+            raise ValueError(f"epsilon={epsilon!r} must not be negative.")
         stabilize = Stabilizer.ensure(stabilizer)
         zeros = zero_bias(zero_params)
 
@@ -81,19 +82,50 @@ class Bounded(BasicHook):
             return torch.where(source == 0, _least(source, floor), source.abs())
 
         def mapper(relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-            z, s = outputs
-            spare = (s - z.abs() / bound).clamp(min=torch.finfo(s.dtype).tiny)
-            mixed = (s / bound - z.abs()).clamp(min=0) / spare
-            scaled = relevance / stabilize(z.abs() + mixed * s)
-            return [z.sign() * scaled, mixed * scaled]
+            z, m = outputs
+            taken = (epsilon * m - z.abs()).clamp(min=0)
+            scaled = relevance / stabilize(z.abs() + taken)
+            return [z.sign() * scaled, taken / stabilize(m) * scaled]
 
         super().__init__(
             input_modifiers=[_same, size],
-            param_modifiers=[NoMod(zero_params=zeros), ParamMod(_absolute, zero_params=zeros)],
+            param_modifiers=[NoMod(zero_params=zeros), EvenMod(zero_params=zeros)],
             output_modifiers=[_same, _same],
             gradient_mapper=mapper,
             reducer=lambda inputs, gradients: inputs[0] * gradients[0] + inputs[1] * gradients[1],
         )
+
+
+class EvenMod(ParamMod):
+    """Gives all weights of an output channel their mean absolute value, as one value in memory.
+
+    Args:
+        zero_params: Names of parameters to set to zero.
+    """
+
+    def __init__(self, zero_params: Any = None) -> None:
+        super().__init__(_evened(0), zero_params=zero_params)
+
+    def __call__(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
+        """The module with even weights."""
+        is_transposed = isinstance(module, ConvolutionTranspose) or getattr(module, "is_transposed", False)
+        modifier = ParamMod(_evened(int(is_transposed)), zero_params=self.zero_params)
+        return modifier(module)  # type: ignore[no-any-return]
+
+
+def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
+    """Modifier of a weight whose output channels are in this dimension."""
+
+    def even(parameter: Tensor, name: str) -> Tensor:
+        others = [dim for dim in range(parameter.ndim) if dim != outputs]
+        if not others:
+            return parameter.abs()
+        # A norm makes no copy of the weight, as abs does.
+        total: Tensor = torch.linalg.vector_norm(parameter, 1, others, keepdim=True)
+        even = total / (parameter.numel() // total.numel())
+        return even.expand_as(parameter)
+
+    return even
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
