@@ -459,6 +459,21 @@ def test_a_rule_of_a_user_is_the_matrix_that_it_says(rule, matrix, residual, lim
         same(sinks.get("0", nothing)[sample], down @ middle)
 
 
+def test_a_rule_on_a_container_sees_one_layer():
+    draw = torch.Generator().manual_seed(6)
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))).double().eval()
+    for parameter in net.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
+    x = torch.randn((1, 4), generator=draw, dtype=torch.float64)
+    rules = Normalized(NameMapComposite([(["0"], Epsilon(epsilon=1e-13))]), residual="sink")
+    with untouched(net, x):
+        mu = RelevanceMeasure(net, x, 1, composite=rules)
+        weight = (net[0][1].weight @ net[0][0].weight).detach()
+        same(mu.marginal("input")[0], weight[1] * x[0] / net(x)[0, 1].detach())
+    assert "0.0" not in mu.layers
+    same(relevance(net, x, rules, torch.eye(2, dtype=torch.float64)[[1]]), mu.marginal("input"))
+
+
 # -- settings -----------------------------------------------------------------------------------------------------
 
 
