@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .graph import Buffer
-from .kernels import BranchKernel
+from .graph import Buffer, Vertex
+from .kernels import BranchKernel, IdentityKernel
 from .recording import Place, Recording, Tap
+from .routes import operation
 from .sweeps import Cost, Vectors, pull
 
 CHUNK = 16
@@ -53,8 +54,82 @@ def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
     step = recording.graph.vertices[vertex].step
     assert step is not None
     assert isinstance(step.kernel, BranchKernel)
-    gain = step.gain
+    gain = step.gain_for(relevance.unsqueeze(0))
     return step.kernel.channel_edges(relevance if gain is None else relevance * gain)
+
+
+_KEEPING_CHANNELS = frozenset(
+    """
+    maxpool1d maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d clone alias
+    """.split()
+)
+"""Routes that hand relevance to the same channel, and lose none."""
+
+
+def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
+    """The channel matrix of two taps with one linear step between them, by one weight gradient instead of passes.
+
+    Everything else between them must keep channels and hand down all relevance, so that a walk through a channel of
+    the step goes on through the same channel of the tap. None where that is not so.
+
+    Args:
+        recording: The recording.
+        upper: The tap that walks cross first.
+        lower: The tap below.
+        relevance: Marginal of the upper tap, ``(N, *shape)``.
+    """
+    chain = _chain(recording, upper, lower)
+    if chain is None:
+        return None
+    steps = Cost()
+    for index in chain:
+        vertex = recording.graph.vertices[index]
+        if vertex.step is not None:
+            steps += Cost(1, 1)
+            if isinstance(vertex.step.kernel, BranchKernel):
+                return edge_matrix(recording, index, relevance), steps
+        (part,), _ = vertex.pull([relevance.unsqueeze(0)])
+        if part is None:
+            return None
+        relevance = part.squeeze(0)
+    return None
+
+
+def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
+    """The vertices from one tap to the other, where each has one input, one is linear and the rest keep channels."""
+    if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer):
+        return None
+    place, chain, linear = upper.place, [], 0
+    while place != lower.place:
+        vertex = recording.graph.vertices[place.vertex]
+        if len(vertex.shapes) != 1 or len([edge for edge in vertex.edges if edge is not None]) != 1:
+            return None
+        is_linear = _is_linear(vertex, len(upper.shape))
+        if not is_linear and not _keeps_channels(vertex):
+            return None
+        linear += is_linear
+        chain.append(place.vertex)
+        place = next(edge for edge in vertex.edges if edge is not None)
+    fits = all(tap.channel_dim % len(tap.shape) == _channels_of(len(tap.shape)) for tap in (upper, lower))
+    return chain if linear == 1 and fits else None
+
+
+def _channels_of(dims: int) -> int:
+    return 1 if dims > 3 else dims - 1
+
+
+def _is_linear(vertex: Vertex, dims: int) -> bool:
+    """A convolution of maps, or a linear layer whose features are the last dimension."""
+    kernel = None if vertex.step is None else vertex.step.kernel
+    if not isinstance(kernel, BranchKernel) or kernel.weight is None or kernel.rerun is None:
+        return False
+    return kernel.weight.ndim == (dims if dims > 3 else 2)
+
+
+def _keeps_channels(vertex: Vertex) -> bool:
+    if vertex.step is not None:
+        return isinstance(vertex.step.kernel, IdentityKernel)
+    return operation(vertex.node).lower() in _KEEPING_CHANNELS
 
 
 def _labels(tap: Tap, by_neuron: bool) -> Tensor:

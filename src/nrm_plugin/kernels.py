@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import NRMError
+from .maps import Maps
 
 Residual = Literal["redistribute", "sink"]
 RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
@@ -156,16 +157,14 @@ class Branch:
         input: ``in_k``, ``(N, *in)``.
         factor: ``m_k(1)``, ``(N, *out)``.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
-        down: :math:`J_k^\top`, ``(K, N, *out)`` to ``(K, N, *in)``.
-        up: :math:`J_k`, the other way.
+        maps: :math:`J_k` and its transpose.
         modified: Makes the modified weight, where the module has one.
     """
 
     input: Tensor
     factor: Tensor
     sign: float
-    down: Callable[[Tensor], Tensor]
-    up: Callable[[Tensor], Tensor]
+    maps: Maps
     modified: Callable[[], Tensor] | None = None
 
     @property
@@ -175,11 +174,11 @@ class Branch:
 
     def pull(self, relevance: Tensor) -> Tensor:
         """What it hands down, ``(K, N, *out)`` to ``(K, N, *in)``."""
-        return _signed(self.sign, self.input * self.down(self.factor * relevance))
+        return _signed(self.sign, self.input * self.maps.down(self.factor * relevance))
 
     def push(self, values: Tensor) -> Tensor:
         """The transpose."""
-        return _signed(self.sign, self.factor * self.up(self.input * values))
+        return _signed(self.sign, self.factor * self.maps.up(self.input * values))
 
 
 def _signed(sign: float, values: Tensor) -> Tensor:
@@ -344,7 +343,7 @@ class BranchKernel(Kernel):
 
     def _carry(self, sign: float | None) -> Callable[[Tensor], Tensor]:
         if sign is None:
-            return self.branches[0].down
+            return self.branches[0].maps.down
         assert self.weight is not None
         assert self.rerun is not None
         leaf = self._like.detach().requires_grad_()
@@ -368,19 +367,28 @@ class BranchKernel(Kernel):
         """
         if self.rerun is None or self.weight is None:
             raise NRMError("there is no channel matrix across a step without weights.")
+        self.reach(relevance.unsqueeze(0))
         rows = []
         for sample in range(len(relevance)):
-            edges = torch.zeros_like(self.weight)
+            edges: Tensor = torch.zeros_like(self.weight)
             for branch in self.branches:
                 weight = branch.weight
                 assert weight is not None
-                with torch.enable_grad():
-                    leaf = weight.detach().requires_grad_()
-                    image = self.rerun(branch.sign * branch.input.detach()[sample : sample + 1], leaf)
-                pulled = (branch.factor[sample] * relevance[sample]).unsqueeze(0)
-                edges = edges + leaf.detach() * torch.autograd.grad(image, leaf, pulled)[0]
+                arriving = (branch.factor[sample] * relevance[sample]).unsqueeze(0)
+                slope = self._weight_gradient(branch, weight, branch.input[sample : sample + 1].detach(), arriving)
+                edges = torch.addcmul(edges, weight.detach(), slope, value=branch.sign)
             rows.append(edges.flatten(2).sum(-1) if edges.ndim > 2 else edges)
         return self._scattered(torch.stack(rows))
+
+    def _weight_gradient(self, branch: Branch, weight: Tensor, source: Tensor, relevance: Tensor) -> Tensor:
+        """``∂⟨branch(source), relevance⟩ / ∂W`` of one sample."""
+        if branch.maps.weight_gradient is not None:
+            return branch.maps.weight_gradient(source, relevance)
+        assert self.rerun is not None
+        with torch.enable_grad():
+            leaf = weight.detach().requires_grad_()
+            image = self.rerun(source, leaf)
+        return torch.autograd.grad(image, leaf, relevance)[0]
 
     def _scattered(self, edges: Tensor) -> Tensor:
         """``(N, rows, columns of one group)`` to all channels, outputs first."""

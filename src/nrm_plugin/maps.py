@@ -6,12 +6,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 Map = Callable[[Tensor], Tensor]
+
+
+class Maps(NamedTuple):
+    """A linear map, its transpose, and how its values depend on the weight.
+
+    Attributes:
+        down: ``(K, N, *out)`` to ``(K, N, *in)``.
+        up: ``(K, N, *in)`` to ``(K, N, *out)``.
+        weight_gradient: Input ``(1, *in)`` and relevance ``(1, *out)`` to the gradient of their product with respect to
+            the weight; None where it is not known in closed form.
+    """
+
+    down: Map
+    up: Map
+    weight_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
+
 
 _CONVOLUTIONS: dict[Any, int] = {
     nn.Conv1d: 1,
@@ -23,8 +39,8 @@ _CONVOLUTIONS: dict[Any, int] = {
 }
 
 
-def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> tuple[Map, Map]:
-    """``(down, up)`` of a linear layer with a modified weight that is never there as a whole.
+def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> Maps:
+    """Maps of a linear layer with a modified weight that is never there as a whole.
 
     The weights of a classifier are larger than all else of many nets, and a copy for every rule would take more time
     than the layer itself.
@@ -44,11 +60,11 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> tuple[M
     def up(values: Tensor) -> Tensor:
         return torch.cat([values @ modify(weight[at : at + rows]).t() for at in starts], -1)
 
-    return down, up
+    return Maps(down, up, _linear_gradient)
 
 
-def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> tuple[Map, Map] | None:
-    """``(down, up)`` of a layer of torch by the operations that it is made of; None where it pads in its own way.
+def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> Maps | None:
+    """Maps of a layer of torch by the operations that it is made of; None where it pads in its own way.
 
     Args:
         module: A linear or convolutional layer whose forward is torch's own.
@@ -58,7 +74,7 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> tuple[Ma
     if type(module).forward is nn.Linear.forward:
         if _is_even(weight):
             return _even_linear_maps(weight)
-        return (lambda relevance: relevance @ weight), (lambda values: values @ weight.t())
+        return _linear_maps(weight)
     kind = next((kind for kind in _CONVOLUTIONS if type(module).forward is kind.forward), None)
     if kind is None or inputs.ndim != _CONVOLUTIONS[kind] + 2:
         return None
@@ -75,16 +91,28 @@ def _is_even(weight: Tensor) -> bool:
     return weight.stride(0) != 0 and not any(weight.stride()[1:])
 
 
-def _even_linear_maps(weight: Tensor) -> tuple[Map, Map]:
+def _linear_gradient(values: Tensor, relevance: Tensor) -> Tensor:
+    return relevance.reshape(-1, relevance.shape[-1]).t() @ values.reshape(-1, values.shape[-1])
+
+
+def _linear_maps(weight: Tensor) -> Maps:
+    return Maps(lambda relevance: relevance @ weight, lambda values: values @ weight.t(), _linear_gradient)
+
+
+def _even_linear_maps(weight: Tensor) -> Maps:
     scale, width = weight[:, 0], weight.shape[1]
 
     def down(relevance: Tensor) -> Tensor:
-        return (relevance @ scale).unsqueeze(-1).expand(*relevance.shape[:-1], width)
+        found: Tensor = (relevance @ scale).unsqueeze(-1)
+        return found.expand(*relevance.shape[:-1], width)
 
-    return down, lambda values: values.sum(-1, keepdim=True) * scale
+    def up(values: Tensor) -> Tensor:
+        return values.sum(-1, keepdim=True) * scale
+
+    return Maps(down, up, _linear_gradient)
 
 
-def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> tuple[Map, Map]:
+def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> Maps:
     """Adds up the channels of a group and slides a window of ones over the sum."""
     groups = options[-1]
     ones = weight.new_ones(groups, 1, *weight.shape[2:])
@@ -92,23 +120,24 @@ def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torc
     scale = weight.as_strided((weight.shape[0],), (weight.stride(0),)).reshape(
         groups, per_group, *(1,) * (weight.ndim - 2)
     )
-    sum_down, sum_up = _convolution_maps(ones, options, torch.Size((groups, *shape[1:])))
+    sums = _convolution_maps(ones, options, torch.Size((groups, *shape[1:])))
 
     def down(relevance: Tensor) -> Tensor:
         apart = relevance.reshape(*relevance.shape[:2], groups, per_group, *relevance.shape[3:])
-        found = sum_down((apart * scale).sum(3)).unsqueeze(3)
+        found = sums.down((apart * scale).sum(3)).unsqueeze(3)
         width = shape[0] // groups
         return found.expand(*found.shape[:3], width, *found.shape[4:]).reshape(*relevance.shape[:2], *shape)
 
     def up(values: Tensor) -> Tensor:
         apart = values.reshape(*values.shape[:2], groups, shape[0] // groups, *values.shape[3:])
-        found = sum_up(apart.sum(3)).unsqueeze(3) * scale
+        found = sums.up(apart.sum(3)).unsqueeze(3) * scale
         return found.reshape(*values.shape[:2], groups * per_group, *found.shape[4:])
 
-    return down, up
+    plain = _convolution_maps(weight, options, shape)
+    return Maps(down, up, plain.weight_gradient)
 
 
-def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> tuple[Map, Map]:
+def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> Maps:
     def down(relevance: Tensor) -> Tensor:
         flat = relevance.reshape(-1, *relevance.shape[2:])
         place = relevance.new_empty(()).expand(len(flat), *shape)  # only its shape is read
@@ -120,7 +149,12 @@ def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Siz
         image = torch.ops.aten.convolution(values.reshape(-1, *shape), weight, None, *options)
         return image.reshape(*values.shape[:2], *image.shape[1:])  # type: ignore[no-any-return]
 
-    return down, up
+    def weight_gradient(values: Tensor, relevance: Tensor) -> Tensor:
+        wanted = [False, True, False]
+        _, found, _ = torch.ops.aten.convolution_backward(relevance, values, weight, None, *options, wanted)
+        return found  # type: ignore[no-any-return]
+
+    return Maps(down, up, weight_gradient)
 
 
 def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
@@ -143,8 +177,8 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
     return list(module.stride), list(padding), list(module.dilation), transposed, outward, module.groups
 
 
-def recorded_maps(run: Map, inputs: Tensor) -> tuple[Map, Map, Tensor]:
-    """``(down, up, image)`` of any linear function by its own derivative.
+def recorded_maps(run: Map, inputs: Tensor) -> tuple[Maps, Tensor]:
+    """Maps and image of any linear function by its own derivative.
 
     Args:
         run: ``(N, *in)`` to ``(N, *out)``.
@@ -163,7 +197,7 @@ def recorded_maps(run: Map, inputs: Tensor) -> tuple[Map, Map, Tensor]:
     def up(values: Tensor) -> Tensor:
         return torch.stack([run(value) for value in values])
 
-    return down, up, image.detach()
+    return Maps(down, up), image.detach()
 
 
-__all__ = ["Map", "blocked_maps", "explicit_maps", "recorded_maps"]
+__all__ = ["Map", "Maps", "blocked_maps", "explicit_maps", "recorded_maps"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import torch
@@ -361,16 +362,51 @@ class RelevanceMeasure:
         Raises:
             EventError: ``lower`` is not below ``upper``.
         """
-        from .joints import joint_matrix
-
         if over not in ("channel", "neuron"):
             raise ValueError(f"over={over!r} is unknown; choose 'channel' or 'neuron'.")
         above, below = self._tap(upper), self._tap(lower)
         if not self._is_below(below.place, above):
             raise EventError(f"{lower!r} is not below {upper!r}; a joint matrix goes from an upper tap to a lower one.")
-        relevance = books(self._recording, self._start, [above.place]).maps[above.place]
-        matrix, self.cost = joint_matrix(self._recording, above, below, relevance, over == "neuron")
-        return matrix
+        return self._joint([(above, below)], over)[0]
+
+    @_query
+    def joints(self, layers: Sequence[Layer], over: str = "channel") -> list[Tensor]:
+        """Joint relevance of the channels of each two consecutive layers, ``(N, upper, lower)`` each.
+
+        The marginals of all layers are found by one pass. Where one linear layer lies between two of them, and else
+        only what keeps channels (ReLU, max pooling), all pairs cost one weight gradient.
+
+        Args:
+            layers: Two or more, each below the one before.
+            over: ``"channel"`` or ``"neuron"``.
+
+        Raises:
+            EventError: A layer is not below the one before.
+        """
+        if over not in ("channel", "neuron"):
+            raise ValueError(f"over={over!r} is unknown; choose 'channel' or 'neuron'.")
+        taps = [self._tap(layer) for layer in layers]
+        pairs = list(pairwise(taps))
+        for (above, below), names in zip(pairs, pairwise(layers), strict=True):
+            if not self._is_below(below.place, above):
+                raise EventError(f"{names[1]!r} is not below {names[0]!r}; list layers from the output to the input.")
+        return self._joint(pairs, over)
+
+    def _joint(self, pairs: list[tuple[Tap, Tap]], over: str) -> list[Tensor]:
+        from .joints import joint_matrix, neighbour_matrix
+
+        found = books(self._recording, self._start, [above.place for above, _ in pairs])
+        self._books = self._books or found
+        cost, matrices = found.cost, []
+        for above, below in pairs:
+            relevance = found.maps.get(above.place, self._start.new_zeros(above.shape))
+            direct = neighbour_matrix(self._recording, above, below, relevance) if over == "channel" else None
+            matrix, spent = direct or joint_matrix(self._recording, above, below, relevance, over == "neuron")
+            cost += spent
+            matrices.append(matrix)
+        found.maps = {}
+        self.cost = cost
+        return matrices
 
     def explain(self, event: Event, given: Event | None = None) -> str:
         """What quantity this is, in words and as a formula, and what it costs."""

@@ -29,7 +29,7 @@ from .kernels import (
     blocks,
     linear_in_relevance,
 )
-from .maps import Map, blocked_maps, explicit_maps, recorded_maps
+from .maps import Maps, blocked_maps, explicit_maps, recorded_maps
 from .rules import ConservingEpsilon, EvenMod
 from .shells import shell_of
 
@@ -308,7 +308,7 @@ class _BranchReader:
         for number, factor in zip(kept, factors, strict=True):
             run = runs[number]
             assert run.maps is not None
-            branches.append(Branch(self.sources[number], factor, self.signs[number], *run.maps, run.modified))
+            branches.append(Branch(self.sources[number], factor, self.signs[number], run.maps, run.modified))
         return branches, column
 
     def _columns(self, runs: list[_Run], kept: list[int]) -> tuple[list[Tensor], Tensor] | None:
@@ -372,18 +372,18 @@ class _BranchReader:
         if _is_zero(source):
             return _Run(self.output.new_zeros(()), added)
         if weight is None:
-            down, up, image = recorded_maps(lambda values: self.call(self.module, values), source)
-            return _Run(image, added, (down, up))
+            maps, image = recorded_maps(lambda values: self.call(self.module, values), source)
+            return _Run(image, added, maps)
         own = weight.detach()
         explicit = explicit_maps(modified, own, source)
         if explicit is None:
             rerun = _rerun(self.module, self.call)
-            down, up, image = recorded_maps(lambda values: rerun(values, own), source)
+            maps, image = recorded_maps(lambda values: rerun(values, own), source)
         else:
-            down, up = explicit
+            maps = explicit
             known = self.seen is not None and source is self.inputs and own.data_ptr() == self.seen[1].data_ptr()
-            image = self.seen[0] if known and self.seen is not None else up(source.unsqueeze(0)).squeeze(0)
-        return _Run(image, added, (down, up), lambda: own)
+            image = self.seen[0] if known and self.seen is not None else maps.up(source.unsqueeze(0)).squeeze(0)
+        return _Run(image, added, maps, lambda: own)
 
     def _run_blocked(self, modify: ParamMod, source: Tensor) -> _Run | None:
         """The same for a large linear layer and a rule of Zennit that changes its weight; None for all others."""
@@ -409,9 +409,9 @@ class _BranchReader:
         def modifier(rows: Tensor) -> Tensor:
             return modify.modifier(rows, "weight")  # type: ignore[no-any-return]
 
-        down, up = blocked_maps(weight.detach(), modifier)
-        image = up(source.unsqueeze(0)).squeeze(0)
-        return _Run(image, added, (down, up), lambda: modifier(weight.detach()))
+        maps = blocked_maps(weight.detach(), modifier)
+        image = maps.up(source.unsqueeze(0)).squeeze(0)
+        return _Run(image, added, maps, lambda: modifier(weight.detach()))
 
 
 @dataclass
@@ -421,13 +421,13 @@ class _Run:
     Attributes:
         image: What it returned, without bias; a scalar where it is the same everywhere.
         bias: Its bias, in a shape that broadcasts.
-        maps: The linear map and its transpose; None where the input is zero or the output is all that is needed.
+        maps: The linear map; None where the input is zero or the output is all that is needed.
         modified: Makes the modified weight.
     """
 
     image: Tensor
     bias: Tensor | None = None
-    maps: tuple[Map, Map] | None = None
+    maps: Maps | None = None
     modified: Callable[[], Tensor] | None = None
 
     def output(self, at: Block, shape: torch.Size) -> Tensor:

@@ -154,6 +154,10 @@ class Step:
         """``g(c)``, ``(N, *out)``; None for one everywhere."""
         return self._scaled(None)[0]
 
+    def gain_for(self, relevance: Tensor) -> Tensor | None:
+        """``g(c)`` wherever relevance ``(K, N, *out)`` arrives; None for one everywhere."""
+        return self._scaled(relevance)[0]
+
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Relevance ``(K, N, *out)`` to ``(K, N, *in)`` at each input, and the share that is absorbed, ``(N, *out)``.
 

@@ -1,0 +1,97 @@
+"""Joint matrices: the shortcut over one linear layer against masked passes, channel by channel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nrm_plugin import Normalized, RelevanceMeasure, at
+from nrm_plugin.errors import EventError
+from tests.conftest import LINEAR, composite
+
+
+def build():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(6, 8, 3, stride=2, groups=2), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(8, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 6), nn.ReLU(), nn.Linear(6, 3),
+    )  # fmt: skip
+    return net.double().eval()
+
+
+X = torch.randn(2, 3, 13, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+NEIGHBOURS = [("9", "8"), ("10", "9"), ("10", "8"), ("6", "3"), ("5", "2"), ("5", "4"), ("2", "0"), ("3", "input")]
+FAR = [("10", "5"), ("8", "6"), ("5", "0"), ("6", "1"), ("10", "input")]
+
+
+def masked(mu, upper, lower):
+    """Each channel of the upper tap on its own: the joint map of the lower one, summed by channel."""
+    size = mu.marginal(upper, over="channel").shape[1]
+    maps = [mu.marginal(lower, over="channel", joint=at(upper).channel(k)) for k in range(size)]
+    return torch.stack(maps, 1)
+
+
+@pytest.mark.parametrize("residual", ["sink", "redistribute"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_joint_matrices_are_those_of_masked_passes(name, residual):
+    mu = RelevanceMeasure(
+        build(), X, 1, composite=Normalized(composite(name, []), residual=residual, uncovered="gradient")
+    )
+    for upper, lower in [*NEIGHBOURS, *FAR]:
+        expected = masked(mu, upper, lower)
+        scale = float(expected.abs().max()) or 1.0
+        torch.testing.assert_close(mu.joint(upper, lower) / scale, expected / scale, rtol=0, atol=1e-10)
+
+
+def test_all_neighbours_at_once_are_each_pair_alone():
+    mu = RelevanceMeasure(build(), X, 1)
+    layers = ["10", "8", "5", "2", "0"]
+    together = mu.joints(layers)
+    assert len(together) == 4
+    for matrix, upper, lower in zip(together, layers[:-1], layers[1:], strict=True):
+        torch.testing.assert_close(matrix, mu.joint(upper, lower))
+
+
+def test_neighbours_cost_one_pass_together():
+    mu = RelevanceMeasure(build(), X, 1)
+    mu.marginal(["input"])
+    one_pass = mu.cost.steps
+    mu.joints(["5", "2", "0"])
+    # The linear layer and what lies between each two of them, once more.
+    assert mu.cost.steps <= 2 * one_pass
+    mu.joint("5", "0")
+    assert mu.cost.vectors > 4
+
+
+class Skip(nn.Module):
+    """Between the two convolutions the walk may go around one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        first = torch.relu(self.first(x))
+        return self.third(torch.relu(self.second(first) + first)).mean((2, 3))
+
+
+def test_a_skip_is_not_taken_for_one_layer():
+    torch.manual_seed(0)
+    net = Skip().double().eval()
+    mu = RelevanceMeasure(net, X, 1)
+    for upper, lower in [("third", "first"), ("third", "second"), ("second", "first")]:
+        torch.testing.assert_close(mu.joint(upper, lower), masked(mu, upper, lower), rtol=0, atol=1e-12)
+
+
+def test_layers_in_the_wrong_order_are_refused():
+    mu = RelevanceMeasure(build(), X, 1)
+    with pytest.raises(EventError, match="'5' is not below '2'; list layers from the output to the input"):
+        mu.joints(["8", "2", "5"])
+
+
+def test_tokens_have_their_features_last():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.Flatten(), nn.Linear(18, 2)).double().eval()
+    mu = RelevanceMeasure(net, torch.randn(2, 6, 4).double(), 1)
+    torch.testing.assert_close(mu.joint("2", "0"), masked(mu, "2", "0"), rtol=0, atol=1e-12)
