@@ -450,7 +450,8 @@ class RelevanceMeasure:
         total = self._start.new_zeros(self.batch)
         for (vertex, kept), value in (plain.absolute_sinks if absolute else plain.sinks).items():
             if kind in (None, kept) and self._recording.below[vertex] & bit:
-                total = total + self._told_apart(value, self._recording.name_at(vertex))
+                # Names are made for the message only: to make them all takes longer than the pass.
+                total = total + (self._told_apart(None, self._recording.name_at(vertex)) if value is None else value)
         return total
 
     def _bypassing(self, tap: Tap) -> Tensor:
