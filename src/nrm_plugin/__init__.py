@@ -1,6 +1,6 @@
 """Normalized relevance measure for Zennit and Captum."""
 
-from .attribution import NRM, LayerNRM
+from .attribution import NRM, JointNRM, LayerNRM, NeuronNRM
 from .canonizers import FuseBatchNorm
 from .composites import Normalized, NRMAbsolute, NRMDefault
 from .coverage import Coverage, coverage
@@ -18,9 +18,11 @@ __all__ = [
     "Event",
     "FuseBatchNorm",
     "Interception",
+    "JointNRM",
     "LayerNRM",
     "NRMAbsolute",
     "NRMDefault",
+    "NeuronNRM",
     "Normalized",
     "RelevanceMeasure",
     "at",

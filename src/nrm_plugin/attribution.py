@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from captum.attr._utils.attribution import GradientAttribution, LayerAttribution
+from captum.attr._utils.attribution import GradientAttribution, LayerAttribution, NeuronAttribution
 from torch import Tensor, nn
 from zennit.core import Composite
 
 from .captum_adapter import as_given, as_tuple, log_usage
 from .checks import check_module
 from .composites import Uncovered
+from .errors import TargetError, UnknownLayerError
 from .events import Atom, Event, Side, at
 from .kernels import Residual
 from .measure import RelevanceMeasure, normalize
@@ -75,12 +77,11 @@ class NRM(GradientAttribution):
         """
         formatted, was_tuple = as_tuple(inputs)
         measure = self.measure(formatted, target, additional_forward_args)
-        taps = [at("input")] if len(formatted) == 1 else [at("input", item=item) for item in range(len(formatted))]
-        values = _scaled(measure, measure.marginal(taps, given=given, joint=joint), unit)
-        attributions = as_given(tuple(values[tap] for tap in taps), was_tuple)
+        maps = _input_maps(measure, formatted, given, joint)
+        attributions = as_given(tuple(_in_unit(measure.output, values, unit) for values in maps), was_tuple)
         if not return_convergence_delta:
             return attributions
-        return attributions, _delta(measure, taps, unit)
+        return attributions, _delta(measure, measure.taps_of("input"), unit)
 
     def measure(
         self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None
@@ -189,13 +190,199 @@ class LayerNRM(NRM, LayerAttribution):
         return (attributions[0], deltas[0]) if single else (attributions, deltas)
 
 
+class NeuronNRM(NRM, NeuronAttribution):
+    """Normalized relevance of the inputs for neurons inside the network, as a Captum attribution method.
+
+    The measure starts at the selected neurons, so there is no target.
+
+    Args:
+        model: The network.
+        layer: A module or its name.
+        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module | str,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        NRM.__init__(self, model, composite, residual, gain_limit, uncovered)
+        NeuronAttribution.__init__(self, model, layer)
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        neuron_selector: int | tuple[Any, ...] | Callable[[Tensor], Tensor],
+        additional_forward_args: Any = None,
+        attribute_to_neuron_input: bool = False,
+        given: Event | None = None,
+        joint: Event | None = None,
+        unit: Unit = "output",
+    ) -> Any:
+        """Relevance of each input entry for the selected neurons.
+
+        Args:
+            inputs: ``(N, …)``, or a tuple of such tensors.
+            neuron_selector: As in Captum: an index, a tuple of indices and slices, or a function of the layer's output
+                that returns a number for each sample. Of several neurons each starts with its activation.
+            additional_forward_args: Further arguments of the model.
+            attribute_to_neuron_input: Select among the inputs of the layer instead of its outputs.
+            given: Conditional relevance: given that walks are in this event.
+            joint: Joint relevance with this event.
+            unit: ``"output"``: relevance, sink and bypass sum to the activation of the neurons; ``"measure"``: to 1.
+
+        Returns:
+            Attributions in the form of the inputs.
+
+        Raises:
+            TargetError: The selector fits no neuron of the layer, or what it selects cancels.
+        """
+        formatted, was_tuple = as_tuple(inputs)
+        side: Side = "input" if attribute_to_neuron_input else "output"
+        model = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        tap = at(self.layer, side=side)
+        neurons = _Neurons(neuron_selector)
+        with torch.enable_grad():
+            measure = RelevanceMeasure(
+                model,
+                formatted,
+                start=neurons,
+                output=tap,
+                composite=self.composite,
+                additional_forward_args=additional_forward_args,
+            )
+        maps = _input_maps(measure, formatted, given, joint)
+        return as_given(tuple(_in_unit(neurons.activation, values, unit) for values in maps), was_tuple)
+
+
+class JointNRM:
+    """Joint relevance of the channels, or neurons, of two layers.
+
+    Args:
+        model: The network; ``torch.nn.DataParallel`` is unwrapped.
+        upper: The layer that is nearer to the output, a module or its name.
+        lower: The other one.
+        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        upper: nn.Module | str,
+        lower: nn.Module | str,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        self.upper, self.lower = upper, lower
+        self._inputs = NRM(model, composite, residual, gain_limit, uncovered)
+
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        over: str = "channel",
+        unit: Unit = "output",
+    ) -> Tensor:
+        """The joint relevance of each pair.
+
+        Args:
+            inputs: ``(N, …)``, or a tuple of such tensors.
+            target: Output to explain, in Captum's forms.
+            additional_forward_args: Further arguments of the model.
+            over: ``"channel"`` or ``"neuron"``.
+            unit: ``"output"``, multiplied by the explained output, or ``"measure"``.
+
+        Returns:
+            ``(N, upper, lower)``.
+        """
+        measure = self._inputs.measure(as_tuple(inputs)[0], target, additional_forward_args)
+        return _in_unit(measure.output, measure.joint(self.upper, self.lower, over), unit)
+
+
+class _Neurons:
+    """The start vector for one of Captum's neuron selectors.
+
+    Args:
+        selector: The selector.
+
+    Attributes:
+        activation: What was selected, summed, ``(N,)``; known once the start vector was made.
+    """
+
+    def __init__(self, selector: Any) -> None:
+        self.selector = selector
+        self.activation = torch.empty(0)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The start vector over the outputs ``(N, …)`` of a layer."""
+        slope = self._slope(values)
+        self.activation = (slope * values).flatten(1).sum(1)
+        if bool((slope != 0).flatten(1).sum(1).le(1).all()):
+            return slope  # a single neuron starts with all mass, also where it is not active
+        start = slope * values
+        silent = (start == 0).flatten(1).all(1).reshape(-1, *(1,) * (values.ndim - 1))
+        return torch.where(silent, slope, start)
+
+    def _slope(self, values: Tensor) -> Tensor:
+        """How much each neuron counts."""
+        if callable(self.selector):
+            with torch.enable_grad():
+                leaf = values.detach().requires_grad_()
+                chosen = self.selector(leaf)
+                if not isinstance(chosen, Tensor) or chosen.grad_fn is None:
+                    raise TargetError("the neuron selector returned nothing that depends on the output of the layer.")
+                return torch.autograd.grad(chosen.sum(), leaf)[0]
+        index = self.selector if isinstance(self.selector, tuple) else (self.selector,)
+        shape = tuple(values.shape)
+        if len(index) != values.ndim - 1 or not all(_is_index(entry) for entry in index):
+            raise TargetError(
+                f"neuron_selector={self.selector!r} does not select neurons of a layer of shape {shape}: give "
+                f"{values.ndim - 1} ints or slices, or a function of the layer's output."
+            )
+        slope = torch.zeros_like(values)
+        try:
+            slope[(slice(None), *index)] = 1
+        except IndexError as error:
+            raise TargetError(
+                f"neuron_selector={self.selector!r} is out of range for a layer of shape {shape}."
+            ) from error
+        return slope
+
+
+def _is_index(entry: Any) -> bool:
+    return isinstance(entry, slice) or (isinstance(entry, int) and not isinstance(entry, bool))
+
+
+def _input_maps(
+    measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
+) -> list[Tensor]:
+    """Marginals at all inputs; zeros at those that the explained output does not depend on."""
+    taps = [at("input")] if len(inputs) == 1 else [at("input", item=item) for item in range(len(inputs))]
+    try:
+        reached = set(measure.taps_of("input"))
+    except UnknownLayerError:
+        reached = set()
+    known = [tap for tap in taps if tap in reached]
+    maps = measure.marginal(known, given=given, joint=joint) if known else {}
+    return [maps[tap] if tap in maps else torch.zeros_like(value) for tap, value in zip(taps, inputs, strict=True)]
+
+
 def _scaled(measure: RelevanceMeasure, values: dict[Atom, Tensor], unit: Unit) -> dict[Atom, Tensor]:
+    return {tap: _in_unit(measure.output, value, unit) for tap, value in values.items()}
+
+
+def _in_unit(output: Tensor, value: Tensor, unit: Unit) -> Tensor:
     if unit not in ("output", "measure"):
         raise ValueError(f"unit={unit!r} is unknown; choose 'output' or 'measure'.")
-    if unit == "measure":
-        return values
-    output = measure.output
-    return {tap: value * output.reshape(-1, *(1,) * (value.ndim - 1)) for tap, value in values.items()}
+    return value if unit == "measure" else value * output.reshape(-1, *(1,) * (value.ndim - 1))
 
 
 def _delta(measure: RelevanceMeasure, taps: list[Atom], unit: Unit) -> Tensor:

@@ -62,11 +62,12 @@ class RelevanceMeasure:
         residual: What happens to relevance that a rule does not hand down: ``"redistribute"`` (the default) or
             ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` undoes ε and bias altogether.
-        start: Signed vector over the outputs, instead of a target.
+        start: Signed vector over the outputs, instead of a target, or a function that makes it from the outputs.
         additional_forward_args: Further positional arguments of the model; a tuple of them, or one.
         additional_forward_kwargs: Further keyword arguments.
         output: Where the model returns several tensors, which of them is explained: its key, its position, or a
-            function of what the model returns. By default the only tensor, or ``"logits"``, or ``"out"``.
+            function of what the model returns. By default the only tensor, or ``"logits"``, or ``"out"``. A tap of the
+            model, ``at(layer)``, is taken for its output, so that the measure starts inside.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
 
     Raises:
@@ -89,7 +90,7 @@ class RelevanceMeasure:
         start: Any = None,
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
-        output: Output | None = None,
+        output: Output | Atom | None = None,
         uncovered: Uncovered | None = None,
     ) -> None:
         self.composite = normalize(composite, residual, gain_limit, uncovered)

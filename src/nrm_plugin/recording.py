@@ -15,6 +15,7 @@ from .calls import NOT_JOINED, Call, Output, explained_output
 from .checks import check_model, check_module
 from .composites import Normalized
 from .errors import (
+    EventError,
     FoldingError,
     HookedContainerError,
     InputError,
@@ -23,6 +24,7 @@ from .errors import (
     UnsupportedOperationError,
     unknown_layer,
 )
+from .events import Atom
 from .graph import Buffer, Graph
 from .routes import is_route_node, operation
 from .shells import Fingerprint, preserved
@@ -83,7 +85,7 @@ class Recording:
         model: Any module.
         call: How to call it.
         composite: Rules and normalization.
-        output: Which of its outputs the measure starts at, where there is a choice.
+        output: Which of its outputs the measure starts at, where there is a choice; or a tap inside the model.
 
     Raises:
         InputError: The output is none that a measure can start at.
@@ -98,7 +100,7 @@ class Recording:
         model: nn.Module,
         call: Call,
         composite: Normalized,
-        output: Output | None = None,
+        output: Output | Atom | None = None,
     ) -> None:
         check_module(model)
         tensors = call.tensors
@@ -107,6 +109,8 @@ class Recording:
         self._containers: list[str] = []
         self._seen: list[_Seen] = []
         self._calls: dict[nn.Module, int] = {}
+        self._wanted = output if isinstance(output, Atom) else None
+        self._started: Tensor | None = None
         with ExitStack() as around:
             around.enter_context(_RECORDING)  # another thread may be recording this model: its hooks are on it then
             check_model(model, tensors)
@@ -123,6 +127,8 @@ class Recording:
                 self._watch(model, stack)
                 returned = call.run(model, started)
         self.fingerprint = Fingerprint(model)
+        if isinstance(output, Atom):
+            returned, output = self._inner_output(output), None
         self.output = explained_output(returned, output, self.batch)
         self._see(OUTPUT, 0, "output", None, self.output, None)
         self.graph = Graph(self.output)
@@ -153,6 +159,9 @@ class Recording:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._calls[module] = self._calls.get(module, 0) + 1
         if _step_hook(module) is not None:
+            first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if first is not None:
+                self._keep(self.names[module], self._calls[module] - 1, "input", None, first)
             return None
 
         # An own view of the tensor, so that the tap holds the walks through this call only.
@@ -182,6 +191,7 @@ class Recording:
                 self._see(name, call, "output", item, value, dim)
 
     def _see(self, name: str, call: int, side: str, item: Item | None, tensor: Tensor, dim: int | None) -> None:
+        self._keep(name, call, side, item, tensor)
         if name and tensor.grad_fn is not None and tensor.is_floating_point():
             self._seen.append(_Seen(name, call, side, item, tensor.grad_fn, tensor.output_nr, tensor.shape, dim))
 
@@ -202,6 +212,26 @@ class Recording:
                 )
             stop.add(node)
             stack += [below for below, _ in node.next_functions]
+
+    def _keep(self, name: str, call: int, side: str, item: Item | None, tensor: Tensor) -> None:
+        """Keeps the tensor that the measure is to start at, safe from what the model does to it later."""
+        wanted = self._wanted
+        if wanted is None or self.name_of(wanted.layer) != name or wanted.side != side:
+            return
+        if (wanted.call or 0) == call and wanted.item in (None, item) and self._started is None:
+            with unseen():
+                self._started = tensor.clone()
+
+    def _inner_output(self, output: Atom) -> Tensor:
+        if output.index is not None or output.side == "sink" or output.call == "any":
+            raise EventError(
+                f"output={output} is no tap that a measure can start at. Give at(layer), and its neurons by start=."
+            )
+        if self._started is None:
+            name = self.name_of(output.layer)
+            known = [seen.name for seen in self._seen if seen.side == output.side]
+            raise UnknownLayerError(unknown_layer(name, dict.fromkeys(known)))
+        return self._started
 
     # -- afterwards -------------------------------------------------------------------------------------------
 

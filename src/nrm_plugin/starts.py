@@ -26,7 +26,8 @@ def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tenso
         output: The model's output.
         target: As in Captum: None for one output a sample, an int or a tuple for all samples, or a list or tensor of
             them with one for each sample.
-        start: A signed vector over the outputs instead, ``(N, …)`` or without the batch.
+        start: A signed vector over the outputs instead, ``(N, …)`` or without the batch, or a function that makes it
+            from the outputs.
 
     Raises:
         TargetError: Neither or both fit.
@@ -34,7 +35,7 @@ def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tenso
     if start is not None:
         if target is not None:
             raise TargetError("give target= or start=, not both: a target is the start vector of one output.")
-        return _signed(output, start)
+        return _signed(output, start(output) if callable(start) else start)
     return _one_hot(output, target)
 
 
