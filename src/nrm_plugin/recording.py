@@ -243,8 +243,8 @@ class Recording:
                     key = (vertex.step.name, "input", vertex.step.call, item)
                     self._register(found, (index, number), self.graph.shape(edge), key, None)
         self._items_of: dict[tuple[str, str], dict[int, list[Item | None]]] = {}
-        for name, side, call, item in self._named:
-            self._items_of.setdefault((name, side), {}).setdefault(call, []).append(item)
+        for name, side, call, which in self._named:
+            self._items_of.setdefault((name, side), {}).setdefault(call, []).append(which)
         self.taps = sorted(found.values(), key=lambda tap: tap.order)
         self.index = {tap.place: number for number, tap in enumerate(self.taps)}
         self.sinks = {(v.step.name, v.step.call): n for n, v in enumerate(self.graph.vertices) if v.step is not None}
