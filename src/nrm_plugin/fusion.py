@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from zennit.rules import Pass
 
 from .reading import Weighted, is_affine
-from .routes import operation
+from .routes import source_of
 from .steps import LayerCall, Saved, Step
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -44,22 +44,15 @@ def fuse(step: Step, source: Tensor) -> None:
         if _affine(below) is not None:
             _fold_input(step, below, clipped=False)
         elif _is_relu(below):
-            lower = _producer(_input_node(_link_of(source.grad_fn)))
+            lower = _producer(_input_node(source_of(source.grad_fn)))
             if lower is not None and _affine(lower) is not None:
                 _fold_input(step, lower, clipped=True)
 
 
 def _producer(node: Any) -> Step | None:
-    """The step that made a tensor, looking through views that keep its shape, and through flattening."""
-    node = _link_of(node)
-    step = getattr(node, "step", None)
+    """The step that made a tensor, looking through views (flattening is one) and writes in place."""
+    step = getattr(source_of(node), "step", None)
     return step if isinstance(step, Step) else None
-
-
-def _link_of(node: Any) -> Any:
-    while node is not None and operation(node) in ("View", "Alias", "UnsafeView", "ReshapeAlias"):
-        node = _input_node(node)
-    return node
 
 
 def _input_node(node: Any) -> Any:
@@ -121,7 +114,7 @@ def _fold_output(norm: Step, layer: Step) -> None:
     if bias is not None:
         bias = bias * (scale if flat else scale.reshape(view))
     moved = shift if flat else shift.reshape(view)
-    _set(origin.module, changed, moved if bias is None else bias + moved)
+    origin.change(changed, moved if bias is None else bias + moved)
     origin.holds_dense_norm |= dense
     norm.origin.is_identity = True
     norm.forget()
@@ -159,7 +152,7 @@ def _fold_input(layer: Step, norm: Step, clipped: bool) -> None:
     changed = _scaled(weight, per_input, groups, along_input=True, transposed=transposed)
     if bias is not None:
         constant = constant + (bias if dense else bias.reshape(1, -1, *(1,) * (constant.ndim - 2)))
-    _set(origin.module, changed, constant[0] if dense else constant)
+    origin.change(changed, constant[0] if dense else constant)
     origin.source = Saved(raw)
     origin.holds_dense_norm |= dense
     layer.forget()
@@ -168,11 +161,6 @@ def _fold_input(layer: Step, norm: Step, clipped: bool) -> None:
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
     found = module._parameters.get(name)
     return None if found is None else found.detach()
-
-
-def _set(module: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
 
 
 def _without_bias(origin: LayerCall, source: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .routes import operation
+from .routes import is_whole, operation
 from .steps import Step
 
 _WITH_CONSTANTS = frozenset(
@@ -132,10 +132,15 @@ class Graph:
         self.output = Buffer(0, output.output_nr)
 
     def _count_uses(self) -> None:
+        """How often each tensor is read, also through views of all of it and writes of all of it elsewhere."""
         uses = [0] * len(self.vertices)
-        for vertex in self.vertices:
-            for edge in vertex.edges:
-                if edge is not None:
+        for index, vertex in enumerate(self.vertices):
+            for number, edge in enumerate(vertex.edges):
+                if edge is None:
+                    continue
+                if vertex.step is None and is_whole(vertex.node):  # what a write puts away is not read
+                    uses[edge.vertex] += uses[index] if number == len(vertex.edges) - 1 else 0
+                else:
                     uses[edge.vertex] += 1
         for vertex, count in zip(self.vertices, uses, strict=True):
             if vertex.step is not None:

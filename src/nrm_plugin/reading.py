@@ -30,7 +30,7 @@ from .kernels import (
     linear_in_relevance,
 )
 from .maps import Maps, blocked_maps, explicit_maps, recorded_maps
-from .rules import ConservingEpsilon, EvenMod
+from .rules import Absolute, ConservingEpsilon, EvenMod
 from .shells import shell_of
 
 LARGE = 1 << 22
@@ -134,6 +134,7 @@ def read_rule(
     output: Tensor,
     where: str,
     image: Image | None = None,
+    is_output_known: bool = True,
 ) -> Kernel:
     """The kernel of a rule at one call.
 
@@ -145,6 +146,7 @@ def read_rule(
         output: What it returned, ``(N, *out)``.
         where: Name of the layer, for messages.
         image: What it returned without its bias, where that is known.
+        is_output_known: Whether ``output`` has the values that the module returns, not only their shape.
 
     Raises:
         UnsupportedRuleError: The rule changes how the module runs, or fits no form.
@@ -165,13 +167,22 @@ def read_rule(
         return _plain_gradient(module, call, inputs)
     if isinstance(hook, BasicHook) and not _overrides(hook, "backward", BasicHook):
         _check_convention(hook, where)
-        return _branches(hook, module, call, inputs, output, image) or _modifiers(hook, module, call, inputs)
+        reader = (hook, module, call, inputs, output, image, is_output_known)
+        return _branches(*reader) or _modifiers(hook, module, call, inputs)
+    if not is_output_known:
+        with torch.no_grad():
+            output = call(module, inputs)
     return _backward_of(hook, module, call, inputs, output)
 
 
 def is_known_linear(hook: Hook) -> bool:
     """Whether this is a rule of Zennit, or of this package, that is known to be linear in the relevance."""
     return type(hook) in _LINEAR or type(hook).__module__ == "nrm_plugin.rules"
+
+
+def reads_output(hook: Hook) -> bool:
+    """Whether a rule may read the values of the unmodified output, not only those of its own modified layers."""
+    return type(hook) not in (*_LINEAR, Absolute, ConservingEpsilon) or type(hook) is Gamma
 
 
 def check_linear(kernel: Kernel, hook: Hook, output: Tensor, where: str) -> None:
@@ -229,7 +240,13 @@ def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
 
 
 def _branches(
-    hook: BasicHook, module: nn.Module, call: Call, inputs: Tensor, output: Tensor, seen: Image | None
+    hook: BasicHook,
+    module: nn.Module,
+    call: Call,
+    inputs: Tensor,
+    output: Tensor,
+    seen: Image | None,
+    is_output_known: bool,
 ) -> BranchKernel | None:
     """The rule in branch form, or None when the module is not affine or the rule is written another way."""
     if not is_affine(module):
@@ -238,7 +255,7 @@ def _branches(
     signs = _signs(hook, sources)
     if signs is None:
         return None
-    reader = _BranchReader(hook, module, call, inputs, output, seen, sources, signs)
+    reader = _BranchReader(hook, module, call, inputs, output, seen, is_output_known, sources, signs)
     first, *later = _INDEPENDENT.get(type(hook), [tuple(range(len(sources)))])
     ready = reader.read(first)
     if ready is None:
@@ -271,6 +288,7 @@ class _BranchReader:
     inputs: Tensor
     output: Tensor
     seen: Image | None
+    is_output_known: bool
     sources: list[Tensor]
     signs: list[float]
 
@@ -366,7 +384,8 @@ class _BranchReader:
     def _run(self, modified: nn.Module, source: Tensor, sign: float) -> _Run:
         """One modified module at its modified input; without its bias, since output minus bias cancels."""
         bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
-        if sign == 0 and source is self.inputs and _share_memory(modified._parameters, self.module._parameters):
+        own = _share_memory(modified._parameters, self.module._parameters)
+        if sign == 0 and source is self.inputs and self.is_output_known and own:
             return _Run(self.output)
         added = None if bias is None else broadcast(bias.detach(), modified, self.output)
         if _is_zero(source):
@@ -374,16 +393,16 @@ class _BranchReader:
         if weight is None:
             maps, image = recorded_maps(lambda values: self.call(self.module, values), source)
             return _Run(image, added, maps)
-        own = weight.detach()
-        explicit = explicit_maps(modified, own, source)
+        matrix = weight.detach()
+        explicit = explicit_maps(modified, matrix, source)
         if explicit is None:
             rerun = _rerun(self.module, self.call)
-            maps, image = recorded_maps(lambda values: rerun(values, own), source)
+            maps, image = recorded_maps(lambda values: rerun(values, matrix), source)
         else:
             maps = explicit
-            known = self.seen is not None and source is self.inputs and own.data_ptr() == self.seen[1].data_ptr()
+            known = self.seen is not None and source is self.inputs and matrix.data_ptr() == self.seen[1].data_ptr()
             image = self.seen[0] if known and self.seen is not None else maps.up(source.unsqueeze(0)).squeeze(0)
-        return _Run(image, added, maps, lambda: own)
+        return _Run(image, added, maps, lambda: matrix)
 
     def _run_blocked(self, modify: ParamMod, source: Tensor) -> _Run | None:
         """The same for a large linear layer and a rule of Zennit that changes its weight; None for all others."""

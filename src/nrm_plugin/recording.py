@@ -272,6 +272,9 @@ class Recording:
                     item = None if len(vertex.edges) == 1 else number
                     key = (vertex.step.name, "input", vertex.step.call, item)
                     self._register(found, (index, number), self.graph.shape(edge), key, None)
+        self._items_of: dict[tuple[str, str], dict[int, list[Item | None]]] = {}
+        for name, side, call, which in self._named:
+            self._items_of.setdefault((name, side), {}).setdefault(call, []).append(which)
         self.taps = sorted(found.values(), key=lambda tap: tap.order)
         self.index = {tap.place: number for number, tap in enumerate(self.taps)}
         self.sinks = {(v.step.name, v.step.call): n for n, v in enumerate(self.graph.vertices) if v.step is not None}
@@ -324,10 +327,10 @@ class Recording:
                         yield name + (f":{call}" if len(calls) > 1 else "") + (f"[{item}]" if len(items) > 1 else "")
 
     def _calls_of(self, name: str, side: str = "output") -> list[int]:
-        return sorted({call for known, at, call, _ in self._named if known == name and at == side})
+        return sorted(self._items_of.get((name, side), ()))
 
     def _items(self, name: str, side: str, call: int) -> list[Item | None]:
-        return [item for known, at, number, item in self._named if (known, at, number) == (name, side, call)]
+        return list(self._items_of.get((name, side), {}).get(call, ()))
 
     def name_of(self, layer: str | nn.Module) -> str:
         """The name of a layer that was given by name or as a module."""

@@ -81,3 +81,18 @@ def operation(node: Node) -> str:
 def is_route_node(node: Node) -> bool:
     """Whether an autograd node is a known 0/1 route."""
     return operation(node).lower() in _NODES
+
+
+_WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias"])
+
+
+def is_whole(node: Node) -> bool:
+    """Whether a node hands on every entry of one tensor: a view of all of it, or a write over all of a tensor."""
+    return operation(node) in _WHOLE or operation(node) == "Copy"
+
+
+def source_of(node: Node | None) -> Node | None:
+    """The node that made the entries of a tensor, looking through views of all of it and writes in place."""
+    while node is not None and is_whole(node):
+        node = node.next_functions[-1][0]  # of a write, the first is what was written over
+    return node

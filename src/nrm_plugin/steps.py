@@ -24,7 +24,7 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from .errors import BatchNormWarning, UnsupportedRuleError
 from .kernels import RESIDUALS, IdentityKernel, Kernel, Residual, scales
-from .reading import Image, broadcast, check_linear, is_affine, is_known_linear, read_rule, wants_image
+from .reading import Image, broadcast, check_linear, is_affine, is_known_linear, read_rule, reads_output, wants_image
 from .shells import shell_of
 
 
@@ -60,6 +60,7 @@ class LayerCall:
         source: That input.
         where: Layer name, for messages.
         image: What it returned without its bias, and with which weight, where that was seen.
+        output: What it returned, where the rule reads that; None where it has to be computed.
         is_identity: Whether the layer was fused into a neighbour.
         holds_dense_norm: Whether a dense layer and a batch norm were fused in here.
     """
@@ -69,16 +70,30 @@ class LayerCall:
     call: Callable[[nn.Module, Tensor], Tensor]
     source: Saved
     where: str
-    image: Image | None = None
+    image: tuple[Saved, Tensor] | None = None
+    output: Saved | None = None
     is_identity: bool = False
     holds_dense_norm: bool = False
 
-    def kernel(self, output: Tensor) -> Kernel:
-        """The kernel of the rule at this call."""
+    def __post_init__(self) -> None:
+        if not reads_output(self.rule):
+            self.output = None
+
+    def kernel(self, like: Tensor) -> Kernel:
+        """The kernel of the rule at this call; ``like`` has the shape of the output, and maybe other values by now."""
         if self.is_identity:
             return IdentityKernel()
         image, self.image = self.image, None  # needed once; a step keeps what the kernel makes of it
-        return read_rule(self.rule, self.module, self.call, self.source.tensor, output, self.where, image)
+        seen = None if image is None else (image[0].tensor, image[1])
+        known = self.output is not None
+        output = self.output.tensor if self.output is not None else like
+        return read_rule(self.rule, self.module, self.call, self.source.tensor, output, self.where, seen, known)
+
+    def change(self, weight: Tensor, bias: Tensor) -> None:
+        """Gives the layer other parameters, with which it returns something else than the model saw."""
+        self.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        self.module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+        self.output = self.image = None
 
 
 class Step:
@@ -419,8 +434,11 @@ class StepHook(Hook):
         if not output.is_floating_point():
             return None
         output = output.detach()
-        image = entered.apart.image if isinstance(entered.apart, BiasApart) else None
-        origin = LayerCall(self.rule.copy(), shell_of(module), entered.call, entered.kept, self.name, image)
+        seen = entered.apart.image if isinstance(entered.apart, BiasApart) else None
+        image = None if seen is None else (Saved(seen[0]), seen[1])  # without a bias it is the output itself
+        origin = LayerCall(
+            self.rule.copy(), shell_of(module), entered.call, entered.kept, self.name, image, Saved(output)
+        )
         step = Step(self.name, output, lambda: origin.kernel(step._like), self.normalization, type(self.rule).__name__)
         step.origin = origin
         if self.fuse is not None:

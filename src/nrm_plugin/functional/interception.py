@@ -22,7 +22,7 @@ from ..checks import check_function
 from ..errors import ModelStateError, UncoveredLayerError, UnsupportedOperationError
 from ..kernels import Kernel
 from ..reading import PlainGradient
-from ..routes import is_route_node
+from ..routes import is_route_node, source_of
 from ..steps import (
     Fuse,
     LayerCall,
@@ -213,7 +213,7 @@ class _Mode(TorchFunctionMode):
             keyword_slots,
             [Saved(tensor) for tensor in computed],
             tuple(self.gates.holds(tensor) for tensor in computed),
-            tuple(tensor.grad_fn for tensor in computed),
+            tuple(source_of(tensor.grad_fn) for tensor in computed),
             self.rules,
             self.sums,
         )
@@ -224,7 +224,7 @@ class _Mode(TorchFunctionMode):
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
             output = output.clone()  # some operations return their input; a step's output has memory of its own
         rule = "sum" if name.base in ("add", "sub", "rsub") and len(computed) > 1 else name.base
-        layer = layer_call(call) if handler is KERNELS.get(name.base) else None
+        layer = layer_call(call, output) if handler is KERNELS.get(name.base) else None
         build = (lambda: handler(call)) if layer is None else (lambda: layer.kernel(output))
         linked = self._linked(call, output, build, rule, computed, layer)
         with_constants = len(computed) < len(_tensors_in(args, kwargs)) or any(
@@ -261,7 +261,10 @@ class _Mode(TorchFunctionMode):
     def _written(self, name: Name, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """Writes a result back where the operation was to be in place."""
         target = kwargs.get("out", args[0] if args and (name.in_place or kwargs.get("inplace")) else None)
-        return target.copy_(result) if isinstance(target, Tensor) else result
+        if not isinstance(target, Tensor):
+            return result
+        before_writing(target)  # again: by now this step has saved it too
+        return target.copy_(result)
 
     def _check_covered(self, name: Name, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name.base not in LAYERS:

@@ -16,7 +16,7 @@ from zennit.rules import Pass
 from ..kernels import Kernel
 from ..reading import Weighted, Weightless, read_rule
 from ..rules import Absolute
-from ..steps import LayerCall
+from ..steps import LayerCall, Saved
 from .registry import FunctionCall, Slot, kernel, rewrite
 
 STABILIZER = 1e-12
@@ -323,7 +323,7 @@ def layer(call: FunctionCall) -> Kernel:
     return kernel_ if len(call.saved) == 1 else PlacedKernel(kernel_, 0, _shapes(call))
 
 
-def layer_call(call: FunctionCall) -> LayerCall | None:
+def layer_call(call: FunctionCall, output: Tensor | None = None) -> LayerCall | None:
     """A layer or batch normalization called as a function, as the call of a module; None for anything else."""
     if len(call.saved) != 1 or not isinstance(call.argument(0, "input"), Slot):
         return None
@@ -345,7 +345,8 @@ def layer_call(call: FunctionCall) -> LayerCall | None:
     assert rule is not None, "looked up when the function ran"
     dim = -1 if call.name == "linear" else 1
     shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), dim, groups, transposed)
-    return LayerCall(rule.copy(), shell, _forward, call.saved[0], call.path)
+    kept = None if output is None else Saved(output)
+    return LayerCall(rule.copy(), shell, _forward, call.saved[0], call.path, output=kept)
 
 
 def _norm_call(call: FunctionCall) -> LayerCall | None:

@@ -1,0 +1,339 @@
+"""Do the books balance on every convolutional architecture of torchvision, with no code per model?
+
+``python -m benchmarks.architectures`` takes the measure of all classification, segmentation and video builders without
+attention and writes the results as JSON, and from them the tables of ``docs/architectures.md``. ``--models`` and
+``--composite`` do some of them and keep the other results; ``--render`` only rewrites the page.
+"""
+
+import argparse
+import fnmatch
+import gc
+import json
+import math
+import os
+import platform
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from zennit.composites import EpsilonPlusFlat
+from zennit.core import Composite
+
+from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/architectures.json"
+PAGE = ROOT / "docs/architectures.md"
+
+ATTENTION = ("vit_*", "swin*", "maxvit*", "mvit*")
+FAMILIES = {"classification": models, "segmentation": models.segmentation, "video": models.video}
+COMPOSITES: dict[str, Composite] = {
+    "NRMDefault": NRMDefault(),
+    "EpsilonPlusFlat": EpsilonPlusFlat(),
+    "EpsilonPlusFlat, fused": EpsilonPlusFlat(canonizers=[FuseBatchNorm()]),
+    "NRMAbsolute": NRMAbsolute(),
+}
+FULL, SMALL = 224, 96
+LARGE = 30e6
+"""Parameters from which on a model runs on small images: full ones take minutes and add nothing to its graph."""
+OWN_SIZE = {"inception_v3": 299}
+CLIPS = {"s3d": (16, 224)}  # the last pooling of S3D needs all of it; the others pool adaptively
+CLIP = (8, 112)
+SEED, STATISTICS = 0, 4
+
+LIMITS = {"conservation": 1e-4, "sink": 0.05, "variation": 1.5}
+
+
+def listed() -> dict[str, str]:
+    """Family of every builder."""
+    return {name: family for family, module in FAMILIES.items() for name in models.list_models(module=module)}
+
+
+def has_attention(name: str) -> bool:
+    """Whether a builder is left out."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in ATTENTION)
+
+
+def shape_of(name: str, parameters: int, size: int | None = None) -> tuple[int, ...]:
+    """``(C, H, W)`` or ``(C, T, H, W)`` of the input of a model."""
+    if listed()[name] == "video":
+        frames, side = CLIPS.get(name, CLIP)
+        return (3, frames, side if name in CLIPS or size is None else size, side if name in CLIPS else size or side)
+    side = size or OWN_SIZE.get(name, SMALL if parameters > LARGE or listed()[name] == "segmentation" else FULL)
+    return (3, side, side)
+
+
+def build(name: str) -> nn.Module:
+    """A model with random weights in evaluation mode."""
+    torch.manual_seed(SEED)
+    options: dict[str, Any] = {}
+    if listed()[name] == "segmentation":
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True
+    model: nn.Module = models.get_model(name, weights=None, **options)
+    return model.eval()
+
+
+def settle(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Sets the statistics of batch normalization by one batch of noise; dropout stays off."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        if norms:
+            model(torch.randn(STATISTICS, *shape))
+    model.eval()
+
+
+def target_of(model: nn.Module, x: Tensor) -> int | tuple[int, int, int]:
+    """The largest output; of a segmentation, at the pixel in the middle."""
+    with torch.no_grad():
+        output = model(x)
+    if not isinstance(output, Tensor):
+        scores = output["out"][0]
+        row, column = scores.shape[1] // 2, scores.shape[2] // 2
+        return int(scores[:, row, column].argmax()), row, column
+    return int(output[0].argmax())
+
+
+def measured(model: nn.Module, x: Tensor, target: Any, composite: Composite) -> dict[str, Any]:
+    """The books of one model under one composite."""
+    start = time.perf_counter()
+    mu = RelevanceMeasure(model, x, [target], composite=composite)
+    layers = mu.layers
+    mass = {layer: float(values.sum()) for layer, values in mu.marginal(layers).items()}
+    seconds = time.perf_counter() - start
+    # Every question looks for writes into the weights, which takes longer than the answer; nobody writes here.
+    mu._check_fresh = lambda: None  # type: ignore[method-assign]
+    variation = {layer: float(mu.variation(layer)) for layer in layers}
+    total = {layer: mass[layer] + float(mu.sink(layer)) + float(mu.bypass(layer)) for layer in layers}
+    error = {layer: abs(total[layer] - 1) / max(1.0, variation[layer]) for layer in layers}
+    blocks = block_outputs(model, layers)
+    worst = most(blocks, variation)
+    return {
+        "taps": len(layers),
+        "blocks": len(blocks),
+        "error": error[most(["input", *blocks], error)],
+        "error_taps": error[most(layers, error)],
+        "error_tap": most(layers, error),
+        "residual": float(mu.sink("input", kind="residual")),
+        "constants": float(mu.sink("input", kind="constants")),
+        "variation_input": variation["input"],
+        "variation_blocks": variation[worst],
+        "variation_block": worst,
+        "variation_taps": variation[most(layers, variation)],
+        "variation_tap": most(layers, variation),
+        "seconds": seconds,
+    }
+
+
+def most(layers: list[str], values: dict[str, float]) -> str:
+    """The layer with the largest value; one that is no number is larger than any."""
+    return max(layers, key=lambda layer: math.inf if math.isnan(values[layer]) else values[layer])
+
+
+def block_outputs(model: nn.Module, layers: list[str]) -> list[str]:
+    """Taps that are the output of a module with children, and the output of the model."""
+    containers = {name for name, module in model.named_modules() if module._modules}
+    return [layer for layer in layers if layer == "output" or re.split(r"[:\[]", layer)[0] in containers]
+
+
+def run(name: str, composites: list[str], size: int | None) -> Iterator[dict[str, Any]]:
+    """The rows of one model."""
+    row: dict[str, Any] = {"model": name, "family": listed()[name]}
+    try:
+        model = build(name)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        shape = shape_of(name, parameters, size)
+        row |= {"parameters": parameters, "shape": shape}
+        settle(model, shape)
+        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(SEED + 1))
+        target = target_of(model, x)
+    except Exception as error:
+        yield from ({**row, "composite": composite, "failed": message(error)} for composite in composites)
+        return
+    for composite in composites:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = measured(model, x, target, COMPOSITES[composite])
+            notes = sorted({f"{type(item.message).__name__}: {item.message}" for item in caught})
+            yield {**row, "composite": composite, **found, **({"warnings": notes} if notes else {})}
+        except Exception as error:
+            yield {**row, "composite": composite, "failed": message(error)}
+        gc.collect()
+
+
+def message(error: Exception) -> str:
+    """What went wrong, in a table cell."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """The limits that a row breaks."""
+    if "failed" in row:
+        return ["failed"]
+    checks = {
+        "conservation": (row["error_taps"], LIMITS["conservation"]),
+        "sink": (row["residual"], LIMITS["sink"] if row["composite"] == "NRMDefault" else math.inf),
+        "V input": (row["variation_input"], LIMITS["variation"]),
+        "V blocks": (row["variation_blocks"], LIMITS["variation"] if row["composite"] == "NRMAbsolute" else math.inf),
+    }
+    found = [name for name, (value, limit) in checks.items() if not abs(float(value)) <= limit]
+    return found
+
+
+# -- results and page -----------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were made with."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "zennit", "nrm-plugin")},
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+    }
+
+
+def save(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Puts rows in the place of those of the same model and composite; the file may have grown meanwhile."""
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    kept = {(row["model"], row["composite"]): row for row in [*known, *rows]}
+    order = list(listed())
+    ordered = sorted(
+        kept.values(), key=lambda row: (order.index(row["model"]), list(COMPOSITES).index(row["composite"]))
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(compact(row), ensure_ascii=False) for row in ordered)
+    text = f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n'
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def compact(row: dict[str, Any]) -> dict[str, Any]:
+    """Numbers with four significant digits; JSON has no word for infinite ones and those that are none."""
+
+    def short(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return float(f"{value:.4g}") if math.isfinite(value) else str(value)
+
+    return {key: short(value) for key, value in row.items()}
+
+
+def line(row: dict[str, Any]) -> list[str]:
+    """One row of a table."""
+    size = "×".join(map(str, row["shape"][1:])) if "shape" in row else "?"
+    if "failed" in row:
+        return [row["model"], size, row["failed"], *[""] * 6, "failed"]
+    figures = {
+        "error": ".0e",
+        "error_taps": ".0e",
+        "residual": ".3g",
+        "constants": ".3g",
+        "variation_input": ".3g",
+        "variation_blocks": ".3g",
+        "seconds": ".1f",
+    }
+    cells = [f"{float(row[key]):{form}}" for key, form in figures.items()]
+    return [row["model"], size, *cells, ", ".join(faults(row))]
+
+
+HEADER = "model|input|error, blocks|error, taps|residual|constants|V input|V blocks, max|s|breaks".split("|")
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The environment, a summary, and one table for each composite."""
+    rows = results["rows"]
+    left_out = [name for name in listed() if has_attention(name)]
+    missing = [
+        f"{name} ({composite})"
+        for name in listed()
+        if not has_attention(name)
+        for composite in COMPOSITES
+        if not any((row["model"], row["composite"]) == (name, composite) for row in rows)
+    ]
+    parts = [
+        ", ".join(f"{key} {value}" for key, value in results["environment"].items()),
+        f"Left out, for their attention: {', '.join(left_out)}.",
+        *([f"**Not run:** {', '.join(missing)}."] if missing else []),
+        summary(rows),
+    ]
+    for composite in COMPOSITES:
+        here = [line(row) for row in rows if row["composite"] == composite]
+        parts.append(f"### {composite}\n\n{markdown(HEADER, here)}")
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The worst figures of each composite and which model they are of."""
+    keys = {
+        "error, taps": "error_taps",
+        "residual": "residual",
+        "constants": "constants",
+        "V input": "variation_input",
+        "V blocks": "variation_blocks",
+    }
+    lines = []
+    for composite in COMPOSITES:
+        here = [row for row in rows if row["composite"] == composite]
+        done = [row for row in here if "failed" not in row]
+        cells = []
+        for key in keys.values():
+            values = {row["model"]: float(row[key]) for row in done}
+            worst = most(list(values), values) if values else None
+            cells.append("" if worst is None else f"{values[worst]:.2g} ({worst})")
+        broken = [name for row in here for name in faults(row)]
+        counts = ", ".join(f"{broken.count(name)} × {name}" for name in dict.fromkeys(broken))
+        lines.append([composite, f"{len(done)} of {len(here)}", *cells, counts or "nothing"])
+    return markdown(["composite", "measured", *keys, "breaks"], lines)
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(cell.replace('|', '∣') for cell in row)} |\n" for row in rows)
+
+
+def render(results: dict[str, Any]) -> None:
+    """Writes the tables between the markers of the page."""
+    start, end = "<!-- results -->\n", "<!-- end results -->"
+    before, rest = PAGE.read_text(encoding="utf-8").split(start)
+    PAGE.write_text(before + start + "\n" + tables(results) + "\n" + end + rest.split(end)[1], encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and render, or only render."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description=main.__doc__)
+    parser.add_argument("--models", nargs="+", default=["*"], help="names or patterns (default: all)")
+    parser.add_argument("--composite", nargs="+", default=list(COMPOSITES), choices=list(COMPOSITES))
+    parser.add_argument("--size", type=int, help="height and width of the images (default: by number of parameters)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write, or to read with --render")
+    parser.add_argument("--render", action="store_true", help="only rewrite the page from the JSON")
+    options = parser.parse_args(arguments)
+    if not options.render:
+        chosen = [name for name in listed() if any(fnmatch.fnmatch(name, pattern) for pattern in options.models)]
+        print(f"left out, for their attention: {', '.join(name for name in chosen if has_attention(name))}")
+        print("  ".join(HEADER))
+        for name in (name for name in chosen if not has_attention(name)):
+            for row in run(name, options.composite, options.size):
+                save(options.out, [row])
+                print(f"{row['composite']:>22}  " + "  ".join(line(row)), flush=True)
+            gc.collect()
+    if options.out == RESULTS:
+        render(json.loads(options.out.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

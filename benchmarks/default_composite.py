@@ -1,0 +1,632 @@
+"""Which composite should be the default? Compares candidates on four trained nets, and their books on untrained ones.
+
+``python -m benchmarks.default_composite`` measures, writes the results as JSON, and from them the tables and the figure
+of ``docs/default-composite.md``; ``--render`` only does the latter. Training needs scikit-learn for its digits.
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from tqdm import tqdm
+from zennit.composites import (
+    EpsilonGammaBox,
+    EpsilonPlus,
+    EpsilonPlusFlat,
+    LayerMapComposite,
+    layer_map_base,
+)
+from zennit.core import Composite, Stabilizer
+from zennit.layer import Sum
+from zennit.rules import Epsilon, Flat, Gamma, Norm, WSquare, ZBox
+from zennit.types import AvgPool, Convolution, Linear
+
+from nrm_plugin import Absolute, ConservingEpsilon, FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
+from nrm_plugin.composites import Depthwise, Normalized
+from nrm_plugin.demo.model import DigitsCNN, enlarge, load_digits, load_model
+from nrm_plugin.demo.train import reproducible, shift, split_digits, train
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/default_composite.json"
+PAGE = ROOT / "docs/default-composite.md"
+FIGURE = ROOT / "docs/images/default_composite.png"
+
+CHOSEN, POLICY = "NRMDefault", "G = 2"
+POLICIES: dict[str, dict[str, Any]] = {
+    "sink": {"residual": "sink"},
+    "G = 2": {"residual": "redistribute", "gain_limit": 2.0},
+    "G = ∞": {"residual": "redistribute", "gain_limit": math.inf},
+}
+ZENNIT = ("EpsilonPlus", "EpsilonPlusFlat", "EpsilonGammaBox", "LRP-0", "ε 0.25 everywhere")  # under every policy
+UNTRAINED = (
+    *("alexnet", "vgg11_bn", "resnet18", "densenet121", "googlenet", "squeezenet1_1", "mobilenet_v2", "mnasnet0_5"),
+    *("shufflenet_v2_x0_5", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny"),
+)
+CHUNK = 128  # samples run at once; the walk variation is taken of the first chunk only
+PATCH, AT_ONCE = 2, 4  # side of a patch; patches that are replaced between two forward passes
+RESAMPLES = 2000
+FAITHFULNESS = ("flip", "span", "pooled")  # get a mean and a 95 % interval over samples
+
+
+# -- candidates -----------------------------------------------------------------------------------------------------
+
+
+def candidates(channels: int) -> dict[str, Composite]:
+    """The composites to compare, by name; pixels lie in [0, 1]."""
+    low, high = torch.zeros(1, channels, 1, 1), torch.ones(1, channels, 1, 1)
+
+    def everywhere(epsilon: Any) -> Composite:
+        return LayerMapComposite([*layer_map_base(), (Linear, Epsilon(epsilon=epsilon))])
+
+    def first(rule: Any) -> Composite:
+        return NRMDefault(first_map=[(Convolution, rule)])
+
+    return {
+        "EpsilonPlus": EpsilonPlus(),
+        "EpsilonPlusFlat": EpsilonPlusFlat(canonizers=[FuseBatchNorm()]),
+        "EpsilonGammaBox": EpsilonGammaBox(low, high),
+        "LRP-0": everywhere(1e-6),
+        "ε 0.25 everywhere": everywhere(Stabilizer(epsilon=0.25, norm_scale=True)),
+        "γ 0.25, ε, Flat": flat_gamma(0.25),
+        "γ 0.1, ε, Flat": flat_gamma(0.1),
+        CHOSEN: NRMDefault(),
+        **{f"… ε {epsilon}": NRMDefault(epsilon) for epsilon in (0.05, 0.1, 0.3, 0.5)},
+        "… shared by contribution": NRMDefault(layer_map=[(Depthwise, Absolute()), (Linear, by_contribution())]),
+        "… first ZBox": first(ZBox(low, high)),
+        "… first WSquare": first(WSquare()),
+        "… first the same ε": first(ConservingEpsilon()),
+        "… depthwise the same ε": NRMDefault(layer_map=[(Depthwise, ConservingEpsilon())]),
+        "… signed pools, sums": NRMDefault(layer_map=[(Sum, Norm()), (AvgPool, Norm())]),
+        "NRMAbsolute": NRMAbsolute(),
+    }
+
+
+def by_contribution() -> ConservingEpsilon:
+    """Hands down what ε takes in proportion to ``|a_i w_ij|`` instead of ``|a_i|``."""
+    rule = ConservingEpsilon()
+    rule.param_modifiers = [rule.param_modifiers[0], Absolute().param_modifiers[0]]
+    return rule
+
+
+def flat_gamma(gamma: float) -> Composite:
+    """γ on convolutions, ε scaled by the layer on linear ones, Flat first, absolute shares at sums and pools."""
+    rules = [(Convolution, Gamma(gamma)), (nn.Linear, Epsilon(Stabilizer(epsilon=0.25, norm_scale=True)))]
+    return NRMDefault(layer_map=rules, first_map=[(Convolution, Flat())])
+
+
+# -- nets -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Net:
+    """A trained net and what it is asked about: images ``(N, C, H, W)``, targets ``(N,)``.
+
+    ``group`` tells which samples are copies of one digit and stay together in a resample; ``fill`` replaces patches.
+    """
+
+    name: str
+    model: nn.Module
+    images: Tensor
+    group: Tensor
+    fill: Tensor
+    accuracy: float
+
+    def __post_init__(self) -> None:
+        with torch.no_grad():
+            self.target = self.model(self.images).argmax(1)
+        self.layers = [name for name, module in self.model.named_modules() if isinstance(module, nn.ReLU)]
+
+    @torch.no_grad()
+    def logit(self, images: Tensor) -> Tensor:
+        """Target logit ``(N,)`` of changed images."""
+        logits = torch.cat([self.model(part) for part in torch.split(images, CHUNK)])
+        return logits.gather(1, self.target[:, None])[:, 0]
+
+
+class Skip(nn.Module):
+    """Layers with a skip around them, joined by a module so that Zennit's rules see the sum."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(*layers)
+        self.join = Sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.join(torch.stack([x, self.inner(x)], -1))
+        return result
+
+
+def basic(channels: int) -> list[nn.Module]:
+    """A residual block with a ReLU behind the sum, as in ResNet."""
+    convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
+    return [Skip(convolutions[0], nn.ReLU(), convolutions[1]), nn.ReLU()]
+
+
+def inverted(channels: int) -> list[nn.Module]:
+    """A residual block with a depthwise convolution and nothing behind the sum, as in MobileNetV2."""
+    wide = 3 * channels
+    depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
+    return [Skip(nn.Conv2d(channels, wide, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(wide, channels, 1))]
+
+
+def shapes_net(block: Callable[[int], list[nn.Module]], channels: int) -> nn.Sequential:
+    """Four blocks of this kind, with average pooling, for images ``(N, 3, 16, 16)``."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), *block(channels), *block(channels), nn.AvgPool2d(2)),
+        *(nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU(), *block(2 * channels), *block(2 * channels)),
+        *(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(2 * channels * 4 * 4, 5)),
+    )
+
+
+def draw_shapes(count: int) -> tuple[Tensor, Tensor]:
+    """Coloured discs, squares, triangles, crosses and rings on noisy coloured grounds, ``(N, 3, 16, 16)`` in [0, 1]."""
+    axis = torch.arange(16.0)
+    centre, radius = 5.5 + 4 * torch.rand(2, count, 1, 1), 4 + 1.5 * torch.rand(count, 1, 1)
+    y, x = (axis[:, None] - centre[0]) / radius, (axis[None, :] - centre[1]) / radius
+    distance = (x**2 + y**2).sqrt()
+    square = (x.abs() < 0.85) & (y.abs() < 0.85)
+    triangle = (y < 0.8) & (y > 2 * x.abs() - 1)
+    cross = (torch.minimum(x.abs(), y.abs()) < 0.3) & (torch.maximum(x.abs(), y.abs()) < 1)
+    masks = torch.stack([distance < 1, square, triangle, cross, (distance < 1) & (distance > 0.55)])
+    labels = torch.randint(len(masks), (count,))
+    ground = torch.rand(count, 3, 1, 1)
+    colour = (ground + 0.35 + 0.3 * torch.rand(count, 3, 1, 1)) % 1  # differs from the ground in every channel
+    images = torch.where(masks[labels, torch.arange(count)][:, None], colour, ground)
+    return (images + 0.05 * torch.randn(count, 3, 16, 16)).clamp(0, 1), labels
+
+
+def nets(samples: int) -> Iterator[Net]:
+    """The embedded net on held-out digits, a second one trained on the others, two on generated shapes."""
+    images, group = digits(samples)
+    labels = load_digits()[1]
+    black = torch.zeros(1, 1, 1, 1)
+    yield Net("digits, VGG", load_model(), images, group, black, _accuracy(load_model(), *load_digits()))
+    training, held_out = split_digits(0)
+    with reproducible(0):
+        cnn = DigitsCNN()
+        train(cnn, training, epochs=60)
+    yield Net("digits, CNN", cnn, images, group, black, _accuracy(cnn, enlarge(held_out.images), labels))
+    for name, block, channels in (("shapes, residual", basic, 12), ("shapes, depthwise", inverted, 12)):
+        with reproducible(0):
+            model = fit_shapes(shapes_net(block, channels))
+            images, labels = draw_shapes(samples)
+        fill = images.mean((0, 2, 3), keepdim=True)
+        yield Net(name, model, images, torch.arange(samples), fill, _accuracy(model, images, labels))
+
+
+def digits(samples: int) -> tuple[Tensor, Tensor]:
+    """Held-out digits; beyond their number, copies shifted by up to two pixels. And the digit that each one is."""
+    images = load_digits()[0]
+    group = torch.arange(samples) % len(images)
+    with reproducible(0):
+        return torch.cat([images, shift(images)])[:samples], group
+
+
+def fit_shapes(model: nn.Module, steps: int = 400, batch: int = 64) -> nn.Module:
+    """Trains a net on shapes drawn on the way."""
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=steps)
+    for _ in tqdm(range(steps), unit="step"):
+        images, labels = draw_shapes(batch)
+        optimizer.zero_grad()
+        torch.autograd.backward(nn.functional.cross_entropy(model(images), labels))
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return float((model(images).argmax(1) == labels).double().mean())
+
+
+# -- measures -------------------------------------------------------------------------------------------------------
+
+
+def measure(net: Net, composite: Composite, policy: dict[str, Any], drops: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything about one candidate, ``(N,)`` each (``walk``: of the first chunk).
+
+    Args:
+        net: The net and its samples.
+        composite: The candidate.
+        policy: Settings of :class:`Normalized`.
+        drops: Logit drop of every channel, ``(N, K)`` by layer.
+    """
+    settings = Normalized(composite, **policy)
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, len(net.images), CHUNK):
+        rows = slice(start, start + CHUNK)
+        mu = RelevanceMeasure(net.model, net.images[rows], net.target[rows], composite=settings)
+        maps = mu.marginal(["input", *net.layers])
+        books = {
+            "heat": maps["input"].sum(1, keepdim=True),
+            "sink": mu.sink("input"),
+            "variation": torch.stack([mu.variation(name) for name in mu.layers]).amax(0),
+        }
+        parts.append(books | {name: maps[name].reshape(*maps[name].shape[:2], -1).sum(2) for name in net.layers})
+        if start == 0:
+            walk = mu.walk_variation()
+    found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    masses = [found.pop(name) for name in net.layers]
+    heat = found.pop("heat")
+    most, least = flip(net, heat, most_first=True), flip(net, heat, most_first=False)
+    return found | {
+        "walk": walk,
+        "flip": most,
+        "span": least - most,
+        "pooled": correlation(torch.cat(masses, 1), torch.cat([drops[name] for name in net.layers], 1)),
+    }
+
+
+def flip(net: Net, heat: Tensor, most_first: bool) -> Tensor:
+    """Area under the target logit while patches are replaced by the fill, in units of the mean logit, ``(N,)``.
+
+    Args:
+        net: The net and its samples.
+        heat: ``(N, 1, H, W)``.
+        most_first: The most relevant patches first, or the least relevant.
+    """
+    grid = nn.functional.avg_pool2d(heat, PATCH)
+    rank = grid.flatten(1).argsort(dim=1, descending=most_first, stable=True).argsort(dim=1).reshape(grid.shape)
+    rank = rank.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
+    steps = range(0, grid[0].numel() + 1, AT_ONCE)
+    curve = torch.stack([net.logit(torch.where(rank < gone, net.fill, net.images)) for gone in steps])
+    return torch.trapezoid(curve, dim=0) / (len(curve) - 1) / curve[0].mean()
+
+
+def logit_drops(net: Net) -> dict[str, Tensor]:
+    """How far the target logit falls when one channel is zeroed, ``(N, K)`` by layer."""
+    before = net.logit(net.images)
+    with torch.no_grad():
+        widths = {name: width(net.model, name, net.images[:1]) for name in net.layers}
+    with tqdm(total=sum(widths.values()), desc=f"{net.name}: ablations", unit="channel", leave=False) as progress:
+        found: dict[str, list[Tensor]] = {name: [] for name in net.layers}
+        for name in net.layers:
+            for channel in range(widths[name]):
+                found[name].append(before - ablated(net, name, channel))
+                progress.update()
+    return {name: torch.stack(drops, 1) for name, drops in found.items()}
+
+
+def ablated(net: Net, layer: str, channel: int) -> Tensor:
+    """Target logit ``(N,)`` without one channel of a layer."""
+
+    def zero(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, channel] = 0
+        return output
+
+    handle = net.model.get_submodule(layer).register_forward_hook(zero)
+    try:
+        return net.logit(net.images)
+    finally:
+        handle.remove()
+
+
+def width(model: nn.Module, layer: str, images: Tensor) -> int:
+    """Number of channels of a layer."""
+    seen: list[int] = []
+    hook = model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    try:
+        model(images)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Pearson's, along the last dimension; nan where one of them is constant."""
+    one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
+    return (one * other).sum(-1) / (one.square().sum(-1) * other.square().sum(-1)).sqrt()
+
+
+# -- results --------------------------------------------------------------------------------------------------------
+
+
+def run(samples: int) -> dict[str, Any]:
+    """All candidates under all policies on all nets."""
+    started = time.perf_counter()
+    return {
+        "environment": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "zennit")},
+            "threads": torch.get_num_threads(),
+        },
+        "settings": {
+            "samples": samples,
+            "chosen": [CHOSEN, POLICY],
+            "patch": PATCH,
+            "patches_at_once": AT_ONCE,
+            "walk_variation_samples": min(CHUNK, samples),
+            "resamples": RESAMPLES,
+        },
+        "nets": {net.name: compare(net) for net in nets(samples)},
+        "untrained": {name: untrained(name) for name in tqdm(UNTRAINED, unit="net")},
+        "seconds": round(time.perf_counter() - started),
+    }
+
+
+def compare(net: Net) -> dict[str, Any]:
+    """All candidates under all policies on one net, and paired differences of the chosen one to each."""
+    weights = resamples(net.group)
+    drops = logit_drops(net)
+    names = candidates(net.images.shape[1])
+    todo = [(name, policy) for name in names for policy in POLICIES if policy == POLICY or name in ZENNIT]
+    found = {
+        pair: measure(net, names[pair[0]], POLICIES[pair[1]], drops)
+        for pair in tqdm(todo, desc=net.name, unit="candidate")
+    }
+    chosen = found[CHOSEN, POLICY]
+    with reproducible(0):
+        chance = flip(net, torch.rand(len(net.images), 1, *net.images.shape[2:]), most_first=True)
+    return {
+        "accuracy": round(net.accuracy, 4),
+        "images": int(net.group.max()) + 1,
+        "channels": sum(drop.shape[1] for drop in drops.values()),
+        "flip_random_order": interval(chance, weights),
+        "rows": [
+            {
+                "composite": name,
+                "policy": policy,
+                **summary(found[name, policy], weights),
+                "chosen_minus_this": {
+                    key: interval(chosen[key] - found[name, policy][key], weights) for key in FAITHFULNESS
+                },
+            }
+            for name, policy in todo
+        ],
+    }
+
+
+def summary(found: dict[str, Tensor], weights: Tensor) -> dict[str, Any]:
+    """Medians of the books, medians and maxima of the variations, means and intervals of the faithfulness."""
+    return {
+        "sink": rounded(found["sink"].median()),
+        **{key: [rounded(found[key].median()), rounded(found[key].max())] for key in ("variation", "walk")},
+        **{key: interval(found[key], weights) for key in FAITHFULNESS},
+    }
+
+
+def untrained(name: str, size: int = 96) -> dict[str, list[float]]:
+    """Residual sink and variation at the input of a torchvision net with random weights, by candidate.
+
+    The largest of two images, and of biases at their initial values and drawn from N(0, 0.1²); the statistics of batch
+    norm are those of one batch of noise.
+    """
+    variants = ("… ε 0.1", "… shared by contribution", "… depthwise the same ε")
+    asked = ("EpsilonPlusFlat", "γ 0.25, ε, Flat", CHOSEN, *variants)
+    composites = {key: value for key, value in candidates(3).items() if key in asked}
+    found = {key: [0.0, 1.0] for key in composites}
+    for deviation in (0.0, 0.1):
+        with reproducible(0):
+            model = random_net(name, deviation, torch.randn(8, 3, size, size))
+            images = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            target = model(images).argmax(1)
+        for key, composite in composites.items():
+            mu = RelevanceMeasure(model, images, target, composite=composite)
+            sink, variation = mu.sink("input", kind="residual").abs().max(), mu.variation("input").max()
+            found[key] = [max(found[key][0], rounded(sink)), max(found[key][1], rounded(variation))]
+    return found
+
+
+def random_net(name: str, deviation: float, batch: Tensor) -> nn.Module:
+    """A net of torchvision in evaluation mode."""
+    further: dict[str, Any] = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **further).eval()
+    for module in model.modules():
+        if deviation and isinstance(getattr(module, "bias", None), Tensor):
+            module.bias.data.normal_(0, deviation)
+        if isinstance(module, nn.BatchNorm2d):
+            module.train().momentum = 1.0
+    with torch.no_grad():
+        model(batch)
+    return model.eval()
+
+
+def resamples(group: Tensor) -> Tensor:
+    """Weights of the samples in every bootstrap resample, ``(B, N)``; copies of one image come and go together."""
+    count = int(group.max()) + 1
+    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    times = torch.zeros(RESAMPLES, count).scatter_add(1, drawn, torch.ones(RESAMPLES, count))[:, group]
+    return times / times.sum(1, keepdim=True)
+
+
+def interval(values: Tensor, weights: Tensor) -> list[float]:
+    """Mean, and the ends of its 95 % bootstrap interval."""
+    if not bool(values.isfinite().all()):
+        raise ValueError("a sample has no finite value; the mean would hide it.")
+    low, high = torch.quantile(weights @ values, torch.tensor([0.025, 0.975]))
+    return [rounded(values.mean()), rounded(low), rounded(high)]
+
+
+def rounded(value: Tensor) -> float:
+    """Four significant digits, and no more than five decimals."""
+    return round(float(f"{float(value):.4g}"), 5)
+
+
+# -- page and figure ------------------------------------------------------------------------------------------------
+
+
+def render(results: dict[str, Any]) -> None:
+    """Writes the tables between the markers of the page, and the figure."""
+    text = PAGE.read_text(encoding="utf-8")
+    tables = {
+        "composites": composite_tables,
+        "policies": policy_table,
+        "paired": paired_table,
+        "untrained": untrained_table,
+    }
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        before, rest = text.split(start)
+        text = before + start + "\n" + table(results) + "\n" + end + rest.split(end)[1]
+    PAGE.write_text(text, encoding="utf-8")
+    draw(results)
+
+
+def composite_tables(results: dict[str, Any]) -> str:
+    """One table for each net, under the chosen policy."""
+    header = "composite|sink|tap variation, max|walk variation|flip ↓|span ↑|pooled ↑".split("|")
+    parts = []
+    for name, net in results["nets"].items():
+        rows = {(row["composite"], row["policy"]): row for row in net["rows"]}
+        lines = []
+        for composite in dict.fromkeys(row["composite"] for row in net["rows"]):
+            row = rows[composite, POLICY]
+            lines.append(
+                [
+                    f"**{composite}**" if composite == CHOSEN else composite,
+                    f"{row['sink'] + 0:.3f}",
+                    f"{row['variation'][0]:.1f}, {row['variation'][1]:.0f}",
+                    f"{row['walk'][0]:.2g}" if row["walk"][0] < 100 else f"{row['walk'][0]:.0f}",
+                    *(spread(row[key]) for key in FAITHFULNESS),
+                ]
+            )
+        parts.append(
+            f"**{name}** ({100 * net['accuracy']:.1f} % accuracy, {net['channels']} channels; "
+            f"flip in random order {net['flip_random_order'][0]:.2f})\n\n" + markdown(header, lines)
+        )
+    return "\n".join(parts)
+
+
+def policy_table(results: dict[str, Any]) -> str:
+    """Residual policies side by side, for Zennit's composites."""
+    lines = []
+    for name, net in results["nets"].items():
+        rows = {(row["composite"], row["policy"]): row for row in net["rows"]}
+        for composite in ZENNIT:
+            here = [rows[composite, policy] for policy in POLICIES]
+            lines.append(
+                [
+                    name,
+                    composite,
+                    *(
+                        " / ".join(cells)
+                        for cells in (
+                            [f"{row['sink'] + 0:.2f}" for row in here],
+                            [f"{row['variation'][1]:.0f}" for row in here],
+                            [f"{row['flip'][0]:.3f}" for row in here],
+                            [f"{row['pooled'][0]:.3f}" for row in here],
+                        )
+                    ),
+                ]
+            )
+    return markdown(["net", "composite", "sink", "tap variation, max", "flip ↓", "pooled ↑"], lines)
+
+
+def paired_table(results: dict[str, Any]) -> str:
+    """The chosen composite and policy against the best others, under whatever policy."""
+    lines = []
+    for name, net in results["nets"].items():
+        for key in ("flip", "pooled"):
+            sign = 1 if key == "flip" else -1
+            others = [row for row in net["rows"] if row["composite"] != CHOSEN]
+            zennit = [row for row in others if row["composite"] in ZENNIT]
+            for kind, rows in (("of Zennit's rules", zennit), ("variant", [r for r in others if r not in zennit])):
+                best = min(rows, key=lambda row: sign * row[key][0])
+                lines.append(
+                    [
+                        name,
+                        f"{key} {'↓' if key == 'flip' else '↑'}",
+                        kind,
+                        f"{best['composite']}, {best['policy']}",
+                        spread(best["chosen_minus_this"][key], "+"),
+                    ]
+                )
+    return markdown(["net", "measure", "best", "which", f"{CHOSEN} minus it"], lines)
+
+
+def untrained_table(results: dict[str, Any]) -> str:
+    """Residual sink and variation at the input of every untrained net."""
+    nets = results["untrained"]
+    names = list(next(iter(nets.values())))
+    lines = [[net, *(", ".join(brief(value) for value in row[name]) for name in names)] for net, row in nets.items()]
+    return markdown(["net", *names], lines)
+
+
+def brief(value: float) -> str:
+    """Two decimals; the power of ten of what has exploded."""
+    return f"{value:.2f}" if value < 1000 else f"{value:.0e}"
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean and interval of a cell."""
+    mean, low, high = (f"{value:{sign}.3f}" for value in values)
+    return f"{mean} [{low}, {high}]"
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Rows are nets, columns measures, marks residual policies."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    columns = {
+        "flip": "flip: logit left, most relevant\npatches first (lower is better)",
+        "pooled": "pooled: correlation of channel mass\nwith logit drop (higher is better)",
+        "walk": "walk variation, median\n(lower is better)",
+    }
+    figure, grid = pyplot.subplots(
+        len(results["nets"]), len(columns), figsize=(11, 13), sharey=True, layout="constrained"
+    )
+    first = next(iter(results["nets"]))
+    for axes, (name, net) in zip(grid, results["nets"].items(), strict=True):
+        names = list(dict.fromkeys(row["composite"] for row in net["rows"]))
+        for axis, (key, title) in zip(axes, columns.items(), strict=True):
+            for offset, (policy, mark) in enumerate(zip(POLICIES, "s.^", strict=True)):
+                rows = [row for row in net["rows"] if row["policy"] == policy]
+                middle = [row[key][0] for row in rows]
+                ends = None if key == "walk" else [[abs(row[key][i] - row[key][0]) for row in rows] for i in (1, 2)]
+                height = [names.index(row["composite"]) + 0.25 * (offset - 1) for row in rows]
+                size = 9 if mark == "." else 4
+                axis.errorbar(middle, height, xerr=ends, fmt=mark, markersize=size, linewidth=1, label=policy)
+            axis.axhspan(names.index(CHOSEN) - 0.5, names.index(CHOSEN) + 0.5, color="0.9", zorder=0)
+            axis.set_title(title if name == first else "", fontsize=9)
+            axis.grid(axis="x", color="0.9")
+            axis.set_xscale("log" if key == "walk" else "linear")
+            if key != "walk":
+                axis.locator_params(axis="x", nbins=6)
+        axes[0].set_yticks(range(len(names)), names, fontsize=8)
+        axes[0].set_ylim(len(names) - 0.5, -0.5)
+        axes[0].set_ylabel(name)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, title="residual policy")
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURE, dpi=90)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and render, or only render."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.default_composite", description=main.__doc__)
+    parser.add_argument("--samples", type=int, default=512, help="per net (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write, or to read with --render")
+    parser.add_argument("--render", action="store_true", help="only rewrite the page and the figure from the JSON")
+    options = parser.parse_args(arguments)
+    if not options.render:
+        results = run(options.samples)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    render(json.loads(options.out.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

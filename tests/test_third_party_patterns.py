@@ -1,0 +1,87 @@
+"""Patterns that models of other packages are written in, each beside an equivalent net in plain spelling."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus, EpsilonPlusFlat, LayerMapComposite, layer_map_base
+from zennit.core import Composite
+from zennit.rules import Gamma
+from zennit.types import Linear
+
+from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
+
+
+def gamma() -> Composite:
+    """γ reads the sign of what a layer returned."""
+    return LayerMapComposite([*layer_map_base(), (Linear, Gamma(0.25))], canonizers=[FuseBatchNorm()])
+
+
+COMPOSITES = {
+    kind.__name__: kind for kind in (NRMDefault, NRMAbsolute, EpsilonPlus, EpsilonPlusFlat, EpsilonAlpha2Beta1, gamma)
+}
+
+
+@pytest.fixture(params=COMPOSITES)
+def composite(request: pytest.FixtureRequest) -> Composite:
+    return COMPOSITES[request.param]()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    """In double precision, with statistics and weights of batch norms that nothing is special about."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return model.double().eval()
+
+
+def check_alike(model: nn.Module, other: nn.Module, images: Tensor, composite: Composite) -> None:
+    """The same output, the same map and a measure that sums to one."""
+    images = images.double()
+    mu, nu = (RelevanceMeasure(net, images, 1, composite=composite) for net in (model, other))
+    torch.testing.assert_close(mu.output, model(images)[:, 1])
+    torch.testing.assert_close(nu.output, other(images)[:, 1])
+    torch.testing.assert_close(mu.output, nu.output)
+    total = mu.marginal("input").flatten(1).sum(1) + mu.sink("input") + mu.bypass("input")
+    bound = 1e-9 * mu.variation("input").max().item()
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=bound)
+    torch.testing.assert_close(mu.marginal("input"), nu.marginal("input"), rtol=0, atol=1e-9 + bound)
+
+
+class InPlace(nn.Module):
+    """A residual block that writes in place, or not; convolutions without bias return what an ε-rule keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.last, self.head = nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+        self.writes = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.stem(x), inplace=self.writes)
+        y = self.conv(x)
+        if self.writes:
+            y *= 2
+            y += x
+            y.add_(self.last(nn.functional.pad(x, (1, 1, 1, 1))))
+        else:
+            y = 2 * y + x + self.last(nn.functional.pad(x, (1, 1, 1, 1)))
+        return self.head(nn.functional.relu(y, inplace=self.writes).mean((2, 3)))
+
+
+def test_a_sum_in_place_shares_by_what_its_parts_were(composite: Composite) -> None:
+    model = prepared(InPlace())
+    plain = copy.deepcopy(model)
+    plain.writes = False
+    check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
