@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus, EpsilonPlusFlat, LayerMapComposite, layer_map_base
 from zennit.core import Composite
-from zennit.rules import Gamma
+from zennit.rules import Gamma, Pass
 from zennit.types import Linear
 
 from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
@@ -85,3 +85,43 @@ def test_a_sum_in_place_shares_by_what_its_parts_were(composite: Composite) -> N
     plain = copy.deepcopy(model)
     plain.writes = False
     check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
+
+
+class PreActivation(nn.Module):
+    """The skip connection reads what the first ReLU of the branch wrote in place, or the same in plain spelling."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.relu, self.last, self.head = nn.ReLU(inplace=inplace), nn.ReLU(inplace=inplace), nn.Linear(4, 3)
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.relu(x)
+        if not self.inplace:
+            x = y
+        y = self.conv(y)
+        z = self.last(y)
+        return self.head((x + (y if self.inplace else z)).mean((2, 3)))
+
+
+class Writing(nn.Module):
+    """A module of its own that clamps what it is handed, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp_(min=0)
+
+
+def test_modules_that_write_in_place_write_to_what_a_skip_reads(composite: Composite) -> None:
+    model, plain = PreActivation(inplace=True), PreActivation(inplace=False)
+    plain.load_state_dict(model.state_dict())
+    check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
+
+
+def test_a_module_with_a_rule_that_writes_in_place() -> None:
+    model, plain = PreActivation(inplace=True), PreActivation(inplace=False)
+    plain.load_state_dict(model.state_dict())
+    model.relu = Writing()  # type: ignore[assignment]
+    composite = NRMDefault(layer_map=[(Writing, Pass())])
+    check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
+from zennit.rules import Pass
 
 from .errors import BatchNormWarning, UnsupportedRuleError
 from .kernels import RESIDUALS, IdentityKernel, Kernel, Residual, scales
@@ -224,10 +225,19 @@ def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 class Saved:
-    """A tensor that a step will need when relevance arrives; it survives later writes into its memory."""
+    """A tensor that a step will need when relevance arrives; it survives later writes into its memory.
 
-    def __init__(self, tensor: Tensor) -> None:
+    Args:
+        tensor: The tensor.
+        values: Whether its values are needed; else only its shape, and no copy is made.
+    """
+
+    def __init__(self, tensor: Tensor, values: bool = True) -> None:
         self.tensor = tensor.detach()
+        if values:
+            self._register(tensor)
+
+    def _register(self, tensor: Tensor) -> None:
         _RUNNING.saved.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(self))
 
 
@@ -245,12 +255,16 @@ class Entered:
 
     Attributes:
         source: The input.
-        kept: The same, safe from later writes.
+        handed: What the module got in its place.
+        version: How often that had been written to.
+        kept: The input, safe from later writes.
         call: Runs the module again on another first input.
         apart: Changes how the layer is run, to the same effect.
     """
 
     source: Tensor
+    handed: Tensor
+    version: int
     kept: Saved
     call: Callable[[nn.Module, Tensor], Tensor]
     apart: BiasApart | OutOfPlace | None = None
@@ -402,7 +416,8 @@ class StepHook(Hook):
                 "model's input. As in Zennit, its rule hands all relevance to the first of them.",
                 stacklevel=2,
             )
-        args, kwargs = _replaced(args, kwargs, [(at, key, _own(module, tensor)) for at, key, tensor in places])
+        handed = [(at, key, _own(module, tensor)) for at, key, tensor in places]
+        args, kwargs = _replaced(args, kwargs, handed)
         at, key, source = places[0]
 
         def call(shell: nn.Module, first: Tensor) -> Tensor:
@@ -412,7 +427,9 @@ class StepHook(Hook):
             return result
 
         apart = _spared(module, self.rule)
-        _RUNNING.entered.append((self, module, Entered(source, Saved(source), call, apart)))
+        kept = Saved(source, values=type(self.rule) is not Pass or not _is_own_activation(module))
+        first = handed[0][2]
+        _RUNNING.entered.append((self, module, Entered(source, first, first._version, kept, call, apart)))
         if apart is not None:
             apart.__enter__()  # type: ignore[no-untyped-call]
         return args, kwargs
@@ -450,7 +467,8 @@ class StepHook(Hook):
         self._checked.add(self.rule)
         if (hearing := listener()) is not None:
             hearing.on_step(module, step)
-        return link(step, output, (source,))
+        linked = link(step, output, (source,))
+        return _written_back(entered, linked) if _wrote(entered) else linked
 
     def _last_entered(self, module: nn.Module) -> Entered | None:
         """What was kept of this call; the calls inside it that never returned go with it."""
@@ -461,6 +479,25 @@ class StepHook(Hook):
                 del running[place:]
                 return entered
         return None
+
+
+def _wrote(entered: Entered) -> bool:
+    """Whether the module would have written to its input, had it not been handed a copy or kept from it."""
+    return isinstance(entered.apart, OutOfPlace) or entered.handed._version != entered.version
+
+
+def _written_back(entered: Entered, linked: Tensor) -> Tensor:
+    """Writes to the input what the module wrote: whoever reads it later, such as a skip connection, gets that."""
+    source, handed = entered.source, entered.handed
+    if source.is_leaf:  # autograd forbids it, so a model whose input this is does not rely on it
+        return linked
+    is_result = isinstance(entered.apart, OutOfPlace) or handed.data_ptr() == linked.data_ptr()
+    with unseen():
+        before_writing(source)
+        if is_result and handed.shape == linked.shape:
+            return source.copy_(linked)
+        source.data.copy_(handed)  # written on the way to something else: whose relevance it gets is not known
+    return linked
 
 
 def _places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[bool, Any, Tensor]]:
