@@ -125,3 +125,39 @@ def test_a_module_with_a_rule_that_writes_in_place() -> None:
     model.relu = Writing()  # type: ignore[assignment]
     composite = NRMDefault(layer_map=[(Writing, Pass())])
     check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch normalization that is an activation as well."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return self.act(norm)
+
+
+class Dense(nn.Module):
+    """Two layers of a DenseNet: each reads all before it, normalized and clipped."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.norm1, self.conv1 = norm(4), nn.Conv2d(4, 2, 3, padding=1)
+        self.norm2, self.conv2 = norm(6), nn.Conv2d(6, 2, 1)
+        self.head = nn.Linear(8, 3)
+        self.relu = nn.ReLU() if norm is nn.BatchNorm2d else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([x, self.conv1(self.relu(self.norm1(x)))], 1)
+        x = torch.cat([x, self.conv2(self.relu(self.norm2(x)))], 1)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_batch_norm_with_an_activation_inside(composite: Composite) -> None:
+    model, plain = prepared(Dense(NormAct)), prepared(Dense(nn.BatchNorm2d))
+    plain.load_state_dict(model.state_dict())
+    check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
