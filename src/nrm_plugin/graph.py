@@ -28,6 +28,9 @@ _WITH_CONSTANTS = frozenset(
         "maxunpool3d",
         "maximum",
         "minimum",
+        "tril",
+        "triu",
+        "im2col",
     ]
 )
 
@@ -105,7 +108,9 @@ class Vertex:
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
                 seeds = [like.new_zeros(shape).requires_grad_() for shape in self.shapes]
-                totals = [part.sum() for part in self._route(list(seeds)) if _carries(part)]
+                # Called by hand, some nodes make a gradient for their constants as well.
+                parts = zip(self._route(list(seeds)), self.edges, strict=True)
+                totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
                 columns = (
                     torch.autograd.grad(totals, seeds, allow_unused=True, materialize_grads=True)
                     if totals
