@@ -161,3 +161,29 @@ def test_a_batch_norm_with_an_activation_inside(composite: Composite) -> None:
     model, plain = prepared(Dense(NormAct)), prepared(Dense(nn.BatchNorm2d))
     plain.load_state_dict(model.state_dict())
     check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
+
+
+class Shared(nn.Module):
+    """A convolution that is read by a batch norm and a skip connection, and one that two batch norms read.
+
+    ``apart`` puts an identity of its own between layer and norm, so that the norm cannot go into the layer.
+    """
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.stem, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.conv, self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+        self.gap = nn.LeakyReLU(1.0) if apart else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.conv(self.relu(self.norm(self.gap(x))))
+        y = self.relu(self.one(self.gap(y))) + self.two(self.gap(y))
+        return self.head((x + y).mean((2, 3)))
+
+
+def test_a_layer_that_others_read_does_not_take_over_its_batch_norm(composite: Composite) -> None:
+    model, plain = prepared(Shared(apart=False)), prepared(Shared(apart=True))
+    plain.load_state_dict(model.state_dict())
+    check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)

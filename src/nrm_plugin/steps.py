@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.rules import Pass
 
 from .errors import BatchNormWarning, UnsupportedRuleError
-from .kernels import RESIDUALS, IdentityKernel, Kernel, Residual, scales
+from .kernels import RESIDUALS, Kernel, Residual, scales
 from .reading import Image, broadcast, check_linear, is_affine, is_known_linear, read_rule, reads_output, wants_image
 from .shells import shell_of
 
@@ -62,7 +62,9 @@ class LayerCall:
         where: Layer name, for messages.
         image: What it returned without its bias, and with which weight, where that was seen.
         output: What it returned, where the rule reads that; None where it has to be computed.
-        is_identity: Whether the layer was fused into a neighbour.
+        folds: What fusion does to it before the kernel is made.
+        norms: The batch normalizations that read what it returned.
+        layer: For a batch normalization, the layer that it reads.
         holds_dense_norm: Whether a dense layer and a batch norm were fused in here.
     """
 
@@ -73,7 +75,9 @@ class LayerCall:
     where: str
     image: tuple[Saved, Tensor] | None = None
     output: Saved | None = None
-    is_identity: bool = False
+    folds: list[Callable[[], None]] = field(default_factory=list)
+    norms: list[Step] = field(default_factory=list)
+    layer: Step | None = None
     holds_dense_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -82,13 +86,18 @@ class LayerCall:
 
     def kernel(self, like: Tensor) -> Kernel:
         """The kernel of the rule at this call; ``like`` has the shape of the output, and maybe other values by now."""
-        if self.is_identity:
-            return IdentityKernel()
+        while self.folds:
+            self.folds.pop(0)()
         image, self.image = self.image, None  # needed once; a step keeps what the kernel makes of it
         seen = None if image is None else (image[0].tensor, image[1])
         known = self.output is not None
         output = self.output.tensor if self.output is not None else like
         return read_rule(self.rule, self.module, self.call, self.source.tensor, output, self.where, seen, known)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this is a batch normalization that the layer below takes over: nothing else reads that layer."""
+        return self.layer is not None and self.layer.uses <= 1 and len(self.layer.origin.norms) == 1
 
     def change(self, weight: Tensor, bias: Tensor) -> None:
         """Gives the layer other parameters, with which it returns something else than the model saw."""
@@ -456,15 +465,18 @@ class StepHook(Hook):
         origin = LayerCall(
             self.rule.copy(), shell_of(module), entered.call, entered.kept, self.name, image, Saved(output)
         )
-        step = Step(self.name, output, lambda: origin.kernel(step._like), self.normalization, type(self.rule).__name__)
+        # Not the output itself: linked, it holds the step, and the two would keep each other alive.
+        build = functools.partial(origin.kernel, output.detach())
+        step = Step(self.name, output, build, self.normalization, type(self.rule).__name__)
         step.origin = origin
-        if self.fuse is not None:
-            with unseen():
-                self.fuse(step, source)
         if self.rule not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), unseen():
                 check_linear(step.kernel, self.rule, output, self.name)
+            step.forget()  # fusion may change it yet
         self._checked.add(self.rule)
+        if self.fuse is not None:
+            with unseen():
+                self.fuse(step, source)
         if (hearing := listener()) is not None:
             hearing.on_step(module, step)
         linked = link(step, output, (source,))
