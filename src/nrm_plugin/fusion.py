@@ -15,6 +15,9 @@ Source: arXiv 2002.11018 for fusion; the border and the clipped form are textboo
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,13 +47,25 @@ def fuse(step: Step, source: Tensor) -> None:
     if _affine(step) is not None:
         if _fits_output(step, below):
             step.origin.layer = below
-            below.origin.norms.append(step)
-            below.origin.folds.append(lambda: _fold_output(step, below))
+            below.origin.norms.append(weakref.proxy(step))
+            below.origin.folds.append(_later(_fold_output, step, below))
             below.forget()
     elif _is_weighted(step):
         lower = _producer(_input_node(source_of(source.grad_fn))) if _is_relu(below) else below
         if lower is not None and _affine(lower) is not None:
-            step.origin.folds.append(lambda: _fold_input(step, lower, clipped=lower is not below))
+            step.origin.folds.append(_later(functools.partial(_fold_input, clipped=lower is not below), step, lower))
+
+
+def _later(fold: Callable[[Step, Step], None], first: Step, second: Step) -> Callable[[], None]:
+    """A fold to be done when a kernel is made. It keeps no step alive, for a step keeps its folds."""
+    some, others = weakref.ref(first), weakref.ref(second)
+
+    def run() -> None:
+        one, other = some(), others()
+        if one is not None and other is not None:
+            fold(one, other)
+
+    return run
 
 
 def _producer(node: Any) -> Step | None:
