@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus, EpsilonPlusFlat, LayerMapComposite, layer_map_base
 from zennit.core import Composite
-from zennit.rules import Gamma
+from zennit.rules import Gamma, Pass
 from zennit.types import Linear
 
 from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
@@ -84,4 +84,106 @@ def test_a_sum_in_place_shares_by_what_its_parts_were(composite: Composite) -> N
     model = prepared(InPlace())
     plain = copy.deepcopy(model)
     plain.writes = False
+    check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
+
+
+class PreActivation(nn.Module):
+    """The skip connection reads what the first ReLU of the branch wrote in place, or the same in plain spelling."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.relu, self.last, self.head = nn.ReLU(inplace=inplace), nn.ReLU(inplace=inplace), nn.Linear(4, 3)
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.relu(x)
+        if not self.inplace:
+            x = y
+        y = self.conv(y)
+        z = self.last(y)
+        return self.head((x + (y if self.inplace else z)).mean((2, 3)))
+
+
+class Writing(nn.Module):
+    """A module of its own that clamps what it is handed, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp_(min=0)
+
+
+def test_modules_that_write_in_place_write_to_what_a_skip_reads(composite: Composite) -> None:
+    model, plain = PreActivation(inplace=True), PreActivation(inplace=False)
+    plain.load_state_dict(model.state_dict())
+    check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
+
+
+def test_a_module_with_a_rule_that_writes_in_place() -> None:
+    model, plain = PreActivation(inplace=True), PreActivation(inplace=False)
+    plain.load_state_dict(model.state_dict())
+    model.relu = Writing()  # type: ignore[assignment]
+    composite = NRMDefault(layer_map=[(Writing, Pass())])
+    check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch normalization that is an activation as well."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return self.act(norm)
+
+
+class Dense(nn.Module):
+    """Two layers of a DenseNet: each reads all before it, normalized and clipped."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.norm1, self.conv1 = norm(4), nn.Conv2d(4, 2, 3, padding=1)
+        self.norm2, self.conv2 = norm(6), nn.Conv2d(6, 2, 1)
+        self.head = nn.Linear(8, 3)
+        self.relu = nn.ReLU() if norm is nn.BatchNorm2d else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([x, self.conv1(self.relu(self.norm1(x)))], 1)
+        x = torch.cat([x, self.conv2(self.relu(self.norm2(x)))], 1)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_batch_norm_with_an_activation_inside(composite: Composite) -> None:
+    model, plain = prepared(Dense(NormAct)), prepared(Dense(nn.BatchNorm2d))
+    plain.load_state_dict(model.state_dict())
+    check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
+
+
+class Shared(nn.Module):
+    """A convolution that is read by a batch norm and a skip connection, and one that two batch norms read.
+
+    ``apart`` puts an identity of its own between layer and norm, so that the norm cannot go into the layer.
+    """
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.stem, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.conv, self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+        self.gap = nn.LeakyReLU(1.0) if apart else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.conv(self.relu(self.norm(self.gap(x))))
+        y = self.relu(self.one(self.gap(y))) + self.two(self.gap(y))
+        return self.head((x + y).mean((2, 3)))
+
+
+def test_a_layer_that_others_read_does_not_take_over_its_batch_norm(composite: Composite) -> None:
+    model, plain = prepared(Shared(apart=False)), prepared(Shared(apart=True))
+    plain.load_state_dict(model.state_dict())
     check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)

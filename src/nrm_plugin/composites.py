@@ -83,7 +83,7 @@ class Normalized(Composite):
         rule = None if isinstance(module, nn.MultiheadAttention) else self.composite.module_map(ctx, name, module)
         if rule is None and self.uncovered == "gradient" and is_leaf(module) and not is_route(module):
             rule = PlainGradient()
-        if rule is None:
+        if rule is None or (type(rule) is Pass and _is_compound_norm(module)):
             return None
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
@@ -134,6 +134,12 @@ def check_composite(composite: Any) -> None:
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module has no children."""
     return not module._modules
+
+
+def _is_compound_norm(module: nn.Module) -> bool:
+    """Whether a batch normalization does more than its class, such as an activation; its parts are steps instead."""
+    norm = nn.modules.batchnorm._BatchNorm
+    return isinstance(module, norm) and type(module).forward is not norm.forward
 
 
 def register(name: str) -> Any:

@@ -15,6 +15,9 @@ Source: arXiv 2002.11018 for fusion; the border and the clipped form are textboo
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +32,10 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 
 def fuse(step: Step, source: Tensor) -> None:
-    """Fuses a new step with the steps that made its input, where one of the three forms fits.
+    """Prepares the fusion of a new step with the steps that made its input, where one of the three forms fits.
+
+    It is done when the kernel of the layer is made: only then it is known who reads what the layer returned. A batch
+    normalization goes into the layer below it if nobody else reads that layer, else into the layer above.
 
     Args:
         step: The step.
@@ -38,15 +44,28 @@ def fuse(step: Step, source: Tensor) -> None:
     below = _producer(source.grad_fn)
     if below is None:
         return
-    if _affine(step) is not None and not step.origin.is_identity:
-        _fold_output(step, below)
+    if _affine(step) is not None:
+        if _fits_output(step, below):
+            step.origin.layer = below
+            below.origin.norms.append(weakref.proxy(step))
+            below.origin.folds.append(_later(_fold_output, step, below))
+            below.forget()
     elif _is_weighted(step):
-        if _affine(below) is not None:
-            _fold_input(step, below, clipped=False)
-        elif _is_relu(below):
-            lower = _producer(_input_node(source_of(source.grad_fn)))
-            if lower is not None and _affine(lower) is not None:
-                _fold_input(step, lower, clipped=True)
+        lower = _producer(_input_node(source_of(source.grad_fn))) if _is_relu(below) else below
+        if lower is not None and _affine(lower) is not None:
+            step.origin.folds.append(_later(functools.partial(_fold_input, clipped=lower is not below), step, lower))
+
+
+def _later(fold: Callable[[Step, Step], None], first: Step, second: Step) -> Callable[[], None]:
+    """A fold to be done when a kernel is made. It keeps no step alive, for a step keeps its folds."""
+    some, others = weakref.ref(first), weakref.ref(second)
+
+    def run() -> None:
+        one, other = some(), others()
+        if one is not None and other is not None:
+            fold(one, other)
+
+    return run
 
 
 def _producer(node: Any) -> Step | None:
@@ -62,7 +81,7 @@ def _input_node(node: Any) -> Any:
 def _affine(step: Step) -> tuple[Tensor, Tensor] | None:
     """``(g, h)`` of a batch normalization in evaluation mode that hands relevance through; None for anything else."""
     origin = step.origin
-    if not isinstance(origin, LayerCall) or origin.is_identity or type(origin.rule) is not Pass:
+    if not isinstance(origin, LayerCall) or type(origin.rule) is not Pass:
         return None
     norm = origin.module
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or norm.running_var is None:
@@ -95,16 +114,23 @@ def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
     return int(getattr(module, "groups", 1)), isinstance(module, _CONVOLUTIONS[3:]), isinstance(module, nn.Linear)
 
 
+def _fits_output(norm: Step, layer: Step) -> bool:
+    """Whether a batch normalization has one entry for each channel that a layer returns."""
+    affine = _affine(norm)
+    if affine is None or not _is_weighted(layer) or len(layer.shape) < 2:
+        return False
+    _, _, dense = _geometry(layer.origin.module)
+    return layer.shape[1] == len(affine[0]) and not (dense and len(layer.shape) != 2)
+
+
 def _fold_output(norm: Step, layer: Step) -> None:
     """Layer → BN."""
     affine = _affine(norm)
-    if affine is None or not _is_weighted(layer) or len(layer.shape) < 2:
+    if affine is None or not norm.origin.is_identity:
         return
     scale, shift = affine
     origin: LayerCall = layer.origin
     groups, transposed, dense = _geometry(origin.module)
-    if layer.shape[1] != len(scale) or (dense and len(layer.shape) != 2):
-        return
     weight = _parameter(origin.module, "weight")
     assert weight is not None
     bias = _parameter(origin.module, "bias")
@@ -116,15 +142,13 @@ def _fold_output(norm: Step, layer: Step) -> None:
     moved = shift if flat else shift.reshape(view)
     origin.change(changed, moved if bias is None else bias + moved)
     origin.holds_dense_norm |= dense
-    norm.origin.is_identity = True
-    norm.forget()
-    layer.forget()
 
 
 def _fold_input(layer: Step, norm: Step, clipped: bool) -> None:
     """BN → layer, or BN → ReLU → layer; the layer reads the input of the batch normalization."""
     affine = _affine(norm)
-    assert affine is not None
+    if affine is None or norm.origin.is_identity:
+        return
     scale, shift = affine
     origin: LayerCall = layer.origin
     groups, transposed, dense = _geometry(origin.module)
@@ -153,9 +177,8 @@ def _fold_input(layer: Step, norm: Step, clipped: bool) -> None:
     if bias is not None:
         constant = constant + (bias if dense else bias.reshape(1, -1, *(1,) * (constant.ndim - 2)))
     origin.change(changed, constant[0] if dense else constant)
-    origin.source = Saved(raw)
+    origin.source = Saved(raw, values=False)  # the model has run, so nothing is written any more
     origin.holds_dense_norm |= dense
-    layer.forget()
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .routes import is_whole, operation
+from .routes import is_whole, operation, written
 from .steps import Step
 
 _WITH_CONSTANTS = frozenset(
@@ -28,6 +28,9 @@ _WITH_CONSTANTS = frozenset(
         "maxunpool3d",
         "maximum",
         "minimum",
+        "tril",
+        "triu",
+        "im2col",
     ]
 )
 
@@ -105,7 +108,9 @@ class Vertex:
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
                 seeds = [like.new_zeros(shape).requires_grad_() for shape in self.shapes]
-                totals = [part.sum() for part in self._route(list(seeds)) if _carries(part)]
+                # Called by hand, some nodes make a gradient for their constants as well.
+                parts = zip(self._route(list(seeds)), self.edges, strict=True)
+                totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
                 columns = (
                     torch.autograd.grad(totals, seeds, allow_unused=True, materialize_grads=True)
                     if totals
@@ -124,24 +129,22 @@ class Graph:
     """
 
     def __init__(self, output: Tensor) -> None:
-        self.nodes = _in_walk_order(output.grad_fn)
+        root, number = written(output.grad_fn, output.output_nr)
+        self.nodes = _in_walk_order(root)
         position = {node: index for index, node in enumerate(self.nodes)}
         self.vertices = [_vertex(node, position) for node in self.nodes]
         self.position = position
         self._count_uses()
-        self.output = Buffer(0, output.output_nr)
+        self.output = Buffer(0, number)
 
     def _count_uses(self) -> None:
-        """How often each tensor is read, also through views of all of it and writes of all of it elsewhere."""
+        """How often each tensor is read, also through views of all of it."""
         uses = [0] * len(self.vertices)
         for index, vertex in enumerate(self.vertices):
-            for number, edge in enumerate(vertex.edges):
+            for edge in vertex.edges:
                 if edge is None:
                     continue
-                if vertex.step is None and is_whole(vertex.node):  # what a write puts away is not read
-                    uses[edge.vertex] += uses[index] if number == len(vertex.edges) - 1 else 0
-                else:
-                    uses[edge.vertex] += 1
+                uses[edge.vertex] += uses[index] if vertex.step is None and is_whole(vertex.node) else 1
         for vertex, count in zip(self.vertices, uses, strict=True):
             if vertex.step is not None:
                 vertex.step.uses = count
@@ -191,13 +194,13 @@ def _in_walk_order(root: Any) -> list[Any]:
     """Depth-first, without recursion: every node before the nodes that it hands relevance to."""
     order: list[Any] = []
     seen = {root}
-    stack = [(root, iter(root.next_functions))]
+    stack = [(root, iter(_edges(root)))]
     while stack:
         node, rest = stack[-1]
         for below, _ in rest:
             if below is not None and below not in seen:
                 seen.add(below)
-                stack.append((below, iter(below.next_functions)))
+                stack.append((below, iter(_edges(below))))
                 break
         else:
             order.append(node)
@@ -205,8 +208,13 @@ def _in_walk_order(root: Any) -> list[Any]:
     return order[::-1]
 
 
+def _edges(node: Any) -> list[tuple[Any, int]]:
+    """What a node hands down to, and which output of it; writes of whole tensors are no vertices of their own."""
+    return [written(below, number) for below, number in node.next_functions]
+
+
 def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
-    edges = tuple(None if below is None else Buffer(position[below], number) for below, number in node.next_functions)
+    edges = tuple(None if below is None else Buffer(position[below], number) for below, number in _edges(node))
     step = getattr(node, "step", None)
     step = step if isinstance(step, Step) else None
     leaf = getattr(node, "variable", None)

@@ -26,7 +26,7 @@ from .errors import (
 )
 from .events import Atom
 from .graph import Buffer, Graph
-from .routes import is_route_node, operation
+from .routes import is_route_node, operation, written
 from .shells import Fingerprint, preserved
 from .starts import sample_sums
 from .steps import Step, StepHook, forward_pass, unseen
@@ -193,7 +193,8 @@ class Recording:
     def _see(self, name: str, call: int, side: str, item: Item | None, tensor: Tensor, dim: int | None) -> None:
         self._keep(name, call, side, item, tensor)
         if name and tensor.grad_fn is not None and tensor.is_floating_point():
-            self._seen.append(_Seen(name, call, side, item, tensor.grad_fn, tensor.output_nr, tensor.shape, dim))
+            node, number = written(tensor.grad_fn, tensor.output_nr)
+            self._seen.append(_Seen(name, call, side, item, node, number, tensor.shape, dim))
 
     def _check_covered(self, module: nn.Module, name: str, args: tuple[Any, ...], output: Tensor) -> None:
         """A leaf module without a rule may only route."""

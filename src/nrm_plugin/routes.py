@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 from torch.autograd.graph import Node
@@ -87,12 +88,23 @@ _WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias"])
 
 
 def is_whole(node: Node) -> bool:
-    """Whether a node hands on every entry of one tensor: a view of all of it, or a write over all of a tensor."""
-    return operation(node) in _WHOLE or operation(node) == "Copy"
+    """Whether a node is a view of all entries of a tensor."""
+    return operation(node) in _WHOLE
 
 
-def source_of(node: Node | None) -> Node | None:
+def written(node: Any, number: int) -> tuple[Any, int]:
+    """Output ``number`` of a node, or what was written over all of it in place: nothing is left of what was there."""
+    while node is not None and operation(node) == "Copy":
+        below, place = node.next_functions[-1]  # the first is what was written over
+        if below is None or below._input_metadata[place].shape != node._input_metadata[0].shape:
+            break
+        node, number = below, place
+    return node, number
+
+
+def source_of(node: Any) -> Any:
     """The node that made the entries of a tensor, looking through views of all of it and writes in place."""
+    node, _ = written(node, 0)
     while node is not None and is_whole(node):
-        node = node.next_functions[-1][0]  # of a write, the first is what was written over
+        node, _ = written(*node.next_functions[0])
     return node

@@ -14,16 +14,17 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
+from zennit.rules import Pass
 
 from .errors import BatchNormWarning, UnsupportedRuleError
-from .kernels import RESIDUALS, IdentityKernel, Kernel, Residual, scales
+from .kernels import RESIDUALS, Kernel, Residual, scales
 from .reading import Image, broadcast, check_linear, is_affine, is_known_linear, read_rule, reads_output, wants_image
 from .shells import shell_of
 
@@ -61,7 +62,9 @@ class LayerCall:
         where: Layer name, for messages.
         image: What it returned without its bias, and with which weight, where that was seen.
         output: What it returned, where the rule reads that; None where it has to be computed.
-        is_identity: Whether the layer was fused into a neighbour.
+        folds: What fusion does to it before the kernel is made.
+        norms: The batch normalizations that read what it returned.
+        layer: For a batch normalization, the layer that it reads.
         holds_dense_norm: Whether a dense layer and a batch norm were fused in here.
     """
 
@@ -72,7 +75,9 @@ class LayerCall:
     where: str
     image: tuple[Saved, Tensor] | None = None
     output: Saved | None = None
-    is_identity: bool = False
+    folds: list[Callable[[], None]] = field(default_factory=list)
+    norms: list[Step] = field(default_factory=list)
+    layer: Step | None = None
     holds_dense_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -81,13 +86,18 @@ class LayerCall:
 
     def kernel(self, like: Tensor) -> Kernel:
         """The kernel of the rule at this call; ``like`` has the shape of the output, and maybe other values by now."""
-        if self.is_identity:
-            return IdentityKernel()
+        while self.folds:
+            self.folds.pop(0)()
         image, self.image = self.image, None  # needed once; a step keeps what the kernel makes of it
         seen = None if image is None else (image[0].tensor, image[1])
         known = self.output is not None
         output = self.output.tensor if self.output is not None else like
         return read_rule(self.rule, self.module, self.call, self.source.tensor, output, self.where, seen, known)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this is a batch normalization that the layer below takes over: nothing else reads that layer."""
+        return self.layer is not None and self.layer.uses <= 1 and len(self.layer.origin.norms) == 1
 
     def change(self, weight: Tensor, bias: Tensor) -> None:
         """Gives the layer other parameters, with which it returns something else than the model saw."""
@@ -224,10 +234,19 @@ def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 class Saved:
-    """A tensor that a step will need when relevance arrives; it survives later writes into its memory."""
+    """A tensor that a step will need when relevance arrives; it survives later writes into its memory.
 
-    def __init__(self, tensor: Tensor) -> None:
+    Args:
+        tensor: The tensor.
+        values: Whether its values are needed; else only its shape, and no copy is made.
+    """
+
+    def __init__(self, tensor: Tensor, values: bool = True) -> None:
         self.tensor = tensor.detach()
+        if values:
+            self._register(tensor)
+
+    def _register(self, tensor: Tensor) -> None:
         _RUNNING.saved.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(self))
 
 
@@ -245,12 +264,16 @@ class Entered:
 
     Attributes:
         source: The input.
-        kept: The same, safe from later writes.
+        handed: What the module got in its place.
+        version: How often that had been written to.
+        kept: The input, safe from later writes.
         call: Runs the module again on another first input.
         apart: Changes how the layer is run, to the same effect.
     """
 
     source: Tensor
+    handed: Tensor
+    version: int
     kept: Saved
     call: Callable[[nn.Module, Tensor], Tensor]
     apart: BiasApart | OutOfPlace | None = None
@@ -402,7 +425,8 @@ class StepHook(Hook):
                 "model's input. As in Zennit, its rule hands all relevance to the first of them.",
                 stacklevel=2,
             )
-        args, kwargs = _replaced(args, kwargs, [(at, key, _own(module, tensor)) for at, key, tensor in places])
+        handed = [(at, key, _own(module, tensor)) for at, key, tensor in places]
+        args, kwargs = _replaced(args, kwargs, handed)
         at, key, source = places[0]
 
         def call(shell: nn.Module, first: Tensor) -> Tensor:
@@ -412,7 +436,9 @@ class StepHook(Hook):
             return result
 
         apart = _spared(module, self.rule)
-        _RUNNING.entered.append((self, module, Entered(source, Saved(source), call, apart)))
+        kept = Saved(source, values=type(self.rule) is not Pass or not _is_own_activation(module))
+        first = handed[0][2]
+        _RUNNING.entered.append((self, module, Entered(source, first, first._version, kept, call, apart)))
         if apart is not None:
             apart.__enter__()  # type: ignore[no-untyped-call]
         return args, kwargs
@@ -439,18 +465,22 @@ class StepHook(Hook):
         origin = LayerCall(
             self.rule.copy(), shell_of(module), entered.call, entered.kept, self.name, image, Saved(output)
         )
-        step = Step(self.name, output, lambda: origin.kernel(step._like), self.normalization, type(self.rule).__name__)
+        # Not the output itself: linked, it holds the step, and the two would keep each other alive.
+        build = functools.partial(origin.kernel, output.detach())
+        step = Step(self.name, output, build, self.normalization, type(self.rule).__name__)
         step.origin = origin
-        if self.fuse is not None:
-            with unseen():
-                self.fuse(step, source)
         if self.rule not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), unseen():
                 check_linear(step.kernel, self.rule, output, self.name)
+            step.forget()  # fusion may change it yet
         self._checked.add(self.rule)
+        if self.fuse is not None:
+            with unseen():
+                self.fuse(step, source)
         if (hearing := listener()) is not None:
             hearing.on_step(module, step)
-        return link(step, output, (source,))
+        linked = link(step, output, (source,))
+        return _written_back(entered, linked) if _wrote(entered) else linked
 
     def _last_entered(self, module: nn.Module) -> Entered | None:
         """What was kept of this call; the calls inside it that never returned go with it."""
@@ -461,6 +491,25 @@ class StepHook(Hook):
                 del running[place:]
                 return entered
         return None
+
+
+def _wrote(entered: Entered) -> bool:
+    """Whether the module would have written to its input, had it not been handed a copy or kept from it."""
+    return isinstance(entered.apart, OutOfPlace) or entered.handed._version != entered.version
+
+
+def _written_back(entered: Entered, linked: Tensor) -> Tensor:
+    """Writes to the input what the module wrote: whoever reads it later, such as a skip connection, gets that."""
+    source, handed = entered.source, entered.handed
+    if source.is_leaf:  # autograd forbids it, so a model whose input this is does not rely on it
+        return linked
+    is_result = isinstance(entered.apart, OutOfPlace) or handed.data_ptr() == linked.data_ptr()
+    with unseen():
+        before_writing(source)
+        if is_result and handed.shape == linked.shape:
+            return source.copy_(linked)
+        source.data.copy_(handed)  # written on the way to something else: whose relevance it gets is not known
+    return linked
 
 
 def _places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[bool, Any, Tensor]]:

@@ -225,7 +225,8 @@ class _Mode(TorchFunctionMode):
             output = output.clone()  # some operations return their input; a step's output has memory of its own
         rule = "sum" if name.base in ("add", "sub", "rsub") and len(computed) > 1 else name.base
         layer = layer_call(call, output) if handler is KERNELS.get(name.base) else None
-        build = (lambda: handler(call)) if layer is None else (lambda: layer.kernel(output))
+        like = output.detach()  # linked, the output itself would keep its step alive
+        build = (lambda: handler(call)) if layer is None else (lambda: layer.kernel(like))
         linked = self._linked(call, output, build, rule, computed, layer)
         with_constants = len(computed) < len(_tensors_in(args, kwargs)) or any(
             isinstance(value, (int, float)) for value in args

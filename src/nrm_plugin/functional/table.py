@@ -5,6 +5,7 @@ Source: MEASURE, section 5 (ours).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from zennit.core import Stabilizer
 from zennit.rules import Pass
 
 from ..kernels import Kernel
-from ..reading import Weighted, Weightless, read_rule
+from ..reading import PlainGradient, Weighted, Weightless, read_rule
 from ..rules import Absolute
 from ..steps import LayerCall, Saved
 from .registry import FunctionCall, Slot, kernel, rewrite
@@ -227,13 +228,33 @@ POOLS = (
 
 @kernel(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """Linear with coefficients that are not negative: by the composite's rule of average pooling."""
+    """Averages: by the composite's rule of average pooling."""
     if len(call.saved) > 1:
         return _first_only(call, pooling)
+    mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
+    if mode.startswith("nearest"):
+        return _by_rule(PlainGradient(), call)  # a route: nothing is averaged
     rule = call.rules.of_module(nn.AvgPool2d(1))
     if rule is None or _is_sum_of_stack(call):
         rule = Absolute()
+    if mode == "bicubic" and isinstance(rule, Absolute):
+        call = _without_signs(call)
     return _by_rule(rule, call)
+
+
+def _without_signs(call: FunctionCall) -> FunctionCall:
+    r"""Bicubic interpolation :math:`A X B^\top`, whose weights may be negative, as :math:`|A| X |B|^\top`."""
+    value = call.values[0]
+    height, width = value.shape[-2:]
+
+    def along(unit: Tensor) -> Tensor:
+        # One channel for each entry along one dimension, the same everywhere along the other: its weights sum to one.
+        return call.run(unit.expand(len(unit), height, width).unsqueeze(0))[0].abs()  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        rows = along(torch.eye(height, dtype=value.dtype, device=value.device).unsqueeze(2))[:, :, 0]
+        columns = along(torch.eye(width, dtype=value.dtype, device=value.device).unsqueeze(1))[:, 0, :]
+    return dataclasses.replace(call, function=lambda source: rows.T @ source @ columns, args=(Slot(0),), kwargs={})
 
 
 def _is_sum_of_stack(call: FunctionCall) -> bool:
