@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus, EpsilonPlusFlat, LayerMapComposite, layer_map_base
 from zennit.core import Composite
-from zennit.rules import Gamma, Pass
+from zennit.rules import Epsilon, Gamma, Pass
 from zennit.types import Linear
 
 from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
@@ -187,3 +187,78 @@ def test_a_layer_that_others_read_does_not_take_over_its_batch_norm(composite: C
     model, plain = prepared(Shared(apart=False)), prepared(Shared(apart=True))
     plain.load_state_dict(model.state_dict())
     check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
+
+
+class Standardized(nn.Conv2d):
+    """Pads so that the size stays, and standardizes its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(x, (0, 1, 1, 1))
+        return nn.functional.conv2d(x, self.effective(), self.bias, groups=self.groups)
+
+    def effective(self) -> Tensor:
+        weight = self.weight.flatten(1)
+        weight = (weight - weight.mean(1, keepdim=True)) / weight.std(1, keepdim=True)
+        return weight.view_as(self.weight)
+
+
+class Subclassed(nn.Sequential):
+    """Convolutions of a subclass, or of torch with the same effective weights and an asymmetric padding in front."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(Standardized(3, 4, (3, 2)), nn.BatchNorm2d(4), nn.ReLU()),
+            *(Standardized(4, 6, (3, 2), groups=2, bias=False), nn.BatchNorm2d(6), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+        )
+
+
+def in_plain_spelling(model: nn.Module) -> nn.Module:
+    plain = copy.deepcopy(model)
+    for number, module in enumerate(plain):
+        if isinstance(module, Standardized):
+            bias = module.bias is not None
+            conv = nn.Conv2d(
+                module.in_channels, module.out_channels, (3, 3), padding=1, groups=module.groups, bias=bias
+            )
+            conv.weight.data = nn.functional.pad(module.effective().detach(), (1, 0))
+            conv.bias = module.bias
+            plain[number] = conv.double()
+    return plain
+
+
+def test_a_convolution_that_computes_its_weight(composite: Composite) -> None:
+    model = prepared(Subclassed())
+    plain = in_plain_spelling(model)
+    if isinstance(composite, EpsilonPlusFlat):  # Flat would count the column of zeros too
+        composite = EpsilonPlus(canonizers=[FuseBatchNorm()])
+    if isinstance(composite, NRMDefault):
+        composite = NRMDefault(first_map=[(nn.Conv2d, Epsilon(0.1))], layer_map=[(nn.Conv2d, Epsilon(0.1))])
+    check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
+
+
+def test_flat_on_a_convolution_that_computes_its_weight_spreads_evenly() -> None:
+    model = nn.Sequential(Standardized(2, 3, (3, 2)), nn.Flatten()).double()
+    mu = RelevanceMeasure(model.eval(), torch.randn(1, 2, 5, 5).double(), 12)  # the middle neuron of channel 0
+    expected = torch.zeros(1, 2, 5, 5).double()
+    expected[..., 1:4, 2:4] = 1 / 12
+    torch.testing.assert_close(mu.marginal("input"), expected)
+
+
+class Activated(nn.Conv2d):
+    """A convolution that is an activation as well: no weight would make it affine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_a_subclass_that_is_not_affine_is_read_as_zennit_reads_it() -> None:
+    model = nn.Sequential(Activated(2, 3, 3), nn.Flatten(), nn.Linear(27, 2)).double().eval()
+    images = torch.randn(2, 2, 5, 5).double()
+    mu = RelevanceMeasure(model, images, 1, composite=EpsilonPlus(), residual="sink")
+    plain = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), *model[1:]).double()
+    plain[0].load_state_dict(model[0].state_dict())
+    nu = RelevanceMeasure(plain, images, 1, composite=EpsilonPlus(), residual="sink")
+    torch.testing.assert_close(mu.marginal("1"), nu.marginal("2"))
+    total = mu.marginal("input").flatten(1).sum(1) + mu.sink("input")
+    torch.testing.assert_close(total, torch.ones_like(total))

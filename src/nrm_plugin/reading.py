@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class Weighted(nn.Module):
         bias_dim: The dimension of the output along which the bias lies.
         groups: Groups of a convolution.
         is_transposed: Whether the first dimension of the weight is that of the input channels.
+        padding_mode: What a convolution continues its input with.
     """
 
     def __init__(
@@ -73,10 +74,12 @@ class Weighted(nn.Module):
         bias_dim: int,
         groups: int = 1,
         is_transposed: bool = False,
+        padding_mode: str = "zeros",
     ) -> None:
         super().__init__()
         self.function = function
         self.groups, self.is_transposed = groups, is_transposed
+        self.padding_mode = padding_mode
         self.bias_dim = bias_dim
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -165,7 +168,7 @@ def read_rule(
         return IdentityKernel()
     if type(hook) is PlainGradient:
         return _plain_gradient(module, call, inputs)
-    if isinstance(hook, BasicHook) and not _overrides(hook, "backward", BasicHook):
+    if is_by_modifiers(hook):
         _check_convention(hook, where)
         reader = (hook, module, call, inputs, output, image, is_output_known)
         return _branches(*reader) or _modifiers(hook, module, call, inputs)
@@ -173,6 +176,11 @@ def read_rule(
         with torch.no_grad():
             output = call(module, inputs)
     return _backward_of(hook, module, call, inputs, output)
+
+
+def is_by_modifiers(hook: Hook) -> TypeGuard[BasicHook]:
+    """Whether a rule is written with the modifiers of Zennit's ``BasicHook`` alone."""
+    return isinstance(hook, BasicHook) and not _overrides(hook, "backward", BasicHook)
 
 
 def is_known_linear(hook: Hook) -> bool:

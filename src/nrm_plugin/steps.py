@@ -25,8 +25,19 @@ from zennit.rules import Pass
 
 from .errors import BatchNormWarning, UnsupportedRuleError
 from .kernels import RESIDUALS, Kernel, Residual, scales
-from .reading import Image, broadcast, check_linear, is_affine, is_known_linear, read_rule, reads_output, wants_image
+from .reading import (
+    Image,
+    broadcast,
+    check_linear,
+    is_affine,
+    is_by_modifiers,
+    is_known_linear,
+    read_rule,
+    reads_output,
+    wants_image,
+)
 from .shells import shell_of
+from .subclasses import WeightSeen, is_own_layer
 
 
 @dataclass(frozen=True)
@@ -276,7 +287,7 @@ class Entered:
     version: int
     kept: Saved
     call: Callable[[nn.Module, Tensor], Tensor]
-    apart: BiasApart | OutOfPlace | None = None
+    apart: BiasApart | OutOfPlace | WeightSeen | None = None
 
 
 class _Running(threading.local):
@@ -435,7 +446,7 @@ class StepHook(Hook):
             result: Tensor = shell.forward(*again, **keywords)
             return result
 
-        apart = _spared(module, self.rule)
+        apart = _around(module, self.rule)
         kept = Saved(source, values=type(self.rule) is not Pass or not _is_own_activation(module))
         first = handed[0][2]
         _RUNNING.entered.append((self, module, Entered(source, first, first._version, kept, call, apart)))
@@ -460,11 +471,15 @@ class StepHook(Hook):
         if not output.is_floating_point():
             return None
         output = output.detach()
+        shell, call = shell_of(module), entered.call
+        if isinstance(entered.apart, WeightSeen):
+            with unseen():
+                layer = entered.apart.layer(shell, call, source.detach())
+            if layer is not None:
+                shell, call = layer, lambda layer, first: layer.forward(first)
         seen = entered.apart.image if isinstance(entered.apart, BiasApart) else None
         image = None if seen is None else (Saved(seen[0]), seen[1])  # without a bias it is the output itself
-        origin = LayerCall(
-            self.rule.copy(), shell_of(module), entered.call, entered.kept, self.name, image, Saved(output)
-        )
+        origin = LayerCall(self.rule.copy(), shell, call, entered.kept, self.name, image, Saved(output))
         # Not the output itself: linked, it holds the step, and the two would keep each other alive.
         build = functools.partial(origin.kernel, output.detach())
         step = Step(self.name, output, build, self.normalization, type(self.rule).__name__)
@@ -547,10 +562,12 @@ class OutOfPlace(TorchFunctionMode):
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
 
 
-def _spared(module: nn.Module, rule: Hook) -> BiasApart | OutOfPlace | None:
-    """How to run a layer of torch with less work to the same effect, if there is a way."""
+def _around(module: nn.Module, rule: Hook) -> BiasApart | OutOfPlace | WeightSeen | None:
+    """How to run a layer of torch with less work to the same effect, or to see with which weight it works."""
     if wants_image(rule) and is_affine(module):
         return BiasApart(module)
+    if is_own_layer(module) and is_by_modifiers(rule):
+        return WeightSeen()
     return OutOfPlace() if _is_own_activation(module) and getattr(module, "inplace", False) else None
 
 
