@@ -167,7 +167,7 @@ class _Mode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = name_of(func)
+        name = _relu_or(name_of(func), args, kwargs)
         if is_inside_step() or not torch.is_grad_enabled() or name.base in _PASSED:
             return func(*args, **kwargs)
         computed: list[Tensor] = []
@@ -340,6 +340,16 @@ class _Mode(TorchFunctionMode):
             path = f"{self._path()}.{name.base}" if self._path() else name.base
             self._calls[path] = self._calls.get(path, -1) + 1
             hearing.on_function(path, self._calls[path], output, None)
+
+
+def _relu_or(name: Name, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Name:
+    """``x.clamp(min=0)`` is another spelling of ReLU."""
+    if name.base not in ("clamp", "clamp_min"):
+        return name
+    least = args[1] if len(args) > 1 else kwargs.get("min")
+    most = args[2] if len(args) > 2 else kwargs.get("max")
+    is_relu = most is None and isinstance(least, (int, float)) and least == 0
+    return Name("relu", name.in_place) if is_relu else name
 
 
 def _slotted(value: Any, computed: list[Tensor]) -> Any:

@@ -372,10 +372,13 @@ def layer_call(call: FunctionCall, output: Tensor | None = None) -> LayerCall | 
 
 def _norm_call(call: FunctionCall) -> LayerCall | None:
     """``F.batch_norm`` as the module that it is the twin of."""
-    mean, var = call.argument(1, "running_mean"), call.argument(2, "running_var")
+    # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
+    swapped = len(call.args) + len(call.kwargs) > 8
+    weight_at, mean_at = (1, 3) if swapped else (3, 1)
+    mean, var = call.argument(mean_at, "running_mean"), call.argument(mean_at + 1, "running_var")
     if mean is None or var is None or call.argument(5, "training", False):
         return None
-    weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
+    weight, bias = call.argument(weight_at, "weight"), call.argument(weight_at + 1, "bias")
     twin = nn.BatchNorm2d(len(mean), eps=call.argument(7, "eps", 1e-5)).eval()
     twin.running_mean, twin.running_var = mean.detach(), var.detach()
     ones = torch.ones_like(mean)
