@@ -1,0 +1,356 @@
+"""Pairs of models that compute the same have the same measure, however they are spelled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from zennit.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
+from zennit.core import Composite
+from zennit.layer import Sum
+
+from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure, at
+from nrm_plugin.composites import Normalized
+
+TOLERANCE = 1e-6
+FUSE = [FuseBatchNorm()]
+COMPOSITES: dict[str, Callable[[], Composite]] = {
+    "default": NRMDefault,
+    "default, not fused": lambda: NRMDefault(canonizers=[]),
+    "absolute": NRMAbsolute,
+    "plus flat": EpsilonPlusFlat,
+    "plus flat, fused": lambda: EpsilonPlusFlat(canonizers=FUSE),
+    "alpha beta": EpsilonAlpha2Beta1,
+    "gamma box, fused": lambda: EpsilonGammaBox(-3.0, 3.0, canonizers=FUSE),
+}
+
+
+class Net(nn.Module):
+    """A small residual net of which every part can be spelled another way."""
+
+    def __init__(self, **spelled: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.pre, self.conv3 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, stride=2, groups=2)
+        self.max, self.avg, self.flatten = nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Flatten()
+        self.fc1, self.fc2 = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.spelled = spelled
+
+    def say(self, part: str, module: nn.Module | None, *args: Tensor) -> Tensor:
+        if part in self.spelled:
+            return self.spelled[part](*args) if module is None else self.spelled[part](module, *args)
+        assert module is not None
+        return module(*args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.say("act", self.relu, self.say("norm", self.bn1, self.say("conv", self.conv1, x)))
+        y = self.say("norm", self.bn2, self.say("conv", self.conv2, x))
+        x = self.spelled["join"](x, y) if "join" in self.spelled else x + y
+        x = self.say("max", self.max, x)
+        x = self.say("conv", self.conv3, self.say("act", self.relu, self.say("norm", self.pre, x)))
+        x = self.say("act", self.relu, x)
+        x = self.say("flatten", self.flatten, self.say("pool", self.avg, x))
+        x = self.say("act", self.relu, self.say("linear", self.fc1, x))
+        return self.say("linear", self.fc2, x)
+
+
+def build(bias: bool = True, **spelled: Callable[..., Tensor]) -> Net:
+    torch.manual_seed(0)
+    net = Net(**spelled).double().eval()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.running_mean, module.weight, module.bias):
+                    tensor.normal_()
+                module.running_var.uniform_(0.5, 2)
+            if isinstance(module, nn.Linear) and not bias:
+                module.bias.zero_()
+    return net
+
+
+X = torch.randn(2, 2, 11, 11, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def alike(
+    first: nn.Module,
+    second: nn.Module,
+    composite: Composite,
+    least: int,
+    tolerance: float = TOLERANCE,
+    residual: Any = None,
+) -> None:
+    """Equal at the input and at all common taps of equal shape, of which there are at least so many."""
+    mu, nu = (RelevanceMeasure(net, X, [1, 2], composite=composite, residual=residual) for net in (first, second))
+    torch.testing.assert_close(mu.output, nu.output)
+    torch.testing.assert_close(mu.output, first(X)[[0, 1], [1, 2]].detach())
+    torch.testing.assert_close(nu.output, second(X)[[0, 1], [1, 2]].detach())
+    common = [name for name in mu.layers if name in nu.layers and mu.shape(name) == nu.shape(name)]
+    assert len(common) >= least
+    for name in common:
+        bound = tolerance * float(mu.variation(name).max())
+        torch.testing.assert_close(mu.marginal(name), nu.marginal(name), rtol=0, atol=bound, msg=name)
+        torch.testing.assert_close(mu.sink(name), nu.sink(name), rtol=0, atol=bound, msg=name)
+        torch.testing.assert_close(mu.bypass(name), nu.bypass(name), rtol=0, atol=bound, msg=name)
+
+
+def twin(module: nn.Module, x: Tensor) -> Tensor:
+    return F.conv2d(x, module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups)
+
+
+def spelled_norm(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda m, x: function(x, m.running_mean, m.running_var, m.weight, m.bias)
+
+
+SPELLINGS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "act": {
+        "nn.ReLU(inplace)": lambda m, x: nn.ReLU(inplace=True)(x),
+        "F.relu": lambda m, x: F.relu(x),
+        "F.relu in place": lambda m, x: F.relu(x, inplace=True),
+        "F.relu_": lambda m, x: F.relu_(x),
+        "torch.relu": lambda m, x: torch.relu(x),
+        "x.relu": lambda m, x: x.relu(),
+        "x.relu_": lambda m, x: x.relu_(),
+        "clamp": lambda m, x: x.clamp(min=0),
+        "torch.clamp": lambda m, x: torch.clamp(x, 0),
+        "clamp_": lambda m, x: x.clamp_(min=0.0),
+        "clamp_min": lambda m, x: x.clamp_min(0),
+    },
+    "pool": {
+        "F.avg_pool2d": lambda m, x: F.avg_pool2d(x, 2),
+        "nn.AdaptiveAvgPool2d": lambda m, x: nn.AdaptiveAvgPool2d(1)(x),
+        "F.adaptive_avg_pool2d": lambda m, x: F.adaptive_avg_pool2d(x, (1, 1)),
+        "x.mean": lambda m, x: x.mean((2, 3), keepdim=True),
+        "torch.mean": lambda m, x: torch.mean(x, dim=[2, 3]),
+        "flattened": lambda m, x: x.flatten(2).mean(-1),
+        "sum / 4": lambda m, x: x.sum((2, 3)) / 4,
+    },
+    "flatten": {
+        "torch.flatten": lambda m, x: torch.flatten(x, 1),
+        "x.flatten": lambda m, x: x.flatten(1),
+        "view": lambda m, x: x.view(x.size(0), -1),
+        "reshape": lambda m, x: x.reshape(len(x), -1),
+        "squeeze": lambda m, x: x.squeeze(-1).squeeze(-1),
+        "index": lambda m, x: x[:, :, 0, 0],
+        "permute": lambda m, x: x.permute(0, 2, 3, 1).contiguous().view(len(x), -1),
+    },
+    "max": {
+        "F.max_pool2d": lambda m, x: F.max_pool2d(x, 2),
+        "torch.max_pool2d": lambda m, x: torch.max_pool2d(x, 2),
+        "amax": lambda m, x: x[..., :10, :10].unflatten(3, (5, 2)).unflatten(2, (5, 2)).amax((3, 5)),
+    },
+    "conv": {
+        "F.conv2d": twin,
+        "torch.conv2d": lambda m, x: torch.conv2d(x, m.weight, m.bias, m.stride, m.padding, groups=m.groups),
+        "by keyword": lambda m, x: F.conv2d(
+            x, weight=m.weight, bias=m.bias, stride=m.stride, padding=m.padding, groups=m.groups
+        ),
+    },
+    "norm": {
+        "F.batch_norm": spelled_norm(F.batch_norm),
+        "by keyword": spelled_norm(
+            lambda x, mean, var, w, b: F.batch_norm(x, running_mean=mean, running_var=var, weight=w, bias=b)
+        ),
+        "torch.batch_norm": spelled_norm(
+            lambda x, mean, var, w, b: torch.batch_norm(x, w, b, mean, var, False, 0.1, 1e-5, False)
+        ),
+    },
+    "linear": {
+        "F.linear": lambda m, x: F.linear(x, m.weight, m.bias),
+        "by keyword": lambda m, x: F.linear(input=x, weight=m.weight, bias=m.bias),
+    },
+    "join": {
+        "y + x": lambda x, y: y + x,
+        "x += y": lambda x, y: x.__iadd__(y),
+        "torch.add": torch.add,
+        "x.add_": lambda x, y: x.add_(y),
+        "y.add_": lambda x, y: y.add_(x),
+        "x - (-y)": lambda x, y: x - (-y),
+        "sum of a list": lambda x, y: sum([x, y]),
+    },
+}
+PAIRS = [pytest.param(part, name, id=f"{part}: {name}") for part, names in SPELLINGS.items() for name in names]
+
+
+@pytest.mark.parametrize("composite", ["default", "absolute", "plus flat, fused", "alpha beta"])
+@pytest.mark.parametrize(("part", "name"), PAIRS)
+def test_a_part_may_be_spelled_another_way(part, name, composite):
+    alike(build(), build(**{part: SPELLINGS[part][name]}), COMPOSITES[composite](), least=6)
+
+
+@pytest.mark.parametrize("composite", COMPOSITES)
+def test_all_parts_may_be_spelled_another_way_at_once(composite):
+    spelled = {part: next(iter(names.values())) for part, names in SPELLINGS.items()}
+    alike(build(), build(**spelled), COMPOSITES[composite](), least=3, residual="sink")
+
+
+BY_HAND: dict[str, Callable[..., Tensor]] = {
+    "x @ W.T + b": lambda m, x: x @ m.weight.T + m.bias,
+    "matmul, add_": lambda m, x: torch.matmul(x, m.weight.t()).add_(m.bias),
+    "addmm": lambda m, x: torch.addmm(m.bias, x, m.weight.T),
+    "einsum": lambda m, x: torch.einsum("ni,oi->no", x, m.weight) + m.bias,
+    "W @ x": lambda m, x: (m.weight @ x.T).T + m.bias,
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("composite", COMPOSITES)
+def test_a_linear_layer_may_be_written_out(name, composite):
+    """A bias that is added apart has no part in a rule, which rules that read it notice; so those get none."""
+    bias = composite in ("default", "default, not fused", "absolute")
+    alike(build(bias), build(bias, linear=BY_HAND[name]), COMPOSITES[composite](), least=6)
+
+
+@pytest.mark.parametrize("composite", ["default, not fused", "absolute", "plus flat", "alpha beta"])
+def test_batch_norm_may_be_written_out(composite):
+    def by_hand(m: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        mean, var, weight, bias = (t[:, None, None] for t in (m.running_mean, m.running_var, m.weight, m.bias))
+        return (x - mean) / torch.sqrt(var + m.eps) * weight + bias
+
+    alike(build(), build(norm=by_hand), COMPOSITES[composite](), least=6)
+
+
+@pytest.mark.parametrize("composite", ["default", "absolute"])
+@pytest.mark.parametrize(
+    "join",
+    [lambda x, y: torch.stack([x, y]).sum(0), lambda x, y: Sum()(torch.stack([x, y], -1))],
+    ids=["stack, sum", "Sum"],
+)
+def test_a_sum_of_a_stack_is_a_sum(join, composite):
+    """Up to the floor of the rule of averages, of 1e-6 mean inputs; ``+`` needs none."""
+    alike(build(), build(join=join), COMPOSITES[composite](), least=6, tolerance=1e-5)
+
+
+# -- fused by hand --------------------------------------------------------------------------------------------------
+
+
+def folded(net: Net) -> Net:
+    """The batch norms behind convolutions written into their weights, by the formula for one channel."""
+    net = copy.deepcopy(net)
+    for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
+        layer, bn = getattr(net, conv), getattr(net, norm)
+        with torch.no_grad():
+            for channel in range(len(layer.weight)):
+                g = bn.weight[channel] / torch.sqrt(bn.running_var[channel] + bn.eps)
+                layer.weight[channel] *= g
+                layer.bias[channel] = g * (layer.bias[channel] - bn.running_mean[channel]) + bn.bias[channel]
+        setattr(net, norm, nn.Identity())
+    return net
+
+
+@pytest.mark.parametrize("residual", ["sink", "redistribute"])
+@pytest.mark.parametrize("composite", ["default", "plus flat, fused", "gamma box, fused"])
+def test_fusion_is_what_folding_the_weights_by_hand_is(composite, residual):
+    net = build()
+    alike(net, folded(net), COMPOSITES[composite](), least=12, residual=residual)
+
+
+def test_without_fusion_the_folded_net_is_another_one():
+    net = build()
+    with pytest.raises(AssertionError):
+        alike(net, folded(net), EpsilonPlus(), least=12)
+
+
+# -- in place -------------------------------------------------------------------------------------------------------
+
+
+class Dropped(nn.Module):
+    """Writes in place and drops what is returned; ``apart`` does the same out of place."""
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+        self.apart = apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x)
+        if self.apart:
+            h = F.relu(h)
+            skip = h * 2
+            h = skip + self.conv2(h)
+            h = (h + 0.5).clamp(max=3.0)
+            h = torch.cat([h[:, :1] * 2, h[:, 1:]], 1)
+            h = torch.tanh(h)
+        else:
+            F.relu(h, inplace=True)
+            skip = h.clone()
+            skip.mul_(2)
+            y = self.conv2(h)
+            y.add_(skip)
+            h = y
+            h.add_(0.5)
+            h.clamp_(max=3.0)
+            h[:, :1].mul_(2)
+            h.tanh_()
+        return self.fc(h.mean((2, 3)))
+
+
+@pytest.mark.parametrize("composite", COMPOSITES)
+def test_in_place_updates_whose_result_is_dropped_are_part_of_the_model(composite):
+    torch.manual_seed(0)
+    net = Dropped().double().eval()
+    apart = Dropped(apart=True).double().eval()
+    apart.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        lost = net.fc(net.conv2(net.conv1(X)).mean((2, 3)))
+    assert not torch.allclose(net(X), lost, atol=0.1)
+    alike(net, apart, COMPOSITES[composite](), least=4)
+
+
+# -- events on a residual branch ------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """One block between a stem and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1, self.conv2 = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.stem(x))
+        h = F.relu(h + self.conv2(F.relu(self.conv1(h))))
+        return self.fc(h.mean((2, 3)))
+
+
+def masked(net: nn.Module, composite: Normalized, layer: str, mask: Tensor) -> Tensor:
+    """The naive joint: one full pass down in which the relevance of a layer is masked; mass at the input."""
+    module = dict(net.named_modules())[layer]
+    leaf = X.clone().requires_grad_()
+    with composite.context(net):
+        handle = module.register_forward_hook(lambda m, args, output: output.register_hook(lambda r: r * mask) and None)
+        output = net(leaf)
+        handle.remove()
+        start = torch.zeros_like(output)
+        start[[0, 1], [1, 2]] = 1
+        (relevance,) = torch.autograd.grad(output, leaf, start)
+    return relevance.flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("composite", ["default", "absolute", "plus flat"])
+def test_an_event_on_a_residual_branch_does_not_count_walks_over_the_skip(composite):
+    torch.manual_seed(0)
+    net = Residual().double().eval()
+    rules = Normalized(COMPOSITES[composite]())
+    mu = RelevanceMeasure(net, X, [1, 2], composite=rules)
+    mask = torch.tensor([1.0, 0, 1, 0]).double()[:, None, None]
+    branch = at("conv2")[[0, 2]]
+    exact, skip = mu(branch & at("input")), mu(~at("conv2") & at("input"))
+    naive = masked(net, rules, "conv2", mask)
+    torch.testing.assert_close(naive, exact + skip)
+    assert float((naive - exact).abs().min()) > 0.05
+    # What the branch holds is what the pass without the skip holds: all masked out leaves the skip alone.
+    torch.testing.assert_close(masked(net, rules, "conv2", 0 * mask), skip)
+    torch.testing.assert_close(naive - masked(net, rules, "conv2", 0 * mask), exact)
+    # The tensor that the branch reads is also read by the skip; its input side is not.
+    read, fed = mu(at("conv1", side="input")), mu(at("relu:0"))
+    assert float((fed - read).abs().min()) > 0.05
+    torch.testing.assert_close(read + mu(at("relu:0") & ~at("conv1", side="input")), fed)
+    parts = [mu(branch), mu(at("conv2") - branch), mu.bypass("conv2"), mu.sink("conv2")]
+    torch.testing.assert_close(torch.stack(parts).sum(0), torch.ones(2).double())
