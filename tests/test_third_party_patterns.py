@@ -262,3 +262,33 @@ def test_a_subclass_that_is_not_affine_is_read_as_zennit_reads_it() -> None:
     torch.testing.assert_close(mu.marginal("1"), nu.marginal("2"))
     total = mu.marginal("input").flatten(1).sum(1) + mu.sink("input")
     torch.testing.assert_close(total, torch.ones_like(total))
+
+
+class Gated(nn.Module):
+    """A gate as large as the signal, made by a function or by a module, and handed to a module that multiplies."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+        self.spelling, self.sigmoid, self.drop = spelling, nn.Sigmoid(), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        gate = self.gate(x)
+        if self.spelling == "function":
+            y = x * gate.sigmoid()
+        elif self.spelling == "module":
+            y = self.drop(self.sigmoid(gate)) * x
+        else:
+            gate = self.sigmoid(gate)
+            gate.unsqueeze_(-1)
+            gate *= x.unsqueeze(-1)
+            y = gate.squeeze(-1)
+        return self.head((y * torch.sigmoid(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("spelling", ["module", "in place"])
+def test_gates_are_known_in_every_spelling(spelling: str, composite: Composite) -> None:
+    model, plain = Gated(spelling), Gated("function")
+    plain.load_state_dict(model.state_dict())
+    check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..routes import is_route_node, written
+from ..steps import LayerCall
 
 MAKERS = frozenset("softmax sigmoid hardsigmoid exp softmin gumbel_softmax".split())
 KEEPERS = frozenset("dropout alpha_dropout feature_dropout clone contiguous to float double type_as neg rsub".split())
@@ -18,15 +22,27 @@ class Gates:
     """
 
     def __init__(self) -> None:
-        self._tagged = WeakTensorKeyDictionary()
+        # By autograd node, not by tensor: a tensor can be written over, and a view of a gate is one too.
+        self._nodes: set[Any] = set()
 
     def tag(self, tensor: Tensor) -> None:
         """Makes a tensor a gate."""
-        self._tagged[tensor] = True
+        node, _ = written(tensor.grad_fn, 0)
+        if node is not None:
+            self._nodes.add(node)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a gate."""
-        return tensor in self._tagged
+        """Whether a tensor is a gate, or a route hands on one and nothing else."""
+        node, _ = written(tensor.grad_fn, 0)
+        while node is not None and node not in self._nodes:
+            origin = getattr(getattr(node, "step", None), "origin", None)
+            if isinstance(origin, LayerCall):
+                return isinstance(origin.module, MAKING_MODULES)
+            below = [edge for edge in node.next_functions if edge[0] is not None]
+            if not is_route_node(node) or len(below) != 1:
+                return False
+            node, _ = written(*below[0])
+        return node is not None
 
     def follow(self, name: str, inputs: list[Tensor], output: object, is_route: bool, with_constants: bool) -> None:
         """Tags the output of an operation where its inputs say so."""

@@ -35,7 +35,7 @@ from ..steps import (
     listener,
     unseen,
 )
-from .gates import MAKING_MODULES, Gates
+from .gates import Gates
 from .lookup import CompositeRules, NoRules, RuleLookup
 from .registry import KERNELS, REWRITES, FunctionCall, Handler, Name, Slot, handler_of, name_of
 from .table import LAYERS, layer_call
@@ -123,8 +123,6 @@ class Interception(Canonizer):
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if self._modes and self._modes[-1].path:
                 self._modes[-1].path.pop()
-                if isinstance(module, MAKING_MODULES) and isinstance(output, Tensor):
-                    self._modes[-1].gates.tag(output)
 
         self._handles.append(root_module.register_forward_pre_hook(start, prepend=True))
         for module in names:
