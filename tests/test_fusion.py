@@ -1,0 +1,316 @@
+"""Batch-norm fusion against the dense matrix of the composed affine map, pushed through the modules unit by unit."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from zennit.composites import LayerMapComposite
+from zennit.rules import Pass
+from zennit.types import Activation, BatchNorm, Linear
+
+from nrm_plugin import FuseBatchNorm, RelevanceMeasure
+from nrm_plugin.errors import BatchNormWarning
+from tests.conftest import untouched
+from tests.nets import zennit_rule
+from tests.oracles import AlphaBeta, Epsilon, Gamma, Rule, ZPlus, normalized
+
+RULES: tuple[Rule, ...] = (Epsilon(0.1), Epsilon(0.1, zero_params="bias"), ZPlus(), Gamma(), AlphaBeta())
+Shape = tuple[int, ...]
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
+    "linear": (lambda: nn.Linear(4, 3), (4,)),
+    "linear, no bias": (lambda: nn.Linear(6, 4, bias=False), (6,)),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 3, padding=1), (2, 5)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 3, 4)),
+    "conv2d, no bias": (lambda: nn.Conv2d(2, 2, 3, padding=1, bias=False), (2, 3, 3)),
+    "conv2d, wide padding": (lambda: nn.Conv2d(1, 2, 3, padding=(3, 2)), (1, 2, 3)),
+    "conv2d, same": (lambda: nn.Conv2d(2, 2, 3, padding="same"), (2, 3, 3)),
+    "conv2d, strided": (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 4, 5)),
+    "conv2d, dilated": (lambda: nn.Conv2d(1, 2, 3, padding=2, dilation=2), (1, 4, 4)),
+    "conv2d, grouped": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (4, 3, 3)),
+    "conv2d, depthwise": (lambda: nn.Conv2d(3, 6, 3, padding=1, groups=3), (3, 3, 3)),
+    "conv2d, all at once": (lambda: nn.Conv2d(4, 4, 3, 2, 2, 2, groups=2), (4, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(1, 2, 2, padding=1), (1, 2, 3, 2)),
+    "transposed": (lambda: nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1), (2, 3, 2)),
+    "transposed, grouped": (lambda: nn.ConvTranspose2d(4, 6, 2, padding=1, groups=2), (4, 3, 3)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(2, 2, 3, dilation=2), (2, 3)),
+}
+
+
+def norm_for(layer: nn.Module, channels: int) -> nn.Module:
+    rank = 1 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+    return {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[rank](channels)
+
+
+def drawn(*modules: nn.Module, dead: bool = False) -> nn.Sequential:
+    """Modules in series with weights of both signs everywhere; ``dead`` sets the first scale of a norm to zero."""
+    generator = torch.Generator().manual_seed(len(modules))
+    net = nn.Sequential(*modules).double().eval()
+    with torch.no_grad():
+        for module in net:
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.normal_(generator=generator)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_var.uniform_(0.5, 2, generator=generator)
+                module.weight[-1] = -1.5
+                if dead:
+                    module.weight[0] = 0
+    return net
+
+
+def image(shape: Shape) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1 + sum(shape)), dtype=torch.float64)
+
+
+def composed(function: Callable[[Tensor], Tensor], shape: Shape) -> nn.Linear:
+    """An affine map as one dense layer: its value at zero, and at every unit vector without that."""
+    size = int(np.prod(shape))
+    with torch.no_grad():
+        bias = function(torch.zeros(1, *shape, dtype=torch.float64)).flatten()
+        weight = function(torch.eye(size, dtype=torch.float64).reshape(-1, *shape)).flatten(1) - bias
+    dense = nn.Linear(size, len(bias)).double()
+    dense.weight.data, dense.bias.data = weight.T.contiguous(), bias
+    return dense
+
+
+def fused(net: nn.Module, a: Tensor, rule: Rule, residual: str = "sink") -> tuple[Tensor, Tensor, RelevanceMeasure]:
+    """``T[j, i]`` from every output down to the input, and what is absorbed."""
+    shape = net(a[None]).shape[1:]
+    units = torch.eye(shape.numel(), dtype=torch.float64).reshape(-1, *shape)
+    layer_map = [(Activation, Pass()), (BatchNorm, Pass()), (Linear, zennit_rule(rule))]
+    composite = LayerMapComposite(layer_map, canonizers=[FuseBatchNorm()])
+    x = a.expand(len(units), *a.shape)
+    with untouched(net, x), warnings.catch_warnings():
+        warnings.simplefilter("ignore", BatchNormWarning)
+        mu = RelevanceMeasure(net, x, start=units, composite=composite, residual=residual)
+        return mu.marginal("input").flatten(1), mu.sink("input"), mu
+
+
+def check(net: nn.Module, a: Tensor, rule: Rule, affine: Callable[[Tensor], Tensor], at: Tensor | None = None) -> None:
+    """The kernel of the fused net is the rule on the composed map, at the tensor that it reads.
+
+    Args:
+        net: The net.
+        a: Its input, without batch.
+        rule: The rule.
+        affine: The composed map, of a batch.
+        at: What it reads; by default the input.
+    """
+    read = a if at is None else at
+    dense = composed(affine, tuple(read.shape))
+    # The composed map gives what the net gives: fusion leaves the output alone.
+    torch.testing.assert_close(dense(read.flatten()), net(a[None]).flatten(), rtol=1e-10, atol=1e-10)
+    for residual in ("sink", "redistribute"):
+        expected, sink = normalized(rule(dense, read.flatten()), residual, 2.0)
+        T, absorbed, mu = fused(net, a, rule, residual)
+        scale = max(1.0, float(np.abs(expected).sum(0).max()))
+        assert float((T - torch.as_tensor(expected.T)).abs().max()) <= 1e-9 * scale
+        assert float((absorbed - torch.as_tensor(sink)).abs().max()) <= 1e-9 * scale
+        own_outputs_are_those_of_the_model(mu)
+
+
+def own_outputs_are_those_of_the_model(mu: RelevanceMeasure, tolerance: float = 1e-10) -> None:
+    """The changed layers at their changed inputs return what was above the fused pair."""
+    for vertex in mu._recording.graph.vertices:
+        origin = None if vertex.step is None else vertex.step.origin
+        if origin is None or isinstance(origin.module, (nn.ReLU, nn.modules.batchnorm._BatchNorm)):
+            continue
+        assert vertex.step.kernel is not None  # made by now
+        norms = [norm for norm in origin.norms if norm.origin.is_identity]
+        expected = norms[0]._like if norms else vertex.step._like
+        layer = copy.deepcopy(origin.module)
+        bias = layer._parameters["bias"]
+        layer._parameters["bias"] = None
+        with torch.no_grad():
+            returned = origin.call(layer, origin.source.tensor)
+            if bias is not None:  # of each channel, or of each position
+                flat = bias.ndim == 1 and returned.ndim > 2
+                returned = returned + (bias.reshape(-1, *(1,) * (returned.ndim - 2)) if flat else bias)
+        torch.testing.assert_close(returned, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def cases(*without: str) -> list[object]:
+    names = [name for name in LAYERS if not any(word in name for word in without)]
+    return [pytest.param(name, rule, id=f"{name}-{rule}") for name in names for rule in RULES]
+
+
+@pytest.mark.parametrize(("name", "rule"), cases())
+def test_a_layer_before_batch_norm_takes_it_over(name, rule):
+    make, shape = LAYERS[name]
+    layer = make()
+    channels = layer(torch.zeros(1, *shape)).shape[1]
+    net = drawn(layer, norm_for(layer, channels))
+    check(net, image(shape), rule, net)
+
+
+@pytest.mark.parametrize(("name", "rule"), cases())
+def test_a_layer_behind_batch_norm_takes_it_over_at_the_borders_too(name, rule):
+    make, shape = LAYERS[name]
+    net = drawn(norm_for(make(), shape[0]), make())
+    check(net, image(shape), rule, net)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize(("name", "rule"), cases())
+def test_a_layer_behind_batch_norm_and_relu_takes_both_over(name, rule, dead):
+    r"""``ReLU(g x + h) = g (clip(x) − t)`` with ``t = −h / g``; where ``g = 0`` it is the constant ``max(h, 0)``."""
+    make, shape = LAYERS[name]
+    norm, layer = norm_for(make(), shape[0]), make()
+    net = drawn(norm, nn.ReLU(), layer, dead=dead)
+    assert bool((norm.weight < 0).any()) or (dead and shape[0] == 1)
+    live = bool(net[:2](image(shape)[None]).any())  # the sign of an exact zero would be that of its rounding
+    assert live or (dead and shape[0] == 1)
+    g = (norm.weight / torch.sqrt(norm.running_var + norm.eps)).detach()
+    h = norm.bias.detach() - norm.running_mean * g
+    a = image(shape)
+    clipped = a.clone()
+    constant = torch.zeros(shape[0], dtype=torch.float64)
+    for channel in range(shape[0]):
+        if g[channel] > 0:
+            clipped[channel] = a[channel].clamp(min=float(-h[channel] / g[channel]))
+        elif g[channel] < 0:
+            clipped[channel] = a[channel].clamp(max=float(-h[channel] / g[channel]))
+        else:
+            clipped[channel] = 0
+            constant[channel] = h[channel].clamp(min=0)
+    view = (-1, *(1,) * (len(shape) - 1))
+
+    def affine(z: Tensor) -> Tensor:
+        """The layer on ``g (z − t) = g z + h``, in the form in which it is zero where the ReLU is."""
+        return layer(g.reshape(view) * z + torch.where(g == 0, constant, h).reshape(view))
+
+    check(net, a, rule, affine, at=clipped)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_batch_norm_is_taken_over_through_flattening(rule):
+    net = drawn(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(12, 3))
+    check(net, image((2, 3, 2)), rule, net)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_layer_between_two_batch_norms_takes_both_over(rule):
+    net = drawn(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3))
+    check(net, image((2, 3, 3)), rule, net)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular", "replicate"])
+def test_a_padding_that_repeats_what_is_there_is_no_border(mode):
+    """Behind such a layer fusion is exact; before it the batch norm is left as it is, the identity."""
+    conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode)
+    rule = Epsilon(0.1)
+    net = drawn(conv, nn.BatchNorm2d(3))
+    check(net, image((2, 3, 3)), rule, net)
+    net = drawn(nn.BatchNorm2d(2), conv)
+    a = image((2, 3, 3))
+    dense = composed(conv, (2, 3, 3))
+    T, _, _ = fused(net, a, rule)
+    expected = rule(dense, net[0](a[None])[0].detach().flatten())
+    assert float((T - torch.as_tensor(expected.T)).abs().max()) <= 1e-9
+
+
+def test_without_zero_padding_in_the_bias_the_border_would_be_wrong():
+    """A bias for each channel, as in the interior, is off at the border: what the exact form is for."""
+    net = drawn(nn.BatchNorm2d(1), nn.Conv2d(1, 1, 3, padding=1))
+    dense = composed(net, (1, 4, 4))
+    bias = dense.bias.detach().reshape(4, 4)
+    assert float((bias[1:-1, 1:-1] - bias[1, 1]).abs().max()) <= 1e-12
+    assert float((bias[0] - bias[1, 1]).abs().min()) > 1e-3
+    dense.bias.data = torch.full_like(dense.bias, float(bias[1, 1]))
+    T, _, _ = fused(net, image((1, 4, 4)), Epsilon(0.1))
+    naive = torch.as_tensor(Epsilon(0.1)(dense, image((1, 4, 4)).flatten()).T)
+    off = (T - naive).abs().amax(1).reshape(4, 4)
+    assert float(off[1:-1, 1:-1].max()) <= 1e-9
+    assert float(off[0].max()) > 1e-3
+
+
+class Shared(nn.Module):
+    """The output of a layer is read by a batch norm, and by somebody else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.cat([y, self.norm(y)], 1)
+
+
+def test_a_layer_that_something_else_reads_stays_as_it_is():
+    conv = drawn(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2))
+    net = Shared().double().eval()
+    net.conv, net.norm = conv[0], conv[1]
+    a, rule = image((2, 3, 3)), Epsilon(0.1)
+    expected = torch.as_tensor(rule(composed(net.conv, (2, 3, 3)), a.flatten()).T)
+    T, _, _ = fused(net, a, rule)
+    assert float((T - torch.cat([expected, expected])).abs().max()) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda: drawn(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)),
+        lambda: drawn(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, 2, 1)),
+        lambda: drawn(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3, padding=1)),
+        lambda: drawn(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 64, 8)),
+    ],
+    ids=["conv, norm", "norm, conv", "norm, relu, conv", "norm, dense"],
+)
+def test_the_logits_are_the_same_in_single_precision(net):
+    net = net().float()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    head = nn.Sequential(*net, nn.Flatten()).eval()
+    layer_map = [(Activation, Pass()), (BatchNorm, Pass()), (Linear, zennit_rule(Epsilon(0.1)))]
+    composite = LayerMapComposite(layer_map, canonizers=[FuseBatchNorm()])
+    with untouched(head, x), warnings.catch_warnings():
+        warnings.simplefilter("ignore", BatchNormWarning)
+        mu = RelevanceMeasure(head, x, [0, 1], composite=composite)
+        mu.marginal("input")
+    torch.testing.assert_close(mu.output, head(x)[[0, 1], [0, 1]].detach(), rtol=0, atol=0)
+    own_outputs_are_those_of_the_model(mu, tolerance=1e-5)
+
+
+# -- the warning ----------------------------------------------------------------------------------------------------
+
+
+def dense_pair(first: bool, bias: float) -> nn.Sequential:
+    """A dense layer and a batch norm whose shift is this much of what the layer returns."""
+    torch.manual_seed(0)
+    norm, dense = nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False)
+    nn.init.constant_(norm.bias, bias)
+    nn.init.uniform_(dense.weight, 0.1, 1)
+    net = nn.Sequential(norm, dense) if first else nn.Sequential(dense, norm)
+    return net.double().eval()
+
+
+def warned(net: nn.Module, canonizers: list[object]) -> list[str]:
+    layer_map = [(Activation, Pass()), (BatchNorm, Pass()), (Linear, zennit_rule(Epsilon(1e-6)))]
+    composite = LayerMapComposite(layer_map, canonizers=canonizers)
+    x = torch.rand(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        RelevanceMeasure(net, x, [0, 1], composite=composite).marginal("input")
+    return [str(item.message) for item in caught if issubclass(item.category, BatchNormWarning)]
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["dense, norm", "norm, dense"])
+def test_a_warning_where_the_bias_of_dense_and_norm_takes_most_of_the_mass(first):
+    (message,) = warned(dense_pair(first, 10.0), [FuseBatchNorm()])
+    assert f"dense layer '{int(first)}'" in message
+    assert "2002.11018" in message
+    assert not warned(dense_pair(first, 0.01), [FuseBatchNorm()])
+    assert not warned(dense_pair(first, 10.0), [])
+
+
+def test_no_warning_for_a_convolution_whose_bias_takes_most_of_the_mass():
+    net = nn.Sequential(nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1), nn.Flatten(), nn.Linear(4, 2)).double().eval()
+    nn.init.constant_(net[1].bias, 100.0)
+    reshaped = nn.Sequential(nn.Unflatten(1, (1, 4)), net).eval()
+    assert not warned(reshaped, [FuseBatchNorm()])
