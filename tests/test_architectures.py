@@ -1,0 +1,133 @@
+"""One convolutional architecture per family, with no code per model, by the functions of the benchmark of all."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.architectures import (
+    COMPOSITES,
+    LIMITS,
+    PAGE,
+    RESULTS,
+    build,
+    faults,
+    has_attention,
+    listed,
+    measured,
+    run,
+    settle,
+    tables,
+    target_of,
+)
+from nrm_plugin.functional.table import SplitKernel, reduced
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "alexnet": (3, 64, 64),
+    "convnext_tiny": (3, 32, 32),
+    "densenet121": (3, 32, 32),
+    "efficientnet_b0": (3, 32, 32),
+    "efficientnet_v2_s": (3, 32, 32),
+    "googlenet": (3, 48, 48),
+    "inception_v3": (3, 75, 75),
+    "lraspp_mobilenet_v3_large": (3, 48, 48),
+    "fcn_resnet50": (3, 32, 32),
+    "mnasnet0_5": (3, 48, 48),
+    "mobilenet_v2": (3, 48, 48),
+    "mobilenet_v3_small": (3, 48, 48),
+    "r3d_18": (3, 4, 24, 24),
+    "r2plus1d_18": (3, 4, 24, 24),
+    "regnet_x_400mf": (3, 48, 48),
+    "regnet_y_400mf": (3, 48, 48),
+    "resnet18": (3, 48, 48),
+    "resnext50_32x4d": (3, 32, 32),
+    "shufflenet_v2_x0_5": (3, 48, 48),
+    "squeezenet1_1": (3, 48, 48),
+    "vgg11_bn": (3, 32, 32),
+}
+SLOW = ("densenet121", "efficientnet_v2_s", "fcn_resnet50", "inception_v3", "r2plus1d_18", "vgg11_bn")
+NETS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SHAPES]
+EXCEPTIONS = {
+    ("alexnet", "EpsilonPlusFlat"),  # ε on three dense layers, of which each adds variation
+    ("densenet121", "EpsilonPlusFlat"),  # Zennit's Norm averages signed numbers, whose sum may nearly cancel
+}
+"""Where the rules of Zennit themselves lead to a variation above the limit at the input."""
+
+
+@functools.cache
+def settled(name: str) -> tuple[nn.Module, Tensor]:
+    """A model, its statistics set by one batch, and one input that it has not seen."""
+    model, shape = build(name), SHAPES[name]
+    settle(model, shape)
+    return model, torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def row_of(name: str, composite: str) -> dict[str, Any]:
+    model, x = settled(name)
+    return {"composite": composite, **measured(model, x, target_of(model, x), COMPOSITES[composite])}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_books_balance_and_the_limits_hold(name, worst):
+    for composite in ("NRMDefault", "EpsilonPlusFlat", "NRMAbsolute"):
+        row = row_of(name, composite)
+        worst(f"conservation, {composite}", row["error_taps"])
+        worst(f"residual at the input, {composite}", abs(row["residual"]))
+        assert row["taps"] > 20
+        assert row["blocks"] > 1
+        assert row["error"] <= row["error_taps"] <= LIMITS["conservation"]
+        assert faults(row) == (["V input"] if (name, composite) in EXCEPTIONS else [])
+
+
+def test_relevance_that_both_branches_of_a_sum_get_is_seen(monkeypatch):
+    """As autograd alone has it, and a module hook on the block does not notice."""
+    monkeypatch.setattr(
+        SplitKernel, "pull", lambda self, relevance: tuple(reduced(relevance, shape) for shape in self.shapes)
+    )
+    row = row_of("resnet18", "NRMAbsolute")
+    assert row["error_taps"] > 0.1
+    assert "conservation" in faults(row)
+
+
+def test_what_is_no_number_breaks_every_limit():
+    row = dict.fromkeys(("error_taps", "residual", "variation_input", "variation_blocks"), math.nan)
+    for composite in COMPOSITES:
+        assert faults({"composite": composite, **row}) == ["conservation", "sink", "V input", "V blocks"]
+
+
+def test_no_builder_is_left_out_silently(monkeypatch):
+    names = list(listed())
+    assert len(names) >= 95
+    assert {name for name in names if has_attention(name)} == {
+        name for name in names if re.match("vit_|swin|maxvit|mvit", name)
+    }
+    page = tables({"environment": {}, "rows": []})
+    assert all(f"{name} (NRMDefault)" in page or has_attention(name) for name in names)
+    assert all(name in page for name in names)
+
+    def broken(name):
+        raise RuntimeError("no such | weights")
+
+    monkeypatch.setattr("benchmarks.architectures.build", broken)
+    rows = list(run("resnet18", ["NRMDefault", "NRMAbsolute"], None))
+    assert [row["failed"] for row in rows] == ["RuntimeError: no such | weights"] * 2
+    page = tables({"environment": {}, "rows": rows})
+    assert "| resnet18 | ? | RuntimeError: no such ∣ weights |" in page
+    assert "| NRMDefault | 0 of 1 |" in page
+
+
+def test_the_committed_results_are_complete_hold_what_is_promised_and_are_those_of_the_page():
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = {(row["model"], row["composite"]): row for row in results["rows"]}
+    assert set(rows) == {(name, composite) for name in listed() if not has_attention(name) for composite in COMPOSITES}
+    assert not [key for key, row in rows.items() if "failed" in row]
+    assert not [key for key, row in rows.items() if "conservation" in faults(row)]
+    assert not [key for key, row in rows.items() if not key[1].startswith("Epsilon") and faults(row)]
+    assert tables(results) in PAGE.read_text(encoding="utf-8")
