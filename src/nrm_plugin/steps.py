@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.rules import Pass
 
@@ -351,6 +351,12 @@ def forward_pass(listener: Listener | None) -> Iterator[None]:
         _RUNNING.__dict__.update(kept)
 
 
+def leave_mode(mode: TorchFunctionMode) -> None:
+    """Leaves a mode of this thread, and first those entered after it that an interrupt kept from being left."""
+    while mode in (stack := _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+        stack[-1].__exit__(None, None, None)
+
+
 class BiasApart(TorchFunctionMode):
     """Lets a layer run without its bias and adds it afterwards, since the kernel needs both: output minus bias cancels.
 
@@ -422,6 +428,9 @@ class StepHook(Hook):
     def remove(self) -> None:
         """Forgets the calls that never returned: torch runs no hook after an interrupt from the keyboard."""
         super().remove()
+        for hook, _, entered in _RUNNING.entered:
+            if hook is self and entered is not None and entered.apart is not None:
+                leave_mode(entered.apart)
         _RUNNING.entered[:] = [entry for entry in _RUNNING.entered if entry[0] is not self]
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

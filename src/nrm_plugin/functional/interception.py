@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from zennit.canonizers import Canonizer
 from zennit.core import Composite
@@ -31,6 +31,7 @@ from ..steps import (
     Step,
     before_writing,
     is_inside_step,
+    leave_mode,
     link,
     listener,
     unseen,
@@ -145,8 +146,7 @@ class Interception(Canonizer):
         mode = self._modes.pop()
         for weight in self._weights.pop():
             weight.requires_grad_(True)
-        if mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        leave_mode(mode)
 
 
 class _Mode(TorchFunctionMode):
