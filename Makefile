@@ -33,7 +33,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast lint bench clean
 
 demo: .venv/.stamp
 	.venv/bin/nrm-plugin demo
@@ -60,6 +60,9 @@ lint: .venv/.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+bench: .venv/.stamp
+	.venv/bin/python -m benchmarks.speed
 
 clean:
 	rm -rf .venv .venv-zennit0 .venv-zennit1 build dist nrm-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
