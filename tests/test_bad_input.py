@@ -566,7 +566,7 @@ def test_a_target_that_does_not_fit_is_refused(before, ask, error, words):
     ("ragged", [[1], [1, 2]], TargetError, "start is list", "one number for each output"),
     ("nones", [None] * 5, TargetError, "start is list", "one number for each output"),
     ("dict", {}, TargetError, "start is dict", "one number for each output"),
-    ("function", lambda output: output, TargetError, "start is function", "one number for each output"),
+    ("function", lambda output: len, TargetError, "start is builtin_function", "one number for each output"),
     ("complex", torch.ones(5) * 1j, TargetError, "complex64", "real numbers"),
     ("no values", torch.ones(5, device="meta"), TargetError, "meta", "no values"),
 )
