@@ -12,7 +12,8 @@ from zennit.core import Composite
 from zennit.rules import Epsilon, Gamma, Pass
 from zennit.types import Linear
 
-from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
+from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure, at
+from nrm_plugin.errors import UnsupportedOperationError
 
 
 def gamma() -> Composite:
@@ -292,3 +293,33 @@ def test_gates_are_known_in_every_spelling(spelling: str, composite: Composite) 
     model, plain = Gated(spelling), Gated("function")
     plain.load_state_dict(model.state_dict())
     check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
+
+
+class ResponseNorm(nn.Module):
+    """Weighs a signal by operations that have no kernel: a norm over all positions, and a variance."""
+
+    def __init__(self, with_gate: bool) -> None:
+        super().__init__()
+        self.stem, self.head, self.with_gate = nn.Conv2d(3, 4, 3), nn.Linear(4, 3), with_gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        norm = x.norm(p=2, dim=(2, 3), keepdim=True)
+        std = x.var(dim=(1, 2, 3), keepdim=True).add(1e-5).sqrt().expand(x.shape)
+        y = x * (norm / (norm.mean(1, keepdim=True) + 1e-6))
+        return self.head((y / std if self.with_gate else std).mean((2, 3)))
+
+
+def test_an_operation_without_a_kernel_may_feed_a_gate(composite: Composite) -> None:
+    model, images = prepared(ResponseNorm(with_gate=True)), torch.randn(2, 3, 6, 6).double()
+    mu = RelevanceMeasure(model, images, 1, composite=composite)
+    total = mu.marginal("input").flatten(1).sum(1) + mu.sink("input")
+    torch.testing.assert_close(total, torch.ones_like(total))
+    torch.testing.assert_close(mu(at("stem")[1] & at("head", side="input")[1]), mu(at("stem")[1]))
+    assert bool(mu.conditional(at("input")[0], "stem").any())
+
+
+def test_an_operation_without_a_kernel_raises_where_relevance_arrives() -> None:
+    mu = RelevanceMeasure(prepared(ResponseNorm(with_gate=False)), torch.randn(2, 3, 6, 6).double(), 1)
+    with pytest.raises(UnsupportedOperationError, match=r"'var' in 'the model' .*x\.var\(.*register_kernel"):
+        mu.marginal("input")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -326,7 +326,7 @@ class _Mode(TorchFunctionMode):
         )
 
         def build() -> Kernel:
-            raise error
+            return _Unknown(error, [tensor.shape for tensor in computed])
 
         linked = self._linked(call, output.detach(), build, name.base, computed)
         linked.grad_fn.step.origin = call  # type: ignore[union-attr]  # a Link; tells that nothing is known of it
@@ -348,6 +348,37 @@ def _relu_or(name: Name, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Name:
     most = args[2] if len(args) > 2 else kwargs.get("max")
     is_relu = most is None and isinstance(least, (int, float)) and least == 0
     return Name("relu", name.in_place) if is_relu else name
+
+
+class _Unknown(Kernel):
+    """An operation without a kernel: no relevance may arrive, but the zeros that a gate gets may.
+
+    Args:
+        error: What to raise when relevance arrives.
+        shapes: Shape of each input.
+    """
+
+    is_stochastic = True  # no walk goes through it, so there is nothing to normalize
+
+    def __init__(self, error: Exception, shapes: Sequence[torch.Size]) -> None:
+        self.error, self.shapes = error, list(shapes)
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        if self._arrives(relevance):
+            raise self.error
+        return tuple(relevance.new_zeros((len(relevance), *shape)) for shape in self.shapes)
+
+    pull_absolute = pull
+
+    def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        first = next(value for value in values if value is not None)
+        return first.new_zeros((len(first), *shape))
+
+    def _arrives(self, relevance: Tensor) -> bool:
+        try:
+            return bool(relevance.any())
+        except RuntimeError:  # batched gradients do not tell values
+            return True
 
 
 def _slotted(value: Any, computed: list[Tensor]) -> Any:
