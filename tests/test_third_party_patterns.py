@@ -50,7 +50,8 @@ def prepared(model: nn.Module) -> nn.Module:
 def check_alike(model: nn.Module, other: nn.Module, images: Tensor, composite: Composite) -> None:
     """The same output, the same map and a measure that sums to one."""
     images = images.double()
-    mu, nu = (RelevanceMeasure(net, images, 1, composite=composite) for net in (model, other))
+    with torch.enable_grad():
+        mu, nu = (RelevanceMeasure(net, images, 1, composite=composite) for net in (model, other))
     torch.testing.assert_close(mu.output, model(images)[:, 1])
     torch.testing.assert_close(nu.output, other(images)[:, 1])
     torch.testing.assert_close(mu.output, nu.output)
@@ -323,3 +324,28 @@ def test_an_operation_without_a_kernel_raises_where_relevance_arrives() -> None:
     mu = RelevanceMeasure(prepared(ResponseNorm(with_gate=False)), torch.randn(2, 3, 6, 6).double(), 1)
     with pytest.raises(UnsupportedOperationError, match=r"'var' in 'the model' .*x\.var\(.*register_kernel"):
         mu.marginal("input")
+
+
+class Chunked(nn.Module):
+    """Writes to what ``chunk`` returns, which autograd refuses and a model that is only evaluated may do."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.stem, self.relu, self.head = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=inplace), nn.Linear(4, 3)
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.stem(x).chunk(2, 1)
+        two = self.relu(two)
+        if self.inplace:
+            one += two
+        else:
+            one = one + two
+        return self.head(torch.cat([nn.functional.relu(one, inplace=self.inplace), two], 1).mean((2, 3)))
+
+
+def test_parts_of_a_tensor_may_be_written_to(composite: Composite) -> None:
+    model, plain = Chunked(inplace=True), Chunked(inplace=False)
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)

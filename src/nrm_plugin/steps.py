@@ -525,15 +525,25 @@ def _wrote(entered: Entered) -> bool:
 def _written_back(entered: Entered, linked: Tensor) -> Tensor:
     """Writes to the input what the module wrote: whoever reads it later, such as a skip connection, gets that."""
     source, handed = entered.source, entered.handed
-    if source.is_leaf:  # autograd forbids it, so a model whose input this is does not rely on it
-        return linked
     is_result = isinstance(entered.apart, OutOfPlace) or handed.data_ptr() == linked.data_ptr()
     with unseen():
-        before_writing(source)
         if is_result and handed.shape == linked.shape:
-            return source.copy_(linked)
+            return write(source, linked)
+        before_writing(source)
         source.data.copy_(handed)  # written on the way to something else: whose relevance it gets is not known
     return linked
+
+
+def write(target: Tensor, result: Tensor) -> Tensor:
+    """Writes a result over a tensor; returns the tensor that has the result as its history."""
+    before_writing(target)
+    try:
+        return target.copy_(result)
+    except RuntimeError:
+        # Autograd refuses leaves and what chunk, split and unbind return, so no such model was ever trained that
+        # way. The values are right for all who read them, the history only for those who read what is returned.
+        target.data.copy_(result.detach())
+        return result
 
 
 def _places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[bool, Any, Tensor]]:

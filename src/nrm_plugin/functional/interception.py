@@ -35,6 +35,7 @@ from ..steps import (
     link,
     listener,
     unseen,
+    write,
 )
 from .gates import Gates
 from .lookup import CompositeRules, NoRules, RuleLookup
@@ -260,10 +261,7 @@ class _Mode(TorchFunctionMode):
     def _written(self, name: Name, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """Writes a result back where the operation was to be in place."""
         target = kwargs.get("out", args[0] if args and (name.in_place or kwargs.get("inplace")) else None)
-        if not isinstance(target, Tensor):
-            return result
-        before_writing(target)  # again: by now this step has saved it too
-        return target.copy_(result)
+        return write(target, result) if isinstance(target, Tensor) else result
 
     def _check_covered(self, name: Name, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name.base not in LAYERS:
