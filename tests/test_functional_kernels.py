@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
@@ -278,6 +279,15 @@ PRODUCTS: dict[str, tuple[Op, list[Tensor], list[Tensor]]] = {
     "torch.div": (lambda a, b: torch.div(a, b), [A, ROW], [eye(6), torch.zeros(6, 3).double()]),
     "a / 2": (lambda a: a / 2, [A], [eye(6)]),
     "1 / a": (lambda a: 1 / a, [A], [eye(6)]),
+    "fmod of two": (torch.fmod, [A, B], [eye(6), NONE]),
+    "a % b": (lambda a, b: a % b, [A, ROW], [eye(6), torch.zeros(6, 3).double()]),
+    "hypot": (torch.hypot, [A, B], [spread(v**2 / (A**2 + B**2), v) for v in (A, B)]),
+    "hypot broadcast": (
+        lambda a, b: a.hypot(b),
+        [A, ROW],
+        [spread(A**2 / (A**2 + ROW**2), A), spread(ROW**2 / (A**2 + ROW**2), ROW)],
+    ),
+    "hypot of nothing": (torch.hypot, [ZERO, ZERO], [eye(6) / 2, eye(6) / 2]),
     "glu": (
         lambda a: F.glu(a, 1),
         [draw(4, 3)],
@@ -522,6 +532,62 @@ def test_of_two_factors_without_a_gate_the_larger_gets_all_and_equal_ones_half()
     check(columns(torch.matmul, [left, right]), [upper / 2, attended(left, right) / 2])
 
 
+def test_a_bilinear_form_shares_by_products_and_then_among_their_factors():
+    net, a, b = nn.Bilinear(3, 4, 2).double(), draw(3), draw(4, seed=1)
+    product = a[:, None] * b
+    share = by_size(net.weight.detach().flatten(1), product).reshape(2, 3, 4)
+    larger = [torch.zeros(2, 3).double(), share.sum(1)]  # the larger factor is the signal
+    check(columns(net, [a, b]), larger)
+    net, b = nn.Bilinear(3, 3, 2, bias=False).double(), draw(3, seed=1)
+    share = by_size(net.weight.detach().flatten(1), a[:, None] * b).reshape(2, 3, 3)
+    check(columns(net, [a, b]), [share.sum(2) / 2, share.sum(1) / 2])
+    weight = net.weight.detach()
+    gated = columns(lambda a, b: F.bilinear(a, b.sigmoid(), weight), [a, b])
+    share = by_size(weight.flatten(1), a[:, None] * b.sigmoid()).reshape(2, 3, 3)
+    check(gated, [share.sum(2), torch.zeros(2, 3).double()])
+    expected = by_epsilon(weight @ b, a)  # a constant factor goes into the weights
+    check(columns(lambda a: F.bilinear(a, b.expand(len(a), -1), weight), [a], linear_rules()), [expected])
+
+
+def test_a_mean_over_what_is_a_number():
+    image = IMAGE.clone()
+    holes = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.3
+
+    def with_holes(a: Tensor) -> Tensor:
+        return a.masked_fill(holes, math.nan)
+
+    share = image.abs().masked_fill(holes, 0).flatten(1)
+    share = share / share.sum(1, keepdim=True)
+    expected = torch.block_diag(*share[:, None])
+    for op in (lambda a: with_holes(a).nanmean((2, 3)), lambda a: torch.nansum(with_holes(a), dim=(2, 3))):
+        (found,) = columns(op, [image])
+        assert float((found - expected).abs().max()) <= 1e-5  # the rule has a floor
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_regions_of_interest_share_by_absolute_contribution(aligned):
+    image = draw(2, 5, 6)
+    box = torch.tensor([[0, 0.7, 0.4, 4.6, 3.9]], dtype=torch.float64)
+
+    def pooled(a: Tensor) -> Tensor:
+        return torchvision.ops.roi_align(a, box, (2, 2), 1.0, 2, aligned)
+
+    weight = torch.zeros(4, 5, 6, dtype=torch.float64)
+    x0, y0, x1, y1 = (value - (0.5 if aligned else 0) for value in box[0, 1:].tolist())
+    for cell, (r, c) in enumerate(itertools.product(range(2), range(2))):
+        for i, j in itertools.product(range(2), range(2)):  # two by two points in each cell
+            y, x = y0 + (y1 - y0) / 2 * (r + (i + 0.5) / 2), x0 + (x1 - x0) / 2 * (c + (j + 0.5) / 2)
+            for p, q in itertools.product((math.floor(y), math.floor(y) + 1), (math.floor(x), math.floor(x) + 1)):
+                weight[cell, p, q] += (1 - abs(y - p)) * (1 - abs(x - q)) / 4
+    weight = each(2, weight.flatten(1))
+    assert torch.allclose(pooled(image[None]).flatten(), weight @ image.flatten())
+    expected = by_size(weight, image)
+    for number, row in enumerate(expected):
+        start = eye(8)[number].reshape(1, 2, 2, 2)
+        mu = RelevanceMeasure(Apply(pooled), image[None], start=start, composite=Normalized(NRMAbsolute()))
+        check([mu.marginal("input").flatten(1)], [row[None]])
+
+
 # -- routes ---------------------------------------------------------------------------------------------------------
 
 DATA = draw(4, 4, 6)
@@ -673,6 +739,10 @@ IDENTITIES: dict[str, Op] = {
     "local_response_norm": lambda a: F.local_response_norm(a, 2),
     "normalize": lambda a: F.normalize(a, dim=1),
     "pow": lambda a: a**2,
+    "fmod": lambda a: torch.fmod(a, K),
+    "a % k": lambda a: a % 0.3,
+    "remainder": lambda a: a.remainder(K),
+    "hypot with a constant": lambda a: torch.hypot(a, K),
     "exp": torch.exp,
     "sqrt": lambda a: torch.sqrt(a.abs()),
     "log": lambda a: torch.log(a.abs()),
@@ -716,6 +786,14 @@ def test_elementwise_operations_and_norms_hand_each_element_through(name):
 
 
 # -- the table is covered -------------------------------------------------------------------------------------------
+
+
+def test_cubic_sampling_at_points_says_what_to_do():
+    def cubic_at(image: Tensor) -> Tensor:
+        return F.grid_sample(image, GRID.expand(len(image), -1, -1, -1), mode="bicubic", align_corners=True)
+
+    with pytest.raises(UnsupportedOperationError, match=r"mode='bicubic'.* negative.*mode='bilinear'"):
+        columns(cubic_at, [IMAGE])
 
 
 def test_an_operation_without_a_kernel_is_named():

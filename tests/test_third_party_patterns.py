@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,8 @@ from zennit.core import Composite
 from zennit.rules import Epsilon, Gamma, Pass
 from zennit.types import Linear
 
-from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure, at
-from nrm_plugin.errors import UnsupportedOperationError
+from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure, at, coverage
+from nrm_plugin.errors import UncoveredLayerError, UnsupportedOperationError
 
 
 def gamma() -> Composite:
@@ -349,3 +352,103 @@ def test_parts_of_a_tensor_may_be_written_to(composite: Composite) -> None:
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
         check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
+
+
+class Swish(torch.autograd.Function):
+    """x · sigmoid(x) with a backward of its own, to save memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise AssertionError("relevance is no gradient")
+
+
+class Centered(torch.autograd.Function):
+    """Looks like an activation, but every element depends on all others of its channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x - x.mean((2, 3), keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Turned(Centered):
+    """Looks like an activation, but puts every element somewhere else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.flip(3)
+
+
+def scripted(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+class Activation(nn.Module):
+    """A module around one function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def activated(activation: nn.Module) -> nn.Module:
+    convolutions = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+    return nn.Sequential(convolutions[0], activation, convolutions[1], activation, nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.mark.parametrize("spelling", ["autograd.Function", "TorchScript"])
+def test_activations_that_only_autograd_sees_are_known_by_what_they_do(spelling: str, composite: Composite) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are models with scripts all the same
+        function = Swish.apply if spelling == "autograd.Function" else torch.jit.script(scripted)
+    model, plain = prepared(activated(Activation(function))), prepared(activated(nn.SiLU()))
+    plain.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 6, 6)
+    check_alike(model, plain, images, composite)
+    assert coverage(model, images.double()).is_complete
+    assert "1" in RelevanceMeasure(model, images[:1].double(), 1, composite=composite).layers[2]
+
+
+@pytest.mark.parametrize("function", [Centered, Turned])
+def test_what_is_no_activation_is_not_taken_for_one(function: type[torch.autograd.Function]) -> None:
+    model = prepared(activated(Activation(function.apply)))
+    with pytest.raises(UncoveredLayerError, match=rf"layer '1' \(Activation\).*{function.__name__}.*layer_map"):
+        RelevanceMeasure(model, torch.randn(2, 3, 6, 6).double(), 1)
+
+
+class Recurrent(nn.Module):
+    """A recurrent net on top of a convolution; its answer weighs a signal, or is the signal."""
+
+    def __init__(self, kind: str, is_gate: bool) -> None:
+        super().__init__()
+        self.stem, self.head, self.is_gate = nn.Conv1d(3, 4, 3), nn.Linear(4, 3), is_gate
+        self.rnn = getattr(nn, kind)(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).transpose(1, 2)
+        y = self.rnn(x)[0]
+        return self.head((x * y.sigmoid() if self.is_gate else y).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_recurrent_layers_may_feed_a_gate_and_else_say_what_to_do(kind: str) -> None:
+    series = torch.randn(2, 3, 6).double()
+    mu = RelevanceMeasure(prepared(Recurrent(kind, is_gate=True)), series, 1)
+    torch.testing.assert_close(mu.marginal("input").flatten(1).sum(1), torch.ones(2).double())
+    mu = RelevanceMeasure(prepared(Recurrent(kind, is_gate=False)), series, 1)
+    with pytest.raises(
+        UnsupportedOperationError, match=rf"'{kind.lower()}\w*' in 'rnn'.* torch\.nn\.Linear.* output=at"
+    ):
+        mu.marginal("input")
+    below = RelevanceMeasure(prepared(Recurrent(kind, is_gate=False)), series, (1, 2), output=at("stem"))
+    torch.testing.assert_close(below.marginal("input").flatten(1).sum(1), torch.ones(2).double())

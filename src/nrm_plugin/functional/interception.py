@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..checks import check_function
 from ..errors import ModelStateError, UncoveredLayerError, UnsupportedOperationError
 from ..kernels import Kernel
 from ..reading import PlainGradient
-from ..routes import is_route_node, source_of
+from ..routes import source_of
 from ..steps import (
     Fuse,
     LayerCall,
@@ -39,8 +39,10 @@ from ..steps import (
 )
 from .gates import Gates
 from .lookup import CompositeRules, NoRules, RuleLookup
-from .registry import KERNELS, REWRITES, FunctionCall, Handler, Name, Slot, handler_of, name_of
-from .table import LAYERS, layer_call
+from .opaque import Unknown, is_elementwise, is_known
+from .registry import KERNELS, FunctionCall, Handler, Name, Slot, handler_of, name_of
+from .rewrites import REWRITES
+from .table import LAYERS, BroadcastKernel, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
 _WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill masked_scatter set".split())
@@ -122,14 +124,18 @@ class Interception(Canonizer):
             if self._modes:
                 self._modes[-1].path.append(names[module])
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if self._modes and self._modes[-1].path:
-                self._modes[-1].path.pop()
+        def leave(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            if not self._modes or not self._modes[-1].path:
+                return None
+            mode = self._modes[-1]
+            linked = None if module._modules else mode.activation(module, args, kwargs, output)
+            mode.path.pop()
+            return linked
 
         self._handles.append(root_module.register_forward_pre_hook(start, prepend=True))
         for module in names:
             self._handles.append(module.register_forward_pre_hook(enter))
-            self._handles.append(module.register_forward_hook(leave))
+            self._handles.append(module.register_forward_hook(leave, with_kwargs=True))
         self._handles.append(root_module.register_forward_hook(stop, always_call=True))
 
     def remove(self) -> None:
@@ -311,24 +317,49 @@ class _Mode(TorchFunctionMode):
             if isinstance(output, Tensor) and name.base not in _SILENT:
                 self._announce(name, output)
             return output
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            return output
         call = FunctionCall(
             name.base, func, self._path(), slots, keyword_slots, [Saved(t) for t in computed], (), (), self.rules
         )
+        if isinstance(output, (list, tuple)):
+            return type(output)([self._unlinked(call, item, computed) for item in output])
+        return self._unlinked(call, output, computed)
+
+    def _unlinked(self, call: FunctionCall, output: Any, computed: list[Tensor]) -> Any:
+        """What a function without a kernel returned, as a step that waits for relevance."""
+        if not isinstance(output, Tensor) or not output.is_floating_point() or not output.requires_grad:
+            return output
         error = UnsupportedOperationError(
-            f"relevance arrived at {name.base!r} in {self._path() or 'the model'!r} ({_source_line()}), which has no "
-            "kernel. Tell how it hands relevance down: decorate a function with nrm_plugin.register_kernel"
-            f"({getattr(func, '__module__', None) or 'torch'}.{getattr(func, '__name__', name.base)}), or use an "
-            "operation that has one."
+            f"relevance arrived at {call.name!r} in {call.path or 'the model'!r} ({_source_line()}), which has no "
+            f"kernel. {_advice(call)}"
         )
-
-        def build() -> Kernel:
-            return _Unknown(error, [tensor.shape for tensor in computed])
-
-        linked = self._linked(call, output.detach(), build, name.base, computed)
+        shapes = [tensor.shape for tensor in computed]
+        linked = self._linked(call, output.detach(), lambda: Unknown(error, shapes), call.name, computed)
         linked.grad_fn.step.origin = call  # type: ignore[union-attr]  # a Link; tells that nothing is known of it
         return linked
+
+    def activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """A module in which autograd saw more than this mode did, if it maps each element on its own; else None.
+
+        Such are activations with an ``autograd.Function`` of their own, or written in TorchScript.
+        """
+        computed: list[Tensor] = []
+        slots = tuple(_slotted(value, computed) for value in args)
+        keyword_slots = {key: _slotted(value, computed) for key, value in kwargs.items()}
+        if is_inside_step() or len(computed) != 1 or not isinstance(output, Tensor) or output.grad_fn is None:
+            return None
+        if output.shape != computed[0].shape or output.data_ptr() == computed[0].data_ptr():
+            return None
+        if is_known(output, computed):
+            return None
+        name = type(module).__name__
+        call = FunctionCall(
+            name, module.forward, self._path(), slots, keyword_slots, [Saved(computed[0], False)], (), (), self.rules
+        )
+        with unseen(), torch.no_grad():
+            if not is_elementwise(call.run, computed[0].detach(), output.detach()):
+                return None
+        shapes = [output.shape]
+        return self._linked(call, output.detach().clone(), lambda: BroadcastKernel(shapes), "elementwise", computed)
 
     def _announce(self, name: Name, output: Tensor) -> None:
         hearing = listener()
@@ -346,37 +377,6 @@ def _relu_or(name: Name, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Name:
     most = args[2] if len(args) > 2 else kwargs.get("max")
     is_relu = most is None and isinstance(least, (int, float)) and least == 0
     return Name("relu", name.in_place) if is_relu else name
-
-
-class _Unknown(Kernel):
-    """An operation without a kernel: no relevance may arrive, but the zeros that a gate gets may.
-
-    Args:
-        error: What to raise when relevance arrives.
-        shapes: Shape of each input.
-    """
-
-    is_stochastic = True  # no walk goes through it, so there is nothing to normalize
-
-    def __init__(self, error: Exception, shapes: Sequence[torch.Size]) -> None:
-        self.error, self.shapes = error, list(shapes)
-
-    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        if self._arrives(relevance):
-            raise self.error
-        return tuple(relevance.new_zeros((len(relevance), *shape)) for shape in self.shapes)
-
-    pull_absolute = pull
-
-    def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        first = next(value for value in values if value is not None)
-        return first.new_zeros((len(first), *shape))
-
-    def _arrives(self, relevance: Tensor) -> bool:
-        try:
-            return bool(relevance.any())
-        except RuntimeError:  # batched gradients do not tell values
-            return True
 
 
 def _slotted(value: Any, computed: list[Tensor]) -> Any:
@@ -413,17 +413,7 @@ def _tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 def _only_routes(output: Any, computed: list[Tensor]) -> bool:
     """Whether autograd sees nothing but routes between the inputs of an operation and what it returned."""
     outputs = [item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)]
-    stop = {tensor.grad_fn for tensor in computed}
-    stack = [item.grad_fn for item in outputs]
-    while stack:
-        node = stack.pop()
-        if node is None or node in stop:
-            continue
-        if not is_route_node(node):
-            return False
-        stop.add(node)
-        stack += [below for below, _ in node.next_functions]
-    return True
+    return all(is_known(item, computed, with_steps=False) for item in outputs)
 
 
 def _decomposed(func: Any) -> Callable[..., Any] | None:
@@ -439,6 +429,21 @@ def _decomposed(func: Any) -> Callable[..., Any] | None:
 
 def _never(*args: Any) -> bool:
     return False
+
+
+def _advice(call: FunctionCall) -> str:
+    if any(kind in call.name for kind in ("lstm", "gru", "rnn")):
+        return (
+            "Recurrent layers have none yet. Write the recurrence with torch.nn.Linear, sigmoid and tanh, whose steps "
+            "are known, or take the measure of the layers below: output=at(layer) and a start= vector."
+        )
+    function = (
+        f"{getattr(call.function, '__module__', None) or 'torch'}.{getattr(call.function, '__name__', call.name)}"
+    )
+    return (
+        f"Tell how it hands relevance down: decorate a function with nrm_plugin.register_kernel({function}), or use an "
+        "operation that has one."
+    )
 
 
 def _source_line() -> str:

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from zennit.core import Stabilizer
 from zennit.rules import Pass
 
+from ..errors import UnsupportedOperationError
 from ..kernels import Kernel
 from ..reading import PlainGradient, Weighted, Weightless, read_rule
 from ..rules import Absolute
 from ..steps import LayerCall, Saved
-from .registry import FunctionCall, Slot, kernel, rewrite
+from .opaque import Unknown
+from .registry import FunctionCall, Slot, kernel
 
 STABILIZER = 1e-12
 """Denominator of a signed share that is exactly zero."""
@@ -56,7 +58,7 @@ ELEMENTWISE = (
     "dropout3d layer_norm native_layer_norm group_norm rms_norm instance_norm local_response_norm pow float_power exp "
     "exp2 expm1 sqrt rsqrt neg clamp clamp_min clamp_max abs log log2 log10 log1p square reciprocal erf sin cos sinh "
     "cosh tan atan asinh nan_to_num round floor ceil trunc frac sign logit normalize rdiv rpow stochastic_depth "
-    "hypot fmod remainder sigmoid_ log_sigmoid"
+    "fmod remainder sigmoid_ log_sigmoid"
 ).split()
 
 
@@ -220,10 +222,28 @@ def pick(call: FunctionCall) -> Kernel:
     return SplitKernel([share, 1 - share], _shapes(call), None, True)
 
 
+@kernel("hypot")
+def length(call: FunctionCall) -> Kernel:
+    r"""The legs of a right triangle share by their squares: :math:`T_a = a^2 / (a^2 + b^2)`."""
+    if len(call.saved) == 1:
+        return BroadcastKernel(_shapes(call))
+    squares = [value.square() for value in call.values]
+    whole = total_of(squares)
+    shares = [torch.where(whole == 0, 0.5, square / torch.where(whole == 0, 1.0, whole)) for square in squares]
+    return SplitKernel(shares, _shapes(call), None, True)
+
+
 POOLS = (
-    "mean sum nanmean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+    "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
     "lp_pool2d interpolate upsample upsample_bilinear grid_sample cumsum roi_align"
 ).split()
+
+
+_BICUBIC = (
+    "relevance arrived at 'grid_sample' with mode='bicubic', whose weights may be negative; it has no kernel. Use "
+    "mode='bilinear', or tell how it hands relevance down: decorate a function with "
+    "nrm_plugin.register_kernel(torch.nn.functional.grid_sample)."
+)
 
 
 @kernel(*POOLS)
@@ -234,6 +254,8 @@ def pooling(call: FunctionCall) -> Kernel:
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
         return _by_rule(PlainGradient(), call)  # a route: nothing is averaged
+    if call.name == "grid_sample" and call.argument(2, "mode", "bilinear") == "bicubic":
+        return Unknown(UnsupportedOperationError(_BICUBIC), _shapes(call))
     rule = call.rules.of_module(nn.AvgPool2d(1))
     if rule is None or _is_sum_of_stack(call):
         rule = Absolute()
@@ -420,7 +442,7 @@ def weighted(
     return kernel_ if len(call.saved) == 1 else PlacedKernel(kernel_, 0, _shapes(call))
 
 
-@kernel("matmul", "einsum", "bilinear", "tensordot")
+@kernel("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
     """With a constant matrix a linear layer; of two computed tensors, all to the one that is no gate."""
     values = call.values
@@ -490,37 +512,6 @@ def _swap(value: Any, old: Tensor, new: Tensor) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_swap(item, old, new) for item in value)
     return value
-
-
-# -- functions that are made of others ----------------------------------------------------------------------------
-
-
-@rewrite("glu")
-def _glu(input: Tensor, dim: int = -1) -> Tensor:
-    signal, gate = input.chunk(2, dim)
-    return signal * gate.sigmoid()
-
-
-@rewrite("lerp")
-def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
-    return input * (1 - weight) + end * weight
-
-
-@rewrite("addcmul")
-def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
-    return input + tensor1 * tensor2 * value
-
-
-@rewrite("addcdiv")
-def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
-    return input + tensor1 / tensor2 * value
-
-
-@rewrite("addmm", "addbmm", "baddbmm", "addmv")
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    multiplied = torch.matmul(mat1, mat2)
-    multiplied = multiplied if alpha == 1 else multiplied * alpha
-    return multiplied + (input if beta == 1 else input * beta)
 
 
 __all__ = ["BroadcastKernel", "HalvesKernel", "PlacedKernel", "SplitKernel", "split"]

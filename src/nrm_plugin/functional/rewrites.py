@@ -1,0 +1,58 @@
+"""Functions that are made of others, whose kernels are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .registry import REWRITES, rewrite
+
+
+@rewrite("glu")
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    signal, gate = input.chunk(2, dim)
+    return signal * gate.sigmoid()
+
+
+@rewrite("lerp")
+def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    return input * (1 - weight) + end * weight
+
+
+@rewrite("addcmul")
+def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + tensor1 * tensor2 * value
+
+
+@rewrite("addcdiv")
+def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + tensor1 / tensor2 * value
+
+
+@rewrite("addmm", "addbmm", "baddbmm", "addmv")
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    multiplied = torch.matmul(mat1, mat2)
+    multiplied = multiplied if alpha == 1 else multiplied * alpha
+    return multiplied + (input if beta == 1 else input * beta)
+
+
+@rewrite("bilinear")
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    products = input1.unsqueeze(-1) * input2.unsqueeze(-2)
+    return nn.functional.linear(products.flatten(-2), weight.flatten(1), bias)
+
+
+@rewrite("nanmean")
+def _nanmean(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    count = (~input.isnan()).sum(dim, keepdim)
+    return _nansum(input, dim, keepdim, dtype=dtype) / count
+
+
+@rewrite("nansum")
+def _nansum(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.where(input.isnan(), 0.0, input).sum(dim, keepdim, dtype=dtype)
+
+
+__all__ = ["REWRITES"]
