@@ -564,6 +564,38 @@ def test_a_mean_over_what_is_a_number():
         assert float((found - expected).abs().max()) <= 1e-5  # the rule has a floor
 
 
+VARIANCES: dict[str, tuple[Op, Op]] = {
+    "var": (lambda a: a.var(2), lambda a: (a - a.mean(2, keepdim=True)).square().sum(2) / 2),
+    "var by name": (
+        lambda a: torch.var(a, dim=(1, 2), correction=0, keepdim=True),
+        lambda a: (a - a.mean((1, 2), keepdim=True)).square().sum((1, 2), keepdim=True) / 6,
+    ),
+    "biased std": (lambda a: a.std(2, False), lambda a: ((a - a.mean(2, keepdim=True)) ** 2).sum(2).div(3).sqrt()),
+    "std_mean": (
+        lambda a: torch.cat(torch.std_mean(a, 2), 1),
+        lambda a: torch.cat([((a - a.mean(2, keepdim=True)) ** 2).sum(2).div(2).sqrt(), a.mean(2)], 1),
+    ),
+    "var_mean": (
+        lambda a: torch.stack(torch.var_mean(a, (1, 2), unbiased=False), 1),
+        lambda a: torch.stack([((a - a.mean((1, 2), True)) ** 2).sum((1, 2)).div(6), a.mean((1, 2))], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANCES)
+def test_a_variance_is_what_it_is_made_of(name):
+    op, written_out = VARIANCES[name]
+    assert torch.allclose(op(A[None]), written_out(A[None]))
+    check(columns(op, [A]), columns(written_out, [A]))
+
+
+def test_variance_and_mean_over_everything():
+    for op in (lambda a: a.var(False)[None], lambda a: a.std()[None], lambda a: a.nanmean()[None]):
+        mu = RelevanceMeasure(Apply(op), A[None], composite=Normalized(NRMAbsolute()))
+        assert float(mu.output) == pytest.approx(float(op(A[None])))
+        assert float(mu.marginal("input").sum()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("aligned", [False, True])
 def test_regions_of_interest_share_by_absolute_contribution(aligned):
     image = draw(2, 5, 6)
@@ -799,5 +831,5 @@ def test_cubic_sampling_at_points_says_what_to_do():
 def test_an_operation_without_a_kernel_is_named():
     with pytest.raises(UnsupportedOperationError, match=r"'logcumsumexp'"):
         columns(lambda a: torch.logcumsumexp(a, 1), [A])
-    with pytest.raises(UnsupportedOperationError, match=r"'std'"):
-        columns(lambda a: a.std(2), [A])
+    with pytest.raises(UnsupportedOperationError, match=r"'linalg_vector_norm'"):
+        columns(lambda a: a.norm(dim=2), [A])

@@ -55,4 +55,34 @@ def _nansum(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: tor
     return torch.where(input.isnan(), 0.0, input).sum(dim, keepdim, dtype=dtype)
 
 
+@rewrite("var")
+def _var(input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any) -> Tensor:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    mean = input.mean(dim, keepdim=True)
+    correction = options.get("correction")
+    freedom = input.numel() // mean.numel() - (int(unbiased) if correction is None else correction)
+    return (input - mean).square().sum(dim, keepdim=keepdim) / freedom
+
+
+@rewrite("std")
+def _std(input: Tensor, *args: Any, **options: Any) -> Tensor:
+    return input.var(*args, **options).sqrt()
+
+
+@rewrite("var_mean")
+def _var_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return input.var(*args, **options), _mean_like(input, *args, **options)
+
+
+@rewrite("std_mean")
+def _std_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return input.std(*args, **options), _mean_like(input, *args, **options)
+
+
+def _mean_like(input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any) -> Tensor:
+    """The mean over the dimensions that a variance is taken over."""
+    return input.mean(None if isinstance(dim, bool) else dim, keepdim=keepdim)
+
+
 __all__ = ["REWRITES"]
