@@ -96,6 +96,7 @@ PACKED = {
     "transformers": (lambda a, b: {"loss": None, "hidden": b, "logits": a}, None),
     "key": (lambda a, b: {"x": b, "y": a}, "y"),
     "position": (lambda a, b: (b, a), 1),
+    "last": (lambda a, b: [b, b, a], -1),
     "attribute": (lambda a, b: Pair(b, a), "second"),
     "function": (lambda a, b: {"deep": [b, (a,)]}, lambda returned: returned["deep"][1][0]),
 }

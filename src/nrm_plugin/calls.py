@@ -126,6 +126,8 @@ def _chosen(returned: Any, output: Output | None) -> Any:
         return output(returned)
     if output in choices:
         return choices[output]
+    if type(output) is int and isinstance(returned, (tuple, list)) and -len(returned) <= output < 0:
+        return returned[output]
     if isinstance(output, str) and hasattr(returned, output):
         return getattr(returned, output)
     raise InputError(

@@ -247,9 +247,10 @@ class Recording:
             if vertex.step is None and not is_route_node(vertex.node):
                 raise UnsupportedOperationError(
                     f"relevance would pass the operation {operation(vertex.node)} (autograd node "
-                    f"{vertex.node.name()}{self._near(vertex.node)}), which has no kernel: it is neither a module with "
-                    "a rule nor a 0/1 route. Use the module form of the operation (zennit.layer.Sum for additions) "
-                    "and give it a rule in the composite."
+                    f"{vertex.node.name()}{self._near(vertex.node)}), which has no kernel: it is neither a step nor a "
+                    "0/1 route, for it is computed with complex numbers, in place, in a script or in an "
+                    "autograd.Function. Give the module that does so a rule in the composite's layer_map: "
+                    "zennit.rules.Epsilon() where it is linear, Pass() where it maps each element on its own."
                 )
 
     def _near(self, node: Any) -> str:
