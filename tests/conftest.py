@@ -19,13 +19,14 @@ from zennit.core import Composite
 from zennit.rules import Epsilon, Norm, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Linear
 
-import nrm_plugin  # noqa: F401  (registers its composites)
+import nrm_plugin  # registers its composites
 
 NONLINEAR = ("deconvnet", "guided_backprop")
 ARGUMENTS: dict[str, dict[str, float]] = {"epsilon_gamma_box": {"low": -3.0, "high": 3.0}}
 UNCOVERED = ("beta_smooth", *NONLINEAR)
 """Give no rule to some layers, so that Zennit takes their plain gradient."""
-LINEAR = ("lrp_0", *(name for name in sorted(COMPOSITES) if name not in NONLINEAR))
+NORMALIZED = tuple(name for name, kind in sorted(COMPOSITES.items()) if issubclass(kind, nrm_plugin.Normalized))
+LINEAR = ("lrp_0", *(name for name in sorted(COMPOSITES) if name not in (*NONLINEAR, *NORMALIZED)))
 SIZES = {"vgg16": 64, "vgg16_bn": 64, "alexnet": 96}
 
 

@@ -23,10 +23,10 @@ from zennit.composites import (
 from zennit.core import BasicHook, Composite, Hook, Stabilizer
 from zennit.rules import Epsilon, Flat, Norm, Pass, ZPlus
 
-from nrm_plugin import Absolute, Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, at
+from nrm_plugin import Absolute, Normalized, NRMAbsolute, NRMAttributor, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.composites import register
-from nrm_plugin.errors import ModelStateError, NRMError
-from tests.conftest import state_of, untouched
+from nrm_plugin.errors import ModelStateError, NRMError, TargetError
+from tests.conftest import NORMALIZED, state_of, untouched
 
 SETTINGS = [
     {},
@@ -545,3 +545,71 @@ def test_absolute_is_a_rule_of_zennit_as_well(x):
     found = relevance(net, x, LayerMapComposite([(nn.Linear, Absolute())]), torch.eye(2, dtype=torch.float64)[[0, 0]])
     expected = contributions / contributions.sum(1, keepdim=True)
     torch.testing.assert_close(found.flatten(1), expected, rtol=1e-4, atol=1e-5)
+
+
+# -- an attributor that hands out the measure ---------------------------------------------------------------------
+
+
+def test_our_attributor_returns_the_output_and_the_measure(net, x, start):
+    plain = EpsilonPlusFlat()
+    with untouched(net, x):
+        output, mu = NRMAttributor(net, plain)(x, start)
+        with NRMAttributor(net, plain, start) as attributor:
+            again, other = attributor(x)
+    same(output, net(x))
+    same(again, net(x))
+    same(mu.marginal("pool"), RelevanceMeasure(net, x, start=start, composite=plain).marginal("pool"))
+    same(other.marginal("input"), mu.marginal("input"))
+    _, theirs = Gradient(net, Normalized(EpsilonPlusFlat()))(x, start)
+    same(mu.marginal("input") * start.sum(1).reshape(-1, 1, 1, 1), theirs)
+
+
+def test_our_attributor_starts_at_functions_of_the_output_and_by_default_at_the_output(net, x):
+    def second(output):
+        return output * (torch.arange(5) == 2)
+
+    for call in (NRMAttributor(net, attr_output=second), lambda x: NRMAttributor(net)(x, second)):
+        _, mu = call(x)
+        same(mu.marginal("lin:1"), RelevanceMeasure(net, x, 2).marginal("lin:1"))
+    output, mu = NRMAttributor(net, residual="sink")(x)
+    same(mu.output, (output**2).sum(1) / output.sum(1))
+    assert mu.composite.normalization.residual == "sink"
+
+
+def test_our_attributor_refuses_what_has_no_measure(net, x):
+    with untouched(net, x), pytest.raises(TargetError, match="sums to 0"):
+        NRMAttributor(net)(x, torch.tensor([[1.0, -1, 0, 0, 0]]).double().expand(2, 5))
+    with pytest.raises(TypeError, match="brings its own settings"):
+        NRMAttributor(net, Normalized(EpsilonPlus()), residual="sink")
+
+
+# -- by name ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in NORMALIZED if name != "nrm_relative"])
+def test_a_name_with_nrm_is_zennits_composite_normalized(net, x, start, name):
+    arguments = {"low": -3.0, "high": 3.0} if "box" in name else {}
+    plain = COMPOSITES[name.removeprefix("nrm_")]
+    for settings in ({}, {"residual": "sink", "uncovered": "gradient"}):
+        rules = COMPOSITES[name](**settings, **arguments)
+        expected = by_measure(net, x, Normalized(plain(**arguments), **settings), start)
+        same(relevance(net, x, rules, start), expected)
+        same(relevance(net, x, copy.deepcopy(rules), start), expected)
+        assert type(copy.copy(rules)) is COMPOSITES[name]
+    assert {"nrm_epsilon_plus", "nrm_epsilon_plus_flat", "nrm_epsilon_gamma_box"} <= set(NORMALIZED)
+
+
+def test_several_of_them_nest_beside_each_other(x, start):
+    """One for some layers, another for the rest, each with its own settings."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5)).double().eval()
+    first = Normalized(NameMapComposite([(["0"], Flat())]), residual="sink")
+    rest = Normalized(EpsilonPlus(epsilon=0.5), gain_limit=5.0)
+    found = relevance(net, x, MixedComposite([first, rest]), start)
+    sunk = Normalized(MixedComposite([first.composite, rest.composite]), residual="sink")
+    raised = Normalized(MixedComposite([first.composite, rest.composite]), gain_limit=5.0)
+    assert (found - by_measure(net, x, sunk, start)).abs().max() > 1e-3
+    # Flat sums to one but for its stabilizer, so that its own settings change next to nothing.
+    torch.testing.assert_close(found, by_measure(net, x, raised, start), rtol=1e-6, atol=1e-9)
+    alike = MixedComposite([first, Normalized(EpsilonPlus(epsilon=0.5), residual="sink")])
+    same(relevance(net, x, alike, start), by_measure(net, x, sunk, start))

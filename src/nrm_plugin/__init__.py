@@ -1,12 +1,22 @@
 """Normalized relevance measure for Zennit and Captum."""
 
 from .attribution import NRM, JointNRM, LayerNRM, NeuronNRM
+from .attributors import NRMAttributor
 from .canonizers import FuseBatchNorm
 from .composites import Normalized, NRMAbsolute, NRMDefault
 from .coverage import Coverage, coverage
+from .dataloading import DataLoaderNRM
 from .events import ABSORBED, Event, at
 from .functional import Interception, register_kernel
 from .measure import RelevanceMeasure
+from .named import (
+    NRMEpsilonAlpha2Beta1,
+    NRMEpsilonAlpha2Beta1Flat,
+    NRMEpsilonGammaBox,
+    NRMEpsilonPlus,
+    NRMEpsilonPlusFlat,
+    NRMExcitationBackprop,
+)
 from .rules import Absolute, ConservingEpsilon
 
 __all__ = [
@@ -15,13 +25,21 @@ __all__ = [
     "Absolute",
     "ConservingEpsilon",
     "Coverage",
+    "DataLoaderNRM",
     "Event",
     "FuseBatchNorm",
     "Interception",
     "JointNRM",
     "LayerNRM",
     "NRMAbsolute",
+    "NRMAttributor",
     "NRMDefault",
+    "NRMEpsilonAlpha2Beta1",
+    "NRMEpsilonAlpha2Beta1Flat",
+    "NRMEpsilonGammaBox",
+    "NRMEpsilonPlus",
+    "NRMEpsilonPlusFlat",
+    "NRMExcitationBackprop",
     "NeuronNRM",
     "Normalized",
     "RelevanceMeasure",

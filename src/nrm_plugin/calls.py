@@ -29,13 +29,15 @@ class Call:
 
     Args:
         inputs: One tensor, a tuple of them, or a mapping that is handed over by keyword. In a mapping, relevance flows
-            to what is of floating point; masks and numbers are handed on as they are.
+            to what is of floating point; masks and numbers are handed on as they are. Of integers, relevance flows to
+            the embeddings that look them up; in a mapping only where nothing is of floating point.
         args: Further positional arguments; a tuple of them, or one.
         kwargs: Further keyword arguments.
 
     Attributes:
         tensors: What relevance flows to, ``(N, …)`` each.
         items: Their keywords, or their positions where there are several, or None for a single one.
+        indices: Inputs of integers, by keyword or position, or None for a single one.
 
     Raises:
         InputError: Inputs of which no measure can be taken.
@@ -45,30 +47,50 @@ class Call:
         self._args = args if isinstance(args, tuple) else () if args is None else (args,)
         self._kwargs = dict(kwargs or {})
         self._keywords: list[str] | None = None
+        self._listed: tuple[Any, ...] = ()
+        self.indices: dict[Any, Tensor]
         self.items: list[str] | list[int] | list[None]
         if isinstance(inputs, Mapping):
             given = {key: value for key, value in inputs.items() if _is_explained(value)}
-            if not given:
-                listed = ", ".join(f"{key!r} ({_kind(value)})" for key, value in inputs.items())
-                raise InputError(
-                    "none of the inputs is a floating point tensor, which relevance could flow to; got "
-                    f"{listed or 'an empty mapping'}. Convert with `.float()`, or feed embeddings."
-                )
+            self.indices = {} if given else {key: value for key, value in inputs.items() if is_index(value)}
+            if not given and not self.indices:
+                raise InputError(_none_floating(inputs))
             doubled = inputs.keys() & self._kwargs.keys()
             if doubled:
                 raise InputError(f"{sorted(doubled)} are given both in the inputs and in additional_forward_kwargs.")
             self._kwargs.update({key: value for key, value in inputs.items() if key not in given})
             self.items = self._keywords = list(given)
             self.tensors = tuple(given.values())
+            check_inputs([*self.tensors, *self.indices.values()], [*given, *self.indices])
         else:
-            self.tensors = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-            self.items = [None] if len(self.tensors) == 1 else list(range(len(self.tensors)))
-        check_inputs(self.tensors, self.items)
+            self._listed = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+            names: list[Any] = [None] if len(self._listed) == 1 else list(range(len(self._listed)))
+            check_inputs(self._listed, names)
+            named = list(zip(names, self._listed, strict=True))
+            self.items = [name for name, tensor in named if not is_index(tensor)]
+            self.indices = {name: tensor for name, tensor in named if is_index(tensor)}
+            self.tensors = tuple(tensor for tensor in self._listed if not is_index(tensor))
+
+    @property
+    def batch(self) -> int:
+        """Number of samples."""
+        return len(next(iter((*self.tensors, *self.indices.values()))))
+
+    def check_looked_up(self, has_embedding: bool) -> None:
+        """Raises :class:`InputError` where there are integers, and the model has no embedding to look them up."""
+        if not self.indices or has_embedding:
+            return
+        if self._keywords is not None:
+            raise InputError(_none_floating(self.indices))
+        item, tensor = next(iter(self.indices.items()))
+        raise InputError(f"{'the input' if item is None else f'input {item!r}'} {_not_floating(tensor)}")
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """What the model returns for other values of the tensors."""
         if self._keywords is None:
-            return model(*tensors, *self._args, **self._kwargs)
+            explained = iter(tensors)
+            listed = [tensor if is_index(tensor) else next(explained) for tensor in self._listed]
+            return model(*listed, *self._args, **self._kwargs)
         return model(*self._args, **dict(zip(self._keywords, tensors, strict=True)), **self._kwargs)
 
 
@@ -169,12 +191,9 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None]) -> N
         what = "the input" if item is None else f"input {item!r}"
         if not isinstance(tensor, Tensor):
             raise InputError(f"{what} is {type(tensor).__name__}, expected a tensor of shape (N, …).")
-        if tensor.is_complex() or not tensor.is_floating_point():
-            raise InputError(
-                f"{what} has dtype {tensor.dtype}; relevance needs real floating point inputs. "
-                "Convert with `.float()`, or ask for a layer behind an embedding by feeding the embeddings."
-            )
-        if tensor.dtype not in (torch.float32, torch.float64):
+        if tensor.is_complex() or not (tensor.is_floating_point() or is_index(tensor)):
+            raise InputError(f"{what} {_not_floating(tensor)}")
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
             raise InputError(
                 f"{what} has dtype {tensor.dtype}, in which sums over walks lose their digits. "
                 "Use float32 or float64 (`model.float()`, `inputs.float()`)."
@@ -195,9 +214,29 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None]) -> N
             )
 
 
+def is_index(value: Any) -> bool:
+    """Whether this is a tensor of integers that an embedding could look up."""
+    return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
+
+
+def _none_floating(inputs: Mapping[Any, Any]) -> str:
+    listed = ", ".join(f"{key!r} ({_kind(value)})" for key, value in inputs.items())
+    return (
+        "none of the inputs is a floating point tensor, which relevance could flow to; got "
+        f"{listed or 'an empty mapping'}. Convert with `.float()`, or feed embeddings."
+    )
+
+
+def _not_floating(tensor: Tensor) -> str:
+    return (
+        f"has dtype {tensor.dtype}; relevance needs real floating point inputs, or integers that an nn.Embedding looks "
+        "up. Convert with `.float()`, or feed what the embedding returns."
+    )
+
+
 def _infinite(tensor: Tensor) -> str:
     """The samples that are not finite."""
     return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 
-__all__ = ["EXPLAINED", "Call", "Inputs", "Output", "check_inputs", "explained_output"]
+__all__ = ["EXPLAINED", "Call", "Inputs", "Output", "check_inputs", "explained_output", "is_index"]

@@ -241,7 +241,12 @@ class RelevanceMeasure:
             kind: Only what rules do not hand down (``"residual"``), or only what ends at parameters, buffers and other
                 constants (``"constants"``); both by default.
         """
-        return self._absorbed(self._tap(layer), kind, absolute=False)
+        return self._absorbed([self._tap(layer)], kind, absolute=False)
+
+    @_query
+    def sink_above(self, taps: Sequence[Atom]) -> Tensor:
+        """Mass absorbed above at least one of several taps, such as the tensors of a tuple, ``(N,)``."""
+        return self._absorbed([self._tap(tap) for tap in taps], None, absolute=False)
 
     @_query
     def bypass(self, layer: Layer) -> Tensor:
@@ -268,7 +273,7 @@ class RelevanceMeasure:
         """
         tap = self._tap(layer)
         crossing = self._told_apart(self._plain().absolute.get(tap.place), "the tap") if self._reaches(tap) else 0
-        return crossing + self._absorbed(tap, None, absolute=True) + self._bypassing(tap).abs()
+        return crossing + self._absorbed([tap], None, absolute=True) + self._bypassing(tap).abs()
 
     @_query
     def walk_variation(self) -> Tensor:
@@ -444,13 +449,15 @@ class RelevanceMeasure:
         bit = 1 << self._recording.index[tap.place]
         return tap.place == output or bool(self._recording.below[output.vertex] & bit)
 
-    def _absorbed(self, tap: Tap, kind: Kind | None, absolute: bool) -> Tensor:
+    def _absorbed(self, taps: list[Tap], kind: Kind | None, absolute: bool) -> Tensor:
         _check_kind(kind)
         plain = self._plain()
-        bit = 1 << self._recording.index[tap.place]
+        bits = 0
+        for tap in taps:
+            bits |= 1 << self._recording.index[tap.place]
         total = self._start.new_zeros(self.batch)
         for (vertex, kept), value in (plain.absolute_sinks if absolute else plain.sinks).items():
-            if kind in (None, kept) and self._recording.below[vertex] & bit:
+            if kind in (None, kept) and self._recording.below[vertex] & bits:
                 # Names are made for the message only: to make them all takes longer than the pass.
                 total = total + (self._told_apart(None, self._recording.name_at(vertex)) if value is None else value)
         return total

@@ -34,6 +34,7 @@ from .steps import Step, StepHook, forward_pass, unseen
 _RECORDING = threading.RLock()
 
 INPUT, OUTPUT = "input", "output"
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 Item = int | str
 """Which tensor of several: its position in a tuple, or its key."""
@@ -104,7 +105,8 @@ class Recording:
     ) -> None:
         check_module(model)
         tensors = call.tensors
-        self.batch = len(tensors[0])
+        self.batch = call.batch
+        self._indices = list(call.indices.values())
         self.names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
         self._containers: list[str] = []
         self._seen: list[_Seen] = []
@@ -113,8 +115,10 @@ class Recording:
         self._started: Tensor | None = None
         with ExitStack() as around:
             around.enter_context(_RECORDING)  # another thread may be recording this model: its hooks are on it then
+            call.check_looked_up(any(isinstance(module, EMBEDDINGS) for module in model.modules()))
             check_model(model, tensors)
-            for block in (preserved(model), forward_pass(self), torch.enable_grad(), _no_autocast(tensors[0])):
+            device = (*tensors, *self._indices)[0].device
+            for block in (preserved(model), forward_pass(self), torch.enable_grad(), _no_autocast(device)):
                 around.enter_context(block)
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.requires_grad_(False)
@@ -177,18 +181,33 @@ class Recording:
             self._see(name, call, "input", None if len(tensors) == 1 else item, tensor, None)
         return args, kwargs
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         name, call = self.names[module], self._calls[module] - 1
         dim = _channel_dim(module)
+        if isinstance(module, EMBEDDINGS) and self._is_input(args[0] if args else None):
+            leaf = output.detach().requires_grad_()
+            self.leaves.append(leaf)
+            with unseen():
+                looked_up: Tensor = leaf.clone()
+            self._see(name, call, "output", None, looked_up, dim)
+            return looked_up
         if isinstance(output, Tensor):
             self._see(name, call, "output", None, output, dim)
             if not module._modules and _step_hook(module) is None:
                 self._check_covered(module, name, args, output)
-            return
+            return None
         items = output if isinstance(output, Mapping) else dict(enumerate(output)) if _is_listed(output) else {}
         for item, value in items.items():
             if isinstance(value, Tensor):
                 self._see(name, call, "output", item, value, dim)
+        return None
+
+    def _is_input(self, index: Any) -> bool:
+        """Whether an embedding looks up one of the inputs: by value, since models reshape and convert them."""
+        return isinstance(index, Tensor) and any(
+            index.numel() == given.numel() and torch.equal(index.flatten(), given.flatten().to(index))
+            for given in self._indices
+        )
 
     def _see(self, name: str, call: int, side: str, item: Item | None, tensor: Tensor, dim: int | None) -> None:
         self._keep(name, call, side, item, tensor)
@@ -493,8 +512,8 @@ def _channel_dim(module: nn.Module) -> int | None:
 
 
 @contextmanager
-def _no_autocast(tensor: Tensor) -> Iterator[None]:
-    with torch.autocast(tensor.device.type, enabled=False):
+def _no_autocast(device: torch.device) -> Iterator[None]:
+    with torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -55,6 +55,60 @@ def normalized(start: Tensor) -> Tensor:
     return start / total.reshape(-1, *(1,) * (start.ndim - 1))
 
 
+class Neurons:
+    """The start vector for one of Captum's neuron selectors.
+
+    Args:
+        selector: The selector.
+
+    Attributes:
+        activation: What was selected, summed, ``(N,)``; known once the start vector was made.
+    """
+
+    def __init__(self, selector: Any) -> None:
+        self.selector = selector
+        self.activation = torch.empty(0)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The start vector over the outputs ``(N, …)`` of a layer."""
+        slope = self._slope(values)
+        self.activation = (slope * values).flatten(1).sum(1)
+        if bool((slope != 0).flatten(1).sum(1).le(1).all()):
+            return slope  # a single neuron starts with all mass, also where it is not active
+        start = slope * values
+        silent = (start == 0).flatten(1).all(1).reshape(-1, *(1,) * (values.ndim - 1))
+        return torch.where(silent, slope, start)
+
+    def _slope(self, values: Tensor) -> Tensor:
+        """How much each neuron counts."""
+        if callable(self.selector):
+            with torch.enable_grad():
+                leaf = values.detach().requires_grad_()
+                chosen = self.selector(leaf)
+                if not isinstance(chosen, Tensor) or chosen.grad_fn is None:
+                    raise TargetError("the neuron selector returned nothing that depends on the output of the layer.")
+                return torch.autograd.grad(chosen.sum(), leaf)[0]
+        index = self.selector if isinstance(self.selector, tuple) else (self.selector,)
+        shape = tuple(values.shape)
+        if len(index) != values.ndim - 1 or not all(_is_index(entry) for entry in index):
+            raise TargetError(
+                f"neuron_selector={self.selector!r} does not select neurons of a layer of shape {shape}: give "
+                f"{values.ndim - 1} ints or slices, or a function of the layer's output."
+            )
+        slope = torch.zeros_like(values)
+        try:
+            slope[(slice(None), *index)] = 1
+        except IndexError as error:
+            raise TargetError(
+                f"neuron_selector={self.selector!r} is out of range for a layer of shape {shape}."
+            ) from error
+        return slope
+
+
+def _is_index(entry: Any) -> bool:
+    return isinstance(entry, slice) or (hasattr(entry, "__index__") and not isinstance(entry, (bool, Tensor)))
+
+
 def _signed(output: Tensor, start: Any) -> Tensor:
     vector = _real(start)
     if vector.shape == output.shape[1:]:

@@ -420,8 +420,9 @@ class StepHook(Hook):
             [
                 RemovableHandle(self),
                 module.register_forward_pre_hook(self.enter, with_kwargs=True),
-                # Also where the module raised: what comes after it would be taken for a part of it.
-                module.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
+                # Also where the module raised: what comes after it would be taken for a part of it. Before other hooks:
+                # those that mask or keep relevance at the output, as zennit-crp does, need the linked one.
+                module.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
             ]
         )
 

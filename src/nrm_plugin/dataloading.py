@@ -1,0 +1,137 @@
+"""Relevance over a whole data loader, which Captum's ``DataLoaderAttribution`` takes of ``FeatureAblation`` only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .attribution import NRM, NeuronNRM
+
+Reduce = Literal["mean", "sum"]
+
+
+class DataLoaderNRM:
+    """Attributions of this package over the batches of a data loader.
+
+    Captum's ``DataLoaderAttribution`` checks for the exact type ``FeatureAblation``, since it ablates features of the
+    whole data set at once. Relevance needs one pass for each batch, so this is a class of its own, with Captum's roles
+    of inputs.
+
+    Args:
+        attr_method: An :class:`~nrm_plugin.NRM`, :class:`~nrm_plugin.LayerNRM` or :class:`~nrm_plugin.NeuronNRM`.
+
+    Raises:
+        TypeError: Another method.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> data = TensorDataset(torch.randn(10, 3), torch.randint(2, (10,)))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> method = DataLoaderNRM(NRM(net))
+        >>> method.attribute(DataLoader(data, 4), (0, 2), target=lambda batch: batch[1]).shape
+        torch.Size([10, 3])
+        >>> method.attribute(DataLoader(data, 4), (0, 2), target=1, reduce="mean").shape
+        torch.Size([3])
+    """
+
+    def __init__(self, attr_method: NRM) -> None:
+        if not isinstance(attr_method, NRM):
+            raise TypeError(
+                f"DataLoaderNRM takes NRM, LayerNRM or NeuronNRM, got {type(attr_method).__name__}; for "
+                "FeatureAblation use captum.attr.DataLoaderAttribution."
+            )
+        self.attr_method = attr_method
+
+    def attribute(
+        self,
+        dataloader: Iterable[Any],
+        input_roles: tuple[int, ...] | None = None,
+        target: Any | Callable[[Any], Any] = None,
+        reduce: Reduce | None = None,
+        show_progress: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Attributions of all samples, or their sum or mean.
+
+        Args:
+            dataloader: Hands out batches: a tensor, or a tuple or list whose parts have roles.
+            input_roles: As in Captum's ``InputRole``: 0 for inputs that are explained, 1 for those that the model gets
+                besides, 2 for those that it does not get. None explains all of them.
+            target: As in ``attr_method.attribute``, or a function that finds it in the batch; not for ``NeuronNRM``,
+                which takes a ``neuron_selector=``.
+            reduce: None puts the samples one after the other; ``"sum"`` and ``"mean"`` add them up as they come.
+            show_progress: Show a progress bar.
+            kwargs: Further arguments of ``attr_method.attribute``.
+
+        Returns:
+            What ``attr_method.attribute`` returns, for all samples at once; without their dimension if reduced.
+
+        Raises:
+            ValueError: ``reduce`` or a role is none of these, or the loader is empty.
+
+        Examples:
+            >>> net = torch.nn.Linear(3, 2)
+            >>> batches = [torch.randn(4, 3), torch.randn(2, 3)]
+            >>> every = DataLoaderNRM(NRM(net)).attribute(batches, target=1)
+            >>> total = DataLoaderNRM(NRM(net)).attribute(batches, target=1, reduce="sum")
+            >>> every.shape, torch.allclose(every.sum(0), total, atol=1e-5)
+            (torch.Size([6, 3]), True)
+        """
+        if reduce not in (None, "mean", "sum"):
+            raise ValueError(f"reduce={reduce!r} is unknown; choose None, 'sum' or 'mean'.")
+        rows: list[list[Tensor]] = []
+        form, samples = None, 0
+        for batch in tqdm(dataloader, disable=not show_progress):
+            explained, others = _by_role(batch, input_roles)
+            chosen = target(batch) if callable(target) else target
+            given = {} if isinstance(self.attr_method, NeuronNRM) and chosen is None else {"target": chosen}
+            found = self.attr_method.attribute(explained, additional_forward_args=others, **given, **kwargs)
+            form, samples = found, samples + len(next(_leaves(explained)))
+            new = list(_leaves(found))
+            if reduce is not None:
+                new = [part.sum(0) for part in new]
+                rows = [[part + add for part, add in zip(rows[0], new, strict=True)]] if rows else [new]
+            else:
+                rows.append(new)
+        if form is None:
+            raise ValueError("the data loader hands out no batch.")
+        if reduce is None:
+            parts = [torch.cat(column) for column in zip(*rows, strict=True)]
+        else:
+            parts = [part / samples for part in rows[0]] if reduce == "mean" else rows[0]
+        return _like(form, iter(parts))
+
+
+def _by_role(batch: Any, roles: tuple[int, ...] | None) -> tuple[Any, tuple[Any, ...] | None]:
+    """The explained inputs of a batch, in its form, and the further arguments of the model."""
+    if isinstance(batch, Tensor):
+        if roles not in (None, (0,)):
+            raise ValueError(f"input_roles={roles} has {len(roles)} roles, but a batch is a single tensor.")
+        return batch, None
+    parts = tuple(batch)
+    roles = (0,) * len(parts) if roles is None else tuple(int(getattr(role, "value", role)) for role in roles)
+    if len(roles) != len(parts) or not set(roles) <= {0, 1, 2} or 0 not in roles:
+        raise ValueError(
+            f"input_roles={roles} does not fit a batch of {len(parts)} parts: give each 0 (explained), 1 (handed to "
+            "the model) or 2 (kept back), and 0 at least once."
+        )
+    explained = tuple(part for part, role in zip(parts, roles, strict=True) if role == 0)
+    others = tuple(part for part, role in zip(parts, roles, strict=True) if role == 1)
+    return explained[0] if len(explained) == 1 else explained, others or None
+
+
+def _leaves(form: Any) -> Iterator[Tensor]:
+    if isinstance(form, Tensor):
+        yield form
+    else:
+        for part in form:
+            yield from _leaves(part)
+
+
+def _like(form: Any, parts: Iterator[Tensor]) -> Any:
+    """The parts in the form of nested tuples and lists."""
+    return next(parts) if isinstance(form, Tensor) else type(form)(_like(part, parts) for part in form)
