@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,6 +14,8 @@ from typing import NoReturn
 
 from .demo.run import DEFAULT, MISREAD, RULES, Report, Row, run
 from .errors import NRMError
+from .explain.command import add_explain, add_layers
+from .explain.files import check_folder
 
 COLUMNS = {
     "plain": f"sum of the relevance that Zennit hands to the layer, by its composite {RULES.__name__}",
@@ -37,18 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; those of the process by default.
 
     Returns:
-        0, or 2 where the command could not do what it was asked; then one line on stderr says why.
+        0, or 2 where the command could not do what it was asked; then one line on stderr says why. 1 where it could
+        for some pictures and not for others.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # names of files may hold what a terminal cannot show
     options = _parser().parse_args(argv)
     try:
-        options.command(options)
+        code: int | None = options.command(options)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (NRMError, OSError) as error:
         print(f"nrm-plugin {options.name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> Parser:
@@ -66,6 +76,8 @@ def _parser() -> Parser:
                       help=f"0 to 9, or '{MISREAD}' for one that the network gets wrong; the one that the network is "
                       f"surest of is taken, and the next one when repeated (default: {' '.join(DEFAULT)})")  # fmt: skip
     demo.set_defaults(command=_demo)
+    add_explain(commands)
+    add_layers(commands)
     return parser
 
 
@@ -77,23 +89,11 @@ def _digit(text: str) -> str:
 
 def _demo(options: argparse.Namespace) -> None:
     started = time.perf_counter()
-    _check_folder(options.out)
+    check_folder(options.out)
     report = run(options.digits, options.out)
     for line in (*_table(report), "", *_legend(report.rows), "", *_where(report, options.out)):
         print(line)
     print(f"Took {time.perf_counter() - started:.1f} s.")
-
-
-def _check_folder(folder: Path) -> None:
-    """Makes a folder and writes to it, so that a wrong one is known before anything is computed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"cannot write pictures to {folder}: {error.strerror or error}. Name another folder with --out DIR."
-        ) from error
 
 
 def _table(report: Report) -> list[str]:

@@ -77,12 +77,16 @@ def heat_map(values: Values, title: str = "", image: Values | None = None, limit
     axes = figure.add_subplot()
     drawn = draw_heat_map(axes, values, image, limit)
     _title(axes, title, 11)
-    _color_bar(figure, drawn, [axes])
+    _color_bar(figure, drawn, [axes], _exceeds([values], limit))
     return figure
 
 
 def image_and_heat_map(
-    image: Values, values: Values, titles: tuple[str, str] = ("image", "relevance"), heading: str = ""
+    image: Values,
+    values: Values,
+    titles: tuple[str, str] = ("image", "relevance"),
+    heading: str = "",
+    limit: float | None = None,
 ) -> Figure:
     """An image beside its signed heat map.
 
@@ -91,20 +95,26 @@ def image_and_heat_map(
         values: ``(H, W)``, dimensionless.
         titles: Above the image and above the heat map.
         heading: Above both.
+        limit: Value of the darkest colour; the largest by default.
     """
     figure = _figure(7.2, 3.6 + 0.3 * bool(heading))
     _heading(figure, heading)
     left, right = figure.subplots(1, 2)
     draw_image(left, image)
-    drawn = draw_heat_map(right, values, image)
+    drawn = draw_heat_map(right, values, image, limit)
     _title(left, titles[0], 11)
     _title(right, titles[1], 11)
-    _color_bar(figure, drawn, [right])
+    _color_bar(figure, drawn, [right], _exceeds([values], limit))
     return figure
 
 
 def heat_maps(
-    maps: Sequence[Values], titles: Sequence[str], heading: str = "", image: Values | None = None, columns: int = 4
+    maps: Sequence[Values],
+    titles: Sequence[str],
+    heading: str = "",
+    image: Values | None = None,
+    columns: int = 4,
+    limit: float | None = None,
 ) -> Figure:
     """A grid of signed heat maps on one colour scale.
 
@@ -114,12 +124,13 @@ def heat_maps(
         heading: Above the grid.
         image: ``(C, H, W)``, shown as the first picture, and faintly under the maps.
         columns: Pictures side by side.
+        limit: Value of the darkest colour; the largest of all maps by default.
     """
     count = len(maps) + (image is not None)
     rows, across = math.ceil(count / columns), min(columns, count)
     figure = _figure(2.1 * across + 0.8, 2.35 * rows + 0.45 * bool(heading))
     _heading(figure, heading)
-    draw_grid(figure, maps, titles, image, columns, show_image=image is not None)
+    draw_grid(figure, maps, titles, image, columns, show_image=image is not None, limit=limit)
     return figure
 
 
@@ -238,6 +249,7 @@ def draw_grid(
     image: Values | None,
     columns: int,
     show_image: bool = False,
+    limit: float | None = None,
 ) -> None:
     """Heat maps ``(H, W)`` on one colour scale, row by row, with a colour bar at the right."""
     count = len(maps) + show_image
@@ -248,12 +260,12 @@ def draw_grid(
     if show_image and image is not None:
         draw_image(places[0], image)
         _title(places.pop(0), "image")
-    bound = _bound([_array(values) for values in maps])
+    bound = _bound([_array(values) for values in maps]) if limit is None else limit
     for axes, values, title in zip(places, maps, titles, strict=False):
         drawn = draw_heat_map(axes, values, image, bound)
         _title(axes, title)
     if maps:
-        _color_bar(figure, drawn, list(grid.flat))
+        _color_bar(figure, drawn, list(grid.flat), _exceeds(maps, limit))
 
 
 def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: str = "") -> None:
@@ -311,6 +323,11 @@ def _bound(maps: Sequence[Array]) -> float:
     return max((float(np.abs(values).max(initial=0)) for values in maps), default=0) or 1.0
 
 
+def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
+    """Whether a value is beyond the limit that was given, so that its colour does not tell how far."""
+    return limit is not None and _bound([_array(values) for values in maps]) > limit
+
+
 def _no_ticks(axes: Axes) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
@@ -332,11 +349,12 @@ def _outline(axes: Axes, ink: Array) -> None:
         axes.contour(columns, rows, padded, levels=[middle], colors=[INK], linewidths=0.9, alpha=0.65)
 
 
-def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes]) -> None:
+def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: bool = False) -> None:
     limit = drawn.get_clim()[1] or 1.0
     # The colour map alone: of a picture with transparency the bar would be blank at zero.
     shown = ScalarMappable(drawn.norm, drawn.cmap)
-    bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=28)
+    pointed = "both" if is_cut else "neither"
+    bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=28, extend=pointed, extendfrac=0.03)
     bar.outline.set_visible(False)  # type: ignore[operator, unused-ignore]
     bar.ax.tick_params(length=0, labelsize=8.5, colors=INK)
     exponent = math.floor(math.log10(100 * limit))

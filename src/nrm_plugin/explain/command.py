@@ -1,0 +1,249 @@
+"""The commands ``explain`` and ``layers``: their arguments, in the order in which a person would ask for them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import words
+from .batch import explain
+from .conditions import parse
+from .files import check_folder
+from .models import Subject, load
+from .pictures import PictureError, check_file, shown
+from .rules import check_composite_name, names
+from .run import CHANNELS, Request, RequestError, check_device, taps
+
+EXPLAIN = """\
+Which pixels speak for what a network sees? Explains pictures with any torchvision classifier, or one of your own,
+by the normalized relevance measure: all relevance is 1, red pixels speak for the class, blue ones against it."""
+
+EXAMPLES = """\
+examples:
+  nrm-plugin explain cat.jpg --model vgg16
+      what the network sees in the picture, and where; its weights are downloaded once
+  nrm-plugin explain *.jpg --model resnet50 --target "tiger cat" --out cats
+      one class in many pictures; its name or index
+  nrm-plugin explain cat.jpg --model vgg16 --weights vgg16-397923af.pth
+      without a connection: a state dict or safetensors file; --weights none tries the command with random ones
+  nrm-plugin layers --model vgg16
+      names for the next two
+  nrm-plugin explain cat.jpg --model vgg16 --layer features.28
+      the channels of a layer that carry most, and what each of them draws on
+  nrm-plugin explain cat.jpg --model vgg16 --given "features.28[3,7]" --given "features.28[3] & ~features.21[40:50]"
+      the pixels for the walks through channel 3 or 7 of a layer alone; & and, | or, ~ not
+  nrm-plugin explain scan.png --model my_nets.py:make --weights mine.safetensors --size 128 --mean 0.5 --std 0.25
+      your own: a function without arguments that returns a module, here one for grey pictures
+
+for each picture NAME the folder gets
+  NAME-relevance.png           the picture as the network gets it, beside its heat map
+  NAME-relevance.safetensors   all numbers, with model, weights, rules and versions in the metadata
+  NAME-LAYER.png, .csv         with --layer: heat maps of the most relevant channels, mass of all of them
+  NAME-given.png               with --given: the conditional heat maps
+Results of other settings or of another picture are never overwritten: the new ones are called NAME-2-...
+
+exit status: 0; 1 where some pictures could not be explained; 2 where none can be, because of the options"""
+
+
+def add_explain(commands: Any) -> None:
+    """Adds the command that explains pictures."""
+    parser = commands.add_parser(
+        "explain",
+        help="explain pictures with a torchvision classifier or one of your own",
+        description=EXPLAIN,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="a picture: PNG, JPEG, WebP, TIFF, GIF, …"
+    )
+    _add_model(parser, "torchvision's default, downloaded once")
+    asked = parser.add_argument_group("what is asked")
+    asked.add_argument("--target", metavar="CLASS",
+                       help="index or name of the class to explain (default: the predicted one)")  # fmt: skip
+    asked.add_argument("--layer", action="append", default=[], metavar="LAYER", dest="layers",
+                       help="tell the channels of this layer; may be repeated")  # fmt: skip
+    asked.add_argument("--given", action="append", default=[], metavar="EVENT",
+                       help="a heat map for the walks through these neurons alone, such as 'features.28[3,7]'; "
+                       "may be repeated")  # fmt: skip
+    asked.add_argument("--channels", type=_count, default=CHANNELS, metavar="N",
+                       help="how many channels of a layer to draw (default: %(default)s)")  # fmt: skip
+    how = parser.add_argument_group("how it is computed")
+    _add_composite(how)
+    how.add_argument("--residual", choices=("redistribute", "sink"), default="redistribute",
+                     help="what rules do not hand down is handed down after all, up to the gain limit, or stays where "
+                     "it is and is accounted for (default: %(default)s)")  # fmt: skip
+    how.add_argument("--gain-limit", type=_gain, metavar="G",
+                     help="largest factor for that: a number of at least 1, or inf (default: 2)")  # fmt: skip
+    how.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, … (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("nrm-explained"), metavar="DIR",
+                        help="folder for the results; made where it is missing (default: %(default)s)")  # fmt: skip
+    parser.set_defaults(command=_explain)
+
+
+def add_layers(commands: Any) -> None:
+    """Adds the command that lists the layers of a model."""
+    parser = commands.add_parser(
+        "layers",
+        help="list the layers of a model, for --layer and --given",
+        description="Lists the layers of a model from the input to the output, by the names that `nrm-plugin explain` "
+        "takes: their shapes, and the rule or kernel that hands relevance through each.",
+    )
+    _add_model(parser, "none, as they change nothing here")
+    _add_composite(parser)
+    parser.set_defaults(command=_layers)
+
+
+def _add_model(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group("the model")
+    group.add_argument("--model", required=True, metavar="NAME",
+                       help="a torchvision classifier such as vgg16, or package.module:factory or file.py:factory: a "
+                       "function without arguments that returns a module, or the module itself")  # fmt: skip
+    group.add_argument("--weights", metavar="NAME|FILE|none",
+                       help="torchvision's by name, such as IMAGENET1K_V1 or DEFAULT; a file with a state dict (.pth, "
+                       f".pt, .safetensors); none: random (default: {default}; your own has its own)")  # fmt: skip
+    group.add_argument("--classes", type=Path, metavar="FILE",
+                       help="names of the classes, one for each line (default: those of the weights)")  # fmt: skip
+    group.add_argument("--size", type=_size, metavar="PIXELS",
+                       help="scale the short side to this, and take the middle square (default: as the weights want "
+                       "it; for your own model scale to 256 and take the middle 224)")  # fmt: skip
+    group.add_argument("--mean", type=_numbers, metavar="R,G,B",
+                       help="subtracted from pixels between 0 and 1; a single number for a model of grey pictures "
+                       "(default: as the weights want it; for your own model that of ImageNet)")  # fmt: skip
+    group.add_argument("--std", type=_numbers, metavar="R,G,B", help="what they are divided by then")
+
+
+def _add_composite(parser: Any) -> None:
+    parser.add_argument("--composite", default="nrm_default", metavar="RULES",
+                        help=f"which rules: {', '.join(names())} (default: %(default)s)")  # fmt: skip
+
+
+# -- commands -------------------------------------------------------------------------------------------------------
+
+
+def _explain(options: argparse.Namespace) -> int:
+    with _one_line_warnings():
+        request = _request(options)
+        check_folder(options.out)
+        device = check_device(request.device)
+        images, problems = _present(options.images)
+        if images:  # else there is no need to fetch a model
+            subject = _subject(options, options.weights)
+            subject.model.to(device)
+            print(words.heading(subject, request))
+            for found in explain(images, subject, request, options.out):
+                for line in ("", *words.outcome(subject, found)) if found.answer else ():
+                    print(line, flush=True)
+                problems += found.problems
+    if problems:
+        print(f"\nnrm-plugin explain: {len(problems)} could not be done:", file=sys.stderr)
+    for problem in problems:
+        print(f"  {' '.join(problem.split())}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _layers(options: argparse.Namespace) -> None:
+    check_composite_name(options.composite)
+    is_own = ":" in options.model
+    with _one_line_warnings():
+        subject = _subject(options, options.weights or (None if is_own else "none"), tell=False)
+        rows = taps(subject, options.composite)
+    for line in words.table(rows, ("layer", "shape", "operation", "rule or kernel", "note")):
+        print(line)
+
+
+def _present(images: list[Path]) -> tuple[list[Path], list[str]]:
+    """The files that are there, and what is wrong with the others."""
+    present, problems = [], []
+    for path in dict.fromkeys(images):
+        try:
+            check_file(path)
+            present.append(path)
+        except PictureError as error:
+            problems.append(str(error))
+    return present, problems
+
+
+def _request(options: argparse.Namespace) -> Request:
+    check_composite_name(options.composite)
+    if options.gain_limit is not None and options.residual == "sink":
+        raise RequestError("--gain-limit has no meaning with --residual sink, which hands down nothing more.")
+    return Request(
+        target=options.target,
+        layers=tuple(dict.fromkeys(options.layers)),
+        given=tuple(dict.fromkeys(parse(text) for text in options.given)),
+        composite=options.composite,
+        residual=options.residual,
+        gain_limit=2.0 if options.gain_limit is None else options.gain_limit,
+        device=options.device,
+        channels=options.channels,
+    )
+
+
+def _subject(options: argparse.Namespace, weights: str | None, tell: bool = True) -> Subject:
+    categories = _names(options.classes) if options.classes else ()
+    subject = load(options.model, weights, options.size, options.mean, options.std, categories)
+    for note in subject.notes if tell else ():
+        print(f"nrm-plugin: warning: {note}", file=sys.stderr)
+    return subject
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--classes {shown(path)} is no text in UTF-8.") from error
+    except OSError as error:
+        raise RequestError(f"cannot read --classes {shown(path)}: {error.strerror or error}.") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [" ".join(line.split()) for line in lines]
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings of the measure without the place in the code, which says nothing to who called from a shell."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"nrm-plugin: warning: {message}", file=sys.stderr)
+        yield
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+
+
+def _size(text: str) -> int:
+    if text.isascii() and text.isdecimal() and 1 <= int(text) <= 8192:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of pixels from 1 to 8192")
+
+
+def _count(text: str) -> int:
+    if text.isascii() and text.isdecimal() and 1 <= int(text) <= 64:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 64")
+
+
+def _gain(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three with commas between them")
+    return values
