@@ -411,6 +411,17 @@ POOLINGS: dict[str, tuple[Op, Tensor, Tensor]] = {
         sampled(IMAGE, GRID),
     ),
 }
+POOLINGS["fold"] = (
+    lambda a: F.fold(a.flatten(2), (3, 3), 2),
+    draw(4, 2, 2),
+    torch.stack(
+        [
+            # Entry (r, c) of patch (p, q) is added to pixel (p + r, q + c).
+            torch.tensor([float((p + r, q + c) == divmod(pixel, 3)) for r, c, p, q in itertools.product(*[(0, 1)] * 4)])
+            for pixel in range(9)
+        ]
+    ),
+)
 SIGNED = ("interpolate bicubic", "interpolate bicubic down", "Upsample bicubic")
 
 
@@ -564,6 +575,39 @@ def test_a_mean_over_what_is_a_number():
         assert float((found - expected).abs().max()) <= 1e-5  # the rule has a floor
 
 
+def test_differences_are_what_they_are_made_of():
+    a, first = draw(2, 5), draw(1, 5, seed=1)
+    check(columns(lambda a: a.diff(), [a]), columns(lambda a: a[..., 1:] - a[..., :-1], [a]))
+
+    def twice(a: Tensor, b: Tensor) -> Tensor:
+        a = torch.cat([b, a], 1)
+        a = a[:, 1:] - a[:, :-1]
+        return a[:, 1:] - a[:, :-1]
+
+    check(columns(lambda a, b: torch.diff(a, 2, 1, prepend=b), [a, first]), columns(twice, [a, first]))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_deformed_convolution_reads_where_its_offsets_say(gated):
+    net = torchvision.ops.DeformConv2d(2, 3, 2, bias=False).double()
+    a, offset, mask = draw(2, 4, 4), draw(8, 3, 3, seed=1) / 2, draw(4, 3, 3, seed=2).sigmoid()
+    weight = torch.zeros(3, 3, 3, 2, 4, 4, dtype=torch.float64)
+    for o, y, x, c, r, s in itertools.product(range(3), range(3), range(3), range(2), range(2), range(2)):
+        point, part = r * 2 + s, net.weight[o, c, r, s].item() * (mask[r * 2 + s, y, x].item() if gated else 1)
+        row, col = y + r + offset[2 * point, y, x].item(), x + s + offset[2 * point + 1, y, x].item()
+        for p, q in itertools.product((math.floor(row), math.floor(row) + 1), (math.floor(col), math.floor(col) + 1)):
+            if 0 <= p < 4 and 0 <= q < 4:
+                weight[o, y, x, c, p, q] += (1 - abs(row - p)) * (1 - abs(col - q)) * part
+    matrix = weight.reshape(27, 32)
+    inputs = [a, offset, mask] if gated else [a, offset]
+    assert torch.allclose(net(*(value[None] for value in inputs)).flatten(), matrix @ a.flatten())
+    nothing = [torch.zeros(27, value.numel()).double() for value in inputs[1:]]
+    check(columns(net, inputs, linear_rules()), [by_epsilon(matrix, a), *nothing])
+    mu = measure(net, inputs, linear_rules())
+    expected = by_epsilon(matrix, a).abs().sum(1) + (1 - by_epsilon(matrix, a).sum(1)).abs()
+    assert torch.allclose(mu.walk_variation(), expected)
+
+
 VARIANCES: dict[str, tuple[Op, Op]] = {
     "var": (lambda a: a.var(2), lambda a: (a - a.mean(2, keepdim=True)).square().sum(2) / 2),
     "var by name": (
@@ -688,6 +732,13 @@ ROUTES: dict[str, tuple[Op, list[Tensor]]] = {
     "max": (lambda a: a.max(1).values, [DATA]),
     "min": (lambda a: torch.min(a, 1)[0], [DATA]),
     "sort": (lambda a: a.sort(2, descending=True).values, [DATA]),
+    "median": (lambda a: a.flatten(2).median(2).values, [DATA]),
+    "nanmedian": (lambda a: a.nanmedian(1).values, [DATA]),
+    "kthvalue": (lambda a: a.kthvalue(3, 3).values, [DATA]),
+    "mode": (lambda a: a.mode(1).values, [DATA]),
+    "cummax": (lambda a: a.cummax(3).values, [DATA]),
+    "cummin": (lambda a: torch.cummin(a, 1)[0], [DATA]),
+    "aminmax": (lambda a: torch.stack(torch.aminmax(a, dim=1), 1), [DATA]),
     "topk": (lambda a: a.topk(2, 1).values, [DATA]),
     "maximum": (torch.maximum, [A, B]),
     "torch.max": (torch.max, [A, B]),

@@ -44,6 +44,18 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | Non
     return nn.functional.linear(products.flatten(-2), weight.flatten(1), bias)
 
 
+@rewrite("diff")
+def _diff(
+    input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
+) -> Tensor:
+    parts = [part for part in (prepend, input, append) if part is not None]
+    result = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    for _ in range(n):
+        length = result.shape[dim] - 1
+        result = result.narrow(dim, 1, length) - result.narrow(dim, 0, length)
+    return result
+
+
 @rewrite("nanmean")
 def _nanmean(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     count = (~input.isnan()).sum(dim, keepdim)

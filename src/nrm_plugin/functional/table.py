@@ -20,7 +20,7 @@ from ..reading import PlainGradient, Weighted, Weightless, read_rule
 from ..rules import Absolute
 from ..steps import LayerCall, Saved
 from .opaque import Unknown
-from .registry import FunctionCall, Slot, kernel
+from .registry import FunctionCall, Slot, fill, kernel
 
 STABILIZER = 1e-12
 """Denominator of a signed share that is exactly zero."""
@@ -235,7 +235,7 @@ def length(call: FunctionCall) -> Kernel:
 
 POOLS = (
     "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "lp_pool2d interpolate upsample upsample_bilinear grid_sample cumsum roi_align"
+    "lp_pool2d interpolate upsample upsample_bilinear grid_sample cumsum roi_align fold col2im"
 ).split()
 
 
@@ -423,6 +423,29 @@ def _normed(module: nn.Module, source: Tensor) -> Tensor:
     )
 
 
+@kernel("deform_conv2d")
+def deformable(call: FunctionCall) -> Kernel:
+    """A convolution that reads where offsets say: by the rule of the module that owns the weight."""
+    weight, bias, fixed = call.args[1], call.args[4], tuple(call.values[1:])
+    if not isinstance(call.args[0], Slot) or isinstance(weight, Slot):
+        return Unknown(UnsupportedOperationError(_DEFORMED), _shapes(call))
+
+    def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        filled = fill(call.args, (source, *fixed))
+        none = weight.new_zeros(len(weight))
+        result: Tensor = call.function(source, weight, *filled[2:4], none if bias is None else bias, *filled[5:])
+        return result
+
+    # Where two points lie between the same pixels, an input meets an output through two weights, as in a padding.
+    return weighted(call, run, weight, bias, nn.Conv2d(1, 1, 1, device="meta"), 1, "computed")
+
+
+_DEFORMED = (
+    "relevance arrived at 'deform_conv2d' whose weight is computed by the model, which has no kernel. Tell how it "
+    "hands relevance down: decorate a function with nrm_plugin.register_kernel(torch.ops.torchvision.deform_conv2d)."
+)
+
+
 def weighted(
     call: FunctionCall,
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
@@ -430,11 +453,12 @@ def weighted(
     bias: Tensor | None,
     like: nn.Module,
     bias_dim: int = -1,
+    padding_mode: str = "zeros",
 ) -> Kernel:
     """A function that is affine in its one input and linear in a constant weight, by the rule of a layer."""
     rule = call.rules.of_weight(weight, like)
     assert rule is not None, "looked up when the function ran"
-    shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim)
+    shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim, padding_mode=padding_mode)
     value = call.values[0]
     with torch.no_grad():
         output = shell(value)
