@@ -33,7 +33,10 @@ define install
 	@touch $@
 endef
 
-.PHONY: demo test test-fast lint bench clean
+# Packages that this one works inside of, each with the versions that its pins need, on top of .venv.
+HOSTS ?= captum07 captum08 crp quantus grad_cam lxt
+
+.PHONY: demo test test-fast test-hosts lint bench clean
 
 demo: .venv/.stamp
 	.venv/bin/nrm-plugin demo
@@ -56,6 +59,10 @@ test: lint
 test-fast: .venv/.stamp
 	$(call pytest,.venv) -m "not slow" -x -q
 
+test-hosts: .venv/.stamp $(HOSTS:%=.venv/hosts/%.stamp)
+	@set -e; for host in $(HOSTS); do echo "== $$host"; file=$$host; case $$host in captum*) file=captum;; esac; \
+		PYTHONPATH=.venv/hosts/$$host $(call pytest,.venv) -q tests/hosts/test_$$file.py; done
+
 lint: .venv/.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -70,6 +77,12 @@ clean:
 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(call install,$(PYTHON),-e ".[test$(comma)dev]")
+
+# Without dependencies: zennit-crp asks for a Zennit that is too old, LXT and Quantus for much that no test needs.
+.venv/hosts/%.stamp: tests/hosts/%.txt .venv/.stamp
+	@rm -rf .venv/hosts/$*
+	.venv/bin/python -m pip install -q --no-deps --target .venv/hosts/$* -r $<
+	@touch $@
 
 .venv-zennit1/.stamp: pyproject.toml constraints.txt
 	$(call install,$(PYTHON_ZENNIT1),-e ".[test$(comma)dev]" "zennit>=1")

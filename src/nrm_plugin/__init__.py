@@ -4,6 +4,7 @@ from .attribution import NRM, JointNRM, LayerNRM, NeuronNRM
 from .attributors import NRMAttributor
 from .canonizers import FuseBatchNorm
 from .composites import Normalized, NRMAbsolute, NRMDefault
+from .concepts import ConceptNRM, condition_event
 from .coverage import Coverage, coverage
 from .dataloading import DataLoaderNRM
 from .events import ABSORBED, Event, at
@@ -23,6 +24,7 @@ __all__ = [
     "ABSORBED",
     "NRM",
     "Absolute",
+    "ConceptNRM",
     "ConservingEpsilon",
     "Coverage",
     "DataLoaderNRM",
@@ -44,6 +46,7 @@ __all__ = [
     "Normalized",
     "RelevanceMeasure",
     "at",
+    "condition_event",
     "coverage",
     "register_kernel",
 ]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from zennit.core import Hook
+from zennit.core import BasicHook, Hook
 
-from .errors import InputError, ModelStateError
+from .errors import InputError, ModelStateError, UnsupportedRuleError
 
 RANDOM: dict[str, float | str] = {
     "RReLU": 1.0,
@@ -72,6 +72,21 @@ def check_unhooked(model: nn.Module, remedy: str) -> None:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(getattr(hook, "__self__", None), Hook):
                 raise ModelStateError(f"{_layer(name, module)} has hooks of a Zennit composite on it already. {remedy}")
+
+
+def check_unpatched() -> None:
+    """Raises :class:`UnsupportedRuleError` where another package replaced how Zennit hands relevance down.
+
+    LXT's ``monkey_patch_zennit`` does so for the whole process and for good.
+    """
+    for method in (BasicHook.forward, BasicHook.backward):
+        if method.__module__ != "zennit.core":
+            raise UnsupportedRuleError(
+                f"zennit.core.BasicHook.{method.__name__} was replaced by {method.__module__}, as LXT's "
+                "monkey_patch_zennit() does: gradients then carry relevance over activation, and mixed with Zennit's "
+                "own convention they are wrong numbers. The patch cannot be taken back, so run this in another "
+                "process than the one that calls monkey_patch_zennit(). LXT without that call is no obstacle."
+            )
 
 
 def check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
@@ -146,4 +161,4 @@ def _randomness(module: nn.Module) -> float:
     return float(getattr(module, amount, None) or 0.0) if isinstance(amount, str) else float(amount)
 
 
-__all__ = ["check_function", "check_model", "check_module"]
+__all__ = ["check_function", "check_model", "check_module", "check_unhooked", "check_unpatched"]

@@ -20,7 +20,7 @@ from zennit.rules import Flat, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
 from .canonizers import FuseBatchNorm
-from .checks import check_unhooked
+from .checks import check_unhooked, check_unpatched
 from .errors import NRMError
 from .functional import Interception
 from .fusion import fuse
@@ -92,8 +92,10 @@ class Normalized(Composite):
 
         Raises:
             ModelStateError: Another composite has hooked it; one of the two would silently do nothing.
+            UnsupportedRuleError: Another package has patched Zennit.
         """
         self.remove()
+        check_unpatched()
         check_unhooked(module, "Leave the context of that composite first, or call its remove().")
         super().register(module)
 

@@ -169,7 +169,6 @@ def read_rule(
     if type(hook) is PlainGradient:
         return _plain_gradient(module, call, inputs)
     if is_by_modifiers(hook):
-        _check_convention(hook, where)
         reader = (hook, module, call, inputs, output, image, is_output_known)
         return _branches(*reader) or _modifiers(hook, module, call, inputs)
     if not is_output_known:
@@ -209,15 +208,6 @@ def check_linear(kernel: Kernel, hook: Hook, output: Tensor, where: str) -> None
 
 def _overrides(hook: Hook, method: str, base: type = Hook) -> bool:
     return getattr(type(hook), method) is not getattr(base, method)
-
-
-def _check_convention(hook: BasicHook, where: str) -> None:
-    """Other packages patch Zennit for good, so that the gradient slot carries relevance over activation."""
-    if BasicHook.backward.__module__ != "zennit.core":
-        raise UnsupportedRuleError(
-            f"zennit.core.BasicHook.backward was replaced by {BasicHook.backward.__module__}, which uses another "
-            f"convention than relevance in the gradient slot (layer {where!r}). Use a process without that patch."
-        )
 
 
 def _modified_inputs(hook: BasicHook, inputs: Tensor) -> list[Tensor]:

@@ -1,0 +1,169 @@
+"""zennit-crp with a Normalized composite, on its own objects; and its conditions answered by the measure.
+
+Its wheel pins a Zennit that is too old, so it is installed without dependencies: `make test-hosts`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from zennit.composites import EpsilonPlusFlat
+
+from nrm_plugin import ConceptNRM, Normalized, RelevanceMeasure, at
+from tests.conftest import untouched
+from tests.nets import tiny_net, zennit_composite
+from tests.oracles import enumerate_walks
+
+pytest.importorskip("crp.attribution", reason="zennit-crp is not here; `make test-hosts` runs this")
+
+from crp.attribution import AttributionGraph, CondAttribution
+from crp.concepts import ChannelConcept
+from crp.graph import trace_model_graph
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(80, 6)]
+    return nn.Sequential(*layers).double().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def x():
+    return torch.randn((3, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def heat(model, x, conditions, rules, **options):
+    """What CondAttribution returns."""
+    leaf = x.clone().requires_grad_()
+    with untouched(model):
+        return CondAttribution(model)(leaf, conditions, rules, **options)
+
+
+CONDITIONS = [
+    [{"2": [3], "y": [1]}],
+    [{"2": [0, 3], "0": [1], "y": [4]}],
+    [{"y": [2]}],
+    [{"5": [2], "2": [1], "y": [2]}],
+]
+EVENTS = [at("2")[3], at("2")[[0, 3]] & at("0")[1], None, at("5")[2] & at("2")[1]]
+
+
+@pytest.mark.parametrize("residual", ["sink", "redistribute"])
+@pytest.mark.parametrize("exclude_parallel", [True, False])
+@pytest.mark.parametrize(("conditions", "event"), list(zip(CONDITIONS, EVENTS, strict=True)), ids=str)
+def test_its_heat_map_in_a_chain_is_our_joint(net, x, conditions, event, exclude_parallel, residual):
+    rules = Normalized(EpsilonPlusFlat(), residual=residual)
+    found = heat(net, x, conditions, rules, record_layer=["0"], exclude_parallel=exclude_parallel)
+    mu = RelevanceMeasure(net, x, conditions[0]["y"][0], composite=rules)
+    scale = mu.output.reshape(-1, 1, 1, 1)
+    same(found.heatmap, (mu.marginal("input", joint=event) * scale).sum(1))
+    if "0" not in conditions[0]:  # of a layer of the condition it returns either side of the mask, by torch's version
+        same(found.relevances["0"], mu.marginal("0", joint=event) * scale)
+    same(found.prediction.detach(), net(x))
+    same(ConceptNRM(net, rules).attribute(x, conditions)[0].sum(1), found.heatmap)
+
+
+def test_conditions_on_many_concepts_at_once(net, x):
+    rules = Normalized(EpsilonPlusFlat())
+    conditions = [{"2": [channel], "y": [1]} for channel in range(5)] + [{"0": [2], "y": [0]}, {"y": [0, 3]}]
+    ours = ConceptNRM(net, rules).attribute(x, conditions)
+    assert ours.shape == (7, 3, 3, 8, 8)
+    for number, condition in enumerate(conditions):
+        same(ours[number].sum(1), heat(net, x, [condition], rules).heatmap)
+    single = x[:1]
+    together = heat(net, single, conditions[:5], rules).heatmap
+    same(ours[:5, 0].sum(1), together)
+    same(ours[:5].sum(0), ConceptNRM(net, rules).attribute(x, [{"y": [1]}])[0])
+    given = ConceptNRM(net, rules).attribute(x, conditions[:1], conditional=True, unit="measure")[0]
+    mu = RelevanceMeasure(net, x, 1, composite=rules)
+    same(given, mu.marginal("input", given=at("2")[0]))
+
+
+def test_its_generate_and_start_layer_work(net, x):
+    rules, attribution = Normalized(EpsilonPlusFlat()), CondAttribution(net)
+    conditions = [{"2": [channel], "y": [1]} for channel in range(5)]
+    leaf = x[:1].clone().requires_grad_()
+    maps = [part.heatmap for part in attribution.generate(leaf, conditions, rules, batch_size=2, verbose=False)]
+    same(torch.cat(maps), ConceptNRM(net, rules).attribute(x[:1], conditions)[:, 0].sum(1))
+    inner = attribution(x.clone().requires_grad_(), [{"2": [3]}], rules, start_layer="2")
+    mask = torch.zeros(3, 5, 4, 4, dtype=torch.float64)
+    mask[:, 3] = net[:3](x)[:, 3].clamp(min=0)  # what it kept, the in-place ReLU has written over
+    mu = RelevanceMeasure(net, x, start=mask, output=at("2"), composite=rules)
+    same(inner.heatmap, (mu.marginal("input") * mask.flatten(1).sum(1).reshape(-1, 1, 1, 1)).sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_its_graph_is_one_of_joints(net, x):
+    """Edges without its own normalization, ``abs_norm``, are masses times the output."""
+    rules = Normalized(EpsilonPlusFlat())
+    sample = x[:1].clone().requires_grad_()
+    graph = trace_model_graph(net, x[:1], ["0", "2", "5"])
+    attributor = AttributionGraph(CondAttribution(net), graph, {"0": ChannelConcept(), "2": ChannelConcept()})
+    nodes, connections = attributor(sample, rules, 3, "2", 1, width=[4], abs_norm=False)
+    mu = RelevanceMeasure(net, x[:1], 1, composite=rules)
+    joint = mu.joint("2", "0")[0, 3] * mu.output
+    edges = {target[1]: value for target, value in _edges(connections, ("2", 3))}
+    assert set(edges) == set(range(4))
+    for channel, value in edges.items():
+        assert float(value) == pytest.approx(float(joint[channel]), rel=1e-6, abs=1e-12)
+    assert {("2", 3), ("0", 0)} <= {tuple(node[:2]) for node in nodes}
+
+
+def _edges(connections, parent):
+    return [((layer, channel), value) for layer, channel, value in connections[parent]]
+
+
+# -- where walks go around the layer of the condition ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_at_a_skip_the_oracle_agrees_with_the_measure(seed):
+    """zennit-crp masks inside a full pass by default where ``exclude_parallel=False``: walks over the skip count too.
+
+    With ``exclude_parallel=True`` it starts again from the layer, as the measure does, and agrees.
+    """
+    case = tiny_net("skip", seed=seed, batch=1)
+    target = int(case.start[0].argmax())
+    rules = Normalized(zennit_composite(case.spec), residual="sink")
+    walks = enumerate_walks(case.spec, case.x[0], case.start[0], residual="sink")
+    case.net.requires_grad_(False)  # CondAttribution does that for good
+    scale = float(case.net(case.x)[0, target])
+    size = case.net.block.conv2.out_channels
+    for channel in range(size):
+        shape = walks.marginal("block.conv2").shape
+        inside = torch.arange(torch.Size(shape).numel()).reshape(shape)[channel].flatten().tolist()
+        event = walks.crosses("block.conv2", indices=inside)
+        expected = torch.as_tensor(walks.marginal("input", event=event)) * scale
+        condition = [{"block.conv2": [channel], "y": [target]}]
+        ours = ConceptNRM(case.net, rules).attribute(case.x, condition)[0, 0]
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-10)
+        excluded = heat(case.net, case.x, condition, rules, exclude_parallel=True).heatmap[0]
+        torch.testing.assert_close(excluded, expected.sum(0), rtol=1e-8, atol=1e-10)
+        mixed = heat(case.net, case.x, condition, rules, exclude_parallel=False).heatmap[0]
+        around = torch.as_tensor(walks.marginal("input", event=event | ~walks.crosses("block.conv2"))) * scale
+        torch.testing.assert_close(mixed, around.sum(0), rtol=1e-8, atol=1e-10)
+        assert float((mixed - expected.sum(0)).abs().max()) > 1e-6
+
+
+def test_conditions_of_another_form_are_refused(net, x):
+    from nrm_plugin.errors import EventError, UnknownLayerError
+
+    explainer = ConceptNRM(net)
+    for conditions, words in (
+        ([], "no condition"),
+        ([("2", [3])], "a condition is a mapping"),
+        ([{"2": "3", "y": [1]}], "list of channel numbers"),
+        ([{"2": [0.5], "y": [1]}], "list of channel numbers"),
+        ([{"2": [3], "y": [99]}], "'y' names output 99"),
+        ([{"2": [99], "y": [1]}], "99"),
+    ):
+        with untouched(net, x), pytest.raises(EventError, match=words):
+            explainer.attribute(x, conditions)
+    with pytest.raises(UnknownLayerError, match="'7'"):
+        explainer.attribute(x, [{"7": [3], "y": [1]}])
