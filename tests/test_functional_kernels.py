@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
 from zennit.core import Composite
-from zennit.rules import Epsilon
+from zennit.rules import Epsilon, Pass
 from zennit.types import Linear
 
 from nrm_plugin import Normalized, NRMAbsolute, RelevanceMeasure
-from nrm_plugin.errors import UnsupportedOperationError
+from nrm_plugin.errors import UncoveredLayerError, UnsupportedOperationError
 from nrm_plugin.functional.table import ACTIVATIONS
 
 TOLERANCE = 1e-10
@@ -499,6 +499,19 @@ def test_a_constant_matrix_is_a_linear_layer(name):
     op, x, weight, bias = CONTRACTIONS[name]
     check(columns(op, [x], linear_rules()), [by_epsilon(weight, x, bias)])
     check(columns(op, [x]), [by_size(weight, x)])
+
+
+@pytest.mark.parametrize("name", CONTRACTIONS)
+def test_a_constant_matrix_needs_a_rule_for_layers(name):
+    op, x, weight, _ = CONTRACTIONS[name]
+    rules = LayerMapComposite([(nn.ReLU, Pass())])
+    with pytest.raises(UncoveredLayerError, match=r"(Linear|Conv2d), called as .*layer_map"):
+        RelevanceMeasure(Apply(op), x[None], start=op(x[None]) * 0 + 1, composite=rules).marginal("input")
+    mu = RelevanceMeasure(
+        Apply(op), x[None], start=op(x[None]) * 0 + 1, composite=Normalized(rules, "sink", uncovered="gradient")
+    )
+    plain = weight.sum(0) / len(weight)  # as Zennit has it, the gradient alone
+    assert torch.allclose(mu.marginal("input").flatten(), plain)
 
 
 def test_addmm_is_a_product_and_a_bias():

@@ -19,7 +19,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from ..checks import check_function
-from ..errors import ModelStateError, UncoveredLayerError, UnsupportedOperationError
+from ..errors import ModelStateError, UnsupportedOperationError
 from ..kernels import Kernel
 from ..reading import PlainGradient
 from ..routes import source_of
@@ -39,7 +39,7 @@ from ..steps import (
 )
 from .gates import Gates
 from .lookup import CompositeRules, NoRules, RuleLookup
-from .opaque import Unknown, is_elementwise, is_known
+from .opaque import Unknown, is_elementwise, is_known, uncovered
 from .registry import KERNELS, FunctionCall, Handler, Name, Slot, handler_of, name_of
 from .rewrites import REWRITES
 from .table import LAYERS, BroadcastKernel, layer_call
@@ -277,12 +277,7 @@ class _Mode(TorchFunctionMode):
             return
         like = LAYERS[name.base]()
         if self.rules.of_weight(weight, like) is None:
-            raise UncoveredLayerError(
-                f"layer {self._path()!r} ({type(like).__name__}, called as {name.base}) has no rule in this composite. "
-                "Zennit would use its plain gradient, which does not conserve relevance. Map the layer to a rule in "
-                "the composite's layer_map, or pass Normalized(composite, uncovered='gradient') to account for what "
-                "its gradient loses."
-            )
+            raise uncovered(self._path(), like, name.base)
 
     def _path(self) -> str:
         return self.path[-1] if self.path else ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import UncoveredLayerError
 from ..kernels import Kernel
 from ..routes import is_route_node
 
@@ -75,4 +76,13 @@ def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tens
     return True
 
 
-__all__ = ["Unknown", "is_elementwise", "is_known"]
+def uncovered(path: str, like: nn.Module, name: str) -> UncoveredLayerError:
+    """What to raise for a function on a weight to which the composite gives no rule."""
+    return UncoveredLayerError(
+        f"layer {path!r} ({type(like).__name__}, called as {name}) has no rule in this composite. Zennit would use its "
+        "plain gradient, which does not conserve relevance. Map the layer to a rule in the composite's layer_map, or "
+        "pass Normalized(composite, uncovered='gradient') to account for what its gradient loses."
+    )
+
+
+__all__ = ["Unknown", "is_elementwise", "is_known", "uncovered"]

@@ -19,7 +19,7 @@ from ..kernels import Kernel
 from ..reading import PlainGradient, Weighted, Weightless, read_rule
 from ..rules import Absolute
 from ..steps import LayerCall, Saved
-from .opaque import Unknown
+from .opaque import Unknown, uncovered
 from .registry import FunctionCall, Slot, fill, kernel
 
 STABILIZER = 1e-12
@@ -457,7 +457,8 @@ def weighted(
 ) -> Kernel:
     """A function that is affine in its one input and linear in a constant weight, by the rule of a layer."""
     rule = call.rules.of_weight(weight, like)
-    assert rule is not None, "looked up when the function ran"
+    if rule is None:  # raised in an operator such as @, Python would take it for operands that do not fit
+        return Unknown(uncovered(call.path, like, call.name), _shapes(call))
     shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim, padding_mode=padding_mode)
     value = call.values[0]
     with torch.no_grad():
