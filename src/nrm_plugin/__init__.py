@@ -17,8 +17,9 @@ from .named import (
     NRMEpsilonPlus,
     NRMEpsilonPlusFlat,
     NRMExcitationBackprop,
+    NRMRelative,
 )
-from .rules import Absolute, ConservingEpsilon
+from .rules import Absolute, ConservingEpsilon, Relative
 
 __all__ = [
     "ABSORBED",
@@ -42,8 +43,10 @@ __all__ = [
     "NRMEpsilonPlus",
     "NRMEpsilonPlusFlat",
     "NRMExcitationBackprop",
+    "NRMRelative",
     "NeuronNRM",
     "Normalized",
+    "Relative",
     "RelevanceMeasure",
     "at",
     "condition_event",

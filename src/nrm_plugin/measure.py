@@ -276,10 +276,14 @@ class RelevanceMeasure:
         return crossing + self._absorbed([tap], None, absolute=True) + self._bypassing(tap).abs()
 
     @_query
-    def walk_variation(self) -> Tensor:
+    def walk_variation(self, surviving: bool = False) -> Tensor:
         r"""``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``: 1 exactly when no walk is negative.
 
         It bounds every ``|μ(A)|`` and the rounding of every sum, and grows with depth for signed rules.
+
+        Args:
+            surviving: That of the measure given survival: walks that are absorbed are left out, and what is left is
+                divided by the absolute mass of all that survive.
         """
         found = books(self._recording, self._start.abs(), absolute=True)
         self.cost = found.cost
@@ -288,8 +292,19 @@ class RelevanceMeasure:
         for place, mass in found.mass.items():
             if isinstance(place, Buffer) and place.vertex in self._input_vertices(ends):
                 total = total + self._told_apart(mass, "the input")
+        if surviving:
+            return total / self._survival().abs()
         for value in found.sinks.values():
             total = total + self._told_apart(value, "a sink")
+        return total
+
+    def _survival(self) -> Tensor:
+        """Mass of the walks that reach an input, ``(N,)``."""
+        leaves = [number for number, vertex in enumerate(self._recording.graph.vertices) if vertex.leaf is not None]
+        ends, total = self._input_vertices(leaves), self._start.new_zeros(self.batch)
+        for place, mass in self._plain().mass.items():
+            if isinstance(place, Buffer) and place.vertex in ends:
+                total = total + self._told_apart(mass, "the input")
         return total
 
     def _input_vertices(self, leaves: list[int]) -> set[int]:

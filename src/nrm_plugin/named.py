@@ -11,11 +11,17 @@ from zennit.composites import (
     EpsilonPlus,
     EpsilonPlusFlat,
     ExcitationBackprop,
+    LayerMapComposite,
 )
 from zennit.core import Composite
+from zennit.layer import Sum
+from zennit.rules import Pass
+from zennit.types import Activation, AvgPool, BatchNorm, Linear
 
+from .canonizers import FuseBatchNorm
 from .composites import Normalized, Sums, Uncovered, register
 from .kernels import Residual
+from .rules import Absolute, Relative
 
 
 class Named(Normalized):
@@ -129,3 +135,41 @@ class NRMExcitationBackprop(Named):
     """
 
     rules = ExcitationBackprop
+
+
+@register("nrm_relative")
+class NRMRelative(Normalized):
+    """The relative rule on all layers with weights and average pooling; a division only where skips join.
+
+    Ask for its measure given survival, ``given=~ABSORBED``: it conserves relevance up to a factor.
+
+    Args:
+        layer_map: Rules that come before those of the composite, as in Zennit.
+        canonizers: As in Zennit; None for batch-norm fusion.
+        uncovered: As in :class:`~nrm_plugin.Normalized`.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> mu = RelevanceMeasure(net, torch.rand(5, 3), 1, composite=NRMRelative())
+        >>> mu.marginal("input", given=~ABSORBED, min_ratio=0).flatten(1).sum(1).round(decimals=3)
+        tensor([1., 1., 1., 1., 1.])
+
+    Source: ours, made after the abstract of arXiv 2501.14322; see docs/relative.md.
+    """
+
+    def __init__(
+        self,
+        layer_map: list[Any] | None = None,
+        canonizers: list[Any] | None = None,
+        uncovered: Uncovered = "error",
+    ) -> None:
+        rules = [
+            (Activation, Pass()),
+            (BatchNorm, Pass()),
+            (Sum, Absolute()),
+            (AvgPool, Relative()),
+            (Linear, Relative()),
+        ]
+        chosen = [FuseBatchNorm()] if canonizers is None else canonizers
+        composite = LayerMapComposite([*(layer_map or []), *rules], canonizers=chosen)
+        super().__init__(composite, residual="sink", uncovered=uncovered)

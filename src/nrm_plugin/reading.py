@@ -30,7 +30,7 @@ from .kernels import (
     linear_in_relevance,
 )
 from .maps import Maps, blocked_maps, explicit_maps, recorded_maps
-from .rules import Absolute, ConservingEpsilon, EvenMod
+from .rules import Absolute, ConservingEpsilon, EvenMod, Relative
 from .shells import shell_of
 
 LARGE = 1 << 22
@@ -189,7 +189,7 @@ def is_known_linear(hook: Hook) -> bool:
 
 def reads_output(hook: Hook) -> bool:
     """Whether a rule may read the values of the unmodified output, not only those of its own modified layers."""
-    return type(hook) not in (*_LINEAR, Absolute, ConservingEpsilon) or type(hook) is Gamma
+    return type(hook) not in (*_LINEAR, Absolute, ConservingEpsilon, Relative) or type(hook) is Gamma
 
 
 def check_linear(kernel: Kernel, hook: Hook, output: Tensor, where: str) -> None:

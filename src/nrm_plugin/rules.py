@@ -96,6 +96,67 @@ class ConservingEpsilon(BasicHook):
         )
 
 
+class Relative(BasicHook):
+    r"""Relative contributions: no neuron has a denominator of its own, a layer has one factor.
+
+    .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
+              \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
+
+    The sums run over the neurons of the layer, for each sample. Relevance in proportion to :math:`|z_j|` is handed down
+    as a whole; other relevance is conserved up to a factor, so take the measure given survival: ``residual="sink"`` and
+    ``given=~ABSORBED``, as :class:`~nrm_plugin.NRMRelative` does. Along a chain :math:`\lambda` cancels there; where
+    branches join it makes them comparable. There is nothing to choose, and no small number to divide by: inputs
+    and sums are taken in units of the largest of their layer. A layer that is silent as a whole hands down nothing.
+
+    Examples:
+        >>> from zennit.composites import LayerMapComposite
+        >>> from zennit.types import Linear
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> with LayerMapComposite([(Linear, Relative()), (nn.ReLU, zennit.rules.Pass())]).context(net) as modified:
+        ...     x = torch.randn(5, 3, requires_grad=True)
+        ...     relevance, = torch.autograd.grad(modified(x)[:, 1].sum(), x)
+        >>> relevance.shape
+        torch.Size([5, 3])
+
+    Source: ours, made after the abstract of arXiv 2501.14322, whose formula is not public to us; no reproduction.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            input_modifiers=[_in_units],
+            param_modifiers=[ParamMod(_kept, zero_params="bias", require_params=False)],
+            output_modifiers=[_same],
+            gradient_mapper=lambda relevance, outputs: relevance * _factor(outputs[0]),
+            reducer=lambda inputs, gradients: inputs[0] * gradients[0],
+        )
+
+    def copy(self) -> Relative:
+        """Another one."""
+        return type(self)()
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest absolute entry of each sample, ``(N, 1, …)``, never zero."""
+    dims = tuple(range(1, values.ndim)) or (0,)
+    return values.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def _in_units(source: Tensor) -> Tensor:
+    return source / _largest(source)
+
+
+def _factor(z: Tensor) -> Tensor:
+    r""":math:`\sum |z_j| / \sum z_j^2` of each sample; 0 where all are zero."""
+    unit, dims = _largest(z), tuple(range(1, z.ndim)) or (0,)
+    sums = z.abs() / unit
+    squares = sums.square().sum(dims, keepdim=True)
+    return torch.where(squares > 0, sums.sum(dims, keepdim=True) / squares.clamp(min=0.5) / unit, 0).expand_as(z)
+
+
+def _kept(parameter: Tensor, name: str) -> Tensor:
+    return parameter
+
+
 class EvenMod(ParamMod):
     """Gives all weights of an output channel their mean absolute value, as one value in memory.
 
