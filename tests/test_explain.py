@@ -232,6 +232,8 @@ def test_numbers_are_exact_where_nothing_is_resized(fast: Path):
     torch.testing.assert_close(found["relevance"], mu.marginal("input")[0])
     torch.testing.assert_close(found["layer/3/relevance"], mu.marginal("3")[0])
     torch.testing.assert_close(found["given/1/relevance"], mu.marginal("input", given=at("3")[2])[0])
+    joint = [mu.marginal("input", joint=at("3")[channel])[0].sum(0) for channel in found["layer/3/top"].tolist()]
+    torch.testing.assert_close(found["layer/3/maps"], torch.stack(joint))
     torch.testing.assert_close(found["image"] * 255, torch.from_numpy(np.array(small)).movedim(-1, 0).float())
 
 

@@ -80,6 +80,8 @@ def tensors(answer: Answer) -> dict[str, Tensor]:
     for layer in answer.layers:
         found[f"layer/{layer.name}/relevance"] = layer.relevance
         found[f"layer/{layer.name}/channels"] = layer.mass
+        found[f"layer/{layer.name}/top"] = torch.tensor(layer.top, dtype=torch.int64)
+        found[f"layer/{layer.name}/maps"] = layer.maps
         found[f"layer/{layer.name}/sink"] = answer.outputs.new_tensor(layer.share.sink)
         found[f"layer/{layer.name}/bypass"] = answer.outputs.new_tensor(layer.share.bypass)
     for number, given in enumerate(answer.given, 1):
