@@ -269,6 +269,59 @@ def test_a_subclass_that_is_not_affine_is_read_as_zennit_reads_it() -> None:
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
+class Octave(nn.Conv2d):
+    """A convolution of two resolutions, which returns both; its weight is cut into four."""
+
+    def forward(self, x: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        conv, pool = nn.functional.conv2d, nn.functional.avg_pool2d
+        to_high, to_low = self.weight[:2], self.weight[2:]
+        high = conv(x, to_high[:, :2], self.bias[:2], padding=1)
+        down = conv(pool(x, 2), to_low[:, :2], self.bias[2:], padding=1)
+        if low is None:
+            return high, down
+        up = nn.functional.interpolate(conv(low, to_high[:, 2:], padding=1), scale_factor=2)
+        return high + up, down + conv(low, to_low[:, 2:], padding=1)
+
+
+class TwoOctaves(nn.Module):
+    """Two of them, or eight convolutions."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.stem, self.head, self.apart = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(4, 3), apart
+        self.one, self.two = Octave(2, 4, 3), Octave(4, 4, 3)
+        self.parts = nn.ModuleDict({name: nn.Conv2d(2, 2, 3, padding=1, bias=name[0] == "h") for name in PARTS})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, pool, parts = self.stem(x).relu(), nn.functional.avg_pool2d, self.parts
+        if self.apart:
+            high, low = parts["hh1"](x), parts["hd1"](pool(x, 2))
+            up = nn.functional.interpolate(parts["ll2"](low), scale_factor=2)
+            high, low = parts["hh2"](high) + up, parts["hd2"](pool(high, 2)) + parts["ld2"](low)
+        else:
+            high, low = self.two(*self.one(x))
+        return self.head(torch.cat([high.relu().mean((2, 3)), low.relu().mean((2, 3))], 1))
+
+
+PARTS = ("hh1", "hd1", "hh2", "hd2", "ll2", "ld2")
+
+
+def test_a_convolution_that_returns_two_tensors_is_looked_into(composite: Composite) -> None:
+    model, plain = TwoOctaves(apart=False), TwoOctaves(apart=True)
+    for name, layer, rows, cols in (
+        *(("hh1", "one", slice(2), slice(2)), ("hd1", "one", slice(2, 4), slice(2))),
+        *(("hh2", "two", slice(2), slice(2)), ("hd2", "two", slice(2, 4), slice(2))),
+        *(("ll2", "two", slice(2), slice(2, 4)), ("ld2", "two", slice(2, 4), slice(2, 4))),
+    ):
+        layer, part = getattr(model, layer), plain.parts[name]
+        part.weight.data = layer.weight.data[rows, cols].clone()
+        if part.bias is not None:
+            part.bias.data = layer.bias.data[rows].clone()
+    plain.stem, plain.head = copy.deepcopy(model.stem), copy.deepcopy(model.head)
+    check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 6, 6), composite)
+    assert "two.conv2d:0" in RelevanceMeasure(model, torch.randn(1, 3, 6, 6).double(), 1).layers
+
+
 class Gated(nn.Module):
     """A gate as large as the signal, made by a function or by a module, and handed to a module that multiplies."""
 

@@ -279,6 +279,7 @@ class Entered:
         version: How often that had been written to.
         kept: The input, safe from later writes.
         call: Runs the module again on another first input.
+        again: Runs it again on what it was called with.
         apart: Changes how the layer is run, to the same effect.
     """
 
@@ -287,6 +288,7 @@ class Entered:
     version: int
     kept: Saved
     call: Callable[[nn.Module, Tensor], Tensor]
+    again: Callable[[], Any]
     apart: BiasApart | OutOfPlace | WeightSeen | None = None
 
 
@@ -440,6 +442,8 @@ class StepHook(Hook):
         if not self.active or not places or is_inside_step():
             _RUNNING.entered.append((self, module, None))
             return None
+        if len(places) > 1 and is_own_layer(module):
+            return None  # the functions inside are steps with its rule, each of its own input
         if len(places) > 1:
             warnings.warn(
                 f"layer {self.name!r} ({type(module).__name__}) has a rule and {len(places)} inputs that depend on the "
@@ -447,6 +451,7 @@ class StepHook(Hook):
                 stacklevel=2,
             )
         handed = [(at, key, _own(module, tensor)) for at, key, tensor in places]
+        again = functools.partial(module.forward, *args, **kwargs)
         args, kwargs = _replaced(args, kwargs, handed)
         at, key, source = places[0]
 
@@ -459,7 +464,7 @@ class StepHook(Hook):
         apart = _around(module, self.rule)
         kept = Saved(source, values=type(self.rule) is not Pass or not _is_own_activation(module))
         first = handed[0][2]
-        _RUNNING.entered.append((self, module, Entered(source, first, first._version, kept, call, apart)))
+        _RUNNING.entered.append((self, module, Entered(source, first, first._version, kept, call, again, apart)))
         if apart is not None:
             apart.__enter__()  # type: ignore[no-untyped-call]
         return args, kwargs
@@ -472,6 +477,8 @@ class StepHook(Hook):
         if entered is None or output is None:
             return None
         source = entered.source
+        if not isinstance(output, Tensor) and is_own_layer(module):
+            return entered.again()  # on what it really was handed: the functions inside are steps with its rule
         if not isinstance(output, Tensor):
             inside = "give rules to the modules inside it" if module._modules else "wrap it to return one tensor"
             raise UnsupportedRuleError(
