@@ -18,6 +18,13 @@ class FuseBatchNorm(Canonizer):
     ``EpsilonPlusFlat(canonizers=[FuseBatchNorm()])``. Neighbours are found while the model runs, so that neither the
     order of attributes nor the spelling of a net matters.
 
+    Examples:
+        >>> from zennit.composites import EpsilonPlus
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten()).eval()
+        >>> rules = EpsilonPlus(canonizers=[FuseBatchNorm()])
+        >>> RelevanceMeasure(net, torch.rand(1, 1, 4, 4), 3, composite=rules).marginal("input").shape
+        torch.Size([1, 1, 4, 4])
+
     Source: arXiv 2002.11018; see :mod:`nrm_plugin.fusion` for the forms.
     """
 

@@ -50,6 +50,15 @@ class Normalized(Composite):
 
     Raises:
         TypeError: ``composite`` is no composite, or normalized already.
+
+    Examples:
+        >>> from zennit.composites import EpsilonPlus
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> x = torch.randn(5, 3, requires_grad=True)
+        >>> with Normalized(EpsilonPlus(), gain_limit=float("inf")).context(net) as modified:
+        ...     relevance, = torch.autograd.grad(modified(x)[:, 1].sum(), x)
+        >>> relevance.shape
+        torch.Size([5, 3])
     """
 
     def __init__(
@@ -79,7 +88,14 @@ class Normalized(Composite):
         super().__init__(module_map=self.mapping, canonizers=[*kept, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
-        """The hook of a module, or None when it is no step of its own."""
+        """The hook of a module, or None when it is no step of its own.
+
+        Examples:
+            >>> from zennit.composites import EpsilonPlus
+            >>> hook = Normalized(EpsilonPlus()).mapping({}, "fc", nn.Linear(3, 2))
+            >>> type(hook.rule).__name__
+            'Epsilon'
+        """
         rule = None if isinstance(module, nn.MultiheadAttention) else self.composite.module_map(ctx, name, module)
         if rule is None and self.uncovered == "gradient" and is_leaf(module) and not is_route(module):
             rule = PlainGradient()
@@ -105,6 +121,13 @@ class Normalized(Composite):
 
         Unlike in Zennit, what was computed before goes on to hand down relevance: a step never runs the backward of
         its module.
+
+        Examples:
+            >>> rules, net, x = Normalized(NRMDefault()), nn.Linear(3, 1), torch.randn(5, 3, requires_grad=True)
+            >>> with rules.context(net), rules.inactive():
+            ...     gradient, = torch.autograd.grad(net(x).sum(), x)
+            >>> torch.equal(gradient, net.weight.expand(5, 3))
+            True
         """
         functions = [handle for handle in self.handles if isinstance(handle, Interception)]
         for handle in functions:
@@ -182,6 +205,12 @@ class NRMDefault(SpecialFirstLayerMapComposite):
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
 
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1, composite=NRMDefault(epsilon=0.1))
+        >>> bool(mu(ABSORBED).abs().max() < 1e-5)
+        True
+
     Source: ours; docs/default-composite.md compares it with others.
     """
 
@@ -212,6 +241,12 @@ class NRMAbsolute(LayerMapComposite):
         layer_map: Rules that come before those of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1, composite=NRMAbsolute())
+        >>> torch.allclose(mu.walk_variation(), torch.ones(5), atol=1e-5)
+        True
     """
 
     def __init__(

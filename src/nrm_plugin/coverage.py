@@ -47,6 +47,11 @@ class Coverage:
     Attributes:
         rows: The steps.
         constants: Operations that join constants to what they route, where mass can end.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> [(row.name, row.rule) for row in coverage(net, torch.randn(5, 3)).rows]
+        [('0', 'ConservingEpsilon'), ('1', 'Pass'), ('2', 'ConservingEpsilon')]
     """
 
     rows: tuple[Row, ...]
@@ -54,7 +59,12 @@ class Coverage:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every step has a rule or a kernel."""
+        """Whether every step has a rule or a kernel.
+
+        Examples:
+            >>> coverage(nn.Linear(3, 2), torch.randn(5, 3)).is_complete
+            True
+        """
         return not any(row.note.startswith(("uncovered", "unsupported")) for row in self.rows)
 
     def __str__(self) -> str:
@@ -99,6 +109,13 @@ def coverage(
 
     Raises:
         InputError, ModelStateError, GradModeError: As when a measure is taken.
+
+    Examples:
+        >>> print(coverage(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3)))
+        step  operation  rule or kernel     output  note
+        0     Linear     ConservingEpsilon  5×4
+        1     ReLU       Pass               5×4
+        every step is covered
     """
     plain = composite.composite if isinstance(composite, Normalized) else composite
     canonized = Normalized(NRMDefault() if plain is None else plain, uncovered="gradient")

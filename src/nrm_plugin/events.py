@@ -28,6 +28,11 @@ class Event:
 
     Laws (checked by the tests): ``mu(a | b) + mu(a & b) == mu(a) + mu(b)``, ``mu(a) + mu(~a) == 1``,
     ``a - b == a & ~b``.
+
+    Examples:
+        >>> either = at("conv")[3] | at("conv")[5]
+        >>> either & ~at("skip")
+        (at('conv')[3] | at('conv')[5]) & ~at('skip')
     """
 
     def __and__(self, other: object) -> Event:
@@ -66,7 +71,12 @@ class Event:
         )
 
     def atoms(self) -> Iterator[Atom | Absorbed]:
-        """The atoms of the formula, from left to right, with repetitions."""
+        """The atoms of the formula, from left to right, with repetitions.
+
+        Examples:
+            >>> list((at("conv")[3] & ~at("fc")).atoms())
+            [at('conv')[3], at('fc')]
+        """
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -322,6 +332,12 @@ def at(
 
     Raises:
         EventError: One of the arguments is none of these.
+
+    Examples:
+        >>> at("features.28")[3]
+        at('features.28')[3]
+        >>> at("layer1", side="input").channel([0, 2])
+        at('layer1', side='input').channel([0, 2])
     """
     if side not in SIDES:
         raise EventError(f"side={side!r} is unknown; choose one of {', '.join(map(repr, SIDES))}.")

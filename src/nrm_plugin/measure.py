@@ -75,6 +75,12 @@ class RelevanceMeasure:
         InputError, TargetError, ModelStateError, GradModeError: What they were given does not fit.
         UncoveredLayerError, UnsupportedOperationError, UnsupportedRuleError: The model has no measure with these rules.
 
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+        >>> mu(at("0")[2]).shape, mu.marginal("input", given=at("input")).shape
+        (torch.Size([5]), torch.Size([5, 3]))
+
     Source: arXiv 2606.00557 for the measure; MEASURE for everything that is ours.
     """
 
@@ -107,21 +113,49 @@ class RelevanceMeasure:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the taps, in execution order."""
+        """Names of the taps, in execution order.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> mu.layers
+            ['input', '0', '1', '2', 'output']
+        """
         return self._recording.layers
 
     @property
     def output(self) -> Tensor:
-        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``: measure times this is the usual LRP score."""
+        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``: measure times this is the usual LRP score.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> mu.output.shape
+            torch.Size([5])
+        """
         return self._output.clone()
 
     @property
     def batch(self) -> int:
-        """Number of samples."""
+        """Number of samples.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> mu.batch
+            5
+        """
         return self._recording.batch
 
     def shape(self, layer: Layer) -> torch.Size:
-        """Shape of a tap, ``(N, …)``."""
+        """Shape of a tap, ``(N, …)``.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> mu.shape("1")
+            torch.Size([5, 4])
+        """
         return self._tap(layer).shape
 
     def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
@@ -129,6 +163,12 @@ class RelevanceMeasure:
 
         Raises:
             UnknownLayerError: None.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> mu.taps_of("1")
+            [at('1')]
         """
         atom = layer if isinstance(layer, Atom) else _atom(layer, side)
         if atom.side == "sink":
@@ -189,6 +229,16 @@ class RelevanceMeasure:
             UnknownLayerError: No tap of that name; the message lists near names.
             NullEventError, CancellationError: The mass of ``given`` is zero, or cancels.
 
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> maps = mu.marginal(["1", "input"])
+            >>> maps["input"].shape
+            torch.Size([5, 3])
+            >>> each = mu.marginal("input", joint=[at("1")[k] for k in range(4)])
+            >>> torch.allclose(each.sum(0), maps["input"], atol=1e-5)
+            True
+
         Source: MEASURE, sections 3 and 4.
         """
         if given is not None and joint is not None:
@@ -240,22 +290,50 @@ class RelevanceMeasure:
             layer: Tap name, module or ``at(…)``.
             kind: Only what rules do not hand down (``"residual"``), or only what ends at parameters, buffers and other
                 constants (``"constants"``); both by default.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> total = mu.marginal("1").sum(1) + mu.sink("1") + mu.bypass("1")
+            >>> torch.allclose(total, torch.ones(5), atol=1e-5)
+            True
         """
         return self._absorbed([self._tap(layer)], kind, absolute=False)
 
     @_query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
-        """Mass absorbed above at least one of several taps, such as the tensors of a tuple, ``(N,)``."""
+        """Mass absorbed above at least one of several taps, such as the tensors of a tuple, ``(N,)``.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))
+            True
+        """
         return self._absorbed([self._tap(tap) for tap in taps], None, absolute=False)
 
     @_query
     def bypass(self, layer: Layer) -> Tensor:
-        """Mass of the walks that reach the input, or a sink elsewhere, without crossing the tap, ``(N,)``."""
+        """Mass of the walks that reach the input, or a sink elsewhere, without crossing the tap, ``(N,)``.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> mu.bypass("1")
+            tensor([0., 0., 0., 0., 0.])
+        """
         return self._bypassing(self._tap(layer))
 
     @_query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
-        """Mass absorbed in each step that absorbs any, ``(N,)`` each: where the measure leaks."""
+        """Mass absorbed in each step that absorbs any, ``(N,)`` each: where the measure leaks.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1, residual="sink", composite=NRMEpsilonPlus().composite)
+            >>> sorted(mu.sinks())
+            ['0', '2']
+        """
         _check_kind(kind)
         found: dict[str, Tensor] = {}
         for (vertex, kept), value in reversed(self._plain().sinks.items()):
@@ -270,6 +348,12 @@ class RelevanceMeasure:
         r"""Tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
 
         Above 1, neurons of opposite sign share the tap.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> bool((mu.variation("1") >= 0.999).all())
+            True
         """
         tap = self._tap(layer)
         crossing = self._told_apart(self._plain().absolute.get(tap.place), "the tap") if self._reaches(tap) else 0
@@ -284,6 +368,12 @@ class RelevanceMeasure:
         Args:
             surviving: That of the measure given survival: walks that are absorbed are left out, and what is left is
                 divided by the absolute mass of all that survive.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> bool((mu.walk_variation() >= mu.variation("1") - 1e-4).all())
+            True
         """
         found = books(self._recording, self._start.abs(), absolute=True)
         self.cost = found.cost
@@ -358,6 +448,13 @@ class RelevanceMeasure:
 
         Raises:
             EventError: The event speaks of a tap that is not below this one.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> below = mu.conditional(at("input")[0], "2")
+            >>> torch.allclose(below[:, 1], mu(at("input")[0]), atol=1e-5)
+            True
         """
         tap = self._tap(layer)
         formulas = self._formulas([event])
@@ -382,6 +479,13 @@ class RelevanceMeasure:
 
         Raises:
             EventError: ``lower`` is not below ``upper``.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> joint = mu.joint("2", "0")
+            >>> joint.shape, torch.allclose(joint.sum(1), mu.marginal("0"), atol=1e-5)
+            (torch.Size([5, 2, 4]), True)
         """
         if over not in ("channel", "neuron"):
             raise ValueError(f"over={over!r} is unknown; choose 'channel' or 'neuron'.")
@@ -403,6 +507,12 @@ class RelevanceMeasure:
 
         Raises:
             EventError: A layer is not below the one before.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> [tuple(joint.shape) for joint in mu.joints(["2", "0", "input"])]
+            [(5, 2, 4), (5, 4, 3)]
         """
         if over not in ("channel", "neuron"):
             raise ValueError(f"over={over!r} is unknown; choose 'channel' or 'neuron'.")
@@ -430,7 +540,16 @@ class RelevanceMeasure:
         return matrices
 
     def explain(self, event: Event, given: Event | None = None) -> str:
-        """What quantity this is, in words and as a formula, and what it costs."""
+        """What quantity this is, in words and as a formula, and what it costs.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> print(mu.explain(at("0")[1] & at("input")[2]))
+            μ(at('0')[1] & at('input')[2])
+            The share of relevance carried by the walks that cross '0' at [1] and cross 'input' at [2].
+            Cost: ...
+        """
         _check_event(event)
         if given is not None:
             _check_event(given, "given= takes one event. ")

@@ -151,8 +151,10 @@ class NRMRelative(Normalized):
     Examples:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> mu = RelevanceMeasure(net, torch.rand(5, 3), 1, composite=NRMRelative())
-        >>> mu.marginal("input", given=~ABSORBED, min_ratio=0).flatten(1).sum(1).round(decimals=3)
+        >>> (mu.marginal("input").sum(1) + mu.sink("input")).round(decimals=3)
         tensor([1., 1., 1., 1., 1.])
+        >>> mu.walk_variation(surviving=True).shape
+        torch.Size([5])
 
     Source: ours, made after the abstract of arXiv 2501.14322; see docs/relative.md.
     """

@@ -27,6 +27,14 @@ class Absolute(BasicHook):
         floor: Added to every input, in units of the mean absolute input of the sample.
         zero_params: Names of further parameters to set to zero, as in Zennit's rules.
 
+    Examples:
+        >>> from zennit.composites import LayerMapComposite
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> rules = LayerMapComposite([(nn.Linear, Absolute()), (nn.ReLU, zennit.rules.Pass())])
+        >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1, composite=rules)
+        >>> bool((mu.marginal("input") >= 0).all())
+        True
+
     Source: MEASURE, section 5 (ours).
     """
 
@@ -66,6 +74,14 @@ class ConservingEpsilon(BasicHook):
 
     Raises:
         ValueError: ``epsilon`` is negative.
+
+    Examples:
+        >>> from zennit.composites import LayerMapComposite
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> rules = LayerMapComposite([(nn.Linear, ConservingEpsilon(0.1)), (nn.ReLU, zennit.rules.Pass())])
+        >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1, composite=rules)
+        >>> torch.allclose(mu.marginal("input").sum(1), torch.ones(5), atol=1e-5)
+        True
 
     Source: ours; LRP-0 and LRP-ε are from Bach et al. 2015.
     """

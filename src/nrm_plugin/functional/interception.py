@@ -61,6 +61,10 @@ class Interception(Canonizer):
         sums: ``"absolute"`` (also called ``"ratio"``, after arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"gradient"`` for the plain gradient where the composite gives a layer no rule.
         fuse: Is shown every new step of a layer, to fuse it with its neighbours.
+
+    Examples:
+        >>> Interception(sums="signed").sums
+        'signed'
     """
 
     def __init__(

@@ -1,0 +1,65 @@
+"""Every public docstring has an example, and every example runs."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import warnings
+
+import pytest
+import torch
+import zennit.rules
+
+import nrm_plugin
+
+ZENNITS = ("apply", "copy", "register", "remove")
+"""Methods that Zennit calls, and documents."""
+PUBLIC = [name for name in nrm_plugin.__all__ if callable(getattr(nrm_plugin, name))]
+
+
+def documented():
+    """Public classes and functions, and the public methods and properties that a class of ours defines."""
+    for name in PUBLIC:
+        item = getattr(nrm_plugin, name)
+        yield name, item
+        if inspect.isclass(item):
+            for key, member in vars(item).items():
+                target = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+                if not key.startswith("_") and key not in ZENNITS and inspect.isfunction(target) and target.__doc__:
+                    yield f"{name}.{key}", target
+
+
+ITEMS = dict(documented())
+
+
+def names():
+    """What the examples may use without importing it."""
+    return {
+        "torch": torch,
+        "nn": torch.nn,
+        "zennit": zennit,
+        **{name: getattr(nrm_plugin, name) for name in nrm_plugin.__all__},
+    }
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_the_example_of_a_public_docstring_runs(name):
+    found = [
+        test for test in doctest.DocTestFinder(recurse=False).find(ITEMS[name], name, globs=names()) if test.examples
+    ]
+    assert found, f"{name} has no example"
+    for test in found:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.manual_seed(0)
+            report: list[str] = []
+            result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(
+                test, out=report.append
+            )
+        assert result.failed == 0, "".join(report)
+
+
+def test_an_example_with_another_result_fails():
+    """So that a runner that swallows failures would be seen."""
+    wrong = doctest.DocTestParser().get_doctest(">>> at('conv')[3]\nat('conv')[4]\n", names(), "wrong", None, None)
+    assert doctest.DocTestRunner().run(wrong, out=lambda text: None).failed == 1
