@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import re
 import sys
 import urllib.error
 import warnings
@@ -21,7 +22,7 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
-from torchvision.models import get_model_weights, resnet18, squeezenet1_1
+from torchvision.models import get_model_builder, get_model_weights, resnet18, squeezenet1_1
 from zennit.composites import COMPOSITES, EpsilonGammaBox, EpsilonPlusFlat
 
 from nrm_plugin import ABSORBED, NRMAbsolute, NRMDefault, RelevanceMeasure, at
@@ -232,6 +233,9 @@ def test_numbers_are_exact_where_nothing_is_resized(fast: Path):
     torch.testing.assert_close(found["relevance"], mu.marginal("input")[0])
     torch.testing.assert_close(found["layer/3/relevance"], mu.marginal("3")[0])
     torch.testing.assert_close(found["given/1/relevance"], mu.marginal("input", given=at("3")[2])[0])
+    assert (
+        found["layer/3/top"].tolist() == mu.marginal("3", over="channel")[0].abs().argsort(descending=True)[:7].tolist()
+    )
     joint = [mu.marginal("input", joint=at("3")[channel])[0].sum(0) for channel in found["layer/3/top"].tolist()]
     torch.testing.assert_close(found["layer/3/maps"], torch.stack(joint))
     torch.testing.assert_close(found["image"] * 255, torch.from_numpy(np.array(small)).movedim(-1, 0).float())
@@ -265,6 +269,25 @@ def test_weights_of_a_file_are_those_of_the_model(form: str, fast: Path, capsys:
     torch.testing.assert_close(found["relevance"], mu.marginal("input")[0], rtol=1e-3, atol=1e-7)
     assert about["weights"] == file
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["mnasnet0_5", "densenet121", "regnet_y_400mf", "googlenet"])
+def test_architectures_that_want_something_special_take_files(name: str, tmp_path: Path):
+    """Versions of layers, names with dots, numbers read while the model is built, inputs that are scaled again."""
+    weights = get_model_weights(name).DEFAULT
+    torch.manual_seed(0)
+    arguments = {"transform_input": True, "init_weights": False} if name == "googlenet" else {}
+    net = get_model_builder(name)(weights=None, **arguments).eval()
+    state = net.state_dict()
+    if name == "densenet121":  # as in torchvision's own file
+        state = {re.sub(r"(denselayer\d+\.\w+?)([12]\.)", r"\1.\2", key): value for key, value in state.items()}
+        assert "features.denseblock1.denselayer1.norm.1.weight" in state
+    torch.save(dict(state), tmp_path / weights.url.rpartition("/")[2])
+    subject = models.load(name, str(tmp_path / weights.url.rpartition("/")[2]))
+    inputs = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(subject.model(inputs), net(inputs))
+    assert len(subject.categories) == 1000
+    assert subject.prepare.settings["resize"] == weights.transforms().resize_size[0]
 
 
 def test_file_with_the_name_of_torchvisions_brings_its_classes(here: Path, capsys: pytest.CaptureFixture[str]):

@@ -72,6 +72,20 @@ def test_limit_of_a_heat_map_can_be_given():
     assert limits_of(plots.heat_map(VALUES, limit=2.0)) == {(-2.0, 2.0)}
 
 
+def test_bar_is_pointed_where_a_limit_cuts_values():
+    for limit, extend in ((0.3, "both"), (0.41, "neither"), (2.0, "neither"), (None, "neither")):
+        figures = [
+            plots.heat_map(VALUES, limit=limit),
+            plots.image_and_heat_map(COLORS, VALUES, limit=limit),
+            plots.heat_maps([VALUES / 2, VALUES], ["a", "b"], limit=limit),
+        ]
+        for figure in figures:
+            bar = next(axes._colorbar for axes in figure.axes if hasattr(axes, "_colorbar"))
+            assert bar.extend == extend
+            bound = round(limit or 0.4, 6)
+            assert limits_of(figure) == {(-bound, bound)}
+
+
 def test_heat_map_of_zeros_is_white_and_not_an_error(tmp_path: Path):
     path = plots.save(plots.heat_map(torch.zeros(2, 3)), tmp_path / "white.png")
     with Image.open(path) as picture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,9 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
             f"Is it the file of another model?"
         )
     counters = {key: torch.tensor(0) for key in own if key not in state}
-    model.load_state_dict({**state, **counters}, assign=True)
+    complete = OrderedDict({**state, **counters})
+    complete._metadata = own._metadata  # type: ignore[attr-defined]  # versions of the layers; some refuse to go without
+    model.load_state_dict(complete, assign=True)
 
 
 def _summary(what: str, keys: Sequence[str]) -> str:
