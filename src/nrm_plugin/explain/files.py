@@ -8,6 +8,7 @@ import json
 import platform
 import re
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -23,13 +24,15 @@ from nrm_plugin.ribbons import percent
 
 from .models import Subject
 from .pictures import shown
-from .run import Answer, LayerAnswer, Request
+from .run import Answer, GivenAnswer, LayerAnswer, Request
 
 PACKAGES = ("nrm-plugin", "torch", "torchvision", "zennit", "captum")
 OUTLIERS = 400
 """One of so many pixels may be beyond the colour scale."""
 LONGEST_HEADER = 10**8
 """Of a safetensors file."""
+LETTERS = 21
+"""That fit above one picture of several, in the size of a heading."""
 LONGEST = 34
 """Letters that fit above a picture."""
 HEAT_MAP, NUMBERS, GIVEN = "relevance.png", "relevance.safetensors", "given.png"
@@ -109,7 +112,7 @@ def write(subject: Subject, request: Request, answer: Answer, out: Path, taken: 
     """
     about = settings(subject, request, answer)
     drawn = [given for given in answer.given if given.relevance is not None]
-    ends = [HEAT_MAP, NUMBERS, *(f"{plain(layer.name)}.{kind}" for layer in answer.layers for kind in ("png", "csv"))]
+    ends = [HEAT_MAP, NUMBERS, *(f"{plain(layer.name)}.{kind}" for layer in answer.layers for kind in _kinds(layer))]
     ends += [GIVEN] if drawn else []
     stem = free_name(out, answer.picture.path.stem, about, ends, taken)
     files = [out / f"{stem}-{end}" for end in ends]
@@ -117,14 +120,17 @@ def write(subject: Subject, request: Request, answer: Answer, out: Path, taken: 
     versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
     _save_tensors(tensors(answer), files[1], {**about, "device": request.device, "versions": json.dumps(versions)})
     for layer in answer.layers:
-        _save(_channels(subject, answer, layer), out / f"{stem}-{plain(layer.name)}.png")
+        if layer.top:
+            _save(_channels(subject, answer, layer), out / f"{stem}-{plain(layer.name)}.png")
         _save_table(layer, out / f"{stem}-{plain(layer.name)}.csv")
     if drawn:
-        maps = [given.relevance.sum(0) for given in drawn if given.relevance is not None]
-        titles = [f"given {wrapped(given.condition.text)}\nmass {percent(given.mass)}" for given in drawn]
-        limit = visible_limit(maps)
-        _save(heat_maps(maps, titles, _what(subject, answer), answer.image, limit=limit), files[-1])
+        _save(_conditional(subject, answer, drawn), files[-1])
     return files
+
+
+def _kinds(layer: LayerAnswer) -> tuple[str, ...]:
+    """Without a picture where no channel has any relevance."""
+    return ("png", "csv") if layer.top else ("csv",)
 
 
 def free_name(out: Path, stem: str, about: Mapping[str, str], ends: Sequence[str], taken: set[str]) -> str:
@@ -204,6 +210,12 @@ def _what(subject: Subject, answer: Answer) -> str:
     return f"{short(answer.picture.path.name)}: relevance for {_target(subject, answer)}{random}"
 
 
+def _heading(lines: Sequence[str], maps: int) -> str:
+    """Lines broken so that they fit above an image and so many maps beside it."""
+    width = LETTERS * (min(3, maps) + 1)
+    return "\n".join(textwrap.fill(line, width, break_long_words=True) for line in lines)
+
+
 def _target(subject: Subject, answer: Answer) -> str:
     name = class_name(subject, answer.target)
     return f"“{short(name)}”" if name else f"class {answer.target}"
@@ -223,8 +235,19 @@ def _overview(subject: Subject, answer: Answer) -> Figure:
 
 def _channels(subject: Subject, answer: Answer, layer: LayerAnswer) -> Figure:
     titles = [f"channel {channel}  ({percent(float(layer.mass[channel]))})" for channel in layer.top]
-    heading = f"{_what(subject, answer)}\nwhat the channels of {short(layer.name, 60)} draw on"
+    lines = [_what(subject, answer), f"what the channels of {short(layer.name, 60)} draw on"]
+    heading = _heading(lines, len(layer.maps))
     return heat_maps(list(layer.maps), titles, heading, answer.image, limit=visible_limit(list(layer.maps)))
+
+
+def _conditional(subject: Subject, answer: Answer, drawn: Sequence[GivenAnswer]) -> Figure:
+    maps = [given.relevance.sum(0) for given in drawn if given.relevance is not None]
+    titles = [f"given {wrapped(given.condition.text)}\nmass {percent(given.mass)}" for given in drawn]
+    limit = visible_limit(maps)
+    if len(maps) == 1:
+        left = _what(subject, answer).replace(": ", ":\n", 1)
+        return image_and_heat_map(answer.image, maps[0], (left, titles[0]), limit=limit)
+    return heat_maps(maps, titles, _heading([_what(subject, answer)], len(maps)), answer.image, limit=limit)
 
 
 # -- files ----------------------------------------------------------------------------------------------------------

@@ -347,10 +347,14 @@ def _layer(mu: RelevanceMeasure, name: str, channels: int) -> LayerAnswer:
 
 
 def _given(mu: RelevanceMeasure, condition: Condition) -> GivenAnswer:
+    mass = 0.0
     try:
         mass = float(mu(condition.event))
         return GivenAnswer(condition, mass, mu.marginal("input", given=condition.event)[0].cpu())
-    except (CancellationError, NullEventError) as error:
-        return GivenAnswer(condition, float(mu(condition.event)), None, str(error))
+    except NullEventError:
+        return GivenAnswer(condition, mass, None, "no relevance goes this way, so there is none to be shared out")
+    except CancellationError:
+        problem = f"positive and negative relevance cancel to {100 * mass:.2g} % on this way, too little to divide by"
+        return GivenAnswer(condition, mass, None, f"{problem}. Take fewer channels at a time")
     except NRMError as error:
         raise RequestError(f"--given {condition.text!r}: {error}") from error
