@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakTensorKeyDictionary
 from zennit.core import BasicHook, Hook
 
 from .errors import InputError, ModelStateError, UnsupportedRuleError
@@ -131,9 +132,17 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"parameter {name!r} is on device meta, where tensors hold no values. Load the weights: "
             "`model.to_empty(device='cpu')`, then `model.load_state_dict(…)`."
         )
+    state = (parameter._version, parameter.data_ptr())
+    if _FINITE.get(parameter) == state:
+        return
     # The sum tells in one pass over the weights and no new memory; a sum that overflows is looked at again.
     if not bool(parameter.detach().sum().isfinite()) and not bool(parameter.detach().isfinite().all()):
         raise ModelStateError(f"parameter {name!r} holds nan or inf. Load or train the model again.")
+    _FINITE[parameter] = state
+
+
+_FINITE: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
+"""Version and place of parameters that were found finite: to read all weights takes a part of what a pass takes."""
 
 
 def _check_mode(name: str, module: nn.Module) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import NRMError
-from .maps import Maps
+from .maps import Maps, side_by_side
 
 Residual = Literal["redistribute", "sink"]
 RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
@@ -48,40 +48,73 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
 
     Source: MEASURE, section 2 (ours).
     """
-    above = column_sum.clamp(min=max(1 / limit, torch.finfo(column_sum.dtype).tiny)).reciprocal_()
-    restored = is_restored(column_sum, limit)
+    restored = column_sum.clamp(min=torch.finfo(column_sum.dtype).tiny).reciprocal_()
     if not math.isfinite(limit):
-        return above.masked_fill_(~restored, 1)
-    return torch.where(restored, above, column_sum.clamp(min=0).mul_((limit - 1) * limit).add_(1))
+        return restored.masked_fill_(column_sum < least(column_sum, limit), 1)
+    # The one is the smaller of the two where it holds; a comparison would take longer than all this.
+    return torch.minimum(restored, column_sum.clamp(min=0).mul_((limit - 1) * limit).add_(1), out=restored)
 
 
-def is_restored(column_sum: Tensor, limit: float) -> Tensor:
-    """Where the gain makes up for the whole loss, so that nothing goes to the sink."""
-    return column_sum >= 1 / limit if math.isfinite(limit) else column_sum > torch.finfo(column_sum.dtype).tiny
+def least(column_sum: Tensor, limit: float) -> float:
+    """The smallest column sum whose whole loss the gain makes up for, so that nothing goes to the sink."""
+    return max(1 / limit, torch.finfo(column_sum.dtype).tiny)
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
     """Share ``1 - g c`` of a column that goes to the sink; exactly 0 where the gain makes up for the loss."""
-    return (1 - factor * column_sum).masked_fill_(is_restored(column_sum, limit), 0)
+    rest = 1 - factor * column_sum
+    return rest.mul_(column_sum < least(column_sum, limit))
 
 
-def scales(column_sum: Tensor, limit: float) -> tuple[Tensor, Tensor | None]:
-    """Gain and deficit of the columns, any shape; None for a deficit of zero everywhere."""
-    if column_sum.device.type != "cpu":
+Scale = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
+"""Column sums to gain and deficit, entry by entry; None for a gain of one and for a deficit of zero everywhere."""
+
+
+def scale_of(residual: Residual, limit: float) -> Scale:
+    """What a normalization does to columns.
+
+    Args:
+        residual: As in the composite.
+        limit: Largest gain ``G``.
+    """
+
+    def sink(column_sum: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return None, 1 - column_sum
+
+    def redistribute(column_sum: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        # Where all is restored there is less to do; elsewhere than on a CPU the question would have to wait.
+        if (
+            column_sum.device.type == "cpu"
+            and column_sum.numel()
+            and bool(column_sum.amin() >= least(column_sum, limit))
+        ):
+            return column_sum.reciprocal(), None
         factor = gain(column_sum, limit)
         return factor, deficit(column_sum, factor, limit)
-    factor, rest, leaks = torch.empty_like(column_sum), torch.empty_like(column_sum), False
+
+    return sink if residual == "sink" else redistribute
+
+
+def scales(column_sum: Tensor, scale: Scale) -> tuple[Tensor | None, Tensor | None]:
+    """Gain and deficit of the columns, any shape; None for a gain of one and a deficit of zero everywhere."""
+    if column_sum.device.type != "cpu":
+        return scale(column_sum)
+    factor, rest = None, None
     for at in blocks(column_sum):
-        factor[at] = part = gain(column_sum[at], limit)
-        rest[at] = lost = deficit(column_sum[at], part, limit)
-        leaks = leaks or bool(lost.any())
-    return factor, rest if leaks else None
+        part, lost = scale(column_sum[at])
+        if part is not None:
+            factor = torch.empty_like(column_sum) if factor is None else factor
+            factor[at] = part
+        if lost is not None:
+            rest = torch.zeros_like(column_sum) if rest is None else rest
+            rest[at] = lost
+    return factor, rest
 
 
 Block = tuple[slice, ...]
 
 
-def blocks(like: Tensor, size: int = 1 << 17) -> Iterator[Block]:
+def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
     """Splits ``(N, C, …)`` by sample and dimension 1 into blocks of about this many entries, which fit a cache."""
     if like.numel() <= size or like.ndim < 2:
         yield tuple(slice(None) for _ in like.shape)
@@ -174,19 +207,26 @@ class Branch:
 
     def pull(self, relevance: Tensor) -> Tensor:
         """What it hands down, ``(K, N, *out)`` to ``(K, N, *in)``."""
-        return _signed(self.sign, self.input * self.maps.down(self.factor * relevance))
+        return _signed(self.sign, _times(self.maps.down(self.factor * relevance), self.input))
 
     def push(self, values: Tensor) -> Tensor:
         """The transpose."""
         return _signed(self.sign, self.factor * self.maps.up(self.input * values))
 
 
+def _times(made: Tensor, factor: Tensor) -> Tensor:
+    """The product; in the memory of what was just made, if it has its own."""
+    if torch.is_grad_enabled() or not all(made.stride()):
+        return made * factor
+    return made.mul_(factor)
+
+
 def _signed(sign: float, values: Tensor) -> Tensor:
     return values if sign == 1 else sign * values
 
 
-Branches = tuple[list[Branch], Tensor]
-"""Branches, and what they add to the column sums, ``(N, *out)``."""
+Branches = tuple[list[Branch], Tensor | None]
+"""Branches, and their column sums ``(N, *out)``; or, with the gain in their factors, the deficit, None for zero."""
 
 
 class BranchKernel(Kernel):
@@ -196,7 +236,8 @@ class BranchKernel(Kernel):
               c = \sum_k \rho_k\, m_k(1) \odot J_k in_k
 
     Args:
-        ready: Branches whose sign and input are not zero, and their column sums.
+        ready: Branches whose sign and input are not zero, and their column sums or deficit.
+        is_normalized: Whether the gain is in the factors, so that this is the normalized kernel.
         waiting: Makes further ones, which matter only where the factors of those that are ready are zero (γ at
             negative outputs); they are made when relevance arrives there.
         like: A tensor of the shape of the input, ``(N, *in)``.
@@ -211,6 +252,7 @@ class BranchKernel(Kernel):
     def __init__(
         self,
         ready: Branches,
+        is_normalized: bool,
         waiting: Callable[[], Branches] | None,
         like: Tensor,
         rerun: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -219,7 +261,8 @@ class BranchKernel(Kernel):
         groups: int = 1,
         is_transposed: bool = False,
     ) -> None:
-        self.branches, self._column = ready
+        self.branches, self._rest = ready
+        self.is_normalized = is_normalized
         self._waiting = waiting
         self._like = like
         self.rerun = rerun
@@ -230,10 +273,13 @@ class BranchKernel(Kernel):
     def reach(self, relevance: Tensor | None) -> bool:
         if self._waiting is None or (relevance is not None and not self._is_waited_for(relevance)):
             return False
-        branches, column = self._waiting()
+        branches, rest = self._waiting()
         self._waiting = None
         self.branches = [*self.branches, *branches]
-        self._column = self._column + column
+        if not self.is_normalized:
+            self._rest = rest if self._rest is None or rest is None else self._rest + rest
+        else:  # a column with branches of the one kind has none of the other, where its deficit is one
+            self._rest = None if self._rest is None or rest is None else self._rest + rest - 1
         return True
 
     def _is_waited_for(self, relevance: Tensor) -> bool:
@@ -246,8 +292,15 @@ class BranchKernel(Kernel):
             return True
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        parts = [branch.pull(relevance) for branch in self.branches]
+        parts = [_pull_together(group, relevance) for group in self._groups()]
         return (_total(parts) if parts else relevance.new_zeros((len(relevance), *self._like.shape)),)
+
+    def _groups(self) -> list[list[Branch]]:
+        """Branches with the same factor together."""
+        groups: dict[int, list[Branch]] = {}
+        for branch in self.branches:
+            groups.setdefault(id(branch.factor), []).append(branch)
+        return list(groups.values())
 
     def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         (value,) = values
@@ -255,8 +308,15 @@ class BranchKernel(Kernel):
         parts = [branch.push(value) for branch in self.branches]
         return _total(parts) if parts else value.new_zeros((len(value), *shape))
 
+    @property
+    def deficit(self) -> Tensor | None:
+        """Share of each column that goes to the sink, ``(N, *out)``; None for zero. Of a normalized kernel only."""
+        return self._rest
+
     def column_sum(self, like: Tensor) -> Tensor:
-        return self._column
+        if not self.is_normalized and self._rest is not None:
+            return self._rest
+        return torch.ones_like(like) if self._rest is None else 1 - self._rest
 
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
         if not self.is_injective:
@@ -480,6 +540,16 @@ def _vjp(images: list[Tensor], inputs: Tensor | list[Tensor], relevance: list[Te
         parts = torch.autograd.grad(images, inputs, [item[0] for item in relevance], True, create)
         return tuple(part.unsqueeze(0) for part in parts)
     return torch.autograd.grad(images, inputs, relevance, True, create, is_grads_batched=True)
+
+
+def _pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
+    """What branches with the same factor hand down; from the few channels of an image they do it in one go."""
+    first = branches[0]
+    down = side_by_side([branch.maps for branch in branches]) if len(branches) > 1 else None
+    if down is None:
+        return _total(branch.pull(relevance) for branch in branches)
+    inputs = torch.stack([_signed(branch.sign, branch.input) for branch in branches], 1)
+    return (down(first.factor * relevance) * inputs).sum(2)
 
 
 def _row(branch: Branch, number: int) -> Tensor:

@@ -22,11 +22,13 @@ class Maps(NamedTuple):
         up: ``(K, N, *in)`` to ``(K, N, *out)``.
         weight_gradient: Input ``(1, *in)`` and relevance ``(1, *out)`` to the gradient of their product with respect to
             the weight; None where it is not known in closed form.
+        convolution: Weight, options and shape of the input of a convolution, where it is one.
     """
 
     down: Map
     up: Map
     weight_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
+    convolution: tuple[Tensor, tuple[Any, ...], torch.Size] | None = None
 
 
 _CONVOLUTIONS: dict[Any, int] = {
@@ -140,7 +142,7 @@ def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torc
 def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> Maps:
     def down(relevance: Tensor) -> Tensor:
         flat = relevance.reshape(-1, *relevance.shape[2:])
-        place = relevance.new_empty(()).expand(len(flat), *shape)  # only its shape is read
+        place = relevance.new_empty((len(flat), *shape))  # only its shape is read; expanded it would be copied
         wanted = [True, False, False]
         found, _, _ = torch.ops.aten.convolution_backward(flat, place, weight, None, *options, wanted)
         return found.reshape(*relevance.shape[:2], *shape)  # type: ignore[no-any-return]
@@ -154,7 +156,35 @@ def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Siz
         _, found, _ = torch.ops.aten.convolution_backward(relevance, values, weight, None, *options, wanted)
         return found  # type: ignore[no-any-return]
 
-    return Maps(down, up, weight_gradient)
+    return Maps(down, up, weight_gradient, (weight, options, shape))
+
+
+FEW = 16
+"""Channels up to which it takes as long to hand relevance down to some as to many."""
+
+
+def side_by_side(maps: list[Maps]) -> Map | None:
+    """One map down from the same outputs to several inputs, ``(K, N, *out)`` to ``(K, N, B, *in)``.
+
+    None unless all are like convolutions of few input channels.
+    """
+    found = [one.convolution for one in maps]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return None
+    _, options, shape = known[0]
+    *_, transposed, _, groups = options
+    if transposed or groups > 1 or len(known) * shape[0] > FEW or any(one[1:] != (options, shape) for one in known):
+        return None
+    beside = _convolution_maps(
+        torch.cat([one[0] for one in known], 1), options, torch.Size((len(known) * shape[0], *shape[1:]))
+    )
+
+    def down(relevance: Tensor) -> Tensor:
+        found = beside.down(relevance)
+        return found.reshape(*found.shape[:2], len(known), *shape)
+
+    return down
 
 
 def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
@@ -200,4 +230,4 @@ def recorded_maps(run: Map, inputs: Tensor) -> tuple[Maps, Tensor]:
     return Maps(down, up), image.detach()
 
 
-__all__ = ["Map", "Maps", "blocked_maps", "explicit_maps", "recorded_maps"]
+__all__ = ["Map", "Maps", "blocked_maps", "explicit_maps", "recorded_maps", "side_by_side"]

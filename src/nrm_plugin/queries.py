@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .formulas import FALSE, TRUE, Formulas
 from .graph import Buffer
+from .kernels import blocks
 from .recording import Place, Recording
-from .starts import sample_sums
+from .starts import sample_norms, sample_sums
 from .sweeps import Cost, Vectors, pull
 
 Pair = tuple[int, int]
@@ -59,9 +60,9 @@ class Books:
 
     def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
         for vector in vectors.values():
-            absorbed = vector * share
-            _accumulate(self.sinks, (vertex, kind), self._sum(absorbed))
-            _accumulate(self.absolute_sinks, (vertex, kind), self._sum(absorbed.abs()))
+            total, absolute = self._pair(vector, share)
+            _accumulate(self.sinks, (vertex, kind), total)
+            _accumulate(self.absolute_sinks, (vertex, kind), absolute)
 
     def _enter(self, place: Place, vector: Tensor) -> None:
         if place in self.recording.index:
@@ -73,14 +74,35 @@ class Books:
         """Σ and Σ| |; those of the last vector again where a step handed it on as it is."""
         if self._last is not None and vector.is_set_to(self._last[0]):
             return self._last[1:]
-        self._last = (vector, self._sum(vector), self._sum(vector.abs()))
+        self._last = (vector, *self._pair(vector))
         return self._last[1:]
 
     def _sum(self, vector: Tensor) -> Tensor | None:
-        batch = self.recording.batch
-        if batch == 1:
-            return vector.sum().reshape(1)
-        return sample_sums(vector) if vector.ndim > 0 and len(vector) == batch else None
+        if not self._is_told_apart(vector):
+            return None
+        return vector.sum().reshape(1) if self.recording.batch == 1 else sample_sums(vector)
+
+    def _is_told_apart(self, vector: Tensor) -> bool:
+        """Whether the samples of a tensor can be told."""
+        return self.recording.batch == 1 or (vector.ndim > 0 and len(vector) == self.recording.batch)
+
+    def _pair(self, vector: Tensor, share: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Σ and Σ| | of relevance, or of a share of it, by sample."""
+        if not self._is_told_apart(vector):
+            return None, None
+        if share is None:
+            return self._sum(vector), self._norm(vector)
+        total = vector.new_zeros(self.recording.batch)
+        absolute = torch.zeros_like(total)
+        for at in blocks(vector):  # in the cache
+            part = vector[at] * share[at]
+            rows = slice(None) if self.recording.batch == 1 or not part.ndim else at[0]
+            total[rows] += part.sum() if self.recording.batch == 1 else sample_sums(part)
+            absolute[rows] += self._norm(part) if self.recording.batch == 1 else sample_norms(part)
+        return total, absolute
+
+    def _norm(self, vector: Tensor) -> Tensor:
+        return sample_norms(vector.reshape(1, -1) if self.recording.batch == 1 else vector)
 
 
 def _accumulate(total: dict, key: object, value: Tensor | None) -> None:  # type: ignore[type-arg]

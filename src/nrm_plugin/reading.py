@@ -25,6 +25,7 @@ from .kernels import (
     BranchKernel,
     IdentityKernel,
     Kernel,
+    Scale,
     VjpKernel,
     blocks,
     linear_in_relevance,
@@ -138,6 +139,7 @@ def read_rule(
     where: str,
     image: Image | None = None,
     is_output_known: bool = True,
+    scale: Scale | None = None,
 ) -> Kernel:
     """The kernel of a rule at one call.
 
@@ -150,6 +152,7 @@ def read_rule(
         where: Name of the layer, for messages.
         image: What it returned without its bias, where that is known.
         is_output_known: Whether ``output`` has the values that the module returns, not only their shape.
+        scale: The normalization of its columns, taken into the kernel where that saves work.
 
     Raises:
         UnsupportedRuleError: The rule changes how the module runs, or fits no form.
@@ -169,7 +172,7 @@ def read_rule(
     if type(hook) is PlainGradient:
         return _plain_gradient(module, call, inputs)
     if is_by_modifiers(hook):
-        reader = (hook, module, call, inputs, output, image, is_output_known)
+        reader = (hook, module, call, inputs, output, image, is_output_known, scale)
         return _branches(*reader) or _modifiers(hook, module, call, inputs)
     if not is_output_known:
         with torch.no_grad():
@@ -213,7 +216,7 @@ def _overrides(hook: Hook, method: str, base: type = Hook) -> bool:
 def _modified_inputs(hook: BasicHook, inputs: Tensor) -> list[Tensor]:
     """The modified inputs, those that are equal in the same memory: after a ReLU its positive part is the input."""
     known, sources = [inputs], []
-    positive = is_known_linear(hook) and bool((inputs >= 0).all())
+    positive = is_known_linear(hook) and _is_positive(inputs)
     for modifier in hook.input_modifiers:
         part = _part(modifier, inputs) if positive else ""
         if part:
@@ -245,32 +248,42 @@ def _branches(
     output: Tensor,
     seen: Image | None,
     is_output_known: bool,
+    scale: Scale | None,
 ) -> BranchKernel | None:
     """The rule in branch form, or None when the module is not affine or the rule is written another way."""
     if not is_affine(module):
         return None
     sources = _modified_inputs(hook, inputs)
-    signs = _signs(hook, sources)
+    signs = _KNOWN_SIGNS.get(type(hook))
+    if signs is None:
+        signs = _signs(hook, sources)
+        if signs is not None and type(hook) in _LINEAR:
+            _KNOWN_SIGNS[type(hook)] = signs
     if signs is None:
         return None
-    reader = _BranchReader(hook, module, call, inputs, output, seen, is_output_known, sources, signs)
+    reader = _BranchReader(hook, module, call, inputs, output, seen, is_output_known, scale, sources, signs)
     first, *later = _INDEPENDENT.get(type(hook), [tuple(range(len(sources)))])
     ready = reader.read(first)
     if ready is None:
         return None
     waiting = (lambda: reader.certain(later[0])) if later else None
     if not isinstance(module, _WEIGHTED):
-        return BranchKernel(ready, waiting, inputs)
+        return BranchKernel(ready, scale is not None, waiting, inputs)
     weight = module._parameters["weight"]
     assert weight is not None
     injective = getattr(module, "padding_mode", "zeros") == "zeros"
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) or getattr(module, "is_transposed", False)
     groups = int(getattr(module, "groups", 1))
     rerun = _rerun(module, call)
-    return BranchKernel(ready, waiting, inputs, rerun, weight.detach(), injective, groups, transposed)
+    return BranchKernel(
+        ready, scale is not None, waiting, inputs, rerun, weight.detach(), injective, groups, transposed
+    )
 
 
 _LINEAR = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus)
+
+_KNOWN_SIGNS: dict[type, list[float]] = {}
+"""Signs of the branches of Zennit's own rules, which no instance changes."""
 
 _INDEPENDENT: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
 """Branches of built-in rules that share outputs only among themselves: γ has a pair for outputs of either sign."""
@@ -287,6 +300,7 @@ class _BranchReader:
     output: Tensor
     seen: Image | None
     is_output_known: bool
+    scale: Scale | None
     sources: list[Tensor]
     signs: list[float]
 
@@ -319,19 +333,21 @@ class _BranchReader:
         columns = self._columns(runs, kept)
         if columns is None:
             return None
-        factors, column = columns
+        factors, rest = columns
         branches = []
         for number, factor in zip(kept, factors, strict=True):
             run = runs[number]
             assert run.maps is not None
             branches.append(Branch(self.sources[number], factor, self.signs[number], run.maps, run.modified))
-        return branches, column
+        return branches, rest
 
-    def _columns(self, runs: list[_Run], kept: list[int]) -> tuple[list[Tensor], Tensor] | None:
-        """``m_k(1)`` of the kept branches, and the column sums; None where the mapper is not elementwise.
+    def _columns(self, runs: list[_Run], kept: list[int]) -> tuple[list[Tensor], Tensor | None] | None:
+        """``m_k(1)`` of the kept branches and the column sums; None where the mapper is not elementwise.
+
+        With a scale the factors hold the gain, and instead of the sums comes the deficit, None for zero.
 
         A zero stands where a denominator is zero: that column is dead. A rule divides, adds signs and compares in a
-        dozen steps, so they are taken block by block, in the cache.
+        dozen steps, so they are taken block by block, in the cache, and written where nothing is needed any more.
         """
         shape = self.output.shape
         first = next(iter(blocks(self.output)))
@@ -341,14 +357,24 @@ class _BranchReader:
         if not is_known_linear(self.hook) and not self._is_elementwise(runs):
             return None
         local = self.output.device.type == "cpu" and self._is_local(runs, first, tried)
-        factors = [torch.empty_like(self.output) for _ in kept]
-        column = torch.zeros_like(self.output)
+        alike = {number: next(other for other in kept if tried[other] is tried[number]) for number in kept}
+        factors = {number: runs[number].memory(self.output) for number in dict.fromkeys(alike.values())}
+        rest: Tensor | None = None
         for at in blocks(self.output) if local else [tuple(slice(None) for _ in shape)]:
             mapped = self._mapped(runs, at)
-            for number, factor in zip(kept, factors, strict=True):
-                part = torch.nan_to_num(mapped[number], 0, 0, 0, out=factor[at])
-                column[at].addcmul_(part, runs[number].image[at], value=self.signs[number])
-        return factors, column
+            parts = {number: torch.nan_to_num(mapped[number], 0, 0, 0) for number in factors}
+            column: Tensor | None = None
+            for number in kept:
+                part, image = parts[alike[number]], runs[number].image[at]
+                column = _added(column, part, image, self.signs[number])
+            column = torch.zeros_like(self.output[at]) if column is None else column
+            gained, lost = (None, column) if self.scale is None else self.scale(column)
+            for number, factor in factors.items():
+                factor[at] = parts[number] if gained is None else parts[number].mul_(gained)
+            if lost is not None:
+                rest = torch.zeros_like(self.output) if rest is None else rest
+                rest[at] = lost
+        return [factors[alike[number]] for number in kept], rest
 
     def _mapped(self, runs: list[_Run], at: Block, relevance: Tensor | None = None) -> list[Tensor]:
         """What the rule makes of relevance, by default ones, at one block of its outputs."""
@@ -386,6 +412,8 @@ class _BranchReader:
         if sign == 0 and source is self.inputs and self.is_output_known and own:
             return _Run(self.output)
         added = None if bias is None else broadcast(bias.detach(), modified, self.output)
+        if added is not None and added.device.type == "cpu" and not bool(added.any()):
+            added = None
         if _is_zero(source):
             return _Run(self.output.new_zeros(()), added)
         if weight is None:
@@ -399,8 +427,11 @@ class _BranchReader:
         else:
             maps = explicit
             known = self.seen is not None and source is self.inputs and matrix.data_ptr() == self.seen[1].data_ptr()
-            image = self.seen[0] if known and self.seen is not None else maps.up(source.unsqueeze(0)).squeeze(0)
-        return _Run(image, added, maps, lambda: matrix)
+            if known and self.seen is not None:
+                # Without a bias the image is what the layer returned, which others read.
+                return _Run(self.seen[0], added, maps, lambda: matrix, is_own=bias is not None)
+            image = maps.up(source.unsqueeze(0)).squeeze(0)
+        return _Run(image, added, maps, lambda: matrix, is_own=True)
 
     def _run_blocked(self, modify: ParamMod, source: Tensor) -> _Run | None:
         """The same for a large linear layer and a rule of Zennit that changes its weight; None for all others."""
@@ -440,22 +471,46 @@ class _Run:
         bias: Its bias, in a shape that broadcasts.
         maps: The linear map; None where the input is zero or the output is all that is needed.
         modified: Makes the modified weight.
+        is_own: Whether nobody else reads the image.
     """
 
     image: Tensor
     bias: Tensor | None = None
     maps: Maps | None = None
     modified: Callable[[], Tensor] | None = None
+    is_own: bool = False
 
     def output(self, at: Block, shape: torch.Size) -> Tensor:
         """Image and bias at one block."""
         image = self.image.expand(shape)[at]
-        return image if self.bias is None else image + self.bias.expand(shape)[at]
+        if self.bias is None:
+            return image
+        bias = self.bias.expand(shape)[at]
+        return image + bias if self.image.ndim or bool(self.image) else bias
+
+    def memory(self, like: Tensor) -> Tensor:
+        """Where a factor of this shape can be written, once the image was read."""
+        if not all(self.image.stride()) or self.image.shape != like.shape:
+            return torch.empty_like(like)
+        return self.image if self.is_own else torch.empty_like(self.image)
+
+
+def _added(total: Tensor | None, factor: Tensor, values: Tensor, sign: float) -> Tensor:
+    if total is not None:
+        return total.addcmul_(factor, values, value=sign)
+    product = factor * values
+    return product if sign == 1 else product.mul_(sign)
 
 
 def _is_zero(source: Tensor) -> bool:
-    first = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source  # one entry, expanded
-    return not bool(first.any())
+    """Whether all entries are zero; most tensors tell by a few of them."""
+    few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
+    return not bool(few.any()) and (few.numel() == source.numel() or not any(source.stride()) or not bool(source.any()))
+
+
+def _is_positive(source: Tensor) -> bool:
+    """Whether no entry is negative; the smallest one is found faster than all are compared."""
+    return source.numel() == 0 or bool(source.amin() >= 0)
 
 
 def _share_memory(some: dict[str, Any], others: dict[str, Any]) -> bool:

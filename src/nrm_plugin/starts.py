@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -17,6 +18,16 @@ MIN_TOTAL = 1e-6
 def sample_sums(tensor: Tensor) -> Tensor:
     """``(N, …)`` summed over everything but the batch; also ``(N,)``, which ``flatten(1)`` refuses."""
     return tensor.reshape(len(tensor), -1).sum(1)
+
+
+def sample_norms(tensor: Tensor) -> Tensor:
+    """The absolute values of ``(N, …)`` summed over everything but the batch."""
+    if tensor.device.type != "cpu":
+        return sample_sums(tensor.abs())
+    flat = tensor.reshape(len(tensor), -1)
+    # In the cache, piece by piece.
+    parts = [part.abs().sum(1) for part in torch.split(flat, max(1, (1 << 16) // len(flat)), 1)]
+    return functools.reduce(torch.add, parts) if parts else flat.new_zeros(len(flat))
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:

@@ -24,7 +24,7 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.rules import Pass
 
 from .errors import BatchNormWarning, UnsupportedRuleError
-from .kernels import RESIDUALS, Kernel, Residual, scales
+from .kernels import RESIDUALS, BranchKernel, Kernel, Residual, Scale, scale_of, scales
 from .reading import (
     Image,
     broadcast,
@@ -59,6 +59,16 @@ class Normalization:
         is_number = isinstance(self.gain_limit, numbers.Real) and not isinstance(self.gain_limit, bool)
         if not is_number or not self.gain_limit >= 1:
             raise ValueError(f"gain_limit={self.gain_limit!r} must be a number of at least 1 (math.inf is allowed).")
+
+    @property
+    def scale(self) -> Scale:
+        """What it does to columns."""
+        return scale_of(self.residual, float(self.gain_limit))
+
+
+def shape_like(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, dtype and device that needs no memory."""
+    return tensor.detach().new_empty(()).expand(tensor.shape)
 
 
 @dataclass
@@ -95,15 +105,21 @@ class LayerCall:
         if not reads_output(self.rule):
             self.output = None
 
-    def kernel(self, like: Tensor) -> Kernel:
-        """The kernel of the rule at this call; ``like`` has the shape of the output, and maybe other values by now."""
+    def kernel(self, like: Tensor, scale: Scale | None = None) -> Kernel:
+        """The kernel of the rule at this call.
+
+        Args:
+            like: Has the shape of the output.
+            scale: The normalization, which the kernel may take in.
+        """
         while self.folds:
             self.folds.pop(0)()
         image, self.image = self.image, None  # needed once; a step keeps what the kernel makes of it
         seen = None if image is None else (image[0].tensor, image[1])
         known = self.output is not None
         output = self.output.tensor if self.output is not None else like
-        return read_rule(self.rule, self.module, self.call, self.source.tensor, output, self.where, seen, known)
+        own = None if self.holds_dense_norm else scale  # of that one the column sums are looked at
+        return read_rule(self.rule, self.module, self.call, self.source.tensor, output, self.where, seen, known, own)
 
     @property
     def is_identity(self) -> bool:
@@ -142,7 +158,7 @@ class Step:
         self.uses = 1
         self.origin: Any = None
         self.shape = output.shape
-        self._like = output.detach()
+        self._like = shape_like(output)
         self._build = build
         self._normalization = normalization
         self._lock = threading.RLock()
@@ -167,6 +183,8 @@ class Step:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self.kernel.is_stochastic:
                 return None, None
+            if isinstance(self.kernel, BranchKernel) and self.kernel.is_normalized:
+                return None, self.kernel.deficit
             column = self.kernel.column_sum(self._like).detach()
             if getattr(self.origin, "holds_dense_norm", False) and float((column < 0.5).double().mean()) > 0.5:
                 warnings.warn(
@@ -176,9 +194,7 @@ class Step:
                     BatchNormWarning,
                     stacklevel=2,
                 )
-            if self._normalization.residual == "sink":
-                return None, 1 - column
-            return scales(column, float(self._normalization.gain_limit))
+            return scales(column, self._normalization.scale)
 
     def forget(self) -> None:
         """Drops the kernel, for its origin has changed."""
@@ -244,6 +260,21 @@ def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     return result
 
 
+class LinkInPlace(torch.autograd.Function):
+    """Joins a tensor that was written over to what it was; the gradient is relevance."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, tensor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        ctx.step = step
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
+        ((part,), _) = ctx.step.pull(relevance.unsqueeze(0))
+        return None, part.squeeze(0)
+
+
 class Saved:
     """A tensor that a step will need when relevance arrives; it survives later writes into its memory.
 
@@ -259,6 +290,11 @@ class Saved:
 
     def _register(self, tensor: Tensor) -> None:
         _RUNNING.saved.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(self))
+
+
+def is_saved(tensor: Tensor) -> bool:
+    """Whether a step needs what is in this memory."""
+    return any(saved() is not None for saved in _RUNNING.saved.get(tensor.untyped_storage().data_ptr(), ()))
 
 
 def before_writing(tensor: Tensor) -> None:
@@ -281,6 +317,7 @@ class Entered:
         call: Runs the module again on another first input.
         again: Runs it again on what it was called with.
         apart: Changes how the layer is run, to the same effect.
+        in_place: Whether the module may write over its input.
     """
 
     source: Tensor
@@ -290,6 +327,7 @@ class Entered:
     call: Callable[[nn.Module, Tensor], Tensor]
     again: Callable[[], Any]
     apart: BiasApart | OutOfPlace | WeightSeen | None = None
+    in_place: bool = False
 
 
 class _Running(threading.local):
@@ -461,10 +499,13 @@ class StepHook(Hook):
             result: Tensor = shell.forward(*again, **keywords)
             return result
 
-        apart = _around(module, self.rule)
-        kept = Saved(source, values=type(self.rule) is not Pass or not _is_own_activation(module))
+        needed = type(self.rule) is not Pass or not _is_own_activation(module)
+        in_place = not needed and module.__dict__.get("inplace") is True and _is_free(source)
+        apart = None if in_place else _around(module, self.rule)
+        kept = Saved(source, values=needed)
         first = handed[0][2]
-        _RUNNING.entered.append((self, module, Entered(source, first, first._version, kept, call, again, apart)))
+        entered = Entered(source, first, first._version, kept, call, again, apart, in_place)
+        _RUNNING.entered.append((self, module, entered))
         if apart is not None:
             apart.__enter__()  # type: ignore[no-untyped-call]
         return args, kwargs
@@ -498,7 +539,7 @@ class StepHook(Hook):
         image = None if seen is None else (Saved(seen[0]), seen[1])  # without a bias it is the output itself
         origin = LayerCall(self.rule.copy(), shell, call, entered.kept, self.name, image, Saved(output))
         # Not the output itself: linked, it holds the step, and the two would keep each other alive.
-        build = functools.partial(origin.kernel, output.detach())
+        build = functools.partial(origin.kernel, shape_like(output), self.normalization.scale)
         step = Step(self.name, output, build, self.normalization, type(self.rule).__name__)
         step.origin = origin
         if self.rule not in self._checked and not is_known_linear(self.rule):
@@ -511,6 +552,8 @@ class StepHook(Hook):
                 self.fuse(step, source)
         if (hearing := listener()) is not None:
             hearing.on_step(module, step)
+        if entered.in_place and output.data_ptr() == source.data_ptr() and output.shape == source.shape:
+            return LinkInPlace.apply(step, source)  # type: ignore[no-untyped-call]
         linked = link(step, output, (source,))
         return _written_back(entered, linked) if _wrote(entered) else linked
 
@@ -523,6 +566,11 @@ class StepHook(Hook):
                 del running[place:]
                 return entered
         return None
+
+
+def _is_free(tensor: Tensor) -> bool:
+    """Whether a tensor can be written over: not a part of another one, no leaf, and nobody needs what is in it."""
+    return tensor._base is None and not tensor.is_leaf and not is_saved(tensor)
 
 
 def _wrote(entered: Entered) -> bool:

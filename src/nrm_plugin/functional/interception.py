@@ -34,6 +34,7 @@ from ..steps import (
     leave_mode,
     link,
     listener,
+    shape_like,
     unseen,
     write,
 )
@@ -176,8 +177,10 @@ class _Mode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_inside_step() or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
         name = _relu_or(name_of(func), args, kwargs)
-        if is_inside_step() or not torch.is_grad_enabled() or name.base in _PASSED:
+        if name.base in _PASSED:
             return func(*args, **kwargs)
         computed: list[Tensor] = []
         slots = tuple(_slotted(value, computed) for value in args)
@@ -234,8 +237,8 @@ class _Mode(TorchFunctionMode):
             output = output.clone()  # some operations return their input; a step's output has memory of its own
         rule = "sum" if name.base in ("add", "sub", "rsub") and len(computed) > 1 else name.base
         layer = layer_call(call, output) if handler is KERNELS.get(name.base) else None
-        like = output.detach()  # linked, the output itself would keep its step alive
-        build = (lambda: handler(call)) if layer is None else (lambda: layer.kernel(like))
+        like, scale = shape_like(output), self.normalization.scale
+        build = (lambda: handler(call)) if layer is None else (lambda: layer.kernel(like, scale))
         linked = self._linked(call, output, build, rule, computed, layer)
         with_constants = len(computed) < len(_tensors_in(args, kwargs)) or any(
             isinstance(value, (int, float)) for value in args
