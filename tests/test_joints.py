@@ -64,6 +64,21 @@ def test_neighbours_cost_one_pass_together():
     assert mu.cost.vectors > 4
 
 
+def test_pooling_between_two_layers_costs_no_pass_for_each_channel():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3), nn.ReLU(inplace=True),
+        nn.MaxPool2d(2), nn.Conv2d(8, 4, 2), nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+    mu = RelevanceMeasure(net.double().eval(), torch.randn(2, 3, 14, 14).double(), 1)
+    mu.marginal(["input"])
+    one_pass = mu.cost.vectors
+    together = mu.joints(["6", "3", "0"])
+    assert mu.cost.vectors <= 2 * one_pass
+    for matrix, (upper, lower) in zip(together, [("6", "3"), ("3", "0")], strict=True):
+        torch.testing.assert_close(matrix, masked(mu, upper, lower), rtol=0, atol=1e-12)
+
+
 class Skip(nn.Module):
     """Between the two convolutions the walk may go around one of them."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .graph import Buffer, Vertex
 from .kernels import BranchKernel, IdentityKernel
 from .recording import Place, Recording, Tap
-from .routes import operation
+from .routes import is_whole, operation
 from .sweeps import Cost, Vectors, pull
 
 CHUNK = 16
@@ -88,7 +88,9 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
             steps += Cost(1, 1)
             if isinstance(vertex.step.kernel, BranchKernel):
                 return edge_matrix(recording, index, relevance), steps
-        (part,), _ = vertex.pull([relevance.unsqueeze(0)])
+        arriving = [relevance.unsqueeze(0), *[None] * (len(vertex.shapes) - 1)]
+        parts, _ = vertex.pull(arriving)
+        part = next((part for part in parts if part is not None), None)
         if part is None:
             return None
         relevance = part.squeeze(0)
@@ -102,10 +104,11 @@ def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
     place, chain, linear = upper.place, [], 0
     while place != lower.place:
         vertex = recording.graph.vertices[place.vertex]
-        if len(vertex.shapes) != 1 or len([edge for edge in vertex.edges if edge is not None]) != 1:
+        # Pooling has a second output, of positions, that hands nothing down.
+        if place.number != 0 or len([edge for edge in vertex.edges if edge is not None]) != 1:
             return None
         is_linear = _is_linear(vertex, len(upper.shape))
-        if not is_linear and not _keeps_channels(vertex):
+        if not is_linear and not _keeps_channels(recording, vertex):
             return None
         linear += is_linear
         chain.append(place.vertex)
@@ -126,9 +129,12 @@ def _is_linear(vertex: Vertex, dims: int) -> bool:
     return kernel.weight.ndim == (dims if dims > 3 else 2)
 
 
-def _keeps_channels(vertex: Vertex) -> bool:
+def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
     if vertex.step is not None:
         return isinstance(vertex.step.kernel, IdentityKernel)
+    if is_whole(vertex.node):
+        same = (tuple(recording.graph.shape(edge)) == tuple(vertex.shapes[0]) for edge in vertex.edges if edge)
+        return all(same)
     return operation(vertex.node).lower() in _KEEPING_CHANNELS
 
 

@@ -29,7 +29,7 @@ from .graph import Buffer, Graph
 from .routes import is_route_node, operation, written
 from .shells import Fingerprint, preserved
 from .starts import sample_sums
-from .steps import Step, StepHook, forward_pass, unseen
+from .steps import Step, StepHook, among_ourselves, forward_pass, unseen
 
 _RECORDING = threading.RLock()
 
@@ -156,10 +156,12 @@ class Recording:
         if module is not None:
             step.call = self._calls[module] - 1
 
+    @among_ourselves
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """The tap of a function."""
         self._see(name, call, "output", None, output, channel_dim)
 
+    @among_ourselves
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._calls[module] = self._calls.get(module, 0) + 1
         if _step_hook(module) is not None:
@@ -181,6 +183,7 @@ class Recording:
             self._see(name, call, "input", None if len(tensors) == 1 else item, tensor, None)
         return args, kwargs
 
+    @among_ourselves
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         name, call = self.names[module], self._calls[module] - 1
         dim = _channel_dim(module)

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -375,6 +375,33 @@ def unseen() -> Iterator[None]:
         _RUNNING.unseen -= 1
 
 
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+def among_ourselves(hook: Callable[P, R]) -> Callable[P, R]:
+    """A hook whose own operations are handed to no mode, which takes longer than most of them.
+
+    Tensors of subclasses need the hand-over.
+    """
+
+    @functools.wraps(hook)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if any(_is_subclass(value) for value in args):
+            return hook(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return hook(*args, **kwargs)
+
+    return run
+
+
+def _is_subclass(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return type(value) is not Tensor and type(value) is not nn.Parameter
+    items = value if type(value) in (list, tuple) else value.values() if type(value) is dict else ()
+    return any(_is_subclass(item) for item in items)  # type: ignore[attr-defined]
+
+
 def listener() -> Listener | None:
     """Who listens to the forward pass of this thread."""
     return _RUNNING.listener
@@ -474,6 +501,7 @@ class StepHook(Hook):
                 leave_mode(entered.apart)
         _RUNNING.entered[:] = [entry for entry in _RUNNING.entered if entry[0] is not self]
 
+    @among_ourselves
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Detaches what the module is handed."""
         places = [place for place in _places(args, kwargs) if place[2].requires_grad]
@@ -510,6 +538,7 @@ class StepHook(Hook):
             apart.__enter__()  # type: ignore[no-untyped-call]
         return args, kwargs
 
+    @among_ourselves
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Links what the module returned; without an output where it raised."""
         entered = self._last_entered(module)
