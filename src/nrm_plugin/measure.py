@@ -674,9 +674,16 @@ def _apart(maps: list[Tensor], start: Tensor) -> list[Tensor]:
     result = []
     for values in maps:
         memory = values.untyped_storage().data_ptr()
-        result.append(values.clone() if memory in taken else values)
+        result.append(_copied(values) if memory in taken else values)
         taken.add(memory)
     return result
+
+
+def _copied(values: Tensor) -> Tensor:
+    """A copy; where torch can, one that is only made when either is written to."""
+    lazily = getattr(torch, "_lazy_clone", None)
+    copy: Tensor = values.clone() if lazily is None or values.device.type != "cpu" else lazily(values)
+    return copy
 
 
 def _atom(layer: Any, side: Side = "output") -> Atom:
