@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nrm_plugin import Normalized, RelevanceMeasure, at
-from nrm_plugin.errors import EventError
+from nrm_plugin import Normalized, RelevanceMeasure, at, queries
+from nrm_plugin.errors import EventError, InputError, MemoryBudgetWarning
 from tests.conftest import LINEAR, composite
 
 
@@ -110,3 +110,86 @@ def test_tokens_have_their_features_last():
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.Flatten(), nn.Linear(18, 2)).double().eval()
     mu = RelevanceMeasure(net, torch.randn(2, 6, 4).double(), 1)
     torch.testing.assert_close(mu.joint("2", "0"), masked(mu, "2", "0"), rtol=0, atol=1e-12)
+
+
+def grouped(mu, upper, lower, rows, columns):
+    """Every group of the upper tap on its own, its joint map summed by the groups of the lower one."""
+    maps = [mu.marginal(lower, joint=at(upper)[rows == group]) for group in range(int(rows.max()) + 1)]
+    inside = [columns == group for group in range(int(columns.max()) + 1)]
+    return torch.stack([torch.stack([(part * mask).flatten(1).sum(1) for mask in inside], 1) for part in maps], 1)
+
+
+@pytest.mark.parametrize(("upper", "lower"), [("5", "2"), ("5", "0"), ("2", "0"), ("8", "input")])
+def test_any_groups_have_a_joint_matrix(upper, lower):
+    mu = RelevanceMeasure(build(), X, 1)
+    draw = torch.Generator().manual_seed(0)
+    for counts in ((3, 5), (5, 3)):  # the fewer groups are carried, down or up
+        rows, columns = (
+            torch.randint(count, mu.shape(name)[1:], generator=draw)
+            for count, name in zip(counts, (upper, lower), strict=True)
+        )
+        rows.view(-1)[0], columns.view(-1)[0] = counts[0] - 1, counts[1] - 1
+        found = mu.joint(upper, lower, over=(rows, columns))
+        torch.testing.assert_close(found, grouped(mu, upper, lower, rows, columns), rtol=0, atol=1e-12)
+
+
+def test_positions_are_groups():
+    mu = RelevanceMeasure(build(), X, 1)
+    matrix = mu.joint("5", "2", over="position")
+    heights, widths = mu.shape("5")[2:], mu.shape("2")[2:]
+    assert matrix.shape == (2, heights.numel(), widths.numel())
+    row = mu.marginal("2", over="position", joint=at("5")[:, 1, 0]).flatten(1)
+    torch.testing.assert_close(matrix[:, 1 * heights[1]], row, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mu.joint("5", "2", over=("channel", "position")).sum(1), matrix.sum(1))
+    labels = torch.arange(widths.numel()).reshape(1, *widths)  # broadcasts over channels
+    torch.testing.assert_close(mu.marginal("2", over=labels), mu.marginal("2", over="position").flatten(1))
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(3), torch.tensor([True]), torch.zeros(7, dtype=int), -torch.ones(1).int()]
+)
+def test_labels_that_do_not_fit_are_refused(labels):
+    mu = RelevanceMeasure(build(), X, 1)
+    with pytest.raises(EventError, match="label"):
+        mu.joint("5", "2", over=labels)
+
+
+def test_what_does_not_fit_into_memory_is_done_in_parts(monkeypatch):
+    whole = RelevanceMeasure(build(), X, 1)
+    mu = RelevanceMeasure(build(), X, 1, max_memory=1)
+    events = [at("5").channel(k) for k in range(4)]
+    torch.testing.assert_close(mu.marginal("input", given=events), whole.marginal("input", given=events))
+    torch.testing.assert_close(mu(events, given=at("3")[0]), whole(events, given=at("3")[0]))
+    torch.testing.assert_close(mu.joint("5", "input"), whole.joint("5", "input"))
+    widths = []
+    pull = queries.pull
+
+    def small(graph, start, visitor, absolute=False):
+        widths.append(len(visitor.formulas.roots))
+        if len(visitor.formulas.roots) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return pull(graph, start, visitor, absolute)
+
+    monkeypatch.setattr(queries, "pull", small)
+    with pytest.warns(MemoryBudgetWarning, match="memory ran out with 4 at once; going on with 2"):
+        torch.testing.assert_close(whole.marginal("input", given=events), mu.marginal("input", given=events))
+    assert widths[:4] == [4, 2, 1, 1]
+
+
+@pytest.mark.parametrize("budget", [0, -1, float("nan"), "1 GB", True, float("inf")])
+def test_a_budget_that_is_none_is_refused(budget):
+    with pytest.raises(InputError, match=r"max_memory=.*positive number of bytes"):
+        RelevanceMeasure(build(), X, 1, max_memory=budget)
+
+
+def test_an_event_given_every_neuron_above_it_takes_one_pass():
+    mu = RelevanceMeasure(build(), X, 1)
+    event = at("2").channel(3) & ~at("0")[1]
+    found = mu.conditional(event)
+    cost = mu.cost.steps
+    assert list(found) == [name for name in mu.layers if name not in ("input", "0", "1", "2")]
+    mu.marginal(["input"])
+    assert cost <= mu.cost.steps
+    for name, values in found.items():
+        torch.testing.assert_close(values, mu.conditional(event, name))
+        torch.testing.assert_close((values * mu.marginal(name)).flatten(1).sum(1), mu(event))

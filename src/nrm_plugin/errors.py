@@ -78,6 +78,10 @@ class BatchNormWarning(UserWarning):
     """A dense layer and a batch normalization were fused, and the bias takes most of the relevance."""
 
 
+class MemoryBudgetWarning(UserWarning):
+    """Memory ran out on the way, and less was done at once."""
+
+
 def unknown_layer(name: str, known: Iterable[str]) -> str:
     """Message for a layer name that no tap has; near names first."""
     names = list(known)

@@ -11,8 +11,8 @@ from torch import Tensor
 from .diagrams import FALSE, TRUE, Diagram
 from .errors import EventError
 from .events import Absorbed, Any_, Atom, Event
-from .graph import Buffer
-from .recording import Place, Recording, Tap
+from .graph import Buffer, Place
+from .recording import Recording, Tap
 
 Crossing = list[tuple[int, Tensor | None]]
 """What is left for the neurons of a mask; a mask of None stands for all neurons."""

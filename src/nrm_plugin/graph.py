@@ -43,6 +43,10 @@ class Buffer:
     number: int
 
 
+Place = Buffer | tuple[int, int]
+"""Where a tap is: a buffer, or the edge ``(vertex, number)`` of a step that reads a tensor."""
+
+
 @dataclass
 class Vertex:
     """One autograd node.

@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .graph import Buffer, Vertex
+from .budget import in_chunks
+from .graph import Buffer, Place, Vertex
+from .groups import Over, by_label, labels_of
 from .kernels import BranchKernel, IdentityKernel
-from .recording import Place, Recording, Tap
+from .recording import Recording, Tap
 from .routes import is_whole, operation
-from .sweeps import Cost, Vectors, pull
-
-CHUNK = 16
-"""Groups of the upper tap that are carried at once."""
+from .sweeps import Cost, Vectors, pull, push
 
 
 def joint_matrix(
-    recording: Recording, upper: Tap, lower: Tap, relevance: Tensor, by_neuron: bool
+    recording: Recording, upper: Tap, lower: Tap, relevance: Tensor, over: tuple[Over, Over], width: int
 ) -> tuple[Tensor, Cost]:
-    """``(N, K_upper, K_lower)`` by partial passes from the masked upper tap, and their cost.
+    """``(N, K_upper, K_lower)`` by partial passes between the taps, for the groups of the one with fewer.
 
     Args:
         recording: The recording.
         upper: The tap that walks cross first.
         lower: The tap below.
         relevance: Marginal of the upper tap, ``(N, *shape)``.
-        by_neuron: Every neuron is a group of its own; else every channel is.
+        over: The groups of the upper and of the lower tap.
+        width: Groups that are carried at once.
     """
-    labels = _labels(upper, by_neuron)
-    columns = _labels(lower, by_neuron).to(relevance.device)
-    width = int(columns.max()) + 1
-    rows, cost = [], Cost()
-    for first in range(0, int(labels.max()) + 1, CHUNK):
-        groups = range(first, min(first + CHUNK, int(labels.max()) + 1))
-        vectors = {group: relevance * (labels == group).to(relevance.device) for group in groups}
-        collect = _Collect(lower.place)
-        cost += pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
-        for group in groups:
-            found = collect.vectors.get(group, relevance.new_zeros(lower.shape))
-            flat = found.reshape(recording.batch, -1)
-            rows.append(flat.new_zeros((recording.batch, width)).index_add_(1, columns.flatten(), flat))
-    return torch.stack(rows, 1), cost
+    rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
+    down = int(rows.max()) <= int(columns.max())
+    spent: list[Cost] = []
+
+    def run(groups: Sequence[int]) -> list[Tensor]:
+        labels = (rows if down else columns).to(relevance.device)
+        if down:
+            found, cost = _handed_down(
+                recording, upper, lower, {group: relevance * (labels == group) for group in groups}
+            )
+            sums = by_label(found.flatten(2), columns)
+        else:
+            masks = torch.stack([(labels == group).to(relevance).expand(lower.shape) for group in groups])
+            collected, cost = push(recording.graph, lower.place, upper.place, masks)
+            values = relevance.new_zeros((len(groups), *upper.shape)) if collected is None else collected * relevance
+            sums = by_label(values.flatten(2), rows)
+        spent.append(cost)
+        return list(sums)
+
+    count = int((rows if down else columns).max()) + 1
+    parts = in_chunks(range(count), width, run, f"joint relevance of {lower.names[0] if lower.names else 'a tap'}")
+    return torch.stack(parts, 1 if down else 2), sum(spent, start=Cost())
+
+
+def _handed_down(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
+    """What arrives at the lower tap, ``(K, N, *shape)``."""
+    collect = _Collect(lower.place)
+    cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
+    like = next(iter(vectors.values()))
+    return torch.stack([collect.vectors.get(key, like.new_zeros(lower.shape)) for key in vectors]), cost
 
 
 def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
@@ -136,17 +154,6 @@ def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
         same = (tuple(recording.graph.shape(edge)) == tuple(vertex.shapes[0]) for edge in vertex.edges if edge)
         return all(same)
     return operation(vertex.node).lower() in _KEEPING_CHANNELS
-
-
-def _labels(tap: Tap, by_neuron: bool) -> Tensor:
-    """Group of every neuron of a tap, ``tap.shape[1:]``."""
-    inner = tap.shape[1:]
-    if by_neuron or not inner:
-        return torch.arange(inner.numel()).reshape(inner)
-    dim = tap.channel_dim % len(tap.shape) - 1
-    view = [1] * len(inner)
-    view[dim] = -1
-    return torch.arange(inner[dim]).view(view).expand(inner)
 
 
 def _start(recording: Recording, place: Place, vectors: Vectors[int]) -> list[tuple[Buffer, Vectors[int]]]:

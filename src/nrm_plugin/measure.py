@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
+from .budget import check_memory, in_chunks, width_of
 from .calls import Call, Inputs, Output
 from .composites import Normalized, NRMDefault, Uncovered, check_composite
 from .errors import CancellationError, EventError, NRMError, NullEventError, StaleMeasureError, samples
 from .events import ABSORBED, Atom, Event, Side, at
 from .formulas import Formulas
-from .graph import Buffer
+from .graph import Buffer, Place
+from .groups import Over, pair_of, summed
+from .joints import joint_matrix, neighbour_matrix
 from .kernels import Residual
-from .queries import Below, Books, Decisions, books
-from .recording import OUTPUT, Place, Recording, Tap
+from .queries import Below, Books, Decided, Decisions, books
+from .recording import OUTPUT, Recording, Tap
 from .starts import normalized, sample_sums, start_vector
 from .sweeps import Cost
 from .wording import explanation
@@ -69,6 +72,8 @@ class RelevanceMeasure:
             function of what the model returns. By default the only tensor, or ``"logits"``, or ``"out"``. A tap of the
             model, ``at(layer)``, is taken for its output, so that the measure starts inside.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
+        max_memory: Bytes that a pass may carry where many events or groups are asked for, 1 GiB by default. More of
+            them are carried one after the other, and fewer at once where memory runs out all the same.
 
     Raises:
         TypeError: Settings given beside a ``Normalized`` composite.
@@ -98,7 +103,9 @@ class RelevanceMeasure:
         additional_forward_kwargs: Mapping[str, Any] | None = None,
         output: Output | Atom | None = None,
         uncovered: Uncovered | None = None,
+        max_memory: float | None = None,
     ) -> None:
+        self._max_memory = check_memory(max_memory)
         self.composite = normalize(composite, residual, gain_limit, uncovered)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs)
         self._recording = Recording(model, call, self.composite, output)
@@ -188,13 +195,19 @@ class RelevanceMeasure:
 
     @overload
     def marginal(
-        self, layer: Layer, over: str | None = ..., *, given: Any = ..., joint: Any = ..., min_ratio: float | None = ...
+        self,
+        layer: Layer,
+        over: Over | None = ...,
+        *,
+        given: Any = ...,
+        joint: Any = ...,
+        min_ratio: float | None = ...,
     ) -> Tensor: ...
     @overload
     def marginal(
         self,
         layer: list[Any],
-        over: str | None = ...,
+        over: Over | None = ...,
         *,
         given: Any = ...,
         joint: Any = ...,
@@ -204,7 +217,7 @@ class RelevanceMeasure:
     def marginal(
         self,
         layer: Any,
-        over: str | None = None,
+        over: Over | None = None,
         *,
         given: Event | Sequence[Event] | None = None,
         joint: Event | Sequence[Event] | None = None,
@@ -216,7 +229,8 @@ class RelevanceMeasure:
 
         Args:
             layer: Tap name, module or ``at(…)``; a list of them is answered by one pass.
-            over: ``"channel"`` sums over everything but batch and channels.
+            over: ``"channel"`` sums over everything but batch and channels, ``"position"`` over channels. An integer
+                tensor that holds a label for every neuron sums up those with the same, ``(N, groups)``.
             given: Divide by the mass of this event: ``μ(n_l = i | event)``. A list gives one map for each.
             joint: ``μ(n_l = i and event)``, undivided.
             min_ratio: Smallest |μ(event)| in units of its variation for which ``given`` divides.
@@ -247,7 +261,7 @@ class RelevanceMeasure:
         layers = [layer] if single else layer
         taps = [self._tap(item) for item in layers]
         maps = self._maps(taps, given, joint, min_ratio)
-        reduced = [self._reduce(values, tap, over) for values, tap in zip(maps, taps, strict=True)]
+        reduced = maps if over is None else [summed(v, tap, over) for v, tap in zip(maps, taps, strict=True)]
         return reduced[0] if single else dict(zip(layers, reduced, strict=True))
 
     def _maps(self, taps: list[Tap], given: Any, joint: Any, min_ratio: float | None) -> list[Tensor]:
@@ -259,28 +273,32 @@ class RelevanceMeasure:
             found.maps = {}
             return _apart(maps, self._start)
         events, single = _listed(joint if given is None else given)
-        if not events:
-            return [self._start.new_zeros((0, *tap.shape)) for tap in taps]
-        decisions = Decisions(self._formulas(events), self._start, [tap.place for tap in taps])
-        divisor = None if given is None else self._divisor(decisions, events, min_ratio)
+        places = [tap.place for tap in taps]
+        decided = self._decided(events, places)
+        if given is not None:
+            self._check_conditions(events, [one.mass for one in decided], [one.variation for one in decided], min_ratio)
         results = []
-        for tap in taps:
-            rows = torch.stack([decisions.map(tap.place, number) for number in range(len(events))])
-            if divisor is not None:
-                rows = rows / divisor.reshape(len(events), -1, *(1,) * (rows.ndim - 2))
-            results.append(rows[0] if single else rows)
-        self.cost = decisions.cost
+        for number, tap in enumerate(taps):
+            rows = [one.maps[number] if given is None else _divided(one.maps[number], one.mass) for one in decided]
+            stacked = torch.stack(rows) if rows else self._start.new_zeros((0, *tap.shape))
+            results.append(stacked[0] if single else stacked)
         return results
 
-    def _reduce(self, values: Tensor, tap: Tap, over: str | None) -> Tensor:
-        if over is None:
-            return values
-        if over != "channel":
-            raise ValueError(f"over={over!r} is unknown; choose None for every neuron, or 'channel'.")
-        lead = values.ndim - len(tap.shape)
-        kept = {*range(lead), lead, lead + tap.channel_dim % len(tap.shape)}
-        rest = [dim for dim in range(values.ndim) if dim not in kept]
-        return values.sum(rest) if rest else values
+    def _decided(self, events: Sequence[Event], places: Sequence[Place] = ()) -> list[Decided]:
+        """Mass, variation and maps of each event, as many at once as memory allows."""
+        for event in events:
+            _check_event(event)
+        spent: list[Cost] = []
+
+        def run(chunk: Sequence[Event]) -> list[Decided]:
+            decisions = Decisions(Formulas(self._recording, chunk), self._start, places)
+            found = [decisions.decided(number, places) for number in range(len(chunk))]
+            spent.append(decisions.cost)
+            return found
+
+        found = in_chunks(list(events), width_of(self._recording, self._max_memory), run, "events")
+        self.cost = sum(spent, start=Cost())
+        return found
 
     @_query
     def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
@@ -433,18 +451,26 @@ class RelevanceMeasure:
         if given is not None:
             _check_event(given, "given= takes one event; for several conditions ask once for each. ")
         asked = events if given is None else [*(item & given for item in events), given]
-        decisions = Decisions(self._formulas(asked), self._start)
-        self.cost = decisions.cost
-        mass = decisions.mass
+        decided = self._decided(asked)
+        mass = torch.stack([one.mass for one in decided])
         if given is not None:
-            mass = mass[:-1] / self._divisor(decisions, asked, min_ratio, only_last=True)
+            self._check_conditions([given], [mass[-1]], [decided[-1].variation], min_ratio)
+            mass = mass[:-1] / mass[-1]
         return mass[0] if single else mass
 
+    @overload
+    def conditional(self, event: Event, layer: Layer) -> Tensor: ...
+    @overload
+    def conditional(self, event: Event, layer: None = ...) -> dict[str, Tensor]: ...
     @_query
-    def conditional(self, event: Event, layer: Layer) -> Tensor:
+    def conditional(self, event: Event, layer: Layer | None = None) -> Tensor | dict[str, Tensor]:
         """``μ(event given j)`` for every neuron ``j`` of a tap above all taps of the event, ``(N, *shape)``.
 
         One transposed pass; defined also where ``μ(j)`` is zero.
+
+        Args:
+            event: An event over taps below.
+            layer: The tap; None for all taps above the event, by name.
 
         Raises:
             EventError: The event speaks of a tap that is not below this one.
@@ -456,26 +482,36 @@ class RelevanceMeasure:
             >>> torch.allclose(below[:, 1], mu(at("input")[0]), atol=1e-5)
             True
         """
-        tap = self._tap(layer)
+        wanted = None if layer is None else self._tap(layer)
         formulas = self._formulas([event])
-        above = [key for key, _ in formulas.levels.items() if not self._is_below(key, tap)]
-        if above:
-            raise EventError(
-                f"{event} speaks of a tap that is not below {tap.names[0] if tap.names else layer!r}; the conditional "
-                "given each neuron of a tap needs taps below it. For taps above, use marginal(layer, given=event)."
-            )
-        below = Below(formulas, tap.place, formulas.roots, self._start)
+        if wanted is None:
+            every = {name: self._tap(name) for name in self.layers}
+            taps = {name: tap for name, tap in every.items() if not self._not_below(formulas, tap)}
+        else:
+            if self._not_below(formulas, wanted):
+                name = wanted.names[0] if wanted.names else layer
+                raise EventError(
+                    f"{event} speaks of a tap that is not below {name!r}; the conditional given each neuron of a tap "
+                    "needs taps below it. For taps above, use marginal(layer, given=event)."
+                )
+            taps = {"": wanted}
+        below = Below(formulas, [tap.place for tap in taps.values()], formulas.roots, self._start)
         self.cost = below.cost
-        return below.value(formulas.roots[0]).clone()
+        found = {name: below.value(tap.place, formulas.roots[0]).clone() for name, tap in taps.items()}
+        return found if layer is None else found[""]
+
+    def _not_below(self, formulas: Formulas, tap: Tap) -> list[object]:
+        return [key for key in formulas.levels if not self._is_below(key, tap)]
 
     @_query
-    def joint(self, upper: Layer, lower: Layer, over: str = "channel") -> Tensor:
+    def joint(self, upper: Layer, lower: Layer, over: Over | tuple[Over, Over] = "channel") -> Tensor:
         """Joint relevance of every channel of one tap with every channel of a tap below it, ``(N, upper, lower)``.
 
         Args:
             upper: The tap that walks cross first.
             lower: A tap below it.
-            over: ``"channel"`` or ``"neuron"``.
+            over: ``"channel"``, ``"position"``, ``"neuron"``, or an integer tensor with the group of every neuron; a
+                pair of them for groups of the upper and of the lower tap.
 
         Raises:
             EventError: ``lower`` is not below ``upper``.
@@ -487,15 +523,14 @@ class RelevanceMeasure:
             >>> joint.shape, torch.allclose(joint.sum(1), mu.marginal("0"), atol=1e-5)
             (torch.Size([5, 2, 4]), True)
         """
-        if over not in ("channel", "neuron"):
-            raise ValueError(f"over={over!r} is unknown; choose 'channel' or 'neuron'.")
+        pair = pair_of(over)
         above, below = self._tap(upper), self._tap(lower)
         if not self._is_below(below.place, above):
             raise EventError(f"{lower!r} is not below {upper!r}; a joint matrix goes from an upper tap to a lower one.")
-        return self._joint([(above, below)], over)[0]
+        return self._joint([(above, below)], pair)[0]
 
     @_query
-    def joints(self, layers: Sequence[Layer], over: str = "channel") -> list[Tensor]:
+    def joints(self, layers: Sequence[Layer], over: Over = "channel") -> list[Tensor]:
         """Joint relevance of the channels of each two consecutive layers, ``(N, upper, lower)`` each.
 
         The marginals of all layers are found by one pass. Where one linear layer lies between two of them, and else
@@ -503,7 +538,7 @@ class RelevanceMeasure:
 
         Args:
             layers: Two or more, each below the one before.
-            over: ``"channel"`` or ``"neuron"``.
+            over: ``"channel"``, ``"position"`` or ``"neuron"``.
 
         Raises:
             EventError: A layer is not below the one before.
@@ -514,25 +549,23 @@ class RelevanceMeasure:
             >>> [tuple(joint.shape) for joint in mu.joints(["2", "0", "input"])]
             [(5, 2, 4), (5, 4, 3)]
         """
-        if over not in ("channel", "neuron"):
-            raise ValueError(f"over={over!r} is unknown; choose 'channel' or 'neuron'.")
+        pair = pair_of(over)
         taps = [self._tap(layer) for layer in layers]
         pairs = list(pairwise(taps))
         for (above, below), names in zip(pairs, pairwise(layers), strict=True):
             if not self._is_below(below.place, above):
                 raise EventError(f"{names[1]!r} is not below {names[0]!r}; list layers from the output to the input.")
-        return self._joint(pairs, over)
+        return self._joint(pairs, pair)
 
-    def _joint(self, pairs: list[tuple[Tap, Tap]], over: str) -> list[Tensor]:
-        from .joints import joint_matrix, neighbour_matrix
-
+    def _joint(self, pairs: list[tuple[Tap, Tap]], over: tuple[Over, Over]) -> list[Tensor]:
         found = books(self._recording, self._start, [above.place for above, _ in pairs])
         self._books = self._books or found
-        cost, matrices = found.cost, []
+        cost, matrices, width = found.cost, [], width_of(self._recording, self._max_memory)
         for above, below in pairs:
             relevance = found.maps.get(above.place, self._start.new_zeros(above.shape))
-            direct = neighbour_matrix(self._recording, above, below, relevance) if over == "channel" else None
-            matrix, spent = direct or joint_matrix(self._recording, above, below, relevance, over == "neuron")
+            by_channel = all(isinstance(one, str) and one == "channel" for one in over)
+            direct = neighbour_matrix(self._recording, above, below, relevance) if by_channel else None
+            matrix, spent = direct or joint_matrix(self._recording, above, below, relevance, over, width)
             cost += spent
             matrices.append(matrix)
         found.maps = {}
@@ -624,17 +657,14 @@ class RelevanceMeasure:
         own = 1 << self._recording.index[tap.place]
         return edge is not None and bool(self._recording.through[vertex][tap.place[1]] & bit & ~own)
 
-    def _divisor(
-        self, decisions: Decisions, events: Sequence[Event], min_ratio: float | None, only_last: bool = False
-    ) -> Tensor:
+    def _check_conditions(
+        self, events: Sequence[Event], mass: Sequence[Tensor], variation: Sequence[Tensor], min_ratio: float | None
+    ) -> None:
         ratio = (1e-3 if self._start.dtype == torch.float32 else 1e-8) if min_ratio is None else min_ratio
         if not isinstance(ratio, numbers.Real) or not float(ratio) >= 0:
             raise ValueError(f"min_ratio={min_ratio!r} is unknown; give a number of at least 0, or None.")
-        chosen = slice(-1, None) if only_last else slice(None)
-        mass, variation = decisions.mass[chosen], decisions.variation[chosen]
-        for event, value, spread in zip(list(events)[chosen], mass, variation, strict=True):
+        for event, value, spread in zip(events, mass, variation, strict=True):
             _check_condition(event, value, spread, ratio)
-        return mass[-1] if only_last else mass
 
     def _check_fresh(self) -> None:
         changed = self._recording.fingerprint.changed()
@@ -666,6 +696,11 @@ def normalize(
     if composite is not None:
         check_composite(composite)
     return Normalized(NRMDefault() if composite is None else composite, **given)  # type: ignore[arg-type]
+
+
+def _divided(values: Tensor, mass: Tensor) -> Tensor:
+    """``(N, …)`` divided by ``(N,)``."""
+    return values / mass.reshape(-1, *(1,) * (values.ndim - 1))
 
 
 def _apart(maps: list[Tensor], start: Tensor) -> list[Tensor]:

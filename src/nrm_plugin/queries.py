@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .formulas import FALSE, TRUE, Formulas
-from .graph import Buffer
+from .graph import Buffer, Place
 from .kernels import blocks
-from .recording import Place, Recording
+from .recording import Recording
 from .starts import sample_norms, sample_sums
 from .sweeps import Cost, Vectors, pull
 
@@ -124,6 +125,21 @@ def books(recording: Recording, start: Tensor, asked: Iterable[Place] = (), abso
     return result
 
 
+@dataclass(frozen=True)
+class Decided:
+    """One event after a pass.
+
+    Attributes:
+        mass: μ, ``(N,)``.
+        variation: Σ|μ| over the neurons where it was decided, ``(N,)``.
+        maps: Its walks one by one at each asked tap, ``(N, *shape)``.
+    """
+
+    mass: Tensor
+    variation: Tensor
+    maps: list[Tensor]
+
+
 class Decisions:
     """A pass that decides events on the way down and stops a walk when it is decided.
 
@@ -214,15 +230,19 @@ class Decisions:
         self.mass[event] += self.recording.per_sample(vector, "the tap where an event is decided")
         self.variation[event] += self.recording.per_sample(vector.abs(), "the tap where an event is decided")
 
+    def decided(self, event: int, places: Sequence[Place]) -> Decided:
+        """All there is to know of one event."""
+        return Decided(self.mass[event], self.variation[event], [self.map(place, event) for place in places])
+
     def map(self, place: Place, event: int) -> Tensor:
         """``μ(j & event)`` for every neuron ``j`` of an asked tap."""
         tap = self.recording.taps[self.recording.index[place]]
         total = self.mass.new_zeros(tap.shape)
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}
-        below = Below(self.formulas, place, [node for node in arrived if node > TRUE], self.mass)
+        below = Below(self.formulas, [place], [node for node in arrived if node > TRUE], self.mass)
         self.cost += below.cost
         for node, vector in arrived.items():
-            total = total + vector * below.value(node)
+            total = total + vector * below.value(place, node)
         return total
 
 
@@ -231,27 +251,26 @@ class Below:
 
     Args:
         formulas: The events.
-        place: The tap.
-        nodes: What is left of the events after the tap was crossed.
+        places: The taps.
+        nodes: What is left of the events after any of the taps was crossed.
         like: A tensor of the dtype and device of relevance.
     """
 
-    def __init__(self, formulas: Formulas, place: Place, nodes: Iterable[int], like: Tensor) -> None:
+    def __init__(self, formulas: Formulas, places: Sequence[Place], nodes: Iterable[int], like: Tensor) -> None:
         self.formulas, self.graph, self.like = formulas, formulas.recording.graph, like
-        self.place = place
         self.cost = Cost()
         self._values: dict[tuple[Buffer, int], Tensor | None] = {}
-        needed = self._needed(place, set(nodes))
+        needed = self._needed(places, set(nodes))
         for vertex in sorted(needed, reverse=True):
             self._push(vertex, sorted(needed[vertex]))
 
-    def value(self, node: int) -> Tensor:
-        """``(N, *shape)`` of the tap."""
-        if isinstance(self.place, Buffer):
-            found = self._after(self.place, node)
-            shape = self.graph.shape(self.place)
+    def value(self, place: Place, node: int) -> Tensor:
+        """``(N, *shape)`` of one of the taps."""
+        if isinstance(place, Buffer):
+            found = self._after(place, node)
+            shape = self.graph.shape(place)
         else:
-            edge = self._edge(*self.place)
+            edge = self._edge(*place)
             found, shape = self._before(edge, node), self.graph.shape(edge)
         return self.like.new_zeros(shape) if found is None else found
 
@@ -260,7 +279,7 @@ class Below:
         assert edge is not None
         return edge
 
-    def _needed(self, place: Place, nodes: set[int]) -> dict[int, set[int]]:
+    def _needed(self, places: Sequence[Place], nodes: set[int]) -> dict[int, set[int]]:
         needed: dict[int, set[int]] = {}
         todo: list[tuple[int, int]] = []
 
@@ -274,7 +293,7 @@ class Below:
             for left, _ in self._crossing(buffer, node):
                 ask(buffer, left)
 
-        for node in nodes:
+        for place, node in itertools.product(places, nodes):
             if isinstance(place, Buffer):
                 ask(place, node)
             else:

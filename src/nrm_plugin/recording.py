@@ -25,7 +25,7 @@ from .errors import (
     unknown_layer,
 )
 from .events import Atom
-from .graph import Buffer, Graph
+from .graph import Buffer, Graph, Place
 from .routes import is_route_node, operation, written
 from .shells import Fingerprint, preserved
 from .starts import sample_sums
@@ -38,9 +38,6 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 Item = int | str
 """Which tensor of several: its position in a tuple, or its key."""
-
-Place = Buffer | tuple[int, int]
-"""Where a tap is: a buffer, or the edge ``(vertex, number)`` of a step that reads a tensor."""
 
 
 @dataclass

@@ -538,7 +538,6 @@ class StepHook(Hook):
             apart.__enter__()  # type: ignore[no-untyped-call]
         return args, kwargs
 
-    @among_ourselves
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Links what the module returned; without an output where it raised."""
         entered = self._last_entered(module)
@@ -546,7 +545,6 @@ class StepHook(Hook):
             entered.apart.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if entered is None or output is None:
             return None
-        source = entered.source
         if not isinstance(output, Tensor) and is_own_layer(module):
             return entered.again()  # on what it really was handed: the functions inside are steps with its rule
         if not isinstance(output, Tensor):
@@ -557,32 +555,44 @@ class StepHook(Hook):
             )
         if not output.is_floating_point():
             return None
-        output = output.detach()
-        shell, call = shell_of(module), entered.call
+        step = self._made(module, entered, output)
         if isinstance(entered.apart, WeightSeen):
             with unseen():
-                layer = entered.apart.layer(shell, call, source.detach())
+                layer = entered.apart.layer(step.origin.module, entered.call, entered.source.detach())
             if layer is not None:
-                shell, call = layer, lambda layer, first: layer.forward(first)
-        seen = entered.apart.image if isinstance(entered.apart, BiasApart) else None
-        image = None if seen is None else (Saved(seen[0]), seen[1])  # without a bias it is the output itself
-        origin = LayerCall(self.rule.copy(), shell, call, entered.kept, self.name, image, Saved(output))
-        # Not the output itself: linked, it holds the step, and the two would keep each other alive.
-        build = functools.partial(origin.kernel, shape_like(output), self.normalization.scale)
-        step = Step(self.name, output, build, self.normalization, type(self.rule).__name__)
-        step.origin = origin
+                step.origin.module, step.origin.call = layer, lambda layer, first: layer.forward(first)
         if self.rule not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), unseen():
-                check_linear(step.kernel, self.rule, output, self.name)
+                check_linear(step.kernel, self.rule, output.detach(), self.name)
             step.forget()  # fusion may change it yet
         self._checked.add(self.rule)
         if self.fuse is not None:
             with unseen():
-                self.fuse(step, source)
+                self.fuse(step, entered.source)
         if (hearing := listener()) is not None:
             hearing.on_step(module, step)
+        return self._linked(entered, step, output)
+
+    @among_ourselves
+    def _made(self, module: nn.Module, entered: Entered, output: Tensor) -> Step:
+        output = output.detach()
+        seen = entered.apart.image if isinstance(entered.apart, BiasApart) else None
+        image = None if seen is None else (Saved(seen[0]), seen[1])  # without a bias it is the output itself
+        origin = LayerCall(
+            self.rule.copy(), shell_of(module), entered.call, entered.kept, self.name, image, Saved(output)
+        )
+        # Not the output itself: linked, it holds the step, and the two would keep each other alive.
+        build = functools.partial(origin.kernel, shape_like(output), self.normalization.scale)
+        step = Step(self.name, output, build, self.normalization, type(self.rule).__name__)
+        step.origin = origin
+        return step
+
+    @among_ourselves
+    def _linked(self, entered: Entered, step: Step, output: Tensor) -> Tensor:
+        output, source = output.detach(), entered.source
         if entered.in_place and output.data_ptr() == source.data_ptr() and output.shape == source.shape:
-            return LinkInPlace.apply(step, source)  # type: ignore[no-untyped-call]
+            written: Tensor = LinkInPlace.apply(step, source)  # type: ignore[no-untyped-call]
+            return written
         linked = link(step, output, (source,))
         return _written_back(entered, linked) if _wrote(entered) else linked
 

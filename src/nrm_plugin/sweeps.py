@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .graph import Buffer, Graph
+from .graph import Buffer, Graph, Place
 
 Key = TypeVar("Key", bound=Hashable)
 Vectors = dict[Key, Tensor]
@@ -104,3 +104,36 @@ def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
 def _add(total: Vectors[Key], vectors: Vectors[Key]) -> None:
     for key, vector in vectors.items():
         total[key] = total[key] + vector if key in total else vector
+
+
+def push(graph: Graph, lower: Place, upper: Place, values: Tensor) -> tuple[Tensor | None, Cost]:
+    """One pass up: values at the neurons of a tap to what a walk from each neuron of a tap above it collects.
+
+    Args:
+        graph: The graph of a recording.
+        lower: Where the values are.
+        upper: Where they are wanted.
+        values: ``(K, N, *shape)`` of the lower tap.
+
+    Returns:
+        ``(K, N, *shape)`` of the upper tap, None for zeros, and the cost.
+    """
+    known: dict[Buffer, Tensor | None] = {}
+
+    def through(vertex: int, number: int) -> Tensor | None:
+        edge = graph.vertices[vertex].edges[number]
+        if (vertex, number) == lower or edge == lower:
+            return values
+        return None if edge is None else known.get(edge)
+
+    top = upper.vertex if isinstance(upper, Buffer) else upper[0]
+    cost = Cost()
+    for index in range(len(graph.vertices) - 1, top - 1, -1):
+        vertex = graph.vertices[index]
+        arrived = [through(index, number) for number in range(len(vertex.edges))]
+        if all(part is None for part in arrived) or (isinstance(upper, tuple) and index == top):
+            continue
+        pushed = vertex.push(arrived, [None] * len(vertex.shapes))
+        cost += Cost(1, len(values)) if vertex.step is not None else Cost()
+        known |= {Buffer(index, number): rows for number, rows in enumerate(pushed)}
+    return (known.get(upper) if isinstance(upper, Buffer) else through(*upper)), cost
