@@ -68,8 +68,8 @@ lint: .venv/.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: .venv/.stamp
-	.venv/bin/python -m benchmarks.speed
+bench: .venv/.stamp .venv/hosts/crp.stamp
+	PYTHONPATH=.venv/hosts/crp .venv/bin/python -m benchmarks.speed
 
 clean:
 	rm -rf .venv .venv-zennit0 .venv-zennit1 build dist nrm-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,14 +1,20 @@
-"""How long a measure takes, as a multiple of one plain input gradient measured beside it.
+"""How long a measure takes, as a multiple of one plain input gradient measured beside it, and beside other packages.
 
-``python -m benchmarks.speed`` prints the ratios and writes them as JSON with the environment; ``make bench`` does it on
-one thread and on all. Each round runs every piece of work once, in turn, so that a noisy neighbour meets all of them;
-the ratio is that of the fastest rounds. Before anything is timed the results are compared with those of Zennit.
+``python -m benchmarks.speed`` (``make bench``) prints a table of measured ratios and targets, and writes the times as
+JSON with the environment. Each run is a process of its own: one thread and all of them; and one thread with an
+allocator that keeps freed memory, for glibc's default gives the largest tensors back to the system each time, and to
+get fresh pages again takes a tenth of a pass. Within a run every round runs each piece of work once, in turn, so that a
+noisy neighbour meets all of them; the ratio is that of the fastest rounds. Results are compared before they are timed.
+
+zennit-crp is timed on some conditions, and its time for all of them is extrapolated in proportion; without it (it comes
+with ``make test-hosts``) its rows are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -16,6 +22,7 @@ import resource
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -23,14 +30,16 @@ from typing import Any
 
 import torch
 import torchvision
+from captum.attr import LRP
 from torch import Tensor, nn
 from tqdm import tqdm
 from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from zennit.core import Composite
 
-from nrm_plugin import NRMDefault, RelevanceMeasure, at
+from nrm_plugin import Normalized, NRMDefault, RelevanceMeasure, at
 
-RESULTS = Path(__file__).parent / "results/speed.json"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/speed.json"
 COMPOSITES: dict[str, Callable[[], Composite]] = {
     "EpsilonPlus": EpsilonPlus,
     "EpsilonPlusFlat": EpsilonPlusFlat,
@@ -39,7 +48,33 @@ COMPOSITES: dict[str, Callable[[], Composite]] = {
 }
 TARGET = 3
 CONVOLUTIONS = [f"features.{number}" for number in (28, 26, 24, 21, 19, 17, 14, 12, 10, 7, 5, 2, 0)]
-CONDITIONS = 64
+CONDITIONS, SAMPLE = 64, 8
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+
+PLAIN = "plain gradient"
+JOINTS = "all neighbouring channel pairs"
+MAPS = f"{CONDITIONS} conditional maps of features.28 at the input"
+BETWEEN = f"{CONDITIONS} conditions at features.26 read at features.19"
+BARE = f"{CONDITIONS} bare partial gradients from features.28"
+GIVEN = "μ(features.14[3] given j), every neuron j above"
+CRP_PAIRS = "zennit-crp, all neighbouring channel pairs"
+
+Targets = list[tuple[str, str, str, float]]
+"""``(model, work, beside what, at most)``."""
+TARGETS: Targets = [
+    *(("vgg16", f"all marginals, {name}", PLAIN, 1.6) for name in ("EpsilonPlus", "EpsilonPlusFlat")),
+    *(("vgg16", f"all marginals, {name}", f"zennit, {name}", 0.5) for name in ("EpsilonPlus", "EpsilonPlusFlat")),
+    *(("vgg16", f"all marginals, {name}", PLAIN, 2.2) for name in ("EpsilonGammaBox", "NRMDefault")),
+    ("vgg16", "all marginals, EpsilonGammaBox", "zennit, EpsilonGammaBox", 0.4),
+    ("vgg16", "all marginals, NRMDefault", "zennit, EpsilonGammaBox", 0.4),
+    *(("resnet50", f"all marginals, {name}", PLAIN, 2.0) for name in ("EpsilonPlus", "NRMDefault")),
+    ("vgg16", f"{JOINTS}, EpsilonPlus", PLAIN, 2.3),
+    ("vgg16", f"{JOINTS}, EpsilonPlus", CRP_PAIRS, 1e-3),
+    ("vgg16", MAPS, f"zennit-crp, {MAPS}", 0.25),
+    ("vgg16", MAPS, BARE, 2.0),
+    ("vgg16", BETWEEN, f"zennit-crp, {BETWEEN}", 0.05),
+    ("vgg16", GIVEN, "marginals asked again, EpsilonPlusFlat", 1.0),
+]
 
 
 def build(name: str) -> nn.Module:
@@ -49,7 +84,7 @@ def build(name: str) -> nn.Module:
     with torch.no_grad():
         if any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
             net.train()(torch.randn(8, 3, 96, 96))
-    return net.eval().requires_grad_(False)
+    return net.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def plain_gradient(net: nn.Module, x: Tensor, composite: Composite | None = None) -> Tensor:
@@ -84,85 +119,125 @@ def partial_gradients(net: nn.Module, x: Tensor, layer: str, count: int) -> list
     return [torch.autograd.grad(seen[0][:, k], leaf, ones, retain_graph=True)[0] for k in range(count)]
 
 
-def work_on(net: nn.Module, x: Tensor, is_vgg: bool) -> dict[str, Callable[[], object]]:
-    """Everything that is timed, by name; the plain gradient first."""
-    work: dict[str, Callable[[], object]] = {"plain gradient": lambda: plain_gradient(net, x)}
+def concept_maps(net: nn.Module, x: Tensor, upper: str, lower: str | None, count: int) -> Tensor:
+    """zennit-crp's relevance of single channels at the input, or at a layer."""
+    from crp.attribution import CondAttribution
+
+    conditions = [{"y": [TARGET], upper: [channel]} for channel in range(count)]
+    recorded = [] if lower is None else [lower]
+    leaf = x.clone().requires_grad_()
+    parts = CondAttribution(net).generate(
+        leaf, conditions, EpsilonPlusFlat(), record_layer=recorded, batch_size=SAMPLE, verbose=False
+    )
+    return torch.cat([part.heatmap if lower is None else part.relevances[lower] for part in parts])
+
+
+Work = dict[str, Callable[[], object]]
+
+
+def marginals_work(net: nn.Module, x: Tensor, is_vgg: bool) -> Work:
+    """The plain gradient, all marginals, and the same with Zennit."""
+    work: Work = {PLAIN: lambda: plain_gradient(net, x)}
     for name, make in COMPOSITES.items():
         if name in ("EpsilonPlus", "NRMDefault") or is_vgg:
             work[f"all marginals, {name}"] = lambda make=make: all_marginals(net, x, make())  # type: ignore[misc]
         if is_vgg and name != "NRMDefault":
             work[f"zennit, {name}"] = lambda make=make: plain_gradient(net, x, make())  # type: ignore[misc]
-    if not is_vgg:
-        return work
+    if is_vgg:
+        work["captum LRP"] = lambda: LRP(net).attribute(x, target=TARGET)
+    return work
+
+
+def questions_work(net: nn.Module, x: Tensor) -> tuple[Work, dict[str, float]]:
+    """Joints and conditionals on VGG16; and for what is timed on a sample, by how much the whole is more."""
 
     def joints(composite: Composite) -> object:
         mu = RelevanceMeasure(net, x, TARGET, composite=composite)
         return mu.joints(CONVOLUTIONS), mu.sinks()
 
-    def repeated() -> object:
-        return asked.marginal(asked.layers)
-
-    def conditional() -> object:
-        return asked.conditional(at("features.14")[3], "features.28")
-
-    def maps() -> object:
+    def maps(upper: str, lower: str) -> object:
         mu = RelevanceMeasure(net, x, TARGET, composite=EpsilonPlusFlat())
-        return mu.marginal("input", joint=[at("features.28")[k] for k in range(CONDITIONS)])
-
-    def between() -> object:
-        mu = RelevanceMeasure(net, x, TARGET, composite=EpsilonPlusFlat())
-        return mu.marginal("features.19", joint=[at("features.26")[k] for k in range(CONDITIONS)])
+        return mu.marginal(lower, joint=[at(upper)[k] for k in range(CONDITIONS)])
 
     asked = RelevanceMeasure(net, x, TARGET, composite=EpsilonPlusFlat())
     asked.marginal("input")
-    work["all neighbouring channel pairs, EpsilonPlus"] = lambda: joints(EpsilonPlus())
-    work["all neighbouring channel pairs, NRMDefault"] = lambda: joints(NRMDefault())
-    work["marginals asked again, EpsilonPlusFlat"] = repeated
-    work["μ(features.14[3] given j) for all of features.28"] = conditional
-    work[f"{CONDITIONS} conditional maps of features.28 at the input"] = maps
-    work[f"{CONDITIONS} conditions at features.26 read at features.19"] = between
-    work[f"{CONDITIONS} bare partial gradients from features.28"] = lambda: partial_gradients(
-        net, x, "features.28", CONDITIONS
-    )
-    return work
+    work: Work = {
+        f"{JOINTS}, EpsilonPlus": lambda: joints(EpsilonPlus()),
+        f"{JOINTS}, NRMDefault": lambda: joints(NRMDefault()),
+        "marginals asked again, EpsilonPlusFlat": lambda: asked.marginal(asked.layers),
+        GIVEN: lambda: asked.conditional(at("features.14")[3]),
+        MAPS: lambda: maps("features.28", "input"),
+        BETWEEN: lambda: maps("features.26", "features.19"),
+        BARE: lambda: partial_gradients(net, x, "features.28", CONDITIONS),
+    }
+    if importlib.util.find_spec("crp") is None:
+        return work, {}
+    channels = sum(net.get_submodule(name).out_channels for name in CONVOLUTIONS[:-1])  # type: ignore[misc]
+    work[f"zennit-crp, {MAPS}"] = lambda: concept_maps(net, x, "features.28", None, SAMPLE)
+    work[f"zennit-crp, {BETWEEN}"] = lambda: concept_maps(net, x, "features.26", "features.19", SAMPLE)
+    work[CRP_PAIRS] = lambda: concept_maps(net, x, "features.14", "features.12", SAMPLE)
+    parts = CONDITIONS / SAMPLE
+    return work, {f"zennit-crp, {MAPS}": parts, f"zennit-crp, {BETWEEN}": parts, CRP_PAIRS: channels / SAMPLE}
 
 
-def check(net: nn.Module, x: Tensor) -> float:
-    """The largest relative difference to Zennit at the input, with the residual in the sink."""
-    worst = 0.0
-    for make in (EpsilonPlus, EpsilonPlusFlat, COMPOSITES["EpsilonGammaBox"]):
-        theirs = plain_gradient(net, x, make())
-        ours = RelevanceMeasure(net, x, TARGET, composite=make(), residual="sink").marginal("input")
-        worst = max(worst, float((ours - theirs).norm() / theirs.norm()))
-    return worst
+def differences(net: nn.Module, x: Tensor) -> dict[str, float]:
+    """Largest relative differences to other packages, with the residual in the sink, before anything is timed."""
+
+    def relative(ours: Tensor, theirs: Tensor) -> float:
+        return float((ours - theirs).norm() / theirs.norm())
+
+    found = {
+        f"zennit, {name}": relative(
+            RelevanceMeasure(net, x, TARGET, composite=make(), residual="sink").marginal("input"),
+            plain_gradient(net, x, make()),
+        )
+        for name, make in COMPOSITES.items()
+        if name != "NRMDefault"
+    }
+    mu = RelevanceMeasure(net, x, TARGET, composite=Normalized(EpsilonPlusFlat(), residual="sink"))
+    if importlib.util.find_spec("crp") is not None:
+        scale = float(net(x)[0, TARGET])
+        events = [at("features.28")[k] for k in range(SAMPLE)]
+        theirs = concept_maps(net, x, "features.28", None, SAMPLE)
+        found["zennit-crp, maps"] = relative(scale * mu.marginal("input", joint=events)[:, 0].sum(1), theirs)
+    pairs = mu.joints(CONVOLUTIONS[:3])[0]
+    masked = mu.marginal("features.26", over="channel", joint=[at("features.28")[k] for k in range(SAMPLE)])
+    found["channel pairs, masked passes"] = relative(pairs[:, :SAMPLE], masked.transpose(0, 1))
+    return found
 
 
-def measure(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of the fastest of some rounds; what takes longest is run twice at most."""
+def measured(work: Work, rounds: int) -> dict[str, float]:
+    """Seconds of the fastest of some rounds; what takes longest is run once or twice."""
     best: dict[str, float] = {}
-    slow: set[str] = set()
+    slow: dict[str, int] = {}
     for number in tqdm(range(rounds), desc="rounds", leave=False):
         for name, run in work.items():
-            if number > 1 and name in slow:
+            if number >= slow.get(name, rounds):
                 continue
             gc.collect()
             started = time.perf_counter()
             run()
             took = time.perf_counter() - started
             best[name] = min(took, best.get(name, took))
-            if took > 10 * best["plain gradient"]:
-                slow.add(name)
+            slow[name] = 1 if took > 12 else 2 if took > 4 else rounds
     return best
 
 
-def peaks(model: str, size: int) -> dict[str, float]:
-    """Peak memory in MiB of a process of its own for each piece of work; the net itself is in all of them."""
-    found = {}
-    for what in ("nothing", "plain", "marginals"):
-        command = [sys.executable, "-m", "benchmarks.speed", "--peak", what, "--models", model, "--size", str(size)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-        found[what] = float(done.stdout)
-    return found
+def run(model: str, threads: int, rounds: int, size: int, questions: bool) -> dict[str, Any]:
+    """Everything of one process."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    net, x = build(model), torch.randn(1, 3, size, size)
+    is_vgg = model.startswith("vgg")
+    found = differences(net, x) if is_vgg and questions else {}
+    work, extent = marginals_work(net, x, is_vgg), dict[str, float]()
+    seconds = measured(work, rounds)
+    if is_vgg and questions:
+        more, extent = questions_work(net, x)
+        seconds |= measured(more, rounds)
+    seconds = {name: value * extent.get(name, 1.0) for name, value in seconds.items()}
+    extrapolated = {name: SAMPLE for name in extent}
+    return {"seconds": seconds, "differences": found, "timed on this many conditions": extrapolated}
 
 
 def peak_of(what: str, model: str, size: int) -> float:
@@ -170,56 +245,94 @@ def peak_of(what: str, model: str, size: int) -> float:
     net, x = build(model), torch.randn(1, 3, size, size)
     if what == "plain":
         plain_gradient(net, x)
-    elif what == "marginals":
-        all_marginals(net, x, EpsilonPlusFlat())
+    elif what != "nothing":
+        all_marginals(net, x, COMPOSITES[what]())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def spawned(*options: object, **environment: str) -> Any:
+    """What another process of this module printed last."""
+    command = [sys.executable, "-m", "benchmarks.speed", *map(str, options)]
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=variables)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["vgg16", "resnet50"])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--size", type=int, default=224, help="height and width of the image (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--peak", choices=["nothing", "plain", "marginals"], help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="marginals only, one thread")
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "THREADS", "QUESTIONS"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, metavar=("WORK", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        print(peak_of(args.peak, args.models[0], args.size))
+        print(peak_of(*args.peak, args.size))
         return
+    if args.one:
+        model, threads, questions = args.one
+        print(json.dumps(run(model, int(threads), args.rounds, args.size, questions == "yes")))
+        return
+    cores = os.cpu_count() or 1
+    plans = [("vgg16", 1, "default"), ("vgg16", 1, "keeps memory"), ("resnet50", 1, "default")]
+    if not args.quick:
+        plans += [("vgg16", cores, "default"), ("resnet50", cores, "default")] if cores > 1 else []
     found: dict[str, Any] = {"environment": environment(), "size": args.size, "runs": []}
-    for model in args.models:
-        net, x = build(model), torch.randn(1, 3, args.size, args.size)
-        difference = check(net, x) if model.startswith("vgg") else None
-        for threads in dict.fromkeys(args.threads):
-            torch.set_num_threads(threads)
-            seconds = measure(work_on(net, x, model.startswith("vgg")), args.rounds)
-            ratios = {name: value / seconds["plain gradient"] for name, value in seconds.items()}
-            found["runs"].append(
-                {"model": model, "threads": threads, "difference to zennit": difference, "seconds": seconds}
-            )
-            report(model, threads, seconds, ratios)
-    if "vgg16" in args.models:
-        found["peak memory in MiB, vgg16"] = peaks("vgg16", args.size)
-        print("peak memory in MiB:", found["peak memory in MiB, vgg16"])
+    for model, threads, allocator in plans:
+        questions = "no" if args.quick or allocator != "default" else "yes"
+        kept = KEPT if allocator != "default" else {}
+        result = spawned("--one", model, threads, questions, "--rounds", args.rounds, "--size", args.size, **kept)
+        found["runs"].append({"model": model, "threads": threads, "allocator": allocator, **result})
+        report(found["runs"][-1])
+    peaks = {what: spawned("--peak", what, "vgg16", "--size", args.size) for what in ("nothing", "plain", *COMPOSITES)}
+    found["peak memory of vgg16 in MiB"] = peaks
+    print("\npeak memory, MiB above the net, and as a multiple of a plain gradient's (target: 2.0)")
+    for what in ("plain", *COMPOSITES):
+        above = peaks[what] - peaks["nothing"]
+        print(f"{above:9.0f} {above / (peaks['plain'] - peaks['nothing']):9.2f}  {what}")
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
-def report(model: str, threads: int, seconds: dict[str, float], ratios: dict[str, float]) -> None:
-    """Prints one table."""
-    print(f"\n{model}, {threads} thread{'s' * (threads > 1)}: one plain gradient is {seconds['plain gradient']:.3f} s")
-    for name, ratio in ratios.items():
-        theirs = seconds.get(name.replace("all marginals", "zennit"))
-        beside = f"{seconds[name] / theirs:8.2f} × Zennit" if theirs and name.startswith("all marginals") else ""
-        print(f"{ratio:9.2f} ×{beside:18s}  {name}")
+def ratios(run: dict[str, Any]) -> list[tuple[str, str, float, float]]:
+    """``(work, beside what, measured, target)`` of one run."""
+    seconds = run["seconds"]
+    return [
+        (work, beside, seconds[work] / seconds[beside], most)
+        for model, work, beside, most in TARGETS
+        if model == run["model"] and work in seconds and beside in seconds
+    ]
+
+
+def report(run: dict[str, Any]) -> None:
+    """Prints one run."""
+    seconds, threads = run["seconds"], run["threads"]
+    print(f"\n{run['model']}, {threads} thread{'s' * (threads > 1)}, allocator: {run['allocator']}")
+    for name, value in run["differences"].items():
+        print(f"  differs by {value:.1e} from {name}")
+    for name, value in seconds.items():
+        sampled = " (extrapolated)" if name in run["timed on this many conditions"] else ""
+        print(f"{value:9.3f} s {value / seconds[PLAIN]:9.2f} × plain  {name}{sampled}")
+    print(f"{'measured':>10} {'target':>8}")
+    for work, beside, value, most in ratios(run):
+        print(f"{value:10.3g} {most:8.3g} {'  ' if value <= most else '✗ '}{work} : {beside}")
 
 
 def environment() -> dict[str, object]:
     """Versions and machine."""
     packages = {name: version(name) for name in ("torch", "torchvision", "zennit", "captum")}
-    return {"python": platform.python_version(), **packages, "machine": platform.machine(), "cores": os.cpu_count()}
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    cores = os.cpu_count()
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "machine": platform.machine(),
+        "processor": processor,
+        "cores": cores,
+    }
 
 
 if __name__ == "__main__":
