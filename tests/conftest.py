@@ -20,6 +20,7 @@ from zennit.rules import Epsilon, Norm, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Linear
 
 import nrm_plugin  # registers its composites
+from nrm_plugin.functional import registry
 
 NONLINEAR = ("deconvnet", "guided_backprop")
 ARGUMENTS: dict[str, dict[str, float]] = {"epsilon_gamma_box": {"low": -3.0, "high": 3.0}}
@@ -147,3 +148,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("worst figures")
         for what, value in sorted(figures.items()):
             terminalreporter.write_line(f"{value:9.1e}  {what}")
+
+
+@pytest.fixture
+def own_kernels() -> Iterator[None]:
+    """Forgets the kernels that a test registers."""
+    tables = [registry.KERNELS, registry.BY_FUNCTION]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)

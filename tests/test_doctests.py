@@ -42,6 +42,7 @@ def names():
     }
 
 
+@pytest.mark.usefixtures("own_kernels")
 @pytest.mark.parametrize("name", ITEMS)
 def test_the_example_of_a_public_docstring_runs(name):
     found = [
