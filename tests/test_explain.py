@@ -570,7 +570,7 @@ NAMES = ["$\\frac{$ 50% {0}.png", "中文.png", "new\nline.png", "b\udcffad.png"
 
 
 @pytest.mark.parametrize("name", NAMES, ids=["formula", "chinese", "line break", "no text", "dash", "long"])
-def test_odd_names_of_files(name: str, fast: Path, capsys: pytest.CaptureFixture[str]):
+def test_odd_names_of_files(name: str, here: Path, capsys: pytest.CaptureFixture[str]):
     PHOTO.save(name)
     code = 1 if len(name) > 200 else 0
     explain(*OWN, "--", name, code=code)
