@@ -90,7 +90,8 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> Maps | N
 
 def _is_even(weight: Tensor) -> bool:
     """Whether each output channel has one value for all its weights, as one value in memory."""
-    return weight.stride(0) != 0 and not any(weight.stride()[1:])
+    inner = [stride for stride, size in zip(weight.stride()[1:], weight.shape[1:], strict=True) if size > 1]
+    return weight.stride(0) != 0 and bool(inner) and not any(inner)
 
 
 def _linear_gradient(values: Tensor, relevance: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -321,13 +322,22 @@ class Recording:
 
     def _infer_channels(self) -> None:
         """A tap that no layer lays out has the layout of the nearest tap of its shape, else dimension 1."""
-        known = [(number, tap) for number, tap in enumerate(self.taps) if tap.channel_dim]
+        known: dict[object, list[int]] = {}
         for number, tap in enumerate(self.taps):
             if tap.channel_dim:
-                continue
-            alike = [(abs(other - number), near.channel_dim) for other, near in known if near.shape == tap.shape]
-            similar = [(abs(other - number), n.channel_dim) for other, n in known if len(n.shape) == len(tap.shape)]
-            tap.channel_dim = min(alike or similar, default=(0, 1))[1] % max(len(tap.shape), 2)
+                for key in (tuple(tap.shape), len(tap.shape)):
+                    known.setdefault(key, []).append(number)
+        inferred = {}
+        for number, tap in enumerate(self.taps):
+            if not tap.channel_dim:
+                numbers = known.get(tuple(tap.shape), known.get(len(tap.shape), []))
+                at = bisect.bisect(numbers, number)
+                near = [
+                    (abs(other - number), self.taps[other].channel_dim) for other in numbers[max(0, at - 1) : at + 1]
+                ]
+                inferred[number] = min(near, default=(0, 1))[1] % max(len(tap.shape), 2)
+        for number, dim in inferred.items():
+            self.taps[number].channel_dim = dim
 
     # -- looking up -------------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ class ConservingEpsilon(BasicHook):
     Args:
         epsilon: ε; 0 is LRP-0 without bias.
         stabilizer: Added to the denominator, or a callable, as in Zennit's rules.
-        floor: Stands for inputs that are zero among the :math:`|a_i|`, in units of the mean of the sample.
+        floor: The least of the :math:`|a_i|`, in units of the mean of the sample.
         zero_params: Names of further parameters to set to zero, as in Zennit's rules.
 
     Raises:
@@ -95,7 +95,7 @@ class ConservingEpsilon(BasicHook):
         zeros = zero_bias(zero_params)
 
         def size(source: Tensor) -> Tensor:
-            return torch.where(source == 0, _least(source, floor), source.abs())
+            return torch.maximum(source.abs(), _least(source, floor))
 
         def mapper(relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
             z, m = outputs
@@ -197,8 +197,10 @@ def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
         others = [dim for dim in range(parameter.ndim) if dim != outputs]
         if not others:
             return parameter.abs()
-        # A norm makes no copy of the weight, as abs does.
-        total: Tensor = torch.linalg.vector_norm(parameter, 1, others, keepdim=True)
+        # Piece by piece, in the cache: the weights of a classifier are larger than all else of many nets.
+        width = max(1, (1 << 17) * parameter.shape[outputs] // parameter.numel())
+        pieces = [piece.abs().sum(others, keepdim=True) for piece in torch.split(parameter, width, outputs)]
+        total = torch.cat(pieces, outputs)
         even = total / (parameter.numel() // total.numel())
         return even.expand_as(parameter)
 

@@ -157,11 +157,10 @@ def split(call: FunctionCall, parts: list[Tensor]) -> SplitKernel:
         shares = [part / stabilize(total) for part in parts]
         return SplitKernel(shares, _shapes(call), None, False)
     sizes = [_magnitude(part, producer) for part, producer in zip(parts, call.producers, strict=True)]
-    whole = total_of(sizes)
-    equal = torch.full_like(whole, 1 / len(sizes))
-    dead = whole == 0
-    shares = [torch.where(dead, equal, size / torch.where(dead, torch.ones_like(whole), whole)) for size in sizes]
-    return SplitKernel(shares, _shapes(call), whole, True)
+    # Where all are zero, they share alike; to look for zeros would take longer than all the rest.
+    raised = [size + 1e-30 for size in sizes]
+    factor = total_of(raised).reciprocal()
+    return SplitKernel([size * factor for size in raised], _shapes(call), total_of(sizes), True)
 
 
 def total_of(parts: Sequence[Tensor]) -> Tensor:
