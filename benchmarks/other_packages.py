@@ -1,0 +1,296 @@
+"""Do the books balance on convolutional models of other packages, with no code per model?
+
+``python -m benchmarks.other_packages`` takes the measure of every model of ``other_models.py`` whose package is
+installed, writes the results as JSON, and from them the tables of ``docs/other-packages.md``. ``--packages`` and
+``--models`` do some of them and keep the other results; ``--render`` only rewrites the page. None of the packages is a
+dependency: install the ones that you want. Nothing is downloaded, weights are as the builders draw them.
+"""
+
+import argparse
+import fnmatch
+import gc
+import json
+import math
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.composites import EpsilonPlusFlat
+from zennit.core import Composite
+
+from benchmarks.architectures import compact, environment, markdown, message, most
+from benchmarks.other_models import PACKAGES, Case
+from nrm_plugin import NRMDefault, RelevanceMeasure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/other_packages.json"
+PAGE = ROOT / "docs/other-packages.md"
+COMPOSITES: dict[str, Composite] = {"NRMDefault": NRMDefault(), "EpsilonPlusFlat": EpsilonPlusFlat()}
+LIMITS = {"conservation": 1e-4, "sink": 0.05, "variation": 1.1}
+SEED, STATISTICS = 0, 4
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------
+
+
+def drawn(shapes: list[tuple[int, ...]], batch: int, seed: int) -> tuple[Tensor, ...]:
+    """Inputs of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, *shape, generator=generator) for shape in shapes)
+
+
+def draw_zeros(model: nn.Module) -> None:
+    """Draws layers anew that start with zero weights: what they return says nothing about the input."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.ndim > 1 and not bool(weight.any()):
+            nn.init.normal_(weight, std=0.02)
+
+
+def settle(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Sets the statistics of batch normalization by one batch; dropout stays off."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        if norm.track_running_stats:
+            norm.train().momentum = 1.0
+    with torch.no_grad():
+        if norms:
+            model(*inputs)
+    model.eval()
+
+
+def chosen(returned: Any, output: Any) -> Tensor:
+    """The tensor of what a model returned that is explained."""
+    if output is None:
+        output = next((key for key in ("logits", "out") if not isinstance(returned, Tensor) and key in returned), None)
+    if output is None:
+        return (
+            returned
+            if isinstance(returned, Tensor)
+            else next(iter(returned.values() if hasattr(returned, "values") else returned))
+        )
+    if callable(output):
+        return output(returned)  # type: ignore[no-any-return]
+    return getattr(returned, output) if isinstance(output, str) and hasattr(returned, output) else returned[output]  # type: ignore[no-any-return]
+
+
+def target_of(scores: Tensor) -> Any:
+    """The largest channel, in the middle of everything else."""
+    if scores.ndim == 1:
+        return None
+    middle = [size // 2 for size in scores.shape[2:]]
+    return (int(scores[(0, slice(None), *middle)].argmax()), *middle) if middle else int(scores[0].argmax())
+
+
+def measured(model: nn.Module, inputs: tuple[Tensor, ...], output: Any, composite: Composite) -> dict[str, Any]:
+    """The books of one model under one composite."""
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        returned = model(*inputs)
+    output = None if isinstance(returned, Tensor) else output
+    scores = chosen(returned, output)
+    target = target_of(scores)
+    expected = (
+        scores.reshape(-1)[:1]
+        if target is None
+        else scores[(0, *target) if isinstance(target, tuple) else (0, target)].reshape(1)
+    )
+    start = time.perf_counter()
+    options = {} if target is None else {"target": [target]}
+    mu = RelevanceMeasure(
+        model, inputs if len(inputs) > 1 else inputs[0], output=output, composite=composite, **options
+    )
+    layers = mu.layers
+    mass = {layer: float(values.sum()) for layer, values in mu.marginal(layers).items()}
+    seconds = time.perf_counter() - start
+    mu._check_fresh = lambda: None  # type: ignore[method-assign]  # nobody writes to the weights here
+    variation = {layer: float(mu.variation(layer)) for layer in layers}
+    error = {
+        layer: abs(mass[layer] + float(mu.sink(layer)) + float(mu.bypass(layer)) - 1) / max(1.0, variation[layer])
+        for layer in layers
+    }
+    taps = [layer for layer in layers if layer == "input" or layer.startswith("input[")]
+    return {
+        "taps": len(layers),
+        "difference": float((mu.output - expected).abs().max()) / max(1.0, float(expected.abs().max())),
+        "is_unchanged": all(torch.equal(value, before[key]) for key, value in model.state_dict().items()),
+        "error": error[most(layers, error)],
+        "error_tap": most(layers, error),
+        "residual": sum(float(value.sum()) for value in mu.sinks("residual").values()),
+        "constants": sum(float(value.sum()) for value in mu.sinks("constants").values()),
+        "variation": max(variation[tap] for tap in taps),
+        "variation_taps": variation[most(layers, variation)],
+        "seconds": seconds,
+    }
+
+
+def run(package: str, name: str, case: Case) -> Iterator[dict[str, Any]]:
+    """The rows of one model."""
+    build, shapes, output = case
+    row: dict[str, Any] = {
+        "package": package,
+        "version": version(package.replace("_", "-")),
+        "model": name,
+        "shapes": shapes,
+    }
+    try:
+        torch.manual_seed(SEED)
+        model = build().eval().requires_grad_(False)
+        draw_zeros(model)
+        settle(model, drawn(shapes, STATISTICS, SEED))
+        inputs = drawn(shapes, 1, SEED + 1)
+        row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    except Exception as error:
+        yield {**row, "composite": "NRMDefault", "failed": f"cannot be built: {reason(error)}"}
+        return
+    for composite in COMPOSITES:
+        try:
+            yield {**row, "composite": composite, **measured(model, inputs, output, COMPOSITES[composite])}
+        except Exception as error:
+            yield {**row, "composite": composite, "failed": reason(error)}
+        gc.collect()
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, without the folders of this machine."""
+    return re.sub(r"/\S*/site-packages/", "", message(error))
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """The limits that a row breaks."""
+    if "failed" in row:
+        return ["failed"]
+    default = row["composite"] == "NRMDefault"
+    checks = {
+        "conservation": (row["error"], LIMITS["conservation"]),
+        "output": (row["difference"], LIMITS["conservation"]),
+        "sink": (row["residual"], LIMITS["sink"] if default else math.inf),
+        "variation": (row["variation"], LIMITS["variation"] if default else math.inf),
+        "state": (0.0 if row["is_unchanged"] else math.inf, 0.0),
+    }
+    return [name for name, (value, limit) in checks.items() if not abs(float(value)) <= limit]
+
+
+# -- results --------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Puts rows in the place of those of the same package, model and composite."""
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    kept = {(row["package"], row["model"], row["composite"]): row for row in [*known, *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(compact(row), ensure_ascii=False) for row in kept.values())
+    path.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+COLUMNS = "package|version|models|measured|error|residual|constants|V input, NRMDefault|beyond a limit".split("|")
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The environment, a summary for each package, and what failed or broke a limit."""
+    rows = results["rows"]
+    packages = dict.fromkeys(row["package"] for row in rows)
+    lines = [summary(package, [row for row in rows if row["package"] == package]) for package in packages]
+    lines.append(summary("all", rows))
+    failed = {(row["package"], row["model"]): row["failed"] for row in rows if "failed" in row}
+    broken = [row for row in rows if "failed" not in row and faults(row)]
+    broken.sort(key=lambda row: -float(row["variation"]))
+    cells = [
+        [
+            f"{row['package']}: {row['model']}",
+            *(f"{float(row[key]):.3g}" for key in ("residual", "variation")),
+            ", ".join(faults(row)),
+        ]
+        for row in broken
+    ]
+    names = {
+        package: list(dict.fromkeys(row["model"] for row in rows if row["package"] == package)) for package in packages
+    }
+    return "\n\n".join(
+        [
+            ", ".join(f"{key} {value}" for key, value in results["environment"].items()),
+            markdown(COLUMNS, lines).rstrip(),
+            "## What failed",
+            markdown(
+                ["model", "message"], [[f"{package}: {name}", text] for (package, name), text in failed.items()]
+            ).rstrip(),
+            "## Beyond a limit",
+            markdown(["model", "residual", "V input", "limit"], cells).rstrip(),
+            "## What was tried",
+            "\n".join(f"- **{package}**: {', '.join(names[package])}" for package in packages),
+        ]
+    )
+
+
+def summary(package: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The worst figures of a package."""
+    done = [row for row in rows if "failed" not in row]
+    default = [row for row in done if row["composite"] == "NRMDefault"]
+
+    def worst(key: str, rows: list[dict[str, Any]], form: str) -> str:
+        return f"{max((float(row[key]) for row in rows), default=math.nan):{form}}"
+
+    versions = {row["version"] for row in rows}
+    models = {(row["package"], row["model"]) for row in rows}
+    missed = {(row["package"], row["model"]) for row in rows if "failed" in row}
+    counts = [name for row in done for name in faults(row)]
+    return [
+        package,
+        versions.pop() if len(versions) == 1 else "",
+        str(len(models)),
+        str(len(models - missed)),
+        worst("error", done, ".0e"),
+        worst("residual", default, ".2g"),
+        worst("constants", default, ".2g"),
+        worst("variation", default, ".3g"),
+        ", ".join(f"{counts.count(name)} × {name}" for name in dict.fromkeys(counts)),
+    ]
+
+
+def render(results: dict[str, Any]) -> None:
+    """Writes the tables between the markers of the page."""
+    start, end = "<!-- results -->\n", "<!-- end results -->"
+    before, rest = PAGE.read_text(encoding="utf-8").split(start)
+    PAGE.write_text(before + start + "\n" + tables(results) + "\n\n" + end + rest.split(end)[1], encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and render, or only render."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.other_packages", description=main.__doc__)
+    parser.add_argument("--packages", nargs="+", default=list(PACKAGES), choices=list(PACKAGES))
+    parser.add_argument("--models", nargs="+", default=["*"], help="names or patterns (default: all)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write")
+    parser.add_argument("--render", action="store_true", help="only rewrite the page from the JSON")
+    options = parser.parse_args(arguments)
+    if options.render:
+        return render(json.loads(options.out.read_text(encoding="utf-8")))
+    warnings.simplefilter("ignore")
+    for package in options.packages:
+        try:
+            version(package.replace("_", "-"))
+        except PackageNotFoundError:
+            print(f"{package} is not installed", flush=True)
+            continue
+        for name, case in PACKAGES[package]().items():
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in options.models):
+                continue
+            for row in run(package, name, case):
+                save(options.out, [row])
+                shown = row.get("failed") or " ".join(
+                    f"{key} {row[key]:.2g}"
+                    for key in ("error", "difference", "residual", "constants", "variation", "seconds")
+                )
+                print(f"{package}/{name} {row['composite']}: {shown} {' '.join(faults(row)).upper()}", flush=True)
+            gc.collect()
+    if options.out == RESULTS:
+        render(json.loads(options.out.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The benchmark of other packages, on a net of its own: none of the packages needs to be installed."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import nn
+
+from benchmarks.other_packages import PACKAGES, PAGE, RESULTS, faults, run, tables
+
+
+class Pair(nn.Module):
+    """Two inputs, a dense output, and one that nobody asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.norm, self.right = nn.Conv1d(2, 8, 3), nn.BatchNorm1d(8), nn.Conv1d(1, 8, 3)
+
+    def forward(self, left, right):
+        total = self.norm(self.left(left)).relu() + self.right(right).relu()
+        return {"dense": total, "other": right}
+
+
+def test_a_model_with_two_inputs_and_a_dense_output_is_measured():
+    case = (Pair, [(2, 9), (1, 9)], "dense")
+    rows = list(run("torch", "Pair", case))
+    assert [row["composite"] for row in rows] == ["NRMDefault", "EpsilonPlusFlat"]
+    for row in rows:
+        assert "failed" not in row
+        assert row["error"] <= 1e-6
+        assert row["difference"] <= 1e-6
+        assert row["is_unchanged"]
+    assert faults({**rows[0], "error": float("nan"), "residual": 0.1, "variation": 1.2, "is_unchanged": False}) == [
+        "conservation",
+        "sink",
+        "variation",
+        "state",
+    ]
+
+
+def test_a_model_that_fails_is_a_row():
+    (built,) = run("torch", "None", (lambda: nn.Conv1d(0, 0, -1), [(1, 1)], None))
+    assert built["failed"].startswith("cannot be built")
+    rows = list(run("torch", "Norm", (lambda: Norm(), [(4, 4)], None)))
+    assert all(row["failed"].startswith("UnsupportedOperationError: relevance arrived") for row in rows)
+    assert "torch: Norm" in tables({"environment": {}, "rows": rows})
+
+
+class Norm(nn.Module):
+    """An operation without a kernel."""
+
+    def forward(self, x):
+        return torch.linalg.vector_norm(x, dim=2)
+
+
+def test_the_committed_results_hold_what_is_promised_and_are_those_of_the_page():
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = results["rows"]
+    assert {row["package"] for row in rows} == set(PACKAGES)
+    assert len({(row["package"], row["model"]) for row in rows}) >= 200
+    done = [row for row in rows if "failed" not in row]
+    assert not [row for row in done if {"conservation", "output", "state"} & set(faults(row))]
+    assert not [row for row in rows if row.get("failed", "").startswith("cannot be built")]
+    kinds = {row["failed"].partition(":")[0] for row in rows if "failed" in row}
+    assert kinds <= {"UnsupportedOperationError", "UncoveredLayerError", "InputError"}  # ours, and on purpose
+    assert tables(results) in PAGE.read_text(encoding="utf-8")
