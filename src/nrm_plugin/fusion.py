@@ -140,7 +140,7 @@ def _fold_output(norm: Step, layer: Step) -> None:
     if bias is not None:
         bias = bias * (scale if flat else scale.reshape(view))
     moved = shift if flat else shift.reshape(view)
-    origin.change(changed, moved if bias is None else bias + moved)
+    origin.change(changed, moved if bias is None else bias + moved, scale.reshape(view))
     origin.holds_dense_norm |= dense
 
 

@@ -258,7 +258,7 @@ def _branches(
     signs = _KNOWN_SIGNS.get(type(hook))
     if signs is None:
         signs = _signs(hook, sources)
-        if signs is not None and type(hook) in _LINEAR:
+        if signs is not None and is_known_linear(hook):
             _KNOWN_SIGNS[type(hook)] = signs
     if signs is None:
         return None
@@ -284,7 +284,7 @@ def _branches(
 _LINEAR = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus)
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}
-"""Signs of the branches of Zennit's own rules, which no instance changes."""
+"""Signs of the branches of known rules, which no instance changes."""
 
 _INDEPENDENT: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
 """Branches of built-in rules that share outputs only among themselves: γ has a pair for outputs of either sign."""

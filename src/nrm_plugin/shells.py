@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,23 +85,37 @@ def preserved(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(random)
 
 
-def _state(module: nn.Module) -> dict[str, object]:
-    return {key: copy.copy(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+_State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
+"""Attributes of a module, and what was in those that are dictionaries with something in them."""
 
 
-def _restore(module: nn.Module, state: dict[str, object]) -> None:
+def _state(module: nn.Module) -> _State:
     attributes = module.__dict__
-    for key in [key for key in attributes if key not in state]:
+    return dict(attributes), {key: dict(v) for key, v in attributes.items() if v.__class__ in _DICTS and v}
+
+
+_DICTS = (dict, OrderedDict)
+
+
+def _restore(module: nn.Module, state: _State) -> None:
+    attributes, (before, contents) = module.__dict__, state
+    for key in [key for key in attributes if key not in before]:
         del attributes[key]
-    for key, value in state.items():
-        current = attributes.get(key)
-        if isinstance(value, dict) and isinstance(current, dict):
-            # The same dictionary object, since handles of the user's own hooks refer to it.
-            if list(current.items()) != list(value.items()):
-                current.clear()
-                current.update(value)
-        elif current is not value:
+    for key, value in before.items():
+        if attributes.get(key) is not value or key not in attributes:
             attributes[key] = value
+        # The same dictionary object, since handles of the user's own hooks refer to it.
+        if value.__class__ in _DICTS and not _is_same(value, contents.get(key, {})):
+            value.clear()
+            value.update(contents.get(key, {}))
+
+
+def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    """Whether two dictionaries hold the same objects in the same order."""
+    if not one and not other:
+        return True
+    pairs = zip(one.items(), other.items(), strict=True)
+    return len(one) == len(other) and all(a == b and value is known for (a, value), (b, known) in pairs)
 
 
 class Fingerprint:

@@ -126,11 +126,20 @@ class LayerCall:
         """Whether this is a batch normalization that the layer below takes over: nothing else reads that layer."""
         return self.layer is not None and self.layer.uses <= 1 and len(self.layer.origin.norms) == 1
 
-    def change(self, weight: Tensor, bias: Tensor) -> None:
-        """Gives the layer other parameters, with which it returns something else than the model saw."""
+    def change(self, weight: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
+        """Gives the layer other parameters, with which it returns something else than the model saw.
+
+        Args:
+            weight: The weight.
+            bias: The bias.
+            factor: By what the image without bias is multiplied thereby, where it is known.
+        """
         self.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         self.module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
-        self.output = self.image = None
+        seen, self.output, self.image = self.image, None, None
+        if seen is not None and factor is not None:
+            with torch.no_grad():  # the model has run, so nothing is written any more
+                self.image = (Saved(seen[0].tensor * factor, values=False), weight)
 
 
 class Step:
