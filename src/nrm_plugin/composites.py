@@ -22,7 +22,7 @@ from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 from .canonizers import FuseBatchNorm
 from .checks import check_unhooked, check_unpatched
 from .errors import NRMError
-from .functional import Interception
+from .functional import Attention, Interception
 from .fusion import fuse
 from .kernels import Residual
 from .reading import PlainGradient
@@ -47,6 +47,8 @@ class Normalized(Composite):
         sums: How ``a + b`` shares: ``"absolute"`` (also called ``"ratio"``) or ``"signed"``.
         uncovered: What a layer without a rule is: an ``"error"`` when a measure is taken, or its plain
             ``"gradient"``, as in Zennit.
+        attention: ``"value"`` hands all relevance to the values, the weights are constants; ``"halves"`` hands half to
+            the weights, and through softmax to queries and keys, by the rules of AttnLRP.
 
     Raises:
         TypeError: ``composite`` is no composite, or normalized already.
@@ -68,6 +70,7 @@ class Normalized(Composite):
         gain_limit: float = 2.0,
         uncovered: Uncovered = "error",
         sums: Sums = "absolute",
+        attention: Attention = "value",
     ) -> None:
         check_composite(composite)
         if isinstance(composite, Normalized):
@@ -82,9 +85,10 @@ class Normalized(Composite):
         self.uncovered = uncovered
         self._checked: WeakSet[Hook] = WeakSet()
         self.sums = sums
+        self.attention = attention
         kept = [canonizer for canonizer in composite.canonizers if not isinstance(canonizer, FuseBatchNorm)]
         self._fuse = fuse if len(kept) < len(composite.canonizers) else None
-        functions = Interception(composite, self.normalization, sums, uncovered, self._fuse)
+        functions = Interception(composite, self.normalization, sums, uncovered, self._fuse, attention)
         super().__init__(module_map=self.mapping, canonizers=[*kept, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
@@ -96,12 +100,16 @@ class Normalized(Composite):
             >>> type(hook.rule).__name__
             'Epsilon'
         """
-        rule = None if isinstance(module, nn.MultiheadAttention) else self.composite.module_map(ctx, name, module)
+        rule = None if isinstance(module, self._made_of_functions()) else self.composite.module_map(ctx, name, module)
         if rule is None and self.uncovered == "gradient" and is_leaf(module) and not is_route(module):
             rule = PlainGradient()
         if rule is None or (type(rule) is Pass and _is_compound_norm(module)):
             return None
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
+
+    def _made_of_functions(self) -> tuple[type[nn.Module], ...]:
+        """Modules that are no step, although Zennit counts them as activations: what happens inside them is."""
+        return (nn.MultiheadAttention, nn.Softmax) if self.attention == "halves" else (nn.MultiheadAttention,)
 
     def register(self, module: nn.Module) -> None:
         """Hooks a module, as in Zennit.

@@ -38,6 +38,7 @@ from ..steps import (
     unseen,
     write,
 )
+from .attention import ATTENTIONS, FUSED, in_parts, is_taken_apart
 from .gates import Gates
 from .lookup import CompositeRules, NoRules, RuleLookup
 from .opaque import Unknown, is_elementwise, is_known, uncovered
@@ -62,6 +63,7 @@ class Interception(Canonizer):
         sums: ``"absolute"`` (also called ``"ratio"``, after arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"gradient"`` for the plain gradient where the composite gives a layer no rule.
         fuse: Is shown every new step of a layer, to fuse it with its neighbours.
+        attention: ``"value"``, or ``"halves"`` for AttnLRP's.
 
     Examples:
         >>> Interception(sums="signed").sums
@@ -75,8 +77,11 @@ class Interception(Canonizer):
         sums: str = "absolute",
         uncovered: str = "error",
         fuse: Fuse | None = None,
+        attention: str = "value",
     ) -> None:
         super().__init__()
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention={attention!r} is unknown; choose 'value' or 'halves'.")
         if sums not in ("absolute", "ratio", "signed"):
             raise ValueError(f"sums={sums!r} is unknown; choose 'absolute', 'ratio' or 'signed'.")
         self.composite = composite
@@ -84,6 +89,7 @@ class Interception(Canonizer):
         self.sums = "absolute" if sums == "ratio" else sums
         self.uncovered = uncovered
         self.fuse = fuse
+        self.attention = attention
         self.active = True
         self._handles: list[RemovableHandle] = []
         self._modes: list[_Mode] = []
@@ -91,7 +97,7 @@ class Interception(Canonizer):
 
     def copy(self) -> Interception:
         """Another interception with the same settings."""
-        return Interception(self.composite, self.normalization, self.sums, self.uncovered, self.fuse)
+        return Interception(self.composite, self.normalization, self.sums, self.uncovered, self.fuse, self.attention)
 
     def apply(self, root_module: nn.Module) -> list[Interception]:
         """Starts to intercept the forward passes of a module."""
@@ -118,7 +124,7 @@ class Interception(Canonizer):
             for weight in weights:
                 weight.requires_grad_(False)
             self._weights.append(weights)
-            mode = _Mode(rules, self.normalization, self.sums, self.fuse)
+            mode = _Mode(rules, self.normalization, self.sums, self.fuse, self.attention)
             self._modes.append(mode)
             mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -164,8 +170,11 @@ class Interception(Canonizer):
 class _Mode(TorchFunctionMode):
     """One forward pass under interception."""
 
-    def __init__(self, rules: RuleLookup, normalization: Normalization, sums: str, fuse: Fuse | None) -> None:
+    def __init__(
+        self, rules: RuleLookup, normalization: Normalization, sums: str, fuse: Fuse | None, attention: str
+    ) -> None:
         super().__init__()
+        self.attention = attention
         self.fuse = fuse
         self.rules, self.normalization, self.sums = rules, normalization, sums
         self.gates = Gates()
@@ -192,6 +201,9 @@ class _Mode(TorchFunctionMode):
                 before_writing(target)
         if not computed or name.base in _WRITERS:
             return func(*args, **kwargs)
+        if name.base == FUSED and is_taken_apart(self.attention, args, kwargs):
+            with self:
+                return in_parts(*args, **kwargs)
         handler = handler_of(func, name)
         if handler is None and name.base in REWRITES:
             with self:
@@ -228,6 +240,7 @@ class _Mode(TorchFunctionMode):
             tuple(source_of(tensor.grad_fn) for tensor in computed),
             self.rules,
             self.sums,
+            self.attention,
         )
         output = call.run(*call.values)
         if not isinstance(output, Tensor) or not output.is_floating_point():

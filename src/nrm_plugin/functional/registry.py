@@ -65,6 +65,7 @@ class FunctionCall:
         producers: The autograd nodes that made them.
         rules: Looks up the composite's rule of a module.
         sums: How sums share: ``"absolute"`` or ``"signed"``.
+        attention: What a product of two tensors hands to attention weights: ``"value"`` for nothing, or ``"halves"``.
     """
 
     name: str
@@ -77,6 +78,7 @@ class FunctionCall:
     producers: tuple[Any, ...]
     rules: RuleLookup
     sums: str = "absolute"
+    attention: str = "value"
     owner: nn.Module | None = None
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from zennit.core import Stabilizer
-from zennit.rules import Pass
+from zennit.rules import Norm, Pass
 
 from ..errors import UnsupportedOperationError
 from ..kernels import Kernel
@@ -482,18 +482,21 @@ def contraction(call: FunctionCall) -> Kernel:
             return filled.run(source)  # type: ignore[no-any-return]
 
         return weighted(call, run, constant, None, nn.Linear(1, 1))
-    signal = call.gates.index(False) if call.gates[0] != call.gates[1] else None
-    if signal is None:
-        sizes = [value.numel() for value in values]
-        signal = sizes.index(max(sizes)) if sizes[0] != sizes[1] else None
-    if signal is None:
-        return HalvesKernel([_share_in(call, 0), _share_in(call, 1)])
-    return PlacedKernel(_share_in(call, signal), signal, _shapes(call))
+    everyone = range(len(values))
+    if call.attention == "halves":
+        halves: dict[int, Kernel] = {number: _share_in(call, number, Norm(STABILIZER)) for number in everyone}
+        return HalvesKernel(halves, _shapes(call))
+    signals = [number for number in everyone if not call.gates[number]] or list(everyone)
+    largest = max(values[number].numel() for number in signals)
+    signals = [number for number in signals if values[number].numel() == largest]
+    if len(signals) == 1:
+        return PlacedKernel(_share_in(call, signals[0], Absolute()), signals[0], _shapes(call))
+    return HalvesKernel({number: _share_in(call, number, Absolute()) for number in signals}, _shapes(call))
 
 
-def _share_in(call: FunctionCall, signal: int) -> Kernel:
-    """Absolute share in one factor of a product, the others held."""
-    values = [value.abs() for value in call.values]
+def _share_in(call: FunctionCall, signal: int, rule: Absolute | Norm) -> Kernel:
+    """Share in one factor of a product, the others held."""
+    values = [value.abs() for value in call.values] if isinstance(rule, Absolute) else call.values
 
     def run(source: Tensor) -> Tensor:
         return call.run(*[source if number == signal else value for number, value in enumerate(values)])  # type: ignore[no-any-return]
@@ -501,23 +504,37 @@ def _share_in(call: FunctionCall, signal: int) -> Kernel:
     shell = Weightless(run)
     with torch.no_grad():
         output = shell(values[signal])
-    return read_rule(Absolute(), shell, _forward, values[signal], output, call.path)
+    return read_rule(rule, shell, _forward, values[signal], output, call.path)
 
 
 class HalvesKernel(Kernel):
-    """Half the relevance by the kernel of each factor."""
+    """An equal part of the relevance by the kernel of each of some factors; nothing to the others.
 
-    def __init__(self, kernels: list[Kernel]) -> None:
-        self.kernels = kernels
+    Args:
+        kernels: By number of the factor.
+        shapes: Shape of every factor.
+    """
+
+    def __init__(self, kernels: dict[int, Kernel], shapes: list[torch.Size]) -> None:
+        self.kernels, self.shapes = kernels, shapes
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        return tuple(kernel_.pull(relevance / len(self.kernels))[0] for kernel_ in self.kernels)
+        part = relevance / len(self.kernels)
+        return self._put({number: kernel_.pull(part)[0] for number, kernel_ in self.kernels.items()}, relevance)
 
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        return tuple(kernel_.pull_absolute(relevance / len(self.kernels))[0] for kernel_ in self.kernels)
+        part = relevance / len(self.kernels)
+        parts = {number: kernel_.pull_absolute(part)[0] for number, kernel_ in self.kernels.items()}
+        return self._put(parts, relevance)
+
+    def _put(self, parts: dict[int, Tensor], relevance: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            parts[number] if number in parts else relevance.new_zeros((len(relevance), *shape))
+            for number, shape in enumerate(self.shapes)
+        )
 
     def column_sum(self, like: Tensor) -> Tensor:
-        return total_of([kernel_.column_sum(like) for kernel_ in self.kernels]) / len(self.kernels)
+        return total_of([kernel_.column_sum(like) for kernel_ in self.kernels.values()]) / len(self.kernels)
 
 
 def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:

@@ -1,0 +1,145 @@
+r"""Attention: which tokens a token draws on, and what of them.
+
+.. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
+
+By default the weights ``A`` are constants and all relevance goes to the values. ``attention="halves"`` hands one half
+to the weights, and from there to queries and keys, as AttnLRP (arXiv 2402.05602) does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedOperationError
+from ..kernels import Kernel
+from ..reading import Weightless, read_rule
+from ..rules import Absolute
+from .opaque import Unknown
+from .registry import FunctionCall, Slot, kernel
+from .table import PlacedKernel, elementwise
+
+Attention = Literal["value", "halves"]
+ATTENTIONS: tuple[Attention, ...] = ("value", "halves")
+FUSED = "scaled_dot_product_attention"
+
+
+@kernel(FUSED)
+def fused(call: FunctionCall) -> Kernel:
+    r"""All to the values, by absolute share.
+
+    .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
+
+    The weights are read off the function itself, which hands out ``A`` where the values are the identity: so masks,
+    causality and groups of queries mean what they mean there.
+
+    Source: MEASURE, section 5 (ours).
+    """
+    slot = call.argument(2, "value")
+    shapes = [value.shape for value in call.values]
+    if call.argument(4, "dropout_p", 0.0):
+        return Unknown(UnsupportedOperationError(_DROPPED.format(where=call.path or "the model")), shapes)
+    assert isinstance(slot, Slot), "taken apart when it ran"
+    value = call.values[slot.number]
+    unit = torch.eye(value.shape[-2], dtype=value.dtype, device=value.device)
+    filled = list(call.values)
+    filled[slot.number] = unit.expand(*value.shape[:-1], len(unit))
+    with torch.no_grad():
+        weights = call.run(*filled)
+
+    def run(source: Tensor) -> Tensor:
+        heads = 1 if source.ndim < 3 or weights.ndim != source.ndim else weights.shape[-3] // source.shape[-3]
+        return torch.matmul(weights, source.repeat_interleave(heads, -3) if heads > 1 else source)
+
+    shell = Weightless(run)
+    with torch.no_grad():
+        output = shell(value)
+    return PlacedKernel(read_rule(Absolute(), shell, _forward, value, output, call.path), slot.number, shapes)
+
+
+def _forward(module: nn.Module, source: Tensor) -> Tensor:
+    result: Tensor = module.forward(source)
+    return result
+
+
+_DROPPED = (
+    "relevance arrived at 'scaled_dot_product_attention' in {where} with dropout_p > 0, which draws at random. Hand it "
+    "`dropout_p=self.p if self.training else 0.0`, and call `model.eval()`."
+)
+
+
+def in_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` as the operations that it is made of."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = torch.matmul(query * factor, key.transpose(-2, -1))
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = scores.softmax(-1)
+    hidden = scores.detach().amax(-1, keepdim=True) == -math.inf
+    if bool(hidden.any()):  # a query that may look at nothing gets nothing
+        weights = weights.masked_fill(hidden, 0.0)
+    return torch.matmul(nn.functional.dropout(weights, dropout_p, training=dropout_p > 0), value)
+
+
+@kernel("softmax")
+def softmax(call: FunctionCall) -> Kernel:
+    """The identity per element; with ``attention="halves"`` the rule of AttnLRP."""
+    if call.attention != "halves":
+        return elementwise(call)
+    dim = call.argument(1, "dim")
+    with torch.no_grad():
+        output = call.run(*call.values)
+    return SoftmaxKernel(call.values[0], output, -1 if dim is None else int(dim))
+
+
+class SoftmaxKernel(Kernel):
+    r"""Softmax by its first-order Taylor expansion, whose constant term is a bias.
+
+    .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
+
+    Args:
+        source: Scores ``x``; those that a mask has set to minus infinity have no share.
+        output: ``s``.
+        dim: Dimension along which ``s`` adds up to one.
+
+    Source: AttnLRP, arXiv 2402.05602, proposition 3.1.
+    """
+
+    def __init__(self, source: Tensor, output: Tensor, dim: int) -> None:
+        self.scores = torch.where(output == 0, torch.zeros_like(source), source)
+        self.output, self.dim = output, dim % output.ndim + 1
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return (self.scores * (relevance - self.output * relevance.sum(self.dim, keepdim=True)),)
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        others = relevance.sum(self.dim, keepdim=True) - relevance
+        return (self.scores.abs() * ((1 - self.output) * relevance + self.output * others),)
+
+
+def is_taken_apart(attention: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the fused function is run in parts: where relevance goes to the weights as well, or to them alone."""
+    value = args[2] if len(args) > 2 else kwargs.get("value")
+    return attention == "halves" or not (isinstance(value, Tensor) and value.requires_grad)
+
+
+__all__ = ["ATTENTIONS", "FUSED", "Attention", "in_parts", "is_taken_apart"]
