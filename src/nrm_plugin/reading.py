@@ -30,7 +30,7 @@ from .kernels import (
     blocks,
     linear_in_relevance,
 )
-from .mappers import Mapper, mapper_of
+from .mappers import mapper_of
 from .maps import Maps, blocked_maps, explicit_maps, recorded_maps
 from .rules import Absolute, ConservingEpsilon, EvenMod, Relative
 from .shells import shell_of
@@ -350,27 +350,34 @@ class _BranchReader:
         A zero stands where a denominator is zero: that column is dead. A rule divides, adds signs and compares in a
         dozen steps, so they are taken block by block, in the cache, and written where nothing is needed any more.
         """
-        shape = self.output.shape
-        first = next(iter(blocks(self.output)))
-        tried = self._mapped(runs, first)
-        if any(factor.shape != self.output[first].shape for factor in tried):
-            return None
-        if not is_known_linear(self.hook) and not self._is_elementwise(runs):
-            return None
-        local = self.output.device.type == "cpu" and self._is_local(runs, first, tried)
-        mapper = self._mapper(runs, kept)
-        alike = {number: next(other for other in kept if tried[other] is tried[number]) for number in kept}
-        factors = {number: runs[number].memory(self.output) for number in dict.fromkeys(alike.values())}
+        shape, whole = self.output.shape, [tuple(slice(None) for _ in self.output.shape)]
+        mapper = mapper_of(self.hook)
+        if mapper is None:
+            first = next(iter(blocks(self.output)))
+            tried = self._mapped(runs, first)
+            if any(factor.shape != self.output[first].shape for factor in tried):
+                return None
+            if not is_known_linear(self.hook) and not self._is_elementwise(runs):
+                return None
+            local = self._is_local(runs, first, tried)
+            leaders = {number: next(other for other in kept if tried[other] is tried[number]) for number in kept}
+        else:
+            local = True
+            alike = mapper.leaders
+            leaders = {number: next(other for other in kept if alike[other] == alike[number]) for number in kept}
+        factors = {number: runs[number].memory(self.output) for number in dict.fromkeys(leaders.values())}
         rest: Tensor | None = None
-        for at in blocks(self.output) if local else [tuple(slice(None) for _ in shape)]:
+        for at in blocks(self.output) if local and self.output.device.type == "cpu" else whole:
             if mapper is None:
                 mapped = dict(enumerate(self._mapped(runs, at)))
             else:
-                mapped = mapper([run.output(at, shape) for run in runs], tuple(factors))
+                asked = {number: mapper.leaders[number] for number in factors}
+                given = mapper.factors([run.output(at, shape) for run in runs], tuple(asked.values()))
+                mapped = {number: given[leader] for number, leader in asked.items()}
             parts = {number: torch.nan_to_num(mapped[number], 0, 0, 0) for number in factors}
             column: Tensor | None = None
             for number in kept:
-                part, image = parts[alike[number]], runs[number].image[at]
+                part, image = parts[leaders[number]], runs[number].image[at]
                 column = _added(column, part, image, self.signs[number])
             column = torch.zeros_like(self.output[at]) if column is None else column
             gained, lost = (None, column) if self.scale is None else self.scale(column)
@@ -379,7 +386,7 @@ class _BranchReader:
             if lost is not None:
                 rest = torch.zeros_like(self.output) if rest is None else rest
                 rest[at] = lost
-        return [factors[alike[number]] for number in kept], rest
+        return [factors[leaders[number]] for number in kept], rest
 
     def _mapped(self, runs: list[_Run], at: Block, relevance: Tensor | None = None) -> list[Tensor]:
         """What the rule makes of relevance, by default ones, at one block of its outputs."""
@@ -387,17 +394,6 @@ class _BranchReader:
         ones = torch.ones_like(self.output[at]) if relevance is None else relevance
         mapped = self.hook.gradient_mapper(ones, outputs)
         return [mapped] if isinstance(mapped, Tensor) else list(mapped)
-
-    def _mapper(self, runs: list[_Run], kept: list[int]) -> Mapper | None:
-        """The mapper in closed form, where it does at one corner what the rule does."""
-        mapper = mapper_of(self.hook)
-        if mapper is None or not kept:
-            return None
-        at = self._corner()
-        found = mapper([run.output(at, self.output.shape) for run in runs], tuple(kept))
-        mapped = self._mapped(runs, at)
-        alike = (torch.allclose(found[number], mapped[number], rtol=1e-5, atol=0, equal_nan=True) for number in kept)
-        return mapper if all(alike) else None
 
     def _corner(self) -> Block:
         return tuple(slice(0, 1 if dim < 2 < self.output.ndim else 4) for dim in range(self.output.ndim))

@@ -126,19 +126,28 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
+        self._seen: list[tuple[str, Tensor, tuple[int, int], Tensor, Tensor]] = []
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            flat = tensor.detach().flatten()
+            entry = flat[:: max(1, -(-flat.numel() // entries))]
+            is_view = flat.data_ptr() == tensor.data_ptr() and flat.numel() > 0
+            sample = entry.clone()
+            # Of a tensor that is laid out otherwise, flattening makes a copy, which would not change with it.
+            place = entry if is_view and not bool((sample != sample).any()) else torch.empty(0)
+            self._seen.append((name, tensor, (tensor._version, tensor.data_ptr()), place, sample))
         self._entries = entries
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self._seen = [(name, tensor, tensor._version, self._sample(tensor)) for name, tensor in named]
 
     def changed(self) -> list[str]:
         """Names of the tensors that are not what they were."""
         return [
             name
-            for name, tensor, version, sample in self._seen
-            if tensor._version != version or not torch.equal(self._sample(tensor), sample)
+            for name, tensor, state, place, sample in self._seen
+            if (tensor._version, tensor.data_ptr()) != state
+            or not torch.equal(*((place, sample) if place.numel() else self._finite(tensor, sample)))
         ]
 
-    def _sample(self, tensor: Tensor) -> Tensor:
+    def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Both samples without nan, which equals nothing."""
         flat = tensor.detach().flatten()
-        entries = flat[:: max(1, -(-flat.numel() // self._entries))].clone()
-        return torch.nan_to_num(entries) if entries.is_floating_point() else entries
+        entries = flat[:: max(1, -(-flat.numel() // self._entries))]
+        return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)
