@@ -279,7 +279,9 @@ class RelevanceMeasure:
             self._check_conditions(events, [one.mass for one in decided], [one.variation for one in decided], min_ratio)
         results = []
         for number, tap in enumerate(taps):
-            rows = [one.maps[number] if given is None else _divided(one.maps[number], one.mass) for one in decided]
+            rows = [
+                one.maps[number] if given is None else self._divided(one.maps[number], one.mass, tap) for one in decided
+            ]
             stacked = torch.stack(rows) if rows else self._start.new_zeros((0, *tap.shape))
             results.append(stacked[0] if single else stacked)
         return results
@@ -642,8 +644,13 @@ class RelevanceMeasure:
 
     def _told_apart(self, value: Tensor | None, what: str) -> Tensor:
         if value is None:
-            return self._recording.per_sample(self._start.new_zeros((self.batch + 1, 1)), what)
+            raise self._recording.not_told_apart(what)
         return value
+
+    def _divided(self, values: Tensor, mass: Tensor, tap: Tap) -> Tensor:
+        """Relevance at a tap divided by one number for each sample, ``(N,)``; zeros stay what they are."""
+        quotient = values / self._recording.folding.spread(mass, tap.place, tap.shape)
+        return torch.where(values == 0, 0.0, quotient) if self._recording.folding.is_needed else quotient
 
     def _is_below(self, key: object, tap: Tap) -> bool:
         """Whether a place (or the sink of a vertex) can be met after a tap was crossed."""
@@ -696,11 +703,6 @@ def normalize(
     if composite is not None:
         check_composite(composite)
     return Normalized(NRMDefault() if composite is None else composite, **given)  # type: ignore[arg-type]
-
-
-def _divided(values: Tensor, mass: Tensor) -> Tensor:
-    """``(N, …)`` divided by ``(N,)``."""
-    return values / mass.reshape(-1, *(1,) * (values.ndim - 1))
 
 
 def _apart(maps: list[Tensor], start: Tensor) -> list[Tensor]:

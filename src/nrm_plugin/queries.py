@@ -56,43 +56,44 @@ class Books:
         for vector in vectors.values():
             self._enter((vertex, number), vector)
             if len(self.recording.graph.vertices[vertex].edges) > 1:
-                self.flows[vertex, number] = self._sum(vector)
+                self.flows[vertex, number] = self._sum(vector, (vertex, number))
         return vectors
 
     def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
         for vector in vectors.values():
-            total, absolute = self._pair(vector, share)
+            total, absolute = self._pair(vector, Buffer(vertex, number), share)
             _accumulate(self.sinks, (vertex, kind), total)
             _accumulate(self.absolute_sinks, (vertex, kind), absolute)
 
     def _enter(self, place: Place, vector: Tensor) -> None:
         if place in self.recording.index:
-            self.mass[place], self.absolute[place] = self._sums(vector)
+            self.mass[place], self.absolute[place] = self._sums(vector, place)
         if place in self.asked:
             self.maps[place] = vector
 
-    def _sums(self, vector: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
         """Σ and Σ| |; those of the last vector again where a step handed it on as it is."""
         if self._last is not None and vector.is_set_to(self._last[0]):
             return self._last[1:]
-        self._last = (vector, *self._pair(vector))
+        self._last = (vector, *self._pair(vector, place))
         return self._last[1:]
 
-    def _sum(self, vector: Tensor) -> Tensor | None:
-        if not self._is_told_apart(vector):
-            return None
-        return vector.sum().reshape(1) if self.recording.batch == 1 else sample_sums(vector)
+    def _sum(self, vector: Tensor, place: Place) -> Tensor | None:
+        return self.recording.folding.sums(vector, place)
 
-    def _is_told_apart(self, vector: Tensor) -> bool:
-        """Whether the samples of a tensor can be told."""
+    def _is_plain(self, vector: Tensor) -> bool:
+        """Whether the rows of a tensor are the samples."""
         return self.recording.batch == 1 or (vector.ndim > 0 and len(vector) == self.recording.batch)
 
-    def _pair(self, vector: Tensor, share: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def _pair(self, vector: Tensor, place: Place, share: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Σ and Σ| | of relevance, or of a share of it, by sample."""
-        if not self._is_told_apart(vector):
+        if self.recording.folding.is_needed:
+            values = vector if share is None else vector * share
+            return self._sum(values, place), self._sum(values.abs(), place)
+        if not self._is_plain(vector):
             return None, None
         if share is None:
-            return self._sum(vector), self._norm(vector)
+            return self._sum(vector, place), self._norm(vector)
         total = vector.new_zeros(self.recording.batch)
         absolute = torch.zeros_like(total)
         for at in blocks(vector):  # in the cache
@@ -120,8 +121,9 @@ def books(recording: Recording, start: Tensor, asked: Iterable[Place] = (), abso
         asked: Taps whose relevance is wanted.
         absolute: Use kernels of absolute values.
     """
+    learned = recording.folding.learn(start)
     result = Books(recording, frozenset(asked))
-    result.cost = pull(recording.graph, [(recording.graph.output, {"": start})], result, absolute)
+    result.cost = learned + pull(recording.graph, [(recording.graph.output, {"": start})], result, absolute)
     return result
 
 
@@ -154,6 +156,7 @@ class Decisions:
 
     def __init__(self, formulas: Formulas, start: Tensor, asked: Iterable[Place] = ()) -> None:
         recording = formulas.recording
+        learned = recording.folding.learn(start)
         self.formulas, self.recording = formulas, recording
         self.asked = frozenset(asked)
         self.mass = start.new_zeros((len(formulas.roots), recording.batch))
@@ -164,10 +167,10 @@ class Decisions:
         self._wanted, self._wanted_through = recording.graph.reach(buffers, edges)
         pairs = frozenset(enumerate(formulas.roots))
         self._settled(pairs, start)
-        self.cost = pull(recording.graph, [(recording.graph.output, {pairs: start})], self)
+        self.cost = learned + pull(recording.graph, [(recording.graph.output, {pairs: start})], self)
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
-        return self._go_on(self._cross(buffer, vectors), buffer.vertex)
+        return self._go_on(self._cross(buffer, vectors), buffer)
 
     def at_edge(self, vertex: int, number: int, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
         return self._cross((vertex, number), vectors)
@@ -181,7 +184,7 @@ class Decisions:
                 for left, mask in self.formulas.absorb(node, vertex):
                     if left == TRUE:
                         absorbed = vector * share if absorbed is None else absorbed
-                        self._count(event, _masked(absorbed, mask))
+                        self._count(event, _masked(absorbed, mask), Buffer(vertex, number))
 
     def _cross(self, place: Place, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
         level = self.formulas.levels.get(place)
@@ -197,7 +200,7 @@ class Decisions:
                 for left, mask in self.formulas.cross(node, level):
                     part = _masked(vector, mask)
                     if left == TRUE:
-                        self._count(event, part)
+                        self._count(event, part, place)
                     if left != FALSE:
                         _sum(result, frozenset({(event, left)}), part)
         if place in self.asked:
@@ -206,15 +209,16 @@ class Decisions:
                     _sum(self.maps, (place, pair), vector)
         return result
 
-    def _go_on(self, vectors: Vectors[Pairs], vertex: int) -> Vectors[Pairs]:
+    def _go_on(self, vectors: Vectors[Pairs], buffer: Buffer) -> Vectors[Pairs]:
         """Drops the walks that are decided and of which nothing more is wanted."""
+        vertex = buffer.vertex
         result: Vectors[Pairs] = {}
         for pairs, vector in vectors.items():
             kept = set()
             for event, node in pairs:
                 left = self.formulas.settle(node, vertex)
                 if left == TRUE and node != TRUE:
-                    self._count(event, vector)
+                    self._count(event, vector, buffer)
                 if left > TRUE or (left == TRUE and self._wanted[vertex]):
                     kept.add((event, left))
             if kept:
@@ -224,11 +228,11 @@ class Decisions:
     def _settled(self, pairs: Pairs, start: Tensor) -> None:
         for event, node in pairs:
             if node == TRUE:
-                self._count(event, start)
+                self._count(event, start, self.recording.graph.output)
 
-    def _count(self, event: int, vector: Tensor) -> None:
-        self.mass[event] += self.recording.per_sample(vector, "the tap where an event is decided")
-        self.variation[event] += self.recording.per_sample(vector.abs(), "the tap where an event is decided")
+    def _count(self, event: int, vector: Tensor, place: Place) -> None:
+        self.mass[event] += self.recording.per_sample(vector, "the tap where an event is decided", place)
+        self.variation[event] += self.recording.per_sample(vector.abs(), "the tap where an event is decided", place)
 
     def decided(self, event: int, places: Sequence[Place]) -> Decided:
         """All there is to know of one event."""

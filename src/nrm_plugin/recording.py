@@ -26,10 +26,10 @@ from .errors import (
     unknown_layer,
 )
 from .events import Atom
+from .folding import Folding
 from .graph import Buffer, Graph, Place
 from .routes import is_route_node, operation, written
 from .shells import Fingerprint, preserved
-from .starts import sample_sums
 from .steps import Step, StepHook, among_ourselves, forward_pass, unseen
 
 _RECORDING = threading.RLock()
@@ -134,6 +134,7 @@ class Recording:
         self.output = explained_output(returned, output, self.batch)
         self._see(OUTPUT, 0, "output", None, self.output, None)
         self.graph = Graph(self.output)
+        self.folding = Folding(self.graph, self.batch)
         self._check_joined()
         self._audit()
         self._make_taps()
@@ -484,20 +485,23 @@ class Recording:
                 return tap.names[0]
         return "constants"
 
-    def per_sample(self, tensor: Tensor, what: str) -> Tensor:
-        """Sums ``(N, …)`` over everything but the batch.
+    def per_sample(self, tensor: Tensor, what: str, place: Place | None = None) -> Tensor:
+        """Sums of the entries of each sample, ``(N,)``.
 
         Raises:
-            FoldingError: The first dimension is not the batch.
+            FoldingError: They cannot be told apart.
         """
-        if self.batch == 1:
-            return tensor.sum().reshape(1)
-        if tensor.ndim == 0 or len(tensor) != self.batch:
-            raise FoldingError(
-                f"{what} has shape {tuple(tensor.shape)}, whose first dimension is not the batch of {self.batch}: "
-                "its entries cannot be told apart by sample. Take the measure of one sample at a time."
-            )
-        return sample_sums(tensor)
+        found = self.folding.sums(tensor, place)
+        if found is None:
+            raise self.not_told_apart(what)
+        return found
+
+    def not_told_apart(self, what: str) -> FoldingError:
+        """What to raise where entries of several samples are added up."""
+        return FoldingError(
+            f"the entries of {what} cannot be told apart by sample: its first dimension is not the batch of "
+            f"{self.batch}, or its entries belong to several samples. Take the measure of one sample at a time."
+        )
 
 
 def _step_hook(module: nn.Module) -> StepHook | None:

@@ -1,0 +1,144 @@
+"""Samples that are not the rows of a tensor: windows, heads and time in front. A batch is asked like its samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nrm_plugin import ABSORBED, NRMDefault, RelevanceMeasure, at
+from nrm_plugin.errors import FoldingError
+
+TARGETS = [1, 0, 2]
+
+
+class Windows(nn.Module):
+    """Four windows of three tokens each, folded into the batch: window first, or sample first."""
+
+    def __init__(self, window_first: bool) -> None:
+        super().__init__()
+        self.window_first = window_first
+        self.embed, self.mix, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.token = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        folded = y.unflatten(1, (4, 3))
+        folded = folded.transpose(0, 1) if self.window_first else folded
+        lead = folded.shape[:2]
+        folded = self.mix(folded.flatten(0, 1))
+        folded = torch.cat([folded, self.token.expand(len(folded), 1, 6)], 1).relu()
+        folded = folded.unflatten(0, lead)
+        folded = folded.transpose(0, 1) if self.window_first else folded
+        return self.head(folded.mean((1, 2)) + y.mean(1))
+
+
+class TimeFirst(nn.Module):
+    """As many tokens as samples, so that the shape does not tell which comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention, self.head = nn.Linear(5, 6), nn.MultiheadAttention(6, 2), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x.transpose(0, 1))
+        y = y + self.attention(y, y, y)[0]
+        return self.head(y.mean(0))
+
+
+def built(name: str) -> tuple[nn.Module, Tensor, str]:
+    """A net, three samples, and a folded tap."""
+    torch.manual_seed(0)
+    net, length, tap = {
+        "sample first": (lambda: Windows(False), 12, "mix"),
+        "window first": (lambda: Windows(True), 12, "mix"),
+        "time first": (TimeFirst, 3, "embed"),
+    }[name]
+    model = net().double().eval()
+    for name_, parameter in model.named_parameters():
+        if "bias" in name_:
+            nn.init.normal_(parameter, std=0.3)
+    return model, torch.randn(3, length, 5, dtype=torch.double), tap
+
+
+def each(model: nn.Module, x: Tensor) -> tuple[RelevanceMeasure, list[RelevanceMeasure]]:
+    settings = {"composite": NRMDefault(), "residual": "sink"}
+    singles = [RelevanceMeasure(model, x[k : k + 1], TARGETS[k], **settings) for k in range(3)]
+    return RelevanceMeasure(model, x, TARGETS, **settings), singles
+
+
+FOLDED = ["sample first", "window first", "time first"]
+# The floor of absolute shares is taken over a row, and a row of a time-first tensor holds all samples.
+TOLERANCE = {"sample first": 1e-12, "window first": 1e-12, "time first": 1e-6}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_the_books_of_a_batch_are_those_of_its_samples(name):
+    model, x, tap = built(name)
+    mu, singles = each(model, x)
+    assert mu.shape(tap)[0] != 3 or name == "time first"
+    for layer in mu.layers:
+        for ask in ("sink", "bypass", "variation"):
+            whole = getattr(mu, ask)(layer)
+            torch.testing.assert_close(
+                whole, torch.cat([getattr(one, ask)(layer) for one in singles]), atol=TOLERANCE[name], rtol=0
+            )
+    torch.testing.assert_close(
+        mu.walk_variation(), torch.cat([one.walk_variation() for one in singles]), atol=TOLERANCE[name], rtol=0
+    )
+    for kind in ("residual", "constants"):
+        sinks = [one.sinks(kind) for one in singles]
+        for step, value in mu.sinks(kind).items():
+            torch.testing.assert_close(value, torch.cat([one[step] for one in sinks]), atol=TOLERANCE[name], rtol=0)
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_events_at_folded_taps_are_those_of_the_samples(name):
+    model, x, tap = built(name)
+    mu, singles = each(model, x)
+    events = [at(tap).channel([0, 3]), at(tap).channel(1) & at("input")[0], ~at(tap).channel(2), at(tap, side="sink")]
+    for event in events:
+        torch.testing.assert_close(mu(event), torch.cat([one(event) for one in singles]), atol=TOLERANCE[name], rtol=0)
+    given = mu.marginal("input", given=events[0])
+    torch.testing.assert_close(
+        given, torch.cat([one.marginal("input", given=events[0]) for one in singles]), atol=10 * TOLERANCE[name], rtol=0
+    )
+    # Maps at the folded tap itself, divided by one number for each sample.
+    below = at("input")[[0, 1, 2]] & ~ABSORBED
+    mass = torch.stack([one.marginal(tap, given=below).sum() for one in singles])
+    found = mu.marginal(tap, given=below)
+    torch.testing.assert_close(found.sum(), mass.sum(), atol=10 * TOLERANCE[name], rtol=0)
+    assert bool(torch.isfinite(found).all())
+
+
+def test_as_many_tokens_as_samples_are_no_samples():
+    """The rows of a time-first tensor were once taken for the samples: the books did not balance."""
+    model, x, _ = built("time first")
+    mu, _ = each(model, x)
+    total = mu(at("embed")) + mu.sink("embed") + mu.bypass("embed")
+    torch.testing.assert_close(total, torch.ones(3, dtype=torch.double))
+    rows = mu.marginal("embed").sum((1, 2))
+    assert float((rows - mu(at("embed"))).abs().max()) > 0.01
+
+
+def test_entries_of_several_samples_are_an_error():
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            return self.b(hidden + hidden.roll(1, 0))
+
+    torch.manual_seed(0)
+    mu = RelevanceMeasure(Mixing().double().eval(), torch.randn(3, 5, dtype=torch.double), TARGETS)
+    with pytest.raises(FoldingError, match="one sample at a time"):
+        mu(at("input"))
+
+
+def test_nets_that_keep_the_samples_in_their_rows_pay_nothing():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+    mu = RelevanceMeasure(net, torch.randn(2, 1, 4, 4), 1)
+    mu.marginal("input")
+    assert mu.cost.steps == 3
