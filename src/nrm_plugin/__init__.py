@@ -8,6 +8,7 @@ from .concepts import ConceptNRM, condition_event
 from .coverage import Coverage, coverage
 from .dataloading import DataLoaderNRM
 from .events import ABSORBED, Event, at
+from .flow import FlowGraph, patches
 from .functional import Interception, register_kernel
 from .measure import RelevanceMeasure
 from .named import (
@@ -30,6 +31,7 @@ __all__ = [
     "Coverage",
     "DataLoaderNRM",
     "Event",
+    "FlowGraph",
     "FuseBatchNorm",
     "Interception",
     "JointNRM",
@@ -51,5 +53,6 @@ __all__ = [
     "at",
     "condition_event",
     "coverage",
+    "patches",
     "register_kernel",
 ]

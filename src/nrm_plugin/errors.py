@@ -74,6 +74,10 @@ class FoldingError(NRMError, ValueError):
     """The first dimension of a tap is not the batch, so its entries cannot be told apart by sample."""
 
 
+class MissingExtraError(NRMError, ImportError):
+    """An optional dependency is needed and not installed."""
+
+
 class BatchNormWarning(UserWarning):
     """A dense layer and a batch normalization were fused, and the bias takes most of the relevance."""
 

@@ -17,6 +17,7 @@ from .calls import Call, Inputs, Output
 from .composites import Normalized, NRMDefault, Uncovered, check_composite
 from .errors import CancellationError, EventError, NRMError, NullEventError, StaleMeasureError, samples
 from .events import ABSORBED, Atom, Event, Side, at
+from .flow import TOP, FlowGraph, Names, flow_graph
 from .formulas import Formulas
 from .graph import Buffer, Place
 from .groups import Over, pair_of, summed
@@ -573,6 +574,51 @@ class RelevanceMeasure:
         found.maps = {}
         self.cost = cost
         return matrices
+
+    def flow(
+        self,
+        layers: Sequence[Layer],
+        over: Any = "channel",
+        *,
+        top: int | None = TOP,
+        min_mass: float | None = None,
+        coverage: float | None = None,
+        names: Mapping[str, Names] | None = None,
+        sample: int | None = None,
+    ) -> FlowGraph:
+        """How relevance flows between groups of neurons of some layers: a graph of joint relevance.
+
+        Args:
+            layers: Each above or below the others; names may come in any order.
+            over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or
+                a dictionary that says this for some layers by name, where the others have channels.
+            top: Most groups of a layer that are shown, those of largest absolute mass; None for no such limit. The
+                other neurons are one node, the rest.
+            min_mass: Smallest absolute mass of a group that is shown.
+            coverage: Of each layer the fewest groups that hold this share of its absolute mass, such as 0.9.
+            names: Of the groups of some layers: lists or dictionaries by name of the layer, such as
+                ``{"output": classes}``.
+            sample: Which sample, where the measure has several.
+
+        Raises:
+            FlowError, InputError: Thresholds or sample do not fit.
+            EventError: A layer is not below the one before, or groups do not fit.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
+            >>> graph = mu.flow(["output", "1", "input"], top=2, names={"output": ["cat", "dog"]}, sample=0)
+            >>> graph.nodes[0].label, len(graph.joints)
+            ('dog', 2)
+
+        Source: MEASURE, section 4; which groups are shown, and the rest, is ours.
+        """
+        known = {name: place for place, name in enumerate(self.layers)}
+        if all(isinstance(layer, str) and layer in known for layer in layers):
+            layers = sorted(layers, key=lambda layer: -known[layer])  # type: ignore[index]
+        taps = [(layer, self._tap(layer)) for layer in layers]
+        limits = {"top": top, "min_mass": min_mass, "coverage": coverage}
+        return flow_graph(self, taps, over, **limits, names=names, sample=sample)  # type: ignore[arg-type]
 
     def explain(self, event: Event, given: Event | None = None) -> str:
         """What quantity this is, in words and as a formula, and what it costs.

@@ -1,0 +1,383 @@
+"""Flow graphs: every number against its event and against enumerated walks, and what the graphs are made into."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from zennit.composites import EpsilonPlus
+
+from nrm_plugin import FlowGraph, RelevanceMeasure, at, patches
+from nrm_plugin.errors import EventError, InputError, MissingExtraError, UnknownLayerError
+from nrm_plugin.flow import FlowError
+from tests.nets import Case, rule_maps, tiny_nets, zennit_composite
+from tests.oracles import Walks, enumerate_walks
+
+slowly = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+
+
+# -- every node and every edge --------------------------------------------------------------------------------------
+
+
+def keys_of(case: Case) -> list[tuple[str, int]]:
+    """Taps from the output down; stacks have another name here."""
+    return [node.key for node in reversed(case.spec) if node.kind != "stack"]
+
+
+def is_below(case: Case, lower: tuple[str, int], upper: tuple[str, int]) -> bool:
+    parents = {node.key: node.parents for node in case.spec}
+    todo, seen = [upper], set()
+    while todo:
+        for parent in parents[todo.pop()]:
+            if parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
+    return lower in seen
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[Case, dict, list[tuple[str, int]]]:
+    """A net with rules and two to four of its taps, each below the one before."""
+    case = draw(tiny_nets(max_batch=2))
+    rules = draw(rule_maps(case))
+    keys, taps = keys_of(case), []
+    for _ in range(draw(st.integers(2, 4))):
+        left = [key for key in keys if not taps or is_below(case, key, taps[-1])]
+        if left:
+            taps.append(draw(st.sampled_from(left)))
+    return case, rules, taps
+
+
+def groups_of(draw: st.DrawFn, shape: torch.Size) -> torch.Tensor:
+    size = math.prod(shape)
+    labels = draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
+    return torch.tensor(labels).reshape(shape)
+
+
+def edges_by_key(graph: FlowGraph) -> dict[tuple[str, str], float]:
+    return {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges}
+
+
+def members(
+    walks: Walks, key: tuple[str, int], labels: torch.Tensor, kept: tuple[int, ...]
+) -> dict[object, np.ndarray]:
+    """The walks of each node of one layer: groups, rest and off, as boolean arrays."""
+    flat = labels.flatten().numpy()
+    nodes: dict[object, np.ndarray] = {k: walks.crosses(*key, np.flatnonzero(flat == k)) for k in kept}
+    nodes["rest"] = walks.crosses(*key, np.flatnonzero(~np.isin(flat, kept)))
+    nodes["off"] = ~walks.crosses(*key)
+    return nodes
+
+
+@slowly
+@given(chains(), st.data())
+def test_every_node_and_edge_is_its_event_and_the_sum_of_its_walks(drawn, data):
+    case, rules, taps = drawn
+    residual = data.draw(st.sampled_from(["sink", "redistribute"]))
+    mu = RelevanceMeasure(
+        case.net, case.x, start=case.start, composite=zennit_composite(case.spec, rules), residual=residual
+    )
+    sample = data.draw(st.integers(0, case.batch - 1))
+    calls = [node.tap for node in case.spec]
+    layers = [f"{tap}:{call}" if calls.count(tap) > 1 else tap for tap, call in taps]
+    over = {layer: groups_of(data.draw, mu.shape(layer)[1:]) for layer in layers}
+    top = data.draw(st.sampled_from([None, 1, 2]))
+    graph = mu.flow(layers, over, top=top, sample=sample)
+    walks = enumerate_walks(case.spec, case.x[sample], case.start[sample], rules, residual, 2.0)
+    close = {"rel": 0, "abs": 1e-10 * max(1.0, walks.variation())}
+    assert [layer.name for layer in graph.layers] == layers
+    inside, events, shown = [], [], np.ones(len(walks), dtype=bool)
+    for layer, key in zip(graph.layers, taps, strict=True):
+        labels = over[layer.name]
+        found = members(walks, key, labels, layer.groups)
+        rest = torch.isin(labels, torch.tensor(layer.groups), invert=True)
+        event = {k: at(layer.name)[labels == k] for k in layer.groups}
+        inside.append(found)
+        events.append({**event, "rest": at(layer.name)[rest], "off": ~at(layer.name)})
+        shown &= ~found["rest"] & ~found["off"]
+        split = walks.split(*key)
+        assert (layer.sink, layer.bypass) == (
+            pytest.approx(split.absorbed, **close),
+            pytest.approx(split.bypass, **close),
+        )
+        assert math.fsum([*layer.masses, layer.rest, layer.sink, layer.bypass]) == pytest.approx(1, **close)
+        for node in layer.nodes:
+            name = node.kind if node.group is None else node.group
+            assert node.mass == pytest.approx(walks.mass(found[name]), **close)
+            assert node.mass == pytest.approx(float(mu(events[-1][name])[sample]), **close)
+    assert graph.carried == pytest.approx(walks.mass(shown), **close)
+    for place, joint in enumerate(graph.joints):
+        upper, lower = graph.layers[place : place + 2]
+        rows, columns = list(inside[place]), list(inside[place + 1])
+        asked = mu([events[place][a] & events[place + 1][b] for a in rows for b in columns])[:, sample]
+        expected = [[walks.mass(inside[place][a] & inside[place + 1][b]) for b in columns] for a in rows]
+        np.testing.assert_allclose(joint, expected, rtol=0, atol=close["abs"])
+        np.testing.assert_allclose(joint.flatten(), asked, rtol=0, atol=close["abs"])
+        np.testing.assert_allclose(joint.sum(1), [node.mass for node in upper.nodes], rtol=0, atol=close["abs"])
+        np.testing.assert_allclose(joint.sum(0), [node.mass for node in lower.nodes], rtol=0, atol=close["abs"])
+    listed = edges_by_key(graph)
+    assert len(listed) == sum(int(np.count_nonzero(joint)) for joint in graph.joints)
+    for edge in graph.edges:
+        if edge.upper.mass:
+            assert edge.given_upper * edge.upper.mass == pytest.approx(edge.mass)
+
+
+# -- which groups are shown -----------------------------------------------------------------------------------------
+
+
+def net(*, inputs: int = 3, width: int = 6) -> nn.Sequential:
+    torch.manual_seed(0)
+    made = nn.Sequential(
+        nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 8, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 16, 4),
+    )  # fmt: skip
+    return made.double().eval()
+
+
+X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def mu() -> RelevanceMeasure:
+    return RelevanceMeasure(net(), X, 2, residual="sink")
+
+
+@pytest.fixture(scope="module")
+def full(mu: RelevanceMeasure) -> FlowGraph:
+    return mu.flow(["output", "2", "0", "input"], top=None, sample=1)
+
+
+THRESHOLDS = [{"top": 3}, {"min_mass": 0.05}, {"coverage": 0.7}, {"top": 4, "coverage": 0.9, "min_mass": 0.02}]
+
+
+@pytest.mark.parametrize("limits", THRESHOLDS, ids=str)
+def test_groups_left_out_are_lumped_alike_before_and_after(mu, full, limits):
+    before = mu.flow(["output", "2", "0", "input"], **{"top": None, **limits}, sample=1)
+    after = full.smaller(**limits)
+    assert [layer.groups for layer in before.layers] == [layer.groups for layer in after.layers]
+    for one, other in zip(before.joints, after.joints, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+    for one, other in zip(before.layers, after.layers, strict=True):
+        assert (one.others, one.rest) == (other.others, pytest.approx(other.rest, abs=1e-12))
+        assert sum(node.mass for node in other.nodes) == pytest.approx(1)
+    # What is carried is known only where the measure was asked.
+    assert after.carried is None
+    shown = at("output").channel(list(before.layers[0].groups))
+    for layer in before.layers[1:]:
+        shown = shown & at(layer.name).channel(list(layer.groups))
+    assert before.carried == pytest.approx(float(mu(shown)[1]))
+
+
+def test_thresholds_keep_what_they_say(full):
+    masses = {layer.name: np.abs(layer.masses) for layer in full.layers}
+    for layer in full.smaller(top=3).layers:
+        assert np.abs(layer.masses).tolist() == sorted(masses[layer.name], reverse=True)[:3][: len(layer.groups)]
+    for layer in full.smaller(min_mass=0.05).layers:
+        assert len(layer.groups) == (masses[layer.name] >= 0.05).sum()
+    for layer in full.smaller(coverage=0.7).layers:
+        held = np.abs(layer.masses)
+        assert held.sum() >= 0.7 * masses[layer.name].sum() - 1e-12
+        # One group fewer, whichever, would hold less: no smaller graph carries as much.
+        assert held.sum() - held.min() < 0.7 * masses[layer.name].sum()
+    assert full.smaller(coverage=1.0).layers[1].groups == full.smaller(top=1000).layers[1].groups
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"top": 0}, "top=0"),
+        ({"top": True}, "top=True"),
+        ({"min_mass": -1}, "min_mass"),
+        ({"coverage": 90}, "0.9 for 90"),
+        ({"coverage": 0}, "coverage=0"),
+    ],
+)
+def test_thresholds_that_mean_nothing_are_refused(mu, full, limits, words):
+    with pytest.raises(InputError, match=words):
+        full.smaller(**limits)
+    with pytest.raises(InputError, match=words):
+        mu.flow(["2", "0"], sample=0, **limits)
+
+
+def test_all_channels_take_no_pass_for_each(mu):
+    mu.marginal(["input"])
+    one = mu.cost.vectors
+    mu.joint("2", "0")
+    assert mu.cost.vectors <= 2 * one
+    graph = mu.flow(["2", "0"], top=None, sample=0)
+    np.testing.assert_allclose(graph.joints[0][:-2, :-2], mu.joint("2", "0")[0], atol=1e-12)
+
+
+def test_names_may_come_in_any_order_and_samples_are_told_apart(mu):
+    assert mu.flow(["input", "0", "output"], sample=0) == mu.flow(["output", "0", "input"], sample=0)
+    alone = RelevanceMeasure(net(), X[1:], 2, residual="sink").flow(["2", "0"])
+    for one, other in zip(mu.flow(["2", "0"], sample=1).joints, alone.joints, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+    by_module = RelevanceMeasure(model := net(), X[:1], 2).flow([model[2], at("0")])
+    assert [layer.name for layer in by_module.layers] == ["2", "0"]
+
+
+def test_what_does_not_fit_is_refused(mu):
+    with pytest.raises(FlowError, match="the measure has 2: say which by sample="):
+        mu.flow(["2", "0"])
+    with pytest.raises(FlowError, match="samples 0 to 1"):
+        mu.flow(["2", "0"], sample=2)
+    with pytest.raises(FlowError, match="at least one layer"):
+        mu.flow([], sample=0)
+    with pytest.raises(UnknownLayerError, match="there is no tap named 'conv'"):
+        mu.flow(["conv", "input"], sample=0)
+    with pytest.raises(EventError, match="is not below"):
+        mu.flow(["2", "2"], sample=0)
+    with pytest.raises(ValueError, match="over='pixel' is unknown"):
+        mu.flow(["2", "0"], over="pixel", sample=0)
+
+
+# -- what nodes are called ------------------------------------------------------------------------------------------
+
+
+def test_regions_patches_labels_and_classes_have_names(mu):
+    left = torch.zeros(6, 6, dtype=torch.bool)
+    left[:, :2] = True
+    graph = mu.flow(["output", "input"], over={"input": {"left": left, "nothing": left & ~left}}, top=None,
+                    names={"output": ["cat", "dog", "bird"]}, sample=0)  # fmt: skip
+    output, region = graph.layers
+    assert (output.labels, output.groups) == (("cat", "dog", "bird", "3"), (0, 1, 2, 3))
+    assert region.labels == ("left", "nothing")
+    assert region.masses == (pytest.approx(float(mu(at("input")[..., left])[0])), 0)
+    assert region.rest == pytest.approx(float(mu(at("input")[..., ~left])[0]))
+    cut = mu.flow(["output", "input"], over={"input": patches((6, 6), (2, 3))}, names={"input": {4: "middle"}}, top=6,
+                  sample=0).layers[1]  # fmt: skip
+    assert dict(zip(cut.groups, cut.labels, strict=True))[4] == "middle"
+    for group, mass in zip(cut.groups, cut.masses, strict=True):
+        row, column = divmod(group, 3)
+        patch = mu(at("input")[:, 3 * row : 3 * row + 3, 2 * column : 2 * column + 2])
+        assert mass == pytest.approx(float(patch[0]))
+    places = mu.flow(["2"], over="position", sample=0).layers[0]
+    assert dict(zip(places.groups, places.labels, strict=True))[places.groups[0]] == "{},{}".format(
+        *divmod(places.groups[0], 4)
+    )
+
+
+def test_regions_that_do_not_fit_are_refused(mu):
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    for regions, words in [
+        ({"a": mask, "b": mask}, "'b' of 'input' shares 108 neurons with one before it"),
+        ({"a": mask[:5]}, r"'a' of shape \(5, 6\) does not broadcast"),
+        ({"a": mask.long()}, "'a' of 'input' must be a boolean tensor"),
+        ({}, "names no region"),
+    ]:
+        with pytest.raises(EventError, match=words):
+            mu.flow(["input"], over={"input": regions}, sample=0)
+
+
+def test_patches_cut_as_evenly_as_can_be():
+    labels = patches((5, 7, 3), (2, 3, 1))
+    assert labels.shape == (5, 7, 3)
+    assert sorted(torch.bincount(labels.flatten()).tolist()) == [12, 12, 18, 18, 18, 27]
+    for wrong in [0, 6, (2, 2, 2)]:
+        with pytest.raises(InputError, match="patches"):
+            patches((5, 7), wrong)
+
+
+# -- other forms ----------------------------------------------------------------------------------------------------
+
+
+def test_json_comes_back_as_it_was(full, tmp_path):
+    path = tmp_path / "flow.json"
+    for graph in (full, full.smaller(top=2)):
+        text = graph.to_json(path)
+        assert FlowGraph.from_json(text) == FlowGraph.from_json(path) == graph
+        assert json.loads(path.read_text()) == json.loads(text)
+    assert FlowGraph.from_json(full.to_json()) != full.smaller(top=2)
+    damaged = json.loads(full.to_json())
+    damaged["joints"][0] = damaged["joints"][0][1:]
+    for text, words in [("[1", "no flow graph"), ("{}", "'format'"), (json.dumps(damaged), "does not fit its layers")]:
+        with pytest.raises(FlowError, match=words):
+            FlowGraph.from_json(text)
+
+
+def test_networkx_graphml_and_pandas_hold_the_same_numbers(full, tmp_path):
+    networkx = pytest.importorskip("networkx")
+    pytest.importorskip("pandas")
+    graph = full.smaller(top=3)
+    made = graph.to_networkx()
+    assert {key: made.nodes[key]["mass"] for key in made} == {node.key: node.mass for node in graph.nodes}
+    assert {ends: made.edges[ends]["mass"] for ends in made.edges} == edges_by_key(graph)
+    graph.to_graphml(tmp_path / "flow.graphml")
+    read = networkx.read_graphml(tmp_path / "flow.graphml")
+    assert {ends: read.edges[ends]["mass"] for ends in read.edges} == edges_by_key(graph)
+    assert read.nodes["2/off"]["label"] == graph.layers[1].nodes[-1].label
+    nodes, edges = graph.to_pandas()
+    assert nodes.groupby("layer")["mass"].sum().tolist() == pytest.approx([1.0] * 4)
+    assert dict(zip(zip(edges["upper"], edges["lower"], strict=True), edges["mass"], strict=True)) == edges_by_key(
+        graph
+    )
+    assert nodes["group"].isna().sum() == 8
+
+
+@pytest.mark.parametrize(("module", "call"), [("networkx", "to_networkx"), ("pandas", "to_pandas")])
+def test_an_extra_that_is_not_installed_is_named(full, monkeypatch, module, call):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"this needs {module}: pip install 'nrm-plugin\[graph\]'"):
+        getattr(full, call)()
+
+
+# -- nothing to be shown, and much ----------------------------------------------------------------------------------
+
+
+class Dead(nn.Module):
+    """A branch that is switched off, beside one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dead, self.live, self.head = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 2, 3), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        off = torch.relu(self.dead(x) - 100).sum((1, 2, 3)).unsqueeze(1)
+        return self.head(torch.relu(self.live(x)).mean((2, 3)) + off)
+
+
+def test_layers_and_images_without_relevance_have_empty_groups():
+    torch.manual_seed(0)
+    model = Dead().eval()
+    with torch.no_grad():
+        model.live.bias.fill_(1.0)
+    graph = RelevanceMeasure(model, torch.rand(1, 1, 8, 8), 1).flow(["output", "dead", "input"], top=4)
+    dead = graph.layers[1]
+    assert (dead.groups, dead.rest, dead.others) == ((), pytest.approx(0, abs=1e-20), 3)
+    assert dead.sink + dead.bypass == pytest.approx(1, abs=1e-5)
+    black = RelevanceMeasure(model, torch.zeros(1, 1, 8, 8), 1, residual="sink", composite=EpsilonPlus())
+    graph = black.flow(["output", "live", "input"])
+    assert graph.layers[-1].groups == ()
+    assert graph.carried == 0
+    assert graph.layers[-1].sink == pytest.approx(1, abs=1e-5)
+
+
+def test_wide_layers_take_a_vector_for_each_group_that_is_shown():
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 3)).eval()
+    mu = RelevanceMeasure(wide, torch.randn(1, 8), 0)
+    graph = mu.flow(["4", "2", "0", "input"], top=8)
+    assert [joint.shape for joint in graph.joints] == [(3, 10), (10, 10), (10, 10)]
+    assert [layer.others for layer in graph.layers] == [2, 4088, 4088, 0]
+    pair = at("2")[graph.layers[1].groups[0]] & at("0")[graph.layers[2].groups[0]]
+    assert graph.joints[1][0, 0] == pytest.approx(float(mu(pair)), rel=1e-3, abs=1e-7)
+    for layer in graph.layers:
+        assert sum(node.mass for node in layer.nodes) == pytest.approx(1, abs=1e-5)
+
+
+def test_volumes_have_patches_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 8, 2)).double().eval()
+    mu = RelevanceMeasure(model, torch.randn(1, 1, 4, 4, 4).double(), 1)
+    graph = mu.flow(["0", "input"], over={"input": patches((4, 4, 4), 2)}, top=None)
+    corner = at("0")[1] & at("input")[:, :2, 2:, :2]
+    assert graph.joints[0][1, 2] == pytest.approx(float(mu(corner)))
+    assert graph.layers[1].groups == tuple(range(8))
