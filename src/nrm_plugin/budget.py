@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from .errors import InputError, MemoryBudgetWarning
+from .graph import Buffer, Place
 from .recording import Recording
 
-DEFAULT = 1 << 30
-"""Bytes of relevance that a pass may carry where nothing else is said."""
+DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
+"""Bytes of relevance that a pass may carry where nothing else is said. On a CPU more vectors at once save little, and
+fresh memory for them costs more than that."""
 COPIES = 4
 """Tensors of the size of the largest tap that one vector takes on its way through a step."""
 
@@ -23,24 +25,34 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
-def check_memory(max_memory: object) -> int:
-    """Bytes of a budget.
+def check_memory(max_memory: object) -> int | None:
+    """Bytes of a budget, None for what fits the device.
 
     Raises:
         InputError: It is no positive number.
     """
     if max_memory is None:
-        return DEFAULT
+        return None
     is_number = isinstance(max_memory, numbers.Real) and not isinstance(max_memory, bool)
     if not is_number or not 0 < float(max_memory) < math.inf:  # type: ignore[arg-type]
-        raise InputError(f"max_memory={max_memory!r} must be a positive number of bytes, or None for 1 GiB.")
+        raise InputError(f"max_memory={max_memory!r} must be a positive number of bytes, or None.")
     return int(max_memory)  # type: ignore[call-overload, no-any-return]
 
 
-def width_of(recording: Recording, max_memory: int) -> int:
-    """Vectors that fit, at least one."""
-    largest = max(math.prod(shape) for vertex in recording.graph.vertices for shape in vertex.shapes)
-    return max(1, max_memory // (COPIES * largest * recording.output.element_size()))
+def width_of(recording: Recording, max_memory: int | None, places: Iterable[Place] | None) -> int:
+    """Vectors that fit, at least one.
+
+    Args:
+        recording: The recording.
+        max_memory: Bytes.
+        places: Where vectors begin to differ, and where they end: between these they are carried. None for anywhere.
+    """
+    numbers = [place.vertex if isinstance(place, Buffer) else place[0] for place in places or ()]
+    first, last = (min(numbers), max(numbers)) if numbers else (0, len(recording.graph.vertices))
+    carried = recording.graph.vertices[first : last + 1]
+    largest = max((math.prod(shape) for vertex in carried for shape in vertex.shapes), default=1)
+    default = DEFAULT_CPU if recording.output.device.type == "cpu" else DEFAULT
+    return max(1, (max_memory or default) // max(1, COPIES * largest * recording.output.element_size()))
 
 
 def in_chunks(

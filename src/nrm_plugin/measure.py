@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
@@ -73,8 +74,9 @@ class RelevanceMeasure:
             function of what the model returns. By default the only tensor, or ``"logits"``, or ``"out"``. A tap of the
             model, ``at(layer)``, is taken for its output, so that the measure starts inside.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
-        max_memory: Bytes that a pass may carry where many events or groups are asked for, 1 GiB by default. More of
-            them are carried one after the other, and fewer at once where memory runs out all the same.
+        max_memory: Bytes that a pass may carry where many events or groups are asked for; by default 128 MiB on a CPU,
+            where more is slower, else 1 GiB. More of them are carried one after the other, and fewer at once where
+            memory runs out all the same.
 
     Raises:
         TypeError: Settings given beside a ``Normalized`` composite.
@@ -287,6 +289,15 @@ class RelevanceMeasure:
             results.append(stacked[0] if single else stacked)
         return results
 
+    def _span(self, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
+        """The places that events and questions speak of; None where it may be any."""
+        spoken = [atom for event in events for atom in event.atoms()]
+        atoms = {replace(atom, index=None) for atom in spoken if isinstance(atom, Atom) and atom.side != "sink"}
+        if not all(isinstance(atom, Atom) and atom.side != "sink" for atom in spoken):
+            return None
+        found = [self._recording.find(atom.layer, atom.side, atom.call, atom.item) for atom in atoms]
+        return [*places, *(tap.place for taps in found for tap in taps)]
+
     def _decided(self, events: Sequence[Event], places: Sequence[Place] = ()) -> list[Decided]:
         """Mass, variation and maps of each event, as many at once as memory allows."""
         for event in events:
@@ -299,7 +310,8 @@ class RelevanceMeasure:
             spent.append(decisions.cost)
             return found
 
-        found = in_chunks(list(events), width_of(self._recording, self._max_memory), run, "events")
+        width = width_of(self._recording, self._max_memory, self._span(events, places))
+        found = in_chunks(list(events), width, run, "events")
         self.cost = sum(spent, start=Cost())
         return found
 
@@ -563,11 +575,12 @@ class RelevanceMeasure:
     def _joint(self, pairs: list[tuple[Tap, Tap]], over: tuple[Over, Over]) -> list[Tensor]:
         found = books(self._recording, self._start, [above.place for above, _ in pairs])
         self._books = self._books or found
-        cost, matrices, width = found.cost, [], width_of(self._recording, self._max_memory)
+        cost, matrices = found.cost, []
         for above, below in pairs:
             relevance = found.maps.get(above.place, self._start.new_zeros(above.shape))
             by_channel = all(isinstance(one, str) and one == "channel" for one in over)
             direct = neighbour_matrix(self._recording, above, below, relevance) if by_channel else None
+            width = width_of(self._recording, self._max_memory, [above.place, below.place])
             matrix, spent = direct or joint_matrix(self._recording, above, below, relevance, over, width)
             cost += spent
             matrices.append(matrix)
