@@ -40,6 +40,7 @@ from nrm_plugin import Normalized, NRMDefault, RelevanceMeasure, at
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/speed.json"
+PAGE = ROOT / "docs/speed.md"
 COMPOSITES: dict[str, Callable[[], Composite]] = {
     "EpsilonPlus": EpsilonPlus,
     "EpsilonPlusFlat": EpsilonPlusFlat,
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of the image (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="marginals only, one thread")
+    parser.add_argument("--render", action="store_true", help="only write the tables of docs/speed.md")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "THREADS", "QUESTIONS"), help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=2, metavar=("WORK", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -274,6 +276,9 @@ def main() -> None:
     if args.one:
         model, threads, questions = args.one
         print(json.dumps(run(model, int(threads), args.rounds, args.size, questions == "yes")))
+        return
+    if args.render:
+        render(json.loads(RESULTS.read_text()))
         return
     cores = os.cpu_count() or 1
     plans = [("vgg16", 1, "default"), ("vgg16", 1, "keeps memory"), ("resnet50", 1, "default")]
@@ -294,6 +299,46 @@ def main() -> None:
         print(f"{above:9.0f} {above / (peaks['plain'] - peaks['nothing']):9.2f}  {what}")
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if args.out == RESULTS:
+        render(found)
+
+
+def render(found: dict[str, Any]) -> None:
+    """Writes the tables of the page."""
+    runs, peaks = found["runs"], found["peak memory of vgg16 in MiB"]
+    headers = [f"{run['threads']} thread{'s' * (run['threads'] > 1)}, {run['allocator']}" for run in runs]
+    columns = list(dict.fromkeys(headers))
+    rows: dict[tuple[str, str, str, float], dict[str, float]] = {}
+    for run, header in zip(runs, headers, strict=True):
+        for work, beside, value, most in ratios(run):
+            rows.setdefault((run["model"], work, beside, most), {})[header] = value
+    lines = ["| net | work | beside | target | " + " | ".join(columns) + " |", "|" + "---|" * (4 + len(columns))]
+    for (model, work, beside, most), values in rows.items():
+        cells = [_cell(values.get(column), most) for column in columns]
+        lines.append(f"| {model} | {work} | {beside} | {most:.3g} | " + " | ".join(cells) + " |")
+    first = runs[0]
+    lines += ["", "Beside other packages, on one thread, before timing: largest relative difference "]
+    lines[-1] += ", ".join(f"{value:.0e} to {name}" for name, value in first["differences"].items()) + "."
+    above = {name: value - peaks["nothing"] for name, value in peaks.items() if name != "nothing"}
+    lines += ["", "| peak memory above the net, VGG16 | MiB | × a plain gradient's (target 2) |", "|---|---|---|"]
+    lines += [f"| {name} | {value:.0f} | {value / above['plain']:.2f} |" for name, value in above.items()]
+    place = found["environment"]
+    lines += [
+        "",
+        f"Python {place['python']}, torch {place['torch']}, zennit {place['zennit']}, captum {place['captum']}, "
+        f"{place['cores']} cores of {place['processor']}, images of {found['size']} pixels, float32. Bold: beyond the "
+        "target. zennit-crp was timed on a sample of conditions and extrapolated in proportion.",
+    ]
+    page = PAGE.read_text()
+    head, rest = page.split("<!-- measured -->")
+    _, tail = rest.split("<!-- end -->")
+    PAGE.write_text(head + "<!-- measured -->\n" + "\n".join(lines) + "\n<!-- end -->" + tail)
+
+
+def _cell(value: float | None, most: float) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if value <= most else f"**{value:.3g}**"
 
 
 def ratios(run: dict[str, Any]) -> list[tuple[str, str, float, float]]:
