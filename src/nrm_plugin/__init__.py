@@ -20,7 +20,10 @@ from .named import (
     NRMExcitationBackprop,
     NRMRelative,
 )
+from .neuron_sets import TopSets, top_sets
+from .neuron_walks import NeuronWalk, best_walk
 from .rules import Absolute, ConservingEpsilon, Relative
+from .walks import GroupWalk, TopWalks, top_walks
 
 __all__ = [
     "ABSORBED",
@@ -33,6 +36,7 @@ __all__ = [
     "Event",
     "FlowGraph",
     "FuseBatchNorm",
+    "GroupWalk",
     "Interception",
     "JointNRM",
     "LayerNRM",
@@ -47,12 +51,18 @@ __all__ = [
     "NRMExcitationBackprop",
     "NRMRelative",
     "NeuronNRM",
+    "NeuronWalk",
     "Normalized",
     "Relative",
     "RelevanceMeasure",
+    "TopSets",
+    "TopWalks",
     "at",
+    "best_walk",
     "condition_event",
     "coverage",
     "patches",
     "register_kernel",
+    "top_sets",
+    "top_walks",
 ]

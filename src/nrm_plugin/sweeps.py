@@ -106,7 +106,9 @@ def _add(total: Vectors[Key], vectors: Vectors[Key]) -> None:
         total[key] = total[key] + vector if key in total else vector
 
 
-def push(graph: Graph, lower: Place, upper: Place, values: Tensor) -> tuple[Tensor | None, Cost]:
+def push(
+    graph: Graph, lower: Place, upper: Place, values: Tensor, absolute: bool = False
+) -> tuple[Tensor | None, Cost]:
     """One pass up: values at the neurons of a tap to what a walk from each neuron of a tap above it collects.
 
     Args:
@@ -114,6 +116,7 @@ def push(graph: Graph, lower: Place, upper: Place, values: Tensor) -> tuple[Tens
         lower: Where the values are.
         upper: Where they are wanted.
         values: ``(K, N, *shape)`` of the lower tap.
+        absolute: Use kernels of absolute values.
 
     Returns:
         ``(K, N, *shape)`` of the upper tap, None for zeros, and the cost.
@@ -133,7 +136,11 @@ def push(graph: Graph, lower: Place, upper: Place, values: Tensor) -> tuple[Tens
         arrived = [through(index, number) for number in range(len(vertex.edges))]
         if all(part is None for part in arrived) or (isinstance(upper, tuple) and index == top):
             continue
-        pushed = vertex.push(arrived, [None] * len(vertex.shapes))
+        pushed: list[Tensor | None]
+        if absolute and vertex.step is not None:
+            pushed = [vertex.step.push_absolute(tuple(arrived))]
+        else:
+            pushed = vertex.push(arrived, [None] * len(vertex.shapes))
         cost += Cost(1, len(values)) if vertex.step is not None else Cost()
         known |= {Buffer(index, number): rows for number, rows in enumerate(pushed)}
     return (known.get(upper) if isinstance(upper, Buffer) else through(*upper)), cost
