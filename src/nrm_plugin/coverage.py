@@ -14,7 +14,7 @@ from zennit.core import Composite
 from .calls import Call, Inputs, Output
 from .composites import Normalized, NRMDefault
 from .functional import FunctionCall
-from .reading import Weighted
+from .layers import Weighted
 from .recording import Recording
 from .steps import LayerCall, Step
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from zennit.rules import Pass
 
-from .reading import Weighted, is_affine
+from .layers import Weighted, is_affine
 from .routes import source_of
 from .steps import LayerCall, Saved, Step
 

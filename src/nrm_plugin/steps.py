@@ -25,17 +25,8 @@ from zennit.rules import Pass
 
 from .errors import BatchNormWarning, UnsupportedRuleError
 from .kernels import RESIDUALS, BranchKernel, Kernel, Residual, Scale, scale_of, scales
-from .reading import (
-    Image,
-    broadcast,
-    check_linear,
-    is_affine,
-    is_by_modifiers,
-    is_known_linear,
-    read_rule,
-    reads_output,
-    wants_image,
-)
+from .layers import Image, broadcast, is_affine, is_by_modifiers, is_known_linear
+from .reading import check_linear, read_rule, reads_output, wants_image
 from .shells import shell_of
 from .subclasses import WeightSeen, is_own_layer
 

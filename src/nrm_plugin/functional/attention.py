@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
 from ..kernels import Kernel
-from ..reading import Weightless, read_rule
+from ..layers import Weightless
+from ..reading import read_rule
 from ..rules import Absolute
 from .opaque import Unknown
 from .registry import FunctionCall, Slot, kernel

@@ -16,7 +16,8 @@ from zennit.rules import Norm, Pass
 
 from ..errors import UnsupportedOperationError
 from ..kernels import Kernel
-from ..reading import PlainGradient, Weighted, Weightless, read_rule
+from ..layers import Weighted, Weightless
+from ..reading import PlainGradient, read_rule
 from ..rules import Absolute
 from ..steps import LayerCall, Saved
 from .opaque import Unknown, uncovered

@@ -1,0 +1,134 @@
+"""Affine layers, and which rules are known on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeGuard
+
+from torch import Tensor, nn
+from zennit.core import BasicHook, Hook
+from zennit.layer import Sum
+from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus
+
+
+class Weightless(nn.Module):
+    """A function of one tensor as a module without weights; it must be linear in that tensor.
+
+    Args:
+        function: ``(N, *in)`` to ``(N, *out)``.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, source: Tensor) -> Tensor:
+        """The function."""
+        return self.function(source)
+
+
+class Weighted(nn.Module):
+    """A function of a tensor, a weight and a bias as a module that has them.
+
+    Args:
+        function: ``(source, weight, bias or None)`` to the output; linear in source and in weight, bias added.
+        weight: The weight.
+        bias: The bias, if there is one.
+        bias_dim: The dimension of the output along which the bias lies.
+        groups: Groups of a convolution.
+        is_transposed: Whether the first dimension of the weight is that of the input channels.
+        padding_mode: What a convolution continues its input with.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        bias_dim: int,
+        groups: int = 1,
+        is_transposed: bool = False,
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.groups, self.is_transposed = groups, is_transposed
+        self.padding_mode = padding_mode
+        self.bias_dim = bias_dim
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, source: Tensor) -> Tensor:
+        """The function on the weight and bias that it has now."""
+        bias = self._parameters["bias"]
+        return self.function(source, self.weight, bias)
+
+
+WEIGHTED = (
+    Weighted,
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+WEIGHTLESS = (
+    Weightless,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    Sum,
+)
+
+
+def is_affine(module: nn.Module) -> bool:
+    """Whether the module is one of torch's affine layers, its forward not overridden by a subclass or a canonizer."""
+    if "forward" in module.__dict__ or module._modules:
+        return False
+    kinds = [kind for kind in (*WEIGHTED, *WEIGHTLESS) if isinstance(module, kind)]
+    return any(type(module).forward is kind.forward for kind in kinds) and (
+        not isinstance(module, WEIGHTED) or module._parameters.get("weight") is not None
+    )
+
+
+def broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
+    """A bias in a shape that broadcasts over what its layer returns."""
+    last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
+    if last or bias.ndim > 1:  # a bias that depends on the position comes in the shape of the output
+        return bias
+    # By the dimensions of the layer, not of the image, which may lack the batch.
+    spatial = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else image.ndim - 2
+    return bias.reshape(-1, *(1,) * spatial)
+
+
+Call = Callable[[nn.Module, Tensor], Tensor]
+"""Runs a module on its first input, the others as they were."""
+
+
+Image = tuple[Tensor, Tensor]
+"""What a layer returned without its bias, and the weight that it had."""
+
+
+def is_by_modifiers(hook: Hook) -> TypeGuard[BasicHook]:
+    """Whether a rule is written with the modifiers of Zennit's ``BasicHook`` alone."""
+    return isinstance(hook, BasicHook) and not overrides(hook, "backward", BasicHook)
+
+
+def is_known_linear(hook: Hook) -> bool:
+    """Whether this is a rule of Zennit, or of this package, that is known to be linear in the relevance."""
+    return type(hook) in LINEAR_RULES or type(hook).__module__ == "nrm_plugin.rules"
+
+
+LINEAR_RULES = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus)
+
+
+def overrides(hook: Hook, method: str, base: type = Hook) -> bool:
+    """Whether a rule has a method of its own."""
+    return getattr(type(hook), method) is not getattr(base, method)
