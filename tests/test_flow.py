@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -11,12 +15,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_hex
+from matplotlib.patches import PathPatch, Rectangle
+from PIL import Image
 from torch import nn
-from zennit.composites import EpsilonPlus
+from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus
 
 from nrm_plugin import FlowGraph, RelevanceMeasure, at, patches
+from nrm_plugin.demo.model import load_digits, load_model
+from nrm_plugin.demo.run import plain_sums
 from nrm_plugin.errors import EventError, InputError, MissingExtraError, UnknownLayerError
 from nrm_plugin.flow import FlowError
+from nrm_plugin.flow_plots import flow_figure, profile_figure
+from nrm_plugin.profiles import ProfileRow, profile
+from nrm_plugin.ribbons import DARK, LIGHT, percent
+from nrm_plugin.sankey import sankey, save_sankey
 from tests.nets import Case, rule_maps, tiny_nets, zennit_composite
 from tests.oracles import Walks, enumerate_walks
 
@@ -146,7 +159,7 @@ X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().man
 
 @pytest.fixture(scope="module")
 def mu() -> RelevanceMeasure:
-    return RelevanceMeasure(net(), X, 2, residual="sink")
+    return RelevanceMeasure(net(), X, 2, residual="sink", composite=EpsilonAlpha2Beta1())
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +230,7 @@ def test_all_channels_take_no_pass_for_each(mu):
 
 def test_names_may_come_in_any_order_and_samples_are_told_apart(mu):
     assert mu.flow(["input", "0", "output"], sample=0) == mu.flow(["output", "0", "input"], sample=0)
-    alone = RelevanceMeasure(net(), X[1:], 2, residual="sink").flow(["2", "0"])
+    alone = RelevanceMeasure(net(), X[1:], 2, residual="sink", composite=EpsilonAlpha2Beta1()).flow(["2", "0"])
     for one, other in zip(mu.flow(["2", "0"], sample=1).joints, alone.joints, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-12)
     by_module = RelevanceMeasure(model := net(), X[:1], 2).flow([model[2], at("0")])
@@ -381,3 +394,150 @@ def test_volumes_have_patches_too():
     corner = at("0")[1] & at("input")[:, :2, 2:, :2]
     assert graph.joints[0][1, 2] == pytest.approx(float(mu(corner)))
     assert graph.layers[1].groups == tuple(range(8))
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def shapes(figure, kind) -> list:
+    return [patch for axes in figure.axes for patch in axes.patches if isinstance(patch, kind)]
+
+
+def drawn(graph: FlowGraph) -> list[float]:
+    """Joint relevance that is drawn, and between nodes that are."""
+    return [edge.mass for edge in graph.edges if abs(edge.mass) > 1e-6
+            and all(node.kind == "group" or abs(node.mass) > 1e-6 for node in (edge.upper, edge.lower))]  # fmt: skip
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_picture_has_a_bar_for_each_node_and_a_ribbon_for_each_edge(full, dark, tmp_path):
+    graph = full.smaller(top=3)
+    figure = flow_figure(graph, "heading", dark=dark)
+    nodes = [node for node in graph.nodes if node.kind == "group" or abs(node.mass) > 1e-6]
+    bars, ribbons = shapes(figure, Rectangle), shapes(figure, PathPatch)
+    assert (len(bars), len(ribbons)) == (len(nodes), len(drawn(graph)))
+    written = texts(figure)
+    assert {"input", "0", "2", "output", *(node.label for node in nodes)} <= set(written)
+    # One scale for all: the height of a ribbon where it starts is the size of its joint relevance.
+    heights = sorted(float(v[0] - v[7]) for v in (ribbon.get_path().vertices[:, 1] for ribbon in ribbons))
+    largest = max(abs(mass) for mass in drawn(graph))
+    expected = sorted(max(abs(mass) / largest * heights[-1], 0.0015) for mass in drawn(graph))
+    np.testing.assert_allclose(heights, expected, rtol=1e-6)
+    palette = DARK if dark else LIGHT
+    colors = {to_hex(bar.get_facecolor()) for bar in bars}
+    assert colors == {palette.positive, palette.negative, palette.other, palette.off}
+    figure.savefig(tmp_path / "flow.png", facecolor=figure.get_facecolor())
+    with Image.open(tmp_path / "flow.png") as image:
+        assert image.convert("RGB").getpixel((2, 2)) == tuple(int(palette.paper[at : at + 2], 16) for at in (1, 3, 5))
+
+
+def test_labels_of_long_columns_do_not_overlap():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 2)).eval()
+    figure = flow_figure(RelevanceMeasure(model, torch.randn(1, 30), 0).flow(["1", "input"], top=None))
+    figure.canvas.draw()
+    labels = [text for text in figure.axes[0].texts if text.get_text().isdecimal() and text.get_ha() == "right"]
+    boxes = sorted((text.get_window_extent() for text in labels), key=lambda box: box.y0)
+    assert len(boxes) == 30
+    assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
+
+
+def test_layers_without_relevance_are_drawn_and_too_wide_ones_refused():
+    black = RelevanceMeasure(net(), 0 * X[:1], 1, residual="sink", composite=EpsilonPlus())
+    figure = flow_figure(black.flow(["output", "0", "input"]))
+    assert {"no relevance crosses it", "absorbed"} <= set(texts(figure))
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 3)).eval()
+    graph = RelevanceMeasure(wide, torch.randn(1, 8), 0).flow(["0", "input"], top=None)
+    with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a picture has room for 40\. Take fewer"):
+        flow_figure(graph)
+    assert len(shapes(flow_figure(graph.smaller(top=5)), Rectangle)) == 6 + 6
+
+
+def test_the_profile_has_the_books_of_each_layer_beside_plain_lrp():
+    model, digits = load_model(), load_digits()[0][:1]
+    rules = EpsilonPlus()
+    mu = RelevanceMeasure(model, digits, 0, composite=rules)
+    leaky = RelevanceMeasure(model, digits, 0, composite=EpsilonPlus(), residual="sink")
+    names = ["features.12", "input", "features.7"]
+    rows = profile(mu, names, leaky)
+    assert [row.layer for row in rows] == ["features.12", "features.7", "input"]
+    zennit = plain_sums(model, digits, [0], EpsilonPlus(), names)
+    for row in rows:
+        assert row.plain == pytest.approx(float(zennit[row.layer]), rel=1e-4)
+        assert row.mass + row.sink + row.bypass == pytest.approx(1, abs=1e-5)
+        assert (row.mass, row.variation) == (
+            pytest.approx(float(mu.marginal(row.layer).sum())), pytest.approx(float(mu.variation(row.layer)))
+        )  # fmt: skip
+    assert abs(rows[-1].plain - rows[-1].mass) > 0.01
+    assert {row.layer for row in profile(mu)} >= {"output", "features.0", "input"}
+    left, right = profile_figure(rows, "heading", dark=True).axes
+    assert right.lines[0].get_xdata().tolist() == [row.variation for row in rows]
+    (marks,) = [line for line in left.lines if line.get_label() == "sum of plain LRP"]
+    assert marks.get_xdata().tolist() == [row.plain for row in rows]
+    with pytest.raises(InputError, match="residual='sink'; this one redistributes"):
+        profile(mu, plain=mu)
+
+
+def test_the_profile_of_a_signed_rule_has_a_logarithmic_scale():
+    rows = [ProfileRow("a", 1.0, 0.0, 0.0, 1.0), ProfileRow("b", 0.9, 0.1, 0.0, 4000.0)]
+    assert profile_figure(rows).axes[1].get_xscale() == "log"
+    assert profile_figure(rows[:1]).axes[1].get_xscale() == "linear"
+
+
+# -- the page to hover over -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(full: FlowGraph, tmp_path_factory: pytest.TempPathFactory):
+    pytest.importorskip("plotly")
+    graph = full.smaller(top=3)
+    return graph, save_sankey(graph, tmp_path_factory.mktemp("page") / "flow.html", "A <b>bold</b> & odd title")
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(page):
+    _, path = page
+    text = path.read_text(encoding="utf-8")
+    assert path.stat().st_size < 5_000_000
+    assert "<h1>A &lt;b&gt;bold&lt;/b&gt; &amp; odd title</h1>" in text
+    assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", text)
+    assert "prefers-color-scheme: dark" in text
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_draws_every_node_and_edge_without_a_network(page, tmp_path):
+    graph, path = page
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--no-first-run",
+               "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=3000", "--dump-dom"]  # fmt: skip
+    found = subprocess.run([BROWSER, *options, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    nodes = [node for node in graph.nodes if node.kind == "group" or abs(node.mass) > 1e-6]
+    assert len(re.findall(r'class="sankey-link"', found.stdout)) == len(drawn(graph))
+    assert len(re.findall(r'class="sankey-node"', found.stdout)) == len(nodes)
+    labels = re.findall(r'class="node-label"[^>]*>(?:<tspan[^>]*>)?([^<]+)', found.stdout)
+    assert sorted(labels) == sorted(node.label for node in nodes)
+
+
+def test_hovering_tells_mass_joint_and_conditional(page):
+    graph, path = page
+    text = path.read_text(encoding="utf-8")
+    shown = json.loads(re.search(r'"node":.*?"customdata":(\[.*?\])', text.split("Plotly.newPlot")[1], re.S)[1])
+    assert len(shown) == len([node for node in graph.nodes if node.kind == "group" or abs(node.mass) > 1e-6])
+    edge = max((e for e in graph.edges if {e.upper.kind, e.lower.kind} == {"group"}), key=lambda e: abs(e.mass))
+    for value in (edge.mass, edge.given_upper, edge.given_lower):
+        assert json.dumps(percent(value))[1:-1] in text
+    assert f"{edge.lower.layer}: <b>{edge.lower.label}</b><br>mass {percent(edge.lower.mass)}" in shown
+
+
+def test_without_plotly_the_extra_is_named(full, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'nrm-plugin\[html\]'"):
+        sankey(full.smaller(top=2))

@@ -51,13 +51,13 @@ class Budget:
     image: Values | None = None
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure, 150 dots per inch; returns the path.
+def save(figure: Figure, path: Path, paper: str = "white") -> Path:
+    """Write a figure, 150 dots per inch, on paper of a colour; returns the path.
 
     Raises:
         OSError: The file cannot be written.
     """
-    figure.savefig(path, dpi=DPI, facecolor="white")
+    figure.savefig(path, dpi=DPI, facecolor=paper)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,35 @@ from matplotlib.path import Path as Curve
 
 POSITIVE, NEGATIVE = "#b2182b", "#2166ac"
 INK, PALE = "#222222", "#6b6b6b"
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of a drawing.
+
+    Attributes:
+        positive, negative: Of relevance; red and blue, which colour-blind readers tell apart.
+        ink, pale: Of text.
+        paper: Behind all.
+        other: Of what is no group that is shown.
+        off: Of walks that do not cross a layer.
+    """
+
+    positive: str = POSITIVE
+    negative: str = NEGATIVE
+    ink: str = INK
+    pale: str = PALE
+    paper: str = "#ffffff"
+    other: str = "#8c8c8c"
+    off: str = "#e69f00"
+
+    def of(self, value: float) -> str:
+        """The colour of a relevance."""
+        return self.positive if value >= 0 else self.negative
+
+
+LIGHT = Palette()
+DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c", "#f0b73f")
 
 ROW, GAP = 0.085, 0.025
 """Height that the label of a node needs, and what is left free between two nodes, as shares of the drawing."""
@@ -33,12 +63,14 @@ class Column:
         note: Second, smaller line of the heading.
         labels: One for each node, from top to bottom.
         marginals: Relevance of each node; the height of its bar.
+        kinds: For each node ``""``, ``"other"`` or ``"off"``, which have colours of their own; all ``""`` by default.
     """
 
     name: str
     note: str
     labels: Sequence[str]
     marginals: Sequence[float]
+    kinds: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -49,11 +81,21 @@ class Ribbon:
         nodes: Position of the node in each column.
         value: Joint relevance; the width of the ribbon.
         mark: Drawn strongly under this short name; pale without.
+        start: The first column that it is in.
+        kind: As in :class:`Column`.
+        strength: Opacity where it is not marked.
     """
 
     nodes: tuple[int, ...]
     value: float
     mark: str = ""
+    start: int = 0
+    kind: str = ""
+    strength: float = 0.13
+
+    def node(self, column: int) -> int | None:
+        """The node that it crosses in a column, None in columns that it does not reach."""
+        return self.nodes[column - self.start] if 0 <= column - self.start < len(self.nodes) else None
 
 
 def percent(value: float) -> str:
@@ -66,29 +108,43 @@ def percent(value: float) -> str:
     return text.replace("-", "−")
 
 
-def draw_flow(axes: Axes, columns: Sequence[Column], ribbons: Sequence[Ribbon]) -> None:
+def rows_scale(columns: Sequence[Column]) -> float:
+    """Factor on the height of a label at which the longest column fits; the drawing has to be so much higher."""
+    longest = max((len(column.labels) for column in columns), default=0)
+    return min(1.0, 0.9 / max(longest * (ROW + GAP), 1e-12))
+
+
+def draw_flow(
+    axes: Axes,
+    columns: Sequence[Column],
+    ribbons: Sequence[Ribbon],
+    palette: Palette = LIGHT,
+    scale: float = 1.0,
+) -> None:
     """Bars as high as the relevance of a node, ribbons as wide as the joint relevance, both on one scale.
 
     Args:
         axes: Where to draw.
         columns: The layers, from left to right.
-        ribbons: Joint relevance of one node in each column.
+        ribbons: Joint relevance of one node in each column, or in some consecutive ones.
+        palette: Colours.
+        scale: Factor on all that is as high as text, where the drawing is higher than 5 inches.
     """
     axes.set_xlim(-0.33, len(columns) - 0.67)
-    axes.set_ylim(-0.07, 1.13)
+    axes.set_ylim(-0.07 * scale, 1 + 0.13 * scale)
     axes.set_axis_off()
     extents = [_extents(number, column, ribbons) for number, column in enumerate(columns)]
-    unit = min(_unit(extent) for extent in extents)
-    centers = [_centers(extent, unit) for extent in extents]
-    factor = _factor(extents, ribbons, unit)
+    unit = min(_unit(extent, scale) for extent in extents)
+    centers = [_centers(extent, unit, scale) for extent in extents]
+    factor = _factor(extents, ribbons, unit, scale)
     lanes = _lanes(centers, ribbons, unit * factor)
     drawn = list(zip(ribbons, lanes, strict=True))
     for ribbon, lane in sorted(drawn, key=lambda one: (bool(one[0].mark), -abs(one[0].value))):
-        _draw_ribbon(axes, lane, abs(ribbon.value) * unit * factor, ribbon)
+        _draw_ribbon(axes, lane, abs(ribbon.value) * unit * factor, ribbon, palette)
     for number, column in enumerate(columns):
-        _draw_column(axes, number, column, centers[number], unit)
+        _draw_column(axes, number, column, centers[number], unit, palette, scale)
     _draw_marks(axes, [(ribbon, lane) for ribbon, lane in drawn if ribbon.mark])
-    _draw_key(axes, columns, ribbons, factor)
+    _draw_key(axes, columns, ribbons, factor, palette, scale)
 
 
 # -- places ---------------------------------------------------------------------------------------------------------
@@ -98,30 +154,39 @@ def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[flo
     """What each node of a column needs: its bar, or its ribbons where they cancel to less."""
     needs = [abs(value) for value in column.marginals]
     for node in range(len(needs)):
-        needs[node] = max(needs[node], sum(abs(one.value) for one in ribbons if one.nodes[number] == node))
+        needs[node] = max(needs[node], *_stacks(number, node, ribbons))
     return needs
 
 
-def _unit(extents: Sequence[float]) -> float:
+def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
+    """Widths of the ribbons at a node, together for those that start in one column: these are stacked."""
+    found: dict[int, float] = {}
+    for one in ribbons:
+        if one.node(number) == node:
+            found[one.start] = found.get(one.start, 0.0) + abs(one.value)
+    return list(found.values()) or [0.0]
+
+
+def _unit(extents: Sequence[float], scale: float) -> float:
     """Height of a relevance of one at which a column, with room for its labels, is exactly one high."""
     low, high = 0.0, 1.0 / max(sum(extents), 1e-12)
     for _ in range(50):
         middle = (low + high) / 2
-        filled = sum(max(ROW, extent * middle) + GAP for extent in extents)
+        filled = sum(max(ROW * scale, extent * middle) + GAP * scale for extent in extents)
         low, high = (middle, high) if filled <= 1 else (low, middle)
     # More labels than fit into the height: they overlap, but the bars are still drawn.
     return low or 0.5 / max(sum(extents), 1e-12)
 
 
-def _centers(extents: Sequence[float], unit: float) -> list[float]:
+def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]:
     """Heights of the middles of the nodes, from the top, free space shared evenly."""
-    rows = [max(ROW, extent * unit) for extent in extents]
+    rows = [max(ROW * scale, extent * unit) for extent in extents]
     space = (1 - sum(rows)) / max(len(rows), 1)
     ends = np.cumsum([row + space for row in rows])
     return [float(1 - end + (row + space) / 2) for end, row in zip(ends, rows, strict=True)]
 
 
-def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float) -> int:
+def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float, scale: float) -> int:
     """1, or where all ribbons would be hairlines a round number that widens them as far as their nodes have room."""
     widest = max((abs(one.value) for one in ribbons), default=0) * unit
     if widest == 0 or widest >= VISIBLE:
@@ -129,23 +194,27 @@ def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit:
     room = math.inf
     for number, extent in enumerate(extents):
         for node, height in enumerate(extent):
-            stack = sum(abs(one.value) for one in ribbons if one.nodes[number] == node)
+            stack = max(_stacks(number, node, ribbons))
             if stack > 0:
-                room = min(room, max(height, 0.8 * ROW / unit) / stack)
+                room = min(room, max(height, 0.8 * ROW * scale / unit) / stack)
     power = 10 ** math.floor(math.log10(max(room, 1)))
     return int(max(step * power for step in (1, 2, 5) if step * power <= max(room, 1)))
 
 
 def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float) -> list[list[float]]:
-    """Heights at which each ribbon crosses the columns: stacked at every node in the order of where they lead."""
-    lanes = [[0.0] * len(centers) for _ in ribbons]
+    """Heights at which each ribbon crosses its columns: stacked at every node in the order of where they lead."""
+    lanes = [[0.0] * len(one.nodes) for one in ribbons]
+    starts = sorted({one.start for one in ribbons})
     for number, heights in enumerate(centers):
-        for node, center in enumerate(heights):
-            here = [(lane, one) for lane, one in zip(lanes, ribbons, strict=True) if one.nodes[number] == node]
-            here.sort(key=lambda pair: -sum(centers[at][to] for at, to in enumerate(pair[1].nodes) if at != number))
+        for (node, center), start in itertools.product(enumerate(heights), starts):
+            both = zip(lanes, ribbons, strict=True)
+            here = [(lane, one) for lane, one in both if one.start == start and one.node(number) == node]
+            here.sort(
+                key=lambda pair: -sum(centers[at][to] for at, to in enumerate(pair[1].nodes, start) if at != number)
+            )
             top = center + sum(abs(one.value) for _, one in here) * unit / 2
             for lane, one in here:
-                lane[number] = top - abs(one.value) * unit / 2
+                lane[number - start] = top - abs(one.value) * unit / 2
                 top -= abs(one.value) * unit
     return lanes
 
@@ -167,29 +236,47 @@ def _color(value: float) -> str:
     return POSITIVE if value >= 0 else NEGATIVE
 
 
-def _draw_ribbon(axes: Axes, lane: Sequence[float], width: float, ribbon: Ribbon) -> None:
+def _shade(kind: str, value: float, palette: Palette) -> str:
+    return {"other": palette.other, "off": palette.off}.get(kind, palette.of(value))
+
+
+def _draw_ribbon(axes: Axes, lane: Sequence[float], width: float, ribbon: Ribbon, palette: Palette) -> None:
     half = max(width, 0.0015) / 2
-    for left, (start, end) in enumerate(pairwise(lane)):
+    color = _shade(ribbon.kind, ribbon.value, palette)
+    for left, (start, end) in enumerate(pairwise(lane), ribbon.start):
         x = (left, left + 0.5, left + 0.5, left + 1)
         over = [(at, y + half) for at, y in zip(x, (start, start, end, end), strict=True)]
         under = [(at, y - half) for at, y in zip(x, (start, start, end, end), strict=True)][::-1]
         curve = Curve([*over, *under, over[0]], [1, 4, 4, 4, 2, 4, 4, 4, 79])
-        strength = 0.72 if ribbon.mark else 0.13
+        strength = 0.72 if ribbon.mark else ribbon.strength
         layer = 2 + bool(ribbon.mark)
-        axes.add_patch(PathPatch(curve, facecolor=_color(ribbon.value), edgecolor="none", alpha=strength, zorder=layer))
+        axes.add_patch(PathPatch(curve, facecolor=color, edgecolor="none", alpha=strength, zorder=layer))
 
 
-def _draw_column(axes: Axes, number: int, column: Column, centers: Sequence[float], unit: float) -> None:
-    axes.text(number, 1.13, column.name, ha="center", va="top", fontsize=10.5, weight="bold", color=INK)
-    axes.text(number, 1.075, column.note, ha="center", va="top", fontsize=8, color=PALE)
-    halo = [patheffects.withStroke(linewidth=2.5, foreground="white")]
+def _draw_column(
+    axes: Axes, number: int, column: Column, centers: Sequence[float], unit: float, palette: Palette, scale: float
+) -> None:
+    name, note = 1 + 0.13 * scale, 1 + 0.075 * scale
+    axes.text(number, name, column.name, ha="center", va="top", fontsize=10.5, weight="bold", color=palette.ink)
+    axes.text(number, note, column.note, ha="center", va="top", fontsize=8, color=palette.pale)
+    halo = [patheffects.withStroke(linewidth=2.5, foreground=palette.paper)]
     x, align = (number - 0.05, "right") if number == 0 else (number + 0.05, "left")
-    for label, value, center in zip(column.labels, column.marginals, centers, strict=True):
+    kinds = column.kinds or [""] * len(column.labels)
+    for label, value, center, kind in zip(column.labels, column.marginals, centers, kinds, strict=True):
         height = max(abs(value) * unit, 0.004)
-        axes.add_patch(Rectangle((number - BAR, center - height / 2), 2 * BAR, height, color=_color(value), zorder=5))
-        for text, rise, size, color in ((label, 0.018, 9.5, INK), (percent(value), -0.021, 7.5, PALE)):
+        color = _shade(kind, value, palette)
+        axes.add_patch(Rectangle((number - BAR, center - height / 2), 2 * BAR, height, color=color, zorder=5))
+        for text, rise, size, color in ((label, 0.018, 9.5, palette.ink), (percent(value), -0.021, 7.5, palette.pale)):
             axes.text(
-                x, center + rise, text, ha=align, va="center", fontsize=size, color=color, zorder=6, path_effects=halo
+                x,
+                center + rise * scale,
+                text,
+                ha=align,
+                va="center",
+                fontsize=size,
+                color=color,
+                zorder=6,
+                path_effects=halo,
             )
 
 
@@ -213,10 +300,14 @@ def _draw_marks(axes: Axes, marked: Sequence[tuple[Ribbon, list[float]]]) -> Non
         )  # fmt: skip
 
 
-def _draw_key(axes: Axes, columns: Sequence[Column], ribbons: Sequence[Ribbon], factor: int) -> None:
+def _draw_key(
+    axes: Axes, columns: Sequence[Column], ribbons: Sequence[Ribbon], factor: int, palette: Palette, scale: float
+) -> None:
     """What heights and colours mean; colours only where both can be seen."""
     values = [*(value for column in columns for value in column.marginals), *(one.value for one in ribbons)]
     both = min(max(values, default=0), -min(values, default=0)) > 0.02 * max(map(abs, values), default=0)
     text = f"height: relevance{f', ribbons {factor} times wider' if factor > 1 else ''}"
     signs = "; red positive, blue negative" if both else ""
-    axes.text((len(columns) - 1) / 2, -0.05, text + signs, ha="center", va="center", fontsize=8, color=PALE)
+    axes.text(
+        (len(columns) - 1) / 2, -0.05 * scale, text + signs, ha="center", va="center", fontsize=8, color=palette.pale
+    )

@@ -1,0 +1,157 @@
+"""Pictures of a flow graph and of the layers that it goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from .flow import FlowError, FlowGraph, FlowLayer, FlowNode
+from .plots import Budget, draw_budget
+from .profiles import ProfileRow
+from .ribbons import DARK, INK, LIGHT, Column, Palette, Ribbon, draw_flow, percent, rows_scale
+
+MOST = 40
+"""Nodes of one layer that a picture has room for."""
+NEGLIGIBLE = 1e-6
+"""Relevance that is not drawn where it is nobody's: rounding."""
+KINDS = {"group": "", "rest": "other", "off": "off"}
+STRENGTH = {"group": 0.45, "rest": 0.2, "off": 0.25}
+
+
+def drawn_nodes(layer: FlowLayer) -> list[tuple[int, FlowNode]]:
+    """The nodes of a layer that get a place, each with its row in the joint relevance.
+
+    Raises:
+        FlowError: They are more than a picture has room for.
+    """
+    if len(layer.groups) > MOST:
+        raise FlowError(
+            f"{layer.name} shows {len(layer.groups)} groups, and a picture has room for {MOST}. Take fewer: "
+            "graph.smaller(top=8), or coverage=0.9."
+        )
+    nodes = list(enumerate(layer.nodes))
+    return [(row, node) for row, node in nodes if node.kind == "group" or abs(node.mass) > NEGLIGIBLE]
+
+
+def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False) -> Figure:
+    """A flow graph as ribbons between bars, the input at the left; heights are relevance.
+
+    Grey is the rest of a layer, orange what was absorbed above it or goes around it; of the other colours red is
+    positive and blue negative, which colour-blind readers tell apart.
+
+    Args:
+        graph: The graph.
+        heading: Above the drawing.
+        dark: For a dark background; save it with ``facecolor=figure.get_facecolor()``.
+
+    Raises:
+        FlowError: A layer shows more groups than there is room for.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> graph = RelevanceMeasure(net, torch.randn(1, 3), 1).flow(["output", "1", "input"])
+        >>> type(flow_figure(graph)).__name__
+        'Figure'
+    """
+    palette = DARK if dark else LIGHT
+    layers = graph.layers[::-1]
+    nodes = [drawn_nodes(layer) for layer in layers]
+    columns = [_column(layer, found) for layer, found in zip(layers, nodes, strict=True)]
+    ribbons = []
+    for start, joint in enumerate(graph.joints[::-1]):
+        for left, (lower, below) in enumerate(nodes[start]):
+            for right, (upper, above) in enumerate(nodes[start + 1]):
+                value = float(joint[upper, lower])
+                if abs(value) > NEGLIGIBLE:
+                    kind = _paler(below, above)
+                    ribbons.append(Ribbon((left, right), value, "", start, KINDS[kind], STRENGTH[kind]))
+    scale = rows_scale(columns)
+    figure = Figure(figsize=(2.6 + 2.4 * max(len(columns) - 1, 1), 5.0 / scale), layout="constrained")
+    figure.set_facecolor(palette.paper)
+    if heading:
+        figure.suptitle(heading, fontsize=12.5, color=palette.ink)
+    draw_flow(figure.add_subplot(), columns, ribbons, palette, scale)
+    return figure
+
+
+def _paler(below: FlowNode, above: FlowNode) -> str:
+    kinds = {below.kind, above.kind}
+    return "off" if "off" in kinds else "rest" if "rest" in kinds else "group"
+
+
+def _column(layer: FlowLayer, nodes: Sequence[tuple[int, FlowNode]]) -> Column:
+    held, total = sum(layer.masses), len(layer.groups) + layer.others
+    note = f"{len(layer.groups)} of {total}: {percent(held)}" if layer.groups else "no relevance crosses it"
+    labels = [node.label for _, node in nodes]
+    kinds = [KINDS[node.kind] for _, node in nodes]
+    return Column(_short(layer.name), note, [_short(label, 18) for label in labels],
+                  [node.mass for _, node in nodes], kinds)  # fmt: skip
+
+
+def _short(text: str, length: int = 24) -> str:
+    half = (length - 1) // 2
+    kept = text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
+    return kept.replace("$", r"\$")
+
+
+def profile_figure(rows: Sequence[ProfileRow], heading: str = "", dark: bool = False) -> Figure:
+    """Mass, sink and bypass of each layer as bars, and its variation beside them; the output on top.
+
+    Args:
+        rows: Of :func:`~nrm_plugin.profiles.profile`.
+        heading: Above the drawing.
+        dark: For a dark background; save it with ``facecolor=figure.get_facecolor()``.
+    """
+    palette = DARK if dark else LIGHT
+    figure = Figure(figsize=(8.2, 1.5 + 0.26 * len(rows)), layout="constrained")
+    figure.set_facecolor(palette.paper)
+    if heading:
+        figure.suptitle(heading, fontsize=12.5, color=palette.ink)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1.4), sharey=True)
+    plain = [row.plain for row in rows if row.plain is not None]
+    budget = Budget("where the relevance is", [row.mass for row in rows], [row.sink for row in rows],
+                    [row.bypass for row in rows], plain if len(plain) == len(rows) else None)  # fmt: skip
+    draw_budget(left, [_short(row.layer, 30) for row in rows], budget, "sum of plain LRP")
+    _draw_variation(right, [row.variation for row in rows])
+    for axes in (left, right):
+        _recolour(axes, palette)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8.5,
+        labelcolor=palette.ink,
+    )  # fmt: skip
+    return figure
+
+
+def _draw_variation(axes: Axes, values: Sequence[float]) -> None:
+    places = range(len(values))
+    largest = max([*values, 1.0])
+    axes.plot(values, places, "o-", color=INK, markersize=4, linewidth=0.9)
+    axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 2)))
+    if largest > 20:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(min(0.9, *values), max(2.0, 1.1 * largest))
+    axes.set_title("variation", fontsize=10, y=1.035)
+    axes.tick_params(length=0, labelsize=8.5)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def _recolour(axes: Axes, palette: Palette) -> None:
+    axes.set_facecolor(palette.paper)
+    axes.tick_params(colors=palette.ink)
+    axes.title.set_color(palette.ink)
+    axes.spines["bottom"].set_color(palette.pale)
+    for line in axes.lines:
+        if to_hex(line.get_color()) == INK:
+            line.set_color(palette.ink)
+
+
+__all__ = ["drawn_nodes", "flow_figure", "profile_figure"]
