@@ -22,6 +22,17 @@ from .named import (
 )
 from .neuron_sets import TopSets, top_sets
 from .neuron_walks import NeuronWalk, best_walk
+from .restriction import (
+    CurvePoint,
+    Restriction,
+    Selection,
+    ablation,
+    activations,
+    mse,
+    restriction,
+    select_neurons,
+    smape,
+)
 from .rules import Absolute, ConservingEpsilon, Relative
 from .walks import GroupWalk, TopWalks, top_walks
 
@@ -32,6 +43,7 @@ __all__ = [
     "ConceptNRM",
     "ConservingEpsilon",
     "Coverage",
+    "CurvePoint",
     "DataLoaderNRM",
     "Event",
     "FlowGraph",
@@ -55,14 +67,22 @@ __all__ = [
     "Normalized",
     "Relative",
     "RelevanceMeasure",
+    "Restriction",
+    "Selection",
     "TopSets",
     "TopWalks",
+    "ablation",
+    "activations",
     "at",
     "best_walk",
     "condition_event",
     "coverage",
+    "mse",
     "patches",
     "register_kernel",
+    "restriction",
+    "select_neurons",
+    "smape",
     "top_sets",
     "top_walks",
 ]

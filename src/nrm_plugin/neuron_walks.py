@@ -27,7 +27,7 @@ class NeuronWalk:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> mu = RelevanceMeasure(net, torch.randn(1, 3), 1, composite=NRMAbsolute())
         >>> list(best_walk(mu).neurons)
-        ['output', '1', '0', 'input']
+        ['2', '1', '0', 'input']
     """
 
     mass: float

@@ -32,6 +32,9 @@ FOR_TABLES = 0.6
 NEARLY = 1e-4
 """Share of negative mass up to which a segment counts as one without negative kernels."""
 
+Open = tuple[float, int, tuple[int, ...], Tensor]
+"""A prefix that may go on: less its bound, a number, its groups, and the relevance of all groups at its last layer."""
+
 
 @dataclass(frozen=True)
 class GroupWalk:
@@ -130,8 +133,9 @@ def top_walks(
               h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
     where :math:`r_m` is the relevance of the prefix and :math:`\tilde T` the kernel of all steps between two layers.
-    Where memory allows the maximum is taken outside of the sum, which is smaller. The search may be stopped at any
-    time: masses are exact, and the bound is proven, up to rounding.
+    Where memory allows the maximum is taken outside of the sum, which is smaller. Until there are ``k`` walks, the
+    longest prefix comes first. The search may be stopped at any time: masses are exact, and the bound is proven, up to
+    rounding.
 
     Args:
         mu: A measure of one sample.
@@ -140,7 +144,7 @@ def top_walks(
         over: ``"channel"``, ``"position"``, ``"neuron"`` or labels; a list of them for each layer.
         budget: Seconds after which the search stops; ``math.inf`` for a proven answer whatever it takes. One pass for
             each two layers is always made.
-        expansions: Most prefixes that are carried down, so that two runs stop at the same place.
+        expansions: Prefixes after which it stops, so that two runs stop at the same place.
 
     Raises:
         ValueError: Several samples, no layer, or ``k`` below 1.
@@ -173,7 +177,7 @@ class _Search:
         self.chain = Chain(mu, layers, over)
         self.slack = 1 + (1e-4 if mu._start.dtype == torch.float32 else 1e-9)
         self.completions = Completions(self.chain, self.begin + FOR_TABLES * budget)
-        self.open: list[tuple[float, int, tuple[int, ...], Tensor]] = []
+        self.open: list[Open] = []
         self.best: list[tuple[float, tuple[int, ...], float]] = []
         self.dropped = 0.0
         self.expanded = 0
@@ -181,18 +185,31 @@ class _Search:
 
     def run(self, expansions: int | None) -> TopWalks:
         self._enter((), self.chain.first())
-        while self.open and -self.open[0][0] > self._least():
-            late = time.perf_counter() - self.begin > self.budget
-            if late or (expansions is not None and self.expanded >= expansions):
-                break
-            self._expand()
+        stopped = False
+        while self.open and not stopped and len(self.best) < self.k and -self.open[0][0] > 0:
+            self._expand([self._deepest()])
+            stopped = self._is_over(expansions)
+        while not stopped and self.open and -self.open[0][0] > self._least():
+            self._expand(self._most_promising())
+            stopped = self._is_over(expansions)
         return self._result()
 
     def _least(self) -> float:
         """What a walk must carry to be among the ``k``."""
         return self.best[0][0] if len(self.best) == self.k else 0.0
 
-    def _expand(self) -> None:
+    def _is_over(self, expansions: int | None) -> bool:
+        late = time.perf_counter() - self.begin > self.budget
+        return late or (expansions is not None and self.expanded >= expansions)
+
+    def _deepest(self) -> Open:
+        """The longest prefix, so that there are walks to compare with soon; of those the most promising."""
+        place = max(range(len(self.open)), key=lambda number: (len(self.open[number][2]), -self.open[number][0]))
+        chosen = self.open.pop(place)
+        heapq.heapify(self.open)
+        return chosen
+
+    def _most_promising(self) -> list[Open]:
         chosen = [heapq.heappop(self.open)]
         depth, least = len(chosen[0][2]), self._least()
         while self.open and len(chosen) < min(TOGETHER, self.chain.widths[depth - 1]):
@@ -200,6 +217,10 @@ class _Search:
             if len(prefix) != depth or -bound <= least:
                 break
             chosen.append(heapq.heappop(self.open))
+        return chosen
+
+    def _expand(self, chosen: list[Open]) -> None:
+        depth = len(chosen[0][2])
         self.expanded += len(chosen)
         vectors = [vector * (self.chain.labels[depth - 1] == prefix[-1]) for _, _, prefix, vector in chosen]
         rows = self.chain.down(depth - 1, torch.stack(vectors))

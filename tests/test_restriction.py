@@ -1,0 +1,245 @@
+"""Restriction against enumerated walks, selection against what it promises, ablation against a net cut by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nrm_plugin import (
+    NRMAbsolute,
+    RelevanceMeasure,
+    ablation,
+    activations,
+    at,
+    mse,
+    restriction,
+    select_neurons,
+    smape,
+)
+from nrm_plugin.demo import load_digits, load_model
+from nrm_plugin.errors import InputError
+from tests.nets import rule_maps, tiny_nets, zennit_composite
+from tests.oracles import enumerate_walks
+
+LAYERS = ["features.7", "features.2"]
+slowly = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+
+
+def slow_mse(r, s):
+    return sum((a - b) ** 2 for a, b in zip(r, s, strict=True)) / len(r)
+
+
+def slow_smape(r, s):
+    pairs = zip(r, s, strict=True)
+    return 100 / len(r) * sum(0.0 if a == b == 0 else abs(a - b) / ((abs(a) + abs(b)) / 2) for a, b in pairs)
+
+
+values = st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, -0.5, 1e-30, 3.0])] * 2), min_size=1, max_size=6)
+
+
+@given(pairs=values)
+def test_errors_are_their_formulas_also_at_zero(pairs):
+    r, s = (list(part) for part in zip(*pairs, strict=True))
+    full, left = (torch.tensor([part, part], dtype=torch.float64) for part in (r, s))
+    assert mse(full, left).tolist() == pytest.approx([slow_mse(r, s)] * 2)
+    assert smape(full, left).tolist() == pytest.approx([slow_smape(r, s)] * 2)
+
+
+@st.composite
+def restricted(draw):
+    case = draw(tiny_nets(["chain_mlp", "conv_chain", "conv1d_chain", "no_bias_relu", "skip"], max_batch=2))
+    rules = draw(rule_maps(case))
+    taps = [node.tap for node in case.spec if node.kind not in ("stack", "input")]
+    layers = draw(st.lists(st.sampled_from(taps), min_size=1, max_size=3, unique=True))
+    return case, rules, layers, draw(st.integers(0, 1000))
+
+
+@slowly
+@given(restricted())
+def test_a_restriction_is_the_sum_over_walks_through_kept_neurons(drawn):
+    case, rules, layers, seed = drawn
+    mu = RelevanceMeasure(case.net, case.x, start=case.start, composite=zennit_composite(case.spec, rules))
+    coin = torch.Generator().manual_seed(seed)
+    kept = {name: torch.rand(mu.shape(name), generator=coin) < 0.6 for name in layers}
+    found = restriction(mu, kept)
+    for n, (x, start) in enumerate(zip(case.x, case.start, strict=True)):
+        walks = enumerate_walks(case.spec, x, start, rules)
+        inside = np.ones(len(walks), dtype=bool)
+        for name, mask in kept.items():
+            inside &= walks.crosses(name, indices=mask[n].flatten().nonzero().flatten().tolist())
+        scale = max(1.0, walks.variation())
+        full, left = walks.marginal("input").flatten(), walks.marginal("input", event=inside).flatten()
+        assert abs(float(found.mass[n]) - walks.mass(inside)) <= 1e-9 * scale
+        assert np.abs(found.heat_map[n].flatten().numpy() - left).max() <= 1e-9 * scale
+        assert abs(float(found.mse[n]) - slow_mse(full, left)) <= 1e-9 * scale**2
+        for name in layers:
+            masses = [walks.marginal(name, event=event) for event in (None, inside)]
+            channels = [part.reshape(len(part), -1).sum(1) for part in masses]
+            assert abs(float(found.layers[name][0][n]) - slow_mse(*channels)) <= 1e-9 * scale**2
+
+
+@slowly
+@given(restricted())
+def test_pruned_relevance_is_the_measure_given_what_is_kept(drawn):
+    """One common factor for the survivors, so that what the layer carries stays what it was: PLRP's λ."""
+    case, rules, layers, seed = drawn
+    mu = RelevanceMeasure(case.net, case.x, start=case.start, composite=zennit_composite(case.spec, rules))
+    layer = layers[0]
+    kept = torch.rand(mu.shape(layer)[1:], generator=torch.Generator().manual_seed(seed)) < 0.6
+    expected = []
+    for x, start in zip(case.x, case.start, strict=True):
+        walks = enumerate_walks(case.spec, x, start, rules)
+        inside = walks.crosses(layer, indices=kept.flatten().nonzero().flatten().tolist())
+        mass = walks.mass(inside)
+        assume(abs(mass) > 1e-3 * walks.variation())
+        expected.append((walks.marginal("input", event=inside) * (1 / mass), walks.variation()))
+    found = mu.marginal("input", given=at(layer)[kept], min_ratio=0)
+    for row, (pruned, spread) in zip(found, expected, strict=True):
+        assert np.abs(row.numpy() - pruned).max() <= 1e-6 * max(1.0, spread)
+
+
+def test_queries_over_input_groups_are_events():
+    """Symbolic XAI: what the walks that end in some patches and not in others carry, with and, or and not."""
+    images, labels = load_digits()
+    mu = RelevanceMeasure(load_model(), images[:2], labels[:2])
+    left, top = torch.zeros(1, 16, 16, dtype=torch.bool), torch.zeros(1, 16, 16, dtype=torch.bool)
+    left[..., :8], top[:, :8] = True, True
+    heat_map = mu.marginal("input")
+    a, b = at("input")[left], at("input")[top]
+    for event, mask in ((a & b, left & top), (a | b, left | top), (a - b, left & ~top), (a & ~(a & b), left & ~top)):
+        torch.testing.assert_close(mu(event), (heat_map * mask).flatten(1).sum(1), atol=1e-5, rtol=1e-4)
+
+
+def measured(count=3, composite=None):
+    images, labels = load_digits()
+    return RelevanceMeasure(load_model(), images[:count], labels[:count], composite=composite)
+
+
+def test_a_budget_is_kept_and_every_layer_keeps_something():
+    found = select_neurons(measured(), LAYERS, budget=7)
+    total = sum(mask.sum(1) for mask in found.kept.values())
+    assert total.tolist() == [7, 7, 7]
+    assert all(bool(mask.any(1).all()) for mask in found.kept.values())
+
+
+@pytest.mark.parametrize("error", [{"mse": 1e-6}, {"smape": 30.0}])
+def test_the_smallest_nested_set_within_an_error(error):
+    mu = measured(composite=NRMAbsolute())
+    found = select_neurons(mu, LAYERS, error=error)
+    ((metric, limit),) = error.items()
+    assert bool((getattr(restriction(mu, found.kept), metric) <= limit).all())
+    smaller = (found.order < found.count[:, None] - 1).split([32, 16], 1)
+    worse = restriction(mu, dict(zip(LAYERS, smaller, strict=True)))
+    assert bool((getattr(worse, metric) > limit).all())
+
+
+def test_the_curve_is_that_of_the_order():
+    mu = measured(composite=NRMAbsolute())
+    found = select_neurons(mu, LAYERS, budget=5, rounds=4)
+    assert (found.curve[0].count, found.curve[-1].count) == (48, 5)
+    for point in found.curve:
+        masks = (found.order < point.count).split([32, 16], 1)
+        left = restriction(mu, dict(zip(LAYERS, masks, strict=True)))
+        torch.testing.assert_close(left.mse, point.mse)
+        torch.testing.assert_close(left.smape, point.smape)
+        torch.testing.assert_close(left.mass, point.mass)
+    errors = torch.stack([point.mse for point in found.curve])
+    assert bool((errors.diff(dim=0) >= -1e-12).all()), "without sign, less is never better"
+
+
+def test_joint_relevance_selects_better_than_marginals():
+    """The point of elimination: what is given up is judged with what is kept elsewhere."""
+    mu = measured(20, NRMAbsolute())
+    found = select_neurons(mu, LAYERS, budget=8)
+    marginals = torch.cat([mu.marginal(layer, "channel") for layer in LAYERS], 1)
+    tops = torch.zeros_like(marginals, dtype=torch.bool).scatter(1, marginals.topk(8).indices, True)
+    plain = restriction(mu, dict(zip(LAYERS, tops.split([32, 16], 1), strict=True)))
+    assert float(restriction(mu, found.kept).mass.mean()) > float(plain.mass.mean())
+
+
+def test_neurons_can_be_selected_one_by_one():
+    mu = measured(2)
+    found = select_neurons(mu, ["features.12"], budget=10, over="neuron")
+    assert found.kept["features.12"].shape == (2, 64 * 16)
+    assert restriction(mu, {"features.12": found.kept["features.12"].view(2, 64, 4, 4)}).mass.shape == (2,)
+
+
+def cut(model, layer, mask, value):
+    """The same network with a module more."""
+    net = copy.deepcopy(model)
+    index = int(layer.split(".")[1])
+    shaped = mask[:, :, None, None]
+
+    class Cut(nn.Module):
+        def forward(self, x):
+            return shaped * x + ~shaped * value
+
+    net.features = nn.Sequential(*net.features[: index + 1], Cut(), *net.features[index + 1 :])
+    return net
+
+
+@pytest.mark.parametrize("fill", ["zero", "mean", "resample"])
+def test_ablation_is_the_net_cut_by_hand(fill):
+    images, _ = load_digits()
+    model, images, others = load_model(), images[:4], images[10:13]
+    mask = torch.rand(4, 64) < 0.5
+    reference = activations(model, others, ["features.12"])
+    same = model.features[:13](others)
+    torch.testing.assert_close(reference["features.12"], same.detach())
+    value = {"zero": torch.zeros(()), "mean": same.mean(0), "resample": same[[0, 1, 2, 0]]}[fill]
+    expected = cut(model, "features.12", mask, value)(images)
+    with ablation(model, {"features.12": mask}, fill, reference):
+        found = model(images)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, model(images))
+    assert not model.features[12]._forward_hooks
+
+
+def test_a_model_is_left_as_it_was_where_ablation_raises():
+    model = load_model()
+    with pytest.raises(RuntimeError), ablation(model, {"features.12": torch.ones(5, dtype=torch.bool)}):
+        model(load_digits()[0][:2])
+    assert not model.features[12]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"layers": LAYERS},
+        {"layers": LAYERS, "budget": 5, "error": {"mse": 1.0}},
+        {"layers": LAYERS, "budget": 1},
+        {"layers": LAYERS, "error": {"rmse": 1.0}},
+        {"layers": LAYERS, "budget": 5, "rounds": 0},
+        {"layers": [], "budget": 5},
+        {"layers": "features.2", "budget": 5},
+    ],
+)
+def test_what_selects_nothing_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"give|say|keep|must"):
+        select_neurons(measured(1), **arguments)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    mu = measured(2)
+    with pytest.raises(InputError, match="has shape"):
+        restriction(mu, {"features.2": torch.ones(5, dtype=torch.bool)})
+    with pytest.raises(InputError, match="boolean"):
+        restriction(mu, {"features.2": torch.ones(16)})
+    with pytest.raises(InputError, match="at least one"):
+        restriction(mu, {})
+    with (
+        pytest.raises(ValueError, match="reference"),
+        ablation(load_model(), {"features.2": torch.ones(16) > 0}, "mean"),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="unknown"),
+        ablation(load_model(), {"features.2": torch.ones(16) > 0}, "noise"),
+    ):
+        pass
