@@ -22,6 +22,7 @@ from .named import (
 )
 from .neuron_sets import TopSets, top_sets
 from .neuron_walks import NeuronWalk, best_walk
+from .reconstruct import Reconstruction, reconstruct
 from .restriction import (
     CurvePoint,
     Restriction,
@@ -65,6 +66,7 @@ __all__ = [
     "NeuronNRM",
     "NeuronWalk",
     "Normalized",
+    "Reconstruction",
     "Relative",
     "RelevanceMeasure",
     "Restriction",
@@ -79,6 +81,7 @@ __all__ = [
     "coverage",
     "mse",
     "patches",
+    "reconstruct",
     "register_kernel",
     "restriction",
     "select_neurons",
