@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +24,12 @@ from torch import nn
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus
 
 from nrm_plugin import FlowGraph, RelevanceMeasure, at, patches
+from nrm_plugin.cli import main
 from nrm_plugin.demo.model import load_digits, load_model
 from nrm_plugin.demo.run import plain_sums
 from nrm_plugin.errors import EventError, InputError, MissingExtraError, UnknownLayerError
+from nrm_plugin.explain.models import load
+from nrm_plugin.explain.pictures import open_picture
 from nrm_plugin.flow import FlowError
 from nrm_plugin.flow_plots import flow_figure, profile_figure
 from nrm_plugin.profiles import ProfileRow, profile
@@ -541,3 +546,112 @@ def test_without_plotly_the_extra_is_named(full, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'nrm-plugin\[html\]'"):
         sankey(full.smaller(top=2))
+
+
+# -- from the shell -------------------------------------------------------------------------------------------------
+
+NETS = """
+import torch
+from torch import nn
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.head((torch.relu(self.a(x)) + torch.relu(self.b(x))).mean((2, 3)))
+"""
+OWN = ("--model", "flow_nets:Branches", "--size", "16", "--top", "3")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a picture and a net; commands are called in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flow_nets.py").write_text(NETS)
+    (tmp_path / "names.txt").write_text("cat\ndog\nbird\nfish\n")
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 255, (24, 20, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
+    yield tmp_path
+    sys.modules.pop("flow_nets", None)
+
+
+def run(*argv: str) -> int:
+    return main(["flow", *argv])
+
+
+def test_the_command_writes_what_the_measure_says(here, capsys):
+    layers = ["--layers", "output", "a", "stem", "input"]
+    options = ["noise.png", *OWN, *layers, "--classes", "names.txt", "--patches", "2", "--composite", "epsilon_plus"]
+    assert run(*options) == 0
+    printed = capsys.readouterr().out
+    written = sorted(path.name for path in Path("nrm-flow").iterdir())
+    page = ["noise-flow.html"] if find_spec("plotly") else []
+    assert written == [*page, "noise-flow.json", "noise-flow.png", "noise-layers.png"]
+    assert all(f"-> nrm-flow/{name}" in printed for name in written)
+    graph = FlowGraph.from_json(Path("nrm-flow/noise-flow.json"))
+    assert [layer.name for layer in graph.layers] == ["output", "a", "stem", "input"]
+    assert graph.layers[0].labels[0] in ("cat", "dog", "bird", "fish")
+    assert graph.layers[3].labels[0].startswith("row ")
+    subject = load("flow_nets:Branches", size=16)
+    inputs = subject.prepare(open_picture(Path("noise.png")).image)
+    target = int(subject.model(inputs).argmax())
+    mu = RelevanceMeasure(subject.model, inputs, target, composite=EpsilonPlus())
+    expected = mu.flow(["output", "a", "stem", "input"], over={"input": patches((16, 16), 2)}, top=3)
+    assert [layer.groups for layer in graph.layers] == [layer.groups for layer in expected.layers]
+    for one, other in zip(graph.joints, expected.joints, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    assert f"a: {100 * sum(expected.layers[1].masses):.2f} % in 3 of 6 groups" in " ".join(printed.split())
+    assert f"{100 * expected.layers[1].bypass:.2f} % around it" in printed
+    about = json.loads(Path("nrm-flow/noise-flow.json").read_text())
+    assert (about["settings"]["target"], about["settings"]["composite"]) == (target, "epsilon_plus")
+    leaky = RelevanceMeasure(subject.model, inputs, target, composite=EpsilonPlus(), residual="sink")
+    plain = {row["layer"]: row["plain"] for row in about["profile"]}
+    assert plain == {name: pytest.approx(float(leaky.marginal(name).sum()), abs=1e-6) for name in plain}
+    # The same question replaces its files; another one has files of its own.
+    assert run(*options) == 0
+    assert len(list(Path("nrm-flow").iterdir())) == len(written)
+    assert run(*options, "--dark", "--target", "fish") == 0
+    assert {"noise-2-flow.png", "noise-2-flow.json"} <= {path.name for path in Path("nrm-flow").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layers", "input", "conv9"], "has no layer 'conv9'"),
+        (["--layers", "a", "b"], "--layers a b: "),
+        (["--layers", "input", "output", "--top", "41"], "'41' is no number from 1 to 40"),
+        (["--layers", "input", "output", "--coverage", "90"], "'90' is no share above 0"),
+        (["--layers", "input", "output", "--patches", "17"], "--patches 17 are more than the 16×16 pixels"),
+        ([], "--layers"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_in_one_line(here, capsys, options, words):
+    try:
+        code = run("noise.png", *OWN, *options)
+    except SystemExit as end:
+        code = end.code
+    err = capsys.readouterr().err.splitlines()
+    assert (code, len(err)) == (2, 1)
+    assert words in err[0]
+
+
+def test_a_bad_picture_does_not_lose_the_others(here, capsys):
+    Path("broken.png").write_bytes(b"no picture")
+    assert run("broken.png", "noise.png", *OWN, "--layers", "input", "output") == 1
+    printed = capsys.readouterr()
+    assert "broken.png is not a picture" in printed.err
+    assert Path("nrm-flow/noise-flow.png").exists()
+
+
+def test_without_plotly_the_command_says_what_is_missing(here, capsys, monkeypatch):
+    monkeypatch.setattr("nrm_plugin.explain.flows.find_spec", lambda name: None)
+    monkeypatch.setattr("nrm_plugin.explain.command.find_spec", lambda name: None)
+    assert run("noise.png", *OWN, "--layers", "input", "output") == 0
+    assert "pip install 'nrm-plugin[html]'" in capsys.readouterr().err
+    assert not Path("nrm-flow/noise-flow.html").exists()

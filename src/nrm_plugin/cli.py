@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from .demo.run import DEFAULT, MISREAD, RULES, Report, Row, run
 from .errors import NRMError
-from .explain.command import add_explain, add_layers
+from .explain.command import add_explain, add_flow, add_layers
 from .explain.files import check_folder
 
 COLUMNS = {
@@ -77,6 +77,7 @@ def _parser() -> Parser:
                       f"surest of is taken, and the next one when repeated (default: {' '.join(DEFAULT)})")  # fmt: skip
     demo.set_defaults(command=_demo)
     add_explain(commands)
+    add_flow(commands)
     add_layers(commands)
     return parser
 

@@ -8,6 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from . import words
 from .batch import explain
 from .conditions import parse
 from .files import check_folder
+from .flows import HTML_MISSING, MOST, FlowOptions, flows
 from .models import Subject, load
 from .pictures import PictureError, check_file, shown
 from .rules import check_composite_name, names
@@ -23,6 +25,28 @@ from .run import CHANNELS, Request, RequestError, check_device, taps
 EXPLAIN = """\
 Which pixels speak for what a network sees? Explains pictures with any torchvision classifier, or one of your own,
 by the normalized relevance measure: all relevance is 1, red pixels speak for the class, blue ones against it."""
+
+FLOW = """\
+Which channels hand relevance to which? Draws the joint relevance of the channels of some layers as a flow from the
+pixels to the class. What is not shown is lumped, so that all relevance, 100 %, is in each layer."""
+
+FLOW_EXAMPLES = """\
+examples:
+  nrm-plugin flow cat.jpg --model vgg16 --layers input features.14 features.28 output
+      the patches, the 8 most relevant channels of two layers, and the class
+  nrm-plugin flow cat.jpg --model resnet50 --layers input layer3 layer4 --coverage 0.5 --top 20 --dark
+      of each layer as few channels as hold half of its relevance, 20 at most; for a dark background
+  nrm-plugin layers --model vgg16
+      names of layers
+
+for each picture NAME the folder gets
+  NAME-flow.png      the flow
+  NAME-flow.html     the same to hover over, in one file that needs no network; with pip install 'nrm-plugin[html]'
+  NAME-flow.json     the numbers, with all settings; FlowGraph.from_json reads them
+  NAME-layers.png    what crosses, was absorbed above or goes around each layer, beside plain LRP
+Results of other settings or of another picture are never overwritten: the new ones are called NAME-2-...
+
+exit status: 0; 1 where some pictures could not be explained; 2 where none can be, because of the options"""
 
 EXAMPLES = """\
 examples:
@@ -74,6 +98,13 @@ def add_explain(commands: Any) -> None:
                        "may be repeated")  # fmt: skip
     asked.add_argument("--channels", type=_count, default=CHANNELS, metavar="N",
                        help="how many channels of a layer to draw (default: %(default)s)")  # fmt: skip
+    _add_how(parser)
+    parser.add_argument("--out", type=Path, default=Path("nrm-explained"), metavar="DIR",
+                        help="folder for the results; made where it is missing (default: %(default)s)")  # fmt: skip
+    parser.set_defaults(command=_explain)
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is computed")
     _add_composite(how)
     how.add_argument("--residual", choices=("redistribute", "sink"), default="redistribute",
@@ -82,9 +113,37 @@ def add_explain(commands: Any) -> None:
     how.add_argument("--gain-limit", type=_gain, metavar="G",
                      help="largest factor for that: a number of at least 1, or inf (default: 2)")  # fmt: skip
     how.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, … (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("nrm-explained"), metavar="DIR",
+
+
+def add_flow(commands: Any) -> None:
+    """Adds the command that draws the flow of relevance through layers."""
+    parser = commands.add_parser(
+        "flow",
+        help="draw how relevance flows through some layers",
+        description=FLOW,
+        epilog=FLOW_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a picture, as for explain")
+    _add_model(parser, "torchvision's default, downloaded once")
+    asked = parser.add_argument_group("what is asked")
+    asked.add_argument("--layers", nargs="+", required=True, metavar="LAYER",
+                       help="the layers, in any order, each above or below the others; input is cut into patches, "
+                       "output has the classes")  # fmt: skip
+    asked.add_argument("--target", metavar="CLASS",
+                       help="index or name of the class to explain (default: the predicted one)")  # fmt: skip
+    asked.add_argument("--top", type=_top, default=FlowOptions.top, metavar="N",
+                       help="most channels of a layer to show (default: %(default)s)")  # fmt: skip
+    asked.add_argument("--coverage", type=_share, metavar="SHARE",
+                       help="of each layer only the fewest channels that hold this share of its relevance, such as "
+                       "0.9 (default: no such limit)")  # fmt: skip
+    asked.add_argument("--patches", type=_count, default=FlowOptions.patches, metavar="N",
+                       help="patches of the picture along each side (default: %(default)s)")  # fmt: skip
+    _add_how(parser)
+    parser.add_argument("--dark", action="store_true", help="pictures for a dark background")
+    parser.add_argument("--out", type=Path, default=Path("nrm-flow"), metavar="DIR",
                         help="folder for the results; made where it is missing (default: %(default)s)")  # fmt: skip
-    parser.set_defaults(command=_explain)
+    parser.set_defaults(command=_flow)
 
 
 def add_layers(commands: Any) -> None:
@@ -141,8 +200,33 @@ def _explain(options: argparse.Namespace) -> int:
                 for line in ("", *words.outcome(subject, found)) if found.answer else ():
                     print(line, flush=True)
                 problems += found.problems
+    return _told(problems, "explain")
+
+
+def _flow(options: argparse.Namespace) -> int:
+    wanted = FlowOptions(options.top, options.coverage, options.patches, options.dark)
+    with _one_line_warnings():
+        request = _request(options)
+        check_folder(options.out)
+        device = check_device(request.device)
+        images, problems = _present(options.images)
+        if images:
+            subject = _subject(options, options.weights)
+            subject.model.to(device)
+            print(words.heading(subject, request))
+            for found in flows(images, subject, request, wanted, options.out):
+                for line in ("", *words.flow(subject, found)) if found.graph else ():
+                    print(line, flush=True)
+                problems += found.problems
+            if find_spec("plotly") is None:
+                print(f"nrm-plugin: note: {HTML_MISSING}", file=sys.stderr)
+    return _told(problems, "flow")
+
+
+def _told(problems: list[str], command: str) -> int:
+    """Prints what was not possible; returns the exit status."""
     if problems:
-        print(f"\nnrm-plugin explain: {len(problems)} could not be done:", file=sys.stderr)
+        print(f"\nnrm-plugin {command}: {len(problems)} could not be done:", file=sys.stderr)
     for problem in problems:
         print(f"  {' '.join(problem.split())}", file=sys.stderr)
     return 1 if problems else 0
@@ -177,12 +261,12 @@ def _request(options: argparse.Namespace) -> Request:
     return Request(
         target=options.target,
         layers=tuple(dict.fromkeys(options.layers)),
-        given=tuple(dict.fromkeys(parse(text) for text in options.given)),
+        given=tuple(dict.fromkeys(parse(text) for text in getattr(options, "given", ()))),
         composite=options.composite,
         residual=options.residual,
         gain_limit=2.0 if options.gain_limit is None else options.gain_limit,
         device=options.device,
-        channels=options.channels,
+        channels=getattr(options, "channels", CHANNELS),
     )
 
 
@@ -221,6 +305,22 @@ def _size(text: str) -> int:
     if text.isascii() and text.isdecimal() and 1 <= int(text) <= 8192:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no number of pixels from 1 to 8192")
+
+
+def _top(text: str) -> int:
+    if text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST}, for which a picture has room")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share above 0 and up to 1, such as 0.9")
+    return value
 
 
 def _count(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -10,7 +11,7 @@ import re
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -253,9 +254,16 @@ def _conditional(subject: Subject, answer: Answer, drawn: Sequence[GivenAnswer])
 # -- files ----------------------------------------------------------------------------------------------------------
 
 
-def _save(figure: Figure, path: Path) -> None:
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without warnings of letters that a font has not: a box stands for these."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a box stands for the letter
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with quietly():
         save(figure, path)
 
 

@@ -47,7 +47,7 @@ class Request:
     given: tuple[Condition, ...] = ()
     composite: str = "nrm_default"
     residual: Residual = "redistribute"
-    gain_limit: float = 2.0
+    gain_limit: float | None = 2.0
     device: str = "cpu"
     channels: int = CHANNELS
 
@@ -147,9 +147,9 @@ def answer(subject: Subject, picture: Picture, request: Request) -> Answer:
         NRMError: The model has no measure with these rules.
     """
     inputs = subject.prepare(picture.image).to(request.device)
-    chooser = _Chooser(subject, request.target)
-    mu = _measured(subject, inputs, request, chooser)
-    _check_layers(mu, subject, [*request.layers, *(name for given in request.given for name in given.layers)])
+    chooser = Chooser(subject, request.target)
+    mu = measured(subject, inputs, request, chooser)
+    check_layers(mu, subject, [*request.layers, *(name for given in request.given for name in given.layers)])
     relevance = mu.marginal("input")[0]
     return Answer(
         picture,
@@ -207,7 +207,7 @@ def taps(subject: Subject, composite: str) -> list[tuple[str, ...]]:
 # -- inside ---------------------------------------------------------------------------------------------------------
 
 
-class _Chooser:
+class Chooser:
     """The start of a measure, chosen when the outputs are there: the model then runs only once.
 
     Attributes:
@@ -292,7 +292,12 @@ class _told_by:  # noqa: N801  (reads as a word: with _told_by(…))
             ) from error
 
 
-def _measured(subject: Subject, inputs: Tensor, request: Request, chooser: _Chooser) -> RelevanceMeasure:
+def measured(subject: Subject, inputs: Tensor, request: Request, chooser: Chooser) -> RelevanceMeasure:
+    """The measure of one prepared picture.
+
+    Raises:
+        RequestError: The target does not fit, the model fails, or the composite has no rule for one of its layers.
+    """
     composite: Composite = composite_of(request.composite, subject.prepare.bounds(inputs))
     try:
         with _told_by(subject, inputs):
@@ -312,7 +317,7 @@ def _measured(subject: Subject, inputs: Tensor, request: Request, chooser: _Choo
         ) from error
 
 
-def _check_layers(mu: RelevanceMeasure, subject: Subject, names: Sequence[str]) -> None:
+def check_layers(mu: RelevanceMeasure, subject: Subject, names: Sequence[str]) -> None:
     """Raises :class:`RequestError` for a layer that the measure has not, with near names."""
     known = mu.layers
     for name in names:

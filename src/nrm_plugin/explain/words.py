@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from .batch import Outcome
 from .files import class_name
+from .flows import FlowOutcome
 from .models import Subject
 from .pictures import shown
-from .run import Answer, Request, Share
+from .run import Request, Share
 
 BEST = 5
 """Classes that are listed."""
@@ -30,7 +32,7 @@ def outcome(subject: Subject, found: Outcome) -> Iterator[str]:
         return
     yield shown(found.path)
     yield from (f"  note: it {note}" for note in answer.picture.notes)
-    yield from _classes(subject, answer)
+    yield from classes(subject, answer.outputs, answer.target)
     yield f"  relevance {_share(answer.share, 'at the pixels')}"
     for layer in answer.layers:
         yield f"  {layer.name}: {_share(layer.share, 'crosses it')}, variation {layer.share.variation:.3g}"
@@ -51,16 +53,36 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
-def _classes(subject: Subject, answer: Answer) -> Iterator[str]:
-    shares = torch.softmax(answer.outputs.double(), 0)
-    best = answer.outputs.argsort(descending=True, stable=True)[:BEST].tolist()
-    listed = best if answer.target in best else [*best, answer.target]
-    several = len(answer.outputs) > 1
+def flow(subject: Subject, found: FlowOutcome) -> Iterator[str]:
+    """The lines on the flow of one picture."""
+    if found.graph is None or found.outputs is None or found.picture is None:
+        return
+    yield shown(found.path)
+    yield from (f"  note: it {note}" for note in found.picture.notes)
+    yield from classes(subject, found.outputs, found.target)
+    for layer in found.graph.layers:
+        held, groups = sum(layer.masses), len(layer.groups) + layer.others
+        parts = [f"{_percent(held).strip()} in {len(layer.groups)} of {groups} groups"]
+        parts += [f"{_percent(layer.rest).strip()} in the rest"] if layer.others else []
+        parts += [f"{_percent(layer.sink).strip()} absorbed above"] if round(layer.sink, 4) else []
+        parts += [f"{_percent(layer.bypass).strip()} around it"] if round(layer.bypass, 4) else []
+        yield f"  {layer.name}: {', '.join(parts)}"
+    if found.graph.carried is not None:
+        yield f"  through shown groups in all layers: {_percent(found.graph.carried).strip()}"
+    yield from (f"  -> {shown(path)}" for path in found.files)
+
+
+def classes(subject: Subject, outputs: Tensor, target: int) -> Iterator[str]:
+    """The classes of the largest outputs, and the one that is explained."""
+    shares = torch.softmax(outputs.double(), 0)
+    best = outputs.argsort(descending=True, stable=True)[:BEST].tolist()
+    listed = best if target in best else [*best, target]
+    several = len(outputs) > 1
     names = {index: class_name(subject, index) for index in listed}
     width = max(len(name) for name in names.values())
     for index in listed:
-        mark = "  <- explained" if index == answer.target else ""
-        number = f"{100 * float(shares[index]):6.2f} %" if several else f"output {float(answer.outputs[index]):.4g}"
+        mark = "  <- explained" if index == target else ""
+        number = f"{100 * float(shares[index]):6.2f} %" if several else f"output {float(outputs[index]):.4g}"
         yield f"  {index:4} {names[index]:{width}}{'  ' if width else ' '}{number}{mark}"
 
 
