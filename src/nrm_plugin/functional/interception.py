@@ -44,7 +44,7 @@ from .lookup import CompositeRules, NoRules, RuleLookup
 from .opaque import Unknown, is_elementwise, is_known, uncovered
 from .registry import KERNELS, FunctionCall, Handler, Name, Slot, handler_of, name_of
 from .rewrites import REWRITES
-from .table import LAYERS, BroadcastKernel, layer_call
+from .table import LAYERS, BroadcastKernel, channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
 _WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill masked_scatter set".split())
@@ -280,8 +280,7 @@ class _Mode(TorchFunctionMode):
             hearing.on_step(None, step)
         linked = link(step, output, tuple(computed))
         if hearing is not None:
-            dim = None if call.name not in LAYERS else -1 if call.name == "linear" else 1
-            hearing.on_function(path, step.call, linked, dim)
+            hearing.on_function(path, step.call, linked, channel_dim(call))
         return linked
 
     def _written(self, name: Name, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:

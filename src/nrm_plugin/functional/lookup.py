@@ -51,6 +51,8 @@ class CompositeRules:
         for name, module in model.named_modules():
             # Asked for every module in order, so that rules of the first layer go to the first layer.
             rule = composite.module_map(self._ctx, name, module)
+            if isinstance(module, nn.MultiheadAttention):  # an activation for Zennit; its weights are linear layers
+                rule = None
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self._owners[id(parameter)] = (module, rule)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedOperationError
 from .registry import REWRITES, rewrite
 
 
@@ -31,11 +32,48 @@ def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 
     return input + tensor1 / tensor2 * value
 
 
-@rewrite("addmm", "addbmm", "baddbmm", "addmv")
+@rewrite("addmm")
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    multiplied = torch.matmul(mat1, mat2)
-    multiplied = multiplied if alpha == 1 else multiplied * alpha
-    return multiplied + (input if beta == 1 else input * beta)
+    return _added(input, torch.matmul(mat1, mat2), beta, alpha)
+
+
+@rewrite("addmv")
+def _addmv(input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _added(input, torch.matmul(mat, vec), beta, alpha)
+
+
+@rewrite("baddbmm")
+def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _added(input, torch.matmul(batch1, batch2), beta, alpha)
+
+
+@rewrite("addbmm")
+def _addbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _added(input, torch.matmul(batch1, batch2).sum(0), beta, alpha)
+
+
+def _added(input: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    product = product if alpha == 1 else product * alpha
+    if beta == 0:  # as in torch, what is in there does not matter, not even nan
+        return product
+    return product + (input if beta == 1 else input * beta)
+
+
+@rewrite("grouped_mm", "_grouped_mm")
+def _grouped(
+    mat_a: Tensor, mat_b: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    if offs is None:
+        result = torch.matmul(mat_a, mat_b)
+    elif mat_a.ndim == 2 and mat_b.ndim == 3:
+        rows = mat_a.tensor_split(offs[:-1].cpu().long())
+        result = torch.cat([torch.matmul(part, mat_b[group]) for group, part in enumerate(rows)])
+    else:
+        raise UnsupportedOperationError(
+            f"grouped_mm of shapes {tuple(mat_a.shape)} and {tuple(mat_b.shape)} with offsets has no kernel: it has "
+            "one for rows in groups, (rows, in) and (groups, in, out). Multiply group by group instead."
+        )
+    return result if bias is None else result + bias
 
 
 @rewrite("bilinear")

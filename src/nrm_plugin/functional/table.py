@@ -6,6 +6,7 @@ Source: MEASURE, section 5 (ours).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -472,17 +473,7 @@ def contraction(call: FunctionCall) -> Kernel:
     """With a constant matrix a linear layer; of two computed tensors, all to the one that is no gate."""
     values = call.values
     if len(values) == 1:
-        constant = next(value for value in _tensors(call.args, call.kwargs) if value.is_floating_point())
-
-        def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            swapped = [_swap(value, constant, weight) for value in call.args]
-            keywords = {key: _swap(value, constant, weight) for key, value in call.kwargs.items()}
-            filled = FunctionCall(
-                call.name, call.function, call.path, tuple(swapped), keywords, call.saved, call.gates, (), call.rules
-            )
-            return filled.run(source)  # type: ignore[no-any-return]
-
-        return weighted(call, run, constant, None, nn.Linear(1, 1))
+        return _with_constant(call)
     everyone = range(len(values))
     if call.attention == "halves":
         halves: dict[int, Kernel] = {number: _share_in(call, number, Norm(STABILIZER)) for number in everyone}
@@ -493,6 +484,86 @@ def contraction(call: FunctionCall) -> Kernel:
     if len(signals) == 1:
         return PlacedKernel(_share_in(call, signals[0], Absolute()), signals[0], _shapes(call))
     return HalvesKernel({number: _share_in(call, number, Absolute()) for number in signals}, _shapes(call))
+
+
+def _with_constant(call: FunctionCall) -> Kernel:
+    """A product with a constant as a linear layer, whose weight has a row for each output, as torch's have."""
+    constant = next(value for value in _tensors(call.args, call.kwargs) if value.is_floating_point())
+    matrix, restored, is_layer = as_matrix(call, constant)
+
+    def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        factor = restored(weight)
+        swapped = [_swap(value, constant, factor) for value in call.args]
+        keywords = {key: _swap(value, constant, factor) for key, value in call.kwargs.items()}
+        filled = FunctionCall(
+            call.name, call.function, call.path, tuple(swapped), keywords, call.saved, call.gates, (), call.rules
+        )
+        return filled.run(source)  # type: ignore[no-any-return]
+
+    like = nn.Linear(1, 1, device="meta")
+    if is_layer:
+        return weighted(call, run, matrix, None, like)
+    # Weights meet inputs in another way than those of a layer: no channel matrix is read off them.
+    kernel_ = weighted(call, run, matrix, None, like, padding_mode="computed")
+    return PlacedKernel(kernel_, 0, _shapes(call))
+
+
+def channel_dim(call: FunctionCall) -> int | None:
+    """Where a function puts its channels: last where it works on features, 1 on images; None for anything else."""
+    if call.name in LAYERS:
+        return -1 if call.name == "linear" else 1
+    if call.name in ("matmul", "einsum", "tensordot") and len(call.saved) == 1:
+        constants = [value for value in _tensors(call.args, call.kwargs) if value.is_floating_point()]
+        return -1 if constants and as_matrix(call, constants[0])[2] else None
+    return -1 if call.name == "scaled_dot_product_attention" else None
+
+
+def as_matrix(call: FunctionCall, constant: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor], bool]:
+    """A constant factor with a row for each output.
+
+    Returns:
+        The matrix, a function that makes the factor of it again, and whether this is a layer over the last dimension.
+    """
+    if call.name == "einsum":
+        found = _by_letters(call, constant)
+        if found is not None:
+            return found
+    if call.name != "einsum" and constant.ndim == 2 and isinstance(call.argument(0, "input"), Slot):
+        return constant.T, lambda weight: weight.T, True
+    if call.name == "matmul" and constant.ndim > 2:
+        last = isinstance(call.argument(0, "input"), Slot)
+        rows = constant.transpose(-1, -2) if last else constant
+        shape = rows.shape
+
+        def restored(weight: Tensor) -> Tensor:
+            factor = weight.reshape(shape)
+            return factor.transpose(-1, -2) if last else factor
+
+        return rows.flatten(0, -2), restored, False
+    return constant, lambda weight: weight, False
+
+
+def _by_letters(call: FunctionCall, constant: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor], bool] | None:
+    """The same for ``einsum``: the letters of the factor that are in the output are its rows."""
+    equation, operands = call.args[0], list(call.args[1:])
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or "->" not in equation or "." in equation or len(operands) != 2:
+        return None
+    left, made = equation.replace(" ", "").split("->")
+    words = left.split(",")
+    own, other = (words[0], words[1]) if operands[0] is constant else (words[1], words[0])
+    rows, columns = [letter for letter in own if letter in made], [letter for letter in own if letter not in made]
+    if len(set(own)) < len(own):
+        return None
+    order = [own.index(letter) for letter in (*rows, *columns)]
+    back = [order.index(place) for place in range(len(order))]
+    turned = constant.permute(order)
+    if len(rows) == len(columns) == 1:
+        is_layer = made[-1] == rows[0] and other[-1] == columns[0] and rows[0] not in other
+        return turned, lambda weight: weight.permute(back), is_layer
+    shape, size = turned.shape, math.prod(turned.shape[: len(rows)])
+    return turned.reshape(size, -1), lambda weight: weight.reshape(shape).permute(back), False
 
 
 def _share_in(call: FunctionCall, signal: int, rule: Absolute | Norm) -> Kernel:
