@@ -33,9 +33,10 @@ class Call:
             the embeddings that look them up; in a mapping only where nothing is of floating point.
         args: Further positional arguments; a tuple of them, or one.
         kwargs: Further keyword arguments.
+        batched: Whether the first dimension of the inputs are samples; else all of them together are one sample.
 
     Attributes:
-        tensors: What relevance flows to, ``(N, …)`` each.
+        tensors: What relevance flows to, ``(N, …)`` each; without the samples where there is one.
         items: Their keywords, or their positions where there are several, or None for a single one.
         indices: Inputs of integers, by keyword or position, or None for a single one.
 
@@ -43,7 +44,10 @@ class Call:
         InputError: Inputs of which no measure can be taken.
     """
 
-    def __init__(self, inputs: Inputs, args: Any = None, kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, inputs: Inputs, args: Any = None, kwargs: Mapping[str, Any] | None = None, batched: bool = True
+    ) -> None:
+        self.batched = batched
         self._args = args if isinstance(args, tuple) else () if args is None else (args,)
         self._kwargs = dict(kwargs or {})
         self._keywords: list[str] | None = None
@@ -61,11 +65,11 @@ class Call:
             self._kwargs.update({key: value for key, value in inputs.items() if key not in given})
             self.items = self._keywords = list(given)
             self.tensors = tuple(given.values())
-            check_inputs([*self.tensors, *self.indices.values()], [*given, *self.indices])
+            check_inputs([*self.tensors, *self.indices.values()], [*given, *self.indices], batched)
         else:
             self._listed = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             names: list[Any] = [None] if len(self._listed) == 1 else list(range(len(self._listed)))
-            check_inputs(self._listed, names)
+            check_inputs(self._listed, names, batched)
             named = list(zip(names, self._listed, strict=True))
             self.items = [name for name, tensor in named if not is_index(tensor)]
             self.indices = {name: tensor for name, tensor in named if is_index(tensor)}
@@ -74,7 +78,7 @@ class Call:
     @property
     def batch(self) -> int:
         """Number of samples."""
-        return len(next(iter((*self.tensors, *self.indices.values()))))
+        return len(next(iter((*self.tensors, *self.indices.values())))) if self.batched else 1
 
     def check_looked_up(self, has_embedding: bool) -> None:
         """Raises :class:`InputError` where there are integers, and the model has no embedding to look them up."""
@@ -94,13 +98,14 @@ class Call:
         return model(*self._args, **dict(zip(self._keywords, tensors, strict=True)), **self._kwargs)
 
 
-def explained_output(returned: Any, output: Output | None, batch: int) -> Tensor:
+def explained_output(returned: Any, output: Output | None, batch: int, batched: bool = True) -> Tensor:
     """The tensor ``(N, …)`` that a measure starts at.
 
     Args:
         returned: What the model returned.
         output: Which of it; None where there is no choice.
         batch: Number of samples.
+        batched: Whether the first dimension are samples.
 
     Raises:
         InputError: There is no such tensor, or a choice.
@@ -108,11 +113,11 @@ def explained_output(returned: Any, output: Output | None, batch: int) -> Tensor
     tensor = _chosen(returned, output)
     if not isinstance(tensor, Tensor):
         raise InputError(f"output={output!r} is {type(tensor).__name__}, a measure starts at one tensor (N, …).")
-    if tensor.ndim == 0 or len(tensor) != batch:
+    if batched and (tensor.ndim == 0 or len(tensor) != batch):
         raise InputError(
             f"the model turned {batch} inputs into an output of shape {tuple(tensor.shape)}; its first "
             "dimension must be the batch, since every sample has a measure of its own. A single sample needs a batch "
-            "of one: `inputs.unsqueeze(0)`."
+            "of one, `inputs.unsqueeze(0)`, or batched=False, which takes all of a graph or a sequence for one sample."
         )
     if tensor.numel() == 0 or tensor.dtype not in (torch.float32, torch.float64):
         raise InputError(
@@ -177,7 +182,7 @@ def _is_explained(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None]) -> None:
+def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batched: bool = True) -> None:
     """Raises :class:`InputError` unless a measure can be taken of these inputs."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
@@ -203,10 +208,13 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None]) -> N
             raise InputError(f"{what} is {kind}; a measure needs a dense tensor that holds values, of shape (N, …).")
         if tensor.is_inference():
             raise InputError(f"{what} was made under torch.inference_mode; pass a `.clone()` made outside of it.")
-        if tensor.ndim == 0 or len(tensor) == 0 or tensor.numel() == 0:
+        if (batched and tensor.ndim == 0) or tensor.numel() == 0:
             raise InputError(f"{what} has shape {tuple(tensor.shape)}: there is no sample to explain.")
-        if len(tensor) != len(tensors[0]):
-            raise InputError(f"{what} has {len(tensor)} samples, but the first one has {len(tensors[0])}.")
+        if batched and len(tensor) != len(tensors[0]):
+            raise InputError(
+                f"{what} has {len(tensor)} samples, but the first one has {len(tensors[0])}. Where the first dimension "
+                "are no samples, such as nodes and edges of a graph, pass batched=False."
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 f"{what} has nan or inf entries ({_infinite(tensor)}), of which nothing can be explained. Leave these "

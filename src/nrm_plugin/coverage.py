@@ -96,6 +96,7 @@ def coverage(
     additional_forward_args: Any = None,
     additional_forward_kwargs: Mapping[str, Any] | None = None,
     output: Output | None = None,
+    batched: bool = True,
 ) -> Coverage:
     """Runs the model once and tells which rule or kernel every step gets.
 
@@ -106,6 +107,7 @@ def coverage(
         additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
         additional_forward_kwargs: As there.
         output: As there.
+        batched: As there.
 
     Raises:
         InputError, ModelStateError, GradModeError: As when a measure is taken.
@@ -120,7 +122,7 @@ def coverage(
     plain = composite.composite if isinstance(composite, Normalized) else composite
     canonized = Normalized(NRMDefault() if plain is None else plain, uncovered="gradient")
     canonized.uncovered = "error"  # functions on weights without a rule are reported, not raised; modules as always
-    call = Call(inputs, additional_forward_args, additional_forward_kwargs)
+    call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
     recording = Recording(model, call, canonized, output)
     steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
     calls = Counter(step.name for step in steps)

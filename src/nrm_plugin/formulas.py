@@ -59,7 +59,7 @@ class Formulas:
                 self._collect(part, masks)
             return
         (key, shape, channel_dim) = places[0]
-        mask = mask_of(atom, shape, channel_dim)
+        mask = self.recording.without_samples(mask_of(atom, shape, channel_dim))
         known = masks.setdefault(key, [])
         same = next((other for other in known if other.shape == mask.shape and torch.equal(other, mask)), None)
         if same is None:
@@ -71,13 +71,15 @@ class Formulas:
             vertices = self.recording.find_sink(atom.layer, atom.call)
             steps = [self.recording.graph.vertices[vertex].step for vertex in vertices]
             dims = [self._sink_dim(vertex) for vertex in vertices]
-            return [(-1 - v, step.shape, dim) for v, step, dim in zip(vertices, steps, dims, strict=True) if step]
+            lifted = self.recording.lifted
+            return [(-1 - v, lifted(s.shape), dim) for v, s, dim in zip(vertices, steps, dims, strict=True) if s]
         taps = self.recording.find(atom.layer, atom.side, atom.call, atom.item)
         return [(tap.place, tap.shape, tap.channel_dim) for tap in taps]
 
     def _sink_dim(self, vertex: int) -> int:
         number = self.recording.index.get(Buffer(vertex, 0))
-        return 1 if number is None else self.recording.taps[number].channel_dim
+        usual = 1 if self.recording.batched else -1
+        return usual if number is None else self.recording.taps[number].channel_dim
 
     def _order(self, key: object) -> tuple[int, int, int]:
         if isinstance(key, int):

@@ -30,6 +30,8 @@ def joint_matrix(
         width: Groups that are carried at once.
     """
     rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
+    relevance = recording.without_samples(relevance)
+    shape = recording.without_samples(relevance.new_empty(()).expand(lower.shape)).shape
     down = int(rows.max()) <= int(columns.max())
     spent: list[Cost] = []
 
@@ -39,12 +41,14 @@ def joint_matrix(
             found, cost = _handed_down(
                 recording, upper, lower, {group: relevance * (labels == group) for group in groups}
             )
-            sums = by_label(found.flatten(2), columns)
+            sums = by_label(recording.with_samples(found, 1).flatten(2), columns)
         else:
-            masks = torch.stack([(labels == group).to(relevance).expand(lower.shape) for group in groups])
+            masks = torch.stack([(labels == group).to(relevance).expand(shape) for group in groups])
             collected, cost = push(recording.graph, lower.place, upper.place, masks)
-            values = relevance.new_zeros((len(groups), *upper.shape)) if collected is None else collected * relevance
-            sums = by_label(values.flatten(2), rows)
+            values = (
+                relevance.new_zeros((len(groups), *relevance.shape)) if collected is None else collected * relevance
+            )
+            sums = by_label(recording.with_samples(values, 1).flatten(2), rows)
         spent.append(cost)
         return list(sums)
 
@@ -58,7 +62,8 @@ def _handed_down(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[
     collect = _Collect(lower.place)
     cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
     like = next(iter(vectors.values()))
-    return torch.stack([collect.vectors.get(key, like.new_zeros(lower.shape)) for key in vectors]), cost
+    empty = recording.without_samples(like.new_zeros(lower.shape))
+    return torch.stack([collect.vectors.get(key, empty) for key in vectors]), cost
 
 
 def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
 
 def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
     """The vertices from one tap to the other, where each has one input, one is linear and the rest keep channels."""
-    if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer):
+    if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not recording.batched:
         return None
     place, chain, linear = upper.place, [], 0
     while place != lower.place:

@@ -73,6 +73,9 @@ class RelevanceMeasure:
         output: Where the model returns several tensors, which of them is explained: its key, its position, or a
             function of what the model returns. By default the only tensor, or ``"logits"``, or ``"out"``. A tap of the
             model, ``at(layer)``, is taken for its output, so that the measure starts inside.
+        batched: False where the first dimension of the inputs are no samples but the nodes of a graph, or the times of
+            one sequence: all of them are one sample. Events and targets then index tensors as the model has them,
+            ``at("conv1")[node, feature]``, and what is returned has a dimension of one sample before those.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
         max_memory: Bytes that a pass may carry where many events or groups are asked for; by default 128 MiB on a CPU,
             where more is slower, else 1 GiB. More of them are carried one after the other, and fewer at once where
@@ -105,16 +108,17 @@ class RelevanceMeasure:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
         output: Output | Atom | None = None,
+        batched: bool = True,
         uncovered: Uncovered | None = None,
         max_memory: float | None = None,
     ) -> None:
         self._max_memory = check_memory(max_memory)
         self.composite = normalize(composite, residual, gain_limit, uncovered)
-        call = Call(inputs, additional_forward_args, additional_forward_kwargs)
+        call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
         self._recording = Recording(model, call, self.composite, output)
-        values = self._recording.output.detach()
-        vector = start_vector(values, target, start)
-        self._start = normalized(vector)
+        values = self._recording.with_samples(self._recording.output.detach())
+        vector = start_vector(values, target if batched else _in_row(target, values), start)
+        self._start = self._recording.without_samples(normalized(vector))
         self._output = sample_sums(vector * values) / sample_sums(vector)
         self._books: Books | None = None
         self.cost = Cost()
@@ -512,7 +516,8 @@ class RelevanceMeasure:
             taps = {"": wanted}
         below = Below(formulas, [tap.place for tap in taps.values()], formulas.roots, self._start)
         self.cost = below.cost
-        found = {name: below.value(tap.place, formulas.roots[0]).clone() for name, tap in taps.items()}
+        lift = self._recording.with_samples
+        found = {name: lift(below.value(tap.place, formulas.roots[0]).clone()) for name, tap in taps.items()}
         return found if layer is None else found[""]
 
     def _not_below(self, formulas: Formulas, tap: Tap) -> list[object]:
@@ -693,7 +698,7 @@ class RelevanceMeasure:
     def _bypassing(self, tap: Tap) -> Tensor:
         plain = self._plain()
         if not self._reaches(tap):
-            return sample_sums(self._start)
+            return self._recording.per_sample(self._start, "the output", self._recording.graph.output)
         bit = 1 << self._recording.index[tap.place]
         total = self._start.new_zeros(self.batch)
         for (vertex, number), value in plain.flows.items():
@@ -762,6 +767,13 @@ def normalize(
     if composite is not None:
         check_composite(composite)
     return Normalized(NRMDefault() if composite is None else composite, **given)  # type: ignore[arg-type]
+
+
+def _in_row(target: Any, values: Tensor) -> Any:
+    """The target of an output ``(1, 1, C)``, the row of scores of a whole graph, where it names the class alone."""
+    is_number = isinstance(target, int) or (isinstance(target, (list, Tensor)) and torch.as_tensor(target).numel() == 1)
+    is_row = values.ndim == 3 and values.shape[1] == 1
+    return (0, int(torch.as_tensor(target))) if is_number and is_row else target
 
 
 def _apart(maps: list[Tensor], start: Tensor) -> list[Tensor]:

@@ -69,7 +69,7 @@ class Books:
         if place in self.recording.index:
             self.mass[place], self.absolute[place] = self._sums(vector, place)
         if place in self.asked:
-            self.maps[place] = vector
+            self.maps[place] = self.recording.with_samples(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
         """Σ and Σ| |; those of the last vector again where a step handed it on as it is."""
@@ -241,13 +241,13 @@ class Decisions:
     def map(self, place: Place, event: int) -> Tensor:
         """``μ(j & event)`` for every neuron ``j`` of an asked tap."""
         tap = self.recording.taps[self.recording.index[place]]
-        total = self.mass.new_zeros(tap.shape)
+        total = self.recording.without_samples(self.mass.new_zeros(tap.shape))
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}
         below = Below(self.formulas, [place], [node for node in arrived if node > TRUE], self.mass)
         self.cost += below.cost
         for node, vector in arrived.items():
             total = total + vector * below.value(place, node)
-        return total
+        return self.recording.with_samples(total)
 
 
 class Below:

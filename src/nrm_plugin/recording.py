@@ -47,7 +47,7 @@ class Tap:
 
     Attributes:
         place: Where it is in the graph.
-        shape: ``(N, …)``.
+        shape: ``(N, …)``; ``(1, …)`` before the shape of the tensor where the inputs have no samples.
         names: All its names.
         channel_dim: The dimension of the channels.
     """
@@ -103,7 +103,7 @@ class Recording:
     ) -> None:
         check_module(model)
         tensors = call.tensors
-        self.batch = call.batch
+        self.batch, self.batched = call.batch, call.batched
         self._indices = list(call.indices.values())
         self.names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
         self._containers: list[str] = []
@@ -131,7 +131,7 @@ class Recording:
         self.fingerprint = Fingerprint(model)
         if isinstance(output, Atom):
             returned, output = self._inner_output(output), None
-        self.output = explained_output(returned, output, self.batch)
+        self.output = explained_output(returned, output, self.batch, self.batched)
         self._see(OUTPUT, 0, "output", None, self.output, None)
         self.graph = Graph(self.output)
         self.folding = Folding(self.graph, self.batch)
@@ -215,6 +215,8 @@ class Recording:
         self._keep(name, call, side, item, tensor)
         if name and tensor.grad_fn is not None and tensor.is_floating_point():
             node, number = written(tensor.grad_fn, tensor.output_nr)
+            if not self.batched and dim is not None and dim > 0:
+                dim += 1
             self._seen.append(_Seen(name, call, side, item, node, number, tensor.shape, dim))
 
     def _check_covered(self, module: nn.Module, name: str, args: tuple[Any, ...], output: Tensor) -> None:
@@ -314,7 +316,7 @@ class Recording:
         key: tuple[str, str, int, Item | None],
         channel_dim: int | None,
     ) -> None:
-        tap = found.setdefault(place, Tap(place, shape, channel_dim=0))
+        tap = found.setdefault(place, Tap(place, self.lifted(shape), channel_dim=0))
         if key[1] == "output" and key[0] not in tap.names:
             tap.names.append(key[0])
         if channel_dim is not None:
@@ -336,7 +338,7 @@ class Recording:
                 near = [
                     (abs(other - number), self.taps[other].channel_dim) for other in numbers[max(0, at - 1) : at + 1]
                 ]
-                inferred[number] = min(near, default=(0, 1))[1] % max(len(tap.shape), 2)
+                inferred[number] = min(near, default=(0, 1 if self.batched else -1))[1] % max(len(tap.shape), 2)
         for number, dim in inferred.items():
             self.taps[number].channel_dim = dim
 
@@ -484,6 +486,18 @@ class Recording:
             if tap.names:
                 return tap.names[0]
         return "constants"
+
+    def lifted(self, shape: torch.Size) -> torch.Size:
+        """The shape of a tensor with a dimension of samples, which it lacks where the inputs have none."""
+        return shape if self.batched else torch.Size((1, *shape))
+
+    def with_samples(self, values: Tensor, at: int = 0) -> Tensor:
+        """Values at a tensor with the dimension of samples of :meth:`lifted`."""
+        return values if self.batched else values.unsqueeze(at)
+
+    def without_samples(self, values: Tensor) -> Tensor:
+        """The inverse of :meth:`with_samples`."""
+        return values if self.batched else values.squeeze(0)
 
     def per_sample(self, tensor: Tensor, what: str, place: Place | None = None) -> Tensor:
         """Sums of the entries of each sample, ``(N,)``.
