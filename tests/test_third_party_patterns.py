@@ -494,14 +494,9 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_recurrent_layers_may_feed_a_gate_and_else_say_what_to_do(kind: str) -> None:
+@pytest.mark.parametrize("is_gate", [True, False])
+def test_recurrent_layers_may_feed_a_gate_or_be_the_signal(kind: str, is_gate: bool) -> None:
     series = torch.randn(2, 3, 6).double()
-    mu = RelevanceMeasure(prepared(Recurrent(kind, is_gate=True)), series, 1)
+    mu = RelevanceMeasure(prepared(Recurrent(kind, is_gate)), series, 1)
     torch.testing.assert_close(mu.marginal("input").flatten(1).sum(1), torch.ones(2).double())
-    mu = RelevanceMeasure(prepared(Recurrent(kind, is_gate=False)), series, 1)
-    with pytest.raises(
-        UnsupportedOperationError, match=rf"'{kind.lower()}\w*' in 'rnn'.* torch\.nn\.Linear.* output=at"
-    ):
-        mu.marginal("input")
-    below = RelevanceMeasure(prepared(Recurrent(kind, is_gate=False)), series, (1, 2), output=at("stem"))
-    torch.testing.assert_close(below.marginal("input").flatten(1).sum(1), torch.ones(2).double())
+    assert bool(mu.marginal("rnn[0]").any()) != is_gate

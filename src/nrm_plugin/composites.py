@@ -34,6 +34,10 @@ Uncovered = Literal["error", "gradient"]
 Sums = Literal["absolute", "ratio", "signed"]
 
 
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+"""Run as loops, whose linear maps have the rule that the composite gives to the module."""
+
+
 class Normalized(Composite):
     """A Zennit composite whose rules hand down all relevance, or say what they absorb.
 
@@ -100,6 +104,8 @@ class Normalized(Composite):
             >>> type(hook.rule).__name__
             'Epsilon'
         """
+        if isinstance(module, _RECURRENT):
+            return None
         rule = None if isinstance(module, self._made_of_functions()) else self.composite.module_map(ctx, name, module)
         if rule is None and self.uncovered == "gradient" and is_leaf(module) and not is_route(module):
             rule = PlainGradient()

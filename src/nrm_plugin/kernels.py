@@ -149,7 +149,10 @@ class Kernel(ABC):
         with torch.inference_mode(False), torch.enable_grad():
             seed = first.new_zeros((1, *shape)).requires_grad_()
             parts = self.pull(seed)
-            chosen = [(part, value) for part, value in zip(parts, values, strict=True) if value is not None]
+            pairs = zip(parts, values, strict=True)
+            chosen = [(part, value) for part, value in pairs if value is not None and part.requires_grad]
+            if not chosen:  # the values lie at gates
+                return first.new_zeros((len(first), *shape))
             return _vjp([part for part, _ in chosen], seed, [value.unsqueeze(1) for _, value in chosen])[0].squeeze(1)
 
     def reach(self, relevance: Tensor | None) -> bool:

@@ -78,7 +78,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module, state in modules:
             _restore(module, state)
         for tensor, data, requires_grad in parameters + buffers:
-            if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+            if tensor.shape != data.shape or _address(tensor) != _address(data):
                 tensor.data = data
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
@@ -118,6 +118,19 @@ def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
     return len(one) == len(other) and all(a == b and value is known for (a, value), (b, known) in pairs)
 
 
+def _address(tensor: Tensor) -> int:
+    """Where a tensor is in memory; a sparse one by its values."""
+    return _stored(tensor).data_ptr()
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The entries of a tensor that are kept."""
+    if tensor.layout == torch.strided:
+        return tensor
+    values: Tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
+    return values
+
+
 class Fingerprint:
     """Notices that a parameter or buffer was changed in place, by version counter and by a sample of its entries.
 
@@ -128,13 +141,13 @@ class Fingerprint:
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
         self._seen: list[tuple[str, Tensor, tuple[int, int], Tensor, Tensor]] = []
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            flat = tensor.detach().flatten()
+            flat = _stored(tensor.detach()).flatten()
             entry = flat[:: max(1, -(-flat.numel() // entries))]
-            is_view = flat.data_ptr() == tensor.data_ptr() and flat.numel() > 0
+            is_view = flat.data_ptr() == _address(tensor) and flat.numel() > 0
             sample = entry.clone()
             # Of a tensor that is laid out otherwise, flattening makes a copy, which would not change with it.
             place = entry if is_view and not bool((sample != sample).any()) else torch.empty(0)
-            self._seen.append((name, tensor, (tensor._version, tensor.data_ptr()), place, sample))
+            self._seen.append((name, tensor, (tensor._version, _address(tensor)), place, sample))
         self._entries = entries
 
     def changed(self) -> list[str]:
@@ -142,12 +155,12 @@ class Fingerprint:
         return [
             name
             for name, tensor, state, place, sample in self._seen
-            if (tensor._version, tensor.data_ptr()) != state
+            if (tensor._version, _address(tensor)) != state
             or not torch.equal(*((place, sample) if place.numel() else self._finite(tensor, sample)))
         ]
 
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Both samples without nan, which equals nothing."""
-        flat = tensor.detach().flatten()
+        flat = _stored(tensor.detach()).flatten()
         entries = flat[:: max(1, -(-flat.numel() // self._entries))]
         return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)

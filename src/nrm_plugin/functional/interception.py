@@ -40,14 +40,16 @@ from ..steps import (
 )
 from .attention import ATTENTIONS, FUSED, in_parts, is_taken_apart
 from .gates import Gates
+from .graphs import in_messages, is_by_tensor, is_sparse_product, put_at
 from .lookup import CompositeRules, NoRules, RuleLookup
 from .opaque import Unknown, is_elementwise, is_known, uncovered
+from .recurrent import RECURRENT, Where, packs_in
 from .registry import KERNELS, FunctionCall, Handler, Name, Slot, handler_of, name_of
 from .rewrites import REWRITES
 from .table import LAYERS, BroadcastKernel, channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
-_WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill masked_scatter set".split())
+_WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
 _PASSED = frozenset("requires_grad detach backward register_hook retain_grad grad_fn data is_floating_point".split())
 
 
@@ -134,6 +136,7 @@ class Interception(Canonizer):
         def enter(module: nn.Module, args: Any) -> None:
             if self._modes:
                 self._modes[-1].path.append(names[module])
+                self._modes[-1].packs += packs_in(args)
 
         def leave(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             if not self._modes or not self._modes[-1].path:
@@ -179,6 +182,7 @@ class _Mode(TorchFunctionMode):
         self.rules, self.normalization, self.sums = rules, normalization, sums
         self.gates = Gates()
         self.path: list[str] = []
+        self.packs: list[tuple[Tensor, Tensor]] = []
         self._calls: dict[str, int] = {}
         self._inside: list[Callable[..., Any]] = []
 
@@ -199,12 +203,28 @@ class _Mode(TorchFunctionMode):
             target = kwargs.get("out", args[0] if args else None)
             if isinstance(target, Tensor):
                 before_writing(target)
+        if (
+            name.base in ("setitem", "index_put")
+            and computed
+            and is_by_tensor(args[1])
+            and not kwargs
+            and len(args) == 3
+        ):
+            with self:
+                result = put_at(*args)
+            return write(args[0], result) if name.base == "setitem" or name.in_place else result
         if not computed or name.base in _WRITERS:
             return func(*args, **kwargs)
         if name.base == FUSED and is_taken_apart(self.attention, args, kwargs):
             with self:
                 return in_parts(*args, **kwargs)
+        if name.base == "matmul" and is_sparse_product(args):
+            with self:
+                return in_messages(*args, **kwargs)
         handler = handler_of(func, name)
+        if handler is None and name.base in RECURRENT:
+            with self:
+                return RECURRENT[name.base](Where(self._path(), self.packs), *args, **kwargs)
         if handler is None and name.base in REWRITES:
             with self:
                 return self._written(name, args, kwargs, REWRITES[name.base](*args, **kwargs))
@@ -342,6 +362,11 @@ class _Mode(TorchFunctionMode):
         """What a function without a kernel returned, as a step that waits for relevance."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or not output.requires_grad:
             return output
+        if output.layout != torch.strided:
+            raise UnsupportedOperationError(
+                f"{call.name!r} in {call.path or 'the model'!r} ({_source_line()}) makes a sparse tensor of computed "
+                "values, which has no kernel. Keep them dense: gather messages by index_select, sum them by index_add."
+            )
         error = UnsupportedOperationError(
             f"relevance arrived at {call.name!r} in {call.path or 'the model'!r} ({_source_line()}), which has no "
             f"kernel. {_advice(call)}"
@@ -446,11 +471,6 @@ def _never(*args: Any) -> bool:
 
 
 def _advice(call: FunctionCall) -> str:
-    if any(kind in call.name for kind in ("lstm", "gru", "rnn")):
-        return (
-            "Recurrent layers have none yet. Write the recurrence with torch.nn.Linear, sigmoid and tanh, whose steps "
-            "are known, or take the measure of the layers below: output=at(layer) and a start= vector."
-        )
     function = (
         f"{getattr(call.function, '__module__', None) or 'torch'}.{getattr(call.function, '__name__', call.name)}"
     )
