@@ -266,6 +266,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of the image (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="marginals only, one thread")
+    parser.add_argument("--one-thread", action="store_true", help="leave out the runs on all threads")
     parser.add_argument("--render", action="store_true", help="only write the tables of docs/speed.md")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "THREADS", "QUESTIONS"), help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=2, metavar=("WORK", "MODEL"), help=argparse.SUPPRESS)
@@ -282,8 +283,8 @@ def main() -> None:
         return
     cores = os.cpu_count() or 1
     plans = [("vgg16", 1, "default"), ("vgg16", 1, "keeps memory"), ("resnet50", 1, "default")]
-    if not args.quick:
-        plans += [("vgg16", cores, "default"), ("resnet50", cores, "default")] if cores > 1 else []
+    if cores > 1 and not args.quick and not args.one_thread:
+        plans += [("vgg16", cores, "default"), ("resnet50", cores, "default")]
     found: dict[str, Any] = {"environment": environment(), "size": args.size, "runs": []}
     for model, threads, allocator in plans:
         questions = "no" if args.quick or allocator != "default" else "yes"
