@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.speed`` (``make bench``) prints a table of measured ratios and targets, and writes the times as
 JSON with the environment. Each run is a process of its own: one thread and all of them; and one thread with an
-allocator that keeps freed memory, for glibc's default gives the largest tensors back to the system each time, and to
-get fresh pages again takes a tenth of a pass. Within a run every round runs each piece of work once, in turn, so that a
-noisy neighbour meets all of them; the ratio is that of the fastest rounds. Results are compared before they are timed.
+allocator that keeps freed memory, where glibc's default gives the largest tensors back to the system. Within a run
+every round runs each piece of work once, in turn, so that a noisy neighbour meets all of them; the ratio is that of the
+fastest rounds. Results are compared before they are timed.
 
 zennit-crp is timed on some conditions, and its time for all of them is extrapolated in proportion; without it (it comes
 with ``make test-hosts``) its rows are left out.
