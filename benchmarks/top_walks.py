@@ -1,0 +1,101 @@
+"""The best channel walks of VGG16 over five layers in 60 seconds, beside a greedy graph of the same number of walks.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.top_walks
+
+Weights are random, so the rows tell of the search, not of pictures. The greedy graph is built as in zennit-crp: the
+channels that carry most at the first layer, then for each of them those that carry most of it at the next one, and so
+on. Every choice here is conditioned on the whole prefix, where zennit-crp looks at the parent only. Writes the figures
+with the environment to benchmarks/results/top_walks.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torchvision.models import vgg16
+from zennit.composites import EpsilonPlus
+
+from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, top_walks
+from nrm_plugin.walks import Chain
+
+RESULTS = Path(__file__).parent / "results" / "top_walks.json"
+LAYERS = ["features.28", "features.21", "features.14", "features.7", "features.2"]
+WIDTHS = [5, 5, 2, 2, 1]
+RULES = {"NRMAbsolute": NRMAbsolute, "EpsilonPlus": lambda: Normalized(EpsilonPlus()), "NRMDefault": NRMDefault}
+
+
+def greedy(mu: RelevanceMeasure, layers: list[str], widths: list[int]) -> tuple[list[float], float]:
+    """Mass of each walk of a greedy graph, and the seconds it took."""
+    begin = time.perf_counter()
+    with torch.no_grad():
+        chain = Chain(mu, layers, "channel")
+        vectors, masses = chain.first().unsqueeze(0), torch.empty(0)
+        for level, width in enumerate(widths):
+            sums = chain.sums(level, vectors)
+            tops = sums.abs().topk(width).indices
+            masses = sums.gather(1, tops).flatten()
+            if level < chain.last:
+                masks = chain.labels[level] == tops[..., None]
+                split = (vectors[:, None] * masks).flatten(0, 1)
+                vectors = torch.cat([chain.down(level, part) for part in split.split(8)])
+    return masses.tolist(), time.perf_counter() - begin
+
+
+def row(model: torch.nn.Module, size: int, rule: str, seconds: float) -> dict[str, object]:
+    """What a search and a greedy graph find for one image."""
+    torch.manual_seed(size)
+    image = torch.rand(1, 3, size, size)
+    mu = RelevanceMeasure(model, image, 281, composite=RULES[rule](), max_memory=2 << 30)
+    k = torch.tensor(WIDTHS).prod().item()
+    found = top_walks(mu, LAYERS, int(k), budget=seconds)
+    masses, took = greedy(mu, LAYERS, WIDTHS)
+    ranked = sorted((abs(m) for m in masses), reverse=True)
+    ours = [abs(walk.mass) for walk in found.walks]
+    return {
+        "size": size,
+        "rule": rule,
+        "walks": len(found.walks),
+        "certified": found.certified,
+        "largest": ours[0],
+        "smallest": ours[-1],
+        "missed": found.missed,
+        "expanded": found.expanded,
+        "seconds": round(found.seconds, 1),
+        "mass": sum(ours),
+        "greedy_largest": ranked[0],
+        "greedy_mass": sum(ranked),
+        "greedy_seconds": round(took, 1),
+        "greedy_among_ours": sum(m >= ours[-1] * (1 - 1e-4) for m in ranked),
+        "walk_variation": float(mu.walk_variation()) if rule != "NRMDefault" else None,
+    }
+
+
+def main() -> None:
+    """All rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[96, 224])
+    parser.add_argument("--rules", nargs="+", default=list(RULES))
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = vgg16(weights=None).eval()
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    for size in arguments.sizes:
+        for rule in arguments.rules:
+            rows = [old for old in rows if (old["size"], old["rule"]) != (size, rule)]  # others stay
+            rows.append(row(model, size, rule, arguments.seconds))
+            print(json.dumps(rows[-1]), flush=True)
+            environment = {"python": platform.python_version(), "torch": version("torch"), "zennit": version("zennit")}
+            environment["threads"] = str(torch.get_num_threads())
+            text = {"environment": environment, "layers": LAYERS, "widths": WIDTHS, "rows": rows}
+            RESULTS.write_text(json.dumps(text, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
