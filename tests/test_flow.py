@@ -224,13 +224,21 @@ def test_thresholds_that_mean_nothing_are_refused(mu, full, limits, words):
         mu.flow(["2", "0"], sample=0, **limits)
 
 
-def test_all_channels_take_no_pass_for_each(mu):
-    mu.marginal(["input"])
-    one = mu.cost.vectors
-    mu.joint("2", "0")
-    assert mu.cost.vectors <= 2 * one
+def test_all_channels_take_no_pass_for_each(mu, monkeypatch):
+    expected = mu.joint("2", "0")[0]
+    direct, spent, joint = mu.cost.vectors, [], mu.joint
+
+    def watched(*args, **kwargs):
+        found = joint(*args, **kwargs)
+        spent.append(mu.cost.vectors)
+        return found
+
+    monkeypatch.setattr(mu, "joint", watched)
     graph = mu.flow(["2", "0"], top=None, sample=0)
-    np.testing.assert_allclose(graph.joints[0][:-2, :-2], mu.joint("2", "0")[0], atol=1e-12)
+    assert spent == [direct]
+    np.testing.assert_allclose(graph.joints[0][:-2, :-2], expected, atol=1e-12)
+    mu.flow(["2", "0"], top=2, sample=0)
+    assert spent[1] > direct
 
 
 def test_names_may_come_in_any_order_and_samples_are_told_apart(mu):
