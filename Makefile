@@ -34,7 +34,7 @@ define install
 endef
 
 # Packages that this one works inside of, each with the versions that its pins need, on top of .venv.
-HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric
+HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric transformers transformers4
 
 .PHONY: demo test test-fast test-hosts lint bench clean
 
@@ -60,7 +60,7 @@ test-fast: .venv/.stamp
 	$(call pytest,.venv) -m "not slow" -x -q
 
 test-hosts: .venv/.stamp $(HOSTS:%=.venv/hosts/%.stamp)
-	@set -e; for host in $(HOSTS); do echo "== $$host"; file=$$host; case $$host in captum*) file=captum;; esac; \
+	@set -e; for host in $(HOSTS); do echo "== $$host"; file=$$host; case $$host in captum*) file=captum;; transformers*) file=transformers;; esac; \
 		PYTHONPATH=.venv/hosts/$$host $(call pytest,.venv) -q tests/hosts/test_$$file.py; done
 
 lint: .venv/.stamp

@@ -423,10 +423,21 @@ def test_a_batch_is_its_samples():
             torch.testing.assert_close(mu.marginal(layer)[number], one.marginal(layer)[0], atol=1e-6, rtol=0)
 
 
+def test_heads_and_pairs_of_query_and_key_are_events():
+    mu = RelevanceMeasure(Sequence(encoder()).eval(), draw(2, 5, 8), 1)
+    name = "body.layers.1.self_attn.scaled_dot_product_attention"
+    attention, values = at(name), at(name, side="input", item=2)
+    assert tuple(mu.shape(attention)) == tuple(mu.shape(values)) == (2, 2, 5, 4)
+    torch.testing.assert_close(mu(attention[0]) + mu(attention[1]), mu(attention))
+    pairs = torch.stack([mu(attention[1, 3] & values[1, key]) for key in range(5)])
+    assert bool((pairs.abs() > 1e-6).all())
+    torch.testing.assert_close(pairs.sum(0), mu(attention[1, 3]), atol=1e-9, rtol=0)
+    assert not mu(attention[1, 3] & values[0, 2]).any()  # another head
+
+
 def test_padded_keys_get_nothing():
     hidden = torch.tensor([[False, False, False, True, True], [False] * 5])
-    net = Sequence(encoder(), src_key_padding_mask=hidden).eval()
-    net.head.register_forward_pre_hook  # noqa: B018
+    net = Sequence(encoder()).eval()
     x = draw(2, 5, 8)
 
     class First(nn.Module):
@@ -442,8 +453,6 @@ def test_padded_keys_get_nothing():
     assert not tokens[0, 3:].any()
     assert bool((tokens[0, :3] > 0).all())
     assert bool((tokens[1] > 0).all())
-    shorter = RelevanceMeasure(Sequence(encoder()).eval(), x[:1, :3], 1)
-    assert shorter.marginal("input").shape == (1, 3, 8)
 
 
 @pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 6}])

@@ -1,0 +1,186 @@
+"""Models of Hugging Face as they are, drawn at random from a configuration: `make test-hosts`."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("transformers is not here; `make test-hosts` runs this", allow_module_level=True)
+
+import transformers as hf
+
+from nrm_plugin import Normalized, NRMDefault, RelevanceMeasure, at
+
+hf.logging.set_verbosity_error()
+warnings.simplefilter("ignore")
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_labels": 3,
+}
+TEXT, IMAGE = {"vocab_size": 50, **SIZES}, {"image_size": 32, "patch_size": 8, **SIZES}
+LAST = (6, 4)
+"""Token 4 after the last of seven."""
+
+
+def ids(length: int = 7) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(3, 50, (1, length), generator=torch.Generator().manual_seed(1))}
+
+
+def both() -> dict[str, Tensor]:
+    return {**ids(), "decoder_input_ids": ids(4)["input_ids"]}
+
+
+def image() -> Tensor:
+    return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def spectrum() -> Tensor:
+    return torch.randn(1, 8, 20, generator=torch.Generator().manual_seed(1))
+
+
+T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+DISTIL = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "num_labels": 3}
+SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+WHISPER = {"vocab_size": 50, "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+WHISPER |= {"num_mel_bins": 8, "max_source_positions": 10, "pad_token_id": 0}
+BLOOM = {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+
+Row = tuple[str, str, dict[str, Any], Callable[[], Any], Any, str | None]
+MODELS: dict[str, Row] = {
+    "BERT": ("BertForSequenceClassification", "BertConfig", TEXT, ids, 0, None),
+    "DistilBERT": ("DistilBertForSequenceClassification", "DistilBertConfig", DISTIL, ids, 0, None),
+    "RoBERTa": ("RobertaForSequenceClassification", "RobertaConfig", TEXT, ids, 0, None),
+    "GPT-2": ("GPT2LMHeadModel", "GPT2Config", GPT2, ids, LAST, None),
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", {**TEXT, "num_key_value_heads": 2}, ids, LAST, None),
+    "Mistral": (
+        "MistralForCausalLM", "MistralConfig", {**TEXT, "num_key_value_heads": 2, "sliding_window": 4}, ids, LAST, None,
+    ),
+    "Mixtral": (
+        "MixtralForCausalLM", "MixtralConfig", {**TEXT, "num_key_value_heads": 2, "num_local_experts": 3}, ids, LAST,
+        None,
+    ),
+    "BLOOM": ("BloomForCausalLM", "BloomConfig", BLOOM, ids, LAST, None),
+    "T5": ("T5ForConditionalGeneration", "T5Config", T5, both, (3, 4), None),
+    "ViT": ("ViTForImageClassification", "ViTConfig", IMAGE, image, 0, None),
+    "Swin": ("SwinForImageClassification", "SwinConfig", {**SWIN, "num_labels": 3}, image, 0, None),
+    "CLIP vision": (
+        "CLIPVisionModelWithProjection", "CLIPVisionConfig", {**IMAGE, "projection_dim": 5}, image, 0, "image_embeds",
+    ),
+    "Whisper encoder": ("WhisperEncoder", "WhisperConfig", WHISPER, spectrum, (3, 4), "last_hidden_state"),
+    "Mamba": ("MambaForCausalLM", "MambaConfig", {**TEXT, "state_size": 4}, ids, LAST, None),
+}  # fmt: skip
+
+
+def build(name: str, attention: str) -> nn.Module:
+    """A model with random weights and biases; skips where this version has no such attention."""
+    kind, config, options, *_ = MODELS[name]
+    torch.manual_seed(0)
+    whisper = hf.models.whisper.modeling_whisper
+    try:
+        settings = getattr(hf, config)(**options, attn_implementation=attention)
+        model: nn.Module = getattr(hf if hasattr(hf, kind) else whisper, kind)(settings).eval()
+    except ValueError as error:
+        pytest.skip(str(error)[:80])
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and "bias" in parameter_name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def plain(model: nn.Module, inputs: Any, output: str | None) -> Tensor:
+    with torch.no_grad():
+        returned = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return returned[output or "logits"]
+
+
+def measure(name: str, model: nn.Module, **options: Any) -> RelevanceMeasure:
+    *_, inputs, target, output = MODELS[name]
+    return RelevanceMeasure(model, inputs(), target, output=output, **options)
+
+
+def entry(mu: RelevanceMeasure) -> str:
+    """The tap at which the input comes in: pixels, or what the ids look up."""
+    if "input" in mu.layers:
+        return "input"
+    return next(layer for layer in mu.layers if any(word in layer for word in ("embed", "wte", "shared")))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_books_balance_at_every_tap(name, attention, worst):
+    model = build(name, attention)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    *_, inputs, target, output = MODELS[name]
+    expected = plain(model, inputs(), output)[0][target]
+    mu = measure(name, model)
+    torch.testing.assert_close(mu.output, expected[None], atol=1e-5, rtol=1e-5)
+    assert len(mu.layers) > 30
+    for layer in mu.layers:
+        error = mu(at(layer)) + mu.sink(layer) + mu.bypass(layer) - 1
+        scaled = float((error.abs() / mu.variation(layer).clamp(min=1)).max())
+        worst(f"conservation, {name}", scaled)
+        assert scaled <= 1e-4, layer
+    assert float(mu.sink(entry(mu), kind="residual").abs().max()) <= 0.05
+    assert float(mu.marginal(entry(mu)).abs().sum()) > 0.01
+    torch.testing.assert_close(plain(model, inputs(), output)[0][target], expected, atol=0, rtol=0)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+ONE_KIND = ("Mamba", "BLOOM", "Mixtral")  # no attention, one kind of it, and one that is none in float64
+
+
+@pytest.mark.parametrize("attention", ["value", "halves"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ONE_KIND])
+def test_eager_and_fused_attention_have_one_measure(name, attention):
+    eager, fused = (build(name, kind).double() for kind in ("eager", "sdpa"))
+    fused.load_state_dict(eager.state_dict())
+    *_, inputs, target, output = MODELS[name]
+    given = inputs()
+    given = given if isinstance(given, dict) else given.double()
+    rules = Normalized(NRMDefault(), attention=attention)
+    mu, nu = (RelevanceMeasure(m, given, target, output=output, composite=rules) for m in (eager, fused))
+    tap = entry(mu)
+    bound = 1e-6 * float(mu.variation(tap).max())
+    torch.testing.assert_close(mu.marginal(tap), nu.marginal(tap), atol=bound, rtol=0)
+    torch.testing.assert_close(mu.sink(tap), nu.sink(tap), atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama"])
+def test_embeddings_may_be_handed_over_instead_of_ids(name):
+    model = build(name, "sdpa")
+    *_, inputs, target, _ = MODELS[name]
+    ids_given = inputs()["input_ids"]
+    looked_up = model.get_input_embeddings()(ids_given).detach()
+    by_ids = RelevanceMeasure(model, {"input_ids": ids_given}, target)
+    by_vectors = RelevanceMeasure(model, {"inputs_embeds": looked_up}, target)
+    tap = next(layer for layer in by_vectors.layers if layer.startswith("input"))
+    torch.testing.assert_close(by_ids.marginal(entry(by_ids)), by_vectors.marginal(tap))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama"])
+def test_padded_tokens_get_nothing_and_change_nothing(name, attention):
+    model = build(name, attention)
+    given = ids()["input_ids"]
+    padded = torch.cat([given, torch.full((1, 3), 2)], 1)
+    target = MODELS[name][4]
+    mask = {"attention_mask": torch.tensor([[1] * 7 + [0] * 3])}
+    alone = RelevanceMeasure(model, {"input_ids": given}, target)
+    mu = RelevanceMeasure(model, {"input_ids": padded}, target, additional_forward_kwargs=mask)
+    tokens = mu.marginal(entry(mu))
+    assert not tokens[:, 7:].any()
+    torch.testing.assert_close(tokens[:, :7], alone.marginal(entry(alone)), atol=1e-4, rtol=1e-3)
