@@ -38,7 +38,7 @@ def joint_matrix(
     def run(groups: Sequence[int]) -> list[Tensor]:
         labels = (rows if down else columns).to(relevance.device)
         if down:
-            found, cost = _handed_down(
+            found, cost = handed_down(
                 recording, upper, lower, {group: relevance * (labels == group) for group in groups}
             )
             sums = by_label(recording.with_samples(found, 1).flatten(2), columns)
@@ -57,7 +57,7 @@ def joint_matrix(
     return torch.stack(parts, 1 if down else 2), sum(spent, start=Cost())
 
 
-def _handed_down(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
+def handed_down(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
     """What arrives at the lower tap, ``(K, N, *shape)``."""
     collect = _Collect(lower.place)
     cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))

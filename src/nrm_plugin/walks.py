@@ -21,7 +21,7 @@ from .budget import DEFAULT, width_of
 from .errors import EventError
 from .events import Atom, Event, at
 from .groups import Over, check_over, labels_of
-from .joints import _handed_down as handed_down
+from .joints import handed_down
 from .measure import Layer, RelevanceMeasure
 from .sweeps import push
 
