@@ -47,8 +47,8 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
         max_memory: Bytes.
         places: Where vectors begin to differ, and where they end: between these they are carried. None for anywhere.
     """
-    numbers = [place.vertex if isinstance(place, Buffer) else place[0] for place in places or ()]
-    first, last = (min(numbers), max(numbers)) if numbers else (0, len(recording.graph.vertices))
+    spoken = [place.vertex if isinstance(place, Buffer) else place[0] for place in places or ()]
+    first, last = (min(spoken), max(spoken)) if spoken else (0, len(recording.graph.vertices))
     carried = recording.graph.vertices[first : last + 1]
     largest = max((math.prod(shape) for vertex in carried for shape in vertex.shapes), default=1)
     default = DEFAULT_CPU if recording.output.device.type == "cpu" else DEFAULT

@@ -96,11 +96,12 @@ class Books:
             return self._sum(vector, place), self._norm(vector)
         total = vector.new_zeros(self.recording.batch)
         absolute = torch.zeros_like(total)
+        single = self.recording.batch == 1
         for at in blocks(vector):  # in the cache
             part = vector[at] * share[at]
-            rows = slice(None) if self.recording.batch == 1 or not part.ndim else at[0]
-            total[rows] += part.sum() if self.recording.batch == 1 else sample_sums(part)
-            absolute[rows] += self._norm(part) if self.recording.batch == 1 else sample_norms(part)
+            rows = slice(None) if single else at[0]
+            total[rows] += part.sum() if single else sample_sums(part)
+            absolute[rows] += self._norm(part)
         return total, absolute
 
     def _norm(self, vector: Tensor) -> Tensor:
