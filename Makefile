@@ -82,9 +82,9 @@ docs: .venv/.docs.stamp
 package: .venv/.release.stamp
 	.venv/bin/python -m website.package dist
 
-# Lines and branches of the package, without the slow tests; SLOW=1 runs those too.
+# Lines and branches of the package.
 coverage: .venv/.stamp
-	$(call pytest,.venv) -q $(if $(SLOW),,-m "not slow") --cov --cov-report=term-missing:skip-covered --cov-report=html:build/coverage
+	$(call pytest,.venv) -q --cov --cov-report=term-missing:skip-covered --cov-report=html:build/coverage
 
 clean:
 	rm -rf .venv .venv-zennit0 .venv-zennit1 build dist nrm-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,11 @@ UNCOVERED = ("beta_smooth", *NONLINEAR)
 NORMALIZED = tuple(name for name, kind in sorted(COMPOSITES.items()) if issubclass(kind, nrm_plugin.Normalized))
 LINEAR = ("lrp_0", *(name for name in sorted(COMPOSITES) if name not in (*NONLINEAR, *NORMALIZED)))
 SIZES = {"vgg16": 64, "vgg16_bn": 64, "alexnet": 96}
+
+
+def slow_but(values: Iterable[Any], *fast: Any) -> list[Any]:
+    """Parameters of a test: the ``fast`` ones stand for all of them in `make test-fast`."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def lrp_0(canonizers: list[Any] | None = None) -> Composite:

@@ -28,6 +28,7 @@ from benchmarks.architectures import (
     target_of,
 )
 from nrm_plugin.functional.table import SplitKernel, reduced
+from tests.conftest import slow_but
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "alexnet": (3, 64, 64),
@@ -52,8 +53,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "squeezenet1_1": (3, 48, 48),
     "vgg11_bn": (3, 32, 32),
 }
-SLOW = ("densenet121", "efficientnet_v2_s", "fcn_resnet50", "inception_v3", "r2plus1d_18", "vgg11_bn")
-NETS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SHAPES]
+NETS = slow_but(SHAPES, "resnet18", "squeezenet1_1")
 EXCEPTIONS = {
     ("alexnet", "EpsilonPlusFlat"),  # ε on three dense layers, of which each adds variation
     ("densenet121", "EpsilonPlusFlat"),  # Zennit's Norm averages signed numbers, whose sum may nearly cancel

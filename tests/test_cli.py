@@ -49,6 +49,7 @@ def printed(folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_demo_prints_the_means_of_the_measure(printed: str):
     images, labels = load_digits()
     model = load_model()
@@ -71,6 +72,7 @@ def test_demo_prints_the_means_of_the_measure(printed: str):
         )
 
 
+@pytest.mark.slow
 def test_demo_explains_every_column_and_no_other(printed: str):
     header = re.search(r"^layer (.*)$", printed, re.MULTILINE)
     assert header is not None
@@ -89,6 +91,7 @@ def test_bypass_is_shown_where_there_is_any(tmp_path: Path, monkeypatch: pytest.
     assert "ours + sink + bypass = 1" in text
 
 
+@pytest.mark.slow
 def test_demo_says_where_the_pictures_are(printed: str, folder: Path):
     named = re.findall(r"^  (.*\.png)$", printed, re.MULTILINE)
     assert Path(named[0]) == folder / "4-joint.png"
@@ -156,6 +159,7 @@ def test_folder_that_cannot_be_written_is_known_before_anything_is_computed(
     assert blocked.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_disk_that_fills_up_takes_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     def full(figure, path):
         raise OSError(28, "No space left on device", str(path))

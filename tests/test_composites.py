@@ -26,7 +26,7 @@ from zennit.rules import Epsilon, Flat, Norm, Pass, ZPlus
 from nrm_plugin import Absolute, Normalized, NRMAbsolute, NRMAttributor, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.composites import register
 from nrm_plugin.errors import ModelStateError, NRMError, TargetError
-from tests.conftest import NORMALIZED, state_of, untouched
+from tests.conftest import NORMALIZED, slow_but, state_of, untouched
 
 SETTINGS = [
     {},
@@ -219,7 +219,7 @@ def test_registering_it_again_is_registering_it_once(net, x, start):
         rules.remove()
 
 
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("duplicate", slow_but([copy.copy, copy.deepcopy], copy.copy))
 def test_a_copy_is_a_composite_of_its_own(net, x, start, duplicate):
     rules = Normalized(EpsilonPlusFlat(), residual="sink", gain_limit=3.0, uncovered="gradient", sums="signed")
     expected = relevance(net, x, rules, start)
@@ -248,6 +248,7 @@ def test_a_copy_of_the_model_that_was_made_in_the_context_says_so(net, x, start)
     same(relevance(net, x, rules, start), by_measure(copy.deepcopy(net), x, rules, start))
 
 
+@pytest.mark.slow
 def test_it_can_be_used_over_and_over_without_growing(net, x, start):
     rules = Normalized(EpsilonPlusFlat(), uncovered="gradient")
     expected = relevance(net, x, rules, start)

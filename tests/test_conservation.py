@@ -8,7 +8,7 @@ from zennit.canonizers import SequentialMergeBatchNorm
 
 from nrm_plugin import Normalized, RelevanceMeasure
 from nrm_plugin.errors import NonlinearRuleError
-from tests.conftest import LINEAR, NONLINEAR, SIZES, UNCOVERED, composite, images, torchvision_net, untouched
+from tests.conftest import LINEAR, NONLINEAR, SIZES, UNCOVERED, composite, images, slow_but, torchvision_net, untouched
 
 RESIDUALS = ("sink", "redistribute")
 
@@ -36,7 +36,7 @@ def largest_error(mu, of="the tap"):
 
 
 @pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("net", SIZES)
+@pytest.mark.parametrize("net", slow_but(SIZES, "alexnet"))
 def test_mass_sink_and_bypass_add_up_to_one_at_every_tap(net, name, worst):
     model, x = torchvision_net(net), images(SIZES[net])
     for residual in RESIDUALS:
@@ -48,6 +48,7 @@ def test_mass_sink_and_bypass_add_up_to_one_at_every_tap(net, name, worst):
         assert error <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINEAR)
 def test_the_books_balance_after_batch_norm_was_merged(name, worst):
     model, x = torchvision_net("vgg16_bn"), images(64)
@@ -72,7 +73,7 @@ def test_the_books_balance_on_images_of_full_size(net, name, worst):
 
 
 @pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("residual", slow_but(RESIDUALS, "redistribute"))
 def test_the_three_parts_are_accumulated_apart(name, residual):
     """A part computed as 1 minus the others would balance exactly; sums in float32 never do at all taps."""
     mu = measure(torchvision_net("alexnet"), images(96), name, residual)
@@ -89,8 +90,8 @@ def test_a_rule_that_is_not_linear_is_refused_by_name(net, name):
         measure(model, x, name, "redistribute")
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("net", SIZES)
+@pytest.mark.parametrize("residual", slow_but(RESIDUALS, "sink"))
+@pytest.mark.parametrize("net", slow_but(SIZES, "alexnet"))
 def test_absolute_shares_leave_no_negative_walk(net, residual, worst):
     mu = measure(torchvision_net(net), images(SIZES[net]), "nrm_absolute", residual)
     ones = torch.ones(2)

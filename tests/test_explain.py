@@ -31,6 +31,7 @@ from nrm_plugin.explain import models, pictures
 from nrm_plugin.explain.conditions import ConditionError, parse
 from nrm_plugin.explain.files import wrapped
 from nrm_plugin.explain.pictures import PictureError, open_picture
+from tests.conftest import slow_but
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = 32
@@ -187,7 +188,7 @@ COMPOSITE = {
 }
 
 
-@pytest.mark.parametrize("residual", ["redistribute", "sink"])
+@pytest.mark.parametrize("residual", slow_but(["redistribute", "sink"], "redistribute"))
 @pytest.mark.parametrize("name", COMPOSITE)
 def test_numbers_are_those_of_the_measure(name: str, residual: str, fast: Path):
     asked = ["--target", "2", "--composite", name, "--residual", residual]
@@ -241,7 +242,9 @@ def test_numbers_are_exact_where_nothing_is_resized(fast: Path):
     torch.testing.assert_close(found["image"] * 255, torch.from_numpy(np.array(small)).movedim(-1, 0).float())
 
 
-@pytest.mark.parametrize("form", ["state dict", "safetensors", "checkpoint", "data parallel", "half"])
+@pytest.mark.parametrize(
+    "form", slow_but(["state dict", "safetensors", "checkpoint", "data parallel", "half"], "state dict")
+)
 def test_weights_of_a_file_are_those_of_the_model(form: str, fast: Path, capsys: pytest.CaptureFixture[str]):
     torch.manual_seed(1)
     net = squeezenet1_1(weights=None, num_classes=7).eval()
@@ -271,7 +274,7 @@ def test_weights_of_a_file_are_those_of_the_model(form: str, fast: Path, capsys:
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["mnasnet0_5", "densenet121", "regnet_y_400mf", "googlenet"])
+@pytest.mark.parametrize("name", slow_but(["mnasnet0_5", "densenet121", "regnet_y_400mf", "googlenet"], "mnasnet0_5"))
 def test_architectures_that_want_something_special_take_files(name: str, tmp_path: Path):
     """Versions of layers, names with dots, numbers read while the model is built, inputs that are scaled again."""
     weights = get_model_weights(name).DEFAULT
@@ -321,6 +324,7 @@ def test_default_weights_are_asked_of_torchvision(fast: Path, monkeypatch: pytes
     assert int(found["outputs"].argmax()) == int(about["target"])
 
 
+@pytest.mark.slow
 def test_layer_table_and_pictures(here: Path, capsys: pytest.CaptureFixture[str]):
     explain("china.png", *OWN, "--layer", "3", "--channels", "2", "--given", "3[2] | 0[1]")
     found, _ = result("nrm-explained/china-relevance.safetensors")
@@ -569,6 +573,7 @@ def test_no_model_is_made_for_pictures_that_are_not_there(here: Path, monkeypatc
 NAMES = ["$\\frac{$ 50% {0}.png", "中文.png", "new\nline.png", "b\udcffad.png", "-dash.png", "n" * 240 + ".png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES, ids=["formula", "chinese", "line break", "no text", "dash", "long"])
 def test_odd_names_of_files(name: str, here: Path, capsys: pytest.CaptureFixture[str]):
     PHOTO.save(name)

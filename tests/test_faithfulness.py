@@ -207,6 +207,7 @@ def small_logit(net, handle):
     return before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
 def test_every_explainer_makes_a_map_and_leaves_the_net_alone():
     net = small_net()
@@ -304,6 +305,7 @@ def narrow(name, weights=None, num_classes=1000):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
 
 
+@pytest.mark.slow
 def test_weights_of_a_file_take_the_same_path(monkeypatch, tmp_path, pictures, capsys):
     monkeypatch.setattr(problems.torchvision.models, "get_model", narrow)
     model = narrow("vgg16", num_classes=7)

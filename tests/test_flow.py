@@ -40,6 +40,7 @@ from nrm_plugin.flow_plots import flow_figure, profile_figure
 from nrm_plugin.profiles import ProfileRow, profile
 from nrm_plugin.ribbons import DARK, LIGHT, percent
 from nrm_plugin.sankey import _figure, sankey, save_sankey
+from tests.conftest import slow_but
 from tests.nets import Case, rule_maps, tiny_nets, zennit_composite
 from tests.oracles import Walks, enumerate_walks
 
@@ -99,6 +100,7 @@ def members(
     return nodes
 
 
+@pytest.mark.slow
 @slowly
 @given(chains(), st.data())
 def test_every_node_and_edge_is_its_event_and_the_sum_of_its_walks(drawn, data):
@@ -513,8 +515,8 @@ def test_thumbnails_keep_the_mass():
 SHAPES = [(1, 12, 12), (3, 12, 12), (1, 6, 6, 6), (2, 24), (20,)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", ["plain", "black"])
+@pytest.mark.parametrize("shape", slow_but(SHAPES, (1, 6, 6, 6)), ids=str)
+@pytest.mark.parametrize("kind", slow_but(["plain", "black"], "plain"))
 def test_inputs_of_every_kind_are_drawn(shape, kind, tmp_path):
     torch.manual_seed(0)
     conv = {1: nn.Linear, 2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}[len(shape)]
@@ -808,6 +810,7 @@ def run(*argv: str) -> int:
     return main(["flow", *argv])
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_the_measure_says(here, capsys):
     layers = ["--layers", "output", "a", "stem", "input"]
     options = ["noise.png", *OWN, *layers, "--classes", "names.txt", "--patches", "2", "--composite", "epsilon_plus"]

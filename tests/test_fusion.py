@@ -16,7 +16,7 @@ from zennit.types import Activation, BatchNorm, Linear
 
 from nrm_plugin import FuseBatchNorm, RelevanceMeasure
 from nrm_plugin.errors import BatchNormWarning
-from tests.conftest import untouched
+from tests.conftest import slow_but, untouched
 from tests.nets import zennit_rule
 from tests.oracles import AlphaBeta, Epsilon, Gamma, Rule, ZPlus, normalized
 
@@ -167,6 +167,7 @@ def test_a_layer_before_batch_norm_takes_it_over(name, rule):
     check(net, image(shape), rule, net)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rule"), cases())
 def test_a_layer_behind_batch_norm_takes_it_over_at_the_borders_too(name, rule):
     make, shape = LAYERS[name]
@@ -174,7 +175,7 @@ def test_a_layer_behind_batch_norm_takes_it_over_at_the_borders_too(name, rule):
     check(net, image(shape), rule, net)
 
 
-@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("dead", slow_but([False, True], True))
 @pytest.mark.parametrize(("name", "rule"), cases())
 def test_a_layer_behind_batch_norm_and_relu_takes_both_over(name, rule, dead):
     r"""``ReLU(g x + h) = g (clip(x) − t)`` with ``t = −h / g``; where ``g = 0`` it is the constant ``max(h, 0)``."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from nrm_plugin import Normalized, RelevanceMeasure, at, queries
 from nrm_plugin.errors import EventError, InputError, MemoryBudgetWarning
-from tests.conftest import LINEAR, composite
+from tests.conftest import LINEAR, composite, slow_but
 
 
 def build():
@@ -32,7 +32,7 @@ def masked(mu, upper, lower):
     return torch.stack(maps, 1)
 
 
-@pytest.mark.parametrize("residual", ["sink", "redistribute"])
+@pytest.mark.parametrize("residual", slow_but(["sink", "redistribute"], "redistribute"))
 @pytest.mark.parametrize("name", LINEAR)
 def test_joint_matrices_are_those_of_masked_passes(name, residual):
     mu = RelevanceMeasure(

@@ -11,12 +11,12 @@ import torchvision
 from zennit.composites import EpsilonGammaBox, EpsilonPlusFlat
 
 from nrm_plugin import RelevanceMeasure, at
-from tests.conftest import images
+from tests.conftest import images, slow_but
 
 COMPOSITES = {"default": lambda: None, "plus": EpsilonPlusFlat, "gamma": lambda: EpsilonGammaBox(low=-3.0, high=3.0)}
 
 
-@pytest.mark.parametrize("rules", COMPOSITES)
+@pytest.mark.parametrize("rules", slow_but(COMPOSITES, "plus"))
 def test_nothing_of_a_measure_is_left_when_it_is_deleted(rules):
     torch.manual_seed(0)
     net = torchvision.models.resnet18(weights=None, num_classes=4).eval()

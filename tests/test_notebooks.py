@@ -18,6 +18,7 @@ def kinds(outputs: list[dict[str, object]]) -> list[object]:
     return [(output["output_type"], sorted(output.get("data", ()))) for output in outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_kernels")
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.name)
 def test_a_notebook_runs_and_shows_what_is_stored(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from torch import nn
 
 from benchmarks.other_packages import PACKAGES, PAGE, RESULTS, faults, run, tables
@@ -21,6 +22,7 @@ class Pair(nn.Module):
         return {"dense": total, "other": right}
 
 
+@pytest.mark.slow
 def test_a_model_with_two_inputs_and_a_dense_output_is_measured():
     case = (Pair, [(2, 9), (1, 9)], "dense")
     rows = list(run("torch", "Pair", case))
@@ -38,6 +40,7 @@ def test_a_model_with_two_inputs_and_a_dense_output_is_measured():
     ]
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_is_a_row():
     (built,) = run("torch", "None", (lambda: nn.Conv1d(0, 0, -1), [(1, 1)], None))
     assert built["failed"].startswith("cannot be built")

@@ -16,7 +16,7 @@ from zennit.rules import Epsilon, Norm, Pass, ZPlus
 from zennit.types import Activation, AvgPool, Linear
 
 from nrm_plugin import ABSORBED, Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, at, coverage
-from tests.conftest import untouched
+from tests.conftest import slow_but, untouched
 
 FEATURES, HIDDEN, TIMES = 3, 4, 4
 KINDS = ("LSTM", "GRU", "RNN")
@@ -74,7 +74,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("read", ["last", "mean"])
+@pytest.mark.parametrize("read", slow_but(["last", "mean"], "last"))
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_loop_returns_what_the_layer_returns_and_the_books_balance(kind, name, read):
     net = Classifier(kind, read, **OPTIONS[name]).float()
@@ -256,6 +256,7 @@ def test_a_batch_and_its_samples_agree(kind, rules):
         alike(mu, measure(net, SERIES[row : row + 1], COMPOSITES[rules]()), slice(row, row + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "read", "rules"),
     [*[(kind, "last", "default") for kind in KINDS], ("LSTM", "sum", "plus"), ("GRU", "sum", "absolute")],
@@ -286,7 +287,7 @@ def test_the_padding_of_a_packed_batch_is_a_constant_of_its_sample():
     close(mu.marginal("input").flatten(1).sum(1) + mu.sink("input"), torch.ones(3).double())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "GRU"))
 def test_directions_and_layers_are_those_of_single_layers(kind):
     both = Classifier(kind, "sum", bidirectional=True, num_layers=2)
 

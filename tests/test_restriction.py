@@ -64,6 +64,7 @@ def restricted(draw):
     return case, rules, layers, draw(st.integers(0, 1000))
 
 
+@pytest.mark.slow
 @slowly
 @given(restricted())
 def test_a_restriction_is_the_sum_over_walks_through_kept_neurons(drawn):
@@ -88,6 +89,7 @@ def test_a_restriction_is_the_sum_over_walks_through_kept_neurons(drawn):
             assert abs(float(found.layers[name][0][n]) - slow_mse(*channels)) <= 1e-9 * scale**2
 
 
+@pytest.mark.slow
 @slowly
 @given(restricted())
 def test_pruned_relevance_is_the_measure_given_what_is_kept(drawn):

@@ -11,11 +11,11 @@ from benchmarks.special_case_rows import ROWS
 from benchmarks.special_cases import PAGE, RESULTS, key, rendered
 
 SLOW = "VGG11", "ResNet-18"
-"""Nets of torchvision; one row of each package runs always."""
+"""Nets of torchvision."""
 
 
 def _marked(row: Row) -> object:
-    is_slow = any(name in row.beside for name in SLOW) and row.method not in ("LRP, EpsilonPlusFlat", "LRP of Captum")
+    is_slow = any(name in row.beside for name in SLOW)
     return pytest.param(row, marks=[pytest.mark.slow] if is_slow else [], id=f"{row.method}: {row.beside}")
 
 

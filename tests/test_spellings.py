@@ -16,6 +16,7 @@ from zennit.layer import Sum
 
 from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.composites import Normalized
+from tests.conftest import slow_but
 
 TOLERANCE = 1e-6
 FUSE = [FuseBatchNorm()]
@@ -178,7 +179,7 @@ SPELLINGS: dict[str, dict[str, Callable[..., Tensor]]] = {
 PAIRS = [pytest.param(part, name, id=f"{part}: {name}") for part, names in SPELLINGS.items() for name in names]
 
 
-@pytest.mark.parametrize("composite", ["default", "absolute", "plus flat, fused", "alpha beta"])
+@pytest.mark.parametrize("composite", slow_but(["default", "absolute", "plus flat, fused", "alpha beta"], "default"))
 @pytest.mark.parametrize(("part", "name"), PAIRS)
 def test_a_part_may_be_spelled_another_way(part, name, composite):
     alike(build(), build(**{part: SPELLINGS[part][name]}), COMPOSITES[composite](), least=6)
@@ -199,7 +200,7 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-@pytest.mark.parametrize("composite", COMPOSITES)
+@pytest.mark.parametrize("composite", slow_but(COMPOSITES, "default"))
 def test_a_linear_layer_may_be_written_out(name, composite):
     """A bias that is added apart has no part in a rule, which rules that read it notice; so those get none."""
     bias = composite in ("default", "default, not fused", "absolute")

@@ -86,6 +86,7 @@ def with_parts(case, layer: str, projectors: list[np.ndarray]) -> list[Node]:
     return found
 
 
+@pytest.mark.slow
 @slowly
 @given(case=tiny_nets(list(LAYER), max_batch=2), seed=st.integers(0, 1000), data=st.data())
 def test_every_event_with_subspaces_is_the_sum_of_its_walks(case, seed, data):

@@ -73,6 +73,7 @@ def test_each_token_has_the_colour_of_its_relevance():
     drawn(figure)
 
 
+@pytest.mark.slow
 def test_the_colour_bar_is_centred_at_zero_and_in_percent_of_all_relevance():
     figure = text_figure(TOKENS, VALUES)
     bar = figure.axes[-1]

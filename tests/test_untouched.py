@@ -28,7 +28,7 @@ from nrm_plugin.errors import (
     UncoveredLayerError,
     UnknownLayerError,
 )
-from tests.conftest import images, state_of, untouched
+from tests.conftest import images, slow_but, state_of, untouched
 
 
 class Net(nn.Module):
@@ -123,7 +123,9 @@ def test_no_query_touches_the_model(net, x, query):
 
 
 @pytest.mark.parametrize("query", QUERIES)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(
+    "mode", slow_but([torch.no_grad, torch.inference_mode, torch.enable_grad], torch.inference_mode)
+)
 def test_a_measure_can_be_asked_in_every_gradient_mode(net, x, query, mode):
     expected = QUERIES[query](RelevanceMeasure(net, x, 1))
     mu = RelevanceMeasure(net, x, 1)
@@ -344,6 +346,7 @@ def test_measures_can_be_taken_from_two_threads_at_once(net, x, alone):
                 assert_same(own, {name: alone[0][name] for name in own})
 
 
+@pytest.mark.slow
 def test_a_measure_answers_after_its_model_and_inputs_are_gone(x):
     expected = answers(RelevanceMeasure(build(), x, 1))
     own = x.clone()
@@ -381,6 +384,7 @@ def tensors_alive():
     return sum(1 for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter))
 
 
+@pytest.mark.slow
 def test_memory_goes_when_the_measure_goes(net, x):
     answers(RelevanceMeasure(net, x, 1))
     before = tensors_alive()
@@ -394,6 +398,7 @@ def test_memory_goes_when_the_measure_goes(net, x):
     assert tensors_alive() == before
 
 
+@pytest.mark.slow
 def test_memory_goes_without_the_garbage_collector(net, x):
     """On a GPU nothing tells the collector that memory is short."""
     gc.collect()
@@ -409,6 +414,7 @@ def test_memory_goes_without_the_garbage_collector(net, x):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_memory_goes_when_a_measure_could_not_be_taken(net, x):
     net = nn.Sequential(net, Broken()).eval()
     for _ in range(2):
@@ -418,6 +424,7 @@ def test_memory_goes_when_a_measure_could_not_be_taken(net, x):
     assert tensors_alive() == before
 
 
+@pytest.mark.slow
 def test_queries_do_not_pile_up(net, x):
     mu = RelevanceMeasure(net, x, 1)
     answers(mu)

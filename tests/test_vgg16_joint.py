@@ -17,6 +17,7 @@ from torchvision.models.vgg import make_layers
 from benchmarks import vgg16_joint
 from benchmarks.vgg16_joint import load_picture, load_vgg16, main
 from nrm_plugin import RelevanceMeasure, at
+from tests.conftest import slow_but
 
 WIDTHS = [4, 4, "M", 4, 4, "M", 6, 6, 6, "M", 6, 6, 6, "M", 6, 6, 6, "M"]
 
@@ -81,7 +82,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: object, lines: int = 1) -> 
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", slow_but([".pth", ".safetensors"], ".pth"))
 def test_pictures_of_a_state_dict_show_the_measure(
     suffix: str, state: dict[str, Tensor], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
@@ -118,6 +119,7 @@ def test_pictures_of_a_state_dict_show_the_measure(
         assert found.values[place] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 def test_arguments_choose_layers_and_class(state, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.save(state, tmp_path / "weights.pth")

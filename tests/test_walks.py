@@ -106,6 +106,7 @@ def test_the_bound_holds_wherever_the_search_stops(net, k, expansions, budget):
     )
 
 
+@pytest.mark.slow
 @slowly
 @given(net=searched(), memory=st.sampled_from([1, 2000]))
 def test_without_memory_for_tables_the_search_is_as_right(net, memory):
@@ -113,6 +114,7 @@ def test_without_memory_for_tables_the_search_is_as_right(net, memory):
     net.check(found_or_unordered(lambda: top_walks(net.mu, net.layers, 5, net.over, budget=math.inf)))
 
 
+@pytest.mark.slow
 @slowly
 @given(net=searched(), k=st.integers(1, 6), expansions=st.integers(0, 6))
 def test_groups_that_share_a_pass_are_bounded_by_their_lump(net, k, expansions):
@@ -200,6 +202,7 @@ def test_several_samples_are_refused():
             search()
 
 
+@pytest.mark.slow
 @slowly
 @given(net=searched(), data=st.data())
 def test_exact_sets_are_the_best_and_greedy_ones_are_none_better(net, data):
@@ -275,6 +278,7 @@ def unsigned(case):
     return NameMapComposite([*shares, *rest.name_map])
 
 
+@pytest.mark.slow
 @slowly
 @given(seed=st.integers(0, 10_000), name=st.sampled_from(["chain_mlp", "conv_chain", "skip", "no_bias_relu"]))
 def test_the_best_walk_of_neurons_is_the_best_of_all(seed, name):

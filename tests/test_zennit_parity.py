@@ -23,7 +23,7 @@ from zennit.rules import Epsilon, Pass, ZPlus
 from zennit.types import Activation, Linear
 
 from nrm_plugin import Normalized, RelevanceMeasure, at
-from tests.conftest import LINEAR, SIZES, composite, images, torchvision_net, untouched
+from tests.conftest import LINEAR, SIZES, composite, images, slow_but, torchvision_net, untouched
 
 TARGETS = [3, 7]
 IN_DOUBLE = ("lrp_0", "nrm_default")
@@ -105,14 +105,14 @@ def not_in_place(model):
 
 
 @pytest.mark.parametrize("name", [name for name in LINEAR if name not in IN_DOUBLE])
-@pytest.mark.parametrize("net_name", SIZES)
+@pytest.mark.parametrize("net_name", slow_but(SIZES, "alexnet"))
 def test_marginals_are_zennits_relevance_at_every_tap(net_name, name, worst):
     model, x = torchvision_net(net_name), images(SIZES[net_name])
     assert_same_at_every_tap(model, x, lambda: composite(name, []), worst, f"parity, {net_name}, {name}")
 
 
 @pytest.mark.parametrize("name", IN_DOUBLE)
-@pytest.mark.parametrize("net_name", SIZES)
+@pytest.mark.parametrize("net_name", slow_but(SIZES, "alexnet"))
 def test_marginals_are_zennits_relevance_in_double_precision(net_name, name, worst):
     """The variation of LRP-0 reaches 1e9 here, and both rules flip with the sign of an output near zero.
 
@@ -122,6 +122,7 @@ def test_marginals_are_zennits_relevance_in_double_precision(net_name, name, wor
     assert_same_at_every_tap(model, x, lambda: composite(name, []), worst, f"parity, {net_name}, {name}, float64", 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["epsilon_plus_flat", "epsilon_alpha2_beta1", "epsilon_gamma_box", "nrm_absolute"])
 def test_marginals_are_zennits_relevance_after_batch_norm_was_merged(name, worst):
     model, x = torchvision_net("vgg16_bn"), images(64)

@@ -15,7 +15,7 @@ from nrm_plugin.dataset.examples import EVENTS, FoundReferences, References, Ref
 from nrm_plugin.dataset.maximization import find_references
 from nrm_plugin.dataset.reference_plots import reference_figure
 from nrm_plugin.errors import InputError, UnknownLayerError
-from tests.conftest import untouched
+from tests.conftest import slow_but, untouched
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def one_by_one(net, data, layer, by, unit="measure", reduce="sum", chosen=None):
 
 
 @pytest.mark.parametrize(("unit", "reduce"), [("measure", "sum"), ("output", "max"), ("layer", "sum")])
-@pytest.mark.parametrize("by", ["relevance", "activation"])
+@pytest.mark.parametrize("by", slow_but(["relevance", "activation"], "activation"))
 def test_references_are_those_of_single_samples_sorted_by_hand(net, data, by, unit, reduce):
     with untouched(net):
         found = find_references(net, data, ["0", "2"], 4, by=(by,), unit=unit, reduce=reduce, batch_size=5)

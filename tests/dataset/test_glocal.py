@@ -102,6 +102,7 @@ def test_a_mean_flow_is_that_of_events_of_single_samples(net, data):
     assert graph.carried == pytest.approx(mean(at("output") & at("head.1") & at("body.0") & at("input")))
 
 
+@pytest.mark.slow
 def test_it_does_not_depend_on_the_batches(net, data):
     whole = mean_flow(next(batches(net, data, 14)), LAYERS, top=None)
     same(mean_flow(batches(net, data, 3), LAYERS[::-1], top=None), whole)

@@ -123,6 +123,7 @@ def test_without_scikit_learn_the_extra_is_named(blobs, monkeypatch):
         find_prototypes(blobs[0], 2)
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_row_for_each_prototype(blobs):
     found = find_prototypes(blobs[0], 3)
     pictures = {sample: torch.rand(1, 4, 4) for number in range(3) for sample in found.of(number)[:2]}

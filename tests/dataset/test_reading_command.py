@@ -101,6 +101,7 @@ def capsys_cleared(capsys):
     return capsys
 
 
+@pytest.mark.slow
 def test_the_mean_flow_is_drawn(capsys, tmp_path):
     command = ["flow", "--from", "swept", "--out", str(tmp_path), "--top", "4"]
     assert main([*command, "--layers", *LAYERS[::-1], "--target", "3"]) == 0

@@ -23,6 +23,7 @@ from nrm_plugin import NRMDefault, RelevanceMeasure
 from nrm_plugin.dataset import Manifest, Marginal, Sink, Sweep, SweepError, layout, sweep
 from nrm_plugin.dataset.settings import described
 from nrm_plugin.errors import UnknownLayerError
+from tests.conftest import slow_but
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net
 
 HERE = Path(__file__).parent
@@ -231,6 +232,7 @@ def test_a_composite_is_told_by_what_it_does_and_not_by_what_was_done_with_it():
 # -- what is wrong with samples and files -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sample_that_cannot_be_read_stops_a_sweep_or_is_left_out(tmp_path, undisturbed):
     with pytest.raises(SweepError, match=r"sample 13 cannot be read: OSError: the file is cut off.*on_error='skip'"):
         sweep(net(), Data(bad=(13, 14, 40)), QUERIES, tmp_path, **OPTIONS)
@@ -335,7 +337,7 @@ def test_missing_maps_are_made_again(tmp_path, undisturbed):
 # -- read -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("query", ["marginal(4)", "joint(4, 2)", "sink(4)"])
+@pytest.mark.parametrize("query", slow_but(["marginal(4)", "joint(4, 2)", "sink(4)"], "joint(4, 2)"))
 @pytest.mark.parametrize("index", [True, False], ids=["sorted", "as it came"])
 def test_the_largest_values_are_those_of_all_rows(query, index, tmp_path, undisturbed):
     stored = sweep(net(), Data(), QUERIES, tmp_path, index=index, **OPTIONS)
@@ -420,6 +422,7 @@ class Stream(IterableDataset):
             yield self.data[index]
 
 
+@pytest.mark.slow
 def test_a_loader_gives_the_rows_of_its_data_set(tmp_path, undisturbed):
     loaders = {
         "plain": DataLoader(Data(), 4),
@@ -445,6 +448,7 @@ def test_an_iterable_data_set_is_read_again_and_goes_on(tmp_path, undisturbed):
     assert sweep(net(), Stream(stop=0), QUERIES, tmp_path, **OPTIONS).is_complete
 
 
+@pytest.mark.slow
 def test_random_transforms_give_the_same_in_every_run(tmp_path):
     plain = sweep(net(), Data(is_noisy=True), [Sink("4"), Marginal("4")], tmp_path / "plain", **OPTIONS)
     read = sweep(net(), Data(is_noisy=True), [Sink("4"), Marginal("4")], tmp_path / "read", num_workers=1, **OPTIONS)
@@ -534,6 +538,7 @@ def test_the_progress_tells_rate_and_memory(tmp_path, capsys):
     assert "sample/s" in said
 
 
+@pytest.mark.slow
 def test_two_sweeps_of_one_model_at_a_time(tmp_path, undisturbed):
     model, found = net(), []
     threads = [

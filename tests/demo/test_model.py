@@ -105,6 +105,7 @@ def test_shift_moves_one_pixel_and_keeps_it():
     assert {(y - 3, x - 3) for _, _, y, x in places.tolist()} == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "architecture", "name"), [("vgg", DigitsVGG, WEIGHTS), ("cnn5", DigitsCNN, "digits_cnn5.safetensors")]
 )

@@ -173,6 +173,7 @@ def test_joint_relevance_needs_one_sample(model: nn.Module):
 # -- the pictures -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pictures_show_what_the_measure_says(monkeypatch: pytest.MonkeyPatch, mu: RelevanceMeasure, tmp_path: Path):
     drawn: dict[str, tuple] = {}
     for name in ("joint_figure", "image_and_heat_map", "heat_maps", "budgets"):
@@ -197,6 +198,7 @@ def test_pictures_show_what_the_measure_says(monkeypatch: pytest.MonkeyPatch, mu
     assert panel.reference == pytest.approx([float(row.plain) for row in report.rows])
 
 
+@pytest.mark.slow
 def test_run_writes_pictures_of_sensible_size(tmp_path: Path):
     report = demo.run(["1", MISREAD], tmp_path)
     names = [f"{sample}-{kind}.png" for sample in ("1", MISREAD) for kind in ("joint", "pixels", "channels")]
@@ -223,6 +225,7 @@ def test_number_of_threads_is_put_back_also_after_an_error(tmp_path: Path):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_picture_of_the_readme_is_one_of_the_demo(tmp_path: Path):
     path = next(path for path in demo.run(["6"], tmp_path).files if path.name == "6-joint.png")
     assert README_PICTURE.stat().st_size < 300_000

@@ -39,7 +39,7 @@ from zennit.types import Activation, AvgPool, Linear
 
 from nrm_plugin import NRM, DataLoaderNRM, JointNRM, LayerNRM, NeuronNRM, RelevanceMeasure, at
 from nrm_plugin.errors import EventError, InputError, NRMError, TargetError, UnknownLayerError
-from tests.conftest import images, lrp_0, torchvision_net, untouched
+from tests.conftest import images, lrp_0, slow_but, torchvision_net, untouched
 
 matplotlib.use("Agg")
 DOUBLE = torch.float64
@@ -245,7 +245,7 @@ def of_sample(target, sample):
 
 
 @pytest.mark.parametrize("target", TARGETS_2D, ids=lambda target: str(target).replace("\n", ""))
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "neuron"])
+@pytest.mark.parametrize("method", slow_but([name for name in METHODS if name != "neuron"], "layer"))
 def test_a_batch_is_one_sample_after_the_other_for_every_form_of_target(method, target):
     net, x = made(Conv), noise(3, 2, 8, 8)
     explainer = METHODS[method][0](net)
@@ -593,6 +593,7 @@ def test_our_data_loader_hands_over_inputs_by_their_roles():
 # -- the numbers of others ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_layers_in_sink_mode_are_zennits_relevance(worst):
     """Own hooks behind those of Zennit's composite, as in its how-to; times 1, since Captum's unit is the output."""
     model, x = torchvision_net("vgg16_bn"), images(64)
@@ -624,6 +625,7 @@ def captums_rules(epsilon):
     return LayerMapComposite(rules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_vgg16_inputs_are_captums_lrp(dtype, worst):
     """Both divide by z + 1e-9 sign(z). Captum does so behind max pooling too, where the rule here only routes.
