@@ -28,7 +28,8 @@ from .kernels import Residual
 from .reading import PlainGradient
 from .routes import is_route
 from .rules import Absolute, ConservingEpsilon
-from .steps import Normalization, StepHook
+from .step_hooks import StepHook
+from .steps import Normalization
 
 Uncovered = Literal["error", "gradient"]
 Sums = Literal["absolute", "ratio", "signed"]

@@ -26,7 +26,8 @@ from zennit.rules import Pass
 
 from .layers import Weighted, is_affine
 from .routes import source_of
-from .steps import LayerCall, Saved, Step
+from .running import Saved
+from .steps import LayerCall, Step
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

@@ -30,8 +30,10 @@ from .folding import Folding
 from .graph import Buffer, Graph, Place
 from .precision import asked_for, exact, layers_in
 from .routes import is_route_node, operation, written
+from .running import among_ourselves, forward_pass, unseen
 from .shells import Fingerprint, preserved
-from .steps import Step, StepHook, among_ourselves, forward_pass, unseen
+from .step_hooks import StepHook
+from .steps import Step
 
 _RECORDING = threading.RLock()
 

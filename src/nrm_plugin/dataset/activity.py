@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nrm_plugin.errors import InputError, UnknownLayerError, unknown_layer
-from nrm_plugin.steps import among_ourselves
+from nrm_plugin.running import among_ourselves
 
 
 class Activity:

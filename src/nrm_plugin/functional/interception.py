@@ -23,21 +23,8 @@ from ..errors import ModelStateError, UnsupportedOperationError
 from ..kernels import Kernel
 from ..reading import PlainGradient
 from ..routes import source_of
-from ..steps import (
-    Fuse,
-    LayerCall,
-    Normalization,
-    Saved,
-    Step,
-    before_writing,
-    is_inside_step,
-    leave_mode,
-    link,
-    listener,
-    shape_like,
-    unseen,
-    write,
-)
+from ..running import Saved, before_writing, is_inside_step, leave_mode, listener, unseen, write
+from ..steps import Fuse, LayerCall, Normalization, Step, link, shape_like
 from .attention import ATTENTIONS, FUSED, in_parts, is_taken_apart, layout
 from .complexes import Complexes, each
 from .gates import Gates

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..kernels import Kernel
-from ..steps import Saved
+from ..running import Saved
 from .gates import Gates
 from .lookup import RuleLookup
 

@@ -20,7 +20,8 @@ from ..kernels import Kernel
 from ..layers import Weighted, Weightless
 from ..reading import PlainGradient, read_rule
 from ..rules import Absolute
-from ..steps import LayerCall, Saved
+from ..running import Saved
+from ..steps import LayerCall
 from .opaque import Unknown, uncovered
 from .registry import FunctionCall, Slot, fill, kernel
 
