@@ -34,7 +34,7 @@ from nrm_plugin.demo.run import plain_sums
 from nrm_plugin.errors import EventError, InputError, MissingExtraError, UnknownLayerError
 from nrm_plugin.explain.models import load
 from nrm_plugin.explain.pictures import open_picture
-from nrm_plugin.flow import FlowError
+from nrm_plugin.flow_graph import FlowError
 from nrm_plugin.flow_maps import flow_maps, thumbnail
 from nrm_plugin.flow_plots import flow_figure, profile_figure
 from nrm_plugin.profiles import ProfileRow, profile

@@ -8,7 +8,7 @@ from .concepts import ConceptNRM, condition_event
 from .coverage import Coverage, coverage
 from .dataloading import DataLoaderNRM
 from .events import ABSORBED, Event, at
-from .flow import FlowGraph, patches
+from .flow_graph import FlowGraph
 from .functional import Interception, register_kernel
 from .measure import RelevanceMeasure
 from .named import (
@@ -22,6 +22,7 @@ from .named import (
 )
 from .neuron_sets import TopSets, top_sets
 from .neuron_walks import NeuronWalk, best_walk
+from .partitions import patches
 from .reconstruct import Reconstruction, reconstruct
 from .restriction import (
     CurvePoint,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .events import at
-from .flow import FlowGraph
+from .flow_graph import FlowGraph
 from .measure import RelevanceMeasure
 from .partitions import partition
 

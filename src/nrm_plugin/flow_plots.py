@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
-from .flow import FlowError, FlowGraph, FlowLayer, FlowNode
+from .flow_graph import FlowError, FlowGraph, FlowLayer, FlowNode
 from .flow_maps import Maps, thumbnail
 from .plots import DIVERGING, Budget, draw_budget
 from .profiles import ProfileRow

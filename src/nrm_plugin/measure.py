@@ -19,12 +19,14 @@ from .calls import Call, Inputs, Output
 from .composites import Normalized, NRMDefault, Uncovered, check_composite
 from .errors import CancellationError, EventError, NRMError, NullEventError, StaleMeasureError, samples
 from .events import ABSORBED, Atom, Event, Side, at
-from .flow import TOP, FlowGraph, Names, flow_graph
+from .flow import flow_graph
+from .flow_graph import TOP, FlowGraph
 from .formulas import Formulas
 from .graph import Buffer, Place
 from .groups import Over, pair_of, summed
 from .joints import joint_matrix, neighbour_matrix
 from .kernels import Residual
+from .partitions import Names
 from .precision import exact
 from .queries import Below, Books, Decided, Decisions, books
 from .recording import OUTPUT, Recording, Tap

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .flow import FlowGraph, FlowLayer, FlowNode, extra
+from .extras import extra
+from .flow_graph import FlowGraph, FlowLayer, FlowNode
 from .flow_maps import Maps, thumbnail
 from .flow_plots import KINDS, NEGLIGIBLE, drawn_nodes
 from .plots import DIVERGING

@@ -14,7 +14,7 @@ from nrm_plugin.dataset import Sweep
 from nrm_plugin.dataset.examples import references
 from nrm_plugin.dataset.glocal import difference, flow_of_sweep
 from nrm_plugin.demo import load_digits
-from nrm_plugin.flow import FlowGraph
+from nrm_plugin.flow_graph import FlowGraph
 
 MODEL = ["--model", "nrm_plugin.demo.model:load_model", "--size", "16", "--mean", "0", "--std", "1"]
 LAYERS = ["output", "features.12", "features.7"]

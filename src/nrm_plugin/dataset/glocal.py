@@ -21,7 +21,8 @@ from torch import Tensor
 
 from nrm_plugin.errors import InputError
 from nrm_plugin.events import Event
-from nrm_plugin.flow import TOP, FlowError, FlowGraph, FlowLayer, check_thresholds, flow_graph
+from nrm_plugin.flow import flow_graph
+from nrm_plugin.flow_graph import TOP, FlowError, FlowGraph, FlowLayer, check_thresholds
 from nrm_plugin.measure import RelevanceMeasure
 from nrm_plugin.partitions import Names, Partition, partition
 

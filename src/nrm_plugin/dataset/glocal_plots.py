@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from nrm_plugin.errors import InputError
-from nrm_plugin.flow import FlowGraph
+from nrm_plugin.flow_graph import FlowGraph
 from nrm_plugin.flow_plots import flow_figure
 from nrm_plugin.plots import Values, draw_image
 from nrm_plugin.ribbons import DARK, LIGHT, Palette, percent

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nrm_plugin.flow import extra
+from nrm_plugin.extras import extra
 
 from .layout import BY_QUERY, SCALAR, QueryInfo, ShardError, arrow, schema, to_disk
 from .shards import Shard

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nrm_plugin.errors import NRMError
-from nrm_plugin.flow import extra
+from nrm_plugin.extras import extra
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,7 +16,7 @@ from zennit.core import Composite
 from nrm_plugin.calls import Output
 from nrm_plugin.errors import NRMError
 from nrm_plugin.events import Atom
-from nrm_plugin.flow import extra
+from nrm_plugin.extras import extra
 from nrm_plugin.kernels import Residual
 from nrm_plugin.measure import normalize
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nrm_plugin.errors import InputError
-from nrm_plugin.flow import extra
+from nrm_plugin.extras import extra
 
 from .examples import ReferencesError
 from .layout import QueryInfo

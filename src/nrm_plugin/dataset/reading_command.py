@@ -20,7 +20,7 @@ from nrm_plugin.explain.models import Subject
 from nrm_plugin.explain.pictures import shown
 from nrm_plugin.explain.rules import composite_of
 from nrm_plugin.explain.run import Request, RequestError, check_device, target_of
-from nrm_plugin.flow import FlowError, FlowGraph
+from nrm_plugin.flow_graph import FlowError, FlowGraph
 from nrm_plugin.flow_plots import flow_figure
 from nrm_plugin.measure import normalize
 from nrm_plugin.plots import save

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from nrm_plugin.flow import extra
+from nrm_plugin.extras import extra
 
 from .layout import KEY, MAPS, PART, ROWS, ShardError, arrow, schema
 

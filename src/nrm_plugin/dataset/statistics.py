@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nrm_plugin.errors import InputError
 from nrm_plugin.events import Atom
-from nrm_plugin.flow import extra
+from nrm_plugin.extras import extra
 from nrm_plugin.groups import Over
 from nrm_plugin.measure import RelevanceMeasure
 

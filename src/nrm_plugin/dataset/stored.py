@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nrm_plugin.flow import extra
+from nrm_plugin.extras import extra
 
 from .layout import BY_QUERY, SCALAR, Manifest, OnError, QueryInfo, ShardError, SweepError, arrow, schema
 from .shards import Shard, shards_in

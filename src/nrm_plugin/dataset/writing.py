@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from nrm_plugin.flow import extra
+from nrm_plugin.extras import extra
 
 from .batches import Failure
 from .evaluation import Evaluated

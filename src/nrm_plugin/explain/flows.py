@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from nrm_plugin.errors import NRMError
-from nrm_plugin.flow import FlowGraph, patches
+from nrm_plugin.flow_graph import FlowGraph
 from nrm_plugin.flow_maps import Maps, flow_maps
 from nrm_plugin.flow_plots import MOST, flow_figure, profile_figure
 from nrm_plugin.measure import RelevanceMeasure
+from nrm_plugin.partitions import patches
 from nrm_plugin.plots import save
 from nrm_plugin.profiles import ProfileRow, profile
 from nrm_plugin.ribbons import DARK, LIGHT

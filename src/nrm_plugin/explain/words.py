@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nrm_plugin.flow import FlowGraph
+from nrm_plugin.flow_graph import FlowGraph
 
 from .batch import Outcome
 from .files import class_name
