@@ -34,7 +34,8 @@ from .opaque import Unknown, is_elementwise, is_known, uncovered
 from .recurrent import RECURRENT, Where, packs_in
 from .registry import KERNELS, FunctionCall, Handler, Name, Slot, handler_of, name_of
 from .rewrites import REWRITES
-from .table import LAYERS, BroadcastKernel, channel_dim, layer_call
+from .table import BroadcastKernel
+from .weighted_calls import LAYERS, channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
 _WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
