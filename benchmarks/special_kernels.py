@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nrm_plugin.functional.table import SplitKernel
+from nrm_plugin.functional import SplitKernel
 from nrm_plugin.kernels import Kernel
 
 

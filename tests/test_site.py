@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 import nrm_plugin
 from benchmarks import numbers
-from notebooks.run import notebooks
+from notebooks.run import code, notebooks
 from website.check import loaded
 from website.pages import REFERENCE, ROOT_PAGES, as_page, public_names, reference
 
@@ -27,10 +29,28 @@ def test_the_navigation_has_every_page_once():
 
 
 def test_the_reference_has_every_public_name():
-    named = re.findall(r"^::: nrm_plugin\.(\w+)", "\n".join(reference().values()), re.M)
+    named = re.findall(r"^::: nrm_plugin\.(\w+)", "\n".join(reference()[page] for page in [*REFERENCE, "errors"]), re.M)
     assert sorted(set(named) - {"errors"}) == sorted(nrm_plugin.__all__) == sorted(public_names())
     for _, modules in REFERENCE.values():
         assert all(importlib.util.find_spec(f"nrm_plugin.{module}") for module in modules)
+
+
+def test_the_reference_has_every_name_that_a_page_imports():
+    shown = set(re.findall(r"^::: nrm_plugin\.(\S+)", "\n".join(reference().values()), re.M))
+    texts = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
+    texts += ["".join(cell["source"]) for path in notebooks() for cell in code(json.loads(path.read_text()))]
+    found = [line for text in texts for line in re.findall(r"^from nrm_plugin\.(\S+) import (.+)$", text, re.M)]
+    assert found
+    for module, names in found:
+        for name in names.split(", "):
+            assert module == "errors" or f"{module}.{name}" in shown, f"nrm_plugin.{module}.{name} is in no reference"
+
+
+@pytest.mark.parametrize("path", re.findall(r"^::: nrm_plugin\.(\S+)", "\n".join(reference().values()), re.M))
+def test_a_name_of_the_reference_is_documented(path):
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(f"nrm_plugin.{module}" if module else "nrm_plugin"), name)
+    assert found is nrm_plugin.errors or found.__doc__ or not callable(found)
 
 
 def test_nothing_is_fetched_for_the_site():

@@ -16,6 +16,36 @@ REFERENCE: dict[str, tuple[str, set[str]]] = {
     ),
     "walks": ("Walks, flows, selections and pictures", set()),  # and whatever is in no other group
 }
+BY_MODULE: dict[str, tuple[str, dict[str, str]]] = {
+    "kernels": ("Your own kernels", {"functional": "*"}),
+    "figures": (
+        "Figures and pages",
+        {
+            "plots": "heat_map image_and_heat_map heat_maps joint budgets save",
+            "flow_plots": "flow_figure profile_figure",
+            "profiles": "profile",
+            "flow_maps": "flow_maps",
+            "sankey": "save_sankey sankey",
+            "text_plots": "text_figure text_html",
+        },
+    ),
+    "data-sets": (
+        "Data sets",
+        {
+            "dataset": "*",
+            "dataset.examples": "references References",
+            "dataset.maximization": "find_references",
+            "dataset.crops": "crops Crop",
+            "dataset.reference_plots": "reference_figure",
+            "dataset.statistics": "ClasswiseRelevance JointRelevance",
+            "dataset.glocal": "mean_flow flow_queries flow_of_sweep difference",
+            "dataset.prototypes": "find_prototypes vectors_of_sweep Prototypes",
+            "dataset.glocal_plots": "difference_figure prototypes_figure",
+        },
+    ),
+    "demo": ("The embedded net", {"demo": "load_digits load_model"}),
+}
+"""Names that are imported from modules, since they need an extra or are of one use; ``*`` is what a package exports."""
 
 
 def as_page(text: str) -> str:
@@ -35,6 +65,13 @@ def public_names() -> dict[str, str]:
     }
 
 
+def exported(module: str) -> list[str]:
+    """``__all__`` of a package inside this one, without what the whole package exports too."""
+    tree = ast.parse((ROOT / "src/nrm_plugin" / module / "__init__.py").read_text())
+    listed = next(node.value for node in tree.body if isinstance(node, ast.Assign))
+    return sorted(set(ast.literal_eval(listed)) - set(public_names()))
+
+
 def reference() -> dict[str, str]:
     """Pages of the reference by name."""
     pages = {page: [f"# {title}"] for page, (title, _) in REFERENCE.items()}
@@ -42,6 +79,11 @@ def reference() -> dict[str, str]:
         page = next((page for page, (_, modules) in REFERENCE.items() if module.split(".")[0] in modules), "walks")
         path = f"{name}.{name}" if module.split(".")[-1] == name else name  # a function called like its module
         pages[page].append(f"::: nrm_plugin.{path}")
+    for page, (title, modules) in BY_MODULE.items():
+        pages[page] = [f"# {title}"]
+        for module, listed in modules.items():
+            names = exported(module) if listed == "*" else listed.split()
+            pages[page] += [f"::: nrm_plugin.{module}.{name}" for name in names]
     found = {page: "\n\n".join(parts) + "\n" for page, parts in pages.items()}
     intro = "All are in `nrm_plugin.errors`. What to do about each is in [troubleshooting](../troubleshooting.md)."
     directive = "::: nrm_plugin.errors\n    options:\n      show_root_heading: false\n"

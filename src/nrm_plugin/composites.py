@@ -22,7 +22,8 @@ from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 from .canonizers import FuseBatchNorm
 from .checks import check_unhooked, check_unpatched
 from .errors import NRMError
-from .functional import Attention, Interception
+from .functional import Interception
+from .functional.attention import Attention
 from .fusion import fuse
 from .kernels import Residual
 from .reading import PlainGradient
