@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 REFERENCE: dict[str, tuple[str, set[str]]] = {
     "measure": ("The measure, its events, and what a model's steps get", {"measure", "events", "coverage"}),
-    "composites": ("Composites, rules and kernels", {"composites", "named", "rules", "canonizers", "functional"}),
+    "composites": ("Composites and rules", {"composites", "named", "rules", "canonizers", "functional"}),
     "captum-and-zennit": (
         "Classes for Captum and Zennit",
         {"attribution", "attributors", "concepts", "dataloading"},
@@ -17,7 +17,7 @@ REFERENCE: dict[str, tuple[str, set[str]]] = {
     "walks": ("Walks, flows, selections and pictures", set()),  # and whatever is in no other group
 }
 BY_MODULE: dict[str, tuple[str, dict[str, str]]] = {
-    "kernels": ("Your own kernels", {"functional": "*"}),
+    "kernels": ("Kernels", {"functional": "*"}),
     "figures": (
         "Figures and pages",
         {
