@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nrm_plugin import RelevanceMeasure
+from nrm_plugin import RelevanceMeasure, at
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,11 +26,10 @@ def random_biases(model: nn.Module) -> nn.Module:
 def books(mu: RelevanceMeasure) -> dict[str, Any]:
     """Largest error of mass + sink + bypass = 1 over all taps, and what was absorbed at the lowest one."""
     mu._check_fresh = lambda: None  # type: ignore[method-assign]  # nobody writes into the weights here
-    marginals, lowest = mu.marginal(mu.layers), mu.layers[0]
-    error, largest = 0.0, 0.0
-    for layer in mu.layers:
+    lowest, error, largest = mu.layers[0], 0.0, 0.0
+    for layer, mass in zip(mu.layers, mu([at(layer) for layer in mu.layers]), strict=True):
         variation = mu.variation(layer)
-        total = marginals[layer].flatten(1).sum(1) + mu.sink(layer) + mu.bypass(layer)
+        total = mass + mu.sink(layer) + mu.bypass(layer)
         error = max(error, float(((total - 1).abs() / variation.clamp(min=1)).max()))
         largest = max(largest, float(variation.max()))
     return {

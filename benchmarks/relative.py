@@ -3,8 +3,8 @@
     python -m benchmarks.relative
 
 A small CNN is trained on the digits of scikit-learn; VGG16, VGG19 and ResNet-50 have random weights and small images,
-so that their rows tell of shapes and numbers, not of pictures. Prints the tables of docs/relative.md and writes the
-figures with the environment to benchmarks/results/relative.json.
+so that their rows tell of shapes and numbers, not of pictures. Writes the figures with the environment to
+benchmarks/results/relative.json, and the table of docs/relative.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from zennit.composites import LayerMapComposite
 from zennit.rules import Epsilon, Gamma, Norm, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Linear
 
+from benchmarks import tables
 from nrm_plugin import ABSORBED, FuseBatchNorm, Normalized, NRMRelative, RelevanceMeasure
 from nrm_plugin.errors import CancellationError, NullEventError
 
@@ -170,6 +171,7 @@ def main() -> None:
         json.dumps({"environment": environment, "accuracy": accuracy, "random order": chance, "rows": found}, indent=1)
         + "\n"
     )
+    tables.write("relative")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 from zennit.composites import EpsilonPlus
 
+from benchmarks import tables
 from nrm_plugin import Normalized, NRMAbsolute, RelevanceMeasure, ablation, activations, select_neurons
 from nrm_plugin.demo import DigitsCNN, load_digits, load_model
 
@@ -191,6 +192,7 @@ def main() -> None:
     environment["python"] = platform.python_version()
     RESULTS.write_text(json.dumps({"environment": environment, "nets": results}, indent=1) + "\n")
     draw(results)
+    tables.write("selection")
     for result in results:
         for row in result["rows"]:
             print(result["net"], row["fill"], row["kept"], row["method"], row["same"], row["probability"])
