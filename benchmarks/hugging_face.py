@@ -1,8 +1,8 @@
 """Do the books balance on further models of Hugging Face, with no code for any of them?
 
-``python -m benchmarks.hugging_face`` makes tiny random models from configurations, takes their measure under the default
-composite, and writes the results as JSON and the second table of ``docs/attention.md``. No weights are downloaded. It
-needs transformers: ``make hugging-face`` installs it beside this package.
+``python -m benchmarks.hugging_face`` makes tiny random models from configurations, takes their measure under the
+default composite, and writes the results as JSON and the second table of ``docs/attention.md``. No weights are
+downloaded. It needs transformers: ``make hugging-face`` installs it beside this package.
 """
 
 from __future__ import annotations

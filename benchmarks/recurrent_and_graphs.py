@@ -1,8 +1,8 @@
 """Do the books balance on recurrent layers and layers of torch_geometric?
 
-``python -m benchmarks.recurrent_and_graphs`` takes the measure of random networks under the default composite, and writes
-the results as JSON and the tables of ``docs/recurrent-and-graphs.md``. It needs torch_geometric: ``make graph-networks``
-installs it beside this package.
+``python -m benchmarks.recurrent_and_graphs`` takes the measure of random networks under the default composite, and
+writes the results as JSON and the tables of ``docs/recurrent-and-graphs.md``. It needs torch_geometric:
+``make graph-networks`` installs it beside this package.
 """
 
 from __future__ import annotations
