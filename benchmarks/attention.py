@@ -23,6 +23,7 @@ from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 from torchvision.models.video.swin_transformer import SwinTransformer3d
+from zennit.composites import EpsilonPlusFlat
 
 from benchmarks import tables
 from nrm_plugin import Normalized, NRMDefault, RelevanceMeasure, at
@@ -60,7 +61,7 @@ SMALL: dict[str, tuple[Builder, tuple[int, ...]]] = {
 }
 VIDEO_V1: dict[str, Any] = {**VIDEO, "residual_with_cls_embed": True, "rel_pos_embed": False, "proj_after_attn": False}
 VIDEO_V2: dict[str, Any] = {**VIDEO, "residual_with_cls_embed": False, "rel_pos_embed": True, "proj_after_attn": True}
-OWN_SIZE: dict[str, tuple[int, ...]] = {"vit_b_16": (3, 224, 224)}
+OWN_SIZE: dict[str, tuple[int, ...]] = {"vit_b_16": (3, 224, 224), "swin_v2_t": (3, 256, 256)}
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
@@ -99,13 +100,21 @@ def measured(model: nn.Module, x: Tensor, attention: Any = "value") -> dict[str,
     }
 
 
+def signed(model: nn.Module, x: Tensor) -> dict[str, float]:
+    """Variation at the input by rules of both signs."""
+    with torch.no_grad():
+        target = int(model(x)[0].argmax())
+    mu = RelevanceMeasure(model, x, target, composite=EpsilonPlusFlat())
+    return {"variation, EpsilonPlusFlat": float(mu.variation("input"))}
+
+
 def main() -> None:
     """Writes the results and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="leave out models of their own size")
     warnings.simplefilter("ignore")
     names = [*SMALL, *(() if parser.parse_args().small else OWN_SIZE)]
-    rows = [{"model": name, **measured(*build(name))} for name in names]
+    rows = [{"model": name, **measured(*build(name)), **signed(*build(name))} for name in names]
     versions = {name: version(name) for name in ("torch", "torchvision", "zennit")}
     environment = {"python": platform.python_version(), **versions}
     RESULTS.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
