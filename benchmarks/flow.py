@@ -1,7 +1,7 @@
 """What a flow graph costs beside the marginals of all layers.
 
 ``python -m benchmarks.flow`` asks VGG16 for both in turn, in one process on one thread, and writes the seconds of the
-processor as JSON; the figure is drawn on ``docs/numbers.md`` by ``python -m benchmarks.numbers``.
+processor as JSON, and the factor on ``docs/flow.md``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import warnings
 import torch
 from torchvision.models import vgg16
 
+from benchmarks import tables
 from benchmarks.books import store
 from nrm_plugin import RelevanceMeasure, patches
 
@@ -40,6 +41,7 @@ def main() -> None:
             times.append(time.process_time() - started)
         print({work: round(times[-1], 2) for work, times in seconds.items()}, flush=True)
     store("flow", {"layers": LAYERS, "seconds": seconds}, "torchvision")
+    tables.write("flow")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ downloaded. It needs transformers: ``make hugging-face`` installs it beside this
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 from typing import Any
 
@@ -29,7 +30,7 @@ def measured(name: str) -> dict[str, Any]:
     try:
         return books(RelevanceMeasure(model, INPUTS[row.given], row.target, output=row.output))
     except UnsupportedOperationError as error:
-        return {"failed": str(error).splitlines()[0][:160]}
+        return {"failed": re.sub(r"/\S*?/(?=transformers/)", "", str(error))[:160]}
 
 
 def main() -> None:

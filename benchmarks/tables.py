@@ -132,6 +132,14 @@ def selection(found: Found) -> dict[str, str]:
     return drawn
 
 
+def flow(found: Found) -> dict[str, str]:
+    """A sentence."""
+    factor = min(found["seconds"]["flow"]) / min(found["seconds"]["marginals"])
+    layers = ", ".join(f"`{layer}`" for layer in reversed(found["layers"][1:]))
+    asked = f"VGG16 at 224 pixels over {layers} and 16 patches of `input`, with `top=8`,"
+    return {"measured": f"{asked} takes {factor:.0f} times the marginals of all layers."}
+
+
 def sweep(found: Found) -> dict[str, str]:
     """What a sweep costs."""
     share = {net: row["share of the bare measure"]["wall"] for net, row in found["throughput"].items()}
@@ -165,6 +173,7 @@ PAGES: dict[str, tuple[str, Callable[[Found], dict[str, str]]]] = {
     "hugging_face": ("attention.md", hugging_face),
     "recurrent_and_graphs": ("recurrent-and-graphs.md", recurrent_and_graphs),
     "relative": ("relative.md", relative),
+    "flow": ("flow.md", flow),
     "top_walks": ("critical-paths.md", top_walks),
     "selection": ("critical-paths.md", selection),
     "sweep": ("data-sets.md", sweep),
