@@ -9,6 +9,7 @@ benchmarks/results/relative.json, and the table of docs/relative.md.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import platform
@@ -136,6 +137,7 @@ def tiny(net: nn.Module, x: Tensor, y: Tensor, name: str) -> dict[str, float | b
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
     train_x, train_y, x, y = digits()
     nets = {"simple CNN": (trained(train_x, train_y), x, y)}
