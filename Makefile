@@ -36,7 +36,7 @@ endef
 # Packages that this one works inside of, each with the versions that its pins need, on top of .venv.
 HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric ray transformers transformers4
 
-.PHONY: demo test test-fast test-hosts lint bench special-cases docs package coverage clean
+.PHONY: demo test test-fast test-hosts lint bench special-cases references hugging-face graph-networks docs package coverage clean
 
 demo: .venv/.stamp
 	.venv/bin/nrm-plugin demo
@@ -73,6 +73,16 @@ bench: .venv/.stamp .venv/hosts/crp.stamp
 
 special-cases: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp
 	PYTHONPATH=.venv/hosts/crp:.venv/hosts/lxt .venv/bin/python -m benchmarks.special_cases
+
+# Benchmarks beside a package that is no dependency.
+references: .venv/.stamp .venv/hosts/crp.stamp
+	PYTHONPATH=.venv/hosts/crp .venv/bin/python -m benchmarks.references
+
+hugging-face: .venv/.stamp .venv/hosts/transformers.stamp
+	PYTHONPATH=.venv/hosts/transformers .venv/bin/python -m benchmarks.hugging_face
+
+graph-networks: .venv/.stamp .venv/hosts/torch_geometric.stamp
+	PYTHONPATH=.venv/hosts/torch_geometric .venv/bin/python -m benchmarks.recurrent_and_graphs
 
 # Warnings are errors. Nothing is fetched, neither by the build nor by a page.
 docs: .venv/.docs.stamp

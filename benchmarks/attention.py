@@ -1,7 +1,8 @@
 """Do the books balance on attention models, with no code per model?
 
 ``python -m benchmarks.attention`` takes the measure of torchvision's attention models, with random weights and biases,
-writes the results as JSON, and from them the table of ``docs/attention.md``. ``--full`` takes them at their own size.
+writes the results as JSON, and from them the first table of ``docs/attention.md``; ``--small`` leaves out the one model
+that is taken at its own size.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 from torchvision.models.video.swin_transformer import SwinTransformer3d
+from zennit.composites import EpsilonPlusFlat
 
+from benchmarks import tables
 from nrm_plugin import Normalized, NRMDefault, RelevanceMeasure, at
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/attention.json"
-PAGE = ROOT / "docs/attention.md"
 LIMITS = {"conservation": 1e-4, "residual": 0.05}
 WINDOWS: dict[str, Any] = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "num_classes": 10}
 VIDEO: dict[str, Any] = {"spatial_size": (32, 32), "temporal_size": 4, "num_classes": 10}
@@ -59,7 +61,7 @@ SMALL: dict[str, tuple[Builder, tuple[int, ...]]] = {
 }
 VIDEO_V1: dict[str, Any] = {**VIDEO, "residual_with_cls_embed": True, "rel_pos_embed": False, "proj_after_attn": False}
 VIDEO_V2: dict[str, Any] = {**VIDEO, "residual_with_cls_embed": False, "rel_pos_embed": True, "proj_after_attn": True}
-OWN_SIZE: dict[str, tuple[int, ...]] = {"vit_b_16": (3, 224, 224)}
+OWN_SIZE: dict[str, tuple[int, ...]] = {"vit_b_16": (3, 224, 224), "swin_v2_t": (3, 256, 256)}
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
@@ -98,31 +100,25 @@ def measured(model: nn.Module, x: Tensor, attention: Any = "value") -> dict[str,
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The results as a page shows them."""
-    lines = ["| model | blocks | error | residual | constants | V at the input | output differs | s |"]
-    lines.append("|---|" + "---:|" * 7)
-    for row in rows:
-        lines.append(
-            f"| {row['model']} | {row['blocks']} | {row['error']:.0e} | {row['residual']:.3f} | {row['constants']:.3f} "
-            f"| {row['variation']:.2f} | {row['output']:.0e} | {row['seconds']:.1f} |"
-        )
-    return "\n".join(lines)
+def signed(model: nn.Module, x: Tensor) -> dict[str, float]:
+    """Variation at the input by rules of both signs."""
+    with torch.no_grad():
+        target = int(model(x)[0].argmax())
+    mu = RelevanceMeasure(model, x, target, composite=EpsilonPlusFlat())
+    return {"variation, EpsilonPlusFlat": float(mu.variation("input"))}
 
 
 def main() -> None:
     """Writes the results and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--small", action="store_true", help="leave out models of their own size")
     warnings.simplefilter("ignore")
-    names = [*SMALL, *(OWN_SIZE if parser.parse_args().full else ())]
-    rows = [{"model": name, **measured(*build(name))} for name in names]
+    names = [*SMALL, *(() if parser.parse_args().small else OWN_SIZE)]
+    rows = [{"model": name, **measured(*build(name)), **signed(*build(name))} for name in names]
     versions = {name: version(name) for name in ("torch", "torchvision", "zennit")}
     environment = {"python": platform.python_version(), **versions}
     RESULTS.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    text = PAGE.read_text()
-    before, rest = text.split("<!-- table -->", 1)
-    PAGE.write_text(f"{before}<!-- table -->\n{table(rows)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}")
+    tables.write("attention")
 
 
 if __name__ == "__main__":

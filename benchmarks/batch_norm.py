@@ -4,6 +4,7 @@
 ``docs/batch-norm.md`` and its figure; a minute on one core. Training needs scikit-learn for its digits.
 """
 
+import argparse
 import json
 import platform
 import time
@@ -225,6 +226,7 @@ def draw(results: dict[str, Any], pictures: list[Row]) -> None:
 
 def main() -> None:
     """Measures, and writes JSON, tables and figure."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results, pictures = run()
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

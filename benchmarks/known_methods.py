@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -82,6 +83,29 @@ def merged_by_hand(net: nn.Module) -> nn.Module:
             conv.bias.data = (conv.bias - norm.running_mean) * scale + norm.bias
             twin.features[number + 1] = nn.Identity()
     return twin
+
+
+def densely(affine: Callable[[Tensor], Tensor], shape: Sequence[int]) -> nn.Linear:
+    """Any affine map of a sample as one dense layer: its columns are what unit vectors add to the bias."""
+    size = math.prod(shape)
+    bias = affine(torch.zeros(1, *shape, dtype=torch.float64)).flatten()
+    columns = affine(torch.eye(size, dtype=torch.float64).reshape(size, *shape)).flatten(1) - bias
+    layer = nn.Linear(size, len(bias)).double()
+    layer.weight.data, layer.bias.data = columns.T.clone(), bias.clone()
+    return layer
+
+
+class Clipped(nn.Module):
+    """The entries of each channel that a batch norm and a ReLU set to zero, at where they begin to do so."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        self.limit = norm.running_mean - norm.bias / self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, limit = (part.reshape(1, -1, 1, 1) for part in (self.scale, self.limit))
+        return torch.where(scale > 0, x.maximum(limit), x.minimum(limit))
 
 
 class RatioSplit(BasicHook):

@@ -6,6 +6,7 @@ nothing itself.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,13 @@ class Claim:
     @property
     def command(self) -> str:
         """What measures it again."""
-        named = {"speed": "make bench", "special_cases": "make special-cases"}
+        named = {
+            "speed": "make bench",
+            "special_cases": "make special-cases",
+            "references": "make references",
+            "hugging_face": "make hugging-face",
+            "recurrent_and_graphs": "make graph-networks",
+        }
         return named.get(self.source, f"python -m benchmarks.{self.source}")
 
 
@@ -73,7 +80,8 @@ def books(composite: str) -> Callable[[Found], str]:
     """Largest error of mass + sink + bypass = 1."""
 
     def figure(found: Found) -> str:
-        rows = [row for row in found["rows"] if row.get("composite", composite) == composite and "error" in row]
+        every = found["rows"] if "rows" in found else found["recurrent"] + found["graphs"]
+        rows = [row for row in every if row.get("composite", composite) == composite and "error" in row]
         return f"{max(row.get('error_taps', row['error']) for row in rows):.0e}, {len(rows)} models"
 
     return figure
@@ -87,8 +95,43 @@ def changed(found: Found) -> str:
 
 
 def certified(found: Found) -> str:
-    """Walks proven to be the largest, under the rule without signs."""
-    return ", ".join(f"{row['rule']}: {row['certified']} of {row['walks']}" for row in found["rows"])
+    """Walks proven to be the largest, under each rule and size."""
+    return "; ".join(f"{row['size']} pixels, {row['rule']}: {row['certified']}" for row in found["rows"])
+
+
+def of_flow(found: Found) -> str:
+    """A flow graph as a multiple of the marginals of all layers."""
+    return f"{min(found['seconds']['flow']) / min(found['seconds']['marginals']):.0f} ×"
+
+
+def faster(found: Found) -> str:
+    """How much longer the other package takes, net by net."""
+    return "; ".join(f"{run['net']}: {run['factor']:.1f} ×" for run in found["runs"])
+
+
+def throughput(found: Found) -> str:
+    """Of the bare measure's, net by net."""
+    shares = found["throughput"].items()
+    return "; ".join(f"{net}: {row['share of the bare measure']['wall']:.2f}" for net, row in shares)
+
+
+def kept(method: str) -> Callable[[Found], str]:
+    """Probability of the class with a tenth to a seventh of the channels, the rest zero, net by net."""
+
+    def figure(found: Found) -> str:
+        cells = []
+        for net, count in zip(found["nets"], (31, 11), strict=True):
+            rows = (row for row in net["rows"] if row["method"] == method and row["fill"] == "zero")
+            probability = next(row for row in rows if row["kept"] == count)["probability"][0]
+            cells.append(f"{count} of {sum(net['channels'])}: {probability:.2f}")
+        return "; ".join(cells)
+
+    return figure
+
+
+def variation(rule: str) -> Callable[[Found], str]:
+    """Largest walk variation on a deep net of random weights."""
+    return lambda found: f"{found['rows']['vgg16'][rule]['variation']:.0e}"
 
 
 def flipping(composite: str) -> Callable[[Found], str]:
@@ -129,7 +172,21 @@ CLAIMS = [
           books("NRMDefault"), "architectures.md"),
     Claim("the same, vision transformers", "attention", books("NRMDefault"), "attention.md"),
     Claim("the same, models of 16 other packages", "other_packages", books("NRMDefault"), "other-packages.md"),
+    Claim("the same, further models of Hugging Face", "hugging_face", books("NRMDefault"), "attention.md"),
+    Claim("the same, recurrent networks and layers of torch_geometric", "recurrent_and_graphs", books("NRMDefault"),
+          "recurrent-and-graphs.md"),
     Claim("Models of other packages that a measure changed", "other_packages", changed, "other-packages.md"),
+    Claim("A flow of five layers of VGG16, eight groups each, beside the marginals of all layers", "flow", of_flow,
+          "flow.md"),
+    Claim("Reference examples: time of zennit-crp beside ours, for the same references", "references", faster,
+          "references.md"),
+    Claim("Throughput of a sweep beside the bare measure", "sweep", throughput, "data-sets.md"),
+    Claim("Probability of the class when few channels are kept, `select_neurons`", "selection",
+          kept("select_neurons (ε, z⁺)"), "critical-paths.md"),
+    Claim("the same, plain LRP", "selection", kept("plain LRP"), "critical-paths.md"),
+    Claim("the same, LayerConductance", "selection", kept("LayerConductance"), "critical-paths.md"),
+    Claim("Walk variation on VGG16, the relative rule", "relative", variation("relative"), "relative.md"),
+    Claim("the same, LRP-0", "relative", variation("LRP-0"), "relative.md"),
     Claim("The hundred largest of 550 billion walks, certified after a minute", "top_walks", certified,
           "critical-paths.md"),
     Claim("Pixel flipping, area between both orders, NRMDefault", "default_composite", flipping("NRMDefault"),
@@ -155,4 +212,5 @@ def rendered(page: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(rendered(PAGE.read_text()))

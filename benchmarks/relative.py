@@ -3,12 +3,13 @@
     python -m benchmarks.relative
 
 A small CNN is trained on the digits of scikit-learn; VGG16, VGG19 and ResNet-50 have random weights and small images,
-so that their rows tell of shapes and numbers, not of pictures. Prints the tables of docs/relative.md and writes the
-figures with the environment to benchmarks/results/relative.json.
+so that their rows tell of shapes and numbers, not of pictures. Writes the figures with the environment to
+benchmarks/results/relative.json, and the table of docs/relative.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import platform
@@ -26,6 +27,7 @@ from zennit.composites import LayerMapComposite
 from zennit.rules import Epsilon, Gamma, Norm, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Linear
 
+from benchmarks import tables
 from nrm_plugin import ABSORBED, FuseBatchNorm, Normalized, NRMRelative, RelevanceMeasure
 from nrm_plugin.errors import CancellationError, NullEventError
 
@@ -135,6 +137,7 @@ def tiny(net: nn.Module, x: Tensor, y: Tensor, name: str) -> dict[str, float | b
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
     train_x, train_y, x, y = digits()
     nets = {"simple CNN": (trained(train_x, train_y), x, y)}
@@ -170,6 +173,7 @@ def main() -> None:
         json.dumps({"environment": environment, "accuracy": accuracy, "random order": chance, "rows": found}, indent=1)
         + "\n"
     )
+    tables.write("relative")
 
 
 if __name__ == "__main__":

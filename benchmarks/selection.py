@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 import time
 import warnings
 from importlib.metadata import version
@@ -30,8 +31,11 @@ from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 from zennit.composites import EpsilonPlus
 
+from benchmarks import tables
 from nrm_plugin import Normalized, NRMAbsolute, RelevanceMeasure, ablation, activations, select_neurons
 from nrm_plugin.demo import DigitsCNN, load_digits, load_model
+from nrm_plugin.demo.train import NETS
+from nrm_plugin.demo.train import main as train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -176,21 +180,23 @@ def draw(results: list[dict]) -> None:  # type: ignore[type-arg]
 
 
 def main() -> None:
-    """Both nets; the second where its weights are given."""
+    """Both nets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--cnn", type=Path, help="weights of DigitsCNN, from nrm_plugin.demo.train --net cnn5")
+    parser.add_argument("--cnn", type=Path, help="weights of DigitsCNN (default: train it, nrm_plugin.demo.train)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    nets: dict[str, nn.Module] = {"digits_vgg": load_model()}
-    if arguments.cnn:
-        nets["digits_cnn"] = DigitsCNN().eval()
-        load_weights(nets["digits_cnn"], arguments.cnn)
+    nets: dict[str, nn.Module] = {"digits_vgg": load_model(), "digits_cnn": DigitsCNN().eval()}
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.cnn is None:
+            train(["--net", "cnn5", "--out", folder])
+        load_weights(nets["digits_cnn"], arguments.cnn or Path(folder) / NETS["cnn5"][1])
     results = [evaluate(name, model, arguments.count) for name, model in nets.items()]
     environment = {name: version(name) for name in ("torch", "zennit", "captum")}
     environment["python"] = platform.python_version()
     RESULTS.write_text(json.dumps({"environment": environment, "nets": results}, indent=1) + "\n")
     draw(results)
+    tables.write("selection")
     for result in results:
         for row in result["rows"]:
             print(result["net"], row["fill"], row["kept"], row["method"], row["same"], row["probability"])

@@ -115,6 +115,16 @@ def concept_layer_package() -> Made:
     return names, found.relevances["0"].sum((2, 3))
 
 
+def concept_given_package() -> Made:
+    from crp.attribution import CondAttribution
+
+    names = concept()
+    attribution = CondAttribution(names["net"])
+    found = attribution(names["x"].clone().requires_grad_(), [{"2": [3], "y": [1]}], names["rules"])
+    whole = attribution(names["x"].clone().requires_grad_(), [{"y": [1]}], names["rules"], record_layer=["2"])
+    return names, found.heatmap / whole.relevances["2"][:, 3].sum((1, 2)).reshape(-1, 1, 1)
+
+
 def graph() -> dict[str, Any]:
     """A small graph, its network, and its measure."""
     edges = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [1, 0, 0, 1, 1]]).to(
@@ -225,6 +235,35 @@ def merged() -> Made:
     net, x = VGG(norm=True), draw(2, 3, 32, 32)
     expected = known.zennit_relevance(known.merged_by_hand(net), x, 3, EpsilonPlus(), ["input"])
     return {"net": net, "x": x, "EpsilonPlus": EpsilonPlus}, expected[0]
+
+
+def merged_everywhere() -> Made:
+    """Norms in front of and behind layers, one in front of a ReLU; by hand all is dense, with borders written out."""
+    norms = [nn.BatchNorm2d(2), nn.BatchNorm2d(3), nn.BatchNorm1d(7), nn.BatchNorm1d(7)]
+    for norm in norms:
+        draw_statistics(norm)
+    norms[0].weight.data[1] *= -1  # what is above its limit is cut off
+    first, second = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1, stride=2)
+    lower, upper = nn.Linear(36, 7), nn.Linear(7, 3)
+    for layer in (first, second, lower, upper):
+        nn.init.normal_(layer.weight, std=0.5)  # else biases take most of the relevance, of which a measure warns
+    stages = [[norms[0], nn.ReLU(), first], [norms[1], second], [nn.Flatten(), lower, norms[2]], [norms[3], upper]]
+    layers = [module for stage in stages for module in (*stage, nn.ReLU())][:-1]
+    net, x = nn.Sequential(*layers).double().eval().requires_grad_(False), draw(2, 2, 5, 5)
+    scale, shift = norms[0](torch.ones(1, 2, 5, 5).double()), norms[0](torch.zeros(1, 2, 5, 5).double())
+    affine = [
+        lambda a: first((scale - shift) * a + shift),  # of what is clipped
+        *(nn.Sequential(*stage) for stage in stages[1:]),
+    ]
+    shapes = [(2, 5, 5), (3, 5, 5), (4, 3, 3), (7,)]
+    dense = [known.densely(each, shape) for each, shape in zip(affine, shapes, strict=True)]
+    parts = [part for layer in dense for part in (layer, nn.ReLU())][:-1]
+    twin = nn.Sequential(known.Clipped(norms[0]), nn.Flatten(), *parts).eval().requires_grad_(False)
+    torch.testing.assert_close(twin(x), net(x))
+    kinds = [(Activation, Pass()), (BatchNorm, Pass()), (Linear, Epsilon(0.1))]
+    by_hand = LayerMapComposite([(known.Clipped, Pass()), *kinds])
+    expected = known.zennit_relevance(twin, x, 1, by_hand, ["input"])
+    return {"net": net, "x": x, "kinds": kinds, "LayerMapComposite": LayerMapComposite}, expected[0]
 
 
 def top_channels() -> Made:
@@ -354,6 +393,14 @@ ROWS = [
         arxiv="2206.03208",
     ),
     Row(
+        "the same, heat map over the relevance of the concept",
+        'mu.marginal("input", given=A).sum(1)',
+        "zennit-crp, CondAttribution",
+        concept_given_package,
+        needs="crp",
+        arxiv="2206.03208",
+    ),
+    Row(
         "GNN-LRP",
         "torch.stack([mu(conjunction(at(tap)[node] for tap, node in zip(taps, walk))) * mu.output for walk in asked])",
         "formula: 209 walks, one by one",
@@ -413,6 +460,14 @@ ROWS = [
         'NRM(net, EpsilonPlus(canonizers=[FuseBatchNorm()]), residual="sink").attribute(x, 3)',
         "zennit, on VGG11 whose norms were merged by hand",
         merged,
+        1e-9,
+        arxiv="2002.11018",
+    ),
+    Row(
+        "the same, norm → conv at zero padding, norm → ReLU → conv, norm → dense, dense → norm",
+        'NRM(net, LayerMapComposite(kinds, canonizers=[FuseBatchNorm()]), residual="sink").attribute(x, 1)',
+        "zennit, on dense layers that were written out",
+        merged_everywhere,
         1e-9,
         arxiv="2002.11018",
     ),

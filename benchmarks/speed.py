@@ -389,6 +389,19 @@ def render(found: dict[str, Any]) -> None:
     for run in {run["model"]: run for run in reversed(runs)}.values():
         for name, short in run["short formats"].items():
             lines.append(f"| {run['model']}, {name} | {short['books / V']:.1e} | {short['heat map']:.1e} |")
+    lines += [
+        "",
+        "| layers in bfloat16, × the time in float32 | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    spared: dict[str, dict[str, str]] = {}
+    for run, header in zip(runs, headers, strict=True):
+        for work in run["seconds"]:
+            if f"{work}, bfloat16" in run["seconds"]:
+                factor = run["seconds"][f"{work}, bfloat16"] / run["seconds"][work]
+                spared.setdefault(f"{run['model']}, {work}", {})[header] = f"{factor:.2f}"
+    for name, factors in spared.items():
+        lines.append(f"| {name} | " + " | ".join(factors.get(column, "") for column in columns) + " |")
     above = {name: value - peaks["nothing"] for name, value in peaks.items() if name != "nothing"}
     lines += ["", "| peak memory above the net, VGG16 | MiB | × a plain gradient's (target 2) |", "|---|---|---|"]
     lines += [f"| {name} | {value:.0f} | {value / above['plain']:.2f} |" for name, value in above.items()]

@@ -25,6 +25,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from benchmarks import tables
 from benchmarks.speed import environment
 from nrm_plugin import NRMDefault, RelevanceMeasure
 from nrm_plugin.dataset import Joint, Manifest, Marginal, Query, Sink, Sweep, Variation, sweep
@@ -229,6 +230,8 @@ def main() -> None:
     report(found)
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if args.out == RESULTS:
+        tables.write("sweep")
 
 
 def report(found: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The best channel walks of VGG16 over five layers in 60 seconds, beside a greedy graph of the same number of walks.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.top_walks
+    python -m benchmarks.top_walks
 
 Weights are random, so the rows tell of the search, not of pictures. The greedy graph is built as in zennit-crp: the
 channels that carry most at the first layer, then for each of them those that carry most of it at the next one, and so
@@ -24,6 +24,7 @@ import torch
 from torchvision.models import vgg16
 from zennit.composites import EpsilonPlus
 
+from benchmarks import tables
 from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, top_walks
 from nrm_plugin.walks import Chain
 
@@ -107,6 +108,7 @@ def main() -> None:
             environment["threads"] = str(torch.get_num_threads())
             text = {"environment": environment, "layers": LAYERS, "widths": WIDTHS, "rows": rows}
             RESULTS.write_text(json.dumps(text, indent=1) + "\n")
+    tables.write("top_walks")
 
 
 if __name__ == "__main__":

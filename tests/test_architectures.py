@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from zennit.composites import EpsilonPlusFlat
+from zennit.types import AvgPool
 
 from benchmarks.architectures import (
     COMPOSITES,
@@ -27,6 +29,7 @@ from benchmarks.architectures import (
     tables,
     target_of,
 )
+from nrm_plugin import Absolute, RelevanceMeasure
 from nrm_plugin.functional.table import SplitKernel, reduced
 from tests.conftest import slow_but
 
@@ -84,6 +87,26 @@ def test_the_books_balance_and_the_limits_hold(name, worst):
         assert row["blocks"] > 1
         assert row["error"] <= row["error_taps"] <= LIMITS["conservation"]
         assert faults(row) == (["V input"] if (name, composite) in EXCEPTIONS else [])
+
+
+@pytest.mark.slow
+def test_absolute_shares_in_its_pools_calm_densenet():
+    """The page of architectures says so."""
+    model, x = settled("densenet121")
+    signed = measured(model, x, target_of(model, x), EpsilonPlusFlat())
+    absolute = measured(model, x, target_of(model, x), EpsilonPlusFlat(layer_map=[(AvgPool, Absolute())]))
+    assert signed["variation_input"] > 1.5
+    assert absolute["variation_input"] == pytest.approx(1, abs=1e-4)
+
+
+def test_what_a_shuffle_net_absorbs_it_absorbs_in_depthwise_convolutions():
+    model, x = settled("shufflenet_v2_x0_5")
+    mu = RelevanceMeasure(model, x, target_of(model, x), composite=EpsilonPlusFlat())
+    depthwise = {name for name, module in model.named_modules() if getattr(module, "groups", 1) > 1}
+    absorbed = {name: float(mass) for name, mass in mu.sinks().items()}
+    there = sum(mass for name, mass in absorbed.items() if name in depthwise)
+    assert there > 0.3
+    assert there == pytest.approx(sum(absorbed.values()), abs=1e-4)
 
 
 def test_relevance_that_both_branches_of_a_sum_get_is_seen(monkeypatch):

@@ -1,12 +1,18 @@
-"""Every Python snippet of the README and the docs runs as it is printed."""
+"""Every Python snippet of the README and the docs runs as it is printed, and every command on a page can be given."""
 
 from __future__ import annotations
 
+import ast
 import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+
+from nrm_plugin.cli import _parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,3 +34,117 @@ def test_the_snippets_of_a_page_run(page: Path, monkeypatch: pytest.MonkeyPatch,
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+# -- commands: nothing is run here, they are looked up in what they name ----------------------------------------------
+
+COMMANDED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+MEASURED = re.compile(r"\d[eE][-+]?\d|<!-- |\d × |\d %|\btimes (?:a|one|the)\b")
+"""What a measured figure looks like: an exponent, a drawn table, a factor, a share."""
+
+
+def commands(text: str) -> Iterator[str]:
+    """Code between backticks, and the lines of blocks that are for a shell; comments left out."""
+    shell = re.findall(r"```sh\n(.*?)```", text, re.S) + re.findall(r"(?:^    \S.*\n)+", text, re.M)
+    prose = re.sub(r"```.*?```|``.*?``", "", text, flags=re.S)
+    for code in (*re.findall(r"`([^`]+)`", prose), *"".join(shell).replace("\\\n", " ").splitlines()):
+        yield re.sub(r"\s+", " ", re.sub(r"\s#.*", "", code)).strip()
+
+
+def faults_of(command: str) -> list[str]:
+    """What of a command does not exist: a module, an option, a target of make, a test."""
+    if re.search(r"…|\b[A-Z]{4,}\b(?!=)", command):  # a placeholder stands for something
+        return []
+    words = shlex.split(command) if command.count('"') % 2 == 0 else []
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    name = words[0].rpartition("/")[2] if words else ""
+    if name == "python" and words[1:2] == ["-m"]:
+        return _of_module(words[2], words[3:])
+    if name == "make":
+        return _of_make(words[1:])
+    if name == "pytest" and len(words) > 1:
+        return _of_tests(words[1:])
+    if name == "nrm-plugin" and len(words) > 2 and "--help" not in words:
+        _parser().parse_args(words[1:])  # exits where it does not parse
+    return []
+
+
+def _of_module(module: str, rest: list[str]) -> list[str]:
+    place = ROOT / module.replace(".", "/")
+    places = [place.with_suffix(".py"), place / "__main__.py"]
+    places += [ROOT / "src" / path.relative_to(ROOT) for path in places]
+    found = next((path for path in places if path.exists()), None)
+    if found is None:
+        return [f"no module {module}"]
+    return [f"{module} has no option {word}" for word in rest if word.startswith("--") and word not in _options(found)]
+
+
+@cache
+def _options(path: Path) -> frozenset[str]:
+    """The options that a file adds to its parser."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    adding = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+    return frozenset(arg.value for call in adding for arg in call.args if isinstance(arg, ast.Constant))
+
+
+def _of_make(words: list[str]) -> list[str]:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.M))
+    hosts = set(re.findall(r"^HOSTS \?= (.*)", makefile, re.M)[0].split())
+    faults = [f"make has no target {word}" for word in words if "=" not in word and word not in targets]
+    for word in words:
+        if word.startswith("HOSTS="):
+            faults += [f"there is no host {host}" for host in set(word[6:].split()) - hosts]
+    return faults
+
+
+def _of_tests(words: list[str]) -> list[str]:
+    asked = words[words.index("-k") + 1] if "-k" in words else ""
+    files = [word for word in words if word.startswith("tests/")]
+    names: list[str] = []
+    for word in files:
+        path, _, test = word.partition("::")
+        if not (ROOT / path).exists():
+            return [f"there is no {path}"]
+        names += [
+            f"{Path(path).name} {name}" for name in re.findall(r"^def (test_\w+)", (ROOT / path).read_text(), re.M)
+        ]
+        if test and not any(name.endswith(f" {test}") for name in names):
+            return [f"{path} has no {test}"]
+    pages = [f"test_docs.py {page.name}" for page in PAGES] if "tests/test_docs.py" in files else []
+    missed = [part for part in asked.split(" or ") if not any(part in name for name in (*names, *pages))]
+    return [f"no test of {words} is called {part}" for part in missed] + ([] if files else [f"no tests in {words}"])
+
+
+@pytest.mark.parametrize("page", COMMANDED, ids=lambda page: page.name)
+def test_the_commands_of_a_page_exist(page: Path) -> None:
+    faults = [fault for command in commands(page.read_text()) for fault in faults_of(command)]
+    assert not faults
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_with_measured_figures_names_a_command(page: Path) -> None:
+    text = re.sub(r"```py.*?```", "", page.read_text(), flags=re.S)
+    again = [line for line in commands(text) if re.match(r"(?:\S+/)?(?:make|pytest|python -m) ", line)]
+    assert again or not MEASURED.search(text)
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("python -m benchmarks.sped", "no module"),
+        ("python -m benchmarks.speed --quik", "no option"),
+        (".venv/bin/python -m website.package dist --without", "no option"),
+        ("make benhc", "no target"),
+        ('make test-hosts HOSTS="crp crq"', "no host"),
+        ("pytest tests/test_nothing.py", "there is no"),
+        ("pytest tests/test_docs.py::test_nothing", "has no test_nothing"),
+        ("pytest tests/test_docs.py -k nothing_of_this", "is called"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_seen(command: str, fault: str) -> None:
+    assert any(fault in found for found in faults_of(command))
+    assert not faults_of("python -m benchmarks.speed --quick")
+    with pytest.raises(SystemExit):
+        faults_of("nrm-plugin explain cat.jpg --modle vgg16")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import nrm_plugin
-from benchmarks import numbers
+from benchmarks import numbers, tables
 from notebooks.run import code, notebooks
 from website.check import loaded
 from website.pages import REFERENCE, ROOT_PAGES, as_page, public_names, reference
@@ -72,6 +72,12 @@ def test_links_of_the_root_lead_to_pages():
 def test_the_numbers_page_is_drawn_from_the_results():
     page = numbers.PAGE.read_text()
     assert numbers.rendered(page) == page
+
+
+@pytest.mark.parametrize("source", tables.PAGES)
+def test_a_table_is_drawn_from_the_results(source):
+    page = (ROOT / "docs" / tables.PAGES[source][0]).read_text()
+    assert tables.rendered(source, page) == page
 
 
 @pytest.mark.parametrize("claim", numbers.CLAIMS, ids=lambda claim: claim.text)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
 
 from nrm_plugin import RelevanceMeasure, at
 from nrm_plugin.errors import UnsupportedOperationError
@@ -17,92 +14,7 @@ pyg = pytest.importorskip("torch_geometric.nn", reason="torch_geometric is not h
 
 from torch_geometric.data import Batch, Data  # noqa: E402
 
-
-def mlp(inputs: int, outputs: int = 8) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
-
-
-class WithEdges(nn.Module):
-    """A layer that takes features, or kinds, of edges; of a fixed width where it keeps the width."""
-
-    def __init__(self, layer: nn.Module, inputs: int | None = None, kinds: int = 0) -> None:
-        super().__init__()
-        self.layer, self.kinds = layer, kinds
-        self.before = nn.Identity() if inputs is None else nn.Linear(inputs, 8)
-
-    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
-        numbers = torch.arange(edges.shape[1])
-        of_edges = numbers % self.kinds if self.kinds else (numbers[:, None] * torch.tensor([0.3, 0.7, 1.1])).sin()
-        return self.layer(self.before(x), edges, of_edges)
-
-
-class Narrow(nn.Module):
-    """A layer that keeps the width."""
-
-    def __init__(self, layer: nn.Module, inputs: int) -> None:
-        super().__init__()
-        self.before, self.layer = nn.Linear(inputs, 8), layer
-
-    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
-        return self.layer(self.before(x), edges)
-
-
-LAYERS: dict[str, Any] = {
-    "GCN": lambda i: pyg.GCNConv(i, 8),
-    "GIN": lambda i: pyg.GINConv(mlp(i)),
-    "GAT": lambda i: pyg.GATConv(i, 4, heads=2),
-    "GATv2": lambda i: pyg.GATv2Conv(i, 4, heads=2),
-    "SAGE": lambda i: pyg.SAGEConv(i, 8),
-    "SAGE max": lambda i: pyg.SAGEConv(i, 8, aggr="max"),
-    "SAGE lstm": lambda i: pyg.SAGEConv(i, 8, aggr="lstm"),
-    "Transformer": lambda i: pyg.TransformerConv(i, 4, heads=2),
-    "Graph": lambda i: pyg.GraphConv(i, 8),
-    "Cheb": lambda i: pyg.ChebConv(i, 8, 2),
-    "TAG": lambda i: pyg.TAGConv(i, 8),
-    "ARMA": lambda i: pyg.ARMAConv(i, 8),
-    "Gated": lambda i: pyg.GatedGraphConv(8, 2),
-    "GEN": lambda i: pyg.GENConv(i, 8),
-    "PNA": lambda i: pyg.PNAConv(i, 8, ["mean", "max", "std"], ["identity"], torch.tensor([1, 2, 3])),
-    "Edge": lambda i: pyg.EdgeConv(mlp(2 * i)),
-    "GINE": lambda i: WithEdges(pyg.GINEConv(mlp(i), edge_dim=3)),
-    "NN": lambda i: WithEdges(pyg.NNConv(i, 8, nn.Linear(3, 8 * i))),
-    "CG": lambda i: WithEdges(pyg.CGConv(8, 3), i),
-    "GATv2, edges": lambda i: WithEdges(pyg.GATv2Conv(i, 4, heads=2, edge_dim=3)),
-    "Transformer, edges": lambda i: WithEdges(pyg.TransformerConv(i, 4, heads=2, edge_dim=3, beta=True)),
-    "GMM": lambda i: WithEdges(pyg.GMMConv(i, 8, 3, 2)),
-    "RGCN": lambda i: WithEdges(pyg.RGCNConv(i, 8, 3), kinds=3),
-    "APPNP": lambda i: Narrow(pyg.APPNP(3, 0.1), i),
-    "GPS": lambda i: Narrow(pyg.GPSConv(8, pyg.GCNConv(8, 8), heads=2), i),
-    "SG": lambda i: pyg.SGConv(i, 8, K=2),
-    "SuperGAT": lambda i: pyg.SuperGATConv(i, 4, heads=2),
-    "FiLM": lambda i: pyg.FiLMConv(i, 8),
-    "MF": lambda i: pyg.MFConv(i, 8),
-    "EG": lambda i: pyg.EGConv(i, 8, num_heads=2),
-    "ResGated": lambda i: pyg.ResGatedGraphConv(i, 8),
-    "Hypergraph": lambda i: pyg.HypergraphConv(i, 8),
-}
-POOLS: dict[str, Any] = {
-    "top k": lambda: pyg.TopKPooling(8, 0.5),
-    "SAG": lambda: pyg.SAGPooling(8, 0.5),
-    "attentional": lambda: pyg.AttentionalAggregation(nn.Linear(8, 1)),
-    "softmax": lambda: pyg.SoftmaxAggregation(learn=True),
-    "set transformer": lambda: pyg.SetTransformerAggregation(8),
-    "LSTM": lambda: pyg.LSTMAggregation(8, 8),
-    "median": pyg.MedianAggregation,
-    "standard deviation": pyg.StdAggregation,
-    "power mean": pyg.PowerMeanAggregation,
-}
-
-
-class Net(nn.Module):
-    def __init__(self, layer: Any, is_pooled: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv1, self.conv2, self.head, self.is_pooled = layer(3), layer(8), nn.Linear(8, 2), is_pooled
-
-    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor | None = None) -> Tensor:
-        h = self.conv2(self.conv1(x, edge_index).relu(), edge_index).relu()
-        return self.head(pyg.global_mean_pool(h, batch) if self.is_pooled else h)
+from tests.hosts.graph_layers import LAYERS, POOLS, Net, Pooled  # noqa: E402
 
 
 @pytest.mark.parametrize("is_pooled", [False, True], ids=["node", "graph"])
@@ -121,19 +33,6 @@ def test_the_books_of_a_layer_balance(name, is_pooled):
     assert float(mu.sink("input", "residual").abs()) <= 0.05
     nodes = mu.marginal("conv1").sum(2)[0]
     torch.testing.assert_close(mu(at("conv1")[[0, 3]]), nodes[[0, 3]].sum(0, keepdim=True))
-
-
-class Pooled(nn.Module):
-    def __init__(self, pool: nn.Module) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.pool, self.head = pyg.GCNConv(3, 8), pool, nn.Linear(8, 2)
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        h, batch = self.conv(x, edge_index).relu(), torch.zeros(len(x), dtype=torch.long)
-        if isinstance(self.pool, pyg.aggr.Aggregation):
-            return self.head(self.pool(h, batch))
-        return self.head(pyg.global_mean_pool(self.pool(h, edge_index, batch=batch)[0], None))
 
 
 @pytest.mark.parametrize("name", POOLS)

@@ -1,0 +1,50 @@
+"""The books of a measure at every tap: what the tables of models and layers show."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nrm_plugin import RelevanceMeasure, at
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def random_biases(model: nn.Module) -> nn.Module:
+    """Draws biases and weights that begin with zeros, for a model in evaluation mode."""
+    for name, parameter in model.named_parameters():
+        if (parameter.ndim == 1 and "bias" in name) or not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def books(mu: RelevanceMeasure) -> dict[str, Any]:
+    """Largest error of mass + sink + bypass = 1 over all taps, and what was absorbed at the lowest one."""
+    mu._check_fresh = lambda: None  # type: ignore[method-assign]  # nobody writes into the weights here
+    lowest, error, largest = mu.layers[0], 0.0, 0.0
+    for layer, mass in zip(mu.layers, mu([at(layer) for layer in mu.layers]), strict=True):
+        variation = mu.variation(layer)
+        total = mass + mu.sink(layer) + mu.bypass(layer)
+        error = max(error, float(((total - 1).abs() / variation.clamp(min=1)).max()))
+        largest = max(largest, float(variation.max()))
+    return {
+        "taps": len(mu.layers),
+        "error": error,
+        "residual": float(mu.sink(lowest, kind="residual").max()),
+        "constants": float(mu.sink(lowest, kind="constants").max()),
+        "variation at the input": float(mu.variation(lowest).max()),
+        "largest variation": largest,
+    }
+
+
+def store(name: str, found: dict[str, Any], *packages: str) -> None:
+    """Writes ``results/NAME.json`` with the versions of what was used."""
+    versions = {package: version(package) for package in ("torch", "zennit", *packages)}
+    environment = {"python": platform.python_version(), **versions}
+    text = json.dumps({"environment": environment, **found}, indent=1, ensure_ascii=False)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
