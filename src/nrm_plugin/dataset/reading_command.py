@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from nrm_plugin.explain import words
-from nrm_plugin.explain.command import add_how, add_model, class_names, one_line_warnings, request_of, subject_of
+from nrm_plugin.explain.command import (
+    add_how,
+    add_model,
+    class_names,
+    new_command,
+    one_line_warnings,
+    request_of,
+    subject_of,
+)
 from nrm_plugin.explain.files import PACKAGES, check_folder, plain, quietly, short
 from nrm_plugin.explain.flows import HTML_MISSING, free_stem
 from nrm_plugin.explain.models import Subject
@@ -63,12 +71,12 @@ Command = Callable[[argparse.Namespace], int]
 
 def add_references(commands: Any) -> None:
     """Adds the command that lists and draws reference examples."""
-    parser = commands.add_parser(
+    parser = new_command(
+        commands,
         "references",
-        help="list the pictures of a sweep in which channels carry most relevance",
-        description=REFERENCES,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "list the pictures of a sweep in which channels carry most relevance",
+        REFERENCES,
+        EXAMPLES,
     )
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="folder of nrm-plugin sweep")
     asked = parser.add_argument_group("what is asked")

@@ -142,7 +142,7 @@ def sweep(
     if plan is None and (place.world > 1 or engine == "ray"):
         raise SweepError("an iterable data set cannot be shared out: every process would read all of it. Run one.")
     _begin(folder, started, resume, place)
-    with _told_at_the_end(folder, place):
+    with _told_at_the_end(folder):
         count = _run(job, place, engine, engine_options or {}, retry_failed, progress)
         place.wait()
         if count is not None:
@@ -232,7 +232,7 @@ def _write(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def _told_at_the_end(folder: Path, place: Place) -> Iterator[None]:
+def _told_at_the_end(folder: Path) -> Iterator[None]:
     """The manifest says that a sweep was interrupted, and what failed so far."""
     try:
         yield
