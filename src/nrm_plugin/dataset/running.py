@@ -23,7 +23,7 @@ from .batches import Plan, source_of
 from .evaluation import Evaluation, Target, Unpack, check_target, device_of
 from .index import remove_index, write_index
 from .job import Job
-from .layout import BY_QUERY, MANIFEST, MAPS, ROWS, Manifest, OnError, SettingsError, SweepError, arrow
+from .layout import BY_QUERY, MANIFEST, MAPS, ROWS, Manifest, OnError, SettingsError, SweepError, arrow, inside
 from .progress import Progress
 from .queries import Query, check_queries
 from .settings import differences, digest, settings_of
@@ -197,7 +197,7 @@ def _begin(folder: Path, started: Manifest, resume: bool, place: Place) -> None:
     """
     try:
         for name in (ROWS, MAPS):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            inside(folder, name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SweepError(f"cannot write to {folder}: {error.strerror or error}. Name another folder.") from error
     has_shards = any((folder / ROWS).glob("part-*"))
