@@ -295,8 +295,13 @@ def _module(place: str, name: str, option: str) -> Any:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None  # noqa: PT018  (the name ends in .py)
         module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
+        is_first = sys.modules.setdefault(path.stem, module) is module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            if is_first:  # as after an import that failed
+                del sys.modules[path.stem]
+            raise
         return module
     except ModelError:
         raise
