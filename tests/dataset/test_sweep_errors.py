@@ -76,7 +76,10 @@ def test_outputs_that_no_prediction_can_be_made_of(tmp_path):
 def test_an_output_of_one_number_is_one_group(tmp_path):
     """All relevance is there."""
     model = Shaped(lambda y: y.sum(1)).eval()
-    stored = sweep(model, Data(4), [Marginal("output"), Maps("output")], tmp_path, target=lambda b: None, **OPTIONS)
+    queries = [Marginal("output"), Maps("output"), Activation("output")]
+    stored = sweep(model, Data(4), queries, tmp_path, target=lambda b: None, **OPTIONS)
+    seen = stored.rows(Activation("output").name)["value"].to_pylist()
+    assert seen == pytest.approx(model(Data(4).x).tolist(), rel=1e-5)
     assert stored.rows(Marginal("output").name)["value"].to_pylist() == pytest.approx([1] * 4)
     torch.testing.assert_close(stored.maps(Maps("output").name, range(4)).reshape(-1), torch.ones(4))
     assert set(stored.rows()["prediction"].to_pylist()) == {-1}

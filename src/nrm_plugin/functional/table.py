@@ -356,18 +356,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {  # on a device without values, so
 }
 
 
-@kernel(*LAYERS)
-def layer(call: FunctionCall) -> Kernel:
-    """A layer called as a function: by the rule of the module that owns the weight."""
-    made = layer_call(call)
-    if made is None:
-        return contraction(call)
-    with torch.no_grad():
-        output = call.run(*call.values)
-    kernel_ = made.kernel(output)
-    return kernel_ if len(call.saved) == 1 else PlacedKernel(kernel_, 0, _shapes(call))
-
-
 def layer_call(call: FunctionCall, output: Tensor | None = None) -> LayerCall | None:
     """A layer or batch normalization called as a function, as the call of a module; None for anything else."""
     if len(call.saved) != 1 or not isinstance(call.argument(0, "input"), Slot):
@@ -493,9 +481,12 @@ def weighted(
     return kernel_ if len(call.saved) == 1 else PlacedKernel(kernel_, 0, _shapes(call))
 
 
-@kernel("matmul", "einsum", "tensordot")
+@kernel("matmul", "einsum", "tensordot", *LAYERS)
 def contraction(call: FunctionCall) -> Kernel:
-    """With a constant matrix a linear layer; of two computed tensors, all to the one that is no gate."""
+    """With a constant matrix a linear layer; of two computed tensors, all to the one that is no gate.
+
+    So are layers whose weight is computed; others are read as :func:`layer_call` before.
+    """
     values = call.values
     if len(values) == 1:
         return _with_constant(call)
