@@ -128,11 +128,6 @@ class Answer:
     layers: list[LayerAnswer] = field(default_factory=list)
     given: list[GivenAnswer] = field(default_factory=list)
 
-    @property
-    def predicted(self) -> int:
-        """The class of the largest output."""
-        return int(self.outputs.argmax())
-
 
 def answer(subject: Subject, picture: Picture, request: Request) -> Answer:
     """Asks the measure of one picture.
