@@ -13,11 +13,11 @@ from torch import nn
 from zennit.composites import EpsilonPlus
 from zennit.core import BasicHook
 
-from nrm_plugin import NRM, FuseBatchNorm, NRMDefault, RelevanceMeasure, at, coverage, register_kernel
+from nrm_plugin import NRM, FuseBatchNorm, NRMDefault, RelevanceMeasure, at, cli, coverage, register_kernel
 from nrm_plugin.cli import main
 from nrm_plugin.dataloading import DataLoaderNRM
 from nrm_plugin.errors import EventError, InputError, NRMError, UnknownLayerError, UnsupportedRuleError
-from nrm_plugin.explain import models
+from nrm_plugin.explain import models, pictures
 from nrm_plugin.explain.models import ModelError
 from nrm_plugin.explain.pictures import open_picture
 from nrm_plugin.explain.run import RequestError, target_of
@@ -150,12 +150,25 @@ def test_a_graph_of_the_input_alone_has_no_maps():
 # -- pictures and models from the shell -------------------------------------------------------------------------------
 
 
-def test_a_turn_that_cannot_be_read_is_left_out(tmp_path: Path):
+def test_a_turn_that_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(image: Image.Image) -> Image.Image:
+        raise SyntaxError("not a TIFF file")
+
     pixels = Image.effect_noise((9, 5), 90).convert("RGB")
-    pixels.save(tmp_path / "plain.png")
-    pixels.save(tmp_path / "odd.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(9))
-    found, plain = (open_picture(tmp_path / name) for name in ("odd.png", "plain.png"))
-    assert found.image.tobytes() == plain.image.tobytes()
+    pixels.save(tmp_path / "x.png")
+    monkeypatch.setattr(pictures.ImageOps, "exif_transpose", broken)
+    found = open_picture(tmp_path / "x.png")
+    assert found.image.tobytes() == pixels.tobytes()
+    assert found.notes == ("has EXIF data that cannot be read, so it was not turned",)
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_name_beyond_the_classes_of_the_model_is_told():
