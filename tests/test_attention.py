@@ -717,3 +717,44 @@ def test_a_module_with_complex_numbers_inside_may_have_a_rule():
             column = torch.fft.fftn(unit, dim=(1, 2)).real
             expected[:, i, j] = (column * hidden[:, i : i + 1, j : j + 1] / image * given).sum((1, 2))
     torch.testing.assert_close(inner, expected, atol=1e-6, rtol=1e-6)
+
+
+def parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention in torch's operations, where a query that sees nothing gets nothing."""
+    k, v = (tensor.repeat_interleave(HEADS // tensor.shape[1], 1) for tensor in (k, v))
+    scores = q @ k.transpose(-2, -1) / math.sqrt(WIDTH)
+    if mask is None:
+        return scores.softmax(-1) @ v
+    if mask.dtype != torch.bool:
+        return (scores + mask).softmax(-1) @ v
+    seen = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return seen.masked_fill(~mask, 0.0) @ v
+
+
+BLIND = HIDDEN.clone()
+BLIND[1] = False
+TAKEN_APART: dict[str, tuple[dict[str, Any], Tensor | None, tuple[Tensor, Tensor, Tensor]]] = {
+    "causal": ({"is_causal": True}, torch.ones(LENGTH, SOURCES).tril().bool(), (Q, K, V)),
+    "mask": ({"attn_mask": HIDDEN}, HIDDEN, (Q, K, V)),
+    "a query that sees nothing": ({"attn_mask": BLIND}, BLIND, (Q, K, V)),
+    "position bias": ({"attn_mask": BIAS}, BIAS, (Q, K, V)),
+    "groups of queries": ({"enable_gqa": True}, None, (Q, FEW_K, FEW_V)),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_APART)
+def test_the_fused_function_with_halves_is_that_of_its_parts(name):
+    options, mask, inputs = TAKEN_APART[name]
+    inputs = tuple(value[None] for value in inputs)
+    start = draw(1, *sdpa(*inputs, **options).shape[1:])
+    rules = Normalized(NRMAbsolute(), residual="sink", attention="halves")
+    fused, eager = (
+        RelevanceMeasure(Apply(op), inputs, start=start, composite=rules)
+        for op in (lambda q, k, v: sdpa(q, k, v, **options), lambda q, k, v: parts(q, k, v, mask))
+    )
+    explained = (start * sdpa(*inputs, **options)).sum() / start.sum()
+    torch.testing.assert_close(fused.output, explained[None])
+    for number in range(3):
+        found, expected = (mu.marginal(f"input[{number}]") for mu in (fused, eager))
+        assert bool(expected.any())
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=TOLERANCE)

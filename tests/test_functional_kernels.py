@@ -986,3 +986,118 @@ def test_a_namespace_is_another_spelling(name):
     x = draw(2, 4)
     one, other = (columns(lambda x, op=op: op(x) * x if op(x).shape == x.shape else op(x), [x]) for op in ALIKE[name])
     check(one, other)
+
+
+def alone(op: Op, x: Tensor, composite: Composite | None = None) -> Tensor:
+    """The matrix of an operation that knows no samples, row by row."""
+    units = torch.eye(Apply(op)(x[None]).numel(), dtype=torch.float64)
+    rules = Normalized(composite or NRMAbsolute(), residual="sink")
+    start = [unit.reshape(Apply(op)(x[None]).shape) for unit in units]
+    measures = [RelevanceMeasure(Apply(op).eval(), x[None], start=one, composite=rules) for one in start]
+    torch.testing.assert_close(torch.cat([mu.output for mu in measures]), op(x[None]).flatten())
+    return torch.cat([mu.marginal("input").flatten(1) for mu in measures])
+
+
+VECTOR, CUBE, BLOCKS = draw(4, seed=11), draw(2, 2, 2, seed=12), draw(2, 4, 4, seed=13).float()
+WRITTEN_OUT: dict[str, tuple[Op, Op]] = {
+    "inner with a number": (lambda x: torch.inner(x, torch.tensor(2.0).double()), lambda x: x * 2),
+    "vecdot": (lambda x: torch.linalg.vecdot(x, x.flip(-1), dim=1), lambda x: (x * x.flip(-1)).sum(1)),
+    "addmv": (
+        lambda x: torch.addmv(x[0, :, 0], x[0], VECTOR, beta=0.5, alpha=2)[None],
+        lambda x: (0.5 * x[0, :, 0] + 2 * (x[0] @ VECTOR))[None],
+    ),
+    "addbmm": (
+        lambda x: torch.addbmm(x[0, :, :2], x[0].reshape(2, 2, 2), CUBE)[None],
+        lambda x: (x[0, :, :2] + (x[0].reshape(2, 2, 2) @ CUBE).sum(0))[None],
+    ),
+    "grouped_mm of batches": (
+        lambda x: F.grouped_mm(x.float().reshape(2, 1, 4), BLOCKS)[None],
+        lambda x: torch.stack([x[0, :1].float() @ BLOCKS[0], x[0, 1:].float() @ BLOCKS[1]])[None],
+    ),
+    "linear with a computed weight": (lambda x: F.linear(x, 2 * x[0]), lambda x: x @ (2 * x[0]).T),
+    "linear with a computed bias": (
+        lambda x: F.linear(x, CUBE.reshape(2, 4), 3 * x[0, 0, :2]),
+        lambda x: x @ CUBE.reshape(2, 4).T + 3 * x[0, 0, :2],
+    ),
+    "by keyword, with a constant weight and bias for a computed one": (
+        lambda x: F.linear(input=x, weight=2 * x[0], bias=VECTOR[:2]),
+        lambda x: x @ (2 * x[0]).T + VECTOR[:2],
+    ),
+    "conv1d with a computed bias": (
+        lambda x: F.conv1d(x, CUBE, 3 * x[0, 0, :2], padding=1),
+        lambda x: F.conv1d(x, CUBE, padding=1) + 3 * x[0, 0, :2, None],
+    ),
+    "conv_transpose1d with a computed bias": (
+        lambda x: torch.conv_transpose1d(x, CUBE, 3 * x[0, 0, :2], 2),
+        lambda x: torch.conv_transpose1d(x, CUBE, None, 2) + 3 * x[0, 0, :2, None],
+    ),
+    "bilinear with a computed bias": (
+        lambda x: F.bilinear(x, x, BLOCKS[:, :2].double().reshape(1, 4, 4), x[0, 0, :1]),
+        lambda x: F.bilinear(x, x, BLOCKS[:, :2].double().reshape(1, 4, 4)) + x[0, 0, :1],
+    ),
+    "maximum with zero": (lambda x: torch.maximum(x, torch.zeros(())), F.relu),
+    "slice_scatter": (
+        lambda x: x.slice_scatter(3 * x[:, :, :2], 2, 1, 3),
+        lambda x: torch.cat([x[:, :, :1], 3 * x[:, :, :2], x[:, :, 3:]], 2),
+    ),
+    "put": (
+        lambda x: x.put(torch.tensor([1, 6]), 3 * x[0, 0, :2]),
+        lambda x: torch.stack([x[0, 0, 0], 3 * x[0, 0, 0], *x[0, 0, 2:], *x[0, 1, :2], 3 * x[0, 0, 1], x[0, 1, 3]])
+        .reshape(1, 2, 4),
+    ),
+    "index_add of a constant": (
+        lambda x: x.index_add(2, torch.tensor([1, 1]), CUBE[:1, :, :2]),
+        lambda x: x + torch.nn.functional.pad(CUBE[:1].sum(2, keepdim=True), (1, 2)),
+    ),
+    "scatter_add of a constant": (
+        lambda x: x.scatter_add(2, torch.ones(1, 2, 2, dtype=torch.long), CUBE[:1]),
+        lambda x: x + torch.nn.functional.pad(CUBE[:1].sum(2, keepdim=True), (1, 2)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_what_is_made_of_other_operations_shares_like_them(name):
+    x = draw(2, 4)
+    for one, other in (WRITTEN_OUT[name], WRITTEN_OUT[name][::-1]):
+        torch.testing.assert_close(one(x[None]), other(x[None]))
+    found, expected = (alone(op, x) for op in WRITTEN_OUT[name])
+    assert bool(expected.any())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_grouped_products_of_other_forms_say_what_to_do():
+    with pytest.raises(UnsupportedOperationError, match="Multiply group by group"):
+        alone(
+            lambda x: F.grouped_mm(x[0].float().T, x[0].float(), offs=torch.tensor([1, 2], dtype=torch.int32))[None],
+            draw(2, 4),
+        )
+
+
+def test_a_rule_for_activations_is_that_of_their_functions():
+    """Epsilon on an activation: relevance times its slope, by what it returned."""
+    rules = LayerMapComposite(layer_map=[(torch.nn.ReLU, Epsilon(epsilon=1e-9)), (Linear, Epsilon())])
+    x = draw(2, 4)
+    expected = torch.diag((x > 0).double().flatten())
+    torch.testing.assert_close(alone(F.relu, x, rules), expected, atol=1e-6, rtol=0)
+
+
+def test_a_constant_competes_in_a_scattered_maximum():
+    """What it wins ends there."""
+    x, rivals = draw(2, 4), draw(2, 4, seed=5)
+    place = torch.tensor([[3, 2, 1, 0]]).expand(2, 4)
+    found = alone(lambda x: x.scatter_reduce(2, place[None], rivals[None], "amax"), x)
+    wins = x > rivals.flip(1)
+    assert 0 < int(wins.sum()) < 8
+    torch.testing.assert_close(found, torch.diag(wins.double().flatten()))
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN_OUT if "computed" in name])
+@pytest.mark.parametrize("composite", [NRMAbsolute, None])
+def test_nothing_is_lost_where_the_model_computes_a_weight_or_bias(name, composite):
+    x = draw(2, 4)[None]
+    for start in torch.eye(WRITTEN_OUT[name][0](x).numel(), dtype=torch.float64):
+        start = start.reshape(WRITTEN_OUT[name][0](x).shape)
+        mu = RelevanceMeasure(Apply(WRITTEN_OUT[name][0]).eval(), x, start=start, composite=composite and composite())
+        total = mu.marginal("input").sum() + sum(value.sum() for value in mu.sinks().values())
+        assert float(total) == pytest.approx(1, abs=1e-9)

@@ -125,6 +125,10 @@ ONTO_ZEROS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "sparse @": (lambda m: COO @ m, summed(SIGNED.unsqueeze(1))),
     "torch.sparse.mm": (lambda m: torch.sparse.mm(COO, m), summed(SIGNED.unsqueeze(1))),
     "torch.mm of CSR": (lambda m: torch.mm(COO.to_sparse_csr(), m), summed(SIGNED.unsqueeze(1))),
+    "torch.sparse.mm mean": (
+        lambda m: torch.sparse.mm(COO.to_sparse_csr(), m, "mean"),
+        summed(SIGNED.unsqueeze(1)),
+    ),
     "torch.spmm": (lambda m: torch.spmm(COO, m), summed(SIGNED.unsqueeze(1))),
     "torch.sparse.addmm": (
         lambda m: torch.sparse.addmm(torch.ones(4, 2).double(), COO, m, alpha=2),

@@ -18,6 +18,7 @@ from .demo.run import DEFAULT, MISREAD, RULES, Report, Row, run
 from .errors import NRMError
 from .explain.command import add_explain, add_flow, add_layers
 from .explain.files import check_folder
+from .explain.pictures import shown
 
 COLUMNS = {
     "plain": f"sum of the relevance that Zennit hands to the layer, by its composite {RULES.__name__}",
@@ -152,4 +153,4 @@ def _where(report: Report, out: Path) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return shown(" ".join(str(error).split()))

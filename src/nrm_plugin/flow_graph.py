@@ -260,8 +260,8 @@ class FlowGraph:
             >>> FlowGraph.from_json(graph.to_json()) == graph
             True
         """
-        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         try:
+            text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
             found = json.loads(text)
             if found["format"] != FORMAT:
                 raise ValueError(f"its format is {found['format']!r}, not {FORMAT!r}")
@@ -270,7 +270,7 @@ class FlowGraph:
             sizes = [len(layer.groups) + 2 for layer in layers]
             if [joint.shape for joint in joints] != list(pairwise(sizes)):
                 raise ValueError("its joint relevance does not fit its layers")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise FlowError(f"this is no flow graph of to_json(): {error}.") from error
         return cls(layers, joints, found.get("carried"))
 

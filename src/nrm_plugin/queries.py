@@ -165,7 +165,7 @@ class Decisions:
         self.maps: dict[tuple[Place, Pair], Tensor] = {}
         buffers = {place: 1 for place in self.asked if isinstance(place, Buffer)}
         edges = {place: 1 for place in self.asked if isinstance(place, tuple)}
-        self._wanted, self._wanted_through = recording.graph.reach(buffers, edges)
+        self._wanted, _ = recording.graph.reach(buffers, edges)
         pairs = frozenset(enumerate(formulas.roots))
         self._settled(pairs, start)
         self.cost = learned + pull(recording.graph, [(recording.graph.output, {pairs: start})], self)

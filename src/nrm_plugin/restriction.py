@@ -66,9 +66,6 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
     return 100 * shares.flatten(1).mean(1)
 
 
-ERRORS: dict[Metric, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "smape": smape}
-
-
 @dataclass(frozen=True)
 class Restriction:
     """The measure of the walks through kept neurons, beside that of all.

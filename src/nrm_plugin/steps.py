@@ -200,11 +200,6 @@ class Step:
         self.__dict__.pop("kernel", None)
         self.__dict__.pop("_scales", None)
 
-    @property
-    def gain(self) -> Tensor | None:
-        """``g(c)``, ``(N, *out)``; None for one everywhere."""
-        return self._scaled(None)[0]
-
     def gain_for(self, relevance: Tensor) -> Tensor | None:
         """``g(c)`` wherever relevance ``(K, N, *out)`` arrives; None for one everywhere."""
         return self._scaled(relevance)[0]

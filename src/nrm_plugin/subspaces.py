@@ -28,8 +28,6 @@ from .errors import InputError, UnknownLayerError
 from .functional.registry import FunctionCall, register_kernel
 from .kernels import Kernel
 
-NAME = "subspaces"
-"""Name of the inserted tap, below the layer's."""
 FLOOR = 1e-4
 """Share of the largest activation of a sample below which a neuron has no context: rules that give relevance to neurons
 that are nearly silent would make it as large as one likes."""

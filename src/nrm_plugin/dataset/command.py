@@ -14,7 +14,7 @@ from torch import nn
 
 from nrm_plugin.errors import EventError, NRMError, UnknownLayerError
 from nrm_plugin.explain import words
-from nrm_plugin.explain.command import add_how, add_model, one_line_warnings, request_of, subject_of
+from nrm_plugin.explain.command import add_how, add_model, new_command, one_line_warnings, request_of, subject_of
 from nrm_plugin.explain.conditions import parse
 from nrm_plugin.explain.models import Subject, imported
 from nrm_plugin.explain.pictures import shown
@@ -59,12 +59,8 @@ were left out, which are listed; 130 interrupted. What is written can be read af
 
 def add_sweep(commands: Any) -> None:
     """Adds the command that asks a whole data set."""
-    parser = commands.add_parser(
-        "sweep",
-        help="ask the measure of every picture of a folder, and store the answers",
-        description=SWEEP,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_command(
+        commands, "sweep", "ask the measure of every picture of a folder, and store the answers", SWEEP, EXAMPLES
     )
     parser.add_argument("data", metavar="FOLDER|DATASET",
                         help="a folder of pictures, with a folder inside for each class where there are labels; or "

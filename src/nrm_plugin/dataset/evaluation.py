@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nrm_plugin.calls import Output
 from nrm_plugin.composites import Normalized
-from nrm_plugin.errors import InputError, NRMError, TargetError, UnknownLayerError, samples, unknown_layer
+from nrm_plugin.errors import InputError, NRMError, TargetError, UnknownLayerError, unknown_layer
 from nrm_plugin.events import Atom
 from nrm_plugin.measure import RelevanceMeasure
 from nrm_plugin.starts import start_vector
@@ -168,9 +168,6 @@ class _Chooser:
         self.targets = self.predictions = np.empty(0, np.int32)
 
     def __call__(self, outputs: Tensor) -> Tensor:
-        is_bad = ~outputs.reshape(len(outputs), -1).isfinite().all(1)
-        if bool(is_bad.any()):
-            raise InputError(f"the outputs of the model are not all finite numbers ({samples(is_bad.tolist())}).")
         self.outputs = outputs
         found = outputs.argmax(1) if outputs.ndim == 2 and outputs.shape[1] else None
         self.predictions = _classes(found, len(outputs))

@@ -152,7 +152,7 @@ class Manifest:
         Raises:
             SweepError: There is none, or it is of another format.
         """
-        path = folder / MANIFEST
+        path = inside(folder, MANIFEST)
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
             if entries.pop("format") != FORMAT:
@@ -167,7 +167,7 @@ class Manifest:
             return cls(queries=queries, **lists, **entries)
         except FileNotFoundError:
             raise SweepError(f"there is no sweep in {folder}: it has no {MANIFEST}.") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             if isinstance(error, SweepError):
                 raise
             raise SweepError(f"{path} is damaged and cannot be read as the manifest of a sweep: {error!r}.") from error
@@ -175,6 +175,20 @@ class Manifest:
 
 def _shape(groups: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if groups is None else tuple(int(size) for size in groups)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """What has a name in the folder of a sweep, which a stranger may have made.
+
+    Raises:
+        ShardError: It is a link that leads out of the folder.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ShardError(
+            f"{path} is a link that leads out of {folder}. Nothing outside is read or written; copy it there."
+        )
+    return path
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -191,6 +205,7 @@ class Replacing:
         self.unfinished = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
+        self.unfinished.unlink(missing_ok=True)  # a link would be followed
         return self.unfinished
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

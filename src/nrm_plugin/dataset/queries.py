@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nrm_plugin.errors import EventError
 from nrm_plugin.events import Atom, Event, at
 from nrm_plugin.groups import KINDS
 from nrm_plugin.notation import event_from_json, event_to_json
@@ -22,6 +21,8 @@ from .layout import QueryInfo, SweepError
 Layer = str | Atom
 Reduce = Literal["max", "mean", "sum"]
 MIN_RATIO = 1e-3
+MOST = 1 << 28
+"""Bytes of labels that are read from a file; those of the widest layers of VGG16 take 13 million."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,9 @@ def from_json(said: Any) -> Query:
         raise SweepError(f"this is no query: {said!r}. Kinds are {', '.join(QUERIES)}.")
     try:
         return QUERIES[said["kind"]](**{key: _from_json(value) for key, value in said.items() if key != "kind"})
-    except (TypeError, EventError) as error:
+    except SweepError:
+        raise
+    except (TypeError, ValueError, KeyError, zlib.error, RecursionError) as error:
         raise SweepError(f"this is no query: {said!r} ({error}).") from error
 
 
@@ -333,11 +336,19 @@ def _to_json(value: Any) -> Any:
     return value
 
 
+def _unpacked(text: str) -> bytes:
+    reader = zlib.decompressobj()
+    data = reader.decompress(base64.b64decode(text), MOST)
+    if not reader.eof:
+        raise ValueError(f"its labels are cut off, or more than the {MOST // 4} that are read")
+    return data
+
+
 def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_from_json(part) for part in value)
     if isinstance(value, Mapping) and "labels" in value:
-        return Labels(tuple(value["shape"]), zlib.decompress(base64.b64decode(value["labels"])))
+        return Labels(tuple(value["shape"]), _unpacked(value["labels"]))
     return event_from_json(value) if isinstance(value, Mapping) else value
 
 

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from nrm_plugin.explain import words
-from nrm_plugin.explain.command import add_how, add_model, class_names, one_line_warnings, request_of, subject_of
+from nrm_plugin.explain.command import (
+    add_how,
+    add_model,
+    class_names,
+    new_command,
+    one_line_warnings,
+    request_of,
+    subject_of,
+)
 from nrm_plugin.explain.files import PACKAGES, check_folder, plain, quietly, short
 from nrm_plugin.explain.flows import HTML_MISSING, free_stem
 from nrm_plugin.explain.models import Subject
@@ -63,12 +71,12 @@ Command = Callable[[argparse.Namespace], int]
 
 def add_references(commands: Any) -> None:
     """Adds the command that lists and draws reference examples."""
-    parser = commands.add_parser(
+    parser = new_command(
+        commands,
         "references",
-        help="list the pictures of a sweep in which channels carry most relevance",
-        description=REFERENCES,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "list the pictures of a sweep in which channels carry most relevance",
+        REFERENCES,
+        EXAMPLES,
     )
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="folder of nrm-plugin sweep")
     asked = parser.add_argument_group("what is asked")
@@ -125,7 +133,7 @@ def _guarded(command: Command) -> Command:
             try:
                 return command(options)
             except (ShardError, OSError) as error:
-                print(f"nrm-plugin {options.name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"nrm-plugin {options.name}: error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
                 return ERROR
 
     return run
@@ -147,9 +155,10 @@ def _references(options: argparse.Namespace) -> int:
     groups = _chosen(found, options.groups, options.rows)
     files = _files(sweep.path)
     rows = None if subject is None else _crops(options, sweep, found, groups, subject, request)
-    print(f"{shown(sweep.path)}: {found.name}, by {options.by}" + ("" if target is None else f", of class {target}"))
+    of = "" if target is None else f", of class {target}"
+    print(shown(f"{sweep.path}: {found.name}, by {options.by}{of}"))
     for line in _listed(found, groups, files):
-        print(line)
+        print(shown(line))
     for path in _write(options, sweep, found, groups, files, rows):
         print(f"-> {shown(path)}")
     return 0
@@ -182,11 +191,16 @@ def _listed(found: References, groups: Sequence[int | str], files: Sequence[str]
     for group in groups:
         row = found.row(group)
         cells = [
-            f"{shown(files[sample]) if sample < len(files) else f'sample {sample}'} ({_value(value, found)})"
+            f"{_file(files, sample) or f'sample {sample}'} ({_value(value, found)})"
             for sample, value in zip(found.of(group), found.values[row].tolist(), strict=False)
         ]
         lines.append(f"  {group}: {', '.join(cells)}")
     return lines
+
+
+def _file(files: Sequence[str], sample: int) -> str | None:
+    """Its name; None where the list does not have it."""
+    return files[sample] if 0 <= sample < len(files) else None
 
 
 def _value(value: float, found: References) -> str:
@@ -198,7 +212,7 @@ def _files(folder: Path) -> list[str]:
     try:
         with (folder / FILES).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             return [row["file"] for row in csv.DictReader(file)]
-    except (OSError, KeyError):
+    except (OSError, KeyError, csv.Error):
         return []
 
 
@@ -278,7 +292,7 @@ def _write(
                 key: getattr(found, key)[found.row(group)].tolist()[: len(found.of(group))]
                 for key in ("values", "targets", "positions")
             },
-            **({"files": [files[sample] for sample in found.of(group)]} if files else {}),
+            **({"files": [_file(files, sample) for sample in found.of(group)]} if files else {}),
         }
         for group in groups
     ]
@@ -317,7 +331,7 @@ def _flow(options: argparse.Namespace) -> int:
     of += "" if minus is None else f" less class {_called(minus, categories)}"
     print(f"{name}: mean flow{of}")
     for line in words.layers(graph):
-        print(line)
+        print(shown(line))
     for path in _draw(options, sweep, graph, target, minus, categories):
         print(f"  -> {shown(path)}")
     if find_spec("plotly") is None:

@@ -23,7 +23,7 @@ from .batches import Plan, source_of
 from .evaluation import Evaluation, Target, Unpack, check_target, device_of
 from .index import remove_index, write_index
 from .job import Job
-from .layout import BY_QUERY, MANIFEST, MAPS, ROWS, Manifest, OnError, SettingsError, SweepError, arrow
+from .layout import BY_QUERY, MANIFEST, MAPS, ROWS, Manifest, OnError, SettingsError, SweepError, arrow, inside
 from .progress import Progress
 from .queries import Query, check_queries
 from .settings import differences, digest, settings_of
@@ -142,7 +142,7 @@ def sweep(
     if plan is None and (place.world > 1 or engine == "ray"):
         raise SweepError("an iterable data set cannot be shared out: every process would read all of it. Run one.")
     _begin(folder, started, resume, place)
-    with _told_at_the_end(folder, place):
+    with _told_at_the_end(folder):
         count = _run(job, place, engine, engine_options or {}, retry_failed, progress)
         place.wait()
         if count is not None:
@@ -197,7 +197,7 @@ def _begin(folder: Path, started: Manifest, resume: bool, place: Place) -> None:
     """
     try:
         for name in (ROWS, MAPS):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            inside(folder, name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SweepError(f"cannot write to {folder}: {error.strerror or error}. Name another folder.") from error
     has_shards = any((folder / ROWS).glob("part-*"))
@@ -232,7 +232,7 @@ def _write(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def _told_at_the_end(folder: Path, place: Place) -> Iterator[None]:
+def _told_at_the_end(folder: Path) -> Iterator[None]:
     """The manifest says that a sweep was interrupted, and what failed so far."""
     try:
         yield

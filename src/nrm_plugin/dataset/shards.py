@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from nrm_plugin.extras import extra
 
-from .layout import KEY, MAPS, PART, ROWS, ShardError, arrow, schema
+from .layout import KEY, MAPS, PART, ROWS, ShardError, arrow, inside, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,12 +55,16 @@ class Shard:
             ShardError: It is damaged.
         """
         parquet = extra("pyarrow.parquet", "dataset")
+        inside(path.parent.parent, f"{ROWS}/{path.name}")
         found = PART.fullmatch(path.name)
         try:
             metadata = parquet.read_metadata(path)
             said = json.loads(metadata.metadata[KEY])
             if found is None or metadata.num_row_groups != len(said["chunks"]):
                 raise ValueError("its parts are not those that it lists")
+            rows = sum(math.prod(said["groups"][name]) for name in {name for name, *_ in said["chunks"]})
+            if metadata.num_rows != rows * (said["last"] - said["first"] + 1 - len(said["failed"])):
+                raise ValueError(f"it has {metadata.num_rows} rows, and not those that it lists")
             return cls(
                 path,
                 int(found[1]),
@@ -73,7 +78,7 @@ class Shard:
                 tuple((name, first, last) for name, first, last in said["chunks"]),
                 said["value"],
             )
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
             raise ShardError(f"{path} is damaged: {error}") from error
@@ -90,8 +95,12 @@ class Shard:
 
     @property
     def maps(self) -> Path:
-        """The file with its maps."""
-        return self.path.parent.parent / MAPS / f"{self.path.stem}.safetensors"
+        """The file with its maps.
+
+        Raises:
+            ShardError: It is a link that leads out of the folder.
+        """
+        return inside(self.path.parent.parent, f"{MAPS}/{self.path.stem}.safetensors")
 
     def rows(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nrm_plugin.extras import extra
 
-from .layout import BY_QUERY, SCALAR, Manifest, OnError, QueryInfo, ShardError, SweepError, arrow, schema
+from .layout import BY_QUERY, SCALAR, Manifest, OnError, QueryInfo, ShardError, SweepError, arrow, inside, schema
 from .shards import Shard, shards_in
 
 if TYPE_CHECKING:
@@ -196,11 +196,16 @@ class Sweep:
         return rows.take(compute.select_k_unstable(rows, k, order)) if len(rows) else rows
 
     def _of_group(self, info: QueryInfo, group: int) -> pa.Table:
-        path = self.path / BY_QUERY / f"{list(self.queries).index(info.name):04}.parquet"
+        path = inside(self.path, f"{BY_QUERY}/{list(self.queries).index(info.name):04}.parquet")
         if not path.exists():
             return self.rows(info.name, group)
-        parquet = extra("pyarrow.parquet", "dataset")
-        return parquet.read_table(path, filters=[("group", "==", group)])
+        pa, parquet = arrow(), extra("pyarrow.parquet", "dataset")
+        try:
+            return parquet.read_table(path, filters=[("group", "==", group)])
+        except (OSError, pa.ArrowException) as error:
+            raise ShardError(
+                f"{path} is damaged: {error}. Delete the folder {BY_QUERY}, and the shards are read instead."
+            ) from error
 
     def maps(self, query: str, samples: Collection[int]) -> Tensor:
         """Stored maps of some samples, ``(len(samples), *shape)``.
@@ -229,9 +234,13 @@ class Sweep:
         return torch.stack([found[sample] for sample in samples]) if found else torch.empty(0, *shape)
 
     def _tensors(self, shard: Shard, names: Sequence[str]) -> dict[str, Tensor]:
+        path = shard.path
         try:
-            with safe_open(shard.maps, "pt") as file:
+            path = shard.maps
+            with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in names}
+        except ShardError as error:
+            self._skip(path, error)
         except (OSError, SafetensorError) as error:
-            self._skip(shard.maps, ShardError(f"{shard.maps} is damaged: {error}"))
-            return {name: torch.empty(0, dtype=torch.int64) for name in names}
+            self._skip(path, ShardError(f"{path} is damaged: {error}"))
+        return {name: torch.empty(0, dtype=torch.int64) for name in names}

@@ -154,7 +154,7 @@ def _last(table: pa.Table) -> int:
 def remove_unfinished(folder: Path) -> None:
     """Removes what dead processes of this machine have left unfinished."""
     mark = f".{platform.node()}."
-    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+    for path in (path for inner in (folder, folder / ROWS, folder / MAPS) for path in inner.glob(".*.tmp")):
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]
         if mark in path.name and owner.isdecimal() and not _is_alive(int(owner)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -75,14 +75,22 @@ Results of other settings or of another picture are never overwritten: the new o
 exit status: 0; 1 where some pictures could not be explained; 2 where none can be, because of the options"""
 
 
+def new_command(commands: Any, name: str, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of a command, whose texts keep their lines."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
 def add_explain(commands: Any) -> None:
     """Adds the command that explains pictures."""
-    parser = commands.add_parser(
-        "explain",
-        help="explain pictures with a torchvision classifier or one of your own",
-        description=EXPLAIN,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_command(
+        commands, "explain", "explain pictures with a torchvision classifier or one of your own", EXPLAIN, EXAMPLES
     )
     parser.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGE", help="a picture: PNG, JPEG, WebP, TIFF, GIF, …"
@@ -118,13 +126,7 @@ def add_how(parser: argparse.ArgumentParser) -> None:
 
 def add_flow(commands: Any) -> argparse.ArgumentParser:
     """Adds the command that draws the flow of relevance through layers; returns its parser."""
-    parser = commands.add_parser(
-        "flow",
-        help="draw how relevance flows through some layers",
-        description=FLOW,
-        epilog=FLOW_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_command(commands, "flow", "draw how relevance flows through some layers", FLOW, FLOW_EXAMPLES)
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="a picture, as for explain")
     add_model(parser, "torchvision's default, downloaded once", required=False)
     asked = parser.add_argument_group("what is asked")
@@ -145,7 +147,7 @@ def add_flow(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("nrm-flow"), metavar="DIR",
                         help="folder for the results; made where it is missing (default: %(default)s)")  # fmt: skip
     parser.set_defaults(command=_flow)
-    return parser  # type: ignore[no-any-return]
+    return parser
 
 
 def add_layers(commands: Any) -> None:

@@ -11,7 +11,7 @@ import re
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -115,7 +115,9 @@ def write(subject: Subject, request: Request, answer: Answer, out: Path, taken: 
     drawn = [given for given in answer.given if given.relevance is not None]
     ends = [HEAT_MAP, NUMBERS, *(f"{plain(layer.name)}.{kind}" for layer in answer.layers for kind in _kinds(layer))]
     ends += [GIVEN] if drawn else []
-    stem = free_name(out, answer.picture.path.stem, about, ends, taken)
+    stem = free_name(
+        out, answer.picture.path.stem, ends, taken, lambda name: _is_same(out / f"{name}-{NUMBERS}", about)
+    )
     files = [out / f"{stem}-{end}" for end in ends]
     _save(_overview(subject, answer), files[0])
     versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
@@ -134,20 +136,20 @@ def _kinds(layer: LayerAnswer) -> tuple[str, ...]:
     return ("png", "csv") if layer.top else ("csv",)
 
 
-def free_name(out: Path, stem: str, about: Mapping[str, str], ends: Sequence[str], taken: set[str]) -> str:
-    """The beginning of the names of a picture's files: none that belong to something else are written over.
+def free_name(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_same: Callable[[str], bool]) -> str:
+    """The beginning of names of files: none that belong to something else are written over.
 
     Args:
         out: Folder.
-        stem: Name of the picture.
-        about: Its settings; files with the same ones are the same answer, and are replaced.
+        stem: What it should be, such as the name of the picture.
         ends: What follows in the names.
-        taken: Names that other pictures of this call have; the new one is added.
+        taken: Names that others of this call have; the new one is added.
+        is_same: Whether the files of a name are the answer to the same question; these are replaced.
     """
     for number in itertools.count(1):
         name = stem if number == 1 else f"{stem}-{number}"
         is_free = not any((out / f"{name}-{end}").exists() for end in ends)
-        if name.casefold() not in taken and (is_free or _is_same(out / f"{name}-{NUMBERS}", about)):
+        if name.casefold() not in taken and (is_free or is_same(name)):
             break
     taken.add(name.casefold())
     return name
@@ -159,9 +161,9 @@ def _is_same(path: Path, about: Mapping[str, str]) -> bool:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             known = json.loads(file.read(length))["__metadata__"] if length < LONGEST_HEADER else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-    return all(known.get(key) == value for key, value in about.items())
+    return isinstance(known, dict) and all(known.get(key) == value for key, value in about.items())
 
 
 def class_name(subject: Subject, index: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from nrm_plugin.ribbons import DARK, LIGHT
 from nrm_plugin.sankey import save_sankey
 
 from .batch import COMMON
-from .files import PACKAGES, class_name, quietly, short
+from .files import PACKAGES, class_name, free_name, quietly, short
 from .models import Subject
 from .pictures import Picture, open_picture, shown
 from .run import Chooser, Request, RequestError, check_layers, measured
@@ -205,19 +204,13 @@ def free_stem(
         taken: Names that others of this call have; the new one is added.
         numbers: The end of the JSON file that holds the question, under ``"settings"``.
     """
-    for number in itertools.count(1):
-        name = stem if number == 1 else f"{stem}-{number}"
-        is_free = not any((out / f"{name}-{end}").exists() for end in ends)
-        if name.casefold() not in taken and (is_free or _known(out / f"{name}-{numbers}") == about):
-            break
-    taken.add(name.casefold())
-    return name
+    return free_name(out, stem, ends, taken, lambda name: _known(out / f"{name}-{numbers}") == about)
 
 
 def _known(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

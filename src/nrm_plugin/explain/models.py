@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
-import pickle
+import os
 import re
 import socket
 import sys
@@ -33,6 +33,8 @@ DEFAULT, NONE = "DEFAULT", "none"
 SEED = 0
 PATIENCE = 30
 """Seconds that a download may be silent."""
+FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+"""Settings of torch: files hold nothing but weights; and its contrary."""
 TASKS = {"detection": "object detection", "video": "video", "optical_flow": "optical flow"}
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 """Names in torchvision's own files for DenseNet, from a time when names could hold dots."""
@@ -158,10 +160,10 @@ def _downloaded(name: str, weights: WeightsEnum) -> nn.Module:
     file = Path(urlsplit(weights.url).path).name
     # Its words on stdout would stand among the results.
     try:
-        with contextlib.redirect_stdout(sys.stderr), _patience(), _quiet():
+        with contextlib.redirect_stdout(sys.stderr), _patience(), _quiet(), _weights_only():
             model: nn.Module = get_model_builder(name)(weights=weights)
             return model
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what is no file of weights may raise anything
         why = (str(error).splitlines() or [""])[0] or type(error).__name__
         if (folder / file).exists():
             raise WeightsError(
@@ -215,6 +217,18 @@ def _patience() -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch.hub unpickles all that is in a file, also in one that was there before, unless torch is told not to."""
+    before = {name: os.environ.pop(name, None) for name in FORCED}
+    os.environ[FORCED[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[FORCED[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @contextlib.contextmanager
@@ -280,8 +294,13 @@ def _module(place: str, name: str, option: str) -> Any:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None  # noqa: PT018  (the name ends in .py)
         module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
+        is_first = sys.modules.setdefault(path.stem, module) is module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            if is_first:  # as after an import that failed
+                del sys.modules[path.stem]
+            raise
         return module
     except ModelError:
         raise

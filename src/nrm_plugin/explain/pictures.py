@@ -110,10 +110,6 @@ def check_file(path: Path) -> None:
                 raise PictureError(f"{name} is empty.")
     except OSError as error:  # a name that is too long, no permission
         raise PictureError(f"cannot open {name}: {error.strerror or error}.") from error
-    except PictureError:
-        raise
-    except ValueError as error:
-        raise PictureError(f"{name} cannot be the name of a file: {error}.") from error
 
 
 # -- inside ---------------------------------------------------------------------------------------------------------
@@ -171,10 +167,7 @@ def _rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
         if colors.getchannel("A").getextrema() != (255, 255):
             notes.append("is transparent in places; these were made white")
         return Image.alpha_composite(white, colors).convert("RGB")
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise PictureError(f"{name} has colours of mode {image.mode}, which cannot be read. Save it as RGB.") from error
+    return image.convert("RGB")
 
 
 def _deep_grey(image: Image.Image, name: str, notes: list[str]) -> Image.Image:

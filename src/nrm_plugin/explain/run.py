@@ -128,11 +128,6 @@ class Answer:
     layers: list[LayerAnswer] = field(default_factory=list)
     given: list[GivenAnswer] = field(default_factory=list)
 
-    @property
-    def predicted(self) -> int:
-        """The class of the largest output."""
-        return int(self.outputs.argmax())
-
 
 def answer(subject: Subject, picture: Picture, request: Request) -> Answer:
     """Asks the measure of one picture.
@@ -227,8 +222,6 @@ class Chooser:
                 "one number for each class: wrap the model in a module that reduces its output to these."
             )
         self.outputs = outputs[0].reshape(-1).clone()
-        if not bool(self.outputs.isfinite().all()):
-            raise NRMError(f"the outputs of {name} are not all finite numbers for this picture.")
         count, known = len(self.outputs), self.subject.categories
         self.target = int(self.outputs.argmax()) if self.wanted is None else target_of(self.wanted, known, count)
         return torch.nn.functional.one_hot(torch.tensor([self.target]), count).to(outputs).reshape(outputs.shape)

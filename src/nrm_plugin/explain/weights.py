@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,9 +41,7 @@ def read_state(path: Path) -> State:
         WeightsError: There is no such file, it cannot be read, or holds no state dict.
     """
     name = shown(path)
-    if not path.is_file():
-        what = f"{name} is a folder" if path.is_dir() else f"there is no file {name}"
-        raise WeightsError(f"{what}. --weights takes a file with a state dict.")
+    _check_file(path, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old protocols
@@ -58,6 +57,22 @@ def read_state(path: Path) -> State:
     except Exception as error:  # a file of another kind may raise anything
         raise WeightsError(f"{name} cannot be read as weights: {_first_line(error)}") from error
     return _state(found, name)
+
+
+def _check_file(path: Path, name: str) -> None:
+    if not path.is_file():
+        what = f"{name} is a folder" if path.is_dir() else f"there is no file {name}"
+        raise WeightsError(f"{what}. --weights takes a file with a state dict.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, zipfile.BadZipFile, NotImplementedError):  # safetensors, and what torch wrote before 1.6
+        return
+    if unpacked > path.stat().st_size:
+        raise WeightsError(
+            f"{name} is compressed, which torch.save never does, and unpacks to {unpacked / 2**20:.4g} MiB. If you "
+            "trust it, load it and save the state dict again: torch.save(model.state_dict(), FILE)."
+        )
 
 
 def _state(found: Any, name: str) -> State:
@@ -103,7 +118,14 @@ def classes_of(state: State, model: nn.Module) -> int | None:
     if len(counts) != 1:
         return None
     ((_, count, rest_agrees),) = counts
-    return int(count[0]) if rest_agrees and count else None
+    # A file can claim more rows than it holds, by one that it repeats; a model of as many classes would be made.
+    is_held = all(state[key].numel() <= _held(state[key]) for key in differing)
+    return int(count[0]) if rest_agrees and count and is_held else None
+
+
+def _held(tensor: Tensor) -> int:
+    """How many numbers are in memory."""
+    return tensor.untyped_storage().nbytes() // tensor.element_size() if tensor.layout == torch.strided else 0
 
 
 def fill(model: nn.Module, state: State, name: str, where: str) -> None:

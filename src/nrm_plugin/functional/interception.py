@@ -33,7 +33,7 @@ from .lookup import CompositeRules, NoRules, RuleLookup
 from .opaque import Unknown, is_elementwise, is_known, uncovered
 from .recurrent import RECURRENT, Where, packs_in
 from .registry import KERNELS, FunctionCall, Handler, Name, Slot, handler_of, name_of
-from .rewrites import REWRITES
+from .rewrites import REWRITES, is_sum_with_bias, product_and_bias
 from .table import BroadcastKernel
 from .weighted_calls import LAYERS, channel_dim, layer_call
 
@@ -215,6 +215,9 @@ class _Mode(TorchFunctionMode):
             with self:
                 return in_messages(*args, **kwargs)
         handler = handler_of(func, name)
+        if name.base in LAYERS and handler is KERNELS[name.base] and is_sum_with_bias(*args, **kwargs):
+            with self:
+                return product_and_bias(func, *args, **kwargs)
         if handler is None and name.base in RECURRENT:
             with self:
                 return RECURRENT[name.base](Where(self._path(), self.packs), *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -156,4 +157,19 @@ def _mean_like(input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: b
     return input.mean(None if isinstance(dim, bool) else dim, keepdim=keepdim)
 
 
-__all__ = ["REWRITES"]
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def is_sum_with_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
+    """Whether a layer that is called as a function is no layer with constant weights, and adds a bias."""
+    return bias is not None and (weight.requires_grad or bias.requires_grad)
+
+
+def product_and_bias(
+    function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor, *args: Any, **options: Any
+) -> Tensor:
+    """A layer as a product and a sum, which share as such; one kernel would take the bias for a part of the product."""
+    return function(input, weight, None, *args, **options) + bias.reshape(-1, *(1,) * (weight.ndim - 2))
+
+
+__all__ = ["REWRITES", "is_sum_with_bias", "product_and_bias"]

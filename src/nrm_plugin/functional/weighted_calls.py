@@ -19,7 +19,7 @@ from ..steps import LayerCall
 from .contractions import as_matrix, constants_of, contraction, weighted
 from .opaque import Unknown
 from .registry import FunctionCall, Slot, fill, kernel
-from .table import PlacedKernel, forward, shapes_of
+from .table import forward, shapes_of
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {  # on a device without values, so that no random number is drawn
     "linear": lambda: nn.Linear(1, 1, device="meta"),
@@ -32,16 +32,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {  # on a device without values, so
 }
 
 
-@kernel(*LAYERS)
-def layer(call: FunctionCall) -> Kernel:
-    """A layer called as a function: by the rule of the module that owns the weight."""
-    made = layer_call(call)
-    if made is None:
-        return contraction(call)
-    with torch.no_grad():
-        output = call.run(*call.values)
-    kernel_ = made.kernel(output)
-    return kernel_ if len(call.saved) == 1 else PlacedKernel(kernel_, 0, shapes_of(call))
+kernel(*LAYERS)(contraction)  # of those whose weight is computed; others are read as layer_call before
 
 
 def layer_call(call: FunctionCall, output: Tensor | None = None) -> LayerCall | None:

@@ -1,0 +1,53 @@
+"""Conditions in the form of zennit-crp: what is refused; the numbers are compared in hosts/test_crp.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nrm_plugin import NRM, ConceptNRM, RelevanceMeasure, at
+from nrm_plugin.concepts import condition_event
+from nrm_plugin.errors import EventError
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+
+
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "said"),
+    [
+        ([], "no condition was given"),
+        ([[3]], r"a condition is a mapping such as .* got list"),
+        ([{"1": "3"}], r"condition on '1' is '3'; give a list of channel numbers"),
+        ([{"1": [1.5]}], r"condition on '1' is \[1.5\]; give a list of channel numbers"),
+        ([{"1": True}], "condition on '1' is True; give a list"),
+        ([{"y": [2]}], "'y' names output 2, but there are 2"),
+        ([{"y": [0, -3]}], "'y' names output -3, but there are 2"),
+    ],
+)
+def test_a_condition_of_another_form_is_refused(net: nn.Module, conditions, said):
+    with pytest.raises(EventError, match=said):
+        ConceptNRM(net).attribute(X, conditions)
+
+
+@pytest.mark.parametrize("ids", [2, [2], (2,), range(2, 3), np.array([2]), torch.tensor([2]), np.int64(2)])
+def test_channels_come_in_any_form_of_a_list(ids):
+    assert condition_event({"1": ids}) == at("1").channel([2])
+
+
+def test_without_outputs_all_are_explained_in_the_unit_of_their_sum(net: nn.Module):
+    """The start is every output with its value, and the book-keeping that of a measure with this start."""
+    found = ConceptNRM(net).attribute(X, [{"1": [2]}, {}])
+    output = net(X).detach()
+    mu = RelevanceMeasure(net, X, start=output, composite=NRM(net).composite)
+    total = output.sum(1, keepdim=True)
+    torch.testing.assert_close(found[0], mu.marginal("input", joint=at("1")[2]) * total)
+    torch.testing.assert_close(found[1], mu.marginal("input") * total)

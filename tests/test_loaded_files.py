@@ -1,0 +1,415 @@
+"""Files of strangers: what is pickled does not run, names and links lead nowhere, sizes are believed to no one."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from torch import nn
+from torchvision.models import get_model_weights, squeezenet1_1
+
+from nrm_plugin import RelevanceMeasure
+from nrm_plugin.cli import main
+from nrm_plugin.dataset import Manifest, Maps, Marginal, Sweep, SweepError, sweep
+from nrm_plugin.dataset.examples import FoundReferences, ReferencesError
+from nrm_plugin.dataset.layout import ShardError
+from nrm_plugin.dataset.queries import from_json
+from nrm_plugin.dataset.writing import remove_unfinished
+from nrm_plugin.explain import models
+from nrm_plugin.explain.command import class_names
+from nrm_plugin.explain.flows import free_stem
+from nrm_plugin.explain.pictures import PictureError, open_picture
+from nrm_plugin.explain.run import RequestError
+from nrm_plugin.explain.weights import WeightsError, read_state
+from nrm_plugin.flow import FlowError, FlowGraph
+from nrm_plugin.flow_maps import flow_maps
+from nrm_plugin.sankey import sankey
+from tests.dataset.sweep_nets import OPTIONS, Data, net
+
+MAP = Maps("input", over="position")
+MARGINAL = Marginal("4").name
+
+
+class Bomb:
+    """What makes a folder where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def write_numpy(bomb: Bomb, path: Path) -> None:
+    with path.open("wb") as file:  # whatever the name ends in
+        np.save(file, np.array([bomb], dtype=object), allow_pickle=True)
+
+
+BOMBS: dict[str, Callable[[Bomb, Path], object]] = {
+    "pickle": lambda bomb, path: path.write_bytes(pickle.dumps(bomb)),
+    "torch": torch.save,
+    "old torch": lambda bomb, path: torch.save(bomb, path, _use_new_zipfile_serialization=False),
+    "state dict": lambda bomb, path: torch.save({"weight": torch.zeros(1), "more": bomb}, path),
+    "numpy": write_numpy,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    sweep(net(), Data(8), [Marginal("4"), MAP], folder / "swept", **OPTIONS)
+    return folder
+
+
+@pytest.fixture
+def swept(made: Path, tmp_path: Path) -> Path:
+    """A sweep in a folder of its own, beside which nothing else is to be touched."""
+    shutil.copytree(made / "swept", tmp_path / "swept")
+    return tmp_path / "swept"
+
+
+def from_hub(path: Path) -> None:
+    """What the command does where the file of the weights is there already."""
+    url = get_model_weights("squeezenet1_1").DEFAULT.url
+    there = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    there.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, there)
+    models.load("squeezenet1_1")
+
+
+def as_part_of_sweep(name: str, ask: Callable[[Sweep], object]) -> Callable[[Path], None]:
+    def read(path: Path) -> None:
+        folder = path.parent / "swept"
+        (there,) = folder.glob(name)
+        shutil.copy(path, there)
+        ask(Sweep.open(folder))
+
+    return read
+
+
+def ask_maps(stored: Sweep) -> object:
+    return stored.maps(MAP.name, [0])
+
+
+def ask_top(stored: Sweep) -> object:
+    return stored.top(MARGINAL, 0)
+
+
+READERS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
+    "weights": (read_state, WeightsError),
+    "safetensors": (lambda path: read_state(path.rename(path.with_suffix(".safetensors"))), WeightsError),
+    "weights of torchvision": (from_hub, WeightsError),
+    "references": (FoundReferences.load, ReferencesError),
+    "flow graph": (FlowGraph.from_json, FlowError),
+    "picture": (open_picture, PictureError),
+    "names of classes": (class_names, RequestError),
+    "manifest": (as_part_of_sweep("manifest.json", Sweep.rows), SweepError),
+    "shard": (as_part_of_sweep("rows/*.parquet", Sweep.rows), ShardError),
+    "maps": (as_part_of_sweep("maps/*.safetensors", ask_maps), ShardError),
+    "index": (as_part_of_sweep("by-query/0000.parquet", ask_top), ShardError),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_pickled_does_not_run(name: str, kind: str, swept: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    read, error = READERS[name]
+    BOMBS[kind](Bomb(tmp_path / "mark"), tmp_path / "file")
+    with pytest.raises(error):
+        read(tmp_path / "file")
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("kind", [*BOMBS, "a file of torch.hub"])
+def test_the_bombs_are_live(kind: str, tmp_path: Path, monkeypatch):
+    bomb, path = Bomb(tmp_path / "mark"), tmp_path / "file"
+    BOMBS.get(kind, torch.save)(bomb, path)
+    if kind == "pickle":
+        pickle.loads(path.read_bytes())
+    elif kind == "numpy":
+        np.load(path, allow_pickle=True)
+    elif kind == "a file of torch.hub":  # what `models.load` would do without more
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        monkeypatch.setattr(models, "FORCED", ("NO_SETTING_OF_TORCH",))
+        with pytest.raises(Exception, match="state_dict"):
+            from_hub(path)
+    else:
+        torch.load(path, weights_only=False)
+    assert (tmp_path / "mark").is_dir()
+
+
+@pytest.mark.parametrize("value", [None, "1"])
+def test_settings_of_torch_are_as_before(value: str | None, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in models.FORCED:
+        monkeypatch.delenv(name, raising=False)
+    if value is not None:
+        monkeypatch.setenv(models.FORCED[1], value)
+    torch.save(squeezenet1_1().state_dict(), tmp_path / "file")
+    from_hub(tmp_path / "file")
+    assert [os.environ.get(name) for name in models.FORCED] == [None, value]
+
+
+def test_what_is_pickled_into_a_parquet_file_does_not_run(swept: Path, tmp_path: Path):
+    """pyarrow before 14.0.1 made extension types of what it unpickled from the metadata of a column."""
+    (path,) = swept.glob("rows/*.parquet")
+    before = Sweep.open(swept).rows().to_pylist()
+    with parquet.ParquetFile(path) as file:
+        groups, said = [file.read_row_group(at) for at in range(file.num_row_groups)], file.metadata.metadata
+    schema = groups[0].schema
+    extension = {"ARROW:extension:name": "arrow.py_extension_type"}
+    extension["ARROW:extension:metadata"] = pickle.dumps(Bomb(tmp_path / "mark"))
+    place = schema.get_field_index("value")
+    schema = schema.set(place, schema.field("value").with_metadata(extension))
+    with parquet.ParquetWriter(path, schema) as writer:
+        for group in groups:
+            writer.write_table(group.cast(schema), row_group_size=len(group))
+        writer.add_key_value_metadata({"nrm-plugin": said[b"nrm-plugin"]})
+    assert parquet.read_schema(path).field("value").metadata[b"ARROW:extension:name"] == b"arrow.py_extension_type"
+    assert Sweep.open(swept).rows().to_pylist() == before
+    assert not (tmp_path / "mark").exists()
+
+
+def test_answers_of_before_are_compared_and_not_run(tmp_path: Path):
+    (tmp_path / "cat-flow.json").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
+    assert free_stem(tmp_path, "cat", {}, ["flow.json"], set(), "flow.json") == "cat-2"
+    (tmp_path / "cat-flow.json").write_text("[" * 100_000)
+    assert free_stem(tmp_path, "cat", {}, ["flow.json"], set(), "flow.json") == "cat-2"
+    (tmp_path / "cat-flow.json").write_text('{"settings": {}}')
+    assert free_stem(tmp_path, "cat", {}, ["flow.json"], set(), "flow.json") == "cat"
+    assert not (tmp_path / "mark").exists()
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_compressed_file_of_weights_is_not_unpacked(tmp_path: Path):
+    torch.save({"weight": torch.zeros(1000, 1000)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    assert read_state(tmp_path / "plain.pth")["weight"].shape == (1000, 1000)
+    with pytest.raises(WeightsError, match=r"compressed.*unpacks to 3\.8"):
+        read_state(tmp_path / "small.pth")
+
+
+def test_a_file_is_not_believed_that_it_holds_a_billion_classes(tmp_path: Path):
+    state = squeezenet1_1().state_dict()
+    torch.save(state | {"classifier.1.weight": torch.zeros(7, 512, 1, 1), "classifier.1.bias": torch.zeros(7)},
+               tmp_path / "seven.pth")  # fmt: skip
+    assert models.load("squeezenet1_1", str(tmp_path / "seven.pth")).model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+    many = {"classifier.1.weight": torch.zeros(1).expand(10**9, 512, 1, 1)}
+    torch.save(state | many | {"classifier.1.bias": torch.zeros(1).expand(10**9)}, tmp_path / "many.pth")
+    with pytest.raises(WeightsError, match="have other shapes"):
+        models.load("squeezenet1_1", str(tmp_path / "many.pth"))
+
+
+def test_labels_of_a_query_are_unpacked_up_to_a_size(monkeypatch):
+    packed = base64.b64encode(zlib.compress(bytes(4 * 100))).decode()
+    said = {"kind": "Marginal", "layer": "4", "over": {"labels": packed, "shape": [100]}, "name": "x"}
+    assert from_json(said).over.tensor.shape == (100,)
+    monkeypatch.setattr("nrm_plugin.dataset.queries.MOST", 4 * 99)
+    with pytest.raises(SweepError, match="more than the 99"):
+        from_json(said)
+    for broken in (packed[:-8], "no", 3):
+        with pytest.raises(SweepError, match="no query"):
+            from_json(said | {"over": {"labels": broken, "shape": [100]}})
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+def test_json_that_is_nested_too_deeply_is_damaged(swept: Path, tmp_path: Path):
+    with pytest.raises(FlowError, match="no flow graph"):
+        FlowGraph.from_json(DEEP)
+    for text in (DEEP, "7", '"text"', "null", "[]", '{"format": "nrm-plugin sweep 1", "queries": [3]}'):
+        (swept / "manifest.json").write_text(text)
+        with pytest.raises(SweepError, match="damaged"):
+            Sweep.open(swept)
+
+
+def test_rows_that_a_shard_does_not_have_are_not_made_room_for(swept: Path):
+    (path,) = swept.glob("rows/*.parquet")
+    with parquet.ParquetFile(path) as file:
+        groups = [file.read_row_group(at) for at in range(file.num_row_groups)]
+        said = json.loads(file.metadata.metadata[b"nrm-plugin"])
+    said["groups"][MARGINAL] = [10**12]
+    with parquet.ParquetWriter(path, groups[0].schema) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=len(group))
+        writer.add_key_value_metadata({"nrm-plugin": json.dumps(said)})
+    with pytest.raises(ShardError, match=r"64 rows, and not those that it lists"):
+        Sweep.open(swept).rows()
+
+
+# -- names and links --------------------------------------------------------------------------------------------------
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_names_in_a_sweep_are_no_paths(tmp_path: Path, capsys):
+    evil = "../../../outside\x1b[2J"
+    home = tmp_path / "a" / "b"
+    sweep(net(), Data(4), [Marginal("4", name=evil), Maps("input", over="position", name="/etc/x")], home / "s",
+          **OPTIONS)  # fmt: skip
+    (home / "s" / "samples.csv").write_text("sample,file,label\n0,../../../../etc/passwd,0\n1,/etc/passwd,0\n")
+    command = ["references", str(home / "s"), "--query", evil, "--k", "4", "--rows", "1", "--out", str(home / "o")]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "../../../../etc/passwd" in said  # a name, which nothing opens
+    assert "sample 3" in said
+    assert files_below(tmp_path) == {
+        "a/b/s/manifest.json", "a/b/s/samples.csv", "a/b/s/rows/part-0000-000000.parquet",
+        "a/b/s/maps/part-0000-000000.safetensors", "a/b/s/by-query/0000.parquet",
+        "a/b/o/.._.._.._outside__2J-references.json",
+    }  # fmt: skip
+    (entry,) = json.loads(next((home / "o").iterdir()).read_text())["references"]
+    assert sorted(entry["files"], key=str) == ["../../../../etc/passwd", "/etc/passwd", None, None]
+
+
+def outside(path: Path) -> Path:
+    """Moves something out of the sweep, and leaves a link."""
+    there = path.parents[2] / "outside" / path.name
+    there.parent.mkdir(exist_ok=True)
+    path.rename(there)
+    path.symlink_to(there)
+    return there
+
+
+LINKS = {
+    "rows/part-0000-000000.parquet": Sweep.rows,
+    "maps/part-0000-000000.safetensors": ask_maps,
+    "by-query/0000.parquet": ask_top,
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_out_of_a_sweep_is_not_followed(name: str, swept: Path):
+    read = LINKS[name]
+    read(Sweep.open(swept))
+    outside(swept / name)
+    with pytest.raises(ShardError, match="link that leads out"):
+        read(Sweep.open(swept))
+    if not name.startswith("by-query"):
+        stored = Sweep.open(swept, on_error="skip")
+        if name.startswith("rows"):
+            assert len(stored.rows()) == 0
+        else:
+            with pytest.raises(SweepError, match="no map of sample 0"):
+                read(stored)
+        assert "link" in stored.bad_shards[0]["why"]
+
+
+@pytest.mark.parametrize("name", ["rows", "maps"])
+def test_a_folder_that_is_a_link_out_of_a_sweep_is_not_written_to(name: str, swept: Path):
+    there = outside(swept / "rows" if name == "rows" else swept / "maps")
+    before = files_below(there)
+    with pytest.raises(SweepError, match="link that leads out"):
+        sweep(net(), Data(8), [Marginal("4"), MAP], swept, **OPTIONS)
+    assert files_below(there) == before
+
+
+def test_a_sweep_in_a_folder_that_is_itself_a_link_is_read(swept: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(swept)
+    assert len(Sweep.open(tmp_path / "link").rows()) == 64
+
+
+def test_what_is_written_replaces_a_link_that_was_left_there(swept: Path, tmp_path: Path):
+    (tmp_path / "mine").write_text("mine")
+    (swept / f".manifest.json.{platform.node()}.{os.getpid()}.tmp").symlink_to(tmp_path / "mine")
+    Manifest.read(swept).write(swept)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (swept / "manifest.json").is_symlink()
+
+
+def test_unfinished_files_are_removed_inside_of_a_sweep_only(swept: Path, tmp_path: Path):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    name = f".x.{platform.node()}.{done.pid}.tmp"
+    (tmp_path / "mine").mkdir()
+    (swept / "more").symlink_to(tmp_path / "mine")
+    for folder in (swept, swept / "rows", tmp_path / "mine"):
+        (folder / name).write_text("")
+    remove_unfinished(swept)
+    assert [(folder / name).exists() for folder in (swept, swept / "rows", tmp_path / "mine")] == [False, False, True]
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+
+EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">\'"&'
+
+
+class Tags(HTMLParser):
+    """The tags of a page with their attributes, and its scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self.scripts += [""] if tag == "script" else []
+
+    def handle_data(self, data: str) -> None:
+        if self.cdata_elem == "script":
+            self.scripts[-1] += data
+
+
+def test_names_of_layers_and_classes_are_text_on_the_page_of_a_flow():
+    pytest.importorskip("plotly")
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    mu = RelevanceMeasure(model, torch.rand(1, 1, 4, 4), 1)
+    graph = mu.flow(["output", "0", "input"], names={"output": [EVIL, EVIL], "0": [EVIL] * 3})
+    maps = flow_maps(mu, graph)
+    said = graph.to_dict()
+    for layer in said["layers"]:
+        layer["name"] += EVIL
+        for node in layer["nodes"]:
+            node["label"] += EVIL
+    evil = FlowGraph.from_json(json.dumps(said))
+    maps = {key.replace("/", EVIL + "/", 1): value for key, value in maps.items()}
+    plain, page = Tags(sankey(graph, "flow")), Tags(sankey(evil, EVIL, maps))
+    assert [tag for tag, _ in page.found if tag == "script"] == ["script"] * len(plain.scripts)
+    assert {tag for tag, _ in page.found} <= {
+        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "script", "noscript", "figure",
+        "img", "figcaption",
+    }  # fmt: skip
+    assert not [name for _, attrs in page.found for name in attrs if name.startswith("on")]
+    images = [attrs for tag, attrs in page.found if tag == "img"]
+    assert images
+    assert all(attrs["src"].startswith("data:image/png;base64,") and EVIL in attrs["alt"] for attrs in images)
+    # Plotly makes tags of what looks like them in its labels.
+    drawn = json.loads(re.search(r"const drawn = (\{.*\});\n", page.scripts[0])[1])
+    (flow,) = drawn["data"]
+    texts = [*flow["node"]["label"], *flow["node"]["customdata"], *flow["link"]["customdata"]]
+    texts += [one["text"] for one in drawn["layout"]["annotations"]]
+    assert len(texts) > 10
+    for text in texts:
+        assert escape(EVIL) in text
+        assert {tag for tag, _ in Tags(text).found} <= {"b", "br", "span"}
