@@ -8,6 +8,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 first_python = $(shell for p in $(1); do \
 	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < ($(2)))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 PYTHON ?= $(call first_python,python3 python3.11 python3.12 python3.13,3$(comma)11)
+PYTHON_OLDEST ?= $(call first_python,python3.11 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.11*/bin/python,3$(comma)11)
+PYTHON_NEWEST ?= $(call first_python,python3.14 python3.13 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[43]*/bin/python,3$(comma)13)
 PYTHON_ZENNIT1 ?= $(call first_python,python3.12 python3.13 python3.14 python3.11 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/python,3$(comma)11$(comma)11)
 
 # The second environment carries the Zennit line that .venv does not.
@@ -24,19 +26,22 @@ import platform; from importlib.metadata import version; \
 print("Python", platform.python_version(), *(f"- {name} {version(name)}" for name in ("torch", "zennit", "captum")))
 endef
 
+CONSTRAINTS = -c constraints.txt
+NAMED = PYTHON
 # $(call install,Python,requirements)
 define install
-	@test -n "$(1)" || { echo "Found no Python >= 3.11 that runs and has venv. Name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -n "$(1)" || { echo "Found no Python >= 3.11 that runs and has venv. Name one: make $(NAMED)=/path/to/python" >&2; exit 1; }
 	@echo "Installing into $(@D) with $(1); the first time this downloads torch and takes minutes."
 	@$(@D)/bin/python -c '' 2>/dev/null || "$(1)" -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install -q $(2) -c constraints.txt
+	$(@D)/bin/python -m pip install -q $(2) $(CONSTRAINTS)
 	@touch $@
 endef
 
 # Packages that this one works inside of, each with the versions that its pins need, on top of .venv.
 HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric ray transformers transformers4
 
-.PHONY: demo test test-fast test-hosts lint bench special-cases references hugging-face graph-networks docs package coverage clean
+.PHONY: demo test test-fast test-oldest test-newest test-hosts lint bench special-cases references hugging-face graph-networks docs package \
+	coverage clean
 
 demo: .venv/.stamp
 	.venv/bin/nrm-plugin demo
@@ -62,6 +67,11 @@ test-fast: .venv/.stamp
 test-hosts: .venv/.stamp $(HOSTS:%=.venv/hosts/%.stamp)
 	@set -e; for host in $(HOSTS); do echo "== $$host"; file=$$host; case $$host in captum*) file=captum;; transformers*) file=transformers;; esac; \
 		PYTHONPATH=.venv/hosts/$$host $(call pytest,.venv) -q tests/hosts/test_$$file.py; done
+
+# The oldest and the newest of every dependency that pyproject.toml lets in.
+test-oldest test-newest: test-%: .venv-%/.stamp
+	@.venv-$*/bin/python -c '$(versions)'
+	$(call pytest,.venv-$*) -m "not slow" -q
 
 lint: .venv/.stamp
 	.venv/bin/ruff check .
@@ -97,7 +107,7 @@ coverage: .venv/.stamp
 	$(call pytest,.venv) -q --cov --cov-report=term-missing:skip-covered --cov-report=html:build/coverage
 
 clean:
-	rm -rf .venv .venv-zennit0 .venv-zennit1 build dist nrm-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-zennit0 .venv-zennit1 .venv-oldest .venv-newest build dist nrm-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.stamp: pyproject.toml constraints.txt src/nrm_plugin/version.py
@@ -118,3 +128,15 @@ clean:
 
 .venv-zennit0/.stamp: pyproject.toml constraints.txt
 	$(call install,.venv/bin/python,-e ".[test$(comma)dev]" "zennit<1")
+
+EXTRAS = graph,dataset,html,statistics,prototypes,test
+
+.venv-oldest/.stamp: NAMED = PYTHON_OLDEST
+.venv-oldest/.stamp: CONSTRAINTS = -c constraints-oldest.txt
+.venv-oldest/.stamp: pyproject.toml constraints-oldest.txt
+	$(call install,$(PYTHON_OLDEST),-e ".[$(EXTRAS)]")
+
+.venv-newest/.stamp: NAMED = PYTHON_NEWEST
+.venv-newest/.stamp: CONSTRAINTS = --upgrade
+.venv-newest/.stamp: pyproject.toml
+	$(call install,$(PYTHON_NEWEST),-e ".[$(EXTRAS)]")

@@ -1,6 +1,6 @@
 """Which channels of VGG16 carry the relevance together? Joint relevance over two and three convolutions.
 
-``python benchmarks/vgg16_joint.py IMAGE --weights FILE|IMAGENET1K_V1|none``
+``python -m benchmarks.vgg16_joint IMAGE … --weights FILE|IMAGENET1K_V1|none``, from the checkout
 """
 
 from __future__ import annotations
@@ -55,11 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         _check_layers(options.layers)
-        picture = load_picture(options.image)
+        _check_names(options.images)
+        pictures = [load_picture(path) for path in options.images]
         model = load_vgg16(options.weights, options.seed)
         options.out.mkdir(parents=True, exist_ok=True)
-        for path in draw(model, picture, options):
-            print(path)
+        for image, picture in zip(options.images, pictures, strict=True):
+            for path in draw(model, picture, image.stem, options):
+                print(path, flush=True)
     except (NRMError, OSError) as error:
         print(f"vgg16_joint: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -169,7 +171,7 @@ def _first_lines(error: Exception) -> str:
 # -- the pictures ---------------------------------------------------------------------------------------------------
 
 
-def draw(model: nn.Module, picture: Picture, options: argparse.Namespace) -> list[Path]:
+def draw(model: nn.Module, picture: Picture, name: str, options: argparse.Namespace) -> list[Path]:
     """One picture over the upper two layers, and one over each further layer.
 
     Raises:
@@ -191,13 +193,20 @@ def draw(model: nn.Module, picture: Picture, options: argparse.Namespace) -> lis
     for count in range(2, len(layers) + 1):
         found = joint_relevance(mu, layers[:count], options.channels)
         figure = joint_figure(mu, picture.shown, pixels, found, options.marks, heading)
-        files.append(save(figure, options.out / f"{options.image.stem}-{count}-layers.png"))
+        files.append(save(figure, options.out / f"{name}-{count}-layers.png"))
     return files
 
 
 def _class_name(target: int, classes: int) -> str:
     names = ONLINE.meta["categories"]
     return f"class {target}: {names[target]}" if classes == len(names) else f"class {target}"
+
+
+def _check_names(images: Sequence[Path]) -> None:
+    names = [path.stem for path in images]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise VGGError(f"two images are called {twice}, and so would be their pictures. Rename one, or use two --out.")
 
 
 def _check_layers(layers: Sequence[str]) -> None:
@@ -211,7 +220,7 @@ def _check_layers(layers: Sequence[str]) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="vgg16_joint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="any file that PIL can read")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="any file that PIL can read")
     parser.add_argument(
         "--weights", required=True, help=f"file with a state dict (.pth, .safetensors), {ONLINE.name} or none"
     )

@@ -130,7 +130,7 @@ def mask(*shape):
     ("its shape", lambda mu: mu.shape("pol"), UnknownLayerError, "'pol'", "'pool'"),
     ("another model's", lambda mu: mu.marginal(build().head), UnknownLayerError, "Linear", "not a module of the"),
     ("its event", lambda mu: mu(at(build().conv)[0]), UnknownLayerError, "Conv2d", "model.modules()", "or its name"),
-    ("number", lambda mu: mu.marginal(3), EventError, "a name", "or a module", "got int: 3"),
+    ("number", lambda mu: mu.marginal(3), EventError, "a name", "or a module", "got int: 3. In quotes", "'3'"),
     ("none", lambda mu: mu.variation(None), EventError, "a name", "got NoneType"),
     ("dict", lambda mu: mu.marginal([{}]), EventError, "a name", "got dict"),
     ("tuple", lambda mu: mu.marginal(("conv", "pool")), EventError, "('conv', 'pool')", "in a list"),

@@ -124,11 +124,18 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"nrm-plugin {version('nrm-plugin')}\n"
 
 
+def test_the_first_help_says_what_to_begin_with(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert " ".join(capsys.readouterr().out.split()).endswith("To begin with: nrm-plugin demo")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         ([], "required: COMMAND"),
         (["draw"], "'draw'"),
+        (["exlain", "cat.jpg"], "did you mean explain?"),
         (["demo", "--digits"], "--digits"),
         (["demo", "--digits", "11"], "'11' is neither a digit from 0 to 9 nor 'misread'"),
         (["demo", "--digits", "-1"], "--digits"),

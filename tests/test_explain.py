@@ -92,8 +92,8 @@ def number():
     return 7
 
 
-def needs(argument):
-    return argument
+def needs(size):
+    return size
 
 
 ready = make()
@@ -115,8 +115,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     PHOTO.save("china.png")
     Path("own_nets.py").write_text(NETS)
+    Path("wrong.py").write_text("def make(:\n")
     yield tmp_path
-    for name in ("own_nets", "other_nets"):
+    for name in ("own_nets", "other_nets", "wrong"):
         sys.modules.pop(name, None)
 
 
@@ -907,7 +908,9 @@ RANDOM = ("--model", "squeezenet1_1", "--weights", "none", "--size", "48")
         (["--model", ":make"], "lacks the module"),
         (["--model", "gone.py:make"], "no file gone.py"),
         (["--model", "own_nets:broken"], "RuntimeError: no data here (own_nets.py, line"),
-        (["--model", "own_nets:needs"], "missing 1 required positional argument"),
+        (["--model", "own_nets:needs"], "cannot be called without arguments: missing a required argument: 'size'. W"),
+        (["--model", "own_nets:needs(3)"], "write a function that passes them"),
+        (["--model", "own_nets.py"], "own_nets.py:NAME"),
         (["--model", "own_nets:number"], "returned int"),
         (["--model", "own_nets:word"], "is str, neither"),
         (["--model", "own_nets:Map", "--size", "8"], "Explained are classifiers"),
@@ -925,6 +928,7 @@ RANDOM = ("--model", "squeezenet1_1", "--weights", "none", "--size", "48")
         ([*RANDOM, "--target", "tabby"], "--classes FILE"),
         ([*RANDOM, "--target", ""], "--classes FILE"),
         ([*RANDOM, "--layer", "features.77"], "Near names: features."),
+        ([*RANDOM, "--layer", "feature.12"], "Near names: features.12,"),
         ([*RANDOM, "--layer", ""], "no layer ''"),
         ([*RANDOM, "--given", "features.77[1]"], "Near names: features."),
         ([*RANDOM, "--given", "features.0[64]"], "index 64 is out of bounds"),
@@ -944,6 +948,11 @@ RANDOM = ("--model", "squeezenet1_1", "--weights", "none", "--size", "48")
 )  # fmt: skip
 def test_bad_options_take_one_line(argv: list[str], words: str, here: Path, capsys: pytest.CaptureFixture[str]):
     assert words in fails(capsys, "explain", "china.png", *argv)
+
+
+def test_a_syntax_error_tells_its_place_once(here: Path, capsys: pytest.CaptureFixture[str]):
+    line = fails(capsys, "explain", "china.png", "--model", "wrong.py:make")
+    assert line.endswith("importing wrong.py failed: SyntaxError: invalid syntax (wrong.py, line 1)")
 
 
 def test_module_that_misses_another_is_not_taken_for_missing(here: Path, capsys: pytest.CaptureFixture[str]):

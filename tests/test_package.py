@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from website.package import DATA, NEEDED, ROOT, archive_faults, version, wheel_faults
 
@@ -11,6 +17,8 @@ PACKAGE = ROOT / "src/nrm_plugin"
 INFO = f"nrm_plugin-{version()}.dist-info"
 WHEEL = {f"nrm_plugin/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")}
 WHEEL |= {f"nrm_plugin/{name}" for name in DATA} | {f"{INFO}/METADATA", f"{INFO}/licenses/LICENSE"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
 
 def test_a_wheel_has_the_package_and_nothing_else():
@@ -39,6 +47,43 @@ def test_the_public_host_runs_what_continuous_integration_runs():
     lowest = re.search(r'requires-python = ">=(3\.\d+)"', (ROOT / "pyproject.toml").read_text())
     assert lowest
     assert lowest[1] in workflow
+
+
+def requirements(*extras: str) -> Iterator[Requirement]:
+    for line in (*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])):
+        yield Requirement(line)
+
+
+def lower_bound(requirement: Requirement) -> Version:
+    (bound,) = (part.version for part in requirement.specifier if part.operator == ">=")
+    return Version(bound)
+
+
+def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed():
+    makefile = (ROOT / "Makefile").read_text()
+    extras = re.search(r"^EXTRAS = (.+)$", makefile, re.M)
+    assert extras
+    bounds = {found.name: lower_bound(found) for found in requirements(*extras[1].split(","))}
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    assert {name: Version(version) for name, version in pins.items()} == bounds
+    # Ray is tried among the hosts, the others are tools of the project.
+    assert EXTRAS.keys() - set(extras[1].split(",")) == {"ray", "dev", "train", "docs", "release"}
+
+
+def test_an_extra_asks_for_the_same_version_everywhere():
+    bounds: dict[str, set[str]] = {}
+    for found in requirements(*EXTRAS):
+        bounds.setdefault(found.name, set()).add(str(found.specifier))
+    assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("which", ["oldest", "newest"])
+def test_both_ends_of_the_dependencies_are_tested_and_explained(which: str):
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert f"- which: {which}" in workflow
+    assert "run: make test-${{ matrix.which }}" in workflow
+    assert f"`make test-{which}`" in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def test_templates_ask_for_what_is_needed():

@@ -462,7 +462,8 @@ def activated(activation: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("spelling", ["autograd.Function", "TorchScript"])
 def test_activations_that_only_autograd_sees_are_known_by_what_they_do(spelling: str, composite: Composite) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # there are models with scripts all the same
+        for kind in (DeprecationWarning, FutureWarning):  # there are models with scripts all the same
+            warnings.simplefilter("ignore", kind)
         function = Swish.apply if spelling == "autograd.Function" else torch.jit.script(scripted)
     model, plain = prepared(activated(Activation(function))), prepared(activated(nn.SiLU()))
     plain.load_state_dict(model.state_dict())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from urllib.error import URLError
 
@@ -135,6 +138,29 @@ def test_arguments_choose_layers_and_class(state, image: Path, tmp_path: Path, m
     net = Narrow()
     net.load_state_dict(state)
     torch.testing.assert_close(mu.output[0], net.eval()(load_picture(image).tensor)[0, 281].detach())
+
+
+@pytest.mark.usefixtures("narrow")
+def test_several_images_have_pictures_of_their_own(image: Path, tmp_path: Path, pixels: np.ndarray, capsys):
+    Image.fromarray(pixels[::-1]).save(tmp_path / "turned.png")
+    options = f"--weights none --layers features.28 features.24 --channels 2 --marks 1 --out {tmp_path}/out"
+    assert main([str(image), str(tmp_path / "turned.png"), *options.split()]) == 0
+    written = [Path(line).name for line in capsys.readouterr().out.splitlines()]
+    assert written == ["noise-2-layers.png", "turned-2-layers.png"]
+
+
+def test_images_of_one_name_are_refused(image: Path, tmp_path: Path, capsys):
+    line = fails(capsys, image, tmp_path / "other/noise.jpg", "--weights", "none", "--out", tmp_path / "out")
+    assert "two images are called noise" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_runs_as_its_first_lines_say(tmp_path: Path):
+    words = re.search(r"``python (-m \S+) IMAGE", vgg16_joint.__doc__)
+    root = Path(vgg16_joint.__file__).parents[1]
+    ran = subprocess.run([sys.executable, *words[1].split(), "--help"], cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "IMAGE" in ran.stdout
 
 
 # -- images -------------------------------------------------------------------------------------------------------

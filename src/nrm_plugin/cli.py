@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,12 +30,19 @@ COLUMNS = {
     "variation": "sum of |mass| over neurons and sink; above 1, neurons of opposite sign share the layer",
 }
 
+UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)")
+EPILOG = """\
+nrm-plugin COMMAND --help tells what each takes, with examples. To begin with: nrm-plugin demo"""
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; argparse alone prints the usage first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        wrong = UNKNOWN.match(message)
+        near = difflib.get_close_matches(wrong[1], re.findall(r"[a-z]+", wrong[2]), n=1) if wrong else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="nrm-plugin", description="The normalized relevance measure of neural networks.")
+    parser = Parser(
+        prog="nrm-plugin", description="The normalized relevance measure of neural networks.", epilog=EPILOG
+    )
     parser.add_argument("--version", action="version", version=f"nrm-plugin {version('nrm-plugin')}")
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     demo = commands.add_parser(

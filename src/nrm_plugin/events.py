@@ -422,7 +422,12 @@ def at(
     if side not in SIDES:
         raise EventError(f"side={side!r} is unknown; choose one of {', '.join(map(repr, SIDES))}.")
     if not isinstance(layer, (str, nn.Module)):
-        raise EventError(f"a layer is a name such as 'features.28' or a module, got {type(layer).__name__}: {layer!r}.")
+        hint = (
+            f" In quotes it is the name of a part of nn.Sequential: {str(layer)!r}." if isinstance(layer, int) else ""
+        )
+        raise EventError(
+            f"a layer is a name such as 'features.28' or a module, got {type(layer).__name__}: {layer!r}.{hint}"
+        )
     if not (call is None or call == "any" or (isinstance(call, int) and not isinstance(call, bool))):
         raise EventError(f"call={call!r} is unknown; give the number of the call, from 0, or 'any'.")
     if not (item is None or (isinstance(item, (int, str)) and not isinstance(item, bool))):

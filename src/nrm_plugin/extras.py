@@ -17,4 +17,4 @@ def extra(module: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(f"this needs {module}: pip install 'nrm-plugin[{name}]'.") from error
+        raise MissingExtraError(f"this needs {module.partition('.')[0]}: pip install 'nrm-plugin[{name}]'.") from error

@@ -55,7 +55,9 @@ def fails(capsys, *argv, code=2):
 def test_references_are_printed_and_written(capsys, tmp_path):
     command = ["references", "swept", "--query", "features.12", "--rows", "3", "--k", "4", "--out", str(tmp_path)]
     assert main(command) == 0
-    printed = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    assert said.err == "nrm-plugin: note: no picture: that takes --model and --data\n"
+    printed = said.out.splitlines()
     found = references("swept", "features.12", k=4)
     best = found.values.mean(1).argsort(descending=True, stable=True)[:3].tolist()
     said = json.loads((tmp_path / "features.12-references.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_tried_again(photos, capsys)
     assert run() == 3
     said = capsys.readouterr()
     assert "9 samples" in said.out
+    assert "1 sample was left out" in said.err
     assert "sample 7" in said.err
     assert "dogs/4.png" in said.err
     assert run() == 3
@@ -148,10 +150,20 @@ def test_options_that_do_not_fit_end_with_2(given, says, photos, capsys):
 def test_another_question_is_not_mixed_into_a_folder(photos, capsys):
     assert run() == 0
     assert run("--activations") == 2
-    assert "queries.activation(3)" in capsys.readouterr().err
+    assert "queries.activation(3) (not asked before)" in capsys.readouterr().err
+    assert run(layers=("3",)) == 2
+    assert "queries.sink(0) (not asked now)" in capsys.readouterr().err
     (photos / "cats/1.png").rename(photos / "cats/2.png")
     assert run() == 2
     assert "data" in capsys.readouterr().err
+
+
+def test_without_pyarrow_nothing_is_loaded(photos, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert run("--weights", "nowhere.pth") == 2
+    said = capsys.readouterr()
+    assert "this needs pyarrow: pip install 'nrm-plugin[dataset]'" in said.err
+    assert said.out == ""
 
 
 def test_a_data_set_of_ones_own(photos):

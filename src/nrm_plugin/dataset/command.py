@@ -23,7 +23,7 @@ from nrm_plugin.explain.run import Request, check_device, target_of
 
 from .evaluation import Target
 from .folders import PictureFolder
-from .layout import Manifest, SettingsError, SweepError
+from .layout import Manifest, SettingsError, SweepError, arrow
 from .queries import Activation, Bypass, EventMass, Joint, Maps, Marginal, Query, Sink, Variation
 from .running import sweep
 from .stored import Sweep
@@ -98,6 +98,7 @@ def add_sweep(commands: Any) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    arrow()  # before a model is loaded
     with one_line_warnings():
         request = request_of(options)
         device = check_device(request.device)
@@ -210,12 +211,16 @@ def _told(found: Sweep) -> int:
         print(f"nrm-plugin sweep: warning: was damaged and is done again: {entry['why']}", file=sys.stderr)
     if not manifest.failed:
         return 0
-    print(f"\nnrm-plugin sweep: {len(manifest.failed)} samples were left out:", file=sys.stderr)
+    print(f"\nnrm-plugin sweep: {_samples(len(manifest.failed))} left out:", file=sys.stderr)
     for entry in manifest.failed[:LISTED]:
         print(f"  sample {entry['sample']}: {shown(entry['why'])}", file=sys.stderr)
     if len(manifest.failed) > LISTED:
         print(f"  and {len(manifest.failed) - LISTED} more, listed in {found.path / 'manifest.json'}", file=sys.stderr)
     return SKIPPED
+
+
+def _samples(count: int) -> str:
+    return "1 sample was" if count == 1 else f"{count} samples were"
 
 
 def _positive(text: str) -> int:

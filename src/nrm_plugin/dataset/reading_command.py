@@ -161,6 +161,8 @@ def _references(options: argparse.Namespace) -> int:
         print(shown(line))
     for path in _write(options, sweep, found, groups, files, rows):
         print(f"-> {shown(path)}")
+    if rows is None:
+        print("nrm-plugin: note: no picture: that takes --model and --data", file=sys.stderr)
     return 0
 
 

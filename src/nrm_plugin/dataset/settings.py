@@ -79,6 +79,8 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         return [line for part in parts for line in part]
     if old == new:
         return []
+    if name.startswith("queries.") and None in (old, new):
+        return [f"{name} ({'not asked before' if old is None else 'not asked now'})"]
     texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
     is_short = all(len(text) <= 60 for text in texts) and not name.startswith("model")
     return [f"{name} (was {texts[0]}, now {texts[1]})" if is_short else name]

@@ -124,7 +124,8 @@ class Shard:
         read = list(dict.fromkeys([*wanted, *([] if groups is None else ["group"])]))
         try:
             with parquet.ParquetFile(self.path, page_checksum_verification=True) as file:
-                table = file.read_row_groups(chosen, columns=read)
+                # Not every version of pyarrow reads nothing when asked for nothing.
+                table = file.read_row_groups(chosen, columns=read) if chosen else file.schema_arrow.empty_table()
         except (OSError, pa.ArrowException) as error:
             raise ShardError(f"{self.path} is damaged: {error}") from error
         if groups is not None and any(

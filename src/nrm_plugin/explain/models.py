@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import socket
@@ -134,6 +135,10 @@ def check_torchvision_name(name: str) -> None:
         raise ModelError(
             f"{name} is made for {TASKS.get(family, family)}. Explained are classifiers, with one number for each "
             f"class: wrap it in a module that reduces its output to these. {own}"
+        )
+    if name.endswith(".py"):
+        raise ModelError(
+            f"--model {shown(name)} is a file. Say what in it makes the model: --model {shown(name)}:NAME."
         )
     near = difflib.get_close_matches(name.lower().replace("-", "_"), classifiers, n=4, cutoff=0.6)
     hint = f"Near names: {', '.join(near)}. " if near else f"It has {', '.join(classifiers[:6])}, … "
@@ -320,6 +325,8 @@ def _attribute(module: Any, attribute: str, name: str, option: str) -> Any:
         names = [item for item in vars(module) if not item.startswith("_")]
         near = difflib.get_close_matches(attribute, names, n=3, cutoff=0.5)
         hint = f" Near names: {', '.join(near)}." if near else ""
+        if "(" in attribute:
+            hint = " It is called without arguments; with some, write a function that passes them, and name that one."
         raise ModelError(f"{option} {name}: {module.__name__} has no {attribute!r}.{hint}")
     return getattr(module, attribute)
 
@@ -327,6 +334,15 @@ def _attribute(module: Any, attribute: str, name: str, option: str) -> Any:
 def _called(factory: Any, name: str) -> nn.Module:
     if not callable(factory):
         raise ModelError(f"--model {name} is {type(factory).__name__}, neither a model nor a function that makes one.")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ModelError(
+            f"{name} cannot be called without arguments: {error}. Write a function without any that returns the model, "
+            "and name that one."
+        ) from error
+    except ValueError:  # has no signature that could be read
+        pass
     try:
         model = factory()
     except Exception as error:  # whatever the user's code raises
@@ -338,6 +354,7 @@ def _called(factory: Any, name: str) -> nn.Module:
 
 def _told(error: Exception) -> str:
     """An error of the user's code in one line, with the place."""
-    frames = traceback.extract_tb(error.__traceback__)
+    # A syntax error tells its place itself; the frames are those of the import system.
+    frames = [] if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return shown(" ".join(f"{type(error).__name__}: {error}".split())) + place

@@ -11,7 +11,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from nrm_plugin.coverage import coverage
-from nrm_plugin.errors import CancellationError, NRMError, NullEventError, UncoveredLayerError
+from nrm_plugin.errors import CancellationError, HookedContainerError, NRMError, NullEventError, UncoveredLayerError
 from nrm_plugin.events import at
 from nrm_plugin.kernels import Residual
 from nrm_plugin.measure import RelevanceMeasure
@@ -321,8 +321,12 @@ def check_layers(mu: RelevanceMeasure, subject: Subject, names: Sequence[str]) -
             raise RequestError(f"{name} is called {len(calls)} times. Say which call: {', '.join(calls)}.")
         try:
             mu.shape(name)
+        except HookedContainerError as error:
+            raise RequestError(str(error)) from error
         except NRMError:
-            near = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
+            # A block that hands on what its last layer returned goes by the name of that in the list of taps.
+            modules = [module for module, _ in subject.model.named_modules() if module]
+            near = difflib.get_close_matches(name, dict.fromkeys([*known, *modules]), n=5, cutoff=0.4)
             hint = f"Near names: {', '.join(near)}. " if near else ""
             raise RequestError(
                 f"{subject.name} has no layer {name!r}. {hint}All are listed by: nrm-plugin layers --model "
