@@ -90,7 +90,7 @@ def _options(path: Path) -> frozenset[str]:
 
 def _of_make(words: list[str]) -> list[str]:
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([\w-]+):", makefile, re.M))
+    targets = {target for line in re.findall(r"^([\w -]+):", makefile, re.M) for target in line.split()}
     hosts = set(re.findall(r"^HOSTS \?= (.*)", makefile, re.M)[0].split())
     faults = [f"make has no target {word}" for word in words if "=" not in word and word not in targets]
     for word in words:
