@@ -12,10 +12,11 @@ from zennit.composites import NameMapComposite
 from zennit.core import BasicHook, Hook
 
 from nrm_plugin import Absolute, RelevanceMeasure, at
+from nrm_plugin.errors import NRMError
 from nrm_plugin.joints import edge_matrix
-from nrm_plugin.kernels import BranchKernel, Kernel, VjpKernel, gain
+from nrm_plugin.kernels import BranchKernel, Kernel, VjpKernel, blocks, dense_absolute, gain, scale_of, scales
 from tests.nets import LINEAR_RULES, SUM_RULES, zennit_rule
-from tests.oracles import AbsoluteShare, Gamma, Route, Rule, ZPlus, normalized
+from tests.oracles import AbsoluteShare, Epsilon, Gamma, Route, Rule, ZPlus, normalized
 from tests.test_oracles import LINEAR_MODULES, drawn
 
 POLICIES = [("sink", 2.0), ("redistribute", 1.0), ("redistribute", 2.0), ("redistribute", math.inf)]
@@ -117,6 +118,32 @@ def test_the_gain_is_continuous_bounded_and_never_less_than_one() -> None:
     assert torch.allclose(gain(c, math.inf)[c > 0] * c[c > 0], torch.ones_like(c[c > 0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("limit", [1.0, 1.5, 3.0, math.inf])
+def test_what_the_gain_makes_up_for_leaves_nothing_to_the_sink(limit: float, dtype: torch.dtype) -> None:
+    raised = torch.cat([torch.rand(500, dtype=dtype) * 4 + 1 / limit, torch.tensor([1 / limit, 0.9, 1.0]).to(dtype)])
+    raised = raised[(raised >= 1 / limit) & (raised > 0)]
+    rescaled = scale_of("redistribute", limit)
+    factor, rest = rescaled(raised)
+    assert rest is None
+    assert torch.equal(factor, 1 / raised)
+    mixed = torch.cat(
+        [raised, torch.linspace(-2, 0, 50, dtype=dtype), torch.linspace(0, 1 / limit, 50, dtype=dtype)[1:-1]]
+    )
+    factor, rest = rescaled(mixed)
+    assert not rest[: len(raised)].any()  # exactly, also where 1 - g c is not
+    torch.testing.assert_close(factor * mixed + rest, torch.ones_like(mixed))
+    for column_sum in (raised, mixed, mixed[:0]):
+        factor, rest = scale_of("sink", limit)(column_sum)
+        assert factor is None
+        assert torch.equal(rest, 1 - column_sum)
+        pieces = scales(column_sum.repeat(200, 1), rescaled)
+        whole = rescaled(column_sum.repeat(200, 1))
+        for piece, part in zip(pieces, whole, strict=True):
+            assert (piece is None) == (part is None)
+            assert part is None or torch.equal(piece, part)
+
+
 def test_a_routing_step_is_its_own_jacobian() -> None:
     pool = nn.MaxPool2d(2)
     a = torch.randn(1, 4, 4, dtype=torch.float64)
@@ -153,3 +180,82 @@ class Gated(Kernel):
 def test_column_sums_of_a_kernel_that_hands_constant_zeros_to_a_gate(share, expected):
     like = torch.ones(2, 3, dtype=torch.float64)
     assert torch.equal(Gated(share).column_sum(like), torch.full_like(like, expected))
+
+
+SIGNLESS = torch.rand((2, 2, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("push", ["push", "push_bound"])
+@pytest.mark.parametrize("share", [0.5, None])
+def test_values_at_a_gate_are_not_handed_up(push: str, share: float | None) -> None:
+    up = getattr(Gated(share), push)
+    expected = SIGNLESS * (share or 0.0)
+    assert torch.equal(up((SIGNLESS, SIGNLESS), SIGNLESS.shape[1:]), expected)
+    assert torch.equal(up((SIGNLESS, None), SIGNLESS.shape[1:]), expected)
+    assert torch.equal(up((None, SIGNLESS), SIGNLESS.shape[1:]), torch.zeros_like(SIGNLESS))
+
+
+@pytest.mark.parametrize("size", [1, 4, 6, 11, 1000])
+@pytest.mark.parametrize(
+    "shape", [(), (7,), (20,), (3, 5), (2, 3, 4), (1, 40), (5, 1, 1), (4, 7, 3, 2), (0, 3), (9, 2)]
+)
+def test_blocks_have_every_entry_once(shape: tuple[int, ...], size: int) -> None:
+    like = torch.zeros(shape)
+    found = list(blocks(like, size))
+    for block in found:
+        like[block] += 1
+    assert torch.equal(like, torch.ones(shape))
+    assert len(found) == 1 or like.numel() > size
+    if like.ndim > 1 and like.numel():
+        most = max(size, math.prod(shape[2:]))
+        assert all(like[block].numel() <= most for block in found)
+        assert max(like[block].numel() for block in found) > min(like.numel(), size) / 2
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 64])
+def test_absolute_values_are_formed_of_any_chunks_up_to_a_limit(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    T, U = torch.randn((2, 5, 4), dtype=torch.float64, generator=draw)
+    kernel = VjpKernel(lambda relevance: (relevance @ T.T, relevance @ U.T))
+    relevance = torch.rand((3, 2, 4), dtype=torch.float64, generator=draw)
+    monkeypatch.setattr("nrm_plugin.kernels.DENSE_LIMIT", 4)
+    for found, matrix in zip(dense_absolute(kernel, relevance, chunk), (T, U), strict=True):
+        assert torch.allclose(found, relevance @ matrix.abs().T)
+    monkeypatch.setattr("nrm_plugin.kernels.DENSE_LIMIT", 3)
+    with pytest.raises(NRMError, match=r"4 outputs a sample.*stops at 3"):
+        dense_absolute(kernel, relevance, chunk)
+
+
+@pytest.mark.parametrize(("residual", "limit"), POLICIES)
+@pytest.mark.parametrize("rule", [ZPlus(), Gamma(), Epsilon(0.5)], ids=lambda rule: type(rule).__name__)
+def test_a_kernel_knows_the_sums_of_its_own_columns(rule: Rule, residual: str, limit: float) -> None:
+    module, a = drawn("linear")
+    mu = measure(module, a, zennit_rule(rule), residual, limit)
+    kernel = mu._recording.graph.vertices[0].step.kernel
+    kernel.reach(None)
+    like = mu._recording.output.detach()
+    summed = torch.stack(
+        [kernel.pull(unit.expand_as(like)[None])[0][0].sum(1) for unit in torch.eye(like.shape[1]).to(like)]
+    )
+    assert torch.allclose(kernel.column_sum(like), summed.T.detach(), atol=1e-12)
+
+
+@pytest.mark.parametrize("second", [-0.6, 0.6])
+def test_absolute_values_of_branches_that_share_entries(second: float) -> None:
+    """Two branches read the same inputs by the same weights; their factors differ, and cancel or not."""
+    w = torch.tensor([[1.0, -2.0, 3.0], [2.0, 1.0, -1.0]], dtype=torch.float64)
+    a = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    module = nn.Linear(3, 2, bias=False).double()
+    module.weight.data.copy_(w)
+    shared = BasicHook(
+        [lambda x: x] * 2,
+        [lambda weight, name: weight] * 2,
+        [lambda z: z] * 2,
+        lambda grad, outputs: [grad / (1 + outputs[0].abs()), second * grad / (2 + outputs[1].abs())],
+        lambda inputs, gradients: sum(x * g for x, g in zip(inputs, gradients, strict=True)),
+    )
+    z = w @ a
+    T = w * a * (1 / (1 + z.abs()) + second / (2 + z.abs()))[:, None]
+    mu = measure(module, a, shared)
+    assert torch.allclose(mu.marginal("input"), T)
+    assert torch.allclose(mu.walk_variation(), T.abs().sum(1) + (1 - T.sum(1)).abs())
