@@ -10,7 +10,7 @@ import random
 import sys
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ LEFT_OUT = {
     "assertions": "they tell the type checker what it cannot know and never fail",
     "decorators": "all but that of a query: without the others a class cannot be made, or nothing changes",
     "aliases": "names of types",
+    "strict=True": "an assertion on lengths",
+    "the star of a signature": "what has to be given by name",
 }
 
 
@@ -58,6 +60,11 @@ class Mutant:
     def key(self) -> tuple[str, ...]:
         """What tells mutants apart, also where lines above were added."""
         return self.module, self.function, self.operator, self.before, self.after
+
+    @property
+    def is_formal(self) -> bool:
+        """Whether only the form of a call changes: what has to be given by name, or whether lengths are compared."""
+        return self.before == "*," or self.before.replace("strict=True", "strict=False") == self.after
 
     @property
     def row(self) -> dict[str, str | int]:
@@ -144,8 +151,8 @@ class _Plain(ast.NodeTransformer):
         return node
 
 
-def mutants_of(module: str) -> list[Mutant]:
-    """All mutants of a module, each once."""
+def mutants_of(module: str, only: Collection[tuple[str, str]] | None = None) -> list[Mutant]:
+    """All mutants of a module, each once; or those of some pairs of function and operator."""
     try:
         from cosmic_ray.ast import ast_nodes, get_ast
         from cosmic_ray.mutating import mutate_code
@@ -162,6 +169,8 @@ def mutants_of(module: str) -> list[Mutant]:
             if places.are_left_out(start):
                 continue
             if name == "RemoveDecorator" and places.text[start[0] - 1].strip() != "@_query":
+                continue
+            if only is not None and (places.function(start[0]), name) not in only:
                 continue
             mutated = mutate_code(code, operator, occurrence)
             meaning = ast.dump(_Plain().visit(ast.parse(mutated)))
@@ -188,7 +197,8 @@ def sampled(mutants: list[Mutant], size: int | None, seed: int) -> list[Mutant]:
         own = [mutant for mutant in mutants if mutant.module == module]
         draw.shuffle(own)
         order += [((number + 0.5) / len(own), mutant) for number, mutant in enumerate(own)]
-    return [mutant for _, mutant in sorted(order, key=lambda pair: pair[0])][:size]
+    ordered = [mutant for _, mutant in sorted(order, key=lambda pair: pair[0])]
+    return [mutant for mutant in ordered if not mutant.is_formal][:size]
 
 
 # -- putting them in --------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ RESULTS = ROOT / "benchmarks/results/mutants.json"
 PAGE = ROOT / "docs/mutants.md"
 TESTS = (
     "kernels measure oracles bad_input joints restriction cost precision folding calls doctests heads rules graphs "
-    "attribution explain"
+    "attribution explain relative walks"
 ).split()
 Key = tuple[str, ...]
 Found = dict[str, Any]
@@ -324,15 +324,15 @@ def main() -> None:
     if args.render:
         PAGE.write_text(rendered(PAGE.read_text(), before))
         return
-    made = [mutant for module in ([args.module] if args.module else MODULES) for mutant in mutants_of(module)]
+    modules = [args.module] if args.module else MODULES
+    survived = {_key(row) for row in before.get("survivors", [])}
+    only = {(key[1], key[2]) for key in survived} if args.survivors else None
+    made = sampled([mutant for module in modules for mutant in mutants_of(module, only)], None, args.seed)
     if args.list:
         for mutant in made:
             print(f"{mutant.module}:{mutant.line} {mutant.function}\n  - {mutant.before}\n  + {mutant.after}")
         return
-    chosen = sampled(made, args.sample, args.seed)
-    if args.survivors:
-        survived = {_key(row) for row in before["survivors"]}
-        chosen = [mutant for mutant in chosen if mutant.key in survived]
+    chosen = [mutant for mutant in made if mutant.key in survived] if args.survivors else made[: args.sample]
     outcomes = tried(chosen, args.tests, args.budget, args.log)
     found = (counted_again if args.survivors else counted)(made, outcomes, before)
     settings = {"seed": args.seed, "budget": args.budget, "operators": OPERATORS, "left out": LEFT_OUT}

@@ -259,3 +259,23 @@ def test_absolute_values_of_branches_that_share_entries(second: float) -> None:
     mu = measure(module, a, shared)
     assert torch.allclose(mu.marginal("input"), T)
     assert torch.allclose(mu.walk_variation(), T.abs().sum(1) + (1 - T.sum(1)).abs())
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_absolute_values_of_weights_that_are_no_multiples(outputs: int) -> None:
+    """Of each weight 0.3 more, which may turn its sign."""
+    module = nn.Linear(3, outputs, bias=False).double()
+    module.weight.data.copy_(torch.tensor([[1.0, -0.2, -2.0], [0.1, 2.0, -0.1]], dtype=torch.float64)[:outputs])
+    a = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    moved = BasicHook(
+        [lambda x: x],
+        [lambda weight, name: weight + 0.3],
+        [lambda z: z],
+        lambda grad, outputs: [grad / (1 + outputs[0].abs())],
+        lambda inputs, gradients: inputs[0] * gradients[0],
+    )
+    weight = module.weight.detach() + 0.3
+    T = weight * a / (1 + (weight @ a).abs())[:, None]
+    mu = measure(module, a, moved)
+    assert torch.allclose(mu.marginal("input"), T)
+    assert torch.allclose(mu.walk_variation(), T.abs().sum(1) + (1 - T.sum(1)).abs())
