@@ -98,7 +98,7 @@ class Trial:
         for lines in (set(mutant.lines), function, set(size)):
             found = [test for test in tests if lines & test.lines.get(mutant.module, set())]
             if found:
-                return sorted(found, key=lambda test: test.rank)
+                return _in_turn(found)
         return []
 
     def _tried(self, mutant: Mutant, tests: list[Test]) -> tuple[str, str | None]:
@@ -177,6 +177,17 @@ class Trial:
         sets = [{module: set(found) for module, found in lines.items()} for _, lines, _ in rows]
         print(f"{len(items)} tests, {sum(row[0] for row in rows):.0f} s", flush=True)
         return [Test(item, row[0], lines) for item, row, lines in zip(items, rows, sets, strict=True)]
+
+
+def _in_turn(tests: list[Test]) -> list[Test]:
+    """Quick and telling tests first, but one of every test function before the next of any."""
+    turns: dict[str, int] = defaultdict(int)
+    ranked = []
+    for test in sorted(tests, key=lambda test: test.rank):
+        function = test.item.nodeid.partition("[")[0]
+        ranked.append((turns[function], test.rank, len(ranked), test))
+        turns[function] += 1
+    return [test for *_, test in sorted(ranked, key=lambda row: row[:3])]
 
 
 def _quiet() -> None:

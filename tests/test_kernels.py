@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import zennit.rules
 from torch import Tensor, nn
 from zennit.composites import NameMapComposite
 from zennit.core import BasicHook, Hook
@@ -166,7 +167,7 @@ def test_several_vectors_at_once_are_each_alone(rule: Rule) -> None:
 class Gated(Kernel):
     """Hands half of the relevance to the signal, or none, and none to a gate: constant zeros."""
 
-    def __init__(self, share: float | None) -> None:
+    def __init__(self, share: float | Tensor | None) -> None:
         self.share = share
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
@@ -188,7 +189,7 @@ SIGNLESS = torch.rand((2, 2, 3), dtype=torch.float64, generator=torch.Generator(
 @pytest.mark.parametrize("push", ["push", "push_bound"])
 @pytest.mark.parametrize("share", [0.5, None])
 def test_values_at_a_gate_are_not_handed_up(push: str, share: float | None) -> None:
-    up = getattr(Gated(share), push)
+    up = getattr(Gated(None if share is None else torch.tensor(share, dtype=torch.float64)), push)
     expected = SIGNLESS * (share or 0.0)
     assert torch.equal(up((SIGNLESS, SIGNLESS), SIGNLESS.shape[1:]), expected)
     assert torch.equal(up((SIGNLESS, None), SIGNLESS.shape[1:]), expected)
@@ -279,3 +280,52 @@ def test_absolute_values_of_weights_that_are_no_multiples(outputs: int) -> None:
     mu = measure(module, a, moved)
     assert torch.allclose(mu.marginal("input"), T)
     assert torch.allclose(mu.walk_variation(), T.abs().sum(1) + (1 - T.sum(1)).abs())
+
+
+def waiting_for_negative_outputs() -> Kernel:
+    """γ at outputs 3 and -3, before relevance arrived anywhere."""
+    module = nn.Linear(2, 2, bias=False).double()
+    module.weight.data.copy_(torch.tensor([[2.0, 0.5], [-2.0, -0.5]]))
+    net = nn.Sequential(module)
+    composite = NameMapComposite([(["0"], zennit.rules.Gamma(0.25))])
+    mu = RelevanceMeasure(net, torch.tensor([[1.0, 2.0]], dtype=torch.float64), 0, composite=composite)
+    return mu._recording.graph.vertices[0].step.kernel
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 1e-30])
+def test_branches_are_made_where_relevance_arrives_and_not_before(value: float) -> None:
+    kernel = waiting_for_negative_outputs()
+    at_each = value * torch.eye(2, dtype=torch.float64)[:, None, None]  # as K = N = 1
+    assert not kernel.reach(at_each[0])
+    assert not kernel.reach(torch.zeros_like(at_each[0]))
+    assert kernel.reach(at_each[1])
+    assert not kernel.reach(at_each[1])
+    assert not kernel.reach(None)
+    assert waiting_for_negative_outputs().reach(None)
+    told: list[bool] = []
+    hidden = waiting_for_negative_outputs()
+    torch.vmap(lambda relevance: [told.append(hidden.reach(relevance)), relevance][1])(at_each)
+    assert told == [True], "what is carried in one go does not tell its values, so that all may be needed"
+
+
+@pytest.mark.parametrize(
+    ("ready", "late", "deficit"),
+    [((0.3, 1.0), (1.0, 0.2), (0.3, 0.2)), (None, (1.0, 1.0), None), ((1.0, 1.0), None, None), (None, None, None)],
+)
+def test_the_deficit_of_branches_that_were_waited_for(ready, late, deficit) -> None:
+    """Each kind of branch leaves all of the columns of the other kind; None is no deficit anywhere."""
+    rest, later = (None if c is None else torch.tensor([c], dtype=torch.float64) for c in (ready, late))
+    kernel = BranchKernel(([], rest), True, lambda: ([], later), torch.zeros(1, 3, dtype=torch.float64))
+    assert kernel.reach(None)
+    like = torch.zeros(1, 2, dtype=torch.float64)
+    expected = (0.0, 0.0) if deficit is None else deficit
+    assert (kernel.deficit is None) == (deficit is None)
+    torch.testing.assert_close(kernel.column_sum(like), 1 - torch.tensor([expected], dtype=torch.float64))
+
+
+def test_column_sums_of_branches_that_were_waited_for_are_added() -> None:
+    sums = torch.tensor([[0.3, 0.0]]), torch.tensor([[0.0, -0.5]])
+    kernel = BranchKernel(([], sums[0]), False, lambda: ([], sums[1]), torch.zeros(1, 3))
+    assert torch.equal(kernel.column_sum(torch.zeros(1, 2)), torch.tensor([[0.3, 0.0]]))
+    assert kernel.reach(None)
+    assert torch.equal(kernel.column_sum(torch.zeros(1, 2)), torch.tensor([[0.3, -0.5]]))
