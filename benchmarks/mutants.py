@@ -214,7 +214,7 @@ def _tracer(crossed: dict[str, set[int]]) -> Any:
     return entered
 
 
-def tried(mutants: list[Mutant], tests: Sequence[str], budget: float, log: Path | None) -> dict[Key, str]:
+def tried(mutants: list[Mutant], tests: Sequence[str], match: str, budget: float, log: Path | None) -> dict[Key, str]:
     """Outcome of each mutant: killed, timed out or survived."""
     import hypothesis
     import pytest
@@ -231,12 +231,19 @@ def tried(mutants: list[Mutant], tests: Sequence[str], budget: float, log: Path 
     sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
     trial = Trial(mutants, budget, log)
     options = "-q -s --tb=no --assert=plain -p no:cacheprovider -p no:xdist".split()
-    pytest.main(["-m", "not slow", *options, *(f"tests/test_{name}.py" for name in tests)], plugins=[trial])
+    pytest.main(
+        ["-m", "not slow", "-k", match, *options, *(f"tests/test_{name}.py" for name in tests)], plugins=[trial]
+    )
     return trial.outcomes
 
 
 # -- telling about them -----------------------------------------------------------------------------------------------
 
+JUDGEMENTS = {
+    "equivalent": "no input tells the mutant from the original",
+    "speed": "the same numbers in more time or memory",
+    "accepted": "a difference that no promise of the package covers",
+}
 UNJUDGED = {"judgement": "not judged", "why": ""}
 
 
@@ -326,6 +333,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample and of the order")
     parser.add_argument("--budget", type=float, default=5.0, help="processor seconds of tests for one mutant")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="names of test files, without `test_`")
+    parser.add_argument("--match", default="", help="only tests with such names, as pytest's -k")
     parser.add_argument("--survivors", action="store_true", help="only those that survived according to the results")
     parser.add_argument("--log", type=Path, help="outcomes are appended here, and what is here is not tried again")
     parser.add_argument("--list", action="store_true", help="only show the mutants")
@@ -344,7 +352,7 @@ def main() -> None:
             print(f"{mutant.module}:{mutant.line} {mutant.function}\n  - {mutant.before}\n  + {mutant.after}")
         return
     chosen = [mutant for mutant in made if mutant.key in survived] if args.survivors else made[: args.sample]
-    outcomes = tried(chosen, args.tests, args.budget, args.log)
+    outcomes = tried(chosen, args.tests, args.match, args.budget, args.log)
     found = (counted_again if args.survivors else counted)(made, outcomes, before)
     settings = {"seed": args.seed, "budget": args.budget, "operators": OPERATORS, "left out": LEFT_OUT}
     settings = before["settings"] if args.survivors else settings
