@@ -15,7 +15,17 @@ from zennit.core import BasicHook, Hook
 from nrm_plugin import Absolute, RelevanceMeasure, at
 from nrm_plugin.errors import NRMError
 from nrm_plugin.joints import edge_matrix
-from nrm_plugin.kernels import BranchKernel, Kernel, VjpKernel, blocks, dense_absolute, gain, scale_of, scales
+from nrm_plugin.kernels import (
+    BranchKernel,
+    Kernel,
+    VjpKernel,
+    blocks,
+    dense_absolute,
+    gain,
+    linear_in_relevance,
+    scale_of,
+    scales,
+)
 from tests.nets import LINEAR_RULES, SUM_RULES, zennit_rule
 from tests.oracles import AbsoluteShare, Epsilon, Gamma, Route, Rule, ZPlus, normalized
 from tests.test_oracles import LINEAR_MODULES, drawn
@@ -329,3 +339,10 @@ def test_column_sums_of_branches_that_were_waited_for_are_added() -> None:
     assert torch.equal(kernel.column_sum(torch.zeros(1, 2)), torch.tensor([[0.3, 0.0]]))
     assert kernel.reach(None)
     assert torch.equal(kernel.column_sum(torch.zeros(1, 2)), torch.tensor([[0.3, -0.5]]))
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_whether_a_rule_is_linear_does_not_depend_on_its_size(size: float) -> None:
+    like = torch.ones((2, 5), dtype=torch.float64)
+    assert linear_in_relevance(VjpKernel(lambda relevance: (size * relevance, 0 * relevance)), like)
+    assert not linear_in_relevance(VjpKernel(lambda relevance: (size * relevance, size * relevance.relu())), like)
