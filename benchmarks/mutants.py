@@ -295,8 +295,10 @@ def rendered(page: str, found: Found) -> str:
         score = f"{100 * seen / (counts['tried'] - same):.1f} %"
         lines.append(f"| `{module}.py` | {' | '.join(map(str, numbers))} | {same} | {score} |")
     for module in found["modules"]:
-        lines += ["", f"## Survivors in {module}.py", "", "| where | change | judgement |", "|---|---|---|"]
-        for row in [row for row in found["survivors"] if row["module"] == module]:
+        own = [row for row in found["survivors"] if row["module"] == module]
+        lines += ["", f"## Survivors in {module}.py", ""]
+        lines += ["| where | change | judgement |", "|---|---|---|"] if own else ["None."]
+        for row in own:
             change = " → ".join(f"`{part}`" for part in _difference(row["before"], row["after"]))
             lines.append(f"| `{row['function']}` | {change} | {row['judgement']}: {row['why']} |".replace(": |", " |"))
     place = ", ".join(f"{name} {value}" for name, value in found["environment"].items())
