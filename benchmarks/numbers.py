@@ -148,6 +148,15 @@ def flipping(composite: str) -> Callable[[Found], str]:
     return figure
 
 
+def mutants(found: Found) -> str:
+    """Share of the mutants tried that a test saw, without those that are equivalent."""
+    rows = found["modules"].values()
+    seen = sum(row["killed"] + row["timed out"] for row in rows)
+    same = sum(row["judgement"] == "equivalent" for row in found["survivors"])
+    tried = sum(row["tried"] for row in rows)
+    return f"{100 * seen / (tried - same):.1f} % of {tried - same}"
+
+
 PLAIN = "plain gradient"
 CLAIMS = [
     Claim("All marginals of VGG16 by EpsilonPlus, beside a plain gradient", "speed",
@@ -192,6 +201,7 @@ CLAIMS = [
     Claim("Pixel flipping, area between both orders, NRMDefault", "default_composite", flipping("NRMDefault"),
           "default-composite.md"),
     Claim("the same, EpsilonPlus", "default_composite", flipping("EpsilonPlus"), "default-composite.md"),
+    Claim("Mutants of the kernels, events and the measure that a test sees", "mutants", mutants, "mutants.md"),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from contextlib import contextmanager
@@ -351,6 +352,7 @@ A = at("conv")[0]
     ("swapped", lambda mu: mu.conditional("head", A), EventError, "at('conv')[0] is an event", "a layer is needed"),
     ("conditional above", lambda mu: mu.conditional(at("head")[0], "conv"), EventError, "not below 'conv'", "given="),
     ("conditional same", lambda mu: mu.conditional(A, "conv"), EventError, "not below 'conv'", "marginal(layer"),
+    ("conditional of an atom", lambda mu: mu.conditional(A, at("conv")), EventError, "not below 'conv'"),
     ("joint upwards", lambda mu: mu.joint("conv", "head"), EventError, "'head' is not below 'conv'", "upper tap"),
     ("joint with itself", lambda mu: mu.joint("conv", "conv"), EventError, "not below", "upper tap to a lower"),
     ("joint of lists", lambda mu: mu.joint(["head"], "conv"), EventError, "one layer is needed", "['head']"),
@@ -378,6 +380,20 @@ def test_an_empty_list_is_answered_by_an_empty_one(before):
     assert before.mu.marginal([]) == {}
     assert before.mu.marginal("conv", joint=[]).shape == (0, 2, 3, 4, 4)
     assert before.mu.marginal("conv", "channel", given=[]).shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [A, ~A, A & at("pool"), A | at("pool"), ABSORBED, A.index, at("conv").head(1)],
+    ids=lambda e: type(e).__name__,
+)
+def test_an_event_cannot_be_changed(event):
+    for field in dataclasses.fields(event):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(event, field.name, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        event.other = None
+    assert event in {event}
 
 
 # -- conditions ---------------------------------------------------------------------------------------------------

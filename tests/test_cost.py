@@ -77,6 +77,13 @@ def test_after_a_marginal_its_books_are_free(mu, runs):
     assert runs["kernels"] == 0
 
 
+def test_after_joint_matrices_their_books_are_free(mu, runs):
+    mu.joints(["20", "10"])
+    runs.update(kernels=0, vectors=0)
+    mu.sink("10"), mu.bypass("4"), mu.variation("input"), mu.sinks()
+    assert runs["kernels"] == 0
+
+
 def test_the_walk_variation_is_one_pass(mu, runs):
     assert measured(mu, runs, mu.walk_variation).steps == ONE_PASS
 

@@ -324,6 +324,7 @@ def test_heads_are_asked_of_layers_and_once():
         (lambda: at("a").head(0).head(1), "says already which"),
         (lambda: at("a").token(0).pair(1, 2), "says already which"),
         (lambda: at("a").head((0, 1)), "give an int, a slice, a list or one mask"),
+        (lambda: at("a").head(torch.ones(2, 2, dtype=torch.bool)), r"mask of 4 in \(2, 2\)\): give an int"),
         (lambda: at("a").head(...), "give an int, a slice, a list or one mask"),
         (lambda: at("a").token(0.5), "neurons are indexed by ints"),
     ):

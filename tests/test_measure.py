@@ -8,11 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import zennit.rules
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
+from zennit.composites import LayerMapComposite
 
 from nrm_plugin import ABSORBED, Event, RelevanceMeasure, at
-from nrm_plugin.errors import CancellationError, NullEventError
+from nrm_plugin.errors import CancellationError, EventError, NullEventError
 from tests.nets import Case, rule_maps, tiny_net, tiny_nets, zennit_composite
 from tests.oracles import Epsilon, Node, Walks, ZPlus, enumerate_walks
 
@@ -310,3 +313,118 @@ def test_conditioning_tells_a_null_event_from_a_cancelled_one() -> None:
         mu(at("input")[0], given=empty)
     with pytest.raises(CancellationError, match="min_ratio=0"):
         mu(at("input")[0], given=at("relu1"), min_ratio=2.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "divides"),
+    [
+        (torch.float32, 1e-3, False),
+        (torch.float32, 1e-2, True),
+        (torch.float64, 1e-8, False),
+        (torch.float64, 1e-5, True),
+    ],
+)
+def test_what_counts_as_cancelled_depends_on_the_digits(dtype: torch.dtype, gap: float, divides: bool) -> None:
+    """Two inputs of mass 1 and gap - 1 times the same: their variation is 2 / gap of their mass."""
+    net = nn.Linear(3, 1, bias=False).to(dtype).eval()
+    nn.init.ones_(net.weight)
+    x = torch.tensor([[1.0, gap - 1, 1.0]], dtype=dtype)
+    mu = RelevanceMeasure(net, x, composite=LayerMapComposite([(nn.Linear, zennit.rules.Epsilon(epsilon=1e-14))]))
+    both = at("input")[[0, 1]]
+    if divides:
+        assert float(mu(at("input")[0], given=both)) == pytest.approx(1 / gap, rel=1e-3)
+    else:
+        with pytest.raises(CancellationError):
+            mu(at("input")[0], given=both)
+
+
+class Skip(nn.Module):
+    """``c(b(r) + r)`` of ``r = relu(a(x))``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.relu, self.b, self.c = nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.relu(self.a(x))
+        return self.c(self.b(hidden) + hidden)
+
+
+@pytest.fixture(scope="module")
+def skip() -> tuple[RelevanceMeasure, torch.Tensor, torch.Tensor]:
+    """The measure of such a net under LRP-0, its leaks accounted, and the kernels ``(in, out)`` of ``a`` and ``b``."""
+    draw = torch.Generator().manual_seed(3)
+    net = Skip().double().eval()
+    for parameter in net.parameters():
+        parameter.data.copy_(torch.rand(parameter.shape, generator=draw, dtype=torch.float64) + 0.1)
+    x = torch.rand((1, 3), generator=draw, dtype=torch.float64)
+    rules = LayerMapComposite([(nn.Linear, zennit.rules.Epsilon(epsilon=0.0)), (nn.ReLU, zennit.rules.Pass())])
+    mu = RelevanceMeasure(net, x, 1, composite=rules, residual="sink")
+    kernels, values = [], x[0]
+    for layer in (net.a, net.b):
+        output = layer(values).detach()
+        kernels.append((layer.weight.detach() * values / output[:, None]).T)
+        values = output  # all are positive, so that the activation changes nothing
+    return mu, *kernels
+
+
+def test_what_follows_a_neuron_is_what_its_kernels_hand_on(skip) -> None:
+    mu, a, b = skip
+    read = at("b", side="input")  # by walks through b, not by those that take the skip
+    follows = [
+        (at("input")[1], "a", a[1]),
+        (at("input")[1], read, a[1]),
+        (at("input")[1], "b", a[1] @ b),
+        (at("relu")[2], read, torch.eye(4)[2]),
+        (at("relu")[2], "b", b[2]),
+        (read[2], "b", b[2]),
+        (at("a", side="sink"), "a", 1 - a.sum(0)),
+        (at("a", side="sink"), read, 1 - a.sum(0)),
+        (at("b", side="sink"), "b", 1 - b.sum(0)),
+        (at("b", side="sink")[3], "b", (1 - b.sum(0)) * torch.eye(4)[3]),
+        (~at("input"), read, 1 - a.sum(0)),
+    ]
+    for event, layer, expected in follows:
+        torch.testing.assert_close(mu.conditional(event, layer), expected.to(a)[None], msg=f"{event} given {layer}")
+
+
+@pytest.mark.parametrize(
+    ("event", "layer"),
+    [
+        (at("b", side="input")[0], at("b", side="input")),
+        (at("b")[0], at("b", side="input")),
+        (at("b", side="sink"), at("b", side="input")),
+        (at("c", side="sink"), "b"),
+        (at("b", side="sink"), "relu"),
+        (at("output")[0], "c"),
+        (at("relu")[0], "a"),
+    ],
+    ids=str,
+)
+def test_what_does_not_follow_a_neuron_is_refused(skip, event: Event, layer: object) -> None:
+    mu, _, _ = skip
+    with pytest.raises(EventError, match="not below"):
+        mu.conditional(event, layer)
+
+
+def test_an_event_is_conditional_on_all_taps_above_it(skip) -> None:
+    mu, _, _ = skip
+    names = list(mu.layers)
+    for event, lowest in ((at("input")[0], "a"), (at("relu")[0], "b"), (at("a", side="sink"), "a")):
+        found = mu.conditional(event)
+        assert list(found) == names[names.index(lowest) :]
+        for name, values in found.items():
+            assert torch.equal(values, mu.conditional(event, name))
+
+
+def test_sinks_of_both_signs_are_added_with_their_signs() -> None:
+    """Inputs 1 and 1, weights 1: of outputs 3/2 and 5/2 the biases are -1/2 and 1/2."""
+    net = nn.Linear(2, 2).double().eval()
+    nn.init.ones_(net.weight)
+    net.bias.data.copy_(torch.tensor([-0.5, 0.5]))
+    rules = LayerMapComposite([(nn.Linear, zennit.rules.Epsilon(epsilon=0.0))])
+    x = torch.ones((1, 2), dtype=torch.float64)
+    mu = RelevanceMeasure(net, x, start=torch.ones_like(x), composite=rules, residual="sink")
+    expected = torch.tensor([-1 / 3 / 2 + 1 / 5 / 2], dtype=torch.float64)
+    for found in (mu.sink("input"), mu.sink_above([at("input")]), sum(mu.sinks().values()), mu(ABSORBED)):
+        torch.testing.assert_close(found, expected)

@@ -81,6 +81,7 @@ QUERIES = {
     "sink": lambda mu: mu.sink("input"),
     "residual": lambda mu: mu.sink("input", kind="residual"),
     "sinks": lambda mu: mu.sinks(),
+    "sink above several": lambda mu: mu.sink_above([at("conv"), at("input")]),
     "bypass": lambda mu: mu.bypass("conv"),
     "variation": lambda mu: mu.variation("conv"),
     "walk variation": lambda mu: mu.walk_variation(),
@@ -88,6 +89,7 @@ QUERIES = {
     "events": lambda mu: mu([A, B, A | B, ABSORBED, at("head", side="sink")]),
     "conditional": lambda mu: mu.conditional(A, "pool"),
     "matrix": lambda mu: mu.joint("pool", "stem"),
+    "matrices": lambda mu: mu.joints(["pool", "stem"])[0],
     "explain": lambda mu: mu.explain(A, given=B),
     "output": lambda mu: mu.output,
 }
