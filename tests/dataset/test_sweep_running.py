@@ -182,7 +182,10 @@ CHANGES = {
     "structure": ({"model": torch.nn.Sequential(*net(), torch.nn.Identity()).eval()}, "model.structure"),
     "length": ({"data": Data(49)}, r"samples \(was 50, now 49\)"),
     "queries": ({"queries": [*QUERIES, Sink("2")]}, r"queries.sink\(2\)"),
-    "other query": ({"queries": [Marginal("2"), *QUERIES[1:]]}, r"queries.marginal\(4\); queries.marginal\(2\)"),
+    "other query": (
+        {"queries": [Marginal("2"), *QUERIES[1:]]},
+        r"queries.marginal\(4\) \(not asked now\); queries.marginal\(2\) \(not asked before\)",
+    ),
     "batch size": ({"batch_size": 8}, r"batch_size \(was 4, now 8\)"),
     "seed": ({"seed": 1}, r"seed \(was 0, now 1\)"),
     "target": ({"target": "label"}, "target"),
