@@ -36,7 +36,7 @@ endef
 # Packages that this one works inside of, each with the versions that its pins need, on top of .venv.
 HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric ray transformers transformers4
 
-.PHONY: demo test test-fast test-hosts lint bench special-cases docs package coverage clean
+.PHONY: demo test test-fast test-hosts lint bench special-cases faithfulness docs package coverage clean
 
 demo: .venv/.stamp
 	.venv/bin/nrm-plugin demo
@@ -73,6 +73,9 @@ bench: .venv/.stamp .venv/hosts/crp.stamp
 
 special-cases: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp
 	PYTHONPATH=.venv/hosts/crp:.venv/hosts/lxt .venv/bin/python -m benchmarks.special_cases
+
+faithfulness: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/quantus.stamp
+	PYTHONPATH=.venv/hosts/crp:.venv/hosts/quantus .venv/bin/python -m benchmarks.faithfulness
 
 # Warnings are errors. Nothing is fetched, neither by the build nor by a page.
 docs: .venv/.docs.stamp

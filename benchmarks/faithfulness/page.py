@@ -231,7 +231,7 @@ def draw(results: Results) -> None:
         names = sorted(found["methods"], key=lambda one: found["methods"][one]["average precision"][0])
         for height, name in enumerate(names):
             mean, low, high = found["methods"][name]["average precision"]
-            colour = "C3" if name in contest.ours else "C1" if name in planted.PLAIN else "0.6"
+            colour = "C3" if name in contest.ours else "C1" if name in planted.CONCEPTS else "0.6"
             axis.barh(height, mean, xerr=[[mean - low], [high - mean]], color=colour)
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set_title(question, fontsize=9)
