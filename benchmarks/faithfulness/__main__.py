@@ -39,32 +39,30 @@ def missing() -> list[str]:
 def measure(parts: Sequence[str], nets: Sequence[str], samples: int, processes: int, out: Path) -> Results:
     """Measures these parts, and saves after each net; other results stay as they are."""
     found: Results = json.loads(out.read_text()) if out.exists() else {}
-    started = time.perf_counter()
-    spent: dict[str, list[int]] = found.setdefault("seconds of clock and processor", {})
-    load = os.getloadavg()[0]
+    started, load = time.perf_counter(), os.getloadavg()[0]
+    packages = {"quantus": version("quantus"), "zennit-crp": version("zennit-crp")}
+    is_whole = set(parts) == set(PARTS) and set(nets) == set(NETS)
+    spent: dict[str, list[int]] = {}
     for name, results, seconds in run(parts, nets, samples, processes):
         for part, result in results.items():
             if part == name:
                 found[part] = result
             else:
                 found.setdefault(part, {})[name] = result
+        for part in {"latent", "input"} & set(found):  # the order is that of the code, whoever was first
+            found[part] = {net: found[part][net] for net in NETS if net in found[part]}
         spent |= seconds
         print(", ".join(f"{key}: {clock} s" for key, (clock, _) in seconds.items()), file=sys.stderr, flush=True)
-        packages = {"quantus": version("quantus"), "zennit-crp": version("zennit-crp")}
         found["environment"] = {**environment(), **packages, "threads": 1, "processes": processes}
         found["settings"] = {"samples": samples, "seed": 0, "resamples": RESAMPLES}
-        # Orders of nets and methods are those of the code, whoever was first.
-        for part in ("latent", "input"):
-            if part in found:
-                found[part] = {net: found[part][net] for net in NETS if net in found[part]}
-        out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    if set(parts) == set(PARTS) and set(nets) == set(NETS):
-        whole = round(time.perf_counter() - started)
-        found["whole run"] = {
-            "seconds": whole,
-            "load before": round(load, 1),
-            "load after": round(os.getloadavg()[0], 1),
-        }
+        if is_whole:
+            found["time"] = {
+                "seconds": round(time.perf_counter() - started),
+                "seconds of processors": sum(processor for _, processor in spent.values()),
+                "load before": round(load, 1),
+                "load after": round(os.getloadavg()[0], 1),
+                "seconds of clock and processor": spent,
+            }
         out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found
 

@@ -15,8 +15,8 @@ from zennit.core import Composite
 from zennit.rules import Epsilon
 from zennit.types import Linear
 
-from benchmarks.default_composite import CHUNK, Net, logit_drops
-from benchmarks.faithfulness.metrics import Contest, area, ranks
+from benchmarks.default_composite import Net, logit_drops
+from benchmarks.faithfulness.metrics import Contest, area, at_once, ranks
 from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, ablation, activations
 
 SHARES = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1)
@@ -59,7 +59,8 @@ def by_channel(values: Tensor) -> Tensor:
 
 def chunks(net: Net) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and targets, some at once."""
-    yield from zip(torch.split(net.images, CHUNK), torch.split(net.target, CHUNK), strict=True)
+    size = at_once(net.images)
+    yield from zip(torch.split(net.images, size), torch.split(net.target, size), strict=True)
 
 
 def gradients(
@@ -190,7 +191,10 @@ def flipped(net: Net, scores: Tensor, most_first: bool, fill: str, means: dict[s
         kept = torch.split(order >= round(share * sum(counts)), counts, 1)
         outputs = []
         for number, (images, _) in enumerate(chunks(net)):
-            masks = {layer: torch.split(mask, CHUNK)[number] for layer, mask in zip(net.layers, kept, strict=True)}
+            masks = {
+                layer: torch.split(mask, at_once(net.images))[number]
+                for layer, mask in zip(net.layers, kept, strict=True)
+            }
             with ablation(net.model, masks, fill, means):  # type: ignore[arg-type]
                 outputs.append(net.model(images))
         output = torch.cat(outputs)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.default_composite import interval
+from benchmarks.default_composite import CHUNK, interval
+
+
+def at_once(images: Tensor) -> int:
+    """How many samples of this size go through a net together."""
+    return max(1, min(CHUNK, 500_000 // images[0].numel()))
 
 
 def ranks(scores: Tensor, most_first: bool) -> Tensor:
@@ -68,6 +75,19 @@ def _mean_ranks(values: Tensor) -> Tensor:
     rows = values.sort(1).values.contiguous()
     below, through = torch.searchsorted(rows, values), torch.searchsorted(rows, values, right=True)
     return (below + through).double() / 2 - values.shape[1] / 2
+
+
+@contextmanager
+def same_noise() -> Iterator[None]:
+    """Random numbers of PyTorch and NumPy from one seed, and afterwards as if none had been drawn."""
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        np.random.set_state(state)
 
 
 # -- intervals ------------------------------------------------------------------------------------------------------

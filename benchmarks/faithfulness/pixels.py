@@ -26,15 +26,15 @@ from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from zennit.core import Composite
 from zennit.layer import Sum
 
-from benchmarks.default_composite import CHUNK, Net
+from benchmarks.default_composite import Net
 from benchmarks.faithfulness import quantus_metrics
-from benchmarks.faithfulness.metrics import Contest, area, ranks
+from benchmarks.faithfulness.metrics import Contest, area, at_once, ranks, same_noise
 from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure
 
 GRID, AT_ONCE = 8, 8
 """Patches along each side of an image, and how many go between two forward passes."""
 
-STEPS, BASELINES = 12, 16
+STEPS, BASELINES = 24, 16
 COMPARED = 32
 """Samples on which pixel flipping is run by Quantus too."""
 
@@ -136,7 +136,7 @@ def explainers(setting: Setting) -> dict[str, Explainer]:
         "Saliency": lambda model, x, t: Saliency(model).attribute(x, target=t),
         "InputXGradient": lambda model, x, t: InputXGradient(model).attribute(x, target=t),
         "IntegratedGradients": lambda model, x, t: IntegratedGradients(model).attribute(
-            x, baselines=base(x), target=t, n_steps=STEPS, internal_batch_size=CHUNK
+            x, baselines=base(x), target=t, n_steps=STEPS, internal_batch_size=at_once(x)
         ),
         "GradientShap": lambda model, x, t: GradientShap(model).attribute(
             x, baselines=setting.others, target=t, n_samples=8, stdevs=0.05
@@ -166,9 +166,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
 def heat_map(explain: Explainer, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
     """``(N, 1, H, W)``, summed over colours; random numbers are the same for each part."""
     parts = []
-    with torch.random.fork_rng(devices=[]):
-        for part in zip(torch.split(images, CHUNK), torch.split(target, CHUNK), strict=True):
-            torch.default_generator.manual_seed(0)
+    for part in zip(torch.split(images, at_once(images)), torch.split(target, at_once(images)), strict=True):
+        with same_noise():  # Captum draws from NumPy too
             parts.append(explain(model, *part).detach().sum(1, keepdim=True))
     return torch.cat(parts)
 
@@ -197,7 +196,7 @@ def flipped(net: Net, heat: Tensor, most_first: bool, other: Tensor) -> tuple[Te
     logits, shares = [], []
     for gone in range(0, GRID * GRID + 1, AT_ONCE):
         images = torch.where(order < gone, other, net.images)
-        output = torch.cat([net.model(part) for part in torch.split(images, CHUNK)])
+        output = torch.cat([net.model(part) for part in torch.split(images, at_once(images))])
         logits.append(output.gather(1, net.target[:, None])[:, 0])
         shares.append(output.softmax(1).gather(1, net.target[:, None])[:, 0])
     return torch.stack(logits), torch.stack(shares)
@@ -258,7 +257,7 @@ def question(net: Net, model: nn.Module, explain: Explainer, heat: Tensor) -> qu
     def maps(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         return heat_map(explain, model, images, target)
 
-    return quantus_metrics.Question(model, net.images, net.target, heat, maps, CHUNK)
+    return quantus_metrics.Question(model, net.images, net.target, heat, maps, at_once(net.images))
 
 
 def differences(net: Net, heat: Tensor) -> dict[str, float]:

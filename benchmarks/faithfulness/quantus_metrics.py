@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faithfulness.metrics import rank_correlation
+from benchmarks.faithfulness.metrics import rank_correlation, same_noise
 
 IS_HERE = find_spec("quantus") is not None
 PERCENTAGES = (20, 50, 80)
@@ -68,25 +67,12 @@ class Question:
             model = model.net if isinstance(model, Staged) else model
             return self.explain(model, torch.as_tensor(inputs).to(self.images), torch.as_tensor(targets)).numpy()
 
-        with same_noise():
+        with same_noise(), warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
             return metric(
                 model, self.images.numpy(), self.target.numpy(), a_batch=heat.numpy(), explain_func=explained,
                 channel_first=True, softmax=softmax, batch_size=self.batch,
             )  # fmt: skip
-
-
-@contextmanager
-def same_noise() -> Iterator[None]:
-    """Random numbers from one seed, and warnings about nan off."""
-    state = np.random.get_state()
-    np.random.seed(0)
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            torch.default_generator.manual_seed(0)
-            yield
-    finally:
-        np.random.set_state(state)
 
 
 def measured(question: Question) -> dict[str, Tensor]:
