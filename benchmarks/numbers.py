@@ -7,10 +7,14 @@ nothing itself.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.faithfulness.metrics import verdict
+from benchmarks.faithfulness.page import compared
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -37,7 +41,7 @@ class Claim:
     @property
     def command(self) -> str:
         """What measures it again."""
-        named = {"speed": "make bench", "special_cases": "make special-cases"}
+        named = {"speed": "make bench", "special_cases": "make special-cases", "faithfulness": "make faithfulness"}
         return named.get(self.source, f"python -m benchmarks.{self.source}")
 
 
@@ -105,6 +109,22 @@ def flipping(composite: str) -> Callable[[Found], str]:
     return figure
 
 
+def verdicts(found: Found) -> str:
+    """The default composite beside the best other method of each metric."""
+    counted = Counter(verdict(best["ahead"][best["default"]]) for *_, best in compared(found))
+    return ", ".join(f"{word} in {counted[word]}" for word in ("better", "even", "worse"))
+
+
+def recovered(one: str, other: str) -> Callable[[Found], str]:
+    """Average precision of planted edges between neighbouring layers."""
+
+    def figure(found: Found) -> str:
+        methods = found["planted"]["questions"]["neighbouring layers"]["methods"]
+        return " : ".join(f"{methods[name]['average precision'][0]:.2f}" for name in (one, other))
+
+    return figure
+
+
 PLAIN = "plain gradient"
 CLAIMS = [
     Claim("All marginals of VGG16 by EpsilonPlus, beside a plain gradient", "speed",
@@ -135,6 +155,12 @@ CLAIMS = [
     Claim("Pixel flipping, area between both orders, NRMDefault", "default_composite", flipping("NRMDefault"),
           "default-composite.md"),
     Claim("the same, EpsilonPlus", "default_composite", flipping("EpsilonPlus"), "default-composite.md"),
+    Claim("NRMDefault beside the best other attribution method of each metric", "faithfulness", verdicts,
+          "faithfulness.md"),
+    Claim("Average precision of planted edges: joint relevance by NRMDefault, product of its marginals", "faithfulness",
+          recovered("μ(A & B), NRMDefault", "μ(A) μ(B), NRMDefault"), "faithfulness.md"),
+    Claim("the same by LRP-0: joint relevance, gradient × activation of both ends", "faithfulness",
+          recovered("μ(A & B), LRP-0", "gradient × activation, product"), "faithfulness.md"),
 ]  # fmt: skip
 
 

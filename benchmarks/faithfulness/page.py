@@ -350,7 +350,7 @@ def draw(results: Results) -> None:
 
     nets = results["input"]
     keys = ("logit, most first, zero", "ROAD, least first", "sensitivity")
-    figure, grid = pyplot.subplots(len(nets), 4, figsize=(13, 3.1 * len(nets)), squeeze=False, layout="constrained")
+    figure, grid = pyplot.subplots(len(nets), 4, figsize=(13, 3.2 * len(nets)), squeeze=False, layout="constrained")
     for axes, (name, net) in zip(grid, nets.items(), strict=True):
         names = list(net["methods"])[::-1]
         for axis, key in zip(axes, keys, strict=False):
@@ -358,14 +358,16 @@ def draw(results: Results) -> None:
                 mean, low, high = net["methods"][method][key]
                 colour = "C3" if method in pixels.CONTEST.ours else "0.3"
                 axis.errorbar(mean, height, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], fmt=".", color=colour)
-            axis.set_title(f"{name}: {key}{_arrow(pixels.CONTEST, key)}", fontsize=9)
+            axis.set_title(key + _arrow(pixels.CONTEST, key), fontsize=9)
             axis.set_yticks(range(len(names)), names if axis is axes[0] else [], fontsize=7)
             axis.grid(axis="x", color="0.9")
         for method, colour in CASCADES.items():
             curve = net["cascades"][method]
             axes[3].plot([step / (len(curve) - 1) for step in range(len(curve))], curve, label=method, color=colour)
-        axes[3].set_title(f"{name}: cascade of new parameters ↓", fontsize=9)
+        axes[0].set_ylabel(name, fontsize=9)
+        axes[3].set_title("likeness to before, new parameters ↓", fontsize=9)
+        axes[3].set_xlabel("share of the steps, from the last layer down", fontsize=8)
         axes[3].set_ylim(0, 1.02)
-    axes[3].set_xlabel("share of the steps, from the last layer down", fontsize=8)
-    grid[0][3].legend(fontsize=6)
+    handles, labels = grid[0][3].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(CASCADES), fontsize=8)
     save(figure, "faithfulness_pixels", dpi=68)
