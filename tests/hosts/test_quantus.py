@@ -163,25 +163,31 @@ def imputed(image, gone):
     return filled
 
 
-@pytest.mark.parametrize("most_first", [True, False])
-def test_road_of_images_in_colour(coloured, most_first):
+def test_road_of_images_in_colour(coloured):
     net, question = coloured
-    found = quantus_metrics.road(question, most_first)
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(512, 3)).eval().requires_grad_(False)  # whose answer soon changes
+    target = linear(net.images).argmax(1)
+    heat = (linear[1].weight[target].reshape(net.images.shape) * net.images).sum(1, keepdim=True)
+    question = replace(question, model=linear, target=target, heat=heat)
     checked = 0
-    for n in range(7):
-        order = question.heat[n].flatten().argsort(descending=most_first).numpy()
-        same, margins = [], []
-        for percentage in quantus_metrics.PERCENTAGES:
-            gone = np.zeros(256, dtype=bool)
-            gone[order[: 256 * percentage // 100]] = True
-            image = imputed(net.images[n].double().numpy(), gone.reshape(16, 16))
-            output = net.model(torch.as_tensor(image[None]).float())[0]
-            same.append(int(output.argmax()) == int(net.target[n]))
-            margins.append(float(output.topk(2).values.diff().abs()))
-        if min(margins) > 0.005:  # its noise of 0.01 could decide the others
-            assert float(found[n]) == pytest.approx(np.mean(same))
-            checked += 1
-    assert checked >= 4
+    for most_first in (True, False):
+        found = quantus_metrics.road(question, most_first)
+        assert 0 < found.mean() < 1
+        for n in range(7):
+            order = heat[n].flatten().argsort(descending=most_first).numpy()
+            same, margins = [], []
+            for percentage in quantus_metrics.PERCENTAGES:
+                gone = np.zeros(256, dtype=bool)
+                gone[order[: 256 * percentage // 100]] = True
+                image = imputed(net.images[n].double().numpy(), gone.reshape(16, 16))
+                output = linear(torch.as_tensor(image[None]).float())[0]
+                same.append(int(output.argmax()) == int(target[n]))
+                margins.append(float(output.topk(2).values.diff().abs()))
+            if min(margins) > 0.03:  # its noise of 0.01 could decide the others
+                assert float(found[n]) == pytest.approx(np.mean(same))
+                checked += 1
+    assert checked >= 5
 
 
 def test_sensitivity_is_the_largest_relative_change(coloured):
