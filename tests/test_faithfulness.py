@@ -386,6 +386,17 @@ def test_a_block_stands_for_a_relu_that_it_calls_more_than_once():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:captum")
+def test_a_method_that_refuses_a_net_is_left_out_and_named(monkeypatch, capsys):
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), Bottleneck(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    net = Net("blocks", model, torch.rand(2, 2, 16, 16), torch.arange(2), torch.zeros(1, 2, 1, 1), 1.0)
+    net.layers = problems.activation_layers(model, net.images[:1])
+    monkeypatch.setattr(quantus_metrics, "IS_HERE", False)
+    found, *_ = pixels.measured(net, ["Saliency", "DeepLift"])
+    assert list(found) == ["Saliency"]
+    assert "blocks: left out DeepLift, which does not run" in capsys.readouterr().err
+
+
 # -- the command ----------------------------------------------------------------------------------------------------
 
 

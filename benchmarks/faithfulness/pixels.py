@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -39,6 +40,9 @@ COMPARED = 32
 """Samples on which pixel flipping is run by Quantus too."""
 
 FILLS = ("zero", "mean", "blur")
+REFUSING = ("Captum LRP", "DeepLift")
+"""Methods that refuse layers: the first those it has no rule for, the second those that are called more than once."""
+
 CONTEST = Contest(
     ours=("NRMDefault", "EpsilonPlusFlat, normalized", "EpsilonGammaBox, normalized", "NRMAbsolute"),
     better={
@@ -237,10 +241,10 @@ def measured(
     for name in tqdm(list(only or methods), desc=f"{net.name}: heat maps", leave=False):
         try:
             heat = heat_map(methods[name], model, net.images, net.target)
-        except TypeError as error:
-            if name != "Captum LRP":  # the only one that refuses layers it has no rule for
+        except (TypeError, RuntimeError) as error:
+            if name not in REFUSING:
                 raise
-            tqdm.write(f"{net.name}: left out {name}, which does not run on this net: {error}")
+            print(f"{net.name}: left out {name}, which does not run on this net: {error}", file=sys.stderr)
             continue
         found[name] = flipping(net, heat)
         if quantus_metrics.IS_HERE:
