@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.default_composite import Net, resamples
 from benchmarks.faithfulness import __main__ as command
-from benchmarks.faithfulness import latent, page, pixels, planted, quantus_metrics
+from benchmarks.faithfulness import latent, page, pixels, planted, quantus_metrics, tasks
 from benchmarks.faithfulness import nets as problems
 from benchmarks.faithfulness.__main__ import RESULTS, main
 from benchmarks.faithfulness.metrics import (
@@ -455,6 +455,18 @@ def test_a_part_is_measured_beside_the_results_of_before(monkeypatch, tmp_path):
     assert found["time"] == {"old": 2}  # that of a whole run
     command.measure(command.PARTS, list(problems.NETS), 512, 2, out)
     assert json.loads(out.read_text())["time"]["seconds of processors"] == 3
+
+
+@pytest.mark.slow
+def test_a_net_is_measured_in_a_process_of_its_own_as_it_is_here(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    ((name, found, seconds),) = tasks.run(["latent"], ["digits"], 4, processes=1)
+    assert (name, set(found), set(seconds)) == ("digits", {"latent"}, {"training, digits", "latent, digits"})
+    with same_noise():
+        here = tasks.latent_results(problems.digits_net(4))
+    ours, theirs = (part["methods"]["μ, NRMDefault"] for part in (here, found["latent"]))
+    for key, values in ours.items():
+        assert values == pytest.approx(theirs[key], abs=1e-4)
 
 
 def test_the_page_is_drawn_from_the_committed_results():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,4 +60,4 @@ def test_a_claim_names_a_command_that_exists(claim):
     maker, _, target = claim.command.partition(" ")
     if maker == "make":
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
-    assert find_spec(f"benchmarks.{claim.source}")  # a module, or a package
+    assert importlib.util.find_spec(f"benchmarks.{claim.source}")  # a module, or a package
