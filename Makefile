@@ -75,7 +75,7 @@ special-cases: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp
 	PYTHONPATH=.venv/hosts/crp:.venv/hosts/lxt .venv/bin/python -m benchmarks.special_cases
 
 faithfulness: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/quantus.stamp
-	PYTHONPATH=.venv/hosts/crp:.venv/hosts/quantus .venv/bin/python -m benchmarks.faithfulness
+	PYTHONPATH=.venv/hosts/crp:.venv/hosts/quantus .venv/bin/python -m benchmarks.faithfulness $(ARGS)
 
 # Warnings are errors. Nothing is fetched, neither by the build nor by a page.
 docs: .venv/.docs.stamp

@@ -420,7 +420,7 @@ def test_the_makefile_has_that_target_with_both_packages():
     rule = re.search(r"^faithfulness:(.*)\n\t(.*)", (command.ROOT / "Makefile").read_text(), re.M)
     assert {".venv/hosts/crp.stamp", ".venv/hosts/quantus.stamp"} <= set(rule[1].split())
     assert "PYTHONPATH=.venv/hosts/crp:.venv/hosts/quantus" in rule[2]
-    assert rule[2].endswith("-m benchmarks.faithfulness")
+    assert rule[2].endswith("-m benchmarks.faithfulness $(ARGS)")
 
 
 def test_your_own_net_is_measured_without_them_and_says_what_is_left_out(monkeypatch, tmp_path, pictures, capsys):

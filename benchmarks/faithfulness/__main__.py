@@ -1,7 +1,7 @@
 """Measures attribution methods on trained nets, and writes JSON, page and pictures.
 
 ``make faithfulness`` installs Quantus and zennit-crp and runs ``python -m benchmarks.faithfulness``, which measures
-everything; ``--only latent``, ``planted`` or ``input`` measures a part and leaves the other results as they are;
+everything; ``ARGS="--only latent"``, ``planted`` or ``input`` measures a part and leaves the other results as they are;
 ``--render`` only writes docs/faithfulness.md and its pictures from the results.
 
 With ``--weights FILE --model vgg16 --images FOLDER`` the same is run on a net of torchvision, and printed as JSON; what
