@@ -395,6 +395,14 @@ def test_a_method_that_refuses_a_net_is_left_out_and_named(monkeypatch, capsys):
     found, *_ = pixels.measured(net, ["Saliency", "DeepLift"])
     assert list(found) == ["Saliency"]
     assert "blocks: left out DeepLift, which does not run" in capsys.readouterr().err
+    monkeypatch.setattr(pixels, "explainers", lambda setting: {
+        "endless": lambda model, x, target: x / 0, "NRMDefault": lambda model, x, target: x
+    })  # fmt: skip
+    found, *_ = pixels.measured(net)
+    assert list(found) == ["NRMDefault"]
+    assert "blocks: left out endless" in capsys.readouterr().err
+    found["another"] = {key: values + 1 for key, values in found["NRMDefault"].items()}
+    assert pixels.CONTEST.results(found, resamples(net.group))["best"]["deletion"]["ahead"]["NRMDefault"][0] == 1
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
@@ -474,3 +482,7 @@ def test_the_page_is_drawn_from_the_committed_results():
     assert page.rendered(page.PAGE.read_text(), results) == page.PAGE.read_text()
     assert all(part["samples"] >= 500 for key in ("latent", "input") for part in results[key].values())
     assert results["planted"]["samples"] >= 500
+    for name, net in results["input"].items():
+        left_out = {"Captum LRP"} if "transformer" in name else set()  # it has no rule for a norm
+        assert set(net["methods"]) | left_out == set(pixels.explainers(pixels.Setting.of(small_net()))), name
+        assert set(net["best"]) == set(pixels.CONTEST.better)

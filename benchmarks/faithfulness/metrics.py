@@ -132,8 +132,12 @@ class Contest:
         best = {}
         for key in keys:
             other = self.best_other(found, key)
-            best[key] = {"other": other, "ahead": {one: ahead(one, other, key) for one in self.ours}}
-        pairs = {f"{one} : {other}": {key: ahead(one, other, key) for key in keys} for one, other in self.pairs.items()}
+            best[key] = {"other": other, "ahead": {one: ahead(one, other, key) for one in self.ours if one in found}}
+        pairs = {
+            f"{one} : {other}": {key: ahead(one, other, key) for key in keys}
+            for one, other in self.pairs.items()
+            if {one, other} <= set(found)
+        }
         return {"methods": table, "best": best, "pairs": pairs}
 
     def keys(self, found: Mapping[str, Mapping[str, Any]]) -> list[str]:

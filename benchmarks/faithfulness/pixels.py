@@ -40,9 +40,6 @@ COMPARED = 32
 """Samples on which pixel flipping is run by Quantus too."""
 
 FILLS = ("zero", "mean", "blur")
-REFUSING = ("Captum LRP", "DeepLift")
-"""Methods that refuse layers: the first those it has no rule for, the second those that are called more than once."""
-
 CONTEST = Contest(
     ours=("NRMDefault", "EpsilonPlusFlat, normalized", "EpsilonGammaBox, normalized", "NRMAbsolute"),
     better={
@@ -236,23 +233,38 @@ def measured(
     """
     found: dict[str, dict[str, Tensor]] = {}
     curves: dict[str, list[float]] = {}
+    largest: dict[str, float] = {}
     model = plain_copy(net.model)
     methods = explainers(Setting.of(net))
     for name in tqdm(list(only or methods), desc=f"{net.name}: heat maps", leave=False):
         try:
-            heat = heat_map(methods[name], model, net.images, net.target)
-        except (TypeError, RuntimeError) as error:
-            if name not in REFUSING:
-                raise
+            heat, values = of_method(net, model, methods[name])
+        except (TypeError, RuntimeError, ValueError, AssertionError) as error:
+            # The others stay. Captum's refuse layers they have no rule for or that run twice, Quantus maps of zeros.
             print(f"{net.name}: left out {name}, which does not run on this net: {error}", file=sys.stderr)
             continue
-        found[name] = flipping(net, heat)
+        found[name] = {key: values[key] for key in CONTEST.better if key in values}
         if quantus_metrics.IS_HERE:
-            values = quantus_metrics.measured(question(net, model, methods[name], heat))
-            found[name] |= {key: values[key] for key in quantus_metrics.METRICS}
-            steps = [values[key] for key in values if key not in quantus_metrics.METRICS]
+            steps = [values[key] for key in values if key not in CONTEST.better]
             curves[name] = [round(float(step.mean()), 4) for step in steps]
-    return found, curves, differences(net, heat) if quantus_metrics.IS_HERE else {}
+            largest = differences(net, heat)
+    return found, curves, largest
+
+
+def of_method(net: Net, model: nn.Module, explain: Explainer) -> tuple[Tensor, dict[str, Tensor]]:
+    """Heat maps of a method, and all metrics of them, ``(N,)``.
+
+    Raises:
+        ValueError: Some are not finite.
+    """
+    heat = heat_map(explain, model, net.images, net.target)
+    values = flipping(net, heat)
+    if quantus_metrics.IS_HERE:
+        values |= quantus_metrics.measured(question(net, model, explain, heat))
+    endless = [key for key, value in values.items() if not bool(value.isfinite().all())]
+    if endless:
+        raise ValueError(f"not finite: {', '.join(endless)}")
+    return heat, values
 
 
 def question(net: Net, model: nn.Module, explain: Explainer, heat: Tensor) -> quantus_metrics.Question:
