@@ -233,7 +233,6 @@ def measured(
     """
     found: dict[str, dict[str, Tensor]] = {}
     curves: dict[str, list[float]] = {}
-    largest: dict[str, float] = {}
     model = plain_copy(net.model)
     methods = explainers(Setting.of(net))
     for name in tqdm(list(only or methods), desc=f"{net.name}: heat maps", leave=False):
@@ -247,8 +246,7 @@ def measured(
         if quantus_metrics.IS_HERE:
             steps = [values[key] for key in values if key not in CONTEST.better]
             curves[name] = [round(float(step.mean()), 4) for step in steps]
-            largest = differences(net, heat)
-    return found, curves, largest
+    return found, curves, differences(net, heat) if curves else {}
 
 
 def of_method(net: Net, model: nn.Module, explain: Explainer) -> tuple[Tensor, dict[str, Tensor]]:
