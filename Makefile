@@ -40,7 +40,7 @@ endef
 # Packages that this one works inside of, each with the versions that its pins need, on top of .venv.
 HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric ray transformers transformers4
 
-.PHONY: demo test test-fast test-oldest test-newest test-hosts lint bench special-cases references hugging-face graph-networks docs package \
+.PHONY: demo test test-fast test-oldest test-newest test-hosts lint bench special-cases faithfulness references hugging-face graph-networks docs package \
 	coverage clean
 
 demo: .venv/.stamp
@@ -93,6 +93,9 @@ hugging-face: .venv/.stamp .venv/hosts/transformers.stamp
 
 graph-networks: .venv/.stamp .venv/hosts/torch_geometric.stamp
 	PYTHONPATH=.venv/hosts/torch_geometric .venv/bin/python -m benchmarks.recurrent_and_graphs
+
+faithfulness: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/quantus.stamp
+	PYTHONPATH=.venv/hosts/crp:.venv/hosts/quantus .venv/bin/python -m benchmarks.faithfulness $(ARGS)
 
 # Warnings are errors. Nothing is fetched, neither by the build nor by a page.
 docs: .venv/.docs.stamp

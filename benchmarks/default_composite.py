@@ -123,7 +123,7 @@ class Net:
 
     def __post_init__(self) -> None:
         with torch.no_grad():
-            self.target = self.model(self.images).argmax(1)
+            self.target = torch.cat([self.model(part).argmax(1) for part in torch.split(self.images, CHUNK)])
         self.layers = [name for name, module in self.model.named_modules() if isinstance(module, nn.ReLU)]
 
     @torch.no_grad()

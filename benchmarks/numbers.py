@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.faithfulness.metrics import verdict
+from benchmarks.faithfulness.page import compared
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -41,6 +45,7 @@ class Claim:
         named = {
             "speed": "make bench",
             "special_cases": "make special-cases",
+            "faithfulness": "make faithfulness",
             "references": "make references",
             "hugging_face": "make hugging-face",
             "recurrent_and_graphs": "make graph-networks",
@@ -157,6 +162,22 @@ def mutants(found: Found) -> str:
     return f"{100 * seen / (tried - same):.1f} % of {tried - same}"
 
 
+def verdicts(found: Found) -> str:
+    """The default composite beside the best other method of each metric."""
+    counted = Counter(verdict(best["ahead"][best["default"]]) for *_, best in compared(found))
+    return ", ".join(f"{word} in {counted[word]}" for word in ("better", "even", "worse"))
+
+
+def recovered(one: str, other: str) -> Callable[[Found], str]:
+    """Average precision of planted edges between neighbouring layers."""
+
+    def figure(found: Found) -> str:
+        methods = found["planted"]["questions"]["neighbouring layers"]["methods"]
+        return " : ".join(f"{methods[name]['average precision'][0]:.2f}" for name in (one, other))
+
+    return figure
+
+
 PLAIN = "plain gradient"
 CLAIMS = [
     Claim("All marginals of VGG16 by EpsilonPlus, beside a plain gradient", "speed",
@@ -202,6 +223,12 @@ CLAIMS = [
           "default-composite.md"),
     Claim("the same, EpsilonPlus", "default_composite", flipping("EpsilonPlus"), "default-composite.md"),
     Claim("Mutants of the kernels, events and the measure that a test sees", "mutants", mutants, "mutants.md"),
+    Claim("NRMDefault beside the best other attribution method of each metric", "faithfulness", verdicts,
+          "faithfulness.md"),
+    Claim("Average precision of planted edges: joint relevance by NRMDefault, product of its marginals", "faithfulness",
+          recovered("μ(A & B), NRMDefault", "μ(A) μ(B), NRMDefault"), "faithfulness.md"),
+    Claim("the same by LRP-0: joint relevance, gradient × activation of both ends", "faithfulness",
+          recovered("μ(A & B), LRP-0", "gradient × activation, product"), "faithfulness.md"),
 ]  # fmt: skip
 
 

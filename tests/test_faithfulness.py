@@ -5,26 +5,30 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from captum.attr import InternalInfluence, LayerConductance
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from torch import nn
 
 from benchmarks.default_composite import Net, resamples
-from benchmarks.faithfulness import latent, page, pixels, planted
+from benchmarks.faithfulness import __main__ as command
+from benchmarks.faithfulness import latent, page, pixels, planted, quantus_metrics, tasks
 from benchmarks.faithfulness import nets as problems
 from benchmarks.faithfulness.__main__ import RESULTS, main
 from benchmarks.faithfulness.metrics import (
     Contest,
     area,
+    at_once,
     average_precision,
-    max_sensitivity,
     precision_at,
     rank_correlation,
     ranks,
+    same_noise,
     verdict,
 )
 from nrm_plugin.demo.train import reproducible
@@ -107,22 +111,26 @@ def test_rank_correlation_is_that_of_scipy():
     assert float(rank_correlation(torch.ones(1, 4), torch.randn(1, 4))) == 0
 
 
-def test_max_sensitivity_is_the_largest_relative_change():
-    images, weight = torch.rand(3, 1, 4, 4), torch.rand(4, 4)
+def test_random_numbers_are_the_same_in_each_call_and_none_are_used_up():
+    def drawn():
+        return [*torch.rand(2).tolist(), *np.random.rand(2).tolist()]
 
-    def explain(x):
-        return x.square() * weight
+    torch.manual_seed(7)
+    np.random.seed(7)
+    expected = drawn()
+    torch.manual_seed(7)
+    np.random.seed(7)
+    with same_noise():
+        first = drawn()
+    with same_noise():
+        assert drawn() == first
+    assert drawn() == expected != first
 
-    found = max_sensitivity(explain, images, radius=0.1, tries=3)
-    generator, changes = draw(), []
-    for _ in range(3):
-        noise = (2 * torch.rand(images.shape, generator=generator) - 1) * 0.1
-        assert float(noise.abs().max()) <= 0.1
-        for n in range(3):
-            change = np.linalg.norm((explain(images + noise) - explain(images))[n])
-            changes.append(change / np.linalg.norm(explain(images)[n]))
-    torch.testing.assert_close(found, torch.tensor(np.array(changes).reshape(3, 3).max(0), dtype=torch.float32))
-    assert float(max_sensitivity(torch.ones_like, images, 0.1, 2).max()) == 0
+
+def test_fewer_large_pictures_go_through_a_net_together():
+    assert at_once(torch.zeros(1, 3, 16, 16)) == 128
+    assert at_once(torch.zeros(1, 3, 224, 224)) == 3
+    assert at_once(torch.zeros(1, 3, 2000, 2000)) == 1
 
 
 def test_a_contest_is_with_the_best_other_and_positive_where_we_are_better():
@@ -135,6 +143,9 @@ def test_a_contest_is_with_the_best_other_and_positive_where_we_are_better():
     assert result["best"]["low"]["ahead"]["ours"][0] == pytest.approx(0.1)  # 0.4 - 0.3
     assert result["best"]["low"]["ahead"]["ours"][1:] == pytest.approx([-0.1, 0.3])
     assert result["pairs"]["ours : one"]["high"][0] == pytest.approx(-0.2)
+    for values in found.values():
+        del values["high"]  # as of a package that is not here
+    assert set(contest.results(found, resamples(torch.arange(2)))["methods"]["one"]) == {"low"}
     assert [verdict(v) for v in ([1, 0.5, 2], [1, -1, 2], [-1, -2, -0.1])] == ["better", "even", "worse"]
 
 
@@ -199,6 +210,29 @@ def test_every_method_scores_every_channel_and_gradients_are_finite_differences(
     handle.remove()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:captum")
+def test_layers_that_share_their_passes_are_as_captum_has_each_alone():
+    net = small_net()
+    net.images.mul_(3)
+    for found, method in zip(
+        latent.along_path(net.model, net.layers, net.images, net.target),
+        (LayerConductance, InternalInfluence),
+        strict=True,
+    ):
+        for layer, part in zip(net.layers, found, strict=True):
+            alone = method(net.model, net.model.get_submodule(layer))
+            expected = alone.attribute(net.images, target=net.target, n_steps=latent.STEPS)
+            torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-6)
+    assert not any(module._forward_hooks for module in net.model.modules())
+
+
+def test_the_measure_by_plain_rules_is_gradient_times_activation():
+    net = small_net()
+    found, output = latent.channel_scores(net), net.logit(net.images)[:, None]
+    for ours, other in zip(found["μ, LRP-0"], found["gradient × activation"], strict=True):
+        torch.testing.assert_close(ours * output, other, rtol=1e-3, atol=1e-5)
+
+
 def small_logit(net, handle):
     hooks = net.model[1]._forward_hooks
     hook = hooks.pop(handle.id)
@@ -212,9 +246,12 @@ def small_logit(net, handle):
 def test_every_explainer_makes_a_map_and_leaves_the_net_alone():
     net = small_net()
     before = {key: value.clone() for key, value in net.model.state_dict().items()}
-    found = pixels.measured(net)
+    found, curves, differences = pixels.measured(net)
     assert set(found) == set(pixels.explainers(pixels.Setting.of(net)))
-    assert all(set(values) == set(pixels.CONTEST.better) for values in found.values())
+    absent = set() if quantus_metrics.IS_HERE else set(quantus_metrics.METRICS)
+    assert all(set(values) == set(pixels.CONTEST.better) - absent for values in found.values())
+    assert set(curves) == (set(found) if quantus_metrics.IS_HERE else set())
+    assert bool(differences) == quantus_metrics.IS_HERE
     assert all(bool(value.isfinite().all()) for values in found.values() for value in values.values())
     assert all(torch.equal(value, before[key]) for key, value in net.model.state_dict().items())
     assert not any(module._forward_hooks or module._backward_hooks for module in net.model.modules())
@@ -281,8 +318,8 @@ def test_products_and_joints_are_laid_out_alike():
     found = planted.edge_scores(net, images, target, pairs)
     assert {values.shape for values in found.values()} == {(2, 2 * 24 * 24)}
     across = torch.cat([(streams[u][:, None] != streams[low][None]).flatten() for u, low in pairs])
-    absolute = ("μ(A & B), EpsilonPlus", "μ(A & B), NRMAbsolute")  # the default hands what ε takes to all inputs
-    for name in (*absolute, *planted.PLAIN, "norm of the weights"):
+    alone = [f"μ(A & B), {name}" for name in planted.JOINTS if name != "NRMDefault"]  # it hands what ε takes to all
+    for name in (*alone, "norm of the weights"):
         assert float(found[name][:, across].max()) < 1e-6 < float(found[name].max())  # no weight, no relevance
     assert float(found["μ(A) μ(B), NRMDefault"][:, across].max()) > 1e-3
 
@@ -332,8 +369,122 @@ def test_weights_that_do_not_fit_and_a_folder_without_pictures_are_named(monkeyp
         problems.own_net("vgg16", tmp_path / "weights.pth", tmp_path / "empty", 5)
 
 
+class Bottleneck(nn.Module):
+    """One ReLU for all, as torchvision's ResNet has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.relu = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 2, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.second(self.relu(self.first(x)))
+        out += x
+        return self.relu(out)
+
+
+def test_a_block_stands_for_a_relu_that_it_calls_more_than_once():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Sequential(Bottleneck(), Bottleneck()), nn.ReLU())
+    assert problems.activation_layers(model, torch.rand(1, 2, 4, 4)) == ["1", "2.0", "2.1", "3"]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:captum")
+def test_a_method_that_refuses_a_net_is_left_out_and_named(monkeypatch, capsys):
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), Bottleneck(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    net = Net("blocks", model, torch.rand(2, 2, 16, 16), torch.arange(2), torch.zeros(1, 2, 1, 1), 1.0)
+    net.layers = problems.activation_layers(model, net.images[:1])
+    monkeypatch.setattr(quantus_metrics, "IS_HERE", False)
+    found, *_ = pixels.measured(net, ["Saliency", "DeepLift"])
+    assert list(found) == ["Saliency"]
+    assert "blocks: left out DeepLift, which does not run" in capsys.readouterr().err
+    monkeypatch.setattr(pixels, "explainers", lambda setting: {
+        "endless": lambda model, x, target: x / 0, "NRMDefault": lambda model, x, target: x
+    })  # fmt: skip
+    found, *_ = pixels.measured(net)
+    assert list(found) == ["NRMDefault"]
+    assert "blocks: left out endless" in capsys.readouterr().err
+    found["another"] = {key: values + 1 for key, values in found["NRMDefault"].items()}
+    assert pixels.CONTEST.results(found, resamples(net.group))["best"]["deletion"]["ahead"]["NRMDefault"][0] == 1
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def without(monkeypatch):
+    monkeypatch.setattr(quantus_metrics, "IS_HERE", False)
+    monkeypatch.setattr(latent, "HAS_CRP", False)
+
+
+def test_without_its_packages_the_command_names_what_installs_them_and_keeps_results(monkeypatch, tmp_path, capsys):
+    without(monkeypatch)
+    out = tmp_path / "found.json"
+    out.write_text('{"latent": {}}')
+    with pytest.raises(SystemExit):
+        main(["--out", str(out)])
+    message = capsys.readouterr().err
+    assert all(word in message for word in ("Quantus and zennit-crp", "make faithfulness", "--render"))
+    assert out.read_text() == '{"latent": {}}'
+
+
+def test_the_makefile_has_that_target_with_both_packages():
+    rule = re.search(r"^faithfulness:(.*)\n\t(.*)", (command.ROOT / "Makefile").read_text(), re.M)
+    assert {".venv/hosts/crp.stamp", ".venv/hosts/quantus.stamp"} <= set(rule[1].split())
+    assert "PYTHONPATH=.venv/hosts/crp:.venv/hosts/quantus" in rule[2]
+    assert rule[2].endswith("-m benchmarks.faithfulness $(ARGS)")
+
+
+def test_your_own_net_is_measured_without_them_and_says_what_is_left_out(monkeypatch, tmp_path, pictures, capsys):
+    without(monkeypatch)
+    monkeypatch.setattr(problems.torchvision.models, "get_model", narrow)
+    torch.save(narrow("vgg16", num_classes=7).state_dict(), tmp_path / "weights.pth")
+    main(["--weights", str(tmp_path / "weights.pth"), "--images", str(pictures), "--only", "input"])
+    shown = capsys.readouterr()
+    assert "Quantus is not installed; what needs it is left out." in shown.err
+    found = json.loads(shown.out)["input"]
+    assert set(found["methods"]["NRMDefault"]) == set(pixels.CONTEST.better) - set(quantus_metrics.METRICS)
+
+
+def test_a_part_is_measured_beside_the_results_of_before(monkeypatch, tmp_path):
+    """Results of nets come in any order and are stored in that of the code."""
+    done = [
+        ("shapes, residual", {"latent": {"new": 1}}, {"latent, shapes, residual": [2, 1]}),
+        ("digits", {"latent": {"new": 2}}, {"latent, digits": [3, 2]}),
+    ]
+    monkeypatch.setattr(command, "run", lambda *asked: iter(done))
+    monkeypatch.setattr(command, "version", lambda name: "0")
+    out = tmp_path / "found.json"
+    out.write_text(
+        json.dumps({"planted": {"old": 0}, "latent": {"shapes, transformer": {"old": 1}}, "time": {"old": 2}})
+    )
+    command.measure(["latent"], ["digits", "shapes, residual"], 512, 2, out)
+    found = json.loads(out.read_text())
+    assert list(found["latent"].items()) == [
+        ("digits", {"new": 2}), ("shapes, residual", {"new": 1}), ("shapes, transformer", {"old": 1})
+    ]  # fmt: skip
+    assert found["planted"] == {"old": 0}
+    assert found["time"] == {"old": 2}  # that of a whole run
+    command.measure(command.PARTS, list(problems.NETS), 512, 2, out)
+    assert json.loads(out.read_text())["time"]["seconds of processors"] == 3
+
+
+@pytest.mark.slow
+def test_a_net_is_measured_in_a_process_of_its_own_as_it_is_here(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    ((name, found, seconds),) = tasks.run(["latent"], ["digits"], 4, processes=1)
+    assert (name, set(found), set(seconds)) == ("digits", {"latent"}, {"training, digits", "latent, digits"})
+    with same_noise():
+        here = tasks.latent_results(problems.digits_net(4))
+    ours, theirs = (part["methods"]["μ, NRMDefault"] for part in (here, found["latent"]))
+    for key, values in ours.items():
+        assert values == pytest.approx(theirs[key], abs=1e-4)
+
+
 def test_the_page_is_drawn_from_the_committed_results():
     results = json.loads(RESULTS.read_text())
     assert page.rendered(page.PAGE.read_text(), results) == page.PAGE.read_text()
     assert all(part["samples"] >= 500 for key in ("latent", "input") for part in results[key].values())
     assert results["planted"]["samples"] >= 500
+    for name, net in results["input"].items():
+        left_out = {"Captum LRP"} if "transformer" in name else set()  # it has no rule for a norm
+        assert set(net["methods"]) | left_out == set(pixels.explainers(pixels.Setting.of(small_net()))), name
+        assert set(net["best"]) == set(pixels.CONTEST.better)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 
+import numpy as np
 import torch
-from captum.attr import InternalInfluence, LayerConductance
 from torch import Tensor, nn
 from tqdm import tqdm
-from zennit.composites import EpsilonGammaBox, EpsilonPlus
+from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, LayerMapComposite, layer_map_base
 from zennit.core import Composite
+from zennit.rules import Epsilon
+from zennit.types import Linear
 
-from benchmarks.default_composite import CHUNK, Net, logit_drops
-from benchmarks.faithfulness.metrics import Contest, area, ranks
-from nrm_plugin import NRMAbsolute, NRMDefault, RelevanceMeasure, ablation, activations
+from benchmarks.default_composite import Net, logit_drops
+from benchmarks.faithfulness.metrics import Contest, area, at_once, ranks
+from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, ablation, activations
 
 SHARES = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1)
 STEPS = 12
@@ -23,14 +26,30 @@ DROPS = "one channel ablated"
 LARGEST = 1000
 """Channels up to which each of them is ablated alone."""
 
-OURS = ("μ, NRMDefault", "μ, EpsilonPlus", "μ, EpsilonGammaBox", "μ, NRMAbsolute")
+CRP = "zennit-crp, EpsilonPlusFlat"
+HAS_CRP = find_spec("crp") is not None
+OURS = ("μ, NRMDefault", "μ, EpsilonPlus", "μ, EpsilonGammaBox", "μ, NRMAbsolute", "μ, LRP-0")
 ORDERS = {"logit, most first": -1, "logit, least first": 1, "same, most first": -1, "same, least first": 1}
 CONTEST = Contest(
     ours=(*OURS, "|μ|, NRMDefault"),
     better={f"{key}, {fill}": sign for fill in FILLS for key, sign in ORDERS.items()},
     apart=("chance", DROPS),
-    pairs={"μ, EpsilonPlus": "LRP EpsilonPlus", "μ, EpsilonGammaBox": "LRP EpsilonGammaBox"},
+    pairs={
+        "μ, EpsilonPlus": "LRP EpsilonPlus",
+        "μ, EpsilonGammaBox": "LRP EpsilonGammaBox",
+        "μ, LRP-0": "gradient × activation",
+    },
 )
+
+
+def plain_rules() -> Composite:
+    """LRP-0, in a net of ReLUs gradient × activation."""
+    return LayerMapComposite([*layer_map_base(), (Linear, Epsilon(epsilon=1e-6))])
+
+
+def gradient_rules() -> Composite:
+    """The same, and relevance that no rule hands down is not shared out."""
+    return Normalized(plain_rules(), residual="sink")
 
 
 def by_channel(values: Tensor) -> Tensor:
@@ -40,13 +59,21 @@ def by_channel(values: Tensor) -> Tensor:
 
 def chunks(net: Net) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and targets, some at once."""
-    yield from zip(torch.split(net.images, CHUNK), torch.split(net.target, CHUNK), strict=True)
+    size = at_once(net.images)
+    yield from zip(torch.split(net.images, size), torch.split(net.target, size), strict=True)
 
 
 def gradients(
     model: nn.Module, layers: list[str], images: Tensor, target: Tensor, composite: Composite | None = None
 ) -> list[Tensor]:
     """Gradient of the target logit at each layer; in the context of a composite, Zennit's relevance there."""
+    return values_and_gradients(model, layers, images, target, composite)[1]
+
+
+def values_and_gradients(
+    model: nn.Module, layers: list[str], images: Tensor, target: Tensor, composite: Composite | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Activations of each layer, and what :func:`gradients` says."""
     kept: dict[str, Tensor] = {}
     with ExitStack() as stack:
         if composite is not None:
@@ -60,7 +87,43 @@ def gradients(
         output = model(images.clone().requires_grad_())
         logit = output.detach().gather(1, target[:, None])
         start = torch.zeros_like(output).scatter(1, target[:, None], logit if composite else torch.ones_like(logit))
-        return list(torch.autograd.grad(output, [kept[layer] for layer in layers], start))
+        values = [kept[layer] for layer in layers]
+        return [value.detach() for value in values], list(torch.autograd.grad(output, values, start))
+
+
+def along_path(
+    model: nn.Module, layers: list[str], images: Tensor, target: Tensor, steps: int = STEPS
+) -> tuple[list[Tensor], list[Tensor]]:
+    """LayerConductance and InternalInfluence of all layers from the same passes, which Captum runs for each layer.
+
+    Both as Captum has them: by Gauss-Legendre steps on the way from zero to the images, of conductance one more.
+    """
+    conductance, influence = [torch.zeros(())] * len(layers), [torch.zeros(())] * len(layers)
+    places, weights = np.polynomial.legendre.leggauss(steps)
+    for place, weight in zip((1 + places) / 2, weights / 2, strict=True):
+        slopes = gradients(model, layers, images * float(place), target)
+        influence = [total + float(weight) * slope for total, slope in zip(influence, slopes, strict=True)]
+    before: list[tuple[Tensor, Tensor]] = []
+    for place in (1 + np.polynomial.legendre.leggauss(steps + 1)[0]) / 2:
+        found = list(zip(*values_and_gradients(model, layers, images * float(place), target), strict=True))
+        if before:
+            conductance = [
+                total + (after - value) * slope
+                for total, (value, slope), (after, _) in zip(conductance, before, found, strict=True)
+            ]
+        before = found
+    return conductance, influence
+
+
+def concept_relevance(model: nn.Module, layers: list[str], images: Tensor, target: Tensor) -> list[Tensor]:
+    """Relevance of channels as zennit-crp has it, ``(N, C)`` for each layer, in units of the layer's sum."""
+    from crp.attribution import CondAttribution
+    from crp.concepts import ChannelConcept
+
+    conditions = [{"y": [int(label)]} for label in target]
+    leaf = images.clone().requires_grad_()
+    found = CondAttribution(model)(leaf, conditions, EpsilonPlusFlat(), record_layer=layers).relevances
+    return [ChannelConcept().attribute(found[layer]) for layer in layers]
 
 
 def channel_scores(net: Net) -> dict[str, list[Tensor]]:
@@ -74,7 +137,7 @@ def channel_scores(net: Net) -> dict[str, list[Tensor]]:
     low, high = net.images.amin((0, 2, 3), keepdim=True), net.images.amax((0, 2, 3), keepdim=True)
     plain = {"LRP EpsilonPlus": EpsilonPlus(), "LRP EpsilonGammaBox": EpsilonGammaBox(low, high)}
     for images, target in tqdm(list(chunks(net)), desc=f"{net.name}: channel scores", leave=False):
-        for name, composite in zip(OURS, (NRMDefault(), *plain.values(), NRMAbsolute()), strict=True):
+        for name, composite in zip(OURS, (NRMDefault(), *plain.values(), NRMAbsolute(), gradient_rules()), strict=True):
             maps = RelevanceMeasure(model, images, target, composite=composite).marginal(layers)
             note(name, [maps[layer] for layer in layers])
         values = activations(model, images, layers)
@@ -83,9 +146,11 @@ def channel_scores(net: Net) -> dict[str, list[Tensor]]:
         note("gradient × activation", [values[layer] * g for layer, g in zip(layers, slopes, strict=True)])
         for name, composite in plain.items():
             note(name, gradients(model, layers, images, target, composite))
-        for name, method in (("LayerConductance", LayerConductance), ("InternalInfluence", InternalInfluence)):
-            parts = [method(model, model.get_submodule(layer)) for layer in layers]
-            note(name, [part.attribute(images, target=target, n_steps=STEPS) for part in parts])
+        if HAS_CRP:
+            note(CRP, concept_relevance(model, layers, images, target))
+        conductance, influence = along_path(model, layers, images, target)
+        note("LayerConductance", conductance)
+        note("InternalInfluence", influence)
     return {name: [torch.cat(parts) for parts in zip(*batches, strict=True)] for name, batches in found.items()}
 
 
@@ -97,7 +162,7 @@ def rescaled(parts: list[Tensor]) -> list[Tensor]:
 def all_scores(net: Net) -> dict[str, Tensor]:
     """Scores of all channels side by side, ``(N, K)``, with the variants that rescale each layer."""
     found = channel_scores(net)
-    for name in [name for name in found if name not in OURS]:
+    for name in [name for name in found if name not in (*OURS, CRP)]:
         found[f"{name}, layers rescaled"] = rescaled(found[name])
     scores = {name: torch.cat(parts, 1) for name, parts in found.items()}
     scores["|μ|, NRMDefault"] = scores["μ, NRMDefault"].abs()
@@ -126,7 +191,10 @@ def flipped(net: Net, scores: Tensor, most_first: bool, fill: str, means: dict[s
         kept = torch.split(order >= round(share * sum(counts)), counts, 1)
         outputs = []
         for number, (images, _) in enumerate(chunks(net)):
-            masks = {layer: torch.split(mask, CHUNK)[number] for layer, mask in zip(net.layers, kept, strict=True)}
+            masks = {
+                layer: torch.split(mask, at_once(net.images))[number]
+                for layer, mask in zip(net.layers, kept, strict=True)
+            }
             with ablation(net.model, masks, fill, means):  # type: ignore[arg-type]
                 outputs.append(net.model(images))
         output = torch.cat(outputs)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.default_composite import interval
+from benchmarks.default_composite import CHUNK, interval
+
+
+def at_once(images: Tensor) -> int:
+    """How many samples of this size go through a net together."""
+    return max(1, min(CHUNK, 500_000 // images[0].numel()))
 
 
 def ranks(scores: Tensor, most_first: bool) -> Tensor:
@@ -70,16 +77,17 @@ def _mean_ranks(values: Tensor) -> Tensor:
     return (below + through).double() / 2 - values.shape[1] / 2
 
 
-def max_sensitivity(explain: Callable[[Tensor], Tensor], images: Tensor, radius: float, tries: int) -> Tensor:
-    """Largest relative change of an explanation under uniform noise of the input, in the 2-norm, ``(N,)``."""
-    draw = torch.Generator().manual_seed(0)
-    before = explain(images).flatten(1)
-    found = torch.zeros(len(images))
-    for _ in range(tries):
-        noise = (2 * torch.rand(images.shape, generator=draw) - 1) * radius
-        change = (explain(images + noise).flatten(1) - before).norm(dim=1) / before.norm(dim=1).clamp(min=1e-12)
-        found = torch.maximum(found, change)
-    return found
+@contextmanager
+def same_noise() -> Iterator[None]:
+    """Random numbers of PyTorch and NumPy from one seed, and afterwards as if none had been drawn."""
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        np.random.set_state(state)
 
 
 # -- intervals ------------------------------------------------------------------------------------------------------
@@ -90,7 +98,7 @@ Found = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Contest:
-    """Who is compared with whom, by what.
+    """Who is compared with whom, by what; metrics that were not measured are left out.
 
     Args:
         ours: Methods of this package.
@@ -119,18 +127,22 @@ class Contest:
         def ahead(one: str, other: str, key: str) -> list[float]:
             return interval(self.better[key] * (found[one][key] - found[other][key]).float(), weights)
 
-        table = {
-            name: {key: interval(values[key].float(), weights) for key in self.better} for name, values in found.items()
-        }
+        keys = self.keys(found)
+        table = {name: {key: interval(values[key].float(), weights) for key in keys} for name, values in found.items()}
         best = {}
-        for key in self.better:
+        for key in keys:
             other = self.best_other(found, key)
-            best[key] = {"other": other, "ahead": {one: ahead(one, other, key) for one in self.ours}}
+            best[key] = {"other": other, "ahead": {one: ahead(one, other, key) for one in self.ours if one in found}}
         pairs = {
-            f"{one} : {other}": {key: ahead(one, other, key) for key in self.better}
+            f"{one} : {other}": {key: ahead(one, other, key) for key in keys}
             for one, other in self.pairs.items()
+            if {one, other} <= set(found)
         }
         return {"methods": table, "best": best, "pairs": pairs}
+
+    def keys(self, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Metrics that were measured, in their order."""
+        return [key for key in self.better if all(key in values for values in found.values())]
 
     def best_other(self, found: Found, key: str) -> str:
         """The best method that is not ours, by the mean of a metric."""

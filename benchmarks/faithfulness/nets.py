@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -130,4 +131,24 @@ def own_net(name: str, weights: Path, folder: Path, samples: int) -> Net:
         raise ValueError(f"there is no picture in {folder}; put .jpg, .png or .webp files there.")
     images = torch.cat([load_picture(path).tensor for path in files[:samples]])
     # Zero is the mean of pictures that were normalized. Which labels these pictures have is not known here.
-    return Net(name, model.float().eval(), images, torch.arange(len(images)), torch.zeros(1, 3, 1, 1), float("nan"))
+    net = Net(name, model.float().eval(), images, torch.arange(len(images)), torch.zeros(1, 3, 1, 1), float("nan"))
+    net.layers = activation_layers(net.model, images[:1])
+    return net
+
+
+@torch.no_grad()
+def activation_layers(model: nn.Module, images: Tensor) -> list[str]:
+    """Every ReLU; of one that is called more than once, the module that it is in, as the blocks of ResNet are."""
+    calls: list[str] = []
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name:
+
+                def note(module: nn.Module, args: object, output: object, name: str = name) -> None:
+                    calls.append(name)
+
+                stack.callback(module.register_forward_hook(note).remove)
+        model(images)
+    relus = {name for name, module in model.named_modules() if isinstance(module, nn.ReLU)}
+    layers = [name if calls.count(name) == 1 else name.rpartition(".")[0] for name in calls if name in relus]
+    return list(dict.fromkeys(layers))

@@ -28,6 +28,18 @@ DRAWN = {
     latent.DROPS: "0.3",
     "chance": "0.7",
 }
+CASCADES = {
+    "NRMDefault": "C3",
+    "EpsilonPlusFlat, normalized": "C1",
+    "EpsilonGammaBox, normalized": "C4",
+    "NRMAbsolute": "C5",
+    "Zennit EpsilonPlusFlat": "C0",
+    "InputXGradient": "C2",
+    "GradCAM": "0.5",
+}
+FLIPS = ("logit", "same", "deletion", "insertion", "ROAD")
+"""How the metrics begin that take something away."""
+
 Results = dict[str, Any]
 
 
@@ -40,6 +52,8 @@ def render(results: Results) -> None:
 def rendered(text: str, results: Results) -> str:
     """The page with the tables of these results."""
     tables = {
+        "counts": counts(results),
+        "choices": choices(results),
         "verdicts": verdicts(results),
         "places of channels": standings(results["latent"], latent.CONTEST),
         "places of pixels": standings(results["input"], pixels.CONTEST),
@@ -47,6 +61,7 @@ def rendered(text: str, results: Results) -> str:
         "planted": planted_tables(results["planted"]),
         "input": "\n".join(methods(name, net, pixels.CONTEST) for name, net in results["input"].items()),
         "pairs": pairs(results),
+        "agreement": agreement(results),
         "where": where(results),
     }
     for name, table in tables.items():
@@ -68,27 +83,105 @@ def contests(results: Results) -> Iterator[tuple[str, str, Contest, Results]]:
         ), found  # fmt: skip
 
 
-def verdicts(results: Results) -> str:
-    """The default composite against the best other method of each metric."""
-    lines, counted = [], Counter[str]()
+def compared(results: Results) -> Iterator[tuple[str, str, Contest, str, Results]]:
+    """Of what, net, who competed, metric, and how it ended, for each metric."""
+    kinds = {"latent": "channels", "input": "pixels", "planted": "edges"}
     for part, name, contest, found in contests(results):
         for key in contest.better:
-            best = found["best"][key]
-            ahead = best["ahead"][DEFAULTS[part]]
-            word = verdict(ahead)
-            counted[word] += 1
-            kind = "channels" if part == "latent" else "pixels" if part == "input" else "edges"
-            lines.append([kind, name, key + _arrow(contest, key), best["other"], _signed(ahead), _loud(word)])
-    header = ["of", "net", "metric", "best other", "NRMDefault is ahead by", ""]
-    total = sum(counted.values())
-    counts = ", ".join(f"{word} in {counted[word]}" for word in ("better", "even", "worse"))
-    head = f"Of {total} comparisons: {counts}."
-    return head + "\n\n" + markdown(header, lines)
+            yield kinds[part], name, contest, key, {**found["best"][key], "default": DEFAULTS[part]}
+
+
+def counts(results: Results) -> str:
+    """How often the default composite is better, even and worse than the best other method of a metric."""
+    counted: dict[str, Counter[str]] = {}
+    for kind, name, _, _, best in compared(results):
+        group = f"{kind}, transformer" if "transformer" in name else f"{kind}, other nets" if kind != "edges" else kind
+        counted.setdefault(group, Counter())[verdict(best["ahead"][best["default"]])] += 1
+    counted["all"] = sum(counted.values(), Counter())
+    words = ("better", "even", "worse")
+    lines = [[group, *(str(found[word]) for word in words)] for group, found in sorted(counted.items(), key=_all_last)]
+    return markdown(["of", *words], lines)
+
+
+def _all_last(row: tuple[str, Any]) -> tuple[bool, str]:
+    return row[0] == "all", row[0]
+
+
+def verdicts(results: Results) -> str:
+    """The default composite against the best other method of each metric."""
+    lines = []
+    for kind, name, contest, key, best in compared(results):
+        ahead = best["ahead"][best["default"]]
+        word = _loud(verdict(ahead))
+        lines.append([kind, name, key + _arrow(contest, key), best["other"], _signed(ahead), word])
+    return markdown(["of", "net", "metric", "best other", "NRMDefault is ahead by", ""], lines)
+
+
+COMPOSITES = {
+    "NRMDefault": ("μ, NRMDefault", "μ(A & B), NRMDefault", "NRMDefault"),
+    "EpsilonGammaBox": ("μ, EpsilonGammaBox", "", "EpsilonGammaBox, normalized"),
+    "EpsilonPlus(Flat)": ("μ, EpsilonPlus", "μ(A & B), EpsilonPlus", "EpsilonPlusFlat, normalized"),
+    "NRMAbsolute": ("μ, NRMAbsolute", "μ(A & B), NRMAbsolute", "NRMAbsolute"),
+    "LRP-0, sink": ("μ, LRP-0", "μ(A & B), LRP-0", ""),
+}
+"""What each is called among channels, edges and pixels."""
+
+
+def choices(results: Results) -> str:
+    """By question, the mean place of each of our composites among all methods, and the best other method."""
+    lines = []
+    for question, asked in questions(results).items():
+        places: dict[str, list[float]] = {}
+        for found, contest, keys in asked:
+            for name in found:
+                place = None if name in contest.apart else _mean_place(name, found, contest, keys)
+                if place is not None:
+                    places.setdefault(name, []).append(place)
+        means = {name: sum(row) / len(row) for name, row in places.items() if len(row) == len(asked)}
+        ours = [next((means[name] for name in names if name in means), None) for names in COMPOSITES.values()]
+        least = min(place for place in ours if place is not None)
+        cells = ["" if one is None else f"**{one:.1f}**" if one == least else f"{one:.1f}" for one in ours]
+        other = min((name for name in means if name not in asked[0][1].ours), key=means.__getitem__)
+        lines.append([question, *cells, f"{other}: {means[other]:.1f}", str(len(means))])
+    return markdown(["question", *COMPOSITES, "best other", "methods"], lines)
+
+
+def questions(results: Results) -> dict[str, list[tuple[Results, Contest, list[str]]]]:
+    """Methods with their values, who competed, and the metrics, of each net that a question is about."""
+
+    def nets(
+        part: str, contest: Contest, keys: list[str], transformer: bool
+    ) -> list[tuple[Results, Contest, list[str]]]:
+        found = results[part]
+        return [
+            (net["methods"], contest, keys) for name, net in found.items() if ("transformer" in name) == transformer
+        ]
+
+    channels = list(latent.CONTEST.better)
+    zeroed = [key for key in channels if key.endswith("zero")]
+    flips = [key for key in pixels.CONTEST.better if key.startswith(FLIPS)]
+    planted_channels, *edges = results["planted"]["questions"].values()
+    both = {
+        "Does the picture change little under noise?": ["sensitivity"],
+        "Does it change with the output that is explained?": ["random logit"],
+        "Does it change with the parameters?": ["cascade, area"],
+    }
+    return {
+        "Which edges carry?": [(found["methods"], planted.EDGES, list(planted.BETTER)) for found in edges],
+        "Which channels were planted?": [(planted_channels["methods"], planted.CHANNELS, list(planted.BETTER))],
+        "Which channels are needed, set to zero? Convolutional nets": nets("latent", latent.CONTEST, zeroed, False),
+        "Which are needed, transformer": nets("latent", latent.CONTEST, zeroed, True),
+        "Which pixels are needed? Convolutional nets": nets("input", pixels.CONTEST, flips, False),
+        "Which pixels are needed, transformer": nets("input", pixels.CONTEST, flips, True),
+    } | {
+        question: [part for transformer in (False, True) for part in nets("input", pixels.CONTEST, keys, transformer)]
+        for question, keys in both.items()
+    }  # fmt: skip
 
 
 def standings(nets: Results, contest: Contest) -> str:
     """Mean place of every method over the flipping metrics of each net, 1 for the best; the best on average first."""
-    keys = [key for key in contest.better if key.startswith(("logit", "same", "deletion", "insertion"))]
+    keys = [key for key in contest.better if key.startswith(FLIPS)]
     places: dict[str, list[float | None]] = {}
     names = dict.fromkeys(name for net in nets.values() for name in net["methods"] if name not in contest.apart)
     for name in names:
@@ -159,12 +252,28 @@ def pairs(results: Results) -> str:
 def where(results: Results) -> str:
     """Versions, machine, settings."""
     place, settings = results["environment"], results["settings"]
-    named = ", ".join(f"{name} {place[name]}" for name in ("python", "torch", "torchvision", "zennit", "captum"))
-    seconds = ", ".join(f"{value} s ({part})" for part, value in results["seconds"].items())
+    packages = ("python", "torch", "torchvision", "zennit", "captum", "quantus", "zennit-crp")
+    named = ", ".join(f"{name} {place[name]}" for name in packages)
+    spent = results["time"]
+    parts = "; ".join(
+        f"{key}: {clock} s, {own} s" for key, (clock, own) in spent["seconds of clock and processor"].items()
+    )
     return (
         f"{settings['samples']} samples for each net, seed {settings['seed']}, {settings['resamples']} bootstrap "
-        f"resamples; {named}; {place['threads']} thread of {place['processor']}. On a machine with other work "
-        f"the parts took {seconds}.\n"
+        f"resamples; {named}; {place['processes']} processes of one thread each, on {place['processor']}. The whole "
+        f"command took {spent['seconds']} s of the clock and {spent['seconds of processors']} s of processors, beside "
+        f"other work: the load was {spent['load before']} before and {spent['load after']} after. Seconds of the clock "
+        f"and of the processor: {parts}.\n"
+    )
+
+
+def agreement(results: Results) -> str:
+    """Pixel flipping here and in Quantus."""
+    found = [net["differences to Quantus"] for net in results["input"].values()]
+    logit, softmax = (max(net[key] for net in found) for key in ("logit", "softmax"))
+    return (
+        f"Pixel flipping runs here, and by Quantus on the first {pixels.COMPARED} samples of each net: the largest "
+        f"difference of a curve is {logit:.0e} in logits and {softmax:.0e} in softmax outputs.\n"
     )
 
 
@@ -231,7 +340,7 @@ def draw(results: Results) -> None:
         names = sorted(found["methods"], key=lambda one: found["methods"][one]["average precision"][0])
         for height, name in enumerate(names):
             mean, low, high = found["methods"][name]["average precision"]
-            colour = "C3" if name in contest.ours else "C1" if name in planted.PLAIN else "0.6"
+            colour = "C3" if name in contest.ours else "C1" if name in planted.CONCEPTS else "0.6"
             axis.barh(height, mean, xerr=[[mean - low], [high - mean]], color=colour)
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set_title(question, fontsize=9)
@@ -240,19 +349,25 @@ def draw(results: Results) -> None:
     save(figure, "faithfulness_paths", dpi=75)
 
     nets = results["input"]
-    keys = ("logit, most first, zero", "logit, least first, blur", "sensitivity")
-    figure, grid = pyplot.subplots(len(nets), 3, figsize=(13, 3.1 * len(nets)), squeeze=False, layout="constrained")
+    keys = ("logit, most first, zero", "ROAD, least first", "sensitivity")
+    figure, grid = pyplot.subplots(len(nets), 4, figsize=(13, 3.2 * len(nets)), squeeze=False, layout="constrained")
     for axes, (name, net) in zip(grid, nets.items(), strict=True):
         names = list(net["methods"])[::-1]
-        for axis, key in zip(axes, keys, strict=True):
+        for axis, key in zip(axes, keys, strict=False):
             for height, method in enumerate(names):
                 mean, low, high = net["methods"][method][key]
                 colour = "C3" if method in pixels.CONTEST.ours else "0.3"
                 axis.errorbar(mean, height, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], fmt=".", color=colour)
-            axis.set_title(f"{name}: {key}{_arrow(pixels.CONTEST, key)}", fontsize=9)
+            axis.set_title(key + _arrow(pixels.CONTEST, key), fontsize=9)
             axis.set_yticks(range(len(names)), names if axis is axes[0] else [], fontsize=7)
             axis.grid(axis="x", color="0.9")
-            if key == "sensitivity":
-                axis.set_xscale("symlog", linthresh=0.1)
-                axis.set_xlim(-0.05, 5)  # maps that are zero all over are beyond
-    save(figure, "faithfulness_pixels", dpi=62)
+        for method, colour in CASCADES.items():
+            curve = net["cascades"][method]
+            axes[3].plot([step / (len(curve) - 1) for step in range(len(curve))], curve, label=method, color=colour)
+        axes[0].set_ylabel(name, fontsize=9)
+        axes[3].set_title("likeness to before, new parameters ↓", fontsize=9)
+        axes[3].set_xlabel("share of the steps, from the last layer down", fontsize=8)
+        axes[3].set_ylim(0, 1.02)
+    handles, labels = grid[0][3].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(CASCADES), fontsize=8)
+    save(figure, "faithfulness_pixels", dpi=68)

@@ -1,8 +1,9 @@
-"""Input level: pixel flipping, deletion and insertion, sensitivity to noise, and to the parameters of the net."""
+"""Input level: pixel flipping, deletion and insertion; what Quantus has besides is in ``quantus_metrics``."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -26,15 +27,18 @@ from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from zennit.core import Composite
 from zennit.layer import Sum
 
-from benchmarks.default_composite import CHUNK, Net
-from benchmarks.faithfulness.metrics import Contest, area, max_sensitivity, rank_correlation, ranks
+from benchmarks.default_composite import Net
+from benchmarks.faithfulness import quantus_metrics
+from benchmarks.faithfulness.metrics import Contest, area, at_once, ranks, same_noise
 from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure
-from nrm_plugin.demo.train import reproducible
 
 GRID, AT_ONCE = 8, 8
 """Patches along each side of an image, and how many go between two forward passes."""
 
-RADIUS, TRIES, STEPS, BASELINES = 0.05, 3, 24, 16
+STEPS, BASELINES = 24, 16
+COMPARED = 32
+"""Samples on which pixel flipping is run by Quantus too."""
+
 FILLS = ("zero", "mean", "blur")
 CONTEST = Contest(
     ours=("NRMDefault", "EpsilonPlusFlat, normalized", "EpsilonGammaBox, normalized", "NRMAbsolute"),
@@ -46,9 +50,7 @@ CONTEST = Contest(
         },
         "deletion": -1,
         "insertion": 1,
-        "sensitivity": -1,
-        "kept under a new last layer": -1,
-        "kept under new parameters": -1,
+        **quantus_metrics.METRICS,
     },
     pairs={f"{name}, normalized": f"Zennit {name}" for name in ("EpsilonPlusFlat", "EpsilonGammaBox")},
 )
@@ -135,7 +137,7 @@ def explainers(setting: Setting) -> dict[str, Explainer]:
         "Saliency": lambda model, x, t: Saliency(model).attribute(x, target=t),
         "InputXGradient": lambda model, x, t: InputXGradient(model).attribute(x, target=t),
         "IntegratedGradients": lambda model, x, t: IntegratedGradients(model).attribute(
-            x, baselines=base(x), target=t, n_steps=STEPS
+            x, baselines=base(x), target=t, n_steps=STEPS, internal_batch_size=at_once(x)
         ),
         "GradientShap": lambda model, x, t: GradientShap(model).attribute(
             x, baselines=setting.others, target=t, n_samples=8, stdevs=0.05
@@ -162,24 +164,12 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return model
 
 
-def redrawn(model: nn.Module, only_last: bool) -> nn.Module:
-    """A copy with parameters at new initial values, in all layers or in the last."""
-    model = copy.deepcopy(model)
-    layers = [module for module in model.modules() if callable(getattr(module, "reset_parameters", None))]
-    with reproducible(1):
-        for module in layers[-1:] if only_last else layers:
-            module.reset_parameters()  # type: ignore[operator]
-    return model
-
-
 def heat_map(explain: Explainer, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """``(N, 1, H, W)``, summed over colours; random numbers are the same in each call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        parts = [
-            explain(model, *part).detach().sum(1, keepdim=True)
-            for part in zip(torch.split(images, CHUNK), torch.split(target, CHUNK), strict=True)
-        ]
+    """``(N, 1, H, W)``, summed over colours; random numbers are the same for each part."""
+    parts = []
+    for part in zip(torch.split(images, at_once(images)), torch.split(target, at_once(images)), strict=True):
+        with same_noise():  # Captum draws from NumPy too
+            parts.append(explain(model, *part).detach().sum(1, keepdim=True))
     return torch.cat(parts)
 
 
@@ -207,7 +197,7 @@ def flipped(net: Net, heat: Tensor, most_first: bool, other: Tensor) -> tuple[Te
     logits, shares = [], []
     for gone in range(0, GRID * GRID + 1, AT_ONCE):
         images = torch.where(order < gone, other, net.images)
-        output = torch.cat([net.model(part) for part in torch.split(images, CHUNK)])
+        output = torch.cat([net.model(part) for part in torch.split(images, at_once(images))])
         logits.append(output.gather(1, net.target[:, None])[:, 0])
         shares.append(output.softmax(1).gather(1, net.target[:, None])[:, 0])
     return torch.stack(logits), torch.stack(shares)
@@ -234,31 +224,68 @@ def flipping(net: Net, heat: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def steadiness(net: Net, explain: Explainer, model: nn.Module, heat: Tensor) -> dict[str, Tensor]:
-    """Change under noise, and rank correlation with the heat maps of redrawn nets, ``(N,)``."""
-    found = {
-        "sensitivity": max_sensitivity(
-            lambda images: heat_map(explain, model, images, net.target), net.images, RADIUS, TRIES
-        )
-    }
-    for name, only_last in (("a new last layer", True), ("new parameters", False)):
-        other = heat_map(explain, redrawn(model, only_last), net.images, net.target)
-        found[f"kept under {name}"] = rank_correlation(heat.flatten(1), other.flatten(1)).abs()
-    return found
+def measured(
+    net: Net, only: Iterable[str] | None = None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[float]], dict[str, float]]:
+    """By method and metric, ``(N,)``, without the methods that do not run on this net; curves; differences to Quantus.
 
-
-def measured(net: Net, only: Iterable[str] | None = None) -> dict[str, dict[str, Tensor]]:
-    """By method and metric, ``(N,)``; without the methods that do not run on this net."""
+    Without Quantus, its metrics, the curves and the differences are missing.
+    """
     found: dict[str, dict[str, Tensor]] = {}
+    curves: dict[str, list[float]] = {}
     model = plain_copy(net.model)
     methods = explainers(Setting.of(net))
     for name in tqdm(list(only or methods), desc=f"{net.name}: heat maps", leave=False):
         try:
-            heat = heat_map(methods[name], model, net.images, net.target)
-        except TypeError as error:
-            if name != "Captum LRP":  # the only one that refuses layers it has no rule for
-                raise
-            tqdm.write(f"{net.name}: left out {name}, which does not run on this net: {error}")
+            heat, values = of_method(net, model, methods[name])
+        except (TypeError, RuntimeError, ValueError, AssertionError) as error:
+            # The others stay. Captum's refuse layers they have no rule for or that run twice, Quantus maps of zeros.
+            print(f"{net.name}: left out {name}, which does not run on this net: {error}", file=sys.stderr)
             continue
-        found[name] = flipping(net, heat) | steadiness(net, methods[name], model, heat)
+        found[name] = {key: values[key] for key in CONTEST.better if key in values}
+        if quantus_metrics.IS_HERE:
+            steps = [values[key] for key in values if key not in CONTEST.better]
+            curves[name] = [round(float(step.mean()), 4) for step in steps]
+    return found, curves, differences(net, heat) if curves else {}
+
+
+def of_method(net: Net, model: nn.Module, explain: Explainer) -> tuple[Tensor, dict[str, Tensor]]:
+    """Heat maps of a method, and all metrics of them, ``(N,)``.
+
+    Raises:
+        ValueError: Some are not finite.
+    """
+    heat = heat_map(explain, model, net.images, net.target)
+    values = flipping(net, heat)
+    if quantus_metrics.IS_HERE:
+        values |= quantus_metrics.measured(question(net, model, explain, heat))
+    endless = [key for key, value in values.items() if not bool(value.isfinite().all())]
+    if endless:
+        raise ValueError(f"not finite: {', '.join(endless)}")
+    return heat, values
+
+
+def question(net: Net, model: nn.Module, explain: Explainer, heat: Tensor) -> quantus_metrics.Question:
+    """As Quantus is asked."""
+
+    def maps(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        return heat_map(explain, model, images, target)
+
+    return quantus_metrics.Question(model, net.images, net.target, heat, maps, at_once(net.images))
+
+
+def differences(net: Net, heat: Tensor) -> dict[str, float]:
+    """Largest difference of pixel flipping by Quantus, of a few samples, both orders and all fills."""
+    few = Net(net.name, net.model, net.images[:COMPARED], net.group[:COMPARED], net.fill, net.accuracy)
+    heat = heat[:COMPARED]
+    asked = question(few, few.model, lambda *parts: parts[1], heat)
+    at_once = heat[0].numel() // GRID**2 * AT_ONCE
+    found = {"logit": 0.0, "softmax": 0.0}
+    for fill in FILLS:
+        for most_first in (True, False):
+            other = filled(few, fill)
+            for values, key in zip(flipped(few, heat, most_first, other), found, strict=True):
+                order = patch_ranks(heat, most_first)
+                theirs = quantus_metrics.pixel_flipping(asked, order, at_once, other, softmax=key == "softmax")
+                found[key] = max(found[key], float((values[1:] - theirs).abs().max()))
     return found

@@ -12,20 +12,29 @@ even where both carry much: products of marginals cannot see that, and joint rel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
-from captum.attr import LayerConductance
 from torch import Tensor, nn
 from tqdm import tqdm
-from zennit.composites import EpsilonPlus, LayerMapComposite, layer_map_base
-from zennit.rules import Epsilon
-from zennit.types import Linear
+from zennit.composites import EpsilonPlus
+from zennit.core import Composite
 
 from benchmarks.default_composite import CHUNK, Net, draw_shapes
 from benchmarks.faithfulness import latent
-from benchmarks.faithfulness.latent import DROPS, OURS, all_scores, by_channel, gradients
+from benchmarks.faithfulness.latent import (
+    DROPS,
+    HAS_CRP,
+    OURS,
+    all_scores,
+    along_path,
+    by_channel,
+    gradient_rules,
+    gradients,
+    plain_rules,
+)
 from benchmarks.faithfulness.metrics import Contest, average_precision, precision_at
 from nrm_plugin import NRMAbsolute, NRMDefault, RelevanceMeasure, activations
 from nrm_plugin.demo.train import reproducible
@@ -165,29 +174,23 @@ def severed(net: Net, streams: list[Tensor], within: bool) -> float:
 # -- recovery -------------------------------------------------------------------------------------------------------
 
 
-def gradient_rules() -> LayerMapComposite:
-    """LRP with ε close to zero, in a net of ReLUs gradient × activation."""
-    return LayerMapComposite([*layer_map_base(), (Linear, Epsilon(epsilon=1e-6))])
-
-
 JOINTS: dict[str, Any] = {
-    "NRMDefault": {"composite": NRMDefault},
-    "EpsilonPlus": {"composite": EpsilonPlus},
-    "NRMAbsolute": {"composite": NRMAbsolute},
+    "NRMDefault": NRMDefault,
+    "EpsilonPlus": EpsilonPlus,
+    "NRMAbsolute": NRMAbsolute,
+    "LRP-0": gradient_rules,
 }
-PLAIN = {
-    "CRP, EpsilonPlus": {"composite": EpsilonPlus, "residual": "sink"},
-    "gradient × activation along edges": {"composite": gradient_rules, "residual": "sink"},
+CONCEPTS: dict[str, Callable[[], Composite]] = {
+    "zennit-crp, EpsilonPlus": EpsilonPlus,
+    "zennit-crp, LRP-0": plain_rules,
 }
 BETTER = {"average precision": 1, "precision, half as many": 1, "precision = recall": 1}
 CHANNELS = Contest(ours=OURS, better=BETTER, apart=("chance", DROPS), pairs=latent.CONTEST.pairs)
 EDGES = Contest(
     ours=tuple(f"μ(A & B), {name}" for name in JOINTS),
     better=BETTER,
-    apart=("chance", *PLAIN),
     pairs={f"μ(A & B), {name}": f"μ(A) μ(B), {name}" for name in JOINTS},
 )
-"""Those of ``PLAIN`` are joint relevance too, by rules that leak: shown, but products are the other side here."""
 
 
 def marginals(net: Net, images: Tensor, target: Tensor) -> dict[str, list[Tensor]]:
@@ -195,26 +198,25 @@ def marginals(net: Net, images: Tensor, target: Tensor) -> dict[str, list[Tensor
     values, slopes = activations(net.model, images, LAYERS), gradients(net.model, LAYERS, images, target)
     found = {
         "μ(A) μ(B), " + name: list(
-            RelevanceMeasure(net.model, images, target, composite=how["composite"]()).marginal(LAYERS).values()
+            RelevanceMeasure(net.model, images, target, composite=how()).marginal(LAYERS).values()
         )
         for name, how in JOINTS.items()
     }  # fmt: skip
     found["activation, product"] = [values[layer] for layer in LAYERS]
     found["gradient × activation, product"] = [values[name] * g for name, g in zip(LAYERS, slopes, strict=True)]
     found["LRP EpsilonPlus, product"] = gradients(net.model, LAYERS, images, target, EpsilonPlus())
-    found["LayerConductance, product"] = [
-        LayerConductance(net.model, net.model.get_submodule(layer)).attribute(images, target=target, n_steps=16)
-        for layer in LAYERS
-    ]
+    found["LayerConductance, product"] = along_path(net.model, LAYERS, images, target, steps=16)[0]
     return {name: [by_channel(part) for part in parts] for name, parts in found.items()}
 
 
 def edge_scores(net: Net, images: Tensor, target: Tensor, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
     """Absolute score of every edge of some pairs of layers, ``(N, E)``; pairs are (upper, lower)."""
     found: dict[str, list[Tensor]] = {}
-    for name, how in {**{f"μ(A & B), {key}": how for key, how in JOINTS.items()}, **PLAIN}.items():
-        mu = RelevanceMeasure(net.model, images, target, **{**how, "composite": how["composite"]()})
-        found[name] = [mu.joint(LAYERS[upper], LAYERS[lower]) for upper, lower in pairs]
+    for name, composite in JOINTS.items():
+        mu = RelevanceMeasure(net.model, images, target, composite=composite())
+        found[f"μ(A & B), {name}"] = [mu.joint(LAYERS[upper], LAYERS[lower]) for upper, lower in pairs]
+    for name, rules in CONCEPTS.items() if HAS_CRP else ():
+        found[name] = [concept_edges(net, images, target, pair, rules()) for pair in pairs]
     for name, parts in marginals(net, images, target).items():
         found[name] = [parts[upper][:, :, None] * parts[lower][:, None] for upper, lower in pairs]
     sizes = [net.model[int(name)].weight.flatten(2).norm(dim=2) for name in ("2", "5", "7")]  # type: ignore[index]
@@ -228,6 +230,20 @@ def edge_scores(net: Net, images: Tensor, target: Tensor, pairs: list[tuple[int,
     draw = torch.Generator().manual_seed(0)
     found["chance"] = [torch.rand(part.shape, generator=draw) for part in norms]
     return {name: torch.cat([part.flatten(1) for part in parts], 1).abs() for name, parts in found.items()}
+
+
+def concept_edges(net: Net, images: Tensor, target: Tensor, pair: tuple[int, int], rules: Composite) -> Tensor:
+    """Relevance of lower channels that zennit-crp has under the condition of each upper one, ``(N, upper, lower)``."""
+    from crp.attribution import CondAttribution
+
+    upper, lower = (LAYERS[number] for number in pair)
+    attribution, rows = CondAttribution(net.model), []
+    for channel in range(STREAMS * WIDTH):
+        conditions = [{upper: [channel], "y": [int(label)]} for label in target]
+        leaf = images.clone().requires_grad_()
+        found = attribution(leaf, conditions, rules, record_layer=[lower])
+        rows.append(by_channel(found.relevances[lower]))
+    return torch.stack(rows, 1)
 
 
 def planted_edges(

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from zennit.composites import EpsilonPlusFlat
 
+from benchmarks.default_composite import Net
+from benchmarks.faithfulness import latent, planted
 from benchmarks.special_case_rows import ROWS
 from nrm_plugin import ConceptNRM, Normalized, RelevanceMeasure, at
 from nrm_plugin.dataset.maximization import find_references
@@ -188,6 +190,34 @@ def test_the_page_for_those_who_come_from_it_runs_beside_it():
     snippets = re.findall(r"```(?:py|python)\n(.*?)```", page, re.S)
     assert len(snippets) == 4
     exec(compile("\n".join(snippets), "from-zennit-crp.md", "exec"), {})
+
+
+# -- the benchmark of faithfulness, which asks it -------------------------------------------------------------------
+
+
+def test_its_relevance_of_channels_is_ours_in_units_of_the_layer(net, x):
+    target = net(x).argmax(1)
+    found = latent.concept_relevance(net, ["1", "3"], x, target)
+    mu = RelevanceMeasure(net, x, target, composite=EpsilonPlusFlat(), residual="sink")
+    for layer, part in zip(["1", "3"], found, strict=True):
+        ours = mu.marginal(layer).sum((2, 3))
+        expected = ours / ours.abs().sum(1, keepdim=True) * mu.output.sign()[:, None]
+        torch.testing.assert_close(part, expected, rtol=1e-7, atol=1e-12)  # it adds 1e-10 to the sum
+
+
+def test_its_edges_are_our_joint_with_a_sink():
+    body, weight, bias = planted.streams_net(), torch.randn(3, 4, 8), torch.randn(3, 4)
+    dense, _ = planted.plant(body, weight, bias, 0.05)
+    dense.double()
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    net = Net("planted", dense, images, torch.arange(2), torch.zeros(1, 3, 1, 1), 1.0)
+    for rules in planted.CONCEPTS.values():
+        mu = RelevanceMeasure(dense, images, net.target, composite=rules(), residual="sink")
+        for upper, lower in [(1, 0), (3, 0)]:
+            found = planted.concept_edges(net, images, net.target, (upper, lower), rules())
+            assert float(found.abs().max()) > 1e-3
+            ours = mu.joint(planted.LAYERS[upper], planted.LAYERS[lower]) * mu.output[:, None, None]
+            torch.testing.assert_close(found, ours, rtol=1e-6, atol=1e-9)
 
 
 # -- reference examples ---------------------------------------------------------------------------------------------

@@ -1,0 +1,117 @@
+"""What is measured of one net; two nets at once, each in a process of its own with one thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+
+from benchmarks.default_composite import Net, resamples
+from benchmarks.faithfulness import latent, pixels, planted
+from benchmarks.faithfulness.nets import NETS
+
+PARTS = ("latent", "planted", "input")
+PLANTED = "planted"
+SLOWEST_FIRST = ("shapes, transformer", "shapes, residual", "digits", PLANTED)
+Results = dict[str, Any]
+
+
+def latent_results(net: Net) -> Results:
+    """Neuron flipping on one net."""
+    found, curves = latent.neuron_flipping(net)
+    return {**about(net), "curves": curves, **latent.CONTEST.results(found, resamples(net.group))}
+
+
+def input_results(net: Net) -> Results:
+    """Heat maps on one net."""
+    found, curves, differences = pixels.measured(net)
+    return {
+        **about(net),
+        "cascades": curves,
+        "differences to Quantus": differences,
+        **pixels.CONTEST.results(found, resamples(net.group)),
+    }
+
+
+def planted_results(samples: int) -> Results:
+    """Recovery of planted paths."""
+    net, streams, carries = planted.planted_net(samples)
+    weights = resamples(net.group)
+    edges = planted.recovery(net, streams, carries)
+    channels = planted.planted_channels(net, streams, carries)
+    return {
+        **about(net),
+        "same without weights between streams": planted.severed(net, streams, within=False),
+        "same without weights within streams": planted.severed(net, streams, within=True),
+        "questions": {
+            "channels of all layers": planted.CHANNELS.results(channels, weights),
+            **{question: planted.EDGES.results(found, weights) for question, found in edges.items()},
+        },
+    }
+
+
+def about(net: Net) -> Results:
+    """What was asked."""
+    return {
+        "samples": len(net.images),
+        "images": int(net.group.max()) + 1,
+        "accuracy": net.accuracy,
+        "layers": net.layers,
+    }
+
+
+MEASURES: dict[str, Callable[[Net], Results]] = {"latent": latent_results, "input": input_results}
+
+
+Done = tuple[str, dict[str, Results], dict[str, list[int]]]
+"""Name of a net, results of its parts, and of each part seconds: of the clock, and of the processor."""
+
+
+def task(name: str, parts: Sequence[str], samples: int) -> Done:
+    """What is asked of one net."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    started = [time.perf_counter(), time.process_time()]
+    found: dict[str, Results] = {}
+    seconds: dict[str, list[int]] = {}
+
+    def lap(key: str) -> None:
+        nonlocal started
+        now = [time.perf_counter(), time.process_time()]
+        seconds[f"{key}, {name}"] = [round(end - start) for end, start in zip(now, started, strict=True)]
+        started = now
+
+    if name == PLANTED:
+        found[PLANTED] = planted_results(samples)
+        lap("all")
+    else:
+        net = NETS[name](samples)
+        lap("training")
+        for part in parts:
+            found[part] = MEASURES[part](net)
+            lap(part)
+    return name, found, seconds
+
+
+def run(parts: Sequence[str], nets: Sequence[str], samples: int, processes: int) -> Iterator[Done]:
+    """What :func:`task` returns for each net, as they are done; the slowest starts first.
+
+    Args:
+        parts: Of ``PARTS``.
+        nets: Of ``NETS``.
+        samples: For each net.
+        processes: How many nets at once.
+    """
+    asked = [*(nets if {"latent", "input"} & set(parts) else ()), *([PLANTED] if PLANTED in parts else ())]
+    asked.sort(key=SLOWEST_FIRST.index)
+    of_nets = [part for part in parts if part != PLANTED]
+    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes write over one another
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(task, name, of_nets, samples) for name in asked]):
+            yield done.result()
