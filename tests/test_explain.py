@@ -595,6 +595,7 @@ def test_odd_names_of_files(name: str, here: Path, capsys: pytest.CaptureFixture
 # -- files that are written -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pictures_of_one_name_do_not_overwrite_each_other(fast: Path):
     for folder, number in (("a", 0), ("b", 1)):
         Path(folder).mkdir()
@@ -764,6 +765,7 @@ def test_layers_are_those_of_the_measure(here: Path, capsys: pytest.CaptureFixtu
     assert by_name["7"][0] == "4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("composite", ["epsilon_plus_flat", "epsilon_gamma_box", "beta_smooth", "guided_backprop"])
 def test_layers_of_torchvisions_models_need_no_weights(composite: str, fast: Path, capsys):
     assert main(["layers", "--model", "resnet18", "--size", "33", "--composite", composite]) == 0

@@ -433,6 +433,7 @@ def test_the_makefile_has_that_target_with_both_packages():
     assert rule[2].endswith("-m benchmarks.faithfulness $(ARGS)")
 
 
+@pytest.mark.slow
 def test_your_own_net_is_measured_without_them_and_says_what_is_left_out(monkeypatch, tmp_path, pictures, capsys):
     without(monkeypatch)
     monkeypatch.setattr(problems.torchvision.models, "get_model", narrow)

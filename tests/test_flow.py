@@ -515,6 +515,7 @@ def test_thumbnails_keep_the_mass():
 SHAPES = [(1, 12, 12), (3, 12, 12), (1, 6, 6, 6), (2, 24), (20,)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", slow_but(SHAPES, (1, 6, 6, 6)), ids=str)
 @pytest.mark.parametrize("kind", slow_but(["plain", "black"], "plain"))
 def test_inputs_of_every_kind_are_drawn(shape, kind, tmp_path):

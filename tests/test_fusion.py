@@ -158,6 +158,7 @@ def cases(*without: str) -> list[object]:
     return [pytest.param(name, rule, id=f"{name}-{rule}") for name in names for rule in RULES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rule"), cases())
 def test_a_layer_before_batch_norm_takes_it_over(name, rule):
     make, shape = LAYERS[name]

@@ -72,6 +72,7 @@ def test_walk_variation_of_one_step_is_the_absolute_column_sum(name: str, rule: 
     assert torch.allclose(mu.walk_variation(), columns, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rule"), CASES)
 def test_a_rule_written_by_the_user_takes_the_general_path_to_the_same_numbers(name: str, rule: Rule) -> None:
     module, a = drawn(name)

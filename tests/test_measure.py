@@ -156,6 +156,7 @@ def test_joint_maps_are_enumerated_whether_the_event_is_above_or_below(both: Bot
         both.agree(ours, lambda walks, n=node: walks.marginal(*n.key, event=mask(walks)))
 
 
+@pytest.mark.slow
 @slowly
 @given(measured(), st.data())
 def test_maps_of_several_events_are_those_of_each(both: Both, data: st.DataObject) -> None:

@@ -248,6 +248,7 @@ def test_a_layer_and_a_loop_over_its_cell_agree(kind, rules):
     alike(*pair)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rules"), list(zip(KINDS, COMPOSITES, strict=True)))
 def test_a_batch_and_its_samples_agree(kind, rules):
     net = Classifier(kind, bidirectional=True, num_layers=2)

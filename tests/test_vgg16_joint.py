@@ -84,6 +84,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: object, lines: int = 1) -> 
 # -- pictures -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("suffix", slow_but([".pth", ".safetensors"], ".pth"))
 def test_pictures_of_a_state_dict_show_the_measure(
@@ -140,6 +141,7 @@ def test_arguments_choose_layers_and_class(state, image: Path, tmp_path: Path, m
     torch.testing.assert_close(mu.output[0], net.eval()(load_picture(image).tensor)[0, 281].detach())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 def test_several_images_have_pictures_of_their_own(image: Path, tmp_path: Path, pixels: np.ndarray, capsys):
     Image.fromarray(pixels[::-1]).save(tmp_path / "turned.png")
@@ -155,6 +157,7 @@ def test_images_of_one_name_are_refused(image: Path, tmp_path: Path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_it_runs_as_its_first_lines_say(tmp_path: Path):
     words = re.search(r"``python (-m \S+) IMAGE", vgg16_joint.__doc__)
     root = Path(vgg16_joint.__file__).parents[1]

@@ -98,6 +98,7 @@ def test_the_walks_found_are_the_largest(net, k):
     assert found.certified == len(found.walks)
 
 
+@pytest.mark.slow
 @slowly
 @given(net=searched(), k=st.integers(1, 12), expansions=st.integers(0, 12), budget=st.sampled_from([0.0, math.inf]))
 def test_the_bound_holds_wherever_the_search_stops(net, k, expansions, budget):
