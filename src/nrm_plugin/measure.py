@@ -322,8 +322,6 @@ class RelevanceMeasure:
 
     def _decided(self, events: Sequence[Event], places: Sequence[Place] = ()) -> list[Decided]:
         """Mass, variation and maps of each event, as many at once as memory allows."""
-        for event in events:
-            _check_event(event)
         spent: list[Cost] = []
 
         def run(chunk: Sequence[Event]) -> list[Decided]:
