@@ -31,6 +31,14 @@ LINEAR = ("lrp_0", *(name for name in sorted(COMPOSITES) if name not in (*NONLIN
 SIZES = {"vgg16": 64, "vgg16_bn": 64, "alexnet": 96}
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test draws the same numbers in every run, alone or among others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 def slow_but(values: Iterable[Any], *fast: Any) -> list[Any]:
     """Parameters of a test: the ``fast`` ones stand for all of them in `make test-fast`."""
     return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
