@@ -1,0 +1,45 @@
+"""A sweep that an older version began is continued by this one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nrm_plugin.dataset import Manifest, Sweep, settings, sweep
+from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net
+from tests.pins.record_sweep import DIGESTS, SAMPLES, STORED, composite_digest, environment
+
+RECORDED: dict[str, str] = json.loads(DIGESTS.read_text())
+
+
+def test_a_stored_sweep_is_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Names of rules and canonizers enter its settings, so a class that moves must keep the name it was stored by."""
+    folder = tmp_path / "swept"
+    shutil.copytree(STORED, folder)
+    stored = Manifest.read(folder).settings
+    if environment() in RECORDED:
+        assert composite_digest() == RECORDED[environment()]
+    monkeypatch.setattr(settings, "version", stored["versions"].get)
+    monkeypatch.setattr(settings.platform, "python_version_tuple", lambda: ("3", stored["versions"]["python"], "0"))
+    # What differs between versions of Python and Zennit is recorded for each, and is of no concern here.
+    digest = settings.digest
+    monkeypatch.setattr(
+        settings, "digest", lambda value: stored["composite"]["settings"] if _is_composite(value) else digest(value)
+    )
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*")}
+    assert len(kept) == 2
+    sweep(net(), Data(SAMPLES), QUERIES, folder, **OPTIONS)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*") if path.name in kept} == kept
+    rows = Sweep.open(folder).rows("marginal(4)").to_pylist()
+    assert Manifest.read(folder).state == "complete"
+    fresh = sweep(net(), Data(SAMPLES), QUERIES, tmp_path / "fresh", **OPTIONS).rows("marginal(4)").to_pylist()
+    values = [{(row["sample"], row["group"]): row["value"] for row in table} for table in (rows, fresh)]
+    assert len(values[0]) == SAMPLES * 8
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+def _is_composite(value: object) -> bool:
+    return isinstance(value, dict) and any("composites" in str(key) for key in value)
