@@ -25,11 +25,11 @@ from zennit.types import Linear
 
 from benchmarks.default_composite import Net as Samples
 from benchmarks.default_composite import draw_shapes, flip, markdown, rounded
+from benchmarks.train_demo import reproducible, shift, split_digits
 from nrm_plugin import FuseBatchNorm, NRMDefault, RelevanceMeasure
 from nrm_plugin.demo.model import enlarge
-from nrm_plugin.demo.train import reproducible, shift, split_digits
 from nrm_plugin.errors import BatchNormWarning
-from nrm_plugin.plots import draw_heat_map, draw_image
+from nrm_plugin.plots.heatmaps import draw_heat_map, draw_image
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/batch_norm.json"

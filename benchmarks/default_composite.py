@@ -31,10 +31,10 @@ from zennit.layer import Sum
 from zennit.rules import Epsilon, Flat, Gamma, Norm, WSquare, ZBox
 from zennit.types import AvgPool, Convolution, Linear
 
+from benchmarks.train_demo import reproducible, shift, split_digits, train
 from nrm_plugin import Absolute, ConservingEpsilon, FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
 from nrm_plugin.composites import Depthwise, Normalized
 from nrm_plugin.demo.model import DigitsCNN, enlarge, load_digits, load_model
-from nrm_plugin.demo.train import reproducible, shift, split_digits, train
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/default_composite.json"

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlus
 
 from benchmarks import tables
+from benchmarks.train_demo import NETS
+from benchmarks.train_demo import main as train
 from nrm_plugin import Normalized, NRMAbsolute, RelevanceMeasure, ablation, activations, select_neurons
 from nrm_plugin.demo import DigitsCNN, load_digits, load_model
-from nrm_plugin.demo.train import NETS
-from nrm_plugin.demo.train import main as train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -183,7 +183,7 @@ def main() -> None:
     """Both nets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--cnn", type=Path, help="weights of DigitsCNN (default: train it, nrm_plugin.demo.train)")
+    parser.add_argument("--cnn", type=Path, help="weights of DigitsCNN (default: train it, benchmarks.train_demo)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     nets: dict[str, nn.Module] = {"digits_vgg": load_model(), "digits_cnn": DigitsCNN().eval()}

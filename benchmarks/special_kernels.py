@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nrm_plugin.functional import SplitKernel
-from nrm_plugin.kernels import Kernel
+from nrm_plugin.kernels.base import Kernel
 
 
 class FixedAttention(Kernel):

@@ -29,12 +29,12 @@ from benchmarks import tables
 from benchmarks.speed import environment
 from nrm_plugin import NRMDefault, RelevanceMeasure
 from nrm_plugin.dataset import Joint, Manifest, Marginal, Query, Sink, Sweep, Variation, sweep
-from nrm_plugin.dataset.batches import Plan, reader, source_of
 from nrm_plugin.dataset.evaluation import Evaluated
-from nrm_plugin.dataset.index import write_index
 from nrm_plugin.dataset.progress import resident
+from nrm_plugin.dataset.row_index import write_index
+from nrm_plugin.dataset.sample_batches import Plan, reader, source_of
 from nrm_plugin.dataset.settings import digest
-from nrm_plugin.dataset.writing import write_shard
+from nrm_plugin.dataset.shard_writer import write_shard
 from nrm_plugin.demo.model import load_model
 
 RESULTS = Path(__file__).parent / "results/sweep.json"

@@ -26,7 +26,7 @@ from zennit.composites import EpsilonPlus
 
 from benchmarks import tables
 from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, top_walks
-from nrm_plugin.walks import Chain
+from nrm_plugin.search.walks import Chain
 
 RESULTS = Path(__file__).parent / "results" / "top_walks.json"
 LAYERS = ["features.28", "features.21", "features.14", "features.7", "features.2"]
@@ -61,7 +61,7 @@ def row(model: torch.nn.Module, size: int, rule: str, seconds: float, clock: str
     mu = RelevanceMeasure(model, image, 281, composite=RULES[rule](), max_memory=2 << 30)
     k = torch.tensor(WIDTHS).prod().item()
     begin = time.process_time()
-    with patch("nrm_plugin.walks.time", SimpleNamespace(perf_counter=CLOCKS[clock])):
+    with patch("nrm_plugin.search.walks.time", SimpleNamespace(perf_counter=CLOCKS[clock])):
         found = top_walks(mu, LAYERS, int(k), budget=seconds)
     used = time.process_time() - begin
     masses, took = greedy(mu, LAYERS, WIDTHS)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from nrm_plugin import RelevanceMeasure
-from nrm_plugin.demo.joint import joint_figure, joint_relevance
+from nrm_plugin.commands.demo_joint import joint_figure, joint_relevance
 from nrm_plugin.errors import NRMError
-from nrm_plugin.plots import save
+from nrm_plugin.plots.heatmaps import save
 
 ONLINE = VGG16_Weights.IMAGENET1K_V1
 LAYERS = ("features.28", "features.21", "features.14")

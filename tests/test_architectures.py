@@ -30,7 +30,7 @@ from benchmarks.architectures import (
     target_of,
 )
 from nrm_plugin import Absolute, RelevanceMeasure
-from nrm_plugin.functional.table import SplitKernel, reduced
+from nrm_plugin.functional.elementwise import SplitKernel, reduced
 from tests.conftest import slow_but
 
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -17,7 +17,7 @@ from zennit.types import Activation, Linear
 from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, at, register_kernel
 from nrm_plugin.errors import UnsupportedOperationError
 from nrm_plugin.functional import SplitKernel
-from nrm_plugin.kernels import Kernel
+from nrm_plugin.kernels.base import Kernel
 
 TOLERANCE = 1e-10
 FLOOR = 1e-6

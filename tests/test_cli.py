@@ -14,9 +14,9 @@ import torch
 from zennit.composites import EpsilonPlus
 
 from nrm_plugin import RelevanceMeasure
-from nrm_plugin.cli import main
+from nrm_plugin.commands import demo
+from nrm_plugin.commands.cli import main
 from nrm_plugin.demo import load_digits, load_model
-from nrm_plugin.demo import run as demo
 
 FLOAT = r"(-?\d+\.\d+)"
 
@@ -84,7 +84,7 @@ def test_demo_explains_every_column_and_no_other(printed: str):
 def test_bypass_is_shown_where_there_is_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     rows = [demo.Row("layer", *(torch.full((1,), share) for share in (0.5, 0.6, 0.1, 0.3, 1.0)))]
     report = demo.Report([demo.Sample("1", 0, 1, 1)], 1.0, rows, [tmp_path / f"{name}.png" for name in "abcd"])
-    monkeypatch.setattr("nrm_plugin.cli.run", lambda wanted, out: report)
+    monkeypatch.setattr("nrm_plugin.commands.cli.run", lambda wanted, out: report)
     assert main(["demo", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^layer +0\.500 +0\.600 +0\.100 +0\.300 +1\.000$", text, re.MULTILINE)
@@ -110,7 +110,7 @@ def test_defaults_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch, tmp_p
         asked.append((list(wanted), out))
         raise demo.DemoError("enough")
 
-    monkeypatch.setattr("nrm_plugin.cli.run", refuse)
+    monkeypatch.setattr("nrm_plugin.commands.cli.run", refuse)
     monkeypatch.chdir(tmp_path)
     assert main(["demo"]) == 2
     assert asked == [(["6", "3", "9", "misread"], Path("nrm-demo"))]
@@ -157,7 +157,7 @@ def test_more_digits_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_folder_that_cannot_be_written_is_known_before_anything_is_computed(
     inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("nrm_plugin.cli.run", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("nrm_plugin.commands.cli.run", lambda *_: pytest.fail("computed"))
     blocked = tmp_path / "taken"
     blocked.write_text("mine")
     line = fails(capsys, "demo", "--out", str(blocked / inside))

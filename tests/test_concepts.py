@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nrm_plugin import NRM, ConceptNRM, RelevanceMeasure, at
-from nrm_plugin.concepts import condition_event
+from nrm_plugin.attribution.concepts import condition_event
 from nrm_plugin.errors import EventError
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nrm_plugin import ABSORBED, RelevanceMeasure, at
-from nrm_plugin.steps import Step
+from nrm_plugin.kernels.step import Step
 
 DEPTH, WIDTH = 20, 12
 

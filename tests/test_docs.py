@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nrm_plugin.cli import _parser
+from nrm_plugin.commands.cli import _parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

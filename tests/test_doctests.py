@@ -11,10 +11,13 @@ import torch
 import zennit.rules
 
 import nrm_plugin
+from nrm_plugin.composites import Named
 
 ZENNITS = ("apply", "copy", "register", "remove")
 """Methods that Zennit calls, and documents."""
-PUBLIC = [name for name in nrm_plugin.__all__ if callable(getattr(nrm_plugin, name))]
+INHERITED = {kind.__name__ for kind in Named.__subclasses__()}
+"""Zennit's composites, normalized: their example is that of the base class."""
+PUBLIC = [name for name in nrm_plugin.__all__ if callable(getattr(nrm_plugin, name)) and name not in INHERITED]
 
 
 def documented():

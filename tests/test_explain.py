@@ -26,11 +26,12 @@ from torchvision.models import get_model_builder, get_model_weights, resnet18, s
 from zennit.composites import COMPOSITES, EpsilonGammaBox, EpsilonPlusFlat
 
 from nrm_plugin import ABSORBED, NRMAbsolute, NRMDefault, RelevanceMeasure, at
-from nrm_plugin.cli import main
-from nrm_plugin.explain import models, pictures
-from nrm_plugin.explain.conditions import ConditionError, parse
-from nrm_plugin.explain.files import wrapped
-from nrm_plugin.explain.pictures import PictureError, open_picture
+from nrm_plugin.commands import model_loading as models
+from nrm_plugin.commands.cli import main
+from nrm_plugin.commands.event_syntax import ConditionError, parse
+from nrm_plugin.commands.output_files import wrapped
+from nrm_plugin.dataset import images as pictures
+from nrm_plugin.dataset.images import PictureError, open_picture
 from tests.conftest import slow_but
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -124,7 +125,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def fast(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same folder; heat maps are made, but not written, which takes longer than all else."""
-    monkeypatch.setattr("nrm_plugin.explain.files.save", lambda figure, path: path.touch())
+    monkeypatch.setattr("nrm_plugin.commands.output_files.save", lambda figure, path: path.touch())
     return here
 
 
@@ -566,7 +567,7 @@ def test_one_bad_picture_does_not_lose_the_others(here: Path, capsys: pytest.Cap
 
 
 def test_no_model_is_made_for_pictures_that_are_not_there(here: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr("nrm_plugin.explain.command.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("nrm_plugin.commands.explain.load", lambda *_, **__: pytest.fail("loaded"))
     explain("gone.png", *OWN, code=1)
     assert "no file gone.png" in capsys.readouterr().err
 
@@ -650,7 +651,7 @@ def test_files_of_others_are_left_alone(mine: str, fast: Path):
 def test_folder_that_cannot_be_written_is_known_before_a_model_is_made(
     inside: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("nrm_plugin.explain.command.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("nrm_plugin.commands.explain.load", lambda *_, **__: pytest.fail("loaded"))
     Path("taken").write_text("mine")
     line = fails(capsys, "explain", "china.png", *OWN, "--out", Path("taken") / inside)
     assert "taken" in line
@@ -661,7 +662,7 @@ def test_disk_that_fills_up_is_told_for_each_picture(here: Path, monkeypatch: py
     def full(figure, path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("nrm_plugin.explain.files.save", full)
+    monkeypatch.setattr("nrm_plugin.commands.output_files.save", full)
     explain("china.png", *OWN, code=1)
     assert "china.png: No space left on device" in capsys.readouterr().err
 
@@ -983,7 +984,7 @@ def test_help_shows_commands_that_parse(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     import shlex
 
-    from nrm_plugin.cli import _parser
+    from nrm_plugin.commands.cli import _parser
 
     shown = [line.strip() for line in text.splitlines() if line.startswith("  nrm-plugin ")]
     assert len(shown) == 7

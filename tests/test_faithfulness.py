@@ -31,7 +31,7 @@ from benchmarks.faithfulness.metrics import (
     same_noise,
     verdict,
 )
-from nrm_plugin.demo.train import reproducible
+from benchmarks.train_demo import reproducible
 
 
 @pytest.fixture(autouse=True)

@@ -28,18 +28,18 @@ from torch import nn
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus
 
 from nrm_plugin import FlowGraph, RelevanceMeasure, at, patches
-from nrm_plugin.cli import main
+from nrm_plugin.commands.cli import main
+from nrm_plugin.commands.demo import plain_sums
+from nrm_plugin.commands.model_loading import load
+from nrm_plugin.dataset.images import open_picture
 from nrm_plugin.demo.model import load_digits, load_model
-from nrm_plugin.demo.run import plain_sums
 from nrm_plugin.errors import EventError, InputError, MissingExtraError, UnknownLayerError
-from nrm_plugin.explain.models import load
-from nrm_plugin.explain.pictures import open_picture
-from nrm_plugin.flow_graph import FlowError
-from nrm_plugin.flow_maps import flow_maps, thumbnail
-from nrm_plugin.flow_plots import flow_figure, profile_figure
-from nrm_plugin.profiles import ProfileRow, profile
-from nrm_plugin.ribbons import DARK, LIGHT, percent
-from nrm_plugin.sankey import _figure, sankey, save_sankey
+from nrm_plugin.measure.flow_graph import FlowError
+from nrm_plugin.measure.flow_heat_maps import flow_maps, thumbnail
+from nrm_plugin.measure.layer_profile import ProfileRow, profile
+from nrm_plugin.plots.flow import flow_figure, profile_figure
+from nrm_plugin.plots.flow_html import _figure, sankey, save_sankey
+from nrm_plugin.plots.ribbons import DARK, LIGHT, percent
 from tests.conftest import slow_but
 from tests.nets import Case, rule_maps, tiny_nets, zennit_composite
 from tests.oracles import Walks, enumerate_walks
@@ -877,8 +877,8 @@ def test_a_bad_picture_does_not_lose_the_others(here, capsys):
 
 
 def test_without_plotly_the_command_says_what_is_missing(here, capsys, monkeypatch):
-    monkeypatch.setattr("nrm_plugin.explain.flows.find_spec", lambda name: None)
-    monkeypatch.setattr("nrm_plugin.explain.command.find_spec", lambda name: None)
+    monkeypatch.setattr("nrm_plugin.commands.flow.find_spec", lambda name: None)
+    monkeypatch.setattr("nrm_plugin.commands.explain.find_spec", lambda name: None)
     assert run("noise.png", *OWN, "--layers", "input", "output") == 0
     assert "pip install 'nrm-plugin[html]'" in capsys.readouterr().err
     assert not Path("nrm-flow/noise-flow.html").exists()

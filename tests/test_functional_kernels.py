@@ -23,7 +23,7 @@ from zennit.types import Linear
 
 from nrm_plugin import Normalized, NRMAbsolute, RelevanceMeasure
 from nrm_plugin.errors import UncoveredLayerError, UnsupportedOperationError
-from nrm_plugin.functional.table import ACTIVATIONS
+from nrm_plugin.functional.elementwise import ACTIVATIONS
 
 TOLERANCE = 1e-10
 FLOOR = 1e-6

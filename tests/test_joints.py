@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from nrm_plugin import Normalized, RelevanceMeasure, at, queries
+from nrm_plugin import Normalized, RelevanceMeasure, at
 from nrm_plugin.errors import EventError, InputError, MemoryBudgetWarning
+from nrm_plugin.measure import totals as queries
 from tests.conftest import LINEAR, composite, slow_but
 
 

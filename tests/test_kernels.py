@@ -14,8 +14,7 @@ from zennit.core import BasicHook, Hook
 
 from nrm_plugin import Absolute, RelevanceMeasure, at
 from nrm_plugin.errors import NRMError
-from nrm_plugin.joints import edge_matrix
-from nrm_plugin.kernels import (
+from nrm_plugin.kernels.base import (
     BranchKernel,
     Kernel,
     VjpKernel,
@@ -26,6 +25,7 @@ from nrm_plugin.kernels import (
     scale_of,
     scales,
 )
+from nrm_plugin.measure.joints import edge_matrix
 from tests.nets import LINEAR_RULES, SUM_RULES, zennit_rule
 from tests.oracles import AbsoluteShare, Epsilon, Gamma, Route, Rule, ZPlus, normalized
 from tests.test_oracles import LINEAR_MODULES, drawn
@@ -230,10 +230,10 @@ def test_absolute_values_are_formed_of_any_chunks_up_to_a_limit(chunk: int, monk
     T, U = torch.randn((2, 5, 4), dtype=torch.float64, generator=draw)
     kernel = VjpKernel(lambda relevance: (relevance @ T.T, relevance @ U.T))
     relevance = torch.rand((3, 2, 4), dtype=torch.float64, generator=draw)
-    monkeypatch.setattr("nrm_plugin.kernels.DENSE_LIMIT", 4)
+    monkeypatch.setattr("nrm_plugin.kernels.base.DENSE_LIMIT", 4)
     for found, matrix in zip(dense_absolute(kernel, relevance, chunk), (T, U), strict=True):
         assert torch.allclose(found, relevance @ matrix.abs().T)
-    monkeypatch.setattr("nrm_plugin.kernels.DENSE_LIMIT", 3)
+    monkeypatch.setattr("nrm_plugin.kernels.base.DENSE_LIMIT", 3)
     with pytest.raises(NRMError, match=r"4 outputs a sample.*stops at 3"):
         dense_absolute(kernel, relevance, chunk)
 

@@ -26,21 +26,21 @@ from torch import nn
 from torchvision.models import get_model_weights, squeezenet1_1
 
 from nrm_plugin import RelevanceMeasure
-from nrm_plugin.cli import main
+from nrm_plugin.commands import model_loading as models
+from nrm_plugin.commands.cli import main
+from nrm_plugin.commands.explain import class_names
+from nrm_plugin.commands.explanation import RequestError
+from nrm_plugin.commands.flow import free_stem
+from nrm_plugin.commands.weight_files import WeightsError, read_state
 from nrm_plugin.dataset import Manifest, Maps, Marginal, Sweep, SweepError, sweep
 from nrm_plugin.dataset.examples import FoundReferences, ReferencesError
-from nrm_plugin.dataset.layout import ShardError
+from nrm_plugin.dataset.images import PictureError, open_picture
 from nrm_plugin.dataset.queries import from_json
-from nrm_plugin.dataset.writing import remove_unfinished
-from nrm_plugin.explain import models
-from nrm_plugin.explain.command import class_names
-from nrm_plugin.explain.flows import free_stem
-from nrm_plugin.explain.pictures import PictureError, open_picture
-from nrm_plugin.explain.run import RequestError
-from nrm_plugin.explain.weights import WeightsError, read_state
-from nrm_plugin.flow import FlowError, FlowGraph
-from nrm_plugin.flow_maps import flow_maps
-from nrm_plugin.sankey import sankey
+from nrm_plugin.dataset.shard_writer import remove_unfinished
+from nrm_plugin.dataset.sweep_layout import ShardError
+from nrm_plugin.measure.flow import FlowError, FlowGraph
+from nrm_plugin.measure.flow_heat_maps import flow_maps
+from nrm_plugin.plots.flow_html import sankey
 from tests.dataset.sweep_nets import OPTIONS, Data, net
 
 MAP = Maps("input", over="position")

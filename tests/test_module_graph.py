@@ -1,14 +1,20 @@
-"""The imports of the package follow the diagram in docs/design.md, and have no loops."""
+"""Imports follow the diagram in docs/design.md and what each package says of itself, and have no loops."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/nrm_plugin"
+PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+MOST_AT_THE_TOP = 18
+MOST_LINES = 450
 
 
 def modules() -> dict[str, Path]:
@@ -47,33 +53,49 @@ def graph() -> dict[str, set[str]]:
     return {name: set(imported(name, path, known)) - {name} for name, path in known.items()}
 
 
+def top(module: str) -> str:
+    """The package or module at the top of the tree that a module belongs to."""
+    return module.partition(".")[0]
+
+
 def diagram() -> list[str]:
-    """The entries of the diagram in reading order."""
+    """The entries of the diagram in reading order, without the slash of packages."""
     block = re.search(r"```text\n(.*?)```", (ROOT / "docs/design.md").read_text(), re.S)
     assert block
     rows = [line for line in block[1].splitlines() if "─" not in line]
-    return [entry for row in rows for entry in re.split(r"\s{3,}", row)[0].split()]
+    return [entry.rstrip("/") for row in rows for entry in re.split(r"\s{3,}", row)[0].split()]
 
 
-def entry_of(module: str) -> str:
-    """``functional/`` for what is in a package, else the module."""
-    package, _, inner = module.partition(".")
-    return f"{package}/" if inner else module
-
-
-def test_the_diagram_has_every_module_once():
+def test_the_diagram_has_every_entry_of_the_package_once():
     entries = diagram()
     assert len(set(entries)) == len(entries)
-    found = {entry_of(name) for name in modules()}
-    assert found == set(entries), "put a new module into its row of docs/design.md, below all that it imports"
+    assert {top(name) for name in modules()} == set(entries), "put a new package into its row of docs/design.md"
+    assert len([entry for entry in entries if not entry.startswith("__")]) <= MOST_AT_THE_TOP
 
 
 def test_a_module_imports_only_from_above():
     place = {entry: number for number, entry in enumerate(diagram())}
     for name, targets in graph().items():
         for target in targets:
-            one, other = entry_of(name), entry_of(target)
+            one, other = top(name), top(target)
             assert one == other or place[other] < place[one], f"{name} imports {target}, which is not above it"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_says_what_it_imports(package: str):
+    found = {top(target) for name, targets in graph().items() if top(name) == package for target in targets}
+    documented = importlib.import_module(f"nrm_plugin.{package}").__doc__
+    assert documented
+    said = re.search(r"^Imports: ([\w,\s]+)\.$", documented, re.M)
+    assert said
+    names = set() if said[1] == "nothing of this package" else set(re.split(r",\s+", said[1]))
+    assert names == found - {package}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_init_only_exports(package: str):
+    body = ast.parse((PACKAGE / package / "__init__.py").read_text()).body
+    assert all(isinstance(node, (ast.Expr, ast.ImportFrom, ast.Assign)) for node in body)
 
 
 def test_no_module_imports_itself_over_others():
@@ -92,16 +114,25 @@ def test_no_module_imports_itself_over_others():
         visit(name)
 
 
-def test_the_public_package_only_hands_names_on():
-    body = ast.parse((PACKAGE / "__init__.py").read_text()).body
-    assert all(isinstance(node, (ast.Expr, ast.ImportFrom, ast.Assign)) for node in body)
+def test_no_module_is_long():
+    lines = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_the_public_names_are_listed_once_and_in_order():
+    """A stub says where each comes from; the package reads it, and so do type checkers."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    imported = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    listed = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
+    assert sorted(imported) == sorted(listed)
+    assert len(set(listed)) == len(listed)
 
 
 def test_imports_are_read_in_every_form(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(
-        "import nrm_plugin.errors\nfrom . import events\nfrom ..steps import Step\n"
-        "from nrm_plugin.functional import table\ndef f():\n    from .registry import kernel\n    import torch\n"
+        "import nrm_plugin.errors\nfrom . import unknown\nfrom ..kernels.step import Step\n"
+        "from nrm_plugin.functional import elementwise\ndef f():\n    from .registry import kernel\n    import torch\n"
     )
     found = set(imported("functional.x", path, modules()))
-    assert found == {"errors", "functional.__init__", "steps", "functional.table", "functional.registry"}
+    assert found == {"errors", "functional.unknown", "kernels.step", "functional.elementwise", "functional.registry"}

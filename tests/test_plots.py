@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from PIL import Image
 
-from nrm_plugin import plots
-from nrm_plugin.plots import Budget
-from nrm_plugin.ribbons import NEGATIVE, POSITIVE, Column, Ribbon, percent
+from nrm_plugin.plots import heatmaps as plots
+from nrm_plugin.plots.heatmaps import Budget
+from nrm_plugin.plots.ribbons import NEGATIVE, POSITIVE, Column, Ribbon, percent
 
 VALUES = torch.tensor([[0.3, -0.1, 0.0], [0.02, -0.4, 0.1]])
 GREY, COLORS = torch.rand(1, 2, 3), torch.rand(3, 2, 3)

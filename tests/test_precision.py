@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from zennit.core import Composite
 
-from nrm_plugin import LayerNRM, Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, at, branches
+from nrm_plugin import LayerNRM, Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.errors import InputError
-from nrm_plugin.precision import shortened
+from nrm_plugin.kernels import branch_reader as branches
+from nrm_plugin.model.autocast import shortened
 
 # Rounding of one entry, and what four layers of it came to; a single output rounds once for all of its walks.
 FORMATS = {torch.bfloat16: 2**-6, torch.float16: 2**-9}

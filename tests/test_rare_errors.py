@@ -13,18 +13,20 @@ from torch import nn
 from zennit.composites import EpsilonPlus
 from zennit.core import BasicHook
 
-from nrm_plugin import NRM, FuseBatchNorm, NRMDefault, RelevanceMeasure, at, cli, coverage, register_kernel
-from nrm_plugin.cli import main
-from nrm_plugin.dataloading import DataLoaderNRM
+from nrm_plugin import NRM, FuseBatchNorm, NRMDefault, RelevanceMeasure, at, coverage, register_kernel
+from nrm_plugin.attribution.dataloader import DataLoaderNRM
+from nrm_plugin.commands import cli
+from nrm_plugin.commands import model_loading as models
+from nrm_plugin.commands.cli import main
+from nrm_plugin.commands.explanation import RequestError, target_of
+from nrm_plugin.commands.model_loading import ModelError
+from nrm_plugin.dataset import images as pictures
+from nrm_plugin.dataset.images import open_picture
 from nrm_plugin.errors import EventError, InputError, NRMError, UnknownLayerError, UnsupportedRuleError
-from nrm_plugin.explain import models, pictures
-from nrm_plugin.explain.models import ModelError
-from nrm_plugin.explain.pictures import open_picture
-from nrm_plugin.explain.run import RequestError, target_of
-from nrm_plugin.flow import FlowError, FlowGraph
-from nrm_plugin.flow_maps import flow_maps
-from nrm_plugin.notation import event_from_json, event_to_json
-from nrm_plugin.profiles import profile
+from nrm_plugin.events.serialization import event_from_json, event_to_json
+from nrm_plugin.measure.flow import FlowError, FlowGraph
+from nrm_plugin.measure.flow_heat_maps import flow_maps
+from nrm_plugin.measure.layer_profile import profile
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.nn import functional
 from nrm_plugin import at, reconstruct
 from nrm_plugin.demo import load_digits, load_model
 from nrm_plugin.errors import EventError
-from nrm_plugin.reconstruct import receptive_fields
+from nrm_plugin.measure.reconstruction import receptive_fields
 
 
 def by_hand(model, image, keep, method):

@@ -13,7 +13,7 @@ from zennit.composites import EpsilonPlus, NameMapComposite
 from nrm_plugin import RelevanceMeasure, Subspaces, activations, at, drsa, patches, prca, top_walks, with_subspaces
 from nrm_plugin.demo import load_digits, load_model
 from nrm_plugin.errors import InputError, UnknownLayerError
-from nrm_plugin.subspaces import disentanglement
+from nrm_plugin.search.subspaces import disentanglement
 from tests.conftest import untouched
 from tests.nets import rule_maps, tiny_nets, zennit_composite
 from tests.oracles import Node, enumerate_walks

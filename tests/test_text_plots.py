@@ -16,8 +16,8 @@ from torch import nn
 
 from nrm_plugin import RelevanceMeasure, at
 from nrm_plugin.errors import InputError
-from nrm_plugin.ribbons import DARK, LIGHT
-from nrm_plugin.text_plots import ink_on, luminance, shade, text_figure, text_html
+from nrm_plugin.plots.ribbons import DARK, LIGHT
+from nrm_plugin.plots.text import ink_on, luminance, shade, text_figure, text_html
 
 TOKENS = ["[CLS]", "the", "film", "was", "un", "##kind", "<script>", "&", '"x"', "$a$", "[SEP]", "[PAD]"]
 SPECIAL = ["[CLS]", "[SEP]", "[PAD]"]

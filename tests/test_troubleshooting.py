@@ -16,7 +16,8 @@ from zennit.composites import GuidedBackprop, LayerMapComposite, NameMapComposit
 from zennit.rules import Epsilon, Pass
 from zennit.types import Linear
 
-from nrm_plugin import FuseBatchNorm, NRMEpsilonPlus, RelevanceMeasure, at, errors, queries
+from nrm_plugin import FuseBatchNorm, NRMEpsilonPlus, RelevanceMeasure, at, errors
+from nrm_plugin.measure import totals as queries
 
 PAGE = (Path(__file__).parents[1] / "docs/troubleshooting.md").read_text()
 SECTIONS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S))

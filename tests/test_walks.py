@@ -15,18 +15,9 @@ from torch import nn
 from zennit.composites import NameMapComposite
 from zennit.rules import AlphaBeta, Epsilon, Gamma, WSquare, ZBox
 
-from nrm_plugin import (
-    Absolute,
-    ConservingEpsilon,
-    NRMAbsolute,
-    RelevanceMeasure,
-    at,
-    best_walk,
-    top_sets,
-    top_walks,
-    walks,
-)
+from nrm_plugin import Absolute, ConservingEpsilon, NRMAbsolute, RelevanceMeasure, at, best_walk, top_sets, top_walks
 from nrm_plugin.errors import EventError, NRMError
+from nrm_plugin.search import walks
 from tests.nets import rule_maps, tiny_net, tiny_nets, zennit_composite
 from tests.oracles import AbsoluteShare, enumerate_walks
 

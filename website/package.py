@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MOST = 2 << 20
 """Bytes of a package: the embedded model and digits are most of it."""
-DATA = {"py.typed", "demo/digits_vgg.safetensors", "demo/digits_test.safetensors"}
+DATA = {"py.typed", "__init__.pyi", "demo/digits_vgg.safetensors", "demo/digits_test.safetensors"}
 NEVER = re.compile(r"(^|/)(\.git/|\.venv|__pycache__|\.pytest_cache|\.hypothesis|build/|dist/|.*\.(pyc|log|pt|pth)$)")
 NEEDED = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "Makefile", "docs/measure.md", "tests/conftest.py"}
 TRY = """

@@ -21,12 +21,8 @@ BY_MODULE: dict[str, tuple[str, dict[str, str]]] = {
     "figures": (
         "Figures and pages",
         {
-            "plots": "heat_map image_and_heat_map heat_maps joint budgets save",
-            "flow_plots": "flow_figure profile_figure",
-            "profiles": "profile",
-            "flow_maps": "flow_maps",
-            "sankey": "save_sankey sankey",
-            "text_plots": "text_figure text_html",
+            "plots": "*",
+            "measure": "profile flow_maps",
         },
     ),
     "data-sets": (

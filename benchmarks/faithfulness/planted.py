@@ -36,8 +36,8 @@ from benchmarks.faithfulness.latent import (
     plain_rules,
 )
 from benchmarks.faithfulness.metrics import Contest, average_precision, precision_at
+from benchmarks.train_demo import reproducible
 from nrm_plugin import NRMAbsolute, NRMDefault, RelevanceMeasure, activations
-from nrm_plugin.demo.train import reproducible
 
 WIDTH, CLASSES, STREAMS = 8, 4, 3
 CROSS = 0.05

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
 from torch import nn
 from zennit.composites import (
     COMPOSITES,
+    EpsilonAlpha2Beta1,
+    EpsilonAlpha2Beta1Flat,
+    EpsilonGammaBox,
+    EpsilonPlus,
+    EpsilonPlusFlat,
+    ExcitationBackprop,
     LayerMapComposite,
     SpecialFirstLayerMapComposite,
     register_composite,
@@ -20,17 +26,17 @@ from zennit.rules import Flat, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
 from .canonizers import FuseBatchNorm
-from .checks import check_unhooked, check_unpatched
 from .errors import NRMError
 from .functional import Interception
 from .functional.attention import Attention
-from .fusion import fuse
-from .kernels import Residual
-from .reading import PlainGradient
-from .routes import is_route
-from .rules import Absolute, ConservingEpsilon
-from .step_hooks import StepHook
-from .steps import Normalization
+from .kernels.base import Residual
+from .kernels.batch_norm import fuse
+from .kernels.hook import StepHook
+from .kernels.rule_reader import PlainGradient
+from .kernels.step import Normalization
+from .model.checks import check_unhooked, check_unpatched
+from .model.routing import is_route
+from .rules import Absolute, ConservingEpsilon, Relative
 
 Uncovered = Literal["error", "gradient"]
 Sums = Literal["absolute", "ratio", "signed"]
@@ -273,3 +279,114 @@ class NRMAbsolute(LayerMapComposite):
     ) -> None:
         rule = Absolute(zero_params=zero_params)
         super().__init__(layer_map=[*(layer_map or []), *_layer_map(), (Linear, rule)], canonizers=canonizers)
+
+
+class Named(Normalized):
+    """A composite of Zennit, normalized, as a class of its own.
+
+    Args:
+        residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.
+        rules: Arguments of Zennit's composite.
+
+    Attributes:
+        rules: Zennit's composite.
+
+    Examples:
+        >>> from zennit.composites import COMPOSITES
+        >>> COMPOSITES["nrm_epsilon_plus"](residual="sink", epsilon=0.1).normalization.residual
+        'sink'
+    """
+
+    rules: ClassVar[type[Composite]]
+
+    def __init__(
+        self,
+        residual: Residual = "redistribute",
+        gain_limit: float = 2.0,
+        uncovered: Uncovered = "error",
+        sums: Sums = "absolute",
+        **rules: Any,
+    ) -> None:
+        super().__init__(self.rules(**rules), residual, gain_limit, uncovered, sums)
+
+
+@register("nrm_epsilon_plus")
+class NRMEpsilonPlus(Named):
+    """Zennit's ``EpsilonPlus``, normalized; arguments as in :class:`Named`."""
+
+    rules = EpsilonPlus
+
+
+@register("nrm_epsilon_plus_flat")
+class NRMEpsilonPlusFlat(Named):
+    """Zennit's ``EpsilonPlusFlat``, normalized; arguments as in :class:`Named`."""
+
+    rules = EpsilonPlusFlat
+
+
+@register("nrm_epsilon_alpha2_beta1")
+class NRMEpsilonAlpha2Beta1(Named):
+    """Zennit's ``EpsilonAlpha2Beta1``, normalized; arguments as in :class:`Named`."""
+
+    rules = EpsilonAlpha2Beta1
+
+
+@register("nrm_epsilon_alpha2_beta1_flat")
+class NRMEpsilonAlpha2Beta1Flat(Named):
+    """Zennit's ``EpsilonAlpha2Beta1Flat``, normalized; arguments as in :class:`Named`."""
+
+    rules = EpsilonAlpha2Beta1Flat
+
+
+@register("nrm_epsilon_gamma_box")
+class NRMEpsilonGammaBox(Named):
+    """Zennit's ``EpsilonGammaBox``, normalized; arguments as in :class:`Named`."""
+
+    rules = EpsilonGammaBox
+
+
+@register("nrm_excitation_backprop")
+class NRMExcitationBackprop(Named):
+    """Zennit's ``ExcitationBackprop``, normalized; arguments as in :class:`Named`."""
+
+    rules = ExcitationBackprop
+
+
+@register("nrm_relative")
+class NRMRelative(Normalized):
+    """The relative rule on all layers with weights and average pooling; a division only where skips join.
+
+    Ask for its measure given survival, ``given=~ABSORBED``: it conserves relevance up to a factor.
+
+    Args:
+        layer_map: Rules that come before those of the composite, as in Zennit.
+        canonizers: As in Zennit; None for batch-norm fusion.
+        uncovered: As in :class:`~nrm_plugin.Normalized`.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> mu = RelevanceMeasure(net, torch.rand(5, 3), 1, composite=NRMRelative())
+        >>> (mu.marginal("input").sum(1) + mu.sink("input")).round(decimals=3)
+        tensor([1., 1., 1., 1., 1.])
+        >>> mu.walk_variation(surviving=True).shape
+        torch.Size([5])
+
+    Source: ours, made after the abstract of arXiv 2501.14322; see docs/relative.md.
+    """
+
+    def __init__(
+        self,
+        layer_map: list[Any] | None = None,
+        canonizers: list[Any] | None = None,
+        uncovered: Uncovered = "error",
+    ) -> None:
+        rules = [
+            (Activation, Pass()),
+            (BatchNorm, Pass()),
+            (Sum, Absolute()),
+            (AvgPool, Relative()),
+            (Linear, Relative()),
+        ]
+        chosen = [FuseBatchNorm()] if canonizers is None else canonizers
+        composite = LayerMapComposite([*(layer_map or []), *rules], canonizers=chosen)
+        super().__init__(composite, residual="sink", uncovered=uncovered)

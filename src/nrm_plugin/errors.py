@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 
 class NRMError(Exception):
@@ -112,3 +114,15 @@ def shortened_outside(name: str, kind: str) -> str:
         "precision, where its sums lose their digits. Leave torch.autocast around the model, or take a "
         "RelevanceMeasure inside of it: that runs the layers in the short format and keeps the books in float32."
     )
+
+
+def extra(module: str, name: str) -> ModuleType:
+    """An optional dependency.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(f"this needs {module.partition('.')[0]}: pip install 'nrm-plugin[{name}]'.") from error

@@ -14,8 +14,8 @@ from nrm_plugin.dataset import Bypass, Joint, Marginal, Sink, sweep
 from nrm_plugin.dataset.glocal import difference, flow_of_sweep, flow_queries, mean_flow, mixed
 from nrm_plugin.dataset.glocal_plots import difference_figure
 from nrm_plugin.errors import InputError, NRMError
-from nrm_plugin.flow_graph import FlowError, FlowGraph
-from nrm_plugin.flow_plots import flow_figure
+from nrm_plugin.measure.flow_graph import FlowError, FlowGraph
+from nrm_plugin.plots.flow import flow_figure
 from tests.conftest import untouched
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nrm_plugin.cli import main
+from nrm_plugin.commands.cli import main
 from nrm_plugin.dataset import Sweep
 from nrm_plugin.dataset.examples import references
 from nrm_plugin.dataset.glocal import difference, flow_of_sweep
 from nrm_plugin.demo import load_digits
-from nrm_plugin.flow_graph import FlowGraph
+from nrm_plugin.measure.flow_graph import FlowGraph
 
 MODEL = ["--model", "nrm_plugin.demo.model:load_model", "--size", "16", "--mean", "0", "--std", "1"]
 LAYERS = ["output", "features.12", "features.7"]

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from nrm_plugin import RelevanceMeasure, at
-from nrm_plugin.cli import main
-from nrm_plugin.dataset import Sweep, folders
-from nrm_plugin.dataset.folders import PictureFolder
-from nrm_plugin.explain.preparation import preparation
+from nrm_plugin.commands.cli import main
+from nrm_plugin.dataset import Sweep
+from nrm_plugin.dataset import image_folder as folders
+from nrm_plugin.dataset.image_folder import PictureFolder
+from nrm_plugin.dataset.preprocessing import preparation
 
 NETS = """
 import torch

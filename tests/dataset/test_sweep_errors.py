@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from nrm_plugin import at
-from nrm_plugin.cli import main
-from nrm_plugin.dataset import Activation, Manifest, Maps, Marginal, Sweep, SweepError, command, running, sweep
+from nrm_plugin.commands import sweep as command
+from nrm_plugin.commands.cli import main
+from nrm_plugin.dataset import Activation, Manifest, Maps, Marginal, Sweep, SweepError, sweep
+from nrm_plugin.dataset import runner as running
 from nrm_plugin.dataset.crops import crops
 from nrm_plugin.dataset.examples import FoundReferences, ReferencesError
-from nrm_plugin.dataset.folders import PictureFolder
-from nrm_plugin.dataset.layout import ShardError
+from nrm_plugin.dataset.image_folder import PictureFolder
 from nrm_plugin.dataset.maximization import find_references
+from nrm_plugin.dataset.preprocessing import STANDARD, preparation
 from nrm_plugin.dataset.settings import described
+from nrm_plugin.dataset.sweep_layout import ShardError
 from nrm_plugin.errors import InputError, NRMError, UnknownLayerError
-from nrm_plugin.explain.preparation import STANDARD, preparation
 from tests.dataset.sweep_nets import OPTIONS, Data, net
 
 

@@ -28,7 +28,7 @@ from nrm_plugin.dataset import (
 )
 from nrm_plugin.dataset.queries import check_queries, from_json
 from nrm_plugin.errors import EventError
-from nrm_plugin.notation import event_from_json, event_to_json
+from nrm_plugin.events.serialization import event_from_json, event_to_json
 from tests.conftest import untouched
 from tests.dataset.sweep_nets import EVENT, OPTIONS, Data, net
 

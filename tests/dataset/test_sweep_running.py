@@ -20,7 +20,8 @@ from torch.utils.data.distributed import DistributedSampler
 from zennit.composites import EpsilonPlus, EpsilonPlusFlat
 
 from nrm_plugin import NRMDefault, RelevanceMeasure
-from nrm_plugin.dataset import Manifest, Marginal, Sink, Sweep, SweepError, layout, sweep
+from nrm_plugin.dataset import Manifest, Marginal, Sink, Sweep, SweepError, sweep
+from nrm_plugin.dataset import sweep_layout as layout
 from nrm_plugin.dataset.settings import described
 from nrm_plugin.errors import UnknownLayerError
 from tests.conftest import slow_but

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.train_demo import accuracy, main, shift, split_digits
 from nrm_plugin.demo import DigitsCNN, DigitsVGG, load_digits, load_model
 from nrm_plugin.demo.model import DATA, WEIGHTS, enlarge
-from nrm_plugin.demo.train import accuracy, main, shift, split_digits
 
 EMBEDDED = Path(str(files("nrm_plugin.demo")))
 

@@ -12,10 +12,10 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 
 from nrm_plugin import RelevanceMeasure, at
+from nrm_plugin.commands import demo
+from nrm_plugin.commands.demo import LAYERS, LOWER, MISREAD, UPPER, DemoError, choose, layer_rows, plain_sums
+from nrm_plugin.commands.demo_joint import joint_heat_maps, joint_relevance
 from nrm_plugin.demo import load_digits, load_model
-from nrm_plugin.demo import run as demo
-from nrm_plugin.demo.joint import joint_heat_maps, joint_relevance
-from nrm_plugin.demo.run import LAYERS, LOWER, MISREAD, UPPER, DemoError, choose, layer_rows, plain_sums
 from tests.conftest import untouched
 
 README_PICTURE = Path(__file__).parents[2] / "docs/images/demo.png"

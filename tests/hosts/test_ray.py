@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nrm_plugin.dataset import SweepError, sweep
-from nrm_plugin.dataset.on_ray import SweepBatches
+from nrm_plugin.dataset.ray_engine import SweepBatches
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net
 from tests.dataset.test_sweep_running import contents
 

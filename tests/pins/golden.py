@@ -47,7 +47,9 @@ class Gated(nn.Module):
         x = functional.hardswish(self.stem(x))
         gate = torch.sigmoid(self.excite(functional.relu(self.squeeze(x.mean((2, 3))))))
         y = self.wise(x) * gate[:, :, None, None]
-        return self.head(torch.cat([functional.adaptive_avg_pool2d(x, 1), functional.adaptive_max_pool2d(y, 1)], 1).flatten(1))
+        return self.head(
+            torch.cat([functional.adaptive_avg_pool2d(x, 1), functional.adaptive_max_pool2d(y, 1)], 1).flatten(1)
+        )
 
 
 class Attending(nn.Module):

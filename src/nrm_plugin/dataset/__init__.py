@@ -1,22 +1,13 @@
-"""The measure over data sets: sweeps that store their rows, and what is read from them."""
+"""The measure over data sets: sweeps that store their rows, statistics, reference examples and prototypes.
 
-from .layout import Manifest, QueryInfo, SweepError
-from .on_ray import SweepBatches
-from .queries import (
-    Activation,
-    Bypass,
-    Conditional,
-    EventMass,
-    Joint,
-    Maps,
-    Marginal,
-    Peak,
-    Query,
-    Sink,
-    Variation,
-)
-from .running import sweep
-from .stored import Sweep
+Imports: errors, events, model, kernels, composites, measure, plots.
+"""
+
+from .queries import Activation, Bypass, Conditional, EventMass, Joint, Maps, Marginal, Peak, Query, Sink, Variation
+from .ray_engine import SweepBatches
+from .runner import sweep
+from .stored_sweep import Sweep
+from .sweep_layout import Manifest, QueryInfo, SweepError
 
 __all__ = [
     "Activation",

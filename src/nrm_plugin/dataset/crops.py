@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 from zennit.core import Composite
 
-from nrm_plugin.composites import Uncovered
-from nrm_plugin.errors import InputError
-from nrm_plugin.events import Event, at
-from nrm_plugin.kernels import Residual
-from nrm_plugin.measure import RelevanceMeasure, normalize
-from nrm_plugin.reconstruct import Box, receptive_fields
-
+from ..composites import Uncovered
+from ..errors import InputError
+from ..events.event import Event, at
+from ..kernels.base import Residual
+from ..measure.measure import RelevanceMeasure, normalize
+from ..measure.reconstruction import Box, receptive_fields
 from .examples import References, ReferencesError
 
 VISIBLE = 0.2

@@ -12,16 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nrm_plugin.calls import Output
-from nrm_plugin.composites import Normalized
-from nrm_plugin.errors import InputError, NRMError, TargetError, UnknownLayerError, unknown_layer
-from nrm_plugin.events import Atom
-from nrm_plugin.measure import RelevanceMeasure
-from nrm_plugin.starts import start_vector
-
-from .answers import Answers, Asked
-from .layout import SweepError
+from ..composites import Normalized
+from ..errors import InputError, NRMError, TargetError, UnknownLayerError, unknown_layer
+from ..events.event import Atom
+from ..measure.measure import RelevanceMeasure
+from ..model.inputs import Output
+from ..model.targets import start_vector
+from .batched_queries import Answers, Asked
 from .queries import Query
+from .sweep_layout import SweepError
 
 Target = Literal["prediction", "label"] | int | Callable[[Any], Any] | None
 Unpack = Callable[[Any], tuple[Any, Any]]

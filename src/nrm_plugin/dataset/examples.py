@@ -21,11 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nrm_plugin.errors import NRMError
-
-from .layout import QueryInfo
+from ..errors import NRMError
 from .ranking import NOBODY, Places
-from .stored import Sweep
+from .stored_sweep import Sweep
+from .sweep_layout import QueryInfo
 
 By = Literal["relevance", "activation"]
 EVENTS = "events"

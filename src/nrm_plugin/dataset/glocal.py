@@ -19,17 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nrm_plugin.errors import InputError
-from nrm_plugin.events import Event
-from nrm_plugin.flow import flow_graph
-from nrm_plugin.flow_graph import TOP, FlowError, FlowGraph, FlowLayer, check_thresholds
-from nrm_plugin.measure import RelevanceMeasure
-from nrm_plugin.partitions import Names, Partition, partition
-
-from .layout import QueryInfo, ShardError
+from ..errors import InputError
+from ..events.event import Event
+from ..measure.flow import flow_graph
+from ..measure.flow_graph import TOP, FlowError, FlowGraph, FlowLayer, check_thresholds
+from ..measure.measure import RelevanceMeasure
+from ..measure.partitions import Names, Partition, partition
 from .queries import Bypass, Joint, Marginal, Query, Sink, from_json
-from .shards import Shard
-from .stored import Sweep
+from .shard_file import Shard
+from .stored_sweep import Sweep
+from .sweep_layout import QueryInfo, ShardError
 
 Array = NDArray[np.float64]
 Chosen = Mapping[str, Sequence[int]]

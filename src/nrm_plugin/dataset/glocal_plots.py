@@ -8,12 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from nrm_plugin.errors import InputError
-from nrm_plugin.flow_graph import FlowGraph
-from nrm_plugin.flow_plots import flow_figure
-from nrm_plugin.plots import Values, draw_image
-from nrm_plugin.ribbons import DARK, LIGHT, Palette, percent
-
+from ..errors import InputError
+from ..measure.flow_graph import FlowGraph
+from ..plots.flow import flow_figure
+from ..plots.heatmaps import Values, draw_image
+from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .prototypes import Prototypes
 
 MOST = 16
@@ -28,7 +27,7 @@ def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = 
         first: What the first group of samples is called; red is where it has more.
         second: What the second is called; blue is where it has more.
         heading: Above the drawing.
-        dark: As in :func:`~nrm_plugin.flow_plots.flow_figure`.
+        dark: As in :func:`~nrm_plugin.plots.flow.flow_figure`.
 
     Raises:
         FlowError: A layer shows more groups than there is room for.

@@ -12,13 +12,12 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 from zennit.core import Composite
 
-from nrm_plugin.composites import Uncovered
-from nrm_plugin.errors import InputError
-from nrm_plugin.events import Event
-from nrm_plugin.kernels import Residual
-from nrm_plugin.measure import RelevanceMeasure, normalize
-
-from .activity import Activity
+from ..composites import Uncovered
+from ..errors import InputError
+from ..events.event import Event
+from ..kernels.base import Residual
+from ..measure.measure import RelevanceMeasure, normalize
+from .activations import Activity
 from .examples import EVENTS, By, FoundReferences, ReferencesError
 from .ranking import Ranking
 

@@ -16,12 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nrm_plugin.errors import InputError
-from nrm_plugin.extras import extra
-
+from ..errors import InputError, extra
 from .examples import ReferencesError
-from .layout import QueryInfo
-from .stored import Sweep
+from .stored_sweep import Sweep
+from .sweep_layout import QueryInfo
 
 Array = NDArray[np.float64]
 Method = Literal["mixture", "kmeans"]

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nrm_plugin.events import Atom, Event, at
-from nrm_plugin.groups import KINDS
-from nrm_plugin.notation import event_from_json, event_to_json
-
-from .layout import QueryInfo, SweepError
+from ..events.event import Atom, Event, at
+from ..events.serialization import event_from_json, event_to_json
+from ..measure.groups import KINDS
+from .sweep_layout import QueryInfo, SweepError
 
 Layer = str | Atom
 Reduce = Literal["max", "mean", "sum"]

@@ -9,10 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nrm_plugin.errors import InputError
-from nrm_plugin.plots import draw_heat_map, draw_image
-from nrm_plugin.ribbons import DARK, LIGHT, Palette, percent
-
+from ..errors import InputError
+from ..plots.heatmaps import draw_heat_map, draw_image
+from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .crops import Crop
 
 Style = Literal["mask", "plain", "heat", "both"]

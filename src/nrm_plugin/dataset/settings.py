@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nrm_plugin.composites import Normalized
-
+from ..composites import Normalized
 from .evaluation import Target, device_of, dtype_of
 from .queries import Query
 

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nrm_plugin.errors import InputError
-from nrm_plugin.events import Atom
-from nrm_plugin.extras import extra
-from nrm_plugin.groups import Over
-from nrm_plugin.measure import RelevanceMeasure
-
+from ..errors import InputError, extra
+from ..events.event import Atom
+from ..measure.groups import Over
+from ..measure.measure import RelevanceMeasure
 from .moments import Moments, empty, merged, moments, of_batch
 
 torchmetrics = extra("torchmetrics", "statistics")

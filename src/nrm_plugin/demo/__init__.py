@@ -1,5 +1,8 @@
-"""A small trained network and the digits it has never seen, shipped with the package."""
+"""A small trained network and held-out digits, shipped with the package.
 
-from nrm_plugin.demo.model import DigitsCNN, DigitsVGG, enlarge, load_digits, load_model
+Imports: nothing of this package.
+"""
+
+from .model import DigitsCNN, DigitsVGG, enlarge, load_digits, load_model
 
 __all__ = ["DigitsCNN", "DigitsVGG", "enlarge", "load_digits", "load_model"]

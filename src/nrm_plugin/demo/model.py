@@ -34,7 +34,7 @@ class DigitsVGG(nn.Module):
 class DigitsCNN(nn.Module):
     """A second opinion of another shape: 5x5 kernels, average pooling, one linear layer, no dropout.
 
-    Its weights are not embedded: train them with ``python -m nrm_plugin.demo.train --net cnn5`` and read them with
+    Its weights are not embedded: train them with ``python -m benchmarks.train_demo --net cnn5`` and read them with
     ``safetensors.torch.load_model``.
     """
 

@@ -1,9 +1,12 @@
-"""Kernels of operations that are no module, and how they are found in a forward pass."""
+"""Kernels of functions and operators (``a + b``, attention, ``F.linear``), and the mode that intercepts them.
 
-from ..kernels import Kernel
+Imports: errors, model, rules, kernels.
+"""
+
+from ..kernels.base import Kernel
 from . import reductions  # noqa: F401  (registers its kernels)
-from .interception import Interception
+from .canonizer import Interception
+from .elementwise import BroadcastKernel, SplitKernel
 from .registry import FunctionCall, register_kernel
-from .table import BroadcastKernel, SplitKernel
 
 __all__ = ["BroadcastKernel", "FunctionCall", "Interception", "Kernel", "SplitKernel", "register_kernel"]

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
-from ..kernels import Kernel
-from ..layers import Weightless
-from ..reading import read_rule
+from ..kernels.base import Kernel
+from ..kernels.rule_reader import read_rule
+from ..model.affine import Weightless
 from ..rules import Absolute
-from .opaque import Unknown
+from .elementwise import PlacedKernel, elementwise
 from .registry import FunctionCall, Slot, kernel
-from .table import PlacedKernel, elementwise
+from .unknown import Unknown
 
 Attention = Literal["value", "halves"]
 ATTENTIONS: tuple[Attention, ...] = ("value", "halves")

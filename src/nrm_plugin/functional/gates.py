@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..routes import is_route_node, written
-from ..steps import LayerCall
+from ..kernels.step import LayerCall
+from ..model.routing import is_route_node, written
 
 MAKERS = frozenset("softmax sigmoid hardsigmoid exp softmin gumbel_softmax".split())
 KEEPERS = frozenset("dropout alpha_dropout feature_dropout clone contiguous to float double type_as neg rsub".split())

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import PackedSequence
 
-from ..running import listener
+from ..kernels.forward_state import listener
 
 Weights = Sequence[Tensor]
 State = tuple[Tensor | None, ...]

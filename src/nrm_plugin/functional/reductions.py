@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOperationError
-from ..kernels import Kernel
-from .opaque import Unknown
+from ..kernels.base import Kernel
+from .elementwise import BroadcastKernel, SplitKernel
 from .registry import FunctionCall, kernel
-from .table import BroadcastKernel, SplitKernel
+from .unknown import Unknown
 
 
 class ReducedKernel(Kernel):

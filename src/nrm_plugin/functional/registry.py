@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..kernels import Kernel
-from ..running import Saved
+from ..kernels.base import Kernel
+from ..kernels.forward_state import Saved
 from .gates import Gates
-from .lookup import RuleLookup
+from .rule_lookup import RuleLookup
 
 Handler = Callable[["FunctionCall"], Kernel]
 Rewrite = Callable[..., Any]
@@ -175,7 +175,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[Handler], Handl
     """Gives functions a kernel, or another one than they have.
 
     The handler is called when relevance first arrives at a call of the function. It gets the
-    :class:`FunctionCall` and returns a :class:`~nrm_plugin.kernels.Kernel` with one input for each of its values.
+    :class:`FunctionCall` and returns a :class:`~nrm_plugin.kernels.base.Kernel` with one input for each of its values.
 
     Args:
         functions: Functions as the model calls them, such as ``torch.add`` or a custom operator. All spellings of a

@@ -1,0 +1,100 @@
+from .attribution.attribution import NRM, JointNRM, LayerNRM, NeuronNRM
+from .attribution.attributor import NRMAttributor
+from .attribution.concepts import ConceptNRM, condition_event
+from .attribution.dataloader import DataLoaderNRM
+from .canonizers import FuseBatchNorm
+from .composites import (
+    Normalized,
+    NRMAbsolute,
+    NRMDefault,
+    NRMEpsilonAlpha2Beta1,
+    NRMEpsilonAlpha2Beta1Flat,
+    NRMEpsilonGammaBox,
+    NRMEpsilonPlus,
+    NRMEpsilonPlusFlat,
+    NRMExcitationBackprop,
+    NRMRelative,
+)
+from .events.event import ABSORBED, Event, at
+from .functional.canonizer import Interception
+from .functional.registry import register_kernel
+from .measure.flow_graph import FlowGraph
+from .measure.measure import RelevanceMeasure
+from .measure.partitions import patches
+from .measure.reconstruction import Reconstruction, reconstruct
+from .recording.coverage import Coverage, coverage
+from .rules import Absolute, ConservingEpsilon, Relative
+from .search.neuron_walks import NeuronWalk, best_walk
+from .search.selection import (
+    CurvePoint,
+    Restriction,
+    Selection,
+    ablation,
+    activations,
+    mse,
+    restriction,
+    select_neurons,
+    smape,
+)
+from .search.sets import TopSets, top_sets
+from .search.subspaces import Subspaces, drsa, prca, with_subspaces
+from .search.walks import GroupWalk, TopWalks, top_walks
+
+__version__: str
+
+__all__ = [
+    "ABSORBED",
+    "NRM",
+    "Absolute",
+    "ConceptNRM",
+    "ConservingEpsilon",
+    "Coverage",
+    "CurvePoint",
+    "DataLoaderNRM",
+    "Event",
+    "FlowGraph",
+    "FuseBatchNorm",
+    "GroupWalk",
+    "Interception",
+    "JointNRM",
+    "LayerNRM",
+    "NRMAbsolute",
+    "NRMAttributor",
+    "NRMDefault",
+    "NRMEpsilonAlpha2Beta1",
+    "NRMEpsilonAlpha2Beta1Flat",
+    "NRMEpsilonGammaBox",
+    "NRMEpsilonPlus",
+    "NRMEpsilonPlusFlat",
+    "NRMExcitationBackprop",
+    "NRMRelative",
+    "NeuronNRM",
+    "NeuronWalk",
+    "Normalized",
+    "Reconstruction",
+    "Relative",
+    "RelevanceMeasure",
+    "Restriction",
+    "Selection",
+    "Subspaces",
+    "TopSets",
+    "TopWalks",
+    "ablation",
+    "activations",
+    "at",
+    "best_walk",
+    "condition_event",
+    "coverage",
+    "drsa",
+    "mse",
+    "patches",
+    "prca",
+    "reconstruct",
+    "register_kernel",
+    "restriction",
+    "select_neurons",
+    "smape",
+    "top_sets",
+    "top_walks",
+    "with_subspaces",
+]

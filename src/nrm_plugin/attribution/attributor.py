@@ -1,0 +1,81 @@
+"""An attributor in Zennit's sense that hands out the measure itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from zennit.attribution import Attributor
+from zennit.core import Composite
+
+from ..composites import Uncovered
+from ..kernels.base import Residual
+from ..measure.measure import RelevanceMeasure, normalize
+
+
+class NRMAttributor(Attributor):
+    """Returns the output of the model and the measure, where Zennit's attributors return the output and a map.
+
+    Args:
+        model: The network, in evaluation mode.
+        composite: A Zennit composite; None for the default of this package.
+        attr_output: Where the measure starts, as in Zennit: a tensor in the shape of the output, or a function of it;
+            by default the output itself.
+        residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+
+    Examples:
+        >>> import torch
+        >>> from zennit.composites import EpsilonPlusFlat
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+        >>> images, classes = torch.randn(2, 3, 6, 6), torch.eye(10)[[3, 5]]
+        >>> with NRMAttributor(net, EpsilonPlusFlat()) as attributor:
+        ...     output, mu = attributor(images, classes)
+        >>> output.shape, mu.marginal("1").shape
+        (torch.Size([2, 10]), torch.Size([2, 4, 4, 4]))
+        >>> relevance = mu.marginal("input") * output[classes.bool()].reshape(2, 1, 1, 1)   # that of zennit's Gradient
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        attr_output: Tensor | Callable[[Tensor], Tensor] | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
+
+    def __enter__(self) -> NRMAttributor:
+        """Registers nothing: a measure hooks the model for as long as it runs."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Takes nothing off."""
+
+    def forward(self, input: Any, attr_output_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, RelevanceMeasure]:
+        """The output ``(N, …)`` and the measure that starts at a function of it.
+
+        Args:
+            input: ``(N, …)``, or in any other form that :class:`~nrm_plugin.RelevanceMeasure` takes.
+            attr_output_fn: Function from the output to the start vector.
+
+        Raises:
+            TargetError: The start vector cancels, or does not fit.
+
+        Examples:
+            >>> import torch
+            >>> net = nn.Linear(3, 2)
+            >>> output, mu = NRMAttributor(net).forward(torch.ones(1, 3), lambda output: torch.ones_like(output))
+            >>> torch.allclose(mu.output, output.mean(1))
+            True
+        """
+        outputs: list[Tensor] = []
+
+        def start(output: Tensor) -> Tensor:
+            outputs.append(output)
+            return attr_output_fn(output)
+
+        measure = RelevanceMeasure(self.model, input, start=start, composite=self.composite)
+        return outputs[0], measure

@@ -1,0 +1,181 @@
+"""Conditional relevance by the conditions of zennit-crp (Concept Relevance Propagation), answered by the measure."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from ..composites import Uncovered
+from ..errors import EventError
+from ..events.event import Event, at
+from ..kernels.base import Residual
+from ..measure.measure import RelevanceMeasure, normalize
+from .attribution import Layer, Unit
+
+Condition = Mapping[str, Any]
+OUTPUT = "y"
+"""The key of the outputs that are explained."""
+
+
+def condition_event(condition: Condition) -> Event | None:
+    """The event of a condition: the walk crosses one of the channels in every layer that it names.
+
+    Args:
+        condition: Layer names and their channels, as in ``{"features.28": [3], "y": [281]}``; ``"y"`` is left out.
+
+    Returns:
+        The event; None where no layer is named, so that every walk fits.
+
+    Raises:
+        EventError: A name is no name, or its channels are no list of numbers.
+
+    Examples:
+        >>> condition_event({"features.28": [3], "features.14": [5, 8], "y": [281]})
+        at('features.28').channel([3]) & at('features.14').channel([5, 8])
+    """
+    if not isinstance(condition, Mapping):
+        raise EventError(
+            f"a condition is a mapping such as {{'features.28': [3], 'y': [281]}}, got {type(condition).__name__}."
+        )
+    atoms = [at(layer).channel(_numbers(layer, ids)) for layer, ids in condition.items() if layer != OUTPUT]
+    return functools.reduce(operator.and_, atoms) if atoms else None
+
+
+class ConceptNRM:
+    """Relevance under conditions in the format of zennit-crp's ``CondAttribution``.
+
+    Walks that go around a layer of the condition are not in it, also where there are skips; conditions may name
+    different layers, in any order; each sample is run once for all conditions on the same outputs.
+
+    Args:
+        model: The network; ``torch.nn.DataParallel`` is unwrapped.
+        composite, residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(20, 10))
+        >>> conditions = [{"2": [3], "y": [7]}, {"2": [0, 1], "0": [2], "y": [7]}]
+        >>> ConceptNRM(net).attribute(torch.randn(6, 3, 6, 6), conditions).shape
+        torch.Size([2, 6, 3, 6, 6])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        self.model = model.module if isinstance(model, nn.DataParallel) else model
+        self.composite = normalize(composite, residual, gain_limit, uncovered)
+
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        conditions: Sequence[Condition],
+        layer: Layer = "input",
+        additional_forward_args: Any = None,
+        conditional: bool = False,
+        unit: Unit = "output",
+    ) -> Tensor:
+        """Relevance of each neuron of a layer under each condition.
+
+        Args:
+            inputs: ``(N, …)``, or a tuple of such tensors.
+            conditions: Mappings of layer names to channels, and of ``"y"`` to the outputs that are explained; every
+                condition is applied to every sample. Of several outputs each starts with its value, as in zennit-crp.
+            layer: Where relevance is asked for: a name, module or ``at(…)``.
+            additional_forward_args: Further arguments of the model.
+            conditional: Divide by the mass of the condition, ``μ(j | condition)``; else ``μ(j & condition)``.
+            unit: ``"output"``: in units of the explained outputs, as zennit-crp's heat maps before it sums them over
+                channels; ``"measure"``: of their total as 1.
+
+        Returns:
+            ``(conditions, N, *shape)``.
+
+        Raises:
+            EventError: No conditions, or one of another form.
+            UnknownLayerError: A name that no layer has.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+            >>> x = torch.randn(5, 3)
+            >>> each = ConceptNRM(net).attribute(x, [{"0": [k], "y": [1]} for k in range(4)])
+            >>> torch.allclose(each.sum(0), NRM(net).attribute(x, target=1), atol=1e-5)
+            True
+        """
+        groups: dict[tuple[int, ...] | None, list[int]] = {}
+        events = [condition_event(condition) for condition in conditions]
+        if not events:
+            raise EventError(
+                "no condition was given; give a list of mappings such as [{'features.28': [3], 'y': [1]}]."
+            )
+        outputs = [_explained(condition) for condition in conditions]
+        for number, chosen in enumerate(outputs):
+            groups.setdefault(chosen, []).append(number)
+        found: dict[int, Tensor] = {}
+        for chosen, numbers in groups.items():
+            start = _Start(chosen)
+            with torch.enable_grad():
+                measure = RelevanceMeasure(
+                    self.model,
+                    inputs,
+                    composite=self.composite,
+                    start=start,
+                    additional_forward_args=additional_forward_args,
+                )
+            asked = [event for event in (events[number] for number in numbers) if event is not None]
+            given, joint = (asked, None) if conditional else (None, asked)
+            rows = iter(measure.marginal(layer, given=given, joint=joint) if asked else ())
+            for number in numbers:
+                row = measure.marginal(layer) if events[number] is None else next(rows)
+                scale = start.total.reshape(-1, *(1,) * (row.ndim - 1))
+                found[number] = row * scale if unit == "output" else row
+        return torch.stack([found[number] for number in range(len(events))])
+
+
+class _Start:
+    """The start vector of some outputs, each with its value; of a single one with all mass.
+
+    Args:
+        chosen: The outputs; None for all of them.
+
+    Attributes:
+        total: The sum of their values, ``(N,)``; known once the start vector was made.
+    """
+
+    def __init__(self, chosen: tuple[int, ...] | None) -> None:
+        self.chosen = chosen
+        self.total = torch.empty(0)
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """The start vector for an output ``(N, K)``."""
+        mask = torch.ones_like(output) if self.chosen is None else torch.zeros_like(output)
+        if self.chosen is not None:
+            out_of_range = [number for number in self.chosen if not -output.shape[1] <= number < output.shape[1]]
+            if out_of_range:
+                raise EventError(f"'y' names output {out_of_range[0]}, but there are {output.shape[1]}.")
+            mask[:, list(self.chosen)] = 1
+        self.total = (mask * output).flatten(1).sum(1)
+        return mask if bool(mask.flatten(1).sum(1).eq(1).all()) else mask * output
+
+
+def _explained(condition: Condition) -> tuple[int, ...] | None:
+    return tuple(_numbers(OUTPUT, condition[OUTPUT])) if OUTPUT in condition else None
+
+
+def _numbers(layer: str, ids: Any) -> list[int]:
+    listed = ids.tolist() if hasattr(ids, "tolist") else ids
+    listed = [listed] if isinstance(listed, int) and not isinstance(listed, bool) else listed
+    if not isinstance(listed, (list, tuple, range)):
+        raise EventError(f"the condition on {layer!r} is {ids!r}; give a list of channel numbers.")
+    try:
+        return [operator.index(number) for number in listed]
+    except TypeError as error:
+        raise EventError(f"the condition on {layer!r} is {ids!r}; give a list of channel numbers.") from error

@@ -1,0 +1,62 @@
+"""Zennit's composites by the names of their registry."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from torch import Tensor
+from zennit.composites import COMPOSITES
+from zennit.core import Composite
+
+from ..composites import Normalized  # registers ours as well
+from ..errors import NRMError
+
+
+class CompositeError(NRMError, ValueError):
+    """A name that is none of a composite, or of one that needs more than a name."""
+
+
+def names() -> list[str]:
+    """All composites, without those that are normalized forms of others."""
+    return sorted(name for name, kind in COMPOSITES.items() if _plain(kind) is kind)
+
+
+def check_composite_name(name: str) -> None:
+    """Raises :class:`CompositeError` unless Zennit's registry knows the name; the message lists near names."""
+    if name not in COMPOSITES:
+        near = difflib.get_close_matches(name, COMPOSITES, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise CompositeError(f"there is no composite {name!r}.{hint} Known are {', '.join(names())}.")
+
+
+def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
+    """A composite by its name.
+
+    Args:
+        name: In Zennit's registry.
+        bounds: Lowest and highest inputs, ``(1, C, 1, 1)`` each, for composites with a rule that needs them.
+
+    Raises:
+        CompositeError: No such name, or it needs other arguments.
+    """
+    check_composite_name(name)
+    kind = _plain(COMPOSITES[name])
+    known: dict[str, Any] = dict(zip(("low", "high"), bounds, strict=True))
+    parameters = inspect.signature(kind).parameters.values()
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [item.name for item in parameters if item.default is inspect.Parameter.empty and item.kind not in free]
+    missing = [item for item in needed if item not in known]
+    if missing:
+        raise CompositeError(
+            f"the composite {name} needs {', '.join(missing)}, which cannot be given here. Use it from Python: "
+            f"RelevanceMeasure(model, inputs, target, composite={kind.__name__}({', '.join(missing)}=…))."
+        )
+    composite: Composite = kind(**{item: known[item] for item in needed})
+    return composite.composite if isinstance(composite, Normalized) else composite
+
+
+def _plain(kind: type[Composite]) -> type[Composite]:
+    """The composite of Zennit that one in the registry is the normalized form of; here all are normalized."""
+    return getattr(kind, "rules", kind) if issubclass(kind, Normalized) else kind

@@ -1,0 +1,149 @@
+"""Events written as text: ``features.28[3,7] & ~features.14[5]``. A small grammar, and nothing is evaluated.
+
+- ``union``: ``both``, or several of them with ``|`` between
+- ``both``: ``part``, or several of them with ``&`` between
+- ``part``: ``~ part``, ``( union )``, ``ABSORBED``, ``layer``, or ``layer[channels]``
+- ``channels``: numbers and ranges such as ``10:20`` with commas between
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..errors import NRMError
+from ..events.event import ABSORBED, Event, at
+
+TOKEN = re.compile(r"\s*(?:(?P<sign>[&|~()])|(?P<atom>[^\s&|~()\[\]]+)\s*(?P<bracket>\[[^\[\]]*\]?)?)")
+NUMBER = re.compile(r"\d{1,6}")
+RANGE = re.compile(r"(\d{1,6})\s*:\s*(\d{1,6})")
+DEEPEST = 50
+
+
+class ConditionError(NRMError, ValueError):
+    """Text that is no event."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """An event and how it was written.
+
+    Attributes:
+        text: As it was given.
+        event: What it means.
+        layers: Names of the layers that it speaks of.
+    """
+
+    text: str
+    event: Event
+    layers: tuple[str, ...]
+
+
+def parse(text: str) -> Condition:
+    """The event that a text speaks of.
+
+    Args:
+        text: Names of layers with channels in brackets, joined by ``&``, ``|``, ``~`` and parentheses. Brackets list
+            channels, as ``at(layer).channel([…])``.
+
+    Raises:
+        ConditionError: It does not follow the grammar; the message says where.
+    """
+    reader = _Reader(text)
+    event = reader.union()
+    if reader.sign or reader.atom:
+        reader.fail("expected '&' or '|' between two parts")
+    return Condition(" ".join(text.split()), event, tuple(dict.fromkeys(reader.layers)))
+
+
+class _Reader:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.layers: list[str] = []
+        self._end = self._depth = 0
+        self.sign = self.atom = ""
+        self.bracket: str | None = None
+        self.advance()
+
+    def advance(self) -> None:
+        """To the next token."""
+        self.start = self._end + len(self.text[self._end :]) - len(self.text[self._end :].lstrip())
+        found = TOKEN.match(self.text, self._end)
+        if found is None and self.text[self._end :].strip():
+            self.sign, self.atom = self.text[self.start], ""
+            self.fail("expected the name of a layer")
+        self.sign, self.atom, self.bracket = found.group("sign", "atom", "bracket") if found else ("", "", None)
+        self._inside = found.start("bracket") if found else self.start
+        self._end = found.end() if found else len(self.text)
+
+    def fail(self, why: str, found: str = "", place: int | None = None) -> None:
+        """Raises :class:`ConditionError` for the current token, or for what was found at a place in it."""
+        found = found or self.sign or self.atom or "the end"
+        place = self.start if place is None else place
+        raise ConditionError(
+            f"--given {self.text!r} is no condition: {why} at character {place + 1}, got {found}. Write for "
+            "example 'features.28[3,7]' for the walks through channel 3 or 7 of a layer, and join parts by &, | and ~."
+        )
+
+    def union(self) -> Event:
+        event = self.both()
+        while self.sign == "|":
+            self.advance()
+            event = event | self.both()
+        return event
+
+    def both(self) -> Event:
+        event = self.part()
+        while self.sign == "&":
+            self.advance()
+            event = event & self.part()
+        return event
+
+    def part(self) -> Event:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            self.fail(f"more than {DEEPEST} brackets and negations inside each other")
+        event = self._inner()
+        self._depth -= 1
+        return event
+
+    def _inner(self) -> Event:
+        if self.sign == "~":
+            self.advance()
+            return ~self.part()
+        if self.sign == "(":
+            self.advance()
+            event = self.union()
+            if self.sign != ")":
+                self.fail("expected ')'")
+            self.advance()
+            return event
+        if not self.atom:
+            self.fail("expected the name of a layer")
+        event = self._event(self.atom, self.bracket)
+        self.advance()
+        return event
+
+    def _event(self, name: str, bracket: str | None) -> Event:
+        if name == "ABSORBED" and bracket is None:
+            return ABSORBED
+        self.layers.append(name)
+        if bracket is None:
+            return at(name)
+        if not bracket.endswith("]"):
+            self.fail("expected ']' after the channels", "the end", self._end)
+        return at(name).channel(self._channels(bracket[1:-1]))
+
+    def _channels(self, text: str) -> list[int]:
+        channels: list[int] = []
+        for part in text.split(","):
+            span = RANGE.fullmatch(part.strip())
+            if span:
+                channels += range(int(span[1]), int(span[2]))
+                if int(span[1]) >= int(span[2]):
+                    self.fail("expected a range that ends after its beginning", part.strip(), self._inside)
+            elif NUMBER.fullmatch(part.strip()):
+                channels.append(int(part))
+            else:
+                self.fail("expected channels such as 3,7 or 10:20 in the brackets", repr(part.strip()), self._inside)
+        return sorted(set(channels))

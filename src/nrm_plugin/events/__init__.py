@@ -1,0 +1,9 @@
+"""Events: sets of walks, written as formulas over the neurons that a walk crosses.
+
+Also their decision diagrams, and their form in JSON.
+Imports: errors.
+"""
+
+from .event import ABSORBED, Absorbed, All, Any_, Atom, Attended, Event, Not, at
+
+__all__ = ["ABSORBED", "Absorbed", "All", "Any_", "Atom", "Attended", "Event", "Not", "at"]

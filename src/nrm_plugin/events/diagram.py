@@ -1,0 +1,161 @@
+"""Events as ordered decision diagrams over taps.
+
+A walk meets the taps in execution order, output first, and answers at each the atoms that speak of it. A
+diagram node is what is left to be decided, so the nodes that are alive at a tap are the number of relevance
+vectors that the pass has to carry: the width. A formula in disjunctive form of exponential size can have width 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .event import Absorbed, All, Any_, Atom, Event, Not
+
+FALSE, TRUE = 0, 1
+
+
+@dataclass
+class Diagram:
+    """Reduced ordered decision diagrams with shared nodes, one root for each event.
+
+    Variables are numbered in the order in which a walk meets them; ``levels[v]`` is the tap of variable ``v``.
+    Nodes are numbered too: 0 is false, 1 is true.
+    """
+
+    levels: Sequence[int]
+    _nodes: list[tuple[int, int, int]] = field(default_factory=list)
+    _unique: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    _memo: dict[tuple[str, int, int], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        end = len(self.levels)
+        self._nodes = [(end, FALSE, FALSE), (end, TRUE, TRUE)]
+
+    def build(self, event: Event, variable: Mapping[Hashable, int] | Callable[[Atom | Absorbed], Event | int]) -> int:
+        """The node of an event; ``variable`` gives the number of an atom, or the event that it stands for."""
+        lookup = variable if callable(variable) else variable.__getitem__
+        if isinstance(event, Not):
+            return self._negate(self.build(event.part, lookup))
+        if isinstance(event, (All, Any_)):
+            both = self._and if isinstance(event, All) else self._or
+            result = TRUE if isinstance(event, All) else FALSE
+            for part in event.parts:
+                result = both(result, self.build(part, lookup))
+            return result
+        found = lookup(event)  # type: ignore[arg-type]
+        return self.build(found, lookup) if isinstance(found, Event) else self._make(found, FALSE, TRUE)
+
+    def level(self, node: int) -> int:
+        """The tap at which the node is decided next; past every tap for true and false."""
+        variable = self._nodes[node][0]
+        return self.levels[variable] if variable < len(self.levels) else max(self.levels, default=-1) + 1
+
+    def step(self, node: int, level: int, answers: int) -> int:
+        """What is left after a walk has crossed tap ``level`` with these answers.
+
+        Args:
+            node: What was left before.
+            level: The tap that is crossed; atoms of taps before it were not crossed and are false.
+            answers: Bit ``v`` is the answer to variable ``v``.
+
+        Returns:
+            The node that is left.
+        """
+        while node > TRUE and self.level(node) <= level:
+            variable, low, high = self._nodes[node]
+            node = high if answers >> variable & 1 else low
+        return node
+
+    def is_touched(self, node: int, level: int) -> bool:
+        """Whether crossing tap ``level`` can change what is left."""
+        return node > TRUE and self.level(node) <= level
+
+    def variables(self, node: int) -> set[int]:
+        """The variables on which a node still depends."""
+        found: set[int] = set()
+        stack = [node]
+        seen = set()
+        while stack:
+            current = stack.pop()
+            if current <= TRUE or current in seen:
+                continue
+            seen.add(current)
+            variable, low, high = self._nodes[current]
+            found.add(variable)
+            stack += [low, high]
+        return found
+
+    def width(self, roots: Sequence[int]) -> int:
+        """The largest number of undecided nodes that are alive at one tap, over all the roots."""
+        alive: dict[int, set[int]] = {}
+        for root in roots:
+            stack, seen = [root], set()
+            while stack:
+                node = stack.pop()
+                if node <= TRUE or node in seen:
+                    continue
+                seen.add(node)
+                alive.setdefault(self.level(node), set()).add(node)
+                stack += self._nodes[node][1:]
+        return max((len(nodes) for nodes in alive.values()), default=0)
+
+    def _make(self, variable: int, low: int, high: int) -> int:
+        if low == high:
+            return low
+        key = (variable, low, high)
+        if key not in self._unique:
+            self._unique[key] = len(self._nodes)
+            self._nodes.append(key)
+        return self._unique[key]
+
+    def _negate(self, node: int) -> int:
+        return self._apply("not", node, TRUE)
+
+    def _and(self, left: int, right: int) -> int:
+        return self._apply("and", left, right)
+
+    def _or(self, left: int, right: int) -> int:
+        return self._apply("or", left, right)
+
+    def _apply(self, operation: str, left: int, right: int) -> int:
+        settled = _SETTLED[operation](left, right)
+        if settled is not None:
+            return settled
+        key = (operation, left, right)
+        if key not in self._memo:
+            variable = min(self._nodes[left][0], self._nodes[right][0])
+            low = self._apply(operation, self._branch(left, variable, 1), self._branch(right, variable, 1))
+            high = self._apply(operation, self._branch(left, variable, 2), self._branch(right, variable, 2))
+            self._memo[key] = self._make(variable, low, high)
+        return self._memo[key]
+
+    def _branch(self, node: int, variable: int, side: int) -> int:
+        return self._nodes[node][side] if self._nodes[node][0] == variable else node
+
+
+def _settled_and(left: int, right: int) -> int | None:
+    if FALSE in (left, right):
+        return FALSE
+    if left in (TRUE, right):
+        return right
+    return left if right == TRUE else None
+
+
+def _settled_or(left: int, right: int) -> int | None:
+    if TRUE in (left, right):
+        return TRUE
+    if left in (FALSE, right):
+        return right
+    return left if right == FALSE else None
+
+
+def _settled_not(node: int, _: int) -> int | None:
+    return 1 - node if node <= TRUE else None
+
+
+_SETTLED: dict[str, Callable[[int, int], int | None]] = {
+    "and": _settled_and,
+    "or": _settled_or,
+    "not": _settled_not,
+}

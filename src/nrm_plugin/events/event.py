@@ -1,0 +1,435 @@
+"""Events: sets of walks, written as a formula over the neurons that a walk crosses.
+
+An event knows no model. Its atoms name taps, and a measure looks them up when the event is asked for.
+"""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EventError
+
+Side = Literal["input", "output", "sink"]
+SIDES: tuple[Side, ...] = ("input", "output", "sink")
+
+SHOWN = 12
+"""Numbers of neurons that the text of an event lists."""
+
+
+class Event:
+    """A set of walks; ``&``, ``|``, ``~`` and ``-`` make new ones.
+
+    Laws (checked by the tests): ``mu(a | b) + mu(a & b) == mu(a) + mu(b)``, ``mu(a) + mu(~a) == 1``,
+    ``a - b == a & ~b``.
+
+    Examples:
+        >>> either = at("conv")[3] | at("conv")[5]
+        >>> either & ~at("skip")
+        (at('conv')[3] | at('conv')[5]) & ~at('skip')
+    """
+
+    def __and__(self, other: object) -> Event:
+        return _combine(All, self, other, "&")
+
+    def __or__(self, other: object) -> Event:
+        return _combine(Any_, self, other, "|")
+
+    def __invert__(self) -> Event:
+        return Not(self)
+
+    def __sub__(self, other: object) -> Event:
+        return self & ~_checked_operand(self, other, "-")
+
+    # Reached only from operands that are no events, to say so in the same words.
+    def __rand__(self, other: object) -> NoReturn:
+        _refuse_operand(self, other, "&")
+
+    def __ror__(self, other: object) -> NoReturn:
+        _refuse_operand(self, other, "|")
+
+    def __rsub__(self, other: object) -> NoReturn:
+        _refuse_operand(self, other, "-")
+
+    def __iter__(self) -> NoReturn:
+        # Without this, Python iterates over anything with brackets, and an atom takes any number in them, for ever.
+        raise TypeError(
+            f"{self} is an event, a set of walks, and cannot be iterated over, unpacked or searched with `in`. For one "
+            "event for each channel write `[at(layer)[k] for k in channels]`."
+        )
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            "an event has no truth value: `a and b`, `a or b`, `not a` and `if a` would silently drop a part of it. "
+            "Write `a & b`, `a | b`, `~a`."
+        )
+
+    def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
+        """The atoms of the formula, from left to right, with repetitions.
+
+        Examples:
+            >>> list((at("conv")[3] & ~at("fc")).atoms())
+            [at('conv')[3], at('fc')]
+        """
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _combine(kind: type[All] | type[Any_], left: Event, right: object, sign: str) -> Event:
+    parts: list[Event] = []
+    for part in (left, _checked_operand(left, right, sign)):
+        parts.extend(part.parts if isinstance(part, kind) else (part,))
+    return kind(tuple(dict.fromkeys(parts)))
+
+
+def _checked_operand(event: Event, other: object, sign: str) -> Event:
+    return other if isinstance(other, Event) else _refuse_operand(event, other, sign)
+
+
+def _refuse_operand(event: Event, other: object, sign: str) -> NoReturn:
+    raise TypeError(
+        f"`{sign}` joins two events, got {event} and {type(other).__name__}. Name the layer of the other one: "
+        "`at(layer)` for a layer, `at(layer)[mask]` for a mask or index."
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class All(Event):
+    """The walks that are in every part."""
+
+    parts: tuple[Event, ...]
+
+    def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
+        for part in self.parts:
+            yield from part.atoms()
+
+    def __str__(self) -> str:
+        return " & ".join(_bracket(part) for part in self.parts)
+
+
+@dataclass(frozen=True, repr=False)
+class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
+    """The walks that are in at least one part."""
+
+    parts: tuple[Event, ...]
+
+    def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
+        for part in self.parts:
+            yield from part.atoms()
+
+    def __str__(self) -> str:
+        return " | ".join(_bracket(part) for part in self.parts)
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Event):
+    """The walks that are not in the part: those that bypass it or were absorbed before count as well."""
+
+    part: Event
+
+    def __invert__(self) -> Event:
+        return self.part
+
+    def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
+        return self.part.atoms()
+
+    def __str__(self) -> str:
+        return f"~{_bracket(self.part)}"
+
+
+@dataclass(frozen=True, repr=False)
+class Absorbed(Event):
+    """The walks that end in the sink of any step, whether residual or constant."""
+
+    def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
+        yield self
+
+    def __str__(self) -> str:
+        return "ABSORBED"
+
+
+ABSORBED = Absorbed()
+
+
+def _bracket(event: Event) -> str:
+    return f"({event})" if isinstance(event, (All, Any_)) else str(event)
+
+
+@dataclass(frozen=True)
+class Index:
+    """What stands in the brackets of ``at(layer)[…]``; equal when it selects by the same numbers."""
+
+    key: Hashable
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Index) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return ("tensor", str(value.dtype), tuple(value.shape), value.numpy().tobytes())
+    if isinstance(value, slice):
+        return ("slice", value.start, value.stop, value.step)
+    if isinstance(value, tuple):
+        return ("tuple", tuple(_key(item) for item in value))
+    return value  # type: ignore[no-any-return]
+
+
+def _checked_index(atom: Atom, value: Any) -> Any:
+    """An index as ints, slices, ellipses, integer or boolean tensors, and tuples of them."""
+    if isinstance(value, tuple):
+        if sum(item is Ellipsis for item in value) > 1:
+            raise EventError(f"{atom}[…]: an index holds one `...` at most.")
+        return tuple(_checked_index(atom, item) for item in value)
+    if value is Ellipsis:
+        return value
+    if isinstance(value, slice):
+        return _checked_slice(atom, value)
+    if isinstance(value, (Tensor, list, range)) or hasattr(value, "__array__"):
+        tensor = _checked_tensor(atom, value)
+        return tensor.item() if tensor.ndim == 0 else tensor
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise EventError(f"{atom}[{value!r}]: {_INDEX} Got {type(value).__name__}.")
+
+
+_INDEX = "neurons are indexed by ints, slices, lists and tuples of them, integer tensors or boolean masks."
+
+
+def _checked_slice(atom: Atom, value: slice) -> slice:
+    bounds = (value.start, value.stop, value.step)
+    if any(not (bound is None or hasattr(bound, "__index__")) for bound in bounds):
+        raise EventError(f"{atom}[{_show(value)}]: the bounds of a slice are integers.")
+    start, stop, step = (None if bound is None else operator.index(bound) for bound in bounds)
+    if step is not None and step <= 0:
+        raise EventError(f"{atom}[{_show(value)}]: a slice of neurons goes upwards; give a step of at least 1.")
+    return slice(start, stop, step)
+
+
+def _checked_tensor(atom: Atom, value: Any) -> Tensor:
+    """Integers or a mask, on the CPU."""
+    if isinstance(value, list):
+        kinds = {isinstance(item, bool) for item in value}
+        if len(kinds) > 1:
+            raise EventError(f"{atom}[{value!r}]: a list holds either numbers of neurons or true and false, not both.")
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+        tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
+        tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise EventError(f"{atom}[{reprlib.repr(value)}]: {_INDEX} This is none of them: {error}.") from error
+    if tensor.numel() == 0 and isinstance(value, (list, range)):
+        tensor = tensor.long()
+    if tensor.dtype == torch.uint8:
+        raise EventError(
+            f"{atom}: an index of dtype uint8 may be a mask or numbers of neurons. Say which: `mask.bool()` or "
+            "`index.long()`."
+        )
+    if tensor.dtype != torch.bool and (tensor.is_floating_point() or tensor.is_complex()):
+        raise EventError(
+            f"{atom}: {_INDEX} Got {type(value).__name__} of {str(tensor.dtype).removeprefix('torch.')}, shape "
+            f"{tuple(tensor.shape)}; for a mask write `values > threshold`."
+        )
+    if tensor.ndim == 0 and tensor.dtype == torch.bool:
+        raise EventError(f"{atom}[{bool(tensor)}]: a single true or false is no mask; give one for each neuron.")
+    return tensor
+
+
+def _name(layer: str | nn.Module) -> str:
+    return repr(layer) if isinstance(layer, str) else f"<{type(layer).__name__}>"
+
+
+@dataclass(frozen=True, repr=False)
+class Atom(Event):
+    """The walk crosses one tap in one of the indexed neurons (in any neuron where nothing is indexed).
+
+    Made by :func:`at`. ``side="output"`` is the tensor that the module returned, ``side="input"`` the tensor
+    that it was handed (only walks that go through this call, not those that leave the same tensor to another
+    reader), ``side="sink"`` the walks absorbed in this step at these neurons of its output.
+    """
+
+    layer: str | nn.Module
+    side: Side = "output"
+    call: int | Literal["any"] | None = None
+    item: int | str | None = None
+    index: Index | None = None
+    along_channel: bool = False
+
+    def __getitem__(self, index: Any) -> Atom:
+        if self.index is not None:
+            raise EventError(f"{self} is indexed already. Combine two atoms of one tap with & or | instead.")
+        value = _checked_index(self, index)
+        return Atom(self.layer, self.side, self.call, self.item, Index(_key(value), value))
+
+    def channel(self, index: Any) -> Atom:
+        """The neurons of one or several channels: dimension 1 of ``(N, C, …)``, the last one of token layouts."""
+        atom = self[index]
+        return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
+
+    def head(self, index: Any) -> Attended:
+        """The walk goes through one or several heads of the attention in this layer."""
+        return Attended(self).head(index)
+
+    def token(self, index: Any) -> Attended:
+        """The walk goes through what these tokens are given by the attention in this layer."""
+        return Attended(self).token(index)
+
+    def pair(self, query: Any, key: Any) -> Attended:
+        """The walk goes through what a token, the query, draws on a token, the key."""
+        return Attended(self).pair(query, key)
+
+    def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
+        yield self
+
+    def __str__(self) -> str:
+        extras = [] if self.side == "output" else [f"side={self.side!r}"]
+        extras += [] if self.call is None else [f"call={self.call!r}"]
+        extras += [] if self.item is None else [f"item={self.item}"]
+        text = f"at({', '.join([_name(self.layer), *extras])})"
+        if self.index is None:
+            return text
+        shown = _show(self.index.value)
+        return f"{text}.channel({shown})" if self.along_channel else f"{text}[{shown}]"
+
+
+@dataclass(frozen=True, repr=False)
+class Attended(Event):
+    """The walk goes through the attention of a layer, in some heads, at some tokens, to some of what they draw on.
+
+    Made by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which may follow one another. The layer is a module
+    in which attention is computed once, whether fused or spelled with products and a softmax, or the tap of that
+    operation itself. None stands for all of a kind.
+    """
+
+    atom: Atom
+    heads: Index | None = None
+    queries: Index | None = None
+    keys: Index | None = None
+
+    def __post_init__(self) -> None:
+        if self.atom.side != "output" or self.atom.item is not None or self.atom.index is not None:
+            raise EventError(
+                f"{self.atom} names neurons of one tap. Heads, tokens and pairs are those of the attention in a layer: "
+                f"at({_name(self.atom.layer)}).head(…)."
+            )
+
+    def head(self, index: Any) -> Attended:
+        """The same in one or several heads: an int, a slice, a list or a boolean mask."""
+        return replace(self, heads=self._chosen("head", self.heads, index))
+
+    def token(self, index: Any) -> Attended:
+        """The same at what one or several tokens are given."""
+        return replace(self, queries=self._chosen("token", self.queries, index))
+
+    def pair(self, query: Any, key: Any) -> Attended:
+        """The same at what some tokens (queries) draw on some tokens (keys)."""
+        return replace(self.token(query), keys=self._chosen("pair", self.keys, key))
+
+    def _chosen(self, what: str, known: Index | None, value: Any) -> Index:
+        if known is not None:
+            raise EventError(f"{self} says already which. Combine two events of one layer with & or | instead.")
+        checked = _checked_index(self.atom, value)
+        if isinstance(checked, tuple) or checked is Ellipsis or (isinstance(checked, Tensor) and checked.ndim > 1):
+            raise EventError(f"{self}.{what}({_show(checked)}): give an int, a slice, a list or one mask.")
+        return Index(_key(checked), checked)
+
+    def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
+        yield self
+
+    def __str__(self) -> str:
+        text = str(self.atom)
+        if self.heads is not None:
+            text += f".head({_shown_in_call(self.heads.value)})"
+        if self.keys is not None and self.queries is not None:
+            return f"{text}.pair({_shown_in_call(self.queries.value)}, {_shown_in_call(self.keys.value)})"
+        return text if self.queries is None else f"{text}.token({_shown_in_call(self.queries.value)})"
+
+
+def _shown_in_call(value: Any) -> str:
+    """An index as an argument, where a slice has no colons."""
+    if not isinstance(value, slice):
+        return _show(value)
+    bounds = [value.start, value.stop] + ([] if value.step is None else [value.step])
+    return f"slice({', '.join(map(str, bounds))})"
+
+
+def shown(index: Index) -> str:
+    """An index as it is written in brackets."""
+    return _show(index.value)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(_show(item) for item in value)
+    if isinstance(value, slice):
+        bounds = ["" if bound is None else str(bound) for bound in (value.start, value.stop)]
+        return ":".join(bounds + ([str(value.step)] if value.step is not None else []))
+    if value is Ellipsis:
+        return "..."
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        return f"mask of {int(value.sum())} in {tuple(value.shape)}"
+    if isinstance(value, Tensor) and value.numel() > SHOWN:
+        return f"{value.numel()} numbers in {tuple(value.shape)}"
+    if isinstance(value, Tensor):
+        return str(value.tolist())
+    return repr(value)
+
+
+def at(
+    layer: str | nn.Module,
+    side: Side = "output",
+    call: int | Literal["any"] | None = None,
+    item: int | str | None = None,
+) -> Atom:
+    """Neurons of one tap, to be indexed: ``at("features.28")[3]`` is the event that a walk crosses channel 3.
+
+    Args:
+        layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"``, or the module itself.
+        side: ``"output"``, ``"input"`` or ``"sink"``.
+        call: Which call of a module that is called more than once; ``"any"`` for one of them.
+        item: Which tensor of a tuple or list output.
+
+    Returns:
+        The event that a walk crosses the tap at all; index it with ints, slices, lists, tuples or a boolean mask
+        over the dimensions after the batch (or over all, one mask for each sample).
+
+    Raises:
+        EventError: One of the arguments is none of these.
+
+    Examples:
+        >>> at("features.28")[3]
+        at('features.28')[3]
+        >>> at("layer1", side="input").channel([0, 2])
+        at('layer1', side='input').channel([0, 2])
+        >>> at("blocks.3.attn").head(2).pair(query=5, key=0)
+        at('blocks.3.attn').head(2).pair(5, 0)
+    """
+    if side not in SIDES:
+        raise EventError(f"side={side!r} is unknown; choose one of {', '.join(map(repr, SIDES))}.")
+    if not isinstance(layer, (str, nn.Module)):
+        hint = (
+            f" In quotes it is the name of a part of nn.Sequential: {str(layer)!r}." if isinstance(layer, int) else ""
+        )
+        raise EventError(
+            f"a layer is a name such as 'features.28' or a module, got {type(layer).__name__}: {layer!r}.{hint}"
+        )
+    if not (call is None or call == "any" or (isinstance(call, int) and not isinstance(call, bool))):
+        raise EventError(f"call={call!r} is unknown; give the number of the call, from 0, or 'any'.")
+    if not (item is None or (isinstance(item, (int, str)) and not isinstance(item, bool))):
+        raise EventError(f"item={item!r} is unknown; give the number or key of one of the tensors of a layer.")
+    return Atom(layer, side, call, item)

@@ -1,0 +1,88 @@
+"""Operations of which nothing is known but what they do to numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UncoveredLayerError
+from ..kernels.base import Kernel
+from ..model.routing import is_route_node
+
+MASKS = 6
+
+
+class Unknown(Kernel):
+    """An operation without a kernel: no relevance may arrive, but the zeros that a gate gets may.
+
+    Args:
+        error: What to raise when relevance arrives.
+        shapes: Shape of each input.
+    """
+
+    is_stochastic = True  # no walk goes through it, so there is nothing to normalize
+
+    def __init__(self, error: Exception, shapes: Sequence[torch.Size]) -> None:
+        self.error, self.shapes = error, list(shapes)
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        if self._arrives(relevance):
+            raise self.error
+        return tuple(relevance.new_zeros((len(relevance), *shape)) for shape in self.shapes)
+
+    pull_absolute = pull
+
+    def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        first = next(value for value in values if value is not None)
+        return first.new_zeros((len(first), *shape))
+
+    def _arrives(self, relevance: Tensor) -> bool:
+        try:
+            return bool(relevance.any())
+        except RuntimeError:  # batched gradients do not tell values
+            return True
+
+
+def is_known(output: Tensor, inputs: Sequence[Tensor], with_steps: bool = True) -> bool:
+    """Whether autograd sees nothing but routes (and steps) between some inputs and an output."""
+    seen = {tensor.grad_fn for tensor in inputs}
+    stack = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or (with_steps and hasattr(node, "step")):
+            continue
+        if not is_route_node(node):
+            return False
+        seen.add(node)
+        stack += [below for below, _ in node.next_functions]
+    return True
+
+
+def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tensor) -> bool:
+    """Whether a function maps each element on its own, found out by changing half of them at a time.
+
+    An element that depends on another is missed with a probability of 1/64: each mask tells half of all pairs apart.
+    """
+    other = 1 - 2 * source
+    changed = run(other.clone())
+    number = torch.arange(source.numel(), device=source.device).reshape(source.shape)
+    for bit in range(MASKS):
+        mask = (number * 0x9E3779B1 >> (25 + bit)) % 2 == 0  # Fibonacci hashing: as good as random, and repeatable
+        mixed = run(torch.where(mask, source, other))
+        if not torch.allclose(mixed, torch.where(mask, output, changed), rtol=1e-5, atol=1e-7, equal_nan=True):
+            return False
+    return True
+
+
+def uncovered(path: str, like: nn.Module, name: str) -> UncoveredLayerError:
+    """What to raise for a function on a weight to which the composite gives no rule."""
+    return UncoveredLayerError(
+        f"layer {path!r} ({type(like).__name__}, called as {name}) has no rule in this composite. Zennit would use its "
+        "plain gradient, which does not conserve relevance. Map the layer to a rule in the composite's layer_map, or "
+        "pass Normalized(composite, uncovered='gradient') to account for what its gradient loses."
+    )
+
+
+__all__ = ["Unknown", "is_elementwise", "is_known", "uncovered"]

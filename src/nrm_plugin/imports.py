@@ -1,0 +1,96 @@
+"""How the package is imported: former module paths, and composites that Zennit's registry knows by name.
+
+Nothing here imports torch, so that ``nrm-plugin --version`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+
+PACKAGE = "nrm_plugin"
+REMOVED = "0.3"
+"""The version in which former paths stop to work."""
+MOVED = {
+    "coverage": "recording.coverage",
+    "flow_maps": "measure.flow_heat_maps",
+    "flow_plots": "plots.flow",
+    "profiles": "measure.layer_profile",
+    "reconstruct": "measure.reconstruction",
+    "restriction": "search.selection",
+    "sankey": "plots.flow_html",
+    "text_plots": "plots.text",
+}
+"""Documented modules by their former path inside the package."""
+REGISTRY = "zennit.composites"
+
+
+def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
+    """Warns the caller of the function that calls this.
+
+    Args:
+        what: What is deprecated, as the user writes it.
+        instead: What to write.
+        stacklevel: As in :func:`warnings.warn`, counted from the caller of this function.
+    """
+    message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."
+    warnings.warn(message, DeprecationWarning, stacklevel + 1)
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports modules by their former paths, and registers composites when Zennit's registry is imported."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname == REGISTRY:
+            return _registering(importlib.machinery.PathFinder.find_spec(fullname, path))
+        package, _, name = fullname.partition(".")
+        return importlib.util.spec_from_loader(fullname, self) if package == PACKAGE and name in MOVED else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Hands out the names of the module that replaces this one."""
+        former = module.__name__
+        now = f"{PACKAGE}.{MOVED[former.partition('.')[2]]}"
+        warn_deprecated(f"the module {former}", now)
+        replacement = importlib.import_module(now)
+        module.__dict__.update({name: value for name, value in vars(replacement).items() if name[:2] != "__"})
+
+
+def _registering(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
+    """A spec whose module is followed by the composites of this package, which register themselves there."""
+    if spec is not None and spec.loader is not None:
+        run = spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            run(module)
+            importlib.import_module(f"{PACKAGE}.composites")
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+    return spec
+
+
+class _Package(types.ModuleType):
+    """Keeps public functions from being replaced by the former modules of the same name (``coverage``)."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, types.ModuleType) and name in MOVED):
+            super().__setattr__(name, value)
+
+
+def install() -> None:
+    """Adds the finder, once; registers the composites now where Zennit's registry was imported before."""
+    sys.modules[PACKAGE].__class__ = _Package
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder())
+    if REGISTRY in sys.modules:
+        importlib.import_module(f"{PACKAGE}.composites")

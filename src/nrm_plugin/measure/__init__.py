@@ -1,0 +1,12 @@
+"""The measure: marginals, joint relevance, events, conditioning and flows, answered from a recording.
+
+Imports: errors, events, model, kernels, functional, composites, recording.
+"""
+
+from .flow_graph import FlowGraph
+from .flow_heat_maps import flow_maps
+from .layer_profile import profile
+from .measure import RelevanceMeasure
+from .reconstruction import Reconstruction
+
+__all__ = ["FlowGraph", "Reconstruction", "RelevanceMeasure", "flow_maps", "profile"]

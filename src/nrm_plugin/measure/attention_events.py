@@ -1,0 +1,132 @@
+"""Heads, tokens and pairs of attention, looked up in a recording: the event over its taps that they stand for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EventError
+from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Index, at, shown
+from ..functional.attention import Layout
+from ..kernels.step import Step
+from ..recording.recording import OUTPUT, Recording
+
+
+def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
+    """An event over taps alone.
+
+    A walk through (query, key) crosses the output of the attention at the query and then the values, or where relevance
+    goes there the weights, at the key. It stays in its head on the way.
+
+    Raises:
+        EventError: The layer holds no or several calls of attention, or has no such head or token.
+        UnknownLayerError: There is no such layer.
+    """
+    if not isinstance(atom, Attended):
+        return atom
+    found = [_event(atom, step, recording) for step in _steps_of(atom, recording)]
+    return found[0] if len(found) == 1 else Any_(tuple(found))
+
+
+def _event(atom: Attended, step: Step, recording: Recording) -> Event:
+    layout: Layout = step.attention
+    shape = recording.lifted(step.shape)
+    mask = torch.ones(shape, dtype=torch.bool)
+    if atom.heads is not None:
+        mask &= _of_heads(atom, atom.heads, step, shape, recording)
+    if atom.queries is not None:
+        mask &= _along(shape, layout.queries, _chosen(atom, "token", atom.queries, shape[layout.queries]))
+    above = at(step.name, call=step.call)[_shortened(mask)]
+    if atom.keys is None:
+        return above
+    below: list[Event] = []
+    single = len(recording.items(step.name, "input", step.call)) == 1
+    for number, dim in layout.keys:
+        tap = at(step.name, "input", step.call, None if single else number)
+        (place,) = recording.find(tap.layer, tap.side, tap.call, tap.item)
+        chosen = _chosen(atom, "token", atom.keys, place.shape[dim])
+        below.append(tap[_shortened(_along(place.shape, dim, chosen).expand(place.shape))])
+    return All((above, below[0] if len(below) == 1 else Any_(tuple(below))))
+
+
+def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
+    """Heads have a dimension of their own, or share one with the samples, which come first there."""
+    shared = step.attention.shared
+    rows = shape[shared[0]] if shared else 1
+    if len(shared) > 1 or (shared and not recording.batched):
+        return _along(shape, shared[-1], _chosen(atom, "head", index, shape[shared[-1]]))
+    count = _count_of_heads(step, rows, recording)
+    if count is None:
+        raise EventError(
+            f"{atom}: the heads of {step.name!r} cannot be told from the {recording.batch} samples in its dimension of "
+            f"{rows}. Take the measure of one sample."
+        )
+    chosen = _chosen(atom, "head", index, count).repeat(rows // count)
+    return _along(shape, shared[0], chosen) if shared else chosen.reshape(())
+
+
+def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
+    owner = next((module for module, name in recording.names.items() if name == _owner(step)), None)
+    if isinstance(owner, nn.MultiheadAttention):
+        return int(owner.num_heads)
+    return rows // recording.batch if rows % recording.batch == 0 else None
+
+
+def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
+    """``(count,)``: which of a kind an index takes."""
+    chosen = torch.zeros(count, dtype=torch.bool)
+    try:
+        chosen[index.value] = True
+    except IndexError as error:
+        raise EventError(
+            f"{atom}: there is no {what} {shown(index)}, it has {count}, from 0 to {count - 1}."
+        ) from error
+    return chosen
+
+
+def _along(shape: torch.Size, dim: int, chosen: Tensor) -> Tensor:
+    view = [1] * len(shape)
+    view[dim] = -1
+    return chosen.view(view)
+
+
+def _shortened(mask: Tensor) -> Tensor:
+    """Without the dimension of samples where it is the same for all."""
+    return mask[0] if len(mask) == 1 or bool((mask == mask[:1]).all()) else mask
+
+
+def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
+    """The steps in which the attention of a layer is computed, one for each call that is spoken of."""
+    name, calls = recording.called(atom.atom.layer, "output", atom.atom.call)
+    steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
+    known = [step for step in steps if step.attention is not None]
+    own = [step for step in known if step.name == name]
+    if own:
+        return [step for step in own if step.call in calls]
+    inside = [step for step in known if name == OUTPUT or step.name.startswith(f"{name}.")]
+    of_calls = recording.calls_of(name)
+    if len(inside) == len(of_calls):
+        return [inside[of_calls.index(call)] for call in calls]
+    if inside:
+        raise EventError(f"{atom}: {name!r} holds {len(inside)} calls of attention; say which: {_listed(inside)}.")
+    others = f" These layers do: {_listed(known)}." if known else " No layer does."
+    raise EventError(f"{atom}: {name!r} computes no attention that the output depends on.{others}")
+
+
+def _listed(steps: list[Step], most: int = 8) -> str:
+    """How each is named in the shortest way."""
+    names, owners = [step.name for step in steps], [_owner(step) for step in steps]
+    texts = []
+    for step, name, owner in zip(steps, names, owners, strict=True):
+        alone = owner and owners.count(owner) == 1
+        call = f", call={step.call}" if names.count(name) > 1 else ""
+        texts.append(f"at({owner!r})" if alone else f"at({name!r}{call})")
+    return ", ".join(texts[:most]) + (" and more" if len(texts) > most else "")
+
+
+def _owner(step: Step) -> str:
+    """The module in which the operation was called."""
+    return step.name.rpartition(".")[0]
+
+
+__all__ = ["plain"]

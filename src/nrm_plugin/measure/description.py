@@ -1,0 +1,80 @@
+"""What a query means, in words and as a formula, and what it costs."""
+
+from __future__ import annotations
+
+from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not, shown
+from .event_masks import Formulas
+
+
+def explanation(formulas: Formulas, event: Event, given: Event | None) -> str:
+    """Three lines: the formula, the words, the cost."""
+    formula = f"μ({event})" if given is None else f"μ({event} | {given}) = μ({event & given}) / μ({given})"
+    subject = f"the share of relevance carried by the walks that {words(event)}"
+    if given is not None:
+        subject = (
+            f"among the walks that {words(given)}, the share of relevance carried by those that also {words(event)}"
+        )
+    steps, all_steps = _steps(formulas)
+    width = formulas.diagram.width(formulas.roots)
+    return (
+        f"{formula}\n{subject[0].upper()}{subject[1:]}.\n"
+        f"Cost: one pass over {steps} of {all_steps} steps, with at most {max(1, width)} "
+        f"relevance vector{'s' if width > 1 else ''} for an undecided walk."
+    )
+
+
+def words(event: Event) -> str:
+    """The event as the rest of a sentence about walks."""
+    if isinstance(event, Absorbed):
+        return "are absorbed on their way"
+    if isinstance(event, Not):
+        return _negated(event.part)
+    if isinstance(event, All):
+        return " and ".join(_inner(part) for part in event.parts)
+    if isinstance(event, Any_):
+        return "either " + " or ".join(_inner(part) for part in event.parts)
+    if isinstance(event, Attended):
+        return _attended(event)
+    assert isinstance(event, Atom)
+    return _atom(event)
+
+
+def _inner(event: Event) -> str:
+    return f"({words(event)})" if isinstance(event, (All, Any_)) else words(event)
+
+
+def _negated(event: Event) -> str:
+    if isinstance(event, Absorbed):
+        return "reach the input"
+    if isinstance(event, (Atom, Attended)):
+        return f"do not {words(event)} (they go elsewhere, around it, or are absorbed before)"
+    return f"do not ({words(event)})"
+
+
+def _atom(atom: Atom) -> str:
+    name = atom.layer if isinstance(atom.layer, str) else type(atom.layer).__name__
+    where = f"{name!r}" + (f" in call {atom.call}" if atom.call is not None else "")
+    if atom.side == "input":
+        where = f"the input of {where}"
+    if atom.index is not None:
+        key = shown(atom.index)
+        where = f"{where} in channel {key}" if atom.along_channel else f"{where} at [{key}]"
+    return f"are absorbed in {where}" if atom.side == "sink" else f"cross {where}"
+
+
+def _attended(event: Attended) -> str:
+    atom = event.atom
+    name = atom.layer if isinstance(atom.layer, str) else type(atom.layer).__name__
+    text = f"go through the attention of {name!r}" + (f" in call {atom.call}" if atom.call is not None else "")
+    for what, index in (("in head", event.heads), ("at token", event.queries), ("drawing on token", event.keys)):
+        text += "" if index is None else f" {what} {shown(index)}"
+    return text
+
+
+def _steps(formulas: Formulas) -> tuple[int, int]:
+    """Steps from the output down to where every walk is decided, and all of them."""
+    vertices = formulas.recording.graph.vertices
+    steps = [number for number, vertex in enumerate(vertices) if vertex.step is not None]
+    levels = [formulas.depends(root) for root in formulas.roots]
+    needed = [number for number in steps if any(depends & formulas.open[number] for depends in levels)]
+    return len(needed), len(steps)

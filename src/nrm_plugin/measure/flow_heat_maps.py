@@ -1,0 +1,87 @@
+"""The heat map of each node of a flow graph: what the walks through it draw on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..events.event import at
+from .flow_graph import FlowGraph
+from .measure import RelevanceMeasure
+from .partitions import partition
+
+Maps = Mapping[str, NDArray[np.float64]]
+"""``(H, W)`` by the key of a node."""
+SIDE = 96
+"""Pixels of a thumbnail's longer side, at most."""
+
+
+def flow_maps(
+    mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = "input"
+) -> dict[str, NDArray[np.float64]]:
+    r"""Conditional heat maps of the groups that a flow graph shows, :math:`\mu(\text{pixel} \mid \text{group})`.
+
+    Colours are summed up, and so are the slices of a volume; a signal is a picture of one row. Inputs without
+    positions have no heat maps, and neither has the layer of the input itself.
+
+    Args:
+        mu: The measure that the graph is of.
+        graph: The graph; its layers go by names of taps.
+        over: The groups, as they were given for the graph.
+        sample: Which sample, as it was given for the graph.
+        lowest: Where the heat maps are.
+
+    Returns:
+        ``(H, W)`` each, by the key of the node. Each sums to the share of its walks that reach the input.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+        >>> mu = RelevanceMeasure(net, torch.rand(1, 1, 4, 4), 1)
+        >>> maps = flow_maps(mu, mu.flow(["1", "input"]))
+        >>> sorted({shape.shape for shape in maps.values()})
+        [(4, 4)]
+    """
+    tap = mu._tap(lowest)
+    if len(tap.shape) < 3:
+        return {}
+    keys, events = [], []
+    for layer in graph.layers:
+        if layer.name == lowest or not layer.groups:
+            continue
+        kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
+        labels = partition(mu._tap(layer.name), kind, None).labels
+        for node in layer.nodes:
+            if node.kind == "group":
+                keys.append(node.key)
+                events.append(at(layer.name)[labels == node.group])
+    if not events:
+        return {}
+    found = mu.marginal(lowest, given=events, min_ratio=0)[:, sample]
+    channel = tap.channel_dim % len(tap.shape) - 1
+    return {key: _picture(values, channel) for key, values in zip(keys, found, strict=True)}
+
+
+def _picture(values: Tensor, channel: int) -> NDArray[np.float64]:
+    flat = values.sum(channel)
+    while flat.ndim > 2:
+        flat = flat.sum(0)
+    flat = flat if flat.ndim == 2 else flat.unsqueeze(0)
+    picture: NDArray[np.float64] = flat.double().cpu().numpy()
+    return picture
+
+
+def thumbnail(values: NDArray[np.float64], side: int = SIDE) -> NDArray[np.float64]:
+    """A heat map summed up to at most ``side`` pixels along each side; masses stay what they are."""
+    size = [min(length, side) for length in values.shape]
+    labels = [torch.arange(length) * small // length for length, small in zip(values.shape, size, strict=True)]
+    found = np.zeros(size)
+    np.add.at(found, np.ix_(labels[0].numpy(), labels[1].numpy()), values)
+    return found
+
+
+__all__ = ["Maps", "flow_maps", "thumbnail"]

@@ -1,0 +1,92 @@
+"""Groups of neurons of one tap: channels, positions, single neurons, or any labels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import EventError
+from ..recording.recording import Tap
+
+Over = str | Tensor
+"""What is summed up: a kind of group, or an integer label for every neuron of a tap."""
+
+KINDS = ("channel", "position", "neuron")
+
+
+def labels_of(tap: Tap, over: Over) -> Tensor:
+    """Group of every neuron of a tap, ``tap.shape[1:]``, on the CPU.
+
+    Raises:
+        EventError: Labels that do not fit.
+    """
+    inner = tap.shape[1:]
+    if isinstance(over, Tensor):
+        return _own_labels(tap, over)
+    if over == "neuron" or not inner:
+        return torch.arange(inner.numel()).reshape(inner)
+    dim = tap.channel_dim % len(tap.shape) - 1
+    if over == "channel":
+        view = [1] * len(inner)
+        view[dim] = -1
+        return torch.arange(inner[dim]).view(view).expand(inner)
+    rest = [1 if at == dim else size for at, size in enumerate(inner)]
+    return torch.arange(math.prod(rest)).reshape(rest).expand(inner)
+
+
+def _own_labels(tap: Tap, over: Tensor) -> Tensor:
+    inner = tap.shape[1:]
+    if over.is_floating_point() or over.is_complex() or over.dtype == torch.bool:
+        raise EventError(f"over= takes integer labels, got {over.dtype}. Use labels.long().")
+    try:
+        labels = over.detach().cpu().long().expand(inner)
+    except RuntimeError:
+        labels = None
+    if labels is None or not labels.numel() or int(labels.min()) < 0:
+        raise EventError(
+            f"over= holds a label of at least 0 for every neuron of {tap.names[0] if tap.names else 'the tap'!r}, in a "
+            f"shape that broadcasts to {tuple(inner)}; got shape {tuple(over.shape)}. Give the rest a group of its own."
+        )
+    return labels
+
+
+def check_over(over: Any) -> None:
+    """Raises unless ``over`` is a kind of group or a tensor."""
+    if not isinstance(over, Tensor) and over not in KINDS:
+        raise ValueError(f"over={over!r} is unknown; choose 'channel', 'position', 'neuron', or integer labels.")
+
+
+def pair_of(over: Any) -> tuple[Over, Over]:
+    """What is summed up at the upper and at the lower tap."""
+    pair = over if isinstance(over, tuple) and len(over) == 2 else (over, over)
+    for one in pair:
+        check_over(one)
+    return pair
+
+
+def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
+    """``(…, N, *shape)`` summed over each group.
+
+    Returns:
+        ``(…, N, C)``, ``(…, N, *positions)``, or for labels ``(…, N, groups)``.
+    """
+    check_over(over)
+    lead = values.ndim - len(tap.shape)
+    if isinstance(over, Tensor):
+        return by_label(values.flatten(lead + 1), labels_of(tap, over))
+    if over == "neuron":
+        return values
+    channels = {lead + tap.channel_dim % len(tap.shape)}
+    inner = set(range(lead + 1, values.ndim))
+    rest = sorted(inner - channels if over == "channel" else inner & channels)
+    return values.sum(rest) if rest else values
+
+
+def by_label(values: Tensor, labels: Tensor) -> Tensor:
+    """``(…, neurons)`` to ``(…, groups)``."""
+    flat = labels.reshape(-1).to(values.device)
+    total = values.new_zeros((*values.shape[:-1], int(labels.max()) + 1))
+    return total.index_add_(-1, flat, values)

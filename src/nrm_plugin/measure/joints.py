@@ -1,0 +1,198 @@
+"""Joint relevance of all groups of one tap with all groups of a tap below it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.base import BranchKernel, IdentityKernel
+from ..model.routing import is_whole, operation
+from ..recording.graph import Buffer, Place, Vertex
+from ..recording.passes import Cost, Vectors, pull, push
+from ..recording.recording import Recording, Tap
+from .groups import Over, by_label, labels_of
+from .memory import in_chunks
+
+
+def joint_matrix(
+    recording: Recording, upper: Tap, lower: Tap, relevance: Tensor, over: tuple[Over, Over], width: int
+) -> tuple[Tensor, Cost]:
+    """``(N, K_upper, K_lower)`` by partial passes between the taps, for the groups of the one with fewer.
+
+    Args:
+        recording: The recording.
+        upper: The tap that walks cross first.
+        lower: The tap below.
+        relevance: Marginal of the upper tap, ``(N, *shape)``.
+        over: The groups of the upper and of the lower tap.
+        width: Groups that are carried at once.
+    """
+    rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
+    relevance = recording.without_samples(relevance)
+    shape = recording.without_samples(relevance.new_empty(()).expand(lower.shape)).shape
+    down = int(rows.max()) <= int(columns.max())
+    spent: list[Cost] = []
+
+    def run(groups: Sequence[int]) -> list[Tensor]:
+        labels = (rows if down else columns).to(relevance.device)
+        if down:
+            found, cost = handed_down(
+                recording, upper, lower, {group: relevance * (labels == group) for group in groups}
+            )
+            sums = by_label(recording.with_samples(found, 1).flatten(2), columns)
+        else:
+            masks = torch.stack([(labels == group).to(relevance).expand(shape) for group in groups])
+            collected, cost = push(recording.graph, lower.place, upper.place, masks)
+            values = (
+                relevance.new_zeros((len(groups), *relevance.shape)) if collected is None else collected * relevance
+            )
+            sums = by_label(recording.with_samples(values, 1).flatten(2), rows)
+        spent.append(cost)
+        return list(sums)
+
+    count = int((rows if down else columns).max()) + 1
+    parts = in_chunks(range(count), width, run, f"joint relevance of {lower.names[0] if lower.names else 'a tap'}")
+    return torch.stack(parts, 1 if down else 2), sum(spent, start=Cost())
+
+
+def handed_down(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
+    """What arrives at the lower tap, ``(K, N, *shape)``."""
+    collect = _Collect(lower.place)
+    cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
+    like = next(iter(vectors.values()))
+    empty = recording.without_samples(like.new_zeros(lower.shape))
+    return torch.stack([collect.vectors.get(key, empty) for key in vectors]), cost
+
+
+def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
+    """Channel × channel joint across one linear step, ``(N, K_upper, K_lower)``, from weight gradients.
+
+    Args:
+        recording: The recording.
+        vertex: A step whose kernel has branches with weights.
+        relevance: Marginal at its output, ``(N, *out)``.
+    """
+    step = recording.graph.vertices[vertex].step
+    assert step is not None
+    assert isinstance(step.kernel, BranchKernel)
+    gain = step.gain_for(relevance.unsqueeze(0))
+    return step.kernel.channel_edges(relevance if gain is None else relevance * gain)
+
+
+_KEEPING_CHANNELS = frozenset(
+    """
+    maxpool1d maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d clone alias
+    """.split()
+)
+"""Routes that hand relevance to the same channel, and lose none."""
+
+
+def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
+    """The channel matrix of two taps with one linear step between them, by one weight gradient instead of passes.
+
+    Everything else between them must keep channels and hand down all relevance, so that a walk through a channel of
+    the step goes on through the same channel of the tap. None where that is not so.
+
+    Args:
+        recording: The recording.
+        upper: The tap that walks cross first.
+        lower: The tap below.
+        relevance: Marginal of the upper tap, ``(N, *shape)``.
+    """
+    chain = _chain(recording, upper, lower)
+    if chain is None:
+        return None
+    steps = Cost()
+    for index in chain:
+        vertex = recording.graph.vertices[index]
+        if vertex.step is not None:
+            steps += Cost(1, 1)
+            if isinstance(vertex.step.kernel, BranchKernel):
+                return edge_matrix(recording, index, relevance), steps
+        arriving = [relevance.unsqueeze(0), *[None] * (len(vertex.shapes) - 1)]
+        parts, _ = vertex.pull(arriving)
+        part = next((part for part in parts if part is not None), None)
+        if part is None:
+            return None
+        relevance = part.squeeze(0)
+    return None
+
+
+def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
+    """The vertices from one tap to the other, where each has one input, one is linear and the rest keep channels."""
+    if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not recording.batched:
+        return None
+    place, chain, linear = upper.place, [], 0
+    while place != lower.place:
+        vertex = recording.graph.vertices[place.vertex]
+        # Pooling has a second output, of positions, that hands nothing down.
+        if place.number != 0 or len([edge for edge in vertex.edges if edge is not None]) != 1:
+            return None
+        is_linear = _is_linear(vertex, len(upper.shape))
+        if not is_linear and not _keeps_channels(recording, vertex):
+            return None
+        linear += is_linear
+        chain.append(place.vertex)
+        place = next(edge for edge in vertex.edges if edge is not None)
+    fits = all(tap.channel_dim % len(tap.shape) == _channels_of(len(tap.shape)) for tap in (upper, lower))
+    return chain if linear == 1 and fits else None
+
+
+def _channels_of(dims: int) -> int:
+    return 1 if dims > 3 else dims - 1
+
+
+def _is_linear(vertex: Vertex, dims: int) -> bool:
+    """A convolution of maps, or a linear layer whose features are the last dimension."""
+    kernel = None if vertex.step is None else vertex.step.kernel
+    if not isinstance(kernel, BranchKernel) or kernel.weight is None or kernel.rerun is None:
+        return False
+    return kernel.weight.ndim == (dims if dims > 3 else 2)
+
+
+def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
+    if vertex.step is not None:
+        return isinstance(vertex.step.kernel, IdentityKernel)
+    if is_whole(vertex.node):
+        same = (tuple(recording.graph.shape(edge)) == tuple(vertex.shapes[0]) for edge in vertex.edges if edge)
+        return all(same)
+    return operation(vertex.node).lower() in _KEEPING_CHANNELS
+
+
+def _start(recording: Recording, place: Place, vectors: Vectors[int]) -> list[tuple[Buffer, Vectors[int]]]:
+    if isinstance(place, Buffer):
+        return [(place, vectors)]
+    edge = recording.graph.vertices[place[0]].edges[place[1]]
+    assert edge is not None
+    return [(edge, vectors)]
+
+
+class _Collect:
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.vectors: Vectors[int] = {}
+
+
+class _Prune:
+    """Stops where the lower tap was crossed, or cannot be reached any more."""
+
+    def __init__(self, recording: Recording, lower: Tap, collect: _Collect) -> None:
+        self.recording, self.collect = recording, collect
+        self.bit = 1 << recording.index[lower.place]
+
+    def at_buffer(self, buffer: Buffer, vectors: Vectors[int]) -> Vectors[int]:
+        if buffer == self.collect.place:
+            self.collect.vectors = dict(vectors)
+            return {}
+        return vectors if self.recording.below[buffer.vertex] & self.bit else {}
+
+    def at_edge(self, vertex: int, number: int, vectors: Vectors[int]) -> Vectors[int]:
+        if (vertex, number) == self.collect.place:
+            self.collect.vectors = dict(vectors)
+            return {}
+        return vectors if self.recording.through[vertex][number] & self.bit else {}
+
+    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[int], share: Tensor) -> None:
+        """Absorbed walks do not reach the lower tap."""

@@ -1,0 +1,82 @@
+"""Layer by layer: how much relevance crosses, was absorbed or goes around, and how much of it cancels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import InputError
+from .measure import RelevanceMeasure
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """One layer; ``mass + sink + bypass == 1``.
+
+    Attributes:
+        layer: Name of the tap.
+        mass, sink, bypass: μ of what crosses it, was absorbed above it, goes around it.
+        variation: Tap variation, at least 1; above 1 neurons of opposite sign share the tap.
+        plain: Sum of plain LRP by the same rules, where 1 started; None where it was not asked.
+    """
+
+    layer: str
+    mass: float
+    sink: float
+    bypass: float
+    variation: float
+    plain: float | None = None
+
+
+def profile(
+    mu: RelevanceMeasure, layers: Sequence[str] | None = None, plain: RelevanceMeasure | None = None, sample: int = 0
+) -> list[ProfileRow]:
+    """The layers of a measure, from the output down.
+
+    Args:
+        mu: The measure.
+        layers: Names of taps; all of them by default.
+        plain: A measure of the same model and inputs by the same rules, taken with ``residual="sink"``: its marginals
+            are the relevance of plain LRP, from 1 at the output.
+        sample: Which sample.
+
+    Raises:
+        InputError: The plain measure hands down more than its rules do.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> mu, plain = (RelevanceMeasure(net, torch.randn(1, 3), 1, residual=r) for r in ("redistribute", "sink"))
+        >>> [row.layer for row in profile(mu, plain=plain)]
+        ['output', '1', '0', 'input']
+    """
+    if plain is not None and plain.composite.normalization.residual != "sink":
+        raise InputError("plain= is a measure taken with residual='sink'; this one redistributes.")
+    if plain is not None and plain.layers != mu.layers:
+        raise InputError("plain= is a measure of another model: its layers are not the same.")
+    known = {name: place for place, name in enumerate(mu.layers)}
+    names = list(dict.fromkeys(layers)) if layers is not None else _distinct(mu)
+    names.sort(key=lambda name: -known.get(name, 0))
+    masses = mu.marginal(names)
+    plains = {} if plain is None else plain.marginal(names)
+    return [
+        ProfileRow(
+            name,
+            float(masses[name][sample].sum()),
+            float(mu.sink(name)[sample]),
+            float(mu.bypass(name)[sample]),
+            float(mu.variation(name)[sample]),
+            float(plains[name][sample].sum()) if plains else None,
+        )
+        for name in names
+    ]
+
+
+def _distinct(mu: RelevanceMeasure) -> list[str]:
+    """All layers; ``"output"`` for the last one, which is the same tensor."""
+    *below, last = mu.layers
+    if len(below) > 1 and mu.shape(below[-1]) == mu.shape(last):
+        below.pop()
+    return [*below, last]
+
+
+__all__ = ["ProfileRow", "profile"]

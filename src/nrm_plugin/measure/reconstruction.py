@@ -1,0 +1,195 @@
+"""Pictures of what chosen neurons, or a walk through several layers, respond to.
+
+Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015), through Zennit's rules.
+Both are no measures: they do not conserve, and say nothing of how much a neuron contributes. They show its pattern.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from zennit.composites import DeconvNet, GuidedBackprop
+from zennit.core import Composite
+
+from ..errors import EventError
+from ..events.event import All, Atom, Event
+from .event_masks import mask_of
+
+Method = Literal["deconvnet", "guided_backprop"]
+COMPOSITES: dict[Method, Callable[[], Composite]] = {"deconvnet": DeconvNet, "guided_backprop": GuidedBackprop}
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A picture for each sample.
+
+    Attributes:
+        pictures: ``(N, C, H, W)``.
+        boxes: Receptive field of the chosen neurons, ``(top, left, bottom, right)`` for each sample, the last two
+            exclusive; all zeros where nothing is chosen that depends on the input.
+
+    Examples:
+        >>> Reconstruction(torch.zeros(1, 3, 8, 8), [(2, 0, 5, 8)]).crops[0].shape
+        torch.Size([3, 3, 8])
+    """
+
+    pictures: Tensor
+    boxes: list[Box]
+
+    @property
+    def crops(self) -> list[Tensor]:
+        """Each picture within its receptive field, ``(C, height, width)``.
+
+        Examples:
+            >>> Reconstruction(torch.zeros(1, 1, 4, 4), [(0, 0, 4, 2)]).crops[0].shape
+            torch.Size([1, 4, 2])
+        """
+        boxes = zip(self.pictures, self.boxes, strict=True)
+        return [picture[:, top:bottom, left:right] for picture, (top, left, bottom, right) in boxes]
+
+
+def reconstruct(
+    model: nn.Module, images: Tensor, neurons: Event, method: Method = "deconvnet", strongest: bool = True
+) -> Reconstruction:
+    r"""Deconvolution or guided backpropagation from chosen neurons down to the pixels.
+
+    The activations of the chosen neurons go down: through convolutions transposed, through max pooling to where the
+    maximum was, and at a ReLU
+
+    .. math:: R_i = R_j^+ \quad \text{(deconvolution)}, \qquad
+              R_i = R_j^+ \, 1[a_i > 0] \quad \text{(guided backpropagation)}
+
+    Args:
+        model: The network; its ReLUs are modules.
+        images: ``(N, C, H, W)``.
+        neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``; or a walk, several of them joined by ``&``: then what
+            comes down from the layer that is run last is cut to the neurons of every other layer.
+        method: ``"deconvnet"`` or ``"guided_backprop"``.
+        strongest: Begin at the one neuron, of those chosen in the last layer, with the largest activation, as Zeiler
+            and Fergus do; else at all of them. Negative activations do not begin.
+
+    Raises:
+        ValueError: Another method.
+        EventError: The event is not made of outputs of modules, joined by ``&``.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.ReLU())
+        >>> found = reconstruct(net, torch.rand(2, 1, 8, 8), at("3").channel(1) & at("1").channel([0, 2]))
+        >>> found.pictures.shape
+        torch.Size([2, 1, 8, 8])
+
+    Source: Zeiler and Fergus (ECCV 2014), Springenberg et al. (ICLR workshop 2015); walks are ours.
+    """
+    if method not in COMPOSITES:
+        raise ValueError(f"method={method!r} is unknown; choose 'deconvnet' or 'guided_backprop'.")
+    atoms = _atoms(neurons)
+    pixels = images.detach().clone().requires_grad_()
+    seen: list[tuple[str, Tensor, Tensor]] = []
+    with torch.inference_mode(False), torch.enable_grad(), COMPOSITES[method]().context(model):
+        with _cutting(model, atoms, seen):
+            model(pixels)
+        layer, output, mask = seen[-1]
+        start = output.detach().clamp(min=0) * mask
+        if strongest:
+            flat = start.flatten(1)
+            best = torch.zeros_like(flat).scatter(1, flat.argmax(1, keepdim=True), 1.0).view_as(start)
+            start = start * best
+            mask = best.bool()
+        (pictures,) = torch.autograd.grad(output, pixels, start, allow_unused=True, materialize_grads=True)
+    return Reconstruction(pictures.detach(), receptive_fields(model, images, layer, mask))
+
+
+def _atoms(neurons: Event) -> dict[str, Atom]:
+    parts = neurons.parts if isinstance(neurons, All) else (neurons,)
+    atoms: dict[str, Atom] = {}
+    for part in parts:
+        if not isinstance(part, Atom) or part.side != "output" or part.call not in (None, 0) or part.item is not None:
+            raise EventError(f"{part} cannot be pictured: give at(layer)[…] of a module, or several joined by &.")
+        if not isinstance(part.layer, str) or part.layer in atoms:
+            raise EventError(f"{part}: name each layer once, by its name in model.named_modules().")
+        atoms[part.layer] = part
+    return atoms
+
+
+@contextmanager
+def _cutting(model: nn.Module, atoms: dict[str, Atom], seen: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
+    """While it lasts, what goes down through the layers is cut to their neurons; ``seen`` lists them as they run."""
+    with ExitStack() as stack:
+        for layer, atom in atoms.items():
+
+            def hook(module: nn.Module, args: Any, output: Tensor, layer: str = layer, atom: Atom = atom) -> Tensor:
+                mask = mask_of(atom, output.shape, 1).to(output.device).expand(output.shape)
+                own = output.clone()  # an activation that follows may write over the original
+                if own.requires_grad:
+                    own.register_hook(lambda relevance: relevance * mask)  # type: ignore[no-untyped-call]
+                seen.append((layer, own, mask))
+                return own.clone()
+
+            stack.callback(model.get_submodule(layer).register_forward_hook(hook).remove)
+        yield
+
+
+def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor) -> list[Box]:
+    """The rectangle of pixels on which chosen neurons of a layer may depend, for each sample.
+
+    Found by what cannot be computed away: rows or columns of the image are set to NaN, more and more of them, and it is
+    looked whether it reaches the neurons. It holds for any layers, whatever the weights and whatever is active.
+    A copy of the model is run in double precision on the CPU, where convolutions take each output by itself; the fast
+    ones mix the pixels of a tile.
+
+    Args:
+        model: The network.
+        images: ``(N, C, H, W)``.
+        layer: Name of a module.
+        mask: The neurons, ``(N, *shape)``.
+
+    Returns:
+        ``(top, left, bottom, right)``, the last two exclusive, for each sample; zeros where no pixel matters.
+
+    Source: ours.
+    """
+    count, (height, width) = len(images), images.shape[-2:]
+    sizes = torch.tensor([height, width, height, width]).expand(count, 4)
+    low, high = torch.zeros_like(sizes).clone(), sizes.clone()
+    model, images, mask = copy.deepcopy(model).cpu().double(), images.detach().cpu().double(), mask.cpu()
+    whole = _reached(model, images, layer, mask, high)
+    # The first edge from which on NaN in all rows above (columns left, rows below, columns right) reaches them.
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        found = _reached(model, images, layer, mask, middle)
+        high = torch.where(found, middle, high)
+        low = torch.where(found, low, middle + 1).minimum(high)
+    boxes = []
+    for (top, left, bottom, right), is_reached in zip(high.tolist(), whole[:, 0].tolist(), strict=True):
+        box = (top - 1, left - 1, height - bottom + 1, width - right + 1)
+        boxes.append(box if is_reached else (0, 0, 0, 0))
+    return boxes
+
+
+def _reached(model: nn.Module, images: Tensor, layer: str, mask: Tensor, edges: Tensor) -> Tensor:
+    """Whether NaN up to an edge from the top, left, bottom, right reaches the neurons, ``(N, 4)``."""
+    probes = images.detach().unsqueeze(1).repeat(1, 4, 1, 1, 1)
+    for probe, (top, left, bottom, right) in zip(probes, edges.tolist(), strict=True):
+        probe[0, :, :top] = torch.nan
+        probe[1, :, :, :left] = torch.nan
+        probe[2, :, probe.shape[2] - bottom :] = torch.nan
+        probe[3, :, :, probe.shape[3] - right :] = torch.nan
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs.append(output.isnan().view(len(images), 4, *output.shape[1:]))
+
+    handle = model.get_submodule(layer).register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            model(probes.flatten(0, 1))
+    finally:
+        handle.remove()
+    return (outputs[0] & mask.unsqueeze(1)).flatten(2).any(2).cpu()

@@ -1,0 +1,109 @@
+"""Layers in a shorter floating point format, as ``torch.autocast`` runs them, with books in float32.
+
+Only what multiplies by a weight is shortened: the layer itself and the two maps of each branch of its rule. Relevance,
+column sums, gains and everything that is summed keep the format of the inputs.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .linear_maps import Maps
+
+
+class _Current(threading.local):
+    def __init__(self) -> None:
+        self.dtype: torch.dtype | None = None
+
+
+_CURRENT = _Current()
+
+
+def current() -> torch.dtype | None:
+    """The format in which layers run right now; None for that of their inputs."""
+    return _CURRENT.dtype
+
+
+@contextmanager
+def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Layers with a weight run in this format in here."""
+    kept, _CURRENT.dtype = _CURRENT.dtype, dtype
+    try:
+        yield
+    finally:
+        _CURRENT.dtype = kept
+
+
+def asked_for(device: torch.device) -> torch.dtype | None:
+    """The format of the ``torch.autocast`` that this is called in; None outside of one."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    dtype = torch.get_autocast_dtype(device.type)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Nothing is shortened on its own in here."""
+    if not torch.amp.is_autocast_available(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Values in a shorter format, and by what they were divided to fit into it; None for one.
+
+    Relevance is far smaller than the smallest float16. A power of two, so that nothing is rounded on the way back.
+    """
+    if dtype is not torch.float16 or not values.numel():
+        return values.to(dtype), None
+    largest = values.abs().amax()
+    scale = torch.exp2(torch.floor(torch.log2(largest.clamp(min=torch.finfo(values.dtype).tiny))))
+    return (values / scale).to(dtype), scale
+
+
+def lowered(maps: Maps, dtype: torch.dtype) -> Maps:
+    """Maps whose products run in a shorter format.
+
+    Args:
+        maps: Of a weight in that format.
+        dtype: The format.
+
+    Returns:
+        Maps that take and return values of any other format.
+    """
+
+    def down(relevance: Tensor) -> Tensor:
+        short, scale = shortened(relevance, dtype)
+        return _restored(maps.down(short), scale, relevance.dtype)
+
+    def up(values: Tensor) -> Tensor:
+        short, scale = shortened(values, dtype)
+        return _restored(maps.up(short), scale, values.dtype)
+
+    slope = maps.weight_gradient
+
+    def weight_gradient(values: Tensor, relevance: Tensor) -> Tensor:
+        assert slope is not None
+        given, unit = shortened(values, dtype)
+        short, scale = shortened(relevance, dtype)
+        return _restored(_restored(slope(given, short), scale, relevance.dtype), unit, relevance.dtype)
+
+    return Maps(down, up, None if slope is None else weight_gradient)
+
+
+def _restored(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    found = values.to(dtype)
+    return found if scale is None else found.mul_(scale)
+
+
+__all__ = ["asked_for", "current", "exact", "layers_in", "lowered", "shortened"]

@@ -1,0 +1,250 @@
+"""How a model is called, and at which of its outputs a measure starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GradModeError, InputError, samples
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
+Output = str | int | Callable[[Any], Tensor]
+"""Which output: a key or attribute, a position, or a function of what the model returned."""
+
+EXPLAINED = ("logits", "out")
+"""Keys of a dictionary of outputs that are taken without asking, as transformers and torchvision name them."""
+
+
+NOT_JOINED = (
+    "the output does not depend on the inputs: no operation joins them in the autograd graph. "
+    "The model may detach, round, or run under torch.no_grad inside its forward."
+)
+
+
+class Call:
+    """One call of a model: the tensors that relevance flows to, and everything else it is handed.
+
+    Args:
+        inputs: One tensor, a tuple of them, or a mapping that is handed over by keyword. In a mapping, relevance flows
+            to what is of floating point; masks and numbers are handed on as they are. Of integers, relevance flows to
+            the embeddings that look them up; in a mapping only where nothing is of floating point.
+        args: Further positional arguments; a tuple of them, or one.
+        kwargs: Further keyword arguments.
+        batched: Whether the first dimension of the inputs are samples; else all of them together are one sample.
+
+    Attributes:
+        tensors: What relevance flows to, ``(N, …)`` each; without the samples where there is one.
+        items: Their keywords, or their positions where there are several, or None for a single one.
+        indices: Inputs of integers, by keyword or position, or None for a single one.
+
+    Raises:
+        InputError: Inputs of which no measure can be taken.
+    """
+
+    def __init__(
+        self, inputs: Inputs, args: Any = None, kwargs: Mapping[str, Any] | None = None, batched: bool = True
+    ) -> None:
+        self.batched = batched
+        self._args = args if isinstance(args, tuple) else () if args is None else (args,)
+        self._kwargs = dict(kwargs or {})
+        self._keywords: list[str] | None = None
+        self._listed: tuple[Any, ...] = ()
+        self.indices: dict[Any, Tensor]
+        self.items: list[str] | list[int] | list[None]
+        if isinstance(inputs, Mapping):
+            given = {key: value for key, value in inputs.items() if _is_explained(value)}
+            self.indices = {} if given else {key: value for key, value in inputs.items() if is_index(value)}
+            if not given and not self.indices:
+                raise InputError(_none_floating(inputs))
+            doubled = inputs.keys() & self._kwargs.keys()
+            if doubled:
+                raise InputError(f"{sorted(doubled)} are given both in the inputs and in additional_forward_kwargs.")
+            self._kwargs.update({key: value for key, value in inputs.items() if key not in given})
+            self.items = self._keywords = list(given)
+            self.tensors = tuple(given.values())
+            check_inputs([*self.tensors, *self.indices.values()], [*given, *self.indices], batched)
+        else:
+            self._listed = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+            names: list[Any] = [None] if len(self._listed) == 1 else list(range(len(self._listed)))
+            check_inputs(self._listed, names, batched)
+            named = list(zip(names, self._listed, strict=True))
+            self.items = [name for name, tensor in named if not is_index(tensor)]
+            self.indices = {name: tensor for name, tensor in named if is_index(tensor)}
+            self.tensors = tuple(tensor for tensor in self._listed if not is_index(tensor))
+
+    @property
+    def batch(self) -> int:
+        """Number of samples."""
+        return len(next(iter((*self.tensors, *self.indices.values())))) if self.batched else 1
+
+    def check_looked_up(self, has_embedding: bool) -> None:
+        """Raises :class:`InputError` where there are integers, and the model has no embedding to look them up."""
+        if not self.indices or has_embedding:
+            return
+        if self._keywords is not None:
+            raise InputError(_none_floating(self.indices))
+        item, tensor = next(iter(self.indices.items()))
+        raise InputError(f"{'the input' if item is None else f'input {item!r}'} {_not_floating(tensor)}")
+
+    def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        """What the model returns for other values of the tensors."""
+        if self._keywords is None:
+            explained = iter(tensors)
+            listed = [tensor if is_index(tensor) else next(explained) for tensor in self._listed]
+            return model(*listed, *self._args, **self._kwargs)
+        return model(*self._args, **dict(zip(self._keywords, tensors, strict=True)), **self._kwargs)
+
+
+def explained_output(returned: Any, output: Output | None, batch: int, batched: bool = True) -> Tensor:
+    """The tensor ``(N, …)`` that a measure starts at.
+
+    Args:
+        returned: What the model returned.
+        output: Which of it; None where there is no choice.
+        batch: Number of samples.
+        batched: Whether the first dimension are samples.
+
+    Raises:
+        InputError: There is no such tensor, or a choice.
+    """
+    tensor = _chosen(returned, output)
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"output={output!r} is {type(tensor).__name__}, a measure starts at one tensor (N, …).")
+    if batched and (tensor.ndim == 0 or len(tensor) != batch):
+        raise InputError(
+            f"the model turned {batch} inputs into an output of shape {tuple(tensor.shape)}; its first "
+            "dimension must be the batch, since every sample has a measure of its own. A single sample needs a batch "
+            "of one, `inputs.unsqueeze(0)`, or batched=False, which takes all of a graph or a sequence for one sample."
+        )
+    if tensor.numel() == 0 or tensor.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"the explained output has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; a measure starts at real "
+            "numbers in float32 or float64. Let the model return its scores."
+        )
+    if tensor.grad_fn is None:
+        raise InputError(NOT_JOINED)
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(
+            f"the model's output has nan or inf entries ({_infinite(tensor)}). Inputs and parameters are finite, so "
+            "look for a division by zero, a logarithm or an overflow in the model."
+        )
+    return tensor
+
+
+def _chosen(returned: Any, output: Output | None) -> Any:
+    choices = _choices(returned)
+    if output is None:
+        tensors = [value for value in choices.values() if isinstance(value, Tensor)]
+        keys = [key for key in EXPLAINED if isinstance(choices.get(key), Tensor)]
+        if isinstance(returned, Tensor):
+            return returned
+        if keys:
+            return choices[keys[0]]
+        if len(tensors) == 1:
+            return tensors[0]
+        raise InputError(
+            f"the model returned {type(returned).__name__}{_listed(choices)}, a measure starts at one tensor of shape "
+            "(N, …). Say which by output=: a key, a position, or a function of what the model returns."
+        )
+    if callable(output):
+        return output(returned)
+    if output in choices:
+        return choices[output]
+    if type(output) is int and isinstance(returned, (tuple, list)) and -len(returned) <= output < 0:
+        return returned[output]
+    if isinstance(output, str) and hasattr(returned, output):
+        return getattr(returned, output)
+    raise InputError(
+        f"output={output!r} is not in what the model returned, a {type(returned).__name__}{_listed(choices)}."
+    )
+
+
+def _choices(returned: Any) -> dict[Any, Any]:
+    if isinstance(returned, Mapping):
+        return dict(returned)
+    return dict(enumerate(returned)) if isinstance(returned, (tuple, list)) else {}
+
+
+def _listed(choices: dict[Any, Any]) -> str:
+    return f" of {', '.join(f'{key!r} ({_kind(value)})' for key, value in choices.items())}" if choices else ""
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _is_explained(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batched: bool = True) -> None:
+    """Raises :class:`InputError` unless a measure can be taken of these inputs."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
+        raise GradModeError(
+            f"a measure is taken with gradients on, but this is called under {mode}. Take the measure outside of it; "
+            "it may be asked anywhere."
+        )
+    if not tensors:
+        raise InputError("no input was given: inputs is empty. Pass a tensor, or a tuple of tensors.")
+    for item, tensor in zip(items, tensors, strict=True):
+        what = "the input" if item is None else f"input {item!r}"
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{what} is {type(tensor).__name__}, expected a tensor of shape (N, …).")
+        if tensor.is_complex() or not (tensor.is_floating_point() or is_index(tensor)):
+            raise InputError(f"{what} {_not_floating(tensor)}")
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"{what} has dtype {tensor.dtype}, in which sums over walks lose their digits. "
+                "Use float32 or float64 (`model.float()`, `inputs.float()`)."
+            )
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta":
+            kind = "nested" if tensor.is_nested else "on device meta" if tensor.device.type == "meta" else "sparse"
+            raise InputError(f"{what} is {kind}; a measure needs a dense tensor that holds values, of shape (N, …).")
+        if tensor.is_inference():
+            raise InputError(f"{what} was made under torch.inference_mode; pass a `.clone()` made outside of it.")
+        if (batched and tensor.ndim == 0) or tensor.numel() == 0:
+            raise InputError(f"{what} has shape {tuple(tensor.shape)}: there is no sample to explain.")
+        if batched and len(tensor) != len(tensors[0]):
+            raise InputError(
+                f"{what} has {len(tensor)} samples, but the first one has {len(tensors[0])}. Where the first dimension "
+                "are no samples, such as nodes and edges of a graph, pass batched=False."
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{what} has nan or inf entries ({_infinite(tensor)}), of which nothing can be explained. Leave these "
+                "samples out, or replace the entries: `inputs.nan_to_num()`."
+            )
+
+
+def is_index(value: Any) -> bool:
+    """Whether this is a tensor of integers that an embedding could look up."""
+    return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
+
+
+def _none_floating(inputs: Mapping[Any, Any]) -> str:
+    listed = ", ".join(f"{key!r} ({_kind(value)})" for key, value in inputs.items())
+    return (
+        "none of the inputs is a floating point tensor, which relevance could flow to; got "
+        f"{listed or 'an empty mapping'}. Convert with `.float()`, or feed embeddings."
+    )
+
+
+def _not_floating(tensor: Tensor) -> str:
+    return (
+        f"has dtype {tensor.dtype}; relevance needs real floating point inputs, or integers that an nn.Embedding looks "
+        "up. Convert with `.float()`, or feed what the embedding returns."
+    )
+
+
+def _infinite(tensor: Tensor) -> str:
+    """The samples that are not finite."""
+    return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
+
+
+__all__ = ["EXPLAINED", "Call", "Inputs", "Output", "check_inputs", "explained_output", "is_index"]

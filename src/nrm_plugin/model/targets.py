@@ -1,0 +1,223 @@
+"""Where a measure starts: targets and start vectors as signed laws over the output neurons."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TargetError, samples
+
+MIN_TOTAL = 1e-6
+"""Smallest |Σ s| in units of Σ|s| for which a start vector has a measure."""
+
+
+def sample_sums(tensor: Tensor) -> Tensor:
+    """``(N, …)`` summed over everything but the batch; also ``(N,)``, which ``flatten(1)`` refuses."""
+    return tensor.reshape(len(tensor), -1).sum(1)
+
+
+def sample_norms(tensor: Tensor) -> Tensor:
+    """The absolute values of ``(N, …)`` summed over everything but the batch."""
+    if tensor.device.type != "cpu":
+        return sample_sums(tensor.abs())
+    flat = tensor.reshape(len(tensor), -1)
+    # In the cache, piece by piece.
+    parts = [part.abs().sum(1) for part in torch.split(flat, max(1, (1 << 16) // len(flat)), 1)]
+    return functools.reduce(torch.add, parts) if parts else flat.new_zeros(len(flat))
+
+
+def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
+    """The unnormalized start ``s``, shape of the output ``(N, …)``.
+
+    Args:
+        output: The model's output.
+        target: As in Captum: None for one output a sample, an int or a tuple for all samples, or a list or tensor of
+            them with one for each sample.
+        start: A signed vector over the outputs instead, ``(N, …)`` or without the batch, or a function that makes it
+            from the outputs.
+
+    Raises:
+        TargetError: Neither or both fit.
+    """
+    if start is not None:
+        if target is not None:
+            raise TargetError("give target= or start=, not both: a target is the start vector of one output.")
+        return _signed(output, start(output) if callable(start) else start)
+    return _one_hot(output, target)
+
+
+def normalized(start: Tensor) -> Tensor:
+    r""":math:`\mu(n_L = k) = s_k / \sum s` for every sample.
+
+    Raises:
+        TargetError: A sample whose entries cancel or are all zero.
+    """
+    total, absolute = sample_sums(start), sample_sums(start.abs())
+    bad = total.abs() <= MIN_TOTAL * absolute
+    if bool(bad.any()):
+        raise TargetError(
+            f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. A difference of "
+            "outputs has no measure: take the measure of each output and subtract the answers."
+        )
+    return start / total.reshape(-1, *(1,) * (start.ndim - 1))
+
+
+class Neurons:
+    """The start vector for one of Captum's neuron selectors.
+
+    Args:
+        selector: The selector.
+
+    Attributes:
+        activation: What was selected, summed, ``(N,)``; known once the start vector was made.
+    """
+
+    def __init__(self, selector: Any) -> None:
+        self.selector = selector
+        self.activation = torch.empty(0)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The start vector over the outputs ``(N, …)`` of a layer."""
+        slope = self._slope(values)
+        self.activation = (slope * values).flatten(1).sum(1)
+        if bool((slope != 0).flatten(1).sum(1).le(1).all()):
+            return slope  # a single neuron starts with all mass, also where it is not active
+        start = slope * values
+        silent = (start == 0).flatten(1).all(1).reshape(-1, *(1,) * (values.ndim - 1))
+        return torch.where(silent, slope, start)
+
+    def _slope(self, values: Tensor) -> Tensor:
+        """How much each neuron counts."""
+        if callable(self.selector):
+            with torch.enable_grad():
+                leaf = values.detach().requires_grad_()
+                chosen = self.selector(leaf)
+                if not isinstance(chosen, Tensor) or chosen.grad_fn is None:
+                    raise TargetError("the neuron selector returned nothing that depends on the output of the layer.")
+                return torch.autograd.grad(chosen.sum(), leaf)[0]
+        index = self.selector if isinstance(self.selector, tuple) else (self.selector,)
+        shape = tuple(values.shape)
+        if len(index) != values.ndim - 1 or not all(_is_index(entry) for entry in index):
+            raise TargetError(
+                f"neuron_selector={self.selector!r} does not select neurons of a layer of shape {shape}: give "
+                f"{values.ndim - 1} ints or slices, or a function of the layer's output."
+            )
+        slope = torch.zeros_like(values)
+        try:
+            slope[(slice(None), *index)] = 1
+        except IndexError as error:
+            raise TargetError(
+                f"neuron_selector={self.selector!r} is out of range for a layer of shape {shape}."
+            ) from error
+        return slope
+
+
+def _is_index(entry: Any) -> bool:
+    return isinstance(entry, slice) or (hasattr(entry, "__index__") and not isinstance(entry, (bool, Tensor)))
+
+
+def _signed(output: Tensor, start: Any) -> Tensor:
+    vector = _real(start)
+    if vector.shape == output.shape[1:]:
+        vector = vector.expand(output.shape)
+    if vector.shape != output.shape:
+        raise TargetError(
+            f"the start vector has shape {tuple(vector.shape)}, the output {tuple(output.shape)}; give one entry for "
+            "each output, with or without the batch."
+        )
+    if not bool(torch.isfinite(vector).all()):
+        raise TargetError("the start vector has nan or inf entries; give finite numbers, 0 for outputs left out.")
+    return vector.to(output).clone()
+
+
+def _real(start: Any) -> Tensor:
+    try:
+        vector = start.detach() if isinstance(start, Tensor) else torch.as_tensor(start)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TargetError(
+            f"start is {type(start).__name__}, of which no vector can be made ({error}). Give a tensor or list with "
+            "one number for each output."
+        ) from error
+    if vector.is_complex() or vector.device.type == "meta":
+        what = f"dtype {vector.dtype}" if vector.is_complex() else "device meta, where tensors hold no values"
+        raise TargetError(f"the start vector has {what}; give real numbers, one for each output.")
+    return vector
+
+
+def _one_hot(output: Tensor, target: Any) -> Tensor:
+    shape = output.shape[1:]
+    if target is None:
+        if shape.numel() != 1:
+            raise TargetError(
+                f"the output has shape {tuple(output.shape)}, so target= must say which of its {shape.numel()} entries "
+                "a sample is explained for; `model(inputs).argmax(1)` explains the predicted class."
+            )
+        return torch.ones_like(output).detach()
+    indices = _indices(target, len(output))
+    start = torch.zeros_like(output).detach()
+    for sample, index in enumerate(indices):
+        shown = index[0] if len(index) == 1 else index
+        if len(index) != len(shape):
+            raise TargetError(
+                f"target {shown} has {len(index)} {'index' if len(index) == 1 else 'indices'}, but an output of shape "
+                f"{tuple(output.shape)} has {len(shape)} dimensions after the batch. {_NEEDED[min(len(shape), 2)]}"
+            )
+        if any(not -size <= entry < size for entry, size in zip(index, shape, strict=True)):
+            bounds = ", ".join(f"0 to {size - 1}" for size in shape)
+            raise TargetError(
+                f"target {shown} of sample {sample} is out of range: the output has shape {tuple(output.shape)}, so "
+                f"indices go from {bounds}."
+            )
+        start[(sample, *index)] = 1
+    return start
+
+
+_NEEDED = (
+    "Each sample has one output: leave target= out.",
+    "Give one int for all samples, or a list or tensor of one int for each.",
+    "Give a tuple of that many ints for all samples, or a list of such tuples, one for each.",
+)
+_FORMS = "Give an int, a tuple of ints for an output of several dimensions, or a list or tensor of one for each sample."
+
+
+def _indices(target: Any, batch: int) -> list[tuple[int, ...]]:
+    if hasattr(target, "__array__"):  # a tensor, or what numpy's argmax gives
+        target = _integers(target)
+    if isinstance(target, bool) or not isinstance(target, (int, tuple, list)):
+        raise TargetError(f"target is {type(target).__name__}. {_FORMS}")
+    if isinstance(target, int):
+        return [(target,)] * batch
+    if isinstance(target, tuple):
+        return [_tuple(target)] * batch
+    if len(target) == 1 and batch != 1:
+        target = target * batch
+    if len(target) != batch:
+        raise TargetError(f"target has {len(target)} entries for {batch} samples; give one for all or one for each.")
+    return [_tuple(entry) if isinstance(entry, (tuple, list)) else _tuple((entry,)) for entry in target]
+
+
+def _integers(target: Any) -> Any:
+    """Tensors and arrays as Python numbers."""
+    try:
+        tensor = torch.as_tensor(target)
+    except TypeError as error:
+        raise TargetError(f"target has dtype {target.dtype}. {_FORMS}") from error
+    if tensor.device.type == "meta":
+        raise TargetError(f"target is on device meta, where tensors hold no values. {_FORMS}")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TargetError(f"target has dtype {target.dtype}, but is an index into the output. {_FORMS}")
+    return tensor.tolist()
+
+
+def _tuple(entry: Any) -> tuple[int, ...]:
+    try:
+        if any(isinstance(number, bool) for number in entry):
+            raise TypeError
+        return tuple(operator.index(number) for number in entry)
+    except TypeError:
+        shown = entry[0] if len(entry) == 1 else entry
+        raise TargetError(f"target {shown!r} is not made of integers. {_FORMS}") from None

@@ -1,0 +1,24 @@
+"""Figures: heat maps, flows and coloured text. They draw numbers and compute none.
+
+Imports: errors, measure.
+"""
+
+from .flow import flow_figure, profile_figure
+from .flow_html import sankey, save_sankey
+from .heatmaps import budgets, heat_map, heat_maps, image_and_heat_map, joint, save
+from .text import text_figure, text_html
+
+__all__ = [
+    "budgets",
+    "flow_figure",
+    "heat_map",
+    "heat_maps",
+    "image_and_heat_map",
+    "joint",
+    "profile_figure",
+    "sankey",
+    "save",
+    "save_sankey",
+    "text_figure",
+    "text_html",
+]

@@ -1,0 +1,197 @@
+"""Pictures of a flow graph and of the layers that it goes through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from numpy.typing import NDArray
+
+from ..measure.flow_graph import FlowError, FlowGraph, FlowLayer, FlowNode
+from ..measure.flow_heat_maps import Maps, thumbnail
+from ..measure.layer_profile import ProfileRow
+from .heatmaps import DIVERGING, Budget, draw_budget
+from .ribbons import DARK, INK, LIGHT, Column, Palette, Ribbon, draw_flow, percent, rows_scale
+
+MOST = 40
+"""Nodes of one layer that a picture has room for."""
+ACROSS, PICTURED = 4, 12
+"""Thumbnails beside one another below a layer, and most of a layer."""
+ROW, WIDE = 0.72, 0.22
+"""Height of a row of thumbnails in inches, and width of one in units of the way between two layers."""
+NEGLIGIBLE = 1e-6
+"""Relevance that is not drawn where it is nobody's: rounding."""
+KINDS = {"group": "", "rest": "other", "off": "off"}
+STRENGTH = {"group": 0.45, "rest": 0.2, "off": 0.25}
+
+
+def drawn_nodes(layer: FlowLayer) -> list[tuple[int, FlowNode]]:
+    """The nodes of a layer that get a place, each with its row in the joint relevance.
+
+    Raises:
+        FlowError: They are more than a picture has room for.
+    """
+    if len(layer.groups) > MOST:
+        raise FlowError(
+            f"{layer.name} shows {len(layer.groups)} groups, and a picture has room for {MOST}. Take fewer: "
+            "graph.smaller(top=8), or coverage=0.9."
+        )
+    nodes = list(enumerate(layer.nodes))
+    return [(row, node) for row, node in nodes if node.kind == "group" or abs(node.mass) > NEGLIGIBLE]
+
+
+def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: Maps | None = None) -> Figure:
+    """A flow graph as ribbons between bars, the input at the left; heights are relevance.
+
+    Grey is the rest of a layer, orange what was absorbed above it or goes around it; of the other colours red is
+    positive and blue negative, which colour-blind readers tell apart.
+
+    Args:
+        graph: The graph.
+        heading: Above the drawing.
+        dark: For a dark background; save it with ``facecolor=figure.get_facecolor()``.
+        maps: Heat maps of its nodes, of :func:`~nrm_plugin.measure.flow_maps`: below each layer are those of
+            its groups that carry most, each on a scale of its own.
+
+    Raises:
+        FlowError: A layer shows more groups than there is room for.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> graph = RelevanceMeasure(net, torch.randn(1, 3), 1).flow(["output", "1", "input"])
+        >>> type(flow_figure(graph)).__name__
+        'Figure'
+    """
+    palette = DARK if dark else LIGHT
+    layers = graph.layers[::-1]
+    nodes = [drawn_nodes(layer) for layer in layers]
+    columns = [_column(layer, found) for layer, found in zip(layers, nodes, strict=True)]
+    ribbons = []
+    for start, joint in enumerate(graph.joints[::-1]):
+        for left, (lower, below) in enumerate(nodes[start]):
+            for right, (upper, above) in enumerate(nodes[start + 1]):
+                value = float(joint[upper, lower])
+                if abs(value) > NEGLIGIBLE:
+                    kind = _paler(below, above)
+                    ribbons.append(Ribbon((left, right), value, "", start, KINDS[kind], STRENGTH[kind]))
+    scale = rows_scale(columns)
+    pictured = [_pictured(found, maps or {}) for found in nodes]
+    rows = max(math.ceil(len(column) / ACROSS) for column in pictured)
+    height = 5.0 / scale
+    figure = Figure(figsize=(2.6 + 2.4 * max(len(columns) - 1, 1), height + ROW * rows), layout="constrained")
+    figure.set_facecolor(palette.paper)
+    if heading:
+        figure.suptitle(heading, fontsize=12.5, color=palette.ink)
+    axes = figure.add_subplot()
+    draw_flow(axes, columns, ribbons, palette, scale)
+    low, high = axes.get_ylim()
+    step = ROW * (high - low) / height  # of one row of thumbnails, in units of the drawing
+    axes.set_ylim(low - rows * step, high)
+    for number, column in enumerate(pictured):
+        _draw_maps(axes, number, low, step, column, palette)
+    return figure
+
+
+def _pictured(nodes: Sequence[tuple[int, FlowNode]], maps: Maps) -> list[tuple[FlowNode, NDArray[np.float64]]]:
+    found = [(node, maps[node.key]) for _, node in nodes if node.key in maps]
+    return sorted(found, key=lambda pair: -abs(pair[0].mass))[:PICTURED]
+
+
+def _draw_maps(
+    axes: Axes, number: int, top: float, step: float, column: Sequence[tuple[FlowNode, NDArray[np.float64]]],
+    palette: Palette,
+) -> None:  # fmt: skip
+    across = min(ACROSS, max(len(column), 1))
+    for place, (node, values) in enumerate(column):
+        row, at = divmod(place, across)
+        bounds = (number + WIDE * (at - across / 2) + 0.01, top - (row + 1) * step, WIDE - 0.02, 0.78 * step)
+        inset = axes.inset_axes(bounds, transform=axes.transData)
+        small = thumbnail(values)
+        bound = float(np.abs(small).max()) or 1.0
+        inset.imshow(small, cmap=DIVERGING, vmin=-bound, vmax=bound)
+        inset.set_axis_off()
+        inset.set_title(_short(node.label, 10), fontsize=6.5, color=palette.pale, pad=1.5)
+
+
+def _paler(below: FlowNode, above: FlowNode) -> str:
+    kinds = {below.kind, above.kind}
+    return "off" if "off" in kinds else "rest" if "rest" in kinds else "group"
+
+
+def _column(layer: FlowLayer, nodes: Sequence[tuple[int, FlowNode]]) -> Column:
+    held, total = sum(layer.masses), len(layer.groups) + layer.others
+    note = f"{len(layer.groups)} of {total}: {percent(held)}" if layer.groups else "no relevance crosses it"
+    labels = [node.label for _, node in nodes]
+    kinds = [KINDS[node.kind] for _, node in nodes]
+    return Column(_short(layer.name), note, [_short(label, 18) for label in labels],
+                  [node.mass for _, node in nodes], kinds)  # fmt: skip
+
+
+def _short(text: str, length: int = 24) -> str:
+    half = (length - 1) // 2
+    kept = text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
+    return kept.replace("$", r"\$")
+
+
+def profile_figure(rows: Sequence[ProfileRow], heading: str = "", dark: bool = False) -> Figure:
+    """Mass, sink and bypass of each layer as bars, and its variation beside them; the output on top.
+
+    Args:
+        rows: Of :func:`~nrm_plugin.measure.layer_profile.profile`.
+        heading: Above the drawing.
+        dark: For a dark background; save it with ``facecolor=figure.get_facecolor()``.
+    """
+    palette = DARK if dark else LIGHT
+    figure = Figure(figsize=(8.2, 1.5 + 0.26 * len(rows)), layout="constrained")
+    figure.set_facecolor(palette.paper)
+    if heading:
+        figure.suptitle(heading, fontsize=12.5, color=palette.ink)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1.4), sharey=True)
+    plain = [row.plain for row in rows if row.plain is not None]
+    budget = Budget("where the relevance is", [row.mass for row in rows], [row.sink for row in rows],
+                    [row.bypass for row in rows], plain if len(plain) == len(rows) else None)  # fmt: skip
+    draw_budget(left, [_short(row.layer, 30) for row in rows], budget, "sum of plain LRP")
+    _draw_variation(right, [row.variation for row in rows])
+    for axes in (left, right):
+        _recolour(axes, palette)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8.5,
+        labelcolor=palette.ink,
+    )  # fmt: skip
+    return figure
+
+
+def _draw_variation(axes: Axes, values: Sequence[float]) -> None:
+    places = range(len(values))
+    largest = max([*values, 1.0])
+    axes.plot(values, places, "o-", color=INK, markersize=4, linewidth=0.9)
+    axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 2)))
+    if largest > 20:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(min(0.9, *values), max(2.0, 1.1 * largest))
+    axes.set_title("variation", fontsize=10, y=1.035)
+    axes.tick_params(length=0, labelsize=8.5)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def _recolour(axes: Axes, palette: Palette) -> None:
+    axes.set_facecolor(palette.paper)
+    axes.tick_params(colors=palette.ink)
+    axes.title.set_color(palette.ink)
+    axes.spines["bottom"].set_color(palette.pale)
+    for line in axes.lines:
+        if to_hex(line.get_color()) == INK:
+            line.set_color(palette.ink)
+
+
+__all__ = ["drawn_nodes", "flow_figure", "profile_figure"]

@@ -1,0 +1,325 @@
+"""Text whose tokens are coloured by their relevance: a figure, and a piece of HTML without scripts.
+
+Red is positive and blue negative, zero is the colour of the paper; both can be told apart by colour-blind readers.
+Relevance is printed in percent of all relevance of the sample. Nothing is computed in here beyond the scale.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import FuncFormatter
+from torch import Tensor
+
+from ..errors import InputError
+from .ribbons import DARK, LIGHT, Palette, percent
+
+Values = Tensor | np.ndarray | Sequence[float]
+
+CONTINUED = ("##",)
+"""Marks of a token that goes on with the word before it."""
+OPENING = ("Ġ", "▁")
+"""Marks of a token that begins a word."""
+BREAKS = {"Ċ": "↵", "\n": "↵", "\t": "→"}
+LINE, LETTER, FONT = 1.9, 0.602, 10.5
+"""Height of a line and width of a letter in font sizes, and the size of the font in points."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One token as it is drawn.
+
+    Attributes:
+        text: What is written.
+        value: Relevance.
+        is_spaced: Whether a space is before it.
+        is_special: Whether it is no text, such as padding.
+    """
+
+    text: str
+    value: float
+    is_spaced: bool
+    is_special: bool
+
+
+def text_figure(
+    tokens: Sequence[str],
+    values: Values,
+    titles: Sequence[str] = ("",),
+    *,
+    special: Collection[str] = (),
+    limit: float | None = None,
+    width: float = 7.2,
+    heading: str = "",
+    dark: bool = False,
+) -> Figure:
+    """A text with its tokens coloured by relevance; several texts below each other, on one scale.
+
+    Args:
+        tokens: As a tokenizer has them; ``Ġ`` and ``▁`` begin a word and ``##`` continues one. Without any such mark
+            each token is a word.
+        values: Relevance, ``(tokens,)``, or ``(maps, tokens)``, such as one for each head.
+        titles: One above each map.
+        special: Tokens that are no text, such as ``tokenizer.all_special_tokens``: drawn slanted, in a frame.
+        limit: Relevance of the strongest colour; the largest by default.
+        width: In inches; longer lines are broken.
+        heading: Above all.
+        dark: For a dark background; save it with ``facecolor=figure.get_facecolor()``.
+
+    Raises:
+        InputError: Tokens, values and titles do not fit.
+
+    Examples:
+        >>> figure = text_figure(["[CLS]", "un", "##kind"], [0.2, -0.1, 0.6], special=["[CLS]"])
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['[CLS]', 'un', 'kind']
+    """
+    maps, bound, is_cut = _checked(tokens, values, titles, special, limit)
+    palette = DARK if dark else LIGHT
+    columns = max(12, int((0.94 * width - 1.2) * 72 / (FONT * LETTER)))  # beside the colour bar
+    laid = [_lines(words, columns) for words in maps]
+    heights = [
+        len(lines) * LINE * FONT / 72 + (0.28 if title else 0.06) for lines, title in zip(laid, titles, strict=True)
+    ]
+    figure = Figure(figsize=(width, max(1.1, sum(heights) + 0.2 + 0.35 * bool(heading))), layout="constrained")
+    figure.set_facecolor(palette.paper)
+    if heading:
+        figure.suptitle(heading, fontsize=12.5, color=palette.ink)
+    panels = figure.subplots(len(maps), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, lines, title in zip(panels, laid, titles, strict=True):
+        _draw(axes, lines, columns, bound, palette)
+        if title:
+            axes.set_title(title, fontsize=10, color=palette.ink, loc="left")
+    _color_bar(figure, list(panels), bound, is_cut, palette)
+    return figure
+
+
+def text_html(
+    tokens: Sequence[str],
+    values: Values,
+    titles: Sequence[str] = ("",),
+    *,
+    special: Collection[str] = (),
+    limit: float | None = None,
+    heading: str = "",
+) -> str:
+    """The same as a piece of HTML for a page or a notebook, without scripts; dark where the reader's pages are dark.
+
+    Args:
+        tokens: As in :func:`text_figure`.
+        values: As there.
+        titles: As there.
+        special: As there.
+        limit: As there.
+        heading: As there.
+
+    Raises:
+        InputError: Tokens, values and titles do not fit.
+
+    Examples:
+        >>> page = text_html(["<b>", "good"], [0.1, 0.9])
+        >>> "&lt;b&gt;" in page, "<script" in page
+        (True, False)
+    """
+    maps, bound, is_cut = _checked(tokens, values, titles, special, limit)
+    parts = [f"<style>{_style()}</style>", '<div class="nrm-text">']
+    parts += [f"<h4>{escape(heading)}</h4>"] if heading else []
+    for words, title in zip(maps, titles, strict=True):
+        parts += [f"<h5>{escape(title)}</h5>"] if title else []
+        parts.append(f"<p>{''.join(_span(word, bound) for word in words)}</p>")
+    least, most = ("≤ ", "≥ ") if is_cut else ("", "")
+    ends = f"<b>{least}{percent(-bound)}</b><i></i><b>{most}{percent(bound)}</b>"
+    parts.append(f'<div class="nrm-bar">{ends}<span>of all relevance</span></div></div>')
+    return "\n".join(parts)
+
+
+# -- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def _checked(
+    tokens: Sequence[str], values: Values, titles: Sequence[str], special: Collection[str], limit: float | None
+) -> tuple[list[list[Word]], float, bool]:
+    """The words of each map, the relevance of the strongest colour, and whether some is stronger."""
+    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+        raise InputError("tokens is a list of strings, such as tokenizer.convert_ids_to_tokens(ids) makes it.")
+    found = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
+    rows = found[None] if found.ndim == 1 else found
+    if rows.ndim != 2 or rows.shape[1] != len(tokens) or not len(tokens) or not len(rows):
+        raise InputError(
+            f"values have shape {tuple(found.shape)}, and there are {len(tokens)} tokens; give (tokens,) or (maps, "
+            "tokens) of one sample. Relevance of embeddings is summed by mu.marginal(layer, over='position')[0]."
+        )
+    if not np.isfinite(rows).all():
+        raise InputError("values have nan or inf entries, which have no colour.")
+    if isinstance(titles, str) or len(titles) != len(rows):
+        raise InputError(f"there are {len(rows)} maps; give a list of as many titles.")
+    if limit is not None and not limit > 0:
+        raise InputError(f"limit={limit!r} is no relevance that a colour could stand for; give a positive number.")
+    strongest = float(np.abs(rows).max())
+    bound = float(limit) if limit is not None else strongest or 1.0
+    return [_words(tokens, row, special) for row in rows], bound, strongest > bound
+
+
+def _words(tokens: Sequence[str], values: np.ndarray, special: Collection[str]) -> list[Word]:
+    is_opened = any(token.startswith(OPENING) for token in tokens)
+    is_continued = any(token.startswith(CONTINUED) for token in tokens)
+    words = []
+    for number, (token, value) in enumerate(zip(tokens, values, strict=True)):
+        is_special = token in special
+        text, is_spaced = token, number > 0
+        if not is_special:
+            is_joined = token.startswith(CONTINUED) or (
+                is_opened and not is_continued and not token.startswith(OPENING)
+            )
+            is_spaced = is_spaced and not is_joined
+            text = token[2:] if token.startswith(CONTINUED) else token[1:] if token.startswith(OPENING) else token
+        text = "".join(BREAKS.get(letter, letter) for letter in text)
+        words.append(Word(text or "␣", float(value), is_spaced, is_special))
+    return words
+
+
+def _cells(text: str) -> int:
+    """Width in letters, where those of East Asia take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def _lines(words: Sequence[Word], columns: int) -> list[list[tuple[float, Word]]]:
+    """Words with the column in which each begins, line by line; one that is longer than a line is broken."""
+    lines: list[list[tuple[float, Word]]] = [[]]
+    at = 0.0
+    for word in words:
+        space = 1.0 if word.is_spaced and lines[-1] else 0.15
+        if lines[-1] and at + space + _cells(word.text) > columns:
+            lines.append([])
+            at, space = 0.0, 0.0
+        for piece in _broken(word, columns):
+            if lines[-1] and at + space + _cells(piece.text) > columns:
+                lines.append([])
+                at, space = 0.0, 0.0
+            lines[-1].append((at + space, piece))
+            at, space = at + space + _cells(piece.text), 0.15
+    return lines
+
+
+def _broken(word: Word, columns: int) -> list[Word]:
+    most = max(1, columns // 2 if _cells(word.text) > len(word.text) else columns)
+    pieces = [word.text[start : start + most] for start in range(0, len(word.text), most)]
+    return [Word(piece, word.value, word.is_spaced, word.is_special) for piece in pieces]
+
+
+# -- colours --------------------------------------------------------------------------------------------------------
+
+
+def shade(value: float, palette: Palette) -> tuple[float, float, float]:
+    """The colour behind a token, of a value between -1 and 1: at zero the paper."""
+    strength = min(abs(value), 1.0)
+    pairs = zip(to_rgb(palette.paper), to_rgb(palette.of(value)), strict=True)
+    red, green, blue = (paper + strength * (color - paper) for paper, color in pairs)
+    return red, green, blue
+
+
+def ink_on(color: tuple[float, float, float]) -> str:
+    """Black or white, whichever can be read better on a colour."""
+    bright = luminance(color)
+    return "#000000" if (bright + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
+
+
+def luminance(color: tuple[float, float, float]) -> float:
+    """Relative luminance, as the Web Content Accessibility Guidelines define it."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+# -- the figure -----------------------------------------------------------------------------------------------------
+
+
+def _draw(axes: Axes, lines: list[list[tuple[float, Word]]], columns: int, bound: float, palette: Palette) -> None:
+    axes.set_xlim(0, columns)
+    axes.set_ylim(len(lines), 0)
+    axes.set_axis_off()
+    for row, line in enumerate(lines):
+        for column, word in line:
+            color = shade(word.value / bound, palette)
+            cells = _cells(word.text)
+            box = FancyBboxPatch((column, row + 0.12), cells, 0.76, boxstyle="round,pad=0,rounding_size=0.12")
+            box.set(
+                facecolor=color,
+                edgecolor=palette.pale if word.is_special else color,
+                linewidth=0.7,
+                mutation_aspect=0.3,
+            )
+            axes.add_patch(box)
+            # Without math: a dollar is a token like others.
+            axes.text(
+                column + cells / 2, row + 0.53, word.text, ha="center", va="center", fontsize=FONT, color=ink_on(color),
+                family="monospace", style="italic" if word.is_special else "normal", parse_math=False,
+            )  # fmt: skip
+
+
+def _color_bar(figure: Figure, panels: list[Axes], bound: float, is_cut: bool, palette: Palette) -> None:
+    colors = [shade(value, palette) for value in np.linspace(-1, 1, 65)]
+    drawn = ScalarMappable(Normalize(-bound, bound), LinearSegmentedColormap.from_list("relevance", colors))
+    pointed = "both" if is_cut else "neither"
+    bar = figure.colorbar(
+        drawn, ax=panels, fraction=0.035, pad=0.02, extend=pointed, extendfrac=0.06, ticks=[-bound, 0, bound]
+    )
+    bar.outline.set_visible(False)  # type: ignore[operator, unused-ignore]
+    bar.ax.tick_params(length=0, labelsize=8.5, colors=palette.ink)
+    bar.formatter = FuncFormatter(lambda value, _: percent(float(value)))
+    bar.update_ticks()
+
+
+# -- the piece of HTML ----------------------------------------------------------------------------------------------
+
+
+def _span(word: Word, bound: float) -> str:
+    value = max(-1.0, min(1.0, word.value / bound))
+    marks = ["x"] if word.is_special else []
+    marks += ["p" if value >= 0 else "n"] if value else []
+    marks += ["w"] if ink_on(shade(value, LIGHT)) == "#ffffff" else []
+    marks += ["k"] if ink_on(shade(value, DARK)) == "#000000" else []
+    space = " " if word.is_spaced else ""
+    style = f' style="--a:{abs(value):.3f}"' if value else ""
+    kind = f' class="{" ".join(marks)}"' if marks else ""
+    return f'{space}<span{kind}{style} title="{escape(percent(word.value))}">{escape(word.text)}</span>'
+
+
+def _style() -> str:
+    def colors(palette: Palette) -> str:
+        parts = {"p": to_rgb(palette.positive), "n": to_rgb(palette.negative)}
+        numbers = {name: " ".join(str(round(255 * part)) for part in color) for name, color in parts.items()}
+        return " ".join(f".nrm-text .{name}{{background:rgb({rgb}/var(--a))}}" for name, rgb in numbers.items())
+
+    def bar(palette: Palette) -> str:
+        ends = f"{palette.negative},{palette.paper},{palette.positive}"
+        return f".nrm-bar i{{background:linear-gradient(to right,{ends})}}"
+
+    dark = (
+        f".nrm-text{{color:#fff;background:{DARK.paper}}} {colors(DARK)} {bar(DARK)} "
+        ".nrm-text span.w{color:inherit} .nrm-text span.k{color:#000}"
+    )
+    return (
+        f".nrm-text{{color-scheme:light dark;color:#000;background:{to_hex(LIGHT.paper)};padding:.6em .8em;"
+        "font-family:system-ui,sans-serif} "
+        ".nrm-text h4,.nrm-text h5{margin:.2em 0;font-weight:600} "
+        ".nrm-text p{margin:.2em 0 .8em;line-height:1.9;white-space:pre-wrap;overflow-wrap:anywhere} "
+        ".nrm-text p span{padding:.12em .14em;border-radius:.2em;box-decoration-break:clone;"
+        "-webkit-box-decoration-break:clone} "
+        ".nrm-text span.x{font-style:italic;outline:1px solid #8c8c8c} "
+        f".nrm-text span.w{{color:#fff}} {colors(LIGHT)} {bar(LIGHT)} "
+        ".nrm-bar{font-size:.85em} .nrm-bar b{font-weight:400} .nrm-bar i{display:inline-block;width:9em;height:.8em;"
+        "margin:0 .5em;vertical-align:-.1em} .nrm-bar span{padding-left:.8em} "
+        f"@media (prefers-color-scheme:dark){{{dark}}}"
+    )
+
+
+__all__ = ["text_figure", "text_html"]

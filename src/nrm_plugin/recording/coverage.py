@@ -1,0 +1,168 @@
+"""What every step of a model would get, before any relevance is computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from zennit.core import Composite
+
+from ..composites import Normalized, NRMDefault
+from ..functional import FunctionCall
+from ..kernels.step import LayerCall, Step
+from ..model.affine import Weighted
+from ..model.inputs import Call, Inputs, Output
+from .recording import Recording
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step.
+
+    Attributes:
+        name: Layer name, or module path and function.
+        call: Which call of it.
+        operation: Module type or function.
+        rule: The rule of the composite, or the kernel of the function.
+        shape: Shape of the output.
+        note: What a user should know: reused, tied, uncovered, unsupported, fused.
+    """
+
+    name: str
+    call: int
+    operation: str
+    rule: str
+    shape: tuple[int, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The steps of one forward pass in execution order.
+
+    Attributes:
+        rows: The steps.
+        constants: Operations that join constants to what they route, where mass can end.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> [(row.name, row.rule) for row in coverage(net, torch.randn(5, 3)).rows]
+        [('0', 'ConservingEpsilon'), ('1', 'Pass'), ('2', 'ConservingEpsilon')]
+    """
+
+    rows: tuple[Row, ...]
+    constants: tuple[str, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every step has a rule or a kernel.
+
+        Examples:
+            >>> coverage(nn.Linear(3, 2), torch.randn(5, 3)).is_complete
+            True
+        """
+        return not any(row.note.startswith(("uncovered", "unsupported")) for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("step", "operation", "rule or kernel", "output", "note")
+        body = [
+            (
+                row.name + (f":{row.call}" if row.call else ""),
+                row.operation,
+                row.rule,
+                "×".join(map(str, row.shape)),
+                row.note,
+            )
+            for row in self.rows
+        ]
+        table = [header, *body]
+        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table)
+        lines = ["  ".join(cells).rstrip() for cells in padded]
+        if self.constants:
+            lines.append(f"constants that can absorb: {', '.join(self.constants)}")
+        lines.append("every step is covered" if self.is_complete else "NOT every step is covered")
+        return "\n".join(lines)
+
+
+def coverage(
+    model: nn.Module,
+    inputs: Inputs,
+    composite: Composite | None = None,
+    additional_forward_args: Any = None,
+    additional_forward_kwargs: Mapping[str, Any] | None = None,
+    output: Output | None = None,
+    batched: bool = True,
+) -> Coverage:
+    """Runs the model once and tells which rule or kernel every step gets.
+
+    Args:
+        model: The network, in evaluation mode.
+        inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        composite: A Zennit composite; None for the default of this package.
+        additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        additional_forward_kwargs: As there.
+        output: As there.
+        batched: As there.
+
+    Raises:
+        InputError, ModelStateError, GradModeError: As when a measure is taken.
+
+    Examples:
+        >>> print(coverage(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3)))
+        step  operation  rule or kernel     output  note
+        0     Linear     ConservingEpsilon  5×4
+        1     ReLU       Pass               5×4
+        every step is covered
+    """
+    plain = composite.composite if isinstance(composite, Normalized) else composite
+    canonized = Normalized(NRMDefault() if plain is None else plain, uncovered="gradient")
+    canonized.uncovered = "error"  # functions on weights without a rule are reported, not raised; modules as always
+    call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
+    recording = Recording(model, call, canonized, output)
+    steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
+    calls = Counter(step.name for step in steps)
+    tied = _tied(model)
+    rows = tuple(_row(step, calls[step.name], tied) for step in steps)
+    with torch.no_grad():
+        constants = [
+            recording.name_at(number)
+            for number, vertex in enumerate(recording.graph.vertices)
+            if vertex.constant_share(recording.output) is not None
+        ]
+    return Coverage(rows, tuple(dict.fromkeys(reversed(constants))))
+
+
+def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
+    origin = step.origin
+    operation, rule = step.name.rpartition(".")[2], step.rule
+    if isinstance(origin, LayerCall):
+        rule = type(origin.rule).__name__
+        operation = operation if isinstance(origin.module, Weighted) else type(origin.module).__name__
+    notes = []
+    if rule == "PlainGradient":
+        notes.append("uncovered: the composite gives it no rule")
+    if isinstance(origin, FunctionCall):
+        notes.append("unsupported: raises when relevance arrives")
+    if isinstance(origin, LayerCall) and origin.is_identity:
+        notes.append("fused into its neighbour")
+    if calls > 1:
+        notes.append(f"called {calls} times")
+    if step.name in tied:
+        notes.append(f"shares weights with {tied[step.name]}")
+    return Row(step.name, step.call, operation, rule, tuple(step.shape), "; ".join(notes))
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Layers that share a parameter with an earlier one."""
+    owners: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and owners.setdefault(id(parameter), name) != name:
+                tied[name] = owners[id(parameter)]
+    return tied

@@ -1,0 +1,229 @@
+"""The graph of one recording: vertices are autograd nodes, buffers their outputs, edges what they hand down.
+
+A step is a vertex whose node carries a :class:`~nrm_plugin.kernels.step.Step`; every other vertex is a 0/1 route that
+autograd computes by itself. Vertices are numbered in the order in which a walk meets them, output first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ..kernels.step import Step
+from ..model.routing import is_whole, operation, written
+
+_WITH_CONSTANTS = frozenset(
+    [
+        "cat",
+        "stack",
+        "where",
+        "maskedfill",
+        "constantpadnd",
+        "copyslices",
+        "copy",
+        "maxunpool2d",
+        "maxunpool3d",
+        "maximum",
+        "minimum",
+        "tril",
+        "triu",
+        "im2col",
+        "diagembed",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Output ``number`` of vertex ``vertex``: the place of one tensor."""
+
+    vertex: int
+    number: int
+
+
+Place = Buffer | tuple[int, int]
+"""Where a tap is: a buffer, or the edge ``(vertex, number)`` of a step that reads a tensor."""
+
+
+@dataclass
+class Vertex:
+    """One autograd node.
+
+    Attributes:
+        node: The node.
+        step: The step, or None for a route.
+        edges: Where each input comes from; None for a constant.
+        shapes: Shape of each output.
+        leaf: The leaf tensor, at the end of the graph.
+    """
+
+    node: Any
+    step: Step | None
+    edges: tuple[Buffer | None, ...]
+    shapes: tuple[torch.Size, ...]
+    leaf: Tensor | None = None
+    _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
+
+    def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
+        """Relevance ``(K, *shape)`` at the outputs to each edge, and the share that is absorbed, a tensor or None."""
+        if self.step is not None:
+            (single,) = relevance
+            assert single is not None
+            parts, residual = (self.step.pull_absolute if absolute else self.step.pull)(single)
+            return list(parts), residual
+        count = next(len(item) for item in relevance if item is not None)
+        rows = [self._route([item if item is None else item[k] for item in relevance]) for k in range(count)]
+        return _columns(rows), None
+
+    def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
+        """The transpose of :meth:`pull`; ``absorbed`` holds the values at the sink, for each output."""
+        if self.step is not None:
+            return [self.step.push(tuple(values), absorbed[0])]
+        known = [value for value in values if value is not None]
+        if not known:
+            return [None] * len(self.shapes)
+        with torch.inference_mode(False), torch.enable_grad():
+            seeds = [known[0].new_zeros(shape).requires_grad_() for shape in self.shapes]
+            parts = self._route(list(seeds))
+            pairs = [(p, v) for p, v in zip(parts, values, strict=True) if v is not None and _carries(p)]
+            if not pairs:
+                return [None] * len(self.shapes)
+            rows = [
+                torch.autograd.grad([p for p, _ in pairs], seeds, [v[k] for _, v in pairs], True, allow_unused=True)
+                for k in range(len(known[0]))
+            ]
+        return _columns(rows)
+
+    def _route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
+        parts = self.node(*relevance)
+        return list(parts) if isinstance(parts, (tuple, list)) else [parts]
+
+    @property
+    def may_hold_constants(self) -> bool:
+        """Whether this is a route that can join constants to what it routes."""
+        return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
+
+    def constant_share(self, like: Tensor) -> tuple[Tensor, ...] | None:
+        """For each output, 1 where its entry comes from a constant, else 0; None where no entry can."""
+        if not self.may_hold_constants:
+            return None
+        if self._constant_share is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                seeds = [like.new_zeros(shape).requires_grad_() for shape in self.shapes]
+                # Called by hand, some nodes make a gradient for their constants as well.
+                parts = zip(self._route(list(seeds)), self.edges, strict=True)
+                totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
+                columns = (
+                    torch.autograd.grad(totals, seeds, allow_unused=True, materialize_grads=True)
+                    if totals
+                    else [torch.zeros_like(seed) for seed in seeds]
+                )
+            shares = tuple(1 - column.detach() for column in columns)
+            self._constant_share = shares if any(bool(share.any()) for share in shares) else ()
+        return self._constant_share or None
+
+
+class Graph:
+    """Everything between an output tensor and the leaves that it depends on.
+
+    Args:
+        output: The tensor; it has a history.
+    """
+
+    def __init__(self, output: Tensor) -> None:
+        root, number = written(output.grad_fn, output.output_nr)
+        self.nodes = _in_walk_order(root)
+        position = {node: index for index, node in enumerate(self.nodes)}
+        self.vertices = [_vertex(node, position) for node in self.nodes]
+        self.position = position
+        self._count_uses()
+        self.output = Buffer(0, number)
+
+    def _count_uses(self) -> None:
+        """How often each tensor is read, also through views of all of it."""
+        uses = [0] * len(self.vertices)
+        for index, vertex in enumerate(self.vertices):
+            for edge in vertex.edges:
+                if edge is None:
+                    continue
+                uses[edge.vertex] += uses[index] if vertex.step is None and is_whole(vertex.node) else 1
+        for vertex, count in zip(self.vertices, uses, strict=True):
+            if vertex.step is not None:
+                vertex.step.uses = count
+
+    def shape(self, buffer: Buffer) -> torch.Size:
+        """Shape of the tensor at a buffer."""
+        return self.vertices[buffer.vertex].shapes[buffer.number]
+
+    def reach(
+        self, marks: dict[Buffer, int], edge_marks: dict[tuple[int, int], int]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Which marks lie below each vertex and below each of its edges, as bit sets.
+
+        Args:
+            marks: Bit of the mark on a buffer.
+            edge_marks: Bit of the mark on an edge.
+
+        Returns:
+            ``below[vertex]`` and ``through[vertex][edge]``; a mark on the edge itself or on the buffer that it leads
+            to is below.
+        """
+        below = [0] * len(self.vertices)
+        through: list[list[int]] = [[] for _ in self.vertices]
+        for index in range(len(self.vertices) - 1, -1, -1):
+            for number, buffer in enumerate(self.vertices[index].edges):
+                bits = edge_marks.get((index, number), 0)
+                if buffer is not None:
+                    bits |= marks.get(buffer, 0) | below[buffer.vertex]
+                through[index].append(bits)
+                below[index] |= bits
+        return below, through
+
+
+def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether what a route handed down depends on what it was handed (a tensor that is written over gets zeros)."""
+    return part is not None and part.requires_grad
+
+
+def _columns(rows: list[Any]) -> list[Tensor | None]:
+    """One row for each vector to one stack for each edge."""
+    if len(rows) == 1:
+        return [None if part is None else part.unsqueeze(0) for part in rows[0]]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _in_walk_order(root: Any) -> list[Any]:
+    """Depth-first, without recursion: every node before the nodes that it hands relevance to."""
+    order: list[Any] = []
+    seen = {root}
+    stack = [(root, iter(_edges(root)))]
+    while stack:
+        node, rest = stack[-1]
+        for below, _ in rest:
+            if below is not None and below not in seen:
+                seen.add(below)
+                stack.append((below, iter(_edges(below))))
+                break
+        else:
+            order.append(node)
+            stack.pop()
+    return order[::-1]
+
+
+def _edges(node: Any) -> list[tuple[Any, int]]:
+    """What a node hands down to, and which output of it; writes of whole tensors are no vertices of their own."""
+    return [written(below, number) for below, number in node.next_functions]
+
+
+def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
+    edges = tuple(None if below is None else Buffer(position[below], number) for below, number in _edges(node))
+    step = getattr(node, "step", None)
+    step = step if isinstance(step, Step) else None
+    leaf = getattr(node, "variable", None)
+    shapes = (step.shape,) if step is not None else tuple(torch.Size(m.shape) for m in node._input_metadata)
+    if leaf is not None:
+        shapes = (leaf.shape,)
+    return Vertex(node, step, edges, shapes, leaf)

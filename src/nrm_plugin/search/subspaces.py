@@ -1,0 +1,404 @@
+r"""Relevant subspaces of a layer as a tap of their own: fit on a batch, then ask like any layer.
+
+The relevance of a layer is written as activation times context, :math:`R_i = a_i c_i`. Orthonormal directions
+:math:`U_k` cut it into parts, one for each subspace:
+
+.. math:: R^{(k)}_i = a_i\, (U_k U_k^\top c)_i, \qquad \sum_k R^{(k)}_i = R_i, \qquad
+          \sum_i R^{(k)}_i = (U_k^\top a)^\top (U_k^\top c)
+
+which is what LRP-0 hands through a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts that
+layer with a neuron for each subspace and each neuron, so that nothing is divided by a direction without activation.
+That the parts are a tap of the measure, and its rest, are ours.
+
+Source: Chormai et al., arXiv 2212.14855 (PRCA and DRSA), for the directions and the virtual layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..errors import InputError, UnknownLayerError
+from ..functional.registry import FunctionCall, register_kernel
+from ..kernels.base import Kernel
+
+FLOOR = 1e-4
+"""Share of the largest activation of a sample below which a neuron has no context: rules that give relevance to neurons
+that are nearly silent would make it as large as one likes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subspaces:
+    r"""Orthogonal subspaces of the channels of a layer, and their complement, the rest.
+
+    Attributes:
+        basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, its columns orthonormal.
+        sizes: How many columns each subspace has; together ``d``.
+        dim: Dimension of the channels in the layer's output: 1 for maps and features, -1 for tokens.
+
+    Raises:
+        InputError: Columns that are not orthonormal, or sizes that do not add up to their number.
+
+    Examples:
+        >>> Subspaces(torch.eye(4)[:, :3], (1, 2)).parts(torch.ones(5, 4)).shape
+        torch.Size([5, 3, 4])
+    """
+
+    basis: Tensor
+    sizes: tuple[int, ...]
+    dim: int = 1
+
+    def __post_init__(self) -> None:
+        basis = self.basis
+        if basis.ndim != 2 or not basis.is_floating_point() or sum(self.sizes) != basis.shape[1] or min(self.sizes) < 1:
+            raise InputError(
+                f"a basis (C, d) needs sizes of at least 1 that add up to d; got {tuple(basis.shape)} and {self.sizes}."
+            )
+        gram = basis.T @ basis
+        off = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
+        if not off <= (1e-4 if basis.dtype == torch.float32 else 1e-8):
+            raise InputError(f"the columns of a basis must be orthonormal; UᵀU is off the identity by {off:.2g}.")
+
+    def __len__(self) -> int:
+        """The number of subspaces, without the rest."""
+        return len(self.sizes)
+
+    def parts(self, values: Tensor) -> Tensor:
+        r"""Projections :math:`U_k U_k^\top a` and what they leave, ``(N, …)`` to ``(N, K + 1, …)``.
+
+        Examples:
+            >>> Subspaces(torch.eye(2)[:, :1], (1,)).parts(torch.tensor([[3.0, 4.0]]))
+            tensor([[[3., 0.],
+                     [0., 4.]]])
+        """
+        projected = self._projected(values)
+        return torch.stack([*projected, values - sum(projected[1:], projected[0])], 1)
+
+    def split(self, values: Tensor, relevance: Tensor) -> Tensor:
+        r"""The parts of the relevance of a layer, ``(…, N, *shape)`` to ``(…, N, K + 1, *shape)``; they sum to it.
+
+        The last part is the rest: that of the directions that are in no subspace, and all relevance of neurons that are
+        silent, up to 1e-4 of the largest activation of the sample, and have no context :math:`c = R / a`.
+
+        Args:
+            values: Activations, ``(N, *shape)``.
+            relevance: Of the same neurons.
+
+        Examples:
+            >>> found = Subspaces(torch.eye(4)[:, :3], (1, 2)).split(torch.ones(5, 4), torch.rand(5, 4))
+            >>> found.sum(-1).shape
+            torch.Size([5, 3])
+        """
+        inverse, silent = _inverse(values)
+        context = relevance * inverse
+        projected = self._projected(context, values.ndim)
+        rest = (context - sum(projected[1:], projected[0])) * values + relevance * silent
+        return torch.stack([*(part * values for part in projected), rest], -values.ndim)
+
+    def _split_absolute(self, values: Tensor, mass: Tensor) -> Tensor:
+        """The same by the absolute values of the kernel, for masses without sign."""
+        inverse, silent = _inverse(values)
+        context = mass * inverse.abs()
+        whole = torch.eye(len(self.basis), dtype=values.dtype, device=values.device)
+        matrices = [columns @ columns.T for columns in self._columns(values)]
+        left = whole - sum(matrices[1:], matrices[0])
+        *parts, rest = (self._along(context, matrix.abs(), values.ndim) * values.abs() for matrix in (*matrices, left))
+        return torch.stack([*parts, rest + mass * silent], -values.ndim)
+
+    def _columns(self, like: Tensor) -> list[Tensor]:
+        ends = list(accumulate(self.sizes, initial=0))
+        basis = self.basis.to(like)
+        return [basis[:, first:last] for first, last in pairwise(ends)]
+
+    def _projected(self, values: Tensor, dims: int | None = None) -> list[Tensor]:
+        dims = values.ndim if dims is None else dims
+        return [self._along(values, columns @ columns.T, dims) for columns in self._columns(values)]
+
+    def _along(self, values: Tensor, matrix: Tensor, dims: int) -> Tensor:
+        """A matrix applied to the channels of the last ``dims`` dimensions."""
+        at = self.dim % dims - dims
+        if values.shape[at] != len(matrix):
+            raise InputError(
+                f"the subspaces are of {len(matrix)} channels, and the layer has {values.shape[at]} in dimension "
+                f"{self.dim}, {tuple(values.shape[-dims:])}."
+            )
+        return (values.movedim(at, -1) @ matrix).movedim(-1, at)
+
+
+def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
+    """``1 / a`` of neurons that have a context, else zero, and 1 where they have none."""
+    size = values.abs()
+    silent = size <= FLOOR * size.flatten(1).amax(1).view(-1, *(1,) * (values.ndim - 1))
+    return torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, values)), silent.to(values)
+
+
+# -- fitting --------------------------------------------------------------------------------------------------------
+
+
+def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int = 1) -> Subspaces:
+    r"""Principal relevant component analysis: the directions that carry most relevance over a batch.
+
+    .. math:: \max_{U^\top U = I} \mathrm E[(U^\top a)^\top (U^\top c)]
+
+    the leading eigenvectors of :math:`\mathrm E[a c^\top + c a^\top]`, the expectation over samples and positions.
+
+    Args:
+        values: Activations of a layer, ``(N, …)``.
+        relevance: Of the same neurons, such as ``mu.marginal(layer)``.
+        sizes: Directions of each subspace, the leading ones first; a number for one subspace.
+        dim: Dimension of the channels.
+
+    Raises:
+        InputError: The tensors differ in shape, or have fewer channels than directions.
+
+    Examples:
+        >>> prca(torch.rand(10, 4, 3, 3), torch.rand(10, 4, 3, 3), [1, 1]).basis.shape
+        torch.Size([4, 2])
+
+    Source: arXiv 2212.14855.
+    """
+    a, c = _vectors(values, relevance, dim)
+    wanted = _sizes(sizes, a.shape[1])
+    covariance = a.T @ c / len(a)
+    _, vectors = torch.linalg.eigh(covariance + covariance.T)
+    return Subspaces(vectors.flip(1)[:, : sum(wanted)].to(values.dtype), wanted, dim)
+
+
+def drsa(
+    values: Tensor,
+    relevance: Tensor,
+    sizes: Sequence[int],
+    dim: int = 1,
+    steps: int = 300,
+    restarts: int = 3,
+    seed: int = 0,
+) -> Subspaces:
+    r"""Disentangled relevant subspace analysis: subspaces that are relevant for different samples.
+
+    .. math:: \max_{U^\top U = I} \; M^{1/2}_k\, M^2_n \big[ \max(0, (U_k^\top a_n)^\top (U_k^\top c_n)) \big]
+
+    with power means :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}`: over samples one that favours few large values, over
+    subspaces one that favours all being used. Gradient ascent, back to orthonormal columns after each step. The
+    length of a step, which shrinks to zero, and the best of several starts are ours.
+
+    Args:
+        values: Activations of a layer, ``(N, …)``.
+        relevance: Of the same neurons.
+        sizes: Directions of each subspace.
+        dim: Dimension of the channels.
+        steps: Of the ascent.
+        restarts: Random starts, of which the best is taken.
+        seed: Of the starts.
+
+    Raises:
+        InputError: As for :func:`prca`.
+
+    Examples:
+        >>> drsa(torch.rand(10, 4), torch.rand(10, 4), [2, 2], steps=5).sizes
+        (2, 2)
+
+    Source: arXiv 2212.14855.
+    """
+    a, c = _vectors(values, relevance, dim)
+    wanted = _sizes(sizes, a.shape[1])
+    a, c = a / _size(a), c / _size(c)
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(restarts):
+        start = torch.randn(a.shape[1], sum(wanted), generator=draw, dtype=torch.float64).to(a)
+        found.append(_ascent(a, c, wanted, _nearest(start), steps))
+    _, best = max(found, key=lambda pair: pair[0])
+    return Subspaces(_nearest(best).to(values.dtype), wanted, dim)
+
+
+def _ascent(a: Tensor, c: Tensor, sizes: tuple[int, ...], basis: Tensor, steps: int) -> tuple[float, Tensor]:
+    best = (float(disentanglement(a, c, basis, sizes)), basis)
+    for step in range(steps):
+        leaf = basis.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            (slope,) = torch.autograd.grad(disentanglement(a, c, leaf, sizes), leaf)
+        size = float(slope.norm())
+        if size == 0:
+            break
+        basis = _nearest(basis + 0.5 * (1 - step / steps) * basis.norm() / size * slope)
+        best = max(best, (float(disentanglement(a, c, basis, sizes)), basis), key=lambda pair: pair[0])
+    return best
+
+
+def disentanglement(a: Tensor, c: Tensor, basis: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The objective of :func:`drsa` for activations and contexts ``(n, C)``."""
+    products = (a @ basis) * (c @ basis)
+    carried = torch.stack([part.sum(1) for part in torch.split(products, list(sizes), 1)], 1)
+    over_samples = (carried.clamp(min=0).square().mean(0) + 1e-24).sqrt()  # a root has no slope at zero
+    found: Tensor = over_samples.sqrt().mean().square()
+    return found
+
+
+def _nearest(matrix: Tensor) -> Tensor:
+    """The matrix with orthonormal columns that is nearest."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    nearest: Tensor = left @ right
+    return nearest
+
+
+def _size(vectors: Tensor) -> float:
+    return float(vectors.square().sum(1).mean().sqrt()) or 1.0
+
+
+def _vectors(values: Tensor, relevance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Activations and contexts of all samples and positions, ``(n, C)`` each."""
+    if values.shape != relevance.shape or values.ndim < 2:
+        raise InputError(
+            f"activations {tuple(values.shape)} and relevance {tuple(relevance.shape)} must be of the same neurons, "
+            "(N, …)."
+        )
+    with torch.no_grad():
+        context = relevance.detach() * _inverse(values.detach())[0]
+        flat = [part.movedim(dim, -1).flatten(0, -2).double() for part in (values.detach(), context)]
+        return flat[0], flat[1]
+
+
+def _sizes(sizes: int | Sequence[int], channels: int) -> tuple[int, ...]:
+    wanted = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    if not wanted or min(wanted) < 1 or sum(wanted) > channels:
+        raise InputError(f"sizes={sizes!r}: give at least 1 for each subspace, and together at most {channels}.")
+    return wanted
+
+
+# -- the layer that is inserted -------------------------------------------------------------------------------------
+
+
+def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.Module:
+    """A model with the same weights and answers, in which subspaces of some layers are taps.
+
+    Below a layer ``"conv"`` there is then ``"conv.subspaces"``, ``(N, K + 1, *shape)``, with a group for each subspace
+    and the last one for the rest; ``"conv"`` is what it was. The layer itself is called ``"conv.layer"``, as composites
+    that go by names must call it. Parameters are shared, and the model is left as it is.
+
+    Args:
+        model: The network.
+        subspaces: Of layers that return one tensor, by name.
+
+    Raises:
+        UnknownLayerError: The model has no such layer.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> cut = with_subspaces(net, {"1": Subspaces(torch.eye(4)[:, :2], (1, 1))})
+        >>> mu = RelevanceMeasure(cut, torch.randn(5, 3), 1)
+        >>> each = mu.marginal("1.subspaces", over="channel")
+        >>> each.shape, torch.allclose(each.sum(1), mu.marginal("1").sum(1), atol=1e-5)
+        (torch.Size([5, 3]), True)
+        >>> mu.marginal("input", joint=at("1.subspaces")[0]).shape
+        torch.Size([5, 3])
+    """
+    known = dict(model.named_modules())
+    for name in subspaces:
+        if not name or name not in known:
+            raise UnknownLayerError(f"there is no layer named {name!r} to take subspaces of.")
+        if any(other != name and other.startswith(f"{name}.") for other in subspaces):
+            raise InputError(f"{name!r} holds another layer that subspaces are given for; take one of them.")
+    return _replaced(model, subspaces, "")
+
+
+def _replaced(module: nn.Module, subspaces: Mapping[str, Subspaces], path: str) -> nn.Module:
+    """A copy of the modules on the way to the layers; all others are shared."""
+    copied = module.__class__.__new__(module.__class__)
+    copied.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
+    for name, child in module._modules.items():
+        full = f"{path}{name}"
+        if child is not None and full in subspaces:
+            copied._modules[name] = _WithSubspaces(child, subspaces[full])
+        elif child is not None and any(layer.startswith(f"{full}.") for layer in subspaces):
+            copied._modules[name] = _replaced(child, subspaces, f"{full}.")
+    return copied
+
+
+class _WithSubspaces(nn.Module):
+    """A layer, the parts of its output, and their sum."""
+
+    def __init__(self, layer: nn.Module, subspaces: Subspaces) -> None:
+        super().__init__()
+        self.layer, self.subspaces = layer, _Parts(subspaces)
+        self.training = layer.training
+        self.subspaces.training = layer.training
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        values: Tensor = self.layer(*args, **kwargs)
+        return subspace_sum(self.subspaces(values), values, self.subspaces.of)
+
+
+class _Parts(nn.Module):
+    nrm_channel_dim: ClassVar[int] = 1
+
+    def __init__(self, of: Subspaces) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, values: Tensor) -> Tensor:
+        return subspace_parts(values, self.of)
+
+
+def subspace_parts(values: Tensor, subspaces: Subspaces) -> Tensor:
+    """:meth:`Subspaces.parts`, as a function that relevance is handed through."""
+    if has_torch_function((values,)):
+        parts: Tensor = handle_torch_function(subspace_parts, (values,), values, subspaces)
+        return parts
+    return subspaces.parts(values)
+
+
+def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
+    """The sum of all parts, which is ``values``, bit for bit."""
+    if has_torch_function((parts, values)):
+        total: Tensor = handle_torch_function(subspace_sum, (parts, values), parts, values, subspaces)
+        return total
+    return values.clone()
+
+
+class _PartsKernel(Kernel):
+    """Every part of a neuron hands all of its relevance to the neuron."""
+
+    is_stochastic = True
+
+    def __init__(self, dims: int) -> None:
+        self.dims = dims
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return (relevance.sum(-self.dims),)
+
+    pull_absolute = pull
+
+
+class _SumKernel(Kernel):
+    """:meth:`Subspaces.split`; nothing goes past the parts."""
+
+    is_stochastic = True
+
+    def __init__(self, subspaces: Subspaces, values: Tensor) -> None:
+        self.subspaces, self.values = subspaces, values
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return self.subspaces.split(self.values, relevance), torch.zeros_like(relevance)
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return self.subspaces._split_absolute(self.values, relevance), torch.zeros_like(relevance)
+
+
+@register_kernel(subspace_parts)
+def _parts_kernel(call: FunctionCall) -> Kernel:
+    return _PartsKernel(call.values[0].ndim)
+
+
+@register_kernel(subspace_sum)
+def _sum_kernel(call: FunctionCall) -> Kernel:
+    subspaces: Subspaces = call.args[2]
+    return _SumKernel(subspaces, call.values[1])
+
+
+__all__ = ["Subspaces", "disentanglement", "drsa", "prca", "with_subspaces"]
