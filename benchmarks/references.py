@@ -114,7 +114,7 @@ def _alone(values: Tensor, tie: Tensor) -> Tensor:
 
 
 def run(name: str, make: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Compares both, then times them in turn."""
+    """Compares both packages, then times them alternately."""
     net, data, layers, batch = make()
     classes = int(data.tensors[1].max()) + 1
     seconds: dict[str, list[float]] = {"nrm-plugin": [], "zennit-crp": []}
@@ -167,13 +167,13 @@ def main() -> None:
 
 def render(found: dict[str, Any]) -> None:
     """Writes the table of the page."""
-    lines = ["", "", "| net | data | the same references | seconds of both, at best | factor, median |"]
+    lines = ["", "", "| net | data | identical references | seconds, ours / zennit-crp, best run | factor, median |"]
     lines.append("|---|---|---|---|---|")
     for one in found["runs"]:
         net = f"{one['net']}, {one['channels']} channels of {one['layers']} layers"
-        data = f"{one['samples']} samples of {one['classes']} classes, {one['batch']} at once"
+        data = f"{one['samples']} samples of {one['classes']} classes, batch size {one['batch']}"
         seconds = " / ".join(f"{min(times):.2f}" for times in one["seconds"].values())
-        same = f"all {one['references compared']} without a tie"
+        same = f"all {one['references compared']} untied"
         lines.append(f"| {net} | {data} | {same} | {seconds} | {one['factor']:.1f} |")
     place = found["environment"]
     lines += ["", f"torch {place['torch']}, zennit {place['zennit']}, float32, one core of {place['processor']}."]

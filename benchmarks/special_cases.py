@@ -1,9 +1,9 @@
-"""Known methods as expressions of this package, and by how much each differs from the original.
+"""Known methods as expressions of this package, and the difference of each from the original.
 
 ``python -m benchmarks.special_cases`` evaluates every expression of docs/special-cases.md, computes the same with the
 method's own package, or with its published formula written out in :mod:`benchmarks.known_methods`, writes the largest
-differences as JSON and renders the page. Rows whose package is missing keep their former figure; `make special-cases`
-has them all.
+differences as JSON and renders the page. Rows with a missing package keep their former figure; `make special-cases`
+has all packages.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def main() -> None:
 
 
 def key(row: dict[str, Any] | Row) -> tuple[str, str]:
-    """What tells a row from the others."""
+    """Identifies a row."""
     return (row["method"], row["beside"]) if isinstance(row, dict) else (row.method, row.beside)
 
 
 def measured(before: dict[str, Any]) -> dict[str, Any]:
-    """The differences of all rows; of what cannot be run here, those of before."""
+    """The differences of all rows; the former ones for rows with a missing package."""
     former = {key(row): row for row in before["rows"]}
     rows = []
     for row in ROWS:
@@ -50,7 +50,7 @@ def measured(before: dict[str, Any]) -> dict[str, Any]:
             print(f"{rows[-1]['difference']:8.0e}  {row.method}: {row.beside}")
         elif key(row) in former:
             rows.append(former[key(row)])
-            print(f"{'former':>8}  {row.method}: {row.beside}, for {row.needs} is not here")
+            print(f"{'former':>8}  {row.method}: {row.beside}, since {row.needs} is not installed")
     packages = ("torch", "zennit", "captum", *(row.needs for row in ROWS if row.needs and row.is_available))
     names = {"crp": "zennit-crp"}
     versions = {name: version(name) for name in dict.fromkeys(names.get(package, package) for package in packages)}
@@ -62,7 +62,7 @@ def measured(before: dict[str, Any]) -> dict[str, Any]:
 
 def rendered(found: dict[str, Any], page: str) -> str:
     """The page with the table of these results."""
-    lines = ["| method | here | compared with | largest difference |", "|---|---|---|---|"]
+    lines = ["| method | this package | compared with | largest difference |", "|---|---|---|---|"]
     for row in found["rows"]:
         paper = f" ([{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']}))" if row["arxiv"] else ""
         expression = row["expression"].replace("|", "\\|")
@@ -70,7 +70,7 @@ def rendered(found: dict[str, Any], page: str) -> str:
     place = ", ".join(f"{name} {value}" for name, value in found["environment"].items())
     head, rest = page.split("<!-- measured -->")
     _, tail = rest.split("<!-- end -->")
-    return head + "<!-- measured -->\n" + "\n".join([*lines, "", f"With {place}."]) + "\n<!-- end -->" + tail
+    return head + "<!-- measured -->\n" + "\n".join([*lines, "", f"Measured with {place}."]) + "\n<!-- end -->" + tail
 
 
 if __name__ == "__main__":

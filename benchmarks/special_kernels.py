@@ -1,4 +1,4 @@
-"""Kernels of methods whose rules for attention and sums are no default of this package."""
+"""Kernels of methods with rules for attention and sums that are not defaults of this package."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class FixedAttention(Kernel):
         self.weights, self.value, self.output = weights, value, weights @ value
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        handed = self.value * (self.weights.transpose(-2, -1) @ (relevance / self.output))
-        return 0 * handed, 0 * handed, handed
+        lower = self.value * (self.weights.transpose(-2, -1) @ (relevance / self.output))
+        return 0 * lower, 0 * lower, lower
 
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        handed = self.value.abs() * (self.weights.transpose(-2, -1) @ (relevance / self.output.abs()))
-        return 0 * handed, 0 * handed, handed
+        lower = self.value.abs() * (self.weights.transpose(-2, -1) @ (relevance / self.output.abs()))
+        return 0 * lower, 0 * lower, lower
 
 
 def fixed_attention(call: Any) -> Kernel:
@@ -33,7 +33,7 @@ def fixed_attention(call: Any) -> Kernel:
 
 
 class MeanAttention(Kernel):
-    """A query hands each head's relevance to the values by the mean attention of all heads."""
+    """Propagates each head's relevance to the values by the mean attention of all heads."""
 
     is_stochastic = True
 
@@ -41,8 +41,8 @@ class MeanAttention(Kernel):
         self.weights = weights.mean(1, keepdim=True)
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        handed = self.weights.transpose(-2, -1) @ relevance
-        return torch.zeros_like(handed), torch.zeros_like(handed), handed
+        lower = self.weights.transpose(-2, -1) @ relevance
+        return torch.zeros_like(lower), torch.zeros_like(lower), lower
 
     pull_absolute = pull
 
@@ -60,7 +60,7 @@ def halves(call: Any) -> Kernel:
 
 
 class AttentionOnly(nn.TransformerEncoderLayer):
-    """``x + attention(x)``: the layers that rollout looks at."""
+    """``x + attention(x)``: the layers that rollout considers."""
 
     def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return src + self.self_attn(src, src, src, need_weights=False)[0]  # type: ignore[no-any-return]

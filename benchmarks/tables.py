@@ -1,6 +1,6 @@
-"""Tables of the docs that are drawn from committed results by one function each; it measures nothing.
+"""Tables of the docs, rendered from committed results by one function each; nothing is measured here.
 
-``python -m benchmarks.tables`` writes all of them; every benchmark writes its own when it ends.
+``python -m benchmarks.tables`` writes all of them; every benchmark writes its own at the end.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def grid(head: str, rows: Iterable[Sequence[object]]) -> str:
 
 
 def small(number: float, digits: int = 0) -> str:
-    """As a mass is written: what is below one in a million is 0."""
+    """A formatted mass; 0 below one in a million."""
     return "0" if abs(number) < 1e-6 else f"{number:.{digits}e}" if abs(number) < 5e-4 else f"{number:.3f}"
 
 
-# -- one function for each file of results, and the page and mark of each of its tables -------------------------------
+# -- one function for each file of results; it returns its tables by their mark ----------------------------------------
 
 
 def attention(found: Found) -> dict[str, str]:
@@ -65,7 +65,7 @@ def recurrent_and_graphs(found: Found) -> dict[str, str]:
 
 
 def relative(found: Found) -> dict[str, str]:
-    """Rules beside one another, net by net."""
+    """Comparison of rules, net by net."""
     shown = {"vgg16": "VGG16", "vgg19": "VGG19", "resnet50": "ResNet-50"}
     rules = {"LRP-ε": "LRP-ε, ε = 0.1", "LRP-γ": "LRP-γ, γ = 0.25"}
     rows = []
@@ -79,10 +79,10 @@ def relative(found: Found) -> dict[str, str]:
 
 
 def top_walks(found: Found) -> dict[str, str]:
-    """A search beside a greedy graph."""
+    """The search compared with a greedy graph."""
     head = (
         "| pixels, rule | certified | largest | 100th | missed ≤ | mass of the 100 | greedy: mass "
-        "| greedy walks among ours | seconds, greedy |"
+        "| greedy walks ≥ our 100th | seconds, greedy |"
     )
     rows = [
         (
@@ -95,7 +95,7 @@ def top_walks(found: Found) -> dict[str, str]:
     return {"walks": grid(head, rows)}
 
 
-ASKED = {
+SHOWN = {
     "digits_vgg": [(21, "zero"), (31, "zero"), (42, "zero"), (62, "zero"), (104, "mean"), (156, "resample")],
     "digits_cnn": [
         (8, "zero"), (11, "zero"), (15, "zero"), (23, "zero"), (38, "zero"), (38, "mean"), (57, "resample"),
@@ -118,13 +118,13 @@ def selection(found: Found) -> dict[str, str]:
     drawn = {}
     for net in found["nets"]:
         rows = {(row["method"], row["kept"], row["fill"]): row for row in net["rows"]}
-        asked, cells = ASKED[net["net"]], []
+        places, cells = SHOWN[net["net"]], []
         for method, name in METHODS.items():
-            of_method = [rows[method, *place] for place in asked]
+            of_method = [rows[method, *place] for place in places]
             shown = ["{:.2f} ({:.2f}–{:.2f})".format(*row["probability"]) for row in of_method]
             cells.append([name, *shown, f"{of_method[0]['seconds']:.1f}"])
-        places = " | ".join(f"{kept}, {fill}" for kept, fill in asked)
-        drawn[net["net"]] = grid(f"| kept of {sum(net['channels'])}, the rest | {places} | seconds |", cells)
+        columns = " | ".join(f"{kept}, {fill}" for kept, fill in places)
+        drawn[net["net"]] = grid(f"| kept of {sum(net['channels'])}, ablation | {columns} | seconds |", cells)
     return drawn
 
 
@@ -132,30 +132,30 @@ def flow(found: Found) -> dict[str, str]:
     """A sentence."""
     factor = min(found["seconds"]["flow"]) / min(found["seconds"]["marginals"])
     layers = ", ".join(f"`{layer}`" for layer in reversed(found["layers"][1:]))
-    asked = f"VGG16 at 224 pixels over {layers} and 16 patches of `input`, with `top=8`,"
-    return {"measured": f"{asked} takes {factor:.0f} times the marginals of all layers."}
+    graph = f"A flow graph of VGG16 at 224 pixels over {layers} and 16 patches of `input`, with `top=8`,"
+    return {"measured": f"{graph} takes {factor:.0f} times as long as the marginals of all layers."}
 
 
 def sweep(found: Found) -> dict[str, str]:
-    """What a sweep costs."""
+    """The cost of a sweep."""
     share = {net: row["share of the bare measure"]["wall"] for net, row in found["throughput"].items()}
     samples = {net: row["samples"] for net, row in found["throughput"].items()}
-    bare = "throughput beside the bare measure in a loop, loader excluded"
+    bare = "throughput relative to the measure alone in a loop, loader excluded"
     read, memory = found["read"], found["memory"]
     rows = [
-        (f"{bare}: VGG16, pictures of 128 pixels, {samples['vgg16']} samples", f"{share['vgg16']:.2f}", "0.85"),
+        (f"{bare}: VGG16, images of 128 pixels, {samples['vgg16']} samples", f"{share['vgg16']:.2f}", "0.85"),
         (
             f"the same: the small net of the demo, {samples['demo digits']} samples",
             f"{share['demo digits']:.2f}",
             "0.85",
         ),
         (
-            f"memory at the end of {memory['samples']:,} samples beside that after {memory['samples'] // 10:,}",
+            f"memory at the end of {memory['samples']:,} samples relative to that after {memory['samples'] // 10:,}",
             f"{memory['last beside a tenth']:.2f}",
             "1.02",
         ),
         (
-            f"top nine samples of a channel among {read['rows'] / 1e6:.2f} million rows",
+            f"query for the top nine samples of a channel in {read['rows'] / 1e6:.2f} million rows",
             f"{read['seconds for the top nine, at most']:.2f} s",
             "1 s",
         ),

@@ -126,8 +126,8 @@ def test_the_commands_of_a_page_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_with_measured_figures_names_a_command(page: Path) -> None:
     text = re.sub(r"```py.*?```", "", page.read_text(), flags=re.S)
-    again = [line for line in commands(text) if re.match(r"(?:\S+/)?(?:make|pytest|python -m) ", line)]
-    assert again or not MEASURED.search(text)
+    reproducing = [line for line in commands(text) if re.match(r"(?:\S+/)?(?:make|pytest|python -m) ", line)]
+    assert reproducing or not MEASURED.search(text)
 
 
 @pytest.mark.parametrize(
