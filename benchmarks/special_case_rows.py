@@ -1,4 +1,4 @@
-"""The rows of docs/special-cases.md: what each expression uses, and what the known method gives."""
+"""The rows of docs/special-cases.md: the names of each expression, and the result of the known method."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def input_x_gradient() -> Made:
 
 
 def concept() -> dict[str, Any]:
-    """What the rows of concept relevance propagation share."""
+    """Names shared by the rows of concept relevance propagation."""
     net, x, rules = small(), draw(2, 3, 8, 8), EpsilonPlusFlat()
     mu = RelevanceMeasure(net, x, 1, composite=rules, residual="sink")
     return {"net": net, "x": x, "rules": rules, "mu": mu, "f": mu.output.reshape(-1, 1, 1, 1), "A": at("2")[3]}
@@ -159,8 +159,8 @@ def _joined(events: Iterator[Any], join: Callable[[Any, Any], Any]) -> Any:
 
 def gnn_lrp() -> Made:
     names = graph()
-    asked = list(itertools.product(range(5), repeat=4))[::3]
-    return {**names, "asked": asked}, torch.tensor([[names["walks"].get(walk, 0.0)] for walk in asked], dtype=DOUBLE)
+    chosen = list(itertools.product(range(5), repeat=4))[::3]
+    return {**names, "chosen": chosen}, torch.tensor([[names["walks"].get(walk, 0.0)] for walk in chosen], dtype=DOUBLE)
 
 
 def sgnn_lrp() -> Made:
@@ -213,7 +213,7 @@ def relative() -> Made:
 
 
 def leaky() -> Made:
-    """LRP-ε with a large ε, walked through by hand."""
+    """LRP-ε with a large ε, with explicit matrices."""
     net, x = plain_relu(), draw(1, 6)
     weights = [module.weight.detach() for module in net if isinstance(module, nn.Linear)]
     kernels, a = [], x[0]
@@ -238,21 +238,21 @@ def merged() -> Made:
 
 
 def merged_everywhere() -> Made:
-    """Norms in front of and behind layers, one in front of a ReLU; by hand all is dense, with borders written out."""
+    """Norms before and after layers, one before a ReLU; the reference uses dense layers with explicit borders."""
     norms = [nn.BatchNorm2d(2), nn.BatchNorm2d(3), nn.BatchNorm1d(7), nn.BatchNorm1d(7)]
     for norm in norms:
         draw_statistics(norm)
-    norms[0].weight.data[1] *= -1  # what is above its limit is cut off
+    norms[0].weight.data[1] *= -1  # values above the limit are clipped
     first, second = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1, stride=2)
     lower, upper = nn.Linear(36, 7), nn.Linear(7, 3)
     for layer in (first, second, lower, upper):
-        nn.init.normal_(layer.weight, std=0.5)  # else biases take most of the relevance, of which a measure warns
+        nn.init.normal_(layer.weight, std=0.5)  # otherwise biases absorb most of the relevance, and a measure warns
     stages = [[norms[0], nn.ReLU(), first], [norms[1], second], [nn.Flatten(), lower, norms[2]], [norms[3], upper]]
     layers = [module for stage in stages for module in (*stage, nn.ReLU())][:-1]
     net, x = nn.Sequential(*layers).double().eval().requires_grad_(False), draw(2, 2, 5, 5)
     scale, shift = norms[0](torch.ones(1, 2, 5, 5).double()), norms[0](torch.zeros(1, 2, 5, 5).double())
     affine = [
-        lambda a: first((scale - shift) * a + shift),  # of what is clipped
+        lambda a: first((scale - shift) * a + shift),  # applied to clipped values
         *(nn.Sequential(*stage) for stage in stages[1:]),
     ]
     shapes = [(2, 5, 5), (3, 5, 5), (4, 3, 3), (7,)]
@@ -291,8 +291,8 @@ def errors_of_selection() -> Made:
     return {"mu": names["mu"], "kept": kept, "restriction": restriction}, [mse, smape]
 
 
-def picture(kind: str) -> Callable[[], Made]:
-    """Captum's picture of the most active neuron of a channel; it begins at 1, not at the activation."""
+def reconstruction(kind: str) -> Callable[[], Made]:
+    """Captum's reconstruction of the most active neuron of a channel; it starts at 1, not at the activation."""
 
     def make() -> Made:
         from captum.attr import NeuronDeconvolution, NeuronGuidedBackprop
@@ -303,7 +303,7 @@ def picture(kind: str) -> Callable[[], Made]:
         neuron = tuple(int(i) for i in torch.unravel_index(best, activation.shape))
         method = (NeuronDeconvolution if kind == "deconvnet" else NeuronGuidedBackprop)(net, net[4])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it announces its hooks
+            warnings.simplefilter("ignore")  # Captum warns about its hooks
             expected = method.attribute(x.clone().requires_grad_(), neuron) * activation.flatten()[best]
         return {"net": net, "x": x, "channel": neuron[0]}, expected
 
@@ -311,12 +311,12 @@ def picture(kind: str) -> Callable[[], Made]:
 
 
 def attention(kind: type[known.Block]) -> Callable[[], Made]:
-    """A transformer block, and its twin whose gradient, times the input where it is a plain one, is the method."""
+    """A transformer block, and a twin; its gradient (times the input, except for LXT) is the known method."""
 
     def make() -> Made:
         net, twin, x = known.Block(), kind(), draw(2, 5, 8)
         gradient = known.input_gradient(twin, x, 1)
-        names = {"net": net, "x": x, "rules": epsilon_everywhere()}  # no biases, so nothing is absorbed
+        names = {"net": net, "x": x, "rules": epsilon_everywhere()}  # without biases nothing is absorbed
         if kind is known.CPLRPBlock:
             register_kernel(scaled_dot_product_attention)(fixed_attention)
         return names, gradient if kind is known.LXTBlock else gradient * x
@@ -372,7 +372,7 @@ ROWS = [
     Row(
         "Concept relevance propagation",
         'mu.marginal("input", joint=A & B) * f',
-        "formula: masks on the way down, two layers",
+        "formula: masks in the backward pass, two layers",
         concept_formula,
         arxiv="2206.03208",
     ),
@@ -402,7 +402,7 @@ ROWS = [
     ),
     Row(
         "GNN-LRP",
-        "torch.stack([mu(conjunction(at(tap)[node] for tap, node in zip(taps, walk))) * mu.output for walk in asked])",
+        "torch.stack([mu(conjunction(at(tap)[node] for tap, node in zip(taps, walk))) * mu.output for walk in chosen])",
         "formula: 209 walks, one by one",
         gnn_lrp,
         1e-9,
@@ -426,20 +426,20 @@ ROWS = [
     Row(
         "Pruned LRP",
         'mu.marginal("input", given=at("2")[kept]) * mu(at("2")) * mu.output',
-        "formula: masked and rescaled on the way down",
+        "formula: masked and rescaled in the backward pass",
         pruned,
         arxiv="2404.14271",
     ),
     Row(
         "LRP for ResNet, splitting by ratio",
         'LayerNRM(net, layers, composite=Normalized(rules, residual="sink", sums="ratio")).attribute(x, 2)',
-        "formula: a rule of Zennit on its own sums, ResNet-18",
+        "formula: a Zennit rule on Zennit's sums, ResNet-18",
         splitting,
         1e-9,
         arxiv="2407.09115",
     ),
     Row(
-        "Relative rule, made after an abstract",
+        "Relative rule, reconstructed from an abstract",
         'RelevanceMeasure(net, x, 2, composite=NRMRelative()).marginal(["input", "1", "3"], given=~ABSORBED, '
         "min_ratio=0)",
         "formula: contributions without denominator, forward × backward / Z",
@@ -458,7 +458,7 @@ ROWS = [
     Row(
         "Batch-norm fusion",
         'NRM(net, EpsilonPlus(canonizers=[FuseBatchNorm()]), residual="sink").attribute(x, 3)',
-        "zennit, on VGG11 whose norms were merged by hand",
+        "zennit, on VGG11 with manually merged norms",
         merged,
         1e-9,
         arxiv="2002.11018",
@@ -466,7 +466,7 @@ ROWS = [
     Row(
         "the same, norm → conv at zero padding, norm → ReLU → conv, norm → dense, dense → norm",
         'NRM(net, LayerMapComposite(kinds, canonizers=[FuseBatchNorm()]), residual="sink").attribute(x, 1)',
-        "zennit, on dense layers that were written out",
+        "zennit, on explicit dense layers",
         merged_everywhere,
         1e-9,
         arxiv="2002.11018",
@@ -485,22 +485,22 @@ ROWS = [
         arxiv="2412.05686",
     ),
     Row(
-        "Deconvolution, one neuron (no measure)",
+        "Deconvolution, one neuron (not a measure)",
         'reconstruct(net, x, at("4").channel(channel), "deconvnet", strongest=True).pictures',
         "captum, NeuronDeconvolution",
-        picture("deconvnet"),
+        reconstruction("deconvnet"),
     ),
     Row(
-        "Guided backpropagation, one neuron (no measure)",
+        "Guided backpropagation, one neuron (not a measure)",
         'reconstruct(net, x, at("4").channel(channel), "guided_backprop", strongest=True).pictures',
         "captum, NeuronGuidedBackprop",
-        picture("guided_backprop"),
+        reconstruction("guided_backprop"),
         arxiv="1412.6806",
     ),
     Row(
         "AttnLRP",
         'NRM(net, Normalized(rules, residual="sink", sums="signed", attention="halves")).attribute(x, 1)',
-        "LXT, its own operations",
+        "LXT's own operations",
         attention(known.LXTBlock),
         1e-6,
         needs="lxt",
