@@ -280,7 +280,7 @@ def flip(net: Net, heat: Tensor, most_first: bool) -> Tensor:
     rank = grid.flatten(1).argsort(dim=1, descending=most_first, stable=True).argsort(dim=1).reshape(grid.shape)
     rank = rank.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
     steps = range(0, grid[0].numel() + 1, AT_ONCE)
-    curve = torch.stack([net.logit(torch.where(rank < gone, net.fill, net.images)) for gone in steps])
+    curve = torch.stack([net.logit(torch.where(rank < replaced, net.fill, net.images)) for replaced in steps])
     return torch.trapezoid(curve, dim=0) / (len(curve) - 1) / curve[0].mean()
 
 

@@ -23,11 +23,11 @@ def zennit_relevance(net: nn.Module, x: Tensor, target: int, rules: Composite, l
     with rules.context(net) as modified, ExitStack() as hooks:
         for name in layers:
 
-            def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            def record(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
                 seen[name] = output
 
             if name != "input":
-                hooks.callback(modified.get_submodule(name).register_forward_hook(keep).remove)
+                hooks.callback(modified.get_submodule(name).register_forward_hook(record).remove)
         output = modified(leaf)
         seen["input"] = leaf
         start = torch.zeros_like(output)

@@ -265,7 +265,7 @@ def counted(made: list[Mutant], outcomes: dict[Key, str], before: Found) -> Foun
     return found
 
 
-def counted_again(made: list[Mutant], outcomes: dict[Key, str], before: Found) -> Found:
+def recounted(made: list[Mutant], outcomes: dict[Key, str], before: Found) -> Found:
     """The counts after the previous survivors were tried again."""
     found: Found = {"modules": {name: dict(counts) for name, counts in before["modules"].items()}, "survivors": []}
     lines = {mutant.key: mutant.line for mutant in made}
@@ -355,7 +355,7 @@ def main() -> None:
         return
     chosen = [mutant for mutant in made if mutant.key in survived] if args.survivors else made[: args.sample]
     outcomes = tried(chosen, args.tests, args.match, args.budget, args.log)
-    found = (counted_again if args.survivors else counted)(made, outcomes, before)
+    found = (recounted if args.survivors else counted)(made, outcomes, before)
     settings = {"seed": args.seed, "budget": args.budget, "operators": OPERATORS, "left out": LEFT_OUT}
     settings = before["settings"] if args.survivors else settings
     found = {"environment": _environment(), "settings": settings, **found}

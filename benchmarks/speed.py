@@ -295,13 +295,13 @@ def run(model: str, threads: int, rounds: int, size: int, queries: bool, device:
     }
 
 
-def peak_of(what: str, model: str, size: int, device: str) -> float:
+def peak_of(work: str, model: str, size: int, device: str) -> float:
     """Runs one computation and returns the peak memory of the process, or of the accelerator, in MiB."""
     net, x = build(model).to(device), inputs(model, size).to(device)
-    if what == "plain":
+    if work == "plain":
         plain_gradient(net, x)
-    elif what != "nothing":
-        all_marginals(net, x, COMPOSITES[what]())
+    elif work != "nothing":
+        all_marginals(net, x, COMPOSITES[work]())
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -357,12 +357,12 @@ def main() -> None:
         found["runs"].append({"model": model, "threads": threads, "allocator": allocator, **result})
         report(found["runs"][-1])
     sizes = ("--size", args.size, "--device", args.device)
-    peaks = {what: spawned("--peak", what, "vgg16", *sizes, **RETURNING) for what in ("nothing", "plain", *COMPOSITES)}
+    peaks = {work: spawned("--peak", work, "vgg16", *sizes, **RETURNING) for work in ("nothing", "plain", *COMPOSITES)}
     found["peak memory of vgg16 in MiB"] = peaks
     print("\npeak memory in addition to the net, in MiB and as a multiple of a plain gradient's (target: 2.0)")
-    for what in ("plain", *COMPOSITES):
-        above = peaks[what] - peaks["nothing"]
-        print(f"{above:9.0f} {above / (peaks['plain'] - peaks['nothing']):9.2f}  {what}")
+    for work in ("plain", *COMPOSITES):
+        above = peaks[work] - peaks["nothing"]
+        print(f"{above:9.0f} {above / (peaks['plain'] - peaks['nothing']):9.2f}  {work}")
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if args.out == RESULTS:

@@ -3,7 +3,7 @@
 ``python -m benchmarks.sweep`` prints measured figures and targets, and writes them as JSON with the environment.
 ``--read``, ``--throughput`` and ``--memory`` run one part. Throughput: every round runs the loop over batches, the
 sweep and the data loader alone, so that load from other processes affects all of them. The time of the loader is
-subtracted from that of the sweep, and the ratio is taken between the fastest rounds, in wall time and in processor
+subtracted from the time of the sweep, and the ratio is taken between the fastest rounds, in wall time and in processor
 time. Reading: synthetic values in the file format of a sweep.
 """
 
@@ -82,7 +82,7 @@ def throughput(name: str, rounds: int) -> dict[str, Any]:
     net = make().eval().requires_grad_(False)
     x = torch.randn(count, *shape)
     data, batches = TensorDataset(x), list(x.split(BATCH))
-    best = {what: {"wall": float("inf"), "processor": float("inf")} for what in ("bare", "sweep", "loader")}
+    best = {part: {"wall": float("inf"), "processor": float("inf")} for part in ("bare", "sweep", "loader")}
 
     def swept() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -96,12 +96,12 @@ def throughput(name: str, rounds: int) -> dict[str, Any]:
 
     work: dict[str, Callable[[], Any]] = {"bare": lambda: bare(net, batches, layers), "sweep": swept, "loader": loaded}
     for _ in range(rounds):
-        for what, run in work.items():
+        for part, run in work.items():
             gc.collect()
             started, used = time.perf_counter(), time.process_time()
             run()
             spent = {"wall": time.perf_counter() - started, "processor": time.process_time() - used}
-            best[what] = {clock: min(seconds, best[what][clock]) for clock, seconds in spent.items()}
+            best[part] = {clock: min(seconds, best[part][clock]) for clock, seconds in spent.items()}
     net_time = {clock: best["sweep"][clock] - best["loader"][clock] for clock in ("wall", "processor")}
     return {
         "layers": layers,

@@ -216,8 +216,10 @@ def _check_layers(layers: Sequence[str]) -> None:
         known = [name for name, module in vgg16(weights=None).named_modules() if isinstance(module, nn.Conv2d)]
     wrong = [layer for layer in layers if layer not in known]
     if wrong or len(set(layers)) < len(layers) or len(layers) < 2:
-        what = f"{wrong[0]} is not one" if wrong else f"got {' '.join(layers)}"
-        raise VGGError(f"--layers takes two or more different convolutions, but {what}. Available: {', '.join(known)}.")
+        problem = f"{wrong[0]} is not one" if wrong else f"got {' '.join(layers)}"
+        raise VGGError(
+            f"--layers takes two or more different convolutions, but {problem}. Available: {', '.join(known)}."
+        )
 
 
 def _parser() -> Parser:

@@ -80,10 +80,10 @@ def values_and_gradients(
             stack.enter_context(composite.context(model))
         for layer in layers:
 
-            def keep(module: nn.Module, args: object, output: Tensor, layer: str = layer) -> None:
+            def record(module: nn.Module, args: object, output: Tensor, layer: str = layer) -> None:
                 recorded[layer] = output.requires_grad_()
 
-            stack.callback(model.get_submodule(layer).register_forward_hook(keep).remove)
+            stack.callback(model.get_submodule(layer).register_forward_hook(record).remove)
         output = model(images.clone().requires_grad_())
         logit = output.detach().gather(1, target[:, None])
         start = torch.zeros_like(output).scatter(1, target[:, None], logit if composite else torch.ones_like(logit))

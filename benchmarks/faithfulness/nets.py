@@ -128,7 +128,7 @@ def own_net(name: str, weights: Path, folder: Path, samples: int) -> Net:
         raise ValueError(f"{weights} does not hold a state dict of torchvision's {name}: {error}") from error
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
     if not files:
-        raise ValueError(f"there is no image in {folder}; it should contain .jpg, .png or .webp files.")
+        raise ValueError(f"no image found in {folder}; it should contain .jpg, .png or .webp files.")
     images = torch.cat([load_image(path).tensor for path in files[:samples]])
     # Zero is the mean of normalized images. The true labels are unknown.
     net = Net(name, model.float().eval(), images, torch.arange(len(images)), torch.zeros(1, 3, 1, 1), float("nan"))

@@ -169,7 +169,8 @@ def questions(results: Results) -> dict[str, list[tuple[Results, Comparison, lis
     return {
         "Which edges were planted?": [(found["methods"], planted.EDGES, list(planted.BETTER)) for found in edges],
         "Which channels were planted?": [(planted_channels["methods"], planted.CHANNELS, list(planted.BETTER))],
-        "Which channels affect the output when zeroed, convolutional nets": nets("latent", latent.COMPARISON, zero, False),
+        "Which channels affect the output when zeroed, convolutional nets":
+            nets("latent", latent.COMPARISON, zero, False),
         "Which channels affect the output when zeroed, transformer": nets("latent", latent.COMPARISON, zero, True),
         "Which pixels affect the output, convolutional nets": nets("input", pixels.COMPARISON, flips, False),
         "Which pixels affect the output, transformer": nets("input", pixels.COMPARISON, flips, True),

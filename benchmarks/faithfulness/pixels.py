@@ -174,7 +174,7 @@ def heat_map(explain: Explainer, model: nn.Module, images: Tensor, target: Tenso
 
 
 def patch_ranks(heat: Tensor, most_first: bool) -> Tensor:
-    """Rank of each pixel, that of its patch, ``(N, 1, H, W)``."""
+    """Rank of each pixel, equal to the rank of its patch, ``(N, 1, H, W)``."""
     means = nn.functional.adaptive_avg_pool2d(heat, GRID)
     order = ranks(means.flatten(1), most_first).reshape(means.shape)
     return nn.functional.interpolate(order.float(), size=heat.shape[2:], mode="nearest")
@@ -195,8 +195,8 @@ def flipped(net: Net, heat: Tensor, most_first: bool, other: Tensor) -> tuple[Te
     """Target logit and softmax output after each step, ``(S, N)`` both."""
     order = patch_ranks(heat, most_first)
     logits, shares = [], []
-    for gone in range(0, GRID * GRID + 1, AT_ONCE):
-        images = torch.where(order < gone, other, net.images)
+    for replaced in range(0, GRID * GRID + 1, AT_ONCE):
+        images = torch.where(order < replaced, other, net.images)
         output = torch.cat([net.model(part) for part in torch.split(images, at_once(images))])
         logits.append(output.gather(1, net.target[:, None])[:, 0])
         shares.append(output.softmax(1).gather(1, net.target[:, None])[:, 0])

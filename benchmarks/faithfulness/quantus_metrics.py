@@ -114,7 +114,7 @@ def road(evaluation: Evaluation, most_first: bool) -> Tensor:
 def sensitivity(evaluation: Evaluation) -> Tensor:
     """Largest relative change of a heat map under uniform noise on the input, in the 2-norm, ``(N,)``.
 
-    Changes are capped at ``MOST``, because that of a zero map is unbounded.
+    Changes are capped at ``MOST``, because the change of a zero map is unbounded.
 
     Source: Yeh et al., arXiv 1901.09392.
     """
@@ -154,7 +154,7 @@ def cascade(evaluation: Evaluation) -> Tensor:
 
 
 def similarity(a: Any, b: Any, batched: bool = True) -> Any:
-    """Absolute rank correlation of rows; that of Quantus fails for constant maps."""
+    """Absolute rank correlation of rows; the function of Quantus fails for constant maps."""
     return rank_correlation(torch.as_tensor(a), torch.as_tensor(b)).abs().numpy()
 
 
