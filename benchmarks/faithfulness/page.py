@@ -163,8 +163,8 @@ def questions(results: Results) -> dict[str, list[tuple[Results, Comparison, lis
     planted_channels, *edges = results["planted"]["questions"].values()
     both = {
         "Is the heat map stable under noise?": ["sensitivity"],
-        "Does it depend on the explained output?": ["random logit"],
-        "Does it depend on the parameters?": ["cascade, area"],
+        "Does the heat map depend on the explained output?": ["random logit"],
+        "Does the heat map depend on the parameters?": ["cascade, area"],
     }
     return {
         "Which edges were planted?": [(found["methods"], planted.EDGES, list(planted.BETTER)) for found in edges],
