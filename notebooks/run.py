@@ -100,7 +100,7 @@ def as_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(text.replace("](../docs/", "](../").replace(".ipynb)", ".md)"))
+            parts.append(text.replace(".ipynb)", ".md)"))
             continue
         parts.append(f"```python\n{text}\n```")
         for output in cell["outputs"]:
