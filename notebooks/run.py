@@ -76,9 +76,12 @@ def _figures() -> list[Cell]:
 
 
 def picture(figure: Figure) -> Cell:
-    """A figure as a small PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=90, bbox_inches="tight", metadata={"Software": None})
+    """A figure as a small PNG, of 256 colours."""
+    from PIL import Image
+
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=90, bbox_inches="tight")
+    Image.open(drawn).convert("RGB").quantize(256).save(file, format="png", optimize=True)
     data = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": ["<Figure>"]}
     return {"output_type": "display_data", "metadata": {}, "data": data}
 
