@@ -71,8 +71,15 @@ def without_types(app: Any, what: str, name: str, found: Any, options: Any, line
         lines[:0] = ["..", ""]
 
 
+def short_cells(app: Any, doctree: nodes.document) -> None:
+    """Numbers in tables are not broken at their minus signs."""
+    for cell in doctree.findall(nodes.entry):
+        cell["classes"] += ["short"] * (len(cell.astext()) <= 12)
+
+
 def setup(app: Any) -> None:
     """Sphinx calls this."""
     app.add_html_math_renderer("mathml", inline_renderers=(formula, None), block_renderers=(formula, None))
     app.connect("autodoc-process-docstring", without_types, priority=400)
+    app.connect("doctree-read", short_cells)
     app.connect("missing-reference", where_it_is_documented)
