@@ -129,11 +129,11 @@ def directive(path: str) -> str:
     module, _, name = path.rpartition(".")
     found = getattr(importlib.import_module(module), name)
     if not isinstance(found, type):
-        return f".. auto{'function' if callable(found) else 'data'}:: {path}"
+        return f".. autofunction:: {path}" if callable(found) else f".. autodata:: {path}\n   :no-value:"
     bases = "" if found.__bases__ == (object,) else "\n   :show-inheritance:"
     if issubclass(found, Exception):
         return f".. autoexception:: {path}{bases}"
-    return f".. autoclass:: {path}\n   :members:{bases}"
+    return f".. autoclass:: {path}\n   :members:\n   :special-members: __call__{bases}"
 
 
 def write(folder: Path) -> None:
