@@ -258,7 +258,7 @@ class RelevanceMeasure:
                 tensor that holds a label for every neuron sums up those with the same, ``(N, groups)``.
             given: Divide by the mass of this event: ``μ(n_l = i | event)``. A list gives one map for each.
             joint: ``μ(n_l = i and event)``, undivided.
-            min_ratio: Smallest |μ(event)| in units of its variation for which ``given`` divides.
+            min_ratio: Smallest ``|μ(event)|`` in units of its variation for which ``given`` divides.
 
         Returns:
             ``(N, *shape)``, dimensionless, with a leading dimension for a list of events; a dictionary for a list of
