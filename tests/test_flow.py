@@ -31,7 +31,7 @@ from nrm_plugin import FlowGraph, RelevanceMeasure, at, patches
 from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.demo import plain_sums
 from nrm_plugin.commands.model_loading import load
-from nrm_plugin.dataset.images import open_picture
+from nrm_plugin.dataset.images import load_image
 from nrm_plugin.demo.model import load_digits, load_model
 from nrm_plugin.errors import EventError, InputError, MissingExtraError, UnknownLayerError
 from nrm_plugin.measure.flow_graph import FlowError
@@ -826,7 +826,7 @@ def test_the_command_writes_what_the_measure_says(here, capsys):
     assert graph.layers[0].labels[0] in ("cat", "dog", "bird", "fish")
     assert graph.layers[3].labels[0].startswith("row ")
     subject = load("flow_nets:Branches", size=16)
-    inputs = subject.prepare(open_picture(Path("noise.png")).image)
+    inputs = subject.prepare(load_image(Path("noise.png")).image)
     target = int(subject.model(inputs).argmax())
     mu = RelevanceMeasure(subject.model, inputs, target, composite=EpsilonPlus())
     expected = mu.flow(["output", "a", "stem", "input"], over={"input": patches((16, 16), 2)}, top=3)

@@ -34,7 +34,7 @@ from nrm_plugin.commands.flow import free_stem
 from nrm_plugin.commands.weight_files import WeightsError, read_state
 from nrm_plugin.dataset import Manifest, Maps, Marginal, Sweep, SweepError, sweep
 from nrm_plugin.dataset.examples import FoundReferences, ReferencesError
-from nrm_plugin.dataset.images import PictureError, open_picture
+from nrm_plugin.dataset.images import ImageError, load_image
 from nrm_plugin.dataset.queries import from_json
 from nrm_plugin.dataset.shard_writer import remove_unfinished
 from nrm_plugin.dataset.sweep_layout import ShardError
@@ -118,7 +118,7 @@ READERS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
     "weights of torchvision": (from_hub, WeightsError),
     "references": (FoundReferences.load, ReferencesError),
     "flow graph": (FlowGraph.from_json, FlowError),
-    "picture": (open_picture, PictureError),
+    "picture": (load_image, ImageError),
     "names of classes": (class_names, RequestError),
     "manifest": (as_part_of_sweep("manifest.json", Sweep.rows), SweepError),
     "shard": (as_part_of_sweep("rows/*.parquet", Sweep.rows), ShardError),

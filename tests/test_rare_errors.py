@@ -21,7 +21,7 @@ from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.explanation import RequestError, target_of
 from nrm_plugin.commands.model_loading import ModelError
 from nrm_plugin.dataset import images as pictures
-from nrm_plugin.dataset.images import open_picture
+from nrm_plugin.dataset.images import load_image
 from nrm_plugin.errors import EventError, InputError, NRMError, UnknownLayerError, UnsupportedRuleError
 from nrm_plugin.events.serialization import event_from_json, event_to_json
 from nrm_plugin.measure.flow import FlowError, FlowGraph
@@ -159,7 +159,7 @@ def test_a_turn_that_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pyt
     pixels = Image.effect_noise((9, 5), 90).convert("RGB")
     pixels.save(tmp_path / "x.png")
     monkeypatch.setattr(pictures.ImageOps, "exif_transpose", broken)
-    found = open_picture(tmp_path / "x.png")
+    found = load_image(tmp_path / "x.png")
     assert found.image.tobytes() == pixels.tobytes()
     assert found.notes == ("has EXIF data that cannot be read, so it was not turned",)
 

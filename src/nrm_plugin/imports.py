@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``nrm-plugin --version`` answers at once.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -12,7 +13,11 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PACKAGE = "nrm_plugin"
 REMOVED = "0.3"
@@ -28,6 +33,13 @@ MOVED = {
     "text_plots": "plots.text",
 }
 """Documented modules by their former path inside the package."""
+STORED = {
+    "events.event": "events",
+    "functional.canonizer": "functional.interception",
+    "kernels.batch_norm": "fusion",
+    "kernels.step": "steps",
+} | {present: former for former, present in MOVED.items()}
+"""Path under which the settings of stored sweeps name what a module defines, where it is not the present one."""
 REGISTRY = "zennit.composites"
 
 
@@ -41,6 +53,28 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
     """
     message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."
     warnings.warn(message, DeprecationWarning, stacklevel + 1)
+
+
+def renamed_argument(former: str, present: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function that also takes a keyword argument by its former name, with a warning."""
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if former in kwargs:
+                warn_deprecated(f"the argument {former}= of {function.__name__}", f"{present}=")
+                kwargs[present] = kwargs.pop(former)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorated
+
+
+def stored_path(module: str) -> str:
+    """The path of a module in the settings of stored sweeps, which remain resumable after a module has moved."""
+    package, _, name = module.partition(".")
+    return f"{package}.{STORED[name]}" if package == PACKAGE and name in STORED else module
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

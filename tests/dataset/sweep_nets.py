@@ -1,4 +1,4 @@
-"""A small network and data for the tests of sweeps, which other processes import as well."""
+"""A small network and data for the tests of sweeps, also imported by other processes."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def net(seed: int = 0) -> nn.Module:
 
 
 class Data(Dataset):
-    """Pictures of noise, with what may happen to a reader.
+    """Images of noise, with possible failures of a reader.
 
     Args:
         count: Number of samples.
         bad: Samples that cannot be read.
         wait: Seconds that a sample takes.
-        kill: A file; the process that reads sample 21 while there is none makes it and is killed.
+        kill: A file; if it does not exist, the process that reads sample 21 creates it and kills itself.
         is_noisy: Whether a random transform is applied.
     """
 
     def __init__(self, count=50, bad=(), wait=0.0, kill: Path | None = None, is_noisy=False):
-        made = torch.Generator().manual_seed(1)
-        self.x = torch.randn(count, 3, 12, 12, generator=made)
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(count, 3, 12, 12, generator=generator)
         self.bad, self.wait, self.kill, self.is_noisy = bad, wait, kill, is_noisy
 
     def __len__(self):

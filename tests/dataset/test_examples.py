@@ -1,4 +1,4 @@
-"""Reference examples: those of single measures sorted by hand; crops where the arithmetic of convolutions has them."""
+"""Reference examples equal single measures sorted by hand; crops equal receptive fields computed by hand."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from nrm_plugin import RelevanceMeasure, at
-from nrm_plugin.dataset.crops import crops, relevant
+from nrm_plugin.dataset.crops import crops, relevance_mask
 from nrm_plugin.dataset.examples import EVENTS, FoundReferences, References, ReferencesError
 from nrm_plugin.dataset.maximization import find_references
 from nrm_plugin.dataset.reference_plots import reference_figure
-from nrm_plugin.errors import InputError, UnknownLayerError
+from nrm_plugin.errors import InputError, TargetError, UnknownLayerError
 from tests.conftest import slow_but, untouched
 
 
@@ -29,14 +29,14 @@ def net():
 def data():
     draw = torch.Generator().manual_seed(1)
     images = torch.rand((23, 1, 9, 9), generator=draw, dtype=torch.float64)
-    images[11] = images[4]  # the same picture twice: a tie
+    images[11] = images[4]  # a repeated image: a tie
     labels = torch.randint(0, 3, (23,), generator=draw)
     labels[11] = labels[4]
     return TensorDataset(images, labels)
 
 
 def one_by_one(net, data, layer, by, unit="measure", reduce="sum", chosen=None):
-    """``(score, position)`` of every sample and channel, each sample measured by itself."""
+    """``(score, position)`` of every sample and channel, each sample measured separately."""
     found = []
     for image, label in data:
         target = int(label) if chosen is None else chosen(net(image[None])[0])
@@ -56,7 +56,7 @@ def one_by_one(net, data, layer, by, unit="measure", reduce="sum", chosen=None):
 
 @pytest.mark.parametrize(("unit", "reduce"), [("measure", "sum"), ("output", "max"), ("layer", "sum")])
 @pytest.mark.parametrize("by", slow_but(["relevance", "activation"], "activation"))
-def test_references_are_those_of_single_samples_sorted_by_hand(net, data, by, unit, reduce):
+def test_references_equal_single_samples_sorted_by_hand(net, data, by, unit, reduce):
     with untouched(net):
         found = find_references(net, data, ["0", "2"], 4, by=(by,), unit=unit, reduce=reduce, batch_size=5)
     assert found.count == 23
@@ -67,7 +67,7 @@ def test_references_are_those_of_single_samples_sorted_by_hand(net, data, by, un
             references = found.of(layer, by, target)
             for group in references.groups:
                 rows = [(row[group], n) for n, row in enumerate(scores) if target in (None, row[group][2])]
-                # Rounded, as batches of other sizes round otherwise: the twins are then a tie.
+                # Rounded, because rounding errors depend on the batch size: the repeated images are then a tie.
                 rows = sorted(rows, key=lambda row: (-round(row[0][0], 10), row[1]))[:4]
                 listed = references.of(group)
                 assert len(listed) == min(4, len(rows))
@@ -80,10 +80,10 @@ def test_references_are_those_of_single_samples_sorted_by_hand(net, data, by, un
                         assert int(references.positions[group, place]) == position
 
 
-def test_equal_samples_come_in_their_order():
+def test_ties_are_broken_by_sample_index():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double().eval()
-    with torch.no_grad():  # whole numbers, which no order of summation rounds
+    with torch.no_grad():  # integers, so that sums are exact
         net[0].weight.mul_(6).round_()
         net[0].bias.zero_()
     images = torch.randint(0, 5, (5, 1, 4, 4)).double()
@@ -110,7 +110,7 @@ def test_events_are_ranked_by_their_mass(net, data):
         found.of("none")
 
 
-def test_what_is_explained_may_be_the_prediction_or_one_class(net, data):
+def test_the_target_may_be_the_prediction_or_one_class(net, data):
     predicted = find_references(net, data.tensors[0].split(6), ["2"], 3, target="prediction", by=["relevance"])
     scores = one_by_one(net, data, "2", "relevance", chosen=lambda output: int(output.argmax()))
     best = [max(row[group][0] for row in scores) for group in range(5)]
@@ -120,7 +120,7 @@ def test_what_is_explained_may_be_the_prediction_or_one_class(net, data):
     assert torch.equal(one.of("2").samples, one.of("2", target=2).samples)
 
 
-def test_written_and_read_again_they_are_the_same(net, data, tmp_path):
+def test_saved_references_are_loaded_unchanged(net, data, tmp_path):
     found = find_references(net, data, ["2"], 3, events={"e": at("2")[0]})
     found.save(tmp_path / "found.safetensors")
     again = FoundReferences.load(tmp_path / "found.safetensors")
@@ -134,7 +134,7 @@ def test_written_and_read_again_they_are_the_same(net, data, tmp_path):
                 else (value == other)
             )
     (tmp_path / "other").write_bytes(b"no")
-    with pytest.raises(ReferencesError, match="holds no references"):
+    with pytest.raises(ReferencesError, match="is not a file of FoundReferences"):
         FoundReferences.load(tmp_path / "other")
     with pytest.raises(FileNotFoundError):
         FoundReferences.load(tmp_path / "missing")
@@ -147,31 +147,32 @@ def test_written_and_read_again_they_are_the_same(net, data, tmp_path):
         (InputError, "unit='parts'", {"unit": "parts"}),
         (InputError, "by='size'", {"by": ["size"]}),
         (ReferencesError, "nothing to rank", {"layers": []}),
-        (InputError, "an event has none", {"events": {"e": at("2")[0]}, "unit": "layer"}),
+        (InputError, "undefined for events", {"events": {"e": at("2")[0]}, "unit": "layer"}),
         (UnknownLayerError, "'9'", {"layers": ["9"]}),
         (InputError, "target='best'", {"target": "best"}),
-        (InputError, "3 outputs", {"target": 3}),
+        (TargetError, "out of range", {"target": 3}),
+        (TargetError, "target -1 is negative", {"target": -1}),
         (ReferencesError, "no labels", {"data": [torch.rand(2, 1, 9, 9).double()]}),
-        (ReferencesError, "no sample", {"data": []}),
+        (ReferencesError, "no samples", {"data": []}),
         (ReferencesError, r"\(inputs, labels\)", {"data": [(1, 2, 3)]}),
         (ReferencesError, "1 labels for 2", {"data": [(torch.rand(2, 1, 9, 9).double(), torch.tensor([1]))]}),
     ],
 )
-def test_what_does_not_fit_is_refused(net, data, error, words, change):
+def test_invalid_arguments_raise(net, data, error, words, change):
     options = {"data": data, "layers": ["2"], **change}
     with untouched(net), pytest.raises(error, match=words):
         find_references(net, options.pop("data"), **options)
 
 
-def test_a_loader_that_shuffles_is_refused(net, data):
+def test_a_shuffling_loader_raises(net, data):
     for loader in (DataLoader(data, 4, shuffle=True), DataLoader(data, 4, sampler=RandomSampler(data))):
         with pytest.raises(ReferencesError, match="shuffle=False"):
             find_references(net, loader, ["2"])
     given = find_references(net, DataLoader(data, 4), ["2"]).of("2")
     assert torch.equal(given.samples, find_references(net, data, ["2"], batch_size=7).of("2").samples)
-    with pytest.raises(ReferencesError, match="was not looked for"):
+    with pytest.raises(ReferencesError, match="was not ranked"):
         find_references(net, data, ["2"], by=["relevance"]).of("2", "activation")
-    with pytest.raises(ReferencesError, match="not looked for by target"):
+    with pytest.raises(ReferencesError, match="per_target=False"):
         find_references(net, data, ["2"], per_target=False).of("2", target=1)
 
 
@@ -195,13 +196,13 @@ def test_a_crop_is_the_receptive_field_and_its_heat_map_the_joint_relevance(net,
             heat = mu.marginal("input", joint=at("2")[group])[0, 0]
             torch.testing.assert_close(crop.heat, heat[top : top + 5, left : left + 5])
             sign = 1 if crop.heat.sum() >= 0 else -1
-            largest = (sign * heat).clamp(min=0).max()  # so small a picture is not smoothed
+            largest = (sign * heat).clamp(min=0).max()  # an image this small is not smoothed
             assert torch.equal(crop.mask, sign * crop.heat >= 0.2 * largest)
 
 
-def test_whole_pictures_events_and_positions_that_are_not_told(net, data):
+def test_crops_of_whole_images_of_events_and_without_positions(net, data):
     found = find_references(net, data, ["2"], 2, events={"e": at("2")[1] & at("0")[2]})
-    whole = crops(net, data, found.of("2"), [1], 1, whole=True, picture=lambda image: 1 - image)[1]
+    whole = crops(net, data, found.of("2"), [1], 1, whole=True, to_image=lambda image: 1 - image)[1]
     assert len(whole) == 1
     assert whole[0].box == (0, 0, 9, 9)
     assert torch.equal(whole[0].image, 1 - data[whole[0].sample][0])
@@ -209,36 +210,39 @@ def test_whole_pictures_events_and_positions_that_are_not_told(net, data):
     assert event.box == (0, 0, 9, 9)
     mu = RelevanceMeasure(net, data[event.sample][0][None], event.target)
     torch.testing.assert_close(event.heat.sum(), mu(at("2")[1] & at("0")[2])[0])
-    told = found.of("2")
-    untold = References(**{**vars(told), "positions": torch.full_like(told.positions, -1)})
-    for ours, theirs in zip(crops(net, data, told, [1])[1], crops(net, data, untold, [1])[1], strict=True):
-        assert ours.box == theirs.box
-    with pytest.raises(ReferencesError, match="give the event"):
+    known = found.of("2")
+    unknown = References(**{**vars(known), "positions": torch.full_like(known.positions, -1)})
+    for one, other in zip(crops(net, data, known, [1])[1], crops(net, data, unknown, [1])[1], strict=True):
+        assert one.box == other.box
+    with pytest.warns(DeprecationWarning, match="Use to_image= instead"):
+        former = crops(net, data, known, [1], 1, whole=True, picture=lambda image: 1 - image)[1]
+    assert torch.equal(former[0].image, whole[0].image)
+    with pytest.raises(ReferencesError, match="pass the event"):
         crops(net, data, found.of(EVENTS))
-    with pytest.raises(InputError, match=r"picture \(C, H, W\)"):
-        crops(net, [torch.zeros(3)] * 23, told, [1])
+    with pytest.raises(InputError, match=r"image \(C, H, W\)"):
+        crops(net, [torch.zeros(3)] * 23, known, [1])
 
 
-def test_the_mask_of_a_channel_that_speaks_against_the_target_is_of_its_negative_relevance(net, data):
+def test_the_mask_of_a_channel_with_negative_evidence_is_of_its_negative_relevance(net, data):
     found = find_references(net, data, ["2"], 23).of("2")
-    against = [crop for row in crops(net, data, found, whole=True).values() for crop in row if crop.heat.sum() < -0.01]
-    assert len(against) > 5
-    for crop in against:
+    negative = [crop for row in crops(net, data, found, whole=True).values() for crop in row if crop.heat.sum() < -0.01]
+    assert len(negative) > 5
+    for crop in negative:
         assert torch.equal(crop.mask, -crop.heat >= 0.2 * (-crop.heat).max())
 
 
 def test_the_mask_follows_the_smoothed_heat_map():
     heat = torch.zeros(60, 80)
     heat[20, 30], heat[50, 70] = 1.0, 0.1
-    found = relevant(heat, 0.2)
+    found = relevance_mask(heat, 0.2)
     sigma = 80 / 60
     rows, columns = torch.meshgrid(torch.arange(60), torch.arange(80), indexing="ij")
     gauss = torch.exp(-((rows - 20) ** 2 + (columns - 30) ** 2) / (2 * sigma**2))
     assert torch.equal(found, gauss >= 0.2)
-    assert relevant(-heat, 0.2).all()
+    assert relevance_mask(-heat, 0.2).all()
 
 
-def test_the_picture_has_a_row_for_each_channel(net, data):
+def test_the_figure_has_a_row_for_each_channel(net, data):
     found = find_references(net, data, ["2"], 3).of("2")
     rows = crops(net, data, found, [0, 3])
     for style, lines in (("mask", 1), ("plain", 1), ("heat", 1), ("both", 2)):

@@ -1,4 +1,4 @@
-"""References read from a sweep: the same as those of the search that runs the model."""
+"""References from a sweep equal those of one pass with the model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def same(ours, theirs, positions=True):
 
 @pytest.mark.parametrize("by", ["relevance", "activation"])
 @pytest.mark.parametrize("target", [None, 0, 2])
-def test_a_sweep_has_the_references_of_the_search(stored, found, by, target):
+def test_references_from_a_sweep_equal_those_of_one_pass(stored, found, by, target):
     same(references(stored, "2", k=6, by=by, target=target), found.of("2", by, target))
     for group in range(5):
         one = references(Sweep.open(stored), "2", group, 6, by, target)
@@ -74,13 +74,13 @@ def test_a_sweep_has_the_references_of_the_search(stored, found, by, target):
         assert (references(stored, "0", k=6).positions == -1).all()
 
 
-def test_references_of_a_sweep_know_their_layer(stored):
+def test_references_from_a_sweep_have_their_layer(stored):
     found = references(stored, "2")
     assert found.name != found.layer == "2"
     assert references(stored, "2", group=1, k=2).layer == "2"
 
 
-def test_a_query_is_found_by_its_name_first(stored, found):
+def test_the_name_of_a_query_precedes_that_of_a_layer(stored, found):
     assert references(stored, "the second").name == "the second"
     inside = references(stored, f"marginal(2, joint={at('0')[1]})", k=6)
     assert not torch.allclose(inside.values, found.of("2").values)
@@ -119,11 +119,11 @@ def test_a_pair_of_a_joint_matrix(net, data, stored):
         ({"query": "peak(2)"}, "no query"),
     ],
 )
-def test_what_a_sweep_does_not_have_is_refused(stored, question, words):
+def test_missing_queries_groups_and_targets_raise(stored, question, words):
     with pytest.raises(ReferencesError, match=words):
         references(stored, **question)
 
 
-def test_where_there_is_no_sweep(tmp_path):
+def test_a_folder_without_a_sweep_raises(tmp_path):
     with pytest.raises(NRMError, match="no sweep"):
         references(tmp_path, "2")

@@ -1,4 +1,4 @@
-"""The commands that read a sweep: what they print and write, and how they fail."""
+"""The commands that read a sweep: output, files and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYERS = ["output", "features.12", "features.7"]
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A folder with pictures of digits, and their sweep by the command."""
+    """A folder with images of digits, and its sweep by the command."""
     folder = tmp_path_factory.mktemp("digits")
     images, labels = load_digits()
     for number, (image, label) in enumerate(zip(images[:24], labels[:24], strict=True)):
@@ -41,7 +41,7 @@ def here(swept, monkeypatch, capsys):
 
 
 def fails(capsys, *argv, code=2):
-    """The one line of a command that ends with a status and prints nothing else."""
+    """The single line that a failing command prints."""
     try:
         status: object = main(argv)
     except SystemExit as end:
@@ -68,7 +68,7 @@ def test_references_are_printed_and_written(capsys, tmp_path):
         assert entry["values"] == found.values[entry["group"]].tolist()
         assert entry["files"] == [files[sample] for sample in entry["samples"]]
         assert re.findall(r"(\S+\.png) \(", line) == entry["files"]
-    assert main(command) == 0  # the same question again
+    assert main(command) == 0  # the same query again
     assert main([*command, "--target", "3", "--by", "activation", "--groups", "7"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "features.12-2-references.json",
@@ -81,11 +81,11 @@ def test_references_are_printed_and_written(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_with_the_model_they_are_drawn(capsys, tmp_path):
+def test_references_are_drawn_with_the_model(capsys, tmp_path):
     command = ["references", "swept", "--query", "features.7", *MODEL, "--data", "digits", "--rows", "2", "--k", "3"]
     assert main([*command, "--style", "both", "--dark", "--out", str(tmp_path)]) == 0
-    with Image.open(tmp_path / "features.7-references.png") as picture:
-        assert min(picture.size) > 300
+    with Image.open(tmp_path / "features.7-references.png") as image:
+        assert min(image.size) > 300
     line = fails(capsys_cleared(capsys), *command, "--residual", "sink", "--out", str(tmp_path))
     assert "Normalized(NRMDefault), residual redistribute, gain limit 2" in line
     Path("other").mkdir()
@@ -147,11 +147,11 @@ def test_the_mean_flow_is_drawn(capsys, tmp_path):
         (["flow", "--from", "swept", "--layers", "output", "input"], "nrm-plugin sweep --joint --layers output input"),
     ],
 )
-def test_options_that_do_not_fit_take_one_line(capsys, argv, words):
+def test_invalid_options_print_one_line(capsys, argv, words):
     assert words in fails(capsys, *argv)
 
 
-def test_a_damaged_file_is_an_error_of_another_status(capsys, swept, tmp_path, monkeypatch):
+def test_a_damaged_file_has_another_exit_status(capsys, swept, tmp_path, monkeypatch):
     shard = next(Path("swept/rows").glob("*.parquet"))
     content = shard.read_bytes()
     index = {path: path.read_bytes() for path in Path("swept/by-query").glob("*")}

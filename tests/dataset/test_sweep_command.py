@@ -1,4 +1,4 @@
-"""The command `sweep`: what it reads, stores and says, and the exit status that scripts go by."""
+"""The command `sweep`: its input, files, output and exit status."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from PIL import Image
 
 from nrm_plugin import RelevanceMeasure, at
 from nrm_plugin.commands.cli import main
-from nrm_plugin.dataset import Sweep
-from nrm_plugin.dataset import image_folder as folders
-from nrm_plugin.dataset.image_folder import PictureFolder
-from nrm_plugin.dataset.preprocessing import preparation
+from nrm_plugin.dataset import Sweep, image_folder
+from nrm_plugin.dataset.image_folder import PreprocessedImageFolder
+from nrm_plugin.dataset.preprocessing import preprocessing
 
 NETS = """
 import torch
@@ -45,13 +44,13 @@ def broken():
 def photos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("nets.py").write_text(NETS)
-    made = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for number in range(10):
         folder = Path("photos", "cats" if number % 2 else "dogs")
         folder.mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(256, (20, 24, 3), generator=made, dtype=torch.uint8)
+        pixels = torch.randint(256, (20, 24, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-    Path("photos/notes.txt").write_text("no picture")
+    Path("photos/notes.txt").write_text("not an image")
     return Path("photos")
 
 
@@ -60,11 +59,11 @@ def run(*more, data="photos", layers=("3", "0"), out="swept"):
     return main(["sweep", data, *options, "--layers", *layers, *more])
 
 
-def test_a_folder_is_swept_and_the_numbers_are_those_of_the_measure(photos, capsys):
+def test_the_sweep_of_a_folder_equals_the_measure(photos, capsys):
     assert run("--joint", "--activations", "--heat-maps", "--event", "3[1,2] & ~0[5]", "--target", "label") == 0
-    said = capsys.readouterr()
-    assert "10 samples, 13 queries, all in swept" in said.out
-    assert "Traceback" not in said.err
+    printed = capsys.readouterr()
+    assert "10 samples, 13 queries, all in swept" in printed.out
+    assert "Traceback" not in printed.err
     stored = Sweep.open("swept")
     listed = list(csv.DictReader(Path("swept/samples.csv").read_text().splitlines()))
     assert [row["file"] for row in listed] == [f"cats/{k}.png" for k in (1, 3, 5, 7, 9)] + [
@@ -73,7 +72,7 @@ def test_a_folder_is_swept_and_the_numbers_are_those_of_the_measure(photos, caps
     assert stored.samples()["target"].to_pylist() == [0] * 5 + [1] * 5 == [int(row["label"]) for row in listed]
     names = {}
     exec(NETS, names)
-    prepare = preparation(size=16)
+    prepare = preprocessing(size=16)
     x = torch.cat([prepare(Image.open(photos / row["file"]).convert("RGB")) for row in listed])
     mu = RelevanceMeasure(names["make"]().eval(), x, [0] * 5 + [1] * 5)
     wanted = {
@@ -90,34 +89,34 @@ def test_a_folder_is_swept_and_the_numbers_are_those_of_the_measure(photos, caps
     torch.testing.assert_close(maps, mu.marginal("input").sum(1), rtol=1e-4, atol=1e-6)
 
 
-def test_pictures_that_cannot_be_read_are_listed_and_tried_again(photos, capsys):
+def test_unreadable_images_are_listed_and_retried(photos, capsys):
     whole = (photos / "dogs/4.png").read_bytes()
     (photos / "dogs/4.png").write_bytes(whole[:90])
     assert run("--on-error", "raise", out="stopped") == 1
     assert "sample 7 cannot be read" in capsys.readouterr().err
     assert Sweep.open("stopped").manifest.state == "interrupted"
     assert run() == 3
-    said = capsys.readouterr()
-    assert "9 samples" in said.out
-    assert "1 sample was left out" in said.err
-    assert "sample 7" in said.err
-    assert "dogs/4.png" in said.err
+    printed = capsys.readouterr()
+    assert "9 samples" in printed.out
+    assert "1 sample was left out" in printed.err
+    assert "sample 7" in printed.err
+    assert "dogs/4.png" in printed.err
     assert run() == 3
     (photos / "dogs/4.png").write_bytes(whole)
     assert run("--retry-failed") == 0
     assert len(Sweep.open("swept").samples()) == 10
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(photos, capsys, monkeypatch):
-    plain = PictureFolder.__getitem__
+def test_ctrl_c_exits_with_130_and_the_same_command_resumes(photos, capsys, monkeypatch):
+    original = PreprocessedImageFolder.__getitem__
 
     def stopped(self, index):
         if index == 9:
             raise KeyboardInterrupt
-        return plain(self, index)
+        return original(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders.PictureFolder, "__getitem__", stopped)
+        patch.setattr(image_folder.PreprocessedImageFolder, "__getitem__", stopped)
         assert run() == 130
     assert "The same command goes on" in capsys.readouterr().err
     assert Sweep.open("swept").manifest.state == "interrupted"
@@ -127,7 +126,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(photos, capsys, monke
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "message"),
     [
         ({"layers": ["nothing"]}, "no tap named 'nothing'"),
         ({"layers": ["0", "3"], "more": ["--joint"]}, "not below"),
@@ -139,21 +138,21 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(photos, capsys, monke
         ({"more": ["--residual", "sink", "--gain-limit", "3"]}, "no meaning"),
     ],
 )
-def test_options_that_do_not_fit_end_with_2(given, says, photos, capsys):
+def test_invalid_options_exit_with_2(given, message, photos, capsys):
     more = given.pop("more", [])
     assert run(*more, **given) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
-    assert run() == 0  # the folder is not blocked by the mistake
+    assert run() == 0  # the folder can still be used
 
 
-def test_another_question_is_not_mixed_into_a_folder(photos, capsys):
+def test_different_settings_are_not_mixed_in_a_folder(photos, capsys):
     assert run() == 0
     assert run("--activations") == 2
-    assert "queries.activation(3) (not asked before)" in capsys.readouterr().err
+    assert "queries.activation(3) (added)" in capsys.readouterr().err
     assert run(layers=("3",)) == 2
-    assert "queries.sink(0) (not asked now)" in capsys.readouterr().err
+    assert "queries.sink(0) (removed)" in capsys.readouterr().err
     (photos / "cats/1.png").rename(photos / "cats/2.png")
     assert run() == 2
     assert "data" in capsys.readouterr().err
@@ -162,21 +161,21 @@ def test_another_question_is_not_mixed_into_a_folder(photos, capsys):
 def test_without_pyarrow_nothing_is_loaded(photos, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert run("--weights", "nowhere.pth") == 2
-    said = capsys.readouterr()
-    assert "this needs pyarrow: pip install 'nrm-plugin[dataset]'" in said.err
-    assert said.out == ""
+    printed = capsys.readouterr()
+    assert "this needs pyarrow: pip install 'nrm-plugin[dataset]'" in printed.err
+    assert printed.out == ""
 
 
-def test_a_data_set_of_ones_own(photos):
+def test_a_data_set_of_the_user(photos):
     assert run(data="nets.py:data") == 0
     assert len(Sweep.open("swept").samples()) == 7
     assert not Path("swept/samples.csv").exists()
 
 
-def test_folders_named_as_classes_of_the_model_have_their_numbers(photos):
-    prepare = preparation(size=16)
-    known = PictureFolder(photos, prepare, ["fish", "Dogs", "cats"])
+def test_folders_named_like_classes_of_the_model_have_their_indices(photos):
+    prepare = preprocessing(size=16)
+    known = PreprocessedImageFolder(photos, prepare, ["fish", "Dogs", "cats"])
     assert known.labels == [2] * 5 + [1] * 5
-    assert PictureFolder(photos, prepare, ["fish", "dogs"]).labels == [0] * 5 + [1] * 5
-    assert PictureFolder(photos / "cats", prepare).labels == [-1] * 5
+    assert PreprocessedImageFolder(photos, prepare, ["fish", "dogs"]).labels == [0] * 5 + [1] * 5
+    assert PreprocessedImageFolder(photos / "cats", prepare).labels == [-1] * 5
     assert known[0][0].shape == (3, 16, 16)

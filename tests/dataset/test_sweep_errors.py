@@ -1,4 +1,4 @@
-"""Sweeps of what cannot be swept, stored or read: each ends with an error that says why, and what there was is kept."""
+"""Errors of sweeps: each message names the cause, and stored results are preserved."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from nrm_plugin import at
+from nrm_plugin import Interception, at
 from nrm_plugin.commands import sweep as command
 from nrm_plugin.commands.cli import main
-from nrm_plugin.dataset import Activation, Manifest, Maps, Marginal, Sweep, SweepError, sweep
-from nrm_plugin.dataset import runner as running
+from nrm_plugin.dataset import Activation, Manifest, Maps, Marginal, Sweep, SweepError, runner, sweep
 from nrm_plugin.dataset.crops import crops
 from nrm_plugin.dataset.examples import FoundReferences, ReferencesError
-from nrm_plugin.dataset.image_folder import PictureFolder
+from nrm_plugin.dataset.image_folder import PreprocessedImageFolder
 from nrm_plugin.dataset.maximization import find_references
-from nrm_plugin.dataset.preprocessing import STANDARD, preparation
+from nrm_plugin.dataset.preprocessing import STANDARD, preprocessing
 from nrm_plugin.dataset.settings import described
 from nrm_plugin.dataset.sweep_layout import ShardError
 from nrm_plugin.errors import InputError, NRMError, UnknownLayerError
+from nrm_plugin.imports import MOVED, stored_path
+from nrm_plugin.kernels.batch_norm import fuse
 from tests.dataset.sweep_nets import OPTIONS, Data, net
 
 
 class Shaped(nn.Module):
-    """A linear net whose outputs are given another form."""
+    """A linear net with a function of its outputs."""
 
     def __init__(self, form: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -47,28 +48,28 @@ class Stream(IterableDataset):
         return iter([(torch.randn(3, 12, 12), 0)] * 4)
 
 
-REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+INVALID: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "engine": ({"engine": "spark"}, ValueError, "engine='spark' is unknown; choose 'local' or 'ray'"),
     "on_error": ({"on_error": "ignore"}, ValueError, "on_error='ignore' is unknown"),
     "target of another number": ({"target": lambda batch: [0, 1, 2]}, NRMError, "3 targets|target"),
     "inputs of other samples": ({"unpack": lambda batch: (batch[0][:2], None)}, SweepError, "inputs of 2"),
     "an unknown layer": ({"queries": Activation("nope")}, UnknownLayerError, "'nope'"),
-    "activation at an input": ({"queries": Activation(at("4", side="input"))}, SweepError, "that a module returns"),
+    "activation at an input": ({"queries": Activation(at("4", side="input"))}, SweepError, "outputs of modules"),
     "activation of no such call": ({"queries": Activation(at("4", call=3))}, SweepError, "is called 1 times"),
     "a name of two lines": ({"queries": lambda: Marginal("4", name="a\nb")}, SweepError, "one line of text"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_asked_is_refused(name: str, tmp_path):
-    changed, error, said = REFUSED[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_arguments_raise(name: str, tmp_path):
+    changed, error, message = INVALID[name]
     options = {**OPTIONS, **changed}
     queries = options.pop("queries", Marginal("4"))
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         sweep(net(), Data(4), queries() if callable(queries) else queries, tmp_path, **options)
 
 
-def test_outputs_that_no_prediction_can_be_made_of(tmp_path):
+def test_outputs_without_a_prediction_raise(tmp_path):
     with pytest.raises(SweepError, match=r"needs outputs \(N, classes\), got \(4, 2, 2\)"):
         sweep(Shaped(lambda y: y.unflatten(1, (2, 2))).eval(), Data(4), Marginal("linear"), tmp_path, **OPTIONS)
     with pytest.raises(SweepError, match="output has nan or inf entries"):
@@ -76,7 +77,7 @@ def test_outputs_that_no_prediction_can_be_made_of(tmp_path):
 
 
 def test_an_output_of_one_number_is_one_group(tmp_path):
-    """All relevance is there."""
+    """It carries all relevance."""
     model = Shaped(lambda y: y.sum(1)).eval()
     queries = [Marginal("output"), Maps("output"), Activation("output")]
     stored = sweep(model, Data(4), queries, tmp_path, target=lambda b: None, **OPTIONS)
@@ -87,29 +88,29 @@ def test_an_output_of_one_number_is_one_group(tmp_path):
     assert set(stored.rows()["prediction"].to_pylist()) == {-1}
 
 
-def test_a_stream_is_not_shared_out(tmp_path, monkeypatch):
+def test_a_stream_is_not_split_among_processes(tmp_path, monkeypatch):
     loader = DataLoader(Stream(), batch_size=2)
-    with pytest.raises(SweepError, match="the loader hands out batches of 2"):
+    with pytest.raises(SweepError, match="the loader yields batches of 2"):
         sweep(net(), loader, Marginal("4"), tmp_path, batch_size=3)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SweepError, match="iterable data set cannot be shared out"):
+    with pytest.raises(SweepError, match="iterable data set cannot be split"):
         sweep(net(), loader, Marginal("4"), tmp_path)
 
 
-def test_a_place_that_is_no_folder_is_told(tmp_path):
+def test_a_path_that_is_not_a_folder_raises(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SweepError, match=r"cannot write to .*file.*Name another folder"):
+    with pytest.raises(SweepError, match=r"cannot write to .*file.*Choose another folder"):
         sweep(net(), Data(4), Marginal("4"), tmp_path / "file" / "swept", **OPTIONS)
 
 
-def test_rows_are_kept_where_they_cannot_be_sorted(tmp_path, monkeypatch):
+def test_rows_are_kept_if_sorting_fails(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "write_index", full)
-        with pytest.raises(SweepError, match=r"cannot be sorted there: No space left.*index=False"):
+        patch.setattr(runner, "write_index", full)
+        with pytest.raises(SweepError, match=r"sorting them failed: No space left.*index=False"):
             sweep(net(), Data(4), Marginal("4"), tmp_path, **OPTIONS)
     assert len(Sweep.open(tmp_path).rows()) == 4 * 8
     assert sweep(net(), Data(4), Marginal("4"), tmp_path, **OPTIONS).is_complete
@@ -118,30 +119,30 @@ def test_rows_are_kept_where_they_cannot_be_sorted(tmp_path, monkeypatch):
 # -- samples that fail -------------------------------------------------------------------------------------------------
 
 
-def test_an_error_of_a_batch_that_no_sample_has_alone_is_raised_as_it_is(tmp_path):
-    def together(batch):
+def test_an_error_of_a_batch_without_a_failing_sample_is_raised_unchanged(tmp_path):
+    def unpack(batch):
         if len(batch[0]) > 1:
-            raise InputError("too many at once")
+            raise InputError("the batch is too large")
         return batch
 
-    with pytest.raises(InputError, match="too many at once"):
-        sweep(net(), Data(8), Marginal("4"), tmp_path, unpack=together, on_error="skip", **OPTIONS)
+    with pytest.raises(InputError, match="the batch is too large"):
+        sweep(net(), Data(8), Marginal("4"), tmp_path, unpack=unpack, on_error="skip", **OPTIONS)
 
 
-def test_a_batch_of_which_every_sample_fails_is_left_out(tmp_path):
-    def wrong(batch):
-        if float(batch[0].sum()) in wanted:
-            raise InputError("not these")
+def test_a_batch_of_failing_samples_is_skipped(tmp_path):
+    def unpack(batch):
+        if float(batch[0].sum()) in rejected:
+            raise InputError("rejected")
         return batch
 
     data = Data(8)
-    wanted = {float(data.x[k : k + 1].sum()) for k in range(4)} | {float(data.x[:4].sum())}
-    stored = sweep(net(), data, Marginal("4"), tmp_path, unpack=wrong, on_error="skip", **OPTIONS)
+    rejected = {float(data.x[k : k + 1].sum()) for k in range(4)} | {float(data.x[:4].sum())}
+    stored = sweep(net(), data, Marginal("4"), tmp_path, unpack=unpack, on_error="skip", **OPTIONS)
     assert [entry["sample"] for entry in stored.manifest.failed] == [0, 1, 2, 3]
     assert set(stored.rows()["sample"].to_pylist()) == {4, 5, 6, 7}
 
 
-def test_samples_that_no_batch_can_be_made_of_are_left_out(tmp_path):
+def test_samples_that_cannot_be_collated_are_skipped(tmp_path):
     def collate(samples):
         raise ValueError("no batch today")
 
@@ -171,40 +172,40 @@ def again(folder):
     return sweep(net(), Data(16), [Marginal("4"), Maps("input", over="position")], folder, **OPTIONS)
 
 
-def test_a_shard_under_the_number_of_another_is_told(swept):
+def test_a_shard_with_the_number_of_another_raises(swept):
     shutil.copy(swept / "rows/part-0000-000000.parquet", swept / "rows/part-0000-000001.parquet")
-    with pytest.raises(ShardError, match=r"holds samples 0 to 7, expected \(8, 15\)"):
+    with pytest.raises(ShardError, match=r"contains samples 0 to 7, expected \(8, 15\)"):
         again(swept)
 
 
-def test_maps_of_fewer_samples_than_rows_are_told(swept):
+def test_maps_of_fewer_samples_than_rows_raise(swept):
     path = swept / "maps/part-0000-000001.safetensors"
     save_file({name: tensor[:5].contiguous() for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(ShardError, match=r"holds 5 samples, and not those of part-0000-000001\.parquet"):
+    with pytest.raises(ShardError, match=r"contains 5 samples, which differs from part-0000-000001\.parquet"):
         again(swept)
 
 
-def test_a_shard_with_other_parts_than_it_lists_is_told(swept):
+def test_a_shard_with_row_groups_that_its_footer_does_not_list_raises(swept):
     path = swept / "rows/part-0000-000000.parquet"
-    table, said = parquet.read_table(path), json.loads(parquet.read_metadata(path).metadata[b"nrm-plugin"])
+    table, info = parquet.read_table(path), json.loads(parquet.read_metadata(path).metadata[b"nrm-plugin"])
     with parquet.ParquetWriter(path, table.schema) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({"nrm-plugin": json.dumps({**said, "chunks": [*said["chunks"], ["x", 0, 0]]})})
-    with pytest.raises(ShardError, match="its parts are not those that it lists"):
+        writer.add_key_value_metadata({"nrm-plugin": json.dumps({**info, "chunks": [*info["chunks"], ["x", 0, 0]]})})
+    with pytest.raises(ShardError, match="its row groups differ from those listed in its footer"):
         Sweep.open(swept).rows()
 
 
-def test_a_manifest_of_another_format_is_told(swept):
-    said = json.loads((swept / "manifest.json").read_text())
-    (swept / "manifest.json").write_text(json.dumps(said | {"format": "nrm-plugin sweep 99"}))
-    with pytest.raises(SweepError, match="is of another format than 'nrm-plugin sweep 1'"):
+def test_a_manifest_of_another_format_raises(swept):
+    content = json.loads((swept / "manifest.json").read_text())
+    (swept / "manifest.json").write_text(json.dumps(content | {"format": "nrm-plugin sweep 99"}))
+    with pytest.raises(SweepError, match="a different format; this version of the package reads 'nrm-plugin sweep 1'"):
         Sweep.open(swept)
 
 
-def test_a_sweep_says_what_it_is_and_what_it_cannot(swept):
+def test_the_representation_and_errors_of_a_sweep(swept):
     stored = Sweep.open(swept)
     assert repr(stored) == f"Sweep({str(swept)!r}, complete, 2 queries)"
-    with pytest.raises(SweepError, match=r"has maps and no rows; read them with maps\(\)"):
+    with pytest.raises(SweepError, match=r"has maps instead of rows; read them with maps\(\)"):
         stored.top(Maps("input", over="position").name)
     with pytest.raises(ValueError, match="on_error='ignore' is unknown"):
         Sweep.open(swept, on_error="ignore")
@@ -214,7 +215,7 @@ def test_a_sweep_says_what_it_is_and_what_it_cannot(swept):
 
 
 class Odd(nn.Module):
-    """Layers that are called twice, never, and return two tensors."""
+    """Layers that are called twice or never, or return two tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,17 +229,17 @@ BATCH = [(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.a
 
 
 @pytest.mark.parametrize(
-    ("layer", "said"),
+    ("layer", "message"),
     [("twice", "is called more than once"), ("never", "was not called"), ("pair", "returns no tensor")],
 )
-def test_a_layer_without_one_activation_is_refused(layer, said):
-    with pytest.raises(InputError, match=f"'{layer}' {said}"):
+def test_a_layer_without_a_single_activation_raises(layer, message):
+    with pytest.raises(InputError, match=f"'{layer}' {message}"):
         find_references(Odd().eval(), BATCH, [layer], by=["activation"])
 
 
-def test_what_cannot_be_ranked_is_told():
+def test_outputs_and_activations_that_cannot_be_ranked_raise():
     three = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2))).eval()
-    with pytest.raises(InputError, match=r"classifiers with an output \(N, classes\), got \(6, 2, 2\)"):
+    with pytest.raises(InputError, match=r"classifier with outputs \(N, classes\), got \(6, 2, 2\)"):
         find_references(three, BATCH, ["0"])
 
     class Infinite(nn.Module):
@@ -250,7 +251,7 @@ def test_what_cannot_be_ranked_is_told():
         find_references(broken, BATCH, ["1"], by=["activation"])
 
 
-def test_references_say_what_they_are(tmp_path):
+def test_the_representation_of_references(tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     found = find_references(model, BATCH, ["0"], k=2)
     assert repr(found.of("0")) == "References('0' by relevance, 4 groups × 2)"
@@ -264,39 +265,39 @@ def test_a_group_without_references_has_no_crops():
     model = net()
     data = Data(4)
     found = find_references(model, [(data.x, torch.zeros(4, dtype=torch.long))], ["4"], k=2, target="label")
-    none = found.of("4", target=0)
-    none.samples[3] = -1
-    made = crops(model, data, none, [3, 2], 1)
-    assert made[3] == []
-    assert len(made[2]) == 1
+    references = found.of("4", target=0)
+    references.samples[3] = -1
+    cropped = crops(model, data, references, [3, 2], 1)
+    assert cropped[3] == []
+    assert len(cropped[2]) == 1
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_without_pictures_is_told(tmp_path):
+def test_a_folder_without_images_raises(tmp_path):
     (tmp_path / "text.txt").write_text("")
-    with pytest.raises(SweepError, match=r"there is no picture in .*looked for \.bmp, \.gif"):
-        PictureFolder(tmp_path, preparation(STANDARD))
+    with pytest.raises(SweepError, match=r"there are no images in .*extensions that are read: \.bmp, \.gif"):
+        PreprocessedImageFolder(tmp_path, preprocessing(STANDARD))
 
 
 @pytest.mark.parametrize("options", [["--batch-size", "0"], ["--workers", "-1"], ["--workers", "two"]])
-def test_a_number_that_is_none_is_refused(options, capsys):
+def test_an_invalid_number_raises(options, capsys):
     with pytest.raises(SystemExit) as end:
         main(["sweep", "x", "--model", "vgg16", "--layers", "a", *options])
     assert end.value.code == 2
     assert "is no number of at least 1" in capsys.readouterr().err
 
 
-def test_of_many_failures_the_first_are_listed(tmp_path, capsys):
+def test_only_the_first_of_many_failures_are_listed(tmp_path, capsys):
     failed = tuple({"sample": number, "why": "cut off"} for number in range(23))
     bad = ({"file": "rows/x", "why": "it was damaged"},)
     stored = Sweep(tmp_path, Manifest({}, "", (), "complete", 30, failed=failed, bad_shards=bad))
     assert command._told(stored) == command.SKIPPED
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].endswith("was damaged and is done again: it was damaged")
-    assert [line for line in said if line.startswith("  sample")] == [f"  sample {k}: cut off" for k in range(20)]
-    assert said[-1] == f"  and 3 more, listed in {tmp_path / 'manifest.json'}"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("was damaged and is done again: it was damaged")
+    assert [line for line in lines if line.startswith("  sample")] == [f"  sample {k}: cut off" for k in range(20)]
+    assert lines[-1] == f"  and 3 more, listed in {tmp_path / 'manifest.json'}"
     assert list(command._summary(stored)) == [f"7 samples, 0 queries, all in {tmp_path}"]
     (line,) = command._summary(Sweep(tmp_path, Manifest({}, "", (), "running")))
     assert line == f"This process is done; others are still writing to {tmp_path}."
@@ -305,7 +306,7 @@ def test_of_many_failures_the_first_are_listed(tmp_path, capsys):
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_settings_tell_objects_that_do_something_else():
+def test_settings_distinguish_objects_that_behave_differently():
     assert described({"a", "b", "c"}) == described({"c", "b", "a"}) != described({"a", "b"})
     assert described({"x": torch.arange(3)}) == described({"x": torch.arange(3)})
     assert described(torch.arange(3)) != described(torch.arange(3).float())
@@ -319,3 +320,17 @@ def test_settings_tell_objects_that_do_something_else():
         return recursive
 
     assert described(closing_over(1)) == described(closing_over(1)) != described(closing_over(2))
+
+
+def test_classes_of_this_package_keep_the_names_of_stored_sweeps():
+    """Their modules may move, but a stored sweep with such a composite or output must be resumable."""
+    (name,) = described(at("fc"))
+    assert name == "nrm_plugin.events.Atom"
+    (name,) = interception = described(Interception(fuse=fuse))
+    assert name == "nrm_plugin.functional.interception.Interception"
+    assert interception[name]["fuse"]["function"] == "nrm_plugin.fusion.fuse"
+    assert list(interception[name]["normalization"]) == ["nrm_plugin.steps.Normalization"]
+    assert [stored_path(f"nrm_plugin.{present}") for present in MOVED.values()] == [
+        f"nrm_plugin.{old}" for old in MOVED
+    ]
+    assert stored_path("torch.nn") == "torch.nn"

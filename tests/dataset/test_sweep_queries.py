@@ -1,4 +1,4 @@
-"""Queries of a sweep: as JSON, and beside what the measure and plain hooks say when asked one by one."""
+"""Queries of a sweep: as JSON, and compared with separate calls of the measure and plain hooks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MASK[2, 3:7] = True
 QUADRANTS = torch.arange(4).reshape(1, 2, 2).repeat_interleave(6, 1).repeat_interleave(6, 2)
 
 
-# -- written down -----------------------------------------------------------------------------------------------------
+# -- as JSON ---------------------------------------------------------------------------------------------------------
 
 indices = st.one_of(
     st.integers(-3, 5),
@@ -65,7 +65,7 @@ events = st.recursive(
 
 @settings(deadline=None)
 @given(events)
-def test_an_event_comes_back_from_json(event):
+def test_an_event_survives_json(event):
     assert event_from_json(json.loads(json.dumps(event_to_json(event)))) == event
 
 
@@ -78,20 +78,20 @@ def test_an_event_comes_back_from_json(event):
     ],
     ids=str,
 )
-def test_heads_and_tokens_come_back_from_json(event):
+def test_heads_and_tokens_survive_json(event):
     assert event_from_json(json.loads(json.dumps(event_to_json(event)))) == event
 
 
 @pytest.mark.parametrize(
-    "said",
+    "data",
     [
         *(None, 3, {}, {"at": 3}, {"or": []}, {"all": []}, {"at": "a", "side": "up"}, {"at": "a", "index": {"x": 1}}),
         *({"attention": "a", "keys": 1}, {"attention": "a", "side": "input"}, {"attention": "a", "heads": {"x": 1}}),
     ],
 )
-def test_what_is_no_event_is_refused(said):
+def test_what_is_not_an_event_raises(data):
     with pytest.raises(EventError):
-        event_from_json(said)
+        event_from_json(data)
 
 
 def test_a_module_has_no_name_in_json():
@@ -129,14 +129,14 @@ QUERIES = {
 
 
 @pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
-def test_a_query_comes_back_from_json(query):
+def test_a_query_survives_json(query):
     again = from_json(json.loads(json.dumps(query.to_json())))
     assert again == query
     assert hash(again) == hash(query)
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: Marginal(3), "name of a layer"),
         (lambda: Marginal(at("a")[3]), "without an index"),
@@ -145,28 +145,28 @@ def test_a_query_comes_back_from_json(query):
         (lambda: Marginal("a", joint=EVENT, given=EVENT), "not both"),
         (lambda: Activation("a", "median"), "choose 'max'"),
         (lambda: Peak("a", "gradient"), "choose 'relevance'"),
-        (lambda: check_queries([Marginal("a"), Marginal("a")]), "Name one of them"),
-        (lambda: check_queries([]), "no query"),
+        (lambda: check_queries([Marginal("a"), Marginal("a")]), "Give one of them another name"),
+        (lambda: check_queries([]), "no queries"),
         (lambda: check_queries(["features.28"]), r"Marginal\('layer'\)"),
         (lambda: check_queries(Marginal("a", name="sample")), "name of a column"),
         (lambda: from_json({"kind": "Median"}), "Kinds are"),
-        (lambda: from_json({"kind": "Marginal"}), "no query"),
+        (lambda: from_json({"kind": "Marginal"}), "not a query"),
     ],
 )
-def test_what_is_no_query_is_refused(make, says):
-    with pytest.raises(SweepError, match=says):
+def test_what_is_not_a_query_raises(make, message):
+    with pytest.raises(SweepError, match=message):
         make()
 
 
-# -- answered -------------------------------------------------------------------------------------------------------
+# -- results --------------------------------------------------------------------------------------------------------
 
 
 def expected(model, x):
-    """The same questions, each asked on its own of one measure of all samples, in float64."""
+    """The same quantities from separate calls of one measure of all samples, in float64."""
     with torch.no_grad():
         target = model(x).argmax(1)
     mu = RelevanceMeasure(model, x, target)
-    seen = activations(model, x, ["2", "4", "5"])
+    activation = activations(model, x, ["2", "4", "5"])
     inside = [at("2").channel(k) for k in range(6)]
     both = mu([at("4").channel(3) & EVENT, EVENT])
     crossing = mu.marginal("4", "channel")
@@ -192,31 +192,31 @@ def expected(model, x):
         "sink": mu.sink("4"),
         "bypass": mu.bypass("4"),
         "variation": mu.variation("2"),
-        "largest activation": seen["4"].flatten(2).max(2).values,
-        "mean activation": seen["2"].mean((2, 3)),
+        "largest activation": activation["4"].flatten(2).max(2).values,
+        "mean activation": activation["2"].mean((2, 3)),
         "activation of the output": model(x).detach(),
         "peak": mu.marginal("4").flatten(2).argmax(2).double(),
-        "peak of activation": seen["5"].flatten(2).argmax(2).double(),
+        "peak of activation": activation["5"].flatten(2).argmax(2).double(),
         "maps": mu.marginal("input"),
         "maps given": mu.marginal("2", given=EVENT).sum(1),
     }
 
 
 def as_tensor(stored, query):
-    """The rows of a query as ``(N, *groups)``, put into their places one by one."""
+    """The rows of a query as ``(N, *groups)``, inserted one by one."""
     if stored.queries[query.name].is_map:
         return stored.maps(query.name, range(10))
     groups = stored.queries[query.name].groups
     values = torch.full((10, *groups), 99.0, dtype=torch.float64)
     for row in stored.rows(query.name).to_pylist():
-        place = tuple(number for number in (row["group"], row["lower"]) if number >= 0)
-        assert values[(row["sample"], *place)] == 99, "a row is there twice"
-        values[(row["sample"], *place)] = torch.nan if row["value"] is None else row["value"]
+        index = tuple(number for number in (row["group"], row["lower"]) if number >= 0)
+        assert values[(row["sample"], *index)] == 99, "a row is repeated"
+        values[(row["sample"], *index)] = torch.nan if row["value"] is None else row["value"]
     return values
 
 
 @pytest.fixture(scope="module")
-def answered(tmp_path_factory):
+def results(tmp_path_factory):
     model, x = net().double(), Data(10).x.double()
     forwards = []
     handle = model[0].register_forward_pre_hook(lambda *call: forwards.append(len(call[1][0])))
@@ -226,21 +226,21 @@ def answered(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", QUERIES)
-def test_an_answer_is_that_of_the_measure_asked_alone(answered, name):
-    stored, wanted, _ = answered
+def test_a_result_equals_that_of_the_measure(results, name):
+    stored, wanted, _ = results
     found, wanted = as_tensor(stored, QUERIES[name]), wanted[name]
     assert stored.manifest.value == "double"
     assert found.shape == wanted.shape
-    there = ~found.isnan()
-    assert there.double().mean() > (0.5 if "conditional" in name else 0.99)
-    torch.testing.assert_close(found[there], wanted[there], rtol=1e-7, atol=1e-9)
+    is_defined = ~found.isnan()
+    assert is_defined.double().mean() > (0.5 if "conditional" in name else 0.99)
+    torch.testing.assert_close(found[is_defined], wanted[is_defined], rtol=1e-7, atol=1e-9)
 
 
-def test_the_model_runs_once_for_each_batch_whatever_is_asked(answered):
-    assert answered[2] == [4, 4, 2]
+def test_the_model_runs_once_for_each_batch(results):
+    assert results[2] == [4, 4, 2]
 
 
-def test_a_quotient_by_almost_nothing_has_no_value(tmp_path):
+def test_a_quotient_by_almost_zero_is_null(tmp_path):
     model, x = net(), Data(6).x
     mass = RelevanceMeasure(model, x, model(x).argmax(1))(EVENT)
     edge = float(mass.abs().sort().values[2])
@@ -253,7 +253,7 @@ def test_a_quotient_by_almost_nothing_has_no_value(tmp_path):
     assert len(stored.top("q", k=9)) == 3
 
 
-def test_samples_targets_and_predictions_are_told(tmp_path):
+def test_samples_targets_and_predictions_are_stored(tmp_path):
     model, data = net(), Data(10)
     outputs = model(data.x)
     stored = sweep(model, data, [Marginal("4")], tmp_path / "label", target="label", **OPTIONS)
@@ -272,7 +272,7 @@ def test_samples_targets_and_predictions_are_told(tmp_path):
     ) == {2}
 
 
-def test_inputs_may_be_mappings_and_the_model_is_left_alone(tmp_path):
+def test_inputs_may_be_mappings_and_the_model_is_unchanged(tmp_path):
     class Keyword(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Sweeps that are killed, stopped, spoilt or shared out: what is stored in the end, beside an undisturbed run."""
+"""Sweeps that are killed, interrupted, damaged or split among processes store the same as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = HERE.parents[1]
 
 
 def contents(folder):
-    """All rows and maps, by sample; fails where a row is there twice."""
+    """All rows and maps by sample; asserts that no row is repeated."""
     stored = Sweep.open(folder)
     order = [(name, "ascending") for name in ("query", "group", "lower", "sample")]
     files = [parquet.read_table(path) for path in sorted((Path(folder) / "rows").glob("*.parquet"))]
@@ -40,7 +40,7 @@ def contents(folder):
     for table in files:
         for row in table.to_pylist():
             key = (row["query"], row["group"], row["lower"], row["sample"])
-            assert key not in rows, "a row is there twice"
+            assert key not in rows, "a row is repeated"
             rows[key] = (row["target"], row["prediction"], row["value"])
     assert len(rows) == len(stored.rows())
     assert stored.rows().num_columns == len(order) + 3
@@ -55,14 +55,14 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
     sweep(net(), Data(), QUERIES, folder, **OPTIONS)
     return contents(folder)
 
 
-def test_every_row_is_there_once(undisturbed):
-    rows, maps = undisturbed
+def test_every_row_is_stored_once(uninterrupted):
+    rows, maps = uninterrupted
     assert len(rows) == 50 * (8 + 8 * 6 + 1 + 1)
     assert len(maps) == 50
 
@@ -78,21 +78,21 @@ def script(*arguments, **environment):
 
 
 @pytest.mark.slow
-def test_what_a_killed_sweep_ends_with_is_what_it_would_have_ended_with(tmp_path):
+def test_a_killed_sweep_is_resumed_with_the_same_results(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    sweep(net(), Data(60), QUERIES, tmp_path / "undisturbed", batch_size=2, shard=2, progress=False)
+    sweep(net(), Data(60), QUERIES, tmp_path / "uninterrupted", batch_size=2, shard=2, progress=False)
     torch.set_num_threads(threads)
     kills = [int(number) for number in script(HERE / "killed.py", tmp_path, 3, 5).split()]
     assert len(kills) == 3
     assert min(kills) >= 3
     for where in ("time", "fsync", "replace"):
-        assert contents(tmp_path / where) == contents(tmp_path / "undisturbed")
+        assert contents(tmp_path / where) == contents(tmp_path / "uninterrupted")
         assert Sweep.open(tmp_path / where).is_complete
         assert not list((tmp_path / where).rglob(".*"))
 
 
-def test_what_a_dead_process_left_unfinished_is_removed(tmp_path):
+def test_incomplete_files_of_dead_processes_are_removed(tmp_path):
     sweep(net(), Data(10), QUERIES, tmp_path, index=False, **OPTIONS)
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     mark = f"{platform.node()}.{int(dead.stdout)}.tmp"
@@ -105,7 +105,7 @@ def test_what_a_dead_process_left_unfinished_is_removed(tmp_path):
     assert list(tmp_path.rglob(".*")) == [alive]
 
 
-def test_ctrl_c_leaves_what_was_written_and_the_same_call_goes_on(tmp_path, undisturbed):
+def test_ctrl_c_keeps_completed_shards_and_the_same_call_resumes(tmp_path, uninterrupted):
     class Stopped(Data):
         def __getitem__(self, index):
             if index == 29:
@@ -122,7 +122,7 @@ def test_ctrl_c_leaves_what_was_written_and_the_same_call_goes_on(tmp_path, undi
     with pytest.raises(SweepError, match="sample 40"):
         stopped.maps("maps(input, over=position)", [3, 40])
     assert sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS).is_complete
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
 
 
 def test_a_complete_sweep_is_not_run_again(tmp_path):
@@ -132,27 +132,27 @@ def test_a_complete_sweep_is_not_run_again(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")} == before
 
 
-def test_a_full_disk_leaves_a_readable_sweep(tmp_path, undisturbed, monkeypatch):
-    plain, written = os.fsync, []
+def test_a_full_disk_leaves_a_readable_sweep(tmp_path, uninterrupted, monkeypatch):
+    original, written = os.fsync, []
 
     def full(descriptor):
         written.append(descriptor)
         if len(written) > 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain(descriptor)
+        original(descriptor)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(SweepError, match=r"No space left.*make room and run the same sweep again"):
+        with pytest.raises(SweepError, match=r"No space left.*free space on the disk and run the same sweep again"):
             sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS)
     stored = Sweep.open(tmp_path)
     assert stored.samples()["sample"].to_pylist() == list(range(8))
     assert not list(tmp_path.rglob(".*"))
     sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS)
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
 
 
-def test_a_file_that_the_system_cuts_off_is_not_taken_for_a_shard(tmp_path):
+def test_a_truncated_file_is_not_a_shard(tmp_path):
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -168,7 +168,7 @@ def test_a_file_that_the_system_cuts_off_is_not_taken_for_a_shard(tmp_path):
     assert not list(tmp_path.rglob("*.parquet"))
 
 
-# -- other settings ---------------------------------------------------------------------------------------------------
+# -- different settings -----------------------------------------------------------------------------------------------
 
 
 def changed_weight():
@@ -185,7 +185,7 @@ CHANGES = {
     "queries": ({"queries": [*QUERIES, Sink("2")]}, r"queries.sink\(2\)"),
     "other query": (
         {"queries": [Marginal("2"), *QUERIES[1:]]},
-        r"queries.marginal\(4\) \(not asked now\); queries.marginal\(2\) \(not asked before\)",
+        r"queries.marginal\(4\) \(removed\); queries.marginal\(2\) \(added\)",
     ),
     "batch size": ({"batch_size": 8}, r"batch_size \(was 4, now 8\)"),
     "seed": ({"seed": 1}, r"seed \(was 0, now 1\)"),
@@ -205,27 +205,27 @@ def begun(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("changes", "says"), CHANGES.values(), ids=CHANGES)
-def test_other_settings_are_not_mixed_in(begun, changes, says):
+@pytest.mark.parametrize(("changes", "message"), CHANGES.values(), ids=CHANGES)
+def test_different_settings_are_not_mixed(begun, changes, message):
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
     given = {"model": net(), "data": Data(), "queries": QUERIES, **OPTIONS, **changes}
-    with pytest.raises(SweepError, match=says):
+    with pytest.raises(SweepError, match=message):
         sweep(out=begun, **given)
     assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_that_holds_a_sweep_is_refused_where_it_is_not_to_be_continued(begun):
-    with pytest.raises(SweepError, match="holds a sweep already"):
+def test_an_existing_sweep_raises_if_it_must_not_be_resumed(begun):
+    with pytest.raises(SweepError, match="already contains a sweep"):
         sweep(net(), Data(), QUERIES, begun, resume=False, **OPTIONS)
 
 
-def test_a_mistake_in_the_queries_does_not_block_the_folder(tmp_path):
+def test_a_failed_query_does_not_block_the_folder(tmp_path):
     with pytest.raises(UnknownLayerError):
         sweep(net(), Data(10), [Marginal("nothing")], tmp_path, **OPTIONS)
     assert sweep(net(), Data(10), [Marginal("4")], tmp_path, **OPTIONS).is_complete
 
 
-def test_a_composite_is_told_by_what_it_does_and_not_by_what_was_done_with_it():
+def test_the_description_of_a_composite_does_not_depend_on_its_use():
     rules = EpsilonPlusFlat()
     before = described(rules)
     RelevanceMeasure(net(), Data(2).x, 1, composite=rules).marginal("4")
@@ -233,11 +233,11 @@ def test_a_composite_is_told_by_what_it_does_and_not_by_what_was_done_with_it():
     assert described(EpsilonPlus()) != before != described(EpsilonPlusFlat(epsilon=1e-5))
 
 
-# -- what is wrong with samples and files -----------------------------------------------------------------------------
+# -- failing samples and damaged files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_sample_that_cannot_be_read_stops_a_sweep_or_is_left_out(tmp_path, undisturbed):
+def test_an_unreadable_sample_stops_a_sweep_or_is_skipped(tmp_path, uninterrupted):
     with pytest.raises(SweepError, match=r"sample 13 cannot be read: OSError: the file is cut off.*on_error='skip'"):
         sweep(net(), Data(bad=(13, 14, 40)), QUERIES, tmp_path, **OPTIONS)
     assert Sweep.open(tmp_path).samples()["sample"].to_pylist() == list(range(8))
@@ -252,12 +252,12 @@ def test_a_sample_that_cannot_be_read_stops_a_sweep_or_is_left_out(tmp_path, und
         stored.maps("maps(input, over=position)", [13])
     again = sweep(net(), Data(), QUERIES, tmp_path, on_error="skip", retry_failed=True, **OPTIONS)
     assert again.manifest.failed == ()
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
     assert len(again.top("marginal(4)", 0, k=60)) == 50
 
 
 @pytest.mark.parametrize("why", ["not finite", "of another size"])
-def test_a_sample_that_no_measure_can_be_taken_of_is_left_out(why, tmp_path):
+def test_a_sample_without_a_measure_is_skipped(why, tmp_path):
     data = [list(sample) for sample in Data(12)]
     data[5][0] = data[5][0] * torch.nan if why == "not finite" else data[5][0][:, :7]
     with pytest.raises(SweepError, match="sample"):
@@ -271,7 +271,7 @@ def test_a_sample_that_no_measure_can_be_taken_of_is_left_out(why, tmp_path):
     assert [rows[k, 3] for k in (4, 6, 7)] == mass[:, 3].tolist()
 
 
-def test_a_batch_in_which_everything_fails_leaves_a_shard_without_rows(tmp_path):
+def test_a_shard_of_failing_samples_has_no_rows(tmp_path):
     stored = sweep(net(), Data(20, bad=range(8)), QUERIES, tmp_path, on_error="skip", **OPTIONS)
     assert stored.is_complete
     assert stored.samples()["sample"].to_pylist() == list(range(8, 20))
@@ -281,23 +281,23 @@ def test_a_batch_in_which_everything_fails_leaves_a_shard_without_rows(tmp_path)
 
 def damaged(path, how):
     content = bytearray(path.read_bytes())
-    if how == "cut off":
+    if how == "truncated":
         content = content[: len(content) // 2]
     if how == "empty":
         content = b""
     if how == "of another sweep":
         table = parquet.read_table(path)
-        said = json.loads(parquet.read_metadata(path).metadata[layout.KEY])
+        info = json.loads(parquet.read_metadata(path).metadata[layout.KEY])
         with parquet.ParquetWriter(path, table.schema.remove_metadata()) as writer:
-            for number, (name, _, _) in enumerate(said["chunks"]):
+            for number, (name, _, _) in enumerate(info["chunks"]):
                 writer.write_table(table.slice(number, 1) if name else table)
-            writer.add_key_value_metadata({layout.KEY: json.dumps({**said, "settings": "another"})})
+            writer.add_key_value_metadata({layout.KEY: json.dumps({**info, "settings": "another"})})
         return
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("how", ["cut off", "empty", "of another sweep"])
-def test_a_damaged_shard_is_told_or_evaluated_again(how, tmp_path, undisturbed):
+@pytest.mark.parametrize("how", ["truncated", "empty", "of another sweep"])
+def test_a_damaged_shard_raises_or_is_evaluated_again(how, tmp_path, uninterrupted):
     sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS)
     damaged(tmp_path / "rows/part-0000-000002.parquet", how)
     with pytest.raises(SweepError, match=r"part-0000-000002.*on_error='skip'"):
@@ -307,18 +307,18 @@ def test_a_damaged_shard_is_told_or_evaluated_again(how, tmp_path, undisturbed):
     rest = Sweep.open(tmp_path, on_error="skip")
     assert set(rest.rows("sink(4)")["sample"].to_pylist()) == set(range(50)) - set(range(16, 24))
     assert [entry["file"] for entry in rest.bad_shards] == ["rows/part-0000-000002.parquet"]
-    mended = sweep(net(), Data(), QUERIES, tmp_path, on_error="skip", **OPTIONS)
-    assert [entry["file"] for entry in mended.manifest.bad_shards] == ["rows/part-0000-000002.parquet"]
+    repaired = sweep(net(), Data(), QUERIES, tmp_path, on_error="skip", **OPTIONS)
+    assert [entry["file"] for entry in repaired.manifest.bad_shards] == ["rows/part-0000-000002.parquet"]
     (tmp_path / "rows/bad-part-0000-000002.parquet").unlink()
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
 
 
-def test_a_flipped_bit_is_seen_when_rows_are_read(tmp_path):
+def test_a_flipped_bit_is_detected(tmp_path):
     sweep(net(), Data(), QUERIES, tmp_path, index=False, **OPTIONS)
     path = tmp_path / "rows/part-0000-000002.parquet"
     whole, name = path.read_bytes(), "joint(4, 2)"
-    place = [chunk[0] for chunk in Sweep.open(tmp_path).shards[2].chunks].index(name)
-    column = parquet.read_metadata(path).row_group(place).column(6)
+    index = [chunk[0] for chunk in Sweep.open(tmp_path).shards[2].chunks].index(name)
+    column = parquet.read_metadata(path).row_group(index).column(6)
     for number in range(1, 20):
         content = bytearray(whole)
         content[column.data_page_offset + number * column.total_compressed_size // 20] ^= 4
@@ -330,23 +330,23 @@ def test_a_flipped_bit_is_seen_when_rows_are_read(tmp_path):
     assert len(rest.bad_shards) == 1
 
 
-def test_missing_maps_are_made_again(tmp_path, undisturbed):
+def test_missing_maps_are_evaluated_again(tmp_path, uninterrupted):
     sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS)
     (tmp_path / "maps/part-0000-000001.safetensors").unlink()
     sweep(net(), Data(), QUERIES, tmp_path, on_error="skip", **OPTIONS)
     (tmp_path / "rows/bad-part-0000-000001.parquet").unlink()
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
 
 
-# -- read -------------------------------------------------------------------------------------------------------------
+# -- reading----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("query", slow_but(["marginal(4)", "joint(4, 2)", "sink(4)"], "joint(4, 2)"))
-@pytest.mark.parametrize("index", [True, False], ids=["sorted", "as it came"])
-def test_the_largest_values_are_those_of_all_rows(query, index, tmp_path, undisturbed):
+@pytest.mark.parametrize("index", [True, False], ids=["sorted", "unsorted"])
+def test_top_equals_the_sorted_rows(query, index, tmp_path, uninterrupted):
     stored = sweep(net(), Data(), QUERIES, tmp_path, index=index, **OPTIONS)
     group = -1 if query == "sink(4)" else 3
-    rows = [(key, row) for key, row in undisturbed[0].items() if key[:2] == (query, group)]
+    rows = [(key, row) for key, row in uninterrupted[0].items() if key[:2] == (query, group)]
     for lower, target, largest in ((None, None, True), (None, 2, True), (4, None, False)):
         if lower is not None and query != "joint(4, 2)":
             continue
@@ -360,7 +360,7 @@ def test_the_largest_values_are_those_of_all_rows(query, index, tmp_path, undist
         assert [(row["value"], row["sample"], row["lower"]) for row in found] == wanted
 
 
-def test_sorted_rows_are_all_rows_by_group_and_falling_value(begun, undisturbed):
+def test_the_index_has_all_rows_by_group_and_decreasing_value(begun, uninterrupted):
     found = {}
     for number, name in enumerate(Sweep.open(begun).queries):
         path = begun / f"by-query/{number:04}.parquet"
@@ -374,7 +374,7 @@ def test_sorted_rows_are_all_rows_by_group_and_falling_value(begun, undisturbed)
             assert row["query"] == name
             key = (name, row["group"], row["lower"], row["sample"])
             found[key] = (row["target"], row["prediction"], row["value"])
-    assert found == {key: row for key, row in undisturbed[0].items() if key[0] != "joint(4, 2)"}
+    assert found == {key: row for key, row in uninterrupted[0].items() if key[0] != "joint(4, 2)"}
 
 
 def test_rows_of_a_group_and_columns(begun):
@@ -391,7 +391,7 @@ def test_rows_of_a_group_and_columns(begun):
         stored.maps("sink(4)", [1])
 
 
-def test_rows_are_sorted_inside_a_shard_so_that_statistics_prune(begun):
+def test_the_rows_of_a_shard_are_sorted_so_that_readers_skip_row_groups(begun):
     for path in (begun / "rows").glob("*.parquet"):
         rows = parquet.read_table(path).to_pylist()
         keys = [(row["query"], row["group"], row["lower"], row["sample"]) for row in rows]
@@ -402,7 +402,7 @@ def test_rows_are_sorted_inside_a_shard_so_that_statistics_prune(begun):
             assert statistics.min == statistics.max
 
 
-def test_a_damaged_manifest_is_told(tmp_path):
+def test_a_damaged_manifest_raises(tmp_path):
     sweep(net(), Data(10), [Sink("4")], tmp_path, **OPTIONS)
     (tmp_path / "manifest.json").write_text('{"format": "nrm-plugin sweep 1"}')
     with pytest.raises(SweepError, match="damaged"):
@@ -427,7 +427,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.slow
-def test_a_loader_gives_the_rows_of_its_data_set(tmp_path, undisturbed):
+def test_a_loader_gives_the_rows_of_its_data_set(tmp_path, uninterrupted):
     loaders = {
         "plain": DataLoader(Data(), 4),
         "shuffled, with workers": DataLoader(Data(), 4, shuffle=True, num_workers=1),
@@ -437,23 +437,23 @@ def test_a_loader_gives_the_rows_of_its_data_set(tmp_path, undisturbed):
     options = {key: value for key, value in OPTIONS.items() if key != "batch_size"}
     for name, loader in loaders.items():
         sweep(net(), loader, QUERIES, tmp_path / name, **options)
-        assert contents(tmp_path / name) == undisturbed
+        assert contents(tmp_path / name) == uninterrupted
 
 
-def test_an_iterable_data_set_is_read_again_and_goes_on(tmp_path, undisturbed):
+def test_an_iterable_data_set_is_read_again_and_resumes(tmp_path, uninterrupted):
     with pytest.raises(RuntimeError, match="connection is lost"):
         sweep(net(), Stream(stop=30), QUERIES, tmp_path, **OPTIONS)
     assert Sweep.open(tmp_path).samples()["sample"].to_pylist() == list(range(24))
-    with pytest.raises(SweepError, match="must come again as they were"):
+    with pytest.raises(SweepError, match="must yield the same samples in the same order"):
         sweep(net(), Stream(22), QUERIES, tmp_path, **OPTIONS)
     stored = sweep(net(), Stream(), QUERIES, tmp_path, **OPTIONS)
     assert stored.manifest.samples == 50
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
     assert sweep(net(), Stream(stop=0), QUERIES, tmp_path, **OPTIONS).is_complete
 
 
 @pytest.mark.slow
-def test_random_transforms_give_the_same_in_every_run(tmp_path):
+def test_random_transforms_are_the_same_in_every_run(tmp_path):
     plain = sweep(net(), Data(is_noisy=True), [Sink("4"), Marginal("4")], tmp_path / "plain", **OPTIONS)
     read = sweep(net(), Data(is_noisy=True), [Sink("4"), Marginal("4")], tmp_path / "read", num_workers=1, **OPTIONS)
     other = sweep(net(), Data(is_noisy=True), [Sink("4"), Marginal("4")], tmp_path / "other", seed=1, **OPTIONS)
@@ -462,25 +462,25 @@ def test_random_transforms_give_the_same_in_every_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "options", "says"),
+    ("data", "options", "message"),
     [
         (DataLoader(Data(), sampler=WeightedRandomSampler([1.0] * 50, 9)), {}, "Subset"),
         (iter([1]), {}, "with a length"),
         (Subset(Data(), []), {}, "no samples"),
         (Stream(), {"num_workers": 2}, "several times"),
         (Data(), {"batch_size": 0}, "at least 1"),
-        (Data(), {"shard": 0}, "number of samples"),
+        (Data(), {"shard": 0}, "positive number of samples"),
         (Data(), {"target": "class"}, "choose 'prediction'"),
-        (Data().x, {"target": "label"}, "what is the label"),
+        (Data().x, {"target": "label"}, "the data have no labels"),
         ([(x, 1, 2) for x in Data(3).x], {}, "unpack="),
     ],
 )
-def test_data_that_cannot_be_swept_are_refused(data, options, says, tmp_path):
-    with pytest.raises(SweepError, match=says):
+def test_invalid_data_raise(data, options, message, tmp_path):
+    with pytest.raises(SweepError, match=message):
         sweep(net(), data, [Sink("4")], tmp_path, **{**OPTIONS, **options})
 
 
-def test_samples_of_different_sizes_have_channels_and_no_positions(tmp_path):
+def test_samples_of_different_sizes_have_channels_but_not_positions(tmp_path):
     data = [torch.randn(3, 12, 12) if k < 4 else torch.randn(3, 14, 14) for k in range(8)]
     assert sweep(net(), data, [Marginal("4")], tmp_path / "channels", **OPTIONS).is_complete
     with pytest.raises(SweepError, match="differ in size"):
@@ -490,7 +490,7 @@ def test_samples_of_different_sizes_have_channels_and_no_positions(tmp_path):
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-def test_ranks_share_the_shards_and_the_last_one_finishes(tmp_path, undisturbed, monkeypatch):
+def test_ranks_share_the_shards_and_the_last_one_completes_the_sweep(tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (2, 0, 1):
         monkeypatch.setenv("RANK", str(rank))
@@ -498,21 +498,21 @@ def test_ranks_share_the_shards_and_the_last_one_finishes(tmp_path, undisturbed,
         assert stored.is_complete == (rank == 1)
     assert stored.manifest.ranks == (0, 1, 2)
     assert len(list((tmp_path / "rows").glob("part-0002-*.parquet"))) == 2
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
     assert len(stored.top("marginal(4)", 3, 60)) == 50
 
 
-def test_another_number_of_processes_goes_on(tmp_path, undisturbed, monkeypatch):
+def test_a_different_number_of_processes_resumes(tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS)
     monkeypatch.undo()
     assert sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS).is_complete
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_store_what_one_does(tmp_path):
+def test_two_processes_of_torchrun_store_the_same_as_one(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import sys, torch\n"
@@ -534,16 +534,16 @@ def test_two_processes_of_torchrun_store_what_one_does(tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_the_progress_tells_rate_and_memory(tmp_path, capsys):
+def test_the_progress_bar_shows_rate_and_memory(tmp_path, capsys):
     sweep(net(), Data(10), [Sink("4")], tmp_path, **{**OPTIONS, "progress": True})
-    said = capsys.readouterr().err
-    assert "10/10" in said
-    assert "memory" in said
-    assert "sample/s" in said
+    printed = capsys.readouterr().err
+    assert "10/10" in printed
+    assert "memory" in printed
+    assert "sample/s" in printed
 
 
 @pytest.mark.slow
-def test_two_sweeps_of_one_model_at_a_time(tmp_path, undisturbed):
+def test_two_sweeps_of_one_model_in_threads(tmp_path, uninterrupted):
     model, found = net(), []
     threads = [
         threading.Thread(target=lambda k=k: found.append(sweep(model, Data(), QUERIES, tmp_path / str(k), **OPTIONS)))
@@ -555,4 +555,4 @@ def test_two_sweeps_of_one_model_at_a_time(tmp_path, undisturbed):
         thread.join()
     assert len(found) == 2
     for k in range(2):
-        assert contents(tmp_path / str(k)) == undisturbed
+        assert contents(tmp_path / str(k)) == uninterrupted

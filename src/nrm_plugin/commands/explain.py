@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..dataset.images import PictureError, check_file, shown
+from ..dataset.images import ImageError, check_image_file, shown
 from . import messages as words
 from .composite_names import check_composite_name, names
 from .event_syntax import parse
@@ -255,9 +255,9 @@ def _present(images: list[Path]) -> tuple[list[Path], list[str]]:
     present, problems = [], []
     for path in dict.fromkeys(images):
         try:
-            check_file(path)
+            check_image_file(path)
             present.append(path)
-        except PictureError as error:
+        except ImageError as error:
             problems.append(str(error))
     return present, problems
 

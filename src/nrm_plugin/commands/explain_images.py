@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..dataset.images import open_picture, shown
+from ..dataset.images import load_image, shown
 from ..errors import ModelStateError, NRMError, UnsupportedOperationError, UnsupportedRuleError
 from .composite_names import CompositeError
 from .explanation import Answer, Request, RequestError, answer
@@ -49,7 +49,7 @@ def explain(paths: Sequence[Path], subject: Subject, request: Request, out: Path
     taken: set[str] = set()
     for path in dict.fromkeys(paths):
         try:
-            found = answer(subject, open_picture(path), request)
+            found = answer(subject, load_image(path), request)
             files = write(subject, request, found, out, taken)
         except COMMON:
             raise

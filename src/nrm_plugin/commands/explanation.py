@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from zennit.core import Composite
 
-from ..dataset.images import Picture
+from ..dataset.images import LoadedImage
 from ..errors import CancellationError, HookedContainerError, NRMError, NullEventError, UncoveredLayerError
 from ..events.event import at
 from ..kernels.base import Residual
@@ -118,7 +118,7 @@ class Answer:
         given: The conditions asked for.
     """
 
-    picture: Picture
+    picture: LoadedImage
     image: Tensor
     outputs: Tensor
     target: int
@@ -128,7 +128,7 @@ class Answer:
     given: list[GivenAnswer] = field(default_factory=list)
 
 
-def answer(subject: Subject, picture: Picture, request: Request) -> Answer:
+def answer(subject: Subject, picture: LoadedImage, request: Request) -> Answer:
     """Asks the measure of one picture.
 
     Args:
@@ -147,7 +147,7 @@ def answer(subject: Subject, picture: Picture, request: Request) -> Answer:
     relevance = mu.marginal("input")[0]
     return Answer(
         picture,
-        subject.prepare.undone(inputs).cpu(),
+        subject.prepare.inverse(inputs).cpu(),
         chooser.outputs.cpu(),
         chooser.target,
         relevance.cpu(),

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..dataset.images import Picture, open_picture, shown
+from ..dataset.images import LoadedImage, load_image, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import Maps, flow_maps
@@ -40,7 +40,7 @@ class FlowOptions:
         top: Most groups of a layer.
         coverage: Share of the absolute mass of each layer that its groups are to hold; None for no such limit.
         patches: Patches of the picture along each side.
-        dark: Pictures for a dark background.
+        dark: LoadedImages for a dark background.
     """
 
     top: int = 8
@@ -65,7 +65,7 @@ class FlowOutcome:
     """
 
     path: Path
-    picture: Picture | None = None
+    picture: LoadedImage | None = None
     outputs: Tensor | None = None
     target: int = 0
     graph: FlowGraph | None = None
@@ -92,7 +92,7 @@ def flows(
     taken: set[str] = set()
     for path in dict.fromkeys(paths):
         try:
-            yield _flow(open_picture(path), subject, request, options, out, taken)
+            yield _flow(load_image(path), subject, request, options, out, taken)
         except COMMON:
             raise
         except (NRMError, OSError) as error:
@@ -101,7 +101,7 @@ def flows(
 
 
 def _flow(
-    picture: Picture, subject: Subject, request: Request, options: FlowOptions, out: Path, taken: set[str]
+    picture: LoadedImage, subject: Subject, request: Request, options: FlowOptions, out: Path, taken: set[str]
 ) -> FlowOutcome:
     inputs = subject.prepare(picture.image).to(request.device)
     chooser = Chooser(subject, request.target)

@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
 from ..dataset.images import shown
-from ..dataset.preprocessing import STANDARD, Preparation, preparation
+from ..dataset.preprocessing import STANDARD, Preprocessing, preprocessing
 from ..errors import NRMError
 from .weight_files import SUFFIXES, WeightsError, classes_of, fill, fitted, read_state
 
@@ -60,7 +60,7 @@ class Subject:
     name: str
     weights: str
     model: nn.Module
-    prepare: Preparation
+    prepare: Preprocessing
     categories: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -87,11 +87,11 @@ def load(
     Raises:
         ModelError: No such model, or it is no classifier, or making it failed.
         WeightsError: No such weights, they could not be downloaded, or are not those of the model.
-        PreparationError: Size, mean and deviation fit no picture.
+        PreprocessingError: Size, mean and deviation fit no picture.
     """
     made = _own(name, weights) if ":" in name else _torchvision(name, DEFAULT if weights is None else weights)
     model, source, make, known, notes = made
-    prepare = preparation(make, size, mean, std)
+    prepare = preprocessing(make, size, mean, std)
     return Subject(name, source, model.eval().float(), prepare, tuple(categories or known), tuple(notes))
 
 

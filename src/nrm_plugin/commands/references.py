@@ -16,7 +16,7 @@ from ..dataset.crops import Crop, crops
 from ..dataset.examples import References, is_of_channels, references
 from ..dataset.glocal import difference, flow_of_sweep
 from ..dataset.glocal_plots import difference_figure
-from ..dataset.image_folder import PictureFolder
+from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.images import shown
 from ..dataset.reference_plots import MOST, reference_figure
 from ..dataset.settings import described, digest, model_fingerprint
@@ -235,7 +235,7 @@ def _crops(
         options.k,
         layer=sweep.query(found.name).layers[0],
         whole=options.whole,
-        picture=lambda image: subject.prepare.undone(image[None]),
+        to_image=lambda image: subject.prepare.inverse(image[None]),
         composite=normalized,
     )
 
@@ -254,7 +254,7 @@ def _check_same(sweep: Sweep, subject: Subject, request: Request, data: Any, com
             f"the sweep has the rules {settings['composite']['name']}, residual {settings['residual']}, gain limit "
             f"{settings['gain_limit']}. Say the same by --composite, --residual and --gain-limit."
         )
-    if isinstance(data, PictureFolder) and settings.get("data") != data.fingerprint:
+    if isinstance(data, PreprocessedImageFolder) and settings.get("data") != data.fingerprint:
         raise RequestError(f"{shown(data.folder)} holds other pictures than those that were swept.")
 
 

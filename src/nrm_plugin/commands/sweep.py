@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..dataset.evaluation import Target
-from ..dataset.image_folder import PictureFolder
+from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.images import shown
 from ..dataset.queries import Activation, Bypass, EventMass, Joint, Maps, Marginal, Query, Sink, Variation
 from ..dataset.runner import sweep
@@ -152,7 +152,7 @@ def _swept(model: nn.Module, data: Any, queries: list[Query], out: Path, **optio
         return sweep(model, data, queries, out, **options)
     finally:
         with contextlib.suppress(NRMError, OSError):
-            if isinstance(data, PictureFolder) and Manifest.read(out).settings["data"] == data.fingerprint:
+            if isinstance(data, PreprocessedImageFolder) and Manifest.read(out).settings["data"] == data.fingerprint:
                 data.write_list(out / FILES)
 
 
@@ -176,7 +176,7 @@ def data_of(name: str, subject: Subject) -> Any:
         SweepError: It is neither, or making it failed.
     """
     if ":" not in name or Path(name).exists():
-        return PictureFolder(Path(name), subject.prepare, subject.categories)
+        return PreprocessedImageFolder(Path(name), subject.prepare, subject.categories)
     found = imported(name, "DATASET")
     if hasattr(found, "__getitem__") or not callable(found):
         return found
