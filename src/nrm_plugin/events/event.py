@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
@@ -79,6 +79,10 @@ class Event:
         """
         raise NotImplementedError
 
+    def mapped(self, replace: Callable[[Event], Event]) -> Event:
+        """The same formula over other events: each atom is replaced by what ``replace`` returns for it."""
+        return replace(self)
+
     def __str__(self) -> str:
         raise NotImplementedError
 
@@ -114,6 +118,9 @@ class All(Event):
         for part in self.parts:
             yield from part.atoms()
 
+    def mapped(self, replace: Callable[[Event], Event]) -> Event:
+        return All(tuple(part.mapped(replace) for part in self.parts))
+
     def __str__(self) -> str:
         return " & ".join(_bracket(part) for part in self.parts)
 
@@ -127,6 +134,9 @@ class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         for part in self.parts:
             yield from part.atoms()
+
+    def mapped(self, replace: Callable[[Event], Event]) -> Event:
+        return Any_(tuple(part.mapped(replace) for part in self.parts))
 
     def __str__(self) -> str:
         return " | ".join(_bracket(part) for part in self.parts)
@@ -143,6 +153,9 @@ class Not(Event):
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         return self.part.atoms()
+
+    def mapped(self, replace: Callable[[Event], Event]) -> Event:
+        return Not(self.part.mapped(replace))
 
     def __str__(self) -> str:
         return f"~{_bracket(self.part)}"

@@ -130,7 +130,7 @@ def coverage(
     rows = tuple(_row(step, calls[step.name], tied) for step in steps)
     with torch.no_grad():
         constants = [
-            recording.name_at(number)
+            recording.taps.name_at(number)
             for number, vertex in enumerate(recording.graph.vertices)
             if vertex.constant_share(recording.output) is not None
         ]
