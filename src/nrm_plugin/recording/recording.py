@@ -14,7 +14,7 @@ from ..events.event import Atom
 from ..kernels.forward_state import forward_pass
 from ..model.autocast import asked_for, exact, layers_in
 from ..model.checks import check_model, check_module
-from ..model.copies import Fingerprint, preserved
+from ..model.guard import Fingerprint, preserved
 from ..model.inputs import Call, Output, explained_output
 from .graph import Graph
 from .observer import EMBEDDINGS, Observer
