@@ -11,8 +11,7 @@ import torch
 
 from nrm_plugin.dataset import SweepError, sweep
 from nrm_plugin.dataset.ray_engine import SweepBatches
-from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net
-from tests.dataset.test_sweep_running import contents
+from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, contents, net
 
 ray = pytest.importorskip("ray", reason="ray is not installed; `make test-hosts` runs this")
 pytestmark = pytest.mark.filterwarnings("default")  # warnings of Ray and its dependencies

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from nrm_plugin import RelevanceMeasure, at
+from nrm_plugin.commands import sweep as command
 from nrm_plugin.commands.cli import main
-from nrm_plugin.dataset import Sweep, image_folder
+from nrm_plugin.dataset import Manifest, Sweep, image_folder
 from nrm_plugin.dataset.image_folder import PreprocessedImageFolder
 from nrm_plugin.dataset.preprocessing import preprocessing
 
@@ -179,3 +180,25 @@ def test_folders_named_like_classes_of_the_model_have_their_indices(photos):
     assert PreprocessedImageFolder(photos, prepare, ["fish", "dogs"]).labels == [0] * 5 + [1] * 5
     assert PreprocessedImageFolder(photos / "cats", prepare).labels == [-1] * 5
     assert known[0][0].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("options", [["--batch-size", "0"], ["--workers", "-1"], ["--workers", "two"]])
+def test_an_invalid_number_raises(options, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", "x", "--model", "vgg16", "--layers", "a", *options])
+    assert end.value.code == 2
+    assert "is no number of at least 1" in capsys.readouterr().err
+
+
+def test_only_the_first_of_many_failures_are_listed(tmp_path, capsys):
+    failed = tuple({"sample": number, "why": "cut off"} for number in range(23))
+    bad = ({"file": "rows/x", "why": "it was damaged"},)
+    stored = Sweep(tmp_path, Manifest({}, "", (), "complete", 30, failed=failed, bad_shards=bad))
+    assert command._told(stored) == command.SKIPPED
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("was damaged and is done again: it was damaged")
+    assert [line for line in lines if line.startswith("  sample")] == [f"  sample {k}: cut off" for k in range(20)]
+    assert lines[-1] == f"  and 3 more, listed in {tmp_path / 'manifest.json'}"
+    assert list(command._summary(stored)) == [f"7 samples, 0 queries, all in {tmp_path}"]
+    (line,) = command._summary(Sweep(tmp_path, Manifest({}, "", (), "running")))
+    assert line == f"This process is done; others are still writing to {tmp_path}."
