@@ -450,7 +450,7 @@ def test_pictures_of_every_kind_are_the_same_photograph(kind: str, tmp_path: Pat
     difference = np.abs(pixels - (expected if expected.ndim == 3 else expected[..., None]))
     assert difference.max() <= max(tolerance * 6, 1e-9)
     assert difference.mean() <= max(tolerance / 4, 1e-9)
-    several = [note for note in picture.notes if "several pictures" in note]
+    several = [note for note in picture.notes if "several images" in note]
     assert bool(several) == (kind in ("gif", "pages"))
 
 
@@ -488,15 +488,15 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing.png": (lambda path: None, "there is no file"),
     "dangling.png": (lambda path: path.symlink_to("nowhere"), "there is no file"),
     "folder": (Path.mkdir, "is a folder"),
-    "pipe": (lambda path: os.mkfifo(path), "is no regular file"),
+    "pipe": (lambda path: os.mkfifo(path), "is not a regular file"),
     "empty.jpg": (Path.touch, "is empty"),
-    "text.png": (lambda path: path.write_text("no picture"), "is not a picture"),
+    "text.png": (lambda path: path.write_text("no picture"), "is not an image"),
     "phone.heic": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(99)), "saved as JPEG first"),
     "thin.png": (lambda path: Image.new("RGB", (5000, 4)).save(path), "5000 × 4 pixels"),
-    "wide.png": (lambda path: Image.new("1", (40000, 5000)).save(path), "more than the 178 million"),
-    "float.tif": (lambda path: Image.fromarray(GREY.astype(np.float32)).save(path), "which of them is white"),
-    "nan.tif": (lambda path: Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(path), "which of them is white"),
-    "int.tif": (lambda path: Image.fromarray(GREY.astype(np.int32) * 999).save(path), "which of them is white"),
+    "wide.png": (lambda path: Image.new("1", (40000, 5000)).save(path), "more than the limit of 178 million"),
+    "float.tif": (lambda path: Image.fromarray(GREY.astype(np.float32)).save(path), "without a defined range"),
+    "nan.tif": (lambda path: Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(path), "without a defined range"),
+    "int.tif": (lambda path: Image.fromarray(GREY.astype(np.int32) * 999).save(path), "without a defined range"),
 }
 CUT = ["jpg", "png", "gif", "webp", "tif", "bmp"]
 
@@ -517,7 +517,7 @@ def test_truncated_pictures_are_told(suffix: str, share: float, tmp_path: Path):
     PHOTO.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: max(4, int(len(whole) * share))])
-    with pytest.raises(ImageError, match=r"damaged|is not a picture"):
+    with pytest.raises(ImageError, match=r"damaged|is not an image"):
         load_image(path)
 
 
@@ -562,7 +562,7 @@ def test_one_bad_picture_does_not_lose_the_others(here: Path, capsys: pytest.Cap
     ]
     head, *lines = [line for line in printed.err.splitlines() if line]
     assert "5" in head
-    for words in ("text.png is not", "no file gone.png", "cut.png cannot", "is a folder", "is an address"):
+    for words in ("text.png is not", "no file gone.png", "cut.png cannot", "is a folder", "is a URL"):
         assert sum(words in line for line in lines) == 1, words
 
 
@@ -925,7 +925,7 @@ RANDOM = ("--model", "squeezenet1_1", "--weights", "none", "--size", "48")
         ([*RANDOM, "--mean", "a,b,c"], "--mean"),
         ([*RANDOM, "--mean", "0.5"], "--mean and --std take three numbers"),
         ([*RANDOM, "--mean", "0.5", "--std", "1,1,1"], "--mean and --std take three numbers"),
-        ([*RANDOM, "--std", "1,0,1"], "above 0"),
+        ([*RANDOM, "--std", "1,0,1"], "must be positive"),
         ([*RANDOM, "--target", "1000"], "has 1000 classes, 0 to 999"),
         ([*RANDOM, "--target", "-1"], "0 to 999"),
         ([*RANDOM, "--target", "tabby"], "--classes FILE"),

@@ -872,7 +872,7 @@ def test_a_bad_picture_does_not_lose_the_others(here, capsys):
     Path("broken.png").write_bytes(b"no picture")
     assert run("broken.png", "noise.png", *OWN, "--layers", "input", "output") == 1
     printed = capsys.readouterr()
-    assert "broken.png is not a picture" in printed.err
+    assert "broken.png is not an image" in printed.err
     assert Path("nrm-flow/noise-flow.png").exists()
 
 

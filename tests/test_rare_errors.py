@@ -161,7 +161,7 @@ def test_a_turn_that_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(pictures.ImageOps, "exif_transpose", broken)
     found = load_image(tmp_path / "x.png")
     assert found.image.tobytes() == pixels.tobytes()
-    assert found.notes == ("has EXIF data that cannot be read, so it was not turned",)
+    assert found.notes == ("has EXIF data that cannot be read, so it was not rotated",)
 
 
 def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path):
