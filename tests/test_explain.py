@@ -495,7 +495,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "thin.png": (lambda path: Image.new("RGB", (5000, 4)).save(path), "5000 × 4 pixels"),
     "wide.png": (lambda path: Image.new("1", (40000, 5000)).save(path), "more than the limit of 178 million"),
     "float.tif": (lambda path: Image.fromarray(GREY.astype(np.float32)).save(path), "without a defined range"),
-    "nan.tif": (lambda path: Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(path), "without a defined range"),
+    "nan.tif": (
+        lambda path: Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(path),
+        "without a defined range",
+    ),
     "int.tif": (lambda path: Image.fromarray(GREY.astype(np.int32) * 999).save(path), "without a defined range"),
 }
 CUT = ["jpg", "png", "gif", "webp", "tif", "bmp"]

@@ -231,7 +231,7 @@ def test_labels_of_a_query_are_unpacked_up_to_a_size(monkeypatch):
     said = {"kind": "Marginal", "layer": "4", "over": {"labels": packed, "shape": [100]}, "name": "x"}
     assert from_json(said).over.tensor.shape == (100,)
     monkeypatch.setattr("nrm_plugin.dataset.queries.MAX_LABEL_BYTES", 4 * 99)
-    with pytest.raises(SweepError, match="more than the 99"):
+    with pytest.raises(SweepError, match="more than the limit of 99"):
         from_json(said)
     for broken in (packed[:-8], "no", 3):
         with pytest.raises(SweepError, match="no query"):

@@ -55,15 +55,19 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel + 1)
 
 
-def renamed_argument(former: str, present: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a function that also takes a keyword argument by its former name, with a warning."""
+def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function that also takes keyword arguments by their former names, with a warning.
+
+    Args:
+        names: The present names, by the former names.
+    """
 
     def decorated(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if former in kwargs:
-                warn_deprecated(f"the argument {former}= of {function.__name__}", f"{present}=")
-                kwargs[present] = kwargs.pop(former)
+            for former in names.keys() & kwargs.keys():
+                warn_deprecated(f"the argument {former}= of {function.__name__}", f"{names[former]}=")
+                kwargs[names[former]] = kwargs.pop(former)
             return function(*args, **kwargs)
 
         return call

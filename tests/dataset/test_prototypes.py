@@ -132,6 +132,8 @@ def test_the_figure_has_a_row_for_each_prototype(blobs):
         figure.canvas.draw()
         assert len(figure.axes) == 9
         assert figure.axes[2].get_yticklabels()[0].get_text() == "c0"
+    with pytest.warns(DeprecationWarning, match="argument pictures= of prototypes_figure .* Use images= instead"):
+        assert len(prototypes_figure(found, pictures=images, k=2).axes) == 9
     with pytest.raises(InputError, match="lacks sample"):
         prototypes_figure(found, images, 3)
     with pytest.raises(InputError, match="has room for"):

@@ -140,10 +140,10 @@ class QueryResults:
 
     def _conditional(self, query: Conditional) -> Tensor:
         layer = tap(query.layer)
-        plain = self.relevance[layer, None]
+        marginal = self.relevance[layer, None]
         joint, mass, absolute = (
             self._summed(values, layer, query.over)
-            for values in (self.relevance[layer, query.event], plain, plain.abs())
+            for values in (self.relevance[layer, query.event], marginal, marginal.abs())
         )
         return _quotient(joint, mass, mass.abs() <= query.min_ratio * absolute)
 

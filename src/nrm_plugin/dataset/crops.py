@@ -15,7 +15,7 @@ from zennit.core import Composite
 from ..composites import Uncovered
 from ..errors import InputError
 from ..events.event import Event, at
-from ..imports import renamed_argument
+from ..imports import renamed_arguments
 from ..kernels.base import Residual
 from ..measure.measure import RelevanceMeasure, normalize
 from ..measure.reconstruction import Box, receptive_fields
@@ -60,11 +60,11 @@ class Crop:
     mask: Tensor
 
 
-@renamed_argument("picture", "to_image")
+@renamed_arguments(found="references", picture="to_image")
 def crops(
     model: nn.Module,
     data: IndexableDataset,
-    found: References,
+    references: References,
     groups: Sequence[int | str] | None = None,
     k: int | None = None,
     *,
@@ -86,7 +86,7 @@ def crops(
     Args:
         model: The network.
         data: The samples by index, as images ``(C, H, W)`` or ``(image, label)``.
-        found: The references.
+        references: The references.
         groups: Some of their groups; by default all.
         k: Number of crops per group; by default all.
         events: The events, for references of events.
@@ -117,25 +117,25 @@ def crops(
     Source: after the reference samples of Achtibat et al. (2023); the receptive field and the mask are ours.
     """
     rules = normalize(composite, residual, gain_limit, uncovered)
-    layer = layer or found.layer or found.name
+    layer = layer or references.layer or references.name
     fields = _ReceptiveFields(model, layer, whole or events is not None)
     result: dict[int | str, list[Crop]] = {}
-    for group in found.groups if groups is None else groups:
-        row, samples = found.row(group), found.of(group)[:k]
+    for group in references.groups if groups is None else groups:
+        row, samples = references.row(group), references.of(group)[:k]
         result[group] = []
         if not samples:
             continue
         event = _event(group, events, layer)
         images = torch.stack([_image(data, sample) for sample in samples]).to(device_of(model))
-        targets = found.targets[row, : len(samples)]
+        targets = references.targets[row, : len(samples)]
         mu = RelevanceMeasure(model, images, targets.tolist() if bool((targets >= 0).all()) else None, composite=rules)
         heat = mu.marginal("input", joint=event).sum(1).cpu()
-        positions = found.positions[row, : len(samples)]
+        positions = references.positions[row, : len(samples)]
         if bool((positions < 0).any()) and not fields.whole and isinstance(group, int):
             positions = _peaks(mu, layer, group)
         boxes = fields.of(mu, images, positions)
         shown = images.cpu() if to_image is None else torch.stack([to_image(image) for image in images.cpu()])
-        columns = zip(samples, found.values[row].tolist(), targets.tolist(), boxes, shown, heat, strict=False)
+        columns = zip(samples, references.values[row].tolist(), targets.tolist(), boxes, shown, heat, strict=False)
         result[group] = [_crop(*column) for column in columns]
     return result
 

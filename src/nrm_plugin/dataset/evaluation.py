@@ -87,13 +87,13 @@ class Evaluation:
         inputs, labels = self.unpack(batch)
         inputs = moved(inputs, device_of(self.model))
         choice = TargetChoice(self.target, labels, batch)
-        with torch.inference_mode(False), torch.enable_grad(), captured(self.model, self.needed.activations) as captures:
+        with torch.inference_mode(False), torch.enable_grad(), captured(self.model, self.needed.activations) as calls:
             mu = RelevanceMeasure(self.model, inputs, start=choice, composite=self.composite, output=self.output)
         if mu.batch != len(sample):
             raise SweepError(
                 f"a batch of {len(sample)} samples has inputs of {mu.batch}; the first dimension must be the batch."
             )
-        activations = {atom: _activation(captures[atom], atom, inputs, choice.outputs) for atom in captures}
+        activations = {atom: _activation(calls[atom], atom, inputs, choice.outputs) for atom in calls}
         results = QueryResults(mu, self.needed, activations)
         dtype = np.float64 if self.is_double else np.float32
         values = {query.name: results.of(query).cpu().numpy().astype(dtype, copy=False) for query in self.queries}
@@ -232,7 +232,7 @@ def captured(model: nn.Module, layers: Mapping[Atom, Any]) -> Iterator[dict[Atom
     Raises:
         UnknownLayerError: A name is not that of a module.
     """
-    captures: dict[Atom, list[Any]] = {layer: [] for layer in layers}
+    calls: dict[Atom, list[Any]] = {layer: [] for layer in layers}
     modules = dict(model.named_modules()) if layers else {}
     with ExitStack() as stack:
         for atom in layers:
@@ -245,13 +245,13 @@ def captured(model: nn.Module, layers: Mapping[Atom, Any]) -> Iterator[dict[Atom
                 value = returned[atom.item] if atom.item is not None else returned
                 if not isinstance(value, Tensor):
                     raise SweepError(f"{atom} is not a single tensor. Select one of its tensors: at(layer, item=…).")
-                captures[atom].append(value.detach().clone())  # a following in-place activation may overwrite it
+                calls[atom].append(value.detach().clone())  # a following in-place activation may overwrite it
 
             stack.callback(modules[str(atom.layer)].register_forward_hook(keep).remove)
-        yield captures
+        yield calls
 
 
-def _activation(captures: Sequence[Tensor], atom: Atom, inputs: Any, outputs: Tensor) -> Tensor:
+def _activation(calls: Sequence[Tensor], atom: Atom, inputs: Any, outputs: Tensor) -> Tensor:
     if atom.layer == "output":
         return outputs
     if atom.layer == "input" and isinstance(inputs, Tensor):
@@ -259,9 +259,9 @@ def _activation(captures: Sequence[Tensor], atom: Atom, inputs: Any, outputs: Te
     call = atom.call or 0
     if atom.side != "output" or isinstance(call, str):
         raise SweepError(f"activations are outputs of modules, got {atom}.")
-    if call >= len(captures) or (atom.call is None and len(captures) > 1):
-        raise SweepError(f"{atom} is called {len(captures)} times. Select a call: at({atom.layer!r}, call=0).")
-    return captures[call]
+    if call >= len(calls) or (atom.call is None and len(calls) > 1):
+        raise SweepError(f"{atom} is called {len(calls)} times. Select a call: at({atom.layer!r}, call=0).")
+    return calls[call]
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)

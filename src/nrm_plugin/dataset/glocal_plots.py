@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..errors import InputError
-from ..imports import renamed_argument
+from ..imports import renamed_arguments
 from ..measure.flow_graph import FlowGraph
 from ..plots.flow import flow_figure
 from ..plots.heatmaps import Values, draw_image
@@ -37,9 +37,9 @@ def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = 
     return flow_figure(graph, f"{heading}\n{legend}" if heading else legend, dark)
 
 
-@renamed_argument("pictures", "images")
+@renamed_arguments(found="prototypes", pictures="images")
 def prototypes_figure(
-    found: Prototypes,
+    prototypes: Prototypes,
     images: Mapping[int, Values],
     k: int = 6,
     top: int = 6,
@@ -50,8 +50,8 @@ def prototypes_figure(
     """Draws a row for each prototype: its coverage, the members nearest to its centre, and its most relevant groups.
 
     Args:
-        found: The prototypes.
-        images: Images ``(C, H, W)`` in [0, 1] by sample index, at least of the members ``found.of(prototype)[:k]``.
+        prototypes: The prototypes.
+        images: Images ``(C, H, W)`` in [0, 1] by sample index, at least of the members ``prototypes.of(number)[:k]``.
         k: Number of members per prototype.
         top: Number of groups per prototype.
         heading: Title of the figure.
@@ -61,7 +61,7 @@ def prototypes_figure(
     Raises:
         InputError: An image is missing, or there are too many prototypes or members.
     """
-    count = len(found.centres)
+    count = len(prototypes.centres)
     if count > MOST or not 1 <= k <= MOST:
         raise InputError(f"a figure has room for {MOST} prototypes with 1 to {MOST} members, got {count} and {k}.")
     palette = DARK if dark else LIGHT
@@ -73,22 +73,22 @@ def prototypes_figure(
     for number, row in enumerate(grid):
         for axes in row[:-1]:
             axes.set_axis_off()
-        row[0].text(-0.12, 0.5, f"{number}\n{percent(float(found.coverage[number]))}", transform=row[0].transAxes,
+        row[0].text(-0.12, 0.5, f"{number}\n{percent(float(prototypes.coverage[number]))}", transform=row[0].transAxes,
                     ha="right", va="center", fontsize=9, color=palette.ink)  # fmt: skip
-        for axes, sample in zip(row, found.of(number)[:k], strict=False):
+        for axes, sample in zip(row, prototypes.of(number)[:k], strict=False):
             if sample not in images:
                 raise InputError(f"images= lacks sample {sample}, a member of prototype {number}.")
             axes.set_axis_on()
             draw_image(axes, images[sample])
             axes.set_title(f"{sample}", fontsize=7.5, color=palette.pale, pad=2.5)
-        _bars(row[-1], found.strongest(number, top), names, palette)
+        _bars(row[-1], prototypes.strongest(number, top), names, palette)
     return figure
 
 
 def _bars(axes: Axes, strongest: list[tuple[int, float]], names: Callable[[int], str], palette: Palette) -> None:
-    places, values = range(len(strongest)), [value for _, value in strongest]
-    axes.barh(places, values, height=0.75, color=[palette.of(value) for value in values])
-    axes.set_yticks(places, [names(group).replace("$", r"\$") for group, _ in strongest])
+    rows, values = range(len(strongest)), [value for _, value in strongest]
+    axes.barh(rows, values, height=0.75, color=[palette.of(value) for value in values])
+    axes.set_yticks(rows, [names(group).replace("$", r"\$") for group, _ in strongest])
     axes.set_ylim(len(strongest) - 0.4, -0.6)
     axes.axvline(0, color=palette.pale, linewidth=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=3))

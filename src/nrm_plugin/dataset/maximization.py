@@ -97,7 +97,7 @@ def find_references(
             choice = _ClassChoice(target, labels)
             mu = RelevanceMeasure(model, inputs.to(device), start=choice, composite=rules)
             search.add(mu, torch.from_numpy(choice.targets), activity.taken())
-    return search.found()
+    return search.references()
 
 
 class _ClassChoice(TargetChoice):
@@ -155,7 +155,7 @@ class _Search:
         self.groups: dict[str, Sequence[int | str]] = {}
         self.count = 0
 
-    def found(self) -> FoundReferences:
+    def references(self) -> FoundReferences:
         if not self.count:
             raise ReferencesError("the data have no samples.")
         rankings = {

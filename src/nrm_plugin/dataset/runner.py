@@ -22,7 +22,7 @@ from .evaluation import Evaluation, Target, Unpack, check_target, device_of
 from .progress import Progress
 from .queries import Query, check_queries
 from .row_index import remove_index, write_index
-from .sample_batches import DataSource, ShardPlan, data_source
+from .sample_batches import ShardPlan, data_source
 from .settings import differences, digest, settings_of
 from .shard_writer import remove_unfinished
 from .stored_sweep import Sweep
@@ -127,7 +127,8 @@ def sweep(
         raise SweepError(
             "an iterable data set cannot be split among processes, as each would read all of it. Run one process."
         )
-    settings = _settings(evaluation, source, shard_batches, seed, unpack, "cuda" if options.get("num_gpus") else None)
+    device = "cuda" if options.get("num_gpus") else None
+    settings = settings_of(evaluation, source, shard_batches, seed, unpack, device)
     job = SweepJob(evaluation, source, plan, shard_batches, Path(out), digest(settings), on_error, seed, {})
     _begin(job, settings, resume, process)
     with _recording_interruption(job.folder):
@@ -147,27 +148,6 @@ def _check_options(engine: str, on_error: str, shard: Any, target: Any) -> None:
     if isinstance(shard, bool) or not isinstance(shard, int) or shard < 1:
         raise SweepError(f"shard={shard!r} must be a positive number of samples.")
     check_target(target)
-
-
-def _settings(
-    evaluation: Evaluation,
-    source: DataSource,
-    shard_batches: int,
-    seed: int,
-    unpack: Unpack | None,
-    device: str | None,
-) -> dict[str, Any]:
-    functions = {"unpack": unpack, "output": evaluation.output, "collate": source.options.get("collate_fn")}
-    fingerprint = getattr(source.data, "fingerprint", None)
-    sizes = {
-        "samples": source.count,
-        "data": fingerprint if isinstance(fingerprint, str) else None,
-        "batch_size": source.batch_size,
-        "shard_batches": shard_batches,
-        "seed": seed,
-    }
-    model, queries, composite = evaluation.model, evaluation.queries, evaluation.composite
-    return settings_of(model, queries, composite, evaluation.target, functions, sizes, device)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..composites import Normalized
 from ..imports import stored_path
-from .evaluation import Target, device_of, dtype_of
-from .queries import Query
+from .evaluation import Evaluation, Unpack, device_of, dtype_of
+from .sample_batches import DataSource
 
 PACKAGES = ("nrm-plugin", "torch", "zennit")
 MAX_DEPTH = 12
@@ -25,37 +25,41 @@ MAX_DEPTH = 12
 
 
 def settings_of(
-    model: nn.Module,
-    queries: Sequence[Query],
-    composite: Normalized,
-    target: Target,
-    functions: Mapping[str, Any],
-    sizes: Mapping[str, Any],
+    evaluation: Evaluation,
+    source: DataSource,
+    shard_batches: int,
+    seed: int,
+    unpack: Unpack | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Everything that changes numbers.
 
     Args:
-        model: The model.
-        queries: The queries.
-        composite: The rules.
-        target: The explained target.
-        functions: Other functions of the user, or None, by name.
-        sizes: Other numbers by name: samples, batch size, seed.
+        evaluation: The evaluation of a batch.
+        source: The data.
+        shard_batches: Batches per shard.
+        seed: Seed of the random states with which samples are read.
+        unpack: The user's function, if there is one.
         device: Type of the device; by default that of the model.
     """
-    rules = composite.normalization
-    gain: float | str = "inf" if math.isinf(rules.gain_limit) else rules.gain_limit
+    model, composite, target = evaluation.model, evaluation.composite, evaluation.target
+    rules, fingerprint = composite.normalization, getattr(source.data, "fingerprint", None)
     return {
         "versions": {**{name: version(name) for name in PACKAGES}, "python": platform.python_version_tuple()[1]},
         "model": model_fingerprint(model),
         "composite": {"name": readable(composite), "settings": digest(described(composite.composite))},
         "residual": rules.residual,
-        "gain_limit": gain,
+        "gain_limit": "inf" if math.isinf(rules.gain_limit) else rules.gain_limit,
         "normalization": {key: getattr(composite, key) for key in ("uncovered", "sums", "attention")},
         "target": target if isinstance(target, (str, int, type(None))) else described(target),
-        **{name: described(function) for name, function in functions.items()},
-        **sizes,
+        "unpack": described(unpack),
+        "output": described(evaluation.output),
+        "collate": described(source.options.get("collate_fn")),
+        "samples": source.count,
+        "data": fingerprint if isinstance(fingerprint, str) else None,
+        "batch_size": source.batch_size,
+        "shard_batches": shard_batches,
+        "seed": seed,
         "dtype": str(dtype_of(model)).removeprefix("torch."),
         "device": device or device_of(model).type,
         "precision": {
@@ -63,7 +67,7 @@ def settings_of(
             "cudnn_tf32": torch.backends.cudnn.allow_tf32,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         },
-        "queries": {query.name: query.to_json() for query in queries},
+        "queries": {query.name: query.to_json() for query in evaluation.queries},
     }
 
 
