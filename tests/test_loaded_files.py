@@ -234,7 +234,7 @@ def test_labels_of_a_query_are_unpacked_up_to_a_size(monkeypatch):
     with pytest.raises(SweepError, match="more than the limit of 99"):
         from_json(said)
     for broken in (packed[:-8], "no", 3):
-        with pytest.raises(SweepError, match="no query"):
+        with pytest.raises(SweepError, match="not a query"):
             from_json(said | {"over": {"labels": broken, "shape": [100]}})
 
 
