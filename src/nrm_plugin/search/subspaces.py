@@ -6,8 +6,8 @@ The relevance of a layer is written as activation times context, :math:`R_i = a_
 .. math:: R^{(k)}_i = a_i\, (U_k U_k^\top c)_i, \qquad \sum_k R^{(k)}_i = R_i, \qquad
           \sum_i R^{(k)}_i = (U_k^\top a)^\top (U_k^\top c)
 
-which is what LRP-0 propagates through a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts this
-layer with one neuron for each pair of subspace and neuron, so that no activation of a direction is a divisor. The
+which is what LRP-0 propagates through a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts
+this layer with one neuron for each pair of subspace and neuron, so that no activation of a direction is a divisor. The
 parts as a tap of the measure, and the rest, are ours.
 
 Source: Chormai et al., arXiv 2212.14855 (PRCA and DRSA), for the directions and the virtual layer;
@@ -149,8 +149,8 @@ def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int
 
     .. math:: \max_{U^\top U = I} \mathrm E[(U^\top a)^\top (U^\top c)]
 
-    The solutions are the leading eigenvectors of :math:`\mathrm E[a c^\top + c a^\top]`; the expectation is over samples
-    and positions.
+    The solutions are the leading eigenvectors of :math:`\mathrm E[a c^\top + c a^\top]`. The expectation is over
+    samples and positions.
 
     Args:
         values: Activations of a layer, ``(N, …)``.
@@ -282,9 +282,9 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
     """A model with the same weights and outputs, in which the subspaces of some layers are taps.
 
     A layer ``"conv"`` is replaced by ``"conv.layer"``, the layer itself, and ``"conv.subspaces"``,
-    ``(N, K + 1, *shape)``, with one channel for each subspace and the last one for the rest. The tap ``"conv"`` is still
-    the output of the layer. Composites that map rules to names have to use ``"conv.layer"``. Parameters are shared, and the
-    given model is not changed.
+    ``(N, K + 1, *shape)``, with one channel for each subspace and the last one for the rest. The tap ``"conv"`` is
+    still the output of the layer. Composites that map rules to names have to use ``"conv.layer"``. Parameters are
+    shared, and the given model is not changed.
 
     Args:
         model: The network.
