@@ -14,8 +14,8 @@ from torch import Tensor
 from ..errors import NRMError
 from ..measure.measure import RelevanceMeasure
 from ..measure.memory import width_of
-from ..recording.graph import Buffer, Place
-from ..recording.recording import Tap
+from ..recording.places import Buffer, Place
+from ..recording.taps import Tap
 from .bounds import now
 
 
@@ -99,7 +99,7 @@ class MaxProduct:
 
     def crossed_taps(self, paths: Sequence[NeuronPath]) -> list[Tap]:
         """The named taps that one of the paths crosses, from the output to the input."""
-        return [tap for tap in self.recording.taps if any(tap.place in path.neurons for path in paths)]
+        return [tap for tap in self.recording.taps.all if any(tap.place in path.neurons for path in paths)]
 
     def _continuations(self, path: NeuronPath | None, place: Buffer, masses: Tensor, k: int) -> list[NeuronPath]:
         """A path continued by the neurons of a tensor: the best ``k``, and the next one for the bound on all others."""
@@ -122,7 +122,7 @@ class MaxProduct:
         for neurons in torch.split(torch.arange(len(best)), self._width):
             for edge, columns in self._columns(place, neurons.tolist()):
                 if bool((columns < 0).any()):
-                    raise _has_negative_entries(f"the kernel of {self.recording.name_at(place.vertex)}")
+                    raise _has_negative_entries(f"the kernel of {self.recording.taps.name_at(place.vertex)}")
                 best[neurons] = torch.maximum(best[neurons], (columns * self.completions[edge]).amax(1))
         return best
 
