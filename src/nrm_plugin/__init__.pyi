@@ -1,7 +1,10 @@
-from .attribution.attribution import NRM, JointNRM, LayerNRM, NeuronNRM
 from .attribution.attributor import NRMAttributor
 from .attribution.concepts import ConceptNRM, condition_event
 from .attribution.dataloader import DataLoaderNRM
+from .attribution.inputs import NRM
+from .attribution.joint import JointNRM
+from .attribution.layers import LayerNRM
+from .attribution.neurons import NeuronNRM
 from .canonizers import FuseBatchNorm
 from .composites import (
     Normalized,

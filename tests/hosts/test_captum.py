@@ -1,4 +1,4 @@
-"""Captum's generic guarantees, tested as Captum tests its own classes, on Captum's own objects.
+"""The general properties of Captum's attribution methods, tested as Captum tests its classes, on Captum's objects.
 
 Runs with every version of Captum from 0.7 to 0.9: `make test-hosts` runs it with the older ones.
 """
@@ -57,7 +57,7 @@ class Conv(nn.Module):
 
 
 class Inputs(nn.Module):
-    """Three inputs, and arguments that relevance does not flow to."""
+    """Three inputs, and arguments that get no relevance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def same(found, expected):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_this_runs_with_a_supported_captum():
+def test_the_captum_version_is_supported():
     assert tuple(int(part) for part in captum.__version__.split(".")[:2]) in [(0, 7), (0, 8), (0, 9)]
 
 
@@ -137,7 +137,7 @@ def names(function, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD):
     return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind is kind]
 
 
-def test_arguments_come_in_captums_order():
+def test_arguments_are_in_captums_order():
     assert names(NRM.attribute) == names(LRP.attribute)
     assert names(LayerNRM.attribute) == names(LayerLRP.attribute)
     assert names(LayerNRM.__init__)[:4] == ["self", "model", *names(LayerConductance.__init__)[2:4]]
@@ -148,7 +148,7 @@ def test_arguments_come_in_captums_order():
         assert name not in defaults or parameter.default == defaults[name].default
 
 
-def test_classes_are_captums():
+def test_classes_are_subclasses_of_captums():
     net = made(Conv)
     assert issubclass(NRM, GradientAttribution)
     assert issubclass(LayerNRM, LayerAttribution)
@@ -163,7 +163,7 @@ def test_classes_are_captums():
     assert LayerNRM.interpolate(torch.ones(1, 1, 2, 2), (4, 4)).shape == (1, 1, 4, 4)
 
 
-def test_a_composite_in_the_place_of_device_ids_is_named():
+def test_a_composite_in_the_place_of_device_ids_raises():
     net = made(Conv)
     with pytest.raises(TypeError, match=r"third argument is device_ids.*composite=EpsilonPlus"):
         LayerNRM(net, net.fc, EpsilonPlus())
@@ -246,7 +246,7 @@ def of_sample(target, sample):
 
 @pytest.mark.parametrize("target", TARGETS_2D, ids=lambda target: str(target).replace("\n", ""))
 @pytest.mark.parametrize("method", slow_but([name for name in METHODS if name != "neuron"], "layer"))
-def test_a_batch_is_one_sample_after_the_other_for_every_form_of_target(method, target):
+def test_a_batch_equals_its_single_samples_for_every_form_of_target(method, target):
     net, x = made(Conv), noise(3, 2, 8, 8)
     explainer = METHODS[method][0](net)
     arguments = {**METHODS[method][1], "target": target}
@@ -323,7 +323,7 @@ def test_several_inputs_and_further_arguments(arguments):
         same(single, tuple(part[sample : sample + 1] for part in found))
 
 
-def test_a_tuple_of_one_input_comes_back_as_one():
+def test_a_tuple_of_one_input_returns_a_tuple():
     net, x = made(Conv), noise(2, 2, 8, 8)
     found = NRM(net).attribute((x,), 1)
     assert isinstance(found, tuple)
@@ -332,7 +332,7 @@ def test_a_tuple_of_one_input_comes_back_as_one():
         NRM(net).attribute([x], 1)
 
 
-def test_the_delta_counts_the_sink_as_accounted():
+def test_the_convergence_delta_accounts_for_the_sink():
     net, x = made(Conv), noise(2, 2, 8, 8)
     for residual in ("sink", "redistribute"):
         explainer = NRM(net, EpsilonPlusFlat(epsilon=0.5), residual=residual)
@@ -362,7 +362,7 @@ def test_conditional_and_joint_relevance():
     same(sum(channels), NRM(net).attribute(x, 1))
 
 
-def test_verbose_prints_which_rule_every_step_gets(capsys):
+def test_verbose_prints_the_rule_of_every_step(capsys):
     net, x = made(Conv), noise(2, 2, 8, 8)
     for explainer, arguments in (
         (NRM(net), {"target": 1}),
@@ -389,7 +389,7 @@ def test_wrapped_inputs_have_a_layer_each():
     same(single, found[1])
 
 
-def test_layers_by_module_name_tap_list_and_container():
+def test_layers_can_be_modules_names_taps_lists_and_containers():
     net, x = made(Conv), noise(2, 2, 8, 8)
     stacked = nn.Sequential(net, nn.Linear(6, 3)).double()
     expected = LayerNRM(net, net.conv2).attribute(x, 1)
@@ -437,7 +437,7 @@ def test_tokens_have_the_relevance_of_their_embeddings():
 
 
 @methods
-def test_data_parallel_on_cpu_is_the_model(method):
+def test_data_parallel_on_cpu_equals_the_model(method):
     net, x = made(Conv), noise(3, 2, 8, 8)
     make, arguments = METHODS[method]
     parallel = nn.DataParallel(net)
@@ -449,7 +449,7 @@ def test_data_parallel_on_cpu_is_the_model(method):
         same(explainer.attribute(x, **arguments), expected)
 
 
-def test_layers_of_data_parallel_go_by_both_names():
+def test_layers_of_data_parallel_have_both_names():
     net, x = made(Conv), noise(3, 2, 8, 8)
     parallel = nn.DataParallel(net)
     expected = LayerNRM(net, "conv2").attribute(x, 1)
@@ -465,7 +465,7 @@ def test_layers_of_data_parallel_go_by_both_names():
 
 @pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq", "vargrad"])
 @pytest.mark.parametrize("method", ["input", "layer", "neuron"])
-def test_the_noise_tunnel_takes_every_method(method, kind):
+def test_the_noise_tunnel_accepts_every_method(method, kind):
     net, x = made(Conv), noise(2, 2, 8, 8)
     make, arguments = METHODS[method]
     explainer = make(net)
@@ -484,7 +484,7 @@ def test_the_noise_tunnel_takes_every_method(method, kind):
     assert float((each - each[:, :1]).abs().max()) > 1e-6
 
 
-def test_the_noise_tunnel_takes_several_inputs_targets_and_arguments():
+def test_the_noise_tunnel_accepts_several_inputs_targets_and_arguments():
     net, inputs = made(Inputs), three()
     factor = torch.tensor([[1.0], [2.0], [0.5]], dtype=DOUBLE)
     found = NoiseTunnel(NRM(net)).attribute(
@@ -494,7 +494,7 @@ def test_the_noise_tunnel_takes_several_inputs_targets_and_arguments():
     same(found, NRM(net).attribute(inputs, [1, 4, 0], (factor, 2)))
 
 
-def test_metrics_take_these_methods():
+def test_metrics_accept_every_method():
     net, inputs = made(Inputs), three()
     explainer = NRM(net)
     attributions = explainer.attribute(inputs, 1)
@@ -511,15 +511,15 @@ def test_metrics_take_these_methods():
     net, x = made(Conv), noise(2, 2, 8, 8)
     layer = LayerNRM(net, net.conv1)
 
-    def explain(*args, **kwargs):  # Captum asks for a tuple where it hands over one, of its own layer methods as well
+    def explain(*args, **kwargs):  # Captum passes a tuple and expects one, also of its own layer methods
         return (layer.attribute(*args, **kwargs),)
 
     assert sensitivity_max(explain, x, target=1, perturb_radius=0.0).abs().max() < 1e-9
     assert sensitivity_max(explain, x, target=1, perturb_radius=0.1).abs().min() > 1e-3
 
 
-def test_infidelity_is_zero_where_relevance_is_the_whole_truth():
-    """A linear model without bias under LRP-0: taking an input away costs its relevance."""
+def test_infidelity_of_a_linear_model_is_zero():
+    """Linear, without bias, under LRP-0: removing an input reduces the output by its relevance."""
     net, x = made(nn.Linear, 4, 3), noise(5, 4)
     nn.init.zeros_(net.bias)
     attributions = NRM(net, lrp_0(), residual="sink").attribute(x, 2)
@@ -549,13 +549,13 @@ def test_visualization_draws_the_maps():
 # -- whole data sets ----------------------------------------------------------------------------------------------
 
 
-def test_captums_data_loader_takes_feature_ablation_only():
+def test_captums_data_loader_accepts_feature_ablation_only():
     with pytest.raises(AssertionError, match="does not support"):
         DataLoaderAttribution(NRM(made(Conv)))
 
 
 @pytest.mark.parametrize("method", ["input", "layer", "layers", "neuron"])
-def test_our_data_loader_is_the_methods_batch_by_batch(method):
+def test_the_data_loader_class_equals_the_method_batch_by_batch(method):
     net, x = made(Conv), noise(7, 2, 8, 8)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, 0])
     make, arguments = METHODS[method]
@@ -572,17 +572,17 @@ def test_our_data_loader_is_the_methods_batch_by_batch(method):
         same(flat(reduced), [part.sum(0) * factor for part in flat(whole)])
 
 
-def test_our_data_loader_hands_over_inputs_by_their_roles():
+def test_the_data_loader_class_passes_inputs_by_their_roles():
     net, (left, right, third) = made(Inputs), three()
     factor = torch.tensor([[1.0], [2.0], [0.5]], dtype=DOUBLE)
     loader = DataLoader(TensorDataset(left, right, third, factor), 2)
     found = DataLoaderNRM(NRM(net)).attribute(loader, (0, 0, 0, 1), target=1)
     same(found, NRM(net).attribute((left, right, third), 1, factor))
-    refused = {(0, 1): "does not fit a batch of 4", (1, 1, 1, 1): "0 at least once", (0, 0, 0, 7): "0, 0, 7"}
-    for roles, words in refused.items():
+    invalid = {(0, 1): "does not fit a batch of 4", (1, 1, 1, 1): "0 at least once", (0, 0, 0, 7): "0, 0, 7"}
+    for roles, words in invalid.items():
         with pytest.raises(ValueError, match=words):
             DataLoaderNRM(NRM(net)).attribute(loader, roles, target=1)
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="loader is empty"):
         DataLoaderNRM(NRM(net)).attribute([], target=1)
     with pytest.raises(ValueError, match="'median' is unknown"):
         DataLoaderNRM(NRM(net)).attribute(loader, target=1, reduce="median")
@@ -590,12 +590,12 @@ def test_our_data_loader_hands_over_inputs_by_their_roles():
         DataLoaderNRM(InputXGradient(net))
 
 
-# -- the numbers of others ----------------------------------------------------------------------------------------
+# -- numbers of Zennit and Captum ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_layers_in_sink_mode_are_zennits_relevance(worst):
-    """Own hooks behind those of Zennit's composite, as in its how-to; times 1, since Captum's unit is the output."""
+    """Hooks registered after those of Zennit's composite, as in its how-to; Captum's unit is the output."""
     model, x = torchvision_net("vgg16_bn"), images(64)
     kept = {}
     explained = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
@@ -620,7 +620,7 @@ def test_layers_in_sink_mode_are_zennits_relevance(worst):
 
 
 def captums_rules(epsilon):
-    """What Captum's LRP does by default: ε on every linear layer and pooling, the identity on activations."""
+    """The defaults of Captum's LRP: ε on every linear layer and pooling, the identity on activations."""
     rules = [(Activation, Pass()), (AvgPool, Norm(epsilon)), (Linear, Epsilon(epsilon))]
     return LayerMapComposite(rules)
 
@@ -628,7 +628,7 @@ def captums_rules(epsilon):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_vgg16_inputs_are_captums_lrp(dtype, worst):
-    """Both divide by z + 1e-9 sign(z). Captum does so behind max pooling too, where the rule here only routes.
+    """Both divide by z + 1e-9 sign(z). Captum does so after max pooling, too, where the rule here only routes.
 
     That and the order of sums are all that differs: 1e-9 over the smallest |z| that carries relevance, about 1e-6 of
     the map in float64. In float32 the rounding of z itself is amplified by the walk variation of LRP-0.
@@ -636,7 +636,7 @@ def test_vgg16_inputs_are_captums_lrp(dtype, worst):
     model, x = copy.deepcopy(torchvision_net("vgg16")).to(dtype).requires_grad_(False), images(64).to(dtype)
     for module in model.modules():
         if isinstance(module, nn.ReLU):
-            module.inplace = False  # Captum's LRP reads what an in-place ReLU would have written over
+            module.inplace = False  # Captum's LRP reads a tensor that an in-place ReLU would overwrite
     found = NRM(model, captums_rules(1e-9), residual="sink").attribute(x, 3)
     expected = LRP(copy.deepcopy(model)).attribute(x.clone().requires_grad_(), 3).detach()
     error = float((found - expected).norm() / expected.norm())
