@@ -88,8 +88,8 @@ class ConceptNRM:
 
         Args:
             inputs: ``(N, …)``, or a tuple of such tensors.
-            conditions: Mappings from layer names to channels, and from ``"y"`` to the explained outputs. Every condition
-                is applied to every sample. Several outputs start with their values, as in zennit-crp.
+            conditions: Mappings from layer names to channels, and from ``"y"`` to the explained outputs. Every
+                condition is applied to every sample. Several outputs start with their values, as in zennit-crp.
             layer: The layer whose relevance is returned: a name, module or ``at(…)``.
             additional_forward_args: Further arguments of the model.
             conditional: Divide by the mass of the condition, ``μ(j | condition)``; else ``μ(j & condition)``.

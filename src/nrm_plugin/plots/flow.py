@@ -118,17 +118,22 @@ def _draw_maps(
         inset.set_title(_short(node.label, 10), fontsize=6.5, color=palette.pale, pad=1.5)
 
 
+def layer_note(layer: FlowLayer) -> str:
+    """Number and mass of the groups of a layer that are shown, such as ``3 of 6: 80%``."""
+    if not layer.groups:
+        return "no relevance crosses it"
+    return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(sum(layer.masses))}"
+
+
 def _paler(below: FlowNode, above: FlowNode) -> str:
     kinds = {below.kind, above.kind}
     return "off" if "off" in kinds else "rest" if "rest" in kinds else "group"
 
 
 def _column(layer: FlowLayer, nodes: Sequence[tuple[int, FlowNode]]) -> Column:
-    held, total = sum(layer.masses), len(layer.groups) + layer.others
-    note = f"{len(layer.groups)} of {total}: {percent(held)}" if layer.groups else "no relevance crosses it"
     labels = [node.label for _, node in nodes]
     kinds = [KINDS[node.kind] for _, node in nodes]
-    return Column(_short(layer.name), note, [_short(label, 18) for label in labels],
+    return Column(_short(layer.name), layer_note(layer), [_short(label, 18) for label in labels],
                   [node.mass for _, node in nodes], kinds)  # fmt: skip
 
 
@@ -194,4 +199,4 @@ def _recolour(axes: Axes, palette: Palette) -> None:
             line.set_color(palette.ink)
 
 
-__all__ = ["drawn_nodes", "flow_figure", "profile_figure"]
+__all__ = ["drawn_nodes", "flow_figure", "layer_note", "profile_figure"]
