@@ -547,7 +547,7 @@ def test_pages_of_too_wide_layers_are_refused_in_the_same_words():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 3)).eval()
     graph = RelevanceMeasure(wide, torch.randn(1, 8), 0).flow(["0", "input"], top=None)
-    with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a picture has room for 40\. Take fewer"):
+    with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a figure has room for 40\. Show fewer"):
         sankey(graph)
     assert len(sankey(graph.smaller(top=5))) < 6_000_000
 
@@ -559,7 +559,7 @@ def test_layers_without_relevance_are_drawn_and_too_wide_ones_refused():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 3)).eval()
     graph = RelevanceMeasure(wide, torch.randn(1, 8), 0).flow(["0", "input"], top=None)
-    with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a picture has room for 40\. Take fewer"):
+    with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a figure has room for 40\. Show fewer"):
         flow_figure(graph)
     assert len(shapes(flow_figure(graph.smaller(top=5)), Rectangle)) == 6 + 6
 
