@@ -117,12 +117,12 @@ METHODS = {
 methods = pytest.mark.parametrize("method", METHODS)
 
 
-def flat(found):
-    return [found] if isinstance(found, torch.Tensor) else [part for item in found for part in flat(item)]
+def flat(relevance):
+    return [relevance] if isinstance(relevance, torch.Tensor) else [part for item in relevance for part in flat(item)]
 
 
-def same(found, expected):
-    for one, other in zip(flat(found), flat(expected), strict=True):
+def same(relevance, expected):
+    for one, other in zip(flat(relevance), flat(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
@@ -272,9 +272,9 @@ def test_outputs_with_more_dimensions_take_tuples(shape, target):
     net, x = made(Dims, *shape), noise(2, 4)
     for layer in (net.hidden, net.head):
         nn.init.zeros_(layer.bias)
-    found = NRM(net, lrp_0(), residual="sink").attribute(x, target)
+    relevance = NRM(net, lrp_0(), residual="sink").attribute(x, target)
     captums = [tuple(row) for row in target.tolist()] if isinstance(target, torch.Tensor) else target
-    same(found, InputXGradient(net).attribute(x.clone().requires_grad_(), captums).detach())
+    same(relevance, InputXGradient(net).attribute(x.clone().requires_grad_(), captums).detach())
     layers = LayerNRM(net, [net.hidden, net.head], composite=lrp_0(), residual="sink").attribute(x, target)
     output = net(x)[:, 2, 1] if target == (2, 1) else layers[1].sum(1)
     torch.testing.assert_close(layers[0].sum(1), output)
@@ -291,8 +291,8 @@ def test_a_single_output_needs_no_target(squeezed):
             return self.fc(x).squeeze(1) if squeezed else self.fc(x)
 
     net, x = made(Single), noise(3, 4)
-    found, delta = NRM(net).attribute(x, return_convergence_delta=True)
-    assert found.shape == x.shape
+    relevance, delta = NRM(net).attribute(x, return_convergence_delta=True)
+    assert relevance.shape == x.shape
     same(delta, torch.zeros(3, dtype=DOUBLE))
     with pytest.raises(TargetError, match="target="):
         NRM(made(Conv)).attribute(noise(2, 2, 8, 8))
@@ -308,26 +308,26 @@ ARGUMENTS = [None, 2.0, (2.0, 2), (torch.tensor([[1.0], [2.0], [0.5]], dtype=DOU
 def test_several_inputs_and_further_arguments(arguments):
     net, inputs = made(Inputs), three()
     with untouched(net, *inputs):
-        found, delta, sink = NRM(net).attribute(
+        relevance, delta, sink = NRM(net).attribute(
             inputs, [1, 4, 0], arguments, return_convergence_delta=True, return_sink=True
         )
-    assert isinstance(found, tuple)
-    assert [part.shape for part in found] == [part.shape for part in inputs]
+    assert isinstance(relevance, tuple)
+    assert [part.shape for part in relevance] == [part.shape for part in inputs]
     given = arguments if isinstance(arguments, tuple) else () if arguments is None else (arguments,)
     output = net(*inputs, *given)[range(3), [1, 4, 0]]
     same(delta, torch.zeros(3, dtype=DOUBLE))
-    same(sum(part.sum(1) for part in found) + sink, output)
+    same(sum(part.sum(1) for part in relevance) + sink, output)
     for sample in range(3):
         one = tuple(value[sample : sample + 1] if isinstance(value, torch.Tensor) else value for value in given)
         single = NRM(net).attribute(tuple(part[sample : sample + 1] for part in inputs), [1, 4, 0][sample], one)
-        same(single, tuple(part[sample : sample + 1] for part in found))
+        same(single, tuple(part[sample : sample + 1] for part in relevance))
 
 
 def test_a_tuple_of_one_input_returns_a_tuple():
     net, x = made(Conv), noise(2, 2, 8, 8)
-    found = NRM(net).attribute((x,), 1)
-    assert isinstance(found, tuple)
-    same(found, (NRM(net).attribute(x, 1),))
+    relevance = NRM(net).attribute((x,), 1)
+    assert isinstance(relevance, tuple)
+    same(relevance, (NRM(net).attribute(x, 1),))
     with pytest.raises(AssertionError, match=r"must be a torch.Tensor or a tuple"):
         NRM(net).attribute([x], 1)
 
@@ -336,11 +336,11 @@ def test_the_convergence_delta_accounts_for_the_sink():
     net, x = made(Conv), noise(2, 2, 8, 8)
     for residual in ("sink", "redistribute"):
         explainer = NRM(net, EpsilonPlusFlat(epsilon=0.5), residual=residual)
-        found, delta, sink = explainer.attribute(x, 1, return_convergence_delta=True, return_sink=True)
+        relevance, delta, sink = explainer.attribute(x, 1, return_convergence_delta=True, return_sink=True)
         same(delta, torch.zeros(2, dtype=DOUBLE))
-        same(explainer.compute_convergence_delta(found, net(x)[:, 1], sink), torch.zeros(2, dtype=DOUBLE))
+        same(explainer.compute_convergence_delta(relevance, net(x)[:, 1], sink), torch.zeros(2, dtype=DOUBLE))
         assert float(sink.abs().min()) > 1e-6
-        lost = found.clone()
+        lost = relevance.clone()
         lost[:, 0, 0, 0] += 1
         same(explainer.compute_convergence_delta(lost, net(x)[:, 1], sink), -torch.ones(2, dtype=DOUBLE))
         maps, deltas, sinks = LayerNRM(net, ["fc", "conv1"], composite=explainer.composite).attribute(
@@ -383,10 +383,10 @@ def test_wrapped_inputs_have_a_layer_each():
     net, inputs = made(Inputs), three()
     wrapped = ModelInputWrapper(net)
     layers = [wrapped.input_maps[name] for name in ("left", "right", "third")]
-    found = LayerNRM(wrapped, layers).attribute(inputs, 1)
-    same(found, list(NRM(net).attribute(inputs, 1)))
+    relevance = LayerNRM(wrapped, layers).attribute(inputs, 1)
+    same(relevance, list(NRM(net).attribute(inputs, 1)))
     single = LayerNRM(wrapped, wrapped.input_maps["right"]).attribute(inputs, 1)
-    same(single, found[1])
+    same(single, relevance[1])
 
 
 def test_layers_can_be_modules_names_taps_lists_and_containers():
@@ -406,27 +406,27 @@ def test_layers_can_be_modules_names_taps_lists_and_containers():
 
 def test_the_input_of_a_layer_is_the_output_below_it():
     net, x = made(Conv), noise(2, 2, 8, 8)
-    found = LayerNRM(net, [net.conv2, net.fc]).attribute(x, 1, attribute_to_layer_input=True)
+    relevance = LayerNRM(net, [net.conv2, net.fc]).attribute(x, 1, attribute_to_layer_input=True)
     below = LayerNRM(net, [net.pool, net.relu2]).attribute(x, 1)
-    same(found, [below[0], below[1].flatten(1)])
+    same(relevance, [below[0], below[1].flatten(1)])
 
 
 def test_tokens_have_the_relevance_of_their_embeddings():
     """As Captum's LayerIntegratedGradients; and the same as through its interpretable embeddings."""
     net, tokens = made(Text), torch.tensor([[1, 5, 2, 2, 9], [0, 3, 3, 10, 4]])
     with untouched(net):
-        found, delta = LayerNRM(net, net.embedding).attribute(tokens, 1, return_convergence_delta=True)
-    assert found.shape == LayerIntegratedGradients(net, net.embedding).attribute(tokens, target=1, n_steps=2).shape
+        relevance, delta = LayerNRM(net, net.embedding).attribute(tokens, 1, return_convergence_delta=True)
+    assert relevance.shape == LayerIntegratedGradients(net, net.embedding).attribute(tokens, target=1, n_steps=2).shape
     same(delta, torch.zeros(2, dtype=DOUBLE))
     with pytest.warns(UserWarning, match="interpretable"):
         interpretable = configure_interpretable_embedding_layer(net, "embedding")
     embedded = interpretable.indices_to_embeddings(tokens)
     try:
-        same(NRM(net).attribute(embedded, 1), found)
+        same(NRM(net).attribute(embedded, 1), relevance)
     finally:
         remove_interpretable_embedding_layer(net, interpretable)
     same(LayerNRM(net, net.conv).attribute(tokens, 1).sum((1, 2)), net(tokens)[:, 1].detach())
-    same(NRM(net).measure(tokens, 1).marginal("embedding") * net(tokens)[:, 1].reshape(2, 1, 1).detach(), found)
+    same(NRM(net).measure(tokens, 1).marginal("embedding") * net(tokens)[:, 1].reshape(2, 1, 1).detach(), relevance)
     with pytest.raises(InputError, match=r"LayerNRM\(model, model.embedding\)"):
         NRM(net).attribute(tokens, 1)
     with pytest.raises(InputError, match=r"nn.Embedding"):
@@ -472,26 +472,26 @@ def test_the_noise_tunnel_accepts_every_method(method, kind):
     seen = []
     handle = net.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
     torch.manual_seed(0)
-    found, delta = NoiseTunnel(explainer).attribute(
+    relevance, delta = NoiseTunnel(explainer).attribute(
         x, nt_type=kind, nt_samples=4, stdevs=0.1, **arguments, return_convergence_delta=True
     )
     handle.remove()
     assert delta.shape == (8,)
     same(delta, torch.zeros(8, dtype=DOUBLE))
-    each = explainer.attribute(seen[0], **arguments).reshape(2, 4, *found.shape[1:])
+    each = explainer.attribute(seen[0], **arguments).reshape(2, 4, *relevance.shape[1:])
     mean, squares = each.mean(1), (each**2).mean(1)
-    same(found, {"smoothgrad": mean, "smoothgrad_sq": squares, "vargrad": squares - mean**2}[kind])
+    same(relevance, {"smoothgrad": mean, "smoothgrad_sq": squares, "vargrad": squares - mean**2}[kind])
     assert float((each - each[:, :1]).abs().max()) > 1e-6
 
 
 def test_the_noise_tunnel_accepts_several_inputs_targets_and_arguments():
     net, inputs = made(Inputs), three()
     factor = torch.tensor([[1.0], [2.0], [0.5]], dtype=DOUBLE)
-    found = NoiseTunnel(NRM(net)).attribute(
+    relevance = NoiseTunnel(NRM(net)).attribute(
         inputs, nt_samples=3, nt_samples_batch_size=1, stdevs=0.0, target=[1, 4, 0],
         additional_forward_args=(factor, 2),
     )  # fmt: skip
-    same(found, NRM(net).attribute(inputs, [1, 4, 0], (factor, 2)))
+    same(relevance, NRM(net).attribute(inputs, [1, 4, 0], (factor, 2)))
 
 
 def test_metrics_accept_every_method():
@@ -505,9 +505,9 @@ def test_metrics_accept_every_method():
 
     assert infidelity(net, perturb, inputs, attributions, target=1).shape == (3,)
     torch.manual_seed(0)
-    found = sensitivity_max(explainer.attribute, inputs, target=1, n_perturb_samples=3, perturb_radius=0.01)
-    assert found.shape == (3,)
-    assert bool(((found > 0) & (found < 5)).all())
+    sensitivity = sensitivity_max(explainer.attribute, inputs, target=1, n_perturb_samples=3, perturb_radius=0.01)
+    assert sensitivity.shape == (3,)
+    assert bool(((sensitivity > 0) & (sensitivity < 5)).all())
     net, x = made(Conv), noise(2, 2, 8, 8)
     layer = LayerNRM(net, net.conv1)
 
@@ -534,14 +534,14 @@ def test_infidelity_of_a_linear_model_is_zero():
 
 def test_visualization_draws_the_maps():
     net, x = made(Conv), noise(2, 2, 8, 8)
-    found = LayerNRM.interpolate(LayerNRM(net, net.conv1).attribute(x, 1), (8, 8))
-    picture = found[0].permute(1, 2, 0).numpy()
-    figure, axes = visualization.visualize_image_attr(picture, None, "heat_map", "all", use_pyplot=False)
+    relevance = LayerNRM.interpolate(LayerNRM(net, net.conv1).attribute(x, 1), (8, 8))
+    heat_map = relevance[0].permute(1, 2, 0).numpy()
+    figure, axes = visualization.visualize_image_attr(heat_map, None, "heat_map", "all", use_pyplot=False)
     drawn = axes.images[0].get_array()
     assert drawn.shape == (8, 8)
-    assert np.corrcoef(drawn.ravel(), picture.sum(2).ravel())[0, 1] > 0.9
+    assert np.corrcoef(drawn.ravel(), heat_map.sum(2).ravel())[0, 1] > 0.9
     figure, axes = visualization.visualize_image_attr_multiple(
-        picture, np.random.rand(8, 8, 3), ["original_image", "blended_heat_map"], ["all", "positive"], use_pyplot=False
+        heat_map, np.random.rand(8, 8, 3), ["original_image", "blended_heat_map"], ["all", "positive"], use_pyplot=False
     )
     assert len(figure.axes) >= 2
 
@@ -564,9 +564,9 @@ def test_the_data_loader_class_equals_the_method_batch_by_batch(method):
     whole = make(net).attribute(x, **arguments, **({} if target is None else {"target": labels}))
     loader = DataLoader(TensorDataset(x, labels), 3)
     over = DataLoaderNRM(make(net))
-    found = over.attribute(loader, (0, 2), target, **arguments)
-    assert type(found) is type(whole)
-    same(found, whole)
+    relevance = over.attribute(loader, (0, 2), target, **arguments)
+    assert type(relevance) is type(whole)
+    same(relevance, whole)
     for reduce, factor in (("sum", 1), ("mean", 1 / 7)):
         reduced = over.attribute(loader, (0, 2), target, reduce=reduce, **arguments)
         same(flat(reduced), [part.sum(0) * factor for part in flat(whole)])
@@ -576,8 +576,8 @@ def test_the_data_loader_class_passes_inputs_by_their_roles():
     net, (left, right, third) = made(Inputs), three()
     factor = torch.tensor([[1.0], [2.0], [0.5]], dtype=DOUBLE)
     loader = DataLoader(TensorDataset(left, right, third, factor), 2)
-    found = DataLoaderNRM(NRM(net)).attribute(loader, (0, 0, 0, 1), target=1)
-    same(found, NRM(net).attribute((left, right, third), 1, factor))
+    relevance = DataLoaderNRM(NRM(net)).attribute(loader, (0, 0, 0, 1), target=1)
+    same(relevance, NRM(net).attribute((left, right, third), 1, factor))
     invalid = {(0, 1): "does not fit a batch of 4", (1, 1, 1, 1): "0 at least once", (0, 0, 0, 7): "0, 0, 7"}
     for roles, words in invalid.items():
         with pytest.raises(ValueError, match=words):
@@ -611,9 +611,9 @@ def test_layers_in_sink_mode_are_zennits_relevance(worst):
                 module.register_forward_hook(keep)
         output = plain(x.clone().requires_grad_())
         output.backward(output.detach() * torch.eye(10)[[3, 3]])
-    found = LayerNRM(model, explained, composite=EpsilonPlusFlat(), residual="sink").attribute(x, 3)
-    assert len(found) == 16
-    for name, values in zip(explained, found, strict=True):
+    relevance = LayerNRM(model, explained, composite=EpsilonPlusFlat(), residual="sink").attribute(x, 3)
+    assert len(relevance) == 16
+    for name, values in zip(explained, relevance, strict=True):
         error = float((values - kept[name].grad).norm() / kept[name].grad.norm())
         worst("LayerNRM and Zennit, vgg16_bn, float32", error)
         assert error < 1e-5, name
@@ -637,9 +637,9 @@ def test_vgg16_inputs_are_captums_lrp(dtype, worst):
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False  # Captum's LRP reads a tensor that an in-place ReLU would overwrite
-    found = NRM(model, captums_rules(1e-9), residual="sink").attribute(x, 3)
+    relevance = NRM(model, captums_rules(1e-9), residual="sink").attribute(x, 3)
     expected = LRP(copy.deepcopy(model)).attribute(x.clone().requires_grad_(), 3).detach()
-    error = float((found - expected).norm() / expected.norm())
+    error = float((relevance - expected).norm() / expected.norm())
     worst(f"NRM and Captum's LRP, vgg16, {dtype}", error)
     assert error < (1e-6 if dtype == DOUBLE else 1e-2)
     layer = LayerNRM(model, model.features[10], composite=captums_rules(1e-9), residual="sink").attribute(x, 3)
