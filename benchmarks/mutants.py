@@ -91,16 +91,16 @@ def results(known: Results) -> Results:
     return {"environment": environment, "commit": commit, "packages": packages, "survivors": survivors}
 
 
-def rendered(page: str, found: Results) -> str:
+def rendered(page: str, measured: Results) -> str:
     """The page with the tables of the results."""
     lines = [f"| package | {' | '.join(COUNTS)} |", "|---" * (len(COUNTS) + 1) + "|"]
-    lines += [f"| `{name}` | {' | '.join(map(str, row.values()))} |" for name, row in found["packages"].items()]
+    lines += [f"| `{name}` | {' | '.join(map(str, row.values()))} |" for name, row in measured["packages"].items()]
     lines += ["", "| survivor | change | judgement |", "|---|---|---|"]
-    for row in found["survivors"]:
+    for row in measured["survivors"]:
         change = " → ".join(f"`{row[name]}`" for name in ("before", "after")).replace("|", "\\|")
         lines.append(f"| `{row['place'].removeprefix('src/nrm_plugin/')}` | {change} | {row['judgement']} |")
-    libraries = ", ".join(f"{name} {value}" for name, value in found["environment"].items())
-    lines += ["", f"Measured at commit {found['commit']} with {libraries}."]
+    libraries = ", ".join(f"{name} {value}" for name, value in measured["environment"].items())
+    lines += ["", f"Measured at commit {measured['commit']} with {libraries}."]
     head, rest = page.split("<!-- measured -->")
     return f"{head}<!-- measured -->\n{chr(10).join(lines)}\n<!-- end -->{rest.split('<!-- end -->')[1]}"
 
@@ -113,9 +113,9 @@ def main() -> None:
     if not (ROOT / SESSION).exists():
         create_session(args.sample, args.seed)
     run("cosmic-ray", "exec", CONFIG, SESSION)
-    found = results(json.loads(RESULTS.read_text()))
-    RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(rendered(PAGE.read_text(), found))
+    measured = results(json.loads(RESULTS.read_text()))
+    RESULTS.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(rendered(PAGE.read_text(), measured))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def test_a_sample_contains_the_same_share_of_every_module():
 
 
 def test_the_page_shows_the_results_and_every_survivor_is_judged():
-    found, page = json.loads(mutants.RESULTS.read_text()), mutants.PAGE.read_text()
-    assert mutants.rendered(page, found) == page
-    for row in found["packages"].values():
+    measured, page = json.loads(mutants.RESULTS.read_text()), mutants.PAGE.read_text()
+    assert mutants.rendered(page, measured) == page
+    for row in measured["packages"].values():
         assert row["mutants"] >= row["tried"] == row["killed"] + row["timed out"] + row["survived"]
-    assert len(found["survivors"]) == sum(row["survived"] for row in found["packages"].values())
-    kinds = {row["judgement"].partition(":")[0] for row in found["survivors"]}
+    assert len(measured["survivors"]) == sum(row["survived"] for row in measured["packages"].values())
+    kinds = {row["judgement"].partition(":")[0] for row in measured["survivors"]}
     assert kinds <= {"equivalent", "speed", "accepted", "detected elsewhere"}
