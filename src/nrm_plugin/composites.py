@@ -29,11 +29,10 @@ from .canonizers import FuseBatchNorm
 from .errors import NRMError
 from .functional import Interception
 from .functional.attention import Attention
-from .kernels.base import Residual
 from .kernels.batch_norm import fuse
 from .kernels.hook import StepHook
+from .kernels.normalization import Normalization, Residual
 from .kernels.rule_reader import PlainGradient
-from .kernels.step import Normalization
 from .model.checks import check_unhooked, check_unpatched
 from .model.routing import is_route
 from .rules import Absolute, ConservingEpsilon, Relative

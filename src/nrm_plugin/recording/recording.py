@@ -24,7 +24,7 @@ from ..errors import (
     unknown_layer,
 )
 from ..events.event import Atom
-from ..kernels.forward_state import among_ourselves, forward_pass, unseen
+from ..kernels.forward_state import forward_pass, not_recorded, without_torch_function
 from ..kernels.hook import StepHook
 from ..kernels.step import Step
 from ..model.autocast import asked_for, exact, layers_in
@@ -159,12 +159,12 @@ class Recording:
         if module is not None:
             step.call = self._calls[module] - 1
 
-    @among_ourselves
+    @without_torch_function
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """The tap of a function."""
         self._see(name, call, "output", None, output, channel_dim)
 
-    @among_ourselves
+    @without_torch_function
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._calls[module] = self._calls.get(module, 0) + 1
         if _step_hook(module) is not None:
@@ -177,7 +177,7 @@ class Recording:
         def own(value: Any) -> Any:
             return value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value
 
-        with unseen():
+        with not_recorded():
             args = tuple(own(value) for value in args)
             kwargs = {key: own(value) for key, value in kwargs.items()}
         name, call = self.names[module], self._calls[module] - 1
@@ -186,14 +186,14 @@ class Recording:
             self._see(name, call, "input", None if len(tensors) == 1 else item, tensor, None)
         return args, kwargs
 
-    @among_ourselves
+    @without_torch_function
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         name, call = self.names[module], self._calls[module] - 1
         dim = _channel_dim(module)
         if isinstance(module, EMBEDDINGS) and self._is_input(args[0] if args else None):
             leaf = output.detach().requires_grad_()
             self.leaves.append(leaf)
-            with unseen():
+            with not_recorded():
                 looked_up: Tensor = leaf.clone()
             self._see(name, call, "output", None, looked_up, dim)
             return looked_up
@@ -244,7 +244,7 @@ class Recording:
         if wanted is None or self.name_of(wanted.layer) != name or wanted.side != side:
             return
         if (wanted.call or 0) == call and wanted.item in (None, item) and self._started is None:
-            with unseen():
+            with not_recorded():
                 self._started = tensor.clone()
 
     def _inner_output(self, output: Atom) -> Tensor:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from zennit.composites import LayerMapComposite
 from zennit.rules import Pass
 from zennit.types import Activation, BatchNorm, Linear
 
 from nrm_plugin import FuseBatchNorm, RelevanceMeasure
 from nrm_plugin.errors import BatchNormWarning
+from nrm_plugin.kernels.layer_step import LayerStep
 from tests.conftest import slow_but, untouched
 from tests.nets import zennit_rule
 from tests.oracles import AlphaBeta, Epsilon, Gamma, Rule, ZPlus, normalized
@@ -57,7 +59,7 @@ def drawn(*modules: nn.Module, dead: bool = False) -> nn.Sequential:
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.is_floating_point():
                     tensor.normal_(generator=generator)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, _BatchNorm):
                 module.running_var.uniform_(0.5, 2, generator=generator)
                 module.weight[-1] = -1.5
                 if dead:
@@ -136,17 +138,17 @@ def own_outputs_are_those_of_the_model(
     """The changed layers at their changed inputs return what was above the fused pair."""
     outputs = returned_by_modules(net, x)
     for vertex in mu._recording.graph.vertices:
-        origin = None if vertex.step is None else vertex.step.origin
-        if origin is None or isinstance(origin.module, (nn.ReLU, nn.modules.batchnorm._BatchNorm)):
+        step = vertex.step
+        if not isinstance(step, LayerStep) or isinstance(step.layer_call.module, (nn.ReLU, _BatchNorm)):
             continue
-        assert vertex.step.kernel is not None  # made by now
-        norms = [norm for norm in origin.norms if norm.origin.is_identity]
-        expected = outputs[norms[0].name if norms else vertex.step.name]
-        layer = copy.deepcopy(origin.module)
+        assert step.kernel is not None  # building it fuses
+        norms = [norm for norm in step.norms if norm.is_identity]
+        expected = outputs[norms[0].name if norms else step.name]
+        layer = copy.deepcopy(step.layer_call.module)
         bias = layer._parameters["bias"]
         layer._parameters["bias"] = None
         with torch.no_grad():
-            returned = origin.call(layer, origin.source.tensor)
+            returned = step.layer_call.run(layer, step.layer_call.input)
             if bias is not None:  # of each channel, or of each position
                 flat = bias.ndim == 1 and returned.ndim > 2
                 returned = returned + (bias.reshape(-1, *(1,) * (returned.ndim - 2)) if flat else bias)
