@@ -12,7 +12,7 @@ from zennit.core import Hook
 
 from ..model.affine import WEIGHTED, broadcast, is_affine, is_by_modifiers
 from ..model.autocast import current
-from ..model.custom_layers import WeightSeen, is_own_layer
+from ..model.custom_layers import WeightRecorder, is_own_layer
 from .forward_state import Saved
 from .layer_call import Image, reads_image
 
@@ -62,7 +62,7 @@ class OutOfPlace(TorchFunctionMode):
         return func(*args, **{**kwargs, "inplace": False} if kwargs.get("inplace") is True else kwargs)
 
 
-Mode = SeparateBias | OutOfPlace | WeightSeen
+Mode = SeparateBias | OutOfPlace | WeightRecorder
 
 
 def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
@@ -70,7 +70,7 @@ def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
     if is_affine(module) and (reads_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
         return SeparateBias(module)
     if is_own_layer(module) and is_by_modifiers(rule):
-        return WeightSeen()
+        return WeightRecorder()
     return OutOfPlace() if is_torch_activation(module) and getattr(module, "inplace", False) else None
 
 

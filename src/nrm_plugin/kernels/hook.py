@@ -22,7 +22,7 @@ from ..errors import InputError, UnsupportedRuleError, shortened_outside
 from ..model.affine import is_known_linear
 from ..model.autocast import asked_for
 from ..model.copies import shell_of
-from ..model.custom_layers import WeightSeen, is_own_layer
+from ..model.custom_layers import WeightRecorder, is_own_layer
 from .forward_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 from .forward_state import (
     RUNNING,
@@ -246,7 +246,7 @@ class StepHook(Hook):
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
     """A shell of the module and how to run it; of a subclass of a layer as a function of the weight it computed."""
     shell = shell_of(module)
-    if isinstance(call.mode, WeightSeen):
+    if isinstance(call.mode, WeightRecorder):
         with not_recorded():
             layer = call.mode.layer(shell, call.run, call.source.detach())
         if layer is not None:
