@@ -1,4 +1,4 @@
-"""What a hook does with a module that does more than turn one tensor into another."""
+"""The hook on modules with several inputs, integer outputs or in-place writes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from nrm_plugin import RelevanceMeasure
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(1)).double()
 
 
-class Own(nn.Module):
-    """A module of somebody's own: what it computes is given."""
+class Given(nn.Module):
+    """A module that computes a given function."""
 
     def __init__(self, compute: Callable[..., Any]) -> None:
         super().__init__()
@@ -30,71 +30,74 @@ class Own(nn.Module):
 
 
 class Net(nn.Module):
-    """Two layers, something done with what they return, and a layer."""
+    """Two layers, a function of their outputs and of a module, and a layer."""
 
-    def __init__(self, own: Own, ask: Callable[[Own, Tensor, Tensor], Tensor], width: int = 6) -> None:
+    def __init__(self, module: Given, combine: Callable[[Given, Tensor, Tensor], Tensor], width: int = 6) -> None:
         super().__init__()
-        self.left, self.right, self.own, self.head = nn.Linear(4, 6), nn.Linear(4, 6), own, nn.Linear(width, 3)
-        self.ask = ask
+        self.left, self.right, self.module, self.head = nn.Linear(4, 6), nn.Linear(4, 6), module, nn.Linear(width, 3)
+        self.combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.ask(self.own, self.left(x), self.right(x)))
+        return self.head(self.combine(self.module, self.left(x), self.right(x)))
 
 
-def net(own: Own, ask: Callable[[Own, Tensor, Tensor], Tensor], width: int = 6) -> Net:
+def net(module: Given, combine: Callable[[Given, Tensor, Tensor], Tensor], width: int = 6) -> Net:
     torch.manual_seed(0)
-    return Net(own, ask, width).double().eval()
+    return Net(module, combine, width).double().eval()
 
 
-def rules(of_own: Any) -> LayerMapComposite:
-    return LayerMapComposite(layer_map=[(Own, of_own), (Linear, Epsilon(epsilon=1e-9))])
+def rules(of_module: Any) -> LayerMapComposite:
+    return LayerMapComposite(layer_map=[(Given, of_module), (Linear, Epsilon(epsilon=1e-9))])
 
 
 @pytest.mark.parametrize(
-    "ask",
-    [lambda own, a, b: own(a, b), lambda own, a, b: own(a, b=b), lambda own, a, b: own(a=a, b=b)],
-    ids=["by place", "one by keyword", "by keyword"],
+    "combine",
+    [lambda module, a, b: module(a, b), lambda module, a, b: module(a, b=b), lambda module, a, b: module(a=a, b=b)],
+    ids=["by position", "one by keyword", "by keyword"],
 )
-def test_of_two_inputs_a_rule_hands_all_to_the_first_as_zennit_does_and_says_so(ask):
-    model = net(Own(lambda a, b: a + b), ask)
-    with pytest.warns(UserWarning, match=r"layer 'own' \(Own\) has a rule and 2 inputs"):
+def test_of_two_inputs_the_first_gets_all_relevance_as_in_zennit_with_a_warning(combine):
+    model = net(Given(lambda a, b: a + b), combine)
+    with pytest.warns(UserWarning, match=r"layer 'module' \(Given\) has a rule and 2 inputs"):
         mu = RelevanceMeasure(model, X, 1, composite=rules(Pass()))
     torch.testing.assert_close(mu.output, model(X)[:, 1].detach())
-    torch.testing.assert_close(mu.marginal("left"), mu.marginal("own"))
-    assert float(mu.marginal("own").abs().sum()) > 0.5
+    torch.testing.assert_close(mu.marginal("left"), mu.marginal("module"))
+    assert float(mu.marginal("module").abs().sum()) > 0.5
     assert "right" not in mu.layers  # no walk goes there
 
 
-def test_a_rule_is_that_of_the_input_also_where_it_comes_by_keyword():
-    pool = Own(lambda a: nn.functional.avg_pool1d(a, 2))
-    models = net(pool, lambda own, a, b: own(a) + b[:, :3], 3), net(pool, lambda own, a, b: own(a=a) + b[:, :3], 3)
+def test_an_input_may_be_passed_by_keyword():
+    pool = Given(lambda a: nn.functional.avg_pool1d(a, 2))
+    models = (
+        net(pool, lambda module, a, b: module(a) + b[:, :3], 3),
+        net(pool, lambda module, a, b: module(a=a) + b[:, :3], 3),
+    )
     one, other = (RelevanceMeasure(model, X, 1, composite=rules(Norm())) for model in models)
-    for layer in ("own", "left", "right", "input"):
+    for layer in ("module", "left", "right", "input"):
         torch.testing.assert_close(one.marginal(layer), other.marginal(layer))
 
 
-def test_a_rule_on_a_module_that_returns_numbers_of_things_is_not_asked():
-    model = net(Own(lambda a: a.argmax(-1)), lambda own, a, b: a + b * (own(b) >= 0).double()[:, None])
-    plain = net(Own(lambda a: a), lambda own, a, b: a + b)
-    found = RelevanceMeasure(model, X, 1, composite=rules(Norm()))
+def test_a_module_that_returns_integers_is_not_a_step():
+    model = net(Given(lambda a: a.argmax(-1)), lambda module, a, b: a + b * (module(b) >= 0).double()[:, None])
+    plain = net(Given(lambda a: a), lambda module, a, b: a + b)
+    actual = RelevanceMeasure(model, X, 1, composite=rules(Norm()))
     expected = RelevanceMeasure(plain, X, 1, composite=rules(Norm()))
     for layer in ("left", "right", "input"):
-        torch.testing.assert_close(found.marginal(layer), expected.marginal(layer))
+        torch.testing.assert_close(actual.marginal(layer), expected.marginal(layer))
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["read once", "read again"])
-def test_what_a_module_writes_on_the_way_to_something_else_is_what_the_model_reads(again):
-    """Half as many numbers as it was handed, so that what it wrote is not what it returned."""
+def test_the_model_reads_what_a_module_wrote_to_its_input(again):
+    """The output has half as many entries as the input, so it is not what was written to the input."""
 
     def halves(a: Tensor) -> Tensor:
         a.mul_(2)
         return nn.functional.avg_pool1d(a, 2)
 
-    def ask(own: Own, a: Tensor, b: Tensor) -> Tensor:
-        pooled = own(b)
+    def combine(module: Given, a: Tensor, b: Tensor) -> Tensor:
+        pooled = module(b)
         return pooled + b[:, :3] if again else pooled
 
-    model = net(Own(halves), ask, width=3)
+    model = net(Given(halves), combine, width=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mu = RelevanceMeasure(model, X, 1, composite=rules(Norm()))
