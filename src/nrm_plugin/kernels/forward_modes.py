@@ -1,4 +1,4 @@
-"""Modes in which a module with a rule runs: to the same result, but with less work or seen from inside."""
+"""Modes in which a module with a rule runs: same output, but without needless copies, or with its weight recorded."""
 
 from __future__ import annotations
 

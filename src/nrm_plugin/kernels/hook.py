@@ -59,7 +59,7 @@ class OpenCall:
         run: Runs the module on another first input.
         run_again: Runs it on the arguments it was called with.
         mode: The mode that it runs in.
-        in_place: Whether the module may write over its input.
+        in_place: Whether the module may overwrite its input.
     """
 
     source: Tensor
@@ -138,7 +138,7 @@ class StepHook(Hook):
         if asked_for(device) is not None:
             raise InputError(shortened_outside(self.name, type(module).__name__))
         if len(computed) > 1 and is_own_layer(module):
-            return None  # the functions inside are steps with its rule, each of its own input
+            return None  # the functions inside are steps with its rule, each with its own input
         if len(computed) > 1:
             warnings.warn(
                 f"layer {self.name!r} ({type(module).__name__}) has a rule and {len(computed)} inputs that depend on "
@@ -205,8 +205,8 @@ class StepHook(Hook):
         if self.fuse is not None:
             with not_recorded():
                 self.fuse(step, call.source)
-        if (hearing := listener()) is not None:
-            hearing.on_step(module, step)
+        if (observer := listener()) is not None:
+            observer.on_step(module, step)
         return self._linked(call, step, output)
 
     def _last_call(self, module: nn.Module) -> OpenCall | None:
@@ -255,7 +255,7 @@ def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
 
 
 def _is_free(tensor: Tensor) -> bool:
-    """Whether a tensor may be written over: neither a view nor a leaf, and not saved by a step."""
+    """Whether a tensor may be overwritten: neither a view nor a leaf, and not saved by a step."""
     return tensor._base is None and not tensor.is_leaf and not is_saved(tensor)
 
 

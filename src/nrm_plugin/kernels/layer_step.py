@@ -90,7 +90,7 @@ class LayerStep(Step):
             warnings.warn(
                 f"batch normalization was fused with the dense layer {self.name!r}, and its bias takes most of the "
                 "relevance of most of its neurons. Heat maps through such a pair say little about the inputs "
-                "(arXiv 2002.11018); look at sink(layer), or do without fusion.",
+                "(arXiv 2002.11018). Check sink(layer), or leave FuseBatchNorm out of the canonizers.",
                 BatchNormWarning,
                 stacklevel=2,
             )
