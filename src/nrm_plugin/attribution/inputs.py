@@ -11,7 +11,7 @@ from zennit.core import Composite
 
 from ..composites import Uncovered
 from ..events.event import Event
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure, normalize
 from ..model.checks import check_module
 from ..model.targets import sample_sums

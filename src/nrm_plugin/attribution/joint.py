@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from ..composites import Uncovered
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from .base import Layer, Unit, as_tuple, in_unit
 from .inputs import NRM
 

@@ -10,7 +10,7 @@ from zennit.core import Composite
 
 from ..composites import Uncovered
 from ..events.event import Event, Side
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from .base import Layer, Unit, as_tuple, check_device_ids, convergence_delta, in_unit, log_usage, with_optional
 from .inputs import NRM
 

@@ -12,7 +12,7 @@ from zennit.core import Composite
 
 from ..composites import Uncovered
 from ..events.event import Atom, Event, Side, at
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.targets import Neurons
 from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage

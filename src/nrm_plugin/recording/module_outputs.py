@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnknownLayerError, unknown_layer
-from ..kernels.forward_state import among_ourselves
+from ..kernels.forward_state import without_torch_function
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
             if layer not in modules:
                 raise UnknownLayerError(unknown_layer(layer, [name for name in modules if name]))
 
-            @among_ourselves
+            @without_torch_function
             def store(module: nn.Module, args: Any, output: Any, calls: list[Any] = calls) -> None:
                 calls.append(_copied(output))
 
