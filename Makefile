@@ -37,7 +37,7 @@ define choose_torch
 		sed -E 's/^(torch|torchvision)=+(.*)/\1===\2+cpu/' $(CONSTRAINTS) > $(@D)/constraints-cpu.txt; \
 		if $(call pip_install,$(@D)) --no-deps torchvision torch -c $(@D)/constraints-cpu.txt 2> $(@D)/cpu.log; then \
 			mv $(@D)/constraints-cpu.txt $(@D)/constraints.txt; \
-		else printf '%s\n' \
+		else $(@D)/bin/python -c 'from importlib.metadata import version; version("torch")' 2>/dev/null || printf '%s\n' \
 			'No CPU build of torch is offered: downloading the CUDA build, about 3 GB (5.5 GB on disk), though there is no NVIDIA card.' \
 			"To avoid this: make $(MAKECMDGOALS) TORCH_INDEX=<address of PyTorch's package index of CPU builds>"; \
 		fi; \

@@ -15,11 +15,10 @@ from zennit.core import BasicHook
 
 from nrm_plugin import NRM, FuseBatchNorm, NRMDefault, RelevanceMeasure, at, coverage, register_kernel
 from nrm_plugin.attribution.dataloader import DataLoaderNRM
-from nrm_plugin.commands import cli
-from nrm_plugin.commands import model_loading as models
+from nrm_plugin.commands.built_model import ModelError
 from nrm_plugin.commands.cli import main
-from nrm_plugin.commands.explanation import RequestError, target_of
-from nrm_plugin.commands.model_loading import ModelError
+from nrm_plugin.commands.own_models import imported
+from nrm_plugin.commands.request import RequestError, target_of
 from nrm_plugin.dataset import images as pictures
 from nrm_plugin.dataset.images import open_picture
 from nrm_plugin.errors import EventError, InputError, NRMError, UnknownLayerError, UnsupportedRuleError
@@ -168,7 +167,7 @@ def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr("nrm_plugin.commands.demo_report.demo_report", interrupted)
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -183,7 +182,7 @@ def test_a_limit_of_the_gain_is_a_number(text: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as end:
         main(["explain", "x.png", "--model", "vgg16", "--gain-limit", text])
     assert end.value.code == 2
-    assert f"{text!r} is no number of at least 1" in capsys.readouterr().err
+    assert f"{text!r} is not a number of at least 1" in capsys.readouterr().err
 
 
 def test_a_module_that_fails_while_it_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -191,4 +190,4 @@ def test_a_module_that_fails_while_it_is_read_is_told(tmp_path: Path, monkeypatc
     (tmp_path / "broken_nets.py").write_text("import torch\n1 / 0\n")
     for name in ("broken_nets.py:make", "broken_nets:make"):
         with pytest.raises(ModelError, match=r"importing broken_nets\S* failed: ZeroDivisionError.*line 2\)"):
-            models.imported(name)
+            imported(name)
