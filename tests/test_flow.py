@@ -28,7 +28,7 @@ from torch import nn
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus
 
 from nrm_plugin import FlowGraph, RelevanceMeasure, at, patches
-from nrm_plugin.commands.demo_report import plain_sums
+from nrm_plugin.commands.demo_values import plain_sums
 from nrm_plugin.demo.model import load_digits, load_model
 from nrm_plugin.errors import EventError, InputError, MissingExtraError, UnknownLayerError
 from nrm_plugin.measure.flow_graph import FlowError

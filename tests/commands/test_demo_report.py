@@ -86,7 +86,7 @@ def test_the_number_of_threads_is_restored_after_an_error(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_figure_of_the_readme_is_one_of_the_demo(tmp_path: Path):
-    path = next(path for path in demo_report(["6"], tmp_path).files if path.name == "6-joint.png")
+    path = next(path for path in demo_report(["6"], tmp_path).figures if path.name == "6-joint.png")
     assert README_FIGURE.stat().st_size < 300_000
     with Image.open(README_FIGURE) as shown, Image.open(path) as written:
         assert shown.size == written.size

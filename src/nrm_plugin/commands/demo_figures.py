@@ -41,7 +41,7 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> l
     figures = {
         "joint": joint_figure(mu, image, relevance, joint, heading=heading),
         "pixels": image_and_heat_map(image, relevance, ("image", f"relevance for “{sample.predicted}”"), title),
-        "channels": _channels(mu, image, f"{title}. Pixels, given a channel of {UPPER}"),
+        "channels": _channels(mu, image, f"{title}. Relevance given a channel of {UPPER}"),
     }
     return [save(figure, out / f"{sample.name}-{kind}.png") for kind, figure in figures.items()]
 
