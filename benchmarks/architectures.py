@@ -1,8 +1,8 @@
-"""Do the books balance on every convolutional architecture of torchvision, with no code per model?
+"""Does conservation hold for every convolutional architecture of torchvision, without code for any model?
 
-``python -m benchmarks.architectures`` takes the measure of all classification, segmentation and video builders without
-attention and writes the results as JSON, and from them the tables of ``docs/architectures.md``. ``--models`` and
-``--composite`` do some of them and keep the other results; ``--render`` only rewrites the page.
+``python -m benchmarks.architectures`` measures all classification, segmentation and video models without attention,
+writes the results as JSON, and renders the tables of ``docs/architectures.md``. ``--models`` and ``--composite`` select
+a subset and leave the other results unchanged; ``--render`` only rewrites the page.
 """
 
 import argparse
@@ -42,9 +42,9 @@ COMPOSITES: dict[str, Composite] = {
 }
 FULL, SMALL = 224, 96
 LARGE = 30e6
-"""Parameters from which on a model runs on small images: full ones take minutes and add nothing to its graph."""
+"""Models with more parameters run on small images: full ones take minutes and do not change the graph."""
 OWN_SIZE = {"inception_v3": 299}
-CLIPS = {"s3d": (16, 224)}  # the last pooling of S3D needs all of it; the others pool adaptively
+CLIPS = {"s3d": (16, 224)}  # the last pooling of S3D requires this size; the others pool adaptively
 CLIP = (8, 112)
 SEED, STATISTICS = 0, 4
 
@@ -57,12 +57,12 @@ def listed() -> dict[str, str]:
 
 
 def has_attention(name: str) -> bool:
-    """Whether a builder is left out."""
+    """Whether a model is excluded."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in ATTENTION)
 
 
 def shape_of(name: str, parameters: int, size: int | None = None) -> tuple[int, ...]:
-    """``(C, H, W)`` or ``(C, T, H, W)`` of the input of a model."""
+    """Input shape of a model, ``(C, H, W)`` or ``(C, T, H, W)``."""
     if listed()[name] == "video":
         frames, side = CLIPS.get(name, CLIP)
         return (3, frames, side if name in CLIPS or size is None else size, side if name in CLIPS else size or side)
@@ -83,7 +83,7 @@ def build(name: str) -> nn.Module:
 
 
 def settle(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Sets the statistics of batch normalization by one batch of noise; dropout stays off."""
+    """Sets the statistics of batch normalization from one batch of noise; dropout stays disabled."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.train().momentum = 1.0
@@ -94,7 +94,7 @@ def settle(model: nn.Module, shape: tuple[int, ...]) -> None:
 
 
 def target_of(model: nn.Module, x: Tensor) -> int | tuple[int, int, int]:
-    """The largest output; of a segmentation, at the pixel in the middle."""
+    """The largest output; for segmentation, at the centre pixel."""
     with torch.no_grad():
         output = model(x)
     if not isinstance(output, Tensor):
@@ -105,13 +105,13 @@ def target_of(model: nn.Module, x: Tensor) -> int | tuple[int, int, int]:
 
 
 def measured(model: nn.Module, x: Tensor, target: Any, composite: Composite) -> dict[str, Any]:
-    """The books of one model under one composite."""
+    """Conservation check of one model under one composite."""
     start = time.perf_counter()
     mu = RelevanceMeasure(model, x, [target], composite=composite)
     layers = mu.layers
     mass = {layer: float(values.sum()) for layer, values in mu.marginal(layers).items()}
     seconds = time.perf_counter() - start
-    # Every question looks for writes into the weights, which takes longer than the answer; nobody writes here.
+    # Every query checks the weights for in-place changes, which takes longer than the query; there are none here.
     mu._check_fresh = lambda: None  # type: ignore[method-assign]
     variation = {layer: float(mu.variation(layer)) for layer in layers}
     total = {layer: mass[layer] + float(mu.sink(layer)) + float(mu.bypass(layer)) for layer in layers}
@@ -136,12 +136,12 @@ def measured(model: nn.Module, x: Tensor, target: Any, composite: Composite) -> 
 
 
 def most(layers: list[str], values: dict[str, float]) -> str:
-    """The layer with the largest value; one that is no number is larger than any."""
+    """The layer with the largest value; NaN counts as the largest."""
     return max(layers, key=lambda layer: math.inf if math.isnan(values[layer]) else values[layer])
 
 
 def block_outputs(model: nn.Module, layers: list[str]) -> list[str]:
-    """Taps that are the output of a module with children, and the output of the model."""
+    """Taps at outputs of modules with children, and at the output of the model."""
     containers = {name for name, module in model.named_modules() if module._modules}
     return [layer for layer in layers if layer == "output" or re.split(r"[:\[]", layer)[0] in containers]
 
@@ -173,12 +173,12 @@ def run(name: str, composites: list[str], size: int | None) -> Iterator[dict[str
 
 
 def message(error: Exception) -> str:
-    """What went wrong, in a table cell."""
+    """The error as a table cell."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """The limits that a row breaks."""
+    """The limits that a row exceeds."""
     if "failed" in row:
         return ["failed"]
     checks = {
@@ -195,7 +195,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers were made with."""
+    """Versions and settings of the measurement."""
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "zennit", "nrm-plugin")},
@@ -206,12 +206,12 @@ def environment() -> dict[str, Any]:
 
 
 def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Puts rows in the place of those of the same model and composite; the file may have grown meanwhile."""
+    """Replaces the rows of the same model and composite; other processes may have added rows in the meantime."""
     known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    kept = {(row["model"], row["composite"]): row for row in [*known, *rows]}
+    merged = {(row["model"], row["composite"]): row for row in [*known, *rows]}
     order = list(listed())
     ordered = sorted(
-        kept.values(), key=lambda row: (order.index(row["model"]), list(COMPOSITES).index(row["composite"]))
+        merged.values(), key=lambda row: (order.index(row["model"]), list(COMPOSITES).index(row["composite"]))
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(compact(row), ensure_ascii=False) for row in ordered)
@@ -222,7 +222,7 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def compact(row: dict[str, Any]) -> dict[str, Any]:
-    """Numbers with four significant digits; JSON has no word for infinite ones and those that are none."""
+    """Numbers with four significant digits; infinities and NaN become strings, which JSON lacks."""
 
     def short(value: Any) -> Any:
         if not isinstance(value, float):
@@ -250,7 +250,7 @@ def line(row: dict[str, Any]) -> list[str]:
     return [row["model"], size, *cells, ", ".join(faults(row))]
 
 
-HEADER = "model|input|error, blocks|error, taps|residual|constants|V input|V blocks, max|s|breaks".split("|")
+HEADER = "model|input|error, blocks|error, taps|residual|constants|V input|V blocks, max|s|exceeds".split("|")
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -266,7 +266,7 @@ def tables(results: dict[str, Any]) -> str:
     ]
     parts = [
         ", ".join(f"{key} {value}" for key, value in results["environment"].items()),
-        f"Left out, for their attention: {', '.join(left_out)}.",
+        f"Excluded, because of their attention: {', '.join(left_out)}.",
         *([f"**Not run:** {', '.join(missing)}."] if missing else []),
         summary(rows),
     ]
@@ -277,7 +277,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The worst figures of each composite and which model they are of."""
+    """The worst figures of each composite, with the model."""
     keys = {
         "error, taps": "error_taps",
         "residual": "residual",
@@ -294,10 +294,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
             values = {row["model"]: float(row[key]) for row in done}
             worst = most(list(values), values) if values else None
             cells.append("" if worst is None else f"{values[worst]:.2g} ({worst})")
-        broken = [name for row in here for name in faults(row)]
-        counts = ", ".join(f"{broken.count(name)} × {name}" for name in dict.fromkeys(broken))
-        lines.append([composite, f"{len(done)} of {len(here)}", *cells, counts or "nothing"])
-    return markdown(["composite", "measured", *keys, "breaks"], lines)
+        exceeded = [name for row in here for name in faults(row)]
+        counts = ", ".join(f"{exceeded.count(name)} × {name}" for name in dict.fromkeys(exceeded))
+        lines.append([composite, f"{len(done)} of {len(here)}", *cells, counts or "none"])
+    return markdown(["composite", "measured", *keys, "exceeds"], lines)
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -324,7 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.render:
         chosen = [name for name in listed() if any(fnmatch.fnmatch(name, pattern) for pattern in options.models)]
-        print(f"left out, for their attention: {', '.join(name for name in chosen if has_attention(name))}")
+        print(f"excluded, because of their attention: {', '.join(name for name in chosen if has_attention(name))}")
         print("  ".join(HEADER))
         for name in (name for name in chosen if not has_attention(name)):
             for row in run(name, options.composite, options.size):

@@ -1,8 +1,8 @@
-"""Do the books balance on attention models, with no code per model?
+"""Does conservation hold for attention models, without code for any model?
 
-``python -m benchmarks.attention`` takes the measure of torchvision's attention models, with random weights and biases,
-writes the results as JSON, and from them the first table of ``docs/attention.md``; ``--small`` leaves out the one model
-that is taken at its own size.
+``python -m benchmarks.attention`` measures torchvision's attention models with random weights and biases, writes the
+results as JSON, and renders the first table of ``docs/attention.md``; ``--small`` skips the models at their original
+size.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Builder = Callable[[], nn.Module]
 
 
 def blocks(first_pools: bool) -> list[MSBlockConfig]:
-    """Two blocks, of which the second pools its queries."""
+    """Two blocks; the second one pools its queries."""
     kernel = [3, 3, 3]
     return [
         MSBlockConfig(1, 16, 16, kernel if first_pools else [], kernel, [1, 2, 2] if first_pools else [], [1, 2, 2]),
@@ -65,7 +65,7 @@ OWN_SIZE: dict[str, tuple[int, ...]] = {"vit_b_16": (3, 224, 224), "swin_v2_t": 
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
-    """A model whose biases and zero weights were drawn at random, and one input."""
+    """A model with random biases and random values for zero-initialized weights, and one input."""
     torch.manual_seed(0)
     make, shape = SMALL[name] if name in SMALL else (lambda: models.get_model(name, weights=None), OWN_SIZE[name])
     model = make().eval()
@@ -76,7 +76,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def measured(model: nn.Module, x: Tensor, attention: Any = "value") -> dict[str, Any]:
-    """The books of one model."""
+    """Conservation check of one model."""
     start = time.perf_counter()
     with torch.no_grad():
         plain = model(x)
@@ -84,7 +84,7 @@ def measured(model: nn.Module, x: Tensor, attention: Any = "value") -> dict[str,
     mu = RelevanceMeasure(model, x, target, composite=Normalized(NRMDefault(), attention=attention))
     mu.marginal("input")
     seconds = time.perf_counter() - start
-    mu._check_fresh = lambda: None  # type: ignore[method-assign]  # nobody writes into the weights here
+    mu._check_fresh = lambda: None  # type: ignore[method-assign]  # the weights do not change here
     containers = {name for name, module in model.named_modules() if module._modules}
     layers = [name for name in mu.layers if re.split(r"[:\[]", name)[0] in containers or name in ("input", "output")]
     variation = {name: float(mu.variation(name)) for name in layers}
@@ -101,7 +101,7 @@ def measured(model: nn.Module, x: Tensor, attention: Any = "value") -> dict[str,
 
 
 def signed(model: nn.Module, x: Tensor) -> dict[str, float]:
-    """Variation at the input by rules of both signs."""
+    """Variation at the input under rules with both signs."""
     with torch.no_grad():
         target = int(model(x)[0].argmax())
     mu = RelevanceMeasure(model, x, target, composite=EpsilonPlusFlat())
@@ -111,7 +111,7 @@ def signed(model: nn.Module, x: Tensor) -> dict[str, float]:
 def main() -> None:
     """Writes the results and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="leave out models of their own size")
+    parser.add_argument("--small", action="store_true", help="skip models at their original size")
     warnings.simplefilter("ignore")
     names = [*SMALL, *(() if parser.parse_args().small else OWN_SIZE)]
     rows = [{"model": name, **measured(*build(name)), **signed(*build(name))} for name in names]

@@ -1,7 +1,7 @@
-"""What batch-norm fusion does to heat map, sink and variation, behind convolutions and behind dense layers.
+"""Effect of batch-norm fusion on heat map, sink and variation, after convolutions and after dense layers.
 
 ``python -m benchmarks.batch_norm`` trains four small nets, measures them, and writes the results as JSON, the tables of
-``docs/batch-norm.md`` and its figure; a minute on one core. Training needs scikit-learn for its digits.
+``docs/batch-norm.md`` and its figure; a minute on one core. Training needs the digits of scikit-learn.
 """
 
 import argparse
@@ -65,13 +65,13 @@ def net(channels: int, classes: int, dense_norm: bool) -> nn.Sequential:
 def trained(data: str, dense_norm: bool) -> Samples:
     """A net and held-out samples of a data set."""
     training, held_out = split_digits(0)
-    pictures, labels = enlarge(training.images), training.labels.long()
+    digits, labels = enlarge(training.images), training.labels.long()
 
     def batch() -> tuple[Tensor, Tensor]:
         if data == "shapes":
             return draw_shapes(BATCH)
         chosen = torch.randint(len(labels), (BATCH,))
-        return shift(pictures[chosen]), labels[chosen]
+        return shift(digits[chosen]), labels[chosen]
 
     with reproducible(0):
         model = net(*DATA[data], dense_norm)
@@ -95,7 +95,7 @@ def trained(data: str, dense_norm: bool) -> Samples:
 
 
 def measure(samples: Samples, composite: Composite) -> tuple[dict[str, Any], Tensor]:
-    """Sink, variation and faithfulness of one composite that leaves its residual in the sink; and the heat maps."""
+    """Sink, variation and faithfulness of one composite with ``residual="sink"``, and a heat map."""
     none = torch.zeros(len(samples.images))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -112,13 +112,13 @@ def measure(samples: Samples, composite: Composite) -> tuple[dict[str, Any], Ten
         "span": rounded((least - most).mean()),
         "warns": any(issubclass(item.category, BatchNormWarning) for item in caught),
     }
-    picture = {"sink": float(mu.sink("input")[SHOWN]), "variation": float(mu.variation("input")[SHOWN])}
-    return found | {"shown": picture}, heat[SHOWN, 0]
+    shown = {"sink": float(mu.sink("input")[SHOWN]), "variation": float(mu.variation("input")[SHOWN])}
+    return found | {"shown": shown}, heat[SHOWN, 0]
 
 
 @torch.no_grad()
 def lost_columns(model: nn.Sequential, images: Tensor) -> float:
-    """Share of the neurons of the dense layer, over all samples, that hand down less than half once it is fused."""
+    """Share of dense neurons, over all samples, that propagate less than half of their relevance after fusion."""
     below = model[: list(model._modules).index(DENSE)](images)
     dense = model.get_submodule(DENSE)
     output = dense(below)
@@ -131,9 +131,9 @@ def lost_columns(model: nn.Sequential, images: Tensor) -> float:
 
 
 def run() -> tuple[dict[str, Any], list[Row]]:
-    """All composites on all nets, fused and unfused; and what the figure shows of each net."""
+    """All composites on all nets, fused and unfused; and the contents of the figure."""
     started = time.perf_counter()
-    nets, pictures = [], []
+    nets, panels = [], []
     for data in DATA:
         for dense_norm in (False, True):
             samples = trained(data, dense_norm)
@@ -152,18 +152,18 @@ def run() -> tuple[dict[str, Any], list[Row]]:
                     "rows": rows,
                 }
             )
-            pictures.append((samples.images[SHOWN], maps))
+            panels.append((samples.images[SHOWN], maps))
     environment = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "zennit")}}
     settings = {"steps": STEPS, "batch": BATCH, "samples": SAMPLES, "shown": SHOWN}
     seconds = round(time.perf_counter() - started)
-    return {"environment": environment, "settings": settings, "nets": nets, "seconds": seconds}, pictures
+    return {"environment": environment, "settings": settings, "nets": nets, "seconds": seconds}, panels
 
 
 # -- page and figure ------------------------------------------------------------------------------------------------
 
 
 def titles(results: dict[str, Any]) -> list[str]:
-    """One for each net."""
+    """One title for each net."""
     return [f"{net['data']}, BN after conv{' and dense' if net['dense_norm'] else ''}" for net in results["nets"]]
 
 
@@ -203,15 +203,15 @@ def show(value: float) -> str:
     return f"{round(value, 2) + 0:.2f}" if abs(value) < 10 else f"{value:.0f}"
 
 
-def draw(results: dict[str, Any], pictures: list[Row]) -> None:
+def draw(results: dict[str, Any], panels: list[Row]) -> None:
     """Rows are nets, pairs of columns composites without and with fusion."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(len(pictures), 1 + 2 * len(COMPOSITES), figsize=(12, 7.7), layout="constrained")
-    for axes, (image, maps), net, title in zip(grid, pictures, results["nets"], titles(results), strict=True):
+    figure, grid = pyplot.subplots(len(panels), 1 + 2 * len(COMPOSITES), figsize=(12, 7.7), layout="constrained")
+    for axes, (image, maps), net, title in zip(grid, panels, results["nets"], titles(results), strict=True):
         draw_image(axes[0], image)
         axes[0].set_ylabel(title.replace(", ", "\n").replace(" and", "\nand"), fontsize=10)
         for axis, heat, row in zip(axes[1:], maps, net["rows"], strict=True):
@@ -227,11 +227,11 @@ def draw(results: dict[str, Any], pictures: list[Row]) -> None:
 def main() -> None:
     """Measures, and writes JSON, tables and figure."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    results, pictures = run()
+    results, panels = run()
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_page(results)
-    draw(results, pictures)
+    draw(results, panels)
 
 
 if __name__ == "__main__":

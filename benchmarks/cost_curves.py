@@ -1,7 +1,7 @@
-"""How the cost of a measure grows: with the batch, the conditions, the image, the depth and the taps asked for.
+"""Growth of the cost of a measure with batch size, conditions, image size, depth and number of queried taps.
 
 ``python -m benchmarks.cost_curves`` writes times as JSON and draws ``docs/images/cost_curves.png``; ``--render`` only
-draws. Every point is the fastest of some rounds on one thread, beside a plain gradient of the same net and inputs.
+draws. Every point is the fastest of several rounds on one thread, next to a plain gradient of the same net and inputs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from nrm_plugin import RelevanceMeasure, at
 from .speed import ROOT, TARGET, build, environment, plain_gradient
 
 RESULTS = ROOT / "benchmarks/results/cost_curves.json"
-PICTURE = ROOT / "docs/images/cost_curves.png"
+FIGURE = ROOT / "docs/images/cost_curves.png"
 PLAIN, MARGINALS = "plain gradient", "all marginals"
 CURVES = {
     "batch": "samples (VGG16, 112 px)",
     "size": "height and width of the image (VGG16)",
     "depth": "convolutions (64 channels, 56 px)",
-    "conditions": "conditions at features.26, read at features.19",
-    "taps": "taps asked for, again (VGG16, 224 px)",
+    "conditions": "conditions at features.26, map at features.19",
+    "taps": "queried taps, recording reused (VGG16, 224 px)",
 }
 
 
@@ -55,7 +55,7 @@ def marginals(net: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 
 
 def points(curve: str) -> list[tuple[int, dict[str, Callable[[], object]]]]:
-    """What is timed at every place of a curve."""
+    """The computations that are timed at every point of a curve."""
     if curve == "depth":
         x = torch.randn(1, 3, 56, 56)
         nets = [(depth, chain(depth)) for depth in (2, 4, 8, 16, 32, 64)]
@@ -116,7 +116,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def draw(curves: dict[str, Any], path: Path) -> None:
-    """Times over each quantity, on logarithmic axes, with the line of proportional growth."""
+    """Times over each quantity, on logarithmic axes, with a line of proportional growth."""
     figure, grid = plt.subplots(2, 3, figsize=(11, 6.2), layout="constrained")
     axes = list(grid.flat)
     for axis in axes[len(curves) :]:
@@ -129,12 +129,12 @@ def draw(curves: dict[str, Any], path: Path) -> None:
         last = list(rows[0])[-1]
         power = 2 if curve == "size" else 0 if curve == "taps" else 1
         line = [rows[-1][last] * (value / values[-1]) ** power for value in values]
-        axis.plot(values, line, color="0.6", linestyle=":", label=("flat", "linear", "by area")[power])
+        axis.plot(values, line, color="0.6", linestyle=":", label=("constant", "linear", "proportional to area")[power])
         axis.set(xscale="log", yscale="log", xlabel=CURVES[curve], ylabel="seconds", xticks=values)
         axis.set_xticklabels([str(value) for value in values])
         axis.minorticks_off()
         low, high = axis.get_ylim()
-        if high < 10 * low:  # flat ones would be drawn as mountains
+        if high < 10 * low:  # noise of constant curves would look like growth
             axis.set_ylim(low / 3, high * 3)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=80)
@@ -145,12 +145,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--render", action="store_true", help="only draw what was measured")
+    parser.add_argument("--render", action="store_true", help="only draw the stored measurements")
     args = parser.parse_args()
     if not args.render:
         found = {"environment": environment(), "threads": 1, "curves": measure(args.rounds)}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    draw(json.loads(RESULTS.read_text())["curves"], PICTURE)
+    draw(json.loads(RESULTS.read_text())["curves"], FIGURE)
 
 
 if __name__ == "__main__":

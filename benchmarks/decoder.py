@@ -1,4 +1,4 @@
-"""A decoder in the shape of Llama, of plain torch: what is timed is no package's own code."""
+"""A Llama-like decoder in plain PyTorch, so that the timing does not depend on the code of another package."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def rotated(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     angles = torch.arange(x.shape[-2], device=x.device)[:, None] / 10000 ** (torch.arange(half, device=x.device) / half)
     cosine, sine = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return x * cosine + turned * sine
+    swapped = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return x * cosine + swapped * sine
 
 
 class Attention(nn.Module):
@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a gated unit, each behind a norm and beside a skip."""
+    """Attention and a gated unit, each after a norm and with a skip connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded tokens ``(N, T, width)`` to the logits of what follows the last of them ``(N, vocabulary)``."""
+    """Maps embedded tokens ``(N, T, width)`` to logits of the next token, ``(N, vocabulary)``."""
 
     def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Which composite should be the default? Compares candidates on four trained nets, and their books on untrained ones.
+"""Which composite should be the default? Compares candidates on four trained nets and checks untrained ones.
 
-``python -m benchmarks.default_composite`` measures, writes the results as JSON, and from them the tables and the figure
-of ``docs/default-composite.md``; ``--render`` only does the latter. Training needs scikit-learn for its digits.
+``python -m benchmarks.default_composite`` measures, writes the results as JSON, and renders the tables and the figure
+of ``docs/default-composite.md``; ``--render`` only renders. Training needs the digits of scikit-learn.
 """
 
 import argparse
@@ -52,10 +52,10 @@ UNTRAINED = (
     *("alexnet", "vgg11_bn", "resnet18", "densenet121", "googlenet", "squeezenet1_1", "mobilenet_v2", "mnasnet0_5"),
     *("shufflenet_v2_x0_5", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny"),
 )
-CHUNK = 128  # samples run at once; the walk variation is taken of the first chunk only
-PATCH, AT_ONCE = 2, 4  # side of a patch; patches that are replaced between two forward passes
+CHUNK = 128  # batch size; the walk variation is computed for the first chunk only
+PATCH, AT_ONCE = 2, 4  # side of a patch; patches replaced between two forward passes
 RESAMPLES = 2000
-FAITHFULNESS = ("flip", "span", "pooled")  # get a mean and a 95 % interval over samples
+FAITHFULNESS = ("flip", "span", "pooled")  # reported as mean and 95 % interval over samples
 
 
 # -- candidates -----------------------------------------------------------------------------------------------------
@@ -92,14 +92,14 @@ def candidates(channels: int) -> dict[str, Composite]:
 
 
 def by_contribution() -> ConservingEpsilon:
-    """Hands down what ε takes in proportion to ``|a_i w_ij|`` instead of ``|a_i|``."""
+    """Redistributes the share of ε in proportion to ``|a_i w_ij|`` instead of ``|a_i|``."""
     rule = ConservingEpsilon()
     rule.param_modifiers = [rule.param_modifiers[0], Absolute().param_modifiers[0]]
     return rule
 
 
 def flat_gamma(gamma: float) -> Composite:
-    """γ on convolutions, ε scaled by the layer on linear ones, Flat first, absolute shares at sums and pools."""
+    """γ on convolutions, layer-scaled ε on linear layers, Flat first, absolute shares at sums and average pooling."""
     rules = [(Convolution, Gamma(gamma)), (nn.Linear, Epsilon(Stabilizer(epsilon=0.25, norm_scale=True)))]
     return NRMDefault(layer_map=rules, first_map=[(Convolution, Flat())])
 
@@ -109,9 +109,9 @@ def flat_gamma(gamma: float) -> Composite:
 
 @dataclass
 class Net:
-    """A trained net and what it is asked about: images ``(N, C, H, W)``, targets ``(N,)``.
+    """A trained net with its samples: images ``(N, C, H, W)``, targets ``(N,)``.
 
-    ``group`` tells which samples are copies of one digit and stay together in a resample; ``fill`` replaces patches.
+    ``group`` marks copies of one digit, which are resampled together; ``fill`` replaces patches.
     """
 
     name: str
@@ -128,13 +128,13 @@ class Net:
 
     @torch.no_grad()
     def logit(self, images: Tensor) -> Tensor:
-        """Target logit ``(N,)`` of changed images."""
+        """Target logit ``(N,)`` of modified images."""
         logits = torch.cat([self.model(part) for part in torch.split(images, CHUNK)])
         return logits.gather(1, self.target[:, None])[:, 0]
 
 
 class Skip(nn.Module):
-    """Layers with a skip around them, joined by a module so that Zennit's rules see the sum."""
+    """Layers with a skip connection, joined by a module so that Zennit's rules apply to the sum."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -147,20 +147,20 @@ class Skip(nn.Module):
 
 
 def basic(channels: int) -> list[nn.Module]:
-    """A residual block with a ReLU behind the sum, as in ResNet."""
+    """A residual block with a ReLU after the sum, as in ResNet."""
     convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
     return [Skip(convolutions[0], nn.ReLU(), convolutions[1]), nn.ReLU()]
 
 
 def inverted(channels: int) -> list[nn.Module]:
-    """A residual block with a depthwise convolution and nothing behind the sum, as in MobileNetV2."""
+    """A residual block with a depthwise convolution and no activation after the sum, as in MobileNetV2."""
     wide = 3 * channels
     depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
     return [Skip(nn.Conv2d(channels, wide, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(wide, channels, 1))]
 
 
 def shapes_net(block: Callable[[int], list[nn.Module]], channels: int) -> nn.Sequential:
-    """Four blocks of this kind, with average pooling, for images ``(N, 3, 16, 16)``."""
+    """Four such blocks with average pooling, for images ``(N, 3, 16, 16)``."""
     return nn.Sequential(
         *(nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), *block(channels), *block(channels), nn.AvgPool2d(2)),
         *(nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU(), *block(2 * channels), *block(2 * channels)),
@@ -169,7 +169,7 @@ def shapes_net(block: Callable[[int], list[nn.Module]], channels: int) -> nn.Seq
 
 
 def draw_shapes(count: int) -> tuple[Tensor, Tensor]:
-    """Coloured discs, squares, triangles, crosses and rings on noisy coloured grounds, ``(N, 3, 16, 16)`` in [0, 1]."""
+    """Coloured discs, squares, triangles, crosses and rings on noisy backgrounds, ``(N, 3, 16, 16)`` in [0, 1]."""
     axis = torch.arange(16.0)
     centre, radius = 5.5 + 4 * torch.rand(2, count, 1, 1), 4 + 1.5 * torch.rand(count, 1, 1)
     y, x = (axis[:, None] - centre[0]) / radius, (axis[None, :] - centre[1]) / radius
@@ -180,13 +180,13 @@ def draw_shapes(count: int) -> tuple[Tensor, Tensor]:
     masks = torch.stack([distance < 1, square, triangle, cross, (distance < 1) & (distance > 0.55)])
     labels = torch.randint(len(masks), (count,))
     ground = torch.rand(count, 3, 1, 1)
-    colour = (ground + 0.35 + 0.3 * torch.rand(count, 3, 1, 1)) % 1  # differs from the ground in every channel
+    colour = (ground + 0.35 + 0.3 * torch.rand(count, 3, 1, 1)) % 1  # differs from the background in every channel
     images = torch.where(masks[labels, torch.arange(count)][:, None], colour, ground)
     return (images + 0.05 * torch.randn(count, 3, 16, 16)).clamp(0, 1), labels
 
 
 def nets(samples: int) -> Iterator[Net]:
-    """The embedded net on held-out digits, a second one trained on the others, two on generated shapes."""
+    """The embedded net on held-out digits, a second one trained on the other digits, two on generated shapes."""
     images, group = digits(samples)
     labels = load_digits()[1]
     black = torch.zeros(1, 1, 1, 1)
@@ -205,7 +205,7 @@ def nets(samples: int) -> Iterator[Net]:
 
 
 def digits(samples: int) -> tuple[Tensor, Tensor]:
-    """Held-out digits; beyond their number, copies shifted by up to two pixels. And the digit that each one is."""
+    """Held-out digits, then copies shifted by up to two pixels; and the index of the original digit."""
     images = load_digits()[0]
     group = torch.arange(samples) % len(images)
     with reproducible(0):
@@ -213,7 +213,7 @@ def digits(samples: int) -> tuple[Tensor, Tensor]:
 
 
 def fit_shapes(model: nn.Module, steps: int = 400, batch: int = 64) -> nn.Module:
-    """Trains a net on shapes drawn on the way."""
+    """Trains a net on shapes that are generated during training."""
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=steps)
     for _ in tqdm(range(steps), unit="step"):
@@ -234,7 +234,7 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def measure(net: Net, composite: Composite, policy: dict[str, Any], drops: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Everything about one candidate, ``(N,)`` each (``walk``: of the first chunk).
+    """All metrics of one candidate, ``(N,)`` each (``walk``: for the first chunk).
 
     Args:
         net: The net and its samples.
@@ -248,12 +248,12 @@ def measure(net: Net, composite: Composite, policy: dict[str, Any], drops: dict[
         rows = slice(start, start + CHUNK)
         mu = RelevanceMeasure(net.model, net.images[rows], net.target[rows], composite=settings)
         maps = mu.marginal(["input", *net.layers])
-        books = {
+        totals = {
             "heat": maps["input"].sum(1, keepdim=True),
             "sink": mu.sink("input"),
             "variation": torch.stack([mu.variation(name) for name in mu.layers]).amax(0),
         }
-        parts.append(books | {name: maps[name].reshape(*maps[name].shape[:2], -1).sum(2) for name in net.layers})
+        parts.append(totals | {name: maps[name].reshape(*maps[name].shape[:2], -1).sum(2) for name in net.layers})
         if start == 0:
             walk = mu.walk_variation()
     found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
@@ -280,12 +280,12 @@ def flip(net: Net, heat: Tensor, most_first: bool) -> Tensor:
     rank = grid.flatten(1).argsort(dim=1, descending=most_first, stable=True).argsort(dim=1).reshape(grid.shape)
     rank = rank.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
     steps = range(0, grid[0].numel() + 1, AT_ONCE)
-    curve = torch.stack([net.logit(torch.where(rank < gone, net.fill, net.images)) for gone in steps])
+    curve = torch.stack([net.logit(torch.where(rank < replaced, net.fill, net.images)) for replaced in steps])
     return torch.trapezoid(curve, dim=0) / (len(curve) - 1) / curve[0].mean()
 
 
 def logit_drops(net: Net) -> dict[str, Tensor]:
-    """How far the target logit falls when one channel is zeroed, ``(N, K)`` by layer."""
+    """Drop of the target logit when one channel is zeroed, ``(N, K)`` by layer."""
     before = net.logit(net.images)
     with torch.no_grad():
         widths = {name: width(net.model, name, net.images[:1]) for name in net.layers}
@@ -325,7 +325,7 @@ def width(model: nn.Module, layer: str, images: Tensor) -> int:
 
 
 def correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson's, along the last dimension; nan where one of them is constant."""
+    """Pearson correlation along the last dimension; NaN where one of them is constant."""
     one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
     return (one * other).sum(-1) / (one.square().sum(-1) * other.square().sum(-1)).sqrt()
 
@@ -357,7 +357,7 @@ def run(samples: int) -> dict[str, Any]:
 
 
 def compare(net: Net) -> dict[str, Any]:
-    """All candidates under all policies on one net, and paired differences of the chosen one to each."""
+    """All candidates under all policies on one net, and paired differences to the chosen one."""
     weights = resamples(net.group)
     drops = logit_drops(net)
     names = candidates(net.images.shape[1])
@@ -389,7 +389,7 @@ def compare(net: Net) -> dict[str, Any]:
 
 
 def summary(found: dict[str, Tensor], weights: Tensor) -> dict[str, Any]:
-    """Medians of the books, medians and maxima of the variations, means and intervals of the faithfulness."""
+    """Median of the sink, median and maximum of the variations, mean and interval of the faithfulness metrics."""
     return {
         "sink": rounded(found["sink"].median()),
         **{key: [rounded(found[key].median()), rounded(found[key].max())] for key in ("variation", "walk")},
@@ -400,12 +400,12 @@ def summary(found: dict[str, Tensor], weights: Tensor) -> dict[str, Any]:
 def untrained(name: str, size: int = 96) -> dict[str, list[float]]:
     """Residual sink and variation at the input of a torchvision net with random weights, by candidate.
 
-    The largest of two images, and of biases at their initial values and drawn from N(0, 0.1²); the statistics of batch
-    norm are those of one batch of noise.
+    The largest over two images, and over biases at their initial values and drawn from N(0, 0.1²). The statistics of
+    batch norm are those of one batch of noise.
     """
     variants = ("… ε 0.1", "… shared by contribution", "… depthwise the same ε")
-    asked = ("EpsilonPlusFlat", "γ 0.25, ε, Flat", CHOSEN, *variants)
-    composites = {key: value for key, value in candidates(3).items() if key in asked}
+    names = ("EpsilonPlusFlat", "γ 0.25, ε, Flat", CHOSEN, *variants)
+    composites = {key: value for key, value in candidates(3).items() if key in names}
     found = {key: [0.0, 1.0] for key in composites}
     for deviation in (0.0, 0.1):
         with reproducible(0):
@@ -435,23 +435,23 @@ def random_net(name: str, deviation: float, batch: Tensor) -> nn.Module:
 
 
 def resamples(group: Tensor) -> Tensor:
-    """Weights of the samples in every bootstrap resample, ``(B, N)``; copies of one image come and go together."""
+    """Weights of the samples in every bootstrap resample, ``(B, N)``; copies of one image share their weight."""
     count = int(group.max()) + 1
     drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-    times = torch.zeros(RESAMPLES, count).scatter_add(1, drawn, torch.ones(RESAMPLES, count))[:, group]
-    return times / times.sum(1, keepdim=True)
+    counts = torch.zeros(RESAMPLES, count).scatter_add(1, drawn, torch.ones(RESAMPLES, count))[:, group]
+    return counts / counts.sum(1, keepdim=True)
 
 
 def interval(values: Tensor, weights: Tensor) -> list[float]:
-    """Mean, and the ends of its 95 % bootstrap interval."""
+    """Mean, and the bounds of its 95 % bootstrap interval."""
     if not bool(values.isfinite().all()):
-        raise ValueError("a sample has no finite value; the mean would hide it.")
+        raise ValueError("the value of a sample is not finite; the mean would hide this.")
     low, high = torch.quantile(weights @ values, torch.tensor([0.025, 0.975]))
     return [rounded(values.mean()), rounded(low), rounded(high)]
 
 
 def rounded(value: Tensor) -> float:
-    """Four significant digits, and no more than five decimals."""
+    """Four significant digits and at most five decimals."""
     return round(float(f"{float(value):.4g}"), 5)
 
 
@@ -526,14 +526,14 @@ def policy_table(results: dict[str, Any]) -> str:
 
 
 def paired_table(results: dict[str, Any]) -> str:
-    """The chosen composite and policy against the best others, under whatever policy."""
+    """The chosen composite and policy against the best others under any policy."""
     lines = []
     for name, net in results["nets"].items():
         for key in ("flip", "pooled"):
             sign = 1 if key == "flip" else -1
             others = [row for row in net["rows"] if row["composite"] != CHOSEN]
             zennit = [row for row in others if row["composite"] in ZENNIT]
-            for kind, rows in (("of Zennit's rules", zennit), ("variant", [r for r in others if r not in zennit])):
+            for kind, rows in (("Zennit's rules", zennit), ("variants", [r for r in others if r not in zennit])):
                 best = min(rows, key=lambda row: sign * row[key][0])
                 lines.append(
                     [
@@ -544,7 +544,7 @@ def paired_table(results: dict[str, Any]) -> str:
                         spread(best["chosen_minus_this"][key], "+"),
                     ]
                 )
-    return markdown(["net", "measure", "best", "which", f"{CHOSEN} minus it"], lines)
+    return markdown(["net", "metric", "best of", "composite", f"{CHOSEN} minus it"], lines)
 
 
 def untrained_table(results: dict[str, Any]) -> str:
@@ -556,12 +556,12 @@ def untrained_table(results: dict[str, Any]) -> str:
 
 
 def brief(value: float) -> str:
-    """Two decimals; the power of ten of what has exploded."""
+    """Two decimals; scientific notation for large values."""
     return f"{value:.2f}" if value < 1000 else f"{value:.0e}"
 
 
 def spread(values: list[float], sign: str = "") -> str:
-    """Mean and interval of a cell."""
+    """Mean and interval as a cell."""
     mean, low, high = (f"{value:{sign}.3f}" for value in values)
     return f"{mean} [{low}, {high}]"
 
@@ -573,14 +573,14 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Rows are nets, columns measures, marks residual policies."""
+    """Rows are nets, columns metrics, markers residual policies."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     columns = {
-        "flip": "flip: logit left, most relevant\npatches first (lower is better)",
+        "flip": "flip: remaining logit, most relevant\npatches first (lower is better)",
         "pooled": "pooled: correlation of channel mass\nwith logit drop (higher is better)",
         "walk": "walk variation, median\n(lower is better)",
     }

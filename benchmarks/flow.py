@@ -1,7 +1,7 @@
-"""What a flow graph costs beside the marginals of all layers.
+"""Cost of a flow graph relative to the marginals of all layers.
 
-``python -m benchmarks.flow`` asks VGG16 for both in turn, in one process on one thread, and writes the seconds of the
-processor as JSON, and the factor on ``docs/flow.md``.
+``python -m benchmarks.flow`` computes both for VGG16 alternately, in one process on one thread, and writes the
+processor seconds as JSON and the factor to ``docs/flow.md``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torchvision.models import vgg16
 
 from benchmarks import tables
-from benchmarks.books import store
+from benchmarks.conservation import store
 from nrm_plugin import RelevanceMeasure, patches
 
 LAYERS = ["input", "features.7", "features.14", "features.21", "features.28"]
@@ -32,7 +32,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"marginals": [], "flow": []}
     for _ in range(rounds):
         for work, times in seconds.items():
-            mu = RelevanceMeasure(model, image, 3)  # a measure of its own: answers are remembered
+            mu = RelevanceMeasure(model, image, 3)  # a new measure, because results are cached
             started = time.process_time()
             if work == "flow":
                 mu.flow(LAYERS, over={"input": patches((224, 224), 4)}, top=8)

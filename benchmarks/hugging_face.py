@@ -1,8 +1,8 @@
-"""Do the books balance on further models of Hugging Face, with no code for any of them?
+"""Does conservation hold for further models of Hugging Face, without code for any model?
 
-``python -m benchmarks.hugging_face`` makes tiny random models from configurations, takes their measure under the
-default composite, and writes the results as JSON and the second table of ``docs/attention.md``. No weights are
-downloaded. It needs transformers: ``make hugging-face`` installs it beside this package.
+``python -m benchmarks.hugging_face`` builds tiny random models from configurations, measures them under the default
+composite, and writes the results as JSON and the second table of ``docs/attention.md``. No weights are downloaded. It
+needs transformers, which ``make hugging-face`` installs.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 import transformers
 
 from benchmarks import tables
-from benchmarks.books import books, random_biases, store
+from benchmarks.conservation import conservation_check, random_biases, store
 from nrm_plugin import RelevanceMeasure
 from nrm_plugin.errors import UnsupportedOperationError
 from tests.hosts.further_models import FURTHER, INPUTS
 
 
 def measured(name: str) -> dict[str, Any]:
-    """The books of one model, or the operation that has no kernel."""
+    """Conservation check of one model, or the operation without a kernel."""
     row = FURTHER[name]
     torch.manual_seed(0)
     model = random_biases(getattr(transformers, row.kind)(getattr(transformers, row.config)(**row.options)))
     try:
-        return books(RelevanceMeasure(model, INPUTS[row.given], row.target, output=row.output))
+        return conservation_check(RelevanceMeasure(model, INPUTS[row.given], row.target, output=row.output))
     except UnsupportedOperationError as error:
         return {"failed": re.sub(r"/\S*?/(?=transformers/)", "", str(error))[:160]}
 

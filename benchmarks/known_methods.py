@@ -1,4 +1,4 @@
-"""Published formulas, written slowly and without this package: what :mod:`benchmarks.special_cases` compares with."""
+"""Straightforward implementations of published formulas without this package, for :mod:`benchmarks.special_cases`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from zennit.rules import NoMod
 
 
 def zennit_relevance(net: nn.Module, x: Tensor, target: int, rules: Composite, layers: Sequence[str]) -> list[Tensor]:
-    """Zennit alone: own hooks behind those of the composite, as in its how-to, and the gradient at what they saw."""
+    """Relevance from Zennit alone, recorded by hooks after those of the composite, as in Zennit's how-to."""
     seen: dict[str, Tensor] = {}
     leaf = x.clone().requires_grad_()
     with rules.context(net) as modified, ExitStack() as hooks:
         for name in layers:
 
-            def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            def record(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
                 seen[name] = output
 
             if name != "input":
-                hooks.callback(modified.get_submodule(name).register_forward_hook(keep).remove)
+                hooks.callback(modified.get_submodule(name).register_forward_hook(record).remove)
         output = modified(leaf)
         seen["input"] = leaf
         start = torch.zeros_like(output)
@@ -44,10 +44,10 @@ def masked_relevance(
     prune: bool = False,
     at: str = "input",
 ) -> Tensor:
-    r"""Relevance of the input, or behind the mask of a layer, where it may pass some layers in masked neurons only.
+    r"""Relevance at the input, or below the mask of a layer, restricted to the masked neurons of some layers.
 
-    Concept relevance propagation (arXiv 2206.03208) sets the relevance of all others to zero on the way down.
-    Pruned LRP (arXiv 2404.14271) rescales what is left to what there was, :math:`λ = \sum_j R_j / \sum_j m_j R_j`.
+    Concept relevance propagation (arXiv 2206.03208) zeroes the relevance of all other neurons in the backward pass.
+    Pruned LRP (arXiv 2404.14271) rescales the rest to the previous total, :math:`λ = \sum_j R_j / \sum_j m_j R_j`.
     """
     leaf = x.clone().requires_grad_()
     seen = {"input": leaf}
@@ -73,7 +73,7 @@ def masked_relevance(
 
 
 def merged_by_hand(net: nn.Module) -> nn.Module:
-    """A copy in which every batch norm behind a convolution is in its weights (arXiv 2002.11018) and gone."""
+    """A copy in which every batch norm after a convolution is merged into its weights (arXiv 2002.11018)."""
     twin = copy.deepcopy(net)
     layers = list(twin.features)
     for number, (conv, norm) in enumerate(itertools.pairwise(layers)):
@@ -86,7 +86,7 @@ def merged_by_hand(net: nn.Module) -> nn.Module:
 
 
 def densely(affine: Callable[[Tensor], Tensor], shape: Sequence[int]) -> nn.Linear:
-    """Any affine map of a sample as one dense layer: its columns are what unit vectors add to the bias."""
+    """Any affine map of a sample as one dense layer, whose columns are the images of unit vectors minus the bias."""
     size = math.prod(shape)
     bias = affine(torch.zeros(1, *shape, dtype=torch.float64)).flatten()
     columns = affine(torch.eye(size, dtype=torch.float64).reshape(size, *shape)).flatten(1) - bias
@@ -96,7 +96,7 @@ def densely(affine: Callable[[Tensor], Tensor], shape: Sequence[int]) -> nn.Line
 
 
 class Clipped(nn.Module):
-    """The entries of each channel that a batch norm and a ReLU set to zero, at where they begin to do so."""
+    """Clips each channel at the value below (or above) which a batch norm followed by a ReLU yields zero."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Clipped(nn.Module):
 
 
 class RatioSplit(BasicHook):
-    """A sum of branches hands down in proportion to their absolute values (arXiv 2407.09115)."""
+    """A sum redistributes relevance over its branches in proportion to their absolute values (arXiv 2407.09115)."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -122,9 +122,9 @@ class RatioSplit(BasicHook):
 
 
 def forward_times_backward(weights: Sequence[Tensor], x: Tensor, target: int) -> list[Tensor]:
-    r"""Contributions :math:`a_i w_{ij}` without denominators, down to every layer of a bias-free ReLU net.
+    r"""Contributions :math:`a_i w_{ij}` without denominators, for every layer of a bias-free ReLU net.
 
-    Each layer is divided by its sum: of a leaky chain of kernels this is forward × backward / Z.
+    Each layer is divided by its sum: for a leaky chain of kernels this is forward × backward / Z.
     """
     states = [x]
     for W in weights[:-1]:
@@ -132,12 +132,12 @@ def forward_times_backward(weights: Sequence[Tensor], x: Tensor, target: int) ->
     relevance = torch.eye(len(weights[-1]), dtype=x.dtype)[target].expand(len(x), -1)
     below = torch.ones(len(x), x.shape[1], dtype=x.dtype)
     survival = [below]
-    for W, a in zip(weights[:-1], states, strict=False):  # what of each neuron's relevance reaches the input
+    for W, a in zip(weights[:-1], states, strict=False):  # share of each neuron's relevance that reaches the input
         survival.append(torch.einsum("ni,ni,ji->nj", a, survival[-1], W))
     found = []
-    for W, a, kept in zip(reversed(weights), reversed(states), reversed(survival), strict=True):
+    for W, a, survived in zip(reversed(weights), reversed(states), reversed(survival), strict=True):
         relevance = a * (relevance @ W)
-        found.append(relevance * kept / (relevance * kept).sum(1, keepdim=True))
+        found.append(relevance * survived / (relevance * survived).sum(1, keepdim=True))
     return found[::-1]
 
 
@@ -165,7 +165,7 @@ class GraphNet(nn.Module):
 
 
 def graph_walks(net: GraphNet, adjacency: Tensor, x: Tensor, target: int, gamma: float) -> dict[tuple[int, ...], float]:
-    r"""GNN-LRP (arXiv 2006.03589) of every walk over nodes, input first, for features that are not negative.
+    r"""GNN-LRP (arXiv 2006.03589) of every walk over nodes, input first, for non-negative features.
 
     .. math:: R_{jJ} = \sum_k \frac{λ_{JK} h_j^J w^γ_{jk}}{\sum_{J'} \sum_{j'} λ_{J'K} h_{j'}^{J'} w^γ_{j'k}} R_{kK}
     """
@@ -176,7 +176,7 @@ def graph_walks(net: GraphNet, adjacency: Tensor, x: Tensor, target: int, gamma:
         raised = [layer.weight + gamma * layer.weight.clamp(min=0) for layer in (*net.layers, net.head)]
         score = (states[-1].sum(0) @ net.head.weight[target]).item()
         if score <= 0:
-            raise ValueError(f"the formula is written for a positive output; that of class {target} is {score}.")
+            raise ValueError(f"the formula requires a positive output; that of class {target} is {score}.")
         part = states[-1] * raised[-1][target]
         arrived = {(node,): score * part[node] / part.sum() for node in range(len(x))}
         for W, h in zip(reversed(raised[:-1]), reversed(states[:-1]), strict=True):
@@ -193,7 +193,7 @@ def graph_walks(net: GraphNet, adjacency: Tensor, x: Tensor, target: int, gamma:
 
 
 def symbolic_query(walks: Mapping[tuple[int, ...], float], query: Callable[[set[int]], bool]) -> float:
-    """Symbolic XAI (arXiv 2408.17198): relevance of the walks whose set of nodes fulfils a logical formula."""
+    """Symbolic XAI (arXiv 2408.17198): relevance of the walks with a set of nodes that satisfies a logical formula."""
     return sum(mass for walk, mass in walks.items() if query(set(walk)))
 
 
@@ -201,7 +201,7 @@ def symbolic_query(walks: Mapping[tuple[int, ...], float], query: Callable[[set[
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block and a head, without biases. Subclasses say how each part hands down relevance."""
+    """A pre-norm transformer block and a head, without biases. Subclasses define the propagation rule of each part."""
 
     def __init__(self, width: int = 8, heads: int = 2, hidden: int = 12, classes: int = 3) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Block(nn.Module):
 
 
 class GradientBlock(Block):
-    """The same values, and a gradient which times the input is LRP: factors of the identity rule are constants."""
+    """The same values; gradient × input is LRP, because the factors of the identity rule are constants."""
 
     def norm(self, layer: nn.Module, x: Tensor) -> Tensor:
         return x * (layer(x) / x).detach()
@@ -244,7 +244,7 @@ class GradientBlock(Block):
 
 
 class AttnLRPBlock(GradientBlock):
-    """AttnLRP (arXiv 2402.05602): half of a product's relevance goes to each factor, softmax hands down by Taylor."""
+    """AttnLRP (arXiv 2402.05602): each factor of a product receives half its relevance, softmax is Taylor-expanded."""
 
     @staticmethod
     def half(x: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ class CPLRPBlock(GradientBlock):
 
 
 class LXTBlock(Block):
-    """The operations of LXT, whose backward pass is AttnLRP."""
+    """The operations of LXT; their backward pass is AttnLRP."""
 
     TINY = 1e-12
 
@@ -296,7 +296,7 @@ class LXTBlock(Block):
 
 
 def input_gradient(net: nn.Module, x: Tensor, target: int) -> Tensor:
-    """The gradient of one output; of a net of LXT's operations it is relevance, where the start is the output."""
+    """Gradient of one output; for a net of LXT's operations, the relevance of that output."""
     leaf = x.clone().requires_grad_()
     output = net(leaf)
     start = torch.zeros_like(output)
@@ -305,7 +305,7 @@ def input_gradient(net: nn.Module, x: Tensor, target: int) -> Tensor:
 
 
 def rollout(net: nn.TransformerEncoder, x: Tensor) -> Tensor:
-    """Attention rollout (arXiv 2005.00928): the product of ``(A + 1) / 2`` with the mean attention of the heads."""
+    """Attention rollout (arXiv 2005.00928): the product of ``(A + 1) / 2``, with attention averaged over heads."""
     found = torch.eye(x.shape[1], dtype=x.dtype).expand(len(x), -1, -1)
     for layer in net.layers:
         weights = layer.self_attn(x, x, x, need_weights=True)[1]  # type: ignore[union-attr]

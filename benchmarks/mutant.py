@@ -1,4 +1,4 @@
-"""One mutant: cosmic-ray's operators change one thing in the text of a module, and the package takes it in."""
+"""One mutant: a single change of a module by an operator of cosmic-ray, applied to the imported package."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ OPERATORS = [
     "ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ExceptionReplacer", "NumberReplacer",
     "RemoveDecorator", "ZeroIterationForLoop",
 ]  # fmt: skip
-"""Of cosmic-ray's. Its other pairs of operators change the same place again, into something that shows sooner."""
+"""Operators of cosmic-ray. Its other replacements change the same places in ways that are easier to detect."""
 LEFT_OUT = {
-    "annotations": "types are not looked at when the code runs",
-    "messages": "what stands in a `raise` is the text of an error, or its kind, which the tests of errors name",
-    "assertions": "they tell the type checker what it cannot know and never fail",
-    "decorators": "all but that of a query: without the others a class cannot be made, or nothing changes",
-    "aliases": "names of types",
+    "annotations": "types are not evaluated at run time",
+    "messages": "the arguments of `raise` are the text or the type of an error, which other tests check",
+    "assertions": "they inform the type checker and never fail",
+    "decorators": "all except that of a query: without the others a class cannot be created, or nothing changes",
+    "aliases": "type aliases",
     "strict=True": "an assertion on lengths",
-    "the star of a signature": "what has to be given by name",
+    "the star of a signature": "marks keyword-only arguments",
 }
 
 
@@ -58,22 +58,22 @@ class Mutant:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What tells mutants apart, also where lines above were added."""
+        """Identifies a mutant, independent of its line number."""
         return self.module, self.function, self.operator, self.before, self.after
 
     @property
     def is_formal(self) -> bool:
-        """Whether only the form of a call changes: what has to be given by name, or whether lengths are compared."""
+        """Whether only the form of a call changes: keyword-only arguments, or the check of lengths."""
         return self.before == "*," or self.before.replace("strict=True", "strict=False") == self.after
 
     @property
     def row(self) -> dict[str, str | int]:
-        """As it is written into the results."""
+        """The entry in the results."""
         names = ("module", "function", "operator", "line", "before", "after")
         return {name: getattr(self, name) for name in names}
 
 
-# -- making them ------------------------------------------------------------------------------------------------------
+# -- creation -------------------------------------------------------------------------------------------------------
 
 
 def source_of(module: str) -> Path:
@@ -81,7 +81,7 @@ def source_of(module: str) -> Path:
 
 
 class Places:
-    """What a module has where."""
+    """Locations in the source of a module."""
 
     def __init__(self, code: str) -> None:
         self.text = code.splitlines()
@@ -113,7 +113,7 @@ class Places:
         return any(start <= place < end for start, end in self.skipped)
 
     def function(self, line: int) -> str:
-        """Qualified name of what a line is in."""
+        """Qualified name of the function or class that contains a line."""
         names, nodes = [], self.tree.body
         while True:
             kinds = ast.FunctionDef | ast.ClassDef
@@ -128,7 +128,7 @@ class Places:
         return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
 
     def statement(self, line: int) -> range:
-        """Lines of the innermost statement at a line; of a compound one only its head."""
+        """Lines of the innermost statement at a line; of a compound statement only its header."""
         found = range(line, line + 1)
         for node in ast.walk(self.tree):
             if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0):
@@ -140,7 +140,7 @@ class Places:
 
 
 class _Plain(ast.NodeTransformer):
-    """One spelling of what means the same, so that no mutant is made twice."""
+    """Normalizes equivalent code, so that no mutant is created twice."""
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
         self.generic_visit(node)
@@ -152,13 +152,13 @@ class _Plain(ast.NodeTransformer):
 
 
 def mutants_of(module: str, only: Collection[tuple[str, str]] | None = None) -> list[Mutant]:
-    """All mutants of a module, each once; or those of some pairs of function and operator."""
+    """All mutants of a module, each once; optionally only some pairs of function and operator."""
     try:
         from cosmic_ray.ast import ast_nodes, get_ast
         from cosmic_ray.mutating import mutate_code
         from cosmic_ray.operators.provider import OperatorProvider
     except ImportError as error:
-        raise SystemExit(f"mutants are made by cosmic-ray: pip install 'nrm-plugin[mutation]' ({error})") from error
+        raise SystemExit(f"mutants are created by cosmic-ray: pip install 'nrm-plugin[mutation]' ({error})") from error
     code = source_of(module).read_text()
     nodes, places = list(ast_nodes(get_ast(code))), Places(code)
     seen = {ast.dump(_Plain().visit(ast.parse(code)))}
@@ -191,7 +191,7 @@ def _mutant(module: str, operator: str, line: int, code: str, mutated: str, plac
 
 
 def sampled(mutants: list[Mutant], size: int | None, seed: int) -> list[Mutant]:
-    """As many in random order, every module with the same share of them, however many are taken from the front."""
+    """A random order, cut to ``size``; every prefix contains the same share of mutants of each module."""
     draw, order = random.Random(seed), []
     for module in MODULES:
         own = [mutant for mutant in mutants if mutant.module == module]
@@ -201,11 +201,11 @@ def sampled(mutants: list[Mutant], size: int | None, seed: int) -> list[Mutant]:
     return [mutant for mutant in ordered if not mutant.is_formal][:size]
 
 
-# -- putting them in --------------------------------------------------------------------------------------------------
+# -- application ------------------------------------------------------------------------------------------------------
 
 
-def put_in(mutant: Mutant) -> None:
-    """Gives the functions of the imported package the code of a mutant. For a process of its own: nothing undoes it."""
+def apply(mutant: Mutant) -> None:
+    """Replaces the code of imported functions by that of a mutant. Irreversible: run it in a forked process."""
     module = importlib.import_module(f"nrm_plugin.{mutant.module}")
     source = source_of(mutant.module)
     new = compile(mutant.code, str(source), "exec")
@@ -215,14 +215,14 @@ def put_in(mutant: Mutant) -> None:
             function.__code__ = codes[function.__code__]
     scratch = types.ModuleType(module.__name__)
     scratch.__package__ = module.__package__
-    sys.modules[module.__name__] = scratch  # dataclasses look there
+    sys.modules[module.__name__] = scratch  # dataclasses look up the module there
     exec(new, vars(scratch))
     sys.modules[module.__name__] = module
     _put_values(module, scratch)
 
 
 def _paired(old: types.CodeType, new: types.CodeType) -> Iterator[tuple[types.CodeType, types.CodeType]]:
-    """Code that differs, with what it becomes."""
+    """Pairs of differing code objects, old and new."""
     if old != new:
         yield old, new
     inner: dict[str, list[list[types.CodeType]]] = defaultdict(lambda: [[], []])
@@ -239,7 +239,7 @@ PLAIN = bool | int | float | str | tuple
 
 
 def _put_values(old: Any, new: Any) -> None:
-    """Constants, attributes of classes, defaults of arguments and what a decorator makes."""
+    """Replaces constants, class attributes, default arguments and the results of decorators."""
     for name, value in list(vars(new).items()):
         known = vars(old).get(name)
         if isinstance(value, type) and value is not known:
@@ -255,7 +255,7 @@ def _put_values(old: Any, new: Any) -> None:
             for owner in [old, *importers] if isinstance(old, types.ModuleType) else [old]:
                 if vars(owner).get(name) is known:
                     setattr(owner, name, value)
-    if isinstance(old, type):  # what dataclasses make or do not
+    if isinstance(old, type):  # methods that dataclasses generate
         methods = (types.FunctionType, types.NoneType)
         for name in {*vars(old), *vars(new)}:
             known, value = vars(old).get(name), vars(new).get(name)

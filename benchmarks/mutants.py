@@ -1,13 +1,13 @@
-"""Do the tests see it when a line of the core is wrong? A mutation test of kernels, events and measure.
+"""Do the tests notice an error in the core? Mutation testing of kernels, events and measure.
 
     python -m benchmarks.mutants [--module kernels] [--sample N] [--seed 0] [--survivors] [--log FILE]
 
-cosmic-ray's operators change one thing at a time in a module: a sign, a comparison, a number, a condition. Each such
-mutant has to make a test fail. No file is changed: the package is imported and the tests are collected once, and for
-each mutant a process is forked in which the functions get their mutated code. It runs the tests that cross the mutated
-line, the quick and telling ones first, until one fails or the processor time for a mutant is spent.
-Writes benchmarks/results/mutants.json and the tables of docs/mutants.md; what was judged there about a survivor is
-kept. Needs a system that forks (Linux, macOS) and `pip install "nrm-plugin[mutation,test]"`.
+The operators of cosmic-ray change one thing at a time in a module: a sign, a comparison, a number, a condition. Each
+such mutant should make a test fail. No file is changed: the package is imported and the tests are collected once, and
+a process is forked for each mutant, in which the functions have the mutated code. It runs the tests that cover the
+mutated line, fast and effective ones first, until one fails or the processor time for a mutant is spent.
+Writes benchmarks/results/mutants.json and the tables of docs/mutants.md; existing judgements of survivors are
+preserved. Needs a system with fork (Linux, macOS) and `pip install "nrm-plugin[mutation,test]"`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mutant import LEFT_OUT, MODULES, OPERATORS, ROOT, Mutant, Places, mutants_of, put_in, sampled, source_of
+from benchmarks.mutant import LEFT_OUT, MODULES, OPERATORS, ROOT, Mutant, Places, apply, mutants_of, sampled, source_of
 
 RESULTS = ROOT / "benchmarks/results/mutants.json"
 PAGE = ROOT / "docs/mutants.md"
@@ -42,7 +42,7 @@ Found = dict[str, Any]
 
 @dataclass
 class Test:
-    """One collected test, what it crosses and how telling it was so far."""
+    """One collected test, the lines it covers, and its kills so far."""
 
     item: Any
     seconds: float
@@ -55,12 +55,12 @@ class Test:
 
 
 class Trial:
-    """Tries mutants on the tests of a session, as a plugin of pytest: in place of the tests themselves.
+    """Plugin of pytest that runs mutants against the tests of a session instead of the tests themselves.
 
     Args:
-        mutants: What to try.
+        mutants: The mutants to try.
         budget: Processor seconds of tests for one mutant.
-        log: Where outcomes are appended; those that are there are known already.
+        log: File to which outcomes are appended; its entries are reused.
     """
 
     def __init__(self, mutants: list[Mutant], budget: float, log: Path | None) -> None:
@@ -91,7 +91,7 @@ class Trial:
         return True
 
     def _chosen(self, tests: list[Test], mutant: Mutant) -> list[Test]:
-        """The tests that cross the statement; else the function; else (what runs at import) the module."""
+        """The tests that cover the statement; else the function; else, for code run at import, the module."""
         whole = Places(source_of(mutant.module).read_text())
         size = range(1, len(whole.text) + 1)
         function = {line for line in size if whole.function(line) == mutant.function != "<module>"}
@@ -112,46 +112,46 @@ class Trial:
             self._run_forked(mutant, tests, writer)
         os.close(writer)
         with os.fdopen(reader) as pipe:
-            told = pipe.read()
+            reply = pipe.read()
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             return ("timed out" if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) else "killed"), None
-        if not told:
+        if not reply:
             return "survived", None
-        kind, place = told.split(maxsplit=1)
+        kind, place = reply.split(maxsplit=1)
         if kind == "error":
             raise RuntimeError(f"{mutant.key} could not be tried: {place}")
-        if kind == "refused":
+        if kind == "rejected":
             return "killed", f"import: {place}"
         tests[int(place)].kills += 1
         return "killed", tests[int(place)].item.nodeid
 
     def _run_forked(self, mutant: Mutant, tests: list[Test], writer: int) -> None:
         _quiet()
-        told = b""
+        reply = b""
         try:
             try:
-                put_in(mutant)
-            except (TypeError, NameError, AttributeError, KeyError, IndexError) as error:  # it cannot be imported
-                told = f"refused {error!r}".encode()
+                apply(mutant)
+            except (TypeError, NameError, AttributeError, KeyError, IndexError) as error:  # not importable
+                reply = f"rejected {error!r}".encode()
             else:
                 for number, (test, following) in enumerate(zip(tests, [*tests[1:], None], strict=True)):
                     self._run(test.item, following and following.item)
                     if self._failed:
-                        told = f"killed {number}".encode()
+                        reply = f"killed {number}".encode()
                         break
                     if time.process_time() > self.budget:
                         break
         except BaseException as error:
-            told = f"error {error!r}".encode()
-        os.write(writer, told)
+            reply = f"error {error!r}".encode()
+        os.write(writer, reply)
         os._exit(0)
 
     def _run(self, item: Any, following: Any) -> None:
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
 
     def _crossed(self, items: list[Any]) -> list[Test]:
-        """What every test crosses and takes, from a run of all without a mutant."""
+        """Coverage and duration of every test, from a run without a mutant."""
         file = Path(tempfile.mkstemp()[1])
         child = os.fork()
         if not child:
@@ -180,7 +180,7 @@ class Trial:
 
 
 def _in_turn(tests: list[Test]) -> list[Test]:
-    """Quick and telling tests first, but one of every test function before the next of any."""
+    """Fast and effective tests first, but one of every test function before the second of any."""
     turns: dict[str, int] = defaultdict(int)
     ranked = []
     for test in sorted(tests, key=lambda test: test.rank):
@@ -237,18 +237,18 @@ def tried(mutants: list[Mutant], tests: Sequence[str], match: str, budget: float
     return trial.outcomes
 
 
-# -- telling about them -----------------------------------------------------------------------------------------------
+# -- results and page -------------------------------------------------------------------------------------------------
 
 JUDGEMENTS = {
-    "equivalent": "no input tells the mutant from the original",
-    "speed": "the same numbers in more time or memory",
-    "accepted": "a difference that no promise of the package covers",
+    "equivalent": "no input distinguishes the mutant from the original",
+    "speed": "the same numbers at a higher cost in time or memory",
+    "accepted": "a difference that the package does not specify",
 }
 UNJUDGED = {"judgement": "not judged", "why": ""}
 
 
 def counted(made: list[Mutant], outcomes: dict[Key, str], before: Found) -> Found:
-    """Numbers by module, and the survivors with what was judged before."""
+    """Counts by module, and the survivors with their existing judgements."""
     judged = {_key(row): {"judgement": row["judgement"], "why": row["why"]} for row in before.get("survivors", [])}
     found = {"modules": dict(before.get("modules", {})), "survivors": []}
     for module in MODULES:
@@ -265,8 +265,8 @@ def counted(made: list[Mutant], outcomes: dict[Key, str], before: Found) -> Foun
     return found
 
 
-def counted_again(made: list[Mutant], outcomes: dict[Key, str], before: Found) -> Found:
-    """The numbers after the survivors of before were tried again."""
+def recounted(made: list[Mutant], outcomes: dict[Key, str], before: Found) -> Found:
+    """The counts after the previous survivors were tried again."""
     found: Found = {"modules": {name: dict(counts) for name, counts in before["modules"].items()}, "survivors": []}
     lines = {mutant.key: mutant.line for mutant in made}
     for row in before["survivors"]:
@@ -285,15 +285,15 @@ def _key(row: Found) -> Key:
 
 def rendered(page: str, found: Found) -> str:
     """The page with the tables of the results."""
-    lines = ["| module | mutants | tried | killed | timed out | survived | of those equivalent | score |"]
+    lines = ["| module | mutants | tried | killed | timed out | survived | equivalent survivors | score |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for module, counts in found["modules"].items():
         own = [row for row in found["survivors"] if row["module"] == module]
-        same = sum(row["judgement"] == "equivalent" for row in own)
-        seen = counts["killed"] + counts["timed out"]
+        equivalent = sum(row["judgement"] == "equivalent" for row in own)
+        detected = counts["killed"] + counts["timed out"]
         numbers = [counts[kind] for kind in ("made", "tried", "killed", "timed out", "survived")]
-        score = f"{100 * seen / (counts['tried'] - same):.1f} %"
-        lines.append(f"| `{module}.py` | {' | '.join(map(str, numbers))} | {same} | {score} |")
+        score = f"{100 * detected / (counts['tried'] - equivalent):.1f} %"
+        lines.append(f"| `{module}.py` | {' | '.join(map(str, numbers))} | {equivalent} | {score} |")
     for module in found["modules"]:
         own = [row for row in found["survivors"] if row["module"] == module]
         lines += ["", f"## Survivors in {module}.py", ""]
@@ -310,7 +310,7 @@ def rendered(page: str, found: Found) -> str:
 
 
 def _difference(before: str, after: str, around: int = 24) -> tuple[str, str]:
-    """The two lines where they differ, with some text around."""
+    """The differing parts of both lines, with some context."""
     shorter = min(len(before), len(after))
     start = next((n for n in range(shorter) if before[n] != after[n]), shorter)
     end = next((n for n in range(shorter - start) if before[-1 - n] != after[-1 - n]), shorter - start)
@@ -330,16 +330,16 @@ def _environment() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--module", choices=MODULES, help="only this one")
-    parser.add_argument("--sample", type=int, help="how many mutants to try, drawn by chance; all by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample and of the order")
+    parser.add_argument("--module", choices=MODULES, help="only this module")
+    parser.add_argument("--sample", type=int, help="number of mutants to try, drawn at random (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample and of the order")
     parser.add_argument("--budget", type=float, default=5.0, help="processor seconds of tests for one mutant")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="names of test files, without `test_`")
-    parser.add_argument("--match", default="", help="only tests with such names, as pytest's -k")
-    parser.add_argument("--survivors", action="store_true", help="only those that survived according to the results")
-    parser.add_argument("--log", type=Path, help="outcomes are appended here, and what is here is not tried again")
-    parser.add_argument("--list", action="store_true", help="only show the mutants")
-    parser.add_argument("--render", action="store_true", help="only write the page, from the results that are there")
+    parser.add_argument("--match", default="", help="only tests with matching names, as with pytest's -k")
+    parser.add_argument("--survivors", action="store_true", help="only survivors in the stored results")
+    parser.add_argument("--log", type=Path, help="file to append outcomes to; mutants in it are not tried again")
+    parser.add_argument("--list", action="store_true", help="only list the mutants")
+    parser.add_argument("--render", action="store_true", help="only render the page from the stored results")
     args = parser.parse_args()
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if args.render:
@@ -355,7 +355,7 @@ def main() -> None:
         return
     chosen = [mutant for mutant in made if mutant.key in survived] if args.survivors else made[: args.sample]
     outcomes = tried(chosen, args.tests, args.match, args.budget, args.log)
-    found = (counted_again if args.survivors else counted)(made, outcomes, before)
+    found = (recounted if args.survivors else counted)(made, outcomes, before)
     settings = {"seed": args.seed, "budget": args.budget, "operators": OPERATORS, "left out": LEFT_OUT}
     settings = before["settings"] if args.survivors else settings
     found = {"environment": _environment(), "settings": settings, **found}

@@ -1,7 +1,7 @@
-"""docs/numbers.md: what is claimed, the figure that was measured, and the command that measures it again.
+"""docs/numbers.md: claims, measured figures, and the commands that reproduce them.
 
-``python -m benchmarks.numbers`` reads the committed results of the other benchmarks and writes the table; it measures
-nothing itself.
+``python -m benchmarks.numbers`` reads the committed results of the other benchmarks and writes the table; it does not
+measure anything itself.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """One line of the page.
+    """One row of the table.
 
     Args:
-        text: What is claimed.
-        source: The file of results without its ending, which is also the module that writes it.
-        figure: What to show of it.
-        page: Where more is said.
+        text: The claim.
+        source: Name of the results file without suffix, and of the module that writes it.
+        figure: Formats the measured figure.
+        page: The page with the details.
     """
 
     text: str
@@ -41,7 +41,7 @@ class Claim:
 
     @property
     def command(self) -> str:
-        """What measures it again."""
+        """The command that reproduces the figure."""
         named = {
             "speed": "make bench",
             "special_cases": "make special-cases",
@@ -53,35 +53,35 @@ class Claim:
         return named.get(self.source, f"python -m benchmarks.{self.source}")
 
 
-def over(work: str, beside: str, model: str = "vgg16") -> Callable[[Found], str]:
-    """Time of some work as a multiple of another's, on one thread."""
+def ratio(work: str, reference: str, model: str = "vgg16") -> Callable[[Found], str]:
+    """Time of a computation as a multiple of a reference, on one thread."""
 
     def figure(found: Found) -> str:
         runs = [run for run in found["runs"] if run["model"] == model and run["threads"] == 1]
         seconds = next(run for run in runs if run["allocator"] == "default")["seconds"]
-        return f"{seconds[work] / seconds[beside]:.3g} ×"
+        return f"{seconds[work] / seconds[reference]:.3g} ×"
 
     return figure
 
 
 def peak(found: Found) -> str:
-    """Peak memory above the net as a multiple of a plain gradient's."""
+    """Peak memory in addition to the net, as a multiple of a plain gradient's."""
     peaks = found["peak memory of vgg16 in MiB"]
     above = {name: value - peaks["nothing"] for name, value in peaks.items()}
     return f"{above['EpsilonPlusFlat'] / above['plain']:.2g} ×"
 
 
-def differences(beside: str) -> Callable[[Found], str]:
-    """Largest difference of the rows that were compared with a package, or with formulas."""
+def differences(reference: str) -> Callable[[Found], str]:
+    """Largest difference over the rows that are compared with a package, or with formulas."""
 
     def figure(found: Found) -> str:
-        rows = [row for row in found["rows"] if row["beside"].startswith(beside)]
+        rows = [row for row in found["rows"] if row["reference"].startswith(reference)]
         return f"{max(row['difference'] for row in rows):.0e}, {len(rows)} row{'s' * (len(rows) > 1)}"
 
     return figure
 
 
-def books(composite: str) -> Callable[[Found], str]:
+def violation(composite: str) -> Callable[[Found], str]:
     """Largest error of mass + sink + bypass = 1."""
 
     def figure(found: Found) -> str:
@@ -93,35 +93,35 @@ def books(composite: str) -> Callable[[Found], str]:
 
 
 def changed(found: Found) -> str:
-    """How many models were left otherwise than they were."""
+    """How many models were modified."""
     measured = [row for row in found["rows"] if "is_unchanged" in row]
     models = {(row["package"], row["model"]) for row in measured}
     return f"{sum(not row['is_unchanged'] for row in measured)} of {len(models)}"
 
 
 def certified(found: Found) -> str:
-    """Walks proven to be the largest, under each rule and size."""
+    """Number of walks certified to be the largest, by rule and image size."""
     return "; ".join(f"{row['size']} pixels, {row['rule']}: {row['certified']}" for row in found["rows"])
 
 
-def of_flow(found: Found) -> str:
-    """A flow graph as a multiple of the marginals of all layers."""
+def flow_cost(found: Found) -> str:
+    """Time of a flow graph as a multiple of the marginals of all layers."""
     return f"{min(found['seconds']['flow']) / min(found['seconds']['marginals']):.0f} ×"
 
 
-def faster(found: Found) -> str:
-    """How much longer the other package takes, net by net."""
+def speedup(found: Found) -> str:
+    """Time of the other package as a multiple of ours, by net."""
     return "; ".join(f"{run['net']}: {run['factor']:.1f} ×" for run in found["runs"])
 
 
 def throughput(found: Found) -> str:
-    """Of the bare measure's, net by net."""
+    """Throughput as a share of the measure alone, by net."""
     shares = found["throughput"].items()
     return "; ".join(f"{net}: {row['share of the bare measure']['wall']:.2f}" for net, row in shares)
 
 
-def kept(method: str) -> Callable[[Found], str]:
-    """Probability of the class with a tenth to a seventh of the channels, the rest zero, net by net."""
+def class_probability(method: str) -> Callable[[Found], str]:
+    """Probability of the class with a tenth to a seventh of the channels, the others set to zero, by net."""
 
     def figure(found: Found) -> str:
         cells = []
@@ -135,12 +135,12 @@ def kept(method: str) -> Callable[[Found], str]:
 
 
 def variation(rule: str) -> Callable[[Found], str]:
-    """Largest walk variation on a deep net of random weights."""
+    """Largest walk variation on a deep net with random weights."""
     return lambda found: f"{found['rows']['vgg16'][rule]['variation']:.0e}"
 
 
 def flipping(composite: str) -> Callable[[Found], str]:
-    """Area between the two orders of pixel flipping, net by net; larger is better."""
+    """Area between both orders of pixel flipping, by net; larger is better."""
 
     def figure(found: Found) -> str:
         cells = []
@@ -154,16 +154,16 @@ def flipping(composite: str) -> Callable[[Found], str]:
 
 
 def mutants(found: Found) -> str:
-    """Share of the mutants tried that a test saw, without those that are equivalent."""
+    """Share of detected mutants among those tried, without equivalent ones."""
     rows = found["modules"].values()
-    seen = sum(row["killed"] + row["timed out"] for row in rows)
-    same = sum(row["judgement"] == "equivalent" for row in found["survivors"])
+    detected = sum(row["killed"] + row["timed out"] for row in rows)
+    equivalent = sum(row["judgement"] == "equivalent" for row in found["survivors"])
     tried = sum(row["tried"] for row in rows)
-    return f"{100 * seen / (tried - same):.1f} % of {tried - same}"
+    return f"{100 * detected / (tried - equivalent):.1f} % of {tried - equivalent}"
 
 
 def verdicts(found: Found) -> str:
-    """The default composite beside the best other method of each metric."""
+    """The default composite compared with the best other method of each metric."""
     counted = Counter(verdict(best["ahead"][best["default"]]) for *_, best in compared(found))
     return ", ".join(f"{word} in {counted[word]}" for word in ("better", "even", "worse"))
 
@@ -180,18 +180,18 @@ def recovered(one: str, other: str) -> Callable[[Found], str]:
 
 PLAIN = "plain gradient"
 CLAIMS = [
-    Claim("All marginals of VGG16 by EpsilonPlus, beside a plain gradient", "speed",
-          over("all marginals, EpsilonPlus", PLAIN), "speed.md"),
-    Claim("the same beside Zennit's own pass, which has the input only", "speed",
-          over("all marginals, EpsilonPlus", "zennit, EpsilonPlus"), "speed.md"),
-    Claim("All marginals of ResNet-50 by the default composite, beside a plain gradient", "speed",
-          over("all marginals, NRMDefault", PLAIN, "resnet50"), "speed.md"),
-    Claim("Joint relevance of all neighbouring channel pairs of VGG16, beside a plain gradient", "speed",
-          over("all neighbouring channel pairs, EpsilonPlus", PLAIN), "speed.md"),
-    Claim("64 conditional maps, beside zennit-crp", "speed",
-          over("64 conditional maps of features.28 at the input",
+    Claim("All marginals of VGG16 with EpsilonPlus, relative to a plain gradient", "speed",
+          ratio("all marginals, EpsilonPlus", PLAIN), "speed.md"),
+    Claim("the same relative to Zennit's pass, which yields the input only", "speed",
+          ratio("all marginals, EpsilonPlus", "zennit, EpsilonPlus"), "speed.md"),
+    Claim("All marginals of ResNet-50 with the default composite, relative to a plain gradient", "speed",
+          ratio("all marginals, NRMDefault", PLAIN, "resnet50"), "speed.md"),
+    Claim("Joint relevance of all neighbouring channel pairs of VGG16, relative to a plain gradient", "speed",
+          ratio("all neighbouring channel pairs, EpsilonPlus", PLAIN), "speed.md"),
+    Claim("64 conditional maps, relative to zennit-crp", "speed",
+          ratio("64 conditional maps of features.28 at the input",
                "zennit-crp, 64 conditional maps of features.28 at the input"), "speed.md"),
-    Claim("Peak memory of all marginals of VGG16, beside a plain gradient", "speed", peak, "speed.md"),
+    Claim("Peak memory of all marginals of VGG16, relative to a plain gradient", "speed", peak, "speed.md"),
     Claim("Plain Zennit relevance at nine layers of VGG11, largest difference", "special_cases",
           differences("zennit, VGG11"), "special-cases.md"),
     Claim("Captum's methods, largest difference", "special_cases", differences("captum, "), "special-cases.md"),
@@ -199,35 +199,35 @@ CLAIMS = [
     Claim("LXT, largest difference", "special_cases", differences("LXT"), "special-cases.md"),
     Claim("Published formulas, largest difference", "special_cases", differences("formula"), "special-cases.md"),
     Claim("mass + sink + bypass = 1, all taps, models of torchvision without attention", "architectures",
-          books("NRMDefault"), "architectures.md"),
-    Claim("the same, vision transformers", "attention", books("NRMDefault"), "attention.md"),
-    Claim("the same, models of 16 other packages", "other_packages", books("NRMDefault"), "other-packages.md"),
-    Claim("the same, further models of Hugging Face", "hugging_face", books("NRMDefault"), "attention.md"),
-    Claim("the same, recurrent networks and layers of torch_geometric", "recurrent_and_graphs", books("NRMDefault"),
+          violation("NRMDefault"), "architectures.md"),
+    Claim("the same, vision transformers", "attention", violation("NRMDefault"), "attention.md"),
+    Claim("the same, models of 16 other packages", "other_packages", violation("NRMDefault"), "other-packages.md"),
+    Claim("the same, further models of Hugging Face", "hugging_face", violation("NRMDefault"), "attention.md"),
+    Claim("the same, recurrent networks and layers of torch_geometric", "recurrent_and_graphs", violation("NRMDefault"),
           "recurrent-and-graphs.md"),
-    Claim("Models of other packages that a measure changed", "other_packages", changed, "other-packages.md"),
-    Claim("A flow of five layers of VGG16, eight groups each, beside the marginals of all layers", "flow", of_flow,
-          "flow.md"),
-    Claim("Reference examples: time of zennit-crp beside ours, for the same references", "references", faster,
+    Claim("Models of other packages modified by a measure", "other_packages", changed, "other-packages.md"),
+    Claim("A flow of five layers of VGG16, eight groups each, relative to the marginals of all layers", "flow",
+          flow_cost, "flow.md"),
+    Claim("Reference examples: time of zennit-crp relative to ours, for the same references", "references", speedup,
           "references.md"),
-    Claim("Throughput of a sweep beside the bare measure", "sweep", throughput, "data-sets.md"),
-    Claim("Probability of the class when few channels are kept, `select_neurons`", "selection",
-          kept("select_neurons (ε, z⁺)"), "critical-paths.md"),
-    Claim("the same, plain LRP", "selection", kept("plain LRP"), "critical-paths.md"),
-    Claim("the same, LayerConductance", "selection", kept("LayerConductance"), "critical-paths.md"),
-    Claim("Walk variation on VGG16, the relative rule", "relative", variation("relative"), "relative.md"),
+    Claim("Throughput of a sweep relative to the measure alone", "sweep", throughput, "data-sets.md"),
+    Claim("Probability of the class with few channels retained, `select_neurons`", "selection",
+          class_probability("select_neurons (ε, z⁺)"), "critical-paths.md"),
+    Claim("the same, plain LRP", "selection", class_probability("plain LRP"), "critical-paths.md"),
+    Claim("the same, LayerConductance", "selection", class_probability("LayerConductance"), "critical-paths.md"),
+    Claim("Walk variation on VGG16, relative rule", "relative", variation("relative"), "relative.md"),
     Claim("the same, LRP-0", "relative", variation("LRP-0"), "relative.md"),
-    Claim("The hundred largest of 550 billion walks, certified after a minute", "top_walks", certified,
+    Claim("The hundred largest of 550 billion walks, certified within a minute", "top_walks", certified,
           "critical-paths.md"),
     Claim("Pixel flipping, area between both orders, NRMDefault", "default_composite", flipping("NRMDefault"),
           "default-composite.md"),
     Claim("the same, EpsilonPlus", "default_composite", flipping("EpsilonPlus"), "default-composite.md"),
-    Claim("Mutants of the kernels, events and the measure that a test sees", "mutants", mutants, "mutants.md"),
-    Claim("NRMDefault beside the best other attribution method of each metric", "faithfulness", verdicts,
+    Claim("Mutants of kernels, events and measure detected by the tests", "mutants", mutants, "mutants.md"),
+    Claim("NRMDefault compared with the best other attribution method of each metric", "faithfulness", verdicts,
           "faithfulness.md"),
-    Claim("Average precision of planted edges: joint relevance by NRMDefault, product of its marginals", "faithfulness",
-          recovered("μ(A & B), NRMDefault", "μ(A) μ(B), NRMDefault"), "faithfulness.md"),
-    Claim("the same by LRP-0: joint relevance, gradient × activation of both ends", "faithfulness",
+    Claim("Average precision of planted edges: joint relevance with NRMDefault, product of its marginals",
+          "faithfulness", recovered("μ(A & B), NRMDefault", "μ(A) μ(B), NRMDefault"), "faithfulness.md"),
+    Claim("the same with LRP-0: joint relevance, gradient × activation of both ends", "faithfulness",
           recovered("μ(A & B), LRP-0", "gradient × activation, product"), "faithfulness.md"),
 ]  # fmt: skip
 
@@ -235,7 +235,7 @@ CLAIMS = [
 def rendered(page: str) -> str:
     """The page with the table of the committed results."""
     results = {claim.source: json.loads((RESULTS / f"{claim.source}.json").read_text()) for claim in CLAIMS}
-    lines = ["| claim | measured | again by | more |", "|---|---|---|---|"]
+    lines = ["| claim | measured | reproduce with | page |", "|---|---|---|---|"]
     for claim in CLAIMS:
         figure = claim.figure(results[claim.source])
         lines.append(f"| {claim.text} | {figure} | `{claim.command}` | [{claim.page[:-3]}]({claim.page}) |")

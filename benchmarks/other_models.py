@@ -1,4 +1,4 @@
-"""Convolutional models of other packages: how to build them with random weights, and what they read."""
+"""Convolutional models of other packages: how to build them with random weights, and their inputs."""
 
 import importlib
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 Case = tuple[Callable[[], nn.Module], list[tuple[int, ...]], Any]
-"""How to build a model, the shapes of its inputs without batch, and which of its outputs is explained."""
+"""Builder of a model, the shapes of its inputs without batch dimension, and the explained output."""
 
 
 def cases(
     names: str, build: Callable[[str], nn.Module], *shapes: tuple[int, ...], output: Any = None
 ) -> dict[str, Case]:
-    """One case for each name, built alike."""
+    """One case for each name, with the same builder."""
     return {name: (lambda name=name: build(name), list(shapes), output) for name in names.split()}  # type: ignore[misc]
 
 
@@ -25,7 +25,7 @@ def attributes(
 
 
 def timm() -> dict[str, Case]:
-    """Every family without attention, and some that only have gates."""
+    """Every family without attention, including some with gates."""
 
     def build(name: str) -> nn.Module:
         return importlib.import_module("timm").create_model(name)  # type: ignore[no-any-return]
@@ -54,7 +54,7 @@ def timm() -> dict[str, Case]:
 
 
 def pytorchcv() -> dict[str, Case]:
-    """Most families: classification, segmentation, poses, speech."""
+    """Most families: classification, segmentation, pose estimation, speech."""
 
     def build(name: str) -> nn.Module:
         return importlib.import_module("pytorchcv.model_provider").get_model(name)  # type: ignore[no-any-return]
@@ -245,7 +245,7 @@ def monai() -> dict[str, Case]:
 
 
 def braindecode() -> dict[str, Case]:
-    """Recordings of the brain: 22 channels, two to thirty seconds."""
+    """EEG: 22 channels, two to thirty seconds."""
     nets, eeg = "braindecode.models", {"n_chans": 22, "n_outputs": 4, "n_times": 1000, "sfreq": 250.0}
     sleep = {"n_chans": 2, "n_outputs": 5, "n_times": 3000, "sfreq": 100.0}
     return {
@@ -331,7 +331,7 @@ def asteroid() -> dict[str, Case]:
 
 
 def transformers() -> dict[str, Case]:
-    """The convolutional ones, from their configurations."""
+    """Convolutional models, from their configurations."""
 
     def build(name: str) -> nn.Module:
         package = importlib.import_module("transformers")
@@ -390,7 +390,7 @@ def transformers() -> dict[str, Case]:
 
 
 def diffusers() -> dict[str, Case]:
-    """The parts of image generators that have no attention."""
+    """Parts of image generators without attention."""
     package = "diffusers"
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     unet = {
@@ -451,7 +451,7 @@ def torchxrayvision() -> dict[str, Case]:
 
 
 def ultralytics() -> dict[str, Case]:
-    """Detectors and classifiers; of a detector, the features of its head."""
+    """Detectors and classifiers; for a detector, the features of its head."""
 
     def build(name: str) -> nn.Module:
         tasks = importlib.import_module("ultralytics.nn.tasks")
@@ -471,7 +471,7 @@ def ultralytics() -> dict[str, Case]:
 
 
 def kornia() -> dict[str, Case]:
-    """Descriptors, edges, faces, resolution."""
+    """Descriptors, edge detection, face detection, super-resolution."""
     return {
         **attributes("kornia.feature", "HardNet HardNet8 HyNet SOSNet TFeat OriNet", (1, 32, 32), pretrained=False),
         **attributes("kornia.feature", "KeyNet", (1, 64, 64), pretrained=False),
@@ -485,7 +485,7 @@ def kornia() -> dict[str, Case]:
 
 
 def pretrainedmodels() -> dict[str, Case]:
-    """Ports of models of other frameworks."""
+    """Models ported from other frameworks."""
 
     def build(name: str) -> nn.Module:
         return importlib.import_module("pretrainedmodels").__dict__[name](pretrained=None, num_classes=1000)  # type: ignore[no-any-return]
@@ -508,7 +508,7 @@ def resnest() -> dict[str, Case]:
 
 
 def efficientnet_pytorch() -> dict[str, Case]:
-    """The first port of EfficientNet, with a SiLU of its own."""
+    """An early port of EfficientNet, with its own SiLU."""
     return cases(
         "efficientnet-b0 efficientnet-b2",
         lambda name: importlib.import_module("efficientnet_pytorch").EfficientNet.from_name(name),

@@ -1,9 +1,9 @@
-"""Do the books balance on convolutional models of other packages, with no code per model?
+"""Does conservation hold for convolutional models of other packages, without code for any model?
 
-``python -m benchmarks.other_packages`` takes the measure of every model of ``other_models.py`` whose package is
-installed, writes the results as JSON, and from them the tables of ``docs/other-packages.md``. ``--packages`` and
-``--models`` do some of them and keep the other results; ``--render`` only rewrites the page. None of the packages is a
-dependency: install the ones that you want. Nothing is downloaded, weights are as the builders draw them.
+``python -m benchmarks.other_packages`` measures every model of ``other_models.py`` with an installed package, writes
+the results as JSON, and renders the tables of ``docs/other-packages.md``. ``--packages`` and ``--models`` select a
+subset and leave the other results unchanged; ``--render`` only rewrites the page. None of the packages is a dependency:
+install those of interest. Nothing is downloaded, weights are as initialized by the builders.
 """
 
 import argparse
@@ -40,13 +40,13 @@ SEED, STATISTICS = 0, 4
 
 
 def drawn(shapes: list[tuple[int, ...]], batch: int, seed: int) -> tuple[Tensor, ...]:
-    """Inputs of noise."""
+    """Noise as inputs."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(batch, *shape, generator=generator) for shape in shapes)
 
 
 def draw_zeros(model: nn.Module) -> None:
-    """Draws layers anew that start with zero weights: what they return says nothing about the input."""
+    """Redraws layers with zero-initialized weights, because their output does not depend on the input."""
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None and weight.ndim > 1 and not bool(weight.any()):
@@ -54,7 +54,7 @@ def draw_zeros(model: nn.Module) -> None:
 
 
 def settle(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Sets the statistics of batch normalization by one batch; dropout stays off."""
+    """Sets the statistics of batch normalization from one batch; dropout stays disabled."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         if norm.track_running_stats:
@@ -66,7 +66,7 @@ def settle(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def chosen(returned: Any, output: Any) -> Tensor:
-    """The tensor of what a model returned that is explained."""
+    """The explained tensor among the outputs of a model."""
     if output is None:
         output = next((key for key in ("logits", "out") if not isinstance(returned, Tensor) and key in returned), None)
     if output is None:
@@ -81,7 +81,7 @@ def chosen(returned: Any, output: Any) -> Tensor:
 
 
 def target_of(scores: Tensor) -> Any:
-    """The largest channel, in the middle of everything else."""
+    """The largest channel, at the centre of all other dimensions."""
     if scores.ndim == 1:
         return None
     middle = [size // 2 for size in scores.shape[2:]]
@@ -89,7 +89,7 @@ def target_of(scores: Tensor) -> Any:
 
 
 def measured(model: nn.Module, inputs: tuple[Tensor, ...], output: Any, composite: Composite) -> dict[str, Any]:
-    """The books of one model under one composite."""
+    """Conservation check of one model under one composite."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         returned = model(*inputs)
@@ -109,7 +109,7 @@ def measured(model: nn.Module, inputs: tuple[Tensor, ...], output: Any, composit
     layers = mu.layers
     mass = {layer: float(values.sum()) for layer, values in mu.marginal(layers).items()}
     seconds = time.perf_counter() - start
-    mu._check_fresh = lambda: None  # type: ignore[method-assign]  # nobody writes to the weights here
+    mu._check_fresh = lambda: None  # type: ignore[method-assign]  # the weights do not change here
     variation = {layer: float(mu.variation(layer)) for layer in layers}
     error = {
         layer: abs(mass[layer] + float(mu.sink(layer)) + float(mu.bypass(layer)) - 1) / max(1.0, variation[layer])
@@ -158,12 +158,12 @@ def run(package: str, name: str, case: Case) -> Iterator[dict[str, Any]]:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, without the folders of this machine."""
+    """The error message without local paths."""
     return re.sub(r"/\S*/site-packages/", "", message(error))
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """The limits that a row breaks."""
+    """The limits that a row exceeds."""
     if "failed" in row:
         return ["failed"]
     default = row["composite"] == "NRMDefault"
@@ -181,33 +181,33 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Puts rows in the place of those of the same package, model and composite."""
+    """Replaces the rows of the same package, model and composite."""
     known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    kept = {(row["package"], row["model"], row["composite"]): row for row in [*known, *rows]}
+    merged = {(row["package"], row["model"], row["composite"]): row for row in [*known, *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(compact(row), ensure_ascii=False) for row in kept.values())
+    lines = ",\n".join(json.dumps(compact(row), ensure_ascii=False) for row in merged.values())
     path.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
-COLUMNS = "package|version|models|measured|error|residual|constants|V input, NRMDefault|beyond a limit".split("|")
+COLUMNS = "package|version|models|measured|error|residual|constants|V input, NRMDefault|limits exceeded".split("|")
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The environment, a summary for each package, and what failed or broke a limit."""
+    """The environment, a summary for each package, failures and exceeded limits."""
     rows = results["rows"]
     packages = dict.fromkeys(row["package"] for row in rows)
     lines = [summary(package, [row for row in rows if row["package"] == package]) for package in packages]
     lines.append(summary("all", rows))
     failed = {(row["package"], row["model"]): row["failed"] for row in rows if "failed" in row}
-    broken = [row for row in rows if "failed" not in row and faults(row)]
-    broken.sort(key=lambda row: -float(row["variation"]))
+    exceeding = [row for row in rows if "failed" not in row and faults(row)]
+    exceeding.sort(key=lambda row: -float(row["variation"]))
     cells = [
         [
             f"{row['package']}: {row['model']}",
             *(f"{float(row[key]):.3g}" for key in ("residual", "variation")),
             ", ".join(faults(row)),
         ]
-        for row in broken
+        for row in exceeding
     ]
     names = {
         package: list(dict.fromkeys(row["model"] for row in rows if row["package"] == package)) for package in packages
@@ -216,13 +216,13 @@ def tables(results: dict[str, Any]) -> str:
         [
             ", ".join(f"{key} {value}" for key, value in results["environment"].items()),
             markdown(COLUMNS, lines).rstrip(),
-            "## What failed",
+            "## Failures",
             markdown(
                 ["model", "message"], [[f"{package}: {name}", text] for (package, name), text in failed.items()]
             ).rstrip(),
-            "## Beyond a limit",
+            "## Limits exceeded",
             markdown(["model", "residual", "V input", "limit"], cells).rstrip(),
-            "## What was tried",
+            "## Models",
             "\n".join(f"- **{package}**: {', '.join(names[package])}" for package in packages),
         ]
     )
@@ -238,13 +238,13 @@ def summary(package: str, rows: list[dict[str, Any]]) -> list[str]:
 
     versions = {row["version"] for row in rows}
     models = {(row["package"], row["model"]) for row in rows}
-    missed = {(row["package"], row["model"]) for row in rows if "failed" in row}
+    failed = {(row["package"], row["model"]) for row in rows if "failed" in row}
     counts = [name for row in done for name in faults(row)]
     return [
         package,
         versions.pop() if len(versions) == 1 else "",
         str(len(models)),
-        str(len(models - missed)),
+        str(len(models - failed)),
         worst("error", done, ".0e"),
         worst("residual", default, ".2g"),
         worst("constants", default, ".2g"),

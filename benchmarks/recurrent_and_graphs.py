@@ -1,8 +1,8 @@
-"""Do the books balance on recurrent layers and layers of torch_geometric?
+"""Does conservation hold for recurrent layers and layers of torch_geometric?
 
-``python -m benchmarks.recurrent_and_graphs`` takes the measure of random networks under the default composite, and
-writes the results as JSON and the tables of ``docs/recurrent-and-graphs.md``. It needs torch_geometric:
-``make graph-networks`` installs it beside this package.
+``python -m benchmarks.recurrent_and_graphs`` measures random networks under the default composite, and writes the
+results as JSON and the tables of ``docs/recurrent-and-graphs.md``. It needs torch_geometric, which
+``make graph-networks`` installs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from benchmarks import tables
-from benchmarks.books import books, random_biases, store
+from benchmarks.conservation import conservation_check, random_biases, store
 from nrm_plugin import RelevanceMeasure
 from tests.graph_nets import random_graph
 from tests.hosts.graph_layers import LAYERS, POOLS, Net, Pooled
@@ -26,7 +26,7 @@ TIMES, FEATURES, HIDDEN = 10, 4, 8
 
 
 class Last(nn.Module):
-    """A class from the last hidden state; lengths are those of a packed batch."""
+    """Classifies the last hidden state; with ``lengths`` the batch is packed."""
 
     def __init__(self, layer: nn.RNNBase, lengths: list[int] | None = None) -> None:
         super().__init__()
@@ -41,12 +41,15 @@ class Last(nn.Module):
 
 
 def recurrent() -> Iterator[tuple[str, RelevanceMeasure]]:
-    """Recurrent networks by what the page calls them."""
+    """Recurrent networks by their name on the page."""
     x, state = torch.randn(4, TIMES, FEATURES), torch.randn(1, 4, HIDDEN)
     kinds: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
     for name, kind in kinds.items():
         torch.manual_seed(0)
-        yield f"{name}, {TIMES} times", RelevanceMeasure(Last(kind(FEATURES, HIDDEN, batch_first=True)).eval(), x, 1)
+        yield (
+            f"{name}, {TIMES} time steps",
+            RelevanceMeasure(Last(kind(FEATURES, HIDDEN, batch_first=True)).eval(), x, 1),
+        )
     net = Last(nn.LSTM(FEATURES, HIDDEN, batch_first=True)).eval()
     yield "LSTM, given states", RelevanceMeasure(net, x, 1, additional_forward_args=(state, state.flip(1)))
     both = nn.GRU(FEATURES, HIDDEN, 2, batch_first=True, bidirectional=True)
@@ -54,7 +57,7 @@ def recurrent() -> Iterator[tuple[str, RelevanceMeasure]]:
 
 
 def graphs() -> Iterator[tuple[str, RelevanceMeasure]]:
-    """Two layers of each kind and a mean over nodes; one layer and each way of pooling."""
+    """Two layers of each kind with a mean over nodes; one layer with each kind of pooling."""
     x, edges = random_graph(50, 200)
     edges = edges[:, edges[1].argsort()]
     nets = {name: Net(layer, True) for name, layer in LAYERS.items()}
@@ -72,7 +75,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for part, measures in (("recurrent", recurrent()), ("graphs", graphs())):
         for name, mu in measures:
-            found.setdefault(part, []).append({"network": name, **books(mu)})
+            found.setdefault(part, []).append({"network": name, **conservation_check(mu)})
             print(found[part][-1], flush=True)
     store("recurrent_and_graphs", found, "torch_geometric")
     tables.write("recurrent_and_graphs")

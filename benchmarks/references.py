@@ -1,10 +1,10 @@
-"""How long the search for reference examples takes, beside zennit-crp's feature visualization.
+"""Time of the search for reference examples, compared with zennit-crp's feature visualization.
 
-``python -m benchmarks.references`` compares the references of both, then times them in one process, in turn, on the
-same data, model, composite, layers and size of batches. Seconds are those of the processor, on one thread, so that
-those of neighbours do not count; every round runs each once, and the factor is the median of those of the rounds.
-Both find the best 40 samples of each channel, by relevance and by activation, over all and for each class, and where
-in the channel the largest value was. It needs zennit-crp: ``make test-hosts`` installs it.
+``python -m benchmarks.references`` compares the references of both, then times both alternately in one process, with
+the same data, model, composite, layers and batch size. Times are processor seconds on one thread, which excludes
+other processes. Every round runs each once, and the factor is the median over rounds. Both find the best 40 samples
+of each channel, by relevance and by activation, over all samples and for each class, and the position of the largest
+value in the channel. It needs zennit-crp, which ``make test-hosts`` installs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from nrm_plugin.demo import load_digits, load_model
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/references.json"
 PAGE = ROOT / "docs/references.md"
-KEPT = 40
-"""Samples of each channel that zennit-crp keeps; not a setting of it."""
+STORED = 40
+"""Samples of each channel that zennit-crp stores; fixed in zennit-crp."""
 TIE = 1e-4
-"""Relative difference of values up to which either sample may come first, in single precision."""
+"""Relative difference of values up to which the order of two samples is not determined, in single precision."""
 
 
 def digits() -> tuple[nn.Module, TensorDataset, list[str], int]:
-    """The embedded net and its held-out digits; all convolutions and linear layers but the last."""
+    """The embedded net and its held-out digits; all convolutions and all linear layers except the last."""
     layers = [*(f"features.{number}" for number in (0, 2, 5, 7, 10, 12)), "classifier.0"]
     return load_model(), TensorDataset(*load_digits()), layers, 32
 
@@ -57,14 +57,14 @@ def vgg16(samples: int = 8, size: int = 224) -> tuple[nn.Module, TensorDataset, 
 
 
 def ours(net: nn.Module, data: TensorDataset, layers: list[str], batch: int) -> FoundReferences:
-    """The search of this package, with zennit-crp's numbers."""
+    """The search of this package, with zennit-crp's settings."""
     return find_references(
-        net, data, layers, KEPT, unit="layer", composite=EpsilonPlusFlat(), residual="sink", batch_size=batch
+        net, data, layers, STORED, unit="layer", composite=EpsilonPlusFlat(), residual="sink", batch_size=batch
     )
 
 
 def theirs(net: nn.Module, data: TensorDataset, layers: list[str], batch: int, folder: str) -> Any:
-    """The feature visualization of zennit-crp, as it comes."""
+    """The unmodified feature visualization of zennit-crp."""
     from crp.attribution import CondAttribution
     from crp.concepts import ChannelConcept
     from crp.visualization import FeatureVisualization
@@ -77,10 +77,10 @@ def theirs(net: nn.Module, data: TensorDataset, layers: list[str], batch: int, f
 
 
 def compared(found: FoundReferences, other: Any, layers: list[str], classes: int) -> dict[str, float]:
-    """Over all layers, ways and classes: largest difference of values, and share of equal samples where no tie is.
+    """Largest difference of values over all layers, criteria and classes; checks that samples without ties are equal.
 
     Raises:
-        AssertionError: They are not the same references.
+        AssertionError: The references differ.
     """
     from crp.helper import load_maximization, load_statistics
 
@@ -106,15 +106,15 @@ def compared(found: FoundReferences, other: Any, layers: list[str], classes: int
 
 
 def _alone(values: Tensor, tie: Tensor) -> Tensor:
-    """Where no neighbour in the ranking has (almost) the same value; the last place may share it with one left out."""
+    """Ranks without a tie with a neighbour; the last rank may be tied with a sample beyond the list."""
     gap = values.diff(dim=1).abs() > tie
     yes = torch.ones_like(gap[:, :1])
-    last = yes if values.shape[1] < KEPT else torch.zeros_like(yes)
+    last = yes if values.shape[1] < STORED else torch.zeros_like(yes)
     return torch.cat([yes, gap], 1) & torch.cat([gap, last], 1)
 
 
 def run(name: str, make: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Compares both packages, then times them alternately."""
+    """Compares both, then times them alternately."""
     net, data, layers, batch = make()
     classes = int(data.tensors[1].max()) + 1
     seconds: dict[str, list[float]] = {"nrm-plugin": [], "zennit-crp": []}
@@ -140,7 +140,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="the net for digits alone")
+    parser.add_argument("--quick", action="store_true", help="only the digits net")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--render", action="store_true", help="only write the table of docs/references.md")
     args = parser.parse_args()
@@ -154,9 +154,9 @@ def main() -> None:
     for name, make in problems.items():
         runs.append(run(name, make, args.rounds))
         mine, other = (min(times) for times in runs[-1]["seconds"].values())
-        print(f"{name}: {runs[-1]['references compared']} references compared, all the same")
+        print(f"{name}: {runs[-1]['references compared']} references compared, all identical")
         print(
-            f"  nrm-plugin {mine:.2f} s, zennit-crp {other:.2f} s at best; factor {runs[-1]['factor']:.2f}", flush=True
+            f"  nrm-plugin {mine:.2f} s, zennit-crp {other:.2f} s fastest; factor {runs[-1]['factor']:.2f}", flush=True
         )
     args.out.parent.mkdir(exist_ok=True)
     found = {"environment": environment(), "threads": 1, "runs": runs}
@@ -167,11 +167,11 @@ def main() -> None:
 
 def render(found: dict[str, Any]) -> None:
     """Writes the table of the page."""
-    lines = ["", "", "| net | data | identical references | seconds, ours / zennit-crp, best run | factor, median |"]
+    lines = ["", "", "| net | data | identical references | seconds of both, fastest | factor, median |"]
     lines.append("|---|---|---|---|---|")
     for one in found["runs"]:
         net = f"{one['net']}, {one['channels']} channels of {one['layers']} layers"
-        data = f"{one['samples']} samples of {one['classes']} classes, batch size {one['batch']}"
+        data = f"{one['samples']} samples of {one['classes']} classes, batches of {one['batch']}"
         seconds = " / ".join(f"{min(times):.2f}" for times in one["seconds"].values())
         same = f"all {one['references compared']} untied"
         lines.append(f"| {net} | {data} | {same} | {seconds} | {one['factor']:.1f} |")

@@ -1,10 +1,10 @@
-"""The relative rule beside LRP-0, ε and γ: walk variation, pixel flipping, and activations of 1e-30.
+"""The relative rule compared with LRP-0, ε and γ: walk variation, pixel flipping, and activations of 1e-30.
 
     python -m benchmarks.relative
 
-A small CNN is trained on the digits of scikit-learn; VGG16, VGG19 and ResNet-50 have random weights and small images,
-so that their rows tell of shapes and numbers, not of pictures. Writes the figures with the environment to
-benchmarks/results/relative.json, and the table of docs/relative.md.
+A small CNN is trained on the digits of scikit-learn; VGG16, VGG19 and ResNet-50 have random weights and small images;
+their rows assess numerics, not heat maps. Writes the figures with the environment to benchmarks/results/relative.json,
+and the table of docs/relative.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RULES = {
 
 
 def composite(name: str) -> Normalized:
-    """A rule on all layers with weights; what is absorbed is accounted for, no column is raised."""
+    """A rule on all layers with weights; absorbed relevance is accounted for, and no column sum is increased."""
     if RULES[name] is None:
         return NRMRelative()
     rules = [(Activation, Pass()), (BatchNorm, Pass()), (AvgPool, Norm()), (Linear, RULES[name]())]
@@ -56,7 +56,7 @@ def simple_cnn() -> nn.Module:
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and classes for training, then those held out."""
+    """Images and classes for training, then held-out ones."""
     data = load_digits()
     x = torch.as_tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     y = torch.as_tensor(data.target)
@@ -78,7 +78,7 @@ def trained(x: Tensor, y: Tensor) -> nn.Module:
 
 
 def large(name: str) -> nn.Module:
-    """A net of torchvision with random weights; hidden layers are 256 wide, batch statistics those of one batch."""
+    """A net of torchvision with random weights; hidden dense layers have width 256, statistics are of one batch."""
     torch.manual_seed(0)
     net = getattr(torchvision.models, name)(weights=None, num_classes=10)
     if name.startswith("vgg"):
@@ -92,7 +92,7 @@ def large(name: str) -> nn.Module:
 
 
 def without_biases(net: nn.Module) -> nn.Module:
-    """The same net, homogeneous in its input; batch norms keep their scale only."""
+    """A bias-free copy, homogeneous in its input; batch norms only retain their scale."""
     twin = copy.deepcopy(net)
     for module in twin.modules():
         if getattr(module, "bias", None) is not None:
@@ -103,7 +103,7 @@ def without_biases(net: nn.Module) -> nn.Module:
 
 
 def heat(net: nn.Module, x: Tensor, y: Tensor, name: str) -> Tensor:
-    """Relevance of the inputs, each sample summing to 1 where it can: given survival."""
+    """Relevance of the inputs given survival, so that each sample sums to 1; without the condition if it cancels."""
     mu = RelevanceMeasure(net, x, y, composite=composite(name))
     try:
         return mu.marginal("input", given=~ABSORBED, min_ratio=0)
@@ -112,12 +112,12 @@ def heat(net: nn.Module, x: Tensor, y: Tensor, name: str) -> Tensor:
 
 
 def walk_variation(net: nn.Module, x: Tensor, y: Tensor, name: str) -> Tensor:
-    """That of the measure given survival, ``(N,)``."""
+    """Walk variation of the measure given survival, ``(N,)``."""
     return RelevanceMeasure(net.double(), x.double(), y, composite=composite(name)).walk_variation(surviving=True)
 
 
 def pixel_flipping(net: nn.Module, x: Tensor, y: Tensor, relevance: Tensor) -> float:
-    """Mean probability of the class while pixels are set to zero, the most relevant first; less is better."""
+    """Mean probability of the class while pixels are set to zero, the most relevant first; lower is better."""
     order = relevance.flatten(1).argsort(1, descending=True)
     flat, total = x.flatten(1).clone(), []
     with torch.no_grad():
@@ -129,7 +129,7 @@ def pixel_flipping(net: nn.Module, x: Tensor, y: Tensor, relevance: Tensor) -> f
 
 
 def tiny(net: nn.Module, x: Tensor, y: Tensor, name: str) -> dict[str, float | bool]:
-    """Whether the map is finite under activations of 1e-30, and how far from that of the same net at full size."""
+    """Whether the map is finite at activations of 1e-30, and its difference from the map at the original scale."""
     twin = without_biases(net)
     full, small = heat(twin, x, y, name), heat(twin, x * 1e-30, y, name)
     error = float((small - full).norm() / full.norm())

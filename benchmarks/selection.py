@@ -1,16 +1,17 @@
-"""Ablate what a selection of channels leaves out, and see what of the prediction stays.
+"""Predictions after ablation of all channels that a selection excludes.
 
     OMP_NUM_THREADS=1 python -m benchmarks.selection
 
-For held-out digits that the net gets right, each method ranks the channels of several convolutions, behind their ReLU,
-every digit its own ranking, and the same number of channels is kept, in all layers together. Everything else is set to
-zero, to its mean over other digits, or to that of another digit. Reported are the shares of digits with the same
-prediction and the mean probability of the class, with 95 per cent bootstrap intervals over digits, and paired
+For correctly classified held-out digits, each method ranks the channels of several convolutions, after their ReLU.
+Every digit has its own ranking, and the same number of channels is retained over all layers. All other channels are
+set to zero, to their mean over other digits, or to the values of another digit. Reported are the share of digits with
+an unchanged prediction and the mean probability of the class, with 95 % bootstrap intervals over digits, and paired
 differences of probability to `select_neurons (ε, z⁺)`.
 
-Methods: `select_neurons` (joint relevance), marginal relevance by the same measure, plain LRP (Zennit, EpsilonPlus),
-Captum's LayerConductance, activation, chance. Those that rank layers apart are compared across layers after division by
-the layer's sum of absolute values. Writes benchmarks/results/selection.json and docs/images/selection.png.
+Methods: `select_neurons` (joint relevance), marginal relevance of the same measure, plain LRP (Zennit, EpsilonPlus),
+Captum's LayerConductance, activation, chance. Methods without a common scale of layers are compared across
+layers after division by the layer's sum of absolute values. Writes benchmarks/results/selection.json and
+docs/images/selection.png.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "selection.json"
-PICTURE = ROOT / "docs" / "images" / "selection.png"
+FIGURE = ROOT / "docs" / "images" / "selection.png"
 LAYERS = {
     "digits_vgg": ["features.3", "features.6", "features.8", "features.11", "features.13"],
     "digits_cnn": ["features.1", "features.4", "features.7"],
@@ -58,7 +59,7 @@ def shared(parts: list[Tensor]) -> Tensor:
 
 
 def ranked(scores: Tensor, counts: list[int]) -> Tensor:
-    """When each channel is given up, ``(N, channels)``; the best of each layer are the last."""
+    """Rank of each channel, ``(N, channels)``; the best channel of each layer is always retained."""
     scores = scores.clone()
     for part in torch.split(scores, counts, 1):
         part.scatter_(1, part.argmax(1, keepdim=True), torch.inf)
@@ -67,7 +68,7 @@ def ranked(scores: Tensor, counts: list[int]) -> Tensor:
 
 
 def rankings(model: nn.Module, images: Tensor, labels: Tensor, layers: list[str]) -> dict[str, tuple[Tensor, float]]:
-    """Every method's ranking and its seconds."""
+    """Ranking and seconds of every method."""
     values = activations(model, images, layers)
     counts = [values[layer].shape[1] for layer in layers]
     found: dict[str, tuple[Tensor, float]] = {}
@@ -86,17 +87,17 @@ def rankings(model: nn.Module, images: Tensor, labels: Tensor, layers: list[str]
         marginals = mu.marginal(layers, over="channel")
         note(f"marginal ({rule})", begin, ranked(shared([marginals[layer] for layer in layers]), counts))
     begin = time.perf_counter()
-    kept: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
     with EpsilonPlus().context(model):
         handles = [
             model.get_submodule(layer).register_forward_hook(
-                lambda module, args, output, layer=layer: kept.__setitem__(layer, output.requires_grad_())
+                lambda module, args, output, layer=layer: recorded.__setitem__(layer, output.requires_grad_())
             )
             for layer in layers
         ]
         output = model(images.clone().requires_grad_())
         start = torch.zeros_like(output).scatter(1, labels[:, None], output.detach().gather(1, labels[:, None]))
-        grads = torch.autograd.grad(output, [kept[layer] for layer in layers], start)
+        grads = torch.autograd.grad(output, [recorded[layer] for layer in layers], start)
         for handle in handles:
             handle.remove()
     note("plain LRP", begin, ranked(shared([g.flatten(2).sum(2) for g in grads]), counts))
@@ -113,7 +114,7 @@ def rankings(model: nn.Module, images: Tensor, labels: Tensor, layers: list[str]
 
 
 def interval(values: Tensor, draw: torch.Generator) -> list[float]:
-    """Mean and its 95 per cent bootstrap interval."""
+    """Mean and its 95 % bootstrap interval."""
     picks = torch.randint(len(values), (DRAWS, len(values)), generator=draw)
     means = values[picks].mean(1)
     return [round(float(v), 4) for v in (values.mean(), means.quantile(0.025), means.quantile(0.975))]
@@ -171,12 +172,12 @@ def draw(results: list[dict]) -> None:  # type: ignore[type-arg]
                 mean, low, high = zip(*(row["probability"] for row in rows), strict=True)
                 (curve,) = axis.plot(x, mean, label=method, lw=2.2 if "select" in method else 1.2)
                 axis.fill_between(x, low, high, color=curve.get_color(), alpha=0.15, lw=0)
-            axis.set_title(f"{result['net']}, the rest: {fill}", fontsize=9)
-            axis.set_xlabel(f"channels kept of {sum(result['channels'])}")
+            axis.set_title(f"{result['net']}, others: {fill}", fontsize=9)
+            axis.set_xlabel(f"channels retained of {sum(result['channels'])}")
         line[0].set_ylabel("probability of the class")
     axes[0, -1].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=110)
+    figure.savefig(FIGURE, dpi=110)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""One known method compared with this package, and the nets for the comparison."""
+"""Comparison of one known method with this package, and the nets used for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOUBLE = torch.float64
 TINY = 1e-12
 
 Made = tuple[dict[str, Any], Tensor | Sequence[Tensor]]
-"""The names in an expression, and the result of the known method."""
+"""The names that an expression uses, and the result of the known method."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Row:
 
     Args:
         method: Its name.
-        expression: The method in this package: one Python expression.
-        beside: The reference of the comparison.
+        expression: The method in this package, as one Python expression.
+        reference: What it is compared with.
         make: Names and expected values.
         tolerance: Largest difference that passes the test, relative to the largest entry.
-        needs: The package of ``beside``, if it is not a dependency.
+        needs: The package of ``reference``, if it is not a dependency.
         arxiv: Its paper.
     """
 
     method: str
     expression: str
-    beside: str
+    reference: str
     make: Callable[[], Made]
     tolerance: float = 1e-10
     needs: str = ""
@@ -53,7 +53,7 @@ class Row:
         return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     def difference(self) -> float:
-        """Largest difference of an entry from the known method, in units of its largest in the same tensor."""
+        """Largest difference of an entry from the known method, in units of the largest entry of the tensor."""
         with kernels_restored(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             names, expected = self.make()
@@ -103,7 +103,7 @@ class VGG(nn.Module):
         self.features, self.head = features.to_empty(device="cpu"), nn.Linear(512, 10)
         for module in self.modules():
             if isinstance(module, nn.ReLU):
-                module.inplace = False  # Captum reads what an in-place ReLU overwrites
+                module.inplace = False  # Captum reads values that an in-place ReLU overwrites
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
                 nn.init.normal_(module.bias, std=0.1)
@@ -130,7 +130,7 @@ def small() -> nn.Sequential:
 
 
 def plain_relu() -> nn.Sequential:
-    """A net of ReLUs without biases."""
+    """A ReLU net without biases."""
     widths = [nn.Linear(a, b, bias=False) for a, b in ((6, 8), (8, 7), (7, 4))]
     return nn.Sequential(widths[0], nn.ReLU(), widths[1], nn.ReLU(), widths[2]).double().eval()
 

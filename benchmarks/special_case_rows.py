@@ -1,4 +1,4 @@
-"""The rows of docs/special-cases.md: the names in each expression, and the result of the known method."""
+"""The rows of docs/special-cases.md: the names of each expression, and the result of the known method."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def input_x_gradient() -> Made:
 
 
 def concept() -> dict[str, Any]:
-    """Names common to the rows of concept relevance propagation."""
+    """Names shared by the rows of concept relevance propagation."""
     net, x, rules = small(), draw(2, 3, 8, 8), EpsilonPlusFlat()
     mu = RelevanceMeasure(net, x, 1, composite=rules, residual="sink")
     return {"net": net, "x": x, "rules": rules, "mu": mu, "f": mu.output.reshape(-1, 1, 1, 1), "A": at("2")[3]}
@@ -213,7 +213,7 @@ def relative() -> Made:
 
 
 def leaky() -> Made:
-    """LRP-ε with a large ε, by explicit matrix products."""
+    """LRP-ε with a large ε, with explicit matrices."""
     net, x = plain_relu(), draw(1, 6)
     weights = [module.weight.detach() for module in net if isinstance(module, nn.Linear)]
     kernels, a = [], x[0]
@@ -238,21 +238,21 @@ def merged() -> Made:
 
 
 def merged_everywhere() -> Made:
-    """Norms before and after layers, one before a ReLU; the reference is dense, with borders written out."""
+    """Norms before and after layers, one before a ReLU; the reference uses dense layers with explicit borders."""
     norms = [nn.BatchNorm2d(2), nn.BatchNorm2d(3), nn.BatchNorm1d(7), nn.BatchNorm1d(7)]
     for norm in norms:
         draw_statistics(norm)
-    norms[0].weight.data[1] *= -1  # values above its limit are clipped
+    norms[0].weight.data[1] *= -1  # values above the limit are clipped
     first, second = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1, stride=2)
     lower, upper = nn.Linear(36, 7), nn.Linear(7, 3)
     for layer in (first, second, lower, upper):
-        nn.init.normal_(layer.weight, std=0.5)  # otherwise biases take most of the relevance, and a measure warns
+        nn.init.normal_(layer.weight, std=0.5)  # otherwise biases absorb most of the relevance, and a measure warns
     stages = [[norms[0], nn.ReLU(), first], [norms[1], second], [nn.Flatten(), lower, norms[2]], [norms[3], upper]]
     layers = [module for stage in stages for module in (*stage, nn.ReLU())][:-1]
     net, x = nn.Sequential(*layers).double().eval().requires_grad_(False), draw(2, 2, 5, 5)
     scale, shift = norms[0](torch.ones(1, 2, 5, 5).double()), norms[0](torch.zeros(1, 2, 5, 5).double())
     affine = [
-        lambda a: first((scale - shift) * a + shift),  # of clipped inputs
+        lambda a: first((scale - shift) * a + shift),  # applied to clipped values
         *(nn.Sequential(*stage) for stage in stages[1:]),
     ]
     shapes = [(2, 5, 5), (3, 5, 5), (4, 3, 3), (7,)]
@@ -291,8 +291,8 @@ def errors_of_selection() -> Made:
     return {"mu": names["mu"], "kept": kept, "restriction": restriction}, [mse, smape]
 
 
-def neuron_map(kind: str) -> Callable[[], Made]:
-    """Captum's map of the most active neuron of a channel; it starts from 1, not from the activation."""
+def reconstruction(kind: str) -> Callable[[], Made]:
+    """Captum's reconstruction of the most active neuron of a channel; it starts at 1, not at the activation."""
 
     def make() -> Made:
         from captum.attr import NeuronDeconvolution, NeuronGuidedBackprop
@@ -303,7 +303,7 @@ def neuron_map(kind: str) -> Callable[[], Made]:
         neuron = tuple(int(i) for i in torch.unravel_index(best, activation.shape))
         method = (NeuronDeconvolution if kind == "deconvnet" else NeuronGuidedBackprop)(net, net[4])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it announces its hooks
+            warnings.simplefilter("ignore")  # Captum warns about its hooks
             expected = method.attribute(x.clone().requires_grad_(), neuron) * activation.flatten()[best]
         return {"net": net, "x": x, "channel": neuron[0]}, expected
 
@@ -311,12 +311,12 @@ def neuron_map(kind: str) -> Callable[[], Made]:
 
 
 def attention(kind: type[known.Block]) -> Callable[[], Made]:
-    """A transformer block, and a twin whose gradient, times the input if it is a plain one, is the method."""
+    """A transformer block, and a twin; its gradient (times the input, except for LXT) is the known method."""
 
     def make() -> Made:
         net, twin, x = known.Block(), kind(), draw(2, 5, 8)
         gradient = known.input_gradient(twin, x, 1)
-        names = {"net": net, "x": x, "rules": epsilon_everywhere()}  # no biases, so nothing is absorbed
+        names = {"net": net, "x": x, "rules": epsilon_everywhere()}  # without biases nothing is absorbed
         if kind is known.CPLRPBlock:
             register_kernel(scaled_dot_product_attention)(fixed_attention)
         return names, gradient if kind is known.LXTBlock else gradient * x
@@ -433,13 +433,13 @@ ROWS = [
     Row(
         "LRP for ResNet, splitting by ratio",
         'LayerNRM(net, layers, composite=Normalized(rules, residual="sink", sums="ratio")).attribute(x, 2)',
-        "formula: as a Zennit rule on Sum modules, ResNet-18",
+        "formula: a Zennit rule on Zennit's sums, ResNet-18",
         splitting,
         1e-9,
         arxiv="2407.09115",
     ),
     Row(
-        "Relative rule, after the abstract",
+        "Relative rule, reconstructed from an abstract",
         'RelevanceMeasure(net, x, 2, composite=NRMRelative()).marginal(["input", "1", "3"], given=~ABSORBED, '
         "min_ratio=0)",
         "formula: contributions without denominators, forward × backward / Z",
@@ -458,7 +458,7 @@ ROWS = [
     Row(
         "Batch-norm fusion",
         'NRM(net, EpsilonPlus(canonizers=[FuseBatchNorm()]), residual="sink").attribute(x, 3)',
-        "zennit, on VGG11 with norms merged by hand",
+        "zennit, on VGG11 with manually merged norms",
         merged,
         1e-9,
         arxiv="2002.11018",
@@ -466,7 +466,7 @@ ROWS = [
     Row(
         "the same, norm → conv with zero padding, norm → ReLU → conv, norm → dense, dense → norm",
         'NRM(net, LayerMapComposite(kinds, canonizers=[FuseBatchNorm()]), residual="sink").attribute(x, 1)',
-        "zennit, on the equivalent dense layers",
+        "zennit, on explicit dense layers",
         merged_everywhere,
         1e-9,
         arxiv="2002.11018",
@@ -488,19 +488,19 @@ ROWS = [
         "Deconvolution, one neuron (not a measure)",
         'reconstruct(net, x, at("4").channel(channel), "deconvnet", strongest=True).pictures',
         "captum, NeuronDeconvolution",
-        neuron_map("deconvnet"),
+        reconstruction("deconvnet"),
     ),
     Row(
         "Guided backpropagation, one neuron (not a measure)",
         'reconstruct(net, x, at("4").channel(channel), "guided_backprop", strongest=True).pictures',
         "captum, NeuronGuidedBackprop",
-        neuron_map("guided_backprop"),
+        reconstruction("guided_backprop"),
         arxiv="1412.6806",
     ),
     Row(
         "AttnLRP",
         'NRM(net, Normalized(rules, residual="sink", sums="signed", attention="halves")).attribute(x, 1)',
-        "LXT operations",
+        "LXT's own operations",
         attention(known.LXTBlock),
         1e-6,
         needs="lxt",

@@ -1,9 +1,9 @@
-"""Known methods as expressions of this package, and the difference of each from the original.
+"""Known methods as expressions of this package, and their differences from the original implementations.
 
 ``python -m benchmarks.special_cases`` evaluates every expression of docs/special-cases.md, computes the same with the
-method's own package, or with its published formula written out in :mod:`benchmarks.known_methods`, writes the largest
-differences as JSON and renders the page. Rows with a missing package keep their former figure; `make special-cases`
-has all packages.
+method's own package or with its published formula in :mod:`benchmarks.known_methods`, writes the largest differences
+as JSON and renders the page. Rows with a missing package keep their previous figure; `make special-cases` measures
+all of them.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ def main() -> None:
 
 def key(row: dict[str, Any] | Row) -> tuple[str, str]:
     """Identifies a row."""
-    return (row["method"], row["beside"]) if isinstance(row, dict) else (row.method, row.beside)
+    return (row["method"], row["reference"]) if isinstance(row, dict) else (row.method, row.reference)
 
 
 def measured(before: dict[str, Any]) -> dict[str, Any]:
-    """The differences of all rows; the former ones for rows with a missing package."""
-    former = {key(row): row for row in before["rows"]}
+    """The differences of all rows; rows that cannot be run keep their previous result."""
+    previous = {key(row): row for row in before["rows"]}
     rows = []
     for row in ROWS:
         if row.is_available:
-            found = {"method": row.method, "arxiv": row.arxiv, "expression": row.expression, "beside": row.beside}
+            found = {"method": row.method, "arxiv": row.arxiv, "expression": row.expression, "reference": row.reference}
             rows.append({**found, "difference": float(f"{row.difference():.1e}")})
-            print(f"{rows[-1]['difference']:8.0e}  {row.method}: {row.beside}")
-        elif key(row) in former:
-            rows.append(former[key(row)])
-            print(f"{'former':>8}  {row.method}: {row.beside}, since {row.needs} is not installed")
+            print(f"{rows[-1]['difference']:8.0e}  {row.method}: {row.reference}")
+        elif key(row) in previous:
+            rows.append(previous[key(row)])
+            print(f"{'previous':>8}  {row.method}: {row.reference}, because {row.needs} is not installed")
     packages = ("torch", "zennit", "captum", *(row.needs for row in ROWS if row.needs and row.is_available))
     names = {"crp": "zennit-crp"}
     versions = {name: version(name) for name in dict.fromkeys(names.get(package, package) for package in packages)}
@@ -66,7 +66,7 @@ def rendered(found: dict[str, Any], page: str) -> str:
     for row in found["rows"]:
         paper = f" ([{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']}))" if row["arxiv"] else ""
         expression = row["expression"].replace("|", "\\|")
-        lines.append(f"| {row['method']}{paper} | `{expression}` | {row['beside']} | {row['difference']:.0e} |")
+        lines.append(f"| {row['method']}{paper} | `{expression}` | {row['reference']} | {row['difference']:.0e} |")
     place = ", ".join(f"{name} {value}" for name, value in found["environment"].items())
     head, rest = page.split("<!-- measured -->")
     _, tail = rest.split("<!-- end -->")

@@ -18,12 +18,12 @@ class FixedAttention(Kernel):
         self.weights, self.value, self.output = weights, value, weights @ value
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        lower = self.value * (self.weights.transpose(-2, -1) @ (relevance / self.output))
-        return 0 * lower, 0 * lower, lower
+        passed = self.value * (self.weights.transpose(-2, -1) @ (relevance / self.output))
+        return 0 * passed, 0 * passed, passed
 
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        lower = self.value.abs() * (self.weights.transpose(-2, -1) @ (relevance / self.output.abs()))
-        return 0 * lower, 0 * lower, lower
+        passed = self.value.abs() * (self.weights.transpose(-2, -1) @ (relevance / self.output.abs()))
+        return 0 * passed, 0 * passed, passed
 
 
 def fixed_attention(call: Any) -> Kernel:
@@ -33,7 +33,7 @@ def fixed_attention(call: Any) -> Kernel:
 
 
 class MeanAttention(Kernel):
-    """Propagates each head's relevance to the values by the mean attention of all heads."""
+    """Redistributes the relevance of each head over the values by the mean attention of all heads."""
 
     is_stochastic = True
 
@@ -41,8 +41,8 @@ class MeanAttention(Kernel):
         self.weights = weights.mean(1, keepdim=True)
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        lower = self.weights.transpose(-2, -1) @ relevance
-        return torch.zeros_like(lower), torch.zeros_like(lower), lower
+        passed = self.weights.transpose(-2, -1) @ relevance
+        return torch.zeros_like(passed), torch.zeros_like(passed), passed
 
     pull_absolute = pull
 
@@ -54,13 +54,13 @@ def mean_attention(call: Any) -> Kernel:
 
 
 def halves(call: Any) -> Kernel:
-    """The handler of a skip connection: half to each branch."""
+    """The handler of a skip connection: each branch receives half."""
     shapes = [value.shape for value in call.values]
     return SplitKernel([torch.full_like(call.values[0], 0.5)] * 2, shapes, None, is_stochastic=True)
 
 
 class AttentionOnly(nn.TransformerEncoderLayer):
-    """``x + attention(x)``: the layers that rollout considers."""
+    """``x + attention(x)``, the layers that rollout covers."""
 
     def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return src + self.self_attn(src, src, src, need_weights=False)[0]  # type: ignore[no-any-return]

@@ -1,13 +1,13 @@
-"""How long a measure takes, as a multiple of one plain input gradient measured beside it, and beside other packages.
+"""Time of a measure as a multiple of one plain input gradient, and compared with other packages.
 
 ``python -m benchmarks.speed`` (``make bench``) prints a table of measured ratios and targets, and writes the times as
-JSON with the environment. Each run is a process of its own: one thread and all of them; and one thread with an
-allocator that keeps freed memory, where glibc's default gives the largest tensors back to the system. Within a run
-every round runs each piece of work once, in turn, so that a noisy neighbour meets all of them; the ratio is that of the
-fastest rounds. Results are compared before they are timed.
+JSON with the environment. Each run is a separate process: with one thread, with all threads, and with one thread and
+an allocator that retains freed memory (glibc's default returns the largest tensors to the system). Every round of a
+run executes each computation once, so that load from other processes affects all of them; the ratio is taken between
+the fastest rounds. Results are compared before they are timed.
 
-zennit-crp is timed on some conditions, and its time for all of them is extrapolated in proportion; without it (it comes
-with ``make test-hosts``) its rows are left out.
+zennit-crp is timed on a sample of conditions and extrapolated linearly. Without it (``make test-hosts`` installs it)
+its rows are omitted.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ CONVOLUTIONS = [f"features.{number}" for number in (28, 26, 24, 21, 19, 17, 14, 
 CONDITIONS, SAMPLE = 64, 8
 TOKENS = 512
 SHORT = 96
-"""Height and width of the image on which short formats are compared on a CPU."""
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+"""Height and width of the image for the comparison of reduced precision on a CPU."""
+RETAINING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
-"""Freed memory goes back to the system at once, so that a peak is what was needed and not what lay about."""
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+"""Freed memory is returned to the system immediately, so that a peak contains no unused memory."""
 
 PLAIN = "plain gradient"
 JOINTS = "all neighbouring channel pairs"
 MAPS = f"{CONDITIONS} conditional maps of features.28 at the input"
-BETWEEN = f"{CONDITIONS} conditions at features.26 read at features.19"
-BARE = f"{CONDITIONS} bare partial gradients from features.28"
+BETWEEN = f"{CONDITIONS} conditions at features.26, map at features.19"
+BARE = f"{CONDITIONS} plain partial gradients from features.28"
 GIVEN = "μ(features.14[3] given j), every neuron j above"
 CRP_PAIRS = "zennit-crp, all neighbouring channel pairs"
 
 Targets = list[tuple[str, str, str, float]]
-"""``(model, work, beside what, at most)``."""
+"""``(model, computation, reference, upper bound)``."""
 TARGETS: Targets = [
     *(("vgg16", f"all marginals, {name}", PLAIN, 1.6) for name in ("EpsilonPlus", "EpsilonPlusFlat")),
     *(("vgg16", f"all marginals, {name}", f"zennit, {name}", 0.5) for name in ("EpsilonPlus", "EpsilonPlusFlat")),
@@ -83,16 +83,16 @@ TARGETS: Targets = [
     ("vgg16", MAPS, f"zennit-crp, {MAPS}", 0.25),
     ("vgg16", MAPS, BARE, 2.0),
     ("vgg16", BETWEEN, f"zennit-crp, {BETWEEN}", 0.05),
-    ("vgg16", GIVEN, "marginals asked again, EpsilonPlusFlat", 1.0),
+    ("vgg16", GIVEN, "marginals queried again, EpsilonPlusFlat", 1.0),
 ]
 
 
 def build(name: str) -> nn.Module:
-    """A net of torchvision with random weights; batch-norm statistics of one batch in training mode."""
+    """A net of torchvision with random weights and batch-norm statistics from one batch."""
     torch.manual_seed(0)
     net = Decoder() if name == "decoder" else getattr(torchvision.models, name)(weights=None)
     if name.startswith("vit"):
-        nn.init.normal_(net.heads.head.weight, std=0.02)  # torchvision starts it at zero
+        nn.init.normal_(net.heads.head.weight, std=0.02)  # torchvision initializes it with zeros
     with torch.no_grad():
         if any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
             net.train()(torch.randn(8, 3, 96, 96))
@@ -105,7 +105,7 @@ def inputs(name: str, size: int) -> Tensor:
 
 
 def plain_gradient(net: nn.Module, x: Tensor, composite: Composite | None = None) -> Tensor:
-    """The input gradient of one logit of each sample; in the context of a composite, Zennit's relevance."""
+    """Input gradient of one logit of each sample; in the context of a composite, Zennit's relevance."""
     leaf = x.clone().requires_grad_()
     if composite is None:
         output = net(leaf)
@@ -118,34 +118,34 @@ def plain_gradient(net: nn.Module, x: Tensor, composite: Composite | None = None
 
 
 def all_marginals(
-    net: nn.Module, x: Tensor, composite: Composite, short: torch.dtype | None = None
+    net: nn.Module, x: Tensor, composite: Composite, reduced: torch.dtype | None = None
 ) -> tuple[RelevanceMeasure, dict[str, Tensor]]:
-    """Marginals of all taps and the sinks, normalized; with layers in a short format, where one is named."""
-    with torch.autocast(x.device.type, short or torch.bfloat16, enabled=short is not None):
+    """Marginals of all taps and all sinks, normalized; optionally with layers in reduced precision."""
+    with torch.autocast(x.device.type, reduced or torch.bfloat16, enabled=reduced is not None):
         mu = RelevanceMeasure(net, x, TARGET, composite=composite)
         marginals: dict[str, Tensor] = mu.marginal(mu.layers)
         mu.sinks()
     return mu, marginals
 
 
-def shortened(net: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
-    """How far layers in a short format are from conserving relevance, and from the heat map of float32."""
+def reduced_precision(net: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
+    """Conservation error with layers in reduced precision, and difference from the heat map in float32."""
     found = {}
-    for short in (torch.bfloat16, torch.float16):
+    for reduced in (torch.bfloat16, torch.float16):
         for name in ("EpsilonPlus", "NRMDefault"):
             _, exact = all_marginals(net, x, COMPOSITES[name]())
-            mu, maps = all_marginals(net, x, COMPOSITES[name](), short)
+            mu, maps = all_marginals(net, x, COMPOSITES[name](), reduced)
             errors = [
                 float(((values.sum() + mu.sink(tap) + mu.bypass(tap) - 1).abs() / mu.variation(tap)).max())
                 for tap, values in maps.items()
             ]
             off = (maps["input"] - exact["input"]).abs().sum() / exact["input"].abs().sum()
-            found[f"{name}, {str(short).removeprefix('torch.')}"] = {"books / V": max(errors), "heat map": float(off)}
+            found[f"{name}, {str(reduced).removeprefix('torch.')}"] = {"error / V": max(errors), "heat map": float(off)}
     return found
 
 
 def partial_gradients(net: nn.Module, x: Tensor, layer: str, count: int) -> list[Tensor]:
-    """One forward pass, and bare gradients from single channels of a layer to the input."""
+    """One forward pass, and plain gradients from single channels of a layer to the input."""
     seen: list[Tensor] = []
     handle = net.get_submodule(layer).register_forward_hook(lambda *call: seen.append(call[-1].clone()))
     leaf = x.clone().requires_grad_()
@@ -156,7 +156,7 @@ def partial_gradients(net: nn.Module, x: Tensor, layer: str, count: int) -> list
 
 
 def concept_maps(net: nn.Module, x: Tensor, upper: str, lower: str | None, count: int) -> Tensor:
-    """zennit-crp's relevance of single channels at the input, or at a layer."""
+    """zennit-crp's relevance for single channels at the input, or at a layer."""
     from crp.attribution import CondAttribution
 
     conditions = [{"y": [TARGET], upper: [channel]} for channel in range(count)]
@@ -188,8 +188,8 @@ def marginals_work(net: nn.Module, x: Tensor, is_vgg: bool) -> Work:
     return work
 
 
-def questions_work(net: nn.Module, x: Tensor) -> tuple[Work, dict[str, float]]:
-    """Joints and conditionals on VGG16; and for what is timed on a sample, by how much the whole is more."""
+def queries_work(net: nn.Module, x: Tensor) -> tuple[Work, dict[str, float]]:
+    """Joints and conditionals on VGG16; and the factors to extrapolate computations timed on a sample."""
 
     def joints(composite: Composite) -> object:
         mu = RelevanceMeasure(net, x, TARGET, composite=composite)
@@ -199,13 +199,13 @@ def questions_work(net: nn.Module, x: Tensor) -> tuple[Work, dict[str, float]]:
         mu = RelevanceMeasure(net, x, TARGET, composite=EpsilonPlusFlat())
         return mu.marginal(lower, joint=[at(upper)[k] for k in range(CONDITIONS)])
 
-    asked = RelevanceMeasure(net, x, TARGET, composite=EpsilonPlusFlat())
-    asked.marginal("input")
+    recorded = RelevanceMeasure(net, x, TARGET, composite=EpsilonPlusFlat())
+    recorded.marginal("input")
     work: Work = {
         f"{JOINTS}, EpsilonPlus": lambda: joints(EpsilonPlus()),
         f"{JOINTS}, NRMDefault": lambda: joints(NRMDefault()),
-        "marginals asked again, EpsilonPlusFlat": lambda: asked.marginal(asked.layers),
-        GIVEN: lambda: asked.conditional(at("features.14")[3]),
+        "marginals queried again, EpsilonPlusFlat": lambda: recorded.marginal(recorded.layers),
+        GIVEN: lambda: recorded.conditional(at("features.14")[3]),
         MAPS: lambda: maps("features.28", "input"),
         BETWEEN: lambda: maps("features.26", "features.19"),
         BARE: lambda: partial_gradients(net, x, "features.28", CONDITIONS),
@@ -221,7 +221,7 @@ def questions_work(net: nn.Module, x: Tensor) -> tuple[Work, dict[str, float]]:
 
 
 def differences(net: nn.Module, x: Tensor) -> dict[str, float]:
-    """Largest relative differences to other packages, with the residual in the sink, before anything is timed."""
+    """Largest relative differences to other packages, with ``residual="sink"``, before the timing."""
 
     def relative(ours: Tensor, theirs: Tensor) -> float:
         return float((ours - theirs).norm() / theirs.norm())
@@ -247,7 +247,7 @@ def differences(net: nn.Module, x: Tensor) -> dict[str, float]:
 
 
 def measured(work: Work, rounds: int) -> dict[str, float]:
-    """Seconds of the fastest of some rounds; what takes longest is run once or twice."""
+    """Seconds of the fastest round; slow computations run only once or twice."""
     best: dict[str, float] = {}
     slow: dict[str, int] = {}
     for number in tqdm(range(rounds), desc="rounds", leave=False):
@@ -266,49 +266,49 @@ def measured(work: Work, rounds: int) -> dict[str, float]:
 
 
 def _wait() -> None:
-    """An accelerator works on while Python goes ahead."""
+    """Synchronizes with an accelerator, which runs asynchronously."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
-def run(model: str, threads: int, rounds: int, size: int, questions: bool, device: str) -> dict[str, Any]:
-    """Everything of one process."""
+def run(model: str, threads: int, rounds: int, size: int, queries: bool, device: str) -> dict[str, Any]:
+    """All measurements of one process."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     net, x = build(model).to(device), inputs(model, size).to(device)
     is_vgg = model.startswith("vgg")
     small = x if device != "cpu" else x[..., :SHORT, :SHORT]  # CPUs without float16 take a minute for a large image
-    found = differences(net, x) if is_vgg and questions else {}
+    found = differences(net, x) if is_vgg and queries else {}
     work, extent = marginals_work(net, x, is_vgg), dict[str, float]()
     seconds = measured(work, rounds)
-    if is_vgg and questions:
-        more, extent = questions_work(net, x)
+    if is_vgg and queries:
+        more, extent = queries_work(net, x)
         seconds |= measured(more, rounds)
     seconds = {name: value * extent.get(name, 1.0) for name, value in seconds.items()}
     extrapolated = {name: SAMPLE for name in extent}
-    short = shortened(net, small) if questions and threads == 1 else {}
+    precision = reduced_precision(net, small) if queries and threads == 1 else {}
     return {
         "seconds": seconds,
         "differences": found,
         "timed on this many conditions": extrapolated,
-        "short formats": short,
+        "reduced precision": precision,
     }
 
 
-def peak_of(what: str, model: str, size: int, device: str) -> float:
-    """Runs one piece of work and tells the peak of this process, or of the accelerator, in MiB."""
+def peak_of(work: str, model: str, size: int, device: str) -> float:
+    """Runs one computation and returns the peak memory of the process, or of the accelerator, in MiB."""
     net, x = build(model).to(device), inputs(model, size).to(device)
-    if what == "plain":
+    if work == "plain":
         plain_gradient(net, x)
-    elif what != "nothing":
-        all_marginals(net, x, COMPOSITES[what]())
+    elif work != "nothing":
+        all_marginals(net, x, COMPOSITES[work]())
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def spawned(*options: object, **environment: str) -> Any:
-    """What another process of this module printed last."""
+    """Runs this module in another process and parses its last line."""
     command = [sys.executable, "-m", "benchmarks.speed", *map(str, options)]
     variables = {**os.environ, **environment}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=variables)
@@ -322,26 +322,26 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of the image (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--device", default="cpu", help="or cuda; results then go to speed-cuda.json")
-    parser.add_argument("--models", nargs="+", help="only these")
+    parser.add_argument("--models", nargs="+", help="only these models")
     parser.add_argument("--quick", action="store_true", help="marginals only, one thread")
-    parser.add_argument("--one-thread", action="store_true", help="leave out the runs on all threads")
+    parser.add_argument("--one-thread", action="store_true", help="skip the runs with all threads")
     parser.add_argument("--render", action="store_true", help="only write the tables of docs/speed.md")
-    parser.add_argument("--one", nargs=3, metavar=("MODEL", "THREADS", "QUESTIONS"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "THREADS", "QUERIES"), help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=2, metavar=("WORK", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         print(peak_of(*args.peak, args.size, args.device))
         return
     if args.one:
-        model, threads, questions = args.one
-        print(json.dumps(run(model, int(threads), args.rounds, args.size, questions == "yes", args.device)))
+        model, threads, queries = args.one
+        print(json.dumps(run(model, int(threads), args.rounds, args.size, queries == "yes", args.device)))
         return
     if args.render:
         render(json.loads(RESULTS.read_text()))
         return
     cores = os.cpu_count() or 1
     others = ("resnet50", "vit_b_16", "decoder")
-    plans = [("vgg16", 1, "default"), ("vgg16", 1, "keeps memory"), *((name, 1, "default") for name in others)]
+    plans = [("vgg16", 1, "default"), ("vgg16", 1, "retains memory"), *((name, 1, "default") for name in others)]
     if args.device != "cpu":
         plans = [(name, 1, "default") for name in ("vgg16", *others)]
         args.out = args.out.with_name("speed-cuda.json") if args.out == RESULTS else args.out
@@ -350,19 +350,19 @@ def main() -> None:
     plans = [plan for plan in plans if not args.models or plan[0] in args.models]
     found: dict[str, Any] = {"environment": environment(), "size": args.size, "runs": []}
     for model, threads, allocator in plans:
-        questions = "no" if args.quick or allocator != "default" or model not in ("vgg16", "resnet50") else "yes"
-        kept = KEPT if allocator != "default" else {}
+        queries = "no" if args.quick or allocator != "default" or model not in ("vgg16", "resnet50") else "yes"
+        variables = RETAINING if allocator != "default" else {}
         sizes = ("--rounds", args.rounds, "--size", args.size, "--device", args.device)
-        result = spawned("--one", model, threads, questions, *sizes, **kept)
+        result = spawned("--one", model, threads, queries, *sizes, **variables)
         found["runs"].append({"model": model, "threads": threads, "allocator": allocator, **result})
         report(found["runs"][-1])
     sizes = ("--size", args.size, "--device", args.device)
-    peaks = {what: spawned("--peak", what, "vgg16", *sizes, **RETURNED) for what in ("nothing", "plain", *COMPOSITES)}
+    peaks = {work: spawned("--peak", work, "vgg16", *sizes, **RETURNING) for work in ("nothing", "plain", *COMPOSITES)}
     found["peak memory of vgg16 in MiB"] = peaks
-    print("\npeak memory, MiB above the net, and as a multiple of a plain gradient's (target: 2.0)")
-    for what in ("plain", *COMPOSITES):
-        above = peaks[what] - peaks["nothing"]
-        print(f"{above:9.0f} {above / (peaks['plain'] - peaks['nothing']):9.2f}  {what}")
+    print("\npeak memory in addition to the net, in MiB and as a multiple of a plain gradient's (target: 2.0)")
+    for work in ("plain", *COMPOSITES):
+        above = peaks[work] - peaks["nothing"]
+        print(f"{above:9.0f} {above / (peaks['plain'] - peaks['nothing']):9.2f}  {work}")
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if args.out == RESULTS:
@@ -376,41 +376,49 @@ def render(found: dict[str, Any]) -> None:
     columns = list(dict.fromkeys(headers))
     rows: dict[tuple[str, str, str, float], dict[str, float]] = {}
     for run, header in zip(runs, headers, strict=True):
-        for work, beside, value, most in ratios(run):
-            rows.setdefault((run["model"], work, beside, most), {})[header] = value
-    lines = ["| net | work | beside | target | " + " | ".join(columns) + " |", "|" + "---|" * (4 + len(columns))]
-    for (model, work, beside, most), values in rows.items():
+        for work, reference, value, most in ratios(run):
+            rows.setdefault((run["model"], work, reference, most), {})[header] = value
+    lines = [
+        "| net | computation | relative to | target | " + " | ".join(columns) + " |",
+        "|" + "---|" * (4 + len(columns)),
+    ]
+    for (model, work, reference, most), values in rows.items():
         cells = [_cell(values.get(column), most) for column in columns]
-        lines.append(f"| {model} | {work} | {beside} | {most:.3g} | " + " | ".join(cells) + " |")
+        lines.append(f"| {model} | {work} | {reference} | {most:.3g} | " + " | ".join(cells) + " |")
     first = runs[0]
-    lines += ["", "Beside other packages, on one thread, before timing: largest relative difference "]
+    lines += ["", "Agreement with other packages on one thread, checked before timing: largest relative difference "]
     lines[-1] += ", ".join(f"{value:.0e} to {name}" for name, value in first["differences"].items()) + "."
-    lines += ["", "| layers in a short format | books, of V | heat map, relative to float32 |", "|---|---|---|"]
-    for run in {run["model"]: run for run in reversed(runs)}.values():
-        for name, short in run["short formats"].items():
-            lines.append(f"| {run['model']}, {name} | {short['books / V']:.1e} | {short['heat map']:.1e} |")
     lines += [
         "",
-        "| layers in bfloat16, × the time in float32 | " + " | ".join(columns) + " |",
+        "| reduced precision | conservation error / V | heat map, relative difference from float32 |",
+        "|---|---|---|",
+    ]
+    for run in {run["model"]: run for run in reversed(runs)}.values():
+        for name, errors in run["reduced precision"].items():
+            lines.append(f"| {run['model']}, {name} | {errors['error / V']:.1e} | {errors['heat map']:.1e} |")
+    lines += [
+        "",
+        "| time with layers in bfloat16, × float32 | " + " | ".join(columns) + " |",
         "|---|" + "---|" * len(columns),
     ]
-    spared: dict[str, dict[str, str]] = {}
+    factors_of: dict[str, dict[str, str]] = {}
     for run, header in zip(runs, headers, strict=True):
         for work in run["seconds"]:
             if f"{work}, bfloat16" in run["seconds"]:
                 factor = run["seconds"][f"{work}, bfloat16"] / run["seconds"][work]
-                spared.setdefault(f"{run['model']}, {work}", {})[header] = f"{factor:.2f}"
-    for name, factors in spared.items():
+                factors_of.setdefault(f"{run['model']}, {work}", {})[header] = f"{factor:.2f}"
+    for name, factors in factors_of.items():
         lines.append(f"| {name} | " + " | ".join(factors.get(column, "") for column in columns) + " |")
     above = {name: value - peaks["nothing"] for name, value in peaks.items() if name != "nothing"}
-    lines += ["", "| peak memory above the net, VGG16 | MiB | × a plain gradient's (target 2) |", "|---|---|---|"]
+    lines += ["", "| peak memory in addition to the net, VGG16 | MiB | × plain gradient (target 2) |", "|---|---|---|"]
     lines += [f"| {name} | {value:.0f} | {value / above['plain']:.2f} |" for name, value in above.items()]
     place = found["environment"]
     lines += [
         "",
         f"Python {place['python']}, torch {place['torch']}, zennit {place['zennit']}, captum {place['captum']}, "
-        f"{place['cores']} cores of {place['processor']}, images of {found['size']} pixels, {TOKENS} tokens, float32. "
-        "Bold: beyond the target. zennit-crp was timed on a sample of conditions and extrapolated in proportion.",
+        f"{place['cores']} cores of {place['processor']}, images of {found['size']} × {found['size']} pixels, "
+        f"{TOKENS} tokens, float32. Bold: target missed. zennit-crp was timed on a sample of conditions and "
+        "extrapolated linearly.",
     ]
     page = PAGE.read_text()
     head, rest = page.split("<!-- measured -->")
@@ -425,12 +433,12 @@ def _cell(value: float | None, most: float) -> str:
 
 
 def ratios(run: dict[str, Any]) -> list[tuple[str, str, float, float]]:
-    """``(work, beside what, measured, target)`` of one run."""
+    """``(computation, reference, measured, target)`` of one run."""
     seconds = run["seconds"]
     return [
-        (work, beside, seconds[work] / seconds[beside], most)
-        for model, work, beside, most in TARGETS
-        if model == run["model"] and work in seconds and beside in seconds
+        (work, reference, seconds[work] / seconds[reference], most)
+        for model, work, reference, most in TARGETS
+        if model == run["model"] and work in seconds and reference in seconds
     ]
 
 
@@ -444,8 +452,8 @@ def report(run: dict[str, Any]) -> None:
         sampled = " (extrapolated)" if name in run["timed on this many conditions"] else ""
         print(f"{value:9.3f} s {value / seconds[PLAIN]:9.2f} × plain  {name}{sampled}")
     print(f"{'measured':>10} {'target':>8}")
-    for work, beside, value, most in ratios(run):
-        print(f"{value:10.3g} {most:8.3g} {'  ' if value <= most else '✗ '}{work} : {beside}")
+    for work, reference, value, most in ratios(run):
+        print(f"{value:10.3g} {most:8.3g} {'  ' if value <= most else '✗ '}{work} : {reference}")
 
 
 def environment() -> dict[str, object]:

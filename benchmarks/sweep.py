@@ -1,10 +1,10 @@
-"""What a sweep costs beside the bare measure in a loop, whether its memory grows, and how fast its rows are read.
+"""Cost of a sweep relative to the measure alone in a loop, growth of its memory, and time to read its rows.
 
 ``python -m benchmarks.sweep`` prints measured figures and targets, and writes them as JSON with the environment.
-``--read``, ``--throughput`` and ``--memory`` run one part. Throughput: in every round the loop over batches, the sweep
-and the loader alone take their turns, so that a noisy neighbour meets all of them; the time of the loader is taken off
-the sweep, and the ratio is that of the fastest rounds, by the clock and by the time of the processor. Reading:
-synthetic values in the files of a real sweep.
+``--read``, ``--throughput`` and ``--memory`` run one part. Throughput: every round runs the loop over batches, the
+sweep and the data loader alone, so that load from other processes affects all of them. The time of the loader is
+subtracted from the time of the sweep, and the ratio is taken between the fastest rounds, in wall time and in processor
+time. Reading: synthetic values in the file format of a sweep.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nrm_plugin.demo.model import load_model
 RESULTS = Path(__file__).parent / "results/sweep.json"
 BATCH, SHARD = 16, 128
 THROUGHPUT, GROWTH, SECONDS = 0.85, 1.02, 1.0
-"""Targets: share of the bare measure, memory at the end beside that after a tenth, seconds for the top nine."""
+"""Targets: throughput relative to the measure, memory growth after the first tenth, seconds for the top nine."""
 SAMPLES, CHANNELS = 20_000, 512
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], list[str], int]] = {
@@ -61,28 +61,28 @@ def queries_of(layers: list[str]) -> list[Query]:
 
 
 def bare(net: nn.Module, batches: list[Tensor], layers: list[str]) -> list[Any]:
-    """The same answers from the measure, asked in a loop and kept in memory."""
+    """The same results from the measure alone, computed in a loop and held in memory."""
 
     def start(outputs: Tensor) -> Tensor:
         return nn.functional.one_hot(outputs.argmax(1), outputs.shape[1]).to(outputs)
 
-    kept, rules = [], NRMDefault()
+    results, rules = [], NRMDefault()
     for x in batches:
         mu = RelevanceMeasure(net, x, start=start, composite=rules)
         marginals = mu.marginal(list(layers), "channel")
         scalars = [mu.sink(layer) for layer in layers] + [mu.variation(layer) for layer in layers]
-        kept.append((marginals, scalars, mu.joint(*layers)))
-    return kept
+        results.append((marginals, scalars, mu.joint(*layers)))
+    return results
 
 
 def throughput(name: str, rounds: int) -> dict[str, Any]:
-    """Samples per second of the loop and of the sweep, without the time of the loader."""
+    """Samples per second of the loop and of the sweep, without the data loader."""
     make, shape, layers, count = NETS[name]
     torch.manual_seed(0)
     net = make().eval().requires_grad_(False)
     x = torch.randn(count, *shape)
     data, batches = TensorDataset(x), list(x.split(BATCH))
-    best = {what: {"wall": float("inf"), "processor": float("inf")} for what in ("bare", "sweep", "loader")}
+    best = {part: {"wall": float("inf"), "processor": float("inf")} for part in ("bare", "sweep", "loader")}
 
     def swept() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -96,12 +96,12 @@ def throughput(name: str, rounds: int) -> dict[str, Any]:
 
     work: dict[str, Callable[[], Any]] = {"bare": lambda: bare(net, batches, layers), "sweep": swept, "loader": loaded}
     for _ in range(rounds):
-        for what, run in work.items():
+        for part, run in work.items():
             gc.collect()
             started, used = time.perf_counter(), time.process_time()
             run()
             spent = {"wall": time.perf_counter() - started, "processor": time.process_time() - used}
-            best[what] = {clock: min(seconds, best[what][clock]) for clock, seconds in spent.items()}
+            best[part] = {clock: min(seconds, best[part][clock]) for clock, seconds in spent.items()}
     net_time = {clock: best["sweep"][clock] - best["loader"][clock] for clock in ("wall", "processor")}
     return {
         "layers": layers,
@@ -113,10 +113,10 @@ def throughput(name: str, rounds: int) -> dict[str, Any]:
 
 
 class Watching(Dataset[tuple[Tensor, int]]):
-    """Samples made when they are read; every 500th notes how much memory the process holds."""
+    """Samples generated on access; every 500th records the memory of the process."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.noted = count, dict[int, float]()
+        self.count, self.recorded = count, dict[int, float]()
 
     def __len__(self) -> int:
         return self.count
@@ -124,12 +124,12 @@ class Watching(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if index % 500 == 0:
             gc.collect()
-            self.noted[index] = resident() / 2**20
+            self.recorded[index] = resident() / 2**20
         return torch.randn(3, 32, 32), index % 10
 
 
 def memory(count: int) -> dict[str, Any]:
-    """MiB of the process along a sweep, and after its rows were sorted."""
+    """Memory of the process in MiB during a sweep, and after its rows are sorted."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 32, 3, 2), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -140,18 +140,18 @@ def memory(count: int) -> dict[str, Any]:
         stored = sweep(net, data, [*queries_of(["2", "0"])], folder, batch_size=BATCH, shard=SHARD, progress=False)
         rows = sum(len(shard.rows(columns=["group"])) for shard in stored.shards)
         after = resident() / 2**20
-    tenth = data.noted[count // 10 // 500 * 500]
+    tenth = data.recorded[count // 10 // 500 * 500]
     return {
         "samples": count,
         "rows": rows,
-        "MiB at sample": data.noted,
+        "MiB at sample": data.recorded,
         "MiB after sorting": after,
-        "last beside a tenth": data.noted[max(data.noted)] / tenth,
+        "end relative to a tenth": data.recorded[max(data.recorded)] / tenth,
     }
 
 
 def synthetic(folder: Path) -> int:
-    """A sweep of made-up numbers; returns how many rows it has."""
+    """Writes a sweep with random values; returns its number of rows."""
     queries, random = [Marginal("features.28"), Sink("features.28")], np.random.default_rng(0)
     settings = {"synthetic": True}
     for name in ("rows", "maps"):
@@ -166,13 +166,13 @@ def synthetic(folder: Path) -> int:
             queries[1].name: random.random(len(sample), np.float32),
         }
         part = Evaluated(sample, classes, classes, values)
-        said = {"settings": digest(settings), "first": int(sample[0]), "last": int(sample[-1]), "failed": []}
-        write_shard(folder, 0, number, queries, [part], {**said, "replaces": []}, "float")
+        header = {"settings": digest(settings), "first": int(sample[0]), "last": int(sample[-1]), "failed": []}
+        write_shard(folder, 0, number, queries, [part], {**header, "replaces": []}, "float")
     return SAMPLES * (CHANNELS + 1)
 
 
 def read() -> dict[str, Any]:
-    """Seconds to find the nine samples of largest value of a channel, opening the sweep each time."""
+    """Seconds to find the nine samples with the largest value of a channel, opening the sweep each time."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
@@ -209,10 +209,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for part in ("throughput", "memory", "read"):
-        parser.add_argument(f"--{part}", action="store_true", help="only this part, and what else is named")
+        parser.add_argument(f"--{part}", action="store_true", help="only this part (options can be combined)")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=10_000, help="for the memory (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=10_000, help="for the memory part (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -221,7 +221,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     found["environment"] = {**environment(), "threads": args.threads}
-    if args.memory or every:  # before anything else has taken memory
+    if args.memory or every:  # before other parts allocate memory
         found["memory"] = memory(args.samples)
     if args.read or every:
         found["read"] = read()
@@ -235,19 +235,19 @@ def main() -> None:
 
 
 def report(found: dict[str, Any]) -> None:
-    """Prints measured figures beside their targets."""
+    """Prints measured figures and their targets."""
     print(f"{'measured':>10} {'target':>8}")
     for name, result in found.get("throughput", {}).items():
         share, of_processor = result["share of the bare measure"].values()
         rate = result["samples per second"]
-        print(f"{share:10.3f} {THROUGHPUT:8.2f} {'  ' if share >= THROUGHPUT else '✗ '}share of the bare measure's "
-              f"throughput, {name} ({rate['bare']:.1f} and {rate['sweep']:.1f} samples/s; by the "
-              f"time of the processor {of_processor:.3f})")  # fmt: skip
+        print(f"{share:10.3f} {THROUGHPUT:8.2f} {'  ' if share >= THROUGHPUT else '✗ '}throughput relative to the "
+              f"measure alone, {name} ({rate['bare']:.1f} and {rate['sweep']:.1f} samples/s; in "
+              f"processor time {of_processor:.3f})")  # fmt: skip
     if "memory" in found:
         result = found["memory"]
-        grown, noted = result["last beside a tenth"], list(result["MiB at sample"].values())
-        print(f"{grown:10.3f} {GROWTH:8.2f} {'  ' if grown <= GROWTH else '✗ '}memory at the end of "
-              f"{result['samples']} samples beside that after a tenth ({noted[-1]:.0f} MiB; "
+        growth, recorded = result["end relative to a tenth"], list(result["MiB at sample"].values())
+        print(f"{growth:10.3f} {GROWTH:8.2f} {'  ' if growth <= GROWTH else '✗ '}memory after "
+              f"{result['samples']} samples relative to that after a tenth ({recorded[-1]:.0f} MiB; "
               f"{result['MiB after sorting']:.0f} MiB after sorting {result['rows']:,} rows)")  # fmt: skip
     if "read" in found:
         result = found["read"]

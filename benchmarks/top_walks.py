@@ -1,12 +1,12 @@
-"""The best channel walks of VGG16 over five layers in 60 seconds, beside a greedy graph of the same number of walks.
+"""The best channel walks of VGG16 over five layers in 60 seconds, compared with a greedy graph of equal size.
 
     python -m benchmarks.top_walks
 
-Weights are random, so the rows tell of the search, not of pictures. The greedy graph is built as in zennit-crp: the
-channels that carry most at the first layer, then for each of them those that carry most of it at the next one, and so
-on. Every choice here is conditioned on the whole prefix, where zennit-crp looks at the parent only. Writes the figures
-with the environment to benchmarks/results/top_walks.json. Processor seconds below the seconds of the budget say that
-the core was shared with other work; ``--clock processor`` counts these for the budget instead.
+Weights are random, so the rows assess the search, not heat maps. The greedy graph is built as in zennit-crp: the most
+relevant channels of the first layer, then for each of them its most relevant channels in the next layer, and so on.
+Every choice here is conditioned on the whole prefix, whereas zennit-crp uses the parent only. Writes the figures with
+the environment to benchmarks/results/top_walks.json. If the processor seconds are below the budget, the core was shared
+with other processes; ``--clock processor`` applies the budget to processor seconds instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RULES = {"NRMAbsolute": NRMAbsolute, "EpsilonPlus": lambda: Normalized(EpsilonPl
 
 
 def greedy(mu: RelevanceMeasure, layers: list[str], widths: list[int]) -> tuple[list[float], float]:
-    """Mass of each walk of a greedy graph, and the processor seconds it took."""
+    """Mass of each walk of a greedy graph, and processor seconds."""
     begin = time.process_time()
     with torch.no_grad():
         chain = Chain(mu, layers, "channel")
@@ -55,7 +55,7 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def row(model: torch.nn.Module, size: int, rule: str, seconds: float, clock: str) -> dict[str, object]:
-    """What a search and a greedy graph find for one image."""
+    """Results of the search and of the greedy graph for one image."""
     torch.manual_seed(size)
     image = torch.rand(1, 3, size, size)
     mu = RelevanceMeasure(model, image, 281, composite=RULES[rule](), max_memory=2 << 30)
@@ -101,7 +101,7 @@ def main() -> None:
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     for size in arguments.sizes:
         for rule in arguments.rules:
-            rows = [old for old in rows if (old["size"], old["rule"]) != (size, rule)]  # others stay
+            rows = [old for old in rows if (old["size"], old["rule"]) != (size, rule)]
             rows.append(row(model, size, rule, arguments.seconds, arguments.clock))
             print(json.dumps(rows[-1]), flush=True)
             environment = {"python": platform.python_version(), "torch": version("torch"), "zennit": version("zennit")}

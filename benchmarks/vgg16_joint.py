@@ -32,35 +32,35 @@ LAYERS = ("features.28", "features.21", "features.14")
 
 
 class VGGError(NRMError, ValueError):
-    """An image, weights or arguments that no picture can be made of."""
+    """Raised for an image, weights or arguments that cannot be used."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; argparse alone prints the usage first."""
+    """Reports errors in one line; argparse itself prints the usage first."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image as the network gets it, ``(1, 3, 224, 224)``, and as it is shown, ``(3, 224, 224)`` in [0, 1]."""
+class InputImage:
+    """An image as network input, ``(1, 3, 224, 224)``, and for display, ``(3, 224, 224)`` in [0, 1]."""
 
     tensor: Tensor
     shown: Tensor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the pictures; 2 where that was not possible, then one line on stderr says why."""
+    """Write the figures; on failure, return 2 and print one line on stderr."""
     options = _parser().parse_args(argv)
     try:
         _check_layers(options.layers)
         _check_names(options.images)
-        pictures = [load_picture(path) for path in options.images]
+        images = [load_image(path) for path in options.images]
         model = load_vgg16(options.weights, options.seed)
         options.out.mkdir(parents=True, exist_ok=True)
-        for image, picture in zip(options.images, pictures, strict=True):
-            for path in draw(model, picture, image.stem, options):
+        for source, image in zip(options.images, images, strict=True):
+            for path in draw(model, image, source.stem, options):
                 print(path, flush=True)
     except (NRMError, OSError) as error:
         print(f"vgg16_joint: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -71,31 +71,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 # -- the image ------------------------------------------------------------------------------------------------------
 
 
-def load_picture(path: Path) -> Picture:
+def load_image(path: Path) -> InputImage:
     """An image file in the form that torchvision's VGG16 was trained on: resized, cropped, normalized.
 
     Raises:
-        VGGError: There is no such file, or it is no image, or a damaged one.
+        VGGError: The file does not exist, is not an image, or is damaged.
     """
     try:
         with Image.open(path) as file:
             image = _colors(ImageOps.exif_transpose(file))
     except FileNotFoundError as error:
-        raise VGGError(f"there is no image {path}.") from error
-    # What PIL raises for a damaged file depends on its format.
+        raise VGGError(f"image {path} does not exist.") from error
+    # The error that PIL raises for a damaged file depends on its format.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise VGGError(
-            f"cannot read {path} as an image: {error}. Give a file that PIL can read, such as PNG or JPEG."
+            f"cannot read {path} as an image: {error}. Pass a file that PIL can read, such as PNG or JPEG."
         ) from error
     transform = ONLINE.transforms()
     tensor = transform(image)[None]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (transform.mean, transform.std))
-    return Picture(tensor, tensor[0] * std + mean)
+    return InputImage(tensor, tensor[0] * std + mean)
 
 
 def _colors(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # 16 bits of grey: PIL would cut them off at 255.
+        # 16-bit greyscale: PIL would clip at 255.
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert("RGB")
 
@@ -107,11 +107,11 @@ def load_vgg16(weights: str, seed: int = 0) -> nn.Module:
     """torchvision's VGG16 in evaluation mode.
 
     Args:
-        weights: ``"none"`` for random ones, ``"IMAGENET1K_V1"`` to download torchvision's, or a file with a state dict.
-        seed: Of random weights.
+        weights: ``"none"`` for random weights, ``"IMAGENET1K_V1"`` to download torchvision's, or a state-dict file.
+        seed: Seed of random weights.
 
     Raises:
-        VGGError: The weights cannot be had, or are not those of a VGG16.
+        VGGError: The weights are not available, or do not belong to a VGG16.
     """
     if weights == "none":
         with torch.random.fork_rng(devices=[]):
@@ -119,7 +119,7 @@ def load_vgg16(weights: str, seed: int = 0) -> nn.Module:
             return _plain(vgg16(weights=None))
     state = _online() if weights == ONLINE.name else _from_file(Path(weights))
     last = state.get("classifier.6.bias")
-    # Built without storage: 138 million initial weights would be drawn only to be overwritten.
+    # Built without storage, to avoid initializing 138 million weights that are overwritten.
     with torch.device("meta"):
         model = _plain(vgg16(weights=None, num_classes=1000 if last is None else last.numel()))
     try:
@@ -135,31 +135,31 @@ def _plain(model: nn.Module) -> nn.Module:
 
 def _online() -> Mapping[str, Tensor]:
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # on stdout the download would stand among the pictures
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is reserved for the figure paths
             state: Mapping[str, Tensor] = ONLINE.get_state_dict(progress=True, check_hash=True)
         return state
-    except (OSError, RuntimeError) as error:  # no connection, no space; a hash that does not fit
+    except (OSError, RuntimeError) as error:  # no connection, no space, or a hash mismatch
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise VGGError(
             f"the weights {ONLINE.name} are not in {folder} and could not be downloaded ({error}). "
-            f"Download {ONLINE.url} where there is a connection, and give the file: --weights FILE."
+            f"Download {ONLINE.url} on a connected machine, and pass the file: --weights FILE."
         ) from error
 
 
 def _from_file(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
-        raise VGGError(f"there is no file {path}. --weights takes a file with a state dict, {ONLINE.name} or none.")
+        raise VGGError(f"file {path} does not exist. --weights takes a file with a state dict, {ONLINE.name} or none.")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise VGGError(
-            f"cannot read weights from {path}: {_first_lines(error)}. Give a state dict that torch.save wrote "
+            f"cannot read weights from {path}: {_first_lines(error)}. Pass a state dict saved by torch.save "
             "(.pth) or a .safetensors file."
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise VGGError(f"{path} holds no state dict. Save one: torch.save(model.state_dict(), 'vgg16.pth').")
+        raise VGGError(f"{path} does not contain a state dict. Save one: torch.save(model.state_dict(), 'vgg16.pth').")
     return state
 
 
@@ -168,31 +168,31 @@ def _first_lines(error: Exception) -> str:
     return text if len(text) <= 240 else f"{text[:240].rstrip()} …"
 
 
-# -- the pictures ---------------------------------------------------------------------------------------------------
+# -- the figures ----------------------------------------------------------------------------------------------------
 
 
-def draw(model: nn.Module, picture: Picture, name: str, options: argparse.Namespace) -> list[Path]:
-    """One picture over the upper two layers, and one over each further layer.
+def draw(model: nn.Module, image: InputImage, name: str, options: argparse.Namespace) -> list[Path]:
+    """One figure over the upper two layers, and one more for each further layer.
 
     Raises:
-        VGGError: The target is no class of the network.
+        VGGError: The target is not a class of the network.
     """
     with torch.no_grad():
-        scores = model(picture.tensor)[0].softmax(0)
+        scores = model(image.tensor)[0].softmax(0)
     target = int(scores.argmax()) if options.target is None else options.target
     if not 0 <= target < len(scores):
         raise VGGError(
-            f"--target {target} is no class of this network, which has {len(scores)} (0 to {len(scores) - 1})."
+            f"--target {target} is not a class of this network, which has {len(scores)} (0 to {len(scores) - 1})."
         )
-    mu = RelevanceMeasure(model, picture.tensor, target)
-    words = "random weights, " if options.weights == "none" else ""
-    heading = f"VGG16, {words}{_class_name(target, len(scores))} ({float(scores[target]):.2g})"
+    mu = RelevanceMeasure(model, image.tensor, target)
+    origin = "random weights, " if options.weights == "none" else ""
+    heading = f"VGG16, {origin}{_class_name(target, len(scores))} ({float(scores[target]):.2g})"
     layers = sorted(options.layers, key=mu.layers.index, reverse=True)
     pixels = mu.marginal("input")[0].sum(0)
     files = []
     for count in range(2, len(layers) + 1):
         found = joint_relevance(mu, layers[:count], options.channels)
-        figure = joint_figure(mu, picture.shown, pixels, found, options.marks, heading)
+        figure = joint_figure(mu, image.shown, pixels, found, options.marks, heading)
         files.append(save(figure, options.out / f"{name}-{count}-layers.png"))
     return files
 
@@ -204,9 +204,11 @@ def _class_name(target: int, classes: int) -> str:
 
 def _check_names(images: Sequence[Path]) -> None:
     names = [path.stem for path in images]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise VGGError(f"two images are called {twice}, and so would be their pictures. Rename one, or use two --out.")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise VGGError(
+            f"two images are named {duplicate}, and their figures would collide. Rename one, or use two --out."
+        )
 
 
 def _check_layers(layers: Sequence[str]) -> None:
@@ -214,8 +216,10 @@ def _check_layers(layers: Sequence[str]) -> None:
         known = [name for name, module in vgg16(weights=None).named_modules() if isinstance(module, nn.Conv2d)]
     wrong = [layer for layer in layers if layer not in known]
     if wrong or len(set(layers)) < len(layers) or len(layers) < 2:
-        what = f"{wrong[0]} is none" if wrong else f"got {' '.join(layers)}"
-        raise VGGError(f"--layers takes two or more different convolutions, but {what}. There are {', '.join(known)}.")
+        problem = f"{wrong[0]} is not one" if wrong else f"got {' '.join(layers)}"
+        raise VGGError(
+            f"--layers takes two or more different convolutions, but {problem}. Available: {', '.join(known)}."
+        )
 
 
 def _parser() -> Parser:
@@ -229,8 +233,8 @@ def _parser() -> Parser:
         nargs="+",
         default=LAYERS,
         metavar="LAYER",
-        help="two or more convolutions; the first picture is over the two nearest to the output, each further one "
-        f"takes in one more (default: {' '.join(LAYERS)})",
+        help="two or more convolutions; the first figure covers the two closest to the output, each further one "
+        f"adds a layer (default: {' '.join(LAYERS)})",
     )
     parser.add_argument(
         "--channels", type=_positive, default=5, help="most relevant channels of each layer (default: %(default)s)"
@@ -239,16 +243,16 @@ def _parser() -> Parser:
         "--marks",
         type=_marks,
         default=4,
-        help="strongest combinations that get a heat map, at most 26 (default: %(default)s)",
+        help="strongest combinations with a heat map, at most 26 (default: %(default)s)",
     )
     parser.add_argument("--target", type=int, help="class to explain (default: the top prediction)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random weights (default: %(default)s)")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("nrm-vgg16"),
         metavar="DIR",
-        help="folder for the pictures (default: %(default)s)",
+        help="folder for the figures (default: %(default)s)",
     )
     return parser
 
@@ -256,14 +260,14 @@ def _parser() -> Parser:
 def _positive(text: str) -> int:
     value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return value
 
 
 def _marks(text: str) -> int:
     value = _positive(text)
     if value > 26:
-        raise argparse.ArgumentTypeError(f"{text} marks are more than there are letters, 26")
+        raise argparse.ArgumentTypeError(f"{text} marks exceed the number of letters, 26")
     return value
 
 

@@ -1,7 +1,7 @@
-"""Runs the notebooks: ``python -m notebooks.run`` executes their cells and writes what they show.
+"""Runs the notebooks: ``python -m notebooks.run`` executes their cells and stores the outputs.
 
-No Jupyter is needed for it, and none in the tests: the cells are plain Python. What a cell prints, the value of its
-last expression and the figures that it leaves open are kept, as Jupyter would, and small.
+Neither this nor the tests need Jupyter, because the cells are plain Python. Outputs are printed text, the value of the
+last expression and open figures, as in Jupyter, with small figures.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ Cell = dict[str, Any]
 
 
 def notebooks() -> list[Path]:
-    """All of them, in order."""
+    """All notebooks, in order."""
     return sorted(FOLDER.glob("*.ipynb"))
 
 
 def execute(cells: Iterable[Cell], name: str) -> list[list[Cell]]:
-    """What every cell of code shows, when they run one after the other in one namespace."""
+    """Outputs of all code cells, executed in order in one namespace."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     space: dict[str, Any] = {"__name__": "__main__"}
-    shown = []
+    outputs = []
     try:
         for number, cell in enumerate(cells):
-            shown.append(_run("".join(cell["source"]), f"{name}, cell {number}", space) + _figures())
+            outputs.append(_run("".join(cell["source"]), f"{name}, cell {number}", space) + _figures())
     finally:
         pyplot.close("all")
-    return shown
+    return outputs
 
 
 def _run(source: str, name: str, space: dict[str, Any]) -> list[Cell]:
@@ -59,7 +59,7 @@ def _run(source: str, name: str, space: dict[str, Any]) -> list[Cell]:
     if printed.getvalue():
         outputs.append({"output_type": "stream", "name": "stdout", "text": lines(printed.getvalue())})
     if isinstance(value, Figure):
-        outputs.append(picture(value))
+        outputs.append(image(value))
     elif value is not None:
         data = {"text/plain": lines(repr(value))}
         outputs.append({"output_type": "execute_result", "execution_count": None, "metadata": {}, "data": data})
@@ -67,53 +67,56 @@ def _run(source: str, name: str, space: dict[str, Any]) -> list[Cell]:
 
 
 def _figures() -> list[Cell]:
-    """The open figures as small pictures; they are closed."""
+    """Open figures as small PNGs; closes them."""
     from matplotlib import pyplot
 
-    outputs = [picture(pyplot.figure(number)) for number in pyplot.get_fignums()]
+    outputs = [image(pyplot.figure(number)) for number in pyplot.get_fignums()]
     pyplot.close("all")
     return outputs
 
 
-def picture(figure: Figure) -> Cell:
-    """A figure as a small PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=90, bbox_inches="tight", metadata={"Software": None})
+def image(figure: Figure) -> Cell:
+    """A figure as a small PNG with 256 colours."""
+    from PIL import Image
+
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=90, bbox_inches="tight")
+    Image.open(drawn).convert("RGB").quantize(256).save(file, format="png", optimize=True)
     data = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": ["<Figure>"]}
     return {"output_type": "display_data", "metadata": {}, "data": data}
 
 
 def lines(text: str) -> list[str]:
-    """Lines with their ends, as notebooks keep them."""
+    """Lines with line ends, as stored in notebooks."""
     return text.splitlines(keepends=True)
 
 
 def code(notebook: Cell) -> list[Cell]:
-    """The cells of code."""
+    """Code cells."""
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
 def as_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
-    """A page with what the notebook shows, and its pictures by file name."""
+    """The notebook as a page with its outputs, and its figures by file name."""
     notebook = json.loads(path.read_text())
-    parts, pictures = [], dict[str, bytes]()
+    parts, images = [], dict[str, bytes]()
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(text.replace("](../docs/", "](../").replace(".ipynb)", ".md)"))
+            parts.append(text.replace(".ipynb)", ".md)"))
             continue
         parts.append(f"```python\n{text}\n```")
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
-                name = f"{path.stem}-{len(pictures) + 1}.png"
-                pictures[name] = base64.b64decode(data["image/png"])
-                parts.append(f"![What the code above draws]({name})")
+                name = f"{path.stem}-{len(images) + 1}.png"
+                images[name] = base64.b64decode(data["image/png"])
+                parts.append(f"![Figure drawn by the code above]({name})")
             else:
                 shown = "".join(output.get("text") or data["text/plain"]).rstrip()
                 parts.append(f"```text\n{shown}\n```")
-    where = f"This page is the notebook `notebooks/{path.name}` of the repository, with what it shows."
-    return "\n\n".join([*parts, where]) + "\n", pictures
+    where = f"This page is the notebook `notebooks/{path.name}` of the repository with its outputs."
+    return "\n\n".join([*parts, where]) + "\n", images
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from benchmarks.faithfulness import latent, page, pixels, planted, quantus_metri
 from benchmarks.faithfulness import nets as problems
 from benchmarks.faithfulness.__main__ import RESULTS, main
 from benchmarks.faithfulness.metrics import (
-    Contest,
+    Comparison,
     area,
     at_once,
     average_precision,
@@ -136,8 +136,8 @@ def test_fewer_large_pictures_go_through_a_net_together():
 def test_a_contest_is_with_the_best_other_and_positive_where_we_are_better():
     values = {"ours": [0.2, 0.4], "one": [0.5, 0.5], "two": [0.1, 0.7], "chance": [9.0, -9.0]}
     found = {name: {"low": torch.tensor(v), "high": torch.tensor(v)} for name, v in values.items()}
-    contest = Contest(ours=("ours",), better={"low": -1, "high": 1}, pairs={"ours": "one"})
-    result = contest.results(found, resamples(torch.arange(2)))
+    comparison = Comparison(ours=("ours",), better={"low": -1, "high": 1}, pairs={"ours": "one"})
+    result = comparison.results(found, resamples(torch.arange(2)))
     assert result["methods"]["one"]["low"] == [0.5, 0.5, 0.5]
     assert result["best"]["low"]["other"] == "two"
     assert result["best"]["low"]["ahead"]["ours"][0] == pytest.approx(0.1)  # 0.4 - 0.3
@@ -145,7 +145,7 @@ def test_a_contest_is_with_the_best_other_and_positive_where_we_are_better():
     assert result["pairs"]["ours : one"]["high"][0] == pytest.approx(-0.2)
     for values in found.values():
         del values["high"]  # as of a package that is not here
-    assert set(contest.results(found, resamples(torch.arange(2)))["methods"]["one"]) == {"low"}
+    assert set(comparison.results(found, resamples(torch.arange(2)))["methods"]["one"]) == {"low"}
     assert [verdict(v) for v in ([1, 0.5, 2], [1, -1, 2], [-1, -2, -0.1])] == ["better", "even", "worse"]
 
 
@@ -248,10 +248,10 @@ def test_every_explainer_makes_a_map_and_leaves_the_net_alone():
     before = {key: value.clone() for key, value in net.model.state_dict().items()}
     found, curves, differences = pixels.measured(net)
     assert set(found) == set(pixels.explainers(pixels.Setting.of(net)))
-    absent = set() if quantus_metrics.IS_HERE else set(quantus_metrics.METRICS)
-    assert all(set(values) == set(pixels.CONTEST.better) - absent for values in found.values())
-    assert set(curves) == (set(found) if quantus_metrics.IS_HERE else set())
-    assert bool(differences) == quantus_metrics.IS_HERE
+    absent = set() if quantus_metrics.IS_INSTALLED else set(quantus_metrics.METRICS)
+    assert all(set(values) == set(pixels.COMPARISON.better) - absent for values in found.values())
+    assert set(curves) == (set(found) if quantus_metrics.IS_INSTALLED else set())
+    assert bool(differences) == quantus_metrics.IS_INSTALLED
     assert all(bool(value.isfinite().all()) for values in found.values() for value in values.values())
     assert all(torch.equal(value, before[key]) for key, value in net.model.state_dict().items())
     assert not any(module._forward_hooks or module._backward_hooks for module in net.model.modules())
@@ -355,7 +355,7 @@ def test_weights_of_a_file_take_the_same_path(monkeypatch, tmp_path, pictures, c
     found = json.loads(capsys.readouterr().out)["latent"]
     assert found["samples"] == 2
     assert found["layers"] == ["1", "3"]
-    assert set(found["methods"]["μ, NRMDefault"]) == set(latent.CONTEST.better)
+    assert set(found["methods"]["μ, NRMDefault"]) == set(latent.COMPARISON.better)
 
 
 def test_weights_that_do_not_fit_and_a_folder_without_pictures_are_named(monkeypatch, tmp_path, pictures):
@@ -365,7 +365,7 @@ def test_weights_that_do_not_fit_and_a_folder_without_pictures_are_named(monkeyp
         problems.own_net("vgg16", tmp_path / "other.pth", pictures, 5)
     torch.save(narrow("vgg16").state_dict(), tmp_path / "weights.pth")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         problems.own_net("vgg16", tmp_path / "weights.pth", tmp_path / "empty", 5)
 
 
@@ -393,25 +393,25 @@ def test_a_method_that_refuses_a_net_is_left_out_and_named(monkeypatch, capsys):
     model = nn.Sequential(nn.Conv2d(2, 2, 1), Bottleneck(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     net = Net("blocks", model, torch.rand(2, 2, 16, 16), torch.arange(2), torch.zeros(1, 2, 1, 1), 1.0)
     net.layers = problems.activation_layers(model, net.images[:1])
-    monkeypatch.setattr(quantus_metrics, "IS_HERE", False)
+    monkeypatch.setattr(quantus_metrics, "IS_INSTALLED", False)
     found, *_ = pixels.measured(net, ["Saliency", "DeepLift"])
     assert list(found) == ["Saliency"]
-    assert "blocks: left out DeepLift, which does not run" in capsys.readouterr().err
+    assert "blocks: omitted DeepLift, which does not run" in capsys.readouterr().err
     monkeypatch.setattr(pixels, "explainers", lambda setting: {
         "endless": lambda model, x, target: x / 0, "NRMDefault": lambda model, x, target: x
     })  # fmt: skip
     found, *_ = pixels.measured(net)
     assert list(found) == ["NRMDefault"]
-    assert "blocks: left out endless" in capsys.readouterr().err
+    assert "blocks: omitted endless" in capsys.readouterr().err
     found["another"] = {key: values + 1 for key, values in found["NRMDefault"].items()}
-    assert pixels.CONTEST.results(found, resamples(net.group))["best"]["deletion"]["ahead"]["NRMDefault"][0] == 1
+    assert pixels.COMPARISON.results(found, resamples(net.group))["best"]["deletion"]["ahead"]["NRMDefault"][0] == 1
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
 def without(monkeypatch):
-    monkeypatch.setattr(quantus_metrics, "IS_HERE", False)
+    monkeypatch.setattr(quantus_metrics, "IS_INSTALLED", False)
     monkeypatch.setattr(latent, "HAS_CRP", False)
 
 
@@ -440,9 +440,9 @@ def test_your_own_net_is_measured_without_them_and_says_what_is_left_out(monkeyp
     torch.save(narrow("vgg16", num_classes=7).state_dict(), tmp_path / "weights.pth")
     main(["--weights", str(tmp_path / "weights.pth"), "--images", str(pictures), "--only", "input"])
     shown = capsys.readouterr()
-    assert "Quantus is not installed; what needs it is left out." in shown.err
+    assert "Quantus is not installed; results that need it are omitted." in shown.err
     found = json.loads(shown.out)["input"]
-    assert set(found["methods"]["NRMDefault"]) == set(pixels.CONTEST.better) - set(quantus_metrics.METRICS)
+    assert set(found["methods"]["NRMDefault"]) == set(pixels.COMPARISON.better) - set(quantus_metrics.METRICS)
 
 
 def test_a_part_is_measured_beside_the_results_of_before(monkeypatch, tmp_path):
@@ -488,4 +488,4 @@ def test_the_page_is_drawn_from_the_committed_results():
     for name, net in results["input"].items():
         left_out = {"Captum LRP"} if "transformer" in name else set()  # it has no rule for a norm
         assert set(net["methods"]) | left_out == set(pixels.explainers(pixels.Setting.of(small_net()))), name
-        assert set(net["best"]) == set(pixels.CONTEST.better)
+        assert set(net["best"]) == set(pixels.COMPARISON.better)

@@ -78,13 +78,13 @@ def test_any_first_part_of_the_sample_has_all_modules_alike():
 
 SCRIPT = """
 import torch
-from benchmarks.mutant import Mutant, put_in, source_of
+from benchmarks.mutant import Mutant, apply, source_of
 from nrm_plugin import RelevanceMeasure, at, kernels, rules
 
 def change(module, old, new):
     code = source_of(module).read_text()
     assert code.count(old) >= 1, old
-    put_in(Mutant(module, "", "", 0, "", "", range(1), code.replace(old, new, 1)))
+    apply(Mutant(module, "", "", 0, "", "", range(1), code.replace(old, new, 1)))
 
 gain, made = kernels.gain, at("conv").index
 change("kernels", "mul_((limit - 1) * limit)", "mul_((limit + 1) * limit)")

@@ -15,14 +15,14 @@ SLOW = "VGG11", "ResNet-18"
 
 
 def _marked(row: Row) -> object:
-    is_slow = any(name in row.beside for name in SLOW)
-    return pytest.param(row, marks=[pytest.mark.slow] if is_slow else [], id=f"{row.method}: {row.beside}")
+    is_slow = any(name in row.reference for name in SLOW)
+    return pytest.param(row, marks=[pytest.mark.slow] if is_slow else [], id=f"{row.method}: {row.reference}")
 
 
 @pytest.mark.parametrize("row", [_marked(row) for row in ROWS if not row.needs])
 def test_a_known_method_is_the_expression_on_the_page(row, worst):
     difference = row.difference()
-    worst(f"{row.method}: {row.beside}", difference)
+    worst(f"{row.method}: {row.reference}", difference)
     assert difference <= row.tolerance
 
 

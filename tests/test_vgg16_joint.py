@@ -18,7 +18,7 @@ from torchvision.models import vgg16
 from torchvision.models.vgg import make_layers
 
 from benchmarks import vgg16_joint
-from benchmarks.vgg16_joint import load_picture, load_vgg16, main
+from benchmarks.vgg16_joint import load_image, load_vgg16, main
 from nrm_plugin import RelevanceMeasure, at
 from tests.conftest import slow_but
 
@@ -107,7 +107,7 @@ def test_pictures_of_a_state_dict_show_the_measure(
     net = Narrow()
     net.load_state_dict(state)
     net.eval()
-    tensor = load_picture(image).tensor
+    tensor = load_image(image).tensor
     target = int(net(tensor).argmax())
     mu = RelevanceMeasure(net, tensor, target)
     (_, _, shown, pairs, _, heading), (_, _, _, triples, _, _) = drawn
@@ -138,7 +138,7 @@ def test_arguments_choose_layers_and_class(state, image: Path, tmp_path: Path, m
     assert "class 281: tabby" in heading
     net = Narrow()
     net.load_state_dict(state)
-    torch.testing.assert_close(mu.output[0], net.eval()(load_picture(image).tensor)[0, 281].detach())
+    torch.testing.assert_close(mu.output[0], net.eval()(load_image(image).tensor)[0, 281].detach())
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_several_images_have_pictures_of_their_own(image: Path, tmp_path: Path, 
 
 def test_images_of_one_name_are_refused(image: Path, tmp_path: Path, capsys):
     line = fails(capsys, image, tmp_path / "other/noise.jpg", "--weights", "none", "--out", tmp_path / "out")
-    assert "two images are called noise" in line
+    assert "two images are named noise" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -170,7 +170,7 @@ def test_it_runs_as_its_first_lines_say(tmp_path: Path):
 
 
 def test_image_is_resized_cropped_and_normalized(image: Path):
-    picture = load_picture(image)
+    picture = load_image(image)
     with Image.open(image) as file:
         small = file.resize((295, 256), Image.Resampling.BILINEAR)
     crop = np.asarray(small, dtype=np.float32)[16:240, 36:260] / 255
@@ -183,12 +183,12 @@ def test_image_is_resized_cropped_and_normalized(image: Path):
 def test_images_of_every_mode_are_read(mode: str, tmp_path: Path, pixels: np.ndarray):
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     Image.fromarray(pixels).convert(mode).save(path)
-    assert load_picture(path).tensor.shape == (1, 3, 224, 224)
+    assert load_image(path).tensor.shape == (1, 3, 224, 224)
 
 
 def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(tmp_path: Path):
     Image.fromarray(np.full((256, 256), 32896, dtype=np.uint16)).save(tmp_path / "grey.png")
-    assert load_picture(tmp_path / "grey.png").shown.mean() == pytest.approx(128 / 255, abs=1e-3)
+    assert load_image(tmp_path / "grey.png").shown.mean() == pytest.approx(128 / 255, abs=1e-3)
 
 
 def test_orientation_of_a_camera_is_obeyed(tmp_path: Path):
@@ -197,7 +197,7 @@ def test_orientation_of_a_camera_is_obeyed(tmp_path: Path):
     tag = Image.Exif()
     tag[0x0112] = 3  # upside down
     Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=tag)
-    shown = load_picture(tmp_path / "turned.jpg").shown
+    shown = load_image(tmp_path / "turned.jpg").shown
     assert shown[:, :100].mean() < 0.05
     assert shown[:, -100:].mean() > 0.95
 
@@ -211,7 +211,7 @@ def test_image_that_cannot_be_read_takes_one_line(kind: str, image: Path, tmp_pa
         path.write_bytes({"text": b"no image", "cut": image.read_bytes()[:5000], "empty": b""}[kind])
     line = fails(capsys, path, "--weights", "none", "--out", tmp_path / "out")
     assert str(path) in line
-    assert ("there is no image" if kind == "missing" else "cannot read") in line
+    assert ("does not exist" if kind == "missing" else "cannot read") in line
     assert not (tmp_path / "out").exists()
 
 
@@ -275,7 +275,7 @@ def test_weights_that_cannot_be_read_take_one_line(kind: str, state, image: Path
         path.write_bytes(path.read_bytes()[:3000])
     line = fails(capsys, image, "--weights", path, "--out", tmp_path / "out")
     assert str(path) in line
-    words = {"missing": "there is no file", "a list": "holds no state dict", "other keys": "features.0.weight"}
+    words = {"missing": "does not exist", "a list": "does not contain a state dict", "other keys": "features.0.weight"}
     assert words.get(kind, "cannot read weights") in line
 
 
@@ -288,10 +288,10 @@ def test_weights_that_cannot_be_read_take_one_line(kind: str, state, image: Path
     [
         ("--layers features.28", "two or more different convolutions"),
         ("--layers features.28 features.28", "two or more different convolutions"),
-        ("--layers features.28 features.29", "features.29 is none"),
-        ("--target 1000", "--target 1000 is no class"),
-        ("--target -1", "--target -1 is no class"),
-        ("--channels 0", "'0' is not a whole number above zero"),
+        ("--layers features.28 features.29", "features.29 is not one"),
+        ("--target 1000", "--target 1000 is not a class"),
+        ("--target -1", "--target -1 is not a class"),
+        ("--channels 0", "'0' is not a positive integer"),
         ("--channels few", "'few' is not"),
         ("--marks 27", "26"),
         ("--out /dev/null/pictures", "/dev/null"),

@@ -1,1 +1,1 @@
-"""How faithful are relevances, beside other attribution methods? ``python -m benchmarks.faithfulness``."""
+"""Faithfulness of relevances compared with other attribution methods: ``python -m benchmarks.faithfulness``."""

@@ -1,11 +1,11 @@
-"""Measures attribution methods on trained nets, and writes JSON, page and pictures.
+"""Measures attribution methods on trained nets, and writes JSON, page and figures.
 
 ``make faithfulness`` installs Quantus and zennit-crp and runs ``python -m benchmarks.faithfulness``, which measures
-everything; ``ARGS="--only latent"``, ``planted`` or ``input`` measures a part and leaves the other results as they are;
-``--render`` only writes docs/faithfulness.md and its pictures from the results.
+everything; ``ARGS="--only latent"``, ``planted`` or ``input`` measures one part and leaves the other results
+unchanged; ``--render`` only writes docs/faithfulness.md and its figures from the results.
 
-With ``--weights FILE --model vgg16 --images FOLDER`` the same is run on a net of torchvision, and printed as JSON; what
-needs Quantus or zennit-crp is left out there if they are not installed.
+With ``--weights FILE --model vgg16 --images FOLDER`` the same is run on a net of torchvision and printed as JSON;
+results that need Quantus or zennit-crp are omitted there if these are not installed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ RESULTS = ROOT / "benchmarks/results/faithfulness.json"
 
 
 def missing() -> list[str]:
-    """Packages that some of the results need, and that are not here."""
-    here = {"Quantus": quantus_metrics.IS_HERE, "zennit-crp": latent.HAS_CRP}
-    return [name for name, is_here in here.items() if not is_here]
+    """Packages that some of the results need and that are not installed."""
+    installed = {"Quantus": quantus_metrics.IS_INSTALLED, "zennit-crp": latent.HAS_CRP}
+    return [name for name, is_installed in installed.items() if not is_installed]
 
 
 def measure(parts: Sequence[str], nets: Sequence[str], samples: int, processes: int, out: Path) -> Results:
-    """Measures these parts, and saves after each net; other results stay as they are."""
+    """Measures these parts, and saves after each net; other results are unchanged."""
     found: Results = json.loads(out.read_text()) if out.exists() else {}
     started, load = time.perf_counter(), os.getloadavg()[0]
     packages = {"quantus": version("quantus"), "zennit-crp": version("zennit-crp")}
@@ -49,7 +49,7 @@ def measure(parts: Sequence[str], nets: Sequence[str], samples: int, processes: 
                 found[part] = result
             else:
                 found.setdefault(part, {})[name] = result
-        for part in {"latent", "input"} & set(found):  # the order is that of the code, whoever was first
+        for part in {"latent", "input"} & set(found):  # in the order of the code, not of completion
             found[part] = {net: found[part][net] for net in NETS if net in found[part]}
         spent |= seconds
         print(", ".join(f"{key}: {clock} s" for key, (clock, _) in seconds.items()), file=sys.stderr, flush=True)
@@ -72,23 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faithfulness", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--samples", type=int, default=512, help="for each net (default: %(default)s)")
-    parser.add_argument("--only", choices=PARTS, action="append", help="measure these parts")
-    parser.add_argument("--nets", choices=NETS, nargs="+", help="of them, these nets")
-    parser.add_argument("--processes", type=int, default=2, help="nets measured at once (default: %(default)s)")
+    parser.add_argument("--only", choices=PARTS, action="append", help="measure only these parts")
+    parser.add_argument("--nets", choices=NETS, nargs="+", help="measure only these nets")
+    parser.add_argument("--processes", type=int, default=2, help="nets measured in parallel (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--render", action="store_true", help="only write the page and its pictures")
-    parser.add_argument("--model", default="vgg16", help="of torchvision, for --weights (default: %(default)s)")
-    parser.add_argument("--weights", type=Path, help="file with its state dict")
-    parser.add_argument("--images", type=Path, help="folder with pictures, for --weights")
+    parser.add_argument("--render", action="store_true", help="only write the page and its figures")
+    parser.add_argument("--model", default="vgg16", help="torchvision model for --weights (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, help="file with a state dict of --model")
+    parser.add_argument("--images", type=Path, help="folder with images, for --weights")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     parts = options.only or list(PARTS)
     absent = missing()
     if options.weights:
         if options.images is None:
-            parser.error("--weights needs --images FOLDER: there is nothing to explain without pictures.")
+            parser.error("--weights needs --images FOLDER with the images to explain.")
         for name in absent:
-            print(f"{name} is not installed; what needs it is left out.", file=sys.stderr)
+            print(f"{name} is not installed; results that need it are omitted.", file=sys.stderr)
         net = own_net(options.model, options.weights, options.images, options.samples)
         found = {part: MEASURES[part](net) for part in parts if part in MEASURES}
         print(json.dumps(found, indent=1, ensure_ascii=False))
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if absent:
         parser.error(
             f"{' and '.join(absent)} would be missing from the results; `make faithfulness` installs what is needed "
-            "and measures. Stored results are as before; --render draws the page from them."
+            "and measures. Stored results are unchanged; --render writes the page from them."
         )
     found = measure(parts, options.nets or list(NETS), options.samples, options.processes, options.out)
     if options.out == RESULTS:

@@ -1,4 +1,4 @@
-"""Neuron flipping: one ranking of the channels of all layers at once, and what is left of the output without them."""
+"""Neuron flipping: channels of all layers are ablated in one common ranking, and the output is recorded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zennit.rules import Epsilon
 from zennit.types import Linear
 
 from benchmarks.default_composite import Net, logit_drops
-from benchmarks.faithfulness.metrics import Contest, area, at_once, ranks
+from benchmarks.faithfulness.metrics import Comparison, area, at_once, ranks
 from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, ablation, activations
 
 SHARES = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1)
@@ -24,16 +24,16 @@ STEPS = 12
 FILLS = ("zero", "mean")
 DROPS = "one channel ablated"
 LARGEST = 1000
-"""Channels up to which each of them is ablated alone."""
+"""Largest number of channels for which each channel is ablated alone."""
 
 CRP = "zennit-crp, EpsilonPlusFlat"
 HAS_CRP = find_spec("crp") is not None
 OURS = ("μ, NRMDefault", "μ, EpsilonPlus", "μ, EpsilonGammaBox", "μ, NRMAbsolute", "μ, LRP-0")
 ORDERS = {"logit, most first": -1, "logit, least first": 1, "same, most first": -1, "same, least first": 1}
-CONTEST = Contest(
+COMPARISON = Comparison(
     ours=(*OURS, "|μ|, NRMDefault"),
     better={f"{key}, {fill}": sign for fill in FILLS for key, sign in ORDERS.items()},
-    apart=("chance", DROPS),
+    unranked=("chance", DROPS),
     pairs={
         "μ, EpsilonPlus": "LRP EpsilonPlus",
         "μ, EpsilonGammaBox": "LRP EpsilonGammaBox",
@@ -43,22 +43,22 @@ CONTEST = Contest(
 
 
 def plain_rules() -> Composite:
-    """LRP-0, in a net of ReLUs gradient × activation."""
+    """LRP-0, which equals gradient × activation in a net of ReLUs."""
     return LayerMapComposite([*layer_map_base(), (Linear, Epsilon(epsilon=1e-6))])
 
 
 def gradient_rules() -> Composite:
-    """The same, and relevance that no rule hands down is not shared out."""
+    """The same, without redistribution of absorbed relevance."""
     return Normalized(plain_rules(), residual="sink")
 
 
 def by_channel(values: Tensor) -> Tensor:
-    """``(N, C)``, summed over positions."""
+    """Sums over positions, ``(N, C)``."""
     return values.detach().flatten(2).sum(2) if values.ndim > 2 else values.detach()
 
 
 def chunks(net: Net) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and targets, some at once."""
+    """Images and targets in batches."""
     size = at_once(net.images)
     yield from zip(torch.split(net.images, size), torch.split(net.target, size), strict=True)
 
@@ -73,30 +73,30 @@ def gradients(
 def values_and_gradients(
     model: nn.Module, layers: list[str], images: Tensor, target: Tensor, composite: Composite | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Activations of each layer, and what :func:`gradients` says."""
-    kept: dict[str, Tensor] = {}
+    """Activations of each layer, and the result of :func:`gradients`."""
+    recorded: dict[str, Tensor] = {}
     with ExitStack() as stack:
         if composite is not None:
             stack.enter_context(composite.context(model))
         for layer in layers:
 
-            def keep(module: nn.Module, args: object, output: Tensor, layer: str = layer) -> None:
-                kept[layer] = output.requires_grad_()
+            def record(module: nn.Module, args: object, output: Tensor, layer: str = layer) -> None:
+                recorded[layer] = output.requires_grad_()
 
-            stack.callback(model.get_submodule(layer).register_forward_hook(keep).remove)
+            stack.callback(model.get_submodule(layer).register_forward_hook(record).remove)
         output = model(images.clone().requires_grad_())
         logit = output.detach().gather(1, target[:, None])
         start = torch.zeros_like(output).scatter(1, target[:, None], logit if composite else torch.ones_like(logit))
-        values = [kept[layer] for layer in layers]
+        values = [recorded[layer] for layer in layers]
         return [value.detach() for value in values], list(torch.autograd.grad(output, values, start))
 
 
 def along_path(
     model: nn.Module, layers: list[str], images: Tensor, target: Tensor, steps: int = STEPS
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """LayerConductance and InternalInfluence of all layers from the same passes, which Captum runs for each layer.
+    """LayerConductance and InternalInfluence of all layers from shared passes; Captum runs them for each layer.
 
-    Both as Captum has them: by Gauss-Legendre steps on the way from zero to the images, of conductance one more.
+    Both as in Captum: Gauss-Legendre steps on the path from zero to the images, one more for conductance.
     """
     conductance, influence = [torch.zeros(())] * len(layers), [torch.zeros(())] * len(layers)
     places, weights = np.polynomial.legendre.leggauss(steps)
@@ -116,7 +116,7 @@ def along_path(
 
 
 def concept_relevance(model: nn.Module, layers: list[str], images: Tensor, target: Tensor) -> list[Tensor]:
-    """Relevance of channels as zennit-crp has it, ``(N, C)`` for each layer, in units of the layer's sum."""
+    """Relevance of channels by zennit-crp, ``(N, C)`` for each layer, in units of the layer's sum."""
     from crp.attribution import CondAttribution
     from crp.concepts import ChannelConcept
 
@@ -127,7 +127,7 @@ def concept_relevance(model: nn.Module, layers: list[str], images: Tensor, targe
 
 
 def channel_scores(net: Net) -> dict[str, list[Tensor]]:
-    """Every method's score of every channel, ``(N, C)`` layer by layer."""
+    """Score of every channel by every method, ``(N, C)`` by layer."""
     model, layers = net.model, net.layers
     found: dict[str, list[list[Tensor]]] = {}
 
@@ -160,7 +160,7 @@ def rescaled(parts: list[Tensor]) -> list[Tensor]:
 
 
 def all_scores(net: Net) -> dict[str, Tensor]:
-    """Scores of all channels side by side, ``(N, K)``, with the variants that rescale each layer."""
+    """Concatenated scores of all channels, ``(N, K)``, including variants with rescaled layers."""
     found = channel_scores(net)
     for name in [name for name in found if name not in (*OURS, CRP)]:
         found[f"{name}, layers rescaled"] = rescaled(found[name])
@@ -175,25 +175,25 @@ def all_scores(net: Net) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def flipped(net: Net, scores: Tensor, most_first: bool, fill: str, means: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Target logit, and whether the prediction is the same, after each share of the channels, ``(S, N)`` both.
+    """Target logit, and whether the prediction is unchanged, for each share of ablated channels, ``(S, N)`` both.
 
     Args:
         net: The net and its samples.
-        scores: ``(N, K)``, channels of all layers side by side.
-        most_first: Channels of the largest scores go first, or of the smallest.
+        scores: ``(N, K)``, concatenated over layers.
+        most_first: Ablate channels with the largest scores first, otherwise with the smallest.
         fill: ``"zero"`` or ``"mean"``.
-        means: Of each layer, its mean activations ``(1, …)``.
+        means: Mean activations of each layer, ``(1, …)``.
     """
     order = ranks(scores, most_first)
     counts = [means[layer].shape[1] for layer in net.layers]
     logits, same = [], []
     for share in SHARES:
-        kept = torch.split(order >= round(share * sum(counts)), counts, 1)
+        retained = torch.split(order >= round(share * sum(counts)), counts, 1)
         outputs = []
         for number, (images, _) in enumerate(chunks(net)):
             masks = {
                 layer: torch.split(mask, at_once(net.images))[number]
-                for layer, mask in zip(net.layers, kept, strict=True)
+                for layer, mask in zip(net.layers, retained, strict=True)
             }
             with ablation(net.model, masks, fill, means):  # type: ignore[arg-type]
                 outputs.append(net.model(images))
@@ -204,7 +204,7 @@ def flipped(net: Net, scores: Tensor, most_first: bool, fill: str, means: dict[s
 
 
 def mean_activations(net: Net) -> dict[str, Tensor]:
-    """Of each layer, over all samples, ``(1, …)``; some samples at once."""
+    """Mean activations of each layer over all samples, ``(1, …)``, computed in batches."""
     sums: dict[str, Tensor] = {}
     for images, _ in chunks(net):
         for layer, values in activations(net.model, images, net.layers).items():
@@ -213,7 +213,7 @@ def mean_activations(net: Net) -> dict[str, Tensor]:
 
 
 def neuron_flipping(net: Net) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, list[float]]]]:
-    """Areas under the curves by method and metric, ``(N,)``, and the mean curves of logits."""
+    """Areas under the curves by method and metric, ``(N,)``, and mean logit curves."""
     means = mean_activations(net)
     unit = net.logit(net.images).mean()
     found: dict[str, dict[str, Tensor]] = {}

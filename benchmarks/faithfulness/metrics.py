@@ -1,4 +1,4 @@
-"""What is measured of an attribution: areas, ranks, recovery, and bootstrap intervals. Tensors in, tensors out."""
+"""Metrics of attributions: areas, ranks, recovery, and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from benchmarks.default_composite import CHUNK, interval
 
 
 def at_once(images: Tensor) -> int:
-    """How many samples of this size go through a net together."""
+    """Batch size for samples of this size."""
     return max(1, min(CHUNK, 500_000 // images[0].numel()))
 
 
 def ranks(scores: Tensor, most_first: bool) -> Tensor:
-    """When each entry goes, from 0, ``(N, K)``; ties in the order of entries."""
+    """Rank of each entry, from 0, ``(N, K)``; ties in the order of entries."""
     if not bool(scores.isfinite().all()):
-        raise ValueError("a score is not finite, so that it has no rank.")
+        raise ValueError("a score is not finite and has no rank.")
     order = scores.argsort(dim=1, descending=most_first, stable=True)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter(1, order, places)
 
 
 def area(curve: Tensor, shares: Sequence[float]) -> Tensor:
-    """Mean height of a curve ``(S, N)`` over shares of what was taken away, ``(N,)``."""
+    """Normalized area under a curve ``(S, N)`` over ablated shares, ``(N,)``."""
     places = torch.tensor(shares, dtype=curve.dtype)
     return torch.trapezoid(curve, places, dim=0) / (places[-1] - places[0])
 
 
 def average_precision(scores: Tensor, truth: Tensor, draw: torch.Generator) -> Tensor:
-    """Mean precision at the places of the true entries, largest scores first, ``(N,)``; ties in random order.
+    """Mean precision at the ranks of the true entries, largest scores first, ``(N,)``; ties in random order.
 
     Args:
         scores: ``(N, E)``.
-        truth: ``(N, E)``, boolean, some of it true in each row.
-        draw: Orders ties.
+        truth: ``(N, E)``, boolean, with a true entry in each row.
+        draw: Generator that orders ties.
     """
     found = _found(scores, truth, draw)
     precision = found.cumsum(1) / torch.arange(1, found.shape[1] + 1)
@@ -49,28 +49,28 @@ def average_precision(scores: Tensor, truth: Tensor, draw: torch.Generator) -> T
 
 
 def precision_at(scores: Tensor, truth: Tensor, share: float, draw: torch.Generator) -> Tensor:
-    """Precision of as many entries as there are true ones, times ``share``, ``(N,)``; at 1 it is the recall too."""
+    """Precision at ``share`` times the number of true entries, ``(N,)``; equal to the recall at 1."""
     found = _found(scores, truth, draw)
     count = (share * truth.sum(1)).ceil().long().clamp(min=1)
     return found.cumsum(1).gather(1, count[:, None] - 1)[:, 0] / count
 
 
 def _found(scores: Tensor, truth: Tensor, draw: torch.Generator) -> Tensor:
-    """Whether the entry of each place is true, as 0 and 1, largest scores first."""
+    """Truth of the entries in order of decreasing scores, as 0 and 1."""
     shuffled = torch.randperm(scores.shape[1], generator=draw)
     order = ranks(scores[:, shuffled], most_first=True).argsort(1)
     return truth[:, shuffled].gather(1, order).to(torch.float64)
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Spearman's, of each row, ``(N,)``; 0 where a row is constant."""
+    """Spearman correlation of each row, ``(N,)``; 0 where a row is constant."""
     one, other = _mean_ranks(one), _mean_ranks(other)
     scale = (one.square().sum(1) * other.square().sum(1)).sqrt()
     return torch.where(scale > 0, (one * other).sum(1) / scale.clamp(min=1e-12), torch.zeros(len(one)).to(one))
 
 
 def _mean_ranks(values: Tensor) -> Tensor:
-    """Ranks about their mean, of each row; ties share the mean of their ranks."""
+    """Centred ranks of each row; ties share their mean rank."""
     values = values.contiguous()
     rows = values.sort(1).values.contiguous()
     below, through = torch.searchsorted(rows, values), torch.searchsorted(rows, values, right=True)
@@ -79,7 +79,7 @@ def _mean_ranks(values: Tensor) -> Tensor:
 
 @contextmanager
 def same_noise() -> Iterator[None]:
-    """Random numbers of PyTorch and NumPy from one seed, and afterwards as if none had been drawn."""
+    """Seeds PyTorch and NumPy, and restores their random states afterwards."""
     state = np.random.get_state()
     np.random.seed(0)
     try:
@@ -93,35 +93,35 @@ def same_noise() -> Iterator[None]:
 # -- intervals ------------------------------------------------------------------------------------------------------
 
 Found = Mapping[str, Mapping[str, Tensor]]
-"""By method and metric, ``(N,)``."""
+"""Values by method and metric, ``(N,)``."""
 
 
 @dataclass(frozen=True)
-class Contest:
-    """Who is compared with whom, by what; metrics that were not measured are left out.
+class Comparison:
+    """Methods and metrics of a comparison; metrics that were not measured are omitted.
 
     Args:
         ours: Methods of this package.
         better: +1 for metrics that should be large, -1 for those that should be small.
-        apart: Methods that are shown and are nobody's competitor, such as chance.
-        pairs: Of one of ours, the other method with the same rules.
+        unranked: Reference methods that are reported but not ranked, such as chance.
+        pairs: For one of ours, the other method with the same rules.
     """
 
     ours: tuple[str, ...]
     better: Mapping[str, int]
-    apart: tuple[str, ...] = ("chance",)
+    unranked: tuple[str, ...] = ("chance",)
     pairs: Mapping[str, str] = field(default_factory=dict)
 
     def results(self, found: Found, weights: Tensor) -> dict[str, Any]:
         """Means with intervals, and our paired differences, signed so that positive is better for us.
 
         Args:
-            found: Values of samples.
+            found: Values by sample.
             weights: Bootstrap resamples, ``(B, N)``.
 
         Returns:
-            Methods with ``{metric: [mean, low, high]}``; by metric the best other one, and how far each of ours is
-            ahead of it; of each pair, by metric, how far ours is ahead.
+            Methods with ``{metric: [mean, low, high]}``; by metric, the best other method and the lead of each of ours;
+            for each pair, the lead of ours by metric.
         """
 
         def ahead(one: str, other: str, key: str) -> list[float]:
@@ -141,17 +141,17 @@ class Contest:
         return {"methods": table, "best": best, "pairs": pairs}
 
     def keys(self, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """Metrics that were measured, in their order."""
+        """The measured metrics, in order."""
         return [key for key in self.better if all(key in values for values in found.values())]
 
     def best_other(self, found: Found, key: str) -> str:
-        """The best method that is not ours, by the mean of a metric."""
-        others = [name for name in found if name not in (*self.ours, *self.apart)]
+        """The best other method by the mean of a metric."""
+        others = [name for name in found if name not in (*self.ours, *self.unranked)]
         return max(others, key=lambda name: self.better[key] * float(found[name][key].mean()))
 
 
 def verdict(ahead: Sequence[float]) -> str:
-    """In a word, by the interval of a difference."""
+    """Better, even or worse, by the interval of a difference."""
     _, low, high = ahead
     if math.isnan(low) or low <= 0 <= high:
         return "even"

@@ -1,4 +1,4 @@
-"""The nets that are explained, and what each is asked about."""
+"""The explained nets and their samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.default_composite import Net, basic, digits, draw_shapes, fit_shapes, shapes_net
 from benchmarks.train_demo import reproducible
-from benchmarks.vgg16_joint import load_picture
+from benchmarks.vgg16_joint import load_image
 from nrm_plugin.demo.model import load_digits, load_model
 
 
@@ -29,7 +29,7 @@ def digits_net(samples: int) -> Net:
 
 @cache
 def residual_net(samples: int) -> Net:
-    """A residual net trained on coloured shapes that are drawn on the way, on further shapes."""
+    """A residual net trained on generated coloured shapes, with further shapes as samples."""
     with reproducible(0):
         model = fit_shapes(shapes_net(basic, 12))
         images, labels = draw_shapes(samples)
@@ -38,9 +38,9 @@ def residual_net(samples: int) -> Net:
 
 
 class Block(nn.Module):
-    """Attention and two dense layers of a vision transformer, each behind a norm and around a skip, ``(N, C, H, W)``.
+    """Attention and two dense layers of a vision transformer, each with a norm and a skip, ``(N, C, H, W)``.
 
-    Channels come first, so that tokens are positions: dense layers are convolutions of one pixel.
+    Channels come first and tokens are positions, so that dense layers are 1 × 1 convolutions.
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -100,21 +100,21 @@ NETS: dict[str, Callable[[int], Net]] = {
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of right predictions."""
+    """Share of correct predictions."""
     return float((model(images).argmax(1) == labels).double().mean())
 
 
 def own_net(name: str, weights: Path, folder: Path, samples: int) -> Net:
-    """A classifier of torchvision with the weights of a file, on the pictures of a folder; each its prediction.
+    """A torchvision classifier with weights from a file, on images of a folder; targets are its predictions.
 
     Args:
-        name: As torchvision has it, ``vgg16`` or ``resnet50``.
-        weights: A state dict, of ``torch.save`` or safetensors.
-        folder: Pictures in any format that PIL reads.
-        samples: How many of them, by name.
+        name: Name in torchvision, such as ``vgg16`` or ``resnet50``.
+        weights: A state dict, from ``torch.save`` or safetensors.
+        folder: Images as JPEG, PNG or WebP.
+        samples: Number of images, in the order of their names.
 
     Raises:
-        ValueError: The file is no state dict of that net, or the folder has no pictures.
+        ValueError: The file is not a state dict of that net, or the folder has no images.
     """
     state = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
     with torch.device("meta"):
@@ -128,9 +128,9 @@ def own_net(name: str, weights: Path, folder: Path, samples: int) -> Net:
         raise ValueError(f"{weights} does not hold a state dict of torchvision's {name}: {error}") from error
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
     if not files:
-        raise ValueError(f"there is no picture in {folder}; put .jpg, .png or .webp files there.")
-    images = torch.cat([load_picture(path).tensor for path in files[:samples]])
-    # Zero is the mean of pictures that were normalized. Which labels these pictures have is not known here.
+        raise ValueError(f"no image found in {folder}; it should contain .jpg, .png or .webp files.")
+    images = torch.cat([load_image(path).tensor for path in files[:samples]])
+    # Zero is the mean of normalized images. The true labels are unknown.
     net = Net(name, model.float().eval(), images, torch.arange(len(images)), torch.zeros(1, 3, 1, 1), float("nan"))
     net.layers = activation_layers(net.model, images[:1])
     return net
@@ -138,7 +138,7 @@ def own_net(name: str, weights: Path, folder: Path, samples: int) -> Net:
 
 @torch.no_grad()
 def activation_layers(model: nn.Module, images: Tensor) -> list[str]:
-    """Every ReLU; of one that is called more than once, the module that it is in, as the blocks of ResNet are."""
+    """Every ReLU; for a ReLU with several calls, the enclosing module, as the blocks of ResNet."""
     calls: list[str] = []
     with ExitStack() as stack:
         for name, module in model.named_modules():

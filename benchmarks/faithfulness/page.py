@@ -1,4 +1,4 @@
-"""docs/faithfulness.md: its tables between markers, and its pictures, from the results."""
+"""docs/faithfulness.md: its tables between markers and its figures, from the results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.default_composite import markdown
 from benchmarks.faithfulness import latent, pixels, planted
-from benchmarks.faithfulness.metrics import Contest, verdict
+from benchmarks.faithfulness.metrics import Comparison, verdict
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/faithfulness.md"
@@ -38,13 +38,13 @@ CASCADES = {
     "GradCAM": "0.5",
 }
 FLIPS = ("logit", "same", "deletion", "insertion", "ROAD")
-"""How the metrics begin that take something away."""
+"""Prefixes of the metrics that ablate channels or pixels."""
 
 Results = dict[str, Any]
 
 
 def render(results: Results) -> None:
-    """Writes the page and its pictures."""
+    """Writes the page and its figures."""
     PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
     draw(results)
 
@@ -55,11 +55,11 @@ def rendered(text: str, results: Results) -> str:
         "counts": counts(results),
         "choices": choices(results),
         "verdicts": verdicts(results),
-        "places of channels": standings(results["latent"], latent.CONTEST),
-        "places of pixels": standings(results["input"], pixels.CONTEST),
-        "latent": "\n".join(methods(name, net, latent.CONTEST) for name, net in results["latent"].items()),
+        "places of channels": standings(results["latent"], latent.COMPARISON),
+        "places of pixels": standings(results["input"], pixels.COMPARISON),
+        "latent": "\n".join(methods(name, net, latent.COMPARISON) for name, net in results["latent"].items()),
         "planted": planted_tables(results["planted"]),
-        "input": "\n".join(methods(name, net, pixels.CONTEST) for name, net in results["input"].items()),
+        "input": "\n".join(methods(name, net, pixels.COMPARISON) for name, net in results["input"].items()),
         "pairs": pairs(results),
         "agreement": agreement(results),
         "where": where(results),
@@ -71,11 +71,11 @@ def rendered(text: str, results: Results) -> str:
     return text
 
 
-def contests(results: Results) -> Iterator[tuple[str, str, Contest, Results]]:
-    """Part, what was asked, who competed, and the result."""
-    for part, contest in (("latent", latent.CONTEST), ("input", pixels.CONTEST)):
+def comparisons(results: Results) -> Iterator[tuple[str, str, Comparison, Results]]:
+    """Part, name, comparison and result of each."""
+    for part, comparison in (("latent", latent.COMPARISON), ("input", pixels.COMPARISON)):
         for name, net in results[part].items():
-            yield part, name, contest, net
+            yield part, name, comparison, net
     for question, found in results["planted"]["questions"].items():
         is_edges = question != "channels of all layers"
         yield ("planted" if is_edges else "latent"), f"planted, {question}", (
@@ -83,16 +83,16 @@ def contests(results: Results) -> Iterator[tuple[str, str, Contest, Results]]:
         ), found  # fmt: skip
 
 
-def compared(results: Results) -> Iterator[tuple[str, str, Contest, str, Results]]:
-    """Of what, net, who competed, metric, and how it ended, for each metric."""
+def compared(results: Results) -> Iterator[tuple[str, str, Comparison, str, Results]]:
+    """Kind of scores, net, comparison, metric and best other method, for each metric."""
     kinds = {"latent": "channels", "input": "pixels", "planted": "edges"}
-    for part, name, contest, found in contests(results):
-        for key in contest.better:
-            yield kinds[part], name, contest, key, {**found["best"][key], "default": DEFAULTS[part]}
+    for part, name, comparison, found in comparisons(results):
+        for key in comparison.better:
+            yield kinds[part], name, comparison, key, {**found["best"][key], "default": DEFAULTS[part]}
 
 
 def counts(results: Results) -> str:
-    """How often the default composite is better, even and worse than the best other method of a metric."""
+    """How often the default composite is better than, even with and worse than the best other method of a metric."""
     counted: dict[str, Counter[str]] = {}
     for kind, name, _, _, best in compared(results):
         group = f"{kind}, transformer" if "transformer" in name else f"{kind}, other nets" if kind != "edges" else kind
@@ -100,7 +100,7 @@ def counts(results: Results) -> str:
     counted["all"] = sum(counted.values(), Counter())
     words = ("better", "even", "worse")
     lines = [[group, *(str(found[word]) for word in words)] for group, found in sorted(counted.items(), key=_all_last)]
-    return markdown(["of", *words], lines)
+    return markdown(["scores of", *words], lines)
 
 
 def _all_last(row: tuple[str, Any]) -> tuple[bool, str]:
@@ -110,11 +110,11 @@ def _all_last(row: tuple[str, Any]) -> tuple[bool, str]:
 def verdicts(results: Results) -> str:
     """The default composite against the best other method of each metric."""
     lines = []
-    for kind, name, contest, key, best in compared(results):
+    for kind, name, comparison, key, best in compared(results):
         ahead = best["ahead"][best["default"]]
-        word = _loud(verdict(ahead))
-        lines.append([kind, name, key + _arrow(contest, key), best["other"], _signed(ahead), word])
-    return markdown(["of", "net", "metric", "best other", "NRMDefault is ahead by", ""], lines)
+        word = _emphasized(verdict(ahead))
+        lines.append([kind, name, key + _arrow(comparison, key), best["other"], _signed(ahead), word])
+    return markdown(["scores of", "net", "metric", "best other", "lead of NRMDefault", ""], lines)
 
 
 COMPOSITES = {
@@ -124,111 +124,112 @@ COMPOSITES = {
     "NRMAbsolute": ("μ, NRMAbsolute", "μ(A & B), NRMAbsolute", "NRMAbsolute"),
     "LRP-0, sink": ("μ, LRP-0", "μ(A & B), LRP-0", ""),
 }
-"""What each is called among channels, edges and pixels."""
+"""Name of each composite in the results for channels, edges and pixels."""
 
 
 def choices(results: Results) -> str:
-    """By question, the mean place of each of our composites among all methods, and the best other method."""
+    """Mean rank of each of our composites among all methods, and the best other method, by question."""
     lines = []
-    for question, asked in questions(results).items():
-        places: dict[str, list[float]] = {}
-        for found, contest, keys in asked:
+    for question, evaluated in questions(results).items():
+        ranks: dict[str, list[float]] = {}
+        for found, comparison, keys in evaluated:
             for name in found:
-                place = None if name in contest.apart else _mean_place(name, found, contest, keys)
-                if place is not None:
-                    places.setdefault(name, []).append(place)
-        means = {name: sum(row) / len(row) for name, row in places.items() if len(row) == len(asked)}
+                rank = None if name in comparison.unranked else _mean_rank(name, found, comparison, keys)
+                if rank is not None:
+                    ranks.setdefault(name, []).append(rank)
+        means = {name: sum(row) / len(row) for name, row in ranks.items() if len(row) == len(evaluated)}
         ours = [next((means[name] for name in names if name in means), None) for names in COMPOSITES.values()]
-        least = min(place for place in ours if place is not None)
+        least = min(rank for rank in ours if rank is not None)
         cells = ["" if one is None else f"**{one:.1f}**" if one == least else f"{one:.1f}" for one in ours]
-        other = min((name for name in means if name not in asked[0][1].ours), key=means.__getitem__)
+        other = min((name for name in means if name not in evaluated[0][1].ours), key=means.__getitem__)
         lines.append([question, *cells, f"{other}: {means[other]:.1f}", str(len(means))])
     return markdown(["question", *COMPOSITES, "best other", "methods"], lines)
 
 
-def questions(results: Results) -> dict[str, list[tuple[Results, Contest, list[str]]]]:
-    """Methods with their values, who competed, and the metrics, of each net that a question is about."""
+def questions(results: Results) -> dict[str, list[tuple[Results, Comparison, list[str]]]]:
+    """Methods with their values, comparison and metrics, for each net of a question."""
 
     def nets(
-        part: str, contest: Contest, keys: list[str], transformer: bool
-    ) -> list[tuple[Results, Contest, list[str]]]:
+        part: str, comparison: Comparison, keys: list[str], transformer: bool
+    ) -> list[tuple[Results, Comparison, list[str]]]:
         found = results[part]
         return [
-            (net["methods"], contest, keys) for name, net in found.items() if ("transformer" in name) == transformer
+            (net["methods"], comparison, keys) for name, net in found.items() if ("transformer" in name) == transformer
         ]
 
-    channels = list(latent.CONTEST.better)
-    zeroed = [key for key in channels if key.endswith("zero")]
-    flips = [key for key in pixels.CONTEST.better if key.startswith(FLIPS)]
+    channels = list(latent.COMPARISON.better)
+    zero = [key for key in channels if key.endswith("zero")]
+    flips = [key for key in pixels.COMPARISON.better if key.startswith(FLIPS)]
     planted_channels, *edges = results["planted"]["questions"].values()
     both = {
-        "Does the picture change little under noise?": ["sensitivity"],
-        "Does it change with the output that is explained?": ["random logit"],
-        "Does it change with the parameters?": ["cascade, area"],
+        "Is the heat map stable under noise?": ["sensitivity"],
+        "Does the heat map depend on the explained output?": ["random logit"],
+        "Does the heat map depend on the parameters?": ["cascade, area"],
     }
     return {
-        "Which edges carry?": [(found["methods"], planted.EDGES, list(planted.BETTER)) for found in edges],
+        "Which edges were planted?": [(found["methods"], planted.EDGES, list(planted.BETTER)) for found in edges],
         "Which channels were planted?": [(planted_channels["methods"], planted.CHANNELS, list(planted.BETTER))],
-        "Which channels are needed, set to zero? Convolutional nets": nets("latent", latent.CONTEST, zeroed, False),
-        "Which are needed, transformer": nets("latent", latent.CONTEST, zeroed, True),
-        "Which pixels are needed? Convolutional nets": nets("input", pixels.CONTEST, flips, False),
-        "Which pixels are needed, transformer": nets("input", pixels.CONTEST, flips, True),
+        "Which channels affect the output when zeroed, convolutional nets":
+            nets("latent", latent.COMPARISON, zero, False),
+        "Which channels affect the output when zeroed, transformer": nets("latent", latent.COMPARISON, zero, True),
+        "Which pixels affect the output, convolutional nets": nets("input", pixels.COMPARISON, flips, False),
+        "Which pixels affect the output, transformer": nets("input", pixels.COMPARISON, flips, True),
     } | {
-        question: [part for transformer in (False, True) for part in nets("input", pixels.CONTEST, keys, transformer)]
+        question: [net for transformer in (False, True) for net in nets("input", pixels.COMPARISON, keys, transformer)]
         for question, keys in both.items()
     }  # fmt: skip
 
 
-def standings(nets: Results, contest: Contest) -> str:
-    """Mean place of every method over the flipping metrics of each net, 1 for the best; the best on average first."""
-    keys = [key for key in contest.better if key.startswith(FLIPS)]
-    places: dict[str, list[float | None]] = {}
-    names = dict.fromkeys(name for net in nets.values() for name in net["methods"] if name not in contest.apart)
+def standings(nets: Results, comparison: Comparison) -> str:
+    """Mean rank of every method over the flipping metrics of each net, 1 is best; sorted by the average."""
+    keys = [key for key in comparison.better if key.startswith(FLIPS)]
+    ranks: dict[str, list[float | None]] = {}
+    names = dict.fromkeys(name for net in nets.values() for name in net["methods"] if name not in comparison.unranked)
     for name in names:
-        places[name] = [_mean_place(name, net["methods"], contest, keys) for net in nets.values()]
-    known = {name: [place for place in row if place is not None] for name, row in places.items()}
+        ranks[name] = [_mean_rank(name, net["methods"], comparison, keys) for net in nets.values()]
+    known = {name: [rank for rank in row if rank is not None] for name, row in ranks.items()}
     order = sorted(known, key=lambda name: sum(known[name]) / len(known[name]))
     lines = []
     for name in order:
-        shown = f"**{name}**" if name in contest.ours else name
-        cells = ["" if place is None else f"{place:.1f}" for place in places[name]]
+        shown = f"**{name}**" if name in comparison.ours else name
+        cells = ["" if rank is None else f"{rank:.1f}" for rank in ranks[name]]
         mean = sum(known[name]) / len(known[name])
         lines.append([shown.replace("|", r"\|"), *cells, f"{mean:.1f}"])
-    return markdown(["method, mean place", *nets, "mean"], lines)
+    return markdown(["method, mean rank", *nets, "mean"], lines)
 
 
-def _mean_place(name: str, found: Results, contest: Contest, keys: list[str]) -> float | None:
+def _mean_rank(name: str, found: Results, comparison: Comparison, keys: list[str]) -> float | None:
     if name not in found:
         return None
-    others = [row for row in found if row not in contest.apart]
+    others = [row for row in found if row not in comparison.unranked]
     ahead = [
-        sum(contest.better[key] * (found[row][key][0] - found[name][key][0]) > 0 for row in others) for key in keys
+        sum(comparison.better[key] * (found[row][key][0] - found[name][key][0]) > 0 for row in others) for key in keys
     ]
     return 1 + sum(ahead) / len(ahead)
 
 
-def methods(name: str, found: Results, contest: Contest) -> str:
-    """One net: a row for each method, bold where it is ours, and the best of each column with a star."""
-    keys = list(contest.better)
+def methods(name: str, found: Results, comparison: Comparison) -> str:
+    """Table of one net with a row for each method; ours are bold, and a star marks the best of each column."""
+    keys = list(comparison.better)
     best = {}
     for key in keys:
-        ranked = [row for row in found["methods"] if row not in contest.apart]
-        best[key] = max(ranked, key=lambda row: contest.better[key] * found["methods"][row][key][0])
+        ranked = [row for row in found["methods"] if row not in comparison.unranked]
+        best[key] = max(ranked, key=lambda row: comparison.better[key] * found["methods"][row][key][0])
     lines = []
     for row, values in found["methods"].items():
-        shown = f"**{row}**" if row in contest.ours else f"*{row}*" if row in contest.apart else row
+        shown = f"**{row}**" if row in comparison.ours else f"*{row}*" if row in comparison.unranked else row
         lines.append([shown.replace("|", r"\|"), *(_cell(values[key]) + " ★" * (best[key] == row) for key in keys)])
     about = f"{found['samples']} samples, accuracy {100 * found['accuracy']:.1f} %" if "samples" in found else ""
     head = f"**{name}**" + (f" ({about})" if about else "")
-    return head + "\n\n" + markdown(["method", *(key + _arrow(contest, key) for key in keys)], lines)
+    return head + "\n\n" + markdown(["method", *(key + _arrow(comparison, key) for key in keys)], lines)
 
 
 def planted_tables(found: Results) -> str:
-    """The three questions, and how well the paths were planted."""
+    """The three tables on planted paths, and the effect of the planted weights."""
     within, between = (found[f"same without weights {where} streams"] for where in ("within", "between"))
     head = (
-        f"{found['samples']} samples, accuracy {100 * found['accuracy']:.1f} %. Without the weights between streams "
-        f"{100 * between:.1f} % of the predictions stay the same, without those within streams {100 * within:.1f} %.\n"
+        f"{found['samples']} samples, accuracy {100 * found['accuracy']:.1f} %. Without the weights between streams, "
+        f"{100 * between:.1f} % of the predictions are unchanged; without those within streams, {100 * within:.1f} %.\n"
     )
     parts = [methods(name, part, planted.CHANNELS if name.startswith("channels") else planted.EDGES)
              for name, part in found["questions"].items()]  # fmt: skip
@@ -238,15 +239,15 @@ def planted_tables(found: Results) -> str:
 def pairs(results: Results) -> str:
     """Ours against the other method with the same rules."""
     lines = []
-    for _, name, contest, found in contests(results):
+    for _, name, comparison, found in comparisons(results):
         for pair, values in found["pairs"].items():
             one, other = pair.split(" : ")
             words = Counter(verdict(ahead) for ahead in values.values())
             most = sorted(values, key=lambda key: -abs(values[key][0]))[:2]
-            shown = "; ".join(f"{key}{_arrow(contest, key)}: {_signed(values[key])}" for key in most)
+            shown = "; ".join(f"{key}{_arrow(comparison, key)}: {_signed(values[key])}" for key in most)
             counts = " / ".join(str(words[word]) for word in ("better", "even", "worse"))
             lines.append([name, one, other, counts, shown])
-    return markdown(["net", "ours", "beside", "better / even / worse", "largest differences"], lines)
+    return markdown(["net", "ours", "compared with", "better / even / worse", "largest differences"], lines)
 
 
 def where(results: Results) -> str:
@@ -261,24 +262,24 @@ def where(results: Results) -> str:
     return (
         f"{settings['samples']} samples for each net, seed {settings['seed']}, {settings['resamples']} bootstrap "
         f"resamples; {named}; {place['processes']} processes of one thread each, on {place['processor']}. The whole "
-        f"command took {spent['seconds']} s of the clock and {spent['seconds of processors']} s of processors, beside "
-        f"other work: the load was {spent['load before']} before and {spent['load after']} after. Seconds of the clock "
-        f"and of the processor: {parts}.\n"
+        f"command took {spent['seconds']} s of wall time and {spent['seconds of processors']} s of processor time, "
+        f"on a shared machine (load {spent['load before']} before and {spent['load after']} after). Wall and processor "
+        f"time: {parts}.\n"
     )
 
 
 def agreement(results: Results) -> str:
-    """Pixel flipping here and in Quantus."""
+    """Agreement of pixel flipping with Quantus."""
     found = [net["differences to Quantus"] for net in results["input"].values()]
     logit, softmax = (max(net[key] for net in found) for key in ("logit", "softmax"))
     return (
-        f"Pixel flipping runs here, and by Quantus on the first {pixels.COMPARED} samples of each net: the largest "
+        f"Pixel flipping was compared with Quantus on the first {pixels.COMPARED} samples of each net: the largest "
         f"difference of a curve is {logit:.0e} in logits and {softmax:.0e} in softmax outputs.\n"
     )
 
 
-def _arrow(contest: Contest, key: str) -> str:
-    return " ↑" if contest.better[key] > 0 else " ↓"
+def _arrow(comparison: Comparison, key: str) -> str:
+    return " ↑" if comparison.better[key] > 0 else " ↓"
 
 
 def _cell(values: list[float]) -> str:
@@ -293,15 +294,15 @@ def _signed(values: list[float]) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def _loud(word: str) -> str:
+def _emphasized(word: str) -> str:
     return f"**{word}**" if word == "worse" else word
 
 
-# -- pictures -------------------------------------------------------------------------------------------------------
+# -- figures --------------------------------------------------------------------------------------------------------
 
 
 def save(figure: Any, name: str, dpi: int) -> None:
-    """A small file: 256 colours are enough for lines and text."""
+    """Saves a small file; 256 colours suffice for lines and text."""
     from matplotlib import pyplot
 
     buffer = io.BytesIO()
@@ -311,7 +312,7 @@ def save(figure: Any, name: str, dpi: int) -> None:
 
 
 def draw(results: Results) -> None:
-    """Curves of neuron flipping, and bars of recovery."""
+    """Draws curves of neuron flipping, bars of recovery, and metrics of heat maps."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -320,15 +321,15 @@ def draw(results: Results) -> None:
     nets = results["latent"]
     figure, grid = pyplot.subplots(len(nets), 4, figsize=(13, 2.9 * len(nets)), squeeze=False, layout="constrained")
     for axes, (name, net) in zip(grid, nets.items(), strict=True):
-        places = [(f"{order} first, {fill}") for fill in latent.FILLS for order in ("most", "least")]
-        for axis, key in zip(axes, places, strict=True):
+        keys = [(f"{order} first, {fill}") for fill in latent.FILLS for order in ("most", "least")]
+        for axis, key in zip(axes, keys, strict=True):
             for method, colour in DRAWN.items():
                 if method in net["curves"]:
                     style = {"lw": 2.2} if method.startswith("μ") else {"lw": 1.2}
                     axis.plot(latent.SHARES, net["curves"][method][key], label=method, color=colour, **style)
             axis.set_title(f"{name}: {key}", fontsize=9)
             axis.set_xlabel("share of all channels ablated", fontsize=8)
-        axes[0].set_ylabel("target logit, of its mean", fontsize=8)
+        axes[0].set_ylabel("target logit / mean", fontsize=8)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(DRAWN), fontsize=8)
     save(figure, "faithfulness_channels", dpi=70)
@@ -336,11 +337,11 @@ def draw(results: Results) -> None:
     questions = list(results["planted"]["questions"].items())
     figure, row = pyplot.subplots(1, len(questions), figsize=(13, 4), layout="constrained")
     for axis, (question, found) in zip(row, questions, strict=True):
-        contest = planted.CHANNELS if question.startswith("channels") else planted.EDGES
+        comparison = planted.CHANNELS if question.startswith("channels") else planted.EDGES
         names = sorted(found["methods"], key=lambda one: found["methods"][one]["average precision"][0])
         for height, name in enumerate(names):
             mean, low, high = found["methods"][name]["average precision"]
-            colour = "C3" if name in contest.ours else "C1" if name in planted.CONCEPTS else "0.6"
+            colour = "C3" if name in comparison.ours else "C1" if name in planted.CONCEPTS else "0.6"
             axis.barh(height, mean, xerr=[[mean - low], [high - mean]], color=colour)
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set_title(question, fontsize=9)
@@ -356,16 +357,16 @@ def draw(results: Results) -> None:
         for axis, key in zip(axes, keys, strict=False):
             for height, method in enumerate(names):
                 mean, low, high = net["methods"][method][key]
-                colour = "C3" if method in pixels.CONTEST.ours else "0.3"
+                colour = "C3" if method in pixels.COMPARISON.ours else "0.3"
                 axis.errorbar(mean, height, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], fmt=".", color=colour)
-            axis.set_title(key + _arrow(pixels.CONTEST, key), fontsize=9)
+            axis.set_title(key + _arrow(pixels.COMPARISON, key), fontsize=9)
             axis.set_yticks(range(len(names)), names if axis is axes[0] else [], fontsize=7)
             axis.grid(axis="x", color="0.9")
         for method, colour in CASCADES.items():
             curve = net["cascades"][method]
             axes[3].plot([step / (len(curve) - 1) for step in range(len(curve))], curve, label=method, color=colour)
         axes[0].set_ylabel(name, fontsize=9)
-        axes[3].set_title("likeness to before, new parameters ↓", fontsize=9)
+        axes[3].set_title("rank correlation, new parameters ↓", fontsize=9)
         axes[3].set_xlabel("share of the steps, from the last layer down", fontsize=8)
         axes[3].set_ylim(0, 1.02)
     handles, labels = grid[0][3].get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""Input level: pixel flipping, deletion and insertion; what Quantus has besides is in ``quantus_metrics``."""
+"""Heat maps: pixel flipping, deletion and insertion; metrics of Quantus are in ``quantus_metrics``."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from zennit.layer import Sum
 
 from benchmarks.default_composite import Net
 from benchmarks.faithfulness import quantus_metrics
-from benchmarks.faithfulness.metrics import Contest, area, at_once, ranks, same_noise
+from benchmarks.faithfulness.metrics import Comparison, area, at_once, ranks, same_noise
 from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure
 
 GRID, AT_ONCE = 8, 8
-"""Patches along each side of an image, and how many go between two forward passes."""
+"""Patches along each side of an image, and patches replaced between two forward passes."""
 
 STEPS, BASELINES = 24, 16
 COMPARED = 32
-"""Samples on which pixel flipping is run by Quantus too."""
+"""Samples for the comparison of pixel flipping with Quantus."""
 
 FILLS = ("zero", "mean", "blur")
-CONTEST = Contest(
+COMPARISON = Comparison(
     ours=("NRMDefault", "EpsilonPlusFlat, normalized", "EpsilonGammaBox, normalized", "NRMAbsolute"),
     better={
         **{
@@ -58,7 +58,7 @@ CONTEST = Contest(
 
 @dataclass
 class Setting:
-    """What explainers need to know of a net: layer of the last maps, a baseline, other samples, bounds."""
+    """Settings of explainers for a net: the last layer with maps, a baseline, other samples, bounds."""
 
     last: str
     baseline: Tensor
@@ -85,11 +85,11 @@ class Setting:
 
 
 Explainer = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""Model, images ``(N, C, H, W)`` and targets to a heat map ``(N, C or 1, H, W)``."""
+"""Maps model, images ``(N, C, H, W)`` and targets to a heat map ``(N, C or 1, H, W)``."""
 
 
 def zennit_map(make: Callable[[], Composite]) -> Explainer:
-    """Relevance at the input as Zennit has it."""
+    """Zennit's relevance at the input."""
 
     def explain(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         leaf = images.clone().requires_grad_()
@@ -107,8 +107,8 @@ def measure_map(make: Callable[[], Composite]) -> Explainer:
 
 
 def captum_lrp(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Captum's, whose default rule is ε, on Flatten and sums too, for which it has none."""
-    model = copy.deepcopy(model)  # it leaves attributes behind
+    """LRP of Captum with its default rule ε, also on Flatten and sums, for which Captum has no rule."""
+    model = copy.deepcopy(model)  # Captum leaves attributes on the modules
     for module in model.modules():
         if isinstance(module, (nn.Flatten, Sum)):
             module.rule = EpsilonRule()
@@ -156,7 +156,7 @@ def explainers(setting: Setting) -> dict[str, Explainer]:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy without operations in place, which some methods of Captum cannot see through."""
+    """A copy without in-place operations, which some methods of Captum do not support."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "inplace"):
@@ -165,23 +165,23 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def heat_map(explain: Explainer, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """``(N, 1, H, W)``, summed over colours; random numbers are the same for each part."""
+    """Heat maps ``(N, 1, H, W)``, summed over colours; every batch uses the same random numbers."""
     parts = []
     for part in zip(torch.split(images, at_once(images)), torch.split(target, at_once(images)), strict=True):
-        with same_noise():  # Captum draws from NumPy too
+        with same_noise():  # Captum also draws from NumPy
             parts.append(explain(model, *part).detach().sum(1, keepdim=True))
     return torch.cat(parts)
 
 
 def patch_ranks(heat: Tensor, most_first: bool) -> Tensor:
-    """When each pixel goes, with its patch, ``(N, 1, H, W)``."""
+    """Rank of each pixel, equal to the rank of its patch, ``(N, 1, H, W)``."""
     means = nn.functional.adaptive_avg_pool2d(heat, GRID)
     order = ranks(means.flatten(1), most_first).reshape(means.shape)
     return nn.functional.interpolate(order.float(), size=heat.shape[2:], mode="nearest")
 
 
 def filled(net: Net, fill: str) -> Tensor:
-    """What comes in the place of pixels, ``(N or 1, C, H or 1, W or 1)``."""
+    """Replacement values of pixels, ``(N or 1, C, H or 1, W or 1)``."""
     if fill == "zero":
         return torch.zeros(1, 1, 1, 1)
     if fill == "mean":
@@ -195,8 +195,8 @@ def flipped(net: Net, heat: Tensor, most_first: bool, other: Tensor) -> tuple[Te
     """Target logit and softmax output after each step, ``(S, N)`` both."""
     order = patch_ranks(heat, most_first)
     logits, shares = [], []
-    for gone in range(0, GRID * GRID + 1, AT_ONCE):
-        images = torch.where(order < gone, other, net.images)
+    for replaced in range(0, GRID * GRID + 1, AT_ONCE):
+        images = torch.where(order < replaced, other, net.images)
         output = torch.cat([net.model(part) for part in torch.split(images, at_once(images))])
         logits.append(output.gather(1, net.target[:, None])[:, 0])
         shares.append(output.softmax(1).gather(1, net.target[:, None])[:, 0])
@@ -204,11 +204,11 @@ def flipped(net: Net, heat: Tensor, most_first: bool, other: Tensor) -> tuple[Te
 
 
 def flipping(net: Net, heat: Tensor) -> dict[str, Tensor]:
-    """Areas under the curves of both orders and all fills, ``(N,)``.
+    """Areas under the curves for both orders and all fills, ``(N,)``.
 
-    Deletion and insertion read the same curves as softmax outputs: the most relevant patches go to zero; and all
-    patches start blurred and come back, the most relevant first, which is the curve of the least relevant first from
-    its other end.
+    Deletion and insertion use the same curves of softmax outputs. Deletion sets the most relevant patches to zero
+    first. Insertion restores patches of a blurred image, the most relevant first, which is the reversed curve of
+    blurring the least relevant first.
     """
     found = {}
     shares = [step / GRID**2 for step in range(0, GRID * GRID + 1, AT_ONCE)]
@@ -227,9 +227,9 @@ def flipping(net: Net, heat: Tensor) -> dict[str, Tensor]:
 def measured(
     net: Net, only: Iterable[str] | None = None
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[float]], dict[str, float]]:
-    """By method and metric, ``(N,)``, without the methods that do not run on this net; curves; differences to Quantus.
+    """Values by method and metric, ``(N,)``; cascade curves; differences from Quantus.
 
-    Without Quantus, its metrics, the curves and the differences are missing.
+    Methods that do not run on this net are omitted, and so are metrics, curves and differences if Quantus is missing.
     """
     found: dict[str, dict[str, Tensor]] = {}
     curves: dict[str, list[float]] = {}
@@ -239,46 +239,46 @@ def measured(
         try:
             heat, values = of_method(net, model, methods[name])
         except (TypeError, RuntimeError, ValueError, AssertionError) as error:
-            # The others stay. Captum's refuse layers they have no rule for or that run twice, Quantus maps of zeros.
-            print(f"{net.name}: left out {name}, which does not run on this net: {error}", file=sys.stderr)
+            # Captum raises for layers without a rule or with several calls, Quantus for maps of zeros.
+            print(f"{net.name}: omitted {name}, which does not run on this net: {error}", file=sys.stderr)
             continue
-        found[name] = {key: values[key] for key in CONTEST.better if key in values}
-        if quantus_metrics.IS_HERE:
-            steps = [values[key] for key in values if key not in CONTEST.better]
+        found[name] = {key: values[key] for key in COMPARISON.better if key in values}
+        if quantus_metrics.IS_INSTALLED:
+            steps = [values[key] for key in values if key not in COMPARISON.better]
             curves[name] = [round(float(step.mean()), 4) for step in steps]
     return found, curves, differences(net, heat) if curves else {}
 
 
 def of_method(net: Net, model: nn.Module, explain: Explainer) -> tuple[Tensor, dict[str, Tensor]]:
-    """Heat maps of a method, and all metrics of them, ``(N,)``.
+    """Heat maps of a method, and all their metrics, ``(N,)``.
 
     Raises:
-        ValueError: Some are not finite.
+        ValueError: A metric is not finite.
     """
     heat = heat_map(explain, model, net.images, net.target)
     values = flipping(net, heat)
-    if quantus_metrics.IS_HERE:
-        values |= quantus_metrics.measured(question(net, model, explain, heat))
-    endless = [key for key, value in values.items() if not bool(value.isfinite().all())]
-    if endless:
-        raise ValueError(f"not finite: {', '.join(endless)}")
+    if quantus_metrics.IS_INSTALLED:
+        values |= quantus_metrics.measured(evaluation(net, model, explain, heat))
+    invalid = [key for key, value in values.items() if not bool(value.isfinite().all())]
+    if invalid:
+        raise ValueError(f"not finite: {', '.join(invalid)}")
     return heat, values
 
 
-def question(net: Net, model: nn.Module, explain: Explainer, heat: Tensor) -> quantus_metrics.Question:
-    """As Quantus is asked."""
+def evaluation(net: Net, model: nn.Module, explain: Explainer, heat: Tensor) -> quantus_metrics.Evaluation:
+    """The inputs for Quantus."""
 
     def maps(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         return heat_map(explain, model, images, target)
 
-    return quantus_metrics.Question(model, net.images, net.target, heat, maps, at_once(net.images))
+    return quantus_metrics.Evaluation(model, net.images, net.target, heat, maps, at_once(net.images))
 
 
 def differences(net: Net, heat: Tensor) -> dict[str, float]:
-    """Largest difference of pixel flipping by Quantus, of a few samples, both orders and all fills."""
+    """Largest difference from pixel flipping by Quantus, over a few samples, both orders and all fills."""
     few = Net(net.name, net.model, net.images[:COMPARED], net.group[:COMPARED], net.fill, net.accuracy)
     heat = heat[:COMPARED]
-    asked = question(few, few.model, lambda *parts: parts[1], heat)
+    inputs = evaluation(few, few.model, lambda *parts: parts[1], heat)
     at_once = heat[0].numel() // GRID**2 * AT_ONCE
     found = {"logit": 0.0, "softmax": 0.0}
     for fill in FILLS:
@@ -286,6 +286,6 @@ def differences(net: Net, heat: Tensor) -> dict[str, float]:
             other = filled(few, fill)
             for values, key in zip(flipped(few, heat, most_first, other), found, strict=True):
                 order = patch_ranks(heat, most_first)
-                theirs = quantus_metrics.pixel_flipping(asked, order, at_once, other, softmax=key == "softmax")
+                theirs = quantus_metrics.pixel_flipping(inputs, order, at_once, other, softmax=key == "softmax")
                 found[key] = max(found[key], float((values[1:] - theirs).abs().max()))
     return found

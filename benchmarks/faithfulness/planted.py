@@ -1,13 +1,13 @@
-"""A net whose paths are known because they were planted, and who finds them.
+"""A net with known, planted paths, and their recovery by attribution methods.
 
-Three streams of channels are trained apart: one reads the shape drawn in red, one that in green, one that in blue. They
-are then laid into one dense net, their channels shuffled in every layer, with weak weights between all of them. The
-class is what the red and the green stream say together. The blue one is as active, and does nothing: half of its last
-channels have no weight to the output, the others come in equal pairs with opposite weights, which cancel.
+Three streams of channels are trained separately, on the shapes drawn in red, green and blue. They are then embedded
+into one dense net, with channels shuffled in every layer and weak weights between all streams. The class is determined
+by the red and the green stream together. The blue stream is as active and has no effect: half of its last channels have
+no weight to the output, the others form equal pairs with opposite weights, which cancel.
 
 A sample shows its class in red, in green, or in both; blue always shows something else. The planted edges of a sample
 join two channels of one stream, which is red or green and shown. So an edge from a red channel to a green one is wrong
-even where both carry much: products of marginals cannot see that, and joint relevance can.
+even if both have high relevance: products of marginals cannot reveal that, but joint relevance can.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.faithfulness.latent import (
     gradients,
     plain_rules,
 )
-from benchmarks.faithfulness.metrics import Contest, average_precision, precision_at
+from benchmarks.faithfulness.metrics import Comparison, average_precision, precision_at
 from benchmarks.train_demo import reproducible
 from nrm_plugin import NRMAbsolute, NRMDefault, RelevanceMeasure, activations
 
@@ -48,7 +48,7 @@ BLUE = 2
 
 
 def streams_net() -> nn.Sequential:
-    """Three streams side by side, ``(N, 3, 16, 16)`` to the features ``(N, 24)`` of all."""
+    """Three parallel streams, from ``(N, 3, 16, 16)`` to the features ``(N, 24)`` of all."""
 
     def convolution(channels: int) -> list[nn.Module]:
         return [nn.Conv2d(channels, STREAMS * WIDTH, 3, padding=1, groups=STREAMS), nn.ReLU()]
@@ -62,19 +62,19 @@ def streams_net() -> nn.Sequential:
 
 def draw_cues(count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images ``(N, 3, 16, 16)``, the shape in each colour ``(N, 3)``, and whether it is shown, ``(N, 3)``."""
-    wanted, count = count, max(count, 64)  # few would hold no second shape of some class
+    wanted, count = count, max(count, 64)  # a small batch may lack a second shape of some class
     shapes, parts = [], []
     for _ in range(STREAMS):
-        kept: list[tuple[Tensor, Tensor]] = []
-        while sum(len(labels) for _, labels in kept) < count:
+        drawn: list[tuple[Tensor, Tensor]] = []
+        while sum(len(labels) for _, labels in drawn) < count:
             images, labels = draw_shapes(2 * count)
-            kept.append((images[labels < CLASSES, :1], labels[labels < CLASSES]))
-        parts.append(torch.cat([images for images, _ in kept])[:count])
-        shapes.append(torch.cat([labels for _, labels in kept])[:count])
+            drawn.append((images[labels < CLASSES, :1], labels[labels < CLASSES]))
+        parts.append(torch.cat([images for images, _ in drawn])[:count])
+        shapes.append(torch.cat([labels for _, labels in drawn])[:count])
     images, labels = torch.cat(parts, 1), torch.stack(shapes, 1)
     ground = images[:, :, :1, :1]
-    images = (images - ground).abs()  # a bright shape on black, whatever its colours were
-    # Green shows the same class as red: for each sample one of the green pictures of its class.
+    images = (images - ground).abs()  # a bright shape on black, independent of its colours
+    # Green shows the same class as red: each sample gets a green image of its class.
     same = (labels[:, :1] == labels[None, :, 1]).float()
     match = torch.multinomial(same, 1)[:, 0]
     images[:, 1], labels[:, 1] = images[match, 1], labels[match, 1]
@@ -84,7 +84,7 @@ def draw_cues(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train_streams(steps: int) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """Streams and their heads, weights ``(3, 4, 8)`` and biases ``(3, 4)``; each stream learns its own shape."""
+    """Streams and their heads, weights ``(3, 4, 8)`` and biases ``(3, 4)``; each stream learns its own shapes."""
     body = streams_net()
     weight = nn.Parameter(0.3 * torch.randn(STREAMS, CLASSES, WIDTH))
     bias = nn.Parameter(torch.zeros(STREAMS, CLASSES))
@@ -106,8 +106,8 @@ def plant(body: nn.Sequential, weight: Tensor, bias: Tensor, cross: float) -> tu
 
     Args:
         body: Trained streams.
-        weight: Of the heads, ``(3, 4, 8)``.
-        bias: Of the heads, ``(3, 4)``.
+        weight: Weights of the heads, ``(3, 4, 8)``.
+        bias: Biases of the heads, ``(3, 4)``.
         cross: Strength of weights between streams.
     """
     wide = STREAMS * WIDTH
@@ -124,7 +124,7 @@ def plant(body: nn.Sequential, weight: Tensor, bias: Tensor, cross: float) -> tu
             values = cross * old.weight.square().mean().sqrt() * torch.randn(wide, len(stream_in), 3, 3)
             values[within] = old.weight.flatten(0, 1)
             constants = old.bias.clone()  # type: ignore[union-attr]
-            if name == "7":  # pairs of equal blue channels, whose weights to the output are opposite
+            if name == "7":  # pairs of equal blue channels with opposite weights to the output
                 first, second = (BLUE * WIDTH + start + torch.arange(0, 4, 2) for start in (0, 1))
                 values[second], constants[second] = values[first], constants[first]
             order = torch.randperm(wide)
@@ -143,7 +143,7 @@ def plant(body: nn.Sequential, weight: Tensor, bias: Tensor, cross: float) -> tu
 
 
 def planted_net(samples: int, steps: int = 500) -> tuple[Net, list[Tensor], Tensor]:
-    """The net and samples, the stream of each channel of each layer, and which streams carry it, ``(N, 3)``."""
+    """The net with samples, the stream of each channel by layer, and the relevant streams, ``(N, 3)``."""
     with reproducible(0):
         dense, streams = plant(*train_streams(steps), CROSS)
         images, labels, shown = draw_cues(samples)
@@ -159,14 +159,14 @@ def planted_net(samples: int, steps: int = 500) -> tuple[Net, list[Tensor], Tens
 
 
 def severed(net: Net, streams: list[Tensor], within: bool) -> float:
-    """Share of samples with the same prediction without the weights within streams, or without those between."""
+    """Share of unchanged predictions without the weights within streams, or without those between streams."""
     model = net.model
-    kept = [model[int(name)].weight.clone() for name in ("2", "5", "7")]  # type: ignore[index]
+    original = [model[int(name)].weight.clone() for name in ("2", "5", "7")]  # type: ignore[index]
     with torch.no_grad():
         for name, (lower, upper) in zip(("2", "5", "7"), pairwise(streams), strict=True):
             model[int(name)].weight[(upper[:, None] == lower[None]) == within] = 0  # type: ignore[index]
         same = float((model(net.images).argmax(1) == net.target).double().mean())
-        for name, weight in zip(("2", "5", "7"), kept, strict=True):
+        for name, weight in zip(("2", "5", "7"), original, strict=True):
             model[int(name)].weight.copy_(weight)  # type: ignore[index]
     return same
 
@@ -185,8 +185,8 @@ CONCEPTS: dict[str, Callable[[], Composite]] = {
     "zennit-crp, LRP-0": plain_rules,
 }
 BETTER = {"average precision": 1, "precision, half as many": 1, "precision = recall": 1}
-CHANNELS = Contest(ours=OURS, better=BETTER, apart=("chance", DROPS), pairs=latent.CONTEST.pairs)
-EDGES = Contest(
+CHANNELS = Comparison(ours=OURS, better=BETTER, unranked=("chance", DROPS), pairs=latent.COMPARISON.pairs)
+EDGES = Comparison(
     ours=tuple(f"μ(A & B), {name}" for name in JOINTS),
     better=BETTER,
     pairs={f"μ(A & B), {name}": f"μ(A) μ(B), {name}" for name in JOINTS},
@@ -194,7 +194,7 @@ EDGES = Contest(
 
 
 def marginals(net: Net, images: Tensor, target: Tensor) -> dict[str, list[Tensor]]:
-    """Scores of channels, ``(N, C)`` layer by layer."""
+    """Scores of channels, ``(N, C)`` by layer."""
     values, slopes = activations(net.model, images, LAYERS), gradients(net.model, LAYERS, images, target)
     found = {
         "μ(A) μ(B), " + name: list(
@@ -210,7 +210,7 @@ def marginals(net: Net, images: Tensor, target: Tensor) -> dict[str, list[Tensor
 
 
 def edge_scores(net: Net, images: Tensor, target: Tensor, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
-    """Absolute score of every edge of some pairs of layers, ``(N, E)``; pairs are (upper, lower)."""
+    """Absolute score of every edge between pairs of layers (upper, lower), ``(N, E)``."""
     found: dict[str, list[Tensor]] = {}
     for name, composite in JOINTS.items():
         mu = RelevanceMeasure(net.model, images, target, composite=composite())
@@ -233,7 +233,7 @@ def edge_scores(net: Net, images: Tensor, target: Tensor, pairs: list[tuple[int,
 
 
 def concept_edges(net: Net, images: Tensor, target: Tensor, pair: tuple[int, int], rules: Composite) -> Tensor:
-    """Relevance of lower channels that zennit-crp has under the condition of each upper one, ``(N, upper, lower)``."""
+    """zennit-crp's relevance of lower channels under the condition of each upper one, ``(N, upper, lower)``."""
     from crp.attribution import CondAttribution
 
     upper, lower = (LAYERS[number] for number in pair)
@@ -249,34 +249,34 @@ def concept_edges(net: Net, images: Tensor, target: Tensor, pair: tuple[int, int
 def planted_edges(
     net: Net, streams: list[Tensor], carries: Tensor, pairs: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """Which edges carry by construction, ``(N, E)``, and which are asked about, ``(E,)``.
+    """The planted edges, ``(N, E)``, and the edges that are scored, ``(E,)``.
 
-    An edge carries where both ends are active in this sample and belong to one stream that is shown; asked about are
-    all whose ends are active in some sample.
+    An edge is planted if both ends are active in the sample and belong to one relevant stream. All edges with both ends
+    active in some sample are scored.
     """
     values = activations(net.model, net.images, LAYERS)
     alive = [values[layer].flatten(2).amax(2) > 0 for layer in LAYERS]
     carrying = [carries[:, stream] & active for stream, active in zip(streams, alive, strict=True)]
-    truth, asked = [], []
+    truth, scored = [], []
     for upper, lower in pairs:
         within = streams[upper][:, None] == streams[lower][None]
         truth.append((carrying[upper][:, :, None] & carrying[lower][:, None] & within).flatten(1))
-        asked.append((alive[upper].any(0)[:, None] & alive[lower].any(0)[None]).flatten())
-    return torch.cat(truth, 1), torch.cat(asked)
+        scored.append((alive[upper].any(0)[:, None] & alive[lower].any(0)[None]).flatten())
+    return torch.cat(truth, 1), torch.cat(scored)
 
 
 def planted_channels(net: Net, streams: list[Tensor], carries: Tensor) -> dict[str, dict[str, Tensor]]:
-    """By method and metric, ``(N,)``: how the channels of the planted paths stand among those of all layers."""
+    """Recovery of the channels of planted paths among those of all layers, by method and metric, ``(N,)``."""
     values = activations(net.model, net.images, LAYERS)
     active = torch.cat([values[layer].flatten(2).amax(2) > 0 for layer in LAYERS], 1)
-    truth, asked = carries[:, torch.cat(streams)] & active, active.any(0)
+    truth, scored = carries[:, torch.cat(streams)] & active, active.any(0)
     scores = all_scores(net)
-    del scores["|μ|, NRMDefault"]  # all scores are taken by their absolute value here
-    return {name: standing(values.abs()[:, asked], truth[:, asked]) for name, values in scores.items()}
+    del scores["|μ|, NRMDefault"]  # all scores are absolute values here
+    return {name: recovery_metrics(values.abs()[:, scored], truth[:, scored]) for name, values in scores.items()}
 
 
-def standing(scores: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """How true entries stand among all, by metric, ``(N,)``."""
+def recovery_metrics(scores: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Recovery of true entries among all entries, by metric, ``(N,)``."""
     draw = torch.Generator().manual_seed(0)
     return {
         "average precision": average_precision(scores, truth, draw),
@@ -289,16 +289,16 @@ QUESTIONS = {"neighbouring layers": [(3, 2), (2, 1), (1, 0)], "first and last la
 
 
 def recovery(net: Net, streams: list[Tensor], carries: Tensor) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """By question, method and metric, ``(N,)``: how the planted edges stand among all."""
+    """Recovery of planted edges among all edges, by question, method and metric, ``(N,)``."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for question, pairs in QUESTIONS.items():
-        truth, asked = planted_edges(net, streams, carries, pairs)
+        truth, scored = planted_edges(net, streams, carries, pairs)
         parts = [
             edge_scores(net, *chunk, pairs)
             for chunk in zip(torch.split(net.images, CHUNK), torch.split(net.target, CHUNK), strict=True)
         ]
         found[question] = {}
         for name in parts[0]:
-            scores = torch.cat([part[name] for part in parts])[:, asked]
-            found[question][name] = standing(scores, truth[:, asked])
+            scores = torch.cat([part[name] for part in parts])[:, scored]
+            found[question][name] = recovery_metrics(scores, truth[:, scored])
     return found

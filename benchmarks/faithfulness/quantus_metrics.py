@@ -1,8 +1,8 @@
-"""What Quantus measures of heat maps: ROAD, sensitivity to noise, and to the parameters and the output of the net.
+"""Metrics of heat maps by Quantus: ROAD, sensitivity to noise, and dependence on parameters and output of the net.
 
-Its metrics take and return arrays; here they take a :class:`Question` and return one value per sample. Pixel flipping
-is here too, as an oracle of :func:`benchmarks.faithfulness.pixels.flipped`, which has logits and softmax outputs of one
-forward pass, where Quantus needs two.
+The metrics of Quantus use arrays; here they take an :class:`Evaluation` and return one value per sample. Pixel flipping
+is included as a reference for :func:`benchmarks.faithfulness.pixels.flipped`, which computes logits and softmax outputs
+in one forward pass, where Quantus needs two.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from benchmarks.faithfulness.metrics import rank_correlation, same_noise
 
-IS_HERE = find_spec("quantus") is not None
+IS_INSTALLED = find_spec("quantus") is not None
 PERCENTAGES = (20, 50, 80)
-"""Of the pixels, that ROAD takes away."""
+"""Percentages of pixels that ROAD removes."""
 
 RADIUS, TRIES, MOST = 0.05, 3, 10.0
-"""Noise of pixels, how often, and the largest relative change that counts."""
+"""Noise of pixels, number of draws, and the cap on the relative change."""
 
 STAGES = 8
-"""Steps in which all layers get new parameters."""
+"""Steps in which all layers are re-initialized."""
 
 METRICS = {
     "ROAD, most first": -1,
@@ -41,16 +41,16 @@ METRICS = {
 
 
 @dataclass
-class Question:
+class Evaluation:
     """A net, its samples and their heat maps.
 
     Args:
-        model: The net, which keeps its parameters.
+        model: The net; its parameters are not changed.
         images: ``(N, C, H, W)``.
         target: Explained outputs, ``(N,)``.
         heat: Heat maps, ``(N, 1, H, W)``.
-        explain: Model, images and targets to heat maps.
-        batch: Samples that are explained at once.
+        explain: Maps model, images and targets to heat maps.
+        batch: Batch size.
     """
 
     model: nn.Module
@@ -60,8 +60,8 @@ class Question:
     explain: Callable[[nn.Module, Tensor, Tensor], Tensor]
     batch: int
 
-    def ask(self, metric: Any, model: nn.Module, heat: Tensor, softmax: bool = False) -> Any:
-        """What a metric of Quantus returns; random numbers are the same in each call, and are as before afterwards."""
+    def compute(self, metric: Any, model: nn.Module, heat: Tensor, softmax: bool = False) -> Any:
+        """Result of a metric of Quantus, with the same random numbers in each call."""
 
         def explained(model: nn.Module, inputs: Any, targets: Any, **options: Any) -> Any:
             model = model.net if isinstance(model, Staged) else model
@@ -75,46 +75,46 @@ class Question:
             )  # fmt: skip
 
 
-def measured(question: Question) -> dict[str, Tensor]:
+def measured(evaluation: Evaluation) -> dict[str, Tensor]:
     """All of ``METRICS``, ``(N,)`` each."""
-    curve = cascade(question)
+    curve = cascade(evaluation)
     return {
-        "ROAD, most first": road(question, most_first=True),
-        "ROAD, least first": road(question, most_first=False),
-        "sensitivity": sensitivity(question),
-        "random logit": random_logit(question),
+        "ROAD, most first": road(evaluation, most_first=True),
+        "ROAD, least first": road(evaluation, most_first=False),
+        "sensitivity": sensitivity(evaluation),
+        "random logit": random_logit(evaluation),
         "cascade, area": curve[1:].mean(0),
         "cascade, end": curve[-1],
     } | {f"cascade, {step}": values for step, values in enumerate(curve)}
 
 
 def settings() -> dict[str, bool]:
-    """Of all metrics: heat maps as they are."""
+    """Settings of all metrics: heat maps are not modified."""
     return {"abs": False, "normalise": False, "disable_warnings": True, "display_progressbar": False}
 
 
-def road(question: Question, most_first: bool) -> Tensor:
-    """Share of ``PERCENTAGES`` at which the prediction is the same, pixels imputed from neighbours, ``(N,)``.
+def road(evaluation: Evaluation, most_first: bool) -> Tensor:
+    """Share of ``PERCENTAGES`` with an unchanged prediction, pixels imputed from neighbours, ``(N,)``.
 
-    ROAD in Quantus 0.6 reads a map of fewer channels than the image as one of all of them, and then fails; so the other
-    channels come last here, and do not count. It averages over the samples of the first batch; so that is taken away.
+    ROAD in Quantus 0.6 fails for maps with fewer channels than the image; the missing channels are added here with the
+    lowest rank and do not count. Its average over the samples of the first batch is disabled.
 
     Source: Rong et al., arXiv 2202.00449.
     """
     from quantus import ROAD
 
     metric = ROAD(percentages=list(PERCENTAGES), **settings())
-    metric.custom_postprocess, metric.a_size = lambda **data: None, question.heat[0].numel()
-    heat = question.heat - question.heat.amin() if most_first else question.heat.amax() - question.heat
-    last = (heat.amin() - 1).expand(len(heat), question.images.shape[1] - 1, *heat.shape[2:])
-    same = question.ask(metric, question.model, torch.cat([heat, last], 1))
+    metric.custom_postprocess, metric.a_size = lambda **data: None, evaluation.heat[0].numel()
+    heat = evaluation.heat - evaluation.heat.amin() if most_first else evaluation.heat.amax() - evaluation.heat
+    last = (heat.amin() - 1).expand(len(heat), evaluation.images.shape[1] - 1, *heat.shape[2:])
+    same = evaluation.compute(metric, evaluation.model, torch.cat([heat, last], 1))
     return torch.as_tensor(np.concatenate(same)).float().mean(1)
 
 
-def sensitivity(question: Question) -> Tensor:
-    """Largest relative change of a heat map under uniform noise of the input, in the 2-norm, ``(N,)``.
+def sensitivity(evaluation: Evaluation) -> Tensor:
+    """Largest relative change of a heat map under uniform noise on the input, in the 2-norm, ``(N,)``.
 
-    Changes above ``MOST`` count as that: a map that is zero all over changes without bound.
+    Changes are capped at ``MOST``, because the change of a zero map is unbounded.
 
     Source: Yeh et al., arXiv 1901.09392.
     """
@@ -124,11 +124,11 @@ def sensitivity(question: Question) -> Tensor:
         return np.maximum(np.linalg.norm(a, axis=-1), 1e-12)
 
     metric = MaxSensitivity(nr_samples=TRIES, lower_bound=RADIUS, norm_denominator=size, **settings())
-    found = question.ask(metric, question.model, question.heat)
+    found = evaluation.compute(metric, evaluation.model, evaluation.heat)
     return torch.as_tensor(np.asarray(found)).float().clamp(max=MOST)
 
 
-def random_logit(question: Question) -> Tensor:
+def random_logit(evaluation: Evaluation) -> Tensor:
     """Absolute rank correlation with the heat map of another output, drawn for each sample, ``(N,)``.
 
     Source: Sixt et al., arXiv 1912.09818.
@@ -136,65 +136,65 @@ def random_logit(question: Question) -> Tensor:
     from quantus import RandomLogit
 
     with torch.no_grad():
-        outputs = question.model(question.images[:1]).shape[1]
+        outputs = evaluation.model(evaluation.images[:1]).shape[1]
     metric = RandomLogit(similarity_func=similarity, num_classes=outputs, seed=0, **settings())
-    return torch.as_tensor(np.asarray(question.ask(metric, question.model, question.heat))).float()
+    return torch.as_tensor(np.asarray(evaluation.compute(metric, evaluation.model, evaluation.heat))).float()
 
 
-def cascade(question: Question) -> Tensor:
-    """Absolute rank correlation with the heat maps of nets that lose their parameters from the top, ``(S + 1, N)``.
+def cascade(evaluation: Evaluation) -> Tensor:
+    """Absolute rank correlation with heat maps of nets re-initialized from the top, ``(S + 1, N)``.
 
     Source: Adebayo et al., arXiv 1810.03292; Quantus calls it MPRT.
     """
     from quantus import MPRT
 
     metric = MPRT(similarity_func=similarity, layer_order="top_down", seed=0, **settings())
-    found = question.ask(metric, Staged(question.model).eval(), question.heat)
+    found = evaluation.compute(metric, Staged(evaluation.model).eval(), evaluation.heat)
     return torch.tensor(list(found.values()))
 
 
 def similarity(a: Any, b: Any, batched: bool = True) -> Any:
-    """Absolute rank correlation of rows; Quantus's own fails where a map is constant."""
+    """Absolute rank correlation of rows; the function of Quantus fails for constant maps."""
     return rank_correlation(torch.as_tensor(a), torch.as_tensor(b)).abs().numpy()
 
 
-def pixel_flipping(question: Question, order: Tensor, at_once: int, other: Tensor, softmax: bool) -> Tensor:
+def pixel_flipping(evaluation: Evaluation, order: Tensor, at_once: int, other: Tensor, softmax: bool) -> Tensor:
     """Target output after each step of pixel flipping, ``(S, N)``.
 
     Args:
-        question: The net and its samples.
-        order: When each pixel goes, ``(N, 1, H, W)``.
-        at_once: Pixels that go in a step.
-        other: What comes in their place, as broadcast to images.
-        softmax: Softmax outputs, or logits.
+        evaluation: The net and its samples.
+        order: Rank of each pixel, ``(N, 1, H, W)``.
+        at_once: Pixels replaced in each step.
+        other: Replacement values, broadcast to images.
+        softmax: Return softmax outputs instead of logits.
 
     Source: Bach et al., doi 10.1371/journal.pone.0130140.
     """
     from quantus import PixelFlipping
 
-    fill = other.expand_as(question.images).flatten(1).numpy()
+    fill = other.expand_as(evaluation.images).flatten(1).numpy()
     done = 0
 
     def replaced(arr: Any, indices: Any, **options: Any) -> Any:
         nonlocal done
-        rows = (done // steps) * question.batch + np.arange(len(arr))[:, None]
+        rows = (done // steps) * evaluation.batch + np.arange(len(arr))[:, None]
         done += 1
         arr = arr.copy()
         arr[np.arange(len(arr))[:, None], indices] = fill[rows, indices]
         return arr
 
-    channels = question.images.shape[1]
+    channels = evaluation.images.shape[1]
     steps = -(-order[0].numel() // at_once)
     metric = PixelFlipping(features_in_step=at_once * channels, perturb_func=replaced, **settings())
-    metric.custom_preprocess = lambda **data: None  # it asks for steps that divide the pixels of one channel
-    return torch.tensor(question.ask(metric, question.model, -order, softmax)).T
+    metric.custom_preprocess = lambda **data: None  # requires steps that divide the pixels of one channel
+    return torch.tensor(evaluation.compute(metric, evaluation.model, -order, softmax)).T
 
 
 class Staged(nn.Module):
-    """A net that Quantus redraws in few steps.
+    """A net that Quantus re-initializes in few steps.
 
-    Its MPRT redraws every module that has ``reset_parameters``, one after the other, and explains all samples after
-    each. Here the last layer comes first and alone, and the others in groups of about equal size.
+    MPRT re-initializes the modules with ``reset_parameters`` one after the other, and explains all samples after each.
+    Here the last layer comes first, followed by the other layers in groups of about equal size.
     """
 
     def __init__(self, net: nn.Module, stages: int = STAGES) -> None:
@@ -203,7 +203,7 @@ class Staged(nn.Module):
         self.stages = stages
 
     def forward(self, x: Tensor) -> Tensor:
-        """That of the net."""
+        """Output of the net."""
         result: Tensor = self.net(x)
         return result
 
@@ -218,11 +218,11 @@ class Staged(nn.Module):
 
 @dataclass
 class Stage:
-    """Layers that get new parameters together."""
+    """Layers that are re-initialized together."""
 
     layers: list[Any]
 
     def reset_parameters(self) -> None:
-        """New initial values."""
+        """Re-initializes all layers."""
         for layer in self.layers:
             layer.reset_parameters()

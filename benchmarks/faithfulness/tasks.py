@@ -1,4 +1,4 @@
-"""What is measured of one net; two nets at once, each in a process of its own with one thread."""
+"""Measurements of one net; nets run in parallel, each in its own process with one thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Results = dict[str, Any]
 def latent_results(net: Net) -> Results:
     """Neuron flipping on one net."""
     found, curves = latent.neuron_flipping(net)
-    return {**about(net), "curves": curves, **latent.CONTEST.results(found, resamples(net.group))}
+    return {**about(net), "curves": curves, **latent.COMPARISON.results(found, resamples(net.group))}
 
 
 def input_results(net: Net) -> Results:
@@ -35,7 +35,7 @@ def input_results(net: Net) -> Results:
         **about(net),
         "cascades": curves,
         "differences to Quantus": differences,
-        **pixels.CONTEST.results(found, resamples(net.group)),
+        **pixels.COMPARISON.results(found, resamples(net.group)),
     }
 
 
@@ -57,7 +57,7 @@ def planted_results(samples: int) -> Results:
 
 
 def about(net: Net) -> Results:
-    """What was asked."""
+    """Description of the samples and layers."""
     return {
         "samples": len(net.images),
         "images": int(net.group.max()) + 1,
@@ -70,11 +70,11 @@ MEASURES: dict[str, Callable[[Net], Results]] = {"latent": latent_results, "inpu
 
 
 Done = tuple[str, dict[str, Results], dict[str, list[int]]]
-"""Name of a net, results of its parts, and of each part seconds: of the clock, and of the processor."""
+"""Name of a net, results of its parts, and wall and processor seconds of each part."""
 
 
 def task(name: str, parts: Sequence[str], samples: int) -> Done:
-    """What is asked of one net."""
+    """All measurements of one net."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     started = [time.perf_counter(), time.process_time()]
@@ -100,18 +100,18 @@ def task(name: str, parts: Sequence[str], samples: int) -> Done:
 
 
 def run(parts: Sequence[str], nets: Sequence[str], samples: int, processes: int) -> Iterator[Done]:
-    """What :func:`task` returns for each net, as they are done; the slowest starts first.
+    """Results of :func:`task` for each net, in order of completion; the slowest starts first.
 
     Args:
-        parts: Of ``PARTS``.
-        nets: Of ``NETS``.
-        samples: For each net.
-        processes: How many nets at once.
+        parts: Elements of ``PARTS``.
+        nets: Elements of ``NETS``.
+        samples: Number of samples for each net.
+        processes: Number of nets in parallel.
     """
-    asked = [*(nets if {"latent", "input"} & set(parts) else ()), *([PLANTED] if PLANTED in parts else ())]
-    asked.sort(key=SLOWEST_FIRST.index)
-    of_nets = [part for part in parts if part != PLANTED]
-    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes write over one another
+    names = [*(nets if {"latent", "input"} & set(parts) else ()), *([PLANTED] if PLANTED in parts else ())]
+    names.sort(key=SLOWEST_FIRST.index)
+    net_parts = [part for part in parts if part != PLANTED]
+    os.environ["TQDM_DISABLE"] = "1"  # progress bars of several processes overwrite each other
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(task, name, of_nets, samples) for name in asked]):
+        for done in as_completed([pool.submit(task, name, net_parts, samples) for name in names]):
             yield done.result()

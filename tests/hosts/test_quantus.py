@@ -14,7 +14,7 @@ from zennit.composites import COMPOSITES, EpsilonPlusFlat
 
 from benchmarks.default_composite import Net
 from benchmarks.faithfulness import pixels, quantus_metrics
-from benchmarks.faithfulness.quantus_metrics import Question
+from benchmarks.faithfulness.quantus_metrics import Evaluation
 from nrm_plugin import NRM, LayerNRM, Normalized, RelevanceMeasure
 from tests.conftest import lrp_0
 
@@ -128,7 +128,7 @@ def coloured():
         return RelevanceMeasure(model, images, target, residual="sink").marginal("input").sum(1, keepdim=True)
 
     heat = explain(model, net.images, net.target)
-    return net, Question(model, net.images, net.target, heat, explain, batch=3)
+    return net, Evaluation(model, net.images, net.target, heat, explain, batch=3)
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -248,7 +248,7 @@ def test_a_cascade_starts_with_the_last_layer_and_ends_with_all():
     net = nn.Sequential(nn.Flatten(), *model)
     heat = explain(net, images, None)
     seen.clear()
-    curve = quantus_metrics.cascade(Question(net, images, torch.zeros(2, dtype=torch.long), heat, explain, 2))
+    curve = quantus_metrics.cascade(Evaluation(net, images, torch.zeros(2, dtype=torch.long), heat, explain, 2))
     assert curve.shape == (quantus_metrics.STAGES + 1, 2)
     assert seen[0] == [False] * 10
     assert seen[1] == [False] * 9 + [True]

@@ -1,4 +1,4 @@
-"""The books of a measure at every tap: what the tables of models and layers show."""
+"""Conservation check of a measure at every tap, for the tables of models and layers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def random_biases(model: nn.Module) -> nn.Module:
-    """Draws biases and weights that begin with zeros, for a model in evaluation mode."""
+    """Draws biases and zero-initialized weights at random; returns the model in evaluation mode."""
     for name, parameter in model.named_parameters():
         if (parameter.ndim == 1 and "bias" in name) or not parameter.any():
             nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
-def books(mu: RelevanceMeasure) -> dict[str, Any]:
-    """Largest error of mass + sink + bypass = 1 over all taps, and what was absorbed at the lowest one."""
-    mu._check_fresh = lambda: None  # type: ignore[method-assign]  # nobody writes into the weights here
+def conservation_check(mu: RelevanceMeasure) -> dict[str, Any]:
+    """Largest error of mass + sink + bypass = 1 over all taps, and what was absorbed above the lowest one."""
+    mu._check_fresh = lambda: None  # type: ignore[method-assign]  # the weights do not change here
     lowest, error, largest = mu.layers[0], 0.0, 0.0
     for layer, mass in zip(mu.layers, mu([at(layer) for layer in mu.layers]), strict=True):
         variation = mu.variation(layer)
@@ -43,7 +43,7 @@ def books(mu: RelevanceMeasure) -> dict[str, Any]:
 
 
 def store(name: str, found: dict[str, Any], *packages: str) -> None:
-    """Writes ``results/NAME.json`` with the versions of what was used."""
+    """Writes ``results/NAME.json`` with the versions of the packages used."""
     versions = {package: version(package) for package in ("torch", "zennit", *packages)}
     environment = {"python": platform.python_version(), **versions}
     text = json.dumps({"environment": environment, **found}, indent=1, ensure_ascii=False)
