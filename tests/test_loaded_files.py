@@ -175,7 +175,7 @@ def test_pickles_in_parquet_metadata_do_not_run(swept: Path, tmp_path: Path):
     (path,) = swept.glob("rows/*.parquet")
     before = Sweep.open(swept).rows().to_pylist()
     with parquet.ParquetFile(path) as file:
-        groups, said = [file.read_row_group(at) for at in range(file.num_row_groups)], file.metadata.metadata
+        groups, metadata = [file.read_row_group(at) for at in range(file.num_row_groups)], file.metadata.metadata
     schema = groups[0].schema
     extension = {"ARROW:extension:name": "arrow.py_extension_type"}
     extension["ARROW:extension:metadata"] = pickle.dumps(Bomb(tmp_path / "mark"))
@@ -184,7 +184,7 @@ def test_pickles_in_parquet_metadata_do_not_run(swept: Path, tmp_path: Path):
     with parquet.ParquetWriter(path, schema) as writer:
         for group in groups:
             writer.write_table(group.cast(schema), row_group_size=len(group))
-        writer.add_key_value_metadata({"nrm-plugin": said[b"nrm-plugin"]})
+        writer.add_key_value_metadata({"nrm-plugin": metadata[b"nrm-plugin"]})
     assert b"arrow.py_extension_type" in base64.b64decode(parquet.read_metadata(path).metadata[b"ARROW:schema"])
     assert Sweep.open(swept).rows().to_pylist() == before
     assert not (tmp_path / "mark").exists()
@@ -229,14 +229,14 @@ def test_a_file_that_claims_a_billion_classes_is_rejected(tmp_path: Path):
 
 def test_labels_of_a_query_are_decompressed_up_to_a_size(monkeypatch):
     packed = base64.b64encode(zlib.compress(bytes(4 * 100))).decode()
-    said = {"kind": "Marginal", "layer": "4", "over": {"labels": packed, "shape": [100]}, "name": "x"}
-    assert from_json(said).over.tensor.shape == (100,)
+    query = {"kind": "Marginal", "layer": "4", "over": {"labels": packed, "shape": [100]}, "name": "x"}
+    assert from_json(query).over.tensor.shape == (100,)
     monkeypatch.setattr("nrm_plugin.dataset.queries.MOST", 4 * 99)
     with pytest.raises(SweepError, match="more than the 99"):
-        from_json(said)
+        from_json(query)
     for broken in (packed[:-8], "no", 3):
         with pytest.raises(SweepError, match="no query"):
-            from_json(said | {"over": {"labels": broken, "shape": [100]}})
+            from_json(query | {"over": {"labels": broken, "shape": [100]}})
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -255,12 +255,12 @@ def test_no_memory_is_allocated_for_rows_that_a_shard_lacks(swept: Path):
     (path,) = swept.glob("rows/*.parquet")
     with parquet.ParquetFile(path) as file:
         groups = [file.read_row_group(at) for at in range(file.num_row_groups)]
-        said = json.loads(file.metadata.metadata[b"nrm-plugin"])
-    said["groups"][MARGINAL] = [10**12]
+        listed = json.loads(file.metadata.metadata[b"nrm-plugin"])
+    listed["groups"][MARGINAL] = [10**12]
     with parquet.ParquetWriter(path, groups[0].schema) as writer:
         for group in groups:
             writer.write_table(group, row_group_size=len(group))
-        writer.add_key_value_metadata({"nrm-plugin": json.dumps(said)})
+        writer.add_key_value_metadata({"nrm-plugin": json.dumps(listed)})
     with pytest.raises(ShardError, match=r"64 rows, and not those that it lists"):
         Sweep.open(swept).rows()
 
@@ -280,10 +280,10 @@ def test_names_in_a_sweep_are_not_paths(tmp_path: Path, capsys):
     (home / "s" / "samples.csv").write_text("sample,file,label\n0,../../../../etc/passwd,0\n1,/etc/passwd,0\n")
     command = ["references", str(home / "s"), "--query", evil, "--k", "4", "--rows", "1", "--out", str(home / "o")]
     assert main(command) == 0
-    said = capsys.readouterr().out
-    assert "\x1b" not in said
-    assert "../../../../etc/passwd" in said  # a name, which is not opened
-    assert "sample 3" in said
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "../../../../etc/passwd" in printed  # a name, which is not opened
+    assert "sample 3" in printed
     assert files_below(tmp_path) == {
         "a/b/s/manifest.json", "a/b/s/samples.csv", "a/b/s/rows/part-0000-000000.parquet",
         "a/b/s/maps/part-0000-000000.safetensors", "a/b/s/by-query/0000.parquet",
@@ -370,12 +370,12 @@ class Tags(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
         self.scripts += [""] if tag == "script" else []
 
     def handle_data(self, data: str) -> None:
@@ -389,21 +389,21 @@ def test_names_of_layers_and_classes_are_escaped_on_the_page_of_a_flow():
     mu = RelevanceMeasure(model, torch.rand(1, 1, 4, 4), 1)
     graph = mu.flow(["output", "0", "input"], names={"output": [EVIL, EVIL], "0": [EVIL] * 3})
     maps = flow_maps(mu, graph)
-    said = graph.to_dict()
-    for layer in said["layers"]:
+    content = graph.to_dict()
+    for layer in content["layers"]:
         layer["name"] += EVIL
         for node in layer["nodes"]:
             node["label"] += EVIL
-    evil = FlowGraph.from_json(json.dumps(said))
+    evil = FlowGraph.from_json(json.dumps(content))
     maps = {key.replace("/", EVIL + "/", 1): value for key, value in maps.items()}
     plain, page = Tags(sankey(graph, "flow")), Tags(sankey(evil, EVIL, maps))
-    assert [tag for tag, _ in page.found if tag == "script"] == ["script"] * len(plain.scripts)
-    assert {tag for tag, _ in page.found} <= {
+    assert [tag for tag, _ in page.tags if tag == "script"] == ["script"] * len(plain.scripts)
+    assert {tag for tag, _ in page.tags} <= {
         "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "script", "noscript", "figure",
         "img", "figcaption",
     }  # fmt: skip
-    assert not [name for _, attrs in page.found for name in attrs if name.startswith("on")]
-    images = [attrs for tag, attrs in page.found if tag == "img"]
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
     assert images
     assert all(attrs["src"].startswith("data:image/png;base64,") and EVIL in attrs["alt"] for attrs in images)
     # Plotly interprets tags in labels.
@@ -414,4 +414,4 @@ def test_names_of_layers_and_classes_are_escaped_on_the_page_of_a_flow():
     assert len(texts) > 10
     for text in texts:
         assert escape(EVIL) in text
-        assert {tag for tag, _ in Tags(text).found} <= {"b", "br", "span"}
+        assert {tag for tag, _ in Tags(text).tags} <= {"b", "br", "span"}

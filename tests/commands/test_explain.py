@@ -48,17 +48,19 @@ COMPOSITE = {
 @pytest.mark.parametrize("residual", slow_but(["redistribute", "sink"], "redistribute"))
 @pytest.mark.parametrize("name", COMPOSITE)
 def test_numbers_are_those_of_the_measure(name: str, residual: str, fast: Path):
-    asked = ["--target", "2", "--composite", name, "--residual", residual]
-    asked += ["--gain-limit", "3"] if residual == "redistribute" else []
-    explain("china.png", *OWN, *asked, "--layer", "3", "--layer", "input", "--given", "3[1, 4:6]", "--given", "~0[2]")
-    found, about = result("nrm-explained/china-relevance.safetensors")
+    requested = ["--target", "2", "--composite", name, "--residual", residual]
+    requested += ["--gain-limit", "3"] if residual == "redistribute" else []
+    explain(
+        "china.png", *OWN, *requested, "--layer", "3", "--layer", "input", "--given", "3[1, 4:6]", "--given", "~0[2]"
+    )
+    tensors, metadata = result("nrm-explained/china-relevance.safetensors")
     net, inputs = own_net(), prepared(PHOTO)
     limit = {"gain_limit": 3.0} if residual == "redistribute" else {}
     mu = RelevanceMeasure(net, inputs, 2, composite=COMPOSITE[name](), residual=residual, **limit)
     close = {"rtol": 1e-3, "atol": 1e-6}  # Pillow resizes bytes, so inputs differ by rounding
-    torch.testing.assert_close(found["outputs"], net(inputs)[0], rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(tensors["outputs"], net(inputs)[0], rtol=1e-3, atol=2e-3)
     scale = float(mu.marginal("input").abs().max())
-    assert float((found["relevance"] - mu.marginal("input")[0]).abs().max()) < 0.02 * scale
+    assert float((tensors["relevance"] - mu.marginal("input")[0]).abs().max()) < 0.02 * scale
     for key, expected in {
         "sink": mu.sink("input")[0],
         "layer/3/sink": mu.sink("3")[0],
@@ -67,13 +69,13 @@ def test_numbers_are_those_of_the_measure(name: str, residual: str, fast: Path):
         "given/2/mass": mu(~at("0")[2])[0],
     }.items():
         torch.testing.assert_close(
-            found[key], expected, rtol=2e-2, atol=2e-3, msg=lambda text, key=key: f"{key}: {text}"
+            tensors[key], expected, rtol=2e-2, atol=2e-3, msg=lambda text, key=key: f"{key}: {text}"
         )
     conditional = mu.marginal("input", given=at("3").channel([1, 4, 5]))[0]
-    assert float((found["given/1/relevance"] - conditional).abs().max()) < 0.02 * float(conditional.abs().max())
-    torch.testing.assert_close(found["relevance"].sum() + found["sink"], torch.tensor(1.0), **close)
-    torch.testing.assert_close(found["layer/3/relevance"].sum((1, 2)), found["layer/3/channels"], **close)
-    assert (about["composite"], about["residual"], about["target"]) == (name, residual, "2")
+    assert float((tensors["given/1/relevance"] - conditional).abs().max()) < 0.02 * float(conditional.abs().max())
+    torch.testing.assert_close(tensors["relevance"].sum() + tensors["sink"], torch.tensor(1.0), **close)
+    torch.testing.assert_close(tensors["layer/3/relevance"].sum((1, 2)), tensors["layer/3/channels"], **close)
+    assert (metadata["composite"], metadata["residual"], metadata["target"]) == (name, residual, "2")
 
 
 def test_numbers_are_exact_without_resizing(fast: Path):
@@ -81,29 +83,30 @@ def test_numbers_are_exact_without_resizing(fast: Path):
     small = photograph(1, SIZE).crop((0, 0, SIZE, SIZE))
     small.save("small.png")
     explain("small.png", *OWN, "--layer", "3", "--given", "3[2]")
-    found, _ = result("nrm-explained/small-relevance.safetensors")
+    tensors, _ = result("nrm-explained/small-relevance.safetensors")
     inputs = torchvision.transforms.functional.normalize(
         torch.from_numpy(np.array(small)).movedim(-1, 0).float() / 255, MEAN, STD
     )[None]
     net = own_net()
     target = int(net(inputs).argmax())
     mu = RelevanceMeasure(net, inputs, target)
-    torch.testing.assert_close(found["relevance"], mu.marginal("input")[0])
-    torch.testing.assert_close(found["layer/3/relevance"], mu.marginal("3")[0])
-    torch.testing.assert_close(found["given/1/relevance"], mu.marginal("input", given=at("3")[2])[0])
+    torch.testing.assert_close(tensors["relevance"], mu.marginal("input")[0])
+    torch.testing.assert_close(tensors["layer/3/relevance"], mu.marginal("3")[0])
+    torch.testing.assert_close(tensors["given/1/relevance"], mu.marginal("input", given=at("3")[2])[0])
     assert (
-        found["layer/3/top"].tolist() == mu.marginal("3", over="channel")[0].abs().argsort(descending=True)[:7].tolist()
+        tensors["layer/3/top"].tolist()
+        == mu.marginal("3", over="channel")[0].abs().argsort(descending=True)[:7].tolist()
     )
-    joint = [mu.marginal("input", joint=at("3")[channel])[0].sum(0) for channel in found["layer/3/top"].tolist()]
-    torch.testing.assert_close(found["layer/3/maps"], torch.stack(joint))
-    torch.testing.assert_close(found["image"] * 255, torch.from_numpy(np.array(small)).movedim(-1, 0).float())
+    joint = [mu.marginal("input", joint=at("3")[channel])[0].sum(0) for channel in tensors["layer/3/top"].tolist()]
+    torch.testing.assert_close(tensors["layer/3/maps"], torch.stack(joint))
+    torch.testing.assert_close(tensors["image"] * 255, torch.from_numpy(np.array(small)).movedim(-1, 0).float())
 
 
 @pytest.mark.slow
 def test_layer_table_and_figures(here: Path, capsys: pytest.CaptureFixture[str]):
     explain("china.png", *OWN, "--layer", "3", "--channels", "2", "--given", "3[2] | 0[1]")
-    found, _ = result("nrm-explained/china-relevance.safetensors")
-    mass = found["layer/3/channels"]
+    tensors, _ = result("nrm-explained/china-relevance.safetensors")
+    mass = tensors["layer/3/channels"]
     with Path("nrm-explained/china-3.csv").open() as file:
         rows = list(csv.DictReader(file))
     order = mass.abs().argsort(descending=True, stable=True).tolist()
@@ -115,20 +118,20 @@ def test_layer_table_and_figures(here: Path, capsys: pytest.CaptureFixture[str])
         assert f"{100 * float(mass[channel]):.2f} %" in printed
     assert f"channel {order[2]} " not in printed
     for name in ("relevance", "3", "given"):
-        with Image.open(f"nrm-explained/china-{name}.png") as picture:
-            assert min(picture.size) > 300
+        with Image.open(f"nrm-explained/china-{name}.png") as figure:
+            assert min(figure.size) > 300
             assert str(Path(f"nrm-explained/china-{name}.png")) in printed
 
 
 def test_metadata_have_every_setting(fast: Path):
     argv = ["--mean", "0.5,0.4,0.3", "--std", "0.2,0.3,0.4", "--given", "3[2]", "--layer", "3", "--gain-limit", "inf"]
     explain("china.png", *OWN, *argv)
-    _, about = result("nrm-explained/china-relevance.safetensors")
-    prepare = json.loads(about["preparation"])
+    _, metadata = result("nrm-explained/china-relevance.safetensors")
+    prepare = json.loads(metadata["preparation"])
     assert (prepare["mean"], prepare["std"], prepare["size"]) == ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4], SIZE)
-    assert json.loads(about["given"]) == ["3[2]"]
-    assert json.loads(about["layers"]) == ["3"]
-    assert json.loads(about["versions"])["torch"] == torch.__version__.partition("+")[0]
+    assert json.loads(metadata["given"]) == ["3[2]"]
+    assert json.loads(metadata["layers"]) == ["3"]
+    assert json.loads(metadata["versions"])["torch"] == torch.__version__.partition("+")[0]
     expected = {
         "image": "china.png",
         "model": "own_nets:make",
@@ -136,23 +139,23 @@ def test_metadata_have_every_setting(fast: Path):
         "gain_limit": "inf",
         "device": "cpu",
     }
-    assert {key: about[key] for key in expected} == expected
-    assert len(about["image_sha256"]) == 64
+    assert {key: metadata[key] for key in expected} == expected
+    assert len(metadata["image_sha256"]) == 64
 
 
 def test_greyscale_model_gets_greyscale_images(fast: Path):
     explain("china.png", "--model", "own_nets:grey", "--size", SIZE, "--mean", "0.5", "--std", "0.25")
-    found, _ = result("nrm-explained/china-relevance.safetensors")
-    assert found["relevance"].shape == (1, SIZE, SIZE)
-    assert found["image"].shape == (3, SIZE, SIZE)
-    assert torch.equal(found["image"][0], found["image"][2])
+    tensors, _ = result("nrm-explained/china-relevance.safetensors")
+    assert tensors["relevance"].shape == (1, SIZE, SIZE)
+    assert tensors["image"].shape == (3, SIZE, SIZE)
+    assert torch.equal(tensors["image"][0], tensors["image"][2])
 
 
 def test_default_preprocessing_is_that_of_imagenet(fast: Path):
     explain("china.png", "--model", "own_nets:make")
-    found, _ = result("nrm-explained/china-relevance.safetensors")
+    tensors, _ = result("nrm-explained/china-relevance.safetensors")
     expected = prepared(PHOTO, 224, 256)[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    assert float((found["image"] - expected).abs().max()) < 0.02
+    assert float((tensors["image"] - expected).abs().max()) < 0.02
 
 
 def test_one_bad_image_does_not_stop_the_others(here: Path, capsys: pytest.CaptureFixture[str]):
@@ -195,8 +198,8 @@ def test_unusual_file_names(name: str, here: Path, capsys: pytest.CaptureFixture
         return
     assert printed.err == ""
     written = (Path("nrm-explained") / f"{Path(name).stem}-relevance.safetensors").read_bytes()
-    about = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])["__metadata__"]
-    assert about["image"].isprintable()
+    metadata = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])["__metadata__"]
+    assert metadata["image"].isprintable()
     explain(*OWN, "--", name)
     assert len(list(Path("nrm-explained").iterdir())) == 2
 
@@ -228,12 +231,12 @@ def test_images_of_one_name_do_not_overwrite_each_other(fast: Path):
 def test_the_same_query_replaces_its_results_and_another_one_does_not(fast: Path):
     explain("china.png", *OWN)
     out = Path("nrm-explained")
-    found, about = result(out / "china-relevance.safetensors")
+    tensors, metadata = result(out / "china-relevance.safetensors")
     explain("china.png", *OWN)
     assert len(list(out.iterdir())) == 2
-    again, about_again = result(out / "china-relevance.safetensors")
-    assert about_again == about
-    assert all(torch.equal(again[key], found[key]) for key in found)
+    again, metadata_again = result(out / "china-relevance.safetensors")
+    assert metadata_again == metadata
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
     before = (out / "china-relevance.safetensors").read_bytes()
     other = int(result(out / "china-relevance.safetensors")[1]["target"]) ^ 1
     explain("china.png", *OWN, "--target", other)
@@ -282,13 +285,13 @@ def test_a_condition_that_cancels_omits_only_its_own_heat_map(here: Path, capsys
     Image.new("L", (8, 8), 200).save("even.png")
     explain("even.png", *GREY_NET, "--given", "conv[0]", "--given", "conv[2]", "--given", "conv[1]", code=1)
     printed = capsys.readouterr()
-    found, _ = result("nrm-explained/even-relevance.safetensors")
-    assert {key for key in found if key.startswith("given")} == {
+    tensors, _ = result("nrm-explained/even-relevance.safetensors")
+    assert {key for key in tensors if key.startswith("given")} == {
         *(f"given/{n}/mass" for n in (1, 2, 3)),
         "given/3/relevance",
     }
-    torch.testing.assert_close(found["given/3/relevance"], torch.full((1, 4, 4), 1 / 16))
-    torch.testing.assert_close(found["given/1/mass"], torch.tensor(0.0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tensors["given/3/relevance"], torch.full((1, 4, 4), 1 / 16))
+    torch.testing.assert_close(tensors["given/1/mass"], torch.tensor(0.0), rtol=0, atol=1e-6)
     assert Path("nrm-explained/even-given.png").exists()
     assert printed.out.count("no heat map") == 2
     problems = [line for line in printed.err.splitlines() if "even.png, --given" in line]

@@ -79,10 +79,10 @@ def test_the_files_have_the_values_of_the_measure(here, capsys):
         np.testing.assert_allclose(one, other, atol=1e-6)
     assert f"a: {100 * sum(expected.layers[1].masses):.2f} % in 3 of 6 groups" in " ".join(printed.split())
     assert f"{100 * expected.layers[1].bypass:.2f} % around it" in printed
-    about = json.loads(Path("nrm-flow/noise-flow.json").read_text())
-    assert (about["settings"]["target"], about["settings"]["composite"]) == (target, "epsilon_plus")
+    stored = json.loads(Path("nrm-flow/noise-flow.json").read_text())
+    assert (stored["settings"]["target"], stored["settings"]["composite"]) == (target, "epsilon_plus")
     leaky = RelevanceMeasure(loaded.model, inputs, target, composite=EpsilonPlus(), residual="sink")
-    plain = {row["layer"]: row["plain"] for row in about["profile"]}
+    plain = {row["layer"]: row["plain"] for row in stored["profile"]}
     assert plain == {name: pytest.approx(float(leaky.marginal(name).sum()), abs=1e-6) for name in plain}
     # The same query replaces its files; another one has its own.
     assert run(*options) == 0

@@ -34,10 +34,10 @@ def test_own_models_are_found(spec: str, fast: Path):
     before = list(sys.path)
     explain("china.png", "--model", spec, "--size", SIZE)
     assert sys.path == before
-    found, about = result("nrm-explained/china-relevance.safetensors")
-    assert about["model"] == spec
+    tensors, metadata = result("nrm-explained/china-relevance.safetensors")
+    assert metadata["model"] == spec
     if spec != "own_nets:Net":
-        torch.testing.assert_close(found["outputs"], own_net()(prepared(PHOTO))[0], rtol=1e-2, atol=2e-3)
+        torch.testing.assert_close(tensors["outputs"], own_net()(prepared(PHOTO))[0], rtol=1e-2, atol=2e-3)
     for name in ("sub", "sub.inner"):
         sys.modules.pop(name, None)
 
@@ -48,8 +48,8 @@ def test_an_own_model_loads_weights_of_a_file(fast: Path):
     explain("china.png", *OWN, "--weights", "mine.safetensors")
     net = own_net()
     net.load_state_dict(state)
-    found, _ = result("nrm-explained/china-relevance.safetensors")
-    torch.testing.assert_close(found["outputs"], net(prepared(PHOTO))[0], rtol=1e-2, atol=2e-2)
+    tensors, _ = result("nrm-explained/china-relevance.safetensors")
+    torch.testing.assert_close(tensors["outputs"], net(prepared(PHOTO))[0], rtol=1e-2, atol=2e-2)
 
 
 def test_a_syntax_error_names_its_place_once(here: Path, capsys: pytest.CaptureFixture[str]):

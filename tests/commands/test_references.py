@@ -58,14 +58,14 @@ def test_references_are_printed_and_written(capsys, tmp_path):
     output = capsys.readouterr()
     assert output.err == "nrm-plugin: note: no figure: it requires --model and --data\n"
     printed = output.out.splitlines()
-    found = references("swept", "features.12", k=4)
-    best = found.values.mean(1).argsort(descending=True, stable=True)[:3].tolist()
-    said = json.loads((tmp_path / "features.12-references.json").read_text())
-    assert [entry["group"] for entry in said["references"]] == best
+    expected = references("swept", "features.12", k=4)
+    best = expected.values.mean(1).argsort(descending=True, stable=True)[:3].tolist()
+    written = json.loads((tmp_path / "features.12-references.json").read_text())
+    assert [entry["group"] for entry in written["references"]] == best
     files = sorted(path.relative_to("digits").as_posix() for path in Path("digits").rglob("*.png"))
-    for line, entry in zip(printed[1:4], said["references"], strict=True):
-        assert entry["samples"] == found.of(entry["group"])
-        assert entry["values"] == found.values[entry["group"]].tolist()
+    for line, entry in zip(printed[1:4], written["references"], strict=True):
+        assert entry["samples"] == expected.of(entry["group"])
+        assert entry["values"] == expected.values[entry["group"]].tolist()
         assert entry["files"] == [files[sample] for sample in entry["samples"]]
         assert re.findall(r"(\S+\.png) \(", line) == entry["files"]
     assert main(command) == 0  # the same query again
@@ -74,8 +74,8 @@ def test_references_are_printed_and_written(capsys, tmp_path):
         "features.12-2-references.json",
         "features.12-references.json",
     ]
-    said = json.loads((tmp_path / "features.12-2-references.json").read_text())
-    (entry,) = said["references"]
+    written = json.loads((tmp_path / "features.12-2-references.json").read_text())
+    (entry,) = written["references"]
     assert set(entry["targets"]) == {3}
     assert entry["samples"] == references("swept", "features.12", 7, 4, "activation", 3).of(7)
 
@@ -84,8 +84,8 @@ def test_references_are_printed_and_written(capsys, tmp_path):
 def test_with_the_model_they_are_plotted(capsys, tmp_path):
     command = ["references", "swept", "--query", "features.7", *MODEL, "--data", "digits", "--rows", "2", "--k", "3"]
     assert main([*command, "--style", "both", "--dark", "--out", str(tmp_path)]) == 0
-    with Image.open(tmp_path / "features.7-references.png") as picture:
-        assert min(picture.size) > 300
+    with Image.open(tmp_path / "features.7-references.png") as figure:
+        assert min(figure.size) > 300
     line = fails(capsys_cleared(capsys), *command, "--residual", "sink", "--out", str(tmp_path))
     assert "Normalized(NRMDefault), residual redistribute, gain limit 2" in line
     Path("other").mkdir()

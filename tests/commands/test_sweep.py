@@ -84,8 +84,8 @@ def test_a_folder_is_swept_and_the_numbers_are_those_of_the_measure(photos, caps
     }
     for name, values in wanted.items():
         rows = stored.rows(name).sort_by([("sample", "ascending"), ("group", "ascending"), ("lower", "ascending")])
-        found = torch.tensor(rows["value"].to_pylist()).reshape(values.shape)
-        torch.testing.assert_close(found, values, rtol=1e-4, atol=1e-6)
+        stored_values = torch.tensor(rows["value"].to_pylist()).reshape(values.shape)
+        torch.testing.assert_close(stored_values, values, rtol=1e-4, atol=1e-6)
     maps = stored.maps("maps(input, over=position)", range(10))
     torch.testing.assert_close(maps, mu.marginal("input").sum(1), rtol=1e-4, atol=1e-6)
 

@@ -46,12 +46,12 @@ def test_weights_of_a_file_are_loaded(form: str, fast: Path, capsys: pytest.Capt
             file,
         )
     explain("china.png", "--model", "squeezenet1_1", "--weights", file, "--target", "3")
-    found, about = result("nrm-explained/china-relevance.safetensors")
+    tensors, metadata = result("nrm-explained/china-relevance.safetensors")
     inputs = get_model_weights("squeezenet1_1").DEFAULT.transforms()(PHOTO)[None]
-    torch.testing.assert_close(found["outputs"], net(inputs)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tensors["outputs"], net(inputs)[0], rtol=1e-4, atol=1e-4)
     mu = RelevanceMeasure(net, inputs, 3)
-    torch.testing.assert_close(found["relevance"], mu.marginal("input")[0], rtol=1e-3, atol=1e-7)
-    assert about["weights"] == file
+    torch.testing.assert_close(tensors["relevance"], mu.marginal("input")[0], rtol=1e-3, atol=1e-7)
+    assert metadata["weights"] == file
     assert capsys.readouterr().err == ""
 
 
@@ -80,10 +80,10 @@ def test_a_file_of_torchvision_has_its_classes(here: Path, capsys: pytest.Captur
     file = weights.url.rpartition("/")[2]
     torch.save(squeezenet1_1(weights=None).state_dict(), file)
     explain("china.png", "--model", "squeezenet1_1", "--weights", file, "--target", "TABBY", "--size", "64")
-    found, about = result("nrm-explained/china-relevance.safetensors")
-    assert (about["target"], about["target_name"]) == ("281", "tabby")
+    tensors, metadata = result("nrm-explained/china-relevance.safetensors")
+    assert (metadata["target"], metadata["target_name"]) == ("281", "tabby")
     printed = capsys.readouterr().out
-    best = int(found["outputs"].argmax())
+    best = int(tensors["outputs"].argmax())
     assert f"{best:4} {weights.meta['categories'][best]}" in printed
     assert " 281 tabby" in printed
     assert printed.count("<- explained") == 1
@@ -93,16 +93,16 @@ def test_default_weights_are_those_of_torchvision(fast: Path, monkeypatch: pytes
     """torchvision's builder loads them; the download is replaced."""
     torch.manual_seed(5)
     state = resnet18(weights=None).state_dict()
-    asked = []
+    requested = []
     monkeypatch.setattr(
-        "torchvision.models._api.load_state_dict_from_url", lambda url, *_, **__: asked.append(url) or state
+        "torchvision.models._api.load_state_dict_from_url", lambda url, *_, **__: requested.append(url) or state
     )
     explain("china.png", "--model", "resnet18", "--size", "64")
-    assert asked == [get_model_weights("resnet18").DEFAULT.url]
-    found, about = result("nrm-explained/china-relevance.safetensors")
-    assert about["weights"] == "IMAGENET1K_V1"
-    assert about["target_name"] == get_model_weights("resnet18").DEFAULT.meta["categories"][int(about["target"])]
-    assert int(found["outputs"].argmax()) == int(about["target"])
+    assert requested == [get_model_weights("resnet18").DEFAULT.url]
+    tensors, metadata = result("nrm-explained/china-relevance.safetensors")
+    assert metadata["weights"] == "IMAGENET1K_V1"
+    assert metadata["target_name"] == get_model_weights("resnet18").DEFAULT.meta["categories"][int(metadata["target"])]
+    assert int(tensors["outputs"].argmax()) == int(metadata["target"])
 
 
 def test_random_weights_are_reported_and_repeatable(fast: Path, capsys: pytest.CaptureFixture[str]):
