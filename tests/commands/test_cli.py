@@ -83,3 +83,20 @@ def test_limits_of_options_are_those_of_the_figures():
 
 def default(*argv: str) -> argparse.Namespace:
     return parser().parse_args(argv)
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nrm_plugin.commands.demo_report.demo_report", interrupted)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("text", ["half", "0.5", "nan"])
+def test_a_limit_of_the_gain_is_a_number(text: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["explain", "x.png", "--model", "vgg16", "--gain-limit", text])
+    assert end.value.code == 2
+    assert f"{text!r} is not a number of at least 1" in capsys.readouterr().err

@@ -8,10 +8,7 @@ import pytest
 from zennit.composites import COMPOSITES, EpsilonPlusFlat
 
 from nrm_plugin.commands.cli import main
-from tests.commands.shell import (
-    OWN,
-    fails,
-)
+from tests.commands.shell import OWN, fails
 
 
 @pytest.mark.parametrize("name", sorted(COMPOSITES))

@@ -9,10 +9,7 @@ import torch
 
 from nrm_plugin import RelevanceMeasure
 from nrm_plugin.commands.cli import main
-from tests.commands.shell import (
-    SIZE,
-    own_net,
-)
+from tests.commands.shell import SIZE, own_net
 
 
 def test_layers_are_those_of_the_measure(here: Path, capsys: pytest.CaptureFixture[str]):

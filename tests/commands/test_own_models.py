@@ -10,18 +10,10 @@ import safetensors
 import safetensors.torch
 import torch
 
+from nrm_plugin.commands.built_model import ModelError
 from nrm_plugin.commands.model_loading import load
-from tests.commands.shell import (
-    NETS,
-    OWN,
-    PHOTO,
-    SIZE,
-    explain,
-    fails,
-    own_net,
-    prepared,
-    result,
-)
+from nrm_plugin.commands.own_models import imported
+from tests.commands.shell import NETS, OWN, PHOTO, SIZE, explain, fails, own_net, prepared, result
 
 
 @pytest.mark.parametrize(
@@ -68,3 +60,11 @@ def test_models_are_in_evaluation_mode_and_float32(here: Path):
     loaded = load("own_nets:make")
     assert not loaded.model.training
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+
+
+def test_errors_in_a_module_are_reported_with_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_nets.py").write_text("import torch\n1 / 0\n")
+    for name in ("broken_nets.py:make", "broken_nets:make"):
+        with pytest.raises(ModelError, match=r"importing broken_nets\S* failed: ZeroDivisionError.*line 2\)"):
+            imported(name)

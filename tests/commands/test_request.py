@@ -6,12 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.shell import (
-    OWN,
-    explain,
-    fails,
-    result,
-)
+from nrm_plugin.commands.request import RequestError, target_of
+from tests.commands.shell import OWN, explain, fails, result
 
 
 def test_class_names_of_a_file_are_targets(fast: Path, capsys: pytest.CaptureFixture[str]):
@@ -22,3 +18,8 @@ def test_class_names_of_a_file_are_targets(fast: Path, capsys: pytest.CaptureFix
     assert "[2, 3]" in fails(capsys, "explain", "china.png", *OWN, "--classes", "names.txt", "--target", "cat")
     line = fails(capsys, "explain", "china.png", *OWN, "--classes", "names.txt", "--target", "tempel")
     assert "Near names: temple (0)" in line
+
+
+def test_a_name_beyond_the_classes_of_the_model_is_rejected():
+    with pytest.raises(RequestError, match="'owl' is class 2, but the model has only 2 classes"):
+        target_of("owl", ["cat", "dog", "owl"], 2)

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from nrm_plugin import RelevanceMeasure, at
+from nrm_plugin.commands import sweep_run
 from nrm_plugin.commands.cli import main
-from nrm_plugin.dataset import Sweep
+from nrm_plugin.dataset import Manifest, Sweep
 from nrm_plugin.dataset import image_folder as folders
 from nrm_plugin.dataset.image_folder import PictureFolder
 from nrm_plugin.dataset.preprocessing import preparation
@@ -180,3 +181,25 @@ def test_folders_named_as_classes_of_the_model_have_their_indices(photos):
     assert PictureFolder(photos, prepare, ["fish", "dogs"]).labels == [0] * 5 + [1] * 5
     assert PictureFolder(photos / "cats", prepare).labels == [-1] * 5
     assert known[0][0].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("options", [["--batch-size", "0"], ["--workers", "-1"], ["--workers", "two"]])
+def test_invalid_numbers_are_rejected(options, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", "x", "--model", "vgg16", "--layers", "a", *options])
+    assert end.value.code == 2
+    assert "is not a number from" in capsys.readouterr().err
+
+
+def test_of_many_failures_the_first_are_listed(tmp_path, capsys):
+    failed = tuple({"sample": number, "why": "cut off"} for number in range(23))
+    bad = ({"file": "rows/x", "why": "it was damaged"},)
+    stored = Sweep(tmp_path, Manifest({}, "", (), "complete", 30, failed=failed, bad_shards=bad))
+    assert sweep_run.print_skipped(stored) == sweep_run.SKIPPED
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("recomputed a damaged file: it was damaged")
+    assert [line for line in lines if line.startswith("  sample")] == [f"  sample {k}: cut off" for k in range(20)]
+    assert lines[-1] == f"  and 3 more, listed in {tmp_path / 'manifest.json'}"
+    assert sweep_run.summary(stored) == f"7 samples, 0 queries in {tmp_path}"
+    line = sweep_run.summary(Sweep(tmp_path, Manifest({}, "", (), "running")))
+    assert line == f"This process has finished; others are still writing to {tmp_path}."

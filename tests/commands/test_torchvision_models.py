@@ -14,12 +14,7 @@ from torchvision.models import get_model_builder, get_model_weights, resnet18, s
 
 from nrm_plugin import RelevanceMeasure
 from nrm_plugin.commands.model_loading import load
-from tests.commands.shell import (
-    PHOTO,
-    explain,
-    fails,
-    result,
-)
+from tests.commands.shell import PHOTO, explain, fails, result
 from tests.conftest import slow_but
 
 

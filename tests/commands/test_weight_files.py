@@ -12,9 +12,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from tests.commands.shell import (
-    fails,
-)
+from tests.commands.shell import fails
 
 
 def _pickled(path: str) -> None:

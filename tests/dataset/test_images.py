@@ -13,10 +13,7 @@ from PIL import Image
 
 from nrm_plugin.dataset import images as pictures
 from nrm_plugin.dataset.images import PictureError, open_picture
-from tests.commands.shell import (
-    PHOTO,
-    photograph,
-)
+from tests.commands.shell import PHOTO, photograph
 
 
 def _array(image: Image.Image, mode: str = "RGB") -> np.ndarray:
