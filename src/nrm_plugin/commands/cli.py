@@ -30,7 +30,7 @@ COMMANDS = {
 ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
 
 EPILOG = "nrm-plugin COMMAND --help describes the options of a command, with examples. Start with: nrm-plugin demo"
-UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)")
+UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse, whose parser of the first arguments calls this of the parser of the command."""
+        """Adds the arguments of the command, then parses; the parser of all commands calls this when it is chosen."""
         if self._command:
             module: Any = importlib.import_module(f".{self._command}", __package__)
             self.description, self.epilog, self._command = module.DESCRIPTION, module.EXAMPLES, ""

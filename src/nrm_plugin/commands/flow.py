@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "output has the classes")  # fmt: skip
     add_target(query)
     query.add_argument("--top", type=whole_number(MOST_CHANNELS), default=8, metavar="N",
-                       help="maximal number of channels of a layer (default: %(default)s)")  # fmt: skip
+                       help="maximum number of channels of a layer (default: %(default)s)")  # fmt: skip
     query.add_argument("--coverage", type=fraction, metavar="FRACTION",
                        help="show only the fewest channels of each layer that hold this fraction of its relevance, "
                        "such as 0.9 (default: no such limit)")  # fmt: skip

@@ -53,7 +53,7 @@ class FlowOptions:
     """What is shown of a flow.
 
     Attributes:
-        top: Maximal number of channels of a layer.
+        top: Maximum number of channels of a layer.
         coverage: Fraction of the absolute mass of each layer that its channels must hold; None for no such limit.
         patches: Patches of the image along each side.
         dark: Figures for a dark background.
