@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from nrm_plugin.dataset import images as pictures
-from nrm_plugin.dataset.images import PictureError, open_picture
+from nrm_plugin.dataset.images import ImageError, load_image
 from tests.commands.shell import PHOTO, photograph
 
 
@@ -74,7 +74,7 @@ KINDS: dict[str, tuple[str, Callable[[str], object], np.ndarray, float]] = {
 def test_images_of_every_format_are_the_same_photograph(kind: str, tmp_path: Path):
     name, save, expected, tolerance = KINDS[kind]
     save(str(tmp_path / name))
-    picture = open_picture(tmp_path / name)
+    picture = load_image(tmp_path / name)
     pixels = _array(picture.image)
     assert picture.image.mode == "RGB"
     assert pixels.shape[:2] == expected.shape[:2]
@@ -92,8 +92,8 @@ def test_a_huge_jpeg_is_decoded_at_reduced_size(limit: float, tmp_path: Path, mo
     pixels = 400 * 600
     monkeypatch.setattr(pictures, "LARGE", int(limit * pixels))
     monkeypatch.setattr(pictures, "LIMIT", int(limit * 2 * pixels))
-    monkeypatch.setattr(pictures, "ENOUGH", 100)
-    picture = open_picture(path)
+    monkeypatch.setattr(pictures, "REDUCED", 100)
+    picture = load_image(path)
     assert picture.image.size == (150, 100)
     assert picture.notes == ("has 600 × 400 pixels, and was read at 150 × 100",)
     difference = np.abs(_array(picture.image) - _array(photograph(0, 400).resize((150, 100), Image.Resampling.BOX)))
@@ -104,14 +104,14 @@ def test_a_size_beyond_the_limit_of_pillow_is_not_a_warning(tmp_path: Path):
     Image.new("RGB", (16000, 6000), "red").save(tmp_path / "red.jpg")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = open_picture(tmp_path / "red.jpg")
+        picture = load_image(tmp_path / "red.jpg")
     assert picture.image.size == (8000, 3000)
     assert Image.MAX_IMAGE_PIXELS == pictures.LARGE
 
 
 def test_16_bits_that_are_12_are_noted(tmp_path: Path):
     Image.fromarray(GREY.astype(np.uint16) * 16).save(tmp_path / "scan.png")
-    (note,) = open_picture(tmp_path / "scan.png").notes
+    (note,) = load_image(tmp_path / "scan.png").notes
     assert f"no value above {int(GREY.max()) * 16} of 65535" in note
 
 
@@ -136,8 +136,8 @@ CUT = ["jpg", "png", "gif", "webp", "tif", "bmp"]
 def test_files_that_are_not_images_are_rejected(name: str, tmp_path: Path):
     make, words = BAD[name]
     make(tmp_path / name)
-    with pytest.raises(PictureError, match=words) as raised:
-        open_picture(tmp_path / name)
+    with pytest.raises(ImageError, match=words) as raised:
+        load_image(tmp_path / name)
     assert str(tmp_path / name) in str(raised.value)
 
 
@@ -148,13 +148,13 @@ def test_truncated_images_are_rejected(suffix: str, share: float, tmp_path: Path
     PHOTO.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: max(4, int(len(whole) * share))])
-    with pytest.raises(PictureError, match=r"damaged|is not a picture"):
-        open_picture(path)
+    with pytest.raises(ImageError, match=r"damaged|is not a picture"):
+        load_image(path)
 
 
 @pytest.mark.parametrize("suffix", CUT)
 def test_scrambled_images_are_read_or_rejected(suffix: str, tmp_path: Path):
-    """Whatever bytes a file holds, it is an image or a PictureError."""
+    """Whatever bytes a file holds, it is an image or a ImageError."""
     draw = np.random.default_rng(0)
     path = tmp_path / f"scrambled.{suffix}"
     PHOTO.resize((30, 20)).save(path)
@@ -164,8 +164,8 @@ def test_scrambled_images_are_read_or_rejected(suffix: str, tmp_path: Path):
         bytes_[draw.integers(0, len(whole), 6)] = draw.integers(0, 256, 6)
         path.write_bytes(bytes_.tobytes())
         try:
-            picture = open_picture(path)
-        except PictureError:
+            picture = load_image(path)
+        except ImageError:
             continue
         assert picture.image.mode == "RGB"
 
@@ -174,5 +174,5 @@ def test_scrambled_images_are_read_or_rejected(suffix: str, tmp_path: Path):
 def test_a_file_without_permission_is_rejected(tmp_path: Path):
     PHOTO.save(tmp_path / "mine.png")
     (tmp_path / "mine.png").chmod(0)
-    with pytest.raises(PictureError, match="Permission denied"):
-        open_picture(tmp_path / "mine.png")
+    with pytest.raises(ImageError, match="Permission denied"):
+        load_image(tmp_path / "mine.png")

@@ -11,7 +11,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from ..errors import HookedContainerError, NRMError, UncoveredLayerError
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from .composite_names import composite_of
 from .event_syntax import Condition
