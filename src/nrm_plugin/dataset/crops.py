@@ -16,7 +16,7 @@ from ..composites import Uncovered
 from ..errors import InputError
 from ..events.event import Event, at
 from ..imports import renamed_arguments
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure, normalize
 from ..measure.reconstruction import Box, receptive_fields
 from .evaluation import device_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..composites import Normalized
-from ..errors import InputError, NRMError, TargetError, UnknownLayerError, unknown_layer
+from ..errors import InputError, NRMError, TargetError
 from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
 from ..model.inputs import Output
 from ..model.targets import start_vector
+from ..recording.module_outputs import module_outputs
 from .batched_queries import QueryResults, Requirements
 from .queries import Query
 from .sweep_layout import SweepError
@@ -87,13 +87,14 @@ class Evaluation:
         inputs, labels = self.unpack(batch)
         inputs = moved(inputs, device_of(self.model))
         choice = TargetChoice(self.target, labels, batch)
-        with torch.inference_mode(False), torch.enable_grad(), captured(self.model, self.needed.activations) as calls:
+        modules = {str(atom.layer) for atom in self.needed.activations} - {"input", "output"}
+        with torch.inference_mode(False), torch.enable_grad(), module_outputs(self.model, modules) as outputs:
             mu = RelevanceMeasure(self.model, inputs, start=choice, composite=self.composite, output=self.output)
         if mu.batch != len(sample):
             raise SweepError(
                 f"a batch of {len(sample)} samples has inputs of {mu.batch}; the first dimension must be the batch."
             )
-        activations = {atom: _activation(calls[atom], atom, inputs, choice.outputs) for atom in calls}
+        activations = {atom: _activation(atom, outputs, inputs, choice.outputs) for atom in self.needed.activations}
         results = QueryResults(mu, self.needed, activations)
         dtype = np.float64 if self.is_double else np.float32
         values = {query.name: results.of(query).cpu().numpy().astype(dtype, copy=False) for query in self.queries}
@@ -222,46 +223,21 @@ def _classes(targets: Any, count: int) -> NDArray[np.int32]:
     return numbers.reshape(-1).expand(count).numpy().copy()
 
 
-# -- activations ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def captured(model: nn.Module, layers: Mapping[Atom, Any]) -> Iterator[dict[Atom, list[Any]]]:
-    """Captures the outputs of modules while the model runs, one entry per call.
-
-    Raises:
-        UnknownLayerError: A name is not that of a module.
-    """
-    calls: dict[Atom, list[Any]] = {layer: [] for layer in layers}
-    modules = dict(model.named_modules()) if layers else {}
-    with ExitStack() as stack:
-        for atom in layers:
-            if atom.layer in ("input", "output"):
-                continue
-            if atom.layer not in modules:
-                raise UnknownLayerError(unknown_layer(str(atom.layer), [name for name in modules if name]))
-
-            def keep(module: nn.Module, args: Any, returned: Any, atom: Atom = atom) -> None:
-                value = returned[atom.item] if atom.item is not None else returned
-                if not isinstance(value, Tensor):
-                    raise SweepError(f"{atom} is not a single tensor. Select one of its tensors: at(layer, item=…).")
-                calls[atom].append(value.detach().clone())  # a following in-place activation may overwrite it
-
-            stack.callback(modules[str(atom.layer)].register_forward_hook(keep).remove)
-        yield calls
-
-
-def _activation(calls: Sequence[Tensor], atom: Atom, inputs: Any, outputs: Tensor) -> Tensor:
+def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, model_output: Tensor) -> Tensor:
     if atom.layer == "output":
-        return outputs
+        return model_output
     if atom.layer == "input" and isinstance(inputs, Tensor):
         return inputs
     call = atom.call or 0
     if atom.side != "output" or isinstance(call, str):
         raise SweepError(f"activations are outputs of modules, got {atom}.")
+    calls = outputs.get(str(atom.layer), [])
     if call >= len(calls) or (atom.call is None and len(calls) > 1):
         raise SweepError(f"{atom} is called {len(calls)} times. Select a call: at({atom.layer!r}, call=0).")
-    return calls[call]
+    value = calls[call] if atom.item is None else calls[call][atom.item]
+    if not isinstance(value, Tensor):
+        raise SweepError(f"{atom} is not a single tensor. Select one of its tensors: at(layer, item=…).")
+    return value
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)

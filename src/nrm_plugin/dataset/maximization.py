@@ -15,9 +15,10 @@ from zennit.core import Composite
 from ..composites import Uncovered
 from ..errors import InputError, TargetError
 from ..events.event import Event
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure, normalize
-from .activations import Activity
+from ..recording.module_outputs import module_outputs
+from .activations import single_activations
 from .evaluation import TargetChoice, device_of
 from .examples import EVENTS, By, FoundReferences, ReferencesError
 from .ranking import Ranking
@@ -92,11 +93,11 @@ def find_references(
     search = _Search(list(layers), k, tuple(by), dict(events or {}), unit, reduce, per_target)
     rules = normalize(composite, residual, gain_limit, uncovered)
     device = device_of(model) if device is None else device
-    with Activity(model, search.active) as activity:
+    with module_outputs(model, search.active) as outputs:
         for inputs, labels in tqdm(_batches(data, batch_size), disable=not show_progress, unit="batch"):
             choice = _ClassChoice(target, labels)
             mu = RelevanceMeasure(model, inputs.to(device), start=choice, composite=rules)
-            search.add(mu, torch.from_numpy(choice.targets), activity.taken())
+            search.add(mu, torch.from_numpy(choice.targets), single_activations(outputs))
     return search.references()
 
 
