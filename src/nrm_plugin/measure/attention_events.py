@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EventError
-from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Index, at, shown
+from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, at
+from ..events.index import Index, show
 from ..functional.attention import Layout
 from ..kernels.step import Step
 from ..recording.recording import Recording
@@ -80,7 +81,7 @@ def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
         chosen[index.value] = True
     except IndexError as error:
         raise EventError(
-            f"{atom}: there is no {what} {shown(index)}, it has {count}, from 0 to {count - 1}."
+            f"{atom}: there is no {what} {show(index.value)}, it has {count}, from 0 to {count - 1}."
         ) from error
     return chosen
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not, shown
+from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not
+from ..events.index import show
 from .decision_diagram import Formulas
 
 
@@ -57,7 +58,7 @@ def _atom(atom: Atom) -> str:
     if atom.side == "input":
         where = f"the input of {where}"
     if atom.index is not None:
-        key = shown(atom.index)
+        key = show(atom.index.value)
         where = f"{where} in channel {key}" if atom.along_channel else f"{where} at [{key}]"
     return f"are absorbed in {where}" if atom.side == "sink" else f"cross {where}"
 
@@ -67,7 +68,7 @@ def _attended(event: Attended) -> str:
     name = atom.layer if isinstance(atom.layer, str) else type(atom.layer).__name__
     text = f"go through the attention of {name!r}" + (f" in call {atom.call}" if atom.call is not None else "")
     for what, index in (("in head", event.heads), ("at token", event.queries), ("drawing on token", event.keys)):
-        text += "" if index is None else f" {what} {shown(index)}"
+        text += "" if index is None else f" {what} {show(index.value)}"
     return text
 
 
