@@ -181,12 +181,12 @@ PAIRS = [pytest.param(part, name, id=f"{part}: {name}") for part, names in SPELL
 
 @pytest.mark.parametrize("composite", slow_but(["default", "absolute", "plus flat, fused", "alpha beta"], "default"))
 @pytest.mark.parametrize(("part", "name"), PAIRS)
-def test_a_part_may_be_spelled_another_way(part, name, composite):
+def test_a_part_may_be_spelled_in_another_way(part, name, composite):
     alike(build(), build(**{part: SPELLINGS[part][name]}), COMPOSITES[composite](), least=6)
 
 
 @pytest.mark.parametrize("composite", COMPOSITES)
-def test_all_parts_may_be_spelled_another_way_at_once(composite):
+def test_all_parts_may_be_spelled_in_another_way(composite):
     spelled = {part: next(iter(names.values())) for part, names in SPELLINGS.items()}
     alike(build(), build(**spelled), COMPOSITES[composite](), least=3, residual="sink")
 
@@ -246,12 +246,12 @@ def folded(net: Net) -> Net:
 
 @pytest.mark.parametrize("residual", ["sink", "redistribute"])
 @pytest.mark.parametrize("composite", ["default", "plus flat, fused", "gamma box, fused"])
-def test_fusion_is_what_folding_the_weights_by_hand_is(composite, residual):
+def test_fusion_equals_folding_the_weights_by_hand(composite, residual):
     net = build()
     alike(net, folded(net), COMPOSITES[composite](), least=12, residual=residual)
 
 
-def test_without_fusion_the_folded_net_is_another_one():
+def test_without_fusion_the_folded_net_differs():
     net = build()
     with pytest.raises(AssertionError):
         alike(net, folded(net), EpsilonPlus(), least=12)
@@ -292,7 +292,7 @@ class Dropped(nn.Module):
 
 
 @pytest.mark.parametrize("composite", COMPOSITES)
-def test_in_place_updates_whose_result_is_dropped_are_part_of_the_model(composite):
+def test_in_place_updates_with_unused_results_are_part_of_the_model(composite):
     torch.manual_seed(0)
     net = Dropped().double().eval()
     apart = Dropped(apart=True).double().eval()

@@ -85,7 +85,7 @@ class InPlace(nn.Module):
         return self.head(nn.functional.relu(y, inplace=self.writes).mean((2, 3)))
 
 
-def test_a_sum_in_place_shares_by_what_its_parts_were(composite: Composite) -> None:
+def test_an_in_place_sum_splits_by_its_former_values(composite: Composite) -> None:
     model = prepared(InPlace())
     plain = copy.deepcopy(model)
     plain.writes = False
@@ -118,7 +118,7 @@ class Writing(nn.Module):
         return x.clamp_(min=0)
 
 
-def test_modules_that_write_in_place_write_to_what_a_skip_reads(composite: Composite) -> None:
+def test_in_place_modules_write_to_the_input_of_a_skip_connection(composite: Composite) -> None:
     model, plain = PreActivation(inplace=True), PreActivation(inplace=False)
     plain.load_state_dict(model.state_dict())
     check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
@@ -188,7 +188,7 @@ class Shared(nn.Module):
         return self.head((x + y).mean((2, 3)))
 
 
-def test_a_layer_that_others_read_does_not_take_over_its_batch_norm(composite: Composite) -> None:
+def test_a_layer_with_other_readers_is_not_fused_with_its_batch_norm(composite: Composite) -> None:
     model, plain = prepared(Shared(apart=False)), prepared(Shared(apart=True))
     plain.load_state_dict(model.state_dict())
     check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
@@ -306,7 +306,7 @@ class TwoOctaves(nn.Module):
 PARTS = ("hh1", "hd1", "hh2", "hd2", "ll2", "ld2")
 
 
-def test_a_convolution_that_returns_two_tensors_is_looked_into(composite: Composite) -> None:
+def test_functions_inside_a_convolution_that_returns_two_tensors_are_observed(composite: Composite) -> None:
     model, plain = TwoOctaves(apart=False), TwoOctaves(apart=True)
     for name, layer, rows, cols in (
         *(("hh1", "one", slice(2), slice(2)), ("hd1", "one", slice(2, 4), slice(2))),
@@ -346,7 +346,7 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize("spelling", ["module", "in place"])
-def test_gates_are_known_in_every_spelling(spelling: str, composite: Composite) -> None:
+def test_gates_are_recognized_in_every_spelling(spelling: str, composite: Composite) -> None:
     model, plain = Gated(spelling), Gated("function")
     plain.load_state_dict(model.state_dict())
     check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
@@ -400,7 +400,7 @@ class Chunked(nn.Module):
         return self.head(torch.cat([nn.functional.relu(one, inplace=self.inplace), two], 1).mean((2, 3)))
 
 
-def test_parts_of_a_tensor_may_be_written_to(composite: Composite) -> None:
+def test_chunks_of_a_tensor_may_be_written_to(composite: Composite) -> None:
     model, plain = Chunked(inplace=True), Chunked(inplace=False)
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -460,7 +460,9 @@ def activated(activation: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("spelling", ["autograd.Function", "TorchScript"])
-def test_activations_that_only_autograd_sees_are_known_by_what_they_do(spelling: str, composite: Composite) -> None:
+def test_activations_that_only_autograd_records_are_recognized_by_their_values(
+    spelling: str, composite: Composite
+) -> None:
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning):  # there are models with scripts all the same
             warnings.simplefilter("ignore", kind)
@@ -474,7 +476,7 @@ def test_activations_that_only_autograd_sees_are_known_by_what_they_do(spelling:
 
 
 @pytest.mark.parametrize("function", [Centered, Turned])
-def test_what_is_no_activation_is_not_taken_for_one(function: type[torch.autograd.Function]) -> None:
+def test_other_functions_are_not_recognized_as_activations(function: type[torch.autograd.Function]) -> None:
     model = prepared(activated(Activation(function.apply)))
     with pytest.raises(UncoveredLayerError, match=rf"layer '1' \(Activation\).*{function.__name__}.*layer_map"):
         RelevanceMeasure(model, torch.randn(2, 3, 6, 6).double(), 1)

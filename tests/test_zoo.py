@@ -198,7 +198,7 @@ def listed() -> list[str]:
     return [name for name, kind in vars(nn).items() if inspect.isclass(kind) and issubclass(kind, nn.Module)]
 
 
-def test_every_class_of_torch_is_in_the_table_or_left_out_for_a_reason():
+def test_every_module_class_of_torch_is_tested_or_omitted_for_a_reason():
     losses = {name for name in listed() if name.endswith("Loss") and name not in MODULES}
     assert set(listed()) - losses - set(LEFT_OUT) - set(MODULES) == set()
 
@@ -209,7 +209,7 @@ REFUSED = {"CosineSimilarity", "PairwiseDistance", "CrossMapLRN2d"}
 
 @pytest.mark.parametrize("dtype", slow_but(TOLERANCES, torch.float64), ids=["float32", "float64"])
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_hands_down_all_or_raises(name, dtype):
+def test_a_module_conserves_relevance_or_raises(name, dtype):
     build, shape = MODULES[name]
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=dtype)
@@ -230,7 +230,7 @@ def test_a_module_hands_down_all_or_raises(name, dtype):
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-def test_bags_of_embeddings_balance_or_raise(mode):
+def test_bags_of_embeddings_conserve_relevance_or_raise(mode):
     torch.manual_seed(0)
     net = nn.Sequential(nn.EmbeddingBag(9, 4, mode=mode), nn.Linear(4, 2)).double().eval()
     ids = torch.tensor([[1, 5, 2], [3, 3, 8]])
@@ -279,7 +279,7 @@ def functions() -> Iterator[tuple[str, Callable[..., Any]]]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("space", SPACES)
-def test_a_function_of_torch_hands_down_all_or_raises(space):
+def test_a_function_of_torch_conserves_relevance_or_raises(space):
     """Whatever can be called with a tensor, and with one of some further arguments."""
     x = torch.rand((4, 4), generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.1 + torch.eye(4)
     wrong, ran = {}, 0

@@ -76,7 +76,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("read", slow_but(["last", "mean"], "last"))
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_a_loop_returns_what_the_layer_returns_and_the_books_balance(kind, name, read):
+def test_a_loop_returns_the_output_of_the_layer_and_conserves_relevance(kind, name, read):
     net = Classifier(kind, read, **OPTIONS[name]).float()
     x = SERIES.float()
     with untouched(net, x):
@@ -262,7 +262,7 @@ def test_a_batch_and_its_samples_agree(kind, rules):
     ("kind", "read", "rules"),
     [*[(kind, "last", "default") for kind in KINDS], ("LSTM", "sum", "plus"), ("GRU", "sum", "absolute")],
 )
-def test_a_packed_batch_and_its_cut_samples_agree(kind, read, rules):
+def test_a_packed_batch_and_its_truncated_samples_agree(kind, read, rules):
     net = Classifier(kind, read, bidirectional=True, num_layers=2, batch_first=rules != "plus")
     mu = measure(net, composite=COMPOSITES[rules](), additional_forward_args=(None, LENGTHS))
     close(mu.output, net(SERIES, None, LENGTHS)[:, 1].detach())
@@ -289,7 +289,7 @@ def test_the_padding_of_a_packed_batch_is_a_constant_of_its_sample():
 
 
 @pytest.mark.parametrize("kind", slow_but(KINDS, "GRU"))
-def test_directions_and_layers_are_those_of_single_layers(kind):
+def test_directions_and_layers_equal_stacked_single_layers(kind):
     both = Classifier(kind, "sum", bidirectional=True, num_layers=2)
 
     class Apart(nn.Module):
@@ -328,7 +328,7 @@ def test_one_sequence_without_a_batch_is_one_sample():
 
 @pytest.mark.parametrize(("kind", "state"), [("LSTM", "cell"), ("GRU", "hidden"), ("RNN", "hidden")])
 @pytest.mark.parametrize("is_reverse", [False, True])
-def test_walks_cross_a_state_exactly_when_they_end_at_what_was_read_before(kind, state, is_reverse):
+def test_walks_cross_a_state_exactly_if_they_end_at_earlier_inputs(kind, state, is_reverse):
     net = Classifier(kind, bidirectional=True)
     with torch.no_grad():
         net.head.weight[:, slice(0, HIDDEN) if is_reverse else slice(HIDDEN, None)] = 0
@@ -358,7 +358,7 @@ def test_a_given_state_may_be_an_input():
     close(total, torch.ones(3).double())
 
 
-def test_a_state_that_was_given_as_zeros_is_none():
+def test_an_initial_state_of_zeros_equals_none():
     net = Classifier("LSTM", num_layers=2)
     zeros = torch.zeros(2, 3, HIDDEN).double()
     some = torch.zeros_like(zeros)
@@ -390,7 +390,7 @@ def test_a_rule_for_the_layer_is_the_rule_of_its_linear_maps():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_context_of_the_composite_hands_down_the_same(kind):
+def test_a_context_of_the_composite_propagates_the_same_relevance(kind):
     net, x = Classifier(kind), SERIES.clone().requires_grad_()
     expected = measure(net).marginal("input")
     weights = copy.deepcopy(net.state_dict())
