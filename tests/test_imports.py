@@ -67,6 +67,13 @@ def test_zennit_knows_the_composites_as_soon_as_both_are_imported(order: str) ->
     assert printed(code) == "True True"
 
 
+@pytest.mark.parametrize("first", ["from nrm_plugin import register_kernel", "import nrm_plugin.rules"])
+def test_any_name_may_be_imported_first(first: str) -> None:
+    """The import of Zennit inside of a module does not import the composites before that module is complete."""
+    code = f"{first}; import zennit.composites; print('nrm_default' in zennit.composites.COMPOSITES)"
+    assert printed(code) == "True"
+
+
 def test_torch_is_imported_with_the_first_name() -> None:
     code = "import sys, nrm_plugin; print('torch' in sys.modules); nrm_plugin.at; print('torch' in sys.modules)"
     assert printed(code).split() == ["False", "True"]

@@ -46,13 +46,18 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports modules by their former paths, and registers composites when Zennit's registry is imported."""
 
+    def __init__(self) -> None:
+        self._depth = 0
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname == REGISTRY:
-            return _registering(importlib.machinery.PathFinder.find_spec(fullname, path))
         package, _, name = fullname.partition(".")
-        return importlib.util.spec_from_loader(fullname, self) if package == PACKAGE and name in MOVED else None
+        if package == PACKAGE and name in MOVED:
+            return importlib.util.spec_from_loader(fullname, self)
+        if fullname != REGISTRY and (package != PACKAGE or REGISTRY in sys.modules):
+            return None
+        return self._registering(importlib.machinery.PathFinder.find_spec(fullname, path))
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         return None
@@ -65,18 +70,26 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         replacement = importlib.import_module(now)
         module.__dict__.update({name: value for name, value in vars(replacement).items() if name[:2] != "__"})
 
+    def _registering(self, spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
+        """A spec whose module is followed by the composites, which register themselves in Zennit's registry.
 
-def _registering(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-    """A spec whose module is followed by the composites of this package, which register themselves there."""
-    if spec is not None and spec.loader is not None:
+        A module of this package that imports Zennit is complete before they are imported, since they may need it.
+        """
+        if spec is None or spec.loader is None:
+            return spec
         run = spec.loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
-            run(module)
-            importlib.import_module(f"{PACKAGE}.composites")
+            self._depth += 1
+            try:
+                run(module)
+            finally:
+                self._depth -= 1
+            if self._depth == 0 and REGISTRY in sys.modules:
+                importlib.import_module(f"{PACKAGE}.composites")
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-    return spec
+        return spec
 
 
 class _Package(types.ModuleType):
