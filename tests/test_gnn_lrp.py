@@ -46,7 +46,7 @@ def published_composite() -> Normalized:
     return Normalized(LayerMapComposite(layers), residual="sink")
 
 
-def restricted(net: Published, x: Tensor, target: int, sets: list[list[int]]) -> float:
+def walks_in_sets(net: Published, x: Tensor, target: int, sets: list[list[int]]) -> float:
     r"""Σ of GNN-LRP over the walks whose nodes are in one set for each layer, input first.
 
     .. math:: R_{jK…} = \sum_k \frac{λ_{JK} h_j^J w^γ_{jk}}{\sum_{J} \sum_j λ_{JK} h_j^J w^γ_{jk}} R_{k…}
@@ -67,7 +67,7 @@ def restricted(net: Published, x: Tensor, target: int, sets: list[list[int]]) ->
         for layer, h, nodes in zip(reversed(net.layers), reversed(states[:-1]), reversed(sets[:-1]), strict=True):
             weight = layer.weight + GAMMA * layer.weight.clamp(min=0)
             incoming: dict[int, list[int]] = {}
-            for e in range(net.edges.shape[1]) if len(h) < 100 else _into(net, set(arrived)):
+            for e in range(net.edges.shape[1]) if len(h) < 100 else _edges_into(net, set(arrived)):
                 incoming.setdefault(int(net.edges[1, e]), []).append(e)
             kept, below = set(nodes), {}
             for n, relevance in arrived.items():
@@ -82,7 +82,7 @@ def restricted(net: Published, x: Tensor, target: int, sets: list[list[int]]) ->
         return float(sum(value.sum() for value in arrived.values()))
 
 
-def _into(net: Published, nodes: set[int]) -> list[int]:
+def _edges_into(net: Published, nodes: set[int]) -> list[int]:
     mask = torch.zeros(net.nodes, dtype=torch.bool)
     mask[list(nodes)] = True
     return mask[net.edges[1]].nonzero().flatten().tolist()
@@ -97,7 +97,7 @@ def test_gnn_lrp_is_the_joint_over_one_group_for_each_layer():
     total, seen = 0.0, 0
     for first in range(6):
         for walk in [(first, b, c, d) for b in range(6) for c in (0, 3) for d in (1, 3)]:
-            expected = restricted(net, x, 0, [[node] for node in walk])
+            expected = walks_in_sets(net, x, 0, [[node] for node in walk])
             event = at(taps[0])[walk[0]]
             for tap, node in zip(taps[1:], walk[1:], strict=True):
                 event = event & at(tap)[node]
@@ -105,7 +105,7 @@ def test_gnn_lrp_is_the_joint_over_one_group_for_each_layer():
             total, seen = total + abs(expected), seen + (expected != 0)
     assert total > 0.01
     assert 10 < seen < 140
-    everything = restricted(net, x, 0, [list(range(6))] * 4)
+    everything = walks_in_sets(net, x, 0, [list(range(6))] * 4)
     assert float(mu.marginal("input").sum() * mu.output) == pytest.approx(everything, abs=1e-8)
 
 
@@ -116,7 +116,7 @@ def test_sgnn_lrp_is_the_joint_over_one_set_in_all_layers():
     mu = RelevanceMeasure(net, x, 1, composite=published_composite(), batched=False)
     for nodes in ([0, 1, 2], [3, 5], list(range(7))):
         subgraph = at("input")[nodes] & at("blocks.0")[nodes] & at("blocks.1")[nodes] & at("blocks.2")[nodes]
-        walks = restricted(net, x, 1, [nodes] * 4)
+        walks = walks_in_sets(net, x, 1, [nodes] * 4)
         assert float(mu(subgraph) * mu.output) == pytest.approx(walks, abs=1e-8)
         assert abs(walks) > 1e-6
 
@@ -126,21 +126,21 @@ def test_a_subgraph_of_ten_thousand_nodes_takes_one_pass():
     x = x.abs()
     net = Published(edges, 10_000)
     mu = RelevanceMeasure(net, x, 0, composite=published_composite(), batched=False)
-    nodes = sorted({0, *_reached(net, [0], 3)})[:400]
+    nodes = sorted({0, *_neighbourhood(net, [0], 3)})[:400]
     event = at("input")[nodes] & at("blocks.0")[nodes] & at("blocks.1")[nodes] & at("blocks.2")[nodes]
-    found = mu(event)
-    asked = mu.cost
+    mass = mu(event)
+    cost = mu.cost
     mu.sinks()
     mu.marginal("input")
-    assert asked.steps <= mu.cost.steps
-    assert asked.vectors <= mu.cost.vectors
-    expected = restricted(net, x, 0, [nodes] * 4)
+    assert cost.steps <= mu.cost.steps
+    assert cost.vectors <= mu.cost.vectors
+    expected = walks_in_sets(net, x, 0, [nodes] * 4)
     assert abs(expected / float(mu.output)) > 1e-6
-    assert float(found * mu.output) == pytest.approx(expected, rel=1e-6)
+    assert float(mass * mu.output) == pytest.approx(expected, rel=1e-6)
 
 
-def _reached(net: Published, nodes: list[int], hops: int) -> set[int]:
+def _neighbourhood(net: Published, nodes: list[int], hops: int) -> set[int]:
     reached = set(nodes)
     for _ in range(hops):
-        reached |= {int(net.edges[0, e]) for e in _into(net, reached)}
+        reached |= {int(net.edges[0, e]) for e in _edges_into(net, reached)}
     return reached

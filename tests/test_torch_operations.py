@@ -25,7 +25,7 @@ def _edge_softmax(x: Tensor) -> Tensor:
     return torch.zeros(4).double().index_add(0, EDGES[1], score)[EDGES[1]].reciprocal().unsqueeze(1) * x[EDGES[0]]
 
 
-ZOO: dict[str, Callable[[Tensor], Tensor]] = {
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sparse of computed values": lambda x: torch.sparse_coo_tensor(EDGES, x.sum(1)[EDGES[0]], (4, 4)) @ SQUARE,
     "sparse computed from dense": lambda x: torch.sparse.mm((x @ x.T).to_sparse(), SQUARE),
     "sparse softmax": lambda x: torch.sparse.softmax(x.to_sparse(), 1).to_dense(),
@@ -89,7 +89,7 @@ ZOO: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-REFUSED = {
+UNSUPPORTED = {
     "sparse of computed values",
     "sparse computed from dense",
     "scatter_reduce prod",
@@ -105,18 +105,18 @@ REFUSED = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_conserves_relevance_or_raises(name):
-    """Never fewer, and never zeros: what is missing below must be in a sink, or the question is refused."""
+    """What does not arrive at the input is in a sink, or the query raises."""
     x = torch.randn((4, 4), generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     first = nn.Linear(4, 4).double()
-    net = nn.Sequential(first, Apply(ZOO[name])).eval()
+    net = nn.Sequential(first, Apply(OPERATIONS[name])).eval()
     start = torch.ones(net(x).shape).double()
     try:
         mu = RelevanceMeasure(net, x, start=start, composite=NRMAbsolute(), batched=False)
         total = mu.marginal("input").sum() + sum(float(value) for value in mu.sinks().values())
     except UnsupportedOperationError:
         return
-    assert name not in REFUSED
+    assert name not in UNSUPPORTED
     assert float(total) == pytest.approx(1, abs=1e-6)
     assert bool(mu.marginal("input").any()), name

@@ -17,7 +17,7 @@ from tests.functional.kernel_matrices import Apply, columns, draw
 
 
 class MeanOfHeads(Kernel):
-    """A query hands each head's relevance to the values by the mean attention of all heads."""
+    """A query passes the relevance of each head to the values by the mean attention of all heads."""
 
     is_stochastic = True
 
@@ -25,8 +25,8 @@ class MeanOfHeads(Kernel):
         self.weights = weights.mean(1)
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        handed = torch.einsum("nij,knhic->knhjc", self.weights, relevance)
-        return torch.zeros_like(handed), torch.zeros_like(handed), handed
+        lower = torch.einsum("nij,knhic->knhjc", self.weights, relevance)
+        return torch.zeros_like(lower), torch.zeros_like(lower), lower
 
     pull_absolute = pull
 
@@ -86,7 +86,9 @@ class Sequence(nn.Module):
         return self.head(y.mean(1))
 
 
-def alike(first: RelevanceMeasure, second: RelevanceMeasure, layers: list[str], tolerance: float = 1e-6) -> None:
+def check_same_measure(
+    first: RelevanceMeasure, second: RelevanceMeasure, layers: list[str], tolerance: float = 1e-6
+) -> None:
     torch.testing.assert_close(first.output, second.output)
     for layer in layers:
         torch.testing.assert_close(first.marginal(layer), second.marginal(layer), atol=tolerance, rtol=0)
@@ -125,7 +127,7 @@ def test_a_transformer_encoder_equals_its_matrix_products(norm_first, attention)
         torch.testing.assert_close(fused(x), plain(x))
     rules = Normalized(NRMDefault(), attention=attention)
     measures = [RelevanceMeasure(Sequence(net).eval(), x, [0, 2], composite=rules) for net in (fused, plain)]
-    alike(*measures, ["input", "body"])
+    check_same_measure(*measures, ["input", "body"])
     with torch.no_grad():  # the fast path
         torch.testing.assert_close(measures[0].output, Sequence(fused).eval()(x)[[0, 1], [0, 2]])
 
@@ -136,7 +138,7 @@ def test_time_first_encoders_and_returned_weights_change_nothing():
     x = draw(2, 5, 8)
     one = RelevanceMeasure(Sequence(batch_first).eval(), x, 1)
     two = RelevanceMeasure(Sequence(time_first, time_first=True).eval(), x, 1)
-    alike(one, two, ["input"])
+    check_same_measure(one, two, ["input"])
 
     class Weighing(nn.Module):
         def __init__(self, **options: Any) -> None:
@@ -148,7 +150,7 @@ def test_time_first_encoders_and_returned_weights_change_nothing():
             return self.attention(x, x, x, **self.options)[0]
 
     pair = [RelevanceMeasure(Sequence(Weighing(need_weights=w)).eval(), x, 1) for w in (True, False)]
-    alike(*pair, ["input"])
+    check_same_measure(*pair, ["input"])
 
 
 def test_a_batch_has_the_measures_of_its_samples():
@@ -206,9 +208,9 @@ def test_cross_attention_passes_relevance_to_the_memory(options):
 
     memory = draw(2, 4, options.get("kdim", 8))
     mu = RelevanceMeasure(Cross().double().eval(), (draw(2, 3, 8), memory), 1)
-    asked, given = (mu.marginal(name) for name in ("input[0]", "input[1]"))
-    assert not asked.any()
-    total = given.sum((1, 2)) + mu.sink("input[1]") + mu.bypass("input[1]")
+    of_queries, of_memory = (mu.marginal(name) for name in ("input[0]", "input[1]"))
+    assert not of_queries.any()
+    total = of_memory.sum((1, 2)) + mu.sink("input[1]") + mu.bypass("input[1]")
     torch.testing.assert_close(total, torch.ones(2, dtype=torch.float64))
     kept = mu.sink("input[1]", kind="constants").abs()
     assert bool((kept > 1e-3).all()) if "add_bias_kv" in options else bool((kept < 1e-5).all())
@@ -245,8 +247,8 @@ class RMSNorm(nn.Module):
 )
 def test_norms_of_tokens_are_the_identity(norm):
     x = draw(3, 6)
-    (found,) = columns(norm, [x])
-    torch.testing.assert_close(found, torch.eye(18, dtype=torch.float64), atol=1e-12, rtol=0)
+    (actual,) = columns(norm, [x])
+    torch.testing.assert_close(actual, torch.eye(18, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 def test_gated_linear_units_split_between_their_halves_unless_one_is_a_sigmoid():
@@ -257,12 +259,12 @@ def test_gated_linear_units_split_between_their_halves_unless_one_is_a_sigmoid()
         (lambda a, b: F.gelu(a) * b, (eye / 2, eye / 2)),  # GEGLU
         (lambda a, b: F.glu(torch.cat([a, b], -1), -1), (eye, none)),
     }:
-        for found, wanted in zip(columns(op, [a, b]), expected, strict=True):
-            torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+        for actual, wanted_matrix in zip(columns(op, [a, b]), expected, strict=True):
+            torch.testing.assert_close(actual, wanted_matrix, atol=1e-12, rtol=0)
 
 
 class Padding(nn.Module):
-    """Fills its ids up to a multiple of four, as attention over windows does, and has a table of positions beside."""
+    """Pads its ids to a multiple of four, as attention over windows does, and has a table of positions."""
 
     def __init__(self, left: bool) -> None:
         super().__init__()
@@ -271,8 +273,8 @@ class Padding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         missing = -ids.shape[1] % 4
         ids = nn.functional.pad(ids, (missing, 0) if self.left else (0, missing), value=8)
-        found = self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None].expand(len(ids), -1))
-        return self.head(F.scaled_dot_product_attention(found, found, found).mean(1))
+        actual = self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None].expand(len(ids), -1))
+        return self.head(F.scaled_dot_product_attention(actual, actual, actual).mean(1))
 
 
 @pytest.mark.parametrize("left", [True, False])

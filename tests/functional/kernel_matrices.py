@@ -52,13 +52,13 @@ def measure(
 def columns(
     op: Op | nn.Module, inputs: list[Tensor], composite: Composite | None = None, sums: Any = "absolute"
 ) -> list[Tensor]:
-    """``T[j, i]`` for each input; checks that what is missing in a column is in the sink."""
+    """``T[j, i]`` for each input; checks that the rest of each column is in the sink."""
     mu = measure(op, inputs, composite, sums)
     taps = ["input"] if len(inputs) == 1 else [f"input[{number}]" for number in range(len(inputs))]
-    found = [mu.marginal(tap).flatten(1) if tap in mu.layers else None for tap in taps]
+    marginals = [mu.marginal(tap).flatten(1) if tap in mu.layers else None for tap in taps]
     parts = [
         torch.zeros(mu.batch, value.numel(), dtype=value.dtype) if part is None else part
-        for part, value in zip(found, inputs, strict=True)
+        for part, value in zip(marginals, inputs, strict=True)
     ]
     total = torch.stack([part.sum(1) for part in parts]).sum(0)
     absorbed = torch.stack(list(mu.sinks().values()) or [torch.zeros(mu.batch).double()]).sum(0)
@@ -77,7 +77,7 @@ def eye(size: int) -> Tensor:
 
 
 def routed(output: Tensor, source: Tensor) -> Tensor:
-    """The 0/1 matrix of an operation that copies: values are distinct, so each tells where it came from."""
+    """The 0/1 matrix of an operation that copies: values are distinct, so each identifies its source."""
     return (output.reshape(-1, 1) == source.reshape(1, -1)).double()
 
 
@@ -103,8 +103,8 @@ def by_sign(weight: Tensor, a: Tensor, epsilon: float = 1e-6) -> Tensor:
     return part / (z + epsilon * torch.where(z >= 0, 1.0, -1.0))
 
 
-def each(channels: int, *weights: Tensor) -> Tensor:
-    """The same along every dimension, and for every channel."""
+def kron_with_channels(channels: int, *weights: Tensor) -> Tensor:
+    """The same weights for every channel, along every dimension."""
     matrix = eye(channels)
     for weight in weights:
         matrix = torch.kron(matrix, weight)
@@ -133,7 +133,7 @@ def linear_rules() -> Composite:
 
 
 def rows_of(share: Tensor) -> Tensor:
-    """``T[j, i]`` of a function that makes each row of ``(rows, columns)`` one number."""
+    """``T[j, i]`` of a function that reduces each row of ``(rows, columns)`` to one number."""
     rows, width = share.shape
     matrix = torch.zeros(rows, rows * width, dtype=torch.float64)
     for j in range(rows):
@@ -143,7 +143,7 @@ def rows_of(share: Tensor) -> Tensor:
 
 
 def alone(op: Op, x: Tensor, composite: Composite | None = None) -> Tensor:
-    """The matrix of an operation that knows no samples, row by row."""
+    """The matrix of an operation that mixes samples, row by row."""
     units = torch.eye(Apply(op)(x[None]).numel(), dtype=torch.float64)
     rules = Normalized(composite or NRMAbsolute(), residual="sink")
     start = [unit.reshape(Apply(op)(x[None]).shape) for unit in units]

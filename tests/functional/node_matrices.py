@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from nrm_plugin import Normalized, NRMAbsolute, RelevanceMeasure, at
 from nrm_plugin.errors import UnknownLayerError
 
-SUM_FLOOR = 1e-5  # what the rule of a sum hands to entries of zero
+SUM_FLOOR = 1e-5  # what the rule of a sum passes to entries of zero
 
 
 def rows(net: nn.Module, inputs: tuple[Tensor, ...], *more: Any) -> tuple[list[Tensor], Tensor]:
-    """``T[j, i]`` for each input, and what of each output ``j`` ends at constants; the rest must be nothing."""
+    """``T[j, i]`` for each input, and the share of each output ``j`` that constants absorb; together they are one."""
     shape = net(*inputs, *more).shape
     parts: list[list[Tensor]] = [[] for _ in inputs]
     constants = []
@@ -25,10 +25,10 @@ def rows(net: nn.Module, inputs: tuple[Tensor, ...], *more: Any) -> tuple[list[T
         mu = RelevanceMeasure(net, inputs, start=start, composite=rules, additional_forward_args=more, batched=False)
         for number, value in enumerate(inputs):
             try:
-                found = mu.marginal(at("input", item=number)).reshape(-1)
-            except UnknownLayerError:  # nothing of it is read
-                found = torch.zeros(value.numel()).double()
-            parts[number].append(found)
+                marginal = mu.marginal(at("input", item=number)).reshape(-1)
+            except UnknownLayerError:  # the output does not depend on it
+                marginal = torch.zeros(value.numel()).double()
+            parts[number].append(marginal)
         constants.append(sum(mu.sinks("constants").values(), start=torch.zeros(1).double())[0])
         whole = sum(part[-1].sum() for part in parts) + sum(float(v) for v in mu.sinks().values())
         assert abs(float(whole) - 1) <= 1e-10

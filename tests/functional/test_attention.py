@@ -26,17 +26,18 @@ def columns(op: Callable[..., Tensor], inputs: list[Tensor], **settings: Any) ->
     net = Apply(op)
     shape = net(*(value[None] for value in inputs)).shape[1:]
     rows: list[list[Tensor]] = []
-    for unit in torch.eye(shape.numel(), dtype=DOUBLE).reshape(-1, 1, *shape):  # one by one: a batch might mix
+    # One by one: samples of a batch might mix.
+    for unit in torch.eye(shape.numel(), dtype=DOUBLE).reshape(-1, 1, *shape):
         rules = Normalized(NRMAbsolute(), residual="sink", **settings)
         mu = RelevanceMeasure(net.eval(), tuple(value[None] for value in inputs), start=unit, composite=rules)
         taps = [f"input[{number}]" if len(inputs) > 1 else "input" for number in range(len(inputs))]
-        parts = [
+        decomposed = [
             mu.marginal(tap)[0] if tap in mu.layers else torch.zeros_like(v)
             for tap, v in zip(taps, inputs, strict=True)
         ]
         absorbed = sum(float(value) for value in mu.sinks().values())
-        assert abs(sum(float(part.sum()) for part in parts) + absorbed - 1) <= TOLERANCE
-        rows.append([part.flatten() for part in parts])
+        assert abs(sum(float(part.sum()) for part in decomposed) + absorbed - 1) <= TOLERANCE
+        rows.append([part.flatten() for part in decomposed])
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
@@ -44,12 +45,12 @@ HEADS, GROUPS, LENGTH, SOURCES, WIDTH = 4, 2, 3, 5, 2
 Q, K, V = draw(HEADS, LENGTH, WIDTH), draw(HEADS, SOURCES, WIDTH, seed=1), draw(HEADS, SOURCES, WIDTH, seed=2)
 FEW_K, FEW_V = draw(GROUPS, SOURCES, WIDTH, seed=3), draw(GROUPS, SOURCES, WIDTH, seed=4)
 BIAS = draw(HEADS, LENGTH, SOURCES, seed=5)
-HIDDEN = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
 
 
 def weights(q: Tensor, k: Tensor, mask: Any = None, causal: bool = False, scale: float | None = None) -> Tensor:
     """``A[h, i, j]``, entry by entry."""
-    found = torch.zeros(HEADS, LENGTH, SOURCES, dtype=DOUBLE)
+    actual = torch.zeros(HEADS, LENGTH, SOURCES, dtype=DOUBLE)
     for h in range(HEADS):
         group = h * len(k) // HEADS
         for i in range(LENGTH):
@@ -58,13 +59,13 @@ def weights(q: Tensor, k: Tensor, mask: Any = None, causal: bool = False, scale:
                 score = (q[h, i] @ k[group, j]) * (1 / math.sqrt(WIDTH) if scale is None else scale)
                 if mask is not None and mask.dtype != torch.bool:
                     score = score + mask.expand(HEADS, LENGTH, SOURCES)[h, i, j]
-                seen = not (causal and j > i) and (mask is None or mask.dtype != torch.bool or bool(mask[i, j]))
-                sizes[j] = score.exp() if seen else 0.0
-            found[h, i] = sizes / sizes.sum()
-    return found
+                scored = not (causal and j > i) and (mask is None or mask.dtype != torch.bool or bool(mask[i, j]))
+                sizes[j] = score.exp() if scored else 0.0
+            actual[h, i] = sizes / sizes.sum()
+    return actual
 
 
-def attended(a: Tensor, v: Tensor, by_head: bool = False) -> Tensor:
+def value_shares(a: Tensor, v: Tensor, by_head: bool = False) -> Tensor:
     """``|A_ij V_jk| / Σ |A_ij V_jk|`` from output ``(h, i, k)`` to value ``(h, j, k)``, with the floor of the rule."""
     size = v.abs() + FLOOR * (v.abs().mean((1, 2), keepdim=True) if by_head else v.abs().mean())
     matrix = torch.zeros(HEADS, LENGTH, WIDTH, *v.shape, dtype=DOUBLE)
@@ -77,17 +78,17 @@ def attended(a: Tensor, v: Tensor, by_head: bool = False) -> Tensor:
     return matrix.reshape(HEADS * LENGTH * WIDTH, -1)
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(WIDTH), -1) @ v
 
 
-def by_letters(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     a = torch.einsum("nhik,nhjk->nhij", q, k).mul(1 / math.sqrt(WIDTH)).softmax(-1)
     return torch.einsum("nhij,nhjk->nhik", a, v)
 
 
-def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Heads in the batch, and the scores by ``baddbmm``, as BLOOM has it."""
+def heads_in_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads in the batch, and the scores by ``baddbmm``, as in BLOOM."""
     size = q.shape[:2]
     q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))
     empty = torch.full((1, 1, 1), math.nan, dtype=q.dtype).expand(len(q), q.shape[1], k.shape[1])  # not read
@@ -101,16 +102,16 @@ sdpa = F.scaled_dot_product_attention
 SPELLINGS: dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]] = {
     "fused": (sdpa, [Q, K, V], weights(Q, K)),
     "by keyword": (lambda q, k, v: sdpa(value=v, key=k, query=q), [Q, K, V], weights(Q, K)),
-    "eager": (eager, [Q, K, V], weights(Q, K)),
-    "einsum": (by_letters, [Q, K, V], weights(Q, K)),
-    "heads in the batch": (folded, [Q, K, V], weights(Q, K)),
+    "unfused": (unfused, [Q, K, V], weights(Q, K)),
+    "einsum": (by_einsum, [Q, K, V], weights(Q, K)),
+    "heads in the batch": (heads_in_batch, [Q, K, V], weights(Q, K)),
     "causal": (lambda q, k, v: sdpa(q, k, v, is_causal=True), [Q, K, V], weights(Q, K, causal=True)),
-    "mask": (lambda q, k, v: sdpa(q, k, v, HIDDEN), [Q, K, V], weights(Q, K, HIDDEN)),
+    "mask": (lambda q, k, v: sdpa(q, k, v, MASK), [Q, K, V], weights(Q, K, MASK)),
     "position bias": (lambda q, k, v: sdpa(q, k, v, BIAS), [Q, K, V], weights(Q, K, BIAS)),
     "scale": (lambda q, k, v: sdpa(q, k, v, scale=0.3), [Q, K, V], weights(Q, K, scale=0.3)),
     "groups of queries": (lambda q, k, v: sdpa(q, k, v, enable_gqa=True), [Q, FEW_K, FEW_V], weights(Q, FEW_K)),
     "groups, repeated": (
-        lambda q, k, v: eager(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)),
+        lambda q, k, v: unfused(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)),
         [Q, FEW_K, FEW_V],
         weights(Q, FEW_K),
     ),
@@ -123,31 +124,31 @@ def test_attention_passes_all_relevance_to_the_values_by_absolute_share(name):
     of_queries, of_keys, of_values = columns(op, [q, k, v])
     assert not of_queries.any()
     assert not of_keys.any()
-    assert float((of_values - attended(a, v, name == "heads in the batch")).abs().max()) <= TOLERANCE
+    assert float((of_values - value_shares(a, v, name == "heads in the batch")).abs().max()) <= TOLERANCE
 
 
 def test_learned_queries_and_fixed_keys_are_constants():
-    """Cross-attention from parameters, and attention over a memory of which only the values are computed."""
-    for op in (lambda v: sdpa(Q[None], K[None], v), lambda v: eager(Q[None], K[None], v)):
-        (found,) = columns(op, [V])
-        assert float((found - attended(weights(Q, K), V)).abs().max()) <= TOLERANCE
-    # Where the values are the constants, the queries are what the output depends on.
-    for op in (lambda q: sdpa(q, K[None], V[None]), lambda q: eager(q, K[None], V[None])):
-        (found,) = columns(op, [Q])
-        torch.testing.assert_close(found.sum(1), torch.ones(len(found), dtype=DOUBLE))
+    """Cross-attention from parameters, and attention over a memory with computed values only."""
+    for op in (lambda v: sdpa(Q[None], K[None], v), lambda v: unfused(Q[None], K[None], v)):
+        (actual,) = columns(op, [V])
+        assert float((actual - value_shares(weights(Q, K), V)).abs().max()) <= TOLERANCE
+    # If the values are constants, the output depends on the queries alone.
+    for op in (lambda q: sdpa(q, K[None], V[None]), lambda q: unfused(q, K[None], V[None])):
+        (actual,) = columns(op, [Q])
+        torch.testing.assert_close(actual.sum(1), torch.ones(len(actual), dtype=DOUBLE))
 
 
 def test_fixed_values_are_the_same_fused_and_eager():
     fused = columns(lambda q: sdpa(q, K[None], V[None]), [Q])[0]
-    plain = columns(lambda q: eager(q, K[None], V[None]), [Q])[0]
+    plain = columns(lambda q: unfused(q, K[None], V[None]), [Q])[0]
     assert float((fused - plain).abs().max()) <= TOLERANCE
 
 
 def test_relevance_of_a_fully_masked_query_is_absorbed():
-    mask = HIDDEN.clone()
+    mask = MASK.clone()
     mask[1] = False
-    (found,) = columns(lambda v: sdpa(Q[None], K[None], v, mask), [V])
-    rows = found.reshape(HEADS, LENGTH, WIDTH, -1)
+    (actual,) = columns(lambda v: sdpa(Q[None], K[None], v, mask), [V])
+    rows = actual.reshape(HEADS, LENGTH, WIDTH, -1)
     assert not rows[:, 1].any()
     torch.testing.assert_close(rows[:, [0, 2]].sum(-1), torch.ones(HEADS, 2, WIDTH, dtype=DOUBLE))
 
@@ -184,7 +185,7 @@ def halves_by_hand(q: Tensor, k: Tensor, v: Tensor, relevance: Tensor) -> tuple[
     return of_q, of_k, of_v
 
 
-@pytest.mark.parametrize("name", ["fused", "eager", "einsum", "softmax module"])
+@pytest.mark.parametrize("name", ["fused", "unfused", "einsum", "softmax module"])
 def test_halves_are_the_rules_of_attnlrp(name):
     module = nn.Softmax(-1)
     ops = {name: spelled[0] for name, spelled in SPELLINGS.items()}
@@ -241,11 +242,11 @@ def test_a_transformer_block_with_halves_is_gradient_times_input_of_attnlrp():
     rules = LayerMapComposite([(Linear, Epsilon(1e-12)), (Activation, Pass())])
     composite = Normalized(rules, residual="sink", sums="signed", attention="halves")
     mu = RelevanceMeasure(block.eval(), x, 1, composite=composite)
-    found = mu.marginal("input") * mu.output[:, None, None]
-    torch.testing.assert_close(found, gradient * leaf.detach(), atol=1e-8, rtol=1e-6)
+    actual = mu.marginal("input") * mu.output[:, None, None]
+    torch.testing.assert_close(actual, gradient * leaf.detach(), atol=1e-8, rtol=1e-6)
     by_values = Normalized(rules, residual="sink", sums="signed")
     other = RelevanceMeasure(block, x, 1, composite=by_values)
-    assert float((other.marginal("input") * other.output[:, None, None] - found).abs().max()) > 1e-3
+    assert float((other.marginal("input") * other.output[:, None, None] - actual).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("attention", ["half", "", None, True])
@@ -262,7 +263,7 @@ def test_rotary_embeddings_of_queries_and_keys_receive_no_relevance():
         return x * angle.cos() + turned * angle.sin()
 
     x = draw(HEADS, LENGTH, WIDTH)
-    (found,) = columns(lambda x: sdpa(rotated(x), rotated(x), x), [x])
+    (actual,) = columns(lambda x: sdpa(rotated(x), rotated(x), x), [x])
     scores = torch.einsum("hik,hjk->hij", rotated(x), rotated(x)) / math.sqrt(WIDTH)
     rows = torch.zeros(HEADS, LENGTH, WIDTH, HEADS, LENGTH, WIDTH, dtype=DOUBLE)
     size = x.abs() + FLOOR * x.abs().mean()
@@ -271,49 +272,49 @@ def test_rotary_embeddings_of_queries_and_keys_receive_no_relevance():
             for k in range(WIDTH):
                 part = scores.softmax(-1)[h, i] * size[h, :, k]
                 rows[h, i, k, h, :, k] = part / part.sum()
-    assert float((found - rows.reshape(found.shape)).abs().max()) <= TOLERANCE
+    assert float((actual - rows.reshape(actual.shape)).abs().max()) <= TOLERANCE
 
 
-def parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention in torch's operations, where a query that sees nothing gets nothing."""
+def decomposed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention in operations of torch; the output of a fully masked query is zero."""
     k, v = (tensor.repeat_interleave(HEADS // tensor.shape[1], 1) for tensor in (k, v))
     scores = q @ k.transpose(-2, -1) / math.sqrt(WIDTH)
     if mask is None:
         return scores.softmax(-1) @ v
     if mask.dtype != torch.bool:
         return (scores + mask).softmax(-1) @ v
-    seen = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    return seen.masked_fill(~mask, 0.0) @ v
+    scored = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return scored.masked_fill(~mask, 0.0) @ v
 
 
-BLIND = HIDDEN.clone()
+FULLY_MASKED = MASK.clone()
 
 
-BLIND[1] = False
+FULLY_MASKED[1] = False
 
 
-TAKEN_APART: dict[str, tuple[dict[str, Any], Tensor | None, tuple[Tensor, Tensor, Tensor]]] = {
+DECOMPOSED: dict[str, tuple[dict[str, Any], Tensor | None, tuple[Tensor, Tensor, Tensor]]] = {
     "causal": ({"is_causal": True}, torch.ones(LENGTH, SOURCES).tril().bool(), (Q, K, V)),
-    "mask": ({"attn_mask": HIDDEN}, HIDDEN, (Q, K, V)),
-    "a query that sees nothing": ({"attn_mask": BLIND}, BLIND, (Q, K, V)),
+    "mask": ({"attn_mask": MASK}, MASK, (Q, K, V)),
+    "a fully masked query": ({"attn_mask": FULLY_MASKED}, FULLY_MASKED, (Q, K, V)),
     "position bias": ({"attn_mask": BIAS}, BIAS, (Q, K, V)),
     "groups of queries": ({"enable_gqa": True}, None, (Q, FEW_K, FEW_V)),
 }
 
 
-@pytest.mark.parametrize("name", TAKEN_APART)
+@pytest.mark.parametrize("name", DECOMPOSED)
 def test_the_fused_function_with_halves_equals_its_decomposition(name):
-    options, mask, inputs = TAKEN_APART[name]
+    options, mask, inputs = DECOMPOSED[name]
     inputs = tuple(value[None] for value in inputs)
     start = draw(1, *sdpa(*inputs, **options).shape[1:])
     rules = Normalized(NRMAbsolute(), residual="sink", attention="halves")
-    fused, eager = (
+    fused, unfused = (
         RelevanceMeasure(Apply(op), inputs, start=start, composite=rules)
-        for op in (lambda q, k, v: sdpa(q, k, v, **options), lambda q, k, v: parts(q, k, v, mask))
+        for op in (lambda q, k, v: sdpa(q, k, v, **options), lambda q, k, v: decomposed(q, k, v, mask))
     )
     explained = (start * sdpa(*inputs, **options)).sum() / start.sum()
     torch.testing.assert_close(fused.output, explained[None])
     for number in range(3):
-        found, expected = (mu.marginal(f"input[{number}]") for mu in (fused, eager))
+        actual, expected = (mu.marginal(f"input[{number}]") for mu in (fused, unfused))
         assert bool(expected.any())
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=TOLERANCE)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=TOLERANCE)

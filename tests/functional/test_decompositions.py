@@ -86,8 +86,8 @@ def test_nanmean_and_nansum_split_among_the_numbers():
     share = share / share.sum(1, keepdim=True)
     expected = torch.block_diag(*share[:, None])
     for op in (lambda a: with_holes(a).nanmean((2, 3)), lambda a: torch.nansum(with_holes(a), dim=(2, 3))):
-        (found,) = columns(op, [image])
-        assert float((found - expected).abs().max()) <= 1e-5  # the rule has a floor
+        (actual,) = columns(op, [image])
+        assert float((actual - expected).abs().max()) <= 1e-5  # the rule has a floor
 
 
 def test_diff_is_its_differences():
@@ -122,9 +122,9 @@ VARIANCES: dict[str, tuple[Op, Op]] = {
 
 @pytest.mark.parametrize("name", VARIANCES)
 def test_a_variance_is_its_decomposition(name):
-    op, written_out = VARIANCES[name]
-    assert torch.allclose(op(A[None]), written_out(A[None]))
-    check(columns(op, [A]), columns(written_out, [A]))
+    op, decomposed = VARIANCES[name]
+    assert torch.allclose(op(A[None]), decomposed(A[None]))
+    check(columns(op, [A]), columns(decomposed, [A]))
 
 
 def test_variance_and_mean_over_all_dimensions():
@@ -145,7 +145,7 @@ def test_a_trace_is_a_sum_and_an_inner_product_a_product():
 
 
 VECTOR, CUBE, BLOCKS = draw(4, seed=11), draw(2, 2, 2, seed=12), draw(2, 4, 4, seed=13).float()
-WRITTEN_OUT: dict[str, tuple[Op, Op]] = {
+DECOMPOSED: dict[str, tuple[Op, Op]] = {
     "inner with a number": (lambda x: torch.inner(x, torch.tensor(2.0).double()), lambda x: x * 2),
     "vecdot": (lambda x: torch.linalg.vecdot(x, x.flip(-1), dim=1), lambda x: (x * x.flip(-1)).sum(1)),
     "addmv": (
@@ -203,17 +203,17 @@ WRITTEN_OUT: dict[str, tuple[Op, Op]] = {
 
 
 if not hasattr(F, "grouped_mm"):
-    del WRITTEN_OUT["grouped_mm of batches"]
+    del DECOMPOSED["grouped_mm of batches"]
 
 
-@pytest.mark.parametrize("name", WRITTEN_OUT)
+@pytest.mark.parametrize("name", DECOMPOSED)
 def test_a_decomposed_function_equals_its_decomposition(name):
     x = draw(2, 4)
-    for one, other in (WRITTEN_OUT[name], WRITTEN_OUT[name][::-1]):
+    for one, other in (DECOMPOSED[name], DECOMPOSED[name][::-1]):
         torch.testing.assert_close(one(x[None]), other(x[None]))
-    found, expected = (alone(op, x) for op in WRITTEN_OUT[name])
+    actual, expected = (alone(op, x) for op in DECOMPOSED[name])
     assert bool(expected.any())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
@@ -225,12 +225,12 @@ def test_other_grouped_products_raise_with_advice():
         )
 
 
-@pytest.mark.parametrize("name", [name for name in WRITTEN_OUT if "computed" in name])
+@pytest.mark.parametrize("name", [name for name in DECOMPOSED if "computed" in name])
 @pytest.mark.parametrize("composite", [NRMAbsolute, None])
 def test_no_relevance_is_lost_where_the_model_computes_a_weight_or_bias(name, composite):
     x = draw(2, 4)[None]
-    for start in torch.eye(WRITTEN_OUT[name][0](x).numel(), dtype=torch.float64):
-        start = start.reshape(WRITTEN_OUT[name][0](x).shape)
-        mu = RelevanceMeasure(Apply(WRITTEN_OUT[name][0]).eval(), x, start=start, composite=composite and composite())
+    for start in torch.eye(DECOMPOSED[name][0](x).numel(), dtype=torch.float64):
+        start = start.reshape(DECOMPOSED[name][0](x).shape)
+        mu = RelevanceMeasure(Apply(DECOMPOSED[name][0]).eval(), x, start=start, composite=composite and composite())
         total = mu.marginal("input").sum() + sum(value.sum() for value in mu.sinks().values())
         assert float(total) == pytest.approx(1, abs=1e-9)

@@ -30,7 +30,7 @@ from tests.functional.kernel_matrices import (
 )
 
 
-def in_place(a: Tensor, b: Tensor) -> Tensor:
+def add_in_place(a: Tensor, b: Tensor) -> Tensor:
     a = a * 1.0
     a += b
     return a
@@ -41,14 +41,14 @@ SUMS: dict[str, tuple[Op, list[Tensor], list[float]]] = {
     "torch.add": (torch.add, [A, B], [1, 1]),
     "Tensor.add": (lambda a, b: a.add(b), [A, B], [1, 1]),
     "add alpha": (lambda a, b: torch.add(a, b, alpha=-2.5), [A, B], [1, -2.5]),
-    "a += b": (in_place, [A, B], [1, 1]),
+    "a += b": (add_in_place, [A, B], [1, 1]),
     "a - b": (lambda a, b: a - b, [A, B], [1, -1]),
     "sub alpha": (lambda a, b: a.sub(b, alpha=3), [A, B], [1, -3]),
     "rsub": (lambda a, b: torch.rsub(a, b, alpha=2), [A, B], [-2, 1]),
     "broadcast": (lambda a, b: a + b, [A, ROW], [1, 1]),
     "broadcast minus": (lambda a, b: b - a, [ROW, A], [-1, 1]),
     "one is zero": (lambda a, b: a + b, [ZERO, B], [1, 1]),
-    "all are zero": (lambda a, b: a + b, [ZERO, ZERO], [1, 1]),
+    "all zero": (lambda a, b: a + b, [ZERO, ZERO], [1, 1]),
     "(a + b) + c": (lambda a, b, c: (a + b) + c, [A, B, C], [1, 1, 1]),
     "a + (b + c)": (lambda a, b, c: a + (b + c), [A, B, C], [1, 1, 1]),
     "sum of a list": (lambda a, b, c: sum([a, b, c]), [A, B, C], [1, 1, 1]),
@@ -67,8 +67,8 @@ def test_sums_split_by_absolute_contribution(name):
     shares = [torch.where(dead, 1 / len(inputs), part.abs() / torch.where(dead, 1.0, total)) for part in contributions]
     tolerant = "stack" in name  # the rule of a reduction has a floor
     actual = columns(op, inputs)
-    for found, share, value in zip(actual, shares, inputs, strict=True):
-        assert float((found - spread(share, value)).abs().max()) <= (1e-5 if tolerant else TOLERANCE)
+    for matrix, share, value in zip(actual, shares, inputs, strict=True):
+        assert float((matrix - spread(share, value)).abs().max()) <= (1e-5 if tolerant else TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["a + b", "a - b", "rsub", "add alpha", "broadcast"])
@@ -105,10 +105,10 @@ PRODUCTS: dict[str, tuple[Op, list[Tensor], list[Tensor]]] = {
     "1 - gate": (lambda a, b: a * (1 - b.sigmoid()), [A, B], [eye(6), NONE]),
     "gate / sum": (lambda a, b: a * (b.exp() / b.exp().sum(1, keepdim=True)), [A, B], [eye(6), NONE]),
     "product of gates": (lambda a, b: a * (b.sigmoid() * b.exp()), [A, B], [eye(6), NONE]),
-    "gate times signal is no gate": (
+    "gate times signal is not a gate": (
         lambda a, b: a * (a.sigmoid() * b)[:, :1],
         [A, B],
-        [eye(6), NONE],  # a[:, :] is the larger operand
+        [eye(6), NONE],  # the signal is the larger operand
     ),
     "reshaped gate": (lambda a, b: a * b.sigmoid().flatten(1).reshape(-1, 2, 3), [A, B], [eye(6), NONE]),
     "broadcast gate": (lambda a, b: a * b.sigmoid(), [A, ROW], [eye(6), torch.zeros(6, 3).double()]),
@@ -136,7 +136,7 @@ PRODUCTS: dict[str, tuple[Op, list[Tensor], list[Tensor]]] = {
         [A, ROW],
         [spread(A**2 / (A**2 + ROW**2), A), spread(ROW**2 / (A**2 + ROW**2), ROW)],
     ),
-    "hypot of nothing": (torch.hypot, [ZERO, ZERO], [eye(6) / 2, eye(6) / 2]),
+    "hypot of zeros": (torch.hypot, [ZERO, ZERO], [eye(6) / 2, eye(6) / 2]),
     "glu": (
         lambda a: F.glu(a, 1),
         [draw(4, 3)],

@@ -106,8 +106,8 @@ ROUTES: dict[str, tuple[Op, list[Tensor]]] = {
     "unfold": (lambda a: F.unfold(a, 2, stride=2), [DATA]),
     "Tensor.unfold": (lambda a: a.unfold(1, 3, 2), [FLAT]),
     "unfold, padded": (lambda a: F.unfold(a, 3, padding=1, stride=2), [DATA]),
-    "write a slice": (lambda a, b: _written(a, b), [A, B]),
-    "fill a slice": (lambda a: _filled(a), [A]),
+    "write a slice": (lambda a, b: _write_slice(a, b), [A, B]),
+    "fill a slice": (lambda a: _fill_slice(a), [A]),
     "double": (lambda a: a.to(torch.float64), [A]),
 }
 
@@ -116,13 +116,13 @@ if type(torch.aminmax(torch.ones(2, requires_grad=True)).min.grad_fn).__name__ !
     del ROUTES["aminmax"]  # torch had no derivative of it at first, and so no place in the graph
 
 
-def _written(a: Tensor, b: Tensor) -> Tensor:
+def _write_slice(a: Tensor, b: Tensor) -> Tensor:
     a = a.clone()
     a[:, 0] = b[:, 1]
     return a
 
 
-def _filled(a: Tensor) -> Tensor:
+def _fill_slice(a: Tensor) -> Tensor:
     a = a.clone()
     a[:, :, 1] = 0.0
     return a

@@ -81,7 +81,7 @@ def test_a_constant_matrix_needs_a_rule_for_layers(name):
     assert torch.allclose(mu.marginal("input").flatten(), plain)
 
 
-def attended(a: Tensor, v: Tensor) -> Tensor:
+def value_shares(a: Tensor, v: Tensor) -> Tensor:
     """``|A_ij V_jk| / Σ_j |A_ij V_jk|`` from output ``(i, k)`` to ``V[j, k]``, with the floor of the rule."""
     size = v.abs() + FLOOR * v.abs().mean()
     rows, inner, cols = len(a), len(v), v.shape[1]
@@ -100,16 +100,16 @@ def attended(a: Tensor, v: Tensor) -> Tensor:
 def test_a_product_with_softmax_weights_passes_all_relevance_to_the_values(product):
     scores = draw(5, 4)
     actual = columns(lambda s, v: product(s.softmax(-1), v), [scores, V])
-    check(actual, [torch.zeros(10, 20).double(), attended(scores.softmax(-1), V)])
+    check(actual, [torch.zeros(10, 20).double(), value_shares(scores.softmax(-1), V)])
 
 
 def test_without_a_gate_the_larger_factor_receives_all_and_equal_ones_half():
     left, right = draw(5, 4), draw(4, 2, seed=1)
-    swapped = attended(right.T, left.T).reshape(2, 5, 4, 5).permute(1, 0, 3, 2).reshape(10, 20)
+    swapped = value_shares(right.T, left.T).reshape(2, 5, 4, 5).permute(1, 0, 3, 2).reshape(10, 20)
     check(columns(torch.matmul, [left, right]), [swapped, torch.zeros(10, 8).double()])
     left, right = draw(3, 4), draw(4, 3, seed=1)
-    upper = attended(right.T, left.T).reshape(3, 3, 4, 3).permute(1, 0, 3, 2).reshape(9, 12)
-    check(columns(torch.matmul, [left, right]), [upper / 2, attended(left, right) / 2])
+    upper = value_shares(right.T, left.T).reshape(3, 3, 4, 3).permute(1, 0, 3, 2).reshape(9, 12)
+    check(columns(torch.matmul, [left, right]), [upper / 2, value_shares(left, right) / 2])
 
 
 def test_einsum_of_one_tensor_sums_and_transposes():
@@ -131,7 +131,7 @@ CONSTANT_MATRICES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
         0, x.shape[:2]
     ),
     "einsum": lambda m, x: torch.einsum("nti,oi->nto", x, m.weight),
-    "einsum, turned": lambda m, x: torch.einsum("io,nti->nto", m.turned, x),
+    "einsum, transposed": lambda m, x: torch.einsum("io,nti->nto", m.turned, x),
     "tensordot": lambda m, x: torch.tensordot(x, m.turned, 1),
     "einsum by head": lambda m, x: torch.einsum("nti,ihk->nthk", x, m.turned.unflatten(1, (2, 3))).flatten(2),
     "bmm": lambda m, x: torch.bmm(x, m.turned.expand(len(x), -1, -1)),
@@ -155,10 +155,10 @@ def product(spelled: Callable[[nn.Module, Tensor], Tensor]) -> RelevanceMeasure:
 
 @pytest.mark.parametrize("name", CONSTANT_MATRICES)
 def test_a_constant_matrix_has_a_row_for_each_output(name):
-    """The default rule has the mean weight of an output: over a column of what is multiplied from the right."""
+    """The default rule reads the mean weight of an output, over a column of a right factor."""
     layer, written = product(lambda m, x: F.linear(x, m.weight)), product(CONSTANT_MATRICES[name])
     torch.testing.assert_close(layer.marginal("input"), written.marginal("input"), atol=1e-7, rtol=0)
-    if name in ("x @ W", "x @ W.T", "einsum", "einsum, turned", "tensordot"):  # the others do not tell the channels
+    if name in ("x @ W", "x @ W.T", "einsum", "einsum, transposed", "tensordot"):  # the others have no channels
         torch.testing.assert_close(layer.joint("act", "input"), written.joint("act", "input"), atol=1e-7, rtol=0)
         assert written.cost == layer.cost
     torch.testing.assert_close(layer.walk_variation(), written.walk_variation(), atol=1e-6, rtol=0)

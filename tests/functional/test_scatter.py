@@ -14,13 +14,13 @@ from tests.functional.node_matrices import SUM_FLOOR, rows
 
 
 def test_a_constant_competes_in_a_scattered_maximum():
-    """What it wins ends there."""
+    """Relevance of the outputs that it wins is absorbed."""
     x, rivals = draw(2, 4), draw(2, 4, seed=5)
     place = torch.tensor([[3, 2, 1, 0]]).expand(2, 4)
-    found = alone(lambda x: x.scatter_reduce(2, place[None], rivals[None], "amax"), x)
+    actual = alone(lambda x: x.scatter_reduce(2, place[None], rivals[None], "amax"), x)
     wins = x > rivals.flip(1)
     assert 0 < int(wins.sum()) < 8
-    torch.testing.assert_close(found, torch.diag(wins.double().flatten()))
+    torch.testing.assert_close(actual, torch.diag(wins.double().flatten()))
 
 
 M = torch.randn((5, 2), generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # messages
@@ -30,7 +30,7 @@ WIDE = INTO.unsqueeze(1).expand(5, 2)
 ZEROS = torch.zeros(4, 2, dtype=torch.float64)
 
 
-def summed(scale: Tensor | None = None) -> Tensor:
+def sum_shares(scale: Tensor | None = None) -> Tensor:
     """Absolute shares of messages in nodes, ``T[(n, f), (e, f)]``."""
     matrix = torch.zeros(4, 2, 5, 2).double()
     size = M.abs() if scale is None else (M * scale).abs()
@@ -42,8 +42,8 @@ def summed(scale: Tensor | None = None) -> Tensor:
     return matrix.reshape(8, 10)
 
 
-def chosen(best: Callable[[list[float]], float], rivals: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The entry that is best in each node: among messages, and the nodes' own values where they compete."""
+def extremum_shares(best: Callable[[list[float]], float], rivals: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The extremum of each node, among its messages and, if they compete, the values of the nodes."""
     messages, own = torch.zeros(4, 2, 5, 2).double(), torch.zeros(4, 2, 4, 2).double()
     for n in range(4):
         for f in range(2):
@@ -56,8 +56,8 @@ def chosen(best: Callable[[list[float]], float], rivals: Tensor | None = None) -
     return messages.reshape(8, 10), own.reshape(8, 8)
 
 
-def both(of_messages: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Shares of the nodes' own values beside what was summed into them."""
+def shares_with_nodes(of_messages: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Shares of messages and of the values of the nodes that they are added to."""
     total = torch.zeros(4, 2).double()
     for e in range(5):
         total[INTO[e]] += weight * M[e]
@@ -69,43 +69,43 @@ EMPTY = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0]).double()  # outputs of node 1
 SIGNED = torch.tensor([1.0, -2.0, 0.5, 1.0, -1.0]).double()
 COO = torch.sparse_coo_tensor(torch.stack([INTO, torch.arange(5)]), SIGNED, (4, 5), check_invariants=True).coalesce()
 ONTO_ZEROS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
-    "index_add": (lambda m: ZEROS.index_add(0, INTO, m), summed()),
-    "index_add_": (lambda m: m.new_zeros(4, 2).index_add_(0, INTO, m, alpha=-3), summed()),
-    "index_add along features": (lambda m: ZEROS.T.index_add(1, INTO, m.T).T, summed()),
-    "torch.scatter_add": (lambda m: torch.scatter_add(ZEROS, 0, WIDE, m), summed()),
+    "index_add": (lambda m: ZEROS.index_add(0, INTO, m), sum_shares()),
+    "index_add_": (lambda m: m.new_zeros(4, 2).index_add_(0, INTO, m, alpha=-3), sum_shares()),
+    "index_add along features": (lambda m: ZEROS.T.index_add(1, INTO, m.T).T, sum_shares()),
+    "torch.scatter_add": (lambda m: torch.scatter_add(ZEROS, 0, WIDE, m), sum_shares()),
     "scatter_add_, a part of the messages": (
         lambda m: ZEROS.clone().scatter_add_(0, WIDE, torch.cat([m, m[:2]])),
-        summed(),
+        sum_shares(),
     ),
-    "scatter_reduce sum": (lambda m: ZEROS.scatter_reduce(0, WIDE, m, "sum"), summed()),
-    "scatter_reduce mean": (lambda m: ZEROS.scatter_reduce(0, WIDE, m, "mean", include_self=False), summed()),
-    "scatter_reduce_ mean with zeros": (lambda m: m.new_zeros(4, 2).scatter_reduce_(0, WIDE, m, "mean"), summed()),
-    "index_reduce mean": (lambda m: ZEROS.index_reduce(0, INTO, m, "mean", include_self=False), summed()),
+    "scatter_reduce sum": (lambda m: ZEROS.scatter_reduce(0, WIDE, m, "sum"), sum_shares()),
+    "scatter_reduce mean": (lambda m: ZEROS.scatter_reduce(0, WIDE, m, "mean", include_self=False), sum_shares()),
+    "scatter_reduce_ mean with zeros": (lambda m: m.new_zeros(4, 2).scatter_reduce_(0, WIDE, m, "mean"), sum_shares()),
+    "index_reduce mean": (lambda m: ZEROS.index_reduce(0, INTO, m, "mean", include_self=False), sum_shares()),
     "segment_reduce": (
         lambda m: torch.segment_reduce(m[[0, 2, 4, 1, 3]], "mean", lengths=torch.tensor([3, 0, 1, 1])),
-        summed(),
+        sum_shares(),
     ),
     "segment_reduce by offsets": (
         lambda m: torch.segment_reduce(m[[0, 2, 4, 1, 3]], "sum", offsets=torch.tensor([0, 3, 3, 4, 5])),
-        summed(),
+        sum_shares(),
     ),
-    "sparse @": (lambda m: COO @ m, summed(SIGNED.unsqueeze(1))),
-    "torch.sparse.mm": (lambda m: torch.sparse.mm(COO, m), summed(SIGNED.unsqueeze(1))),
-    "torch.mm of CSR": (lambda m: torch.mm(COO.to_sparse_csr(), m), summed(SIGNED.unsqueeze(1))),
+    "sparse @": (lambda m: COO @ m, sum_shares(SIGNED.unsqueeze(1))),
+    "torch.sparse.mm": (lambda m: torch.sparse.mm(COO, m), sum_shares(SIGNED.unsqueeze(1))),
+    "torch.mm of CSR": (lambda m: torch.mm(COO.to_sparse_csr(), m), sum_shares(SIGNED.unsqueeze(1))),
     "torch.sparse.mm mean": (
         lambda m: torch.sparse.mm(COO.to_sparse_csr(), m, "mean"),
-        summed(SIGNED.unsqueeze(1)),
+        sum_shares(SIGNED.unsqueeze(1)),
     ),
-    "torch.spmm": (lambda m: torch.spmm(COO, m), summed(SIGNED.unsqueeze(1))),
+    "torch.spmm": (lambda m: torch.spmm(COO, m), sum_shares(SIGNED.unsqueeze(1))),
     "torch.sparse.addmm": (
         lambda m: torch.sparse.addmm(torch.ones(4, 2).double(), COO, m, alpha=2),
-        summed(SIGNED.unsqueeze(1)),
+        sum_shares(SIGNED.unsqueeze(1)),
     ),
-    "vector": (lambda m: torch.stack([COO @ m[:, 0], COO.matmul(m[:, 1])], 1), summed(SIGNED.unsqueeze(1))),
-    "dense times sparse": (lambda m: (m.T @ COO.T.to_sparse_csr()).T, summed(SIGNED.unsqueeze(1))),
-    "amax": (lambda m: ZEROS.scatter_reduce(0, WIDE, m, "amax", include_self=False), chosen(max)[0]),
-    "amin": (lambda m: ZEROS.index_reduce(0, INTO, m, "amin", include_self=False), chosen(min)[0]),
-    "amax above zero": (lambda m: ZEROS.scatter_reduce(0, WIDE, m, "amax"), chosen(max, ZEROS)[0]),
+    "vector": (lambda m: torch.stack([COO @ m[:, 0], COO.matmul(m[:, 1])], 1), sum_shares(SIGNED.unsqueeze(1))),
+    "dense times sparse": (lambda m: (m.T @ COO.T.to_sparse_csr()).T, sum_shares(SIGNED.unsqueeze(1))),
+    "amax": (lambda m: ZEROS.scatter_reduce(0, WIDE, m, "amax", include_self=False), extremum_shares(max)[0]),
+    "amin": (lambda m: ZEROS.index_reduce(0, INTO, m, "amin", include_self=False), extremum_shares(min)[0]),
+    "amax above zero": (lambda m: ZEROS.scatter_reduce(0, WIDE, m, "amax"), extremum_shares(max, ZEROS)[0]),
 }
 
 
@@ -120,20 +120,20 @@ def test_sums_of_messages_split_by_size_and_nodes_without_messages_are_constants
 
 
 ONTO_NODES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]]] = {
-    "index_add": (lambda m, x: x.index_add(0, INTO, m), both(summed())),
-    "in place, times two": (lambda m, x: (x * 1).index_add_(0, INTO, m, alpha=2), both(summed(), 2.0)),
-    "scatter_add": (lambda m, x: x.scatter_add(0, WIDE, m), both(summed())),
-    "mean with self": (lambda m, x: x.scatter_reduce(0, WIDE, m, "mean"), both(summed())),
-    "amax with self": (lambda m, x: x.scatter_reduce(0, WIDE, m, "amax"), chosen(max, X)),
-    "amin without self": (lambda m, x: x.scatter_reduce(0, WIDE, m, "amin", include_self=False), chosen(min)),
+    "index_add": (lambda m, x: x.index_add(0, INTO, m), shares_with_nodes(sum_shares())),
+    "in place, times two": (lambda m, x: (x * 1).index_add_(0, INTO, m, alpha=2), shares_with_nodes(sum_shares(), 2.0)),
+    "scatter_add": (lambda m, x: x.scatter_add(0, WIDE, m), shares_with_nodes(sum_shares())),
+    "mean with self": (lambda m, x: x.scatter_reduce(0, WIDE, m, "mean"), shares_with_nodes(sum_shares())),
+    "amax with self": (lambda m, x: x.scatter_reduce(0, WIDE, m, "amax"), extremum_shares(max, X)),
+    "amin without self": (lambda m, x: x.scatter_reduce(0, WIDE, m, "amin", include_self=False), extremum_shares(min)),
 }
 
 
 @pytest.mark.parametrize("name", ONTO_NODES)
 def test_values_of_nodes_and_messages_split_the_relevance_of_their_sum(name):
     op, expected = ONTO_NODES[name]
-    found, constants = rows(Apply(op), (M, X))
-    for one, other in zip(found, expected, strict=True):
+    actual, constants = rows(Apply(op), (M, X))
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=SUM_FLOOR)
     assert not constants.any()
 
@@ -153,7 +153,7 @@ COPIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def put_at(m: Tensor, x: Tensor) -> Tensor:
+def write_by_index(m: Tensor, x: Tensor) -> Tensor:
     x = x.clone()
     x[PLACES] = m[2:4]
     x[X > 1] = 0.5
@@ -168,12 +168,12 @@ def dense_batch(m: Tensor, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", [*COPIES, "written by index", "dense batch"])
 def test_indexed_writes_and_reads_pass_relevance_to_the_source(name):
-    op = COPIES.get(name) or {"written by index": put_at, "dense batch": dense_batch}[name]
+    op = COPIES.get(name) or {"written by index": write_by_index, "dense batch": dense_batch}[name]
     output = op(M, X)
-    found, constants = rows(Apply(op), (M, X))
-    for part, source in zip(found, (M, X), strict=True):
+    actual, constants = rows(Apply(op), (M, X))
+    for part, source in zip(actual, (M, X), strict=True):
         assert torch.equal(part, (output.reshape(-1, 1) == source.reshape(1, -1)).double())
-    assert torch.equal(constants, 1 - found[0].sum(1) - found[1].sum(1))
+    assert torch.equal(constants, 1 - actual[0].sum(1) - actual[1].sum(1))
 
 
 TWICE = torch.tensor([1, 3, 1, 0, 1])
@@ -199,12 +199,12 @@ def test_accumulating_writes_are_sums_into_nodes(name):
         torch.testing.assert_close(nu.output, mu.output)
         for tap in ("input[0]", "input[1]"):
             expected = mu.marginal(tap) if tap in mu.layers else torch.zeros(1, *(x if tap == "input[0]" else y).shape)
-            found = nu.marginal(tap) if tap in nu.layers else torch.zeros_like(expected)
-            torch.testing.assert_close(found, expected.to(found), rtol=0, atol=1e-5)
+            actual = nu.marginal(tap) if tap in nu.layers else torch.zeros_like(expected)
+            torch.testing.assert_close(actual, expected.to(actual), rtol=0, atol=1e-5)
 
 
 def test_an_empty_group_writes_nothing():
-    """What a layer with weights for each degree does where no node has one."""
+    """As in a layer with weights for each degree, without a node of some degree."""
 
     def by_degree(x: Tensor) -> Tensor:
         result = x.detach().new_zeros(x.shape)

@@ -20,7 +20,7 @@ from .registry import KERNELS, kernel_factory_of
 from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, write_at
 
 NOT_HANDLED: Final = object()
-METADATA = frozenset("requires_grad detach backward register_hook retain_grad grad_fn data is_floating_point".split())
+METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
 
 
 @dataclass(frozen=True)
