@@ -101,8 +101,8 @@ class Interception(Canonizer):
         def start(module: nn.Module, args: Any) -> None:
             if module is not root_module:
                 raise ModelStateError(
-                    f"this {type(module).__name__} is a copy that was made in the context of a composite, with its hooks. "
-                    "Copy the model outside of the context."
+                    f"this {type(module).__name__} is a copy that was made in the context of a composite, with its "
+                    "hooks. Copy the model outside of the context."
                 )
             if self.active:
                 self._start(root_module, settings)

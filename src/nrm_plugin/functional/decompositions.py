@@ -175,7 +175,7 @@ def product_and_bias(
     return function(input, weight, None, *args, **options) + bias.reshape(-1, *(1,) * (weight.ndim - 2))
 
 
-# -- functions of torch that are written in Python ----------------------------------------------------------------------
+# -- functions of torch that are written in Python -----------------------------------------------------------------
 
 
 def python_body(function: Any) -> Callable[..., Any] | None:
