@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Sequence
@@ -44,10 +45,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports modules by their former paths, and registers composites when Zennit's registry is imported."""
-
-    def __init__(self) -> None:
-        self._depth = 0
+    """Imports modules by their former paths, and registers composites once Zennit's registry is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -55,41 +53,50 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         package, _, name = fullname.partition(".")
         if package == PACKAGE and name in MOVED:
             return importlib.util.spec_from_loader(fullname, self)
-        if fullname != REGISTRY and (package != PACKAGE or REGISTRY in sys.modules):
-            return None
-        return self._registering(importlib.machinery.PathFinder.find_spec(fullname, path))
+        if fullname == REGISTRY or (package == PACKAGE and name):
+            return _registering(importlib.machinery.PathFinder.find_spec(fullname, path))
+        return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Hands out the names of the module that replaces this one."""
+        """Gives the module all names of the one that replaces it."""
         former = module.__name__
         now = f"{PACKAGE}.{MOVED[former.partition('.')[2]]}"
         warn_deprecated(f"the module {former}", now)
         replacement = importlib.import_module(now)
         module.__dict__.update({name: value for name, value in vars(replacement).items() if name[:2] != "__"})
 
-    def _registering(self, spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-        """A spec whose module is followed by the composites, which register themselves in Zennit's registry.
 
-        A module of this package that imports Zennit is complete before they are imported, since they may need it.
-        """
-        if spec is None or spec.loader is None:
-            return spec
+class _Depth(threading.local):
+    """Number of imports that are under way in a thread."""
+
+    value = 0
+
+
+_DEPTH = _Depth()
+
+
+def _registering(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
+    """A spec whose outermost import is followed by that of the composites, if Zennit's registry is there.
+
+    Only after the outermost one, since modules of this package that import Zennit are incomplete before.
+    """
+    if spec is not None and spec.loader is not None:
         run = spec.loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
-            self._depth += 1
+            _DEPTH.value += 1
             try:
                 run(module)
             finally:
-                self._depth -= 1
-            if self._depth == 0 and REGISTRY in sys.modules:
+                _DEPTH.value -= 1
+            if not _DEPTH.value and REGISTRY in sys.modules:
                 importlib.import_module(f"{PACKAGE}.composites")
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    return spec
 
 
 class _Package(types.ModuleType):

@@ -103,7 +103,7 @@ def by_sign(weight: Tensor, a: Tensor, epsilon: float = 1e-6) -> Tensor:
     return part / (z + epsilon * torch.where(z >= 0, 1.0, -1.0))
 
 
-def kron_with_channels(channels: int, *weights: Tensor) -> Tensor:
+def blocks(channels: int, *weights: Tensor) -> Tensor:
     """The same weights for every channel, along every dimension."""
     matrix = eye(channels)
     for weight in weights:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from nrm_plugin.functional.forward_pass import ForwardPass
 from nrm_plugin.functional.function_call import Settings
 from nrm_plugin.functional.handlers import HANDLERS, NOT_HANDLED
+from nrm_plugin.functional.intercepted_pass import InterceptedPass
 from nrm_plugin.functional.observed_call import ObservedCall
 
 X = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -43,7 +43,7 @@ def test_handlers_have_names_and_reasons_of_their_own():
 
 @pytest.mark.parametrize(("name", "function", "args"), CALLS)
 def test_the_first_handler_that_applies_handles_a_call(name, function, args):
-    forward_pass = ForwardPass(Settings(), nullcontext())
+    forward_pass = InterceptedPass(Settings(), nullcontext())
     call = ObservedCall.of(function, args, {}, "")
     applied = next(h.name for h in HANDLERS if h.run(call, forward_pass) is not NOT_HANDLED)
     assert applied == name

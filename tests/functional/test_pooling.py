@@ -26,8 +26,8 @@ from tests.functional.kernel_matrices import (
     check,
     columns,
     draw,
-    each,
     eye,
+    blocks,
 )
 
 
@@ -90,81 +90,105 @@ def sampled(image: Tensor, grid: Tensor) -> Tensor:
         left, top = math.floor(column), math.floor(row)
         for r, c in itertools.product((top, top + 1), (left, left + 1)):
             weight[j, r * width + c] = (1 - abs(row - r)) * (1 - abs(column - c))
-    return each(len(image), weight)
+    return blocks(len(image), weight)
 
 
 POOLINGS: dict[str, tuple[Op, Tensor, Tensor]] = {
-    "mean over the image": (lambda a: a.mean((2, 3)), IMAGE, each(2, torch.full((1, 20), 1 / 20).double())),
-    "mean keepdim": (lambda a: torch.mean(a, 2, keepdim=True), IMAGE, each(2, torch.full((1, 4), 0.25), eye(5))),
+    "mean over the image": (
+        lambda a: a.mean((2, 3)),
+        IMAGE,
+        blocks(2, torch.full((1, 20), 1 / 20).double()),
+    ),
+    "mean keepdim": (
+        lambda a: torch.mean(a, 2, keepdim=True),
+        IMAGE,
+        blocks(2, torch.full((1, 4), 0.25), eye(5)),
+    ),
     "mean over channels": (lambda a: a.mean(1), IMAGE, torch.kron(torch.full((1, 2), 0.5), eye(20))),
-    "sum": (lambda a: a.sum(-1), IMAGE, each(2, eye(4), torch.ones(1, 5))),
-    "cumsum": (lambda a: a.cumsum(2), LINE, each(2, torch.ones(7, 7).tril())),
-    "avg_pool1d": (lambda a: F.avg_pool1d(a, 3, 2), LINE, each(2, windows(7, 3, 2))),
-    "avg_pool2d": (lambda a: F.avg_pool2d(a, 2), IMAGE, each(2, windows(4, 2, 2), windows(5, 2, 2))),
+    "sum": (lambda a: a.sum(-1), IMAGE, blocks(2, eye(4), torch.ones(1, 5))),
+    "cumsum": (lambda a: a.cumsum(2), LINE, blocks(2, torch.ones(7, 7).tril())),
+    "avg_pool1d": (lambda a: F.avg_pool1d(a, 3, 2), LINE, blocks(2, windows(7, 3, 2))),
+    "avg_pool2d": (lambda a: F.avg_pool2d(a, 2), IMAGE, blocks(2, windows(4, 2, 2), windows(5, 2, 2))),
     "avg_pool2d strided, padded": (
         lambda a: F.avg_pool2d(a, 3, (1, 2), 1),
         IMAGE,
-        each(2, windows(4, 3, 1, 1), windows(5, 3, 2, 1)),
+        blocks(2, windows(4, 3, 1, 1), windows(5, 3, 2, 1)),
     ),
     "avg_pool2d, padding not counted": (
         lambda a: F.avg_pool2d(a, 3, 1, 1, count_include_pad=False),
         IMAGE,
-        each(2, windows(4, 3, 1, 1, False), windows(5, 3, 1, 1, False)),
+        blocks(2, windows(4, 3, 1, 1, False), windows(5, 3, 1, 1, False)),
     ),
     "avg_pool3d": (
         lambda a: F.avg_pool3d(a, 2, 1),
         VOLUME,
-        each(1, windows(3, 2, 1), windows(4, 2, 1), windows(2, 2, 1)),
+        blocks(1, windows(3, 2, 1), windows(4, 2, 1), windows(2, 2, 1)),
     ),
-    "adaptive_avg_pool1d": (lambda a: F.adaptive_avg_pool1d(a, 3), LINE, each(2, bins(7, 3))),
-    "adaptive_avg_pool2d": (lambda a: F.adaptive_avg_pool2d(a, (3, 2)), IMAGE, each(2, bins(4, 3), bins(5, 2))),
+    "adaptive_avg_pool1d": (lambda a: F.adaptive_avg_pool1d(a, 3), LINE, blocks(2, bins(7, 3))),
+    "adaptive_avg_pool2d": (
+        lambda a: F.adaptive_avg_pool2d(a, (3, 2)),
+        IMAGE,
+        blocks(2, bins(4, 3), bins(5, 2)),
+    ),
     "adaptive_avg_pool2d that enlarges": (
         lambda a: F.adaptive_avg_pool2d(a, (6, 6)),
         IMAGE,
-        each(2, bins(4, 6), bins(5, 6)),
+        blocks(2, bins(4, 6), bins(5, 6)),
     ),
     "adaptive_avg_pool3d": (
         lambda a: F.adaptive_avg_pool3d(a, (2, 3, 1)),
         VOLUME,
-        each(1, bins(3, 2), bins(4, 3), bins(2, 1)),
+        blocks(1, bins(3, 2), bins(4, 3), bins(2, 1)),
     ),
-    "interpolate linear": (lambda a: F.interpolate(a, 10, mode="linear"), LINE, each(2, between(7, 10, False))),
+    "interpolate linear": (
+        lambda a: F.interpolate(a, 10, mode="linear"),
+        LINE,
+        blocks(2, between(7, 10, False)),
+    ),
     "interpolate bilinear": (
         lambda a: F.interpolate(a, scale_factor=2, mode="bilinear"),
         IMAGE,
-        each(2, between(4, 8, False), between(5, 10, False)),
+        blocks(2, between(4, 8, False), between(5, 10, False)),
     ),
     "interpolate bilinear, corners": (
         lambda a: F.interpolate(a, size=(3, 7), mode="bilinear", align_corners=True),
         IMAGE,
-        each(2, between(4, 3, True), between(5, 7, True)),
+        blocks(2, between(4, 3, True), between(5, 7, True)),
     ),
     "interpolate trilinear": (
         lambda a: F.interpolate(a, size=(6, 8, 4), mode="trilinear"),
         VOLUME,
-        each(1, between(3, 6, False), between(4, 8, False), between(2, 4, False)),
+        blocks(1, between(3, 6, False), between(4, 8, False), between(2, 4, False)),
     ),
-    "interpolate area": (lambda a: F.interpolate(a, size=(2, 3), mode="area"), IMAGE, each(2, bins(4, 2), bins(5, 3))),
+    "interpolate area": (
+        lambda a: F.interpolate(a, size=(2, 3), mode="area"),
+        IMAGE,
+        blocks(2, bins(4, 2), bins(5, 3)),
+    ),
     "interpolate bicubic": (
         lambda a: F.interpolate(a, size=(8, 10), mode="bicubic"),
         IMAGE,
-        each(2, cubic(4, 8), cubic(5, 10)),
+        blocks(2, cubic(4, 8), cubic(5, 10)),
     ),
     "interpolate bicubic down": (
         lambda a: F.interpolate(a, size=(3, 2), mode="bicubic"),
         IMAGE,
-        each(2, cubic(4, 3), cubic(5, 2)),
+        blocks(2, cubic(4, 3), cubic(5, 2)),
     ),
-    "Upsample bicubic": (nn.Upsample(scale_factor=2, mode="bicubic"), IMAGE, each(2, cubic(4, 8), cubic(5, 10))),
+    "Upsample bicubic": (
+        nn.Upsample(scale_factor=2, mode="bicubic"),
+        IMAGE,
+        blocks(2, cubic(4, 8), cubic(5, 10)),
+    ),
     "Upsample bilinear": (
         nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
         IMAGE,
-        each(2, between(4, 8, True), between(5, 10, True)),
+        blocks(2, between(4, 8, True), between(5, 10, True)),
     ),
     "UpsamplingBilinear2d": (
         nn.UpsamplingBilinear2d(scale_factor=2),
         IMAGE,
-        each(2, between(4, 8, True), between(5, 10, True)),
+        blocks(2, between(4, 8, True), between(5, 10, True)),
     ),
     "grid_sample": (
         lambda a: F.grid_sample(a, GRID.expand(len(a), -1, -1, -1), align_corners=True),
@@ -226,11 +250,11 @@ def test_region_of_interest_pooling_splits_by_absolute_contribution(aligned):
     weight = torch.zeros(4, 5, 6, dtype=torch.float64)
     x0, y0, x1, y1 = (value - (0.5 if aligned else 0) for value in box[0, 1:].tolist())
     for cell, (r, c) in enumerate(itertools.product(range(2), range(2))):
-        for i, j in itertools.product(range(2), range(2)):  # two by two points in each cell
+        for i, j in itertools.product(range(2), range(2)):  # two by two points in blocks cell
             y, x = y0 + (y1 - y0) / 2 * (r + (i + 0.5) / 2), x0 + (x1 - x0) / 2 * (c + (j + 0.5) / 2)
             for p, q in itertools.product((math.floor(y), math.floor(y) + 1), (math.floor(x), math.floor(x) + 1)):
                 weight[cell, p, q] += (1 - abs(y - p)) * (1 - abs(x - q)) / 4
-    weight = each(2, weight.flatten(1))
+    weight = blocks(2, weight.flatten(1))
     assert torch.allclose(pooled(image[None]).flatten(), weight @ image.flatten())
     expected = by_size(weight, image)
     for number, row in enumerate(expected):

@@ -12,8 +12,9 @@ from zennit.core import Composite
 
 from ..errors import ModelStateError
 from ..kernels.forward_state import leave_mode
+from ..kernels.layer_step import Fuse
+from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
-from ..kernels.step import Fuse, Normalization
 from .attention import ATTENTIONS
 from .function_call import Settings
 from .mode import InterceptionMode

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from zennit.core import Hook
 
 from ..kernels.base import Kernel
 from ..kernels.forward_state import Saved
-from ..kernels.rule_reader import read_rule
-from ..kernels.step import Fuse, Normalization
+from ..kernels.layer_step import Fuse
+from ..kernels.normalization import Normalization
+from ..kernels.rule_reader import read_rule_at
 from ..model.affine import Weightless
 from .function_kernels import BroadcastKernel, RouteKernel, SingleInputKernel, SplitKernel, total_of
 from .rule_lookup import NoRules, RuleLookup
@@ -174,17 +175,8 @@ class FunctionCall:
         def varied(source: Tensor) -> Tensor:
             return self.run(*[source if number == to else value for number, value in enumerate(values)])  # type: ignore[no-any-return]
 
-        shell = Weightless(run or varied)
-        with torch.no_grad():
-            output = shell(values[to])
-        kernel = read_rule(rule.copy(), shell, forward, values[to], output, self.path)
+        kernel = read_rule_at(rule, Weightless(run or varied), values[to], self.path)
         return kernel if len(values) == 1 else SingleInputKernel(kernel, to, self.shapes)
 
 
-def forward(module: nn.Module, source: Tensor) -> Tensor:
-    """A module as a function of its input."""
-    result: Tensor = module.forward(source)
-    return result
-
-
-__all__ = ["CallInput", "FunctionCall", "Settings", "Slot", "fill", "forward"]
+__all__ = ["CallInput", "FunctionCall", "Settings", "Slot", "fill"]

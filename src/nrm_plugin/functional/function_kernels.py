@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.base import Kernel, VjpKernel
+from ..kernels.base import Kernel
+from ..kernels.vjp_kernel import VjpKernel
 
 
 class BroadcastKernel(Kernel):
@@ -69,8 +70,8 @@ class SingleInputKernel(Kernel):
         self.inner, self.number, self.shapes = inner, number, shapes
         self.is_stochastic = inner.is_stochastic
 
-    def reach(self, relevance: Tensor | None) -> bool:
-        return self.inner.reach(relevance)
+    def complete_for(self, relevance: Tensor | None) -> bool:
+        return self.inner.complete_for(relevance)
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
         return with_zeros({self.number: self.inner.pull(relevance)[0]}, relevance, self.shapes)

@@ -12,7 +12,7 @@ from typing import Any, Final
 from ..kernels.forward_state import before_writing, write
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
-from .forward_pass import ForwardPass, written
+from .intercepted_pass import InterceptedPass, written
 from .layers import LAYERS
 from .observed_call import WRITERS, ObservedCall
 from .recurrent import RECURRENCES, Context
@@ -35,10 +35,10 @@ class Handler:
 
     name: str
     reason: str
-    run: Callable[[ObservedCall, ForwardPass], Any]
+    run: Callable[[ObservedCall, InterceptedPass], Any]
 
 
-def handle(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     """What the first handler that applies returns; the last one always does."""
     for handler in HANDLERS:
         result = handler.run(call, forward_pass)
@@ -47,17 +47,17 @@ def handle(call: ObservedCall, forward_pass: ForwardPass) -> Any:
     raise AssertionError("the last handler applies to every call")
 
 
-def _metadata(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _metadata(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     return call.run() if call.name.base in METADATA else NOT_HANDLED
 
 
-def _copy_before_write(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _copy_before_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     if call.overwritten is not None:
         before_writing(call.overwritten)
     return NOT_HANDLED
 
 
-def _indexed_write(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _indexed_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     is_write = call.name.base in ("setitem", "index_put") and bool(call.inputs) and len(call.args) in (3, 4)
     if not is_write or call.kwargs.keys() - {"accumulate"} or not is_indexed_by_tensor(call.args[1]):
         return NOT_HANDLED
@@ -66,30 +66,30 @@ def _indexed_write(call: ObservedCall, forward_pass: ForwardPass) -> Any:
     return write(call.args[0], result) if call.name.base == "setitem" or call.name.in_place else result
 
 
-def _complex_numbers(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _complex_numbers(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     sources = forward_pass.complex_tensors.sources_of((*call.args, *call.kwargs.values()))
     return forward_pass.complex_step(call, sources) if sources.tensors else NOT_HANDLED
 
 
-def _constants(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _constants(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     return call.run() if not call.inputs or call.name.base in WRITERS else NOT_HANDLED
 
 
-def _attention(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _attention(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     if call.name.base != FUSED or not is_decomposed(forward_pass.settings.attention, call.argument(2, "value")):
         return NOT_HANDLED
     with forward_pass.intercepting:
         return decomposed_attention(*call.args, **call.kwargs)
 
 
-def _sparse_product(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _sparse_product(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     if call.name.base != "matmul" or not is_sparse_product(call.args):
         return NOT_HANDLED
     with forward_pass.intercepting:
         return sum_of_messages(*call.args, **call.kwargs)
 
 
-def _computed_layer(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _computed_layer(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     base = call.name.base
     if base not in LAYERS or kernel_factory_of(call.function, call.name) is not KERNELS[base]:
         return NOT_HANDLED
@@ -99,12 +99,12 @@ def _computed_layer(call: ObservedCall, forward_pass: ForwardPass) -> Any:
         return product_and_bias(call.function, *call.args, **call.kwargs)
 
 
-def _kernel(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _kernel(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     factory = kernel_factory_of(call.function, call.name)
     return NOT_HANDLED if factory is None else forward_pass.step(call, factory)
 
 
-def _recurrence(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _recurrence(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     recurrence = RECURRENCES.get(call.name.base)
     if recurrence is None:
         return NOT_HANDLED
@@ -112,7 +112,7 @@ def _recurrence(call: ObservedCall, forward_pass: ForwardPass) -> Any:
         return recurrence(Context(call.path, forward_pass.packs), *call.args, **call.kwargs)
 
 
-def _decomposition(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _decomposition(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     decomposition = DECOMPOSITIONS.get(call.name.base)
     if decomposition is None:
         return NOT_HANDLED
@@ -120,7 +120,7 @@ def _decomposition(call: ObservedCall, forward_pass: ForwardPass) -> Any:
         return written(call, decomposition(*call.args, **call.kwargs))
 
 
-def _python_function(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _python_function(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     body = python_body(call.function)
     # A method of torch.Tensor that calls the one of its base class is observed under its own name again.
     if body is None or call.function in forward_pass.decomposing:
@@ -133,11 +133,11 @@ def _python_function(call: ObservedCall, forward_pass: ForwardPass) -> Any:
         forward_pass.decomposing.pop()
 
 
-def _in_place(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _in_place(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     return call.run() if call.name.in_place else NOT_HANDLED
 
 
-def _route_or_unknown(call: ObservedCall, forward_pass: ForwardPass) -> Any:
+def _route_or_unknown(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     return forward_pass.route_or_unknown(call)
 
 

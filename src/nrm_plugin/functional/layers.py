@@ -13,10 +13,9 @@ from zennit.rules import Pass
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import Saved
-from ..kernels.step import LayerCall
+from ..kernels.layer_call import LayerCall, forward
 from ..model.affine import Weighted
-from .function_call import FunctionCall, Slot, fill, forward
+from .function_call import FunctionCall, Slot, fill
 from .products import constants_of, contraction, kernel_of_layer, matrix_of
 from .registry import kernel_of
 from .unknown import UnknownKernel
@@ -39,7 +38,7 @@ def layer_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
     if len(call.inputs) != 1 or not isinstance(call.argument(0, "input"), Slot):
         return None
     if call.name == "batch_norm":
-        return _batch_norm_call(call)
+        return _batch_norm_call(call, output)
     return _weighted_call(call, output) if call.name in LAYERS else None
 
 
@@ -65,7 +64,7 @@ def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
         call.name.startswith("conv_transpose"),
         twin=_twin(call, like),
     )
-    return LayerCall(rule.copy(), shell, forward, call.inputs[0].saved, call.path, output=Saved(output))
+    return LayerCall.of(rule.copy(), shell, forward, call.inputs[0].saved, output, call.path)
 
 
 def _twin(call: FunctionCall, like: nn.Module) -> nn.Module:
@@ -91,7 +90,7 @@ def _repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
-def _batch_norm_call(call: FunctionCall) -> LayerCall | None:
+def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
     """``F.batch_norm`` as a call of ``nn.BatchNorm2d``; None with the statistics of the batch."""
     # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
     swapped = len(call.args) + len(call.kwargs) > 8
@@ -106,7 +105,8 @@ def _batch_norm_call(call: FunctionCall) -> LayerCall | None:
     twin.weight = nn.Parameter(ones if weight is None else weight.detach(), requires_grad=False)
     twin.bias = nn.Parameter(torch.zeros_like(ones) if bias is None else bias.detach(), requires_grad=False)
     rule = call.settings.rules.of_module(twin)
-    return LayerCall(Pass() if rule is None else rule.copy(), twin, _batch_norm, call.inputs[0].saved, call.path)
+    own = Pass() if rule is None else rule.copy()
+    return LayerCall.of(own, twin, _batch_norm, call.inputs[0].saved, output, call.path)
 
 
 def _batch_norm(module: nn.Module, source: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..kernels.forward_state import is_inside_step
-from .forward_pass import ForwardPass
 from .function_call import Settings
 from .handlers import handle
+from .intercepted_pass import InterceptedPass
 from .observed_call import ObservedCall
 
 
@@ -28,7 +28,7 @@ class InterceptionMode(TorchFunctionMode):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.forward_pass = ForwardPass(settings, self)
+        self.forward_pass = InterceptedPass(settings, self)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -11,16 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from zennit.rules import Norm
 
 from ..kernels.base import Kernel
-from ..kernels.rule_reader import read_rule
+from ..kernels.rule_reader import read_rule_at
 from ..model.affine import Weighted, Weightless
 from ..rules import Absolute
 from .elementwise import STABILIZER
-from .function_call import FunctionCall, Slot, forward
+from .function_call import FunctionCall, Slot
 from .function_kernels import EqualPartsKernel, SingleInputKernel
 from .pooling import pooling
 from .registry import kernel_of
@@ -54,10 +53,7 @@ def kernel_of_layer(
     if rule is None:  # raised in an operator such as @, Python would take it for operands that do not fit
         return UnknownKernel(uncovered_layer_error(call.path, like, call.name), call.shapes)
     shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim, padding_mode=padding_mode)
-    value = call.values[0]
-    with torch.no_grad():
-        output = shell(value)
-    kernel = read_rule(rule.copy(), shell, forward, value, output, call.path)
+    kernel = read_rule_at(rule, shell, call.values[0], call.path)
     return kernel if len(call.inputs) == 1 else SingleInputKernel(kernel, 0, call.shapes)
 
 
@@ -87,10 +83,7 @@ def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kerne
     def run(source: Tensor) -> Tensor:
         return call.run(*[source if other == number else value for other, value in enumerate(values)])  # type: ignore[no-any-return]
 
-    shell = Weightless(run)
-    with torch.no_grad():
-        output = shell(values[number])
-    return read_rule(rule, shell, forward, values[number], output, call.path)
+    return read_rule_at(rule, Weightless(run), values[number], call.path)
 
 
 # -- a constant factor ------------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import Saved, is_inside_step, listener, unseen, write
-from ..kernels.step import LayerCall, Step, link, shape_like
+from ..kernels.forward_state import Saved, is_inside_step, listener, not_recorded, write
+from ..kernels.layer_call import LayerCall
+from ..kernels.layer_step import LayerStep
+from ..kernels.step import FunctionStep, Step, link
 from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import layout
@@ -33,7 +35,7 @@ _COMPLEX_ADVICE = (
 )
 
 
-class ForwardPass:
+class InterceptedPass:
     """What is known of one forward pass of a model under interception.
 
     Args:
@@ -77,10 +79,8 @@ class ForwardPass:
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
             output = output.clone()  # some operations return their input; a step's output has memory of its own
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
-        like, scale = shape_like(output), self.settings.normalization.scale
-        build = (lambda: factory(call)) if layer is None else (lambda: layer.kernel(like, scale))
         rule = "sum" if call.name in ("add", "sub", "rsub") and len(call.inputs) > 1 else call.name
-        linked = self._linked(call, output, build, rule, observed.inputs, layer)
+        linked = self._linked(call, output, lambda: factory(call), rule, observed.inputs, layer)
         self.gates.tag_result(call.name, observed.inputs, linked, observed.has_constants)
         return written(observed, linked)
 
@@ -114,10 +114,15 @@ class ForwardPass:
     ) -> Tensor:
         """The output of a call as that of a step, which the listener is notified of."""
         path, number = self._numbered(call.name)
-        step = Step(path, output, build, self.settings.normalization, rule)
-        step.call, step.origin, step.attention = number, layer, layout(call, output)
-        if layer is not None and self.settings.fuse is not None:
-            with unseen():
+        normalization = self.settings.normalization
+        step: Step
+        if layer is None:
+            step = FunctionStep(path, output, build, normalization, rule)
+        else:
+            step = LayerStep(layer, output, normalization, path, rule)
+        step.call, step.attention = number, layout(call, output)
+        if isinstance(step, LayerStep) and self.settings.fuse is not None:
+            with not_recorded():
                 self.settings.fuse(step, inputs[0])
         listening = listener()
         if listening is not None:
@@ -138,8 +143,10 @@ class ForwardPass:
     def route_or_unknown(self, observed: ObservedCall) -> Any:
         """Runs a function without a kernel; unless autograd recorded routes alone, its output is an unknown step."""
         output = observed.run()
-        items = [item for item in (output if isinstance(output, (list, tuple)) else [output])]
-        if all(consists_of_routes(t, observed.inputs, False) for t in items if isinstance(t, Tensor)):
+        tensors = [
+            item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)
+        ]
+        if all(consists_of_routes(tensor, observed.inputs, with_steps=False) for tensor in tensors):
             self.gates.tag_route(observed.inputs, output)
             self._announce_route(observed.name.base, output)
             return output
@@ -171,7 +178,7 @@ class ForwardPass:
         )
         shapes = [tensor.shape for tensor in inputs]
         linked = self._linked(call, output.detach(), lambda: UnknownKernel(error, shapes), call.name, inputs)
-        linked.grad_fn.step.origin = call  # type: ignore[union-attr]  # a Link; the call marks an unknown step
+        linked.grad_fn.step.unsupported_call = call  # type: ignore[union-attr]  # a Link
         return linked
 
     def _announce_route(self, name: str, output: Any) -> None:
@@ -201,7 +208,7 @@ class ForwardPass:
         inputs = (CallInput(Saved(source, values=False)),)
         name = type(module).__name__
         call = FunctionCall(name, module.forward, self.path, observed.slots, observed.keyword_slots, inputs)
-        with unseen(), torch.no_grad():
+        with not_recorded(), torch.no_grad():
             if not is_elementwise(call.run, source.detach(), output.detach()):
                 return None
         shapes = [output.shape]
@@ -222,4 +229,4 @@ def _advice(call: FunctionCall) -> str:
     )
 
 
-__all__ = ["ForwardPass", "written"]
+__all__ = ["InterceptedPass", "written"]
