@@ -20,7 +20,8 @@ from ..measure.flow_heat_maps import Maps, flow_maps
 from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import patches
-from ..plots.flow import MOST, flow_figure, profile_figure
+from ..plots.flow import MAX_GROUPS as MOST
+from ..plots.flow import flow_figure, profile_figure
 from ..plots.flow_html import save_sankey
 from ..plots.heatmaps import save
 from ..plots.ribbons import DARK, LIGHT
