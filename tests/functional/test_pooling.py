@@ -21,13 +21,13 @@ from tests.functional.kernel_matrices import (
     VOLUME,
     Apply,
     Op,
+    blocks,
     by_sign,
     by_size,
     check,
     columns,
     draw,
     eye,
-    blocks,
 )
 
 
