@@ -30,7 +30,7 @@ from benchmarks.architectures import (
     target_of,
 )
 from nrm_plugin import Absolute, RelevanceMeasure
-from nrm_plugin.functional.elementwise import SplitKernel, reduced
+from nrm_plugin.functional.function_kernels import SplitKernel, sum_to_shape
 from tests.conftest import slow_but
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -112,7 +112,7 @@ def test_what_a_shuffle_net_absorbs_it_absorbs_in_depthwise_convolutions():
 def test_relevance_that_both_branches_of_a_sum_get_is_seen(monkeypatch):
     """As autograd alone has it, and a module hook on the block does not notice."""
     monkeypatch.setattr(
-        SplitKernel, "pull", lambda self, relevance: tuple(reduced(relevance, shape) for shape in self.shapes)
+        SplitKernel, "pull", lambda self, relevance: tuple(sum_to_shape(relevance, shape) for shape in self.shapes)
     )
     row = row_of("resnet18", "NRMAbsolute")
     assert row["error_taps"] > 0.1
