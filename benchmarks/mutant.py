@@ -168,7 +168,7 @@ def mutants_of(module: str, only: Collection[tuple[str, str]] | None = None) -> 
         for occurrence, (start, _) in enumerate(p for node in nodes for p in operator.mutation_positions(node)):
             if places.are_left_out(start):
                 continue
-            if name == "RemoveDecorator" and places.text[start[0] - 1].strip() != "@_query":
+            if name == "RemoveDecorator" and places.text[start[0] - 1].strip() != "@query":
                 continue
             if only is not None and (places.function(start[0]), name) not in only:
                 continue

@@ -310,7 +310,7 @@ def test_an_empty_mask_is_no_error_and_has_no_mass(before, index):
         assert not mu.marginal("head", joint=empty).any()
         assert not mu.conditional(empty, "head").any()
         assert "conv" in mu.explain(empty)
-    with before.refuses(NullEventError, "no walk with a mass", "samples 0, 1"):
+    with before.refuses(NullEventError, "no walk with nonzero mass", "samples 0, 1"):
         mu(at("pool"), given=empty)
 
 
@@ -422,7 +422,7 @@ def test_conditioning_on_what_has_no_mass_names_the_samples(before, signed):
         lambda: mu.marginal("input", given=[at("0"), first]),
     ):
         with before.refuses(
-            NullEventError, "at('input')[[0, 1]]", "no walk with a mass", "(sample 3)", "mu(", model=net
+            NullEventError, "at('input')[[0, 1]]", "no walk with nonzero mass", "(sample 3)", "mu(", model=net
         ):
             ask()
     rows = mask(4, 3)

@@ -8,7 +8,7 @@ from torch import nn
 
 from nrm_plugin import Normalized, RelevanceMeasure, at
 from nrm_plugin.errors import EventError, InputError, MemoryBudgetWarning
-from nrm_plugin.measure import totals as queries
+from nrm_plugin.measure import event_masses
 from tests.conftest import LINEAR, composite, slow_but
 
 
@@ -163,7 +163,7 @@ def test_what_does_not_fit_into_memory_is_done_in_parts(monkeypatch):
     torch.testing.assert_close(mu(events, given=at("3")[0]), whole(events, given=at("3")[0]))
     torch.testing.assert_close(mu.joint("5", "input"), whole.joint("5", "input"))
     widths = []
-    pull = queries.pull
+    pull = event_masses.pull
 
     def small(graph, start, visitor, absolute=False):
         widths.append(len(visitor.formulas.roots))
@@ -171,7 +171,7 @@ def test_what_does_not_fit_into_memory_is_done_in_parts(monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return pull(graph, start, visitor, absolute)
 
-    monkeypatch.setattr(queries, "pull", small)
+    monkeypatch.setattr(event_masses, "pull", small)
     with pytest.warns(MemoryBudgetWarning, match="memory ran out with . at once; going on with"):
         torch.testing.assert_close(whole.marginal("input", given=events), mu.marginal("input", given=events))
     assert widths[:4] == [4, 2, 1, 1]

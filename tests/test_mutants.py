@@ -107,7 +107,7 @@ for name in ("sink", "bypass"):
         getattr(mu, name)("input")
     except ZeroDivisionError:
         print("refused", name)
-change("measure", "    @_query\\n    def sink(", "    def sink(")
+change("measure", "    @query\\n    def sink(", "    def sink(")
 mu.sink("input")
 """
 

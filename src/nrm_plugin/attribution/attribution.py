@@ -12,11 +12,11 @@ from captum.attr._utils.attribution import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from ..composites import Uncovered
+from ..composites import Uncovered, normalize
 from ..errors import InputError, UnknownLayerError
 from ..events.event import Atom, Event, Side, at
 from ..kernels.base import Residual
-from ..measure.measure import RelevanceMeasure, normalize
+from ..measure.measure import RelevanceMeasure
 from ..model.checks import check_module
 from ..model.inputs import is_index
 from ..model.targets import Neurons, sample_sums

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from zennit.attribution import Attributor
 from zennit.core import Composite
 
-from ..composites import Uncovered
+from ..composites import Uncovered, normalize
 from ..kernels.base import Residual
-from ..measure.measure import RelevanceMeasure, normalize
+from ..measure.measure import RelevanceMeasure
 
 
 class NRMAttributor(Attributor):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from ..composites import Uncovered
+from ..composites import Uncovered, normalize
 from ..errors import EventError
 from ..events.event import Event, at
 from ..kernels.base import Residual
-from ..measure.measure import RelevanceMeasure, normalize
+from ..measure.measure import RelevanceMeasure
 from .attribution import Layer, Unit
 
 Condition = Mapping[str, Any]

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..composites import normalize
 from ..dataset.crops import Crop, crops
 from ..dataset.examples import References, is_of_channels, references
 from ..dataset.glocal import difference, flow_of_sweep
@@ -23,7 +24,6 @@ from ..dataset.settings import described, digest, model_fingerprint
 from ..dataset.stored_sweep import Sweep
 from ..dataset.sweep_layout import ShardError
 from ..measure.flow_graph import FlowError, FlowGraph
-from ..measure.measure import normalize
 from ..plots.flow import flow_figure
 from ..plots.flow_html import save_sankey
 from ..plots.heatmaps import save

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not, shown
+from ..recording.recording import Recording
+from .conditions import check_event
 from .event_masks import Formulas
 
 
-def explanation(formulas: Formulas, event: Event, given: Event | None) -> str:
+def explanation(recording: Recording, event: Event, given: Event | None) -> str:
     """Three lines: the formula, the words, the cost."""
+    check_event(event)
+    if given is not None:
+        check_event(given, "given= takes one event. ")
+    formulas = Formulas(recording, [event] if given is None else [event & given, given])
     formula = f"μ({event})" if given is None else f"μ({event} | {given}) = μ({event & given}) / μ({given})"
     subject = f"the share of relevance carried by the walks that {words(event)}"
     if given is not None:

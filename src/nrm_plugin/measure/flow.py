@@ -109,6 +109,14 @@ def flow_graph(
     return FlowGraph(tuple(part.layer for part in parts), joints, float(mu(shown)[number]))
 
 
+def ordered_taps(mu: Any, layers: Sequence[Any]) -> list[tuple[Any, Tap]]:
+    """Layers of a measure and their taps, from the output down; names may be in any order."""
+    order = {name: number for number, name in enumerate(mu.layers)}
+    if all(isinstance(layer, str) and layer in order for layer in layers):
+        layers = sorted(layers, key=lambda layer: -order[layer])
+    return [(layer, mu._tap(layer)) for layer in layers]
+
+
 def _sample(mu: Measure, sample: int | None) -> int:
     if sample is None and mu.batch > 1:
         raise FlowError(f"a flow is of one sample, and the measure has {mu.batch}: say which by sample=, from 0.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,18 @@ def check_over(over: Any) -> None:
     """Raises unless ``over`` is a kind of group or a tensor."""
     if not isinstance(over, Tensor) and over not in KINDS:
         raise ValueError(f"over={over!r} is unknown; choose 'channel', 'position', 'neuron', or integer labels.")
+
+
+def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
+    """What is summed up at each of several layers.
+
+    Raises:
+        ValueError: A list of another length.
+    """
+    kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
+    if len(kinds) != count:
+        raise ValueError(f"over= has {len(kinds)} entries for {count} layers; give one, or one for each.")
+    return kinds
 
 
 def pair_of(over: Any) -> tuple[Over, Over]:

@@ -1,4 +1,7 @@
-"""Where a measure starts: targets and start vectors as signed laws over the output neurons."""
+"""Where a measure starts: targets and start vectors as signed laws of the output neurons.
+
+Source: docs/measure.md.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ MIN_TOTAL = 1e-6
 
 
 def sample_sums(tensor: Tensor) -> Tensor:
-    """``(N, …)`` summed over everything but the batch; also ``(N,)``, which ``flatten(1)`` refuses."""
+    """``(N, …)`` summed over everything but the batch; also for ``(N,)``, which ``flatten(1)`` rejects."""
     return tensor.reshape(len(tensor), -1).sum(1)
 
 
@@ -25,9 +28,34 @@ def sample_norms(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cpu":
         return sample_sums(tensor.abs())
     flat = tensor.reshape(len(tensor), -1)
-    # In the cache, piece by piece.
+    # Parts that fit into the processor's cache.
     parts = [part.abs().sum(1) for part in torch.split(flat, max(1, (1 << 16) // len(flat)), 1)]
     return functools.reduce(torch.add, parts) if parts else flat.new_zeros(len(flat))
+
+
+def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
+    """The target, also where it is a function of the outputs.
+
+    Args:
+        target: As :func:`start_vector` takes it, or a function that returns this for the outputs.
+        outputs: As the model returned them.
+        batched: Whether their first dimension is the samples. If not, the target may name a class alone where the
+            output is one row of scores, ``(1, C)``, for a whole graph.
+
+    Raises:
+        TargetError: The function returned something else.
+    """
+    if callable(target):
+        target = target(outputs)
+        is_target = target is None or isinstance(target, (int, tuple, list)) or hasattr(target, "__array__")
+        if not is_target:
+            raise TargetError(
+                f"target= is a function of the outputs and returned {type(target).__name__}: {target!r}. It must "
+                "return a target: an int, a tuple of ints, or a list or tensor of one for each sample."
+            )
+    is_row = not batched and outputs.ndim == 2 and len(outputs) == 1
+    is_number = isinstance(target, int) or (isinstance(target, (list, Tensor)) and torch.as_tensor(target).numel() == 1)
+    return (0, int(torch.as_tensor(target))) if is_row and is_number else target
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..events.event import Event
 from ..measure.groups import Over
-from ..measure.measure import Layer, RelevanceMeasure
+from ..measure.measure import RelevanceMeasure
+from ..measure.taps import Layer
 from .walks import Chain, check_one, every
 
 COMBINATIONS = 200_000

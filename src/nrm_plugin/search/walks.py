@@ -21,9 +21,10 @@ from torch import Tensor
 from ..errors import EventError
 from ..events.event import Atom, Event, at
 from ..measure.groups import Over, check_over, labels_of
-from ..measure.joints import handed_down
-from ..measure.measure import Layer, RelevanceMeasure
+from ..measure.joints import propagated
+from ..measure.measure import RelevanceMeasure
 from ..measure.memory import DEFAULT, width_of
+from ..measure.taps import Layer
 from ..recording.passes import push
 
 TOGETHER = 8
@@ -323,7 +324,7 @@ class Chain:
         """Relevance ``(K, n_m)`` to the next layer, ``(K, n_{m+1})``."""
         upper, lower = self.taps[level : level + 2]
         rows = {number: row.view(upper.shape) for number, row in enumerate(vectors)}
-        return handed_down(self.recording, upper, lower, rows)[0].flatten(1)
+        return propagated(self.recording, upper, lower, rows)[0].flatten(1)
 
     def up(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
         """Values ``(K, n_{m+1})`` at the next layer to what a walk from this one collects, or a bound, ``(K, n_m)``."""
