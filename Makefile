@@ -99,7 +99,9 @@ faithfulness: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/quantus.stamp
 
 # Warnings are errors. Nothing is fetched, neither by the build nor by a page.
 docs: .venv/.docs.stamp
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	.venv/bin/python -m website.pages build/pages
+	rm -rf build/site
+	.venv/bin/python -m sphinx -W --keep-going -q -c website build/pages build/site
 	.venv/bin/python -m website.check build/site
 
 package: .venv/.release.stamp

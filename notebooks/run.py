@@ -76,9 +76,12 @@ def _figures() -> list[Cell]:
 
 
 def image(figure: Figure) -> Cell:
-    """A figure as a small PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=90, bbox_inches="tight", metadata={"Software": None})
+    """A figure as a small PNG with 256 colours."""
+    from PIL import Image
+
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=90, bbox_inches="tight")
+    Image.open(drawn).convert("RGB").quantize(256).save(file, format="png", optimize=True)
     data = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": ["<Figure>"]}
     return {"output_type": "display_data", "metadata": {}, "data": data}
 
@@ -100,7 +103,7 @@ def as_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(text.replace("](../docs/", "](../").replace(".ipynb)", ".md)"))
+            parts.append(text.replace(".ipynb)", ".md)"))
             continue
         parts.append(f"```python\n{text}\n```")
         for output in cell["outputs"]:

@@ -1,34 +1,55 @@
-"""What the site shows and is no file in docs/: the pages of the repository's root, notebooks, the reference."""
+"""What Sphinx reads, laid out as in the repository: ``python -m website.pages build/pages``.
+
+The README becomes the home page and carries the navigation, notebooks become Markdown with what they show, and the
+reference is made from a table. Everything else is copied as it is, so that links between pages work in both places.
+"""
 
 from __future__ import annotations
 
-import ast
+import importlib
+import shutil
+import sys
 from pathlib import Path
 
+from notebooks.run import as_markdown, notebooks
+
 ROOT = Path(__file__).parents[1]
-ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-REFERENCE: dict[str, tuple[str, set[str]]] = {
-    "measure": ("The measure, its events, and what a model's steps get", {"measure", "events", "coverage"}),
-    "composites": ("Composites and rules", {"composites", "named", "rules", "canonizers", "functional"}),
+
+REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
+    "measure": ("The measure and its events", {"": "RelevanceMeasure at Event ABSORBED coverage Coverage"}),
+    "composites": (
+        "Composites and rules",
+        {
+            "": """Normalized NRMDefault NRMAbsolute NRMEpsilonPlus NRMEpsilonPlusFlat NRMEpsilonAlpha2Beta1
+            NRMEpsilonAlpha2Beta1Flat NRMEpsilonGammaBox NRMExcitationBackprop NRMRelative ConservingEpsilon Absolute
+            Relative FuseBatchNorm"""
+        },
+    ),
     "captum-and-zennit": (
         "Classes for Captum and Zennit",
-        {"attribution", "attributors", "concepts", "dataloading"},
+        {"": "NRM LayerNRM NeuronNRM JointNRM NRMAttributor DataLoaderNRM ConceptNRM condition_event"},
     ),
-    "walks": ("Walks, flows, selections and pictures", set()),  # and whatever is in no other group
-}
-BY_MODULE: dict[str, tuple[str, dict[str, str]]] = {
-    "kernels": ("Kernels", {"functional": "*"}),
+    "walks": (
+        "Walks, flows, selections and subspaces",
+        {
+            "": """FlowGraph patches top_walks TopWalks GroupWalk top_sets TopSets best_walk NeuronWalk restriction
+            Restriction select_neurons Selection CurvePoint ablation activations mse smape prca drsa with_subspaces
+            Subspaces reconstruct Reconstruction"""
+        },
+    ),
     "figures": (
         "Figures and pages",
         {
-            "plots": "*",
+            "plots": """heat_map image_and_heat_map heat_maps joint budgets save flow_figure profile_figure sankey
+            save_sankey text_figure text_html""",
             "measure": "profile flow_maps",
         },
     ),
     "data-sets": (
         "Data sets",
         {
-            "dataset": "*",
+            "dataset": """sweep Sweep Query Marginal Joint Conditional EventMass Sink Bypass Variation Maps Activation
+            Peak SweepBatches Manifest QueryInfo SweepError""",
             "dataset.examples": "references References",
             "dataset.maximization": "find_references",
             "dataset.crops": "crops Crop",
@@ -39,49 +60,96 @@ BY_MODULE: dict[str, tuple[str, dict[str, str]]] = {
             "dataset.glocal_plots": "difference_figure prototypes_figure",
         },
     ),
+    "kernels": (
+        "Kernels",
+        {"": "register_kernel Interception", "functional": "Kernel SplitKernel BroadcastKernel FunctionCall"},
+    ),
     "demo": ("The embedded net", {"demo": "load_digits load_model"}),
+    "errors": (
+        "Errors and warnings",
+        {
+            "errors": """NRMError InputError TargetError GradModeError ModelStateError UnknownLayerError
+            HookedContainerError EventError NullEventError CancellationError StaleMeasureError UnsupportedRuleError
+            NonlinearRuleError UnsupportedOperationError UncoveredLayerError FoldingError MissingExtraError
+            BatchNormWarning MemoryBudgetWarning"""
+        },
+    ),
 }
-"""Names that are imported from modules, since they need an extra or are of one use; ``*`` is what a package exports."""
+"""Pages of the reference: a title, and the names of each module of the package ("" is the package itself) in the order
+in which they are shown, the most used ones first."""
+
+INTRODUCTIONS = {"errors": "What to do about each is in :doc:`troubleshooting </docs/troubleshooting>`."}
+
+NAVIGATION = {
+    "Tutorial": [f"notebooks/{path.stem}" for path in notebooks()],
+    "How to": """docs/explain docs/flow docs/critical-paths docs/subspaces docs/attention docs/recurrent-and-graphs
+        docs/data-sets docs/references docs/batch-norm docs/relative docs/own-kernel docs/drop-in
+        docs/troubleshooting""".split(),
+    "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
+    "Mathematics": "docs/measure docs/special-cases".split(),
+    "Numbers": """docs/numbers docs/speed docs/default-composite docs/faithfulness docs/architectures
+        docs/other-packages docs/mutants""".split(),
+    "Reference": [f"reference/{page}" for page in REFERENCE],
+    "Project": "docs/design docs/claims docs/stability docs/coverage CONTRIBUTING CHANGELOG".split(),
+}
+"""Every page but the home page, under the headings of the sidebar."""
 
 
-def as_page(text: str) -> str:
-    """A Markdown file of the repository's root with its links as they are in docs/."""
-    text = text.replace("](docs/", "](")
-    for source, page in ROOT_PAGES.items():
-        text = text.replace(f"]({source})", f"]({page})")
-    return text
+def home() -> str:
+    """The README, with the navigation."""
+    trees = [
+        "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", *pages, "```"])
+        for caption, pages in NAVIGATION.items()
+    ]
+    text = (ROOT / "README.md").read_text().replace("](notebooks)", f"]({NAVIGATION['Tutorial'][0]}.md)")
+    return "\n\n".join([text, *trees]) + "\n"
 
 
-def public_names() -> dict[str, str]:
-    """Every public name and the module that it comes from."""
-    tree = ast.parse((ROOT / "src/nrm_plugin/__init__.py").read_text())
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
-    return {
-        alias.asname or alias.name: str(node.module) for node in imports for alias in node.names if alias.name[0] != "_"
-    }
+def documented(page: str) -> list[str]:
+    """Full names of what a page of the reference shows, in order."""
+    return [
+        ".".join(filter(None, ("nrm_plugin", module, name)))
+        for module, names in REFERENCE[page][1].items()
+        for name in names.split()
+    ]
 
 
-def exported(module: str) -> list[str]:
-    """``__all__`` of a package inside this one, without what the whole package exports too."""
-    tree = ast.parse((ROOT / "src/nrm_plugin" / module / "__init__.py").read_text())
-    listed = next(node.value for node in tree.body if isinstance(node, ast.Assign))
-    return sorted(set(ast.literal_eval(listed)) - set(public_names()))
+def reference(page: str) -> str:
+    """A page of the reference."""
+    title, _ = REFERENCE[page]
+    head = f"{title}\n{'=' * len(title)}"
+    return "\n\n".join([head, INTRODUCTIONS.get(page, ""), *map(directive, documented(page))]) + "\n"
 
 
-def reference() -> dict[str, str]:
-    """Pages of the reference by name."""
-    pages = {page: [f"# {title}"] for page, (title, _) in REFERENCE.items()}
-    for name, module in public_names().items():
-        page = next((page for page, (_, modules) in REFERENCE.items() if module.split(".")[0] in modules), "walks")
-        path = f"{name}.{name}" if module.split(".")[-1] == name else name  # a function called like its module
-        pages[page].append(f"::: nrm_plugin.{path}")
-    for page, (title, modules) in BY_MODULE.items():
-        pages[page] = [f"# {title}"]
-        for module, listed in modules.items():
-            names = exported(module) if listed == "*" else listed.split()
-            pages[page] += [f"::: nrm_plugin.{module}.{name}" for name in names]
-    found = {page: "\n\n".join(parts) + "\n" for page, parts in pages.items()}
-    intro = "All are in `nrm_plugin.errors`. What to do about each is in [troubleshooting](../troubleshooting.md)."
-    directive = "::: nrm_plugin.errors\n    options:\n      show_root_heading: false\n"
-    found["errors"] = f"# Errors and warnings\n\n{intro}\n\n{directive}"
-    return found
+def directive(path: str) -> str:
+    """What has Sphinx show an object."""
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    if not isinstance(found, type):
+        return f".. autofunction:: {path}" if callable(found) else f".. autodata:: {path}\n   :no-value:"
+    bases = "" if found.__bases__ == (object,) else "\n   :show-inheritance:"
+    if issubclass(found, Exception):
+        return f".. autoexception:: {path}{bases}"
+    return f".. autoclass:: {path}\n   :members:\n   :special-members: __call__{bases}"
+
+
+def write(folder: Path) -> None:
+    """All pages, and the images on them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    (folder / "notebooks").mkdir()
+    (folder / "reference").mkdir()
+    (folder / "index.md").write_text(home())
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy2(ROOT / name, folder)
+    for path in notebooks():
+        text, images = as_markdown(path)
+        (folder / f"notebooks/{path.stem}.md").write_text(text)
+        for name, image in images.items():
+            (folder / "notebooks" / name).write_bytes(image)
+    for page in REFERENCE:
+        (folder / f"reference/{page}.rst").write_text(reference(page))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.default_composite import Net, basic, digits, draw_shapes, fit_shapes, shapes_net
+from benchmarks.train_demo import reproducible
 from benchmarks.vgg16_joint import load_image
 from nrm_plugin.demo.model import load_digits, load_model
 

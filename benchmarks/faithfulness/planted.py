@@ -36,6 +36,7 @@ from benchmarks.faithfulness.latent import (
     plain_rules,
 )
 from benchmarks.faithfulness.metrics import Comparison, average_precision, precision_at
+from benchmarks.train_demo import reproducible
 from nrm_plugin import NRMAbsolute, NRMDefault, RelevanceMeasure, activations
 
 WIDTH, CLASSES, STREAMS = 8, 4, 3

@@ -214,7 +214,7 @@ class RelevanceMeasure(QueryPasses):
                 tensor with a label for every neuron sums over those with the same label, ``(N, groups)``.
             given: Divide by the mass of this event: ``μ(n_l = i | event)``. A list returns one map for each.
             joint: ``μ(n_l = i and event)``, undivided.
-            min_ratio: Smallest |μ(event)| in units of its variation for which ``given`` divides.
+            min_ratio: Smallest ``|μ(event)|`` in units of its variation for which ``given`` divides.
 
         Returns:
             ``(N, *shape)``, dimensionless, with a leading dimension for a list of events; a dictionary for a list of
