@@ -71,11 +71,5 @@ class NRMAttributor(Attributor):
             >>> torch.allclose(mu.output, output.mean(1))
             True
         """
-        outputs: list[Tensor] = []
-
-        def start(output: Tensor) -> Tensor:
-            outputs.append(output)
-            return attr_output_fn(output)
-
-        measure = RelevanceMeasure(self.model, input, start=start, composite=self.composite)
-        return outputs[0], measure
+        measure = RelevanceMeasure(self.model, input, start=attr_output_fn, composite=self.composite)
+        return measure.outputs, measure

@@ -1,4 +1,4 @@
-"""The measure against enumerated walks: MEASURE section 6, identities 1 to 7 and 11."""
+"""The measure compared with enumerated walks: every query of docs/measure.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from zennit.composites import LayerMapComposite
 
 from nrm_plugin import ABSORBED, Event, RelevanceMeasure, at
-from nrm_plugin.errors import CancellationError, EventError, NullEventError
+from nrm_plugin.errors import CancellationError, EventError, NullEventError, TargetError
 from tests.nets import Case, rule_maps, tiny_net, tiny_nets, zennit_composite
 from tests.oracles import Epsilon, Node, Walks, ZPlus, enumerate_walks
 
@@ -429,3 +429,106 @@ def test_sinks_of_both_signs_are_added_with_their_signs() -> None:
     expected = torch.tensor([-1 / 3 / 2 + 1 / 5 / 2], dtype=torch.float64)
     for found in (mu.sink("input"), mu.sink_above([at("input")]), sum(mu.sinks().values()), mu(ABSORBED)):
         torch.testing.assert_close(found, expected)
+
+
+# -- outputs and targets ----------------------------------------------------------------------------------------------
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head, self.aux = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = torch.relu(self.hidden(x))
+        return {"logits": self.head(hidden), "aux": self.aux(hidden)}
+
+
+@pytest.fixture(scope="module")
+def two_heads() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return TwoHeads().eval(), torch.randn(6, 3)
+
+
+@pytest.mark.parametrize(("output", "key"), [(None, "logits"), ("aux", "aux")])
+def test_the_outputs_are_those_of_the_model(two_heads, output, key) -> None:
+    net, x = two_heads
+    mu = RelevanceMeasure(net, x, 1, output=output)
+    assert torch.equal(mu.outputs, net(x)[key])
+    assert not mu.outputs.requires_grad
+    torch.testing.assert_close(mu.outputs[:, 1], mu.output)
+
+
+def test_the_outputs_of_a_measure_from_a_layer_are_those_of_the_layer(two_heads) -> None:
+    net, x = two_heads
+    mu = RelevanceMeasure(net, x, 2, output=at("hidden"))
+    torch.testing.assert_close(mu.outputs, net.hidden(x))
+
+
+def test_the_outputs_without_samples_have_the_shape_that_the_model_returns() -> None:
+    net = nn.Linear(3, 2).eval()
+    x = torch.randn(7, 3)
+    mu = RelevanceMeasure(net, x, (4, 1), batched=False)
+    assert torch.equal(mu.outputs, net(x))
+
+
+def test_changing_the_outputs_does_not_change_the_measure(two_heads) -> None:
+    net, x = two_heads
+    mu, other = RelevanceMeasure(net, x, 1), RelevanceMeasure(net, x, 1)
+    mu.outputs.zero_()
+    assert torch.equal(mu.outputs, net(x)["logits"])
+    assert torch.equal(mu.marginal("input"), other.marginal("input"))
+
+
+def test_a_target_may_be_a_function_of_the_outputs(two_heads) -> None:
+    net, x = two_heads
+    calls = []
+    handle = net.register_forward_hook(lambda *_: calls.append(1))
+    predicted = RelevanceMeasure(net, x, lambda outputs: outputs.argmax(1))
+    handle.remove()
+    assert len(calls) == 1  # the model runs once
+    classes = net(x)["logits"].argmax(1)
+    assert len(set(classes.tolist())) > 1
+    assert torch.equal(predicted.marginal("input"), RelevanceMeasure(net, x, classes).marginal("input"))
+
+
+@pytest.mark.parametrize("target", [1, [0, 4, 2, 3, 1, 0], torch.tensor(3), np.array([2] * 6), (2,)])
+def test_the_function_may_return_any_target(two_heads, target) -> None:
+    net, x = two_heads
+    expected = RelevanceMeasure(net, x, target).marginal("input")
+    assert torch.equal(RelevanceMeasure(net, x, lambda outputs: target).marginal("input"), expected)
+
+
+def test_the_function_sees_the_outputs_of_a_graph_as_the_model_returns_them() -> None:
+    net = nn.Linear(3, 2).eval()
+    x = torch.randn(7, 3)
+    shapes = []
+
+    def strongest(outputs: torch.Tensor) -> tuple[int, int]:
+        shapes.append(outputs.shape)
+        return divmod(int(outputs.argmax()), 2)
+
+    mu = RelevanceMeasure(net, x, strongest, batched=False)
+    assert shapes == [(7, 2)]
+    assert torch.equal(mu.output, net(x).max().detach().reshape(1))
+    scores = nn.Sequential(net, nn.Flatten(0), nn.Unflatten(0, (1, 14))).eval()  # one row of scores for the graph
+    assert float(RelevanceMeasure(scores, x, lambda outputs: 5, batched=False).output) == float(
+        scores(x)[0, 5].detach()
+    )
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("cat", r"returned str: 'cat'. It must return a target"),
+        (0.5, "returned float: 0.5"),
+        (max, "returned builtin_function_or_method"),
+        (None, "must say which of its 5 entries"),
+        (torch.ones(6), "dtype torch.float32, but is an index"),
+        (9, "target 9 of sample 0 is out of range"),
+    ],
+)
+def test_a_function_that_does_not_return_a_target_raises(two_heads, returned, message) -> None:
+    net, x = two_heads
+    with pytest.raises(TargetError, match=message):
+        RelevanceMeasure(net, x, lambda outputs: returned)
