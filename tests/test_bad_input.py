@@ -153,7 +153,7 @@ def mask(*shape):
     ("any call", lambda mu: mu.marginal(at("lin", call="any")), EventError, "call='any'", "not one tap", "Ask mu("),
     ("items", lambda mu: mu.marginal("halves"), UnknownLayerError, "'halves' has 2 tensors", "item=", "0, 1"),
     ("no such item", lambda mu: mu(at("halves", item=2)), UnknownLayerError, "2 tensors", "0, 1", "got 2"),
-    ("item of one", lambda mu: mu(at("conv", item=1)), UnknownLayerError, "'conv' is one tensor", "leave item= out"),
+    ("item of one", lambda mu: mu(at("conv", item=1)), UnknownLayerError, "'conv' is one tensor", "omit item="),
     ("item unhashable", lambda mu: at("halves", item=[0]), EventError, "item=[0]", "number or key"),
     ("sink of a route", lambda mu: mu(at("flat", side="sink")), UnknownLayerError, "only routes", "steps are 'head'"),
     ("sink of none", lambda mu: mu(at("pol", side="sink")), UnknownLayerError, "'pol'", "'pool'"),
@@ -244,11 +244,11 @@ KINDS = "neurons are indexed by ints, slices, lists and tuples of them, integer 
     ("words in a list", lambda: at("conv")[["a"]], EventError, "at('conv')[['a']]", KINDS),
     ("none in a list", lambda: at("conv")[[None]], EventError, "at('conv')[[None]]", KINDS),
     ("ragged", lambda: at("conv")[[[0, 1], [1]]], EventError, "[[0, 1], [1]]", KINDS),
-    ("numbers and truth", lambda: at("conv")[[True, 2]], EventError, "[True, 2]", "either numbers", "not both"),
-    ("backwards", lambda: at("conv")[::-1], EventError, "at('conv')[::-1]", "at least 1"),
+    ("numbers and truth", lambda: at("conv")[[True, 2]], EventError, "[True, 2]", "either indices", "not both"),
+    ("backwards", lambda: at("conv")[::-1], EventError, "at('conv')[::-1]", "positive step"),
     ("slice of words", lambda: at("conv")["a":"b"], EventError, "at('conv')[a:b]", "integers"),
     ("slice of floats", lambda: at("conv")[0.0:2.0], EventError, "at('conv')[0.0:2.0]", "integers"),
-    ("two ellipses", lambda: at("conv")[..., ..., 0], EventError, "at('conv')", "one `...` at most"),
+    ("two ellipses", lambda: at("conv")[..., ..., 0], EventError, "at('conv')", "at most one `...`"),
     ("indexed twice", lambda: at("conv")[1][2], EventError, "at('conv')[1] is indexed already", "with & or |"),
 )
 def test_an_index_that_does_not_fit_is_refused(before, ask, error, words):
@@ -474,8 +474,8 @@ def with_entry(x, value):
     ("complex", lambda x: x * 1j, InputError, "complex64", "real floating point", ".float()"),
     ("integer", lambda x: x.long(), InputError, "int64", "real floating point", ".float()", "embedding"),
     ("bool", lambda x: x > 0, InputError, "torch.bool", "real floating point", ".float()"),
-    ("half", lambda x: x.half(), InputError, "float16", "lose their digits", "float32 or float64"),
-    ("bfloat16", lambda x: x.bfloat16(), InputError, "bfloat16", "lose their digits", "float32 or float64"),
+    ("half", lambda x: x.half(), InputError, "float16", "lose precision", "float32 or float64"),
+    ("bfloat16", lambda x: x.bfloat16(), InputError, "bfloat16", "lose precision", "float32 or float64"),
     ("double", lambda x: x.double(), InputError, "float64", "the model torch.float32", "model.double()"),
     ("meta", lambda x: x.to("meta"), InputError, "on device meta", "holds values"),
     ("sparse", lambda x: x.to_sparse(), InputError, "sparse", "dense tensor"),
@@ -510,7 +510,7 @@ def test_a_measure_without_gradients_is_refused(before, mode, name):
         lambda: RelevanceMeasure(before.net, before.x, 1),
         lambda: coverage(before.net, before.x),
     ):
-        with before.refuses(GradModeError, f"torch.{name}", "with gradients on", "outside"), mode():
+        with before.refuses(GradModeError, f"torch.{name}", "with gradients enabled", "outside"), mode():
             ask()
 
 
@@ -757,7 +757,7 @@ def scripted():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (scripted, ("the model", "TorchScript", "Python module that it was made from")),
+        (scripted, ("the model", "TorchScript", "Python module that it was compiled from")),
         (lambda: nn.Sequential(scripted()), ("layer '0'", "TorchScript")),
         (lambda: torch.compile(build(), backend="eager"), ("the model", "torch.compile", "_orig_mod")),
     ],
@@ -976,8 +976,8 @@ JOINED = "does not depend on the inputs", "detach"
     ("transposed", lambda self, x: x.T, InputError, "2 inputs", "shape (4, 2)", "must be the batch"),
     ("repeated", lambda self, x: torch.cat([x, x]), InputError, "shape (4, 4)", "must be the batch"),
     ("no outputs", lambda self, x: x[:, :0], InputError, "shape (2, 0)", "scores"),
-    ("classes", lambda self, x: x.argmax(1), InputError, "int64", "Let the model return its scores"),
-    ("decisions", lambda self, x: x > 0, InputError, "torch.bool", "Let the model return its scores"),
+    ("classes", lambda self, x: x.argmax(1), InputError, "int64", "Make the model return its scores"),
+    ("decisions", lambda self, x: x > 0, InputError, "torch.bool", "Make the model return its scores"),
     ("complex", lambda self, x: torch.complex(x, x), InputError, "complex64", "real numbers"),
     ("half", lambda self, x: x.half(), InputError, "float16", "float32 or float64"),
     ("constant", lambda self, x: torch.ones(2, 4), InputError, *JOINED),
@@ -1001,7 +1001,7 @@ def test_a_choice_of_outputs_that_is_none_is_refused(before):
         RelevanceMeasure(model, before.x, 1)
     with before.refuses(InputError, "output='score'", "'scores' (float32 (2, 4))", model=model):
         RelevanceMeasure(model, before.x, 1, output="score")
-    with before.refuses(InputError, "int64", "Let the model return its scores", model=model):
+    with before.refuses(InputError, "int64", "Make the model return its scores", model=model):
         RelevanceMeasure(model, before.x, 1, output="classes")
     assert RelevanceMeasure(model, before.x, 1, output="scores").batch == 2
 

@@ -512,9 +512,8 @@ def test_the_function_sees_the_outputs_of_a_graph_as_the_model_returns_them() ->
     assert shapes == [(7, 2)]
     assert torch.equal(mu.output, net(x).max().detach().reshape(1))
     scores = nn.Sequential(net, nn.Flatten(0), nn.Unflatten(0, (1, 14))).eval()  # one row of scores for the graph
-    assert float(RelevanceMeasure(scores, x, lambda outputs: 5, batched=False).output) == float(
-        scores(x)[0, 5].detach()
-    )
+    row = RelevanceMeasure(scores, x, lambda outputs: 5, batched=False)
+    assert float(row.output) == float(scores(x)[0, 5].detach())
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..errors import EventError
 from ..events.event import Event
-from ..recording.graph import Buffer, Place
 from ..recording.passes import Cost
-from ..recording.recording import Tap
-from .event_masks import FALSE, TRUE, Formulas
+from ..recording.places import Buffer, Edge, Place
+from ..recording.taps import Tap
+from .decision_diagram import FALSE, TRUE, Formulas
+from .layer_taps import is_below
 from .masked_vectors import masked
-from .taps import is_below
 
 
 class Conditionals:
@@ -44,14 +44,15 @@ class Conditionals:
         if isinstance(place, Buffer):
             value, shape = self._after(place, node), self.graph.shape(place)
         else:
-            edge = self._edge(*place)
+            edge = self._read(place)
             value, shape = self._before(edge, node), self.graph.shape(edge)
         return self.like.new_zeros(shape) if value is None else value
 
-    def _edge(self, vertex: int, number: int) -> Buffer:
-        edge = self.graph.vertices[vertex].edges[number]
-        assert edge is not None
-        return edge
+    def _read(self, edge: Edge) -> Buffer:
+        """The buffer that an edge reads."""
+        buffer = self.graph.vertices[edge.vertex].edges[edge.number]
+        assert buffer is not None
+        return buffer
 
     def _needed(self, places: Sequence[Place], nodes: set[int]) -> dict[int, set[int]]:
         needed: dict[int, set[int]] = {}
@@ -71,12 +72,12 @@ class Conditionals:
             if isinstance(place, Buffer):
                 require(place, node)
             else:
-                require_before(self._edge(*place), node)
+                require_before(self._read(place), node)
         while todo:
             vertex, node = todo.pop()
             for number, edge in enumerate(self.graph.vertices[vertex].edges):
                 if edge is not None:
-                    for left, _ in self._crossing((vertex, number), node):
+                    for left, _ in self._crossing(Edge(vertex, number), node):
                         require_before(edge, left)
         return needed
 
@@ -108,7 +109,7 @@ class Conditionals:
         edge = self.graph.vertices[vertex].edges[number]
         if edge is None:
             return None
-        crossing = self._crossing((vertex, number), node)
+        crossing = self._crossing(Edge(vertex, number), node)
         return self._mixed(crossing, {left: self._before(edge, left) for left, _ in crossing})
 
     def _absorbed(self, vertex: int, number: int, node: int) -> Tensor | None:

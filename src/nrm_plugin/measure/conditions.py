@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import CancellationError, EventError, NullEventError, samples
 from ..events.event import Event
-from ..recording.recording import Recording, Tap
+from ..recording.recording import Recording
+from ..recording.taps import Tap
 
 MIN_RATIO = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Smallest ``|μ(B)|`` in units of the variation of ``B`` for which a conditional divides."""
@@ -85,5 +86,5 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
 def divided(recording: Recording, values: Tensor, mass: Tensor, tap: Tap) -> Tensor:
     """Relevance at a tap, ``(N, *shape)``, divided by one number for each sample, ``(N,)``; zeros remain zeros."""
-    quotient = values / recording.folding.spread(mass, tap.place, tap.shape)
-    return torch.where(values == 0, 0.0, quotient) if recording.folding.is_needed else quotient
+    quotient = values / recording.samples.spread(mass, tap.place, tap.shape)
+    return torch.where(values == 0, 0.0, quotient) if recording.samples.is_needed else quotient

@@ -12,9 +12,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..recording.graph import Buffer
-from ..recording.recording import Recording, Tap
-from .taps import is_reached
+from ..recording.places import Buffer
+from ..recording.recording import Recording
+from ..recording.taps import Tap
+from .layer_taps import is_reached
 from .totals import Totals
 
 Kind = Literal["residual", "constants"]
@@ -33,12 +34,12 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
     recording = totals.recording
     bits = 0
     for tap in taps:
-        bits |= 1 << recording.index[tap.place]
-    total = totals.start.new_zeros(recording.batch)
+        bits |= 1 << recording.taps.index[tap.place]
+    total = totals.start.new_zeros(recording.samples.count)
     for (vertex, its_kind), mass in (totals.absolute_sinks if absolute else totals.sinks).items():
-        if kind in (None, its_kind) and recording.below[vertex] & bits:
+        if kind in (None, its_kind) and recording.taps.marks.below_vertex[vertex] & bits:
             if mass is None:  # names are needed for the message only; to make all of them takes longer than the pass
-                raise recording.not_told_apart(recording.name_at(vertex))
+                raise recording.samples.error(recording.taps.name_at(vertex))
             total = total + mass
     return total
 
@@ -47,11 +48,12 @@ def bypassing(totals: Totals, tap: Tap) -> Tensor:
     """Mass of the walks that do not cross a tap and are not absorbed above it, ``(N,)``."""
     recording = totals.recording
     if not is_reached(recording, tap):
-        return recording.per_sample(totals.start, "the output", recording.graph.output)
-    bit = 1 << recording.index[tap.place]
-    total = totals.start.new_zeros(recording.batch)
-    for (vertex, number), mass in totals.branches.items():
-        if recording.below[vertex] & bit and not recording.through[vertex][number] & bit:
+        return recording.samples.checked_sums(totals.start, "the output", recording.graph.output)
+    bit = 1 << recording.taps.index[tap.place]
+    total = totals.start.new_zeros(recording.samples.count)
+    marks = recording.taps.marks
+    for edge, mass in totals.branches.items():
+        if marks.below_vertex[edge.vertex] & bit and not marks.below_edge[edge.vertex][edge.number] & bit:
             total = total + checked(recording, mass, "an edge")
     return total
 
@@ -63,7 +65,7 @@ def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:
     sinks: dict[str, Tensor] = {}
     for (vertex, its_kind), value in reversed(totals.sinks.items()):
         if kind in (None, its_kind):
-            name = recording.name_at(vertex)
+            name = recording.taps.name_at(vertex)
             mass = checked(recording, value, name)
             sinks[name] = sinks[name] + mass if name in sinks else mass.clone()
     return sinks
@@ -94,7 +96,7 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
 def surviving_mass(totals: Totals) -> Tensor:
     """Mass of the walks that reach an input, ``(N,)``."""
     recording = totals.recording
-    ends, total = _last_vertices(recording), totals.start.new_zeros(recording.batch)
+    ends, total = _last_vertices(recording), totals.start.new_zeros(recording.samples.count)
     for place, mass in totals.mass.items():
         if isinstance(place, Buffer) and place.vertex in ends:
             total = total + checked(recording, mass, "the input")
@@ -119,5 +121,5 @@ def checked(recording: Recording, mass: Tensor | None, what: str) -> Tensor:
         FoldingError: It is None: the entries of samples cannot be distinguished.
     """
     if mass is None:
-        raise recording.not_told_apart(what)
+        raise recording.samples.error(what)
     return mass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not, shown
 from ..recording.recording import Recording
 from .conditions import check_event
-from .event_masks import Formulas
+from .decision_diagram import Formulas
 
 
 def explanation(recording: Recording, event: Event, given: Event | None) -> str:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..events.event import Atom, Event
-from ..recording.graph import Buffer, Place
 from ..recording.passes import Cost, Vectors, pull
+from ..recording.places import Buffer, Edge, Place, Sink
 from ..recording.recording import Recording
 from .attention_events import plain
 from .conditionals import Conditionals
-from .event_masks import FALSE, TRUE, Formulas
+from .decision_diagram import FALSE, TRUE, Formulas
 from .masked_vectors import add_to, masked
 from .memory import in_chunks, width_of
 
@@ -54,15 +54,13 @@ class EventPass:
 
     def __init__(self, formulas: Formulas, start: Tensor, asked: Iterable[Place] = ()) -> None:
         recording = formulas.recording
-        learned = recording.folding.learn(start)
+        learned = recording.samples.find(start)
         self.formulas, self.recording = formulas, recording
         self.asked = frozenset(asked)
-        self.mass = start.new_zeros((len(formulas.roots), recording.batch))
+        self.mass = start.new_zeros((len(formulas.roots), recording.samples.count))
         self.variation = torch.zeros_like(self.mass)
         self.maps: dict[tuple[Place, Pair], Tensor] = {}
-        buffers = {place: 1 for place in self.asked if isinstance(place, Buffer)}
-        edges = {place: 1 for place in self.asked if isinstance(place, tuple)}
-        self._asked_below, _ = recording.graph.reach(buffers, edges)
+        self._asked_below = recording.graph.marks_below(dict.fromkeys(self.asked, 1)).below_vertex
         pairs = frozenset(enumerate(formulas.roots))
         self._count_decided(pairs, start)
         self.cost = learned + pull(recording.graph, [(recording.graph.output, {pairs: start})], self)
@@ -70,19 +68,19 @@ class EventPass:
     def at_buffer(self, buffer: Buffer, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
         return self._undecided(self._cross(buffer, vectors), buffer)
 
-    def at_edge(self, vertex: int, number: int, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
-        return self._cross((vertex, number), vectors)
+    def at_edge(self, edge: Edge, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
+        return self._cross(edge, vectors)
 
-    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[Pairs], share: Tensor) -> None:
+    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[Pairs], share: Tensor) -> None:
         for pairs, vector in vectors.items():
             absorbed = None
             for event, node in pairs:
                 if node <= TRUE:
                     continue
-                for left, mask in self.formulas.absorb(node, vertex):
+                for left, mask in self.formulas.absorb(node, sink.vertex):
                     if left == TRUE:
                         absorbed = vector * share if absorbed is None else absorbed
-                        self._count(event, masked(absorbed, mask), Buffer(vertex, number))
+                        self._count(event, masked(absorbed, mask), Buffer(sink.vertex, number))
 
     def _cross(self, place: Place, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
         level = self.formulas.levels.get(place)
@@ -129,8 +127,9 @@ class EventPass:
                 self._count(event, start, self.recording.graph.output)
 
     def _count(self, event: int, vector: Tensor, place: Place) -> None:
-        self.mass[event] += self.recording.per_sample(vector, "the tap where an event is decided", place)
-        self.variation[event] += self.recording.per_sample(vector.abs(), "the tap where an event is decided", place)
+        sums = self.recording.samples.checked_sums
+        self.mass[event] += sums(vector, "the tap where an event is decided", place)
+        self.variation[event] += sums(vector.abs(), "the tap where an event is decided", place)
 
     def result(self, event: int, places: Sequence[Place]) -> EventResult:
         """Mass, variation and maps of one event."""
@@ -138,14 +137,14 @@ class EventPass:
 
     def map(self, place: Place, event: int) -> Tensor:
         """``μ(j & event)`` for every neuron ``j`` of an asked tap."""
-        tap = self.recording.taps[self.recording.index[place]]
-        total = self.recording.without_samples(self.mass.new_zeros(tap.shape))
+        tap = self.recording.taps.at(place)
+        total = self.recording.samples.without_samples(self.mass.new_zeros(tap.shape))
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}
         below = Conditionals(self.formulas, [place], [node for node in arrived if node > TRUE], self.mass)
         self.cost += below.cost
         for node, vector in arrived.items():
             total = total + vector * below.value(place, node)
-        return self.recording.with_samples(total)
+        return self.recording.samples.with_samples(total)
 
 
 def event_results(
@@ -183,5 +182,5 @@ def _named_places(recording: Recording, events: Sequence[Event], places: Sequenc
     if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
         return None
     atoms = {replace(part, index=None) for part in parts if isinstance(part, Atom)}
-    taps = [tap for atom in atoms for tap in recording.find(atom.layer, atom.side, atom.call, atom.item)]
+    taps = [tap for atom in atoms for tap in recording.taps.find(atom.layer, atom.side, atom.call, atom.item)]
     return [*places, *(tap.place for tap in taps)]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..recording.recording import Recording, Tap
+from ..recording.recording import Recording
+from ..recording.taps import Tap
 from .conditions import divided
 from .event_masses import EventResult
 from .totals import Totals

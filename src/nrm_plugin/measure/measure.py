@@ -24,10 +24,10 @@ from .description import explanation
 from .flow import flow_graph, ordered_taps
 from .flow_graph import TOP, FlowGraph
 from .groups import Over, over_each
+from .layer_taps import Layer, taps_of
 from .memory import check_memory
 from .partitions import Names
 from .query_passes import QueryPasses, query
-from .taps import Layer, taps_of
 from .totals import pass_totals
 
 
@@ -100,9 +100,9 @@ class RelevanceMeasure(QueryPasses):
         self.composite = normalize(composite, residual, gain_limit, uncovered)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
         self._recording = Recording(model, call, self.composite, output)
-        outputs = self._recording.with_samples(self._recording.output.detach())
+        outputs = self._recording.samples.with_samples(self._recording.output.detach())
         vector = start_vector(outputs, chosen_target(target, self.outputs, batched), start)
-        self._start = self._recording.without_samples(normalized(vector))
+        self._start = self._recording.samples.without_samples(normalized(vector))
         self._output = sample_sums(vector * outputs) / sample_sums(vector)
         self.cost = Cost()
 
@@ -114,7 +114,7 @@ class RelevanceMeasure(QueryPasses):
             >>> mu.layers
             ['input', '0', '1', '2', 'output']
         """
-        return self._recording.layers
+        return self._recording.taps.layers
 
     @property
     def outputs(self) -> Tensor:
@@ -144,7 +144,7 @@ class RelevanceMeasure(QueryPasses):
             >>> mu.batch
             5
         """
-        return self._recording.batch
+        return self._recording.samples.count
 
     def shape(self, layer: Layer) -> torch.Size:
         """Shape of a tap, ``(N, …)``.

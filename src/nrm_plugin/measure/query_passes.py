@@ -15,15 +15,17 @@ from ..errors import EventError, StaleMeasureError
 from ..events.event import Event
 from ..model.autocast import exact
 from ..recording.passes import Cost
-from ..recording.recording import Recording, Tap
+from ..recording.places import Buffer, Edge, Sink
+from ..recording.recording import Recording
+from ..recording.taps import Tap
 from .conditionals import Conditionals, are_below, check_below
 from .conditions import check_condition, check_event, event_list
-from .event_masks import Formulas
+from .decision_diagram import Formulas
 from .event_masses import EventResult, event_results
 from .groups import Over, pair_of, summed
 from .joints import joint_matrices
+from .layer_taps import Layer, is_below, tap_of
 from .marginals import event_maps, separate_maps
-from .taps import Layer, is_below, tap_of
 from .totals import Totals, pass_totals
 
 P = ParamSpec("P")
@@ -58,7 +60,7 @@ class QueryPasses:
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)
 
-    def _is_below(self, place: object, tap: Tap) -> bool:
+    def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
         return is_below(self._recording, place, tap)
 
     def _pass(self, asked: Sequence[Tap] = ()) -> Totals:
@@ -101,7 +103,7 @@ class QueryPasses:
     def _masses(self, events: Sequence[Event], given: Event | None, min_ratio: float | None) -> Tensor:
         """``(E, N)``."""
         if not events:
-            return self._start.new_zeros((0, self._recording.batch))
+            return self._start.new_zeros((0, self._recording.samples.count))
         if given is not None:
             check_event(given, "given= takes one event; for several conditions, make one query for each. ")
             events = [*(item & given for item in events), given]
@@ -114,9 +116,8 @@ class QueryPasses:
 
     def _conditionals(self, event: Event, layer: Layer | None) -> dict[str, Tensor]:
         """``μ(event given j)`` of a layer, under the name ``""``, or of all layers above the event."""
-        taps = (
-            {"": self._tap(layer)} if layer is not None else {name: self._tap(name) for name in self._recording.layers}
-        )
+        names = {name: name for name in self._recording.taps.layers} if layer is None else {"": layer}
+        taps = {name: self._tap(one) for name, one in names.items()}
         check_event(event)
         formulas = Formulas(self._recording, [event])
         if layer is not None:
@@ -125,7 +126,7 @@ class QueryPasses:
         below = Conditionals(formulas, [tap.place for tap in taps.values()], formulas.roots, self._start)
         self.cost = below.cost
         values = {name: below.value(tap.place, formulas.roots[0]).clone() for name, tap in taps.items()}
-        return {name: self._recording.with_samples(value) for name, value in values.items()}
+        return {name: self._recording.samples.with_samples(value) for name, value in values.items()}
 
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
         """``(N, K_upper, K_lower)`` of each two consecutive layers."""

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..kernels.base import blocks
 from ..model.targets import sample_norms, sample_sums
-from ..recording.graph import Buffer, Place
 from ..recording.passes import Cost, Vectors, pull
-from ..recording.recording import Recording, Tap
+from ..recording.places import Buffer, Edge, Place, Sink
+from ..recording.recording import Recording
+from ..recording.taps import Tap
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -30,7 +31,7 @@ class Totals:
         absolute: ``Σ_j |μ(j)|``, by tap.
         sinks: Absorbed mass, by ``(vertex, kind)``.
         absolute_sinks: ``Σ |·|`` of it, by ``(vertex, kind)``.
-        branches: What a vertex with several edges propagates along each, by ``(vertex, edge)``.
+        branches: Relevance that a vertex with several edges propagates along each.
         maps: Relevance of the taps in ``asked``.
         cost: Kernels run.
     """
@@ -42,7 +43,7 @@ class Totals:
     absolute: dict[Place, Tensor | None] = field(default_factory=dict)
     sinks: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
     absolute_sinks: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
-    branches: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+    branches: dict[Edge, Tensor | None] = field(default_factory=dict)
     maps: dict[Place, Tensor] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
@@ -56,24 +57,24 @@ class Totals:
             self._enter(buffer, vector)
         return vectors
 
-    def at_edge(self, vertex: int, number: int, vectors: Vectors[str]) -> Vectors[str]:
+    def at_edge(self, edge: Edge, vectors: Vectors[str]) -> Vectors[str]:
         for vector in vectors.values():
-            self._enter((vertex, number), vector)
-            if len(self.recording.graph.vertices[vertex].edges) > 1:
-                self.branches[vertex, number] = self._sum(vector, (vertex, number))
+            self._enter(edge, vector)
+            if len(self.recording.graph.vertices[edge.vertex].edges) > 1:
+                self.branches[edge] = self._sum(vector, edge)
         return vectors
 
-    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
+    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
         for vector in vectors.values():
-            total, absolute = self._sum_pair(vector, Buffer(vertex, number), share)
-            _accumulate(self.sinks, (vertex, kind), total)
-            _accumulate(self.absolute_sinks, (vertex, kind), absolute)
+            total, absolute = self._sum_pair(vector, Buffer(sink.vertex, number), share)
+            _accumulate(self.sinks, (sink.vertex, kind), total)
+            _accumulate(self.absolute_sinks, (sink.vertex, kind), absolute)
 
     def _enter(self, place: Place, vector: Tensor) -> None:
-        if place in self.recording.index:
+        if place in self.recording.taps.index:
             self.mass[place], self.absolute[place] = self._sums(vector, place)
         if place in self.asked:
-            self.maps[place] = self.recording.with_samples(vector)
+            self.maps[place] = self.recording.samples.with_samples(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
         """Σ and Σ| |; computed once where a step passes a vector on unchanged."""
@@ -83,26 +84,26 @@ class Totals:
         return self._last[1:]
 
     def _sum(self, vector: Tensor, place: Place) -> Tensor | None:
-        return self.recording.folding.sums(vector, place)
+        return self.recording.samples.sums(vector, place)
 
     def _has_sample_rows(self, vector: Tensor) -> bool:
         """Whether the rows of a tensor are the samples."""
-        return self.recording.batch == 1 or (vector.ndim > 0 and len(vector) == self.recording.batch)
+        return self.recording.samples.count == 1 or (vector.ndim > 0 and len(vector) == self.recording.samples.count)
 
     def _sum_pair(
         self, vector: Tensor, place: Place, share: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Σ and Σ| | of relevance, or of a share of it, for each sample."""
-        if self.recording.folding.is_needed:
+        if self.recording.samples.is_needed:
             values = vector if share is None else vector * share
             return self._sum(values, place), self._sum(values.abs(), place)
         if not self._has_sample_rows(vector):
             return None, None
         if share is None:
             return self._sum(vector, place), self._norm(vector)
-        total = vector.new_zeros(self.recording.batch)
+        total = vector.new_zeros(self.recording.samples.count)
         absolute = torch.zeros_like(total)
-        single = self.recording.batch == 1
+        single = self.recording.samples.count == 1
         for at in blocks(vector):  # blocks that fit into the processor's cache
             part = vector[at] * share[at]
             rows = slice(None) if single else at[0]
@@ -111,7 +112,7 @@ class Totals:
         return total, absolute
 
     def _norm(self, vector: Tensor) -> Tensor:
-        return sample_norms(vector.reshape(1, -1) if self.recording.batch == 1 else vector)
+        return sample_norms(vector.reshape(1, -1) if self.recording.samples.count == 1 else vector)
 
 
 def _accumulate(total: dict[Key, Tensor | None], key: Key, value: Tensor | None) -> None:
@@ -128,7 +129,7 @@ def pass_totals(recording: Recording, start: Tensor, asked: Iterable[Place] = ()
         asked: Taps whose relevance is stored.
         absolute: Use kernels of absolute values.
     """
-    learned = recording.folding.learn(start)
+    learned = recording.samples.find(start)
     result = Totals(recording, start, frozenset(asked))
     result.cost = learned + pull(recording.graph, [(recording.graph.output, {"": start})], result, absolute)
     return result

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..events.event import Event
 from ..measure.groups import Over
+from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
-from ..measure.taps import Layer
 from .walks import Chain, check_one, every
 
 COMBINATIONS = 200_000

@@ -22,9 +22,9 @@ from ..errors import EventError
 from ..events.event import Atom, Event, at
 from ..measure.groups import Over, check_over, labels_of
 from ..measure.joints import propagated
+from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
 from ..measure.memory import DEFAULT, width_of
-from ..measure.taps import Layer
 from ..recording.passes import push
 
 TOGETHER = 8

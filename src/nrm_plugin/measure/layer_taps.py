@@ -8,8 +8,9 @@ from torch import nn
 
 from ..errors import EventError
 from ..events.event import Atom, Event, Side, at
-from ..recording.graph import Buffer
-from ..recording.recording import Recording, Tap
+from ..recording.places import Buffer, Edge, Sink
+from ..recording.recording import Recording
+from ..recording.taps import Tap
 
 Layer = str | nn.Module | Atom
 """A layer as a query names it: the name of a tap, a module, or ``at(…)`` without an index."""
@@ -42,7 +43,7 @@ def tap_of(recording: Recording, layer: Layer) -> Tap:
         raise EventError(f"{atom} is an event; a layer is needed here. Use at(layer) without an index, or joint=.")
     if atom.side == "sink" or atom.call == "any":
         raise EventError(f"{atom} is not one tap. Ask mu({atom}) for its mass.")
-    (tap,) = recording.find(atom.layer, atom.side, atom.call, atom.item)
+    (tap,) = recording.taps.find(atom.layer, atom.side, atom.call, atom.item)
     return tap
 
 
@@ -56,25 +57,24 @@ def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[A
     atom = atom_of(layer, side)
     if atom.side == "sink":
         raise EventError(f"{atom} is not a tap: walks end there. Ask mu({atom}), or sinks() for all steps.")
-    items = recording.items(atom.layer, atom.side, atom.call)
+    items = recording.taps.items(atom.layer, atom.side, atom.call)
     return [Atom(atom.layer, atom.side, atom.call, item) for item in items]
 
 
 def is_reached(recording: Recording, tap: Tap) -> bool:
     """Whether a walk from the output can cross a tap."""
     output = recording.graph.output
-    bit = 1 << recording.index[tap.place]
-    return tap.place == output or bool(recording.below[output.vertex] & bit)
+    bit = 1 << recording.taps.index[tap.place]
+    return tap.place == output or bool(recording.taps.marks.below_vertex[output.vertex] & bit)
 
 
-def is_below(recording: Recording, key: object, tap: Tap) -> bool:
-    """Whether a walk that has crossed a tap can still meet a place, or the sink of a vertex (``-1 - vertex``)."""
-    vertex = tap.place.vertex if isinstance(tap.place, Buffer) else tap.place[0]
-    if isinstance(key, int):
-        return (-1 - key) >= vertex if isinstance(tap.place, Buffer) else (-1 - key) > vertex
-    bit = 1 << recording.index[key]  # type: ignore[index]
+def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> bool:
+    """Whether a walk that has crossed a tap can still cross a place, or be absorbed in a sink."""
+    vertex, taps = tap.place.vertex, recording.taps
+    if isinstance(place, Sink):
+        return place.vertex >= vertex if isinstance(tap.place, Buffer) else place.vertex > vertex
+    bit = 1 << taps.index[place]
     if isinstance(tap.place, Buffer):
-        return bool(recording.below[vertex] & bit)
-    edge = recording.graph.vertices[vertex].edges[tap.place[1]]
-    own = 1 << recording.index[tap.place]
-    return edge is not None and bool(recording.through[vertex][tap.place[1]] & bit & ~own)
+        return bool(taps.marks.below_vertex[vertex] & bit)
+    own = 1 << taps.index[tap.place]
+    return bool(taps.marks.below_edge[vertex][tap.place.number] & bit & ~own)

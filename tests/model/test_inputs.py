@@ -116,7 +116,7 @@ def test_the_explained_output_may_be_packed(case):
     ("pack", "output", "words"),
     [
         (lambda a, b: (a, b), None, r"tuple of 0 \(float64 \(3, 5\)\), 1 \(float64 \(3, 2\)\).*output="),
-        (lambda a, b: {"x": a, "y": b}, "z", r"output='z' is not in what the model returned, a dict of 'x'"),
+        (lambda a, b: {"x": a, "y": b}, "z", r"output='z' is not in the model's return value, a dict of 'x'"),
         (lambda a, b: {"x": a, "y": "text"}, "y", r"output='y' is str"),
         (lambda a, b: "text", None, r"returned str.*one tensor"),
         (lambda a, b: a.sum(), None, r"first dimension must be the batch"),
