@@ -31,8 +31,8 @@ from .partitions import Names, partition
 class Measure(Protocol):
     """What a flow asks of a :class:`~nrm_plugin.RelevanceMeasure`."""
 
-    batch: int
-
+    @property
+    def batch(self) -> int: ...
     def __call__(self, event: Any) -> Tensor: ...
     def marginal(self, layer: Any, over: Any = ..., *, joint: Any = ...) -> Any: ...
     def joints(self, layers: Any, over: Any = ...) -> list[Tensor]: ...
@@ -71,7 +71,6 @@ def flow_graph(
     mu: Measure,
     layers: Sequence[tuple[Any, Tap]],
     over: Any = "channel",
-    *,
     top: int | None = TOP,
     min_mass: float | None = None,
     coverage: float | None = None,

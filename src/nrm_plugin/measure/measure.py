@@ -181,19 +181,16 @@ class RelevanceMeasure(QueryPasses):
         return taps_of(self._recording, layer, side)
 
     def __repr__(self) -> str:
-        rules = type(self.composite.composite).__name__
-        settings = self.composite.normalization
+        rules, settings = type(self.composite.composite).__name__, self.composite.normalization
         return (
             f"RelevanceMeasure({self.batch} samples, {len(self._recording.taps)} taps, {rules}, "
             f"residual={settings.residual!r}, gain_limit={settings.gain_limit})"
         )
 
     @overload
-    def marginal(self, layer: Layer, over: Over | None = ..., **condition: Unpack[Condition]) -> Tensor: ...
+    def marginal(self, layer: Layer, over: Over | None = ..., **of: Unpack[Condition]) -> Tensor: ...
     @overload
-    def marginal(
-        self, layer: list[Any], over: Over | None = ..., **condition: Unpack[Condition]
-    ) -> dict[Any, Tensor]: ...
+    def marginal(self, layer: list[Any], over: Over | None = ..., **of: Unpack[Condition]) -> dict[Any, Tensor]: ...
     @query
     def marginal(
         self,
@@ -346,7 +343,7 @@ class RelevanceMeasure(QueryPasses):
     def conditional(self, event: Event, layer: Layer | None = None) -> Tensor | dict[str, Tensor]:
         """``μ(event given j)`` for every neuron ``j`` of a tap above all taps of the event, ``(N, *shape)``.
 
-        One transposed pass; defined also where ``μ(j)`` is zero.
+        It takes one transposed pass, and is also defined where ``μ(j)`` is zero.
 
         Args:
             event: An event over taps below.
@@ -387,8 +384,8 @@ class RelevanceMeasure(QueryPasses):
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:
         """Joint relevance of the channels of each two consecutive layers, ``(N, upper, lower)`` each.
 
-        One pass computes the marginals of all layers. Where two of them are separated by one linear layer and otherwise
-        only by operations that preserve channels (ReLU, max pooling), all pairs cost one weight gradient.
+        One pass for all layers. Where two of them are separated by one linear layer, and otherwise only by operations
+        that preserve channels (ReLU, max pooling), all pairs of channels cost one weight gradient.
 
         Args:
             layers: Two or more, each below the one before.
@@ -421,12 +418,11 @@ class RelevanceMeasure(QueryPasses):
             layers: Each above or below the others; names may be in any order.
             over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or
                 a dictionary of these by name of the layer, where the layers that are not in it have channels.
-            top: Most groups of a layer that are shown, those of largest absolute mass; None for no such limit. The
+            top: Number of groups of each layer that are shown, those of largest absolute mass; None for no limit. The
                 other neurons are one node, the rest.
             min_mass: Smallest absolute mass of a group that is shown.
-            coverage: Of each layer the fewest groups that hold this share of its absolute mass, such as 0.9.
-            names: Of the groups of some layers: lists or dictionaries by name of the layer, such as
-                ``{"output": classes}``.
+            coverage: Show the fewest groups of each layer that hold this share of its absolute mass, such as 0.9.
+            names: Names of the groups, as a list or dictionary for each layer, such as ``{"output": classes}``.
             sample: Which sample, where the measure has several.
 
         Raises:
@@ -440,8 +436,7 @@ class RelevanceMeasure(QueryPasses):
 
         Source: docs/flow.md.
         """
-        limits: dict[str, Any] = {"top": top, "min_mass": min_mass, "coverage": coverage}
-        return flow_graph(self, ordered_taps(self, layers), over, names=names, sample=sample, **limits)  # type: ignore[arg-type]
+        return flow_graph(self, ordered_taps(self, layers), over, top, min_mass, coverage, names, sample)
 
     def explain(self, event: Event, given: Event | None = None) -> str:
         """The quantity in words and as a formula, and its cost.
