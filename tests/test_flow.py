@@ -351,7 +351,11 @@ def test_json_comes_back_as_it_was(full, tmp_path):
     assert FlowGraph.from_json(full.to_json()) != full.smaller(top=2)
     damaged = json.loads(full.to_json())
     damaged["joints"][0] = damaged["joints"][0][1:]
-    for text, words in [("[1", "no flow graph"), ("{}", "'format'"), (json.dumps(damaged), "does not fit its layers")]:
+    for text, words in [
+        ("[1", "not a flow"),
+        ("{}", "'format'"),
+        (json.dumps(damaged), "does not fit its layers"),
+    ]:
         with pytest.raises(FlowError, match=words):
             FlowGraph.from_json(text)
 

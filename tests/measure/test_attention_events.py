@@ -337,7 +337,7 @@ def test_heads_are_asked_of_layers_and_once():
     mu = RelevanceMeasure(net(), draw(), 1)
     with pytest.raises(EventError, match=r"at\('attn'\).head\(1\) is an event; a layer is needed here"):
         mu.marginal(at("attn").head(1))
-    assert "go through the attention of 'attn' in head 1 at token 2 drawing on token 0" in mu.explain(
+    assert "pass through the attention of 'attn' in head 1 from query token 2 to key token 0" in mu.explain(
         at("attn").head(1).pair(2, 0)
     )
 

@@ -172,7 +172,7 @@ def test_what_does_not_fit_into_memory_is_done_in_parts(monkeypatch):
         return pull(graph, start, visitor, absolute)
 
     monkeypatch.setattr(event_masses, "pull", small)
-    with pytest.warns(MemoryBudgetWarning, match="memory ran out with . at once; going on with"):
+    with pytest.warns(MemoryBudgetWarning, match="out of memory with . at once; retrying with"):
         torch.testing.assert_close(whole.marginal("input", given=events), mu.marginal("input", given=events))
     assert widths[:4] == [4, 2, 1, 1]
 

@@ -13,7 +13,7 @@ from ..errors import EventError
 from ..recording.taps import Tap
 
 Over = str | Tensor
-"""What is summed up: a kind of group, or an integer label for every neuron of a tap."""
+"""The groups of neurons to sum over: a kind of group, or an integer label for every neuron of a tap."""
 
 KINDS = ("channel", "position", "neuron")
 
@@ -49,7 +49,7 @@ def _own_labels(tap: Tap, over: Tensor) -> Tensor:
     if labels is None or not labels.numel() or int(labels.min()) < 0:
         raise EventError(
             f"over= holds a label of at least 0 for every neuron of {tap.names[0] if tap.names else 'the tap'!r}, in a "
-            f"shape that broadcasts to {tuple(inner)}; got shape {tuple(over.shape)}. Give the rest a group of its own."
+            f"shape that broadcasts to {tuple(inner)}; got shape {tuple(over.shape)}. Give the rest its own label."
         )
     return labels
 
@@ -61,7 +61,7 @@ def check_over(over: Any) -> None:
 
 
 def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
-    """What is summed up at each of several layers.
+    """The groups of each of several layers.
 
     Raises:
         ValueError: A list of another length.
@@ -73,7 +73,7 @@ def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
 
 
 def pair_of(over: Any) -> tuple[Over, Over]:
-    """What is summed up at the upper and at the lower tap."""
+    """The groups of the upper and of the lower tap."""
     pair = over if isinstance(over, tuple) and len(over) == 2 else (over, over)
     for one in pair:
         check_over(one)
