@@ -1,4 +1,4 @@
-"""Heads, tokens and (query, key) pairs as events, in every spelling of attention, against sums written out here."""
+"""Heads, tokens and pairs of query and key as events, for every implementation of attention, compared with sums."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ def test_heads_that_cannot_be_distinguished_from_samples_raise():
 
     x = torch.randn(2, TOKENS, FEATURES)
     mu = RelevanceMeasure(nn.Sequential(Odd(), nn.Flatten(), nn.Linear(TOKENS * FEATURES, 2)), x, 1)
-    with pytest.raises(EventError, match="cannot be told from the 2 samples in its dimension of 3"):
+    with pytest.raises(EventError, match="cannot be distinguished from the 2 samples in its dimension of 3"):
         mu(at("0").head(0))
 
 

@@ -27,7 +27,7 @@ class Conditionals:
     Args:
         formulas: The events.
         places: The taps.
-        nodes: Diagram nodes that are left of the events after a tap was crossed.
+        nodes: The nodes of the diagram that remain after a tap is crossed.
         like: A tensor of the dtype and device of relevance.
     """
 

@@ -31,7 +31,7 @@ class EventResult:
     Attributes:
         mass: ``μ(event)``, ``(N,)``.
         variation: Σ|μ| over the neurons where it was decided, ``(N,)``.
-        maps: ``μ(j & event)`` at each asked tap, ``(N, *shape)``.
+        maps: ``μ(j & event)`` at each stored tap, ``(N, *shape)``.
     """
 
     mass: Tensor
@@ -45,22 +45,22 @@ class EventPass:
     Args:
         formulas: The events.
         start: The relevance of the outputs.
-        asked: Taps at which a map of each event is needed.
+        stored: Taps at which a map of each event is needed.
 
     Attributes:
         mass: μ of each event, ``(E, N)``.
         variation: Σ|μ| over the neurons where each was decided, ``(E, N)``.
     """
 
-    def __init__(self, formulas: Formulas, start: Tensor, asked: Iterable[Place] = ()) -> None:
+    def __init__(self, formulas: Formulas, start: Tensor, stored: Iterable[Place] = ()) -> None:
         recording = formulas.recording
         learned = recording.samples.find(start)
         self.formulas, self.recording = formulas, recording
-        self.asked = frozenset(asked)
+        self.stored = frozenset(stored)
         self.mass = start.new_zeros((len(formulas.roots), recording.samples.count))
         self.variation = torch.zeros_like(self.mass)
         self.maps: dict[tuple[Place, Pair], Tensor] = {}
-        self._asked_below = recording.graph.marks_below(dict.fromkeys(self.asked, 1)).below_vertex
+        self._stored_below = recording.graph.marks_below(dict.fromkeys(self.stored, 1)).below_vertex
         pairs = frozenset(enumerate(formulas.roots))
         self._count_decided(pairs, start)
         self.cost = learned + pull(recording.graph, [(recording.graph.output, {pairs: start})], self)
@@ -99,26 +99,26 @@ class EventPass:
                         self._count(event, part, place)
                     if left != FALSE:
                         add_to(result, frozenset({(event, left)}), part)
-        if place in self.asked:
+        if place in self.stored:
             for pairs, vector in result.items():
                 for pair in pairs:
                     add_to(self.maps, (place, pair), vector)
         return result
 
     def _undecided(self, vectors: Vectors[Pairs], buffer: Buffer) -> Vectors[Pairs]:
-        """Without the walks that are decided and cross no asked tap below."""
+        """Without the walks that are decided and cross no stored tap below."""
         vertex = buffer.vertex
         result: Vectors[Pairs] = {}
         for pairs, vector in vectors.items():
-            kept = set()
+            undecided = set()
             for event, node in pairs:
                 left = self.formulas.settle(node, vertex)
                 if left == TRUE and node != TRUE:
                     self._count(event, vector, buffer)
-                if left > TRUE or (left == TRUE and self._asked_below[vertex]):
-                    kept.add((event, left))
-            if kept:
-                add_to(result, frozenset(kept), vector)
+                if left > TRUE or (left == TRUE and self._stored_below[vertex]):
+                    undecided.add((event, left))
+            if undecided:
+                add_to(result, frozenset(undecided), vector)
         return result
 
     def _count_decided(self, pairs: Pairs, start: Tensor) -> None:
@@ -136,7 +136,7 @@ class EventPass:
         return EventResult(self.mass[event], self.variation[event], [self.map(place, event) for place in places])
 
     def map(self, place: Place, event: int) -> Tensor:
-        """``μ(j & event)`` for every neuron ``j`` of an asked tap."""
+        """``μ(j & event)`` for every neuron ``j`` of a stored tap."""
         tap = self.recording.taps.at(place)
         total = self.recording.samples.without_samples(self.mass.new_zeros(tap.shape))
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}

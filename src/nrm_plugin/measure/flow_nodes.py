@@ -56,8 +56,8 @@ class FlowLayer:
 
 def _off_label(sink: float, bypass: float) -> str:
     if sink and bypass:
-        return "absorbed or around"
-    return "around" if bypass else "absorbed"
+        return "absorbed or bypassing"
+    return "bypassing" if bypass else "absorbed"
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
     """
     vertices = [place.vertex for place in places or ()]
     first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))
-    carried = recording.graph.vertices[first : last + 1]
-    largest = max((math.prod(shape) for vertex in carried for shape in vertex.shapes), default=1)
+    between = recording.graph.vertices[first : last + 1]
+    largest = max((math.prod(shape) for vertex in between for shape in vertex.shapes), default=1)
     default = DEFAULT_CPU if recording.output.device.type == "cpu" else DEFAULT
     return max(1, (max_memory or default) // max(1, COPIES * largest * recording.output.element_size()))
 

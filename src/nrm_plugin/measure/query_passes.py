@@ -55,7 +55,7 @@ class QueryPasses:
     _recording: Recording
     _start: Tensor
     _max_memory: int | None
-    _stored: Totals | None = None
+    _totals_once: Totals | None = None
 
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)
@@ -63,16 +63,16 @@ class QueryPasses:
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
         return is_below(self._recording, place, tap)
 
-    def _pass(self, asked: Sequence[Tap] = ()) -> Totals:
+    def _pass(self, stored: Sequence[Tap] = ()) -> Totals:
         """A pass that stores the relevance of some taps; its sums answer all later queries for totals."""
-        totals = pass_totals(self._recording, self._start, [tap.place for tap in asked])
-        self._stored = self._stored or replace(totals, maps={})
+        totals = pass_totals(self._recording, self._start, [tap.place for tap in stored])
+        self._totals_once = self._totals_once or replace(totals, maps={})
         self.cost = totals.cost
         return totals
 
     @property
     def _totals(self) -> Totals:
-        return self._stored or self._pass()
+        return self._totals_once or self._pass()
 
     def _maps(
         self, taps: list[Tap], over: Over | None, given: Any, joint: Any, min_ratio: float | None

@@ -26,19 +26,19 @@ class Totals:
     Attributes:
         recording: The recording.
         start: The relevance of the outputs.
-        asked: Taps whose relevance is stored.
+        stored: Taps whose relevance is stored.
         mass: ``Σ_j μ(j)``, by tap.
         absolute: ``Σ_j |μ(j)|``, by tap.
         sinks: Absorbed mass, by ``(vertex, kind)``.
         absolute_sinks: ``Σ |·|`` of it, by ``(vertex, kind)``.
         branches: Relevance that a vertex with several edges propagates along each.
-        maps: Relevance of the taps in ``asked``.
+        maps: Relevance of the taps in ``stored``.
         cost: Kernels run.
     """
 
     recording: Recording
     start: Tensor
-    asked: frozenset[Place]
+    stored: frozenset[Place]
     mass: dict[Place, Tensor | None] = field(default_factory=dict)
     absolute: dict[Place, Tensor | None] = field(default_factory=dict)
     sinks: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Totals:
     _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def relevance(self, tap: Tap) -> Tensor:
-        """The relevance of a tap in ``asked``, ``(N, *shape)``; zeros where none arrived."""
+        """The relevance of a tap in ``stored``, ``(N, *shape)``; zeros where none arrived."""
         return self.maps[tap.place] if tap.place in self.maps else self.start.new_zeros(tap.shape)
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
@@ -73,7 +73,7 @@ class Totals:
     def _enter(self, place: Place, vector: Tensor) -> None:
         if place in self.recording.taps.index:
             self.mass[place], self.absolute[place] = self._sums(vector, place)
-        if place in self.asked:
+        if place in self.stored:
             self.maps[place] = self.recording.samples.with_samples(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
@@ -120,16 +120,16 @@ def _accumulate(total: dict[Key, Tensor | None], key: Key, value: Tensor | None)
     total[key] = value if key not in total else (None if old is None or value is None else old + value)
 
 
-def pass_totals(recording: Recording, start: Tensor, asked: Iterable[Place] = (), absolute: bool = False) -> Totals:
+def pass_totals(recording: Recording, start: Tensor, stored: Iterable[Place] = (), absolute: bool = False) -> Totals:
     """Propagates all relevance once.
 
     Args:
         recording: The recording.
         start: The relevance of the outputs.
-        asked: Taps whose relevance is stored.
+        stored: Taps whose relevance is stored.
         absolute: Use kernels of absolute values.
     """
     learned = recording.samples.find(start)
-    result = Totals(recording, start, frozenset(asked))
+    result = Totals(recording, start, frozenset(stored))
     result.cost = learned + pull(recording.graph, [(recording.graph.output, {"": start})], result, absolute)
     return result

@@ -1,4 +1,4 @@
-"""Where a measure starts: targets and start vectors as signed laws of the output neurons.
+"""Start of a measure: targets and start vectors as signed laws of the output neurons.
 
 Source: docs/measure.md.
 """
@@ -63,13 +63,13 @@ def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tenso
 
     Args:
         output: The model's output.
-        target: As in Captum: None for one output a sample, an int or a tuple for all samples, or a list or tensor of
-            them with one for each sample.
-        start: A signed vector over the outputs instead, ``(N, …)`` or without the batch, or a function that makes it
-            from the outputs.
+        target: As in Captum: None for one output per sample, an int or a tuple for all samples, or a list or tensor
+            with one of them for each sample.
+        start: A signed vector over the outputs instead, ``(N, …)`` or without the batch, or a function that returns it
+            for the outputs.
 
     Raises:
-        TargetError: Neither or both fit.
+        TargetError: Both are given, or do not fit.
     """
     if start is not None:
         if target is not None:
@@ -89,7 +89,7 @@ def normalized(start: Tensor) -> Tensor:
     if bool(bad.any()):
         raise TargetError(
             f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. A difference of "
-            "outputs has no measure: take the measure of each output and subtract the answers."
+            "outputs has no measure: take the measure of each output and subtract the results."
         )
     return start / total.reshape(-1, *(1,) * (start.ndim - 1))
 
@@ -101,7 +101,7 @@ class Neurons:
         selector: The selector.
 
     Attributes:
-        activation: What was selected, summed, ``(N,)``; known once the start vector was made.
+        activation: Sum of the selected activations, ``(N,)``; set when the start vector is computed.
     """
 
     def __init__(self, selector: Any) -> None:
@@ -113,13 +113,13 @@ class Neurons:
         slope = self._slope(values)
         self.activation = (slope * values).flatten(1).sum(1)
         if bool((slope != 0).flatten(1).sum(1).le(1).all()):
-            return slope  # a single neuron starts with all mass, also where it is not active
+            return slope  # a single neuron starts with all mass, even if it is not active
         start = slope * values
         silent = (start == 0).flatten(1).all(1).reshape(-1, *(1,) * (values.ndim - 1))
         return torch.where(silent, slope, start)
 
     def _slope(self, values: Tensor) -> Tensor:
-        """How much each neuron counts."""
+        """Weight of each neuron."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()
@@ -167,8 +167,8 @@ def _real(start: Any) -> Tensor:
         vector = start.detach() if isinstance(start, Tensor) else torch.as_tensor(start)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TargetError(
-            f"start is {type(start).__name__}, of which no vector can be made ({error}). Give a tensor or list with "
-            "one number for each output."
+            f"start is {type(start).__name__}, which cannot be converted to a vector ({error}). Give a tensor or "
+            "list with one number for each output."
         ) from error
     if vector.is_complex() or vector.device.type == "meta":
         what = f"dtype {vector.dtype}" if vector.is_complex() else "device meta, where tensors hold no values"
@@ -213,7 +213,7 @@ _FORMS = "Give an int, a tuple of ints for an output of several dimensions, or a
 
 
 def _indices(target: Any, batch: int) -> list[tuple[int, ...]]:
-    if hasattr(target, "__array__"):  # a tensor, or what numpy's argmax gives
+    if hasattr(target, "__array__"):  # a tensor, or the result of numpy's argmax
         target = _integers(target)
     if isinstance(target, bool) or not isinstance(target, (int, tuple, list)):
         raise TargetError(f"target is {type(target).__name__}. {_FORMS}")
@@ -224,7 +224,7 @@ def _indices(target: Any, batch: int) -> list[tuple[int, ...]]:
     if len(target) == 1 and batch != 1:
         target = target * batch
     if len(target) != batch:
-        raise TargetError(f"target has {len(target)} entries for {batch} samples; give one for all or one for each.")
+        raise TargetError(f"target has {len(target)} entries for {batch} samples; give one for all, or one for each.")
     return [_tuple(entry) if isinstance(entry, (tuple, list)) else _tuple((entry,)) for entry in target]
 
 
@@ -248,4 +248,4 @@ def _tuple(entry: Any) -> tuple[int, ...]:
         return tuple(operator.index(number) for number in entry)
     except TypeError:
         shown = entry[0] if len(entry) == 1 else entry
-        raise TargetError(f"target {shown!r} is not made of integers. {_FORMS}") from None
+        raise TargetError(f"target {shown!r} does not consist of integers. {_FORMS}") from None
