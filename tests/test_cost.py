@@ -1,4 +1,4 @@
-"""What queries cost, counted in kernels run, by the measure itself and from outside."""
+"""The cost of queries in kernels run, counted by the measure and independently."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEPTH, WIDTH = 20, 12
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Counts kernels run, whoever runs them: ``(kernels, vectors)``."""
+    """Counts all kernels that run, and their vectors."""
     counted = {"kernels": 0, "vectors": 0}
 
     def counting(method):
@@ -33,7 +33,7 @@ def runs(monkeypatch):
 
 @pytest.fixture
 def mu():
-    """Of a chain: linear layers named 0, 2, 4 … with a ReLU after each, then a linear head; 41 steps."""
+    """The measure of a chain: linear layers named 0, 2, 4 … with a ReLU after each, then a linear head; 41 steps."""
     torch.manual_seed(0)
     layers = [module for _ in range(DEPTH) for module in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     net = nn.Sequential(*layers, nn.Linear(WIDTH, 3)).double().eval()
@@ -44,12 +44,12 @@ ONE_PASS = 2 * DEPTH + 1
 
 
 def down_to(linear):
-    """Steps that a walk passes from the output until it has crossed the output of this linear layer."""
+    """Number of steps from the output to the output of this linear layer."""
     return ONE_PASS - linear - 1
 
 
 def measured(mu, runs, query):
-    """Cost of a query; the measure's own count must be the one from outside."""
+    """Cost of a query; the measure's own count must equal the independent one."""
     runs.update(kernels=0, vectors=0)
     query()
     assert (mu.cost.steps, mu.cost.vectors) == (runs["kernels"], runs["vectors"])

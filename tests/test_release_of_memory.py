@@ -1,4 +1,4 @@
-"""Memory goes when the measure goes, without waiting for Python's collector of cycles."""
+"""A deleted measure frees its memory at once, without Python's garbage collector."""
 
 from __future__ import annotations
 

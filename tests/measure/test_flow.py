@@ -23,7 +23,7 @@ slowly = settings(deadline=None, max_examples=30, suppress_health_check=[HealthC
 
 
 def keys_of(case: Case) -> list[tuple[str, int]]:
-    """Taps from the output down; stacks have another name here."""
+    """Taps from the output down, without stacks, which have another name in the specification."""
     return [node.key for node in reversed(case.spec) if node.kind != "stack"]
 
 
@@ -109,10 +109,10 @@ def test_every_node_and_edge_is_its_event_and_the_sum_of_its_walks(drawn, data):
     for place, joint in enumerate(graph.joints):
         upper, lower = graph.layers[place : place + 2]
         rows, columns = list(inside[place]), list(inside[place + 1])
-        asked = mu([events[place][a] & events[place + 1][b] for a in rows for b in columns])[:, sample]
+        masses = mu([events[place][a] & events[place + 1][b] for a in rows for b in columns])[:, sample]
         expected = [[walks.mass(inside[place][a] & inside[place + 1][b]) for b in columns] for a in rows]
         np.testing.assert_allclose(joint, expected, rtol=0, atol=close["abs"])
-        np.testing.assert_allclose(joint.flatten(), asked, rtol=0, atol=close["abs"])
+        np.testing.assert_allclose(joint.flatten(), masses, rtol=0, atol=close["abs"])
         np.testing.assert_allclose(joint.sum(1), [node.mass for node in upper.nodes], rtol=0, atol=close["abs"])
         np.testing.assert_allclose(joint.sum(0), [node.mass for node in lower.nodes], rtol=0, atol=close["abs"])
     listed = edges_by_key(graph)
@@ -165,7 +165,7 @@ def test_a_flow_takes_two_passes_and_those_between_its_layers(mu, monkeypatch):
     for name in steps:
         monkeypatch.setattr(RelevanceMeasure, name, counted(getattr(RelevanceMeasure, name), spent))
     whole.flow(["output", "2", "0", "input"], top=1)
-    # Two vectors between each two layers; the rest are two whole passes and what is off, at most one down to each.
+    # Two vectors between each two layers, two whole passes, and at most one pass for the walks off each layer.
     assert sum(spent) <= 2 * plain + 2 * plain + 3 * 3 * plain
 
 
@@ -194,7 +194,7 @@ def test_arguments_that_do_not_fit_raise(mu):
 
 
 class Dead(nn.Module):
-    """A branch that is switched off, beside one that is not."""
+    """A branch that is inactive, parallel to an active one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ def test_thresholds_give_the_same_graph_before_and_after(mu, full, limits):
     for one, other in zip(before.layers, after.layers, strict=True):
         assert (one.others, one.rest) == (other.others, pytest.approx(other.rest, abs=1e-12))
         assert sum(node.mass for node in other.nodes) == pytest.approx(1)
-    # What is carried is known only where the measure was asked.
+    # `carried` is known only from the measure itself.
     assert after.carried is None
     shown = at("output").channel(list(before.layers[0].groups))
     for layer in before.layers[1:]:
@@ -54,7 +54,7 @@ def test_thresholds_select_the_largest_groups(full):
     for layer in full.smaller(coverage=0.7).layers:
         held = np.abs(layer.masses)
         assert held.sum() >= 0.7 * masses[layer.name].sum() - 1e-12
-        # One group fewer, whichever, would hold less: no smaller graph carries as much.
+        # With any group fewer the share is smaller: no smaller set of groups reaches the coverage.
         assert held.sum() - held.min() < 0.7 * masses[layer.name].sum()
     assert full.smaller(coverage=1.0).layers[1].groups == full.smaller(top=1000).layers[1].groups
 

@@ -1,4 +1,4 @@
-"""Joint matrices: the shortcut over one linear layer against masked passes, channel by channel."""
+"""Joint matrices by one weight gradient compared with a masked pass for each channel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAR = [("10", "5"), ("8", "6"), ("5", "0"), ("6", "1"), ("10", "input")]
 
 
 def masked(mu, upper, lower):
-    """Each channel of the upper tap on its own: the joint map of the lower one, summed by channel."""
+    """For each channel of the upper tap, the joint map of the lower tap summed by channel."""
     size = mu.marginal(upper, over="channel").shape[1]
     maps = [mu.marginal(lower, over="channel", joint=at(upper).channel(k)) for k in range(size)]
     return torch.stack(maps, 1)
@@ -58,7 +58,7 @@ def test_neighbours_cost_one_pass_together():
     mu.marginal(["input"])
     one_pass = mu.cost.steps
     mu.joints(["5", "2", "0"])
-    # The linear layer and what lies between each two of them, once more.
+    # The linear layer and the operations between each two of them, once more.
     assert mu.cost.steps <= 2 * one_pass
     mu.joint("5", "0")
     assert mu.cost.vectors > 4
@@ -80,7 +80,7 @@ def test_pooling_between_two_layers_costs_no_pass_for_each_channel():
 
 
 class Skip(nn.Module):
-    """Between the two convolutions the walk may go around one of them."""
+    """A skip connection over the second of three convolutions."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ def test_tokens_have_their_features_last():
 
 
 def grouped(mu, upper, lower, rows, columns):
-    """Every group of the upper tap on its own, its joint map summed by the groups of the lower one."""
+    """For each group of the upper tap, the joint map of the lower tap summed by its groups."""
     maps = [mu.marginal(lower, joint=at(upper)[rows == group]) for group in range(int(rows.max()) + 1)]
     inside = [columns == group for group in range(int(columns.max()) + 1)]
     return torch.stack([torch.stack([(part * mask).flatten(1).sum(1) for mask in inside], 1) for part in maps], 1)
@@ -123,7 +123,7 @@ def grouped(mu, upper, lower, rows, columns):
 def test_joint_matrices_of_any_groups(upper, lower):
     mu = RelevanceMeasure(build(), X, 1)
     draw = torch.Generator().manual_seed(0)
-    for counts in ((3, 5), (5, 3)):  # the fewer groups are carried, down or up
+    for counts in ((3, 5), (5, 3)):  # passes are for the tap with fewer groups, down or up
         rows, columns = (
             torch.randint(count, mu.shape(name)[1:], generator=draw)
             for count, name in zip(counts, (upper, lower), strict=True)

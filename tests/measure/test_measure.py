@@ -53,7 +53,7 @@ class Both:
 
 
 def layer(node: Node, case: Case):
-    """Our name of a node of the specification."""
+    """The tap of a node of the specification."""
     if case.name == "fork" and node.kind == "stack":
         return at("stack", call=int(node.tap[-1]) - 1)
     calls = sum(other.tap == node.tap for other in case.spec)
@@ -242,7 +242,7 @@ def test_chain_rule_and_bayes_both_ways(both: Both, data: st.DataObject) -> None
 
 @pytest.mark.parametrize("name", ["conv_chain", "skip", "fork"])
 def test_given_survival_marginals_are_forward_times_backward(name: str) -> None:
-    """And the plain scores of a leaky rule are the marginals of no measure: the reason for this package."""
+    """And the plain scores of a leaky rule are not the marginals of any measure: the reason for this package."""
     for seed in range(20):
         case = tiny_net(name, seed)
         rules = {node.tap: Epsilon(0.3) for node in case.spec if node.kind == "linear"}
@@ -276,7 +276,7 @@ def test_lrp_0_on_a_bias_free_relu_net_is_gradient_times_input() -> None:
 
 
 def test_a_concept_heat_map_in_a_chain_is_the_joint_and_divided_the_conditional() -> None:
-    """Concept relevance propagation masks the relevance at a layer and goes on."""
+    """Concept relevance propagation masks the relevance at a layer and propagates the rest."""
     case = tiny_net("conv_chain", seed=5, batch=2)
     rules = {node.tap: ZPlus() for node in case.spec if node.kind == "linear"}
     composite = zennit_composite(case.spec, rules)

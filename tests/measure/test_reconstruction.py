@@ -1,4 +1,4 @@
-"""Reconstructions against deconvolution written out by hand, and receptive fields against their formula."""
+"""Reconstructions compared with a deconvolution written out, and receptive fields with their formula."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nrm_plugin.measure.reconstruction import receptive_fields
 
 
 def by_hand(model, image, keep, method):
-    """Zeiler and Fergus: unpool with switches, rectify, convolve with flipped kernels; ``keep`` cuts on the way."""
+    """Zeiler and Fergus: unpool with switches, rectify, convolve with flipped kernels; ``keep`` masks layers."""
     stack, value = [], image
     for number, layer in enumerate(model.features[:9]):
         before = value
@@ -65,14 +65,14 @@ def test_reconstructions_equal_a_deconvolution_written_out(method, through):
 def test_methods_and_walks_give_different_images():
     model, images = load_model(), load_digits()[0][:2]
     top = at("features.8").channel(5)
-    pictures = [
+    images_of_methods = [
         reconstruct(model, images, top).pictures,
         reconstruct(model, images, top, "guided_backprop").pictures,
         reconstruct(model, images, top & at("features.3").channel(3)).pictures,
         reconstruct(model, images, top, strongest=False).pictures,
     ]
-    for number, one in enumerate(pictures):
-        assert all(not torch.allclose(one, other) for other in pictures[:number])
+    for number, one in enumerate(images_of_methods):
+        assert all(not torch.allclose(one, other) for other in images_of_methods[:number])
 
 
 @pytest.mark.parametrize("position", [(0, 0), (4, 3), (7, 7)])
