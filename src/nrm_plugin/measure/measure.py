@@ -378,7 +378,7 @@ class RelevanceMeasure(QueryPasses):
             >>> joint.shape, torch.allclose(joint.sum(1), mu.marginal("0"), atol=1e-5)
             (torch.Size([5, 2, 4]), True)
         """
-        return self._joints([upper, lower], [over], "a joint matrix is of an upper tap and a lower one")[0]
+        return self._joints([upper, lower], [over], "a joint matrix goes from an upper tap to a lower one")[0]
 
     @query
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:

@@ -53,9 +53,10 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
                 f"target= is a function of the outputs and returned {type(target).__name__}: {target!r}. It must "
                 "return a target: an int, a tuple of ints, or a list or tensor of one for each sample."
             )
-    is_row = not batched and outputs.ndim == 2 and len(outputs) == 1
+    if batched or outputs.ndim != 2 or len(outputs) != 1:
+        return target
     is_number = isinstance(target, int) or (isinstance(target, (list, Tensor)) and torch.as_tensor(target).numel() == 1)
-    return (0, int(torch.as_tensor(target))) if is_row and is_number else target
+    return (0, int(torch.as_tensor(target))) if is_number else target
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
@@ -224,7 +225,7 @@ def _indices(target: Any, batch: int) -> list[tuple[int, ...]]:
     if len(target) == 1 and batch != 1:
         target = target * batch
     if len(target) != batch:
-        raise TargetError(f"target has {len(target)} entries for {batch} samples; give one for all, or one for each.")
+        raise TargetError(f"target has {len(target)} entries for {batch} samples; give one for all or one for each.")
     return [_tuple(entry) if isinstance(entry, (tuple, list)) else _tuple((entry,)) for entry in target]
 
 
@@ -248,4 +249,4 @@ def _tuple(entry: Any) -> tuple[int, ...]:
         return tuple(operator.index(number) for number in entry)
     except TypeError:
         shown = entry[0] if len(entry) == 1 else entry
-        raise TargetError(f"target {shown!r} does not consist of integers. {_FORMS}") from None
+        raise TargetError(f"target {shown!r} is not made of integers. {_FORMS}") from None
