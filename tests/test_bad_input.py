@@ -662,7 +662,7 @@ def test_settings_beside_a_normalized_composite_are_refused(before, setting):
 
 
 def test_other_settings_of_normalized_are_refused(before):
-    with before.refuses(TypeError, "Normalized already", "Normalized(composite.composite, …)"):
+    with before.refuses(TypeError, "already Normalized", "Normalized(composite.composite, …)"):
         Normalized(Normalized(EpsilonPlus()))
     with before.refuses(TypeError, "got NoneType", "EpsilonPlusFlat()"):
         Normalized(None)

@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Sequence
@@ -44,21 +45,23 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports modules by their former paths, and registers composites when Zennit's registry is imported."""
+    """Imports modules by their former paths, and registers composites once Zennit's registry is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname == REGISTRY:
-            return _registering(importlib.machinery.PathFinder.find_spec(fullname, path))
         package, _, name = fullname.partition(".")
-        return importlib.util.spec_from_loader(fullname, self) if package == PACKAGE and name in MOVED else None
+        if package == PACKAGE and name in MOVED:
+            return importlib.util.spec_from_loader(fullname, self)
+        if fullname == REGISTRY or (package == PACKAGE and name):
+            return _registering(importlib.machinery.PathFinder.find_spec(fullname, path))
+        return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Hands out the names of the module that replaces this one."""
+        """Gives the module all names of the one that replaces it."""
         former = module.__name__
         now = f"{PACKAGE}.{MOVED[former.partition('.')[2]]}"
         warn_deprecated(f"the module {former}", now)
@@ -66,14 +69,31 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__dict__.update({name: value for name, value in vars(replacement).items() if name[:2] != "__"})
 
 
+class _Depth(threading.local):
+    """Number of imports that are under way in a thread."""
+
+    value = 0
+
+
+_DEPTH = _Depth()
+
+
 def _registering(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-    """A spec whose module is followed by the composites of this package, which register themselves there."""
+    """A spec whose outermost import is followed by that of the composites, if Zennit's registry is there.
+
+    Only after the outermost one, since modules of this package that import Zennit are incomplete before.
+    """
     if spec is not None and spec.loader is not None:
         run = spec.loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
-            run(module)
-            importlib.import_module(f"{PACKAGE}.composites")
+            _DEPTH.value += 1
+            try:
+                run(module)
+            finally:
+                _DEPTH.value -= 1
+            if not _DEPTH.value and REGISTRY in sys.modules:
+                importlib.import_module(f"{PACKAGE}.composites")
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
     return spec

@@ -119,7 +119,7 @@ from zennit.composites import LayerMapComposite
 from zennit.rules import Epsilon, Pass
 from zennit.types import Activation, Linear
 from nrm_plugin import Normalized, RelevanceMeasure, register_kernel
-from nrm_plugin.kernels import VjpKernel
+from nrm_plugin.kernels.vjp_kernel import VjpKernel
 from lxt.efficient import monkey_patch
 
 def model_of(kind, options, attention):

@@ -16,7 +16,7 @@ from zennit.core import Composite
 from ..composites import normalize
 from ..errors import NRMError, extra
 from ..events.event import Atom
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..model.inputs import Output
 from .evaluation import Evaluation, Target, Unpack, check_target, dtype_of
 from .queries import Maps, Query, check_queries

@@ -16,7 +16,7 @@ from zennit.core import Composite
 
 from ..composites import normalize
 from ..events.event import Atom
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..model.inputs import Output
 from .evaluation import Evaluation, Target, Unpack, check_target, device_of
 from .progress import Progress
