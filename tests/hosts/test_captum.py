@@ -1,4 +1,4 @@
-"""Captum's generic guarantees, tested as Captum tests its own classes, on Captum's own objects.
+"""The general properties of Captum's attribution methods, tested as Captum tests its classes, on Captum's objects.
 
 Runs with every version of Captum from 0.7 to 0.9: `make test-hosts` runs it with the older ones.
 """
@@ -57,7 +57,7 @@ class Conv(nn.Module):
 
 
 class Inputs(nn.Module):
-    """Three inputs, and arguments that relevance does not flow to."""
+    """Three inputs, and arguments that get no relevance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,16 +117,16 @@ METHODS = {
 methods = pytest.mark.parametrize("method", METHODS)
 
 
-def flat(found):
-    return [found] if isinstance(found, torch.Tensor) else [part for item in found for part in flat(item)]
+def flat(relevance):
+    return [relevance] if isinstance(relevance, torch.Tensor) else [part for item in relevance for part in flat(item)]
 
 
-def same(found, expected):
-    for one, other in zip(flat(found), flat(expected), strict=True):
+def same(relevance, expected):
+    for one, other in zip(flat(relevance), flat(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_this_runs_with_a_supported_captum():
+def test_the_captum_version_is_supported():
     assert tuple(int(part) for part in captum.__version__.split(".")[:2]) in [(0, 7), (0, 8), (0, 9)]
 
 
@@ -137,7 +137,7 @@ def names(function, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD):
     return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind is kind]
 
 
-def test_arguments_come_in_captums_order():
+def test_arguments_are_in_captums_order():
     assert names(NRM.attribute) == names(LRP.attribute)
     assert names(LayerNRM.attribute) == names(LayerLRP.attribute)
     assert names(LayerNRM.__init__)[:4] == ["self", "model", *names(LayerConductance.__init__)[2:4]]
@@ -148,7 +148,7 @@ def test_arguments_come_in_captums_order():
         assert name not in defaults or parameter.default == defaults[name].default
 
 
-def test_classes_are_captums():
+def test_classes_are_subclasses_of_captums():
     net = made(Conv)
     assert issubclass(NRM, GradientAttribution)
     assert issubclass(LayerNRM, LayerAttribution)
@@ -163,7 +163,7 @@ def test_classes_are_captums():
     assert LayerNRM.interpolate(torch.ones(1, 1, 2, 2), (4, 4)).shape == (1, 1, 4, 4)
 
 
-def test_a_composite_in_the_place_of_device_ids_is_named():
+def test_a_composite_in_the_place_of_device_ids_raises():
     net = made(Conv)
     with pytest.raises(TypeError, match=r"third argument is device_ids.*composite=EpsilonPlus"):
         LayerNRM(net, net.fc, EpsilonPlus())
@@ -246,7 +246,7 @@ def of_sample(target, sample):
 
 @pytest.mark.parametrize("target", TARGETS_2D, ids=lambda target: str(target).replace("\n", ""))
 @pytest.mark.parametrize("method", slow_but([name for name in METHODS if name != "neuron"], "layer"))
-def test_a_batch_is_one_sample_after_the_other_for_every_form_of_target(method, target):
+def test_a_batch_equals_its_single_samples_for_every_form_of_target(method, target):
     net, x = made(Conv), noise(3, 2, 8, 8)
     explainer = METHODS[method][0](net)
     arguments = {**METHODS[method][1], "target": target}
@@ -272,9 +272,9 @@ def test_outputs_with_more_dimensions_take_tuples(shape, target):
     net, x = made(Dims, *shape), noise(2, 4)
     for layer in (net.hidden, net.head):
         nn.init.zeros_(layer.bias)
-    found = NRM(net, lrp_0(), residual="sink").attribute(x, target)
+    relevance = NRM(net, lrp_0(), residual="sink").attribute(x, target)
     captums = [tuple(row) for row in target.tolist()] if isinstance(target, torch.Tensor) else target
-    same(found, InputXGradient(net).attribute(x.clone().requires_grad_(), captums).detach())
+    same(relevance, InputXGradient(net).attribute(x.clone().requires_grad_(), captums).detach())
     layers = LayerNRM(net, [net.hidden, net.head], composite=lrp_0(), residual="sink").attribute(x, target)
     output = net(x)[:, 2, 1] if target == (2, 1) else layers[1].sum(1)
     torch.testing.assert_close(layers[0].sum(1), output)
@@ -291,8 +291,8 @@ def test_a_single_output_needs_no_target(squeezed):
             return self.fc(x).squeeze(1) if squeezed else self.fc(x)
 
     net, x = made(Single), noise(3, 4)
-    found, delta = NRM(net).attribute(x, return_convergence_delta=True)
-    assert found.shape == x.shape
+    relevance, delta = NRM(net).attribute(x, return_convergence_delta=True)
+    assert relevance.shape == x.shape
     same(delta, torch.zeros(3, dtype=DOUBLE))
     with pytest.raises(TargetError, match="target="):
         NRM(made(Conv)).attribute(noise(2, 2, 8, 8))
@@ -308,39 +308,39 @@ ARGUMENTS = [None, 2.0, (2.0, 2), (torch.tensor([[1.0], [2.0], [0.5]], dtype=DOU
 def test_several_inputs_and_further_arguments(arguments):
     net, inputs = made(Inputs), three()
     with untouched(net, *inputs):
-        found, delta, sink = NRM(net).attribute(
+        relevance, delta, sink = NRM(net).attribute(
             inputs, [1, 4, 0], arguments, return_convergence_delta=True, return_sink=True
         )
-    assert isinstance(found, tuple)
-    assert [part.shape for part in found] == [part.shape for part in inputs]
+    assert isinstance(relevance, tuple)
+    assert [part.shape for part in relevance] == [part.shape for part in inputs]
     given = arguments if isinstance(arguments, tuple) else () if arguments is None else (arguments,)
     output = net(*inputs, *given)[range(3), [1, 4, 0]]
     same(delta, torch.zeros(3, dtype=DOUBLE))
-    same(sum(part.sum(1) for part in found) + sink, output)
+    same(sum(part.sum(1) for part in relevance) + sink, output)
     for sample in range(3):
         one = tuple(value[sample : sample + 1] if isinstance(value, torch.Tensor) else value for value in given)
         single = NRM(net).attribute(tuple(part[sample : sample + 1] for part in inputs), [1, 4, 0][sample], one)
-        same(single, tuple(part[sample : sample + 1] for part in found))
+        same(single, tuple(part[sample : sample + 1] for part in relevance))
 
 
-def test_a_tuple_of_one_input_comes_back_as_one():
+def test_a_tuple_of_one_input_returns_a_tuple():
     net, x = made(Conv), noise(2, 2, 8, 8)
-    found = NRM(net).attribute((x,), 1)
-    assert isinstance(found, tuple)
-    same(found, (NRM(net).attribute(x, 1),))
+    relevance = NRM(net).attribute((x,), 1)
+    assert isinstance(relevance, tuple)
+    same(relevance, (NRM(net).attribute(x, 1),))
     with pytest.raises(AssertionError, match=r"must be a torch.Tensor or a tuple"):
         NRM(net).attribute([x], 1)
 
 
-def test_the_delta_counts_the_sink_as_accounted():
+def test_the_convergence_delta_accounts_for_the_sink():
     net, x = made(Conv), noise(2, 2, 8, 8)
     for residual in ("sink", "redistribute"):
         explainer = NRM(net, EpsilonPlusFlat(epsilon=0.5), residual=residual)
-        found, delta, sink = explainer.attribute(x, 1, return_convergence_delta=True, return_sink=True)
+        relevance, delta, sink = explainer.attribute(x, 1, return_convergence_delta=True, return_sink=True)
         same(delta, torch.zeros(2, dtype=DOUBLE))
-        same(explainer.compute_convergence_delta(found, net(x)[:, 1], sink), torch.zeros(2, dtype=DOUBLE))
+        same(explainer.compute_convergence_delta(relevance, net(x)[:, 1], sink), torch.zeros(2, dtype=DOUBLE))
         assert float(sink.abs().min()) > 1e-6
-        lost = found.clone()
+        lost = relevance.clone()
         lost[:, 0, 0, 0] += 1
         same(explainer.compute_convergence_delta(lost, net(x)[:, 1], sink), -torch.ones(2, dtype=DOUBLE))
         maps, deltas, sinks = LayerNRM(net, ["fc", "conv1"], composite=explainer.composite).attribute(
@@ -362,7 +362,7 @@ def test_conditional_and_joint_relevance():
     same(sum(channels), NRM(net).attribute(x, 1))
 
 
-def test_verbose_prints_which_rule_every_step_gets(capsys):
+def test_verbose_prints_the_rule_of_every_step(capsys):
     net, x = made(Conv), noise(2, 2, 8, 8)
     for explainer, arguments in (
         (NRM(net), {"target": 1}),
@@ -383,13 +383,13 @@ def test_wrapped_inputs_have_a_layer_each():
     net, inputs = made(Inputs), three()
     wrapped = ModelInputWrapper(net)
     layers = [wrapped.input_maps[name] for name in ("left", "right", "third")]
-    found = LayerNRM(wrapped, layers).attribute(inputs, 1)
-    same(found, list(NRM(net).attribute(inputs, 1)))
+    relevance = LayerNRM(wrapped, layers).attribute(inputs, 1)
+    same(relevance, list(NRM(net).attribute(inputs, 1)))
     single = LayerNRM(wrapped, wrapped.input_maps["right"]).attribute(inputs, 1)
-    same(single, found[1])
+    same(single, relevance[1])
 
 
-def test_layers_by_module_name_tap_list_and_container():
+def test_layers_can_be_modules_names_taps_lists_and_containers():
     net, x = made(Conv), noise(2, 2, 8, 8)
     stacked = nn.Sequential(net, nn.Linear(6, 3)).double()
     expected = LayerNRM(net, net.conv2).attribute(x, 1)
@@ -406,27 +406,27 @@ def test_layers_by_module_name_tap_list_and_container():
 
 def test_the_input_of_a_layer_is_the_output_below_it():
     net, x = made(Conv), noise(2, 2, 8, 8)
-    found = LayerNRM(net, [net.conv2, net.fc]).attribute(x, 1, attribute_to_layer_input=True)
+    relevance = LayerNRM(net, [net.conv2, net.fc]).attribute(x, 1, attribute_to_layer_input=True)
     below = LayerNRM(net, [net.pool, net.relu2]).attribute(x, 1)
-    same(found, [below[0], below[1].flatten(1)])
+    same(relevance, [below[0], below[1].flatten(1)])
 
 
 def test_tokens_have_the_relevance_of_their_embeddings():
     """As Captum's LayerIntegratedGradients; and the same as through its interpretable embeddings."""
     net, tokens = made(Text), torch.tensor([[1, 5, 2, 2, 9], [0, 3, 3, 10, 4]])
     with untouched(net):
-        found, delta = LayerNRM(net, net.embedding).attribute(tokens, 1, return_convergence_delta=True)
-    assert found.shape == LayerIntegratedGradients(net, net.embedding).attribute(tokens, target=1, n_steps=2).shape
+        relevance, delta = LayerNRM(net, net.embedding).attribute(tokens, 1, return_convergence_delta=True)
+    assert relevance.shape == LayerIntegratedGradients(net, net.embedding).attribute(tokens, target=1, n_steps=2).shape
     same(delta, torch.zeros(2, dtype=DOUBLE))
     with pytest.warns(UserWarning, match="interpretable"):
         interpretable = configure_interpretable_embedding_layer(net, "embedding")
     embedded = interpretable.indices_to_embeddings(tokens)
     try:
-        same(NRM(net).attribute(embedded, 1), found)
+        same(NRM(net).attribute(embedded, 1), relevance)
     finally:
         remove_interpretable_embedding_layer(net, interpretable)
     same(LayerNRM(net, net.conv).attribute(tokens, 1).sum((1, 2)), net(tokens)[:, 1].detach())
-    same(NRM(net).measure(tokens, 1).marginal("embedding") * net(tokens)[:, 1].reshape(2, 1, 1).detach(), found)
+    same(NRM(net).measure(tokens, 1).marginal("embedding") * net(tokens)[:, 1].reshape(2, 1, 1).detach(), relevance)
     with pytest.raises(InputError, match=r"LayerNRM\(model, model.embedding\)"):
         NRM(net).attribute(tokens, 1)
     with pytest.raises(InputError, match=r"nn.Embedding"):
@@ -437,7 +437,7 @@ def test_tokens_have_the_relevance_of_their_embeddings():
 
 
 @methods
-def test_data_parallel_on_cpu_is_the_model(method):
+def test_data_parallel_on_cpu_equals_the_model(method):
     net, x = made(Conv), noise(3, 2, 8, 8)
     make, arguments = METHODS[method]
     parallel = nn.DataParallel(net)
@@ -449,7 +449,7 @@ def test_data_parallel_on_cpu_is_the_model(method):
         same(explainer.attribute(x, **arguments), expected)
 
 
-def test_layers_of_data_parallel_go_by_both_names():
+def test_layers_of_data_parallel_have_both_names():
     net, x = made(Conv), noise(3, 2, 8, 8)
     parallel = nn.DataParallel(net)
     expected = LayerNRM(net, "conv2").attribute(x, 1)
@@ -465,36 +465,36 @@ def test_layers_of_data_parallel_go_by_both_names():
 
 @pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq", "vargrad"])
 @pytest.mark.parametrize("method", ["input", "layer", "neuron"])
-def test_the_noise_tunnel_takes_every_method(method, kind):
+def test_the_noise_tunnel_accepts_every_method(method, kind):
     net, x = made(Conv), noise(2, 2, 8, 8)
     make, arguments = METHODS[method]
     explainer = make(net)
     seen = []
     handle = net.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
     torch.manual_seed(0)
-    found, delta = NoiseTunnel(explainer).attribute(
+    relevance, delta = NoiseTunnel(explainer).attribute(
         x, nt_type=kind, nt_samples=4, stdevs=0.1, **arguments, return_convergence_delta=True
     )
     handle.remove()
     assert delta.shape == (8,)
     same(delta, torch.zeros(8, dtype=DOUBLE))
-    each = explainer.attribute(seen[0], **arguments).reshape(2, 4, *found.shape[1:])
+    each = explainer.attribute(seen[0], **arguments).reshape(2, 4, *relevance.shape[1:])
     mean, squares = each.mean(1), (each**2).mean(1)
-    same(found, {"smoothgrad": mean, "smoothgrad_sq": squares, "vargrad": squares - mean**2}[kind])
+    same(relevance, {"smoothgrad": mean, "smoothgrad_sq": squares, "vargrad": squares - mean**2}[kind])
     assert float((each - each[:, :1]).abs().max()) > 1e-6
 
 
-def test_the_noise_tunnel_takes_several_inputs_targets_and_arguments():
+def test_the_noise_tunnel_accepts_several_inputs_targets_and_arguments():
     net, inputs = made(Inputs), three()
     factor = torch.tensor([[1.0], [2.0], [0.5]], dtype=DOUBLE)
-    found = NoiseTunnel(NRM(net)).attribute(
+    relevance = NoiseTunnel(NRM(net)).attribute(
         inputs, nt_samples=3, nt_samples_batch_size=1, stdevs=0.0, target=[1, 4, 0],
         additional_forward_args=(factor, 2),
     )  # fmt: skip
-    same(found, NRM(net).attribute(inputs, [1, 4, 0], (factor, 2)))
+    same(relevance, NRM(net).attribute(inputs, [1, 4, 0], (factor, 2)))
 
 
-def test_metrics_take_these_methods():
+def test_metrics_accept_every_method():
     net, inputs = made(Inputs), three()
     explainer = NRM(net)
     attributions = explainer.attribute(inputs, 1)
@@ -505,21 +505,21 @@ def test_metrics_take_these_methods():
 
     assert infidelity(net, perturb, inputs, attributions, target=1).shape == (3,)
     torch.manual_seed(0)
-    found = sensitivity_max(explainer.attribute, inputs, target=1, n_perturb_samples=3, perturb_radius=0.01)
-    assert found.shape == (3,)
-    assert bool(((found > 0) & (found < 5)).all())
+    sensitivity = sensitivity_max(explainer.attribute, inputs, target=1, n_perturb_samples=3, perturb_radius=0.01)
+    assert sensitivity.shape == (3,)
+    assert bool(((sensitivity > 0) & (sensitivity < 5)).all())
     net, x = made(Conv), noise(2, 2, 8, 8)
     layer = LayerNRM(net, net.conv1)
 
-    def explain(*args, **kwargs):  # Captum asks for a tuple where it hands over one, of its own layer methods as well
+    def explain(*args, **kwargs):  # Captum passes a tuple and expects one, also of its own layer methods
         return (layer.attribute(*args, **kwargs),)
 
     assert sensitivity_max(explain, x, target=1, perturb_radius=0.0).abs().max() < 1e-9
     assert sensitivity_max(explain, x, target=1, perturb_radius=0.1).abs().min() > 1e-3
 
 
-def test_infidelity_is_zero_where_relevance_is_the_whole_truth():
-    """A linear model without bias under LRP-0: taking an input away costs its relevance."""
+def test_infidelity_of_a_linear_model_is_zero():
+    """Linear, without bias, under LRP-0: removing an input reduces the output by its relevance."""
     net, x = made(nn.Linear, 4, 3), noise(5, 4)
     nn.init.zeros_(net.bias)
     attributions = NRM(net, lrp_0(), residual="sink").attribute(x, 2)
@@ -534,14 +534,14 @@ def test_infidelity_is_zero_where_relevance_is_the_whole_truth():
 
 def test_visualization_draws_the_maps():
     net, x = made(Conv), noise(2, 2, 8, 8)
-    found = LayerNRM.interpolate(LayerNRM(net, net.conv1).attribute(x, 1), (8, 8))
-    picture = found[0].permute(1, 2, 0).numpy()
-    figure, axes = visualization.visualize_image_attr(picture, None, "heat_map", "all", use_pyplot=False)
+    relevance = LayerNRM.interpolate(LayerNRM(net, net.conv1).attribute(x, 1), (8, 8))
+    heat_map = relevance[0].permute(1, 2, 0).numpy()
+    figure, axes = visualization.visualize_image_attr(heat_map, None, "heat_map", "all", use_pyplot=False)
     drawn = axes.images[0].get_array()
     assert drawn.shape == (8, 8)
-    assert np.corrcoef(drawn.ravel(), picture.sum(2).ravel())[0, 1] > 0.9
+    assert np.corrcoef(drawn.ravel(), heat_map.sum(2).ravel())[0, 1] > 0.9
     figure, axes = visualization.visualize_image_attr_multiple(
-        picture, np.random.rand(8, 8, 3), ["original_image", "blended_heat_map"], ["all", "positive"], use_pyplot=False
+        heat_map, np.random.rand(8, 8, 3), ["original_image", "blended_heat_map"], ["all", "positive"], use_pyplot=False
     )
     assert len(figure.axes) >= 2
 
@@ -549,13 +549,13 @@ def test_visualization_draws_the_maps():
 # -- whole data sets ----------------------------------------------------------------------------------------------
 
 
-def test_captums_data_loader_takes_feature_ablation_only():
+def test_captums_data_loader_accepts_feature_ablation_only():
     with pytest.raises(AssertionError, match="does not support"):
         DataLoaderAttribution(NRM(made(Conv)))
 
 
 @pytest.mark.parametrize("method", ["input", "layer", "layers", "neuron"])
-def test_our_data_loader_is_the_methods_batch_by_batch(method):
+def test_the_data_loader_class_equals_the_method_batch_by_batch(method):
     net, x = made(Conv), noise(7, 2, 8, 8)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, 0])
     make, arguments = METHODS[method]
@@ -564,25 +564,25 @@ def test_our_data_loader_is_the_methods_batch_by_batch(method):
     whole = make(net).attribute(x, **arguments, **({} if target is None else {"target": labels}))
     loader = DataLoader(TensorDataset(x, labels), 3)
     over = DataLoaderNRM(make(net))
-    found = over.attribute(loader, (0, 2), target, **arguments)
-    assert type(found) is type(whole)
-    same(found, whole)
+    relevance = over.attribute(loader, (0, 2), target, **arguments)
+    assert type(relevance) is type(whole)
+    same(relevance, whole)
     for reduce, factor in (("sum", 1), ("mean", 1 / 7)):
         reduced = over.attribute(loader, (0, 2), target, reduce=reduce, **arguments)
         same(flat(reduced), [part.sum(0) * factor for part in flat(whole)])
 
 
-def test_our_data_loader_hands_over_inputs_by_their_roles():
+def test_the_data_loader_class_passes_inputs_by_their_roles():
     net, (left, right, third) = made(Inputs), three()
     factor = torch.tensor([[1.0], [2.0], [0.5]], dtype=DOUBLE)
     loader = DataLoader(TensorDataset(left, right, third, factor), 2)
-    found = DataLoaderNRM(NRM(net)).attribute(loader, (0, 0, 0, 1), target=1)
-    same(found, NRM(net).attribute((left, right, third), 1, factor))
-    refused = {(0, 1): "does not fit a batch of 4", (1, 1, 1, 1): "0 at least once", (0, 0, 0, 7): "0, 0, 7"}
-    for roles, words in refused.items():
+    relevance = DataLoaderNRM(NRM(net)).attribute(loader, (0, 0, 0, 1), target=1)
+    same(relevance, NRM(net).attribute((left, right, third), 1, factor))
+    invalid = {(0, 1): "does not fit a batch of 4", (1, 1, 1, 1): "0 at least once", (0, 0, 0, 7): "0, 0, 7"}
+    for roles, words in invalid.items():
         with pytest.raises(ValueError, match=words):
             DataLoaderNRM(NRM(net)).attribute(loader, roles, target=1)
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="loader is empty"):
         DataLoaderNRM(NRM(net)).attribute([], target=1)
     with pytest.raises(ValueError, match="'median' is unknown"):
         DataLoaderNRM(NRM(net)).attribute(loader, target=1, reduce="median")
@@ -590,12 +590,12 @@ def test_our_data_loader_hands_over_inputs_by_their_roles():
         DataLoaderNRM(InputXGradient(net))
 
 
-# -- the numbers of others ----------------------------------------------------------------------------------------
+# -- numbers of Zennit and Captum ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_layers_in_sink_mode_are_zennits_relevance(worst):
-    """Own hooks behind those of Zennit's composite, as in its how-to; times 1, since Captum's unit is the output."""
+    """Hooks registered after those of Zennit's composite, as in its how-to; Captum's unit is the output."""
     model, x = torchvision_net("vgg16_bn"), images(64)
     kept = {}
     explained = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
@@ -611,16 +611,16 @@ def test_layers_in_sink_mode_are_zennits_relevance(worst):
                 module.register_forward_hook(keep)
         output = plain(x.clone().requires_grad_())
         output.backward(output.detach() * torch.eye(10)[[3, 3]])
-    found = LayerNRM(model, explained, composite=EpsilonPlusFlat(), residual="sink").attribute(x, 3)
-    assert len(found) == 16
-    for name, values in zip(explained, found, strict=True):
+    relevance = LayerNRM(model, explained, composite=EpsilonPlusFlat(), residual="sink").attribute(x, 3)
+    assert len(relevance) == 16
+    for name, values in zip(explained, relevance, strict=True):
         error = float((values - kept[name].grad).norm() / kept[name].grad.norm())
         worst("LayerNRM and Zennit, vgg16_bn, float32", error)
         assert error < 1e-5, name
 
 
 def captums_rules(epsilon):
-    """What Captum's LRP does by default: ε on every linear layer and pooling, the identity on activations."""
+    """The defaults of Captum's LRP: ε on every linear layer and pooling, the identity on activations."""
     rules = [(Activation, Pass()), (AvgPool, Norm(epsilon)), (Linear, Epsilon(epsilon))]
     return LayerMapComposite(rules)
 
@@ -628,7 +628,7 @@ def captums_rules(epsilon):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_vgg16_inputs_are_captums_lrp(dtype, worst):
-    """Both divide by z + 1e-9 sign(z). Captum does so behind max pooling too, where the rule here only routes.
+    """Both divide by z + 1e-9 sign(z). Captum does so after max pooling, too, where the rule here only routes.
 
     That and the order of sums are all that differs: 1e-9 over the smallest |z| that carries relevance, about 1e-6 of
     the map in float64. In float32 the rounding of z itself is amplified by the walk variation of LRP-0.
@@ -636,10 +636,10 @@ def test_vgg16_inputs_are_captums_lrp(dtype, worst):
     model, x = copy.deepcopy(torchvision_net("vgg16")).to(dtype).requires_grad_(False), images(64).to(dtype)
     for module in model.modules():
         if isinstance(module, nn.ReLU):
-            module.inplace = False  # Captum's LRP reads what an in-place ReLU would have written over
-    found = NRM(model, captums_rules(1e-9), residual="sink").attribute(x, 3)
+            module.inplace = False  # Captum's LRP reads a tensor that an in-place ReLU would overwrite
+    relevance = NRM(model, captums_rules(1e-9), residual="sink").attribute(x, 3)
     expected = LRP(copy.deepcopy(model)).attribute(x.clone().requires_grad_(), 3).detach()
-    error = float((found - expected).norm() / expected.norm())
+    error = float((relevance - expected).norm() / expected.norm())
     worst(f"NRM and Captum's LRP, vgg16, {dtype}", error)
     assert error < (1e-6 if dtype == DOUBLE else 1e-2)
     layer = LayerNRM(model, model.features[10], composite=captums_rules(1e-9), residual="sink").attribute(x, 3)

@@ -6,7 +6,7 @@ import pytest
 from zennit.composites import EpsilonPlus
 
 from nrm_plugin import RelevanceMeasure
-from nrm_plugin.commands.demo import plain_sums
+from nrm_plugin.commands.demo_values import plain_sums
 from nrm_plugin.demo.model import load_digits, load_model
 from nrm_plugin.errors import InputError
 from nrm_plugin.measure.layer_profile import ProfileRow, profile

@@ -19,7 +19,7 @@ from nrm_plugin.measure.flow_graph import FlowError
 from nrm_plugin.measure.flow_heat_maps import flow_maps
 from nrm_plugin.measure.layer_profile import profile
 from nrm_plugin.plots.flow import flow_figure, profile_figure
-from nrm_plugin.plots.flow_html import sankey
+from nrm_plugin.plots.flow_html import sankey_figure
 from nrm_plugin.plots.ribbons import DARK, LIGHT
 from tests.conftest import slow_but
 from tests.flows import X, drawn, full_graph, measure, net
@@ -118,8 +118,7 @@ def test_flows_to_inputs_of_every_shape_are_plotted(shape, kind, tmp_path):
     figure.savefig(tmp_path / "any.png")
     assert ("no relevance crosses it" in texts(figure)) == (kind == "black")
     if find_spec("plotly"):
-        text = sankey(graph, "any", maps)
-        assert text.count("<figure ") == len(maps)
+        assert len(sankey_figure(graph, "any", maps).layout.images) == len(maps)
         assert FlowGraph.from_json(graph.to_json()) == graph
     profile_figure(profile(mu)).savefig(tmp_path / "layers.png")
 
@@ -131,6 +130,6 @@ def test_layers_without_relevance_are_plotted_and_too_wide_ones_raise():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 3)).eval()
     graph = RelevanceMeasure(wide, torch.randn(1, 8), 0).flow(["0", "input"], top=None)
-    with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a picture has room for 40\. Take fewer"):
+    with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a figure has room for 40\. Show fewer"):
         flow_figure(graph)
     assert len(shapes(flow_figure(graph.smaller(top=5)), Rectangle)) == 6 + 6
