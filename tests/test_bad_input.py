@@ -140,7 +140,7 @@ def mask(*shape):
     ("indexed", lambda mu: mu.marginal(at("conv")[0]), EventError, "at('conv')[0] is an event", "or joint="),
     ("formula", lambda mu: mu.marginal(~at("conv")), EventError, "~at('conv') is an event", "joint="),
     ("sink side", lambda mu: mu.marginal(at("conv", side="sink")), EventError, "is not one tap", "Ask mu("),
-    ("taps of a sink", lambda mu: mu.taps_of("conv", "sink"), EventError, "no tap", "Ask mu("),
+    ("taps of a sink", lambda mu: mu.taps_of("conv", "sink"), EventError, "not a tap", "Ask mu("),
     ("taps of a number", lambda mu: mu.taps_of(3), EventError, "a name", "got int"),
     ("side", lambda mu: at("conv", side="up"), EventError, "side='up'", "'input', 'output', 'sink'"),
     ("side of taps", lambda mu: mu.taps_of("conv", "up"), EventError, "side='up'", "'input', 'output', 'sink'"),
@@ -310,7 +310,7 @@ def test_an_empty_mask_is_no_error_and_has_no_mass(before, index):
         assert not mu.marginal("head", joint=empty).any()
         assert not mu.conditional(empty, "head").any()
         assert "conv" in mu.explain(empty)
-    with before.refuses(NullEventError, "no walk with a mass", "samples 0, 1"):
+    with before.refuses(NullEventError, "no walk with nonzero mass", "samples 0, 1"):
         mu(at("pool"), given=empty)
 
 
@@ -422,7 +422,7 @@ def test_conditioning_on_what_has_no_mass_names_the_samples(before, signed):
         lambda: mu.marginal("input", given=[at("0"), first]),
     ):
         with before.refuses(
-            NullEventError, "at('input')[[0, 1]]", "no walk with a mass", "(sample 3)", "mu(", model=net
+            NullEventError, "at('input')[[0, 1]]", "no walk with nonzero mass", "(sample 3)", "mu(", model=net
         ):
             ask()
     rows = mask(4, 3)
@@ -542,7 +542,7 @@ FORMS = "Give an int, a tuple of ints for an output of several dimensions, or a 
     ("bool", True, TargetError, "target is bool", FORMS),
     ("dict", {}, TargetError, "target is dict", FORMS),
     ("range object", range(2), TargetError, "target is range", FORMS),
-    ("function", lambda output: output, TargetError, "target is function", FORMS),
+    ("function of the outputs", lambda output: output, TargetError, "float32", "is an index", FORMS),
     ("one-hot", torch.eye(5)[:2], TargetError, "float32", "is an index", FORMS),
     ("bools", torch.tensor([True, False]), TargetError, "torch.bool", "is an index", FORMS),
     ("complex", torch.tensor([1j, 1j]), TargetError, "complex64", "is an index", FORMS),
