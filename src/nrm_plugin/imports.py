@@ -1,6 +1,6 @@
-"""How the package is imported: former module paths, and composites that Zennit's registry knows by name.
+"""Import hooks: deprecated module paths, and the registration of this package's composites with Zennit.
 
-Nothing here imports torch, so that ``nrm-plugin --version`` answers at once.
+Nothing here imports torch, so that ``nrm-plugin --version`` starts fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 PACKAGE = "nrm_plugin"
 REMOVED = "0.3"
-"""The version in which former paths stop to work."""
+"""The version that removes the deprecated paths."""
 MOVED = {
     "coverage": "recording.coverage",
     "flow_maps": "measure.flow_heat_maps",
@@ -27,16 +27,16 @@ MOVED = {
     "sankey": "plots.flow_html",
     "text_plots": "plots.text",
 }
-"""Documented modules by their former path inside the package."""
+"""Current module by deprecated path, both inside the package."""
 REGISTRY = "zennit.composites"
 
 
 def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
-    """Warns the caller of the function that calls this.
+    """Emits a deprecation warning that points at the caller of the calling function.
 
     Args:
-        what: What is deprecated, as the user writes it.
-        instead: What to write.
+        what: The deprecated name, as the user writes it.
+        instead: Its replacement.
         stacklevel: As in :func:`warnings.warn`, counted from the caller of this function.
     """
     message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."
@@ -44,13 +44,13 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports modules by their former paths, and registers composites when Zennit's registry is imported."""
+    """Imports modules by deprecated paths, and registers composites when Zennit's registry is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname == REGISTRY:
-            return _registering(importlib.machinery.PathFinder.find_spec(fullname, path))
+            return _registering_composites(importlib.machinery.PathFinder.find_spec(fullname, path))
         package, _, name = fullname.partition(".")
         return importlib.util.spec_from_loader(fullname, self) if package == PACKAGE and name in MOVED else None
 
@@ -58,21 +58,20 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Hands out the names of the module that replaces this one."""
-        former = module.__name__
-        now = f"{PACKAGE}.{MOVED[former.partition('.')[2]]}"
-        warn_deprecated(f"the module {former}", now)
-        replacement = importlib.import_module(now)
+        """Copies the names of the replacing module."""
+        path = f"{PACKAGE}.{MOVED[module.__name__.partition('.')[2]]}"
+        warn_deprecated(f"the module {module.__name__}", path)
+        replacement = importlib.import_module(path)
         module.__dict__.update({name: value for name, value in vars(replacement).items() if name[:2] != "__"})
 
 
-def _registering(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-    """A spec whose module is followed by the composites of this package, which register themselves there."""
+def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
+    """The spec of Zennit's registry; importing it also imports the composites here, which register themselves."""
     if spec is not None and spec.loader is not None:
-        run = spec.loader.exec_module
+        run_registry = spec.loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
-            run(module)
+            run_registry(module)
             importlib.import_module(f"{PACKAGE}.composites")
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -80,7 +79,7 @@ def _registering(spec: importlib.machinery.ModuleSpec | None) -> importlib.machi
 
 
 class _Package(types.ModuleType):
-    """Keeps public functions from being replaced by the former modules of the same name (``coverage``)."""
+    """Prevents a deprecated module from replacing the public function of the same name (``coverage``)."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, types.ModuleType) and name in MOVED):
@@ -88,7 +87,7 @@ class _Package(types.ModuleType):
 
 
 def install() -> None:
-    """Adds the finder, once; registers the composites now where Zennit's registry was imported before."""
+    """Adds the finder once, and registers the composites if Zennit's registry is already imported."""
     sys.modules[PACKAGE].__class__ = _Package
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())

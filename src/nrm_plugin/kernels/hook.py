@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.rules import Pass
 
-from ..errors import InputError, UnsupportedRuleError, shortened_outside
+from ..errors import InputError, UnsupportedRuleError, autocast_outside
 from ..model.affine import WEIGHTED, Image, broadcast, is_affine, is_by_modifiers, is_known_linear
 from ..model.autocast import asked_for, current
 from ..model.copies import shell_of
@@ -157,7 +157,7 @@ class StepHook(Hook):
             RUNNING.entered.append((self, module, None))
             return None
         if asked_for(places[0][2].device) is not None:
-            raise InputError(shortened_outside(self.name, type(module).__name__))
+            raise InputError(autocast_outside(self.name, type(module).__name__))
         if len(places) > 1 and is_own_layer(module):
             return None  # the functions inside are steps with its rule, each of its own input
         if len(places) > 1:
