@@ -64,11 +64,11 @@ KINDS = "neurons are indexed by ints, slices, lists and tuples of them, integer 
     ("words in a list", lambda: at("conv")[["a"]], EventError, "at('conv')[['a']]", KINDS),
     ("none in a list", lambda: at("conv")[[None]], EventError, "at('conv')[[None]]", KINDS),
     ("ragged", lambda: at("conv")[[[0, 1], [1]]], EventError, "[[0, 1], [1]]", KINDS),
-    ("numbers and truth", lambda: at("conv")[[True, 2]], EventError, "[True, 2]", "either numbers", "not both"),
-    ("backwards", lambda: at("conv")[::-1], EventError, "at('conv')[::-1]", "at least 1"),
+    ("numbers and truth", lambda: at("conv")[[True, 2]], EventError, "[True, 2]", "either indices", "not both"),
+    ("backwards", lambda: at("conv")[::-1], EventError, "at('conv')[::-1]", "positive step"),
     ("slice of words", lambda: at("conv")["a":"b"], EventError, "at('conv')[a:b]", "integers"),
     ("slice of floats", lambda: at("conv")[0.0:2.0], EventError, "at('conv')[0.0:2.0]", "integers"),
-    ("two ellipses", lambda: at("conv")[..., ..., 0], EventError, "at('conv')", "one `...` at most"),
+    ("two ellipses", lambda: at("conv")[..., ..., 0], EventError, "at('conv')", "at most one `...`"),
     ("indexed twice", lambda: at("conv")[1][2], EventError, "at('conv')[1] is indexed already", "with & or |"),
 )
 def test_an_invalid_index_raises(measured, case, error, words):

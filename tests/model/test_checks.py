@@ -100,7 +100,7 @@ def scripted():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (scripted, ("the model", "TorchScript", "Python module that it was made from")),
+        (scripted, ("the model", "TorchScript", "Python module that it was compiled from")),
         (lambda: nn.Sequential(scripted()), ("layer '0'", "TorchScript")),
         (lambda: torch.compile(build(), backend="eager"), ("the model", "torch.compile", "_orig_mod")),
     ],

@@ -1,16 +1,183 @@
-"""Model inputs and outputs that a measure cannot be computed for."""
+"""Model inputs and outputs: several tensors, keyword arguments, packed outputs, and the errors for invalid ones."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
+from torch import nn
 
-from nrm_plugin import NRM, RelevanceMeasure, at, coverage
-from nrm_plugin.errors import EventError, GradModeError, InputError, TargetError
-from tests.error_cases import Calls, MeasuredNet, build, error_cases
+from nrm_plugin import ABSORBED, NRM, NRMAbsolute, RelevanceMeasure, at, coverage
+from nrm_plugin.errors import EventError, GradModeError, InputError, TargetError, UnknownLayerError
+from tests.error_cases import Calls, MeasuredNet, Net, error_cases
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+class Two(nn.Module):
+    """Two inputs, a mask and a factor; a function packs the outputs."""
+
+    def __init__(self, pack=lambda a, b: a):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 6), nn.Linear(3, 6)
+        self.head, self.aux = nn.Linear(6, 5), nn.Linear(6, 2)
+        self.pack = pack
+
+    def forward(self, left, right, mask=None, factor=1.0):
+        hidden = torch.relu(self.left(left) + self.right(right))
+        if mask is not None:
+            hidden = hidden.masked_fill(mask == 0, 0.0)
+        return self.pack(self.head(hidden) * factor, self.aux(hidden))
+
+
+def build(pack=lambda a, b: a):
+    torch.manual_seed(0)
+    return Two(pack).double().eval()
+
+
+LEFT = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double()
+RIGHT = torch.randn(3, 3, generator=torch.Generator().manual_seed(2)).double()
+MASK = torch.tensor([1, 1, 0, 1, 1, 1])
+
+
+def total(mu, layer):
+    parts = [mu.marginal(tap).flatten(1).sum(1) for tap in mu.taps_of(layer)]
+    return torch.stack(parts).sum(0)
+
+
+@pytest.fixture
+def by_position():
+    mu = RelevanceMeasure(build(), (LEFT, RIGHT), 3, additional_forward_args=(MASK, 2.0))
+    return mu.marginal(["input[0]", "input[1]", "left", "head"])
+
+
+def test_every_listed_layer_can_be_queried():
+    mu = RelevanceMeasure(build(), (LEFT, RIGHT), 3)
+    assert {"input[0]", "input[1]", "left", "right", "head"} <= set(mu.layers)
+    assert len(set(mu.layers)) == len(mu.layers)
+    marginals = mu.marginal(mu.layers)
+    torch.testing.assert_close(marginals["input[1]"], mu.marginal(at("input", item=1)))
+    torch.testing.assert_close(mu(at("input[1]")[2]), mu.marginal("input[1]")[:, 2])
+    inputs = total(mu, "input")
+    torch.testing.assert_close(inputs + mu(ABSORBED), torch.ones(3).double())
+    torch.testing.assert_close(mu(at("input[0]") | at("input[1]")), inputs)
+
+
+def test_a_query_for_several_inputs_without_item_raises():
+    mu = RelevanceMeasure(build(), (LEFT, RIGHT), 3)
+    with pytest.raises(UnknownLayerError, match=r"2 tensors: say which by item="):
+        mu.marginal("input")
+
+
+def test_inputs_by_keyword_equal_positional_ones(by_position):
+    mu = RelevanceMeasure(
+        build(), {"right": RIGHT, "left": LEFT, "mask": MASK}, 3, additional_forward_kwargs={"factor": 2.0}
+    )
+    assert {"input[left]", "input[right]"} <= set(mu.layers)
+    torch.testing.assert_close(mu.marginal("input[left]"), by_position["input[0]"])
+    torch.testing.assert_close(mu.marginal(at("input", item="right")), by_position["input[1]"])
+    torch.testing.assert_close(mu.marginal("left"), by_position["left"])
+
+
+def test_positional_inputs_can_be_combined_with_keyword_arguments(by_position):
+    mu = RelevanceMeasure(build(), (LEFT, RIGHT), 3, additional_forward_kwargs={"mask": MASK, "factor": 2.0})
+    torch.testing.assert_close(mu.marginal("input[0]"), by_position["input[0]"])
+
+
+def test_a_single_input_by_keyword_is_named_input():
+    net = nn.Sequential(OrderedDict(lin=nn.Linear(4, 5))).double().eval()
+    mu = RelevanceMeasure(net, {"input": LEFT}, 3)
+    torch.testing.assert_close(mu.marginal("input"), RelevanceMeasure(net, LEFT, 3).marginal("input"))
+
+
+PACKED = {
+    "only tensor of a tuple": (lambda a, b: (a, "text", None), None),
+    "torchvision": (lambda a, b: OrderedDict(aux=b, out=a), None),
+    "transformers": (lambda a, b: {"loss": None, "hidden": b, "logits": a}, None),
+    "key": (lambda a, b: {"x": b, "y": a}, "y"),
+    "position": (lambda a, b: (b, a), 1),
+    "last": (lambda a, b: [b, b, a], -1),
+    "attribute": (lambda a, b: Pair(b, a), "second"),
+    "function": (lambda a, b: {"deep": [b, (a,)]}, lambda returned: returned["deep"][1][0]),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_the_explained_output_can_be_part_of_a_structure(case):
+    pack, output = PACKED[case]
+    expected = RelevanceMeasure(build(), (LEFT, RIGHT), 3)
+    mu = RelevanceMeasure(build(pack), (LEFT, RIGHT), 3, output=output)
+    torch.testing.assert_close(mu.output, expected.output)
+    torch.testing.assert_close(mu.marginal("input[0]"), expected.marginal("input[0]"))
+    assert "head" in str(coverage(build(pack), (LEFT, RIGHT), output=output))
+
+
+@pytest.mark.parametrize(
+    ("pack", "output", "words"),
+    [
+        (lambda a, b: (a, b), None, r"tuple of 0 \(float64 \(3, 5\)\), 1 \(float64 \(3, 2\)\).*output="),
+        (lambda a, b: {"x": a, "y": b}, "z", r"output='z' is not in the model's return value, a dict of 'x'"),
+        (lambda a, b: {"x": a, "y": "text"}, "y", r"output='y' is str"),
+        (lambda a, b: "text", None, r"returned str.*one tensor"),
+        (lambda a, b: a.sum(), None, r"first dimension must be the batch"),
+        (lambda a, b: a.detach(), None, r"does not depend on the inputs"),
+    ],
+)
+def test_an_output_that_is_not_a_single_tensor_raises(pack, output, words):
+    with pytest.raises(InputError, match=words):
+        RelevanceMeasure(build(pack), (LEFT, RIGHT), 3, output=output)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kwargs", "words"),
+    [
+        ({"mask": MASK}, {}, r"none of the inputs is a floating point tensor.*'mask' \(int64 \(6,\)\)"),
+        ({}, {}, r"none of the inputs.*an empty mapping"),
+        ((), {}, r"no input was given"),
+        ({"left": LEFT, "right": RIGHT}, {"right": RIGHT}, r"\['right'\] are given both"),
+        ({"left": LEFT.half(), "right": RIGHT}, {}, r"input 'left' has dtype torch.float16"),
+        ({"left": LEFT, "right": RIGHT[:2]}, {}, r"input 'right' has 2 samples"),
+    ],
+)
+def test_inconsistent_inputs_raise(inputs, kwargs, words):
+    with pytest.raises(InputError, match=words):
+        RelevanceMeasure(build(), inputs, 3, additional_forward_kwargs=kwargs)
+
+
+class Branches(nn.Module):
+    """An inner module returns a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.split, self.head = Split(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        parts = self.split(x)
+        return self.head(parts["a"] + parts["b"])
+
+
+class Split(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"a": torch.relu(self.a(x)), "b": torch.relu(self.b(x))}
+
+
+def test_the_tensors_of_a_dictionary_between_modules_are_taps():
+    torch.manual_seed(0)
+    mu = RelevanceMeasure(Branches().double().eval(), LEFT, 1, composite=NRMAbsolute())
+    a, b = mu.marginal("split[a]"), mu.marginal(at("split", item="b"))
+    torch.testing.assert_close(a.sum(1) + b.sum(1) + mu.sink("split[a]"), torch.ones(3).double())
+    assert float(a.sum(1).min()) > 0
+    assert float(b.sum(1).min()) > 0
+
+
+# -- invalid inputs -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +200,8 @@ def with_entry(x, value):
     ("complex", lambda x: x * 1j, InputError, "complex64", "real floating point", ".float()"),
     ("integer", lambda x: x.long(), InputError, "int64", "real floating point", ".float()", "embedding"),
     ("bool", lambda x: x > 0, InputError, "torch.bool", "real floating point", ".float()"),
-    ("half", lambda x: x.half(), InputError, "float16", "lose their digits", "float32 or float64"),
-    ("bfloat16", lambda x: x.bfloat16(), InputError, "bfloat16", "lose their digits", "float32 or float64"),
+    ("half", lambda x: x.half(), InputError, "float16", "lose precision", "float32 or float64"),
+    ("bfloat16", lambda x: x.bfloat16(), InputError, "bfloat16", "lose precision", "float32 or float64"),
     ("double", lambda x: x.double(), InputError, "float64", "the model torch.float32", "model.double()"),
     ("meta", lambda x: x.to("meta"), InputError, "on device meta", "holds values"),
     ("sparse", lambda x: x.to_sparse(), InputError, "sparse", "dense tensor"),
@@ -46,7 +213,7 @@ def with_entry(x, value):
     ("no tensors by name", lambda x: {"x": 3}, InputError, "'x' (int)", ".float()"),
     ("batches that differ", lambda x: (x, x[:1]), InputError, "input 1 has 1 samples", "the first one has 2"),
     ("second one bad", lambda x: (x, with_entry(x, math.nan)), InputError, "input 1 has nan", "(sample 1)"),
-    ("model first", lambda x: build(), InputError, "the input is Net", "expected a tensor"),
+    ("model first", lambda x: Net(), InputError, "the input is Net", "expected a tensor"),
 )
 def test_an_invalid_input_raises(measured, case, error, words):
     bad = case(measured.x)
@@ -69,7 +236,7 @@ def test_a_measure_without_gradients_raises(measured, mode, name):
         lambda: RelevanceMeasure(measured.net, measured.x, 1),
         lambda: coverage(measured.net, measured.x),
     ):
-        with measured.raises(GradModeError, f"torch.{name}", "with gradients on", "outside"), mode():
+        with measured.raises(GradModeError, f"torch.{name}", "with gradients enabled", "outside"), mode():
             query()
 
 
@@ -105,8 +272,8 @@ JOINED = "does not depend on the inputs", "detach"
     ("transposed", lambda self, x: x.T, InputError, "2 inputs", "shape (4, 2)", "must be the batch"),
     ("repeated", lambda self, x: torch.cat([x, x]), InputError, "shape (4, 4)", "must be the batch"),
     ("no outputs", lambda self, x: x[:, :0], InputError, "shape (2, 0)", "scores"),
-    ("classes", lambda self, x: x.argmax(1), InputError, "int64", "Let the model return its scores"),
-    ("decisions", lambda self, x: x > 0, InputError, "torch.bool", "Let the model return its scores"),
+    ("classes", lambda self, x: x.argmax(1), InputError, "int64", "Make the model return its scores"),
+    ("decisions", lambda self, x: x > 0, InputError, "torch.bool", "Make the model return its scores"),
     ("complex", lambda self, x: torch.complex(x, x), InputError, "complex64", "real numbers"),
     ("half", lambda self, x: x.half(), InputError, "float16", "float32 or float64"),
     ("constant", lambda self, x: torch.ones(2, 4), InputError, *JOINED),
@@ -130,7 +297,7 @@ def test_an_invalid_choice_of_output_raises(measured):
         RelevanceMeasure(model, measured.x, 1)
     with measured.raises(InputError, "output='score'", "'scores' (float32 (2, 4))", model=model):
         RelevanceMeasure(model, measured.x, 1, output="score")
-    with measured.raises(InputError, "int64", "Let the model return its scores", model=model):
+    with measured.raises(InputError, "int64", "Make the model return its scores", model=model):
         RelevanceMeasure(model, measured.x, 1, output="classes")
     assert RelevanceMeasure(model, measured.x, 1, output="scores").batch == 2
 

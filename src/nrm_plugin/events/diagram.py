@@ -1,16 +1,16 @@
 """Events as ordered decision diagrams over taps.
 
-A walk meets the taps in execution order, output first, and answers at each the atoms that speak of it. A
-diagram node is what is left to be decided, so the nodes that are alive at a tap are the number of relevance
-vectors that the pass has to carry: the width. A formula in disjunctive form of exponential size can have width 2.
+A walk crosses the taps from the output down, and each crossing answers the atoms of that tap. A node of the diagram is
+what remains to be decided, so the number of nodes alive at a tap is the number of relevance vectors that a pass has to
+propagate: the width. A formula whose disjunctive form has exponential size can have width 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .event import Absorbed, All, Any_, Atom, Event, Not
+from .event import All, Any_, Event, Not
 
 FALSE, TRUE = 0, 1
 
@@ -19,7 +19,7 @@ FALSE, TRUE = 0, 1
 class Diagram:
     """Reduced ordered decision diagrams with shared nodes, one root for each event.
 
-    Variables are numbered in the order in which a walk meets them; ``levels[v]`` is the tap of variable ``v``.
+    Variables are numbered in the order in which a walk crosses them; ``levels[v]`` is the tap of variable ``v``.
     Nodes are numbered too: 0 is false, 1 is true.
     """
 
@@ -32,19 +32,17 @@ class Diagram:
         end = len(self.levels)
         self._nodes = [(end, FALSE, FALSE), (end, TRUE, TRUE)]
 
-    def build(self, event: Event, variable: Mapping[Hashable, int] | Callable[[Atom | Absorbed], Event | int]) -> int:
-        """The node of an event; ``variable`` gives the number of an atom, or the event that it stands for."""
-        lookup = variable if callable(variable) else variable.__getitem__
+    def build(self, event: Event, variables: Mapping[Event, int]) -> int:
+        """The node of an event, given the variable of each of its atoms."""
         if isinstance(event, Not):
-            return self._negate(self.build(event.part, lookup))
+            return self._negate(self.build(event.part, variables))
         if isinstance(event, (All, Any_)):
             both = self._and if isinstance(event, All) else self._or
             result = TRUE if isinstance(event, All) else FALSE
             for part in event.parts:
-                result = both(result, self.build(part, lookup))
+                result = both(result, self.build(part, variables))
             return result
-        found = lookup(event)  # type: ignore[arg-type]
-        return self.build(found, lookup) if isinstance(found, Event) else self._make(found, FALSE, TRUE)
+        return self._make(variables[event], FALSE, TRUE)
 
     def level(self, node: int) -> int:
         """The tap at which the node is decided next; past every tap for true and false."""
@@ -52,15 +50,12 @@ class Diagram:
         return self.levels[variable] if variable < len(self.levels) else max(self.levels, default=-1) + 1
 
     def step(self, node: int, level: int, answers: int) -> int:
-        """What is left after a walk has crossed tap ``level`` with these answers.
+        """The node that remains after a walk has crossed tap ``level`` with these answers.
 
         Args:
-            node: What was left before.
-            level: The tap that is crossed; atoms of taps before it were not crossed and are false.
+            node: The node before.
+            level: The tap that is crossed; atoms of taps above it that were not crossed are false.
             answers: Bit ``v`` is the answer to variable ``v``.
-
-        Returns:
-            The node that is left.
         """
         while node > TRUE and self.level(node) <= level:
             variable, low, high = self._nodes[node]
@@ -68,12 +63,12 @@ class Diagram:
         return node
 
     def is_touched(self, node: int, level: int) -> bool:
-        """Whether crossing tap ``level`` can change what is left."""
+        """Whether crossing tap ``level`` can change the node."""
         return node > TRUE and self.level(node) <= level
 
     def variables(self, node: int) -> set[int]:
         """The variables on which a node still depends."""
-        found: set[int] = set()
+        variables: set[int] = set()
         stack = [node]
         seen = set()
         while stack:
@@ -82,9 +77,9 @@ class Diagram:
                 continue
             seen.add(current)
             variable, low, high = self._nodes[current]
-            found.add(variable)
+            variables.add(variable)
             stack += [low, high]
-        return found
+        return variables
 
     def width(self, roots: Sequence[int]) -> int:
         """The largest number of undecided nodes that are alive at one tap, over all the roots."""

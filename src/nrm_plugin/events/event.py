@@ -1,13 +1,13 @@
 """Events: sets of walks, written as a formula over the neurons that a walk crosses.
 
-An event knows no model. Its atoms name taps, and a measure looks them up when the event is asked for.
+An event does not depend on a model. Its atoms name taps, which a measure looks up when it evaluates the event.
 """
 
 from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
@@ -20,7 +20,7 @@ Side = Literal["input", "output", "sink"]
 SIDES: tuple[Side, ...] = ("input", "output", "sink")
 
 SHOWN = 12
-"""Numbers of neurons that the text of an event lists."""
+"""The most neurons that the text of an event lists."""
 
 
 class Event:
@@ -47,21 +47,21 @@ class Event:
     def __sub__(self, other: object) -> Event:
         return self & ~_checked_operand(self, other, "-")
 
-    # Reached only from operands that are no events, to say so in the same words.
+    # Called only for left operands that are not events, to raise the same error.
     def __rand__(self, other: object) -> NoReturn:
-        _refuse_operand(self, other, "&")
+        _reject_operand(self, other, "&")
 
     def __ror__(self, other: object) -> NoReturn:
-        _refuse_operand(self, other, "|")
+        _reject_operand(self, other, "|")
 
     def __rsub__(self, other: object) -> NoReturn:
-        _refuse_operand(self, other, "-")
+        _reject_operand(self, other, "-")
 
     def __iter__(self) -> NoReturn:
-        # Without this, Python iterates over anything with brackets, and an atom takes any number in them, for ever.
+        # Without this, Python would iterate over an atom endlessly, since it accepts any index.
         raise TypeError(
             f"{self} is an event, a set of walks, and cannot be iterated over, unpacked or searched with `in`. For one "
-            "event for each channel write `[at(layer)[k] for k in channels]`."
+            "event per channel write `[at(layer)[k] for k in channels]`."
         )
 
     def __bool__(self) -> NoReturn:
@@ -79,6 +79,10 @@ class Event:
         """
         raise NotImplementedError
 
+    def mapped(self, replace: Callable[[Event], Event]) -> Event:
+        """The same formula over other events: each atom is replaced by what ``replace`` returns for it."""
+        return replace(self)
+
     def __str__(self) -> str:
         raise NotImplementedError
 
@@ -94,25 +98,28 @@ def _combine(kind: type[All] | type[Any_], left: Event, right: object, sign: str
 
 
 def _checked_operand(event: Event, other: object, sign: str) -> Event:
-    return other if isinstance(other, Event) else _refuse_operand(event, other, sign)
+    return other if isinstance(other, Event) else _reject_operand(event, other, sign)
 
 
-def _refuse_operand(event: Event, other: object, sign: str) -> NoReturn:
+def _reject_operand(event: Event, other: object, sign: str) -> NoReturn:
     raise TypeError(
-        f"`{sign}` joins two events, got {event} and {type(other).__name__}. Name the layer of the other one: "
+        f"`{sign}` joins two events, got {event} and {type(other).__name__}. Name the layer of the other operand: "
         "`at(layer)` for a layer, `at(layer)[mask]` for a mask or index."
     )
 
 
 @dataclass(frozen=True, repr=False)
 class All(Event):
-    """The walks that are in every part."""
+    """The walks that belong to every part."""
 
     parts: tuple[Event, ...]
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         for part in self.parts:
             yield from part.atoms()
+
+    def mapped(self, replace: Callable[[Event], Event]) -> Event:
+        return All(tuple(part.mapped(replace) for part in self.parts))
 
     def __str__(self) -> str:
         return " & ".join(_bracket(part) for part in self.parts)
@@ -120,7 +127,7 @@ class All(Event):
 
 @dataclass(frozen=True, repr=False)
 class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
-    """The walks that are in at least one part."""
+    """The walks that belong to at least one part."""
 
     parts: tuple[Event, ...]
 
@@ -128,13 +135,16 @@ class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
         for part in self.parts:
             yield from part.atoms()
 
+    def mapped(self, replace: Callable[[Event], Event]) -> Event:
+        return Any_(tuple(part.mapped(replace) for part in self.parts))
+
     def __str__(self) -> str:
         return " | ".join(_bracket(part) for part in self.parts)
 
 
 @dataclass(frozen=True, repr=False)
 class Not(Event):
-    """The walks that are not in the part: those that bypass it or were absorbed before count as well."""
+    """The walks that do not belong to the part, including those that bypass it or were absorbed above."""
 
     part: Event
 
@@ -143,6 +153,9 @@ class Not(Event):
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         return self.part.atoms()
+
+    def mapped(self, replace: Callable[[Event], Event]) -> Event:
+        return Not(self.part.mapped(replace))
 
     def __str__(self) -> str:
         return f"~{_bracket(self.part)}"
@@ -168,7 +181,7 @@ def _bracket(event: Event) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """What stands in the brackets of ``at(layer)[…]``; equal when it selects by the same numbers."""
+    """The index of ``at(layer)[…]``; equal if it holds the same numbers."""
 
     key: Hashable
     value: Any
@@ -194,7 +207,7 @@ def _checked_index(atom: Atom, value: Any) -> Any:
     """An index as ints, slices, ellipses, integer or boolean tensors, and tuples of them."""
     if isinstance(value, tuple):
         if sum(item is Ellipsis for item in value) > 1:
-            raise EventError(f"{atom}[…]: an index holds one `...` at most.")
+            raise EventError(f"{atom}[…]: an index holds at most one `...`.")
         return tuple(_checked_index(atom, item) for item in value)
     if value is Ellipsis:
         return value
@@ -217,7 +230,7 @@ def _checked_slice(atom: Atom, value: slice) -> slice:
         raise EventError(f"{atom}[{_show(value)}]: the bounds of a slice are integers.")
     start, stop, step = (None if bound is None else operator.index(bound) for bound in bounds)
     if step is not None and step <= 0:
-        raise EventError(f"{atom}[{_show(value)}]: a slice of neurons goes upwards; give a step of at least 1.")
+        raise EventError(f"{atom}[{_show(value)}]: a slice of neurons needs a positive step.")
     return slice(start, stop, step)
 
 
@@ -226,18 +239,18 @@ def _checked_tensor(atom: Atom, value: Any) -> Tensor:
     if isinstance(value, list):
         kinds = {isinstance(item, bool) for item in value}
         if len(kinds) > 1:
-            raise EventError(f"{atom}[{value!r}]: a list holds either numbers of neurons or true and false, not both.")
+            raise EventError(f"{atom}[{value!r}]: a list holds either indices of neurons or booleans, not both.")
     try:
         tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
         tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
         tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise EventError(f"{atom}[{reprlib.repr(value)}]: {_INDEX} This is none of them: {error}.") from error
+        raise EventError(f"{atom}[{reprlib.repr(value)}]: {_INDEX} This is not one of them: {error}.") from error
     if tensor.numel() == 0 and isinstance(value, (list, range)):
         tensor = tensor.long()
     if tensor.dtype == torch.uint8:
         raise EventError(
-            f"{atom}: an index of dtype uint8 may be a mask or numbers of neurons. Say which: `mask.bool()` or "
+            f"{atom}: an index of dtype uint8 may be a mask or indices of neurons. Convert it: `mask.bool()` or "
             "`index.long()`."
         )
     if tensor.dtype != torch.bool and (tensor.is_floating_point() or tensor.is_complex()):
@@ -246,7 +259,7 @@ def _checked_tensor(atom: Atom, value: Any) -> Tensor:
             f"{tuple(tensor.shape)}; for a mask write `values > threshold`."
         )
     if tensor.ndim == 0 and tensor.dtype == torch.bool:
-        raise EventError(f"{atom}[{bool(tensor)}]: a single true or false is no mask; give one for each neuron.")
+        raise EventError(f"{atom}[{bool(tensor)}]: a single boolean is not a mask; give one for each neuron.")
     return tensor
 
 
@@ -258,9 +271,9 @@ def _name(layer: str | nn.Module) -> str:
 class Atom(Event):
     """The walk crosses one tap in one of the indexed neurons (in any neuron where nothing is indexed).
 
-    Made by :func:`at`. ``side="output"`` is the tensor that the module returned, ``side="input"`` the tensor
-    that it was handed (only walks that go through this call, not those that leave the same tensor to another
-    reader), ``side="sink"`` the walks absorbed in this step at these neurons of its output.
+    Created by :func:`at`. ``side="output"`` is the tensor that the module returned, ``side="input"`` its input (only
+    the walks through this call, not those through other readers of the tensor), ``side="sink"`` the walks absorbed in
+    this step at these neurons of its output.
     """
 
     layer: str | nn.Module
@@ -286,11 +299,11 @@ class Atom(Event):
         return Attended(self).head(index)
 
     def token(self, index: Any) -> Attended:
-        """The walk goes through what these tokens are given by the attention in this layer."""
+        """The walk goes through what the attention in this layer writes to these tokens."""
         return Attended(self).token(index)
 
     def pair(self, query: Any, key: Any) -> Attended:
-        """The walk goes through what a token, the query, draws on a token, the key."""
+        """The walk goes through the attention of a query token to a key token."""
         return Attended(self).pair(query, key)
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
@@ -309,11 +322,11 @@ class Atom(Event):
 
 @dataclass(frozen=True, repr=False)
 class Attended(Event):
-    """The walk goes through the attention of a layer, in some heads, at some tokens, to some of what they draw on.
+    """The walk goes through the attention of a layer, in some heads, from some query tokens to some key tokens.
 
-    Made by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which may follow one another. The layer is a module
-    in which attention is computed once, whether fused or spelled with products and a softmax, or the tap of that
-    operation itself. None stands for all of a kind.
+    Created by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which can be chained. The layer is a module in
+    which attention is computed once, whether fused or written with products and a softmax, or the tap of that operation
+    itself. None stands for all of a kind.
     """
 
     atom: Atom
@@ -333,16 +346,16 @@ class Attended(Event):
         return replace(self, heads=self._chosen("head", self.heads, index))
 
     def token(self, index: Any) -> Attended:
-        """The same at what one or several tokens are given."""
+        """The same at one or several query tokens."""
         return replace(self, queries=self._chosen("token", self.queries, index))
 
     def pair(self, query: Any, key: Any) -> Attended:
-        """The same at what some tokens (queries) draw on some tokens (keys)."""
+        """The same from some query tokens to some key tokens."""
         return replace(self.token(query), keys=self._chosen("pair", self.keys, key))
 
     def _chosen(self, what: str, known: Index | None, value: Any) -> Index:
         if known is not None:
-            raise EventError(f"{self} says already which. Combine two events of one layer with & or | instead.")
+            raise EventError(f"{self} is restricted already. Combine two events of one layer with & or | instead.")
         checked = _checked_index(self.atom, value)
         if isinstance(checked, tuple) or checked is Ellipsis or (isinstance(checked, Tensor) and checked.ndim > 1):
             raise EventError(f"{self}.{what}({_show(checked)}): give an int, a slice, a list or one mask.")
@@ -361,7 +374,7 @@ class Attended(Event):
 
 
 def _shown_in_call(value: Any) -> str:
-    """An index as an argument, where a slice has no colons."""
+    """An index as an argument, with slices written without colons."""
     if not isinstance(value, slice):
         return _show(value)
     bounds = [value.start, value.stop] + ([] if value.step is None else [value.step])
@@ -401,15 +414,15 @@ def at(
     Args:
         layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"``, or the module itself.
         side: ``"output"``, ``"input"`` or ``"sink"``.
-        call: Which call of a module that is called more than once; ``"any"`` for one of them.
-        item: Which tensor of a tuple or list output.
+        call: Which call of a module that is called several times; ``"any"`` for at least one of them.
+        item: Which tensor of a tuple or list.
 
     Returns:
         The event that a walk crosses the tap at all; index it with ints, slices, lists, tuples or a boolean mask
         over the dimensions after the batch (or over all, one mask for each sample).
 
     Raises:
-        EventError: One of the arguments is none of these.
+        EventError: An argument is invalid.
 
     Examples:
         >>> at("features.28")[3]

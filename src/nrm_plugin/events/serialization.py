@@ -1,7 +1,7 @@
-"""Events as JSON and back, for files that tell what was asked. Nothing is evaluated.
+"""Events as JSON and back, for files that record queries. No text is evaluated.
 
-- ``{"at": "features.28", "index": [3, 7], "channel": true}``, with ``side``, ``call`` and ``item`` where they are said
-- ``{"attention": "blocks.3.attn", "heads": 2, "queries": 5, "keys": 0}``, of which any may be left out
+- ``{"at": "features.28", "index": [3, 7], "channel": true}``, with ``side``, ``call`` and ``item`` if they are given
+- ``{"attention": "blocks.3.attn", "heads": 2, "queries": 5, "keys": 0}``, where all but the first are optional
 - ``{"all": […]}``, ``{"any": […]}``, ``{"not": …}`` and ``{"absorbed": true}``
 """
 
@@ -18,13 +18,13 @@ from .event import ABSORBED, SIDES, Absorbed, All, Any_, Atom, Attended, Event, 
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
-    """An event as JSON; :func:`event_from_json` gives an equal one back.
+    """An event as JSON; :func:`event_from_json` restores an equal one.
 
     Args:
-        event: The event; its layers are named.
+        event: The event, with layers given by name.
 
     Raises:
-        EventError: A layer is a module, which has a name in its model only.
+        EventError: A layer is given as a module, whose name depends on the model.
 
     Examples:
         >>> event_to_json(at("conv").channel([3, 7]) & ~at("fc"))
@@ -41,68 +41,68 @@ def event_to_json(event: Event) -> dict[str, Any]:
     if isinstance(event, Attended):
         atom = event_to_json(event.atom)
         chosen = {"heads": event.heads, "queries": event.queries, "keys": event.keys}
-        said: dict[str, Any] = {key: _index_to_json(index.value) for key, index in chosen.items() if index is not None}
-        return {"attention": atom.pop("at"), **atom, **said}
+        data: dict[str, Any] = {key: _index_to_json(index.value) for key, index in chosen.items() if index is not None}
+        return {"attention": atom.pop("at"), **atom, **data}
     if not isinstance(event, Atom):
         raise EventError(f"expected an event such as at('layer')[3], got {type(event).__name__}: {event!r}.")
     if not isinstance(event.layer, str):
-        raise EventError(f"{event} names its layer by a module, which cannot be written down. Use its name: at('…').")
-    said = {"at": event.layer}
-    said |= {} if event.side == "output" else {"side": event.side}
-    said |= {} if event.call is None else {"call": event.call}
-    said |= {} if event.item is None else {"item": event.item}
-    said |= {} if event.index is None else {"index": _index_to_json(event.index.value)}
-    return said | ({"channel": True} if event.along_channel else {})
+        raise EventError(f"{event} names its layer by a module, which has no form in JSON. Use its name: at('…').")
+    data = {"at": event.layer}
+    data |= {} if event.side == "output" else {"side": event.side}
+    data |= {} if event.call is None else {"call": event.call}
+    data |= {} if event.item is None else {"item": event.item}
+    data |= {} if event.index is None else {"index": _index_to_json(event.index.value)}
+    return data | ({"channel": True} if event.along_channel else {})
 
 
-def event_from_json(said: Any) -> Event:
-    """The event that :func:`event_to_json` wrote down.
+def event_from_json(data: Any) -> Event:
+    """The event that :func:`event_to_json` wrote.
 
     Args:
-        said: What was read.
+        data: The parsed JSON.
 
     Raises:
-        EventError: It is no event.
+        EventError: It is not an event.
 
     Examples:
         >>> event_from_json({"any": [{"at": "conv", "index": 3}, {"absorbed": True}]})
         at('conv')[3] | ABSORBED
     """
-    if isinstance(said, Mapping) and len(said) == 1:
-        ((word, inner),) = said.items()
+    if isinstance(data, Mapping) and len(data) == 1:
+        ((word, inner),) = data.items()
         if word == "absorbed":
             return ABSORBED
         if word == "not":
             return Not(event_from_json(inner))
         if word in ("all", "any") and isinstance(inner, list) and inner:
             return (All if word == "all" else Any_)(tuple(event_from_json(part) for part in inner))
-    if isinstance(said, Mapping) and "attention" in said:
-        return _attended_from_json(said)
+    if isinstance(data, Mapping) and "attention" in data:
+        return _attended_from_json(data)
     keys = {"at", "side", "call", "item", "index", "channel"}
-    if not isinstance(said, Mapping) or "at" not in said or not said.keys() <= keys:
-        raise EventError(f"this is no event: {said!r}. Events are {{'at': layer, …}}, 'all', 'any', 'not', 'absorbed'.")
-    if said.get("side", "output") not in SIDES:
-        raise EventError(f"this is no event: {said!r}, there is no side {said['side']!r}.")
-    atom = at(said["at"], said.get("side", "output"), said.get("call"), said.get("item"))
-    if "index" not in said:
-        return atom
-    index = _index_from_json(said["index"])
-    return atom.channel(index) if said.get("channel") else atom[index]
-
-
-def _attended_from_json(said: Mapping[str, Any]) -> Attended:
-    if not said.keys() <= {"attention", "call", "heads", "queries", "keys"} or (
-        "keys" in said and "queries" not in said
-    ):
+    if not isinstance(data, Mapping) or "at" not in data or not data.keys() <= keys:
         raise EventError(
-            f"this is no event: {said!r}. The attention of a layer has heads, queries, and keys of queries."
+            f"this is not an event: {data!r}. Events are {{'at': layer, …}}, 'all', 'any', 'not', 'absorbed'."
         )
-    event = Attended(at(said["attention"], call=said.get("call")))
-    if "heads" in said:
-        event = event.head(_index_from_json(said["heads"]))
-    if "keys" in said:
-        return event.pair(_index_from_json(said["queries"]), _index_from_json(said["keys"]))
-    return event.token(_index_from_json(said["queries"])) if "queries" in said else event
+    if data.get("side", "output") not in SIDES:
+        raise EventError(f"this is not an event: {data!r}, there is no side {data['side']!r}.")
+    atom = at(data["at"], data.get("side", "output"), data.get("call"), data.get("item"))
+    if "index" not in data:
+        return atom
+    index = _index_from_json(data["index"])
+    return atom.channel(index) if data.get("channel") else atom[index]
+
+
+def _attended_from_json(data: Mapping[str, Any]) -> Attended:
+    if not data.keys() <= {"attention", "call", "heads", "queries", "keys"} or (
+        "keys" in data and "queries" not in data
+    ):
+        raise EventError(f"this is not an event: {data!r}. Attention takes heads, queries, and keys with queries.")
+    event = Attended(at(data["attention"], call=data.get("call")))
+    if "heads" in data:
+        event = event.head(_index_from_json(data["heads"]))
+    if "keys" in data:
+        return event.pair(_index_from_json(data["queries"]), _index_from_json(data["keys"]))
+    return event.token(_index_from_json(data["queries"])) if "queries" in data else event
 
 
 def _index_to_json(value: Any) -> Any:
@@ -121,26 +121,26 @@ def _index_to_json(value: Any) -> Any:
     return value
 
 
-def _index_from_json(said: Any) -> Any:
-    if said == "...":
+def _index_from_json(data: Any) -> Any:
+    if data == "...":
         return ...
-    if isinstance(said, list):
-        return torch.tensor(said, dtype=torch.int64)
-    if not isinstance(said, Mapping):
-        return said
-    if "tuple" in said:
-        return tuple(_index_from_json(part) for part in said["tuple"])
-    if "slice" in said:
-        return slice(*said["slice"])
-    if "mask" in said:
-        mask = torch.zeros(said["mask"], dtype=torch.bool)
-        mask.view(-1)[said["true"]] = True
+    if isinstance(data, list):
+        return torch.tensor(data, dtype=torch.int64)
+    if not isinstance(data, Mapping):
+        return data
+    if "tuple" in data:
+        return tuple(_index_from_json(part) for part in data["tuple"])
+    if "slice" in data:
+        return slice(*data["slice"])
+    if "mask" in data:
+        mask = torch.zeros(data["mask"], dtype=torch.bool)
+        mask.view(-1)[data["true"]] = True
         return mask
-    if "empty" in said:
-        return torch.empty(said["empty"], dtype=torch.int64)
-    if "numbers" in said and said.get("dtype") in ("int8", "int16", "int32"):
-        return torch.tensor(said["numbers"], dtype=getattr(torch, said["dtype"]))
-    raise EventError(f"this is no index of neurons: {said!r}.")
+    if "empty" in data:
+        return torch.empty(data["empty"], dtype=torch.int64)
+    if "numbers" in data and data.get("dtype") in ("int8", "int16", "int32"):
+        return torch.tensor(data["numbers"], dtype=getattr(torch, data["dtype"]))
+    raise EventError(f"this is not an index of neurons: {data!r}.")
 
 
 __all__ = ["event_from_json", "event_to_json"]

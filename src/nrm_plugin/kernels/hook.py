@@ -23,7 +23,7 @@ from ..errors import InputError, UnsupportedRuleError, autocast_outside
 from ..model.affine import WEIGHTED, Image, broadcast, is_affine, is_by_modifiers, is_known_linear
 from ..model.autocast import asked_for, current
 from ..model.copies import shell_of
-from ..model.custom_layers import WeightSeen, is_own_layer
+from ..model.custom_layers import WeightRecorder, is_own_layer
 from .forward_state import (
     RUNNING,
     Saved,
@@ -61,7 +61,7 @@ class Entered:
     kept: Saved
     call: Callable[[nn.Module, Tensor], Tensor]
     again: Callable[[], Any]
-    apart: BiasApart | OutOfPlace | WeightSeen | None = None
+    apart: BiasApart | OutOfPlace | WeightRecorder | None = None
     in_place: bool = False
 
 
@@ -206,7 +206,7 @@ class StepHook(Hook):
         if not output.is_floating_point():
             return None
         step = self._made(module, entered, output)
-        if isinstance(entered.apart, WeightSeen):
+        if isinstance(entered.apart, WeightRecorder):
             with unseen():
                 layer = entered.apart.layer(step.origin.module, entered.call, entered.source.detach())
             if layer is not None:
@@ -314,12 +314,12 @@ class OutOfPlace(TorchFunctionMode):
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
 
 
-def _around(module: nn.Module, rule: Hook) -> BiasApart | OutOfPlace | WeightSeen | None:
+def _around(module: nn.Module, rule: Hook) -> BiasApart | OutOfPlace | WeightRecorder | None:
     """How to run a layer of torch with less work to the same effect, or to see with which weight it works."""
     if is_affine(module) and (wants_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
         return BiasApart(module)
     if is_own_layer(module) and is_by_modifiers(rule):
-        return WeightSeen()
+        return WeightRecorder()
     return OutOfPlace() if _is_own_activation(module) and getattr(module, "inplace", False) else None
 
 

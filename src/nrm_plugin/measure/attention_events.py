@@ -9,7 +9,8 @@ from ..errors import EventError
 from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Index, at, shown
 from ..functional.attention import Layout
 from ..kernels.step import Step
-from ..recording.recording import OUTPUT, Recording
+from ..recording.recording import Recording
+from ..recording.taps import OUTPUT
 
 
 def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
@@ -30,7 +31,7 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
 
 def _event(atom: Attended, step: Step, recording: Recording) -> Event:
     layout: Layout = step.attention
-    shape = recording.lifted(step.shape)
+    shape = recording.samples.lifted(step.shape)
     mask = torch.ones(shape, dtype=torch.bool)
     if atom.heads is not None:
         mask &= _of_heads(atom, atom.heads, step, shape, recording)
@@ -40,10 +41,10 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
     if atom.keys is None:
         return above
     below: list[Event] = []
-    single = len(recording.items(step.name, "input", step.call)) == 1
+    single = len(recording.taps.items(step.name, "input", step.call)) == 1
     for number, dim in layout.keys:
         tap = at(step.name, "input", step.call, None if single else number)
-        (place,) = recording.find(tap.layer, tap.side, tap.call, tap.item)
+        (place,) = recording.taps.find(tap.layer, tap.side, tap.call, tap.item)
         chosen = _chosen(atom, "token", atom.keys, place.shape[dim])
         below.append(tap[_shortened(_along(place.shape, dim, chosen).expand(place.shape))])
     return All((above, below[0] if len(below) == 1 else Any_(tuple(below))))
@@ -53,23 +54,23 @@ def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recor
     """Heads have a dimension of their own, or share one with the samples, which come first there."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
-    if len(shared) > 1 or (shared and not recording.batched):
+    if len(shared) > 1 or (shared and not recording.samples.batched):
         return _along(shape, shared[-1], _chosen(atom, "head", index, shape[shared[-1]]))
     count = _count_of_heads(step, rows, recording)
     if count is None:
         raise EventError(
-            f"{atom}: the heads of {step.name!r} cannot be told from the {recording.batch} samples in its dimension of "
-            f"{rows}. Take the measure of one sample."
+            f"{atom}: the heads of {step.name!r} cannot be told from the {recording.samples.count} samples in its "
+            f"dimension of {rows}. Take the measure of one sample."
         )
     chosen = _chosen(atom, "head", index, count).repeat(rows // count)
     return _along(shape, shared[0], chosen) if shared else chosen.reshape(())
 
 
 def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
-    owner = next((module for module, name in recording.names.items() if name == _owner(step)), None)
+    owner = next((module for module, name in recording.taps.modules.items() if name == _owner(step)), None)
     if isinstance(owner, nn.MultiheadAttention):
         return int(owner.num_heads)
-    return rows // recording.batch if rows % recording.batch == 0 else None
+    return rows // recording.samples.count if rows % recording.samples.count == 0 else None
 
 
 def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
@@ -97,14 +98,14 @@ def _shortened(mask: Tensor) -> Tensor:
 
 def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
     """The steps in which the attention of a layer is computed, one for each call that is spoken of."""
-    name, calls = recording.called(atom.atom.layer, "output", atom.atom.call)
+    name, calls = recording.taps.called(atom.atom.layer, "output", atom.atom.call)
     steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
     known = [step for step in steps if step.attention is not None]
     own = [step for step in known if step.name == name]
     if own:
         return [step for step in own if step.call in calls]
     inside = [step for step in known if name == OUTPUT or step.name.startswith(f"{name}.")]
-    of_calls = recording.calls_of(name)
+    of_calls = recording.taps.calls_of(name)
     if len(inside) == len(of_calls):
         return [inside[of_calls.index(call)] for call in calls]
     if inside:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not, shown
-from .event_masks import Formulas
+from .decision_diagram import Formulas
 
 
 def explanation(formulas: Formulas, event: Event, given: Event | None) -> str:

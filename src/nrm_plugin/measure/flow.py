@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..events.event import Atom, Event, at
-from ..recording.recording import Tap
+from ..recording.taps import Tap
 from .flow_graph import TOP, Array, FlowError, FlowGraph, FlowLayer, check_thresholds, chosen
 from .groups import summed
 from .partitions import Names, partition

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EventError
-from ..recording.recording import Tap
+from ..recording.taps import Tap
 
 Over = str | Tensor
 """What is summed up: a kind of group, or an integer label for every neuron of a tap."""

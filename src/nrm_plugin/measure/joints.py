@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..kernels.base import BranchKernel, IdentityKernel
 from ..model.routing import is_whole, operation
-from ..recording.graph import Buffer, Place, Vertex
+from ..recording.graph import Vertex
 from ..recording.passes import Cost, Vectors, pull, push
-from ..recording.recording import Recording, Tap
+from ..recording.places import Buffer, Edge, Place, Sink
+from ..recording.recording import Recording
+from ..recording.taps import Tap
 from .groups import Over, by_label, labels_of
 from .memory import in_chunks
 
@@ -30,8 +32,8 @@ def joint_matrix(
         width: Groups that are carried at once.
     """
     rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
-    relevance = recording.without_samples(relevance)
-    shape = recording.without_samples(relevance.new_empty(()).expand(lower.shape)).shape
+    relevance = recording.samples.without_samples(relevance)
+    shape = recording.samples.without_samples(relevance.new_empty(()).expand(lower.shape)).shape
     down = int(rows.max()) <= int(columns.max())
     spent: list[Cost] = []
 
@@ -41,14 +43,14 @@ def joint_matrix(
             found, cost = handed_down(
                 recording, upper, lower, {group: relevance * (labels == group) for group in groups}
             )
-            sums = by_label(recording.with_samples(found, 1).flatten(2), columns)
+            sums = by_label(recording.samples.with_samples(found, 1).flatten(2), columns)
         else:
             masks = torch.stack([(labels == group).to(relevance).expand(shape) for group in groups])
             collected, cost = push(recording.graph, lower.place, upper.place, masks)
             values = (
                 relevance.new_zeros((len(groups), *relevance.shape)) if collected is None else collected * relevance
             )
-            sums = by_label(recording.with_samples(values, 1).flatten(2), rows)
+            sums = by_label(recording.samples.with_samples(values, 1).flatten(2), rows)
         spent.append(cost)
         return list(sums)
 
@@ -62,7 +64,7 @@ def handed_down(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[i
     collect = _Collect(lower.place)
     cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
     like = next(iter(vectors.values()))
-    empty = recording.without_samples(like.new_zeros(lower.shape))
+    empty = recording.samples.without_samples(like.new_zeros(lower.shape))
     return torch.stack([collect.vectors.get(key, empty) for key in vectors]), cost
 
 
@@ -122,7 +124,7 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
 
 def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
     """The vertices from one tap to the other, where each has one input, one is linear and the rest keep channels."""
-    if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not recording.batched:
+    if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not recording.samples.batched:
         return None
     place, chain, linear = upper.place, [], 0
     while place != lower.place:
@@ -164,7 +166,7 @@ def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
 def _start(recording: Recording, place: Place, vectors: Vectors[int]) -> list[tuple[Buffer, Vectors[int]]]:
     if isinstance(place, Buffer):
         return [(place, vectors)]
-    edge = recording.graph.vertices[place[0]].edges[place[1]]
+    edge = recording.graph.vertices[place.vertex].edges[place.number]
     assert edge is not None
     return [(edge, vectors)]
 
@@ -180,19 +182,19 @@ class _Prune:
 
     def __init__(self, recording: Recording, lower: Tap, collect: _Collect) -> None:
         self.recording, self.collect = recording, collect
-        self.bit = 1 << recording.index[lower.place]
+        self.bit = 1 << recording.taps.index[lower.place]
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[int]) -> Vectors[int]:
         if buffer == self.collect.place:
             self.collect.vectors = dict(vectors)
             return {}
-        return vectors if self.recording.below[buffer.vertex] & self.bit else {}
+        return vectors if self.recording.taps.marks.below_vertex[buffer.vertex] & self.bit else {}
 
-    def at_edge(self, vertex: int, number: int, vectors: Vectors[int]) -> Vectors[int]:
-        if (vertex, number) == self.collect.place:
+    def at_edge(self, edge: Edge, vectors: Vectors[int]) -> Vectors[int]:
+        if edge == self.collect.place:
             self.collect.vectors = dict(vectors)
             return {}
-        return vectors if self.recording.through[vertex][number] & self.bit else {}
+        return vectors if self.recording.taps.marks.below_edge[edge.vertex][edge.number] & self.bit else {}
 
-    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[int], share: Tensor) -> None:
+    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[int], share: Tensor) -> None:
         """Absorbed walks do not reach the lower tap."""

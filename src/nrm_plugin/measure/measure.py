@@ -20,12 +20,13 @@ from ..kernels.base import Residual
 from ..model.autocast import exact
 from ..model.inputs import Call, Inputs, Output
 from ..model.targets import normalized, sample_sums, start_vector
-from ..recording.graph import Buffer, Place
 from ..recording.passes import Cost
-from ..recording.recording import OUTPUT, Recording, Tap
+from ..recording.places import Buffer, Edge, Place, Sink
+from ..recording.recording import Recording
+from ..recording.taps import OUTPUT, Tap
 from .attention_events import plain
+from .decision_diagram import Formulas
 from .description import explanation
-from .event_masks import Formulas
 from .flow import flow_graph
 from .flow_graph import TOP, FlowGraph
 from .groups import Over, pair_of, summed
@@ -120,9 +121,9 @@ class RelevanceMeasure:
         self.composite = normalize(composite, residual, gain_limit, uncovered)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
         self._recording = Recording(model, call, self.composite, output)
-        values = self._recording.with_samples(self._recording.output.detach())
+        values = self._recording.samples.with_samples(self._recording.output.detach())
         vector = start_vector(values, target if batched else _in_row(target, values), start)
-        self._start = self._recording.without_samples(normalized(vector))
+        self._start = self._recording.samples.without_samples(normalized(vector))
         self._output = sample_sums(vector * values) / sample_sums(vector)
         self._books: Books | None = None
         self.cost = Cost()
@@ -139,7 +140,7 @@ class RelevanceMeasure:
             >>> mu.layers
             ['input', '0', '1', '2', 'output']
         """
-        return self._recording.layers
+        return self._recording.taps.layers
 
     @property
     def output(self) -> Tensor:
@@ -163,7 +164,7 @@ class RelevanceMeasure:
             >>> mu.batch
             5
         """
-        return self._recording.batch
+        return self._recording.samples.count
 
     def shape(self, layer: Layer) -> torch.Size:
         """Shape of a tap, ``(N, …)``.
@@ -205,7 +206,7 @@ class RelevanceMeasure:
         atom = layer if isinstance(layer, Atom) else _atom(layer, side)
         if atom.side == "sink":
             raise EventError(f"{atom} is no tap: walks end there. Ask mu({atom}), or sinks() for all steps.")
-        items = self._recording.items(atom.layer, atom.side, atom.call)
+        items = self._recording.taps.items(atom.layer, atom.side, atom.call)
         return [Atom(atom.layer, atom.side, atom.call, item) for item in items]
 
     def __repr__(self) -> str:
@@ -317,7 +318,7 @@ class RelevanceMeasure:
         atoms = {replace(atom, index=None) for atom in spoken if isinstance(atom, Atom) and atom.side != "sink"}
         if not all(isinstance(atom, Atom) and atom.side != "sink" for atom in spoken):
             return None
-        found = [self._recording.find(atom.layer, atom.side, atom.call, atom.item) for atom in atoms]
+        found = [self._recording.taps.find(atom.layer, atom.side, atom.call, atom.item) for atom in atoms]
         return [*places, *(tap.place for taps in found for tap in taps)]
 
     def _decided(self, events: Sequence[Event], places: Sequence[Place] = ()) -> list[Decided]:
@@ -391,7 +392,7 @@ class RelevanceMeasure:
         found: dict[str, Tensor] = {}
         for (vertex, kept), value in reversed(self._plain().sinks.items()):
             if kind in (None, kept):
-                name = self._recording.name_at(vertex)
+                name = self._recording.taps.name_at(vertex)
                 mass = self._told_apart(value, name)
                 found[name] = found[name] + mass if name in found else mass.clone()
         return found
@@ -532,7 +533,7 @@ class RelevanceMeasure:
             taps = {"": wanted}
         below = Below(formulas, [tap.place for tap in taps.values()], formulas.roots, self._start)
         self.cost = below.cost
-        lift = self._recording.with_samples
+        lift = self._recording.samples.with_samples
         found = {name: lift(below.value(tap.place, formulas.roots[0]).clone()) for name, tap in taps.items()}
         return found if layer is None else found[""]
 
@@ -690,7 +691,7 @@ class RelevanceMeasure:
             raise EventError(f"{atom} is an event; a layer is needed here. Use at(layer) without an index, or joint=.")
         if atom.side == "sink" or atom.call == "any":
             raise EventError(f"{atom} is not one tap. Ask mu({atom}) for its mass.")
-        (tap,) = self._recording.find(atom.layer, atom.side, atom.call, atom.item)
+        (tap,) = self._recording.taps.find(atom.layer, atom.side, atom.call, atom.item)
         return tap
 
     def _plain(self) -> Books:
@@ -701,54 +702,56 @@ class RelevanceMeasure:
 
     def _reaches(self, tap: Tap) -> bool:
         output = self._recording.graph.output
-        bit = 1 << self._recording.index[tap.place]
-        return tap.place == output or bool(self._recording.below[output.vertex] & bit)
+        bit = 1 << self._recording.taps.index[tap.place]
+        return tap.place == output or bool(self._recording.taps.marks.below_vertex[output.vertex] & bit)
 
     def _absorbed(self, taps: list[Tap], kind: Kind | None, absolute: bool) -> Tensor:
         _check_kind(kind)
         plain = self._plain()
         bits = 0
         for tap in taps:
-            bits |= 1 << self._recording.index[tap.place]
+            bits |= 1 << self._recording.taps.index[tap.place]
         total = self._start.new_zeros(self.batch)
         for (vertex, kept), value in (plain.absolute_sinks if absolute else plain.sinks).items():
-            if kind in (None, kept) and self._recording.below[vertex] & bits:
+            if kind in (None, kept) and self._recording.taps.marks.below_vertex[vertex] & bits:
                 # Names are made for the message only: to make them all takes longer than the pass.
-                total = total + (self._told_apart(None, self._recording.name_at(vertex)) if value is None else value)
+                total = total + (
+                    self._told_apart(None, self._recording.taps.name_at(vertex)) if value is None else value
+                )
         return total
 
     def _bypassing(self, tap: Tap) -> Tensor:
         plain = self._plain()
         if not self._reaches(tap):
-            return self._recording.per_sample(self._start, "the output", self._recording.graph.output)
-        bit = 1 << self._recording.index[tap.place]
+            return self._recording.samples.checked_sums(self._start, "the output", self._recording.graph.output)
+        bit = 1 << self._recording.taps.index[tap.place]
         total = self._start.new_zeros(self.batch)
-        for (vertex, number), value in plain.flows.items():
-            if self._recording.below[vertex] & bit and not self._recording.through[vertex][number] & bit:
+        marks = self._recording.taps.marks
+        for edge, value in plain.flows.items():
+            if marks.below_vertex[edge.vertex] & bit and not marks.below_edge[edge.vertex][edge.number] & bit:
                 total = total + self._told_apart(value, "an edge")
         return total
 
     def _told_apart(self, value: Tensor | None, what: str) -> Tensor:
         if value is None:
-            raise self._recording.not_told_apart(what)
+            raise self._recording.samples.error(what)
         return value
 
     def _divided(self, values: Tensor, mass: Tensor, tap: Tap) -> Tensor:
         """Relevance at a tap divided by one number for each sample, ``(N,)``; zeros stay what they are."""
-        quotient = values / self._recording.folding.spread(mass, tap.place, tap.shape)
-        return torch.where(values == 0, 0.0, quotient) if self._recording.folding.is_needed else quotient
+        quotient = values / self._recording.samples.spread(mass, tap.place, tap.shape)
+        return torch.where(values == 0, 0.0, quotient) if self._recording.samples.is_needed else quotient
 
-    def _is_below(self, key: object, tap: Tap) -> bool:
-        """Whether a place (or the sink of a vertex) can be met after a tap was crossed."""
-        vertex = tap.place.vertex if isinstance(tap.place, Buffer) else tap.place[0]
-        if isinstance(key, int):
-            return (-1 - key) >= vertex if isinstance(tap.place, Buffer) else (-1 - key) > vertex
-        bit = 1 << self._recording.index[key]  # type: ignore[index]
+    def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
+        """Whether a walk can cross a place, or be absorbed in a sink, after it has crossed a tap."""
+        vertex, taps = tap.place.vertex, self._recording.taps
+        if isinstance(place, Sink):
+            return place.vertex >= vertex if isinstance(tap.place, Buffer) else place.vertex > vertex
+        bit = 1 << taps.index[place]
         if isinstance(tap.place, Buffer):
-            return bool(self._recording.below[vertex] & bit)
-        edge = self._recording.graph.vertices[vertex].edges[tap.place[1]]
-        own = 1 << self._recording.index[tap.place]
-        return edge is not None and bool(self._recording.through[vertex][tap.place[1]] & bit & ~own)
+            return bool(taps.marks.below_vertex[vertex] & bit)
+        own = 1 << taps.index[tap.place]
+        return bool(taps.marks.below_edge[vertex][tap.place.number] & bit & ~own)
 
     def _check_conditions(
         self, events: Sequence[Event], mass: Sequence[Tensor], variation: Sequence[Tensor], min_ratio: float | None

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError, MemoryBudgetWarning
-from ..recording.graph import Buffer, Place
+from ..recording.places import Place
 from ..recording.recording import Recording
 
 DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
@@ -47,8 +47,8 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
         max_memory: Bytes.
         places: Where vectors begin to differ, and where they end: between these they are carried. None for anywhere.
     """
-    spoken = [place.vertex if isinstance(place, Buffer) else place[0] for place in places or ()]
-    first, last = (min(spoken), max(spoken)) if spoken else (0, len(recording.graph.vertices))
+    vertices = [place.vertex for place in places or ()]
+    first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))
     carried = recording.graph.vertices[first : last + 1]
     largest = max((math.prod(shape) for vertex in carried for shape in vertex.shapes), default=1)
     default = DEFAULT_CPU if recording.output.device.type == "cpu" else DEFAULT

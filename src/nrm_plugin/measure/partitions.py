@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EventError, InputError
-from ..recording.recording import Tap
+from ..recording.taps import Tap
 from .groups import Over, check_over, labels_of
 
 Names = Sequence[str] | Mapping[int, str]

@@ -19,7 +19,7 @@ from zennit.core import Composite
 
 from ..errors import EventError
 from ..events.event import All, Atom, Event
-from .event_masks import mask_of
+from .located import mask_of
 
 Method = Literal["deconvnet", "guided_backprop"]
 COMPOSITES: dict[Method, Callable[[], Composite]] = {"deconvnet": DeconvNet, "guided_backprop": GuidedBackprop}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..kernels.base import blocks
 from ..model.targets import sample_norms, sample_sums
-from ..recording.graph import Buffer, Place
 from ..recording.passes import Cost, Vectors, pull
+from ..recording.places import Buffer, Edge, Place, Sink
 from ..recording.recording import Recording
-from .event_masks import FALSE, TRUE, Formulas
+from .decision_diagram import FALSE, TRUE, Formulas
 
 Pair = tuple[int, int]
 """``(event, diagram node)``."""
@@ -31,7 +31,7 @@ class Books:
         absolute: Σ|μ(j)|, by tap.
         sinks: By ``(vertex, kind)``.
         absolute_sinks: Σ of absolute values, by ``(vertex, kind)``.
-        flows: What a vertex with several edges hands down each, by ``(vertex, edge)``.
+        flows: Relevance that a vertex with several edges propagates along each.
         maps: Relevance of the taps that were asked for.
         cost: Steps run.
     """
@@ -42,7 +42,7 @@ class Books:
     absolute: dict[Place, Tensor | None] = field(default_factory=dict)
     sinks: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
     absolute_sinks: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
-    flows: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+    flows: dict[Edge, Tensor | None] = field(default_factory=dict)
     maps: dict[Place, Tensor] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
@@ -52,24 +52,24 @@ class Books:
             self._enter(buffer, vector)
         return vectors
 
-    def at_edge(self, vertex: int, number: int, vectors: Vectors[str]) -> Vectors[str]:
+    def at_edge(self, edge: Edge, vectors: Vectors[str]) -> Vectors[str]:
         for vector in vectors.values():
-            self._enter((vertex, number), vector)
-            if len(self.recording.graph.vertices[vertex].edges) > 1:
-                self.flows[vertex, number] = self._sum(vector, (vertex, number))
+            self._enter(edge, vector)
+            if len(self.recording.graph.vertices[edge.vertex].edges) > 1:
+                self.flows[edge] = self._sum(vector, edge)
         return vectors
 
-    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
+    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
         for vector in vectors.values():
-            total, absolute = self._pair(vector, Buffer(vertex, number), share)
-            _accumulate(self.sinks, (vertex, kind), total)
-            _accumulate(self.absolute_sinks, (vertex, kind), absolute)
+            total, absolute = self._pair(vector, Buffer(sink.vertex, number), share)
+            _accumulate(self.sinks, (sink.vertex, kind), total)
+            _accumulate(self.absolute_sinks, (sink.vertex, kind), absolute)
 
     def _enter(self, place: Place, vector: Tensor) -> None:
-        if place in self.recording.index:
+        if place in self.recording.taps.index:
             self.mass[place], self.absolute[place] = self._sums(vector, place)
         if place in self.asked:
-            self.maps[place] = self.recording.with_samples(vector)
+            self.maps[place] = self.recording.samples.with_samples(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
         """Σ and Σ| |; those of the last vector again where a step handed it on as it is."""
@@ -79,24 +79,24 @@ class Books:
         return self._last[1:]
 
     def _sum(self, vector: Tensor, place: Place) -> Tensor | None:
-        return self.recording.folding.sums(vector, place)
+        return self.recording.samples.sums(vector, place)
 
     def _is_plain(self, vector: Tensor) -> bool:
         """Whether the rows of a tensor are the samples."""
-        return self.recording.batch == 1 or (vector.ndim > 0 and len(vector) == self.recording.batch)
+        return self.recording.samples.count == 1 or (vector.ndim > 0 and len(vector) == self.recording.samples.count)
 
     def _pair(self, vector: Tensor, place: Place, share: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Σ and Σ| | of relevance, or of a share of it, by sample."""
-        if self.recording.folding.is_needed:
+        if self.recording.samples.is_needed:
             values = vector if share is None else vector * share
             return self._sum(values, place), self._sum(values.abs(), place)
         if not self._is_plain(vector):
             return None, None
         if share is None:
             return self._sum(vector, place), self._norm(vector)
-        total = vector.new_zeros(self.recording.batch)
+        total = vector.new_zeros(self.recording.samples.count)
         absolute = torch.zeros_like(total)
-        single = self.recording.batch == 1
+        single = self.recording.samples.count == 1
         for at in blocks(vector):  # in the cache
             part = vector[at] * share[at]
             rows = slice(None) if single else at[0]
@@ -105,7 +105,7 @@ class Books:
         return total, absolute
 
     def _norm(self, vector: Tensor) -> Tensor:
-        return sample_norms(vector.reshape(1, -1) if self.recording.batch == 1 else vector)
+        return sample_norms(vector.reshape(1, -1) if self.recording.samples.count == 1 else vector)
 
 
 def _accumulate(total: dict, key: object, value: Tensor | None) -> None:  # type: ignore[type-arg]
@@ -122,7 +122,7 @@ def books(recording: Recording, start: Tensor, asked: Iterable[Place] = (), abso
         asked: Taps whose relevance is wanted.
         absolute: Use kernels of absolute values.
     """
-    learned = recording.folding.learn(start)
+    learned = recording.samples.find(start)
     result = Books(recording, frozenset(asked))
     result.cost = learned + pull(recording.graph, [(recording.graph.output, {"": start})], result, absolute)
     return result
@@ -157,15 +157,13 @@ class Decisions:
 
     def __init__(self, formulas: Formulas, start: Tensor, asked: Iterable[Place] = ()) -> None:
         recording = formulas.recording
-        learned = recording.folding.learn(start)
+        learned = recording.samples.find(start)
         self.formulas, self.recording = formulas, recording
         self.asked = frozenset(asked)
-        self.mass = start.new_zeros((len(formulas.roots), recording.batch))
+        self.mass = start.new_zeros((len(formulas.roots), recording.samples.count))
         self.variation = torch.zeros_like(self.mass)
         self.maps: dict[tuple[Place, Pair], Tensor] = {}
-        buffers = {place: 1 for place in self.asked if isinstance(place, Buffer)}
-        edges = {place: 1 for place in self.asked if isinstance(place, tuple)}
-        self._wanted, _ = recording.graph.reach(buffers, edges)
+        self._wanted = recording.graph.marks_below(dict.fromkeys(self.asked, 1)).below_vertex
         pairs = frozenset(enumerate(formulas.roots))
         self._settled(pairs, start)
         self.cost = learned + pull(recording.graph, [(recording.graph.output, {pairs: start})], self)
@@ -173,19 +171,19 @@ class Decisions:
     def at_buffer(self, buffer: Buffer, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
         return self._go_on(self._cross(buffer, vectors), buffer)
 
-    def at_edge(self, vertex: int, number: int, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
-        return self._cross((vertex, number), vectors)
+    def at_edge(self, edge: Edge, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
+        return self._cross(edge, vectors)
 
-    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[Pairs], share: Tensor) -> None:
+    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[Pairs], share: Tensor) -> None:
         for pairs, vector in vectors.items():
             absorbed = None
             for event, node in pairs:
                 if node <= TRUE:
                     continue
-                for left, mask in self.formulas.absorb(node, vertex):
+                for left, mask in self.formulas.absorb(node, sink.vertex):
                     if left == TRUE:
                         absorbed = vector * share if absorbed is None else absorbed
-                        self._count(event, _masked(absorbed, mask), Buffer(vertex, number))
+                        self._count(event, _masked(absorbed, mask), Buffer(sink.vertex, number))
 
     def _cross(self, place: Place, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
         level = self.formulas.levels.get(place)
@@ -232,8 +230,10 @@ class Decisions:
                 self._count(event, start, self.recording.graph.output)
 
     def _count(self, event: int, vector: Tensor, place: Place) -> None:
-        self.mass[event] += self.recording.per_sample(vector, "the tap where an event is decided", place)
-        self.variation[event] += self.recording.per_sample(vector.abs(), "the tap where an event is decided", place)
+        self.mass[event] += self.recording.samples.checked_sums(vector, "the tap where an event is decided", place)
+        self.variation[event] += self.recording.samples.checked_sums(
+            vector.abs(), "the tap where an event is decided", place
+        )
 
     def decided(self, event: int, places: Sequence[Place]) -> Decided:
         """All there is to know of one event."""
@@ -241,14 +241,14 @@ class Decisions:
 
     def map(self, place: Place, event: int) -> Tensor:
         """``μ(j & event)`` for every neuron ``j`` of an asked tap."""
-        tap = self.recording.taps[self.recording.index[place]]
-        total = self.recording.without_samples(self.mass.new_zeros(tap.shape))
+        tap = self.recording.taps.all[self.recording.taps.index[place]]
+        total = self.recording.samples.without_samples(self.mass.new_zeros(tap.shape))
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}
         below = Below(self.formulas, [place], [node for node in arrived if node > TRUE], self.mass)
         self.cost += below.cost
         for node, vector in arrived.items():
             total = total + vector * below.value(place, node)
-        return self.recording.with_samples(total)
+        return self.recording.samples.with_samples(total)
 
 
 class Below:
@@ -275,14 +275,15 @@ class Below:
             found = self._after(place, node)
             shape = self.graph.shape(place)
         else:
-            edge = self._edge(*place)
+            edge = self._read(place)
             found, shape = self._before(edge, node), self.graph.shape(edge)
         return self.like.new_zeros(shape) if found is None else found
 
-    def _edge(self, vertex: int, number: int) -> Buffer:
-        edge = self.graph.vertices[vertex].edges[number]
-        assert edge is not None
-        return edge
+    def _read(self, edge: Edge) -> Buffer:
+        """The buffer that an edge reads."""
+        buffer = self.graph.vertices[edge.vertex].edges[edge.number]
+        assert buffer is not None
+        return buffer
 
     def _needed(self, places: Sequence[Place], nodes: set[int]) -> dict[int, set[int]]:
         needed: dict[int, set[int]] = {}
@@ -302,12 +303,12 @@ class Below:
             if isinstance(place, Buffer):
                 ask(place, node)
             else:
-                ask_before(self._edge(*place), node)
+                ask_before(self._read(place), node)
         while todo:
             vertex, node = todo.pop()
             for number, edge in enumerate(self.graph.vertices[vertex].edges):
                 if edge is not None:
-                    for left, _ in self._crossing((vertex, number), node):
+                    for left, _ in self._crossing(Edge(vertex, number), node):
                         ask_before(edge, left)
         return needed
 
@@ -339,7 +340,7 @@ class Below:
         edge = self.graph.vertices[vertex].edges[number]
         if edge is None:
             return None
-        crossing = self._crossing((vertex, number), node)
+        crossing = self._crossing(Edge(vertex, number), node)
         return self._mixed(crossing, {left: self._before(edge, left) for left, _ in crossing})
 
     def _absorbed(self, vertex: int, number: int, node: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Affine layers, and which rules are known on them."""
+"""Affine layers, and the rules whose form on them is known."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Weighted(nn.Module):
         bias_dim: The dimension of the output along which the bias lies.
         groups: Groups of a convolution.
         is_transposed: Whether the first dimension of the weight is that of the input channels.
-        padding_mode: What a convolution continues its input with.
-        twin: The layer of torch that does the same to its input, its parameters aside; None where there is none.
+        padding_mode: How a convolution pads its input, as in torch.
+        twin: The layer of torch that computes the same function, its parameters aside; None if there is none.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Weighted(nn.Module):
         twin: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.__dict__["twin"] = twin  # not a module inside of this one
+        self.__dict__["twin"] = twin  # not a submodule
         self.function = function
         self.groups, self.is_transposed = groups, is_transposed
         self.padding_mode = padding_mode
@@ -62,7 +62,7 @@ class Weighted(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, source: Tensor) -> Tensor:
-        """The function on the weight and bias that it has now."""
+        """The function with the current weight and bias."""
         bias = self._parameters["bias"]
         return self.function(source, self.weight, bias)
 
@@ -92,12 +92,12 @@ WEIGHTLESS = (
 
 
 def twin_of(module: nn.Module) -> nn.Module:
-    """The layer of torch that does the same as a function on a weight, its parameters aside; else the module itself."""
+    """The layer of torch that computes the same as a functional layer, its parameters aside; else the module itself."""
     return module.__dict__.get("twin") or module
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Whether the module is one of torch's affine layers, its forward not overridden by a subclass or a canonizer."""
+    """Whether the module is an affine layer of torch whose forward neither a subclass nor a canonizer overrides."""
     if "forward" in module.__dict__ or module._modules:
         return False
     kinds = [kind for kind in (*WEIGHTED, *WEIGHTLESS) if isinstance(module, kind)]
@@ -107,21 +107,21 @@ def is_affine(module: nn.Module) -> bool:
 
 
 def broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
-    """A bias in a shape that broadcasts over what its layer returns."""
+    """A bias in a shape that broadcasts over the output of its layer."""
     last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
     if last or bias.ndim > 1:  # a bias that depends on the position comes in the shape of the output
         return bias
-    # By the dimensions of the layer, not of the image, which may lack the batch.
+    # From the dimensions of the layer, not of the output, which may lack the batch.
     spatial = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else image.ndim - 2
     return bias.reshape(-1, *(1,) * spatial)
 
 
 Call = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a module on its first input, the others as they were."""
+"""Runs a module on another first input; all other arguments stay the same."""
 
 
 Image = tuple[Tensor, Tensor]
-"""What a layer returned without its bias, and the weight that it had."""
+"""The output of a layer without its bias, and the weight that it had."""
 
 
 def is_by_modifiers(hook: Hook) -> TypeGuard[BasicHook]:
@@ -138,5 +138,5 @@ LINEAR_RULES = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlu
 
 
 def overrides(hook: Hook, method: str, base: type = Hook) -> bool:
-    """Whether a rule has a method of its own."""
+    """Whether a rule overrides a method."""
     return getattr(type(hook), method) is not getattr(base, method)

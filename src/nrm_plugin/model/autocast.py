@@ -1,7 +1,7 @@
-"""Layers in a shorter floating point format, as ``torch.autocast`` runs them, with books in float32.
+"""Layers in reduced precision, as ``torch.autocast`` runs them, with totals in float32.
 
-Only what multiplies by a weight is shortened: the layer itself and the two maps of each branch of its rule. Relevance,
-column sums, gains and everything that is summed keep the format of the inputs.
+Only products with a weight run in reduced precision: the layer itself and the two maps of each branch of its rule.
+Relevance, column sums, gains and all sums keep the dtype of the inputs.
 
 Source: ours.
 """
@@ -27,13 +27,13 @@ _CURRENT = _Current()
 
 
 def current() -> torch.dtype | None:
-    """The format in which layers run right now; None for that of their inputs."""
+    """The dtype in which layers run now; None for that of their inputs."""
     return _CURRENT.dtype
 
 
 @contextmanager
 def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Layers with a weight run in this format in here."""
+    """Runs layers with a weight in this dtype."""
     kept, _CURRENT.dtype = _CURRENT.dtype, dtype
     try:
         yield
@@ -42,7 +42,7 @@ def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def asked_for(device: torch.device) -> torch.dtype | None:
-    """The format of the ``torch.autocast`` that this is called in; None outside of one."""
+    """The dtype of the surrounding ``torch.autocast``; None outside of one."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     dtype = torch.get_autocast_dtype(device.type)
@@ -51,7 +51,7 @@ def asked_for(device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Nothing is shortened on its own in here."""
+    """Switches off a surrounding ``torch.autocast``."""
     if not torch.amp.is_autocast_available(device.type):
         yield
         return
@@ -60,9 +60,9 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Values in a shorter format, and by what they were divided to fit into it; None for one.
+    """Values in reduced precision, and the scale by which they were divided; None for one.
 
-    Relevance is far smaller than the smallest float16. A power of two, so that nothing is rounded on the way back.
+    Relevance is far smaller than the smallest float16. The scale is a power of two, so that scaling back is exact.
     """
     if dtype is not torch.float16 or not values.numel():
         return values.to(dtype), None
@@ -72,14 +72,14 @@ def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
 
 
 def lowered(maps: Maps, dtype: torch.dtype) -> Maps:
-    """Maps whose products run in a shorter format.
+    """Maps whose products run in reduced precision.
 
     Args:
-        maps: Of a weight in that format.
-        dtype: The format.
+        maps: Maps of a weight in that dtype.
+        dtype: The dtype.
 
     Returns:
-        Maps that take and return values of any other format.
+        Maps that take and return values of any other dtype.
     """
 
     def down(relevance: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ def lowered(maps: Maps, dtype: torch.dtype) -> Maps:
 
 
 def _restored(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    found = values.to(dtype)
-    return found if scale is None else found.mul_(scale)
+    restored = values.to(dtype)
+    return restored if scale is None else restored.mul_(scale)
 
 
 __all__ = ["asked_for", "current", "exact", "layers_in", "lowered", "shortened"]

@@ -1,4 +1,4 @@
-"""Whether a model can be measured as it is: its kind, its place, its numbers and its mode."""
+"""Checks of a model before it is measured: its class, device, dtype, values and training mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANDOM: dict[str, float | str] = {
     "StochasticDepth": "p",
     "DropPath": "drop_prob",
 }
-"""Layers beside dropout that are random in training mode, and the attribute that holds how much."""
+"""Layers other than dropout that are random in training mode, and the attribute with the probability."""
 
 MODES = {
     "batch_norm": 5,
@@ -27,11 +27,11 @@ MODES = {
     **dict.fromkeys("dropout alpha_dropout feature_dropout feature_alpha_dropout".split(), 2),
     **dict.fromkeys("dropout1d dropout2d dropout3d".split(), 2),
 }
-"""Functions that are random, or mix samples, in training mode, and the position of that argument."""
+"""Functions that are random, or mix samples, in training mode, and the position of the argument ``training``."""
 
 
 def check_module(model: Any) -> None:
-    """Raises :class:`InputError` unless this is a module whose layers can be seen."""
+    """Raises :class:`InputError` unless this is a module, whose layers can be hooked."""
     if isinstance(model, nn.Module):
         return
     what, remedy = f"{type(model).__name__}", "For a function, wrap it in a module that holds its layers."
@@ -41,7 +41,7 @@ def check_module(model: Any) -> None:
 
 
 def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
-    """Raises unless the model can be recorded as it is, on these inputs.
+    """Raises unless the model can be recorded on these inputs.
 
     Raises:
         InputError: The model is on another device or of another dtype than the inputs.
@@ -68,30 +68,30 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
 
 
 def check_unhooked(model: nn.Module, remedy: str) -> None:
-    """Raises :class:`ModelStateError` where a layer has hooks of a composite: two would not know of each other."""
+    """Raises :class:`ModelStateError` if a layer has hooks of a composite, since two composites would interfere."""
     for name, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(getattr(hook, "__self__", None), Hook):
-                raise ModelStateError(f"{_layer(name, module)} has hooks of a Zennit composite on it already. {remedy}")
+                raise ModelStateError(f"{_layer(name, module)} has hooks of a Zennit composite already. {remedy}")
 
 
 def check_unpatched() -> None:
-    """Raises :class:`UnsupportedRuleError` where another package replaced how Zennit hands relevance down.
+    """Raises :class:`UnsupportedRuleError` if another package replaced how Zennit propagates relevance.
 
-    LXT's ``monkey_patch_zennit`` does so for the whole process and for good.
+    LXT's ``monkey_patch_zennit`` does so for the whole process, permanently.
     """
     for method in (BasicHook.forward, BasicHook.backward):
         if method.__module__ != "zennit.core":
             raise UnsupportedRuleError(
                 f"zennit.core.BasicHook.{method.__name__} was replaced by {method.__module__}, as LXT's "
-                "monkey_patch_zennit() does: gradients then carry relevance over activation, and mixed with Zennit's "
-                "own convention they are wrong numbers. The patch cannot be taken back, so run this in another "
-                "process than the one that calls monkey_patch_zennit(). LXT without that call is no obstacle."
+                "monkey_patch_zennit() does: gradients are then relevance divided by activation, which gives wrong "
+                "numbers when mixed with Zennit's convention. The patch cannot be undone, so run this in another "
+                "process than the one that calls monkey_patch_zennit(). LXT without that call is supported."
             )
 
 
 def check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
-    """Raises :class:`ModelStateError` where a function is called in training mode, as its module twin would be."""
+    """Raises :class:`ModelStateError` if a function is called in training mode, as for the module of the same name."""
     if name not in MODES:
         return
     at = MODES[name]
@@ -100,8 +100,8 @@ def check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], wh
     if training and not is_off:
         what = "mixes the samples of a batch" if name == "batch_norm" else "draws at random"
         raise ModelStateError(
-            f"{name!r} in {where or 'the model'!r} is called with training=True, so it {what}, and a sample has no "
-            "measure of its own. Call `model.eval()`, and hand the function `training=self.training`."
+            f"{name!r} in {where or 'the model'!r} is called with training=True, so it {what}, and samples have no "
+            "measures of their own. Call `model.eval()`, and pass `training=self.training` to the function."
         )
 
 
@@ -113,11 +113,11 @@ def _check_kind(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelStateError(
             f"{_layer(name, module)} is TorchScript, whose layers take no hooks. Pass the Python module that it was "
-            "made from."
+            "compiled from."
         )
     if type(module).__name__ == "OptimizedModule":
         raise ModelStateError(
-            f"{_layer(name, module)} was made by torch.compile, which runs around the hooks of its layers. Pass the "
+            f"{_layer(name, module)} was made by torch.compile, which bypasses the hooks of its layers. Pass the "
             "model before compilation, `compiled._orig_mod`."
         )
 
@@ -135,14 +135,14 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
     state = (parameter._version, parameter.data_ptr())
     if _FINITE.get(parameter) == state:
         return
-    # The sum tells in one pass over the weights and no new memory; a sum that overflows is looked at again.
+    # The sum needs one pass over the weights and no new memory; if it overflows, the entries are checked.
     if not bool(parameter.detach().sum().isfinite()) and not bool(parameter.detach().isfinite().all()):
         raise ModelStateError(f"parameter {name!r} holds nan or inf. Load or train the model again.")
     _FINITE[parameter] = state
 
 
 _FINITE: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
-"""Version and place of parameters that were found finite: to read all weights takes a part of what a pass takes."""
+"""Version and address of parameters known to be finite, since reading all weights costs a part of a pass."""
 
 
 def _check_mode(name: str, module: nn.Module) -> None:
@@ -150,14 +150,14 @@ def _check_mode(name: str, module: nn.Module) -> None:
         why = "is in training mode" if module.training else "keeps no running statistics"
         remedy = "Call `model.eval()`." if module.training else "Use track_running_stats=True, or freeze statistics."
         raise ModelStateError(
-            f"{_layer(name, module)} {why}, so it mixes the samples of a batch, and a sample has no measure of its "
-            f"own. {remedy}"
+            f"{_layer(name, module)} {why}, so it mixes the samples of a batch, and samples have no measures of "
+            f"their own. {remedy}"
         )
     amount = _randomness(module)
     if module.training and amount > 0:
         raise ModelStateError(
-            f"{_layer(name, module)} is in training mode and drops or draws at random (p={amount}), so the measure "
-            "would be one of a random net. Call `model.eval()`."
+            f"{_layer(name, module)} is in training mode and random (p={amount}), so the measure "
+            "would be that of a random network. Call `model.eval()`."
         )
 
 

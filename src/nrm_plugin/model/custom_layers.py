@@ -1,6 +1,6 @@
-"""Subclasses of torch's layers with a forward of their own: padding to the same size, standardized weights, and so on.
+"""Subclasses of torch's layers that override forward, for example to pad to the same size or to standardize weights.
 
-A rule modifies the weight that a layer multiplies with. Where a subclass computes that from its parameter, to modify
+A rule modifies the weight by which a layer multiplies. If a subclass computes this weight from its parameter, modifying
 the parameter would be another rule: the weights of Flat, all ones, would be zeros after standardization.
 """
 
@@ -26,16 +26,16 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
 }
 _KINDS = tuple(_FUNCTIONS.values())
 _TOLERANCE = 1e-3
-"""Largest difference, relative to the output, between what a module returns and what it would if it were affine."""
+"""Largest deviation of a module from an affine function, relative to its output."""
 
 
 def is_own_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch whose forward a subclass overrides."""
+    """Whether a module is a layer of torch with an overridden forward."""
     return isinstance(module, _KINDS) and not is_affine(module)
 
 
-class WeightSeen(TorchFunctionMode):
-    """Sees with which weight and bias a layer calls the function of torch that it is made of."""
+class WeightRecorder(TorchFunctionMode):
+    """Records the weight and bias with which a layer calls the function of torch that it consists of."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class WeightSeen(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def layer(self, module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], source: Tensor) -> Weighted | None:
-        """The module as a function of the weight that it multiplied with; None where it is not affine.
+        """The module as a function of the weight by which it multiplied; None if it is not affine.
 
         Args:
-            module: A shell of the module.
+            module: A copy of the module.
             call: Runs it.
-            source: The input that it had.
+            source: Its input.
         """
         if len(self.calls) != 1:
             return None
@@ -81,7 +81,7 @@ class WeightSeen(TorchFunctionMode):
 
 
 class _Substituted(TorchFunctionMode):
-    """Lets a layer multiply with another weight, and add another bias."""
+    """Makes a layer multiply by another weight and add another bias."""
 
     def __init__(self, function: Any, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keyw
 
 
 def _is_affine(function: Callable[[Tensor], Tensor], source: Tensor) -> bool:
-    """Whether ``f(-2 x) = 3 f(0) - 2 f(x)``: an activation in there, or a weight that depends on ``x``, shows."""
+    """Whether ``f(-2 x) = 3 f(0) - 2 f(x)``, which fails for an activation inside or a weight that depends on ``x``."""
     image, constant, other = function(source), function(torch.zeros_like(source)), function(-2 * source)
     size = torch.maximum(image.abs().max(), constant.abs().max())
     return bool((other - 3 * constant + 2 * image).abs().max() <= _TOLERANCE * size)

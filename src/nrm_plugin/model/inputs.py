@@ -1,4 +1,4 @@
-"""How a model is called, and at which of its outputs a measure starts."""
+"""Inputs and outputs: how a model is called, and at which of its outputs a measure starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Output = str | int | Callable[[Any], Tensor]
 """Which output: a key or attribute, a position, or a function of what the model returned."""
 
 EXPLAINED = ("logits", "out")
-"""Keys of a dictionary of outputs that are taken without asking, as transformers and torchvision name them."""
+"""Keys of a dictionary of outputs that are explained by default, as in transformers and torchvision."""
 
 
 NOT_JOINED = (
@@ -25,23 +25,23 @@ NOT_JOINED = (
 
 
 class Call:
-    """One call of a model: the tensors that relevance flows to, and everything else it is handed.
+    """One call of a model: the tensors to which relevance flows, and all other arguments.
 
     Args:
-        inputs: One tensor, a tuple of them, or a mapping that is handed over by keyword. In a mapping, relevance flows
-            to what is of floating point; masks and numbers are handed on as they are. Of integers, relevance flows to
-            the embeddings that look them up; in a mapping only where nothing is of floating point.
+        inputs: One tensor, a tuple of tensors, or a mapping that is passed by keyword. In a mapping, relevance flows to
+            floating point tensors; masks and numbers are passed as they are. For integers, relevance flows to the
+            embeddings that look them up; in a mapping only if it has no floating point tensor.
         args: Further positional arguments; a tuple of them, or one.
         kwargs: Further keyword arguments.
-        batched: Whether the first dimension of the inputs are samples; else all of them together are one sample.
+        batched: Whether the first dimension of the inputs is the batch; if not, all inputs together are one sample.
 
     Attributes:
-        tensors: What relevance flows to, ``(N, …)`` each; without the samples where there is one.
-        items: Their keywords, or their positions where there are several, or None for a single one.
+        tensors: The tensors to which relevance flows, ``(N, …)`` each; without the batch if there is none.
+        items: Their keywords, or their positions if there are several, or None for a single one.
         indices: Inputs of integers, by keyword or position, or None for a single one.
 
     Raises:
-        InputError: Inputs of which no measure can be taken.
+        InputError: Inputs that cannot be explained.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Call:
         return len(next(iter((*self.tensors, *self.indices.values())))) if self.batched else 1
 
     def check_looked_up(self, has_embedding: bool) -> None:
-        """Raises :class:`InputError` where there are integers, and the model has no embedding to look them up."""
+        """Raises :class:`InputError` for inputs of integers if the model has no embedding to look them up."""
         if not self.indices or has_embedding:
             return
         if self._keywords is not None:
@@ -90,7 +90,7 @@ class Call:
         raise InputError(f"{'the input' if item is None else f'input {item!r}'} {_not_floating(tensor)}")
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """What the model returns for other values of the tensors."""
+        """The model's return value for other values of the tensors."""
         if self._keywords is None:
             explained = iter(tensors)
             listed = [tensor if is_index(tensor) else next(explained) for tensor in self._listed]
@@ -102,27 +102,27 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
     """The tensor ``(N, …)`` that a measure starts at.
 
     Args:
-        returned: What the model returned.
-        output: Which of it; None where there is no choice.
+        returned: The model's return value.
+        output: Which of its tensors; None if there is only one.
         batch: Number of samples.
-        batched: Whether the first dimension are samples.
+        batched: Whether the first dimension is the batch.
 
     Raises:
-        InputError: There is no such tensor, or a choice.
+        InputError: No such tensor, or several and no choice.
     """
     tensor = _chosen(returned, output)
     if not isinstance(tensor, Tensor):
         raise InputError(f"output={output!r} is {type(tensor).__name__}, a measure starts at one tensor (N, …).")
     if batched and (tensor.ndim == 0 or len(tensor) != batch):
         raise InputError(
-            f"the model turned {batch} inputs into an output of shape {tuple(tensor.shape)}; its first "
-            "dimension must be the batch, since every sample has a measure of its own. A single sample needs a batch "
-            "of one, `inputs.unsqueeze(0)`, or batched=False, which takes all of a graph or a sequence for one sample."
+            f"the model maps {batch} inputs to an output of shape {tuple(tensor.shape)}; its first "
+            "dimension must be the batch, since every sample has its own measure. A single sample needs a batch "
+            "of one, `inputs.unsqueeze(0)`, or batched=False, which takes a whole graph or sequence as one sample."
         )
     if tensor.numel() == 0 or tensor.dtype not in (torch.float32, torch.float64):
         raise InputError(
             f"the explained output has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; a measure starts at real "
-            "numbers in float32 or float64. Let the model return its scores."
+            "numbers in float32 or float64. Make the model return its scores."
         )
     if tensor.grad_fn is None:
         raise InputError(NOT_JOINED)
@@ -147,7 +147,7 @@ def _chosen(returned: Any, output: Output | None) -> Any:
             return tensors[0]
         raise InputError(
             f"the model returned {type(returned).__name__}{_listed(choices)}, a measure starts at one tensor of shape "
-            "(N, …). Say which by output=: a key, a position, or a function of what the model returns."
+            "(N, …). Say which by output=: a key, a position, or a function of the model's return value."
         )
     if callable(output):
         return output(returned)
@@ -158,7 +158,7 @@ def _chosen(returned: Any, output: Output | None) -> Any:
     if isinstance(output, str) and hasattr(returned, output):
         return getattr(returned, output)
     raise InputError(
-        f"output={output!r} is not in what the model returned, a {type(returned).__name__}{_listed(choices)}."
+        f"output={output!r} is not in the model's return value, a {type(returned).__name__}{_listed(choices)}."
     )
 
 
@@ -183,12 +183,12 @@ def _is_explained(value: Any) -> bool:
 
 
 def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batched: bool = True) -> None:
-    """Raises :class:`InputError` unless a measure can be taken of these inputs."""
+    """Raises :class:`InputError` unless these inputs can be explained."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
         raise GradModeError(
-            f"a measure is taken with gradients on, but this is called under {mode}. Take the measure outside of it; "
-            "it may be asked anywhere."
+            f"a measure is taken with gradients enabled, but this is called under {mode}. Take the measure outside of "
+            "it; queries may be made anywhere."
         )
     if not tensors:
         raise InputError("no input was given: inputs is empty. Pass a tensor, or a tuple of tensors.")
@@ -200,7 +200,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
             raise InputError(f"{what} {_not_floating(tensor)}")
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
             raise InputError(
-                f"{what} has dtype {tensor.dtype}, in which sums over walks lose their digits. "
+                f"{what} has dtype {tensor.dtype}, in which sums over walks lose precision. "
                 "Use float32 or float64 (`model.float()`, `inputs.float()`)."
             )
         if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta":
@@ -212,12 +212,12 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
             raise InputError(f"{what} has shape {tuple(tensor.shape)}: there is no sample to explain.")
         if batched and len(tensor) != len(tensors[0]):
             raise InputError(
-                f"{what} has {len(tensor)} samples, but the first one has {len(tensors[0])}. Where the first dimension "
-                "are no samples, such as nodes and edges of a graph, pass batched=False."
+                f"{what} has {len(tensor)} samples, but the first one has {len(tensors[0])}. If the first dimension "
+                "is not the batch, as for nodes and edges of a graph, pass batched=False."
             )
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(
-                f"{what} has nan or inf entries ({_infinite(tensor)}), of which nothing can be explained. Leave these "
+                f"{what} has nan or inf entries ({_infinite(tensor)}) and cannot be explained. Leave these "
                 "samples out, or replace the entries: `inputs.nan_to_num()`."
             )
 
@@ -230,15 +230,15 @@ def is_index(value: Any) -> bool:
 def _none_floating(inputs: Mapping[Any, Any]) -> str:
     listed = ", ".join(f"{key!r} ({_kind(value)})" for key, value in inputs.items())
     return (
-        "none of the inputs is a floating point tensor, which relevance could flow to; got "
-        f"{listed or 'an empty mapping'}. Convert with `.float()`, or feed embeddings."
+        "none of the inputs is a floating point tensor, to which relevance could flow; got "
+        f"{listed or 'an empty mapping'}. Convert with `.float()`, or pass embeddings."
     )
 
 
 def _not_floating(tensor: Tensor) -> str:
     return (
         f"has dtype {tensor.dtype}; relevance needs real floating point inputs, or integers that an nn.Embedding looks "
-        "up. Convert with `.float()`, or feed what the embedding returns."
+        "up. Convert with `.float()`, or pass the output of the embedding."
     )
 
 

@@ -1,6 +1,6 @@
 """The linear map of one affine layer and its transpose, for many vectors at once.
 
-``up`` takes ``(K, N, *in)`` to ``(K, N, *out)``, ``down`` back. Neither knows of a bias.
+``up`` maps ``(K, N, *in)`` to ``(K, N, *out)``, ``down`` is its transpose. Neither includes a bias.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ Map = Callable[[Tensor], Tensor]
 
 
 class Maps(NamedTuple):
-    """A linear map, its transpose, and how its values depend on the weight.
+    """A linear map, its transpose, and its derivative with respect to the weight.
 
     Attributes:
         down: ``(K, N, *out)`` to ``(K, N, *in)``.
         up: ``(K, N, *in)`` to ``(K, N, *out)``.
         weight_gradient: Input ``(1, *in)`` and relevance ``(1, *out)`` to the gradient of their product with respect to
-            the weight; None where it is not known in closed form.
-        convolution: Weight, options and shape of the input of a convolution, where it is one.
+            the weight; None if there is no closed form.
+        convolution: Weight, options and input shape, if the layer is a convolution.
     """
 
     down: Map
@@ -42,15 +42,15 @@ _CONVOLUTIONS: dict[Any, int] = {
 
 
 def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> Maps:
-    """Maps of a linear layer with a modified weight that is never there as a whole.
+    """Maps of a linear layer whose modified weight is computed in blocks and never stored as a whole.
 
-    The weights of a classifier are larger than all else of many nets, and a copy for every rule would take more time
-    than the layer itself.
+    In many nets the weights of the classifier are larger than everything else, and a copy for each rule would take more
+    time than the layer itself.
 
     Args:
         weight: ``(out, in)``.
-        modify: What a rule makes of it, entry by entry.
-        entries: Of the weight, modified at once.
+        modify: The elementwise modification of a rule.
+        entries: Entries of the weight in one block.
     """
     rows = max(1, entries // weight.shape[1])
     starts = range(0, weight.shape[0], rows)
@@ -66,7 +66,7 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> Maps:
 
 
 def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> Maps | None:
-    """Maps of a layer of torch by the operations that it is made of; None where it pads in its own way.
+    """Maps of a layer of torch by the operations it consists of; None for padding modes other than zeros.
 
     Args:
         module: A linear or convolutional layer whose forward is torch's own.
@@ -114,8 +114,8 @@ def _even_linear_maps(weight: Tensor) -> Maps:
     scale, width = weight[:, 0], weight.shape[1]
 
     def down(relevance: Tensor) -> Tensor:
-        found: Tensor = (relevance @ scale).unsqueeze(-1)
-        return found.expand(*relevance.shape[:-1], width)
+        single: Tensor = (relevance @ scale).unsqueeze(-1)
+        return single.expand(*relevance.shape[:-1], width)
 
     def up(values: Tensor) -> Tensor:
         return values.sum(-1, keepdim=True) * scale
@@ -124,7 +124,7 @@ def _even_linear_maps(weight: Tensor) -> Maps:
 
 
 def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> Maps:
-    """Adds up the channels of a group and slides a window of ones over the sum."""
+    """Sums the channels of a group and convolves the sum with a window of ones."""
     groups = options[-1]
     ones = weight.new_ones(groups, 1, *weight.shape[2:])
     per_group = weight.shape[0] // groups
@@ -134,15 +134,15 @@ def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torc
     sums = _convolution_maps(ones, options, torch.Size((groups, *shape[1:])))
 
     def down(relevance: Tensor) -> Tensor:
-        apart = relevance.reshape(*relevance.shape[:2], groups, per_group, *relevance.shape[3:])
-        found = sums.down((apart * scale).sum(3)).unsqueeze(3)
+        grouped = relevance.reshape(*relevance.shape[:2], groups, per_group, *relevance.shape[3:])
+        single = sums.down((grouped * scale).sum(3)).unsqueeze(3)
         width = shape[0] // groups
-        return found.expand(*found.shape[:3], width, *found.shape[4:]).reshape(*relevance.shape[:2], *shape)
+        return single.expand(*single.shape[:3], width, *single.shape[4:]).reshape(*relevance.shape[:2], *shape)
 
     def up(values: Tensor) -> Tensor:
-        apart = values.reshape(*values.shape[:2], groups, shape[0] // groups, *values.shape[3:])
-        found = sums.up(apart.sum(3)).unsqueeze(3) * scale
-        return found.reshape(*values.shape[:2], groups * per_group, *found.shape[4:])
+        grouped = values.reshape(*values.shape[:2], groups, shape[0] // groups, *values.shape[3:])
+        image = sums.up(grouped.sum(3)).unsqueeze(3) * scale
+        return image.reshape(*values.shape[:2], groups * per_group, *image.shape[4:])
 
     plain = _convolution_maps(weight, options, shape)
     return Maps(down, up, plain.weight_gradient)
@@ -151,10 +151,10 @@ def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torc
 def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> Maps:
     def down(relevance: Tensor) -> Tensor:
         flat = relevance.reshape(-1, *relevance.shape[2:])
-        place = relevance.new_empty((len(flat), *shape))  # only its shape is read; expanded it would be copied
+        like = relevance.new_empty((len(flat), *shape))  # only its shape is read; expanded it would be copied
         wanted = [True, False, False]
-        found, _, _ = torch.ops.aten.convolution_backward(flat, place, weight, None, *options, wanted)
-        return found.reshape(*relevance.shape[:2], *shape)  # type: ignore[no-any-return]
+        product, _, _ = torch.ops.aten.convolution_backward(flat, like, weight, None, *options, wanted)
+        return product.reshape(*relevance.shape[:2], *shape)  # type: ignore[no-any-return]
 
     def up(values: Tensor) -> Tensor:
         image = torch.ops.aten.convolution(values.reshape(-1, *shape), weight, None, *options)
@@ -162,42 +162,41 @@ def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Siz
 
     def weight_gradient(values: Tensor, relevance: Tensor) -> Tensor:
         wanted = [False, True, False]
-        _, found, _ = torch.ops.aten.convolution_backward(relevance, values, weight, None, *options, wanted)
-        return found  # type: ignore[no-any-return]
+        _, gradient, _ = torch.ops.aten.convolution_backward(relevance, values, weight, None, *options, wanted)
+        return gradient  # type: ignore[no-any-return]
 
     return Maps(down, up, weight_gradient, (weight, options, shape))
 
 
 FEW = 16
-"""Channels up to which it takes as long to hand relevance down to some as to many."""
+"""Number of input channels up to which the backward pass of a convolution takes the same time."""
 
 
 def side_by_side(maps: list[Maps]) -> Map | None:
-    """One map down from the same outputs to several inputs, ``(K, N, *out)`` to ``(K, N, B, *in)``.
+    """Several transposed maps of the same outputs as one, ``(K, N, *out)`` to ``(K, N, B, *in)``.
 
-    None unless all are like convolutions of few input channels.
+    None unless all are convolutions with few input channels and the same options.
     """
-    found = [one.convolution for one in maps]
-    known = [one for one in found if one is not None]
-    if len(known) < len(found):
+    known = [one.convolution for one in maps if one.convolution is not None]
+    if len(known) < len(maps):
         return None
     _, options, shape = known[0]
     *_, transposed, _, groups = options
     if transposed or groups > 1 or len(known) * shape[0] > FEW or any(one[1:] != (options, shape) for one in known):
         return None
-    beside = _convolution_maps(
+    joined = _convolution_maps(
         torch.cat([one[0] for one in known], 1), options, torch.Size((len(known) * shape[0], *shape[1:]))
     )
 
     def down(relevance: Tensor) -> Tensor:
-        found = beside.down(relevance)
-        return found.reshape(*found.shape[:2], len(known), *shape)
+        products = joined.down(relevance)
+        return products.reshape(*products.shape[:2], len(known), *shape)
 
     return down
 
 
 def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
-    """Stride, padding, dilation, transposed, output padding and groups, as aten takes them."""
+    """Stride, padding, dilation, transposed, output padding and groups, in the order of aten's arguments."""
     if module.padding_mode != "zeros":
         return None
     transposed = issubclass(kind, nn.modules.conv._ConvTransposeNd)
@@ -209,7 +208,7 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
         if any(size % 2 for size in total):
             return None
         padding = [size // 2 for size in total]
-    # How much a transposed layer pads may depend on a size given at the call.
+    # The padding of a transposed layer may depend on an output size given at the call.
     if transposed and any(module.output_padding):
         return None
     outward = list(module.output_padding)
@@ -221,7 +220,7 @@ def recorded_maps(run: Map, inputs: Tensor) -> tuple[Maps, Tensor]:
 
     Args:
         run: ``(N, *in)`` to ``(N, *out)``.
-        inputs: Where it is run, ``(N, *in)``.
+        inputs: The point at which it is differentiated, ``(N, *in)``.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = inputs.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""0/1 routes: operations that hand each output neuron's relevance to one input neuron, as autograd does by itself."""
+"""0/1 routes: operations that pass the relevance of each output neuron to one input neuron, as autograd does."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def is_route(module: nn.Module) -> bool:
 def operation(node: Node) -> str:
     """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``."""
     name = node.name().rsplit("::", 1)[-1]
-    found = _NAME.match(name)
-    return found.group(1) if found else name
+    match = _NAME.match(name)
+    return match.group(1) if match else name
 
 
 def is_route_node(node: Node) -> bool:
@@ -94,9 +94,9 @@ def is_whole(node: Node) -> bool:
 
 
 def written(node: Any, number: int) -> tuple[Any, int]:
-    """Output ``number`` of a node, or what was written over all of it in place: nothing is left of what was there."""
+    """Output ``number`` of a node, or the tensor that overwrote all of it in place."""
     while node is not None and operation(node) == "Copy":
-        below, place = node.next_functions[-1]  # the first is what was written over
+        below, place = node.next_functions[-1]  # the first is the overwritten tensor
         if below is None or below._input_metadata[place].shape != node._input_metadata[0].shape:
             break
         node, number = below, place
@@ -104,7 +104,7 @@ def written(node: Any, number: int) -> tuple[Any, int]:
 
 
 def source_of(node: Any) -> Any:
-    """The node that made the entries of a tensor, looking through views of all of it and writes in place."""
+    """The node that computed the entries of a tensor, through whole views and in-place writes."""
     node, _ = written(node, 0)
     while node is not None and is_whole(node):
         node, _ = written(*node.next_functions[0])

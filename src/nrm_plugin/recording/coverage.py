@@ -1,4 +1,4 @@
-"""What every step of a model would get, before any relevance is computed."""
+"""The rule or kernel of every step of a model, before any relevance is computed."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Row:
 
     Attributes:
         name: Layer name, or module path and function.
-        call: Which call of it.
+        call: The number of the call.
         operation: Module type or function.
         rule: The rule of the composite, or the kernel of the function.
         shape: Shape of the output.
-        note: What a user should know: reused, tied, uncovered, unsupported, fused.
+        note: Remarks: reused, tied, uncovered, unsupported, fused.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Coverage:
 
     Attributes:
         rows: The steps.
-        constants: Operations that join constants to what they route, where mass can end.
+        constants: Operations that join constants to computed values, where mass can be absorbed.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -98,16 +98,16 @@ def coverage(
     output: Output | None = None,
     batched: bool = True,
 ) -> Coverage:
-    """Runs the model once and tells which rule or kernel every step gets.
+    """Runs the model once and lists the rule or kernel of every step.
 
     Args:
         model: The network, in evaluation mode.
         inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
         composite: A Zennit composite; None for the default of this package.
         additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        additional_forward_kwargs: As there.
-        output: As there.
-        batched: As there.
+        additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        output: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:
         InputError, ModelStateError, GradModeError: As when a measure is taken.
@@ -130,7 +130,7 @@ def coverage(
     rows = tuple(_row(step, calls[step.name], tied) for step in steps)
     with torch.no_grad():
         constants = [
-            recording.name_at(number)
+            recording.taps.name_at(number)
             for number, vertex in enumerate(recording.graph.vertices)
             if vertex.constant_share(recording.output) is not None
         ]
@@ -145,7 +145,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
         operation = operation if isinstance(origin.module, Weighted) else type(origin.module).__name__
     notes = []
     if rule == "PlainGradient":
-        notes.append("uncovered: the composite gives it no rule")
+        notes.append("uncovered: the composite has no rule for it")
     if isinstance(origin, FunctionCall):
         notes.append("unsupported: raises when relevance arrives")
     if isinstance(origin, LayerCall) and origin.is_identity:

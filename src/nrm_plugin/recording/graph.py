@@ -1,11 +1,14 @@
-"""The graph of one recording: vertices are autograd nodes, buffers their outputs, edges what they hand down.
+"""The graph of one recording: vertices are autograd nodes, buffers their outputs, edges the tensors that they read.
 
 A step is a vertex whose node carries a :class:`~nrm_plugin.kernels.step.Step`; every other vertex is a 0/1 route that
-autograd computes by itself. Vertices are numbered in the order in which a walk meets them, output first.
+autograd computes by itself. Vertices are numbered in the order in which a walk crosses them, output first.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from ..kernels.step import Step
 from ..model.routing import is_whole, operation, written
+from .places import Buffer, Edge, Place
 
 _WITH_CONSTANTS = frozenset(
     [
@@ -34,18 +38,6 @@ _WITH_CONSTANTS = frozenset(
         "diagembed",
     ]
 )
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Output ``number`` of vertex ``vertex``: the place of one tensor."""
-
-    vertex: int
-    number: int
-
-
-Place = Buffer | tuple[int, int]
-"""Where a tap is: a buffer, or the edge ``(vertex, number)`` of a step that reads a tensor."""
 
 
 @dataclass
@@ -107,13 +99,13 @@ class Vertex:
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self, like: Tensor) -> tuple[Tensor, ...] | None:
-        """For each output, 1 where its entry comes from a constant, else 0; None where no entry can."""
+        """For each output, 1 where an entry comes from a constant, else 0; None where none does."""
         if not self.may_hold_constants:
             return None
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
                 seeds = [like.new_zeros(shape).requires_grad_() for shape in self.shapes]
-                # Called by hand, some nodes make a gradient for their constants as well.
+                # Called directly, some nodes return a gradient for their constants as well.
                 parts = zip(self._route(list(seeds)), self.edges, strict=True)
                 totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
                 columns = (
@@ -124,6 +116,19 @@ class Vertex:
             shares = tuple(1 - column.detach() for column in columns)
             self._constant_share = shares if any(bool(share.any()) for share in shares) else ()
         return self._constant_share or None
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Bit sets of marked places.
+
+    Attributes:
+        below_vertex: The marks below each vertex.
+        below_edge: The marks below each edge of each vertex, with those on the edge and on the buffer it leads to.
+    """
+
+    below_vertex: list[int]
+    below_edge: list[tuple[int, ...]]
 
 
 class Graph:
@@ -143,7 +148,7 @@ class Graph:
         self.output = Buffer(0, number)
 
     def _count_uses(self) -> None:
-        """How often each tensor is read, also through views of all of it."""
+        """Counts how often each tensor is read, also through views of all of it."""
         uses = [0] * len(self.vertices)
         for index, vertex in enumerate(self.vertices):
             for edge in vertex.edges:
@@ -158,33 +163,27 @@ class Graph:
         """Shape of the tensor at a buffer."""
         return self.vertices[buffer.vertex].shapes[buffer.number]
 
-    def reach(
-        self, marks: dict[Buffer, int], edge_marks: dict[tuple[int, int], int]
-    ) -> tuple[list[int], list[list[int]]]:
-        """Which marks lie below each vertex and below each of its edges, as bit sets.
+    def marks_below(self, marks: Mapping[Place, int]) -> Marks:
+        """Which marked places a walk can still cross, as bit sets.
 
         Args:
-            marks: Bit of the mark on a buffer.
-            edge_marks: Bit of the mark on an edge.
-
-        Returns:
-            ``below[vertex]`` and ``through[vertex][edge]``; a mark on the edge itself or on the buffer that it leads
-            to is below.
+            marks: The bits of each marked place.
         """
-        below = [0] * len(self.vertices)
-        through: list[list[int]] = [[] for _ in self.vertices]
+        vertices: list[int] = [0] * len(self.vertices)
+        edges: list[tuple[int, ...]] = [()] * len(self.vertices)
         for index in range(len(self.vertices) - 1, -1, -1):
-            for number, buffer in enumerate(self.vertices[index].edges):
-                bits = edge_marks.get((index, number), 0)
-                if buffer is not None:
-                    bits |= marks.get(buffer, 0) | below[buffer.vertex]
-                through[index].append(bits)
-                below[index] |= bits
-        return below, through
+            bits = tuple(
+                marks.get(Edge(index, number), 0)
+                | (0 if buffer is None else marks.get(buffer, 0) | vertices[buffer.vertex])
+                for number, buffer in enumerate(self.vertices[index].edges)
+            )
+            edges[index] = bits
+            vertices[index] = functools.reduce(operator.or_, bits, 0)
+        return Marks(vertices, edges)
 
 
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether what a route handed down depends on what it was handed (a tensor that is written over gets zeros)."""
+    """Whether the result of a route depends on its argument (a tensor that is overwritten receives zeros)."""
     return part is not None and part.requires_grad
 
 
@@ -196,7 +195,7 @@ def _columns(rows: list[Any]) -> list[Tensor | None]:
 
 
 def _in_walk_order(root: Any) -> list[Any]:
-    """Depth-first, without recursion: every node before the nodes that it hands relevance to."""
+    """Depth-first, without recursion: every node before the nodes that it propagates relevance to."""
     order: list[Any] = []
     seen = {root}
     stack = [(root, iter(_edges(root)))]
@@ -214,7 +213,7 @@ def _in_walk_order(root: Any) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """What a node hands down to, and which output of it; writes of whole tensors are no vertices of their own."""
+    """The nodes that a node reads from, and which output; a write to a whole tensor is not a vertex of its own."""
     return [written(below, number) for below, number in node.next_functions]
 
 

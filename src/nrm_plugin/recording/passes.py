@@ -1,7 +1,7 @@
-"""Passes over the graph of a recording: relevance down, values up.
+"""Passes over the graph of a recording: relevance down to the inputs, values up to the output.
 
-Both carry several vectors at once, each under a key of its own, and let a visitor change them where a walk crosses
-a tap. Nothing in here knows of events.
+Both propagate several vectors together, each under its own key, and let a visitor change them where a walk crosses a
+tap. Events are not known here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .graph import Buffer, Graph, Place
+from .graph import Graph, Vertex
+from .places import Buffer, Edge, Place, Sink
 
 Key = TypeVar("Key", bound=Hashable)
 Vectors = dict[Key, Tensor]
@@ -21,7 +22,7 @@ Vectors = dict[Key, Tensor]
 
 @dataclass(frozen=True)
 class Cost:
-    """What passes cost: kernels run, and relevance vectors that went through them (several can share a run)."""
+    """The cost of passes: kernels applied, and relevance vectors propagated through them (several share a kernel)."""
 
     steps: int = 0
     vectors: int = 0
@@ -31,27 +32,30 @@ class Cost:
 
 
 class Visitor(Protocol[Key]):
-    """What a pass asks on its way down. Every vector has the shape of its tensor."""
+    """Callbacks of a downward pass. Every vector has the shape of its tensor."""
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[Key]) -> Vectors[Key]:
-        """All relevance of one tensor has arrived; returns what goes on."""
+        """All relevance of one tensor has arrived; returns what is propagated further."""
 
-    def at_edge(self, vertex: int, number: int, vectors: Vectors[Key]) -> Vectors[Key]:
-        """What one vertex hands down one of its edges; returns what goes on."""
+    def at_edge(self, edge: Edge, vectors: Vectors[Key]) -> Vectors[Key]:
+        """One vertex passes relevance down one of its edges; returns what is propagated further."""
 
-    def at_sink(self, vertex: int, number: int, kind: str, vectors: Vectors[Key], share: Tensor) -> None:
-        """A vertex absorbs this share of what arrived at its output; ``kind`` is ``"residual"`` or ``"constants"``."""
+    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[Key], share: Tensor) -> None:
+        """A vertex absorbs this share of what arrived at its output ``number``.
+
+        ``kind`` is ``"residual"`` or ``"constants"``.
+        """
 
 
 def pull(
     graph: Graph, start: Iterable[tuple[Buffer, Vectors[Key]]], visitor: Visitor[Key], absolute: bool = False
 ) -> Cost:
-    """One pass down.
+    """One downward pass.
 
     Args:
         graph: The graph of a recording.
-        start: Relevance to begin with, at one or several buffers.
-        visitor: Sees, and may change, every vector.
+        start: Relevance to start from, at one or several buffers.
+        visitor: Receives, and may change, every vector.
         absolute: Use kernels of absolute values.
 
     Returns:
@@ -71,25 +75,27 @@ def pull(
         parts, share = vertex.pull(stacked, absolute)
         cost += Cost(1, len(keys)) if vertex.step is not None else Cost()
         if share is not None:
-            visitor.at_sink(index, 0, "residual", arrived[0], share)
-        _absorb_constants(vertex, index, stacked, keys, visitor)
+            visitor.at_sink(Sink(index), 0, "residual", arrived[0], share)
+        _absorb_constants(vertex, Sink(index), stacked, keys, visitor)
         for number, (part, edge) in enumerate(zip(parts, vertex.edges, strict=True)):
             if part is None or edge is None:
                 continue
             shape = graph.shape(edge)
             rows = {key: row.sum_to_size(shape) for key, row in zip(keys, part, strict=True)}
-            _add(waiting[edge.vertex].setdefault(edge.number, {}), visitor.at_edge(index, number, rows))
+            _add(waiting[edge.vertex].setdefault(edge.number, {}), visitor.at_edge(Edge(index, number), rows))
     return cost
 
 
-def _absorb_constants(vertex, index, stacked, keys, visitor) -> None:  # type: ignore[no-untyped-def]
+def _absorb_constants(
+    vertex: Vertex, sink: Sink, stacked: list[Tensor | None], keys: list[Key], visitor: Visitor[Key]
+) -> None:
     like = next(item for item in stacked if item is not None)
     shares = vertex.constant_share(like)
     if shares is None:
         return
     for number, (share, item) in enumerate(zip(shares, stacked, strict=True)):
         if item is not None:
-            visitor.at_sink(index, number, "constants", dict(zip(keys, item, strict=True)), share)
+            visitor.at_sink(sink, number, "constants", dict(zip(keys, item, strict=True)), share)
 
 
 def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
@@ -107,32 +113,31 @@ def _add(total: Vectors[Key], vectors: Vectors[Key]) -> None:
 
 
 def push(graph: Graph, lower: Place, upper: Place, values: Tensor, bound: bool = False) -> tuple[Tensor | None, Cost]:
-    """One pass up: values at the neurons of a tap to what a walk from each neuron of a tap above it collects.
+    """One upward pass: from values at the neurons of a tap to what the walks from each neuron of a tap above collect.
 
     Args:
         graph: The graph of a recording.
         lower: Where the values are.
         upper: Where they are wanted.
         values: ``(K, N, *shape)`` of the lower tap.
-        bound: Use kernels without sign, which are no smaller than the absolute values: for values that have none.
+        bound: Use kernels without sign, at least as large as the absolute values; for non-negative values.
 
     Returns:
         ``(K, N, *shape)`` of the upper tap, None for zeros, and the cost.
     """
     known: dict[Buffer, Tensor | None] = {}
 
-    def through(vertex: int, number: int) -> Tensor | None:
-        edge = graph.vertices[vertex].edges[number]
-        if (vertex, number) == lower or edge == lower:
+    def through(edge: Edge) -> Tensor | None:
+        buffer = graph.vertices[edge.vertex].edges[edge.number]
+        if lower in (edge, buffer):
             return values
-        return None if edge is None else known.get(edge)
+        return None if buffer is None else known.get(buffer)
 
-    top = upper.vertex if isinstance(upper, Buffer) else upper[0]
     cost = Cost()
-    for index in range(len(graph.vertices) - 1, top - 1, -1):
+    for index in range(len(graph.vertices) - 1, upper.vertex - 1, -1):
         vertex = graph.vertices[index]
-        arrived = [through(index, number) for number in range(len(vertex.edges))]
-        if all(part is None for part in arrived) or (isinstance(upper, tuple) and index == top):
+        arrived = [through(Edge(index, number)) for number in range(len(vertex.edges))]
+        if all(part is None for part in arrived) or (isinstance(upper, Edge) and index == upper.vertex):
             continue
         pushed: list[Tensor | None]
         if bound and vertex.step is not None:
@@ -141,4 +146,4 @@ def push(graph: Graph, lower: Place, upper: Place, values: Tensor, bound: bool =
             pushed = vertex.push(arrived, [None] * len(vertex.shapes))
         cost += Cost(1, len(values)) if vertex.step is not None else Cost()
         known |= {Buffer(index, number): rows for number, rows in enumerate(pushed)}
-    return (known.get(upper) if isinstance(upper, Buffer) else through(*upper)), cost
+    return (known.get(upper) if isinstance(upper, Buffer) else through(upper)), cost

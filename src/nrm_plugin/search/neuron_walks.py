@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import NRMError
 from ..measure.measure import RelevanceMeasure
-from ..recording.graph import Buffer
+from ..recording.places import Buffer, Edge
 from .walks import check_count, check_one
 
 
@@ -89,16 +89,16 @@ class _MaxProduct:
             for number, edge, row in self._columns(place, [neuron]):
                 values = (row[0] * self.values[edge].flatten()).max(0)
                 if float(values.values) >= 0.999999 * float(self.values[place].flatten()[neuron]):
-                    self._note((place.vertex, number), int(values.indices), neurons)
+                    self._note(Edge(place.vertex, number), int(values.indices), neurons)
                     place, neuron = edge, int(values.indices)
                     break
             else:
                 raise NRMError("no walk carries anything to an input: all relevance is absorbed.")
 
-    def _note(self, place: Buffer | tuple[int, int], neuron: int, neurons: dict[str, tuple[int, ...]]) -> None:
-        number = self.recording.index.get(place)
+    def _note(self, place: Buffer | Edge, neuron: int, neurons: dict[str, tuple[int, ...]]) -> None:
+        number = self.recording.taps.index.get(place)
         if number is not None and isinstance(place, Buffer):
-            tap = self.recording.taps[number]
+            tap = self.recording.taps.all[number]
             shape = tap.shape[1:]
             for name in tap.names[:1]:
                 neurons.setdefault(name, tuple(int(i) for i in torch.unravel_index(torch.tensor(neuron), shape)))
@@ -115,7 +115,7 @@ class _MaxProduct:
                 units = list(range(first, min(first + self.chunk, len(total))))
                 for _, edge, rows in self._columns(place, units):
                     if bool((rows < 0).any()):
-                        raise _negative(self.recording.name_at(index))
+                        raise _negative(self.recording.taps.name_at(index))
                     found = (rows * self.values[edge].flatten()).amax(1)
                     total[units] = torch.maximum(total[units], found)
             self.values[place] = total.view(shape)

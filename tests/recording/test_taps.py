@@ -1,7 +1,4 @@
-"""Queries for layers, calls, tensors and sides of layers that a measure does not have.
-
-Covers: nrm_plugin.recording.recording.
-"""
+"""Queries for layers, calls, tensors and sides of layers that a measure does not have."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ def measured():
     ("any call", lambda mu: mu.marginal(at("lin", call="any")), EventError, "call='any'", "not one tap", "Ask mu("),
     ("items", lambda mu: mu.marginal("halves"), UnknownLayerError, "'halves' has 2 tensors", "item=", "0, 1"),
     ("no such item", lambda mu: mu(at("halves", item=2)), UnknownLayerError, "2 tensors", "0, 1", "got 2"),
-    ("item of one", lambda mu: mu(at("conv", item=1)), UnknownLayerError, "'conv' is one tensor", "leave item= out"),
+    ("item of one", lambda mu: mu(at("conv", item=1)), UnknownLayerError, "'conv' is one tensor", "omit item="),
     ("item unhashable", lambda mu: at("halves", item=[0]), EventError, "item=[0]", "number or key"),
     ("sink of a route", lambda mu: mu(at("flat", side="sink")), UnknownLayerError, "only routes", "steps are 'head'"),
     ("sink of none", lambda mu: mu(at("pol", side="sink")), UnknownLayerError, "'pol'", "'pool'"),

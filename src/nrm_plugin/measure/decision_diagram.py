@@ -1,0 +1,118 @@
+"""The decision diagram of events over the places of a recording: what each crossing and each sink leaves undecided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..events.diagram import FALSE, TRUE, Diagram
+from ..events.event import ABSORBED, Event
+from ..recording.places import Buffer, Edge, Sink
+from ..recording.recording import Recording
+from .located import Locator
+
+Crossing = list[tuple[int, Tensor | None]]
+"""The node that remains, for each mask of neurons; a mask of None stands for all neurons."""
+
+
+class Formulas:
+    """Several events over one recording, decided together.
+
+    Args:
+        recording: The recording.
+        events: The events.
+
+    Attributes:
+        roots: One node of the diagram for each event.
+        levels: The level at which a place is crossed, or a sink reached; sinks come after all places.
+        open: Bit set of the levels that a walk can still cross below each vertex, or be absorbed at.
+    """
+
+    def __init__(self, recording: Recording, events: Sequence[Event]) -> None:
+        self.recording = recording
+        locator = Locator(recording)
+        located = [locator(event) for event in events]
+        ordered = sorted(locator.at, key=_order)
+        self.levels: dict[Buffer | Edge | Sink, int] = {place: level for level, place in enumerate(ordered)}
+        self.absorbed_level = len(ordered)
+        atoms = [atom for place in ordered for atom in locator.at[place]]
+        self._masks = [atom.mask for atom in atoms]
+        variables: dict[Event, int] = {atom: variable for variable, atom in enumerate(atoms)}
+        self.diagram = Diagram([*(self.levels[atom.place] for atom in atoms), self.absorbed_level])
+        self.roots = [self.diagram.build(event, {**variables, ABSORBED: len(atoms)}) for event in located]
+        self._crossings: dict[tuple[int, int], Crossing] = {}
+        self._depends: dict[int, int] = {}
+        self.open = self._levels_below()
+
+    def _levels_below(self) -> list[int]:
+        graph, absorbed = self.recording.graph, 1 << self.absorbed_level
+        marks = {place: 1 << level for place, level in self.levels.items() if not isinstance(place, Sink)}
+        levels = graph.marks_below(marks).below_vertex
+        for index in range(len(graph.vertices) - 1, -1, -1):
+            vertex, sink = graph.vertices[index], Sink(index)
+            bits = levels[index]
+            if vertex.step is not None or vertex.may_hold_constants:
+                bits |= absorbed | (1 << self.levels[sink] if sink in self.levels else 0)
+            for buffer in vertex.edges:
+                bits |= 0 if buffer is None else levels[buffer.vertex]
+            levels[index] = bits
+        return levels
+
+    def depends(self, node: int) -> int:
+        """Bit set of the levels on which a node still depends."""
+        if node not in self._depends:
+            levels = {self.diagram.levels[variable] for variable in self.diagram.variables(node)}
+            self._depends[node] = sum(1 << level for level in levels)
+        return self._depends[node]
+
+    def settle(self, node: int, vertex: int) -> int:
+        """The node, or true or false if nothing below the vertex can change it."""
+        return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
+
+    def end(self, node: int) -> int:
+        """The node that remains when a walk ends at a leaf: true or false."""
+        return self.diagram.step(node, self.absorbed_level, 0)
+
+    def cross(self, node: int, level: int) -> Crossing:
+        """The nodes that remain after crossing the tap at a level, each with its neurons."""
+        if (node, level) not in self._crossings:
+            self._crossings[node, level] = self._cross(node, level)
+        return self._crossings[node, level]
+
+    def _cross(self, node: int, level: int) -> Crossing:
+        if not self.diagram.is_touched(node, level):
+            return [(node, None)]
+        variables = sorted(v for v in self.diagram.variables(node) if self.diagram.levels[v] == level)
+        if not variables:
+            return [(self.diagram.step(node, level, 0), None)]
+        remaining: dict[int, Tensor] = {}
+        for answers, cell in _cells(variables, [self._masks[variable] for variable in variables]):
+            left = self.diagram.step(node, level, answers)
+            remaining[left] = cell if left not in remaining else remaining[left] | cell
+        return list(remaining.items())
+
+    def absorb(self, node: int, vertex: int) -> Crossing:
+        """The nodes that remain when a walk is absorbed in a vertex: true or false."""
+        answer = 1 << len(self.diagram.levels) - 1
+        level = self.levels.get(Sink(vertex))
+        crossing = [(node, None)] if level is None else self.cross(node, level)
+        return [(self.diagram.step(left, self.absorbed_level, answer), mask) for left, mask in crossing]
+
+
+def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]]:
+    """The cells on which the masks of one tap differ, each with its answers as a bit set."""
+    cells = [(0, masks[0] | True)]
+    for variable, mask in zip(variables, masks, strict=True):
+        split = [(answers | 1 << variable, cell & mask) for answers, cell in cells]
+        split += [(answers, cell & ~mask) for answers, cell in cells]
+        cells = [(answers, cell) for answers, cell in split if bool(cell.any())]
+    return cells
+
+
+def _order(place: Buffer | Edge | Sink) -> tuple[int, int, int]:
+    """Places as a walk crosses them, then sinks."""
+    return (1, place.vertex, 0) if isinstance(place, Sink) else (0, *place.order)
+
+
+__all__ = ["FALSE", "TRUE", "Crossing", "Formulas"]

@@ -1,0 +1,145 @@
+"""Events with their atoms looked up in a recording: places and masks instead of layer names and indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import EventError
+from ..events.event import Absorbed, Any_, Atom, Attended, Event
+from ..recording.places import Buffer, Edge, Sink
+from ..recording.recording import Recording
+from .attention_events import plain
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Located(Event):
+    """The walk crosses a place in one of the neurons of a mask, or is absorbed there in a sink.
+
+    Attributes:
+        place: The place.
+        mask: Boolean, in the shape of the tensor there, or with one row for all samples.
+    """
+
+    place: Buffer | Edge | Sink
+    mask: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.place}[mask of {int(self.mask.sum())}]"
+
+
+class Locator:
+    """Looks up the atoms of events, each once. Equal masks of one place become one object.
+
+    Args:
+        recording: The recording.
+
+    Attributes:
+        at: The located atoms of each place.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._known: dict[Event, Event] = {}
+        self.at: dict[Buffer | Edge | Sink, list[Located]] = {}
+
+    def __call__(self, event: Event) -> Event:
+        """The same formula over :class:`Located` atoms and ``ABSORBED``.
+
+        Raises:
+            EventError: An index does not fit its tap.
+            UnknownLayerError: No such tap.
+        """
+        return event.mapped(self._located)
+
+    def _located(self, atom: Event) -> Event:
+        if atom not in self._known:
+            self._known[atom] = self._looked_up(atom)
+        return self._known[atom]
+
+    def _looked_up(self, atom: Event) -> Event:
+        if isinstance(atom, Absorbed):
+            return atom
+        if isinstance(atom, Attended):
+            return self(plain(atom, self._recording))
+        assert isinstance(atom, Atom)
+        samples = self._recording.samples
+        parts = tuple(
+            self._shared(place, samples.without_samples(mask_of(atom, shape, dim)))
+            for place, shape, dim in self._places(atom)
+        )
+        return parts[0] if len(parts) == 1 else Any_(parts)
+
+    def _places(self, atom: Atom) -> list[tuple[Buffer | Edge | Sink, torch.Size, int]]:
+        """The places of an atom, the shape of the tensor there, and the dimension of its channels."""
+        taps = self._recording.taps
+        if atom.side == "sink":
+            return [self._sink(vertex) for vertex in taps.find_sinks(atom.layer, atom.call)]
+        found = taps.find(atom.layer, atom.side, atom.call, atom.item)
+        return [(tap.place, tap.shape, tap.channel_dim) for tap in found]
+
+    def _sink(self, vertex: int) -> tuple[Sink, torch.Size, int]:
+        output, samples, taps = Buffer(vertex, 0), self._recording.samples, self._recording.taps
+        usual = 1 if samples.batched else -1
+        channel_dim = taps.at(output).channel_dim if output in taps.index else usual
+        return Sink(vertex), samples.lifted(self._recording.graph.shape(output)), channel_dim
+
+    def _shared(self, place: Buffer | Edge | Sink, mask: Tensor) -> Located:
+        known = self.at.setdefault(place, [])
+        for other in known:
+            if other.mask.shape == mask.shape and torch.equal(other.mask, mask):
+                return other
+        known.append(Located(place, mask))
+        return known[-1]
+
+
+def mask_of(atom: Atom, shape: torch.Size, channel_dim: int) -> Tensor:
+    """The neurons of an atom, boolean, ``(1, *shape[1:])`` or ``(N, *shape[1:])``.
+
+    Raises:
+        EventError: The index does not fit the tap.
+    """
+    inner = torch.Size(shape[1:])
+    if atom.index is None:
+        return torch.ones((1, *inner), dtype=torch.bool)
+    value = atom.index.value
+    if atom.along_channel:
+        return _channels(atom, shape, channel_dim)
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        if value.shape == inner:
+            return value.clone().unsqueeze(0)
+        if value.shape == shape:
+            return value.clone()
+        raise EventError(
+            f"{atom}: a mask of shape {tuple(value.shape)} does not fit the tap. Its neurons have shape "
+            f"{tuple(inner)}, with one mask for each of the {shape[0]} samples {tuple(shape)}. For a mask over "
+            "channels use `at(layer).channel(mask)`."
+        )
+    return _selected(atom, inner).unsqueeze(0)
+
+
+def _channels(atom: Atom, shape: torch.Size, channel_dim: int) -> Tensor:
+    if channel_dim % len(shape) == 0:
+        raise EventError(f"{atom}: the tap of shape {tuple(shape)} has no channels.")
+    view = [1] * len(shape)
+    view[channel_dim] = -1
+    chosen = _selected(atom, torch.Size([shape[channel_dim]]))
+    return chosen.view(view).expand(1, *shape[1:]).clone()
+
+
+def _selected(atom: Atom, shape: torch.Size) -> Tensor:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    assert atom.index is not None
+    try:
+        mask[atom.index.value] = True
+    except (IndexError, TypeError, RuntimeError, ValueError, OverflowError) as error:
+        raise EventError(
+            f"{atom}: the index does not fit the neurons of the tap, which have shape {tuple(shape)} "
+            f"(the batch is not indexed): {error}."
+        ) from error
+    return mask
+
+
+__all__ = ["Located", "Locator", "mask_of"]

@@ -1,0 +1,116 @@
+"""Guards the user's model: everything that a recording touches is restored, later changes of weights are noticed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Restores, at the end, everything that a recording may touch.
+
+    Attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``), buffers, training mode
+    and random state. Nothing is written that did not change.
+    """
+    modules = [(module, _state(module)) for module in model.modules()]
+    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    buffers = [(b, b.data, b.requires_grad) for b in model.buffers()]
+    random = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        for module, state in modules:
+            _restore(module, state)
+        for tensor, data, requires_grad in parameters + buffers:
+            if tensor.shape != data.shape or _address(tensor) != _address(data):
+                tensor.data = data
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+        torch.set_rng_state(random)
+
+
+_State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
+"""Attributes of a module, and the contents of those that are non-empty dictionaries."""
+
+
+def _state(module: nn.Module) -> _State:
+    attributes = module.__dict__
+    return dict(attributes), {key: dict(v) for key, v in attributes.items() if v.__class__ in _DICTS and v}
+
+
+_DICTS = (dict, OrderedDict)
+
+
+def _restore(module: nn.Module, state: _State) -> None:
+    attributes, (before, contents) = module.__dict__, state
+    for key in [key for key in attributes if key not in before]:
+        del attributes[key]
+    for key, value in before.items():
+        if attributes.get(key) is not value or key not in attributes:
+            attributes[key] = value
+        # The same dictionary object, since handles of the user's own hooks refer to it.
+        if value.__class__ in _DICTS and not _is_same(value, contents.get(key, {})):
+            value.clear()
+            value.update(contents.get(key, {}))
+
+
+def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    """Whether two dictionaries hold the same objects in the same order."""
+    if not one and not other:
+        return True
+    pairs = zip(one.items(), other.items(), strict=True)
+    return len(one) == len(other) and all(a == b and value is known for (a, value), (b, known) in pairs)
+
+
+def _address(tensor: Tensor) -> int:
+    """The address of a tensor in memory; of a sparse one, that of its values."""
+    return _stored(tensor).data_ptr()
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The stored entries of a tensor."""
+    if tensor.layout == torch.strided:
+        return tensor
+    values: Tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
+    return values
+
+
+class Fingerprint:
+    """Notices in-place changes of parameters and buffers, by version counter and by a sample of their entries.
+
+    The sample also detects writes through ``parameter.data``, which do not change the version counter, unless they
+    spare every sampled entry; small tensors are sampled as a whole.
+    """
+
+    def __init__(self, model: nn.Module, entries: int = 4096) -> None:
+        self._seen: list[tuple[str, Tensor, tuple[int, int], Tensor, Tensor]] = []
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            flat = _stored(tensor.detach()).flatten()
+            entry = flat[:: max(1, -(-flat.numel() // entries))]
+            is_view = flat.data_ptr() == _address(tensor) and flat.numel() > 0
+            sample = entry.clone()
+            # Flattening a non-contiguous tensor makes a copy, which would not change with it.
+            place = entry if is_view and not bool((sample != sample).any()) else torch.empty(0)
+            self._seen.append((name, tensor, (tensor._version, _address(tensor)), place, sample))
+        self._entries = entries
+
+    def changed(self) -> list[str]:
+        """Names of the tensors that have changed."""
+        return [
+            name
+            for name, tensor, state, place, sample in self._seen
+            if (tensor._version, _address(tensor)) != state
+            or not torch.equal(*((place, sample) if place.numel() else self._finite(tensor, sample)))
+        ]
+
+    def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Both samples without nan, which never compares equal."""
+        flat = _stored(tensor.detach()).flatten()
+        entries = flat[:: max(1, -(-flat.numel() // self._entries))]
+        return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)

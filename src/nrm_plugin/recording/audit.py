@@ -1,0 +1,61 @@
+"""Audit: every operation between the inputs and the output is a step or a known route, or an error names it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InputError, UncoveredLayerError, UnsupportedOperationError
+from ..kernels.step import Step
+from ..model.inputs import NOT_JOINED
+from ..model.routing import is_route_node, operation
+from .graph import Graph
+from .taps import INPUT, OUTPUT, Observed
+
+
+def check_joined(graph: Graph, leaves: Sequence[Tensor]) -> None:
+    """Raises :class:`InputError` if the output depends on none of the inputs: its graph then ends at other leaves."""
+    if not any(vertex.leaf is leaf for vertex in graph.vertices for leaf in leaves):
+        raise InputError(NOT_JOINED)
+
+
+def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
+    """Raises :class:`UnsupportedOperationError` for a vertex that is neither a step nor a known route.
+
+    Such a vertex would give a wrong number without notice.
+    """
+    for vertex in graph.vertices:
+        if vertex.step is None and not is_route_node(vertex.node):
+            raise UnsupportedOperationError(
+                f"relevance would pass the operation {operation(vertex.node)} (autograd node "
+                f"{vertex.node.name()}{_near(vertex.node, observed)}), which has no kernel: it is neither a step nor a "
+                "0/1 route, for it is computed with complex numbers, in place, in a script or in an "
+                "autograd.Function. Give the module that does so a rule in the composite's layer_map: "
+                "zennit.rules.Epsilon() where it is linear, Pass() where it maps each element on its own."
+            )
+
+
+def _near(node: Any, observed: Iterable[Observed]) -> str:
+    names = [seen.label.name for seen in observed if seen.node is node and seen.label.name not in (INPUT, OUTPUT)]
+    return f", in {names[0]!r}" if names else ""
+
+
+def check_covered(module: nn.Module, name: str, args: tuple[Any, ...], output: Tensor) -> None:
+    """Raises :class:`UncoveredLayerError` unless a leaf module without a rule only routes."""
+    visited = {value.grad_fn for value in args if isinstance(value, Tensor)}
+    stack = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited or isinstance(getattr(node, "step", None), Step):
+            continue
+        if not is_route_node(node):
+            raise UncoveredLayerError(
+                f"layer {name!r} ({type(module).__name__}) has no rule in this composite, and is not a 0/1 route "
+                f"(its operation is {operation(node)}). Zennit would use its plain gradient, which does not "
+                "conserve relevance. Map the layer to a rule in the composite's layer_map, or pass "
+                "Normalized(composite, uncovered='gradient') to account for what its gradient loses."
+            )
+        visited.add(node)
+        stack += [below for below, _ in node.next_functions]

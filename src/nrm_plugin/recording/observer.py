@@ -1,0 +1,202 @@
+"""Observes one forward pass: the tensors that modules read and return, and where relevance starts and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EventError, UnknownLayerError, unknown_layer
+from ..events.event import Atom
+from ..kernels.forward_state import among_ourselves, unseen
+from ..kernels.hook import StepHook
+from ..kernels.step import Step
+from ..model.routing import written
+from .audit import check_covered
+from .taps import INPUT, Item, Label, Observed, name_of
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+class Observer:
+    """Hooks around those of the composite, and what they collect.
+
+    Args:
+        model: The model.
+        indices: Inputs of integers; where an embedding looks one up, relevance ends at its output.
+        batched: Whether the inputs have a dimension of samples.
+        wanted: The tap at which the measure is to start, if it is inside the model.
+
+    Attributes:
+        modules: Name of each module.
+        containers: Names of modules with children that have a rule themselves.
+        observed: Every labelled tensor that depends on the inputs.
+        leaves: Where relevance ends.
+    """
+
+    def __init__(self, model: nn.Module, indices: list[Tensor], batched: bool, wanted: Atom | None) -> None:
+        self.modules: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
+        self.containers: list[str] = []
+        self.observed: list[Observed] = []
+        self.leaves: list[Tensor] = []
+        self._indices, self._batched, self._wanted = indices, batched, wanted
+        self._calls: dict[nn.Module, int] = {}
+        self._started: Tensor | None = None
+
+    def watch(self, stack: ExitStack) -> None:
+        """Installs hooks: input taps before a step detaches its input, output taps after it links its output."""
+        for module, name in self.modules.items():
+            if _step_hook(module) is not None and module._modules:
+                self.containers.append(name)
+            stack.callback(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(self._leave).remove)
+
+    def input(self, tensor: Tensor, item: Item | None) -> Tensor:
+        """A leaf with the values of an input, and the tensor to call the model with in its place."""
+        leaf = tensor.detach().requires_grad_()
+        self.leaves.append(leaf)
+        passed: Tensor = leaf.clone()
+        self.see(Label(INPUT, "output", 0, item), passed)
+        return passed
+
+    def see(self, label: Label, tensor: Tensor, channel_dim: int | None = None) -> None:
+        """Keeps a labelled tensor, if it depends on the inputs."""
+        self._keep_start(label, tensor)
+        if label.name and tensor.grad_fn is not None and tensor.is_floating_point():
+            node, number = written(tensor.grad_fn, tensor.output_nr)
+            if not self._batched and channel_dim is not None and channel_dim > 0:
+                channel_dim += 1
+            self.observed.append(Observed(label, node, number, tensor.shape, channel_dim))
+
+    def inner_output(self, output: Atom) -> Tensor:
+        """The tensor inside the model at which the measure starts.
+
+        Raises:
+            EventError: It is not a whole tap.
+            UnknownLayerError: The forward pass has no such tap.
+        """
+        if output.index is not None or output.side == "sink" or output.call == "any":
+            raise EventError(
+                f"output={output} is not a tap that a measure can start at. Give at(layer), and its neurons by start=."
+            )
+        if self._started is None:
+            known = [seen.label.name for seen in self.observed if seen.label.side == output.side]
+            raise UnknownLayerError(unknown_layer(name_of(output.layer, self.modules), dict.fromkeys(known)))
+        return self._started
+
+    # -- called while the model runs --------------------------------------------------------------------------
+
+    def on_step(self, module: nn.Module | None, step: Step) -> None:
+        """Numbers the step of a module; that of a function has its number already."""
+        if module is not None:
+            step.call = self._calls[module] - 1
+
+    @among_ourselves
+    def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
+        """The output of a function."""
+        self.see(Label(name, "output", call, None), output, channel_dim)
+
+    @among_ourselves
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self._calls[module] = self._calls.get(module, 0) + 1
+        name = self.modules[module]
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if _step_hook(module) is not None:
+            if tensors:
+                self._keep_start(Label(name, "input", call - 1, None), tensors[0])
+            return None
+        with unseen():
+            args = tuple(_own_view(value) for value in args)
+            kwargs = {key: _own_view(value) for key, value in kwargs.items()}
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        for item, tensor in enumerate(tensors):
+            self.see(Label(name, "input", call - 1, None if len(tensors) == 1 else item), tensor)
+        return args, kwargs
+
+    @among_ourselves
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        name, call = self.modules[module], self._calls[module] - 1
+        dim = _channel_dim(module)
+        if isinstance(module, EMBEDDINGS) and self._is_input(args[0] if args else None):
+            return self._looked_up(Label(name, "output", call, None), output, dim)
+        if isinstance(output, Tensor):
+            self.see(Label(name, "output", call, None), output, dim)
+            if not module._modules and _step_hook(module) is None:
+                check_covered(module, name, args, output)
+            return None
+        for item, value in _entries(output).items():
+            if isinstance(value, Tensor):
+                self.see(Label(name, "output", call, item), value, dim)
+        return None
+
+    def _looked_up(self, label: Label, output: Tensor, dim: int | None) -> Tensor:
+        """Embeddings of an input: relevance ends here, as at any other input."""
+        leaf = output.detach().requires_grad_()
+        self.leaves.append(leaf)
+        with unseen():
+            passed: Tensor = leaf.clone()
+        self.see(label, passed, dim)
+        return passed
+
+    def _is_input(self, index: Any) -> bool:
+        """Whether an embedding looks up one of the inputs: by value, since models reshape, convert and pad them."""
+        return isinstance(index, Tensor) and any(_is_same(index, given.to(index.device)) for given in self._indices)
+
+    def _keep_start(self, label: Label, tensor: Tensor) -> None:
+        """Keeps the tensor at which the measure is to start, safe from later writes of the model."""
+        wanted = self._wanted
+        if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name, label.side):
+            return
+        if (wanted.call or 0) == label.call and wanted.item in (None, label.item) and self._started is None:
+            with unseen():
+                self._started = tensor.clone()
+
+
+def _own_view(value: Any) -> Any:
+    """A view of a tensor for one call, so that its tap holds the walks through this call only."""
+    return value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def _entries(output: Any) -> Mapping[Any, Any]:
+    if isinstance(output, Mapping):
+        return output
+    return dict(enumerate(output)) if isinstance(output, (tuple, list)) else {}
+
+
+def _step_hook(module: nn.Module) -> StepHook | None:
+    """The step hook that a composite has registered on a module."""
+    for hook in module._forward_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, StepHook):
+            return owner
+    return None
+
+
+def _is_same(index: Tensor, given: Tensor) -> bool:
+    """Whether one holds the numbers of the other, or those padded at one end with one other number."""
+    if index.numel() == given.numel():
+        return torch.equal(index.flatten(), given.flatten().to(index.dtype))
+    if index.ndim < 2 or index.shape[:-1] != given.shape[:-1] or index.shape[-1] < given.shape[-1]:
+        return False
+    length = given.shape[-1]
+    for own, rest in ((index[..., :length], index[..., length:]), (index[..., -length:], index[..., :-length])):
+        if torch.equal(own, given.to(index.dtype)) and bool((rest == rest.flatten()[0]).all()):
+            return True
+    return False
+
+
+def _channel_dim(module: nn.Module) -> int | None:
+    """The dimension of the channels: the last one for layers over features, 1 for layers over images."""
+    own: int | None = getattr(type(module), "nrm_channel_dim", None)
+    if own is not None:
+        return own
+    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)):
+        return -1
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd)
+    return 1 if isinstance(module, kinds) else None
+
+
+__all__ = ["EMBEDDINGS", "Observer"]

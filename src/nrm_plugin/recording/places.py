@@ -1,0 +1,44 @@
+"""Places in the graph of a recording at which relevance can be read or absorbed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Output ``number`` of a vertex: one tensor."""
+
+    vertex: int
+    number: int
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts places as a walk crosses them."""
+        return (self.vertex, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Input ``number`` of a vertex: the relevance that this vertex alone propagates to the tensor that it reads."""
+
+    vertex: int
+    number: int
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts places as a walk crosses them."""
+        return (self.vertex, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """What a vertex absorbs."""
+
+    vertex: int
+
+
+Place = Buffer | Edge
+"""Where a tap is."""
+
+__all__ = ["Buffer", "Edge", "Place", "Sink"]

@@ -1,0 +1,36 @@
+"""The structure of a recording: all that does not depend on values, so that it need be found only once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .audit import check_joined, check_known
+from .graph import Graph
+from .observer import Observer
+from .samples import Samples
+from .taps import Taps
+
+
+class Structure:
+    """Graph, taps and samples of one forward pass, audited.
+
+    Args:
+        observer: What was observed in the forward pass.
+        output: Where the measure starts.
+        count: Number of samples.
+        batched: Whether the inputs have a dimension of samples.
+
+    Raises:
+        InputError: The output depends on none of the inputs.
+        UnsupportedOperationError: An operation without a kernel lies between them.
+    """
+
+    def __init__(self, observer: Observer, output: Tensor, count: int, batched: bool) -> None:
+        self.graph = Graph(output)
+        check_joined(self.graph, observer.leaves)
+        check_known(self.graph, observer.observed)
+        self.samples = Samples(self.graph, count, batched)
+        self.taps = Taps(self.graph, observer.observed, observer.modules, observer.containers, batched)
+
+
+__all__ = ["Structure"]

@@ -1,0 +1,311 @@
+"""Taps: the tensors of a recording at which relevance is read, and how they are looked up by layer name."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import HookedContainerError, UnknownLayerError, unknown_layer
+from .graph import Graph
+from .places import Buffer, Edge, Place
+
+INPUT, OUTPUT = "input", "output"
+
+Item = int | str
+"""Which tensor of several: its position in a tuple, or its key."""
+
+
+class Label(NamedTuple):
+    """What names a tensor: a layer, the side of it, which of its calls, and which of several tensors."""
+
+    name: str
+    side: str
+    call: int
+    item: Item | None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A labelled tensor of the forward pass, by its place in the autograd graph."""
+
+    label: Label
+    node: Any
+    number: int
+    shape: torch.Size
+    channel_dim: int | None
+
+
+@dataclass
+class Tap:
+    """One tensor of the computation.
+
+    Attributes:
+        place: Where it is in the graph.
+        shape: ``(N, …)``; ``(1, …)`` before the shape of the tensor if the inputs have no dimension of samples.
+        names: All its names.
+        channel_dim: The dimension of the channels.
+    """
+
+    place: Place
+    shape: torch.Size
+    names: list[str] = field(default_factory=list)
+    channel_dim: int = 1
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts taps as a walk crosses them."""
+        return self.place.order
+
+
+def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
+    """The name of a layer given by name or as a module; that of the model itself is ``"output"``.
+
+    Raises:
+        UnknownLayerError: It is a module of another model.
+    """
+    if isinstance(layer, str):
+        return layer
+    if layer not in modules:
+        raise UnknownLayerError(
+            f"the given {type(layer).__name__} is not a module of the measured model. Pass one of "
+            "`model.modules()`, not a copy of it, or its name."
+        )
+    return modules[layer] or OUTPUT
+
+
+class Taps:
+    """The taps of a recording, in the order in which a walk crosses them.
+
+    Args:
+        graph: The graph.
+        observed: The labelled tensors, in execution order.
+        modules: Name of each module.
+        containers: Names of modules with children that have a rule themselves, so that there are no taps inside.
+        batched: Whether the inputs have a dimension of samples.
+
+    Attributes:
+        all: All taps.
+        index: Position of each place in it.
+        marks: Bit ``k`` stands for tap ``k``: which taps lie below each vertex and edge.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        observed: Sequence[Observed],
+        modules: Mapping[nn.Module, str],
+        containers: Sequence[str],
+        batched: bool,
+    ) -> None:
+        self.graph, self.modules, self._containers, self._batched = graph, modules, containers, batched
+        self._labelled: dict[Label, Tap] = {}
+        self.all = self._collected(observed)
+        self._items_of: dict[tuple[str, str], dict[int, list[Item | None]]] = {}
+        for label in self._labelled:
+            self._items_of.setdefault((label.name, label.side), {}).setdefault(label.call, []).append(label.item)
+        self.index: dict[Place, int] = {tap.place: number for number, tap in enumerate(self.all)}
+        self._sinks = {(v.step.name, v.step.call): n for n, v in enumerate(graph.vertices) if v.step is not None}
+        _infer_channels(self.all, 1 if batched else -1)
+        self.marks = graph.marks_below({place: 1 << number for place, number in self.index.items()})
+
+    def __iter__(self) -> Iterator[Tap]:
+        return iter(self.all)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def at(self, place: Place) -> Tap:
+        """The tap at a place."""
+        return self.all[self.index[place]]
+
+    # -- collecting -------------------------------------------------------------------------------------------
+
+    def _collected(self, observed: Sequence[Observed]) -> list[Tap]:
+        taps: dict[Place, Tap] = {}
+        position = self.graph.position
+        for seen in observed:
+            if seen.node in position:
+                place = Buffer(position[seen.node], seen.number)
+                self._add(taps, place, seen.shape, seen.label, seen.channel_dim)
+        for index, vertex in enumerate(self.graph.vertices):
+            step = vertex.step
+            for number, buffer in enumerate(vertex.edges if step is not None else ()):
+                if step is not None and buffer is not None:
+                    label = Label(step.name, "input", step.call, None if len(vertex.edges) == 1 else number)
+                    self._add(taps, Edge(index, number), self.graph.shape(buffer), label, None)
+        return sorted(taps.values(), key=lambda tap: tap.order)
+
+    def _add(
+        self, taps: dict[Place, Tap], place: Place, shape: torch.Size, label: Label, channel_dim: int | None
+    ) -> None:
+        tap = taps.setdefault(place, Tap(place, shape if self._batched else torch.Size((1, *shape)), channel_dim=0))
+        if label.side == "output" and label.name not in tap.names:
+            tap.names.append(label.name)
+        if channel_dim is not None:
+            tap.channel_dim = channel_dim
+        self._labelled.setdefault(label, tap)
+
+    # -- names ------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the output taps, in execution order."""
+        return [name for tap in reversed(self.all) for name in self._names_of(tap)]
+
+    def _names_of(self, tap: Tap) -> Iterator[str]:
+        for name in dict.fromkeys(tap.names):
+            if any(name.startswith(f"{other}.") for other in tap.names):
+                continue  # the function inside a layer that returns the same tensor: an alias of no use
+            calls = self.calls_of(name)
+            for call in calls:
+                items = self._items(name, "output", call)
+                for item in items:
+                    if self._labelled.get(Label(name, "output", call, item)) is tap:
+                        yield name + (f":{call}" if len(calls) > 1 else "") + (f"[{item}]" if len(items) > 1 else "")
+
+    def name_of(self, layer: str | nn.Module) -> str:
+        """The name of a layer given by name or as a module."""
+        return name_of(layer, self.modules)
+
+    def name_at(self, vertex: int) -> str:
+        """A name for a vertex: of its step, else of its tap, else of the nearest tap above it."""
+        step = self.graph.vertices[vertex].step
+        if step is not None:
+            several = sum(name == step.name for name, _ in self._sinks) > 1
+            return f"{step.name}:{step.call}" if several else step.name
+        above = reversed([tap for tap in self.all if tap.place.vertex <= vertex])
+        return next((tap.names[0] for tap in above if tap.names), "constants")
+
+    def calls_of(self, name: str, side: str = "output") -> list[int]:
+        """The calls of a layer that have taps."""
+        return sorted(self._items_of.get((name, side), ()))
+
+    def _items(self, name: str, side: str, call: int) -> list[Item | None]:
+        return list(self._items_of.get((name, side), {}).get(call, ()))
+
+    # -- looking up -------------------------------------------------------------------------------------------
+
+    def find(
+        self, layer: str | nn.Module, side: str = "output", call: Any = None, item: Item | None = None
+    ) -> list[Tap]:
+        """The taps of a layer name, side, call and item; several for ``call="any"``.
+
+        Raises:
+            UnknownLayerError: No such tap; the message lists near names.
+        """
+        if isinstance(layer, str):
+            layer, own = self._split_item(layer, side)
+            item = own if item is None else item
+        name, calls = self.called(layer, side, call)
+        return [self._item(name, side, number, item) for number in calls]
+
+    def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
+        """The tensors that a layer returned, or was called with: ``[None]`` for a single one."""
+        if isinstance(layer, str):
+            layer, item = self._split_item(layer, side)
+            if item is not None:
+                return [item]
+        name, calls = self.called(layer, side, call)
+        return self._items(name, side, calls[0])
+
+    def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
+        """``"lstm[0]"``, as in :attr:`layers`, to layer and item."""
+        stem, bracket, item = name.removesuffix("]").rpartition("[")
+        if not bracket or not name.endswith("]") or self.calls_of(name, side):
+            return name, None
+        return stem, int(item) if item.isdigit() else item
+
+    def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
+        """The name of a layer, and the calls of it that ``call`` selects."""
+        name = self.name_of(layer)
+        if call is None and ":" in name and name.rpartition(":")[2].isdigit() and not self.calls_of(name, side):
+            name, _, number = name.rpartition(":")
+            call = int(number)
+        calls = self.calls_of(name, side)
+        if not calls:
+            raise self._missing(name, side)
+        if call is None and len(calls) > 1:
+            raise UnknownLayerError(
+                f"{name!r} was called {len(calls)} times, so it has {len(calls)} taps. Say which: "
+                f"at({name!r}, call=0), or call='any' for the walks through one of them."
+            )
+        return name, _selected(name, calls, call)
+
+    def find_sinks(self, layer: str | nn.Module, call: Any = None) -> list[int]:
+        """The vertices of the steps of a layer, whose sinks ``at(layer, side="sink")`` stands for.
+
+        Raises:
+            UnknownLayerError: The layer is not a step, so that it absorbs nothing.
+        """
+        name = self.name_of(layer)
+        calls = sorted(number for known, number in self._sinks if known == name)
+        if not calls:
+            steps = dict.fromkeys(known for known, _ in self._sinks)
+            if self.calls_of(name):
+                raise UnknownLayerError(
+                    f"{name!r} only routes relevance, so it has no sink. The steps are {', '.join(map(repr, steps))}."
+                )
+            raise self._missing(name, "output")
+        if call is None and len(calls) > 1:
+            raise UnknownLayerError(f"{name!r} was called {len(calls)} times: say call=0, …, or call='any'.")
+        return [self._sinks[name, number] for number in _selected(name, calls, call)]
+
+    def _item(self, name: str, side: str, call: int, item: Item | None) -> Tap:
+        items = self._items(name, side, call)
+        if item not in items:
+            if item is None and len(items) == 1:
+                item = items[0]
+            elif item == 0 and items == [None]:
+                item = None
+            elif items == [None]:
+                raise UnknownLayerError(f"the {side} of {name!r} is one tensor, so omit item=; got item={item!r}.")
+            else:
+                raise UnknownLayerError(
+                    f"the {side} of {name!r} has {len(items)} tensors: say which by item=, one of "
+                    f"{', '.join(map(repr, items))}; got {item!r}."
+                )
+        return self._labelled[Label(name, side, call, item)]
+
+    def _missing(self, name: str, side: str) -> UnknownLayerError:
+        for container in self._containers:
+            if container == "" or name.startswith(f"{container}."):
+                return HookedContainerError(
+                    f"{name!r} lies inside {container or 'the model'!r}, to which the composite gives one rule, so "
+                    "that it is a single step without taps inside. Ask for its input or output, or map rules to the "
+                    "modules inside it."
+                )
+        known = [label.name for label in self._labelled if label.side == side]
+        return UnknownLayerError(unknown_layer(name, dict.fromkeys([*self.layers, *known])))
+
+
+def _selected(name: str, calls: list[int], call: Any) -> list[int]:
+    selected = calls if call == "any" else [calls[0] if call is None else call]
+    if not set(selected) <= set(calls):
+        raise UnknownLayerError(f"{name!r} has no call {call}; its calls are {calls}.")
+    return selected
+
+
+def _infer_channels(taps: Sequence[Tap], default: int) -> None:
+    """Gives a tap whose layout no layer determines the layout of the nearest tap of its shape, else of its rank."""
+    known: dict[object, list[int]] = {}
+    for number, tap in enumerate(taps):
+        if tap.channel_dim:
+            for key in (tuple(tap.shape), len(tap.shape)):
+                known.setdefault(key, []).append(number)
+    inferred = {}
+    for number, tap in enumerate(taps):
+        if not tap.channel_dim:
+            same = known.get(tuple(tap.shape), known.get(len(tap.shape), []))
+            at = bisect.bisect(same, number)
+            near = [(abs(other - number), taps[other].channel_dim) for other in same[max(0, at - 1) : at + 1]]
+            inferred[number] = min(near, default=(0, default))[1] % max(len(tap.shape), 2)
+    for number, dim in inferred.items():
+        taps[number].channel_dim = dim
+
+
+__all__ = ["INPUT", "OUTPUT", "Item", "Label", "Observed", "Tap", "Taps", "name_of"]

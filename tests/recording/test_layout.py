@@ -1,0 +1,75 @@
+"""Layouts bring any tensor into the form (N, …) and back, whatever its dimensions are."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nrm_plugin.recording.layout import Layout, layout_of
+
+
+@st.composite
+def folded(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
+    """A tensor ``(N, …)``, the same in another layout, and N: samples moved, joined with a part, permuted."""
+    count = draw(st.integers(2, 4))
+    inner = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    plain = torch.arange(count * torch.Size(inner).numel()).reshape(count, *inner) + 1
+    at = draw(st.integers(0, len(inner)))
+    other = plain.movedim(0, at)
+    if at < len(inner) and draw(st.booleans()):
+        swap = draw(st.booleans())
+        other = other.transpose(at, at + 1).flatten(at, at + 1) if swap else other.flatten(at, at + 1)
+    return plain, other, count
+
+
+@given(folded(), st.integers(0, 2**32 - 1))
+def test_labels_determine_the_layout(case: tuple[Tensor, Tensor, int], seed: int) -> None:
+    plain, other, count = case
+    size = plain[0].numel()
+    labels = (other - 1) // size
+    layout = layout_of(labels, count)
+    assert layout is not None
+    unfolded = layout.unfold(other)
+    assert unfolded.shape == layout.shape(other.shape)
+    assert len(unfolded) == count
+    # Each row holds the entries of one sample, in order.
+    assert torch.equal((unfolded.flatten(1) - 1) // size, torch.arange(count)[:, None].expand(count, size))
+    assert torch.equal(layout.fold(unfolded), other)
+    assert torch.equal(layout.fold(layout.unfold(other[None], 1), 1)[0], other)
+    draw = torch.Generator().manual_seed(seed)
+    hidden = torch.rand(labels.shape, generator=draw) < 0.3
+    known = layout_of(labels.masked_fill(hidden, -1), count)
+    if known is not None:  # the entries whose sample is known are still in the right row
+        rows = torch.arange(count).reshape(-1, *(1,) * (unfolded.ndim - 1)) if known.parts == layout.parts else None
+        placed = known.unfold(labels.masked_fill(hidden, -1))
+        rows = torch.arange(count).reshape(-1, *(1,) * (placed.ndim - 1))
+        assert bool(((placed == rows) | (placed < 0)).all())
+
+
+def test_rows_in_another_order_are_sorted_by_sample() -> None:
+    rows = torch.tensor([2, 0, 1, 1, 0, 2])
+    layout = layout_of(rows[:, None].expand(6, 5), 3)
+    assert layout is not None
+    assert layout.unfold(rows[:, None]).flatten(1).tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert torch.equal(layout.fold(layout.unfold(rows)), rows)
+
+
+def test_uneven_or_mixed_samples_have_no_layout() -> None:
+    assert layout_of(torch.tensor([0, 0, 0, 1]), 2) is None
+    assert layout_of(torch.tensor([[0, 1], [1, 0]]), 2) is None
+
+
+def test_the_channels_are_followed() -> None:
+    values = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)  # (N, T, H, C)
+    cases = [
+        (values.transpose(0, 1), Layout(1, 2), 3),  # (T, N, H, C)
+        (values.transpose(0, 1).flatten(1, 2), Layout(1, 2, 4), 2),  # (T, N · H, C)
+        (values.movedim(3, 0), Layout(1, 2), 0),  # (C, N, T, H)
+    ]
+    for other, layout, channels in cases:
+        unfolded = layout.unfold(other)
+        dim = layout.channel_dim(channels, other.ndim)
+        assert unfolded.shape[dim] == 5
+        assert layout.channel_dim(channels - other.ndim, other.ndim) == dim
