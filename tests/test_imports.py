@@ -1,4 +1,7 @@
-"""Importing the package: lazily, by deprecated paths with a warning, and with its composites in Zennit's registry."""
+"""Importing the package: lazily, by deprecated paths with a warning, and with its composites in Zennit's registry.
+
+Covers: nrm_plugin.version.
+"""
 
 from __future__ import annotations
 

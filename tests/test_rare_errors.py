@@ -23,7 +23,6 @@ from nrm_plugin.commands.model_loading import ModelError
 from nrm_plugin.dataset import images as pictures
 from nrm_plugin.dataset.images import open_picture
 from nrm_plugin.errors import EventError, InputError, NRMError, UnknownLayerError, UnsupportedRuleError
-from nrm_plugin.events.serialization import event_from_json, event_to_json
 from nrm_plugin.measure.flow import FlowError, FlowGraph
 from nrm_plugin.measure.flow_heat_maps import flow_maps
 from nrm_plugin.measure.layer_profile import profile
@@ -53,7 +52,6 @@ def test_the_repr_of_a_measure_shows_its_settings(net: nn.Module):
     ("call", "error", "message"),
     [
         (lambda mu: mu.joints(["2", "0"], over=["channel"]), ValueError, r"over= has 1 entries for 2 layers"),
-        (lambda mu: event_to_json("conv"), EventError, "expected an event such as .*got str: 'conv'"),
         (lambda mu: FuseBatchNorm().apply(nn.ReLU()), NRMError, "SequentialMergeBatchNorm"),
         (lambda mu: register_kernel(3), TypeError, "register_kernel takes functions, got int"),
     ],
@@ -105,15 +103,6 @@ def test_coverage_reports_shared_weights_and_absorbing_constants():
     (line,) = [line for line in text.splitlines() if line.startswith("second")]
     assert "shares weights with first" in line
     assert re.search(r"(?m)^constants that can absorb: \S+", text)
-
-
-@pytest.mark.parametrize(
-    "event",
-    [at("a")[torch.empty(0, dtype=torch.int64)], at("a")[torch.arange(40)], at("a")[1:3, ..., torch.tensor([2])]],
-)
-def test_events_of_no_or_many_neurons_survive_a_json_round_trip(event: Any):
-    assert event_from_json(event_to_json(event)) == event
-    assert ("40 numbers in (40,)" in repr(event)) == (event == at("a")[torch.arange(40)])
 
 
 def test_input_roles_must_match_the_batches_of_a_loader(net: nn.Module):

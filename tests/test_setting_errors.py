@@ -1,4 +1,7 @@
-"""Invalid settings, composites and rules; the Captum classes raise the same errors as the measure."""
+"""Invalid settings, composites and rules; the Captum classes raise the same errors as the measure.
+
+Covers: nrm_plugin.recording.audit.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""docs/troubleshooting.md lists every error and quotes its actual message.
-
-Covers: nrm_plugin.errors.
-"""
+"""docs/troubleshooting.md lists every error and quotes its actual message."""
 
 from __future__ import annotations
 

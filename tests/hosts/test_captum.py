@@ -1,6 +1,8 @@
 """Captum's generic guarantees, tested as Captum tests its own classes and together with its own objects.
 
 The tests support every version of Captum from 0.7 to 0.9; `make test-hosts` runs them with the older ones.
+
+Covers: nrm_plugin.attribution.captum_adapter, nrm_plugin.attribution.dataloader.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Sweeps on a local Ray cluster: `make test-hosts`."""
+"""Sweeps on a local Ray cluster: `make test-hosts`.
+
+Covers: nrm_plugin.dataset.ray_engine.
+"""
 
 from __future__ import annotations
 
