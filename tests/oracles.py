@@ -35,16 +35,16 @@ def dense(
     Parameters are modified before ``W`` is computed: with reflect padding an entry of ``W`` is a sum of several
     weights, and the positive part of the sum is not the sum of the positive parts.
     """
-    twin = copy.deepcopy(module).double()
+    modified = copy.deepcopy(module).double()
     zero = (zero_params,) if isinstance(zero_params, str) else zero_params or ()
     with torch.no_grad():
-        for name, param in twin.named_parameters(recurse=False):
+        for name, param in modified.named_parameters(recurse=False):
             param.copy_(torch.zeros_like(param) if name in zero else modify(param))
-        b = twin.forward(torch.zeros_like(a)[None]).flatten()
-        if getattr(twin, "bias", None) is not None:
-            twin.bias.zero_()
+        b = modified.forward(torch.zeros_like(a)[None]).flatten()
+        if getattr(modified, "bias", None) is not None:
+            modified.bias.zero_()
         units = torch.eye(a.numel(), dtype=torch.float64).reshape(-1, *a.shape)
-        return twin.forward(units).flatten(1).numpy(), b.numpy()
+        return modified.forward(units).flatten(1).numpy(), b.numpy()
 
 
 def contributions(a: Tensor, W: Array) -> Array:

@@ -62,6 +62,21 @@ def test_importing_an_unknown_module_raises() -> None:
         nrm_plugin.at_all  # noqa: B018
 
 
+MODULES = sorted(path.stem for path in (ROOT / "src/nrm_plugin").iterdir() if path.suffix in ("", ".py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("__")])
+def test_any_module_can_be_imported_first(module: str) -> None:
+    known = "print('nrm_default' in __import__('zennit.composites').composites.COMPOSITES)"
+    assert printed(f"import nrm_plugin.{module}; {known}") == "True"
+
+
+@pytest.mark.parametrize("name", ["Absolute", "at", "RelevanceMeasure", "FuseBatchNorm", "Interception"])
+def test_any_name_can_be_imported_first(name: str) -> None:
+    assert printed(f"from nrm_plugin import {name}; print({name}.__name__)") == name
+
+
 @pytest.mark.parametrize("order", ["import nrm_plugin, zennit.composites", "import zennit.composites, nrm_plugin"])
 def test_zennit_registers_the_composites_once_both_are_imported(order: str) -> None:
     code = (

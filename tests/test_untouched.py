@@ -512,16 +512,16 @@ def test_a_new_measure_can_be_constructed_after_one_is_stale(net, x):
 
 
 def test_training_continues_after_a_measure(net, x):
-    twin = copy.deepcopy(net)
+    reference = copy.deepcopy(net)
     mu = RelevanceMeasure(net, x, 1)
     answers(mu)
-    for model in (net, twin):
+    for model in (net, reference):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         optimizer.zero_grad()
         model(x).square().sum().backward()
         optimizer.step()
-    for one, other in zip(net.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for parameter, expected in zip(net.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 def test_a_model_of_torchvision_is_left_unchanged():

@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Sequence
@@ -44,15 +45,17 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports modules by deprecated paths, and registers composites when Zennit's registry is imported."""
+    """Imports modules by deprecated paths, and registers composites once Zennit's registry is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname == REGISTRY:
-            return _registering_composites(importlib.machinery.PathFinder.find_spec(fullname, path))
         package, _, name = fullname.partition(".")
-        return importlib.util.spec_from_loader(fullname, self) if package == PACKAGE and name in MOVED else None
+        if package == PACKAGE and name in MOVED:
+            return importlib.util.spec_from_loader(fullname, self)
+        if fullname == REGISTRY or (package == PACKAGE and name):
+            return _registering_composites(importlib.machinery.PathFinder.find_spec(fullname, path))
+        return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         return None
@@ -65,14 +68,31 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__dict__.update({name: value for name, value in vars(replacement).items() if name[:2] != "__"})
 
 
+class _Depth(threading.local):
+    """Number of nested imports in progress in a thread."""
+
+    value = 0
+
+
+_DEPTH = _Depth()
+
+
 def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-    """The spec of Zennit's registry; importing it also imports the composites here, which register themselves."""
+    """The spec, whose import is followed by that of the composites if Zennit's registry is imported.
+
+    This happens after the outermost import only, since modules of this package that import Zennit are incomplete before.
+    """
     if spec is not None and spec.loader is not None:
-        run_registry = spec.loader.exec_module
+        execute = spec.loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
-            run_registry(module)
-            importlib.import_module(f"{PACKAGE}.composites")
+            _DEPTH.value += 1
+            try:
+                execute(module)
+            finally:
+                _DEPTH.value -= 1
+            if not _DEPTH.value and REGISTRY in sys.modules:
+                importlib.import_module(f"{PACKAGE}.composites")
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
     return spec

@@ -304,9 +304,9 @@ def test_an_invalid_choice_of_output_raises(measured):
 
 def test_a_scalar_output_needs_no_target_and_no_second_dimension(measured):
     model = Calls(lambda self, x: x[:, 1]).eval()
-    twin = copy.deepcopy(model)
-    twin.function = lambda self, x: x
-    twin = RelevanceMeasure(twin, measured.x, 1)
+    all_outputs = copy.deepcopy(model)
+    all_outputs.function = lambda self, x: x
+    expected = RelevanceMeasure(all_outputs, measured.x, 1)
     mu = RelevanceMeasure(model, measured.x)
     assert mu.shape("output") == (2,)
     torch.testing.assert_close(mu.output, model(measured.x).detach())
@@ -315,7 +315,7 @@ def test_a_scalar_output_needs_no_target_and_no_second_dimension(measured):
     torch.testing.assert_close(mu.marginal("output", "channel"), torch.ones(2))
     torch.testing.assert_close(mu.variation("output"), torch.ones(2))
     torch.testing.assert_close(mu.joint("output", "lin").shape, torch.Size([2, 1, 4]))
-    torch.testing.assert_close(mu.marginal("input"), twin.marginal("input"))
+    torch.testing.assert_close(mu.marginal("input"), expected.marginal("input"))
     assert NRM(model).attribute(measured.x, return_convergence_delta=True)[1].abs().max() < 1e-5
     with measured.raises(TargetError, "target 0 has 1 index", "(2,)", "leave target= out", model=model):
         RelevanceMeasure(model, measured.x, 0)

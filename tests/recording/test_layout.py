@@ -35,7 +35,7 @@ def test_labels_determine_the_layout(case: tuple[Tensor, Tensor, int], seed: int
     assert unfolded.shape == layout.shape(other.shape)
     assert len(unfolded) == count
     # Each row holds the entries of one sample, in order.
-    assert torch.equal((unfolded.flatten(1) - 1) // size, torch.arange(count)[:, None].expand(count, size))
+    assert torch.equal((unfolded.reshape(count, -1) - 1) // size, torch.arange(count)[:, None].expand(count, size))
     assert torch.equal(layout.fold(unfolded), other)
     assert torch.equal(layout.fold(layout.unfold(other[None], 1), 1)[0], other)
     draw = torch.Generator().manual_seed(seed)

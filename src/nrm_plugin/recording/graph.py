@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -136,11 +136,12 @@ class Graph:
 
     Args:
         output: The tensor; it has a history.
+        leaves: Where relevance ends: the inputs. Everything that depends on none of them is a constant.
     """
 
-    def __init__(self, output: Tensor) -> None:
+    def __init__(self, output: Tensor, leaves: Sequence[Tensor]) -> None:
         root, number = written(output.grad_fn, output.output_nr)
-        self.nodes = _in_walk_order(root)
+        self.nodes = _depending(_in_walk_order(root), leaves)
         position = {node: index for index, node in enumerate(self.nodes)}
         self.vertices = [_vertex(node, position) for node in self.nodes]
         self.position = position
@@ -212,13 +213,23 @@ def _in_walk_order(root: Any) -> list[Any]:
     return order[::-1]
 
 
+def _depending(nodes: list[Any], leaves: Sequence[Tensor]) -> list[Any]:
+    """The nodes from which at least one of the leaves is reached, and the first one in any case."""
+    inputs = {id(leaf) for leaf in leaves}
+    depending: set[Any] = set()
+    for node in reversed(nodes):
+        if id(getattr(node, "variable", None)) in inputs or any(below in depending for below, _ in _edges(node)):
+            depending.add(node)
+    return nodes[:1] + [node for node in nodes[1:] if node in depending]
+
+
 def _edges(node: Any) -> list[tuple[Any, int]]:
     """The nodes that a node reads from, and which output; a write to a whole tensor is not a vertex of its own."""
     return [written(below, number) for below, number in node.next_functions]
 
 
 def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
-    edges = tuple(None if below is None else Buffer(position[below], number) for below, number in _edges(node))
+    edges = tuple(Buffer(position[below], number) if below in position else None for below, number in _edges(node))
     step = getattr(node, "step", None)
     step = step if isinstance(step, Step) else None
     leaf = getattr(node, "variable", None)

@@ -26,7 +26,7 @@ class Structure:
     """
 
     def __init__(self, observer: Observer, output: Tensor, count: int, batched: bool) -> None:
-        self.graph = Graph(output)
+        self.graph = Graph(output, observer.leaves)
         check_joined(self.graph, observer.leaves)
         check_known(self.graph, observer.observed)
         self.samples = Samples(self.graph, count, batched)
