@@ -80,7 +80,7 @@ _DEPTH = _Depth()
 def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
     """The spec, whose import is followed by that of the composites if Zennit's registry is imported.
 
-    This happens after the outermost import only, since modules of this package that import Zennit are incomplete before.
+    Only after the outermost import, since modules of this package that import Zennit are incomplete before.
     """
     if spec is not None and spec.loader is not None:
         execute = spec.loader.exec_module
