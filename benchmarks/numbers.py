@@ -155,9 +155,9 @@ def flipping(composite: str) -> Callable[[Found], str]:
 
 def mutants(found: Found) -> str:
     """Share of detected mutants among those tried, without equivalent ones."""
-    rows = found["modules"].values()
+    rows = found["packages"].values()
     detected = sum(row["killed"] + row["timed out"] for row in rows)
-    equivalent = sum(row["judgement"] == "equivalent" for row in found["survivors"])
+    equivalent = sum(row["judgement"].startswith("equivalent") for row in found["survivors"])
     tried = sum(row["tried"] for row in rows)
     return f"{100 * detected / (tried - equivalent):.1f} % of {tried - equivalent}"
 

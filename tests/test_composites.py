@@ -1,4 +1,4 @@
-"""Normalized is a Zennit composite like any other, and its settings do what they say."""
+"""Normalized as a Zennit composite, alone and with others, and its settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SETTINGS = [
 
 
 class Net(nn.Module):
-    """A skip, in-place ReLUs, a reused layer, functional layers, a parameter that is added and one that gates."""
+    """A skip, in-place ReLUs, a reused layer, functional layers, an added parameter and one that multiplies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,13 +78,13 @@ def relevance(model, x, rules, start):
 
 
 def by_measure(model, x, rules, start):
-    """Measure times start: what the gradient in the context has to be."""
+    """Measure times start: the gradient expected in the context."""
     total = start.sum(1).reshape(-1, 1, 1, 1)
     return RelevanceMeasure(model, x, start=start, composite=rules).marginal("input") * total
 
 
-def same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 # -- in its context -----------------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ def test_the_gradient_in_its_context_is_the_measure_times_the_start(net, x, star
     rules = Normalized(plain(), **settings)
     expected = by_measure(net, x, rules, start)
     with untouched(net, x):
-        found = relevance(net, x, rules, start)
-    same(found, expected)
+        actual = relevance(net, x, rules, start)
+    same(actual, expected)
     assert expected.abs().max() > 1e-3
 
 
@@ -112,26 +112,26 @@ def test_frozen_weights_change_no_number(net, x, start):
     assert net.scale.requires_grad
 
 
-def test_the_relevance_of_a_layer_can_be_kept_as_in_zennits_how_to(net, x, start):
+def test_the_relevance_of_a_layer_can_be_stored_as_in_zennits_how_to(net, x, start):
     rules = Normalized(EpsilonPlusFlat())
     expected = (
         RelevanceMeasure(net, x, start=start, composite=rules).marginal("pool") * start.sum(1)[:, None, None, None]
     )
-    kept = []
+    outputs = []
     with rules.context(net):
-        handle = net.pool.register_forward_hook(lambda module, args, output: kept.append(output))
+        handle = net.pool.register_forward_hook(lambda module, args, output: outputs.append(output))
         output = net(x.clone().requires_grad_())
-        kept[0].retain_grad()
+        outputs[0].retain_grad()
         output.backward(start)
         handle.remove()
-    same(kept[0].grad, expected)
+    same(outputs[0].grad, expected)
 
 
 def test_zennits_attributors_take_it(net, x, start):
     rules = Normalized(EpsilonPlusFlat())
     with untouched(net, x):
-        output, found = Gradient(net, rules)(x, start)
-        same(found, by_measure(net, x, rules, start))
+        output, actual = Gradient(net, rules)(x, start)
+        same(actual, by_measure(net, x, rules, start))
         same(output, net(x))
         _, times_output = Gradient(net, rules)(x, lambda output: output * (torch.arange(5) == 2))
         same(times_output, by_measure(net, x, rules, output.detach() * (torch.arange(5) == 2)))
@@ -145,26 +145,26 @@ def test_smoothgrad_is_the_mean_over_noisy_inputs(net, x, start):
     rules = Normalized(EpsilonPlusFlat())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        _, found = SmoothGrad(net, rules, noise_level=0.2, n_iter=3)(x, start)
+        _, actual = SmoothGrad(net, rules, noise_level=0.2, n_iter=3)(x, start)
         torch.manual_seed(3)
         std = 0.2 * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
         inputs = [x + torch.randn_like(x) * std, x + torch.randn_like(x) * std, x]
-    same(found, torch.stack([by_measure(net, each, rules, start) for each in inputs]).mean(0))
+    same(actual, torch.stack([by_measure(net, each, rules, start) for each in inputs]).mean(0))
 
 
 def test_the_relevance_can_be_differentiated_again_through_functions(net, x, start):
-    """It is linear in the start, so its derivative is the measure seen from below."""
+    """It is linear in the start, so its derivative is a transposed pass."""
     rules = Normalized(EpsilonPlusFlat())
     leaf, start = x.clone().requires_grad_(), start.requires_grad_()
     with rules.context(net):
         output = net(leaf)
-        (found,) = torch.autograd.grad(output, leaf, start, create_graph=True)
-        (slope,) = torch.autograd.grad(found[:, :, 1:3].sum(), start)
+        (actual,) = torch.autograd.grad(output, leaf, start, create_graph=True)
+        (slope,) = torch.autograd.grad(actual[:, :, 1:3].sum(), start)
     mu = RelevanceMeasure(net, x, start=start.detach(), composite=rules)
     same(slope, mu.conditional(at("input")[:, 1:3], "output"))
 
 
-# -- beside others ------------------------------------------------------------------------------------------------
+# -- next to others -----------------------------------------------------------------------------------------------
 
 
 def test_rules_by_name_and_by_layer_nest_inside_it(net, x, start):
@@ -180,18 +180,18 @@ def test_rules_by_name_and_by_layer_nest_inside_it(net, x, start):
     assert (by_measure(net, x, unlike, start) - by_measure(net, x, rules, start)).abs().max() > 1e-3
 
 
-def test_it_nests_in_a_mixed_composite_and_gives_way_to_rules_before_it(net, x, start):
-    """A rule of Zennit's own beside it stays as Zennit has it."""
+def test_in_a_mixed_composite_earlier_rules_take_precedence(net, x, start):
+    """A rule next to it is not normalized."""
     rules = Normalized(EpsilonPlus(), residual="sink")
     mixed = MixedComposite([NameMapComposite([(["head"], ZPlus())]), rules])
     inside = Normalized(MixedComposite([NameMapComposite([(["head"], ZPlus())]), EpsilonPlus()]), residual="sink")
-    found = relevance(copy.deepcopy(net), x, mixed, start)  # Zennit 1.0 replaces the parameters of its own rules
-    torch.testing.assert_close(found, by_measure(net, x, inside, start), rtol=1e-4, atol=1e-6)
+    actual = relevance(copy.deepcopy(net), x, mixed, start)  # Zennit 1.0 replaces the parameters of its own rules
+    torch.testing.assert_close(actual, by_measure(net, x, inside, start), rtol=1e-4, atol=1e-6)
     same(relevance(net, x, MixedComposite([rules]), start), by_measure(net, x, rules, start))
 
 
-def test_two_of_them_cannot_hold_one_model_at_once(net, x, start):
-    """The inner one would run on what the outer one linked already."""
+def test_two_of_them_cannot_be_registered_on_one_model(net, x, start):
+    """The inner one would link outputs that the outer one has linked."""
     outer, inner = Normalized(EpsilonPlus()), Normalized(NRMAbsolute())
     expected = relevance(net, x, outer, start)
     before = state_of(net)
@@ -220,7 +220,7 @@ def test_registering_it_again_is_registering_it_once(net, x, start):
 
 
 @pytest.mark.parametrize("duplicate", slow_but([copy.copy, copy.deepcopy], copy.copy))
-def test_a_copy_is_a_composite_of_its_own(net, x, start, duplicate):
+def test_a_copy_is_independent(net, x, start, duplicate):
     rules = Normalized(EpsilonPlusFlat(), residual="sink", gain_limit=3.0, uncovered="gradient", sums="signed")
     expected = relevance(net, x, rules, start)
     twin = duplicate(rules)
@@ -236,7 +236,7 @@ def test_a_copy_is_a_composite_of_its_own(net, x, start, duplicate):
     same(by_measure(net, x, twin, start), expected)
 
 
-def test_a_copy_of_the_model_that_was_made_in_the_context_says_so(net, x, start):
+def test_a_copy_of_the_model_made_in_the_context_raises(net, x, start):
     """Python copies hooks along with a module."""
     rules = Normalized(EpsilonPlusFlat())
     with rules.context(net):
@@ -249,7 +249,7 @@ def test_a_copy_of_the_model_that_was_made_in_the_context_says_so(net, x, start)
 
 
 @pytest.mark.slow
-def test_it_can_be_used_over_and_over_without_growing(net, x, start):
+def test_repeated_use_needs_no_more_memory(net, x, start):
     rules = Normalized(EpsilonPlusFlat(), uncovered="gradient")
     expected = relevance(net, x, rules, start)
 
@@ -277,9 +277,9 @@ def test_inactive_switches_off_functions_as_well(net, x, start):
         net.shift.grad = None
         with pytest.raises(ArithmeticError), rules.inactive():
             raise ArithmeticError
-        found = torch.autograd.grad(net(leaf), leaf, start)[0]
-    same(found, by_measure(net, x, rules, start))
-    assert not torch.allclose(found, gradient)
+        actual = torch.autograd.grad(net(leaf), leaf, start)[0]
+    same(actual, by_measure(net, x, rules, start))
+    assert not torch.allclose(actual, gradient)
 
 
 class Breaking(nn.Module):
@@ -292,11 +292,11 @@ def test_the_model_is_as_before_wherever_it_raised(net, x, start):
     expected = relevance(net, x, rules, start)
     relu = net.relu
     for place in ("relu", "head", "lin"):
-        kept = getattr(net, place)
+        original = getattr(net, place)
         setattr(net, place, Breaking())
         with untouched(net, x), pytest.raises(ArithmeticError, match="on purpose"), rules.context(net):
             net(x.clone().requires_grad_())
-        setattr(net, place, kept)
+        setattr(net, place, original)
         assert not torch.overrides._get_current_function_mode_stack()
     assert net.relu is relu
     with untouched(net, x), pytest.raises(KeyboardInterrupt), rules.context(net):
@@ -304,15 +304,15 @@ def test_the_model_is_as_before_wherever_it_raised(net, x, start):
     same(relevance(net, x, rules, start), expected)
 
 
-def test_an_interrupt_from_the_keyboard_leaves_nothing_behind(net, x, start):
-    """Torch runs no hook after it, not even those that are always called."""
+def test_the_model_is_as_before_after_a_keyboard_interrupt(net, x, start):
+    """After it torch calls no hooks, not even those with ``always_call``."""
     rules = Normalized(EpsilonPlusFlat())
-    kept, net.head.forward = net.head.forward, interrupted
+    original, net.head.forward = net.head.forward, interrupted
     with pytest.raises(KeyboardInterrupt), rules.context(net):
         net(x.clone().requires_grad_())
     with pytest.raises(KeyboardInterrupt):
         RelevanceMeasure(net, x, start=start, composite=rules)
-    net.head.forward = kept
+    net.head.forward = original
     assert all(parameter.requires_grad for parameter in net.parameters())
     assert not torch.overrides._get_current_function_mode_stack()
     same(relevance(net, x, rules, start), by_measure(net, x, rules, start))
@@ -335,7 +335,7 @@ def test_the_composites_of_this_package_are_known_to_zennit(net, x, start):
         assert isinstance(rules.module_map({}, "head", net.head), Epsilon)
 
 
-def test_a_name_that_is_taken_is_refused():
+def test_a_name_that_is_taken_raises():
     known = dict(COMPOSITES)
     with pytest.raises(NRMError, match=r"already knows a composite 'epsilon_plus' \(zennit.composites.EpsilonPlus\)"):
         register("epsilon_plus")(NRMDefault)
@@ -344,17 +344,19 @@ def test_a_name_that_is_taken_is_refused():
     assert known == COMPOSITES
     try:
         assert register("nrm_of_a_test")(NRMAbsolute) is NRMAbsolute
-        assert register("nrm_of_a_test")(NRMAbsolute) is NRMAbsolute  # a module that is loaded again
+        assert (
+            register("nrm_of_a_test")(NRMAbsolute) is NRMAbsolute
+        )  # the same class from a module that is loaded again
         assert COMPOSITES["nrm_of_a_test"] is NRMAbsolute
     finally:
         COMPOSITES.pop("nrm_of_a_test", None)
 
 
-# -- rules that a user wrote --------------------------------------------------------------------------------------
+# -- rules written by the user -----------------------------------------------------------------------------------
 
 
 class Squares(BasicHook):
-    """Shares by squares of contributions, a rule that Zennit lacks: T_ij = (a_i w_ij)^2 / (1 + Σ_i (a_i w_ij)^2)."""
+    """Shares in proportion to squared contributions: T_ij = (a_i w_ij)^2 / (1 + Σ_i (a_i w_ij)^2)."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -415,7 +417,7 @@ def half(a, w, b):
 
 
 def gained(T, residual, limit):
-    """``(kernel, share of the sink)``, column by column, as the documentation has it."""
+    """``(kernel, share of the sink)``, column by column, as in the documentation."""
     kernel, absorbed = T.clone(), torch.zeros(T.shape[1], dtype=T.dtype)
     for j in range(T.shape[1]):
         c = float(T[:, j].sum())
@@ -432,7 +434,7 @@ POLICIES = [("sink", 2.0), *(("redistribute", limit) for limit in (1.0, 2.0, 5.0
 
 @pytest.mark.parametrize(("residual", "limit"), POLICIES)
 @pytest.mark.parametrize(("rule", "matrix"), [(Squares(), squares), (Two(), two), (Half(), half)])
-def test_a_rule_of_a_user_is_the_matrix_that_it_says(rule, matrix, residual, limit):
+def test_a_rule_of_the_user_is_its_matrix(rule, matrix, residual, limit):
     draw = torch.Generator().manual_seed(5)
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval()
     for parameter in net.parameters():
@@ -543,12 +545,12 @@ def test_absolute_is_a_rule_of_zennit_as_well(x):
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).double().eval()
     net[1].weight.data.copy_(torch.randn((2, 16), generator=draw))
     contributions = (x.flatten(1)[:, None] * net[1].weight.detach()).abs()[:, 0]
-    found = relevance(net, x, LayerMapComposite([(nn.Linear, Absolute())]), torch.eye(2, dtype=torch.float64)[[0, 0]])
+    actual = relevance(net, x, LayerMapComposite([(nn.Linear, Absolute())]), torch.eye(2, dtype=torch.float64)[[0, 0]])
     expected = contributions / contributions.sum(1, keepdim=True)
-    torch.testing.assert_close(found.flatten(1), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.flatten(1), expected, rtol=1e-4, atol=1e-5)
 
 
-# -- an attributor that hands out the measure ---------------------------------------------------------------------
+# -- an attributor that returns the measure -----------------------------------------------------------------------
 
 
 def test_our_attributor_returns_the_output_and_the_measure(net, x, start):
@@ -577,7 +579,7 @@ def test_our_attributor_starts_at_functions_of_the_output_and_by_default_at_the_
     assert mu.composite.normalization.residual == "sink"
 
 
-def test_our_attributor_refuses_what_has_no_measure(net, x):
+def test_our_attributor_raises_where_there_is_no_measure(net, x):
     with untouched(net, x), pytest.raises(TargetError, match="sums to 0"):
         NRMAttributor(net)(x, torch.tensor([[1.0, -1, 0, 0, 0]]).double().expand(2, 5))
     with pytest.raises(TypeError, match="brings its own settings"):
@@ -600,17 +602,17 @@ def test_a_name_with_nrm_is_zennits_composite_normalized(net, x, start, name):
     assert {"nrm_epsilon_plus", "nrm_epsilon_plus_flat", "nrm_epsilon_gamma_box"} <= set(NORMALIZED)
 
 
-def test_several_of_them_nest_beside_each_other(x, start):
+def test_several_of_them_nest_next_to_each_other(x, start):
     """One for some layers, another for the rest, each with its own settings."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5)).double().eval()
     first = Normalized(NameMapComposite([(["0"], Flat())]), residual="sink")
     rest = Normalized(EpsilonPlus(epsilon=0.5), gain_limit=5.0)
-    found = relevance(net, x, MixedComposite([first, rest]), start)
+    actual = relevance(net, x, MixedComposite([first, rest]), start)
     sunk = Normalized(MixedComposite([first.composite, rest.composite]), residual="sink")
     raised = Normalized(MixedComposite([first.composite, rest.composite]), gain_limit=5.0)
-    assert (found - by_measure(net, x, sunk, start)).abs().max() > 1e-3
-    # Flat sums to one but for its stabilizer, so that its own settings change next to nothing.
-    torch.testing.assert_close(found, by_measure(net, x, raised, start), rtol=1e-6, atol=1e-9)
-    alike = MixedComposite([first, Normalized(EpsilonPlus(epsilon=0.5), residual="sink")])
-    same(relevance(net, x, alike, start), by_measure(net, x, sunk, start))
+    assert (actual - by_measure(net, x, sunk, start)).abs().max() > 1e-3
+    # The columns of Flat sum to one up to its stabilizer, so its settings change next to nothing.
+    torch.testing.assert_close(actual, by_measure(net, x, raised, start), rtol=1e-6, atol=1e-9)
+    both_sunk = MixedComposite([first, Normalized(EpsilonPlus(epsilon=0.5), residual="sink")])
+    same(relevance(net, x, both_sunk, start), by_measure(net, x, sunk, start))

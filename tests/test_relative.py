@@ -1,4 +1,4 @@
-"""The relative rule: its formula as matrices, its measure as a sum over walks, and what it is meant to avoid."""
+"""The relative rule: its formula as matrices, its measure as a sum over walks, and its numerical stability."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_its_measure_is_the_sum_over_walks_and_the_one_given_survival(name, seed
     taps = [node.tap for node in case.spec if node.tap in mu.layers]
     plain = mu.marginal(taps)
     dead = mu(~ABSORBED) == 0
-    if bool(dead.any()):  # a layer is silent as a whole
+    if bool(dead.any()):  # all outputs of a layer are zero
         with pytest.raises(NullEventError):
             mu.marginal(taps, given=~ABSORBED, min_ratio=0)
     given = None if bool(dead.any()) else mu.marginal(taps, given=~ABSORBED, min_ratio=0)
@@ -83,16 +83,16 @@ def test_its_measure_is_the_sum_over_walks_and_the_one_given_survival(name, seed
         same(mu.walk_variation(surviving=True)[sample], surviving.variation(), near * surviving.variation())
 
 
-def same(found, expected, near=1e-8):
+def same(actual, expected, near=1e-8):
     expected = torch.as_tensor(np.asarray(expected))
     scale = max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
-    torch.testing.assert_close(found, expected, rtol=near, atol=near * scale, check_dtype=False)
+    torch.testing.assert_close(actual, expected, rtol=near, atol=near * scale, check_dtype=False)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 3])
 @pytest.mark.parametrize("name", CHAINS)
 def test_in_a_chain_the_factor_of_a_layer_cancels(name, seed):
-    """Forward times backward over Z, with no factor at all."""
+    """The measure is forward × backward / Z without any factor."""
     case = tiny_net(name, seed=seed, batch=1)
     walks = enumerate_walks(
         case.spec, case.x[0], case.start[0], rules_of(case, Contributions(factor=1.0)), residual="sink"
@@ -118,8 +118,8 @@ def test_as_a_plain_rule_of_zennit_it_gives_the_same_relevance(name):
     torch.testing.assert_close(mu.marginal("input") * scale, relevance, rtol=1e-9, atol=1e-12)
 
 
-def test_relevance_in_proportion_to_the_sums_is_handed_down_as_a_whole():
-    """Where all contributions are positive, the total is kept to the digit."""
+def test_relevance_in_proportion_to_the_sums_is_conserved():
+    """Exactly, if all contributions are positive."""
     torch.manual_seed(0)
     layer, a = nn.Linear(7, 5).double(), torch.rand(3, 7).double()
     layer.weight.data.abs_()
@@ -131,25 +131,25 @@ def test_relevance_in_proportion_to_the_sums_is_handed_down_as_a_whole():
 
 @pytest.mark.parametrize("scale", slow_but([1e-30, 1e-40, 1e30], 1e-40))
 def test_it_is_finite_and_the_same_under_activations_of_any_size(scale):
-    """Without biases the net is homogeneous: only LRP-ε, whose ε has a size, sees a difference."""
+    """Without biases the net is homogeneous: only LRP-ε depends on their size, since its ε has one."""
     model = copy.deepcopy(torchvision_net("vgg16"))
     for module in model.modules():
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     x = images(32)
     with untouched(model):
-        found = NRM(model, NRMRelative()).attribute(x * scale, 3, given=~ABSORBED, unit="measure")
+        actual = NRM(model, NRMRelative()).attribute(x * scale, 3, given=~ABSORBED, unit="measure")
     expected = NRM(model, NRMRelative()).attribute(x, 3, given=~ABSORBED, unit="measure")
-    assert bool(torch.isfinite(found).all())
+    assert bool(torch.isfinite(actual).all())
     tolerance = 0.05 if scale < 1e-38 else 1e-3  # subnormal numbers have few digits
-    assert float((found - expected).norm() / expected.norm()) < tolerance
+    assert float((actual - expected).norm() / expected.norm()) < tolerance
     if scale == 1e-30:
         rules = LayerMapComposite([(Activation, Pass()), (AvgPool, Norm()), (Linear, Epsilon())])
         lost = NRM(model, rules, residual="sink").attribute(x * scale, 3, unit="measure")
         assert float(lost.abs().max()) < 1e-12
 
 
-def test_a_silent_layer_and_a_zero_input_absorb_everything():
+def test_a_layer_of_zeros_and_a_zero_input_absorb_everything():
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     nn.init.constant_(net[0].bias, -100.0)
     for x in (torch.ones(2, 3), torch.zeros(2, 3)):
@@ -158,7 +158,7 @@ def test_a_silent_layer_and_a_zero_input_absorb_everything():
         torch.testing.assert_close(mu(ABSORBED), torch.ones(2))
 
 
-def test_samples_do_not_see_each_other():
+def test_samples_are_independent():
     case = tiny_net("conv_chain", batch=3)
     whole = measured(case).marginal("input")
     for sample in range(3):
@@ -168,7 +168,7 @@ def test_samples_do_not_see_each_other():
         torch.testing.assert_close(mu.marginal("input")[0], whole[sample])
 
 
-def test_its_composite_sinks_and_is_known_to_zennit():
+def test_its_composite_uses_the_sink_and_is_registered_in_zennit():
     assert COMPOSITES["nrm_relative"] is NRMRelative
     assert isinstance(NRMRelative(), Normalized)
     assert NRMRelative().normalization.residual == "sink"

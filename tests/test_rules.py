@@ -1,4 +1,4 @@
-"""The rules of this package, against matrices that are formed here, one weight at a time."""
+"""The rules of this package compared with matrices that are formed here, one weight at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTED = [name for name, (module, _) in LINEAR_MODULES.items() if any(True for
 
 
 def parts(module: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Contributions ``a_i w_ij`` without bias, and the even ones ``|a_i|`` times a mean; ``(inputs, outputs)`` each."""
+    """Contributions ``a_i w_ij`` without bias, and ``|a_i|`` times the mean weight; ``(inputs, outputs)`` each."""
     plain = copy.deepcopy(module)
     if getattr(plain, "bias", None) is not None:
         plain.bias.data.zero_()
@@ -40,7 +40,7 @@ def parts(module: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def columns(module: nn.Module, a: Tensor, rule: Hook) -> RelevanceMeasure:
-    """The measure of one module, one sample for each column, its rule left as it is."""
+    """The measure of one module under its rule without gain, one sample for each column."""
     shape = module(a[None]).shape[1:]
     units = torch.eye(shape.numel(), dtype=a.dtype).reshape(-1, *shape)
     composite = NameMapComposite([(["0"], rule)])
@@ -49,7 +49,7 @@ def columns(module: nn.Module, a: Tensor, rule: Hook) -> RelevanceMeasure:
 
 
 def conserving(z: Tensor, size: Tensor, epsilon: float) -> Tensor:
-    """The rule in words: what a denominator lacks to a share of ``m_j`` is added, and handed down evenly."""
+    """The rule entry by entry: a denominator is raised to ``ε m_j``, and the inputs share the difference by size."""
     T = torch.zeros_like(z)
     for j in range(z.shape[1]):
         total, whole = float(z[:, j].sum()), float(size[:, j].sum())
@@ -74,7 +74,7 @@ def test_the_conserving_epsilon_is_its_formula(name: str, epsilon: float) -> Non
 
 @pytest.mark.parametrize("epsilon", [0.2, 1.0])
 @pytest.mark.parametrize("name", LINEAR_MODULES)
-def test_no_denominator_is_smaller_than_a_share_of_the_even_sum(name: str, epsilon: float) -> None:
+def test_no_denominator_is_smaller_than_epsilon_times_the_mean_sum(name: str, epsilon: float) -> None:
     module, a = drawn(name)
     z, size = parts(module, a)
     T = columns(module, a, ConservingEpsilon(epsilon)).marginal("input").flatten(1)
@@ -127,7 +127,7 @@ def test_columns_that_nearly_cancel_sum_to_one_in_single_precision() -> None:
 @pytest.mark.parametrize("name", [name for name in WEIGHTED if "transposed" not in name and "reflect" not in name])
 def test_its_walk_variation_needs_no_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, a = drawn(name)
-    monkeypatch.setattr("nrm_plugin.kernels.base.DENSE_LIMIT", 4096 if "circular" in name else 0)
+    monkeypatch.setattr("nrm_plugin.kernels.absolute_values.DENSE_LIMIT", 4096 if "circular" in name else 0)
     for epsilon in EPSILONS:
         mu = columns(module, a, ConservingEpsilon(epsilon))
         expected = mu.marginal("input").flatten(1).abs().sum(1) + mu.sink("input").abs()
@@ -159,6 +159,6 @@ def test_depthwise_convolutions_are_those_that_mix_no_channels() -> None:
 
 
 @pytest.mark.parametrize("epsilon", [-0.1, math.nan])
-def test_a_negative_epsilon_is_refused(epsilon: float) -> None:
+def test_a_negative_epsilon_is_rejected(epsilon: float) -> None:
     with pytest.raises(ValueError, match="must not be negative"):
         ConservingEpsilon(epsilon)

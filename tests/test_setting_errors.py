@@ -74,7 +74,7 @@ def test_settings_in_addition_to_a_normalized_composite_raise(measured, setting)
 
 
 def test_invalid_arguments_of_normalized_raise(measured):
-    with measured.raises(TypeError, "Normalized already", "Normalized(composite.composite, …)"):
+    with measured.raises(TypeError, "already Normalized", "Normalized(composite.composite, …)"):
         Normalized(Normalized(EpsilonPlus()))
     with measured.raises(TypeError, "got NoneType", "EpsilonPlusFlat()"):
         Normalized(None)

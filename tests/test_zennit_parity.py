@@ -36,21 +36,21 @@ def one_hot(output):
 
 
 def zennit_relevance(model, x, rules):
-    """Zennit alone: own hooks after those of the composite, as in its how-to, and the gradient at what they saw."""
-    seen, handles = {}, []
+    """Zennit alone, as in its how-to: the gradient at the outputs in hooks after those of the composite."""
+    outputs, handles = {}, []
     with rules.context(model):
         for name, module in model.named_modules():
 
             def keep(module, inputs, output, name=name):
                 output.retain_grad()
-                seen[name] = output
+                outputs[name] = output
 
             if name:
                 handles.append(module.register_forward_hook(keep))
         leaf = x.clone().requires_grad_()
         output = model(leaf)
-        seen["input"] = leaf
-        tensors = dict(seen)
+        outputs["input"] = leaf
+        tensors = dict(outputs)
         gradients = torch.autograd.grad(output, list(tensors.values()), one_hot(output), allow_unused=True)
         for handle in handles:
             handle.remove()
@@ -96,7 +96,7 @@ def assert_same_at_every_tap(model, x, build, worst, label, tolerance=1e-5):
 
 
 def not_in_place(model):
-    """A copy, since Zennit 1 replaces parameters. After an in-place ReLU its BetaSmooth reads what ReLU left."""
+    """A copy, as Zennit 1 replaces parameters; not in place, as its BetaSmooth would read the output of the ReLU."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
         if getattr(module, "inplace", False):
@@ -176,7 +176,7 @@ def test_it_nests_in_zennits_mixed_composite(net, x):
     torch.testing.assert_close(relevance_in_context(net, x, mixed), expected)
 
 
-def test_it_nests_beside_rules_by_name(net, x):
+def test_it_nests_next_to_rules_by_name(net, x):
     named = NameMapComposite([(["8"], Epsilon(1e-6)), (["0"], ZPlus())])
     others = LayerMapComposite(layer_map=[(Activation, Pass()), (Linear, Epsilon(1e-6))])
     plain = relevance_in_context(copy.deepcopy(net), x, MixedComposite([named, others]))
@@ -233,9 +233,9 @@ def test_registering_it_twice_is_registering_it_once(net, x):
         rules.register(net)
         leaf = x.clone().requires_grad_()
         output = net(leaf)
-        found = torch.autograd.grad(output, leaf, one_hot(output))[0]
+        actual = torch.autograd.grad(output, leaf, one_hot(output))[0]
         rules.remove()
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_one_composite_serves_model_after_model(x):
@@ -278,8 +278,8 @@ def test_a_forward_pass_that_raised_changes_no_later_number_in_the_same_context(
             net(images(20).requires_grad_())
         leaf = x.clone().requires_grad_()
         output = net(leaf)
-        found = torch.autograd.grad(output, leaf, one_hot(output))[0]
-    torch.testing.assert_close(found, expected)
+        actual = torch.autograd.grad(output, leaf, one_hot(output))[0]
+    torch.testing.assert_close(actual, expected)
 
 
 def test_a_model_that_is_called_without_gradients_in_its_context_just_runs(net, x):
@@ -305,11 +305,11 @@ def test_copies_and_pickles_of_a_model_work_after_its_measure(net, x):
 
 def test_our_composites_are_in_zennits_registry(net, x):
     assert {"nrm_default", "nrm_absolute"} <= set(COMPOSITES)
-    found = relevance_in_context(copy.deepcopy(net), x, COMPOSITES["nrm_absolute"]())
-    assert float(found.min()) >= 0
+    actual = relevance_in_context(copy.deepcopy(net), x, COMPOSITES["nrm_absolute"]())
+    assert float(actual.min()) >= 0
 
 
-def test_the_box_of_zbox_is_respected(net):
+def test_zbox_has_the_relevance_of_zennit(net):
     x = images(8).clamp(-1, 1)
     rules = Normalized(EpsilonGammaBox(low=-1.0, high=1.0), residual="sink")
     mu = RelevanceMeasure(net, x, TARGETS, composite=rules)

@@ -14,9 +14,9 @@ from .functional import Interception
 class FuseBatchNorm(Canonizer):
     """Fuses batch normalization into the layers next to it, without touching the model.
 
-    Belongs among the canonizers of a composite that is ``Normalized`` (a measure does that by itself):
-    ``EpsilonPlusFlat(canonizers=[FuseBatchNorm()])``. Neighbours are found while the model runs, so that neither the
-    order of attributes nor the spelling of a net matters.
+    It is a canonizer for composites that are ``Normalized`` (a measure normalizes its composite):
+    ``EpsilonPlusFlat(canonizers=[FuseBatchNorm()])``. Neighbours are found while the model runs, so neither the order
+    of attributes nor the way in which the forward pass is written matters.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus
@@ -29,7 +29,7 @@ class FuseBatchNorm(Canonizer):
     """
 
     def apply(self, root_module: nn.Module) -> list[Any]:
-        """Refuses: a plain Zennit composite runs the model's own weights.
+        """Raises: a plain Zennit composite runs the model's own weights.
 
         Raises:
             NRMError: Always.

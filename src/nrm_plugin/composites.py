@@ -1,4 +1,4 @@
-"""Composites: any Zennit composite made to conserve, and the ones of this package."""
+"""Composites: any Zennit composite with normalized rules, and the composites of this package."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from .canonizers import FuseBatchNorm
 from .errors import NRMError
 from .functional import Interception
 from .functional.attention import Attention
-from .kernels.base import Residual
 from .kernels.batch_norm import fuse
 from .kernels.hook import StepHook
+from .kernels.normalization import Normalization, Residual
 from .kernels.rule_reader import PlainGradient
-from .kernels.step import Normalization
 from .model.checks import check_unhooked, check_unpatched
 from .model.routing import is_route
 from .rules import Absolute, ConservingEpsilon, Relative
@@ -43,27 +42,28 @@ Sums = Literal["absolute", "ratio", "signed"]
 
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Run as loops, whose linear maps have the rule that the composite gives to the module."""
+"""Modules that run as loops; the linear maps inside have the rule of the module."""
 
 
 class Normalized(Composite):
-    """A Zennit composite whose rules hand down all relevance, or say what they absorb.
+    """A Zennit composite whose rules are normalized: all relevance is propagated or absorbed by a sink.
 
-    Used like any other: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an output in
-    its context is relevance under the normalized kernels.
+    Used like any other composite: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an
+    output in its context is relevance under the normalized kernels.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.
         residual: ``"redistribute"`` or ``"sink"``.
-        gain_limit: Largest factor ``G`` by which a column is raised.
-        sums: How ``a + b`` shares: ``"absolute"`` (also called ``"ratio"``) or ``"signed"``.
-        uncovered: What a layer without a rule is: an ``"error"`` when a measure is taken, or its plain
-            ``"gradient"``, as in Zennit.
-        attention: ``"value"`` hands all relevance to the values, the weights are constants; ``"halves"`` hands half to
-            the weights, and through softmax to queries and keys, by the rules of AttnLRP.
+        gain_limit: Largest gain ``G`` of a column.
+        sums: How ``a + b`` distributes relevance: ``"absolute"`` (also called ``"ratio"``) or ``"signed"``.
+        uncovered: A layer without a rule is an ``"error"`` when a measure is taken, or has its plain ``"gradient"``,
+            as in Zennit.
+        attention: ``"value"`` propagates all relevance to the values, with the attention weights as constants;
+            ``"halves"`` propagates half of it to the weights, and through softmax to queries and keys, by the rules of
+            AttnLRP.
 
     Raises:
-        TypeError: ``composite`` is no composite, or normalized already.
+        TypeError: ``composite`` is not a composite, or is already normalized.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus
@@ -87,8 +87,8 @@ class Normalized(Composite):
         check_composite(composite)
         if isinstance(composite, Normalized):
             raise TypeError(
-                "the composite is Normalized already, and to normalize it again would leave open whose settings hold. "
-                "Give its own composite with the settings you want: Normalized(composite.composite, …)."
+                "the composite is already Normalized; normalized twice, it would have two settings of everything. Pass "
+                "the composite inside it, with the settings you want: Normalized(composite.composite, …)."
             )
         if uncovered not in ("error", "gradient"):
             raise ValueError(f"uncovered={uncovered!r} is unknown; choose 'error' or 'gradient'.")
@@ -104,7 +104,7 @@ class Normalized(Composite):
         super().__init__(module_map=self.mapping, canonizers=[*kept, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
-        """The hook of a module, or None when it is no step of its own.
+        """The hook of a module; None if the module is not a step.
 
         Examples:
             >>> from zennit.composites import EpsilonPlus
@@ -122,14 +122,14 @@ class Normalized(Composite):
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
     def _made_of_functions(self) -> tuple[type[nn.Module], ...]:
-        """Modules that are no step, although Zennit counts them as activations: what happens inside them is."""
+        """Modules whose functions are the steps, although Zennit counts the modules as activations."""
         return (nn.MultiheadAttention, nn.Softmax) if self.attention == "halves" else (nn.MultiheadAttention,)
 
     def register(self, module: nn.Module) -> None:
         """Hooks a module, as in Zennit.
 
         Raises:
-            ModelStateError: Another composite has hooked it; one of the two would silently do nothing.
+            ModelStateError: The module has hooks of another composite; one of the two would silently have no effect.
             UnsupportedRuleError: Another package has patched Zennit.
         """
         self.remove()
@@ -139,10 +139,10 @@ class Normalized(Composite):
 
     @contextmanager
     def inactive(self) -> Iterator[Normalized]:
-        """Forward passes in here are those of the plain model, and so are their gradients.
+        """Forward passes inside this context are those of the plain model, and so are their gradients.
 
-        Unlike in Zennit, what was computed before goes on to hand down relevance: a step never runs the backward of
-        its module.
+        Outputs computed before still propagate relevance, unlike in Zennit: a step never runs the backward of its
+        module.
 
         Examples:
             >>> rules, net, x = Normalized(NRMDefault()), nn.Linear(3, 1), torch.randn(5, 3, requires_grad=True)
@@ -163,7 +163,7 @@ class Normalized(Composite):
 
 
 def check_composite(composite: Any) -> None:
-    """Raises :class:`TypeError` unless this is an instance of a Zennit composite; says how to make one of it."""
+    """Raises :class:`TypeError` unless this is an instance of a Zennit composite."""
     if isinstance(composite, Composite):
         return
     what, remedy = type(composite).__name__, "Pass an instance, such as EpsilonPlusFlat()."
@@ -184,13 +184,13 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _is_compound_norm(module: nn.Module) -> bool:
-    """Whether a batch normalization does more than its class, such as an activation; its parts are steps instead."""
+    """Whether a batch normalization includes more, such as an activation; then its parts are the steps."""
     norm = nn.modules.batchnorm._BatchNorm
     return isinstance(module, norm) and type(module).forward is not norm.forward
 
 
 def register(name: str) -> Any:
-    """Registers a composite class under a name in Zennit; refuses to overwrite one, which Zennit does silently."""
+    """Registers a composite class under a name in Zennit; raises if the name is taken, which Zennit does not."""
 
     def decorate(composite: type[Composite]) -> type[Composite]:
         known = COMPOSITES.get(name)
@@ -216,14 +216,14 @@ class Depthwise(metaclass=_Depthwise):
 
 @register("nrm_default")
 class NRMDefault(SpecialFirstLayerMapComposite):
-    """The default: Flat on the first convolution, an ε that is handed down on all other layers with weights.
+    """The default: Flat on the first convolution, :class:`~nrm_plugin.rules.ConservingEpsilon` on other linear layers.
 
-    Depthwise convolutions, sums and average pooling share by absolute contribution. Every column sums to one, so that
-    nothing is absorbed but what ends at constants.
+    Depthwise convolutions, sums and average pooling have the rule :class:`~nrm_plugin.rules.Absolute`. Every column
+    sums to one, so that only constants absorb relevance.
 
     Args:
         epsilon: ε of :class:`~nrm_plugin.rules.ConservingEpsilon`.
-        layer_map, first_map: Rules that come before those of the composite, as in Zennit.
+        layer_map, first_map: Rules that take precedence over those of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
 
@@ -233,7 +233,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
         >>> bool(mu(ABSORBED).abs().max() < 1e-5)
         True
 
-    Source: ours; docs/default-composite.md compares it with others.
+    Source: ours; docs/default-composite.md compares it with other composites.
     """
 
     def __init__(
@@ -257,10 +257,10 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
 @register("nrm_absolute")
 class NRMAbsolute(LayerMapComposite):
-    """Absolute shares everywhere: no walk is negative, so the variation is 1 at every tap.
+    """The rule Absolute everywhere: no walk is negative, so the variation is 1 at every tap.
 
     Args:
-        layer_map: Rules that come before those of the composite, as in Zennit.
+        layer_map: Rules that take precedence over those of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
 
@@ -282,7 +282,7 @@ class NRMAbsolute(LayerMapComposite):
 
 
 class Named(Normalized):
-    """A composite of Zennit, normalized, as a class of its own.
+    """A composite of Zennit, normalized, as a class.
 
     Args:
         residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.
@@ -354,12 +354,12 @@ class NRMExcitationBackprop(Named):
 
 @register("nrm_relative")
 class NRMRelative(Normalized):
-    """The relative rule on all layers with weights and average pooling; a division only where skips join.
+    """The rule Relative on all layers with weights and on average pooling, Absolute where skip connections join.
 
-    Ask for its measure given survival, ``given=~ABSORBED``: it conserves relevance up to a factor.
+    It conserves relevance up to a factor, so condition its measure on survival, ``given=~ABSORBED``.
 
     Args:
-        layer_map: Rules that come before those of the composite, as in Zennit.
+        layer_map: Rules that take precedence over those of the composite, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
         uncovered: As in :class:`~nrm_plugin.Normalized`.
 
@@ -371,7 +371,7 @@ class NRMRelative(Normalized):
         >>> mu.walk_variation(surviving=True).shape
         torch.Size([5])
 
-    Source: ours, made after the abstract of arXiv 2501.14322; see docs/relative.md.
+    Source: ours, after the abstract of arXiv 2501.14322; see docs/relative.md.
     """
 
     def __init__(

@@ -14,18 +14,18 @@ from zennit.types import ConvolutionTranspose
 
 
 class Absolute(BasicHook):
-    r"""Shares by absolute contribution.
+    r"""Distributes relevance in proportion to absolute contributions.
 
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
 
-    Never negative, so that no walks cancel; the bias has no share. On modules without weights (average pooling,
-    sums) it is the absolute share of the inputs. A neuron whose inputs are all zero shares by weight alone, so that
-    no column is dead.
+    Never negative, so that walks do not cancel; the bias has no share. On modules without weights (average pooling,
+    sums) the shares are those of the absolute inputs. If all inputs of a neuron are zero, the weights alone determine
+    the shares, so that no column is dead.
 
     Args:
         stabilizer: Added to the denominator, or a callable, as in Zennit's rules.
-        floor: Added to every input, in units of the mean absolute input of the sample.
         zero_params: Names of further parameters to set to zero, as in Zennit's rules.
+        floor: Added to every absolute input, in units of the mean absolute input of the sample.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -35,7 +35,7 @@ class Absolute(BasicHook):
         >>> bool((mu.marginal("input") >= 0).all())
         True
 
-    Source: MEASURE, section 5 (ours).
+    Source: ours; docs/default-composite.md compares it with other rules.
     """
 
     def __init__(self, stabilizer: Any = 1e-30, zero_params: Any = None, floor: float = 1e-6) -> None:
@@ -55,22 +55,22 @@ class Absolute(BasicHook):
 
 
 class ConservingEpsilon(BasicHook):
-    r"""ε whose share is handed down: to the inputs in proportion to their size, instead of to nobody.
+    r"""LRP-ε whose ε absorbs nothing: its share goes to the inputs, in proportion to their absolute values.
 
     .. math:: T_{ij} = \frac{\sigma_j a_i w_{ij} + \varepsilon_j |a_i| / \sum_{i'} |a_{i'}|}{|z_j| + \varepsilon_j},
               \qquad \varepsilon_j = \max(0,\; \varepsilon\, m_j - |z_j|)
 
-    with :math:`z_j = \sum_i a_i w_{ij}`, its sign :math:`\sigma_j`, and :math:`m_j = \bar w_j \sum_i |a_i|`, what the
-    inputs of the neuron add up to with its mean :math:`|w_{ij}|` as every weight. So this is LRP-0 without bias where
-    contributions do not cancel below a share ε of :math:`m_j`, and no denominator is smaller than that. Every column
-    sums to one. A neuron whose inputs are all zero shares evenly. On modules without weights, such as average pooling,
-    :math:`|a_i|` is handed through the module.
+    with :math:`z_j = \sum_i a_i w_{ij}`, its sign :math:`\sigma_j`, and :math:`m_j = \bar w_j \sum_i |a_i|`, where
+    :math:`\bar w_j` is the mean of :math:`|w|` over the weights of the output channel. So this is LRP-0 without bias
+    wherever :math:`|z_j| \ge \varepsilon\, m_j`, and no denominator is smaller than :math:`\varepsilon\, m_j`. Every
+    column sums to one. If all inputs of a neuron are zero, they get equal shares. On modules without weights, such as
+    average pooling, :math:`m_j` is the output of the module at :math:`|a_i|`.
 
     Args:
         epsilon: ε; 0 is LRP-0 without bias.
         stabilizer: Added to the denominator, or a callable, as in Zennit's rules.
-        floor: The least of the :math:`|a_i|`, in units of the mean of the sample.
         zero_params: Names of further parameters to set to zero, as in Zennit's rules.
+        floor: Lower bound of the :math:`|a_i|`, in units of their mean over the sample.
 
     Raises:
         ValueError: ``epsilon`` is negative.
@@ -113,16 +113,16 @@ class ConservingEpsilon(BasicHook):
 
 
 class Relative(BasicHook):
-    r"""Relative contributions: no neuron has a denominator of its own, a layer has one factor.
+    r"""Relative contributions: one factor for each layer, instead of one denominator for each neuron.
 
     .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
               \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
 
-    The sums run over the neurons of the layer, for each sample. Relevance in proportion to :math:`|z_j|` is handed down
-    as a whole; other relevance is conserved up to a factor, so take the measure given survival: ``residual="sink"`` and
-    ``given=~ABSORBED``, as :class:`~nrm_plugin.NRMRelative` does. Along a chain :math:`\lambda` cancels there; where
-    branches join it makes them comparable. There is nothing to choose, and no small number to divide by: inputs
-    and sums are taken in units of the largest of their layer. A layer that is silent as a whole hands down nothing.
+    The sums run over the neurons of the layer, for each sample. Relevance in proportion to :math:`|z_j|` is conserved;
+    other relevance is conserved up to a factor, so take the measure given survival: ``residual="sink"``, as in
+    :class:`~nrm_plugin.NRMRelative`, and ``given=~ABSORBED``. There :math:`\lambda` cancels along a chain; where
+    branches join it makes them comparable. The rule has no parameters and divides by no small number: inputs and sums
+    are in units of the largest of their layer. A layer whose outputs are all zero propagates nothing.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -134,7 +134,7 @@ class Relative(BasicHook):
         >>> relevance.shape
         torch.Size([5, 3])
 
-    Source: ours, made after the abstract of arXiv 2501.14322, whose formula is not public to us; no reproduction.
+    Source: ours, after the abstract of arXiv 2501.14322; not a reproduction. See docs/relative.md.
     """
 
     def __init__(self) -> None:
@@ -147,12 +147,12 @@ class Relative(BasicHook):
         )
 
     def copy(self) -> Relative:
-        """Another one."""
+        """A new instance."""
         return type(self)()
 
 
 def _largest(values: Tensor) -> Tensor:
-    """The largest absolute entry of each sample, ``(N, 1, …)``, never zero."""
+    """The largest absolute entry of each sample, ``(N, 1, …)``, clamped to be positive."""
     dims = tuple(range(1, values.ndim)) or (0,)
     return values.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
@@ -174,7 +174,7 @@ def _kept(parameter: Tensor, name: str) -> Tensor:
 
 
 class EvenMod(ParamMod):
-    """Gives all weights of an output channel their mean absolute value, as one value in memory.
+    """Replaces the weights of each output channel by their mean absolute value, stored once.
 
     Args:
         zero_params: Names of parameters to set to zero.
@@ -184,21 +184,21 @@ class EvenMod(ParamMod):
         super().__init__(_evened(0), zero_params=zero_params)
 
     def __call__(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
-        """The module with even weights."""
+        """The module with its weights replaced."""
         is_transposed = isinstance(module, ConvolutionTranspose) or getattr(module, "is_transposed", False)
         modifier = ParamMod(_evened(int(is_transposed)), zero_params=self.zero_params)
         return modifier(module)  # type: ignore[no-any-return]
 
 
 def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
-    """Modifier of a weight whose output channels are in this dimension."""
+    """Modifier of a weight whose output channels are along this dimension."""
 
     def even(parameter: Tensor, name: str) -> Tensor:
         others = [dim for dim in range(parameter.ndim) if dim != outputs]
         if not others:
             return parameter.abs()
-        # Piece by piece, in the cache: the weights of a classifier are larger than all else of many nets. Into the same
-        # memory, for between two pieces the system's allocator finds a place for the sum, and none for the next piece.
+        # Piece by piece, in the cache: many networks have most of their weights in the classifier. All pieces share one
+        # buffer, since the allocator would otherwise fragment memory with the sums in between.
         width = max(1, (1 << 17) * parameter.shape[outputs] // parameter.numel())
         total = parameter.new_empty([1 if dim in others else size for dim, size in enumerate(parameter.shape)])
         memory = torch.empty_like(parameter.narrow(outputs, 0, min(width, parameter.shape[outputs])))
@@ -213,10 +213,10 @@ def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """The floor of each sample, ``(N, 1, …)``, never zero."""
+    """The floor of each sample, ``(N, 1, …)``, always positive."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
-    return (floor * mean).clamp(min=1e-15)  # well above the stabilizers, so that a sample of zeros is shared as well
+    return (floor * mean).clamp(min=1e-15)  # well above the stabilizers, so that a sample of zeros has shares too
 
 
 def _absolute(parameter: Tensor, name: str) -> Tensor:

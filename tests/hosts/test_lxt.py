@@ -119,7 +119,7 @@ from zennit.composites import LayerMapComposite
 from zennit.rules import Epsilon, Pass
 from zennit.types import Activation, Linear
 from nrm_plugin import Normalized, RelevanceMeasure, register_kernel
-from nrm_plugin.functional import Kernel
+from nrm_plugin.kernels.vjp_kernel import VjpKernel
 from lxt.efficient import monkey_patch
 
 def model_of(kind, options, attention):
@@ -182,14 +182,6 @@ def test_attention_by_halves_equals_its_relevance_of_a_decoder(worst):
 
 
 CENTRED = """
-class Centred(Kernel):
-    def __init__(self, function):
-        self.function = function
-    def pull(self, relevance):
-        return tuple(torch.stack(parts) for parts in zip(*map(self.function, relevance)))
-    def pull_absolute(self, relevance):
-        raise NotImplementedError
-
 def centre():
     @register_kernel(nn.functional.layer_norm)
     def centred(call):
@@ -201,7 +193,7 @@ def centre():
         def pull(relevance):
             (gradient,) = torch.autograd.grad(output, source, relevance / output, True, torch.is_grad_enabled())
             return (source * gradient,)
-        return Centred(pull)
+        return VjpKernel(pull)
 """
 
 

@@ -16,7 +16,7 @@ from zennit.core import Composite
 
 from nrm_plugin import LayerNRM, Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.errors import InputError
-from nrm_plugin.kernels import branch_reader as branches
+from nrm_plugin.kernels import modified_layers
 from nrm_plugin.model.autocast import shortened
 
 # Rounding of one entry, and what four layers of it came to; a single output rounds once for all of its walks.
@@ -115,7 +115,7 @@ def test_relevance_below_the_range_of_float16_survives() -> None:
 
 def test_a_large_dense_layer_is_shortened_too(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = RelevanceMeasure(net(), images(), 1, composite=EpsilonGammaBox(-3.0, 3.0)).marginal("input")
-    monkeypatch.setattr(branches, "LARGE", 16)
+    monkeypatch.setattr(modified_layers, "LARGE", 16)
     with torch.autocast("cpu", torch.bfloat16), formats() as seen:
         found = RelevanceMeasure(net(), images(), 1, composite=EpsilonGammaBox(-3.0, 3.0)).marginal("input")
     assert seen == {torch.bfloat16}

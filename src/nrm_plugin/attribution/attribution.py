@@ -15,7 +15,7 @@ from zennit.core import Composite
 from ..composites import Uncovered
 from ..errors import InputError, UnknownLayerError
 from ..events.event import Atom, Event, Side, at
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure, normalize
 from ..model.checks import check_module
 from ..model.inputs import is_index

@@ -10,7 +10,7 @@ from zennit.attribution import Attributor
 from zennit.core import Composite
 
 from ..composites import Uncovered
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure, normalize
 
 

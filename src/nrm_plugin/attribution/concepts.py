@@ -14,7 +14,7 @@ from zennit.core import Composite
 from ..composites import Uncovered
 from ..errors import EventError
 from ..events.event import Event, at
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure, normalize
 from .attribution import Layer, Unit
 

@@ -13,7 +13,7 @@ from zennit.core import Composite
 from ..dataset.images import Picture
 from ..errors import CancellationError, HookedContainerError, NRMError, NullEventError, UncoveredLayerError
 from ..events.event import at
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..recording.coverage import coverage
 from .composite_names import composite_of

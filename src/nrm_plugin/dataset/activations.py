@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError, UnknownLayerError, unknown_layer
-from ..kernels.forward_state import among_ourselves
+from ..kernels.forward_state import without_torch_function
 
 
 class Activity:
@@ -38,7 +38,7 @@ class Activity:
     def __enter__(self) -> Activity:
         for layer, module in self._modules.items():
 
-            @among_ourselves
+            @without_torch_function
             def keep(module: nn.Module, args: Any, output: Any, layer: str = layer) -> None:
                 if not isinstance(output, Tensor) or layer in self._seen:
                     why = "is called more than once" if layer in self._seen else "returns no tensor"

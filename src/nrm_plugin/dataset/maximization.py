@@ -15,7 +15,7 @@ from zennit.core import Composite
 from ..composites import Uncovered
 from ..errors import InputError
 from ..events.event import Event
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure, normalize
 from .activations import Activity
 from .examples import EVENTS, By, FoundReferences, ReferencesError

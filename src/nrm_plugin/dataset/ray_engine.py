@@ -15,7 +15,7 @@ from zennit.core import Composite
 
 from ..errors import NRMError, extra
 from ..events.event import Atom
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import normalize
 from ..model.inputs import Output
 from .evaluation import Evaluation, Target, Unpack, check_target, dtype_of

@@ -15,7 +15,7 @@ from torch import nn
 from zennit.core import Composite
 
 from ..events.event import Atom
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..measure.measure import normalize
 from ..model.inputs import Output
 from .evaluation import Evaluation, Target, Unpack, check_target, device_of

@@ -80,7 +80,12 @@ class Event:
         raise NotImplementedError
 
     def mapped(self, replace: Callable[[Event], Event]) -> Event:
-        """The same formula over other events: each atom is replaced by what ``replace`` returns for it."""
+        """The same formula over other events: each atom is replaced by what ``replace`` returns for it.
+
+        Examples:
+            >>> (at("conv")[3] & ~at("fc")).mapped(lambda atom: atom | at("skip"))
+            (at('conv')[3] | at('skip')) & ~(at('fc') | at('skip'))
+        """
         return replace(self)
 
     def __str__(self) -> str:

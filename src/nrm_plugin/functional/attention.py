@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.rule_reader import read_rule
+from ..kernels.rule_reader import read_rule_at
 from ..model.affine import Weightless
 from ..rules import Absolute
 from .elementwise import PlacedKernel, elementwise
@@ -56,15 +56,7 @@ def fused(call: FunctionCall) -> Kernel:
         heads = 1 if source.ndim < 3 or weights.ndim != source.ndim else weights.shape[-3] // source.shape[-3]
         return torch.matmul(weights, source.repeat_interleave(heads, -3) if heads > 1 else source)
 
-    shell = Weightless(run)
-    with torch.no_grad():
-        output = shell(value)
-    return PlacedKernel(read_rule(Absolute(), shell, _forward, value, output, call.path), slot.number, shapes)
-
-
-def _forward(module: nn.Module, source: Tensor) -> Tensor:
-    result: Tensor = module.forward(source)
-    return result
+    return PlacedKernel(read_rule_at(Absolute(), Weightless(run), value, call.path), slot.number, shapes)
 
 
 _DROPPED = (

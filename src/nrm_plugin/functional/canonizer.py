@@ -20,9 +20,12 @@ from zennit.core import Composite
 
 from ..errors import ModelStateError, UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import Saved, before_writing, is_inside_step, leave_mode, listener, unseen, write
+from ..kernels.forward_state import Saved, before_writing, is_inside_step, leave_mode, listener, not_recorded, write
+from ..kernels.layer_call import LayerCall
+from ..kernels.layer_step import Fuse, LayerStep
+from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
-from ..kernels.step import Fuse, LayerCall, Normalization, Step, link, shape_like
+from ..kernels.step import FunctionStep, Step, link
 from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import ATTENTIONS, FUSED, in_parts, is_taken_apart, layout
@@ -266,9 +269,7 @@ class _Mode(TorchFunctionMode):
             output = output.clone()  # some operations return their input; a step's output has memory of its own
         rule = "sum" if name.base in ("add", "sub", "rsub") and len(computed) > 1 else name.base
         layer = layer_call(call, output) if handler is KERNELS.get(name.base) else None
-        like, scale = shape_like(output), self.normalization.scale
-        build = (lambda: handler(call)) if layer is None else (lambda: layer.kernel(like, scale))
-        linked = self._linked(call, output, build, rule, computed, layer)
+        linked = self._linked(call, output, lambda: handler(call), rule, computed, layer)
         with_constants = len(computed) < len(_tensors_in(args, kwargs)) or any(
             isinstance(value, (int, float)) for value in args
         )
@@ -285,12 +286,15 @@ class _Mode(TorchFunctionMode):
         layer: LayerCall | None = None,
     ) -> Tensor:
         path = f"{call.path}.{call.name}" if call.path else call.name
-        step = Step(path, output, build, self.normalization, rule)
+        step: Step
+        if layer is None:
+            step = FunctionStep(path, output, build, self.normalization, rule)
+        else:
+            step = LayerStep(layer, output, self.normalization, path, rule)
         step.call = self._calls[path] = self._calls.get(path, -1) + 1
-        step.origin = layer
         step.attention = layout(call, output)
-        if layer is not None and self.fuse is not None:
-            with unseen():
+        if isinstance(step, LayerStep) and self.fuse is not None:
+            with not_recorded():
                 self.fuse(step, computed[0])
         hearing = listener()
         if hearing is not None:
@@ -377,7 +381,7 @@ class _Mode(TorchFunctionMode):
         )
         shapes = [tensor.shape for tensor in computed]
         linked = self._linked(call, output.detach(), lambda: Unknown(error, shapes), call.name, computed)
-        linked.grad_fn.step.origin = call  # type: ignore[union-attr]  # a Link; tells that nothing is known of it
+        linked.grad_fn.step.unsupported_call = call  # type: ignore[union-attr]  # a Link
         return linked
 
     def activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -398,7 +402,7 @@ class _Mode(TorchFunctionMode):
         call = FunctionCall(
             name, module.forward, self._path(), slots, keyword_slots, [Saved(computed[0], False)], (), (), self.rules
         )
-        with unseen(), torch.no_grad():
+        with not_recorded(), torch.no_grad():
             if not is_elementwise(call.run, computed[0].detach(), output.detach()):
                 return None
         shapes = [output.shape]

@@ -16,7 +16,7 @@ from zennit.rules import Pass
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.rule_reader import PlainGradient, read_rule
+from ..kernels.rule_reader import PlainGradient, read_rule_at
 from ..model.affine import Weightless
 from ..rules import Absolute
 from .registry import FunctionCall, Slot, kernel
@@ -316,8 +316,8 @@ class PlacedKernel(Kernel):
         self.inner, self.place, self.shapes = inner, place, shapes
         self.is_stochastic = inner.is_stochastic
 
-    def reach(self, relevance: Tensor | None) -> bool:
-        return self.inner.reach(relevance)
+    def complete_for(self, relevance: Tensor | None) -> bool:
+        return self.inner.complete_for(relevance)
 
     def _put(self, part: Tensor) -> tuple[Tensor, ...]:
         return tuple(
@@ -337,14 +337,4 @@ class PlacedKernel(Kernel):
 
 def by_rule(rule: Any, call: FunctionCall) -> Kernel:
     """A rule on the function as a module without weights."""
-    shell = Weightless(call.run)
-    value = call.values[0]
-    with torch.no_grad():
-        output = shell(value)
-    return read_rule(rule.copy(), shell, forward, value, output, call.path)
-
-
-def forward(module: nn.Module, source: Tensor) -> Tensor:
-    """A module as a function of its input."""
-    result: Tensor = module.forward(source)
-    return result
+    return read_rule_at(rule, Weightless(call.run), call.values[0], call.path)

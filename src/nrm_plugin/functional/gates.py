@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels.step import LayerCall
+from ..kernels.layer_step import LayerStep
 from ..model.routing import is_route_node, written
 
 MAKERS = frozenset("softmax sigmoid hardsigmoid exp softmin gumbel_softmax".split())
@@ -35,9 +35,9 @@ class Gates:
         """Whether a tensor is a gate, or a route hands on one and nothing else."""
         node, _ = written(tensor.grad_fn, 0)
         while node is not None and node not in self._nodes:
-            origin = getattr(getattr(node, "step", None), "origin", None)
-            if isinstance(origin, LayerCall):
-                return isinstance(origin.module, MAKING_MODULES)
+            step = getattr(node, "step", None)
+            if isinstance(step, LayerStep):
+                return isinstance(step.layer_call.module, MAKING_MODULES)
             below = [edge for edge in node.next_functions if edge[0] is not None]
             if not is_route_node(node) or len(below) != 1:
                 return False

@@ -13,10 +13,9 @@ from zennit.rules import Pass
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import Saved
-from ..kernels.step import LayerCall
+from ..kernels.layer_call import LayerCall, forward
 from ..model.affine import Weighted
-from .elementwise import forward, shapes_of
+from .elementwise import shapes_of
 from .products import as_matrix, constants_of, contraction, weighted
 from .registry import FunctionCall, Slot, fill, kernel
 from .unknown import Unknown
@@ -35,12 +34,12 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {  # on a device without values, so
 kernel(*LAYERS)(contraction)  # of those whose weight is computed; others are read as layer_call before
 
 
-def layer_call(call: FunctionCall, output: Tensor | None = None) -> LayerCall | None:
+def layer_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
     """A layer or batch normalization called as a function, as the call of a module; None for anything else."""
     if len(call.saved) != 1 or not isinstance(call.argument(0, "input"), Slot):
         return None
     if call.name == "batch_norm":
-        return _norm_call(call)
+        return _norm_call(call, output)
     if call.name not in LAYERS:
         return None
     weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
@@ -58,8 +57,7 @@ def layer_call(call: FunctionCall, output: Tensor | None = None) -> LayerCall | 
     dim = -1 if call.name == "linear" else 1
     added = None if bias is None else bias.detach()
     shell = Weighted(run, weight.detach(), added, dim, groups, transposed, twin=_twin(call, like))
-    kept = None if output is None else Saved(output)
-    return LayerCall(rule.copy(), shell, forward, call.saved[0], call.path, output=kept)
+    return LayerCall.of(rule.copy(), shell, forward, call.saved[0], output, call.path)
 
 
 def _twin(call: FunctionCall, like: nn.Module) -> nn.Module:
@@ -85,7 +83,7 @@ def _repeated(value: int | Sequence[int], count: int) -> tuple[int, ...]:
     return values * count if len(values) == 1 else values
 
 
-def _norm_call(call: FunctionCall) -> LayerCall | None:
+def _norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
     """``F.batch_norm`` as the module that it is the twin of."""
     # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
     swapped = len(call.args) + len(call.kwargs) > 8
@@ -100,7 +98,8 @@ def _norm_call(call: FunctionCall) -> LayerCall | None:
     twin.weight = nn.Parameter(ones if weight is None else weight.detach(), requires_grad=False)
     twin.bias = nn.Parameter(torch.zeros_like(ones) if bias is None else bias.detach(), requires_grad=False)
     rule = call.rules.of_module(twin)
-    return LayerCall(Pass() if rule is None else rule.copy(), twin, _normed, call.saved[0], call.path)
+    own = Pass() if rule is None else rule.copy()
+    return LayerCall.of(own, twin, _normed, call.saved[0], output, call.path)
 
 
 def _normed(module: nn.Module, source: Tensor) -> Tensor:

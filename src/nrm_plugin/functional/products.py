@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from zennit.rules import Norm
 
 from ..kernels.base import Kernel
-from ..kernels.rule_reader import read_rule
+from ..kernels.rule_reader import read_rule_at
 from ..model.affine import Weighted, Weightless
 from ..rules import Absolute
-from .elementwise import STABILIZER, PlacedKernel, forward, pooling, shapes_of, total_of
+from .elementwise import STABILIZER, PlacedKernel, pooling, shapes_of, total_of
 from .registry import FunctionCall, Slot, kernel
 from .unknown import Unknown, uncovered
 
@@ -36,10 +36,7 @@ def weighted(
     if rule is None:  # raised in an operator such as @, Python would take it for operands that do not fit
         return Unknown(uncovered(call.path, like, call.name), shapes_of(call))
     shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim, padding_mode=padding_mode)
-    value = call.values[0]
-    with torch.no_grad():
-        output = shell(value)
-    kernel_ = read_rule(rule.copy(), shell, forward, value, output, call.path)
+    kernel_ = read_rule_at(rule, shell, call.values[0], call.path)
     return kernel_ if len(call.saved) == 1 else PlacedKernel(kernel_, 0, shapes_of(call))
 
 
@@ -141,10 +138,7 @@ def _share_in(call: FunctionCall, signal: int, rule: Absolute | Norm) -> Kernel:
     def run(source: Tensor) -> Tensor:
         return call.run(*[source if number == signal else value for number, value in enumerate(values)])  # type: ignore[no-any-return]
 
-    shell = Weightless(run)
-    with torch.no_grad():
-        output = shell(values[signal])
-    return read_rule(rule, shell, forward, values[signal], output, call.path)
+    return read_rule_at(rule, Weightless(run), values[signal], call.path)
 
 
 class HalvesKernel(Kernel):

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import UnsupportedOperationError
-from ..kernels.base import Kernel, VjpKernel
-from ..kernels.rule_reader import read_rule
+from ..kernels.base import Kernel
+from ..kernels.rule_reader import read_rule_at
+from ..kernels.vjp_kernel import VjpKernel
 from ..model.affine import Weightless
 from ..rules import Absolute
 from .registry import BY_FUNCTION, FunctionCall, rewrite
@@ -75,10 +76,7 @@ def _summed(call: FunctionCall) -> Kernel:
 def by_pooling_rule(call: FunctionCall, run: Callable[[Tensor], Tensor]) -> Kernel:
     """A function of one input, linear with coefficients of at least zero, as a module without weights."""
     rule = call.rules.of_module(nn.AvgPool2d(1)) or Absolute()
-    shell, value = Weightless(run), call.values[0]
-    with torch.no_grad():
-        output = shell(value)
-    return read_rule(rule.copy(), shell, lambda module, first: module.forward(first), value, output, call.path)
+    return read_rule_at(rule, Weightless(run), call.values[0], call.path)
 
 
 class Choice(VjpKernel):

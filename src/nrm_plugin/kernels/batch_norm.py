@@ -1,14 +1,14 @@
-r"""Batch-norm fusion: the layer next to a batch normalization takes it over, in the shells that kernels are read from.
+r"""Batch-norm fusion: the kernels of a layer and of the batch normalization next to it become one.
 
-With :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`h = \beta - g \mu`, so that ``BN(x) = g x + h``:
+Kernels are read from shells, so the model is not changed. With :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}` and
+:math:`h = \beta - g \mu`, so that ``BN(x) = g x + h``:
 
 - layer → BN: :math:`W' = g W`, :math:`b' = g b + h`;
-- BN → layer: :math:`W' = W g`, :math:`b' = b + W * h`, where a zero padding makes the bias depend on the position;
+- BN → layer: :math:`W' = W g`, :math:`b' = b + W * h`, which depends on the position if the layer pads with zeros;
 - BN → ReLU → layer: :math:`\mathrm{ReLU}(g x + h) = g\,(\mathrm{clip}(x) - t)` with :math:`t = -h / g`, the clip from
   below at ``t`` where ``g > 0`` and from above where ``g < 0``; :math:`W' = W g`, :math:`b' = b - W * (g t)`.
 
-The batch normalization itself then hands relevance through. Neighbours are found in the executed graph. Nothing of
-the model is written to, so its outputs cannot change.
+The batch normalization itself then passes relevance through. Neighbours are found in the executed graph.
 
 Source: arXiv 2002.11018 for fusion; the border and the clipped form are textbook algebra.
 """
@@ -26,17 +26,19 @@ from zennit.rules import Pass
 
 from ..model.affine import Weighted, is_affine
 from ..model.routing import source_of
-from .forward_state import Saved
-from .step import LayerCall, Step
+from .layer_call import LayerCall
+from .layer_step import LayerStep
+from .modified_layers import rerun_without_bias
+from .step import Step
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def fuse(step: Step, source: Tensor) -> None:
-    """Prepares the fusion of a new step with the steps that made its input, where one of the three forms fits.
+def fuse(step: LayerStep, source: Tensor) -> None:
+    """Prepares the fusion of a new step with the steps of its input, where one of the three forms applies.
 
-    It is done when the kernel of the layer is made: only then it is known who reads what the layer returned. A batch
-    normalization goes into the layer below it if nobody else reads that layer, else into the layer above.
+    The kernels are fused when the kernel of the layer is built, since only then all readers of the layer are known. A
+    batch normalization goes into the layer below it if nothing else reads that layer, else into the layer above.
 
     Args:
         step: The step.
@@ -46,23 +48,23 @@ def fuse(step: Step, source: Tensor) -> None:
     if below is None:
         return
     if _affine(step) is not None:
-        if _fits_output(step, below):
-            step.origin.layer = below
-            below.origin.norms.append(weakref.proxy(step))
-            below.origin.folds.append(_later(_fold_output, step, below))
-            below.forget()
+        if isinstance(below, LayerStep) and _fits_output(step, below):
+            step.layer_below = below
+            below.norms.append(weakref.proxy(step))
+            below.folds.append(_later(_fold_output, step, below))
+            below.forget_kernel()
     elif _is_weighted(step):
         lower = _producer(_input_node(source_of(source.grad_fn))) if _is_relu(below) else below
-        if lower is not None and _affine(lower) is not None:
-            step.origin.folds.append(_later(functools.partial(_fold_input, clipped=lower is not below), step, lower))
+        if isinstance(lower, LayerStep) and _affine(lower) is not None:
+            step.folds.append(_later(functools.partial(_fold_input, clipped=lower is not below), step, lower))
 
 
-def _later(fold: Callable[[Step, Step], None], first: Step, second: Step) -> Callable[[], None]:
-    """A fold to be done when a kernel is made. It keeps no step alive, for a step keeps its folds."""
-    some, others = weakref.ref(first), weakref.ref(second)
+def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, second: LayerStep) -> Callable[[], None]:
+    """A fold for the time when the kernel is built. It holds weak references, since a step holds its folds."""
+    references = weakref.ref(first), weakref.ref(second)
 
     def run() -> None:
-        one, other = some(), others()
+        one, other = (reference() for reference in references)
         if one is not None and other is not None:
             fold(one, other)
 
@@ -70,7 +72,7 @@ def _later(fold: Callable[[Step, Step], None], first: Step, second: Step) -> Cal
 
 
 def _producer(node: Any) -> Step | None:
-    """The step that made a tensor, looking through views (flattening is one) and writes in place."""
+    """The step that made a tensor, through views (flattening is one) and in-place writes."""
     step = getattr(source_of(node), "step", None)
     return step if isinstance(step, Step) else None
 
@@ -79,13 +81,12 @@ def _input_node(node: Any) -> Any:
     return node.next_functions[0][0] if node is not None and node.next_functions else None
 
 
-def _affine(step: Step) -> tuple[Tensor, Tensor] | None:
-    """``(g, h)`` of a batch normalization in evaluation mode that hands relevance through; None for anything else."""
-    origin = step.origin
-    if not isinstance(origin, LayerCall) or type(origin.rule) is not Pass:
+def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
+    """``(g, h)`` of a batch normalization in evaluation mode with the rule Pass; None for anything else."""
+    norm = step.layer_call.module
+    if type(step.layer_call.rule) is not Pass or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return None
-    norm = origin.module
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or norm.running_var is None:
+    if norm.running_mean is None or norm.running_var is None:
         return None
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.affine:
@@ -94,18 +95,15 @@ def _affine(step: Step) -> tuple[Tensor, Tensor] | None:
     return scale, shift if not norm.affine else shift + norm.bias.detach()
 
 
-def _is_weighted(step: Step) -> bool:
-    origin = step.origin
-    if not isinstance(origin, LayerCall) or not is_affine(origin.module):
-        return False
-    return isinstance(origin.module, (nn.Linear, Weighted, *_CONVOLUTIONS))
+def _is_weighted(step: LayerStep) -> bool:
+    module = step.layer_call.module
+    return is_affine(module) and isinstance(module, (nn.Linear, Weighted, *_CONVOLUTIONS))
 
 
 def _is_relu(step: Step) -> bool:
-    origin = step.origin
-    return step.rule == "relu" or (
-        isinstance(origin, LayerCall) and type(origin.module) is nn.ReLU and type(origin.rule) is Pass
-    )
+    if not isinstance(step, LayerStep):
+        return step.rule == "relu"
+    return type(step.layer_call.module) is nn.ReLU and type(step.layer_call.rule) is Pass
 
 
 def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
@@ -115,86 +113,88 @@ def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
     return int(getattr(module, "groups", 1)), isinstance(module, _CONVOLUTIONS[3:]), isinstance(module, nn.Linear)
 
 
-def _fits_output(norm: Step, layer: Step) -> bool:
+def _fits_output(norm: LayerStep, layer: LayerStep) -> bool:
     """Whether a batch normalization has one entry for each channel that a layer returns."""
     affine = _affine(norm)
     if affine is None or not _is_weighted(layer) or len(layer.shape) < 2:
         return False
-    _, _, dense = _geometry(layer.origin.module)
+    _, _, dense = _geometry(layer.layer_call.module)
     return layer.shape[1] == len(affine[0]) and not (dense and len(layer.shape) != 2)
 
 
-def _fold_output(norm: Step, layer: Step) -> None:
+def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
     """Layer → BN."""
     affine = _affine(norm)
-    if affine is None or not norm.origin.is_identity:
+    if affine is None or not norm.is_identity:
         return
     scale, shift = affine
-    origin: LayerCall = layer.origin
-    groups, transposed, dense = _geometry(origin.module)
-    weight = _parameter(origin.module, "weight")
-    assert weight is not None
-    bias = _parameter(origin.module, "bias")
+    module = layer.layer_call.module
+    groups, transposed, dense = _geometry(module)
+    weight, bias = _weight(module), _bias(module)
     changed = _scaled(weight, scale, groups, along_input=False, transposed=transposed)
     view = (-1, *(1,) * (len(layer.shape) - 2))
     flat = bias is None or bias.ndim == 1
     if bias is not None:
         bias = bias * (scale if flat else scale.reshape(view))
     moved = shift if flat else shift.reshape(view)
-    origin.change(changed, moved if bias is None else bias + moved, scale.reshape(view))
-    origin.holds_dense_norm |= dense
+    layer.set_parameters(changed, moved if bias is None else bias + moved, scale.reshape(view))
+    layer.has_dense_norm |= dense
 
 
-def _fold_input(layer: Step, norm: Step, clipped: bool) -> None:
-    """BN → layer, or BN → ReLU → layer; the layer reads the input of the batch normalization."""
+def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
+    """BN → layer, or BN → ReLU → layer; the layer then reads the input of the batch normalization."""
     affine = _affine(norm)
-    if affine is None or norm.origin.is_identity:
+    if affine is None or norm.is_identity:
         return
-    scale, shift = affine
-    origin: LayerCall = layer.origin
-    groups, transposed, dense = _geometry(origin.module)
-    raw, seen = norm.origin.source.tensor, origin.source.tensor
-    if getattr(origin.module, "padding_mode", "zeros") != "zeros" or (dense and seen.ndim != 2):
+    scale = affine[0]
+    call = layer.layer_call
+    groups, transposed, dense = _geometry(call.module)
+    raw, given = norm.layer_call.input, call.input
+    if getattr(call.module, "padding_mode", "zeros") != "zeros" or (dense and given.ndim != 2):
         return
-    view = (1, -1, *(1,) * (raw.ndim - 2))
-    full_scale = scale.reshape(view).expand_as(raw)
-    full_shift = shift.reshape(view).expand_as(raw)
+    full_scale, full_shift = (part.reshape(1, -1, *(1,) * (raw.ndim - 2)).expand_as(raw) for part in affine)
     if clipped:
-        # max(g x + h, 0) = g (clip(x) - t): where g = 0 the channel is the constant max(h, 0), and clip(x) is set to t.
-        dead = full_scale == 0
-        threshold = -full_shift / torch.where(dead, torch.ones_like(full_scale), full_scale)
-        clip = torch.where(full_scale > 0, torch.maximum(raw, threshold), torch.minimum(raw, threshold))
-        raw = torch.where(dead, torch.zeros_like(raw), clip)
-        full_shift = torch.where(dead, full_shift.clamp(min=0), full_shift)
-    if raw.shape != seen.shape:  # flattened on the way to a dense layer
-        if raw.numel() != seen.numel() or len(raw) != len(seen):
+        raw, full_shift = _clipped(raw, full_scale, full_shift)
+    if raw.shape != given.shape:  # flattened before a dense layer
+        if raw.numel() != given.numel() or len(raw) != len(given):
             return
-        raw, full_scale, full_shift = (part.reshape(seen.shape) for part in (raw, full_scale, full_shift))
-    weight, bias = _parameter(origin.module, "weight"), _parameter(origin.module, "bias")
-    assert weight is not None
-    constant = _without_bias(origin, full_shift[:1])
-    per_input = full_scale[0] if dense else scale
-    changed = _scaled(weight, per_input, groups, along_input=True, transposed=transposed)
+        raw, full_scale, full_shift = (part.reshape(given.shape) for part in (raw, full_scale, full_shift))
+    weight, bias = _weight(call.module), _bias(call.module)
+    constant = _without_bias(call, full_shift[:1])
+    changed = _scaled(weight, full_scale[0] if dense else scale, groups, along_input=True, transposed=transposed)
     if bias is not None:
         constant = constant + (bias if dense else bias.reshape(1, -1, *(1,) * (constant.ndim - 2)))
-    origin.change(changed, constant[0] if dense else constant)
-    origin.source = Saved(raw, values=False)  # the model has run, so nothing is written any more
-    origin.holds_dense_norm |= dense
+    layer.set_parameters(changed, constant[0] if dense else constant)
+    layer.set_input(raw)
+    layer.has_dense_norm |= dense
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor | None:
-    found = module._parameters.get(name)
-    return None if found is None else found.detach()
+def _clipped(raw: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """``clip(x)`` and ``-g t`` of the form ``ReLU(g x + h) = g (clip(x) - t)``.
+
+    Where ``g = 0`` the channel is the constant ``max(h, 0)``, and ``clip(x)`` is set to zero.
+    """
+    dead = scale == 0
+    threshold = -shift / torch.where(dead, torch.ones_like(scale), scale)
+    clip = torch.where(scale > 0, torch.maximum(raw, threshold), torch.minimum(raw, threshold))
+    return torch.where(dead, torch.zeros_like(raw), clip), torch.where(dead, shift.clamp(min=0), shift)
 
 
-def _without_bias(origin: LayerCall, source: Tensor) -> Tensor:
-    kept = origin.module._parameters["bias"]
-    origin.module._parameters["bias"] = None
-    try:
-        with torch.no_grad():
-            return origin.call(origin.module, source)
-    finally:
-        origin.module._parameters["bias"] = kept
+def _weight(module: nn.Module) -> Tensor:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.detach()
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module._parameters.get("bias")
+    return None if bias is None else bias.detach()
+
+
+def _without_bias(call: LayerCall, source: Tensor) -> Tensor:
+    """The output of the layer at another input, without bias."""
+    with torch.no_grad():
+        return rerun_without_bias(call.module, call.run)(source, _weight(call.module))
 
 
 def _scaled(weight: Tensor, scale: Tensor, groups: int, along_input: bool, transposed: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is known of the forward pass that a thread is in: who listens, what is inside what, what outlives a write."""
+"""State of the forward pass of a thread: its listener, the running modules, and the tensors that steps saved."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -16,11 +17,11 @@ from zennit.core import Hook
 
 
 class Saved:
-    """A tensor that a step will need when relevance arrives; it survives later writes into its memory.
+    """A tensor that a step needs when relevance arrives; its values survive later in-place operations.
 
     Args:
         tensor: The tensor.
-        values: Whether its values are needed; else only its shape, and no copy is made.
+        values: Whether its values have to survive; if not, an in-place operation makes no copy.
     """
 
     def __init__(self, tensor: Tensor, values: bool = True) -> None:
@@ -33,12 +34,12 @@ class Saved:
 
 
 def is_saved(tensor: Tensor) -> bool:
-    """Whether a step needs what is in this memory."""
+    """Whether a step saved this memory."""
     return any(saved() is not None for saved in RUNNING.saved.get(tensor.untyped_storage().data_ptr(), ()))
 
 
 def before_writing(tensor: Tensor) -> None:
-    """Gives every step that saved this memory a copy of its own; to be called before an in-place operation."""
+    """Copies the tensor for each step that saved its memory; to be called before an in-place operation."""
     for reference in RUNNING.saved.pop(tensor.untyped_storage().data_ptr(), ()):
         saved = reference()
         if saved is not None:
@@ -46,37 +47,51 @@ def before_writing(tensor: Tensor) -> None:
 
 
 def write(target: Tensor, result: Tensor) -> Tensor:
-    """Writes a result over a tensor; returns the tensor that has the result as its history."""
+    """Copies a result into a tensor in place; returns the tensor whose history is that of the result."""
     before_writing(target)
     try:
         return target.copy_(result)
     except RuntimeError:
-        # Autograd refuses leaves and what chunk, split and unbind return, so no such model was ever trained that
-        # way. The values are right for all who read them, the history only for those who read what is returned.
+        # Autograd rejects leaves and what chunk, split and unbind return, so no model was trained that way. The values
+        # are right for every reader, the history only for readers of the returned tensor.
         target.data.copy_(result.detach())
         return result
+
+
+@dataclass(frozen=True)
+class RunningModule:
+    """A module with a rule that is running.
+
+    Attributes:
+        hook: Its hook.
+        module: The module.
+        call: What the hook keeps of the call; None if the call is not a step.
+    """
+
+    hook: Hook
+    module: nn.Module
+    call: Any
 
 
 class _Running(threading.local):
     """State of the forward pass of this thread.
 
     Attributes:
-        entered: The modules with a rule that are running, outermost first, each with its hook and what that keeps of
-            the call: inside them nothing is a step of its own.
-        unseen: How many blocks of :func:`unseen` are open.
-        saved: What steps saved, by memory.
-        listener: Is told of every step and tap.
+        modules: The modules with a rule that are running, outermost first: operations inside them are not steps.
+        pauses: How many blocks of :func:`not_recorded` are open.
+        saved: What steps saved, by address in memory.
+        listener: Is notified of every step and tap.
     """
 
     def __init__(self) -> None:
-        self.entered: list[tuple[Hook, nn.Module, Any]] = []
-        self.unseen = 0
+        self.modules: list[RunningModule] = []
+        self.pauses = 0
         self.saved: dict[int, list[weakref.ref[Saved]]] = {}
         self.listener: Listener | None = None
 
 
 class Listener(Protocol):
-    """Is told what happens in a forward pass."""
+    """Is notified of what happens in a forward pass."""
 
     def on_step(self, module: nn.Module | None, step: Any) -> None:
         """A step of a module, or of a function."""
@@ -89,28 +104,28 @@ RUNNING = _Running()
 
 
 def is_inside_step() -> bool:
-    """Whether a module with a rule is running right now."""
-    return RUNNING.unseen > 0 or bool(RUNNING.entered)
+    """Whether operations are not recorded now: inside a module with a rule, or where recording is paused."""
+    return RUNNING.pauses > 0 or bool(RUNNING.modules)
 
 
 @contextmanager
-def unseen() -> Iterator[None]:
-    """What is done in here is no part of the model."""
-    RUNNING.unseen += 1
+def not_recorded() -> Iterator[None]:
+    """Operations inside this context are not recorded."""
+    RUNNING.pauses += 1
     try:
         yield
     finally:
-        RUNNING.unseen -= 1
+        RUNNING.pauses -= 1
 
 
 R = TypeVar("R")
 P = ParamSpec("P")
 
 
-def among_ourselves(hook: Callable[P, R]) -> Callable[P, R]:
-    """A hook whose own operations are handed to no mode, which takes longer than most of them.
+def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
+    """A hook whose own operations bypass ``__torch_function__``, which costs more than most of them.
 
-    Tensors of subclasses need the hand-over.
+    Unless an argument is of a subclass of tensor, which needs it.
     """
 
     @functools.wraps(hook)
@@ -131,22 +146,22 @@ def _is_subclass(value: object) -> bool:
 
 
 def listener() -> Listener | None:
-    """Who listens to the forward pass of this thread."""
+    """The listener of the forward pass of this thread."""
     return RUNNING.listener
 
 
 @contextmanager
 def forward_pass(listener: Listener | None) -> Iterator[None]:
     """A fresh state for one forward pass, so that a pass that raised leaves nothing behind."""
-    kept = dict(RUNNING.__dict__)
-    RUNNING.__dict__.update(entered=[], unseen=0, saved={}, listener=listener)
+    outer = dict(RUNNING.__dict__)
+    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener)
     try:
         yield
     finally:
-        RUNNING.__dict__.update(kept)
+        RUNNING.__dict__.update(outer)
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
-    """Leaves a mode of this thread, and first those entered after it that an interrupt kept from being left."""
+    """Exits a mode of this thread, after the modes inside of it that an interrupt left open."""
     while mode in (stack := _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         stack[-1].__exit__(None, None, None)

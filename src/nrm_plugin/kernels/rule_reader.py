@@ -1,129 +1,136 @@
 """Reading a Zennit rule on one call of a module as a kernel.
 
 Three forms, tried in this order: the identity (``Pass``), branches on an affine module (every built-in rule), and
-for everything else the function that hands relevance down, with column sums found by differentiating it.
+otherwise the function that propagates relevance, whose column sums are found by differentiating it.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 
 import torch
 from torch import Tensor, nn
 from zennit.core import BasicHook, Hook, ParamMod
-from zennit.rules import Epsilon, Gamma, Pass
+from zennit.rules import Pass
 
 from ..errors import NonlinearRuleError, UnsupportedRuleError
-from ..model.affine import LINEAR_RULES, Call, Image, is_by_modifiers, overrides
-from ..rules import Absolute, ConservingEpsilon, Relative
-from .base import IdentityKernel, Kernel, Scale, VjpKernel, linear_in_relevance
-from .branch_reader import branches_of
+from ..model.affine import is_by_modifiers, overrides
+from .base import IdentityKernel, Kernel
+from .branch_reader import branch_kernel
+from .forward_state import Saved
+from .layer_call import LayerCall, forward, shape_like
+from .mapper import mapped
+from .normalization import Normalization
+from .vjp_kernel import VjpKernel
 
 
 class PlainGradient(Hook):
     """The rule of a layer that a composite leaves uncovered, as Zennit treats it: the plain gradient."""
 
 
-def wants_image(hook: Hook) -> bool:
-    """Whether a rule runs the unmodified layer on its unmodified input, so that it need not be run again."""
-    return type(hook) in (Epsilon, ConservingEpsilon)
-
-
-def read_rule(
-    hook: Hook,
-    module: nn.Module,
-    call: Call,
-    inputs: Tensor,
-    output: Tensor,
-    where: str,
-    image: Image | None = None,
-    is_output_known: bool = True,
-    scale: Scale | None = None,
-) -> Kernel:
+def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Kernel:
     """The kernel of a rule at one call.
 
     Args:
-        hook: The rule, as a composite maps it.
-        module: A shell of the module; it may be written to.
-        call: How to run the module on its first input.
-        inputs: That input, detached, ``(N, *in)``.
-        output: What it returned, ``(N, *out)``.
-        where: Name of the layer, for messages.
-        image: What it returned without its bias, where that is known.
-        is_output_known: Whether ``output`` has the values that the module returns, not only their shape.
-        scale: The normalization of its columns, taken into the kernel where that saves work.
+        call: The call.
+        normalization: The normalization of its columns; the kernel includes the gain where that saves work.
 
     Raises:
-        UnsupportedRuleError: The rule changes how the module runs, or fits no form.
+        UnsupportedRuleError: The rule changes how the module runs, or has none of the three forms.
     """
-    if overrides(hook, "pre_forward") or overrides(hook, "post_forward") or overrides(hook, "pre_backward"):
+    rule = call.rule
+    if any(overrides(rule, method) for method in ("pre_forward", "post_forward", "pre_backward")):
         raise UnsupportedRuleError(
-            f"the rule {type(hook).__name__} of layer {where!r} overrides Zennit's own forward hooks, so it cannot be "
-            "read as a kernel. Override `forward` and `backward` only, or write the rule with BasicHook's modifiers."
+            f"the rule {type(rule).__name__} of layer {call.name!r} overrides Zennit's own forward hooks, so it cannot "
+            "be read as a kernel. Override `forward` and `backward` only, or write the rule with BasicHook's modifiers."
         )
-    if type(hook) is Pass:
-        if inputs.shape != output.shape:
-            raise UnsupportedRuleError(
-                f"layer {where!r} ({type(module).__name__}) has the rule Pass, but turns shape {tuple(inputs.shape)} "
-                f"into {tuple(output.shape)}. Give it a rule that hands relevance to its inputs."
-            )
-        return IdentityKernel()
-    if type(hook) is PlainGradient:
-        return _plain_gradient(module, call, inputs)
-    if is_by_modifiers(hook):
-        reader = (hook, module, call, inputs, output, image, is_output_known, scale)
-        return branches_of(*reader) or _modifiers(hook, module, call, inputs)
-    if not is_output_known:
-        with torch.no_grad():
-            output = call(module, inputs)
-    return _backward_of(hook, module, call, inputs, output)
+    if type(rule) is Pass:
+        return _identity(call)
+    if type(rule) is PlainGradient:
+        return _plain_gradient(call)
+    if is_by_modifiers(rule):
+        return branch_kernel(call, rule, normalization) or _by_modifiers(call, rule)
+    return _by_backward(call)
 
 
-def reads_output(hook: Hook) -> bool:
-    """Whether a rule may read the values of the unmodified output, not only those of its own modified layers."""
-    return type(hook) not in (*LINEAR_RULES, Absolute, ConservingEpsilon, Relative) or type(hook) is Gamma
+def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Kernel:
+    """The kernel of a rule on a module at an input, which no hook has seen.
+
+    Args:
+        rule: The rule; it is copied.
+        module: The module, such as :class:`~nrm_plugin.model.affine.Weightless`; it may be written to.
+        inputs: Its input, ``(N, *in)``.
+        name: Layer name, for messages.
+    """
+    with torch.no_grad():
+        output = module.forward(inputs)
+    saved = Saved(inputs, values=False), Saved(output, values=False)  # no forward pass runs that could write to them
+    return read_rule(LayerCall(rule.copy(), module, forward, saved[0], shape_like(output), name, saved[1]))
 
 
-def check_linear(kernel: Kernel, hook: Hook, output: Tensor, where: str) -> None:
-    """Raises unless the rule is linear in the relevance that it hands down.
+def check_linear(kernel: Kernel, call: LayerCall) -> None:
+    """Raises unless the rule is linear in the relevance.
 
     Raises:
         NonlinearRuleError: With the rule and the layer.
     """
-    if not linear_in_relevance(kernel, output[:1].expand_as(output)):
+    if not is_linear_in_relevance(kernel, call.like[:1].expand_as(call.like)):
         raise NonlinearRuleError(
-            f"the rule {type(hook).__name__} of layer {where!r} is not linear in the relevance that it hands down: "
-            "relevance of opposite sign is treated differently. Such a rule (deconvnet, guided backpropagation) gives "
-            "no measure over walks. Choose a composite whose rules are linear, such as EpsilonPlus."
+            f"the rule {type(call.rule).__name__} of layer {call.name!r} is not linear in the relevance: it treats "
+            "positive and negative relevance differently. Such a rule (deconvnet, guided backpropagation) gives no "
+            "measure over walks. Choose a composite whose rules are linear, such as EpsilonPlus."
         )
 
 
-def _mapped(hook: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-    mapped = hook.gradient_mapper(relevance, outputs)
-    return [mapped] if isinstance(mapped, Tensor) else list(mapped)
+def is_linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
+    """Whether ``pull`` is linear, tried on random relevance of both signs in the shape of ``like``."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((2, *like.shape), generator=generator, dtype=like.dtype).to(like.device)
+    first, second = noise[:1], noise[1:]
+    kernel.complete_for(None)
+    with torch.no_grad():
+        combined = kernel.pull(first - 2 * second)
+        apart = [one - 2 * two for one, two in zip(kernel.pull(first), kernel.pull(second), strict=True)]
+    tolerance = math.sqrt(torch.finfo(like.dtype).eps)
+    return all(
+        bool((left - right).abs().max() <= tolerance * max(1e-30, float(right.abs().max())))
+        for left, right in zip(combined, apart, strict=True)
+        if left.numel()
+    )
 
 
-def _modifiers(hook: BasicHook, module: nn.Module, call: Call, inputs: Tensor) -> VjpKernel:
+def _identity(call: LayerCall) -> IdentityKernel:
+    if call.input.shape != call.like.shape:
+        raise UnsupportedRuleError(
+            f"layer {call.name!r} ({type(call.module).__name__}) has the rule Pass, but turns shape "
+            f"{tuple(call.input.shape)} into {tuple(call.like.shape)}. Give it a rule that propagates relevance to its "
+            "inputs."
+        )
+    return IdentityKernel()
+
+
+def _by_modifiers(call: LayerCall, rule: BasicHook) -> VjpKernel:
     """Any rule written with modifiers, on any module."""
-    sources = [modifier(inputs).detach().requires_grad_() for modifier in hook.input_modifiers]
+    sources = [modifier(call.input).detach().requires_grad_() for modifier in rule.input_modifiers]
     outputs = []
     with torch.enable_grad():
-        for source, param_mod, out_mod in zip(sources, hook.param_modifiers, hook.output_modifiers, strict=True):
-            with ParamMod.ensure(param_mod)(module) as modified:
-                outputs.append(out_mod(call(modified, source)))
+        for source, param_mod, out_mod in zip(sources, rule.param_modifiers, rule.output_modifiers, strict=True):
+            with ParamMod.ensure(param_mod)(call.module) as modified:
+                outputs.append(out_mod(call.run(modified, source)))
 
     def pull(relevance: Tensor) -> tuple[Tensor, ...]:
-        mapped = _mapped(hook, relevance, outputs)
-        gradients = torch.autograd.grad(outputs, sources, mapped, True, torch.is_grad_enabled())
-        return (hook.reducer(sources, gradients),)
+        products = mapped(rule, relevance, outputs)
+        gradients = torch.autograd.grad(outputs, sources, products, True, torch.is_grad_enabled())
+        return (rule.reducer(sources, gradients),)
 
     return VjpKernel(pull)
 
 
-def _plain_gradient(module: nn.Module, call: Call, inputs: Tensor) -> VjpKernel:
-    source = inputs.detach().requires_grad_()
+def _plain_gradient(call: LayerCall) -> VjpKernel:
+    source = call.input.detach().requires_grad_()
     with torch.enable_grad():
-        output = call(module, source)
+        output = call.run(call.module, source)
 
     def pull(relevance: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, source, relevance, True, torch.is_grad_enabled())
@@ -131,25 +138,29 @@ def _plain_gradient(module: nn.Module, call: Call, inputs: Tensor) -> VjpKernel:
     return VjpKernel(pull)
 
 
-def _backward_of(hook: Hook, module: nn.Module, call: Call, inputs: Tensor, output: Tensor) -> VjpKernel:
+def _by_backward(call: LayerCall) -> VjpKernel:
     """A rule with a ``backward`` of its own; it may read the plain gradient and what its ``forward`` stored."""
-    gradient = _plain_gradient(module, call, inputs)
-    if _takes_kwargs(hook):
-        hook.forward(module, (inputs,), {}, output)
+    rule, module, inputs, output = call.rule, call.module, call.input, call.output
+    if not call.is_output_known:
+        with torch.no_grad():
+            output = call.run(module, inputs)
+    gradient = _plain_gradient(call)
+    if _takes_kwargs(rule):
+        rule.forward(module, (inputs,), {}, output)
     else:
-        hook.forward(module, (inputs,), output)
+        rule.forward(module, (inputs,), output)
 
     def pull(relevance: Tensor) -> tuple[Tensor, ...]:
         plain = gradient.function(relevance)
-        handed = hook.backward(module, plain, (relevance,))
-        if handed is None:
+        returned = rule.backward(module, plain, (relevance,))
+        if returned is None:
             return plain
-        first = handed[0] if isinstance(handed, (tuple, list)) else handed
+        first = returned[0] if isinstance(returned, (tuple, list)) else returned
         return plain if first is None else (first,)
 
     return VjpKernel(pull)
 
 
-def _takes_kwargs(hook: Hook) -> bool:
-    """Zennit 1 hands ``(module, args, kwargs, output)`` to hooks not written for ``(module, input, output)``."""
-    return len(inspect.signature(hook.forward).parameters) == 4
+def _takes_kwargs(rule: Hook) -> bool:
+    """Zennit 1 passes ``(module, args, kwargs, output)`` to hooks not written for ``(module, input, output)``."""
+    return len(inspect.signature(rule.forward).parameters) == 4

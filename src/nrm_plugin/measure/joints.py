@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.base import BranchKernel, IdentityKernel
+from ..kernels.base import IdentityKernel
+from ..kernels.branch_kernel import BranchKernel
+from ..kernels.channel_edges import channel_edges
 from ..model.routing import is_whole, operation
 from ..recording.graph import Vertex
 from ..recording.passes import Cost, Vectors, pull, push
@@ -80,7 +82,7 @@ def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
     assert step is not None
     assert isinstance(step.kernel, BranchKernel)
     gain = step.gain_for(relevance.unsqueeze(0))
-    return step.kernel.channel_edges(relevance if gain is None else relevance * gain)
+    return channel_edges(step.kernel, relevance if gain is None else relevance * gain)
 
 
 _KEEPING_CHANNELS = frozenset(
@@ -149,9 +151,9 @@ def _channels_of(dims: int) -> int:
 def _is_linear(vertex: Vertex, dims: int) -> bool:
     """A convolution of maps, or a linear layer whose features are the last dimension."""
     kernel = None if vertex.step is None else vertex.step.kernel
-    if not isinstance(kernel, BranchKernel) or kernel.weight is None or kernel.rerun is None:
+    if not isinstance(kernel, BranchKernel) or kernel.layer is None:
         return False
-    return kernel.weight.ndim == (dims if dims > 3 else 2)
+    return kernel.layer.weight.ndim == (dims if dims > 3 else 2)
 
 
 def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:

@@ -16,7 +16,7 @@ from zennit.core import Composite
 from ..composites import Normalized, NRMDefault, Uncovered, check_composite
 from ..errors import CancellationError, EventError, NRMError, NullEventError, StaleMeasureError, samples
 from ..events.event import ABSORBED, Atom, Event, Side, at
-from ..kernels.base import Residual
+from ..kernels.normalization import Residual
 from ..model.autocast import exact
 from ..model.inputs import Call, Inputs, Output
 from ..model.targets import normalized, sample_sums, start_vector

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.base import blocks
+from ..kernels.cache_blocks import blocks
 from ..model.targets import sample_norms, sample_sums
 from ..recording.passes import Cost, Vectors, pull
 from ..recording.places import Buffer, Edge, Place, Sink

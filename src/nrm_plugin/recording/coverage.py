@@ -12,8 +12,8 @@ from torch import nn
 from zennit.core import Composite
 
 from ..composites import Normalized, NRMDefault
-from ..functional import FunctionCall
-from ..kernels.step import LayerCall, Step
+from ..kernels.layer_step import LayerStep
+from ..kernels.step import FunctionStep, Step
 from ..model.affine import Weighted
 from ..model.inputs import Call, Inputs, Output
 from .recording import Recording
@@ -138,17 +138,16 @@ def coverage(
 
 
 def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
-    origin = step.origin
     operation, rule = step.name.rpartition(".")[2], step.rule
-    if isinstance(origin, LayerCall):
-        rule = type(origin.rule).__name__
-        operation = operation if isinstance(origin.module, Weighted) else type(origin.module).__name__
+    if isinstance(step, LayerStep):
+        rule, module = type(step.layer_call.rule).__name__, step.layer_call.module
+        operation = operation if isinstance(module, Weighted) else type(module).__name__
     notes = []
     if rule == "PlainGradient":
         notes.append("uncovered: the composite has no rule for it")
-    if isinstance(origin, FunctionCall):
+    if isinstance(step, FunctionStep) and step.unsupported_call is not None:
         notes.append("unsupported: raises when relevance arrives")
-    if isinstance(origin, LayerCall) and origin.is_identity:
+    if isinstance(step, LayerStep) and step.is_identity:
         notes.append("fused into its neighbour")
     if calls > 1:
         notes.append(f"called {calls} times")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import EventError, UnknownLayerError, unknown_layer
 from ..events.event import Atom
-from ..kernels.forward_state import among_ourselves, unseen
+from ..kernels.forward_state import not_recorded, without_torch_function
 from ..kernels.hook import StepHook
 from ..kernels.step import Step
 from ..model.routing import written
@@ -94,12 +94,12 @@ class Observer:
         if module is not None:
             step.call = self._calls[module] - 1
 
-    @among_ourselves
+    @without_torch_function
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """The output of a function."""
         self.see(Label(name, "output", call, None), output, channel_dim)
 
-    @among_ourselves
+    @without_torch_function
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._calls[module] = self._calls.get(module, 0) + 1
         name = self.modules[module]
@@ -108,7 +108,7 @@ class Observer:
             if tensors:
                 self._keep_start(Label(name, "input", call - 1, None), tensors[0])
             return None
-        with unseen():
+        with not_recorded():
             args = tuple(_own_view(value) for value in args)
             kwargs = {key: _own_view(value) for key, value in kwargs.items()}
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -116,7 +116,7 @@ class Observer:
             self.see(Label(name, "input", call - 1, None if len(tensors) == 1 else item), tensor)
         return args, kwargs
 
-    @among_ourselves
+    @without_torch_function
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         name, call = self.modules[module], self._calls[module] - 1
         dim = _channel_dim(module)
@@ -136,7 +136,7 @@ class Observer:
         """Embeddings of an input: relevance ends here, as at any other input."""
         leaf = output.detach().requires_grad_()
         self.leaves.append(leaf)
-        with unseen():
+        with not_recorded():
             passed: Tensor = leaf.clone()
         self.see(label, passed, dim)
         return passed
@@ -151,7 +151,7 @@ class Observer:
         if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name, label.side):
             return
         if (wanted.call or 0) == label.call and wanted.item in (None, label.item) and self._started is None:
-            with unseen():
+            with not_recorded():
                 self._started = tensor.clone()
 
 

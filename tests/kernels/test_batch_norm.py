@@ -1,4 +1,4 @@
-"""Batch-norm fusion against the dense matrix of the composed affine map, pushed through the modules unit by unit."""
+"""Batch-norm fusion compared with the rule on the dense matrix of the composed affine map."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from zennit.composites import LayerMapComposite
 from zennit.rules import Pass
 from zennit.types import Activation, BatchNorm, Linear
 
 from nrm_plugin import FuseBatchNorm, RelevanceMeasure
 from nrm_plugin.errors import BatchNormWarning
+from nrm_plugin.kernels.layer_step import LayerStep
 from tests.conftest import slow_but, untouched
 from tests.nets import zennit_rule
 from tests.oracles import AlphaBeta, Epsilon, Gamma, Rule, ZPlus, normalized
@@ -49,7 +51,7 @@ def norm_for(layer: nn.Module, channels: int) -> nn.Module:
 
 
 def drawn(*modules: nn.Module, dead: bool = False) -> nn.Sequential:
-    """Modules in series with weights of both signs everywhere; ``dead`` sets the first scale of a norm to zero."""
+    """Modules in series with random weights of both signs; ``dead`` sets the first scale of each norm to zero."""
     generator = torch.Generator().manual_seed(len(modules))
     net = nn.Sequential(*modules).double().eval()
     with torch.no_grad():
@@ -57,7 +59,7 @@ def drawn(*modules: nn.Module, dead: bool = False) -> nn.Sequential:
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.is_floating_point():
                     tensor.normal_(generator=generator)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, _BatchNorm):
                 module.running_var.uniform_(0.5, 2, generator=generator)
                 module.weight[-1] = -1.5
                 if dead:
@@ -70,7 +72,7 @@ def image(shape: Shape) -> Tensor:
 
 
 def composed(function: Callable[[Tensor], Tensor], shape: Shape) -> nn.Linear:
-    """An affine map as one dense layer: its value at zero, and at every unit vector without that."""
+    """An affine map as one dense layer: the bias is its value at zero, the columns are its values at unit vectors."""
     size = int(np.prod(shape))
     with torch.no_grad():
         bias = function(torch.zeros(1, *shape, dtype=torch.float64)).flatten()
@@ -81,7 +83,7 @@ def composed(function: Callable[[Tensor], Tensor], shape: Shape) -> nn.Linear:
 
 
 def fused(net: nn.Module, a: Tensor, rule: Rule, residual: str = "sink") -> tuple[Tensor, Tensor, RelevanceMeasure]:
-    """``T[j, i]`` from every output down to the input, and what is absorbed."""
+    """``T[j, i]`` from every output to the input, the absorbed share of each output, and the measure."""
     shape = net(a[None]).shape[1:]
     units = torch.eye(shape.numel(), dtype=torch.float64).reshape(-1, *shape)
     layer_map = [(Activation, Pass()), (BatchNorm, Pass()), (Linear, zennit_rule(rule))]
@@ -113,40 +115,38 @@ def check(net: nn.Module, a: Tensor, rule: Rule, affine: Callable[[Tensor], Tens
         scale = max(1.0, float(np.abs(expected).sum(0).max()))
         assert float((T - torch.as_tensor(expected.T)).abs().max()) <= 1e-9 * scale
         assert float((absorbed - torch.as_tensor(sink)).abs().max()) <= 1e-9 * scale
-        own_outputs_are_those_of_the_model(mu, net, a.expand(len(mu.output), *a.shape))
+        check_outputs_of_fused_layers(mu, net, a.expand(len(mu.output), *a.shape))
 
 
 def returned_by_modules(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """What every module returns."""
-    found: dict[str, Tensor] = {}
+    """The output of every module."""
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda module, args, output: found.update({name: output.detach().clone()})
+        return lambda module, args, output: outputs.update({name: output.detach().clone()})
 
     handles = [module.register_forward_hook(keep(name)) for name, module in net.named_modules()]
     net(x)
     for handle in handles:
         handle.remove()
-    return found
+    return outputs
 
 
-def own_outputs_are_those_of_the_model(
-    mu: RelevanceMeasure, net: nn.Module, x: Tensor, tolerance: float = 1e-10
-) -> None:
-    """The changed layers at their changed inputs return what was above the fused pair."""
+def check_outputs_of_fused_layers(mu: RelevanceMeasure, net: nn.Module, x: Tensor, tolerance: float = 1e-10) -> None:
+    """Fused layers at their changed inputs return the output of the fused pair in the model."""
     outputs = returned_by_modules(net, x)
     for vertex in mu._recording.graph.vertices:
-        origin = None if vertex.step is None else vertex.step.origin
-        if origin is None or isinstance(origin.module, (nn.ReLU, nn.modules.batchnorm._BatchNorm)):
+        step = vertex.step
+        if not isinstance(step, LayerStep) or isinstance(step.layer_call.module, (nn.ReLU, _BatchNorm)):
             continue
-        assert vertex.step.kernel is not None  # made by now
-        norms = [norm for norm in origin.norms if norm.origin.is_identity]
-        expected = outputs[norms[0].name if norms else vertex.step.name]
-        layer = copy.deepcopy(origin.module)
+        assert step.kernel is not None  # building it fuses
+        norms = [norm for norm in step.norms if norm.is_identity]
+        expected = outputs[norms[0].name if norms else step.name]
+        layer = copy.deepcopy(step.layer_call.module)
         bias = layer._parameters["bias"]
         layer._parameters["bias"] = None
         with torch.no_grad():
-            returned = origin.call(layer, origin.source.tensor)
+            returned = step.layer_call.run(layer, step.layer_call.input)
             if bias is not None:  # of each channel, or of each position
                 flat = bias.ndim == 1 and returned.ndim > 2
                 returned = returned + (bias.reshape(-1, *(1,) * (returned.ndim - 2)) if flat else bias)
@@ -160,7 +160,7 @@ def cases(*without: str) -> list[object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rule"), cases())
-def test_a_layer_before_batch_norm_takes_it_over(name, rule):
+def test_a_layer_before_batch_norm_is_fused_with_it(name, rule):
     make, shape = LAYERS[name]
     layer = make()
     channels = layer(torch.zeros(1, *shape)).shape[1]
@@ -170,7 +170,7 @@ def test_a_layer_before_batch_norm_takes_it_over(name, rule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rule"), cases())
-def test_a_layer_behind_batch_norm_takes_it_over_at_the_borders_too(name, rule):
+def test_a_layer_after_batch_norm_is_fused_with_it_at_the_borders_too(name, rule):
     make, shape = LAYERS[name]
     net = drawn(norm_for(make(), shape[0]), make())
     check(net, image(shape), rule, net)
@@ -178,7 +178,7 @@ def test_a_layer_behind_batch_norm_takes_it_over_at_the_borders_too(name, rule):
 
 @pytest.mark.parametrize("dead", slow_but([False, True], True))
 @pytest.mark.parametrize(("name", "rule"), cases())
-def test_a_layer_behind_batch_norm_and_relu_takes_both_over(name, rule, dead):
+def test_a_layer_after_batch_norm_and_relu_is_fused_with_both(name, rule, dead):
     r"""``ReLU(g x + h) = g (clip(x) − t)`` with ``t = −h / g``; where ``g = 0`` it is the constant ``max(h, 0)``."""
     make, shape = LAYERS[name]
     norm, layer = norm_for(make(), shape[0]), make()
@@ -209,20 +209,20 @@ def test_a_layer_behind_batch_norm_and_relu_takes_both_over(name, rule, dead):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_batch_norm_is_taken_over_through_flattening(rule):
+def test_batch_norm_is_fused_through_flattening(rule):
     net = drawn(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(12, 3))
     check(net, image((2, 3, 2)), rule, net)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_a_layer_between_two_batch_norms_takes_both_over(rule):
+def test_a_layer_between_two_batch_norms_is_fused_with_both(rule):
     net = drawn(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3))
     check(net, image((2, 3, 3)), rule, net)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular", "replicate"])
-def test_a_padding_that_repeats_what_is_there_is_no_border(mode):
-    """Behind such a layer fusion is exact; before it the batch norm is left as it is, the identity."""
+def test_padding_that_repeats_entries(mode):
+    """A batch norm after such a layer is fused exactly; one before it stays the identity."""
     conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode)
     rule = Epsilon(0.1)
     net = drawn(conv, nn.BatchNorm2d(3))
@@ -235,8 +235,8 @@ def test_a_padding_that_repeats_what_is_there_is_no_border(mode):
     assert float((T - torch.as_tensor(expected.T)).abs().max()) <= 1e-9
 
 
-def test_without_zero_padding_in_the_bias_the_border_would_be_wrong():
-    """A bias for each channel, as in the interior, is off at the border: what the exact form is for."""
+def test_a_bias_for_each_channel_would_be_wrong_at_the_border():
+    """With zero padding the exact bias depends on the position."""
     net = drawn(nn.BatchNorm2d(1), nn.Conv2d(1, 1, 3, padding=1))
     dense = composed(net, (1, 4, 4))
     bias = dense.bias.detach().reshape(4, 4)
@@ -251,7 +251,7 @@ def test_without_zero_padding_in_the_bias_the_border_would_be_wrong():
 
 
 class Shared(nn.Module):
-    """The output of a layer is read by a batch norm, and by somebody else."""
+    """The output of a layer is read by a batch norm and by a concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class Shared(nn.Module):
         return torch.cat([y, self.norm(y)], 1)
 
 
-def test_a_layer_that_something_else_reads_stays_as_it_is():
+def test_a_layer_with_another_reader_is_not_fused():
     conv = drawn(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2))
     net = Shared().double().eval()
     net.conv, net.norm = conv[0], conv[1]
@@ -293,14 +293,14 @@ def test_the_logits_are_the_same_in_single_precision(net):
         mu = RelevanceMeasure(head, x, [0, 1], composite=composite)
         mu.marginal("input")
     torch.testing.assert_close(mu.output, head(x)[[0, 1], [0, 1]].detach(), rtol=0, atol=0)
-    own_outputs_are_those_of_the_model(mu, head, x, tolerance=1e-5)
+    check_outputs_of_fused_layers(mu, head, x, tolerance=1e-5)
 
 
 # -- the warning ----------------------------------------------------------------------------------------------------
 
 
 def dense_pair(first: bool, bias: float) -> nn.Sequential:
-    """A dense layer and a batch norm whose shift is this much of what the layer returns."""
+    """A dense layer and a batch norm with this shift."""
     torch.manual_seed(0)
     norm, dense = nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False)
     nn.init.constant_(norm.bias, bias)

@@ -1,0 +1,172 @@
+r"""Kernels of absolute values, :math:`\sum_j |T_{ij}| R_j`: in closed form from branches, else column by column."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NRMError
+from .base import Kernel, vjp
+from .branch import Branch, WeightedLayer
+
+DENSE_LIMIT = 4096
+"""Largest number of columns for which the kernel of absolute values is formed column by column."""
+
+
+def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
+    r"""``Σ_j |T_ij| R_j`` from the columns of ``T``, formed a chunk at a time.
+
+    Args:
+        kernel: Any kernel that does not mix samples.
+        relevance: ``(K, N, *out)``.
+        chunk: Columns formed at a time.
+
+    Returns:
+        ``(K, N, *in)`` for each input.
+
+    Raises:
+        NRMError: The output has more than ``DENSE_LIMIT`` entries per sample.
+    """
+    size = math.prod(relevance.shape[2:])
+    if size > DENSE_LIMIT:
+        raise NRMError(
+            f"the walk variation needs |T| of a step with {size} outputs per sample, and its rule has no closed form "
+            f"for it (column by column it is formed up to {DENSE_LIMIT} outputs). Use `variation(layer)`, which is "
+            "exact for every rule, or a rule of Zennit without padding modes."
+        )
+    kernel.complete_for(None)
+    flat = relevance.flatten(2)
+    totals: list[Tensor] | None = None
+    for start in range(0, size, chunk):
+        width = min(chunk, size - start)
+        unit = relevance.new_zeros((width, relevance.shape[1], size))
+        unit[torch.arange(width), :, start + torch.arange(width)] = 1
+        columns = kernel.pull(unit.reshape(width, *relevance.shape[1:]))
+        weights = flat[:, :, start : start + width]
+        sums = [torch.einsum("knj,jn...->kn...", weights, column.abs()) for column in columns]
+        totals = sums if totals is None else [old + new for old, new in zip(totals, sums, strict=True)]
+    assert totals is not None
+    return tuple(totals)
+
+
+def closed_absolute(
+    branches: list[Branch], layer: WeightedLayer | None, like: Tensor, relevance: Tensor
+) -> Tensor | None:
+    """``Σ_j |T_ij| R_j`` of branches; None where there is no closed form.
+
+    Args:
+        branches: All branches of a rule.
+        layer: The layer that they modify; None for a module without weights.
+        like: A tensor in the shape of the input, ``(N, *in)``.
+        relevance: ``(K, N, *out)``.
+
+    Returns:
+        ``(K, N, *in)``.
+    """
+    if layer is not None and not layer.is_injective:
+        return None
+    terms = _disjoint_terms(branches, layer, like)
+    if terms is None:
+        return None if layer is None or layer.is_transposed else _from_patches(branches, layer, relevance)
+    total = relevance.new_zeros((len(relevance), *like.shape))
+    for term in terms:
+        total = total + term.input.abs() * term.down(term.factor.abs() * relevance)
+    return total
+
+
+@dataclass(frozen=True)
+class _Term:
+    r"""A part :math:`a_i |w_{ij}| m_j` of a kernel: ``a``, ``m`` and the transpose of ``|w|``."""
+
+    input: Tensor
+    factor: Tensor
+    down: Callable[[Tensor], Tensor]
+
+
+def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
+    r"""Terms of which each entry of the kernel is in one only; None where there are none such.
+
+    On the positive weights, and on the negative ones, the modified weights of a rule are multiples of the weight.
+    Branches with the same factor are added first (ZBox), the others must not overlap.
+    """
+    terms = []
+    for sign in (None,) if layer is None else (1.0, -1.0):
+        groups: list[tuple[Tensor, Tensor]] = []
+        for branch in branches:
+            multiple = 1.0 if layer is None or sign is None else _multiple(branch.weight, layer.weight, sign)
+            if multiple is None:
+                return None
+            source = (branch.sign * multiple) * branch.input.detach()
+            for index, (other, factor) in enumerate(groups):
+                if branch.factor is factor or torch.equal(branch.factor, factor):
+                    groups[index] = (other + source, factor)
+                    break
+            else:
+                groups.append((source, branch.factor))
+        if _overlap(groups):
+            return None
+        if groups:
+            down = branches[0].maps.down if layer is None or sign is None else _down(layer, like, sign)
+            terms += [_Term(source, factor, down) for source, factor in groups]
+    return terms
+
+
+def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
+    """λ with ``modified = λ weight`` on the weights of one sign; None if there is no such number."""
+    chosen = (weight * sign) > 0
+    here, there = weight[chosen], modified[chosen]
+    if here.numel() == 0:
+        return 0.0
+    multiple = float((there / here)[0])
+    tolerance = 1e3 * torch.finfo(here.dtype).eps * float(here.abs().max()) * max(1.0, abs(multiple))
+    return multiple if float((there - multiple * here).abs().max()) <= tolerance else None
+
+
+def _down(layer: WeightedLayer, like: Tensor, sign: float) -> Callable[[Tensor], Tensor]:
+    """Transpose of the layer with the absolute values of its weights of one sign."""
+    leaf = like.detach().requires_grad_()
+    with torch.enable_grad():
+        image = layer.rerun(leaf, (layer.weight * sign).clamp(min=0))
+    return lambda relevance: vjp([image], leaf, [relevance])[0]
+
+
+def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:
+    for index, (source, factor) in enumerate(groups):
+        for other, across in groups[:index]:
+            if bool(((source != 0) & (other != 0)).any()) and bool(((factor != 0) & (across != 0)).any()):
+                return True
+    return False
+
+
+def _from_patches(branches: list[Branch], layer: WeightedLayer, relevance: Tensor) -> Tensor:
+    """``Σ_j |T_ij| R_j`` from the patches that the outputs read, one channel after the other; for any branches."""
+    like, weight = branches[0].input.detach(), layer.weight
+    size = weight[0].numel()
+    # As a weight, it selects what an output channel reads, entry by entry.
+    selection = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *weight.shape[1:])
+    selection = selection.repeat(layer.groups, *(1,) * (selection.ndim - 1))
+    channel = -1 if weight.ndim == 2 else 1
+    with torch.no_grad():
+        patches = [
+            layer.rerun(branch.sign * branch.input.detach(), selection).movedim(channel, -1) for branch in branches
+        ]
+    total = relevance.new_zeros((len(relevance), *patches[0].shape))
+    modified = [branch.weight.flatten(1) for branch in branches]
+    per_group = len(weight) // layer.groups
+    for number in range(len(weight)):
+        start = number // per_group * size
+        parts = (
+            patch[..., start : start + size] * row[number] * branch.factor.select(channel, number).unsqueeze(-1)
+            for patch, row, branch in zip(patches, modified, branches, strict=True)
+        )
+        arriving = relevance.select(channel if channel < 0 else channel + 1, number).unsqueeze(-1)
+        total[..., start : start + size] += functools.reduce(torch.add, parts).abs() * arriving
+    leaf = like.requires_grad_()
+    with torch.enable_grad():
+        image = layer.rerun(leaf, selection)
+    return vjp([image], leaf, [total.movedim(-1, channel if channel < 0 else channel + 1)])[0]

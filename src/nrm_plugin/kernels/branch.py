@@ -1,0 +1,85 @@
+"""Branches: the terms of a rule on an affine layer, each with a modified input and a modified layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.linear_maps import Maps, side_by_side
+
+
+@dataclass
+class Branch:
+    r"""One branch ``k`` of a rule at one call.
+
+    Attributes:
+        input: ``in_k``, ``(N, *in)``.
+        factor: ``m_k(1)``, ``(N, *out)``; in a normalized kernel multiplied by the gain.
+        sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
+        maps: :math:`J_k` and its transpose.
+        modified: Computes the modified weight; None for a module without weights.
+    """
+
+    input: Tensor
+    factor: Tensor
+    sign: float
+    maps: Maps
+    modified: Callable[[], Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The modified weight, of a module that has one."""
+        assert self.modified is not None
+        return self.modified()
+
+    def pull(self, relevance: Tensor) -> Tensor:
+        """Propagates relevance, ``(K, N, *out)`` to ``(K, N, *in)``."""
+        return _signed(self.sign, _times(self.maps.down(self.factor * relevance), self.input))
+
+    def push(self, values: Tensor) -> Tensor:
+        """The transpose."""
+        return _signed(self.sign, self.factor * self.maps.up(self.input * values))
+
+
+@dataclass(frozen=True)
+class WeightedLayer:
+    """The unmodified layer whose weight the branches of a rule modify.
+
+    Attributes:
+        weight: Its weight.
+        rerun: ``(input, weight) -> output`` of the layer without its bias.
+        is_injective: Whether each input entry acts on each output entry through one weight only (false where padding
+            repeats entries), so that absolute values may be taken factor by factor.
+        groups: Groups of a convolution.
+        is_transposed: Whether the first dimension of the weight is that of the input channels.
+    """
+
+    weight: Tensor
+    rerun: Callable[[Tensor, Tensor], Tensor]
+    is_injective: bool = True
+    groups: int = 1
+    is_transposed: bool = False
+
+
+def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
+    """What branches with the same factor propagate; for the few channels of an image all in one convolution."""
+    down = side_by_side([branch.maps for branch in branches]) if len(branches) > 1 else None
+    if down is None:
+        return functools.reduce(torch.add, (branch.pull(relevance) for branch in branches))
+    inputs = torch.stack([_signed(branch.sign, branch.input) for branch in branches], 1)
+    return (down(branches[0].factor * relevance) * inputs).sum(2)
+
+
+def _times(product: Tensor, factor: Tensor) -> Tensor:
+    """``product * factor``, in place if the first was just computed and owns its memory."""
+    if torch.is_grad_enabled() or not all(product.stride()):
+        return product * factor
+    return product.mul_(factor)
+
+
+def _signed(sign: float, values: Tensor) -> Tensor:
+    return values if sign == 1 else sign * values

@@ -1,0 +1,107 @@
+"""The kernel of a rule on an affine layer, as a sum of branches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .absolute_values import closed_absolute, dense_absolute
+from .base import Kernel
+from .branch import Branch, WeightedLayer, pull_together
+from .normalization import Columns
+
+ReadBranches = tuple[list[Branch], Columns]
+"""Branches whose sign and input are not zero, and what is known of their columns."""
+
+
+class BranchKernel(Kernel):
+    r"""A rule on an affine module, in the form in which Zennit writes rules.
+
+    .. math:: R = \sum_k \rho_k\, in_k \odot J_k^\top (m_k(1) \odot R'), \qquad
+              c = \sum_k \rho_k\, m_k(1) \odot J_k in_k
+
+    Args:
+        branches: The branches that were read, and their columns: :class:`ColumnSums`, or a :class:`Deficit` where the
+            factors include the gain, so that this is the normalized kernel.
+        like: A tensor in the shape of the input, ``(N, *in)``.
+        layer: The layer that the branches modify; None for a module without weights.
+        read_others: Reads the other branches, which act only where the factors of the first ones are zero (γ at
+            negative outputs); called when relevance arrives there.
+    """
+
+    def __init__(
+        self,
+        branches: ReadBranches,
+        like: Tensor,
+        layer: WeightedLayer | None = None,
+        read_others: Callable[[], ReadBranches] | None = None,
+    ) -> None:
+        self.branches, self.columns = branches
+        self.layer = layer
+        self._like = like
+        self._read_others = read_others
+
+    def complete_for(self, relevance: Tensor | None) -> bool:
+        if self._read_others is None or (relevance is not None and not self._is_outside_of_branches(relevance)):
+            return False
+        branches, columns = self._read_others()
+        self._read_others = None
+        self.branches, self.columns = [*self.branches, *branches], self.columns.joined(columns)
+        return True
+
+    def _is_outside_of_branches(self, relevance: Tensor) -> bool:
+        """Whether relevance arrives where all factors are zero."""
+        try:
+            arrived = relevance != 0
+            for branch in self.branches:
+                arrived = arrived & (branch.factor == 0)
+            return bool(arrived.any())
+        except RuntimeError:  # tensors inside of torch.vmap have no values
+            return True
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        parts = [pull_together(group, relevance) for group in self._by_factor()]
+        if not parts:
+            return (relevance.new_zeros((len(relevance), *self._like.shape)),)
+        return (functools.reduce(torch.add, parts),)
+
+    def _by_factor(self) -> list[list[Branch]]:
+        """Groups of branches with the same factor."""
+        groups: dict[int, list[Branch]] = {}
+        for branch in self.branches:
+            groups.setdefault(id(branch.factor), []).append(branch)
+        return list(groups.values())
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        closed = closed_absolute(self.branches, self.layer, self._like, relevance)
+        return dense_absolute(self, relevance) if closed is None else (closed,)
+
+    def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        (value,) = values
+        assert value is not None
+        parts = [branch.push(value) for branch in self.branches]
+        return functools.reduce(torch.add, parts) if parts else value.new_zeros((len(value), *shape))
+
+    def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        r"""At least :math:`\sum_i |T_{ij}| v_i`: absolute values of each branch, so that branches do not cancel.
+
+        Exact if each entry of the kernel is in one branch only, as for all rules of Zennit but ZBox, and padding
+        repeats no entries.
+        """
+        if self.layer is None:
+            return super().push_bound(values, shape)
+        (value,) = values
+        assert value is not None
+        total = value.new_zeros((len(value), *shape))
+        with torch.no_grad():
+            for branch in self.branches:
+                arriving = (branch.input.detach().abs() * value).flatten(0, 1)
+                image = self.layer.rerun(arriving, branch.weight.detach().abs()).view(len(value), -1, *shape[1:])
+                total.addcmul_(image, branch.factor.detach().abs().expand(shape), value=abs(branch.sign))
+        return total
+
+    def column_sum(self, like: Tensor) -> Tensor:
+        return self.columns.sums(like)

@@ -1,0 +1,95 @@
+"""Modes in which a module with a rule runs: same output, but without needless copies, or with its weight recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from zennit.core import Hook
+
+from ..model.affine import WEIGHTED, broadcast, is_affine, is_by_modifiers
+from ..model.autocast import current
+from ..model.custom_layers import WeightRecorder, is_own_layer
+from .forward_state import Saved
+from .layer_call import Image, reads_image
+
+
+class SeparateBias(TorchFunctionMode):
+    """Runs a layer without its bias and adds that afterwards: the kernel reads the output without bias.
+
+    Args:
+        layer: A linear or convolutional layer of torch.
+
+    Attributes:
+        image: The output without bias; None until the layer ran.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        self.layer = layer
+        self.image: tuple[Tensor, Tensor] | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if len(args) < 3 or args[1] is not self.weight or args[2] is not self.bias or self.weight is None:
+            return func(*args, **kwargs)
+        image = self._run(func, args[0].detach(), self.weight.detach(), args[3:], kwargs)
+        self.image = (image, self.weight.detach())
+        return image if self.bias is None else image + broadcast(self.bias.detach(), self.layer, image)
+
+    def _run(
+        self, func: Callable[..., Any], source: Tensor, weight: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        short = current()
+        if short is None or source.dtype != torch.float32:
+            return func(source, weight, None, *rest, **kwargs).detach()  # type: ignore[no-any-return]
+        return func(source.to(short), weight.to(short), None, *rest, **kwargs).to(source.dtype)  # type: ignore[no-any-return]
+
+
+class OutOfPlace(TorchFunctionMode):
+    """Runs an activation out of place, which saves a copy of its input."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "inplace": False} if kwargs.get("inplace") is True else kwargs)
+
+
+Mode = SeparateBias | OutOfPlace | WeightRecorder
+
+
+def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
+    """The mode for a module with this rule; None to run it as it is."""
+    if is_affine(module) and (reads_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
+        return SeparateBias(module)
+    if is_own_layer(module) and is_by_modifiers(rule):
+        return WeightRecorder()
+    return OutOfPlace() if is_torch_activation(module) and getattr(module, "inplace", False) else None
+
+
+def seen_image(mode: Mode | None, rule: Hook) -> Image | None:
+    """The output without bias that a mode saw, if the rule reads it."""
+    if not isinstance(mode, SeparateBias) or mode.image is None or not reads_image(rule):
+        return None
+    image, weight = mode.image
+    return Image(Saved(image), weight)  # saved, since without a bias it is the output, which the model may write to
+
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
+
+
+def is_torch_activation(module: nn.Module) -> bool:
+    """Whether a module is one of torch's activations, its forward not overridden."""
+    return any(type(module).forward is kind.forward for kind in _ACTIVATIONS) and "forward" not in module.__dict__
+
+
+def writes_in_place(module: nn.Module) -> bool:
+    """Whether a module may write to its input: all may but torch's affine layers, and those with ``inplace=False``."""
+    return not is_affine(module) and getattr(module, "inplace", True) is not False

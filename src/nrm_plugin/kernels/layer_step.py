@@ -1,0 +1,101 @@
+"""The step of a layer, whose call batch-norm fusion may change before the kernel is built."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BatchNormWarning
+from .base import Kernel
+from .forward_state import Saved
+from .layer_call import Image, LayerCall
+from .normalization import Normalization, Scaling
+from .rule_reader import read_rule
+from .step import Step
+
+
+class LayerStep(Step):
+    """The step of a layer.
+
+    Args:
+        layer_call: The call.
+        output: What it returned, ``(N, *out)``.
+        normalization: How columns are normalized.
+        name: Name of the step; by default that of the layer.
+        rule: Name of the operation; by default that of the rule.
+
+    Attributes:
+        layer_call: The call, with the parameters and the input that fusion gave to it.
+        folds: What fusion does to the call before the kernel is built.
+        norms: The batch normalizations that read what the layer returned.
+        layer_below: For a batch normalization, the step of the layer whose output it reads.
+        has_dense_norm: Whether a dense layer and a batch normalization were fused in this step.
+    """
+
+    def __init__(
+        self,
+        layer_call: LayerCall,
+        output: Tensor,
+        normalization: Normalization,
+        name: str | None = None,
+        rule: str | None = None,
+    ) -> None:
+        super().__init__(name or layer_call.name, output, normalization, rule or type(layer_call.rule).__name__)
+        self.layer_call = layer_call
+        self.folds: list[Callable[[], None]] = []
+        self.norms: list[LayerStep] = []
+        self.layer_below: LayerStep | None = None
+        self.has_dense_norm = False
+
+    def _build(self) -> Kernel:
+        while self.folds:
+            self.folds.pop(0)()
+        call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # needed once
+        # The column sums of a dense layer with a batch normalization are checked, so its kernel has them.
+        return read_rule(call, None if self.has_dense_norm else self._normalization)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this is a batch normalization fused into the layer below: nothing else reads that layer."""
+        return self.layer_below is not None and self.layer_below.uses <= 1 and len(self.layer_below.norms) == 1
+
+    def set_parameters(self, weight: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
+        """Gives the shell of the layer other parameters, with which its output is not that of the model.
+
+        Args:
+            weight: The weight.
+            bias: The bias.
+            factor: What multiplies the output without bias thereby, if that is known.
+        """
+        call = self.layer_call
+        call.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        call.module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+        image = None
+        if call.image is not None and factor is not None:
+            with torch.no_grad():
+                scaled = call.image.saved.tensor * factor
+            image = Image(Saved(scaled, values=False), weight)  # the model has run, so nothing is written any more
+        self.layer_call = replace(call, saved_output=None, image=image)
+
+    def set_input(self, source: Tensor) -> None:
+        """Gives the layer another input."""
+        self.layer_call = replace(self.layer_call, saved_input=Saved(source, values=False))
+
+    def _scaling_of(self, column_sum: Tensor) -> Scaling:
+        if self.has_dense_norm and float((column_sum < 0.5).double().mean()) > 0.5:
+            warnings.warn(
+                f"batch normalization was fused with the dense layer {self.name!r}, and its bias takes most of the "
+                "relevance of most of its neurons. Heat maps through such a pair say little about the inputs "
+                "(arXiv 2002.11018). Check sink(layer), or leave FuseBatchNorm out of the canonizers.",
+                BatchNormWarning,
+                stacklevel=2,
+            )
+        return super()._scaling_of(column_sum)
+
+
+Fuse = Callable[[LayerStep, Tensor], None]
+"""Prepares the fusion of a new step with the steps of its input; called with the step and that input."""

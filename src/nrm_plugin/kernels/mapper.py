@@ -1,0 +1,87 @@
+r"""The gradient mapper of a rule as factors :math:`m_k(1)`, in closed form or by applying it to ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from zennit.core import BasicHook
+
+from ..model.affine import is_known_linear
+from .cache_blocks import Block, blocks
+
+Factors = Callable[[list[Tensor], tuple[int, ...]], dict[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Mapper:
+    """A mapper that multiplies the relevance of each branch entry by entry.
+
+    Attributes:
+        leaders: For each branch the first one with the same factor.
+        factors: Outputs of all branches, and the leaders whose factors are wanted, to these factors.
+        is_local: Whether each entry of a factor depends on the same entry of the outputs only.
+    """
+
+    leaders: tuple[int, ...]
+    factors: Factors
+    is_local: bool = True
+
+
+def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], like: Tensor) -> Mapper | None:
+    """The mapper of any rule; None if it does not multiply entry by entry.
+
+    Args:
+        rule: The rule.
+        outputs: The outputs of all branches at one block.
+        like: A tensor in the shape of the output, ``(N, *out)``.
+    """
+    first = next(iter(blocks(like)))
+    factors = mapped(rule, torch.ones_like(like[first]), outputs(first))
+    if any(factor.shape != like[first].shape for factor in factors):
+        return None
+    corner = tuple(slice(0, 1 if dim < 2 < like.ndim else 4) for dim in range(like.ndim))
+    at_corner = outputs(corner)
+    if not is_known_linear(rule) and not _is_elementwise(rule, at_corner):
+        return None
+
+    def by_leader(outputs: list[Tensor], wanted: tuple[int, ...]) -> dict[int, Tensor]:
+        found = mapped(rule, torch.ones_like(outputs[0]), outputs)
+        return {leader: found[leader] for leader in wanted}
+
+    leaders = tuple(next(k for k, other in enumerate(factors) if other is factor) for factor in factors)
+    return Mapper(leaders, by_leader, _is_local(rule, at_corner, [factor[corner] for factor in factors]))
+
+
+def mapped(rule: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    """What the mapper of a rule makes of relevance, for each branch."""
+    result = rule.gradient_mapper(relevance, outputs)
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
+    """Whether the mapper multiplies relevance by a factor for each entry."""
+    like = outputs[0]
+    probe = torch.linspace(-1, 2, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape)
+    factors = mapped(rule, torch.ones_like(like), outputs)
+    for factor, product in zip(factors, mapped(rule, probe, outputs), strict=True):
+        difference = (product - factor * probe).abs()
+        if bool((difference > 1e-3 * factor.abs() + 1e-30).logical_and(factor.isfinite()).any()):
+            return False
+    return True
+
+
+def _is_local(rule: BasicHook, outputs: list[Tensor], factors: list[Tensor]) -> bool:
+    """Whether the factors stay the same without the other entries; with a stabilizer scaled by the layer they do not.
+
+    Args:
+        rule: The rule.
+        outputs: The outputs of all branches at a few entries.
+        factors: The factors there, from outputs with more entries.
+    """
+    return all(
+        torch.allclose(here, there, rtol=1e-6, atol=0, equal_nan=True)
+        for here, there in zip(mapped(rule, torch.ones_like(outputs[0]), outputs), factors, strict=True)
+    )

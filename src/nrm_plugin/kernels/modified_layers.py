@@ -1,0 +1,168 @@
+"""The modified layers of a rule, run at their modified inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import ParamMod
+from zennit.rules import NoMod
+
+from ..model.affine import broadcast, is_known_linear, twin_of
+from ..model.autocast import lowered
+from ..model.copies import shell_of
+from ..model.linear_maps import Maps, blocked_maps, explicit_maps, recorded_maps
+from ..rules import EvenMod
+from .cache_blocks import Block
+from .layer_call import LayerCall, Run
+from .modifiers import is_zero
+
+LARGE = 1 << 22
+"""Entries of a linear layer from which on its modified weight is computed block by block."""
+
+
+@dataclass
+class ModifiedLayer:
+    """One modified layer and its output at its modified input.
+
+    Attributes:
+        image: The output without bias; a scalar where all entries are the same.
+        bias: The bias, in a shape that broadcasts.
+        maps: The linear map; None where the input is zero or only the output is needed.
+        weight: Computes the modified weight.
+        is_own: Whether nothing else reads the image.
+    """
+
+    image: Tensor
+    bias: Tensor | None = None
+    maps: Maps | None = None
+    weight: Callable[[], Tensor] | None = None
+    is_own: bool = False
+
+    def output(self, at: Block, shape: torch.Size) -> Tensor:
+        """The output with bias at one block of this shape."""
+        image = self.image.expand(shape)[at]
+        if self.bias is None:
+            return image
+        bias = self.bias.expand(shape)[at]
+        return image + bias if self.image.ndim or bool(self.image) else bias
+
+    def memory(self, like: Tensor) -> Tensor:
+        """Memory for a factor of this shape: that of the image, if nothing else reads it."""
+        if not all(self.image.stride()) or self.image.shape != like.shape:
+            return torch.empty_like(like)
+        return self.image if self.is_own else torch.empty_like(self.image)
+
+
+def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: float) -> ModifiedLayer:
+    """A layer with modified parameters at a modified input.
+
+    Args:
+        call: The call of the unmodified layer.
+        modify: Modifies its parameters.
+        source: The modified input, ``(N, *in)``.
+        sign: Sign of the branch; if 0, only the output is needed.
+    """
+    if _is_by_blocks(call, modify):
+        return _by_blocks(call, modify, source)
+    with modify(call.module) as modified:
+        return _modified(call, modified, source, sign)
+
+
+def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float) -> ModifiedLayer:
+    """Runs without bias, since subtracting the bias from the output loses digits."""
+    bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
+    is_unmodified = source is call.input and _share_memory(modified._parameters, call.module._parameters)
+    if sign == 0 and call.is_output_known and is_unmodified:
+        return ModifiedLayer(call.output)
+    added = None if bias is None else broadcast(bias.detach(), modified, call.like)
+    if added is not None and added.device.type == "cpu" and not bool(added.any()):
+        added = None
+    if is_zero(source):
+        return ModifiedLayer(call.like.new_zeros(()), added)
+    if weight is None:
+        maps, image = recorded_maps(lambda values: call.run(call.module, values), source)
+        return ModifiedLayer(image, added, maps)
+    matrix = weight.detach()
+    explicit = _explicit_maps(call, modified, matrix, source)
+    if explicit is None:
+        rerun = rerun_without_bias(call.module, call.run)
+        maps, image = recorded_maps(lambda values: rerun(values, matrix), source)
+        return ModifiedLayer(image, added, maps, lambda: matrix, is_own=True)
+    seen = call.image
+    if seen is not None and source is call.input and matrix.data_ptr() == seen.weight.data_ptr():
+        # Without a bias the image is what the layer returned, which others read.
+        return ModifiedLayer(seen.saved.tensor, added, explicit, lambda: matrix, is_own=bias is not None)
+    image = explicit.up(source.unsqueeze(0)).squeeze(0)
+    return ModifiedLayer(image, added, explicit, lambda: matrix, is_own=True)
+
+
+def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source: Tensor) -> Maps | None:
+    short = _shorter_format(call, source)
+    if short is None:
+        return explicit_maps(twin_of(modified), matrix, source)
+    maps = explicit_maps(twin_of(modified), matrix.to(short), source)
+    return None if maps is None else lowered(maps, short)
+
+
+def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
+    """The format in which the layer multiplies, if it is shorter than that of the inputs."""
+    return call.precision if source.dtype == torch.float32 else None
+
+
+def _is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
+    """Whether this is a large linear layer and a built-in rule that changes its weight."""
+    weight = call.module._parameters.get("weight")
+    if weight is None or weight.numel() < LARGE or type(twin_of(call.module)).forward is not nn.Linear.forward:
+        return False
+    if not is_known_linear(call.rule) or isinstance(modify, (NoMod, EvenMod)):
+        return False
+    if "weight" in (modify.zero_params or ()):
+        return False
+    return modify.param_keys is None or "weight" in modify.param_keys
+
+
+def _by_blocks(call: LayerCall, modify: ParamMod, source: Tensor) -> ModifiedLayer:
+    """The modified weight is never in memory as a whole."""
+    weight = call.module._parameters["weight"]
+    assert weight is not None
+    matrix = weight.detach()
+    one_row = shell_of(call.module)
+    one_row._parameters["weight"] = nn.Parameter(matrix[:1], requires_grad=False)
+    with modify(one_row) as modified:
+        bias = modified._parameters.get("bias")
+        added = None if bias is None else bias.detach()
+    if is_zero(source):
+        return ModifiedLayer(call.like.new_zeros(()), added)
+
+    def modifier(rows: Tensor) -> Tensor:
+        return modify.modifier(rows, "weight")  # type: ignore[no-any-return]
+
+    short = _shorter_format(call, source)
+    if short is None:
+        maps = blocked_maps(matrix, modifier)
+    else:
+        maps = lowered(blocked_maps(matrix, lambda rows: modifier(rows).to(short)), short)
+    image = maps.up(source.unsqueeze(0)).squeeze(0)
+    return ModifiedLayer(image, added, maps, lambda: modifier(matrix))
+
+
+def _share_memory(some: dict[str, Any], others: dict[str, Any]) -> bool:
+    return all(
+        one is None if other is None else one is not None and one.data_ptr() == other.data_ptr()
+        for one, other in zip(some.values(), others.values(), strict=True)
+    )
+
+
+def rerun_without_bias(module: nn.Module, run: Run) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(input, weight) -> output`` of a layer without its bias."""
+
+    def rerun(source: Tensor, weight: Tensor) -> Tensor:
+        shell = shell_of(module)  # a new one each time, for several threads may run it
+        shell.__dict__["_parameters"].update(weight=weight, bias=None)
+        return run(shell, source)
+
+    return rerun

@@ -1,0 +1,93 @@
+"""What the input modifiers and the reducer of a rule do, found by trying them on a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from zennit.core import BasicHook
+from zennit.rules import ZBox
+
+from ..model.affine import is_known_linear
+
+_KNOWN_SIGNS: dict[type, list[float]] = {}
+"""Signs of the branches of known rules, which are the same for all instances."""
+
+
+def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
+    """The modified inputs; equal ones share memory: after a ReLU the positive part is the input itself."""
+    known, sources = [inputs], []
+    # The bounds of ZBox may have the shape of an image, which no probe has, and are not parts of the input.
+    positive = is_known_linear(rule) and not isinstance(rule, ZBox) and _is_positive(inputs)
+    for modifier in rule.input_modifiers:
+        part = _part(modifier, inputs) if positive else ""
+        if part:
+            sources.append(inputs if part == "positive" else inputs.new_zeros(()).expand(inputs.shape))
+            continue
+        source = modifier(inputs).detach()
+        same = next((other for other in known if other.shape == source.shape and torch.equal(other, source)), source)
+        known.append(same)
+        sources.append(same)
+    return sources
+
+
+def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
+    """Whether a modifier of a built-in rule takes the positive part of its input, or the negative one, or neither."""
+    probe = inputs.new_tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
+    modified = modifier(probe)
+    if modified.shape != probe.shape:
+        return ""
+    if modified.equal(probe.clamp(min=0)):
+        return "positive"
+    return "negative" if modified.equal(probe.clamp(max=0)) else ""
+
+
+def _is_positive(source: Tensor) -> bool:
+    """Whether no entry is negative; a minimum is faster than a comparison of all entries."""
+    return source.numel() == 0 or bool(source.amin() >= 0)
+
+
+def is_zero(source: Tensor) -> bool:
+    """Whether all entries are zero; for most tensors the first few entries decide."""
+    few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
+    if bool(few.any()):
+        return False
+    return few.numel() == source.numel() or not any(source.stride()) or not bool(source.any())
+
+
+def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
+    """``ρ`` of each branch if the reducer is ``Σ ρ_k in_k g_k``, or on inputs of ones ``Σ ρ_k g_k``; else None."""
+    signs = _KNOWN_SIGNS.get(type(rule))
+    if signs is None:
+        signs = _tried_signs(rule, sources)
+        if signs is not None and is_known_linear(rule):
+            _KNOWN_SIGNS[type(rule)] = signs
+    return signs
+
+
+def _tried_signs(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
+    count = len(sources)
+    shape = (2,) * max(sources[0].ndim, 1)
+    # Numbers without a pattern, but not random: inside of torch.vmap, where a kernel may be read, none can be drawn.
+    numbers = torch.arange(1, 2 * count * 2 ** len(shape) + 1, dtype=torch.float64)
+    noise = (3 * torch.sin(numbers**2)).to(sources[0]).reshape(2, count, *shape)
+    inputs, gradients = list(noise[0]), list(noise[1])
+    ones, zeros = torch.ones_like(noise[0, 0]), torch.zeros_like(noise[0, 0])
+    try:
+        units = [
+            rule.reducer([ones] * count, [ones if index == unit else zeros for index in range(count)])
+            for unit in range(count)
+        ]
+        reduced = rule.reducer(inputs, gradients)
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return None  # a reducer that needs the true shapes; it is called as it is
+    signs = [float(unit.flatten()[0]) for unit in units]
+    if any(bool((unit != unit.flatten()[0]).any()) for unit in units):
+        return None
+    by_product = sum(sign * source * part for sign, source, part in zip(signs, inputs, gradients, strict=True))
+    by_gradient = sum(sign * part for sign, part in zip(signs, gradients, strict=True))
+    if torch.allclose(reduced, by_product):
+        return signs
+    is_of_ones = all(bool((source == 1).all()) for source in sources)
+    return signs if torch.allclose(reduced, by_gradient) and is_of_ones else None

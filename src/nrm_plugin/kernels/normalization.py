@@ -1,0 +1,169 @@
+r"""Normalization of a kernel: the gain of each column, and the deficit that goes to the sink.
+
+.. math:: \tilde T_{ij} = g(c_j)\, T_{ij}, \qquad \tilde T_{\mathrm{sink}, j} = 1 - g(c_j)\, c_j
+
+Source: docs/measure.md, "One step".
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from .cache_blocks import blocks
+
+Residual = Literal["redistribute", "sink"]
+RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
+
+
+def gain(column_sum: Tensor, limit: float) -> Tensor:
+    r"""Factor by which a column is rescaled so that less of it is absorbed.
+
+    .. math::
+        g(c) = \begin{cases} 1/c & c \ge 1/G \\ 1 + (G-1)\,G\,c & 0 < c < 1/G \\ 1 & c \le 0 \end{cases}
+
+    Continuous, between 1 and ``G`` where ``c <= 1``, and never negative.
+
+    Args:
+        column_sum: ``c``, any shape.
+        limit: ``G``, at least 1; ``math.inf`` gives ``1/c`` for every positive ``c``.
+
+    Returns:
+        ``g``, in the shape of ``column_sum``.
+
+    Source: docs/measure.md, "One step".
+    """
+    restored = column_sum.clamp(min=torch.finfo(column_sum.dtype).tiny).reciprocal_()
+    if not math.isfinite(limit):
+        return restored.masked_fill_(column_sum < least_restored(column_sum.dtype, limit), 1)
+    # The gain is the smaller of both lines; a minimum is cheaper than a comparison and a selection.
+    return torch.minimum(restored, column_sum.clamp(min=0).mul_((limit - 1) * limit).add_(1), out=restored)
+
+
+def least_restored(dtype: torch.dtype, limit: float) -> float:
+    """The smallest column sum that the gain raises to one."""
+    return max(1 / limit, torch.finfo(dtype).tiny)
+
+
+def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
+    """``1 - g c``, the share of each column that goes to the sink; exactly 0 where the gain raises the sum to one."""
+    share = 1 - factor * column_sum
+    return share.mul_(column_sum < least_restored(column_sum.dtype, limit))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Gain and deficit of columns.
+
+    Attributes:
+        gain: ``g(c)``; None for one everywhere.
+        deficit: ``1 - g(c) c``; None for zero everywhere.
+    """
+
+    gain: Tensor | None = None
+    deficit: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How the columns of a kernel are normalized.
+
+    Attributes:
+        residual: ``"redistribute"`` multiplies each column by its gain and absorbs only what is still missing to one;
+            ``"sink"`` leaves the rule as it is and absorbs all relevance that it does not propagate.
+        gain_limit: Largest gain ``G``, at least 1.
+    """
+
+    residual: Residual = "redistribute"
+    gain_limit: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"residual={self.residual!r} is unknown; choose one of {RESIDUALS}.")
+        is_number = isinstance(self.gain_limit, numbers.Real) and not isinstance(self.gain_limit, bool)
+        if not is_number or not self.gain_limit >= 1:
+            raise ValueError(f"gain_limit={self.gain_limit!r} must be a number of at least 1 (math.inf is allowed).")
+
+    def scaling(self, column_sum: Tensor) -> Scaling:
+        """Gain and deficit for column sums of any shape."""
+        if self.residual == "sink":
+            return Scaling(deficit=1 - column_sum)
+        limit = float(self.gain_limit)
+        # On a CPU only: on other devices reading the smallest sum would wait for the device.
+        if (
+            column_sum.device.type == "cpu"
+            and column_sum.numel()
+            and bool(column_sum.amin() >= least_restored(column_sum.dtype, limit))
+        ):
+            return Scaling(column_sum.reciprocal())
+        factor = gain(column_sum, limit)
+        return Scaling(factor, deficit(column_sum, factor, limit))
+
+    def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
+        """The same, block by block on a CPU."""
+        if column_sum.device.type != "cpu":
+            return self.scaling(column_sum)
+        factor, share = None, None
+        for at in blocks(column_sum):
+            part = self.scaling(column_sum[at])
+            if part.gain is not None:
+                factor = torch.empty_like(column_sum) if factor is None else factor
+                factor[at] = part.gain
+            if part.deficit is not None:
+                share = torch.zeros_like(column_sum) if share is None else share
+                share[at] = part.deficit
+        return Scaling(factor, share)
+
+
+class Columns(ABC):
+    """What is known of the columns of a kernel that was read as branches."""
+
+    @abstractmethod
+    def joined(self, other: Self) -> Self:
+        """The columns after further branches were read, where each column has branches of one of both kinds."""
+
+    @abstractmethod
+    def sums(self, like: Tensor) -> Tensor:
+        """The column sums of the kernel, in the shape of ``like``."""
+
+
+@dataclass(frozen=True)
+class ColumnSums(Columns):
+    """Columns of a kernel before normalization.
+
+    Attributes:
+        values: ``c``, ``(N, *out)``.
+    """
+
+    values: Tensor
+
+    def joined(self, other: Self) -> Self:
+        return type(self)(self.values + other.values)
+
+    def sums(self, like: Tensor) -> Tensor:
+        return self.values
+
+
+@dataclass(frozen=True)
+class Deficit(Columns):
+    """Columns of a normalized kernel.
+
+    Attributes:
+        share: Share of each column that goes to the sink, ``(N, *out)``; None for zero everywhere.
+    """
+
+    share: Tensor | None
+
+    def joined(self, other: Self) -> Self:
+        if self.share is None or other.share is None:
+            return type(self)(None)
+        return type(self)(self.share + other.share - 1)  # the branches of one kind have a deficit of 1 in all others
+
+    def sums(self, like: Tensor) -> Tensor:
+        return torch.ones_like(like) if self.share is None else 1 - self.share

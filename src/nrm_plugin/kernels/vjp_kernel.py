@@ -1,0 +1,30 @@
+"""The kernel of a rule that is known only as a function of relevance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .absolute_values import dense_absolute
+from .base import Kernel
+
+
+class VjpKernel(Kernel):
+    """A function that propagates relevance, as a vector-Jacobian product does.
+
+    Args:
+        function: ``(N, *out)`` to ``(N, *in)`` for each input; linear and differentiable.
+    """
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        self.function = function
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        if len(relevance) == 1:
+            return tuple(part.unsqueeze(0) for part in self.function(relevance[0]))
+        return tuple(torch.vmap(self.function)(relevance))
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return dense_absolute(self, relevance)
