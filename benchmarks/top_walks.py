@@ -26,7 +26,7 @@ from zennit.composites import EpsilonPlus
 
 from benchmarks import tables
 from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, top_walks
-from nrm_plugin.search.walks import Chain
+from nrm_plugin.search.layer_chain import LayerChain
 
 RESULTS = Path(__file__).parent / "results" / "top_walks.json"
 LAYERS = ["features.28", "features.21", "features.14", "features.7", "features.2"]
@@ -38,7 +38,7 @@ def greedy(mu: RelevanceMeasure, layers: list[str], widths: list[int]) -> tuple[
     """Mass of each walk of a greedy graph, and processor seconds."""
     begin = time.process_time()
     with torch.no_grad():
-        chain = Chain(mu, layers, "channel")
+        chain = LayerChain(mu, layers, "channel")
         vectors, masses = chain.first().unsqueeze(0), torch.empty(0)
         for level, width in enumerate(widths):
             sums = chain.sums(level, vectors)
@@ -47,7 +47,7 @@ def greedy(mu: RelevanceMeasure, layers: list[str], widths: list[int]) -> tuple[
             if level < chain.last:
                 masks = chain.labels[level] == tops[..., None]
                 split = (vectors[:, None] * masks).flatten(0, 1)
-                vectors = torch.cat([chain.down(level, part) for part in split.split(8)])
+                vectors = torch.cat([chain.propagate(level, part) for part in split.split(8)])
     return masses.tolist(), time.process_time() - begin
 
 
@@ -61,7 +61,7 @@ def row(model: torch.nn.Module, size: int, rule: str, seconds: float, clock: str
     mu = RelevanceMeasure(model, image, 281, composite=RULES[rule](), max_memory=2 << 30)
     k = torch.tensor(WIDTHS).prod().item()
     begin = time.process_time()
-    with patch("nrm_plugin.search.walks.time", SimpleNamespace(perf_counter=CLOCKS[clock])):
+    with patch("nrm_plugin.search.bounds.time", SimpleNamespace(perf_counter=CLOCKS[clock])):
         found = top_walks(mu, LAYERS, int(k), budget=seconds)
     used = time.process_time() - begin
     masses, took = greedy(mu, LAYERS, WIDTHS)

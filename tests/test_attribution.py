@@ -1,4 +1,4 @@
-"""The Captum classes: the same numbers as the measure, in Captum's forms, and inside Captum's own tools."""
+"""The Captum classes return the numbers of the measure in Captum's forms, and work in Captum's tools."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Two(nn.Module):
 def test_without_bias_a_neuron_under_lrp_0_is_gradient_times_input(selector):
     net = build(bias=False)
     expected = NeuronGradient(net, net[2]).attribute(X, selector) * X
-    found = NeuronNRM(net, net[2], composite=Normalized(lrp_0(), residual="sink")).attribute(X, selector)
-    torch.testing.assert_close(found, expected)
+    relevance = NeuronNRM(net, net[2], composite=Normalized(lrp_0(), residual="sink")).attribute(X, selector)
+    torch.testing.assert_close(relevance, expected)
 
 
 def test_a_function_of_the_layer_selects_as_in_captum():
@@ -52,8 +52,8 @@ def test_a_function_of_the_layer_selects_as_in_captum():
         return h[:, 1, 2, 0] + 2 * h[:, 0].sum((1, 2))
 
     expected = NeuronGradient(net, net[2]).attribute(X, pick) * X
-    found = NeuronNRM(net, "2", composite=Normalized(lrp_0(), residual="sink")).attribute(X, pick)
-    torch.testing.assert_close(found, expected)
+    relevance = NeuronNRM(net, "2", composite=Normalized(lrp_0(), residual="sink")).attribute(X, pick)
+    torch.testing.assert_close(relevance, expected)
 
 
 def test_the_inputs_of_a_layer_can_be_selected():
@@ -68,15 +68,15 @@ def test_attributions_and_sink_sum_to_the_activation():
     activation = LayerActivation(net, net[2]).attribute(X)[:, 2, 1, 1].detach()
     with untouched(net, X):
         mu = RelevanceMeasure(net, X, (2, 1, 1), output=at("2"))
-        found = NeuronNRM(net, "2").attribute(X, (2, 1, 1))
+        relevance = NeuronNRM(net, "2").attribute(X, (2, 1, 1))
     torch.testing.assert_close(mu.output, activation)
-    torch.testing.assert_close(found.flatten(1).sum(1) + mu.sink("input") * activation, activation)
+    torch.testing.assert_close(relevance.flatten(1).sum(1) + mu.sink("input") * activation, activation)
     unit = NeuronNRM(net, "2").attribute(X, (2, 1, 1), unit="measure")
     torch.testing.assert_close(unit, mu.marginal("input"))
 
 
-def test_a_measure_may_start_at_an_activation_that_is_written_over():
-    """The ReLU behind the first convolution is in place; the measure starts at what it was handed."""
+def test_a_measure_may_start_at_an_activation_that_is_overwritten():
+    """The ReLU after the first convolution is in place; the measure starts at its input."""
     net = build()
     mu = RelevanceMeasure(net, X, start=torch.ones(4, 6, 6).double(), output=at("0"), composite=lrp_0())
     torch.testing.assert_close(mu.output, net[0](X).flatten(1).mean(1))
@@ -92,13 +92,13 @@ def test_a_measure_may_start_at_an_activation_that_is_written_over():
         (lambda h: torch.ones(2), r"returned nothing that depends"),
     ],
 )
-def test_a_selector_that_selects_nothing_is_refused(selector, words):
+def test_invalid_selectors_raise(selector, words):
     net = build()
     with untouched(net, X), pytest.raises(TargetError, match=words):
         NeuronNRM(net, "2").attribute(X, selector)
 
 
-def test_a_layer_that_is_not_there_is_refused():
+def test_unknown_layers_raise():
     net = build()
     with untouched(net, X), pytest.raises(UnknownLayerError, match="'7'"):
         NeuronNRM(net, "7").attribute(X, (0, 0, 0))
@@ -107,7 +107,7 @@ def test_a_layer_that_is_not_there_is_refused():
 # -- joint --------------------------------------------------------------------------------------------------------
 
 
-def test_the_joint_matrix_is_that_of_the_measure():
+def test_the_joint_matrix_equals_that_of_the_measure():
     net = build()
     mu = RelevanceMeasure(net, X, 1)
     expected = mu.joint("2", "0")
@@ -119,11 +119,11 @@ def test_the_joint_matrix_is_that_of_the_measure():
     torch.testing.assert_close(neurons[:, 1], mu.marginal("2").flatten(1))
 
 
-# -- inside Captum ------------------------------------------------------------------------------------------------
+# -- Captum tools -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64])
-def test_captums_tools_take_these_methods(dtype):
+def test_captums_tools_accept_these_methods(dtype):
     net, x = build().to(dtype), X.to(dtype)
     explainer = NRM(net)
     smooth = NoiseTunnel(explainer).attribute(x, nt_samples=3, stdevs=0.0, target=1)
@@ -138,14 +138,14 @@ def test_captums_tools_take_these_methods(dtype):
     assert bool(torch.isfinite(sensitivity_max(explainer.attribute, x, target=1, n_perturb_samples=2)).all())
 
 
-def test_several_inputs_come_back_in_their_form():
+def test_several_inputs_return_a_tuple():
     torch.manual_seed(0)
     net = Two().double().eval()
     left, right = torch.randn(3, 4).double(), torch.randn(3, 3).double()
-    found, delta = NRM(net).attribute(
+    relevance, delta = NRM(net).attribute(
         (left, right), target=2, additional_forward_args=2.0, return_convergence_delta=True
     )
-    assert [part.shape for part in found] == [left.shape, right.shape]
+    assert [part.shape for part in relevance] == [left.shape, right.shape]
     torch.testing.assert_close(delta, torch.zeros(3).double(), rtol=0, atol=1e-12)
     neuron = NeuronNRM(net, "left").attribute((left, right), 1)
     torch.testing.assert_close(neuron[1], torch.zeros_like(right))
@@ -162,10 +162,10 @@ def test_data_parallel_is_unwrapped():
     )
 
 
-def test_all_layers_are_one_call():
+def test_all_layers_are_returned_by_one_call():
     net = build()
     mu = RelevanceMeasure(net, X, 1)
-    found = LayerNRM(net).attribute(X, target=1, unit="measure")
-    assert len(found) == len(mu.layers)
-    for layer, values in zip(mu.layers, found, strict=True):
+    relevance = LayerNRM(net).attribute(X, target=1, unit="measure")
+    assert len(relevance) == len(mu.layers)
+    for layer, values in zip(mu.layers, relevance, strict=True):
         torch.testing.assert_close(values, mu.marginal(layer))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nrm_plugin.commands.cli import _parser
+from nrm_plugin.commands.cli import parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,7 +66,7 @@ def faults_of(command: str) -> list[str]:
     if name == "pytest" and len(words) > 1:
         return _of_tests(words[1:])
     if name == "nrm-plugin" and len(words) > 2 and "--help" not in words:
-        _parser().parse_args(words[1:])  # exits if parsing fails
+        parser().parse_args(words[1:])  # exits if parsing fails
     return []
 
 

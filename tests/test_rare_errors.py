@@ -15,11 +15,6 @@ from zennit.core import BasicHook
 
 from nrm_plugin import NRM, FuseBatchNorm, NRMDefault, RelevanceMeasure, at, coverage, register_kernel
 from nrm_plugin.attribution.dataloader import DataLoaderNRM
-from nrm_plugin.commands import cli
-from nrm_plugin.commands import model_loading as models
-from nrm_plugin.commands.cli import main
-from nrm_plugin.commands.explanation import RequestError, target_of
-from nrm_plugin.commands.model_loading import ModelError
 from nrm_plugin.dataset import images as pictures
 from nrm_plugin.dataset.images import open_picture
 from nrm_plugin.errors import EventError, InputError, NRMError, UnknownLayerError, UnsupportedRuleError
@@ -151,33 +146,3 @@ def test_an_unreadable_exif_orientation_is_ignored(tmp_path: Path, monkeypatch: 
     opened = open_picture(tmp_path / "x.png")
     assert opened.image.tobytes() == pixels.tobytes()
     assert opened.notes == ("has EXIF data that cannot be read, so it was not turned",)
-
-
-def test_an_interrupt_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path):
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "run", interrupted)
-    assert main(["demo", "--out", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_a_class_name_beyond_the_outputs_of_the_model_raises():
-    with pytest.raises(RequestError, match="'owl' is class 2, but the model has only 2 classes"):
-        target_of("owl", ["cat", "dog", "owl"], 2)
-
-
-@pytest.mark.parametrize("text", ["half", "0.5", "nan"])
-def test_the_gain_limit_of_a_command_must_be_a_number(text: str, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as end:
-        main(["explain", "x.png", "--model", "vgg16", "--gain-limit", text])
-    assert end.value.code == 2
-    assert f"{text!r} is no number of at least 1" in capsys.readouterr().err
-
-
-def test_a_module_that_fails_on_import_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken_nets.py").write_text("import torch\n1 / 0\n")
-    for name in ("broken_nets.py:make", "broken_nets:make"):
-        with pytest.raises(ModelError, match=r"importing broken_nets\S* failed: ZeroDivisionError.*line 2\)"):
-            models.imported(name)

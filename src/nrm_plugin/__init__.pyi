@@ -1,7 +1,10 @@
-from .attribution.attribution import NRM, JointNRM, LayerNRM, NeuronNRM
 from .attribution.attributor import NRMAttributor
 from .attribution.concepts import ConceptNRM, condition_event
 from .attribution.dataloader import DataLoaderNRM
+from .attribution.inputs import NRM
+from .attribution.joint import JointNRM
+from .attribution.layers import LayerNRM
+from .attribution.neurons import NeuronNRM
 from .canonizers import FuseBatchNorm
 from .composites import (
     Normalized,
@@ -24,18 +27,9 @@ from .measure.partitions import patches
 from .measure.reconstruction import Reconstruction, reconstruct
 from .recording.coverage import Coverage, coverage
 from .rules import Absolute, ConservingEpsilon, Relative
+from .search.ablation import ablation, activations
 from .search.neuron_walks import NeuronWalk, best_walk
-from .search.selection import (
-    CurvePoint,
-    Restriction,
-    Selection,
-    ablation,
-    activations,
-    mse,
-    restriction,
-    select_neurons,
-    smape,
-)
+from .search.selection import CurvePoint, Restriction, Selection, mse, restriction, select_neurons, smape
 from .search.sets import TopSets, top_sets
 from .search.subspaces import Subspaces, drsa, prca, with_subspaces
 from .search.walks import GroupWalk, TopWalks, top_walks

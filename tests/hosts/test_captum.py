@@ -1,6 +1,6 @@
-"""Captum's generic guarantees, tested as Captum tests its own classes and together with its own objects.
+"""The general properties of Captum's attribution methods, tested as Captum tests its classes, on Captum's objects.
 
-The tests support every version of Captum from 0.7 to 0.9; `make test-hosts` runs them with the older ones.
+Runs with every version of Captum from 0.7 to 0.9: `make test-hosts` runs it with the older ones.
 
 Covers: nrm_plugin.attribution.captum_adapter, nrm_plugin.attribution.dataloader.
 """
@@ -59,7 +59,7 @@ class Conv(nn.Module):
 
 
 class Inputs(nn.Module):
-    """Three inputs, and further arguments that receive no relevance."""
+    """Three inputs, and arguments that get no relevance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,22 +119,20 @@ METHODS = {
 methods = pytest.mark.parametrize("method", METHODS)
 
 
-def flat(attributions):
-    if isinstance(attributions, torch.Tensor):
-        return [attributions]
-    return [part for item in attributions for part in flat(item)]
+def flat(relevance):
+    return [relevance] if isinstance(relevance, torch.Tensor) else [part for item in relevance for part in flat(item)]
 
 
-def same(actual, expected):
-    for part, expected_part in zip(flat(actual), flat(expected), strict=True):
-        torch.testing.assert_close(part, expected_part, rtol=1e-9, atol=1e-12)
+def same(relevance, expected):
+    for one, other in zip(flat(relevance), flat(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_the_installed_captum_is_supported():
+def test_the_captum_version_is_supported():
     assert tuple(int(part) for part in captum.__version__.split(".")[:2]) in [(0, 7), (0, 8), (0, 9)]
 
 
-# -- signatures ---------------------------------------------------------------------------------------------------
+# -- form ---------------------------------------------------------------------------------------------------------
 
 
 def names(function, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD):
@@ -152,7 +150,7 @@ def test_arguments_are_in_captums_order():
         assert name not in defaults or parameter.default == defaults[name].default
 
 
-def test_classes_derive_from_captums():
+def test_classes_are_subclasses_of_captums():
     net = made(Conv)
     assert issubclass(NRM, GradientAttribution)
     assert issubclass(LayerNRM, LayerAttribution)
@@ -167,7 +165,7 @@ def test_classes_derive_from_captums():
     assert LayerNRM.interpolate(torch.ones(1, 1, 2, 2), (4, 4)).shape == (1, 1, 4, 4)
 
 
-def test_a_composite_passed_as_device_ids_raises():
+def test_a_composite_in_the_place_of_device_ids_raises():
     net = made(Conv)
     with pytest.raises(TypeError, match=r"third argument is device_ids.*composite=EpsilonPlus"):
         LayerNRM(net, net.fc, EpsilonPlus())
@@ -192,30 +190,30 @@ def test_hooks_are_removed_after_success(method):
     assert x.grad is None
 
 
-@pytest.mark.parametrize("failure", ["target", "layer", "forward", "shape", "neuron"])
+@pytest.mark.parametrize("way", ["target", "layer", "forward", "shape", "neuron"])
 @methods
-def test_hooks_are_removed_after_failure(method, failure):
+def test_hooks_are_removed_after_failure(method, way):
     net, x = made(Conv), noise(2, 2, 8, 8)
     make, arguments = METHODS[method]
     explainer, errors = make(net), (NRMError, RuntimeError)
-    if failure == "target":
+    if way == "target":
         arguments = {key: 99 for key in arguments if key == "target"} or {"neuron_selector": (99, 0, 0)}
-    if failure == "neuron":
+    if way == "neuron":
         arguments = {"target": 1, "unit": "%"} if "target" in arguments else {"neuron_selector": (1, 0)}
         errors = (ValueError,)
-    if failure == "layer":
+    if way == "layer":
         if method in ("input", "all layers"):
             return
         other = nn.Linear(2, 2)
         explainer.layer, explainer.upper = other, other
         explainer.layer = [other] if method == "layers" else other
-    if failure == "forward":
+    if way == "forward":
         net.fc.forward = broken
-    if failure == "shape":
+    if way == "shape":
         x = noise(2, 3, 8, 8)
     with untouched(net, x), pytest.raises(errors):
         explainer.attribute(x, **arguments)
-    if failure == "forward":
+    if way == "forward":
         del net.fc.forward
     make(net).attribute(noise(2, 2, 8, 8), **METHODS[method][1])
 
@@ -250,7 +248,7 @@ def of_sample(target, sample):
 
 @pytest.mark.parametrize("target", TARGETS_2D, ids=lambda target: str(target).replace("\n", ""))
 @pytest.mark.parametrize("method", slow_but([name for name in METHODS if name != "neuron"], "layer"))
-def test_batched_attributions_equal_those_of_single_samples_for_every_form_of_target(method, target):
+def test_a_batch_equals_its_single_samples_for_every_form_of_target(method, target):
     net, x = made(Conv), noise(3, 2, 8, 8)
     explainer = METHODS[method][0](net)
     arguments = {**METHODS[method][1], "target": target}
@@ -272,13 +270,13 @@ def test_batched_attributions_equal_those_of_single_samples_for_every_form_of_ta
     ids=str,
 )
 def test_outputs_with_more_dimensions_take_tuples(shape, target):
-    """Under LRP-0 without biases, relevance is input times gradient, which Captum computes for the same targets."""
+    """Under LRP-0 without bias, relevance is input times gradient, which Captum computes for the same targets."""
     net, x = made(Dims, *shape), noise(2, 4)
     for layer in (net.hidden, net.head):
         nn.init.zeros_(layer.bias)
-    attributions = NRM(net, lrp_0(), residual="sink").attribute(x, target)
+    relevance = NRM(net, lrp_0(), residual="sink").attribute(x, target)
     captums = [tuple(row) for row in target.tolist()] if isinstance(target, torch.Tensor) else target
-    same(attributions, InputXGradient(net).attribute(x.clone().requires_grad_(), captums).detach())
+    same(relevance, InputXGradient(net).attribute(x.clone().requires_grad_(), captums).detach())
     layers = LayerNRM(net, [net.hidden, net.head], composite=lrp_0(), residual="sink").attribute(x, target)
     output = net(x)[:, 2, 1] if target == (2, 1) else layers[1].sum(1)
     torch.testing.assert_close(layers[0].sum(1), output)
@@ -295,8 +293,8 @@ def test_a_single_output_needs_no_target(squeezed):
             return self.fc(x).squeeze(1) if squeezed else self.fc(x)
 
     net, x = made(Single), noise(3, 4)
-    attributions, delta = NRM(net).attribute(x, return_convergence_delta=True)
-    assert attributions.shape == x.shape
+    relevance, delta = NRM(net).attribute(x, return_convergence_delta=True)
+    assert relevance.shape == x.shape
     same(delta, torch.zeros(3, dtype=DOUBLE))
     with pytest.raises(TargetError, match="target="):
         NRM(made(Conv)).attribute(noise(2, 2, 8, 8))
@@ -312,52 +310,52 @@ ARGUMENTS = [None, 2.0, (2.0, 2), (torch.tensor([[1.0], [2.0], [0.5]], dtype=DOU
 def test_several_inputs_and_further_arguments(arguments):
     net, inputs = made(Inputs), three()
     with untouched(net, *inputs):
-        attributions, delta, sink = NRM(net).attribute(
+        relevance, delta, sink = NRM(net).attribute(
             inputs, [1, 4, 0], arguments, return_convergence_delta=True, return_sink=True
         )
-    assert isinstance(attributions, tuple)
-    assert [part.shape for part in attributions] == [part.shape for part in inputs]
-    further = arguments if isinstance(arguments, tuple) else () if arguments is None else (arguments,)
-    output = net(*inputs, *further)[range(3), [1, 4, 0]]
+    assert isinstance(relevance, tuple)
+    assert [part.shape for part in relevance] == [part.shape for part in inputs]
+    given = arguments if isinstance(arguments, tuple) else () if arguments is None else (arguments,)
+    output = net(*inputs, *given)[range(3), [1, 4, 0]]
     same(delta, torch.zeros(3, dtype=DOUBLE))
-    same(sum(part.sum(1) for part in attributions) + sink, output)
+    same(sum(part.sum(1) for part in relevance) + sink, output)
     for sample in range(3):
-        of_one = tuple(value[sample : sample + 1] if isinstance(value, torch.Tensor) else value for value in further)
-        single = NRM(net).attribute(tuple(part[sample : sample + 1] for part in inputs), [1, 4, 0][sample], of_one)
-        same(single, tuple(part[sample : sample + 1] for part in attributions))
+        one = tuple(value[sample : sample + 1] if isinstance(value, torch.Tensor) else value for value in given)
+        single = NRM(net).attribute(tuple(part[sample : sample + 1] for part in inputs), [1, 4, 0][sample], one)
+        same(single, tuple(part[sample : sample + 1] for part in relevance))
 
 
-def test_a_tuple_of_one_input_gives_a_tuple():
+def test_a_tuple_of_one_input_returns_a_tuple():
     net, x = made(Conv), noise(2, 2, 8, 8)
-    attributions = NRM(net).attribute((x,), 1)
-    assert isinstance(attributions, tuple)
-    same(attributions, (NRM(net).attribute(x, 1),))
+    relevance = NRM(net).attribute((x,), 1)
+    assert isinstance(relevance, tuple)
+    same(relevance, (NRM(net).attribute(x, 1),))
     with pytest.raises(AssertionError, match=r"must be a torch.Tensor or a tuple"):
         NRM(net).attribute([x], 1)
 
 
-def test_the_convergence_delta_includes_the_sink():
+def test_the_convergence_delta_accounts_for_the_sink():
     net, x = made(Conv), noise(2, 2, 8, 8)
     for residual in ("sink", "redistribute"):
         explainer = NRM(net, EpsilonPlusFlat(epsilon=0.5), residual=residual)
-        attributions, delta, sink = explainer.attribute(x, 1, return_convergence_delta=True, return_sink=True)
+        relevance, delta, sink = explainer.attribute(x, 1, return_convergence_delta=True, return_sink=True)
         same(delta, torch.zeros(2, dtype=DOUBLE))
-        same(explainer.compute_convergence_delta(attributions, net(x)[:, 1], sink), torch.zeros(2, dtype=DOUBLE))
+        same(explainer.compute_convergence_delta(relevance, net(x)[:, 1], sink), torch.zeros(2, dtype=DOUBLE))
         assert float(sink.abs().min()) > 1e-6
-        wrong = attributions.clone()
-        wrong[:, 0, 0, 0] += 1
-        same(explainer.compute_convergence_delta(wrong, net(x)[:, 1], sink), -torch.ones(2, dtype=DOUBLE))
+        lost = relevance.clone()
+        lost[:, 0, 0, 0] += 1
+        same(explainer.compute_convergence_delta(lost, net(x)[:, 1], sink), -torch.ones(2, dtype=DOUBLE))
         maps, deltas, sinks = LayerNRM(net, ["fc", "conv1"], composite=explainer.composite).attribute(
             x, 1, return_convergence_delta=True, return_sink=True
         )
-        for values, layer_delta, absorbed in zip(maps, deltas, sinks, strict=True):
-            same(layer_delta, torch.zeros(2, dtype=DOUBLE))
+        for values, open_, absorbed in zip(maps, deltas, sinks, strict=True):
+            same(open_, torch.zeros(2, dtype=DOUBLE))
             same(values.flatten(1).sum(1) + absorbed, net(x)[:, 1])
         _, share = explainer.attribute(x, 1, return_sink=True, unit="measure")
         same(share * net(x)[:, 1], sink)
 
 
-def test_conditional_and_joint_relevance_equal_those_of_the_measure():
+def test_conditional_and_joint_relevance():
     net, x = made(Conv), noise(2, 2, 8, 8)
     mu, event = RelevanceMeasure(net, x, 1), at("conv2")[[0, 2, 4]]
     same(NRM(net).attribute(x, 1, joint=event, unit="measure"), mu.marginal("input", joint=event))
@@ -382,18 +380,18 @@ def test_verbose_prints_the_rule_of_every_step(capsys):
 # -- layers -------------------------------------------------------------------------------------------------------
 
 
-def test_every_wrapped_input_has_a_layer():
+def test_wrapped_inputs_have_a_layer_each():
     """Captum's ModelInputWrapper, which lets layer methods attribute to inputs."""
     net, inputs = made(Inputs), three()
     wrapped = ModelInputWrapper(net)
     layers = [wrapped.input_maps[name] for name in ("left", "right", "third")]
-    attributions = LayerNRM(wrapped, layers).attribute(inputs, 1)
-    same(attributions, list(NRM(net).attribute(inputs, 1)))
+    relevance = LayerNRM(wrapped, layers).attribute(inputs, 1)
+    same(relevance, list(NRM(net).attribute(inputs, 1)))
     single = LayerNRM(wrapped, wrapped.input_maps["right"]).attribute(inputs, 1)
-    same(single, attributions[1])
+    same(single, relevance[1])
 
 
-def test_layers_are_given_as_modules_names_taps_lists_or_containers():
+def test_layers_can_be_modules_names_taps_lists_and_containers():
     net, x = made(Conv), noise(2, 2, 8, 8)
     stacked = nn.Sequential(net, nn.Linear(6, 3)).double()
     expected = LayerNRM(net, net.conv2).attribute(x, 1)
@@ -408,31 +406,29 @@ def test_layers_are_given_as_modules_names_taps_lists_or_containers():
         LayerNRM(net, (net.conv1, net.conv2)).attribute(x, 1)
 
 
-def test_the_input_of_a_layer_is_the_output_of_the_layer_below():
+def test_the_input_of_a_layer_is_the_output_below_it():
     net, x = made(Conv), noise(2, 2, 8, 8)
-    attributions = LayerNRM(net, [net.conv2, net.fc]).attribute(x, 1, attribute_to_layer_input=True)
+    relevance = LayerNRM(net, [net.conv2, net.fc]).attribute(x, 1, attribute_to_layer_input=True)
     below = LayerNRM(net, [net.pool, net.relu2]).attribute(x, 1)
-    same(attributions, [below[0], below[1].flatten(1)])
+    same(relevance, [below[0], below[1].flatten(1)])
 
 
-def test_tokens_receive_the_relevance_of_their_embeddings():
-    """The shape is that of Captum's LayerIntegratedGradients, the values those with its interpretable embeddings."""
+def test_tokens_have_the_relevance_of_their_embeddings():
+    """As Captum's LayerIntegratedGradients; and the same as through its interpretable embeddings."""
     net, tokens = made(Text), torch.tensor([[1, 5, 2, 2, 9], [0, 3, 3, 10, 4]])
     with untouched(net):
-        attributions, delta = LayerNRM(net, net.embedding).attribute(tokens, 1, return_convergence_delta=True)
-    assert (
-        attributions.shape == LayerIntegratedGradients(net, net.embedding).attribute(tokens, target=1, n_steps=2).shape
-    )
+        relevance, delta = LayerNRM(net, net.embedding).attribute(tokens, 1, return_convergence_delta=True)
+    assert relevance.shape == LayerIntegratedGradients(net, net.embedding).attribute(tokens, target=1, n_steps=2).shape
     same(delta, torch.zeros(2, dtype=DOUBLE))
     with pytest.warns(UserWarning, match="interpretable"):
         interpretable = configure_interpretable_embedding_layer(net, "embedding")
     embedded = interpretable.indices_to_embeddings(tokens)
     try:
-        same(NRM(net).attribute(embedded, 1), attributions)
+        same(NRM(net).attribute(embedded, 1), relevance)
     finally:
         remove_interpretable_embedding_layer(net, interpretable)
     same(LayerNRM(net, net.conv).attribute(tokens, 1).sum((1, 2)), net(tokens)[:, 1].detach())
-    same(NRM(net).measure(tokens, 1).marginal("embedding") * net(tokens)[:, 1].reshape(2, 1, 1).detach(), attributions)
+    same(NRM(net).measure(tokens, 1).marginal("embedding") * net(tokens)[:, 1].reshape(2, 1, 1).detach(), relevance)
     with pytest.raises(InputError, match=r"LayerNRM\(model, model.embedding\)"):
         NRM(net).attribute(tokens, 1)
     with pytest.raises(InputError, match=r"nn.Embedding"):
@@ -443,19 +439,19 @@ def test_tokens_receive_the_relevance_of_their_embeddings():
 
 
 @methods
-def test_data_parallel_on_the_cpu_gives_the_attributions_of_the_model(method):
+def test_data_parallel_on_cpu_equals_the_model(method):
     net, x = made(Conv), noise(3, 2, 8, 8)
     make, arguments = METHODS[method]
     parallel = nn.DataParallel(net)
     expected = make(net).attribute(x, **arguments)
     explainer = make(net)
-    for method_object in (explainer, getattr(explainer, "_inputs", explainer)):
-        method_object.model = parallel
+    for holder in (explainer, getattr(explainer, "_inputs", explainer)):
+        holder.model = parallel
     with untouched(net, x):
         same(explainer.attribute(x, **arguments), expected)
 
 
-def test_layers_of_data_parallel_are_known_by_both_names():
+def test_layers_of_data_parallel_have_both_names():
     net, x = made(Conv), noise(3, 2, 8, 8)
     parallel = nn.DataParallel(net)
     expected = LayerNRM(net, "conv2").attribute(x, 1)
@@ -471,43 +467,43 @@ def test_layers_of_data_parallel_are_known_by_both_names():
 
 @pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq", "vargrad"])
 @pytest.mark.parametrize("method", ["input", "layer", "neuron"])
-def test_the_noise_tunnel_works_with_every_method(method, kind):
+def test_the_noise_tunnel_accepts_every_method(method, kind):
     net, x = made(Conv), noise(2, 2, 8, 8)
     make, arguments = METHODS[method]
     explainer = make(net)
     noisy_inputs = []
     handle = net.register_forward_pre_hook(lambda module, args: noisy_inputs.append(args[0].detach().clone()))
     torch.manual_seed(0)
-    attributions, delta = NoiseTunnel(explainer).attribute(
+    relevance, delta = NoiseTunnel(explainer).attribute(
         x, nt_type=kind, nt_samples=4, stdevs=0.1, **arguments, return_convergence_delta=True
     )
     handle.remove()
     assert delta.shape == (8,)
     same(delta, torch.zeros(8, dtype=DOUBLE))
-    each = explainer.attribute(noisy_inputs[0], **arguments).reshape(2, 4, *attributions.shape[1:])
+    each = explainer.attribute(noisy_inputs[0], **arguments).reshape(2, 4, *relevance.shape[1:])
     mean, squares = each.mean(1), (each**2).mean(1)
-    same(attributions, {"smoothgrad": mean, "smoothgrad_sq": squares, "vargrad": squares - mean**2}[kind])
+    same(relevance, {"smoothgrad": mean, "smoothgrad_sq": squares, "vargrad": squares - mean**2}[kind])
     assert float((each - each[:, :1]).abs().max()) > 1e-6
 
 
-def test_the_noise_tunnel_works_with_several_inputs_targets_and_arguments():
+def test_the_noise_tunnel_accepts_several_inputs_targets_and_arguments():
     net, inputs = made(Inputs), three()
     factor = torch.tensor([[1.0], [2.0], [0.5]], dtype=DOUBLE)
-    attributions = NoiseTunnel(NRM(net)).attribute(
+    relevance = NoiseTunnel(NRM(net)).attribute(
         inputs, nt_samples=3, nt_samples_batch_size=1, stdevs=0.0, target=[1, 4, 0],
         additional_forward_args=(factor, 2),
     )  # fmt: skip
-    same(attributions, NRM(net).attribute(inputs, [1, 4, 0], (factor, 2)))
+    same(relevance, NRM(net).attribute(inputs, [1, 4, 0], (factor, 2)))
 
 
-def test_captums_metrics_accept_these_methods():
+def test_metrics_accept_every_method():
     net, inputs = made(Inputs), three()
     explainer = NRM(net)
     attributions = explainer.attribute(inputs, 1)
 
     @infidelity_perturb_func_decorator(True)
-    def perturb(*arguments):
-        return tuple(value * 0.9 for value in arguments[0])
+    def perturb(*given):
+        return tuple(value * 0.9 for value in given[0])
 
     assert infidelity(net, perturb, inputs, attributions, target=1).shape == (3,)
     torch.manual_seed(0)
@@ -517,35 +513,35 @@ def test_captums_metrics_accept_these_methods():
     net, x = made(Conv), noise(2, 2, 8, 8)
     layer = LayerNRM(net, net.conv1)
 
-    def explain(*args, **kwargs):  # Captum passes a tuple and expects one, also from its own layer methods
+    def explain(*args, **kwargs):  # Captum passes a tuple and expects one, also of its own layer methods
         return (layer.attribute(*args, **kwargs),)
 
     assert sensitivity_max(explain, x, target=1, perturb_radius=0.0).abs().max() < 1e-9
     assert sensitivity_max(explain, x, target=1, perturb_radius=0.1).abs().min() > 1e-3
 
 
-def test_infidelity_is_zero_if_relevance_is_exact():
-    """In a linear model without bias under LRP-0, removing an input reduces the output by its relevance."""
+def test_infidelity_of_a_linear_model_is_zero():
+    """Linear, without bias, under LRP-0: removing an input reduces the output by its relevance."""
     net, x = made(nn.Linear, 4, 3), noise(5, 4)
     nn.init.zeros_(net.bias)
     attributions = NRM(net, lrp_0(), residual="sink").attribute(x, 2)
 
     @infidelity_perturb_func_decorator(True)
-    def without_two(inputs):
-        return inputs * torch.tensor([1.0, 0, 0, 1.0], dtype=DOUBLE)
+    def without_two(given):
+        return given * torch.tensor([1.0, 0, 0, 1.0], dtype=DOUBLE)
 
     assert float(infidelity(net, without_two, x, attributions, target=2).max()) < 1e-20
     assert float(infidelity(net, without_two, x, 2 * attributions, target=2).max()) > 1e-3
 
 
-def test_captums_visualization_plots_the_attributions():
+def test_visualization_draws_the_maps():
     net, x = made(Conv), noise(2, 2, 8, 8)
-    attributions = LayerNRM.interpolate(LayerNRM(net, net.conv1).attribute(x, 1), (8, 8))
-    heat_map = attributions[0].permute(1, 2, 0).numpy()
+    relevance = LayerNRM.interpolate(LayerNRM(net, net.conv1).attribute(x, 1), (8, 8))
+    heat_map = relevance[0].permute(1, 2, 0).numpy()
     figure, axes = visualization.visualize_image_attr(heat_map, None, "heat_map", "all", use_pyplot=False)
-    plotted = axes.images[0].get_array()
-    assert plotted.shape == (8, 8)
-    assert np.corrcoef(plotted.ravel(), heat_map.sum(2).ravel())[0, 1] > 0.9
+    drawn = axes.images[0].get_array()
+    assert drawn.shape == (8, 8)
+    assert np.corrcoef(drawn.ravel(), heat_map.sum(2).ravel())[0, 1] > 0.9
     figure, axes = visualization.visualize_image_attr_multiple(
         heat_map, np.random.rand(8, 8, 3), ["original_image", "blended_heat_map"], ["all", "positive"], use_pyplot=False
     )
@@ -555,13 +551,13 @@ def test_captums_visualization_plots_the_attributions():
 # -- whole data sets ----------------------------------------------------------------------------------------------
 
 
-def test_captums_data_loader_attribution_accepts_feature_ablation_only():
+def test_captums_data_loader_accepts_feature_ablation_only():
     with pytest.raises(AssertionError, match="does not support"):
         DataLoaderAttribution(NRM(made(Conv)))
 
 
 @pytest.mark.parametrize("method", ["input", "layer", "layers", "neuron"])
-def test_dataloader_nrm_equals_the_method_batch_by_batch(method):
+def test_the_data_loader_class_equals_the_method_batch_by_batch(method):
     net, x = made(Conv), noise(7, 2, 8, 8)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, 0])
     make, arguments = METHODS[method]
@@ -569,26 +565,26 @@ def test_dataloader_nrm_equals_the_method_batch_by_batch(method):
     target = None if method == "neuron" else lambda batch: batch[1]
     whole = make(net).attribute(x, **arguments, **({} if target is None else {"target": labels}))
     loader = DataLoader(TensorDataset(x, labels), 3)
-    explainer = DataLoaderNRM(make(net))
-    attributions = explainer.attribute(loader, (0, 2), target, **arguments)
-    assert type(attributions) is type(whole)
-    same(attributions, whole)
+    over = DataLoaderNRM(make(net))
+    relevance = over.attribute(loader, (0, 2), target, **arguments)
+    assert type(relevance) is type(whole)
+    same(relevance, whole)
     for reduce, factor in (("sum", 1), ("mean", 1 / 7)):
-        reduced = explainer.attribute(loader, (0, 2), target, reduce=reduce, **arguments)
+        reduced = over.attribute(loader, (0, 2), target, reduce=reduce, **arguments)
         same(flat(reduced), [part.sum(0) * factor for part in flat(whole)])
 
 
-def test_dataloader_nrm_assigns_inputs_by_their_roles():
+def test_the_data_loader_class_passes_inputs_by_their_roles():
     net, (left, right, third) = made(Inputs), three()
     factor = torch.tensor([[1.0], [2.0], [0.5]], dtype=DOUBLE)
     loader = DataLoader(TensorDataset(left, right, third, factor), 2)
-    attributions = DataLoaderNRM(NRM(net)).attribute(loader, (0, 0, 0, 1), target=1)
-    same(attributions, NRM(net).attribute((left, right, third), 1, factor))
+    relevance = DataLoaderNRM(NRM(net)).attribute(loader, (0, 0, 0, 1), target=1)
+    same(relevance, NRM(net).attribute((left, right, third), 1, factor))
     invalid = {(0, 1): "does not fit a batch of 4", (1, 1, 1, 1): "0 at least once", (0, 0, 0, 7): "0, 0, 7"}
     for roles, words in invalid.items():
         with pytest.raises(ValueError, match=words):
             DataLoaderNRM(NRM(net)).attribute(loader, roles, target=1)
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="loader is empty"):
         DataLoaderNRM(NRM(net)).attribute([], target=1)
     with pytest.raises(ValueError, match="'median' is unknown"):
         DataLoaderNRM(NRM(net)).attribute(loader, target=1, reduce="median")
@@ -596,12 +592,12 @@ def test_dataloader_nrm_assigns_inputs_by_their_roles():
         DataLoaderNRM(InputXGradient(net))
 
 
-# -- the numbers of Zennit and Captum -----------------------------------------------------------------------------
+# -- numbers of Zennit and Captum ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_layers_in_sink_mode_equal_zennits_relevance(worst):
-    """Zennit's relevance is read by hooks after those of its composite, as in its how-to, and started at the output."""
+def test_layers_in_sink_mode_are_zennits_relevance(worst):
+    """Hooks registered after those of Zennit's composite, as in its how-to; Captum's unit is the output."""
     model, x = torchvision_net("vgg16_bn"), images(64)
     outputs = {}
     explained = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
@@ -617,38 +613,38 @@ def test_layers_in_sink_mode_equal_zennits_relevance(worst):
                 module.register_forward_hook(keep)
         output = plain(x.clone().requires_grad_())
         output.backward(output.detach() * torch.eye(10)[[3, 3]])
-    attributions = LayerNRM(model, explained, composite=EpsilonPlusFlat(), residual="sink").attribute(x, 3)
-    assert len(attributions) == 16
-    for name, values in zip(explained, attributions, strict=True):
+    relevance = LayerNRM(model, explained, composite=EpsilonPlusFlat(), residual="sink").attribute(x, 3)
+    assert len(relevance) == 16
+    for name, values in zip(explained, relevance, strict=True):
         error = float((values - outputs[name].grad).norm() / outputs[name].grad.norm())
         worst("LayerNRM and Zennit, vgg16_bn, float32", error)
         assert error < 1e-5, name
 
 
 def captums_rules(epsilon):
-    """The default rules of Captum's LRP: ε on every linear and pooling layer, the identity on activations."""
+    """The defaults of Captum's LRP: ε on every linear layer and pooling, the identity on activations."""
     rules = [(Activation, Pass()), (AvgPool, Norm(epsilon)), (Linear, Epsilon(epsilon))]
     return LayerMapComposite(rules)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_vgg16_attributions_equal_captums_lrp(dtype, worst):
-    """Both divide by z + 1e-9 sign(z), Captum also in max pooling, where the rule here only routes.
+def test_vgg16_inputs_are_captums_lrp(dtype, worst):
+    """Both divide by z + 1e-9 sign(z). Captum does so after max pooling, too, where the rule here only routes.
 
-    The only other difference is the order of sums: 1e-9 over the smallest |z| with relevance, about 1e-6 of the heat
-    map in float64. In float32, the rounding error of z itself is amplified by the walk variation of LRP-0.
+    That and the order of sums are all that differs: 1e-9 over the smallest |z| that carries relevance, about 1e-6 of
+    the map in float64. In float32 the rounding of z itself is amplified by the walk variation of LRP-0.
     """
     model, x = copy.deepcopy(torchvision_net("vgg16")).to(dtype).requires_grad_(False), images(64).to(dtype)
     for module in model.modules():
         if isinstance(module, nn.ReLU):
-            module.inplace = False  # Captum's LRP reads values that an in-place ReLU would overwrite
-    attributions = NRM(model, captums_rules(1e-9), residual="sink").attribute(x, 3)
+            module.inplace = False  # Captum's LRP reads a tensor that an in-place ReLU would overwrite
+    relevance = NRM(model, captums_rules(1e-9), residual="sink").attribute(x, 3)
     expected = LRP(copy.deepcopy(model)).attribute(x.clone().requires_grad_(), 3).detach()
-    error = float((attributions - expected).norm() / expected.norm())
+    error = float((relevance - expected).norm() / expected.norm())
     worst(f"NRM and Captum's LRP, vgg16, {dtype}", error)
     assert error < (1e-6 if dtype == DOUBLE else 1e-2)
     layer = LayerNRM(model, model.features[10], composite=captums_rules(1e-9), residual="sink").attribute(x, 3)
-    copied = copy.deepcopy(model)
-    expected = LayerLRP(copied, copied.features[10]).attribute(x.clone().requires_grad_(), 3).detach()
-    assert float((layer - expected).norm() / expected.norm()) < (1e-6 if dtype == DOUBLE else 1e-2)
+    twin = copy.deepcopy(model)
+    theirs = LayerLRP(twin, twin.features[10]).attribute(x.clone().requires_grad_(), 3).detach()
+    assert float((layer - theirs).norm() / theirs.norm()) < (1e-6 if dtype == DOUBLE else 1e-2)

@@ -1,4 +1,4 @@
-"""An attributor in Zennit's sense that hands out the measure itself."""
+"""A Zennit attributor that returns the measure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..measure.measure import RelevanceMeasure, normalize
 
 
 class NRMAttributor(Attributor):
-    """Returns the output of the model and the measure, where Zennit's attributors return the output and a map.
+    """Returns the output of the model and the measure; Zennit's attributors return the output and a heat map.
 
     Args:
         model: The network, in evaluation mode.
@@ -33,7 +33,7 @@ class NRMAttributor(Attributor):
         ...     output, mu = attributor(images, classes)
         >>> output.shape, mu.marginal("1").shape
         (torch.Size([2, 10]), torch.Size([2, 4, 4, 4]))
-        >>> relevance = mu.marginal("input") * output[classes.bool()].reshape(2, 1, 1, 1)   # that of zennit's Gradient
+        >>> relevance = mu.marginal("input") * output[classes.bool()].reshape(2, 1, 1, 1)  # as zennit's Gradient
     """
 
     def __init__(
@@ -48,21 +48,21 @@ class NRMAttributor(Attributor):
         super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
 
     def __enter__(self) -> NRMAttributor:
-        """Registers nothing: a measure hooks the model for as long as it runs."""
+        """Registers no hooks: the measure does so while it runs the model."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Takes nothing off."""
+        """Removes nothing: no hooks were registered."""
 
     def forward(self, input: Any, attr_output_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, RelevanceMeasure]:
         """The output ``(N, …)`` and the measure that starts at a function of it.
 
         Args:
-            input: ``(N, …)``, or in any other form that :class:`~nrm_plugin.RelevanceMeasure` takes.
+            input: ``(N, …)``, or any other inputs of :class:`~nrm_plugin.RelevanceMeasure`.
             attr_output_fn: Function from the output to the start vector.
 
         Raises:
-            TargetError: The start vector cancels, or does not fit.
+            TargetError: The start vector sums to zero, or does not fit the output.
 
         Examples:
             >>> import torch

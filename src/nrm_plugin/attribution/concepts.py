@@ -1,4 +1,4 @@
-"""Conditional relevance by the conditions of zennit-crp (Concept Relevance Propagation), answered by the measure."""
+"""Relevance under conditions in the format of zennit-crp (Concept Relevance Propagation)."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ..errors import EventError
 from ..events.event import Event, at
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure, normalize
-from .attribution import Layer, Unit
+from .base import Layer, Unit, in_unit
 
 Condition = Mapping[str, Any]
 OUTPUT = "y"
-"""The key of the outputs that are explained."""
+"""The key of the explained outputs in a condition."""
 
 
 def condition_event(condition: Condition) -> Event | None:
-    """The event of a condition: the walk crosses one of the channels in every layer that it names.
+    """The event of a condition: walks that cross one of the given channels in every named layer.
 
     Args:
-        condition: Layer names and their channels, as in ``{"features.28": [3], "y": [281]}``; ``"y"`` is left out.
+        condition: Layer names and their channels, as in ``{"features.28": [3], "y": [281]}``; ``"y"`` is ignored.
 
     Returns:
-        The event; None where no layer is named, so that every walk fits.
+        The event; None if no layer is named, which is satisfied by all walks.
 
     Raises:
-        EventError: A name is no name, or its channels are no list of numbers.
+        EventError: The condition is not a mapping, or its channels are not a list of numbers.
 
     Examples:
         >>> condition_event({"features.28": [3], "features.14": [5, 8], "y": [281]})
@@ -50,8 +50,8 @@ def condition_event(condition: Condition) -> Event | None:
 class ConceptNRM:
     """Relevance under conditions in the format of zennit-crp's ``CondAttribution``.
 
-    Walks that go around a layer of the condition are not in it, also where there are skips; conditions may name
-    different layers, in any order; each sample is run once for all conditions on the same outputs.
+    Walks that bypass a layer of the condition, such as by a skip connection, do not satisfy it. Conditions may name
+    different layers, in any order. Each sample is run once for all conditions on the same outputs.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
@@ -88,26 +88,26 @@ class ConceptNRM:
 
         Args:
             inputs: ``(N, …)``, or a tuple of such tensors.
-            conditions: Mappings of layer names to channels, and of ``"y"`` to the outputs that are explained; every
-                condition is applied to every sample. Of several outputs each starts with its value, as in zennit-crp.
-            layer: Where relevance is asked for: a name, module or ``at(…)``.
+            conditions: Mappings from layer names to channels, and from ``"y"`` to the explained outputs. Every
+                condition is applied to every sample. Several outputs start with their values, as in zennit-crp.
+            layer: The layer whose relevance is returned: a name, module or ``at(…)``.
             additional_forward_args: Further arguments of the model.
             conditional: Divide by the mass of the condition, ``μ(j | condition)``; else ``μ(j & condition)``.
-            unit: ``"output"``: in units of the explained outputs, as zennit-crp's heat maps before it sums them over
-                channels; ``"measure"``: of their total as 1.
+            unit: ``"output"``: in units of the explained outputs, as in zennit-crp's heat maps before their sum over
+                channels; ``"measure"``: relative to the total of these outputs.
 
         Returns:
             ``(conditions, N, *shape)``.
 
         Raises:
-            EventError: No conditions, or one of another form.
-            UnknownLayerError: A name that no layer has.
+            EventError: No condition, or an invalid one.
+            UnknownLayerError: No layer has this name.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
             >>> x = torch.randn(5, 3)
-            >>> each = ConceptNRM(net).attribute(x, [{"0": [k], "y": [1]} for k in range(4)])
-            >>> torch.allclose(each.sum(0), NRM(net).attribute(x, target=1), atol=1e-5)
+            >>> channels = ConceptNRM(net).attribute(x, [{"0": [k], "y": [1]} for k in range(4)])
+            >>> torch.allclose(channels.sum(0), NRM(net).attribute(x, target=1), atol=1e-5)
             True
         """
         groups: dict[tuple[int, ...] | None, list[int]] = {}
@@ -119,7 +119,7 @@ class ConceptNRM:
         outputs = [_explained(condition) for condition in conditions]
         for number, chosen in enumerate(outputs):
             groups.setdefault(chosen, []).append(number)
-        found: dict[int, Tensor] = {}
+        relevance: dict[int, Tensor] = {}
         for chosen, numbers in groups.items():
             start = _Start(chosen)
             with torch.enable_grad():
@@ -130,24 +130,23 @@ class ConceptNRM:
                     start=start,
                     additional_forward_args=additional_forward_args,
                 )
-            asked = [event for event in (events[number] for number in numbers) if event is not None]
-            given, joint = (asked, None) if conditional else (None, asked)
-            rows = iter(measure.marginal(layer, given=given, joint=joint) if asked else ())
+            named = [event for event in (events[number] for number in numbers) if event is not None]
+            given, joint = (named, None) if conditional else (None, named)
+            rows = iter(measure.marginal(layer, given=given, joint=joint) if named else ())
             for number in numbers:
                 row = measure.marginal(layer) if events[number] is None else next(rows)
-                scale = start.total.reshape(-1, *(1,) * (row.ndim - 1))
-                found[number] = row * scale if unit == "output" else row
-        return torch.stack([found[number] for number in range(len(events))])
+                relevance[number] = in_unit(row, start.total, unit)
+        return torch.stack([relevance[number] for number in range(len(events))])
 
 
 class _Start:
-    """The start vector of some outputs, each with its value; of a single one with all mass.
+    """The start vector of some outputs, each with its value; of a single output, with mass 1.
 
     Args:
-        chosen: The outputs; None for all of them.
+        chosen: The outputs; None for all.
 
     Attributes:
-        total: The sum of their values, ``(N,)``; known once the start vector was made.
+        total: The sum of their values, ``(N,)``; set by the call.
     """
 
     def __init__(self, chosen: tuple[int, ...] | None) -> None:
@@ -171,11 +170,11 @@ def _explained(condition: Condition) -> tuple[int, ...] | None:
 
 
 def _numbers(layer: str, ids: Any) -> list[int]:
-    listed = ids.tolist() if hasattr(ids, "tolist") else ids
-    listed = [listed] if isinstance(listed, int) and not isinstance(listed, bool) else listed
-    if not isinstance(listed, (list, tuple, range)):
+    numbers = ids.tolist() if hasattr(ids, "tolist") else ids
+    numbers = [numbers] if isinstance(numbers, int) and not isinstance(numbers, bool) else numbers
+    if not isinstance(numbers, (list, tuple, range)):
         raise EventError(f"the condition on {layer!r} is {ids!r}; give a list of channel numbers.")
     try:
-        return [operator.index(number) for number in listed]
+        return [operator.index(number) for number in numbers]
     except TypeError as error:
         raise EventError(f"the condition on {layer!r} is {ids!r}; give a list of channel numbers.") from error

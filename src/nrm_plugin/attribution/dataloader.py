@@ -1,4 +1,4 @@
-"""Relevance over a whole data loader, which Captum's ``DataLoaderAttribution`` takes of ``FeatureAblation`` only."""
+"""Relevance over a data loader; Captum's ``DataLoaderAttribution`` accepts ``FeatureAblation`` only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .attribution import NRM, NeuronNRM
+from .inputs import NRM
+from .neurons import NeuronNRM
 
 Reduce = Literal["mean", "sum"]
 
@@ -17,15 +18,14 @@ Reduce = Literal["mean", "sum"]
 class DataLoaderNRM:
     """Attributions of this package over the batches of a data loader.
 
-    Captum's ``DataLoaderAttribution`` checks for the exact type ``FeatureAblation``, since it ablates features of the
-    whole data set at once. Relevance needs one pass for each batch, so this is a class of its own, with Captum's roles
-    of inputs.
+    Captum's ``DataLoaderAttribution`` requires the exact type ``FeatureAblation``, since it ablates features of the
+    whole data set. Relevance takes one pass for each batch, hence this separate class, with Captum's input roles.
 
     Args:
         attr_method: An :class:`~nrm_plugin.NRM`, :class:`~nrm_plugin.LayerNRM` or :class:`~nrm_plugin.NeuronNRM`.
 
     Raises:
-        TypeError: Another method.
+        TypeError: ``attr_method`` is another method.
 
     Examples:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -55,55 +55,55 @@ class DataLoaderNRM:
         show_progress: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Attributions of all samples, or their sum or mean.
+        """Attributions of all samples, or their sum or mean over samples.
 
         Args:
-            dataloader: Hands out batches: a tensor, or a tuple or list whose parts have roles.
-            input_roles: As in Captum's ``InputRole``: 0 for inputs that are explained, 1 for those that the model gets
-                besides, 2 for those that it does not get. None explains all of them.
-            target: As in ``attr_method.attribute``, or a function that finds it in the batch; not for ``NeuronNRM``,
-                which takes a ``neuron_selector=``.
-            reduce: None puts the samples one after the other; ``"sum"`` and ``"mean"`` add them up as they come.
+            dataloader: Yields batches: tensors, or tuples or lists whose parts have roles.
+            input_roles: As in Captum's ``InputRole``: 0 for explained inputs, 1 for further arguments of the model, 2
+                for parts that are not passed to the model. None: all parts are explained.
+            target: As in ``attr_method.attribute``, or a function from the batch to it; not for ``NeuronNRM``, which
+                takes a ``neuron_selector=``.
+            reduce: None concatenates the samples; ``"sum"`` and ``"mean"`` accumulate them batch by batch.
             show_progress: Show a progress bar.
             kwargs: Further arguments of ``attr_method.attribute``.
 
         Returns:
-            What ``attr_method.attribute`` returns, for all samples at once; without their dimension if reduced.
+            The result of ``attr_method.attribute`` for all samples, without their dimension if reduced.
 
         Raises:
-            ValueError: ``reduce`` or a role is none of these, or the loader is empty.
+            ValueError: An unknown ``reduce`` or role, or an empty data loader.
 
         Examples:
             >>> net = torch.nn.Linear(3, 2)
             >>> batches = [torch.randn(4, 3), torch.randn(2, 3)]
-            >>> every = DataLoaderNRM(NRM(net)).attribute(batches, target=1)
+            >>> single = DataLoaderNRM(NRM(net)).attribute(batches, target=1)
             >>> total = DataLoaderNRM(NRM(net)).attribute(batches, target=1, reduce="sum")
-            >>> every.shape, torch.allclose(every.sum(0), total, atol=1e-5)
+            >>> single.shape, torch.allclose(single.sum(0), total, atol=1e-5)
             (torch.Size([6, 3]), True)
         """
         if reduce not in (None, "mean", "sum"):
             raise ValueError(f"reduce={reduce!r} is unknown; choose None, 'sum' or 'mean'.")
         rows: list[list[Tensor]] = []
-        form, samples = None, 0
+        attributions, samples = None, 0
         for batch in tqdm(dataloader, disable=not show_progress):
             explained, others = _by_role(batch, input_roles)
             chosen = target(batch) if callable(target) else target
             given = {} if isinstance(self.attr_method, NeuronNRM) and chosen is None else {"target": chosen}
-            found = self.attr_method.attribute(explained, additional_forward_args=others, **given, **kwargs)
-            form, samples = found, samples + len(next(_leaves(explained)))
-            new = list(_leaves(found))
+            attributions = self.attr_method.attribute(explained, additional_forward_args=others, **given, **kwargs)
+            samples += len(next(_leaves(explained)))
+            new = list(_leaves(attributions))
             if reduce is not None:
                 new = [part.sum(0) for part in new]
                 rows = [[part + add for part, add in zip(rows[0], new, strict=True)]] if rows else [new]
             else:
                 rows.append(new)
-        if form is None:
-            raise ValueError("the data loader hands out no batch.")
+        if attributions is None:
+            raise ValueError("the data loader is empty.")
         if reduce is None:
             parts = [torch.cat(column) for column in zip(*rows, strict=True)]
         else:
             parts = [part / samples for part in rows[0]] if reduce == "mean" else rows[0]
-        return _like(form, iter(parts))
+        return _like(attributions, iter(parts))
 
 
 def _by_role(batch: Any, roles: tuple[int, ...] | None) -> tuple[Any, tuple[Any, ...] | None]:
@@ -116,8 +116,8 @@ def _by_role(batch: Any, roles: tuple[int, ...] | None) -> tuple[Any, tuple[Any,
     roles = (0,) * len(parts) if roles is None else tuple(int(getattr(role, "value", role)) for role in roles)
     if len(roles) != len(parts) or not set(roles) <= {0, 1, 2} or 0 not in roles:
         raise ValueError(
-            f"input_roles={roles} does not fit a batch of {len(parts)} parts: give each 0 (explained), 1 (handed to "
-            "the model) or 2 (kept back), and 0 at least once."
+            f"input_roles={roles} does not fit a batch of {len(parts)} parts: give each 0 (explained), 1 (passed to "
+            "the model) or 2 (not passed), and 0 at least once."
         )
     explained = tuple(part for part, role in zip(parts, roles, strict=True) if role == 0)
     others = tuple(part for part, role in zip(parts, roles, strict=True) if role == 1)
@@ -133,5 +133,5 @@ def _leaves(form: Any) -> Iterator[Tensor]:
 
 
 def _like(form: Any, parts: Iterator[Tensor]) -> Any:
-    """The parts in the form of nested tuples and lists."""
+    """The tensors in the nested tuples and lists of ``form``."""
     return next(parts) if isinstance(form, Tensor) else type(form)(_like(part, parts) for part in form)

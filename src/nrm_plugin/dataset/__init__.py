@@ -1,6 +1,6 @@
 """The measure over data sets: sweeps that store their rows, statistics, reference examples and prototypes.
 
-Imports: errors, events, model, kernels, composites, measure, plots.
+Imports: errors, events, model, kernels, composites, recording, measure, plots.
 """
 
 from .queries import Activation, Bypass, Conditional, EventMass, Joint, Maps, Marginal, Peak, Query, Sink, Variation

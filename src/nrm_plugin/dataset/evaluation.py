@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..composites import Normalized
-from ..errors import InputError, NRMError, TargetError, UnknownLayerError, unknown_layer
+from ..errors import InputError, NRMError, TargetError
 from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
 from ..model.inputs import Output
 from ..model.targets import start_vector
+from ..recording.module_outputs import module_outputs
 from .batched_queries import Answers, Asked
 from .queries import Query
 from .sweep_layout import SweepError
@@ -87,14 +87,15 @@ class Evaluation:
         inputs, labels = self.unpack(batch)
         inputs = moved(inputs, device_of(self.model))
         chooser = _Chooser(self.target, labels, batch)
-        with torch.inference_mode(False), torch.enable_grad(), watched(self.model, self.asked.activations) as seen:
+        modules = {str(atom.layer) for atom in self.asked.activations} - {"input", "output"}
+        with torch.inference_mode(False), torch.enable_grad(), module_outputs(self.model, modules) as returned:
             mu = RelevanceMeasure(self.model, inputs, start=chooser, composite=self.composite, output=self.output)
         if mu.batch != len(sample):
             raise SweepError(
                 f"a batch of {len(sample)} samples has inputs of {mu.batch}; their first dimension is the samples."
             )
-        watched_layers = {atom: _one(seen[atom], atom, inputs, chooser.outputs) for atom in self.asked.activations}
-        answers = Answers(mu, self.asked, watched_layers)
+        activations = {atom: _activation(atom, returned, inputs, chooser.outputs) for atom in self.asked.activations}
+        answers = Answers(mu, self.asked, activations)
         kind = np.float64 if self.is_double else np.float32
         values = {query.name: answers.of(query).cpu().numpy().astype(kind, copy=False) for query in self.queries}
         return Evaluated(np.asarray(sample, np.int64), chooser.targets, chooser.predictions, values)
@@ -211,33 +212,7 @@ def _of(numbers: Tensor, count: int) -> NDArray[np.int32]:
 # -- what the model computes ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def watched(model: nn.Module, layers: Mapping[Atom, Any]) -> Iterator[dict[Atom, list[Any]]]:
-    """What modules return while the model runs, one entry for each call.
-
-    Raises:
-        UnknownLayerError: No such module.
-    """
-    seen: dict[Atom, list[Any]] = {layer: [] for layer in layers}
-    modules = dict(model.named_modules()) if layers else {}
-    with ExitStack() as stack:
-        for atom in layers:
-            if atom.layer in ("input", "output"):
-                continue
-            if atom.layer not in modules:
-                raise UnknownLayerError(unknown_layer(str(atom.layer), [name for name in modules if name]))
-
-            def keep(module: nn.Module, args: Any, returned: Any, atom: Atom = atom) -> None:
-                value = returned[atom.item] if atom.item is not None else returned
-                if not isinstance(value, Tensor):
-                    raise SweepError(f"{atom} is no single tensor. Say which of them: at(layer, item=…).")
-                seen[atom].append(value.detach().clone())  # an activation that follows may write over it
-
-            stack.callback(modules[str(atom.layer)].register_forward_hook(keep).remove)
-        yield seen
-
-
-def _one(seen: Sequence[Tensor], atom: Atom, inputs: Any, outputs: Tensor) -> Tensor:
+def _activation(atom: Atom, returned: Mapping[str, list[Any]], inputs: Any, outputs: Tensor) -> Tensor:
     if atom.layer == "output":
         return outputs
     if atom.layer == "input" and isinstance(inputs, Tensor):
@@ -245,9 +220,13 @@ def _one(seen: Sequence[Tensor], atom: Atom, inputs: Any, outputs: Tensor) -> Te
     call = atom.call or 0
     if atom.side != "output" or isinstance(call, str):
         raise SweepError(f"activations are those that a module returns; got {atom}.")
-    if call >= len(seen) or (atom.call is None and len(seen) > 1):
-        raise SweepError(f"{atom} is called {len(seen)} times. Say which call: at({atom.layer!r}, call=0).")
-    return seen[call]
+    calls = returned.get(str(atom.layer), [])
+    if call >= len(calls) or (atom.call is None and len(calls) > 1):
+        raise SweepError(f"{atom} is called {len(calls)} times. Say which call: at({atom.layer!r}, call=0).")
+    value = calls[call] if atom.item is None else calls[call][atom.item]
+    if not isinstance(value, Tensor):
+        raise SweepError(f"{atom} is not a single tensor. Select one of them: at(layer, item=…).")
+    return value
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)

@@ -17,7 +17,8 @@ from ..errors import InputError
 from ..events.event import Event
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure, normalize
-from .activations import Activity
+from ..recording.module_outputs import module_outputs
+from .activations import single_activations
 from .examples import EVENTS, By, FoundReferences, ReferencesError
 from .ranking import Ranking
 
@@ -90,11 +91,11 @@ def find_references(
     rules = normalize(composite, residual, gain_limit, uncovered)
     place = device if device is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = _batches(data, batch_size)
-    with Activity(model, search.active) as activity:
+    with module_outputs(model, search.active) as outputs:
         for inputs, labels in tqdm(batches, disable=not show_progress, unit="batch"):
             chooser = _Chooser(target, labels, len(inputs))
             mu = RelevanceMeasure(model, inputs.to(place), start=chooser, composite=rules)
-            search.add(mu, chooser.targets, activity.taken())
+            search.add(mu, chooser.targets, single_activations(outputs))
     return search.found()
 
 

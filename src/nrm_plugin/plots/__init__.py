@@ -1,4 +1,4 @@
-"""Figures: heat maps, flows and coloured text. They draw numbers and compute none.
+"""Plots of heat maps, flows, layer profiles and coloured text; they compute no relevance.
 
 Imports: errors, measure.
 """

@@ -1,4 +1,4 @@
-"""Pictures of a flow graph and of the layers that it goes through."""
+"""Figures of a flow graph, and of the profile of its layers."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ..measure.layer_profile import ProfileRow
 from .heatmaps import DIVERGING, Budget, draw_budget
 from .ribbons import DARK, INK, LIGHT, Column, Palette, Ribbon, draw_flow, percent, rows_scale
 
-MOST = 40
-"""Nodes of one layer that a picture has room for."""
-ACROSS, PICTURED = 4, 12
-"""Thumbnails beside one another below a layer, and most of a layer."""
-ROW, WIDE = 0.72, 0.22
-"""Height of a row of thumbnails in inches, and width of one in units of the way between two layers."""
+MAX_GROUPS = 40
+"""Groups of one layer that a figure has room for."""
+THUMBNAILS_PER_ROW, MAX_THUMBNAILS = 4, 12
+"""Of one layer."""
+THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH = 0.72, 0.22
+"""Height of a row of thumbnails in inches, and width of a thumbnail as a share of the distance between two layers."""
 NEGLIGIBLE = 1e-6
-"""Relevance that is not drawn where it is nobody's: rounding."""
+"""Relevance of edges, rest and off nodes that is not drawn: rounding."""
 KINDS = {"group": "", "rest": "other", "off": "off"}
 STRENGTH = {"group": 0.45, "rest": 0.2, "off": 0.25}
 
 
 def drawn_nodes(layer: FlowLayer) -> list[tuple[int, FlowNode]]:
-    """The nodes of a layer that get a place, each with its row in the joint relevance.
+    """The nodes of a layer that are drawn, each with its row in the joint relevance.
 
     Raises:
-        FlowError: They are more than a picture has room for.
+        FlowError: The layer shows more groups than there is room for.
     """
-    if len(layer.groups) > MOST:
+    if len(layer.groups) > MAX_GROUPS:
         raise FlowError(
-            f"{layer.name} shows {len(layer.groups)} groups, and a picture has room for {MOST}. Take fewer: "
+            f"{layer.name} shows {len(layer.groups)} groups, and a figure has room for {MAX_GROUPS}. Show fewer: "
             "graph.smaller(top=8), or coverage=0.9."
         )
     nodes = list(enumerate(layer.nodes))
@@ -46,17 +46,17 @@ def drawn_nodes(layer: FlowLayer) -> list[tuple[int, FlowNode]]:
 
 
 def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: Maps | None = None) -> Figure:
-    """A flow graph as ribbons between bars, the input at the left; heights are relevance.
+    """A flow graph as ribbons between bars, with the input on the left; heights are relevance.
 
-    Grey is the rest of a layer, orange what was absorbed above it or goes around it; of the other colours red is
-    positive and blue negative, which colour-blind readers tell apart.
+    Red is positive and blue negative, in shades that colour-blind readers can distinguish; grey is the rest of a layer,
+    orange the relevance that is absorbed above it or bypasses it.
 
     Args:
         graph: The graph.
-        heading: Above the drawing.
-        dark: For a dark background; save it with ``facecolor=figure.get_facecolor()``.
-        maps: Heat maps of its nodes, of :func:`~nrm_plugin.measure.flow_maps`: below each layer are those of
-            its groups that carry most, each on a scale of its own.
+        heading: Title of the figure.
+        dark: Colours for a dark background; save it with ``facecolor=figure.get_facecolor()``.
+        maps: Heat maps of its nodes, of :func:`~nrm_plugin.measure.flow_maps`; those of the most relevant groups are
+            drawn below their layer, each on its own scale.
 
     Raises:
         FlowError: A layer shows more groups than there is room for.
@@ -70,7 +70,7 @@ def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: M
     palette = DARK if dark else LIGHT
     layers = graph.layers[::-1]
     nodes = [drawn_nodes(layer) for layer in layers]
-    columns = [_column(layer, found) for layer, found in zip(layers, nodes, strict=True)]
+    columns = [_column(layer, drawn) for layer, drawn in zip(layers, nodes, strict=True)]
     ribbons = []
     for start, joint in enumerate(graph.joints[::-1]):
         for left, (lower, below) in enumerate(nodes[start]):
@@ -80,42 +80,54 @@ def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: M
                     kind = _paler(below, above)
                     ribbons.append(Ribbon((left, right), value, "", start, KINDS[kind], STRENGTH[kind]))
     scale = rows_scale(columns)
-    pictured = [_pictured(found, maps or {}) for found in nodes]
-    rows = max(math.ceil(len(column) / ACROSS) for column in pictured)
+    thumbnails = [_most_relevant_maps(drawn, maps or {}) for drawn in nodes]
+    rows = max(math.ceil(len(column) / THUMBNAILS_PER_ROW) for column in thumbnails)
     height = 5.0 / scale
-    figure = Figure(figsize=(2.6 + 2.4 * max(len(columns) - 1, 1), height + ROW * rows), layout="constrained")
+    figure = Figure(
+        figsize=(2.6 + 2.4 * max(len(columns) - 1, 1), height + THUMBNAIL_HEIGHT * rows), layout="constrained"
+    )
     figure.set_facecolor(palette.paper)
     if heading:
         figure.suptitle(heading, fontsize=12.5, color=palette.ink)
     axes = figure.add_subplot()
     draw_flow(axes, columns, ribbons, palette, scale)
     low, high = axes.get_ylim()
-    step = ROW * (high - low) / height  # of one row of thumbnails, in units of the drawing
+    step = THUMBNAIL_HEIGHT * (high - low) / height  # of a row of thumbnails, in data coordinates
     axes.set_ylim(low - rows * step, high)
-    for number, column in enumerate(pictured):
+    for number, column in enumerate(thumbnails):
         _draw_maps(axes, number, low, step, column, palette)
     return figure
 
 
-def _pictured(nodes: Sequence[tuple[int, FlowNode]], maps: Maps) -> list[tuple[FlowNode, NDArray[np.float64]]]:
-    found = [(node, maps[node.key]) for _, node in nodes if node.key in maps]
-    return sorted(found, key=lambda pair: -abs(pair[0].mass))[:PICTURED]
+def _most_relevant_maps(
+    nodes: Sequence[tuple[int, FlowNode]], maps: Maps
+) -> list[tuple[FlowNode, NDArray[np.float64]]]:
+    pairs = [(node, maps[node.key]) for _, node in nodes if node.key in maps]
+    return sorted(pairs, key=lambda pair: -abs(pair[0].mass))[:MAX_THUMBNAILS]
 
 
 def _draw_maps(
     axes: Axes, number: int, top: float, step: float, column: Sequence[tuple[FlowNode, NDArray[np.float64]]],
     palette: Palette,
 ) -> None:  # fmt: skip
-    across = min(ACROSS, max(len(column), 1))
+    across = min(THUMBNAILS_PER_ROW, max(len(column), 1))
     for place, (node, values) in enumerate(column):
         row, at = divmod(place, across)
-        bounds = (number + WIDE * (at - across / 2) + 0.01, top - (row + 1) * step, WIDE - 0.02, 0.78 * step)
+        left = number + THUMBNAIL_WIDTH * (at - across / 2) + 0.01
+        bounds = (left, top - (row + 1) * step, THUMBNAIL_WIDTH - 0.02, 0.78 * step)
         inset = axes.inset_axes(bounds, transform=axes.transData)
         small = thumbnail(values)
-        bound = float(np.abs(small).max()) or 1.0
-        inset.imshow(small, cmap=DIVERGING, vmin=-bound, vmax=bound)
+        limit = float(np.abs(small).max()) or 1.0
+        inset.imshow(small, cmap=DIVERGING, vmin=-limit, vmax=limit)
         inset.set_axis_off()
         inset.set_title(_short(node.label, 10), fontsize=6.5, color=palette.pale, pad=1.5)
+
+
+def layer_note(layer: FlowLayer) -> str:
+    """Number and mass of the groups of a layer that are shown, such as ``3 of 6: 80%``."""
+    if not layer.groups:
+        return "no relevance crosses it"
+    return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(sum(layer.masses))}"
 
 
 def _paler(below: FlowNode, above: FlowNode) -> str:
@@ -124,27 +136,25 @@ def _paler(below: FlowNode, above: FlowNode) -> str:
 
 
 def _column(layer: FlowLayer, nodes: Sequence[tuple[int, FlowNode]]) -> Column:
-    held, total = sum(layer.masses), len(layer.groups) + layer.others
-    note = f"{len(layer.groups)} of {total}: {percent(held)}" if layer.groups else "no relevance crosses it"
     labels = [node.label for _, node in nodes]
     kinds = [KINDS[node.kind] for _, node in nodes]
-    return Column(_short(layer.name), note, [_short(label, 18) for label in labels],
+    return Column(_short(layer.name), layer_note(layer), [_short(label, 18) for label in labels],
                   [node.mass for _, node in nodes], kinds)  # fmt: skip
 
 
 def _short(text: str, length: int = 24) -> str:
     half = (length - 1) // 2
-    kept = text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
-    return kept.replace("$", r"\$")
+    shortened = text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
+    return shortened.replace("$", r"\$")
 
 
 def profile_figure(rows: Sequence[ProfileRow], heading: str = "", dark: bool = False) -> Figure:
-    """Mass, sink and bypass of each layer as bars, and its variation beside them; the output on top.
+    """Mass, sink and bypass of each layer as stacked bars, and its variation; the output is at the top.
 
     Args:
-        rows: Of :func:`~nrm_plugin.measure.layer_profile.profile`.
-        heading: Above the drawing.
-        dark: For a dark background; save it with ``facecolor=figure.get_facecolor()``.
+        rows: Rows of :func:`~nrm_plugin.measure.layer_profile.profile`.
+        heading: Title of the figure.
+        dark: Colours for a dark background; save it with ``facecolor=figure.get_facecolor()``.
     """
     palette = DARK if dark else LIGHT
     figure = Figure(figsize=(8.2, 1.5 + 0.26 * len(rows)), layout="constrained")
@@ -153,7 +163,7 @@ def profile_figure(rows: Sequence[ProfileRow], heading: str = "", dark: bool = F
         figure.suptitle(heading, fontsize=12.5, color=palette.ink)
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.4), sharey=True)
     plain = [row.plain for row in rows if row.plain is not None]
-    budget = Budget("where the relevance is", [row.mass for row in rows], [row.sink for row in rows],
+    budget = Budget("relevance by layer", [row.mass for row in rows], [row.sink for row in rows],
                     [row.bypass for row in rows], plain if len(plain) == len(rows) else None)  # fmt: skip
     draw_budget(left, [_short(row.layer, 30) for row in rows], budget, "sum of plain LRP")
     _draw_variation(right, [row.variation for row in rows])
@@ -194,4 +204,4 @@ def _recolour(axes: Axes, palette: Palette) -> None:
             line.set_color(palette.ink)
 
 
-__all__ = ["drawn_nodes", "flow_figure", "profile_figure"]
+__all__ = ["drawn_nodes", "flow_figure", "layer_note", "profile_figure"]

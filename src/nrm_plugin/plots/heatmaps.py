@@ -1,8 +1,7 @@
-"""Figures of a measure. Nothing is computed in here beyond the scale of a drawing.
+"""Figures of heat maps, joint relevance, and the mass, sink and bypass of layers.
 
-Every function returns a matplotlib ``Figure`` of its own: no window opens, and no state of pyplot is read or left.
-Red is positive and blue negative everywhere; both can be told apart by colour-blind readers. Relevance is printed in
-percent of all relevance of the sample.
+Every function returns a new matplotlib ``Figure``; pyplot and its state are not used. Red is positive and blue
+negative, in shades that colour-blind readers can distinguish. Relevance is given in percent of the total of the sample.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ DPI = 150
 
 @dataclass(frozen=True)
 class Budget:
-    """Where the relevance of one sample is, layer by layer.
+    """Mass, sink and bypass of one sample at every layer.
 
     Attributes:
-        title: What sample it is.
-        mass, sink, bypass: One number for each layer; together 1.
-        reference: Another sum to be marked at each layer, such as that of plain Zennit.
-        image: ``(C, H, W)``, drawn small beside the title.
+        title: Name of the sample.
+        mass, sink, bypass: One number for each layer; the three sum to 1.
+        reference: Another sum that is marked at each layer, such as that of plain Zennit.
+        image: ``(C, H, W)``, drawn next to the title.
     """
 
     title: str
@@ -52,7 +51,7 @@ class Budget:
 
 
 def save(figure: Figure, path: Path, paper: str = "white") -> Path:
-    """Write a figure, 150 dots per inch, on paper of a colour; returns the path.
+    """Writes a figure at 150 dots per inch on a background colour; returns the path.
 
     Raises:
         OSError: The file cannot be written.
@@ -61,17 +60,17 @@ def save(figure: Figure, path: Path, paper: str = "white") -> Path:
     return path
 
 
-# -- pictures -------------------------------------------------------------------------------------------------------
+# -- figures --------------------------------------------------------------------------------------------------------
 
 
 def heat_map(values: Values, title: str = "", image: Values | None = None, limit: float | None = None) -> Figure:
-    """One signed heat map with its colour bar.
+    """A signed heat map with a colour bar.
 
     Args:
         values: ``(H, W)``, dimensionless.
-        title: Above the picture.
-        image: ``(C, H, W)``, shown faintly for orientation.
-        limit: Value of the darkest colour; the largest by default.
+        title: Title of the heat map.
+        image: ``(C, H, W)``, shown faintly below it for orientation.
+        limit: Absolute value of the darkest colours; the largest one by default.
     """
     figure = _figure(4.3, 3.6)
     axes = figure.add_subplot()
@@ -88,14 +87,14 @@ def image_and_heat_map(
     heading: str = "",
     limit: float | None = None,
 ) -> Figure:
-    """An image beside its signed heat map.
+    """An image and its signed heat map, side by side.
 
     Args:
         image: ``(C, H, W)`` with values in [0, 1], one channel or three.
         values: ``(H, W)``, dimensionless.
-        titles: Above the image and above the heat map.
-        heading: Above both.
-        limit: Value of the darkest colour; the largest by default.
+        titles: Titles of the image and of the heat map.
+        heading: Title of the figure.
+        limit: Absolute value of the darkest colours; the largest one by default.
     """
     figure = _figure(7.2, 3.6 + 0.3 * bool(heading))
     _heading(figure, heading)
@@ -116,15 +115,15 @@ def heat_maps(
     columns: int = 4,
     limit: float | None = None,
 ) -> Figure:
-    """A grid of signed heat maps on one colour scale.
+    """A grid of signed heat maps on a common colour scale.
 
     Args:
         maps: ``(H, W)`` each, dimensionless.
-        titles: One for each map.
-        heading: Above the grid.
-        image: ``(C, H, W)``, shown as the first picture, and faintly under the maps.
-        columns: Pictures side by side.
-        limit: Value of the darkest colour; the largest of all maps by default.
+        titles: One title for each map.
+        heading: Title of the figure.
+        image: ``(C, H, W)``, shown as the first image, and faintly below the maps.
+        columns: Number of columns.
+        limit: Absolute value of the darkest colours; the largest one of all maps by default.
     """
     count = len(maps) + (image is not None)
     rows, across = math.ceil(count / columns), min(columns, count)
@@ -140,7 +139,7 @@ def flow(columns: Sequence[Column], ribbons: Sequence[Ribbon], heading: str = ""
     Args:
         columns: The layers, from left to right.
         ribbons: Joint relevance of one node in each column.
-        heading: Above the drawing.
+        heading: Title of the figure.
     """
     figure = _figure(2.6 + 2.4 * (len(columns) - 1), 5.0)
     _heading(figure, heading)
@@ -157,16 +156,16 @@ def joint(
     titles: Sequence[str],
     heading: str = "",
 ) -> Figure:
-    """Joint relevance over layers: image and heat map, the flow between channels, heat maps of the strongest ones.
+    """Joint relevance of layers: image and heat map, the flow between channels, and joint heat maps.
 
     Args:
         image: ``(C, H, W)`` with values in [0, 1].
         marginal: Heat map of the image, ``(H, W)``.
         columns: As in :func:`flow`.
         ribbons: As in :func:`flow`.
-        maps: Joint heat maps, ``(H, W)`` each, on one colour scale of their own.
-        titles: One for each of them.
-        heading: Above all.
+        maps: Joint heat maps, ``(H, W)`` each, on a common colour scale.
+        titles: One title for each of them.
+        heading: Title of the figure.
     """
     across = math.ceil(len(maps) / 2)
     widths = (2.3, 3.3 + 2.1 * (len(columns) - 2), 2.1 * across + 0.75)
@@ -178,7 +177,7 @@ def joint(
     draw_image(above, image)
     draw_heat_map(below, marginal, image)
     _title(above, "image")
-    _title(below, "relevance of the pixels")
+    _title(below, "relevance of pixels")
     draw_flow(middle.subplots(), columns, ribbons)
     draw_grid(right, maps, titles, image, across)
     return figure
@@ -188,14 +187,14 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
     """Mass, sink and bypass of every layer as stacked bars, one panel for each sample.
 
     Args:
-        layers: Names, from the output down to the input.
-        samples: What is drawn in each panel.
-        heading: Above all.
-        reference: What the marked sums are.
+        layers: Names, from the output to the input.
+        samples: One for each panel.
+        heading: Title of the figure.
+        reference: Name of the marked sums in the legend.
     """
     across = min(4, len(samples))
     rows = math.ceil(len(samples) / across)
-    # One panel alone would be narrower than the heading and the legend.
+    # A single panel would be narrower than the heading and the legend.
     figure = _figure(max(6.5, 1.3 + 2.2 * across), 0.9 + (0.8 + 0.23 * len(layers)) * rows)
     _heading(figure, heading)
     grid = figure.subplots(rows, across, squeeze=False, sharex=True, sharey=True)
@@ -204,18 +203,18 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
     for axes in list(grid.flat)[len(samples) :]:
         axes.set_axis_off()
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    # The line comes first by itself; it is the comparison, so it goes last.
+    # matplotlib lists the line first; as the reference it should be last.
     order = sorted(range(len(labels)), key=lambda place: labels[place] == reference)
     handles, labels = [handles[place] for place in order], [labels[place] for place in order]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     return figure
 
 
-# -- parts of pictures ----------------------------------------------------------------------------------------------
+# -- parts of figures -----------------------------------------------------------------------------------------------
 
 
 def draw_image(axes: Axes, image: Values) -> AxesImage:
-    """An image ``(C, H, W)`` with values in [0, 1]: one channel as ink on paper, three as colours."""
+    """An image ``(C, H, W)`` with values in [0, 1]: one channel as dark on light, three as colours."""
     pixels = _array(image)
     _no_ticks(axes)
     if len(pixels) == 1:
@@ -224,9 +223,9 @@ def draw_image(axes: Axes, image: Values) -> AxesImage:
 
 
 def draw_heat_map(axes: Axes, values: Values, image: Values | None = None, limit: float | None = None) -> AxesImage:
-    """A signed heat map ``(H, W)``, white at zero, the same limit on both sides.
+    """A signed heat map ``(H, W)``, white at zero, with symmetric limits.
 
-    The image is shown as an outline where it has one channel, and in grey beneath the colours where it has three.
+    An image with one channel is shown as an outline, one with three channels in grey below the colours.
     """
     pixels = _array(values)
     bound = _bound([pixels]) if limit is None else limit
@@ -251,7 +250,7 @@ def draw_grid(
     show_image: bool = False,
     limit: float | None = None,
 ) -> None:
-    """Heat maps ``(H, W)`` on one colour scale, row by row, with a colour bar at the right."""
+    """Heat maps ``(H, W)`` on a common colour scale, row by row, with a colour bar on the right."""
     count = len(maps) + show_image
     grid = figure.subplots(math.ceil(count / columns), min(columns, count), squeeze=False)
     places = list(grid.flat)
@@ -269,7 +268,7 @@ def draw_grid(
 
 
 def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: str = "") -> None:
-    """Stacked bars of one sample, the output on top; a diamond marks the reference at each layer."""
+    """Stacked bars of one sample, with the output at the top; diamonds mark the reference of each layer."""
     places = np.arange(len(layers))
     right, left = np.zeros(len(layers)), np.zeros(len(layers))
     for label, color, values in (
@@ -291,10 +290,10 @@ def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: st
     axes.tick_params(length=0, labelsize=8.5, colors=INK)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.set_title(budget.title, fontsize=10, color=INK, y=1.035)  # by itself it would rise above the image
+    axes.set_title(budget.title, fontsize=10, color=INK, y=1.035)  # else it would be moved above the image
     if budget.image is not None:
         inset = axes.inset_axes((0.0, 1.01, 0.14, 0.14))
-        inset.set_in_layout(False)  # beside the title, which has its room already
+        inset.set_in_layout(False)  # next to the title, which has room already
         draw_image(inset, budget.image)
 
 
@@ -319,12 +318,12 @@ def _array(values: Values) -> Array:
 
 
 def _bound(maps: Sequence[Array]) -> float:
-    """The largest absolute value, or 1 where all are zero."""
+    """The largest absolute value, or 1 if all are zero."""
     return max((float(np.abs(values).max(initial=0)) for values in maps), default=0) or 1.0
 
 
 def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
-    """Whether a value is beyond the limit that was given, so that its colour does not tell how far."""
+    """Whether a value exceeds the given limit, so that its colour does not show its size."""
     return limit is not None and _bound([_array(values) for values in maps]) > limit
 
 
@@ -337,11 +336,11 @@ def _no_ticks(axes: Axes) -> None:
 
 
 def _outline(axes: Axes, ink: Array) -> None:
-    """The line around the ink, closed also where it touches the border."""
+    """The contour of the dark pixels, closed also at the border."""
     if ink.min() < ink.max():
         height, width = ink.shape
-        # The border of the picture lies half a pixel outside the outer centres. There the ink goes on, and behind it
-        # there is none.
+        # The border of the image is half a pixel outside the outer centres. Up to it pixels are repeated; beyond it
+        # everything is light.
         padded = np.pad(np.pad(ink, 1, mode="edge"), 1, constant_values=ink.min())
         rows = np.array([-0.5, -0.499, *range(height), height - 0.501, height - 0.5])
         columns = np.array([-0.5, -0.499, *range(width), width - 0.501, width - 0.5])
@@ -351,17 +350,17 @@ def _outline(axes: Axes, ink: Array) -> None:
 
 def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: bool = False) -> None:
     limit = drawn.get_clim()[1] or 1.0
-    # The colour map alone: of a picture with transparency the bar would be blank at zero.
+    # Without the transparency of the image, by which the bar would be blank at zero.
     shown = ScalarMappable(drawn.norm, drawn.cmap)
-    pointed = "both" if is_cut else "neither"
-    bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=28, extend=pointed, extendfrac=0.03)
+    extend = "both" if is_cut else "neither"
+    bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=28, extend=extend, extendfrac=0.03)
     bar.outline.set_visible(False)  # type: ignore[operator, unused-ignore]
     bar.ax.tick_params(length=0, labelsize=8.5, colors=INK)
     exponent = math.floor(math.log10(100 * limit))
     scale = 10.0**exponent if exponent < -2 else 1.0
     if scale < 1:
         bar.ax.set_title(f"$10^{{{exponent}}}$ %", fontsize=8.5, color=INK)
-    # Rounded first: ticks next to zero come as 1e-19.
+    # Rounded first: the tick at zero may be 1e-19.
     unit = "" if scale < 1 else "%"
     bar.formatter = FuncFormatter(lambda value, _: f"{round(100 * value / scale, 6):g}{unit}".replace("-", "−"))
     bar.update_ticks()

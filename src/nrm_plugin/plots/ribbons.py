@@ -1,4 +1,4 @@
-"""Flow drawings: relevance that layers share, as ribbons between bars. Nothing but the scale is computed in here."""
+"""Flow plots on matplotlib axes: joint relevance of layers as ribbons between bars."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ INK, PALE = "#222222", "#6b6b6b"
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of a drawing.
+    """Colours of a plot.
 
     Attributes:
-        positive, negative: Of relevance; red and blue, which colour-blind readers tell apart.
-        ink, pale: Of text.
-        paper: Behind all.
-        other: Of what is no group that is shown.
-        off: Of walks that do not cross a layer.
+        positive, negative: Relevance; red and blue in shades that colour-blind readers can distinguish.
+        ink, pale: Text.
+        paper: Background.
+        other: The rest of a layer, in none of the shown groups.
+        off: Walks that do not cross a layer.
     """
 
     positive: str = POSITIVE
@@ -47,23 +47,23 @@ LIGHT = Palette()
 DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c", "#f0b73f")
 
 ROW, GAP = 0.085, 0.025
-"""Height that the label of a node needs, and what is left free between two nodes, as shares of the drawing."""
+"""Height of the label of a node, and distance between two nodes, as shares of the plot."""
 VISIBLE = 0.012
-"""Height of a ribbon whose width can be told from that of others, as a share of the drawing."""
+"""Smallest width at which the widths of ribbons can be distinguished, as a share of the plot."""
 BAR = 0.022
-"""Half the width of a bar, in distances between two columns."""
+"""Half the width of a bar, as a share of the distance between two columns."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One layer of a flow drawing.
+    """One layer of a flow plot.
 
     Attributes:
         name: Heading.
         note: Second, smaller line of the heading.
         labels: One for each node, from top to bottom.
         marginals: Relevance of each node; the height of its bar.
-        kinds: For each node ``""``, ``"other"`` or ``"off"``, which have colours of their own; all ``""`` by default.
+        kinds: For each node ``""``, ``"other"`` or ``"off"``, the names of their colours; all ``""`` by default.
     """
 
     name: str
@@ -75,15 +75,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Ribbon:
-    """Joint relevance of one node in each column of a flow drawing.
+    """Joint relevance of one node in each of several columns of a flow plot.
 
     Attributes:
         nodes: Position of the node in each column.
         value: Joint relevance; the width of the ribbon.
-        mark: Drawn strongly under this short name; pale without.
-        start: The first column that it is in.
+        mark: A short name, with which the ribbon is drawn opaque; empty for a pale ribbon.
+        start: Number of its first column.
         kind: As in :class:`Column`.
-        strength: Opacity where it is not marked.
+        strength: Opacity without a mark.
     """
 
     nodes: tuple[int, ...]
@@ -94,12 +94,12 @@ class Ribbon:
     strength: float = 0.13
 
     def node(self, column: int) -> int | None:
-        """The node that it crosses in a column, None in columns that it does not reach."""
+        """The node that it crosses in a column; None outside its columns."""
         return self.nodes[column - self.start] if 0 <= column - self.start < len(self.nodes) else None
 
 
 def percent(value: float) -> str:
-    """A share of all relevance with two significant digits: 0.0468 is ``4.7%``."""
+    """A share of the total relevance with two significant digits: 0.0468 is ``4.7%``."""
     points = 100 * value
     if points == 0:
         return "0%"
@@ -109,7 +109,7 @@ def percent(value: float) -> str:
 
 
 def rows_scale(columns: Sequence[Column]) -> float:
-    """Factor on the height of a label at which the longest column fits; the drawing has to be so much higher."""
+    """Factor on the height of labels at which the longest column fits; the figure has to be higher by its inverse."""
     longest = max((len(column.labels) for column in columns), default=0)
     return min(1.0, 0.9 / max(longest * (ROW + GAP), 1e-12))
 
@@ -121,14 +121,14 @@ def draw_flow(
     palette: Palette = LIGHT,
     scale: float = 1.0,
 ) -> None:
-    """Bars as high as the relevance of a node, ribbons as wide as the joint relevance, both on one scale.
+    """Bars with the height of the relevance of a node, ribbons with the width of the joint relevance, on one scale.
 
     Args:
-        axes: Where to draw.
+        axes: The axes.
         columns: The layers, from left to right.
         ribbons: Joint relevance of one node in each column, or in some consecutive ones.
         palette: Colours.
-        scale: Factor on all that is as high as text, where the drawing is higher than 5 inches.
+        scale: Factor on the height of text, for axes higher than 5 inches.
     """
     axes.set_xlim(-0.33, len(columns) - 0.67)
     axes.set_ylim(-0.07 * scale, 1 + 0.13 * scale)
@@ -147,39 +147,36 @@ def draw_flow(
     _draw_key(axes, columns, ribbons, factor, palette, scale)
 
 
-# -- places ---------------------------------------------------------------------------------------------------------
+# -- layout ---------------------------------------------------------------------------------------------------------
 
 
 def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[float]:
-    """What each node of a column needs: its bar, or its ribbons where they cancel to less."""
-    needs = [abs(value) for value in column.marginals]
-    for node in range(len(needs)):
-        needs[node] = max(needs[node], *_stacks(number, node, ribbons))
-    return needs
+    """Height of each node of a column: that of its bar, or of its ribbons if these cancel to less."""
+    return [max(abs(value), *_stacks(number, node, ribbons)) for node, value in enumerate(column.marginals)]
 
 
 def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Widths of the ribbons at a node, together for those that start in one column: these are stacked."""
-    found: dict[int, float] = {}
-    for one in ribbons:
-        if one.node(number) == node:
-            found[one.start] = found.get(one.start, 0.0) + abs(one.value)
-    return list(found.values()) or [0.0]
+    """Total widths of the ribbons at a node, for each column in which ribbons start: these are stacked."""
+    widths: dict[int, float] = {}
+    for ribbon in ribbons:
+        if ribbon.node(number) == node:
+            widths[ribbon.start] = widths.get(ribbon.start, 0.0) + abs(ribbon.value)
+    return list(widths.values()) or [0.0]
 
 
 def _unit(extents: Sequence[float], scale: float) -> float:
-    """Height of a relevance of one at which a column, with room for its labels, is exactly one high."""
+    """Height of a relevance of 1 at which a column, with room for its labels, has height 1."""
     low, high = 0.0, 1.0 / max(sum(extents), 1e-12)
     for _ in range(50):
         middle = (low + high) / 2
         filled = sum(max(ROW * scale, extent * middle) + GAP * scale for extent in extents)
         low, high = (middle, high) if filled <= 1 else (low, middle)
-    # More labels than fit into the height: they overlap, but the bars are still drawn.
+    # Too many labels for the height: they overlap, but the bars are still drawn.
     return low or 0.5 / max(sum(extents), 1e-12)
 
 
 def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]:
-    """Heights of the middles of the nodes, from the top, free space shared evenly."""
+    """Heights of the centres of the nodes, from the top, with even spacing."""
     rows = [max(ROW * scale, extent * unit) for extent in extents]
     space = (1 - sum(rows)) / max(len(rows), 1)
     ends = np.cumsum([row + space for row in rows])
@@ -187,7 +184,7 @@ def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]
 
 
 def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float, scale: float) -> int:
-    """1, or where all ribbons would be hairlines a round number that widens them as far as their nodes have room."""
+    """1; if all ribbons are hairlines, a round number by which they are widened as far as their nodes have room."""
     widest = max((abs(one.value) for one in ribbons), default=0) * unit
     if widest == 0 or widest >= VISIBLE:
         return 1
@@ -202,7 +199,7 @@ def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit:
 
 
 def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float) -> list[list[float]]:
-    """Heights at which each ribbon crosses its columns: stacked at every node in the order of where they lead."""
+    """Heights at which each ribbon crosses its columns: stacked at every node in the order of their other ends."""
     lanes = [[0.0] * len(one.nodes) for one in ribbons]
     starts = sorted({one.start for one in ribbons})
     for number, heights in enumerate(centers):
@@ -220,7 +217,7 @@ def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: 
 
 
 def _height(lane: Sequence[float], x: float) -> float:
-    """Height of a ribbon at ``x``; its curve is the cubic of :func:`_draw_ribbon`, solved for its parameter."""
+    """Height of a ribbon at ``x``: the cubic of :func:`_draw_ribbon`, solved for its parameter."""
     left = min(int(x), len(lane) - 2)
     steps = np.linspace(0, 1, 64)
     across = 1.5 * steps * (1 - steps) + steps**3
@@ -229,7 +226,7 @@ def _height(lane: Sequence[float], x: float) -> float:
     return lane[left] * (1 - share) + lane[left + 1] * share
 
 
-# -- strokes --------------------------------------------------------------------------------------------------------
+# -- drawing --------------------------------------------------------------------------------------------------------
 
 
 def _color(value: float) -> str:
@@ -281,9 +278,9 @@ def _draw_column(
 
 
 def _draw_marks(axes: Axes, marked: Sequence[tuple[Ribbon, list[float]]]) -> None:
-    """Each mark where its ribbon is farthest from the other marked ribbons and marks."""
+    """Each mark is placed where its ribbon is farthest from the other marked ribbons and marks."""
     placed: list[tuple[float, float]] = []
-    # Labels of the columns between the first and the last stand at the right of their bars.
+    # Labels of all columns but the first are on the right of their bars.
     places = [left + x for left in range(len(marked[0][1]) - 1 if marked else 0) for x in np.linspace(0.27, 0.85, 25)]
     for ribbon, lane in marked:
         best = (-1.0, 0.0, 0.0)
@@ -303,10 +300,10 @@ def _draw_marks(axes: Axes, marked: Sequence[tuple[Ribbon, list[float]]]) -> Non
 def _draw_key(
     axes: Axes, columns: Sequence[Column], ribbons: Sequence[Ribbon], factor: int, palette: Palette, scale: float
 ) -> None:
-    """What heights and colours mean; colours only where both can be seen."""
+    """The meaning of heights and colours; of colours only if both are visible."""
     values = [*(value for column in columns for value in column.marginals), *(one.value for one in ribbons)]
     both = min(max(values, default=0), -min(values, default=0)) > 0.02 * max(map(abs, values), default=0)
-    text = f"height: relevance{f', ribbons {factor} times wider' if factor > 1 else ''}"
+    text = f"height: relevance{f', ribbons widened {factor} times' if factor > 1 else ''}"
     signs = "; red positive, blue negative" if both else ""
     axes.text(
         (len(columns) - 1) / 2, -0.05 * scale, text + signs, ha="center", va="center", fontsize=8, color=palette.pale

@@ -1,7 +1,7 @@
-"""Text whose tokens are coloured by their relevance: a figure, and a piece of HTML without scripts.
+"""Text with tokens coloured by their relevance: a figure, and an HTML fragment without scripts.
 
-Red is positive and blue negative, zero is the colour of the paper; both can be told apart by colour-blind readers.
-Relevance is printed in percent of all relevance of the sample. Nothing is computed in here beyond the scale.
+Red is positive and blue negative, in shades that colour-blind readers can distinguish; zero is the colour of the
+background. Relevance is given in percent of the total of the sample.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from .ribbons import DARK, LIGHT, Palette, percent
 Values = Tensor | np.ndarray | Sequence[float]
 
 CONTINUED = ("##",)
-"""Marks of a token that goes on with the word before it."""
+"""Prefixes of a token that continues the previous word."""
 OPENING = ("Ġ", "▁")
-"""Marks of a token that begins a word."""
+"""Prefixes of a token that begins a word."""
 BREAKS = {"Ċ": "↵", "\n": "↵", "\t": "→"}
 LINE, LETTER, FONT = 1.9, 0.602, 10.5
-"""Height of a line and width of a letter in font sizes, and the size of the font in points."""
+"""Height of a line and width of a letter in font sizes; font size in points."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """One token as it is drawn.
+    """A displayed token.
 
     Attributes:
-        text: What is written.
-        value: Relevance.
-        is_spaced: Whether a space is before it.
-        is_special: Whether it is no text, such as padding.
+        text: Its letters.
+        value: Its relevance.
+        is_spaced: Whether a space precedes it.
+        is_special: Whether it is not text, such as padding.
     """
 
     text: str
@@ -62,21 +62,21 @@ def text_figure(
     heading: str = "",
     dark: bool = False,
 ) -> Figure:
-    """A text with its tokens coloured by relevance; several texts below each other, on one scale.
+    """A text with tokens coloured by relevance; several maps below each other, on a common scale.
 
     Args:
-        tokens: As a tokenizer has them; ``Ġ`` and ``▁`` begin a word and ``##`` continues one. Without any such mark
-            each token is a word.
-        values: Relevance, ``(tokens,)``, or ``(maps, tokens)``, such as one for each head.
-        titles: One above each map.
-        special: Tokens that are no text, such as ``tokenizer.all_special_tokens``: drawn slanted, in a frame.
-        limit: Relevance of the strongest colour; the largest by default.
-        width: In inches; longer lines are broken.
-        heading: Above all.
-        dark: For a dark background; save it with ``facecolor=figure.get_facecolor()``.
+        tokens: Tokens of a tokenizer; ``Ġ`` and ``▁`` begin a word and ``##`` continues one. Without any of these
+            prefixes, each token is a word.
+        values: Relevance, ``(tokens,)``, or ``(maps, tokens)``, such as one map for each head.
+        titles: One title for each map.
+        special: Tokens that are not text, such as ``tokenizer.all_special_tokens``: drawn in italics, with a frame.
+        limit: Absolute relevance of the strongest colours; the largest one by default.
+        width: Width in inches; longer lines are broken.
+        heading: Title of the figure.
+        dark: Colours for a dark background; save it with ``facecolor=figure.get_facecolor()``.
 
     Raises:
-        InputError: Tokens, values and titles do not fit.
+        InputError: Tokens, values and titles do not match.
 
     Examples:
         >>> figure = text_figure(["[CLS]", "un", "##kind"], [0.2, -0.1, 0.6], special=["[CLS]"])
@@ -85,7 +85,7 @@ def text_figure(
     """
     maps, bound, is_cut = _checked(tokens, values, titles, special, limit)
     palette = DARK if dark else LIGHT
-    columns = max(12, int((0.94 * width - 1.2) * 72 / (FONT * LETTER)))  # beside the colour bar
+    columns = max(12, int((0.94 * width - 1.2) * 72 / (FONT * LETTER)))  # next to the colour bar
     laid = [_lines(words, columns) for words in maps]
     heights = [
         len(lines) * LINE * FONT / 72 + (0.28 if title else 0.06) for lines, title in zip(laid, titles, strict=True)
@@ -112,18 +112,18 @@ def text_html(
     limit: float | None = None,
     heading: str = "",
 ) -> str:
-    """The same as a piece of HTML for a page or a notebook, without scripts; dark where the reader's pages are dark.
+    """The same as an HTML fragment for a page or a notebook, without scripts; dark if the browser prefers dark pages.
 
     Args:
         tokens: As in :func:`text_figure`.
-        values: As there.
-        titles: As there.
-        special: As there.
-        limit: As there.
-        heading: As there.
+        values: As in :func:`text_figure`.
+        titles: As in :func:`text_figure`.
+        special: As in :func:`text_figure`.
+        limit: As in :func:`text_figure`.
+        heading: As in :func:`text_figure`.
 
     Raises:
-        InputError: Tokens, values and titles do not fit.
+        InputError: Tokens, values and titles do not match.
 
     Examples:
         >>> page = text_html(["<b>", "good"], [0.1, 0.9])
@@ -148,22 +148,22 @@ def text_html(
 def _checked(
     tokens: Sequence[str], values: Values, titles: Sequence[str], special: Collection[str], limit: float | None
 ) -> tuple[list[list[Word]], float, bool]:
-    """The words of each map, the relevance of the strongest colour, and whether some is stronger."""
+    """The words of each map, the relevance of the strongest colours, and whether a value exceeds it."""
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
-        raise InputError("tokens is a list of strings, such as tokenizer.convert_ids_to_tokens(ids) makes it.")
-    found = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
-    rows = found[None] if found.ndim == 1 else found
+        raise InputError("tokens must be a list of strings, as of tokenizer.convert_ids_to_tokens(ids).")
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
+    rows = array[None] if array.ndim == 1 else array
     if rows.ndim != 2 or rows.shape[1] != len(tokens) or not len(tokens) or not len(rows):
         raise InputError(
-            f"values have shape {tuple(found.shape)}, and there are {len(tokens)} tokens; give (tokens,) or (maps, "
-            "tokens) of one sample. Relevance of embeddings is summed by mu.marginal(layer, over='position')[0]."
+            f"values have shape {tuple(array.shape)}, and there are {len(tokens)} tokens; give (tokens,) or (maps, "
+            "tokens) of one sample. mu.marginal(layer, over='position')[0] sums the relevance of embeddings."
         )
     if not np.isfinite(rows).all():
-        raise InputError("values have nan or inf entries, which have no colour.")
+        raise InputError("values have nan or inf entries, which have no colour; give finite values.")
     if isinstance(titles, str) or len(titles) != len(rows):
-        raise InputError(f"there are {len(rows)} maps; give a list of as many titles.")
+        raise InputError(f"titles={titles!r}: give a list of one title for each of the {len(rows)} maps.")
     if limit is not None and not limit > 0:
-        raise InputError(f"limit={limit!r} is no relevance that a colour could stand for; give a positive number.")
+        raise InputError(f"limit={limit!r}: give a positive number, the relevance of the strongest colours.")
     strongest = float(np.abs(rows).max())
     bound = float(limit) if limit is not None else strongest or 1.0
     return [_words(tokens, row, special) for row in rows], bound, strongest > bound
@@ -188,12 +188,12 @@ def _words(tokens: Sequence[str], values: np.ndarray, special: Collection[str]) 
 
 
 def _cells(text: str) -> int:
-    """Width in letters, where those of East Asia take two."""
+    """Width in letters; East Asian wide letters count twice."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def _lines(words: Sequence[Word], columns: int) -> list[list[tuple[float, Word]]]:
-    """Words with the column in which each begins, line by line; one that is longer than a line is broken."""
+    """Words with their first columns, line by line; a word longer than a line is broken."""
     lines: list[list[tuple[float, Word]]] = [[]]
     at = 0.0
     for word in words:
@@ -220,7 +220,7 @@ def _broken(word: Word, columns: int) -> list[Word]:
 
 
 def shade(value: float, palette: Palette) -> tuple[float, float, float]:
-    """The colour behind a token, of a value between -1 and 1: at zero the paper."""
+    """Background colour of a token for a value between -1 and 1; that of the paper at zero."""
     strength = min(abs(value), 1.0)
     pairs = zip(to_rgb(palette.paper), to_rgb(palette.of(value)), strict=True)
     red, green, blue = (paper + strength * (color - paper) for paper, color in pairs)
@@ -228,13 +228,13 @@ def shade(value: float, palette: Palette) -> tuple[float, float, float]:
 
 
 def ink_on(color: tuple[float, float, float]) -> str:
-    """Black or white, whichever can be read better on a colour."""
+    """Black or white, whichever has more contrast to a colour."""
     bright = luminance(color)
     return "#000000" if (bright + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
 def luminance(color: tuple[float, float, float]) -> float:
-    """Relative luminance, as the Web Content Accessibility Guidelines define it."""
+    """Relative luminance as defined by the Web Content Accessibility Guidelines."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -258,7 +258,7 @@ def _draw(axes: Axes, lines: list[list[tuple[float, Word]]], columns: int, bound
                 mutation_aspect=0.3,
             )
             axes.add_patch(box)
-            # Without math: a dollar is a token like others.
+            # No mathtext: a dollar sign is an ordinary token.
             axes.text(
                 column + cells / 2, row + 0.53, word.text, ha="center", va="center", fontsize=FONT, color=ink_on(color),
                 family="monospace", style="italic" if word.is_special else "normal", parse_math=False,
@@ -268,9 +268,9 @@ def _draw(axes: Axes, lines: list[list[tuple[float, Word]]], columns: int, bound
 def _color_bar(figure: Figure, panels: list[Axes], bound: float, is_cut: bool, palette: Palette) -> None:
     colors = [shade(value, palette) for value in np.linspace(-1, 1, 65)]
     drawn = ScalarMappable(Normalize(-bound, bound), LinearSegmentedColormap.from_list("relevance", colors))
-    pointed = "both" if is_cut else "neither"
+    extend = "both" if is_cut else "neither"
     bar = figure.colorbar(
-        drawn, ax=panels, fraction=0.035, pad=0.02, extend=pointed, extendfrac=0.06, ticks=[-bound, 0, bound]
+        drawn, ax=panels, fraction=0.035, pad=0.02, extend=extend, extendfrac=0.06, ticks=[-bound, 0, bound]
     )
     bar.outline.set_visible(False)  # type: ignore[operator, unused-ignore]
     bar.ax.tick_params(length=0, labelsize=8.5, colors=palette.ink)
@@ -278,7 +278,7 @@ def _color_bar(figure: Figure, panels: list[Axes], bound: float, is_cut: bool, p
     bar.update_ticks()
 
 
-# -- the piece of HTML ----------------------------------------------------------------------------------------------
+# -- HTML -----------------------------------------------------------------------------------------------------------
 
 
 def _span(word: Word, bound: float) -> str:

@@ -1,4 +1,4 @@
-"""Searches for the walks, sets of neurons and subspaces that carry most relevance, and what remains without the rest.
+"""Search for the walks, sets of neurons and subspaces with the most relevance; restriction to them, and ablation.
 
-Imports: errors, events, kernels, functional, recording, measure.
+Imports: errors, imports, events, kernels, functional, recording, measure.
 """

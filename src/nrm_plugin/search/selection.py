@@ -1,28 +1,27 @@
-"""What is left of an explanation, and of a prediction, when only some neurons of some layers are kept.
+r"""Selection of neurons, and what is left of an explanation without the others.
 
-The restricted measure is that of the walks through kept neurons at every chosen layer. How far it is from the full one
-is measured by MSE and SMAPE of heat maps and of layer masses. Which neurons to keep is found by backward elimination of
-those with the least joint relevance; ours, after the neuron selection of arXiv 2412.05686.
+The restricted measure is that of the walks through kept neurons at every chosen layer. MSE and SMAPE of heat maps and
+of layer masses compare it with the full measure. Neurons are selected by backward elimination of those with the
+smallest joint relevance; ours, after the neuron selection of arXiv 2412.05686.
+
+Source: docs/critical-paths.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from ..events.event import Event, at
 from ..measure.groups import Over, by_label, labels_of
 from ..measure.measure import RelevanceMeasure
-from .walks import overs
+from .layer_chain import intersection, kinds_of_groups
 
-Fill = Literal["zero", "mean", "resample"]
-FILLS: tuple[Fill, ...] = ("zero", "mean", "resample")
 Metric = Literal["mse", "smape"]
 METRICS: tuple[Metric, ...] = ("mse", "smape")
 
@@ -32,7 +31,7 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
     .. math:: \frac 1 n \sum_i (r_i - \hat r_i)^2
 
-    Zero exactly when all values are equal. It has the scale of relevance squared: compare it between maps of one size.
+    Zero exactly where all values are equal. Its unit is relevance squared: compare it between maps of the same size.
 
     Args:
         full: ``(N, …)``.
@@ -50,8 +49,8 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
 
     .. math:: \frac{100}{n} \sum_i \frac{|r_i - \hat r_i|}{(|r_i| + |\hat r_i|) / 2}
 
-    A neuron that is zero in both counts as 0 and still in :math:`n`; one that is zero in one of them counts as 200, and
-    so does one of opposite sign, however small it is.
+    A neuron that is zero in both contributes 0 and counts in :math:`n`; one that is zero in only one of them, or has
+    opposite signs, contributes 200, however small it is.
 
     Args:
         full: ``(N, …)``.
@@ -68,14 +67,14 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Restriction:
-    """The measure of the walks through kept neurons, beside that of all.
+    """The measure of the walks through kept neurons, compared with that of all walks.
 
     Attributes:
         heat_map: ``μ(pixel and kept)``.
         mass: ``μ(kept)``, ``(N,)``: mass of the walks through kept neurons at every chosen layer.
-        mse: Error of the heat map, ``(N,)``.
-        smape: The same in per cent.
-        layers: For each chosen layer, MSE and SMAPE of the masses of its groups, ``(N,)`` each.
+        mse: Mean squared error of the heat map, ``(N,)``.
+        smape: Its symmetric mean absolute percentage error, ``(N,)``.
+        layers: For each chosen layer, MSE and SMAPE of the masses of its channels, ``(N,)`` each.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -95,7 +94,7 @@ class Restriction:
 def restriction(
     mu: RelevanceMeasure, kept: Mapping[str, Tensor], at_layer: str = "input", over: Over = "neuron"
 ) -> Restriction:
-    r"""Heat map and layer masses of the walks that cross only kept neurons, and their errors.
+    r"""Heat map and layer masses of the walks that cross a kept neuron in every layer, and their errors.
 
     .. math:: \hat r_i = \mu(n_0 = i \wedge n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L)
 
@@ -103,48 +102,45 @@ def restriction(
         mu: The measure.
         kept: For each layer a mask over its channels ``(C,)`` or ``(N, C)``, or over its neurons, ``(*shape)`` or
             ``(N, *shape)``.
-        at_layer: Where the heat map is taken.
-        over: What is summed up in it before it is compared.
+        at_layer: The layer of the heat map.
+        over: Groups over which the heat map is summed before the comparison.
 
     Raises:
-        InputError: A mask does not fit its layer, or nothing is given.
+        InputError: A mask does not fit its layer, or no layer is given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
-        >>> found = restriction(mu, {"1": torch.tensor([True, True, False, False])})
-        >>> torch.allclose(found.heat_map.sum(1), found.mass, atol=1e-5)
+        >>> restricted = restriction(mu, {"1": torch.tensor([True, True, False, False])})
+        >>> torch.allclose(restricted.heat_map.sum(1), restricted.mass, atol=1e-5)
         True
 
     Source: ours; for one common factor, ``heat_map / mass`` is the pruned relevance of arXiv 2404.14271.
     """
     masks = {layer: neuron_mask(mu, layer, mask) for layer, mask in kept.items()}
     event = kept_event(masks)
-    layers = list(masks)
-    asked = [at_layer, *layers]
-    full, left = mu.marginal(asked), mu.marginal(asked, joint=event)
-    tap = mu._tap(at_layer)
-    labels = labels_of(tap, over)
-    heat_maps = (by_label(found[at_layer].flatten(1), labels) for found in (full, left))
-    first, second = heat_maps
-    errors = {}
-    for layer in layers:
-        groups = labels_of(mu._tap(layer), "channel")
-        pair = [by_label(found[layer].flatten(1), groups) for found in (full, left)]
-        errors[layer] = (mse(*pair), smape(*pair))
-    return Restriction(left[at_layer], mu(event), mse(first, second), smape(first, second), errors)
+    layers = [at_layer, *masks]
+    full, restricted = mu.marginal(layers), mu.marginal(layers, joint=event)
+
+    def errors(layer: str, over: Over) -> tuple[Tensor, Tensor]:
+        labels = labels_of(mu._tap(layer), over)
+        pair = by_label(full[layer].flatten(1), labels), by_label(restricted[layer].flatten(1), labels)
+        return mse(*pair), smape(*pair)
+
+    of_layers = {layer: errors(layer, "channel") for layer in masks}
+    return Restriction(restricted[at_layer], mu(event), *errors(at_layer, over), of_layers)
 
 
 def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
-    """A mask over channels or neurons as one over neurons, ``(N, *shape)``.
+    """A mask over channels or neurons as a mask over neurons, ``(N, *shape)``.
 
     Raises:
-        InputError: It fits neither.
+        InputError: It is not boolean, or fits neither.
     """
     tap = mu._tap(layer)
     shape, inner = torch.Size(tap.shape), torch.Size(tap.shape[1:])
     if mask.dtype != torch.bool:
-        raise InputError(f"the mask of {layer!r} is of {mask.dtype}; give a boolean one, true where neurons are kept.")
+        raise InputError(f"the mask of {layer!r} has dtype {mask.dtype}; give a boolean mask, true for kept neurons.")
     if mask.shape in (shape, inner):
         return mask.expand(shape)
     channels = shape[tap.channel_dim]
@@ -153,30 +149,30 @@ def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
         return mask.expand(shape[0], channels)[:, labels]
     raise InputError(
         f"the mask of {layer!r} has shape {tuple(mask.shape)}; give one over its {channels} channels or its neurons "
-        f"{tuple(inner)}, with or without {shape[0]} samples before."
+        f"{tuple(inner)}, with or without a first dimension of {shape[0]} samples."
     )
 
 
 def kept_event(masks: Mapping[str, Tensor]) -> Event:
-    """The walks that cross a kept neuron in every layer."""
+    """The walks that cross a kept neuron in every layer.
+
+    Raises:
+        InputError: No layer.
+    """
     if not masks:
-        raise InputError("no layer was given; name at least one, with the neurons that are kept.")
-    first, *rest = (at(layer)[mask] for layer, mask in masks.items())
-    event: Event = first
-    for atom in rest:
-        event = event & atom
-    return event
+        raise InputError("no layer was given; give a mask of kept neurons for at least one.")
+    return intersection([at(layer)[mask] for layer, mask in masks.items()])
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Errors at one number of kept groups.
+    """Errors for one number of kept groups.
 
     Attributes:
-        count: Groups kept in all chosen layers together.
-        mse: Of the heat map, ``(N,)``.
-        smape: Of the heat map, ``(N,)``.
-        mass: Joint relevance of what is kept, ``(N,)``.
+        count: Number of groups kept in all chosen layers together.
+        mse: Mean squared error of the heat map of the input, ``(N,)``.
+        smape: Its symmetric mean absolute percentage error, ``(N,)``.
+        mass: Joint relevance of the kept groups, ``(N,)``.
 
     Examples:
         >>> CurvePoint(3, torch.zeros(1), torch.zeros(1), torch.ones(1)).count
@@ -191,21 +187,21 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Selection:
-    """Groups to keep, for each sample.
+    """Kept groups of each sample.
 
     Attributes:
-        kept: For each layer, ``(N, groups)``.
-        count: Groups kept in all layers together, ``(N,)``.
-        order: When each group is given up, 0 for the last one that is left: ``(N, all groups)``, layer after layer.
-        curve: Errors at several numbers of kept groups, from many to few.
-        event: The walks through kept neurons only.
+        kept: For each layer a mask, ``(N, groups)``.
+        count: Number of groups kept in all layers together, ``(N,)``.
+        order: Rank of each group, 0 for the one that is eliminated last: ``(N, all groups)``, layer after layer.
+        curve: Errors for several numbers of kept groups, from many to few.
+        event: The walks that cross a kept neuron in every layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1)
-        >>> found = select_neurons(mu, ["1"], budget=2)
-        >>> pruned = mu.marginal("input", given=found.event, min_ratio=0)
-        >>> found.count, pruned.shape
+        >>> selection = select_neurons(mu, ["1"], budget=2)
+        >>> pruned = mu.marginal("input", given=selection.event, min_ratio=0)
+        >>> selection.count, pruned.shape
         (tensor([2, 2, 2, 2, 2]), torch.Size([5, 3]))
     """
 
@@ -224,210 +220,127 @@ def select_neurons(
     over: Over | Sequence[Over] = "channel",
     rounds: int = 12,
 ) -> Selection:
-    r"""The groups of neurons without which the explanation changes least.
+    r"""Selects the groups of neurons that preserve the explanation best.
 
-    Backward elimination. In each round every group :math:`g` of every layer gets its joint relevance with what is kept
-    in the others, :math:`\mu(n_l \in g \wedge n_{l_1} \in S_1 \wedge \dots)`, which is what the heat map loses without
-    it, and those with the least absolute values are given up. Each layer keeps one group at least. All samples are
-    selected for together, each its own groups.
+    Backward elimination. In each round every group :math:`g` of every layer gets its joint relevance with the kept
+    groups of the other layers, :math:`\mu(n_l \in g \wedge n_{l_1} \in S_1 \wedge \dots)`, which is what the heat map
+    loses without it, and the groups with the smallest absolute values are eliminated. Each layer keeps at least one
+    group. Groups are selected for each sample, for all samples in the same passes.
 
-    With ``error`` the number of groups is then found by bisection of the order in which they were given up: the
-    smallest of these nested sets. For kernels without sign the error grows with everything that is given up; for signed
-    ones a smaller set may exist. That a smaller set outside of the order exists is never excluded.
+    With ``error`` the number of groups is then found by bisection along the order of elimination: the smallest of these
+    nested sets. With non-negative kernels the error grows with every elimination; with signed ones a smaller set of
+    this order may exist. Whether a smaller set outside this order exists is not tested.
 
     Args:
         mu: The measure.
-        layers: Two or more layers are restricted together; the order does not matter.
-        budget: Groups to keep, in all layers together.
-        error: ``{"mse": …}`` or ``{"smape": …}`` that the heat map of the input may have.
+        layers: One or more layers, restricted together; their order does not matter.
+        budget: Number of groups to keep, in all layers together.
+        error: ``{"mse": limit}`` or ``{"smape": limit}`` for the heat map of the input.
         over: What a group is: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list of one for each layer.
-        rounds: Times that joint relevance is found anew; more are slower and choose better.
+        rounds: Number of times that joint relevance is recomputed; more rounds are slower and select better.
 
     Raises:
-        ValueError: Neither or both of ``budget`` and ``error``, or a budget with less than one group for each layer.
+        ValueError: Neither or both of ``budget`` and ``error``, or a budget below one group for each layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> mu = RelevanceMeasure(net, torch.randn(5, 3), 1, composite=NRMAbsolute())
-        >>> found = select_neurons(mu, ["1"], error={"smape": 20.0})
-        >>> bool((restriction(mu, found.kept).smape <= 20.0).all())
+        >>> selection = select_neurons(mu, ["1"], error={"smape": 20.0})
+        >>> bool((restriction(mu, selection.kept).smape <= 20.0).all())
         True
 
     Source: ours.
     """
-    pool = _Pool(mu, layers, over)
-    _check_wanted(pool, budget, error, rounds)
-    last = pool.sizes if budget is None else budget
-    order, curve = _eliminated(pool, rounds, len(layers) if budget is None else last)
-    if budget is not None:
-        counts = torch.full((mu.batch,), budget)
-    else:
-        assert error is not None
-        ((metric, limit),) = error.items()
-        counts = _bisected(pool, order, metric, float(limit))
+    pool = _GroupPool(mu, layers, over)
+    _check_limits(pool, budget, error, rounds)
+    order, curve = _elimination(pool, rounds, budget or len(layers))
+    counts = torch.full((mu.batch,), budget or 0)
+    for metric, limit in (error or {}).items():
+        counts = _smallest_counts(pool, order, metric, float(limit))
     kept = pool.split(order < counts[:, None].to(order.device))
-    masks = pool.masks(kept)
-    return Selection(kept, counts, order, curve, kept_event(masks))
+    return Selection(kept, counts, order, curve, kept_event(pool.masks(kept)))
 
 
-def _check_wanted(pool: _Pool, budget: int | None, error: Mapping[Metric, float] | None, rounds: int) -> None:
+def _check_limits(pool: _GroupPool, budget: int | None, error: Mapping[Metric, float] | None, rounds: int) -> None:
     if (budget is None) == (error is None):
-        raise ValueError("say what to keep by budget= or by error=, one of them.")
-    if budget is not None and not len(pool.layers) <= budget <= pool.sizes:
-        raise ValueError(f"budget={budget!r}: keep at least one group of each layer, and of {pool.sizes} at most.")
+        raise ValueError("give either budget= or error=: how many groups are kept, or which error is allowed.")
+    if budget is not None and not len(pool.layers) <= budget <= pool.size:
+        raise ValueError(
+            f"budget={budget!r}: keep at least one group of each layer ({len(pool.layers)}), and at most {pool.size}."
+        )
     if error is not None and (len(error) != 1 or next(iter(error)) not in METRICS):
         raise ValueError(f"error={dict(error)!r}: give one of {{'mse': limit}} and {{'smape': limit}}.")
     if rounds < 1:
         raise ValueError(f"rounds={rounds!r} must be at least 1.")
 
 
-class _Pool:
-    """All groups of the chosen layers, one after the other."""
+class _GroupPool:
+    """The groups of all chosen layers, concatenated."""
 
     def __init__(self, mu: RelevanceMeasure, layers: Sequence[str], over: Over | Sequence[Over]) -> None:
         if isinstance(layers, str) or not len(layers) or len(set(layers)) < len(layers):
-            raise ValueError(f"give a list of one or more different layers, got {layers!r}.")
+            raise ValueError(f"layers={layers!r}: give a list of one or more different layers.")
         self.mu, self.layers = mu, list(layers)
-        kinds = overs(over, len(self.layers))
+        kinds = kinds_of_groups(over, len(self.layers))
         taps = [mu._tap(layer) for layer in self.layers]
         self.labels = [labels_of(tap, kind).to(mu._start.device) for tap, kind in zip(taps, kinds, strict=True)]
         self.counts = [int(labels.max()) + 1 for labels in self.labels]
-        self.sizes = sum(self.counts)
+        self.size = sum(self.counts)
         self.full = mu.marginal("input")
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """``(N, all groups)`` by layer."""
+        """``(N, all groups)`` by layer, ``(N, groups)`` each."""
         return dict(zip(self.layers, torch.split(flat, self.counts, 1), strict=True))
 
     def masks(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Masks over neurons, ``(N, *shape)``."""
+        """Masks over groups as masks over neurons, ``(N, *shape)``."""
         return {layer: kept[layer][:, labels] for layer, labels in zip(self.layers, self.labels, strict=True)}
 
     def joint(self, kept: Tensor) -> tuple[Tensor, CurvePoint]:
-        """What each group carries together with those that are kept, and the errors."""
+        """Joint relevance of each group with the kept ones, ``(N, all groups)``, and the errors of the kept ones."""
         event = kept_event(self.masks(self.split(kept)))
-        found = self.mu.marginal([*self.layers, "input"], joint=event)
-        parts = [
-            by_label(found[layer].flatten(1), labels) for layer, labels in zip(self.layers, self.labels, strict=True)
-        ]
-        heat_map = found["input"]
+        marginals = self.mu.marginal([*self.layers, "input"], joint=event)
+        groups = zip(self.layers, self.labels, strict=True)
+        parts = [by_label(marginals[layer].flatten(1), labels) for layer, labels in groups]
+        heat_map = marginals["input"]
         count = int(kept.sum(1).max())
         point = CurvePoint(count, mse(self.full, heat_map), smape(self.full, heat_map), parts[0].sum(1))
         return torch.cat(parts, 1), point
 
 
-def _eliminated(pool: _Pool, rounds: int, last: int) -> tuple[Tensor, list[CurvePoint]]:
-    """The order in which groups are given up, down to ``last``, and the curve."""
-    first = pool.sizes
-    schedule = [round(first * (last / first) ** (step / rounds)) for step in range(1, rounds + 1)]
-    kept = torch.ones((pool.mu.batch, first), dtype=torch.bool, device=pool.full.device)
+def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list[CurvePoint]]:
+    """Rank of each group in the order of elimination, where the last ``last`` are ranked at once, and the curve."""
+    schedule = [round(pool.size * (last / pool.size) ** (step / rounds)) for step in range(1, rounds + 1)]
+    kept = torch.ones((pool.mu.batch, pool.size), dtype=torch.bool, device=pool.full.device)
     order = torch.zeros_like(kept, dtype=torch.long)
     curve = []
-    left = first
-    for target in schedule:
+    count = pool.size
+    for target in [*schedule, 0]:
         joint, point = pool.joint(kept)
         curve.append(point)
-        given_up = _ranked(pool, joint, kept)[:, target:left]
-        order.scatter_(1, given_up, torch.arange(target, left, device=order.device).expand_as(given_up))
-        kept.scatter_(1, given_up, False)
-        left = target
-    joint, point = pool.joint(kept)
-    curve.append(point)
-    rest = _ranked(pool, joint, kept)[:, :left]
-    order.scatter_(1, rest, torch.arange(left, device=order.device).expand_as(rest))
+        eliminated = _ranked(pool, joint, kept)[:, target:count]
+        order.scatter_(1, eliminated, torch.arange(target, count, device=order.device).expand_as(eliminated))
+        kept.scatter_(1, eliminated, False)
+        count = target
     return order, curve
 
 
-def _ranked(pool: _Pool, joint: Tensor, kept: Tensor) -> Tensor:
-    """Groups by what they carry, the largest first and before all others the largest of each layer."""
+def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
+    """Kept groups by absolute joint relevance, after the largest group of each layer, which is never eliminated."""
     score = joint.abs().masked_fill(~kept, -1)
     for part in torch.split(score, pool.counts, 1):
         part.scatter_(1, part.argmax(1, keepdim=True), torch.inf)
     return score.argsort(stable=True, dim=1, descending=True)
 
 
-def _bisected(pool: _Pool, order: Tensor, metric: Metric, limit: float) -> Tensor:
-    """The smallest number of groups, for each sample, whose heat map is within the error, ``(N,)``."""
+def _smallest_counts(pool: _GroupPool, order: Tensor, metric: Metric, limit: float) -> Tensor:
+    """The smallest number of groups of each sample whose heat map has at most this error, ``(N,)``."""
     low = torch.full((len(order),), len(pool.layers), device=order.device)
-    high = torch.full_like(low, pool.sizes)
+    high = torch.full_like(low, pool.size)
     while bool((low < high).any()):
         middle = (low + high) // 2
         _, point = pool.joint(order < middle[:, None])
-        fits = getattr(point, metric) <= limit
-        high = torch.where(fits, middle, high)
-        low = torch.where(fits, low, middle + 1).minimum(high)
+        is_small = getattr(point, metric) <= limit
+        high = torch.where(is_small, middle, high)
+        low = torch.where(is_small, low, middle + 1).minimum(high)
     return high.cpu()
-
-
-@contextmanager
-def ablation(
-    model: nn.Module, kept: Mapping[str, Tensor], fill: Fill = "zero", reference: Mapping[str, Tensor] | None = None
-) -> Iterator[None]:
-    """While it lasts, neurons that are not kept have another activation.
-
-    Args:
-        model: The network; hooks are taken off again.
-        kept: For each module, by name, a mask of its output, ``(C,)``, ``(N, C)``, ``(*shape)`` or ``(N, *shape)``;
-            channels are dimension 1.
-        fill: ``"zero"``, ``"mean"`` over reference activations, or ``"resample"``: those of the reference sample with
-            the number ``n`` modulo their number, for sample ``n``.
-        reference: Activations of each module over reference samples, from :func:`activations`; for the last two.
-
-    Raises:
-        ValueError: Another fill, or no reference for one that needs it.
-
-    Examples:
-        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> x = torch.randn(5, 3)
-        >>> with ablation(net, {"1": torch.zeros(4, dtype=torch.bool)}):
-        ...     torch.equal(net(x), net[2].bias.expand(5, 2))
-        True
-    """
-    if fill not in FILLS:
-        raise ValueError(f"fill={fill!r} is unknown; choose one of {', '.join(map(repr, FILLS))}.")
-    if fill != "zero" and any(layer not in (reference or {}) for layer in kept):
-        raise ValueError(f"fill={fill!r} needs reference=, as activations(model, samples, layers) returns it.")
-    with ExitStack() as stack:
-        for layer, mask in kept.items():
-            other = None if fill == "zero" or reference is None else reference[layer]
-            handle = model.get_submodule(layer).register_forward_hook(_replacing(mask, fill, other))
-            stack.callback(handle.remove)
-        yield
-
-
-def _replacing(mask: Tensor, fill: Fill, reference: Tensor | None) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        shape = output.shape
-        inside = mask.to(output.device)
-        if inside.shape not in (shape, shape[1:]):
-            per_sample = inside.expand(shape[0], shape[1])
-            inside = per_sample.reshape(shape[0], shape[1], *(1,) * (len(shape) - 2))
-        if reference is None:
-            other = output.new_zeros(())
-        elif fill == "mean":
-            other = reference.mean(0)
-        else:
-            other = reference[torch.arange(shape[0], device=reference.device) % len(reference)]
-        return torch.where(inside, output, other)
-
-    return hook
-
-
-def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """What each module returns, ``(N, *shape)``, of one run.
-
-    Examples:
-        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> activations(net, torch.randn(5, 3), ["1"])["1"].shape
-        torch.Size([5, 4])
-    """
-    found: dict[str, Tensor] = {}
-    with ExitStack() as stack, torch.no_grad():
-        for layer in layers:
-
-            def keep(module: nn.Module, args: Any, output: Tensor, layer: str = layer) -> None:
-                found[layer] = output.detach().clone()  # an activation that follows may write over it
-
-            stack.callback(model.get_submodule(layer).register_forward_hook(keep).remove)
-        model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    return found

@@ -1,4 +1,4 @@
-"""Search for the sets of groups, one set in each of several layers, that carry most relevance together."""
+"""Search for sets of groups, one set in each of several layers, with the largest joint relevance."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from ..events.event import Event
 from ..measure.groups import Over
 from ..measure.measure import Layer, RelevanceMeasure
-from .walks import Chain, check_one, every
+from .layer_chain import LayerChain, check_one_sample, intersection
 
-COMBINATIONS = 200_000
-"""Most sets that an exact search tries."""
+MAX_COMBINATIONS = 200_000
+"""Number of combinations that an exact search tries at most."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class TopSets:
     """Sets of groups, one in each layer, and what the walks through all of them carry.
 
     Attributes:
-        layers: The layers.
-        groups: The numbers of the chosen groups of each layer, sorted.
-        mass: Joint relevance.
-        event: The walks.
+        layers: Names of the layers, from the output to the input.
+        groups: Sorted numbers of the chosen groups of each layer.
+        mass: Joint relevance of the sets.
+        event: The walks that cross a chosen group in every layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> mu = RelevanceMeasure(net, torch.randn(1, 3), 1)
-        >>> found = top_sets(mu, ["0", "input"], 2)
-        >>> torch.allclose(mu(found.event), torch.tensor(found.mass), atol=1e-5)
+        >>> sets = top_sets(mu, ["0", "input"], 2)
+        >>> torch.allclose(mu(sets.event), torch.tensor(sets.mass), atol=1e-5)
         True
     """
 
@@ -54,19 +54,19 @@ def top_sets(
 
     .. math:: \max_{S_1, \dots, S_L} \mu(n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L), \qquad |S_m| = s_m
 
-    Greedy: from the output down, each layer takes those groups that carry most together with what is chosen in the
-    others, until nothing changes; one pass for each choice. Every choice is the best one given the others, but the
-    whole need not be. ``exact=True`` tries all sets of all layers but the last, for which the best choice is known.
+    Greedy coordinate ascent: from the output to the input, each layer takes the groups with the largest joint relevance
+    given the choice in the others, until nothing changes; one pass for each choice. Every choice is optimal given the
+    others, but the whole need not be. ``exact=True`` tries all sets of all layers but the last, whose best set follows.
 
     Args:
         mu: A measure of one sample.
         layers: Taps, each below the one before.
-        size: Groups of each layer, one number or one for each.
+        size: Number of groups in each layer, one for all or one for each.
         over: What a group is, as for :func:`top_walks`.
-        exact: Try all.
+        exact: Try all combinations.
 
     Raises:
-        ValueError: Several samples, a size that is not between 1 and the number of groups, or too many sets to try.
+        ValueError: Several samples, a size that is not between 1 and the number of groups, or too many combinations.
         EventError: A layer is not below the one before.
 
     Examples:
@@ -78,21 +78,21 @@ def top_sets(
 
     Source: ours.
     """
-    check_one(mu)
+    check_one_sample(mu)
     mu._check_fresh()
-    chain = Chain(mu, layers, over)
+    chain = LayerChain(mu, layers, over)
     sizes = [size] * len(layers) if isinstance(size, int) else list(size)
     if len(sizes) != len(chain.taps) or not all(1 <= s <= n for s, n in zip(sizes, chain.counts, strict=True)):
-        raise ValueError(f"size={size!r}: give one number for each layer, from 1 to its groups {chain.counts}.")
+        raise ValueError(f"size={size!r}: give one number for each layer, from 1 to {chain.counts}.")
     chosen = _exact_sets(chain, sizes) if exact else _greedy_sets(chain, sizes)
     event = _sets_event(chain, chosen)
     groups = tuple(tuple(sorted(part)) for part in chosen if part is not None)
     return TopSets(chain.names, groups, float(mu(event)), event)
 
 
-def _greedy_sets(chain: Chain, sizes: list[int]) -> list[list[int] | None]:
+def _greedy_sets(chain: LayerChain, sizes: list[int]) -> list[list[int] | None]:
     chosen: list[list[int] | None] = [None] * len(sizes)
-    reached = -math.inf
+    largest = -math.inf
     while True:
         total = -math.inf
         for level, size in enumerate(sizes):
@@ -101,15 +101,15 @@ def _greedy_sets(chain: Chain, sizes: list[int]) -> list[list[int] | None]:
             joint = chain.mu.marginal(chain.atoms[level], joint=_sets_event(chain, others)).flatten()
             values, places = chain.sums(level, joint).topk(size)
             chosen[level], total = places.tolist(), float(values.sum())
-        if total <= reached + 1e-6 * abs(reached):
+        if total <= largest + 1e-6 * abs(largest):
             return chosen
-        reached = total
+        largest = total
 
 
-def _exact_sets(chain: Chain, sizes: list[int]) -> list[list[int] | None]:
+def _exact_sets(chain: LayerChain, sizes: list[int]) -> list[list[int] | None]:
     tries = math.prod(math.comb(n, s) for n, s in zip(chain.counts[:-1], sizes[:-1], strict=True))
-    if tries > COMBINATIONS:
-        raise ValueError(f"{tries} sets would have to be tried, more than {COMBINATIONS}. Leave out exact=True.")
+    if tries > MAX_COMBINATIONS:
+        raise ValueError(f"{tries} sets would have to be tried, more than {MAX_COMBINATIONS}. Leave out exact=True.")
     joint = _all_walks(chain)
     best: tuple[float, list[list[int] | None]] = (-math.inf, [])
     choices = [itertools.combinations(range(n), s) for n, s in zip(chain.counts[:-1], sizes[:-1], strict=True)]
@@ -123,23 +123,23 @@ def _exact_sets(chain: Chain, sizes: list[int]) -> list[list[int] | None]:
     return best[1]
 
 
-def _all_walks(chain: Chain) -> Tensor:
-    """``μ(g_1, …, g_L)`` of all groups, by one vector for each combination above the last layer."""
+def _all_walks(chain: LayerChain) -> Tensor:
+    """``μ(g_1, …, g_L)`` of all groups, from one vector for each combination above the last layer."""
     with torch.inference_mode(False), torch.no_grad():
         vectors = chain.first().unsqueeze(0)
         for level in range(chain.last):
             masks = chain.labels[level] == torch.arange(chain.counts[level], device=vectors.device)[:, None]
             split = (vectors[:, None] * masks).flatten(0, 1)
-            vectors = torch.cat([chain.down(level, part) for part in torch.split(split, chain.widths[level])])
+            vectors = torch.cat([chain.propagate(level, part) for part in torch.split(split, chain.widths[level])])
     return chain.sums(chain.last, vectors).view(*chain.counts)
 
 
-def _sets_event(chain: Chain, chosen: Sequence[list[int] | None]) -> Event:
+def _sets_event(chain: LayerChain, chosen: Sequence[list[int] | None]) -> Event:
     parts = []
     for atom, tap, labels, groups in zip(chain.atoms, chain.taps, chain.labels, chosen, strict=True):
         inside = labels.new_ones(len(labels), dtype=torch.bool) if groups is None else _is_in(labels, groups)
         parts.append(atom[inside.view(tap.shape[1:])])
-    return every(parts)
+    return intersection(parts)
 
 
 def _is_in(labels: Tensor, groups: list[int]) -> Tensor:

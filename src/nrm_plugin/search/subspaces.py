@@ -1,16 +1,17 @@
-r"""Relevant subspaces of a layer as a tap of their own: fit on a batch, then ask like any layer.
+r"""Relevant subspaces of a layer: fitted on a batch, then a tap that is queried like any other.
 
 The relevance of a layer is written as activation times context, :math:`R_i = a_i c_i`. Orthonormal directions
-:math:`U_k` cut it into parts, one for each subspace:
+:math:`U_k` decompose it into parts, one for each subspace:
 
 .. math:: R^{(k)}_i = a_i\, (U_k U_k^\top c)_i, \qquad \sum_k R^{(k)}_i = R_i, \qquad
           \sum_i R^{(k)}_i = (U_k^\top a)^\top (U_k^\top c)
 
-which is what LRP-0 hands through a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts that
-layer with a neuron for each subspace and each neuron, so that nothing is divided by a direction without activation.
-That the parts are a tap of the measure, and its rest, are ours.
+which is what LRP-0 propagates through a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts
+this layer with one neuron for each pair of subspace and neuron, so that no activation of a direction is a divisor. The
+parts as a tap of the measure, and the rest, are ours.
 
-Source: Chormai et al., arXiv 2212.14855 (PRCA and DRSA), for the directions and the virtual layer.
+Source: Chormai et al., arXiv 2212.14855 (PRCA and DRSA), for the directions and the virtual layer;
+docs/subspaces.md.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from ..functional.registry import FunctionCall, register_kernel
 from ..kernels.base import Kernel
 
 FLOOR = 1e-4
-"""Share of the largest activation of a sample below which a neuron has no context: rules that give relevance to neurons
-that are nearly silent would make it as large as one likes."""
+"""Share of the largest activation of a sample below which a neuron has no context. Rules that assign relevance to
+nearly silent neurons would make the context arbitrarily large."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +40,11 @@ class Subspaces:
 
     Attributes:
         basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, its columns orthonormal.
-        sizes: How many columns each subspace has; together ``d``.
-        dim: Dimension of the channels in the layer's output: 1 for maps and features, -1 for tokens.
+        sizes: Number of columns of each subspace; their sum is ``d``.
+        dim: Dimension of the channels in the layer's output: 1 for feature maps and vectors, -1 for tokens.
 
     Raises:
-        InputError: Columns that are not orthonormal, or sizes that do not add up to their number.
+        InputError: The columns are not orthonormal, or the sizes do not add up to their number.
 
     Examples:
         >>> Subspaces(torch.eye(4)[:, :3], (1, 2)).parts(torch.ones(5, 4)).shape
@@ -63,14 +64,16 @@ class Subspaces:
         gram = basis.T @ basis
         off = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
         if not off <= (1e-4 if basis.dtype == torch.float32 else 1e-8):
-            raise InputError(f"the columns of a basis must be orthonormal; UᵀU is off the identity by {off:.2g}.")
+            raise InputError(
+                f"the columns of a basis must be orthonormal; UᵀU deviates from the identity by {off:.2g}."
+            )
 
     def __len__(self) -> int:
         """The number of subspaces, without the rest."""
         return len(self.sizes)
 
     def parts(self, values: Tensor) -> Tensor:
-        r"""Projections :math:`U_k U_k^\top a` and what they leave, ``(N, …)`` to ``(N, K + 1, …)``.
+        r"""Projections :math:`U_k U_k^\top a` and the remainder, ``(N, …)`` to ``(N, K + 1, …)``.
 
         Examples:
             >>> Subspaces(torch.eye(2)[:, :1], (1,)).parts(torch.tensor([[3.0, 4.0]]))
@@ -83,16 +86,16 @@ class Subspaces:
     def split(self, values: Tensor, relevance: Tensor) -> Tensor:
         r"""The parts of the relevance of a layer, ``(…, N, *shape)`` to ``(…, N, K + 1, *shape)``; they sum to it.
 
-        The last part is the rest: that of the directions that are in no subspace, and all relevance of neurons that are
-        silent, up to 1e-4 of the largest activation of the sample, and have no context :math:`c = R / a`.
+        The last part is the rest: the relevance of directions in no subspace, and all relevance of silent neurons,
+        whose activation is at most 1e-4 of the largest one of the sample, and which have no context :math:`c = R / a`.
 
         Args:
             values: Activations, ``(N, *shape)``.
             relevance: Of the same neurons.
 
         Examples:
-            >>> found = Subspaces(torch.eye(4)[:, :3], (1, 2)).split(torch.ones(5, 4), torch.rand(5, 4))
-            >>> found.sum(-1).shape
+            >>> parts = Subspaces(torch.eye(4)[:, :3], (1, 2)).split(torch.ones(5, 4), torch.rand(5, 4))
+            >>> parts.sum(-1).shape
             torch.Size([5, 3])
         """
         inverse, silent = _inverse(values)
@@ -102,7 +105,7 @@ class Subspaces:
         return torch.stack([*(part * values for part in projected), rest], -values.ndim)
 
     def _split_absolute(self, values: Tensor, mass: Tensor) -> Tensor:
-        """The same by the absolute values of the kernel, for masses without sign."""
+        """The same with absolute values of the kernel, for non-negative masses."""
         inverse, silent = _inverse(values)
         context = mass * inverse.abs()
         whole = torch.eye(len(self.basis), dtype=values.dtype, device=values.device)
@@ -126,13 +129,13 @@ class Subspaces:
         if values.shape[at] != len(matrix):
             raise InputError(
                 f"the subspaces are of {len(matrix)} channels, and the layer has {values.shape[at]} in dimension "
-                f"{self.dim}, {tuple(values.shape[-dims:])}."
+                f"{self.dim} of {tuple(values.shape[-dims:])}; fit them on this layer, or set dim=."
             )
         return (values.movedim(at, -1) @ matrix).movedim(-1, at)
 
 
 def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``1 / a`` of neurons that have a context, else zero, and 1 where they have none."""
+    """``1 / a`` of neurons with a context, else zero; and 1 for neurons without, else zero."""
     size = values.abs()
     silent = size <= FLOOR * size.flatten(1).amax(1).view(-1, *(1,) * (values.ndim - 1))
     return torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, values)), silent.to(values)
@@ -142,20 +145,21 @@ def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int = 1) -> Subspaces:
-    r"""Principal relevant component analysis: the directions that carry most relevance over a batch.
+    r"""Principal relevant component analysis: the directions with the most relevance over a batch.
 
     .. math:: \max_{U^\top U = I} \mathrm E[(U^\top a)^\top (U^\top c)]
 
-    the leading eigenvectors of :math:`\mathrm E[a c^\top + c a^\top]`, the expectation over samples and positions.
+    The solutions are the leading eigenvectors of :math:`\mathrm E[a c^\top + c a^\top]`. The expectation is over
+    samples and positions.
 
     Args:
         values: Activations of a layer, ``(N, …)``.
-        relevance: Of the same neurons, such as ``mu.marginal(layer)``.
-        sizes: Directions of each subspace, the leading ones first; a number for one subspace.
+        relevance: Relevance of the same neurons, such as ``mu.marginal(layer)``.
+        sizes: Number of directions of each subspace, the leading ones first; a single number for one subspace.
         dim: Dimension of the channels.
 
     Raises:
-        InputError: The tensors differ in shape, or have fewer channels than directions.
+        InputError: The tensors differ in shape, or have fewer channels than there are directions.
 
     Examples:
         >>> prca(torch.rand(10, 4, 3, 3), torch.rand(10, 4, 3, 3), [1, 1]).basis.shape
@@ -183,18 +187,18 @@ def drsa(
 
     .. math:: \max_{U^\top U = I} \; M^{1/2}_k\, M^2_n \big[ \max(0, (U_k^\top a_n)^\top (U_k^\top c_n)) \big]
 
-    with power means :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}`: over samples one that favours few large values, over
-    subspaces one that favours all being used. Gradient ascent, back to orthonormal columns after each step. The
-    length of a step, which shrinks to zero, and the best of several starts are ours.
+    with power means :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}`: that over samples favours few large values, that
+    over subspaces favours that all are used. Projected gradient ascent with orthonormal columns. The step size, which
+    decreases to zero, and the choice of the best of several starts are ours.
 
     Args:
         values: Activations of a layer, ``(N, …)``.
-        relevance: Of the same neurons.
-        sizes: Directions of each subspace.
+        relevance: Relevance of the same neurons.
+        sizes: Number of directions of each subspace.
         dim: Dimension of the channels.
-        steps: Of the ascent.
-        restarts: Random starts, of which the best is taken.
-        seed: Of the starts.
+        steps: Number of steps of the ascent.
+        restarts: Number of random starts; the best result is returned.
+        seed: Seed of the starts.
 
     Raises:
         InputError: As for :func:`prca`.
@@ -207,13 +211,13 @@ def drsa(
     """
     a, c = _vectors(values, relevance, dim)
     wanted = _sizes(sizes, a.shape[1])
-    a, c = a / _size(a), c / _size(c)
+    a, c = a / _rms(a), c / _rms(c)
     draw = torch.Generator().manual_seed(seed)
-    found = []
+    results = []
     for _ in range(restarts):
         start = torch.randn(a.shape[1], sum(wanted), generator=draw, dtype=torch.float64).to(a)
-        found.append(_ascent(a, c, wanted, _nearest(start), steps))
-    _, best = max(found, key=lambda pair: pair[0])
+        results.append(_ascent(a, c, wanted, _nearest(start), steps))
+    _, best = max(results, key=lambda pair: pair[0])
     return Subspaces(_nearest(best).to(values.dtype), wanted, dim)
 
 
@@ -222,11 +226,11 @@ def _ascent(a: Tensor, c: Tensor, sizes: tuple[int, ...], basis: Tensor, steps: 
     for step in range(steps):
         leaf = basis.detach().requires_grad_()
         with torch.inference_mode(False), torch.enable_grad():
-            (slope,) = torch.autograd.grad(disentanglement(a, c, leaf, sizes), leaf)
-        size = float(slope.norm())
-        if size == 0:
+            (gradient,) = torch.autograd.grad(disentanglement(a, c, leaf, sizes), leaf)
+        norm = float(gradient.norm())
+        if norm == 0:
             break
-        basis = _nearest(basis + 0.5 * (1 - step / steps) * basis.norm() / size * slope)
+        basis = _nearest(basis + 0.5 * (1 - step / steps) * basis.norm() / norm * gradient)
         best = max(best, (float(disentanglement(a, c, basis, sizes)), basis), key=lambda pair: pair[0])
     return best
 
@@ -234,20 +238,20 @@ def _ascent(a: Tensor, c: Tensor, sizes: tuple[int, ...], basis: Tensor, steps: 
 def disentanglement(a: Tensor, c: Tensor, basis: Tensor, sizes: Sequence[int]) -> Tensor:
     """The objective of :func:`drsa` for activations and contexts ``(n, C)``."""
     products = (a @ basis) * (c @ basis)
-    carried = torch.stack([part.sum(1) for part in torch.split(products, list(sizes), 1)], 1)
-    over_samples = (carried.clamp(min=0).square().mean(0) + 1e-24).sqrt()  # a root has no slope at zero
-    found: Tensor = over_samples.sqrt().mean().square()
-    return found
+    relevance = torch.stack([part.sum(1) for part in torch.split(products, list(sizes), 1)], 1)
+    over_samples = (relevance.clamp(min=0).square().mean(0) + 1e-24).sqrt()  # a root has no gradient at zero
+    objective: Tensor = over_samples.sqrt().mean().square()
+    return objective
 
 
 def _nearest(matrix: Tensor) -> Tensor:
-    """The matrix with orthonormal columns that is nearest."""
+    """The nearest matrix with orthonormal columns."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     nearest: Tensor = left @ right
     return nearest
 
 
-def _size(vectors: Tensor) -> float:
+def _rms(vectors: Tensor) -> float:
     return float(vectors.square().sum(1).mean().sqrt()) or 1.0
 
 
@@ -271,29 +275,31 @@ def _sizes(sizes: int | Sequence[int], channels: int) -> tuple[int, ...]:
     return wanted
 
 
-# -- the layer that is inserted -------------------------------------------------------------------------------------
+# -- the inserted layer ---------------------------------------------------------------------------------------------
 
 
 def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.Module:
-    """A model with the same weights and answers, in which subspaces of some layers are taps.
+    """A model with the same weights and outputs, in which the subspaces of some layers are taps.
 
-    Below a layer ``"conv"`` there is then ``"conv.subspaces"``, ``(N, K + 1, *shape)``, with a group for each subspace
-    and the last one for the rest; ``"conv"`` is what it was. The layer itself is called ``"conv.layer"``, as composites
-    that go by names must call it. Parameters are shared, and the model is left as it is.
+    A layer ``"conv"`` is replaced by ``"conv.layer"``, the layer itself, and ``"conv.subspaces"``,
+    ``(N, K + 1, *shape)``, with one channel for each subspace and the last one for the rest. The tap ``"conv"`` is
+    still the output of the layer. Composites that map rules to names have to use ``"conv.layer"``. Parameters are
+    shared, and the given model is not changed.
 
     Args:
         model: The network.
-        subspaces: Of layers that return one tensor, by name.
+        subspaces: Subspaces of layers that return one tensor, by name of the layer.
 
     Raises:
         UnknownLayerError: The model has no such layer.
+        InputError: One of the layers contains another.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> cut = with_subspaces(net, {"1": Subspaces(torch.eye(4)[:, :2], (1, 1))})
         >>> mu = RelevanceMeasure(cut, torch.randn(5, 3), 1)
-        >>> each = mu.marginal("1.subspaces", over="channel")
-        >>> each.shape, torch.allclose(each.sum(1), mu.marginal("1").sum(1), atol=1e-5)
+        >>> masses = mu.marginal("1.subspaces", over="channel")
+        >>> masses.shape, torch.allclose(masses.sum(1), mu.marginal("1").sum(1), atol=1e-5)
         (torch.Size([5, 3]), True)
         >>> mu.marginal("input", joint=at("1.subspaces")[0]).shape
         torch.Size([5, 3])
@@ -301,14 +307,16 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
     known = dict(model.named_modules())
     for name in subspaces:
         if not name or name not in known:
-            raise UnknownLayerError(f"there is no layer named {name!r} to take subspaces of.")
+            raise UnknownLayerError(
+                f"there is no layer named {name!r} to decompose into subspaces; model.named_modules() lists them."
+            )
         if any(other != name and other.startswith(f"{name}.") for other in subspaces):
-            raise InputError(f"{name!r} holds another layer that subspaces are given for; take one of them.")
+            raise InputError(f"{name!r} holds another layer with subspaces; give subspaces of one of them.")
     return _replaced(model, subspaces, "")
 
 
 def _replaced(module: nn.Module, subspaces: Mapping[str, Subspaces], path: str) -> nn.Module:
-    """A copy of the modules on the way to the layers; all others are shared."""
+    """A copy of the modules that contain the layers; all other modules are shared."""
     copied = module.__class__.__new__(module.__class__)
     copied.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
     for name, child in module._modules.items():
@@ -321,7 +329,7 @@ def _replaced(module: nn.Module, subspaces: Mapping[str, Subspaces], path: str) 
 
 
 class _WithSubspaces(nn.Module):
-    """A layer, the parts of its output, and their sum."""
+    """A layer, the parts of its output in the subspaces, and their sum."""
 
     def __init__(self, layer: nn.Module, subspaces: Subspaces) -> None:
         super().__init__()
@@ -346,7 +354,7 @@ class _Parts(nn.Module):
 
 
 def subspace_parts(values: Tensor, subspaces: Subspaces) -> Tensor:
-    """:meth:`Subspaces.parts`, as a function that relevance is handed through."""
+    """:meth:`Subspaces.parts`, as a function that the measure records as a step."""
     if has_torch_function((values,)):
         parts: Tensor = handle_torch_function(subspace_parts, (values,), values, subspaces)
         return parts
@@ -354,7 +362,7 @@ def subspace_parts(values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
-    """The sum of all parts, which is ``values``, bit for bit."""
+    """The sum of all parts: ``values``, bit for bit."""
     if has_torch_function((parts, values)):
         total: Tensor = handle_torch_function(subspace_sum, (parts, values), parts, values, subspaces)
         return total
@@ -362,7 +370,7 @@ def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 class _PartsKernel(Kernel):
-    """Every part of a neuron hands all of its relevance to the neuron."""
+    """The parts of a neuron pass all of their relevance to the neuron."""
 
     is_stochastic = True
 
@@ -376,7 +384,7 @@ class _PartsKernel(Kernel):
 
 
 class _SumKernel(Kernel):
-    """:meth:`Subspaces.split`; nothing goes past the parts."""
+    """:meth:`Subspaces.split`; no relevance bypasses the parts."""
 
     is_stochastic = True
 

@@ -1,4 +1,4 @@
-"""Figures show the numbers that they were given."""
+"""Figures show the given numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from PIL import Image
 
-from nrm_plugin.plots import heatmaps as plots
+from nrm_plugin.plots import heatmaps
 from nrm_plugin.plots.heatmaps import Budget
 from nrm_plugin.plots.ribbons import NEGATIVE, POSITIVE, Column, Ribbon, percent
 
@@ -24,13 +24,13 @@ GREY, COLORS = torch.rand(1, 2, 3), torch.rand(3, 2, 3)
 
 
 def maps_of(figure: Figure) -> list[np.ndarray]:
-    """Arrays of all coloured heat maps of a figure, in the order in which they were drawn."""
+    """Arrays of all coloured heat maps of a figure, in the order of drawing."""
     images = [image for axes in figure.axes for image in axes.images]
-    return [np.asarray(image.get_array()) for image in images if image.get_cmap().name == plots.DIVERGING]
+    return [np.asarray(image.get_array()) for image in images if image.get_cmap().name == heatmaps.DIVERGING]
 
 
 def limits_of(figure: Figure) -> set[tuple[float, float]]:
-    images = [image for axes in figure.axes for image in axes.images if image.get_cmap().name == plots.DIVERGING]
+    images = [image for axes in figure.axes for image in axes.images if image.get_cmap().name == heatmaps.DIVERGING]
     return {tuple(round(value, 6) for value in image.get_clim()) for image in images}
 
 
@@ -47,7 +47,7 @@ def ribbons(axes: Axes) -> list[PathPatch]:
 
 
 def width(ribbon: PathPatch) -> float:
-    """Height of a ribbon where it starts: the path goes along its upper edge first and ends where that began."""
+    """Width of a ribbon at its start: the path follows its upper edge and returns along the lower one."""
     heights = ribbon.get_path().vertices[:, 1]
     return float(heights[0] - heights[7])
 
@@ -61,23 +61,23 @@ RIBBONS = [Ribbon((0, 0), 0.3, "A"), Ribbon((0, 1), -0.1), Ribbon((1, 0), 0.08, 
 
 @pytest.mark.parametrize("image", [None, GREY, COLORS], ids=["alone", "grey", "colours"])
 def test_heat_map_is_symmetric_about_white(image: torch.Tensor | None):
-    figure = plots.heat_map(VALUES, "title", image)
+    figure = heatmaps.heat_map(VALUES, "title", image)
     (shown,) = maps_of(figure)
     np.testing.assert_allclose(shown, VALUES)
     assert limits_of(figure) == {(-0.4, 0.4)}
     assert figure.axes[0].get_title() == "title"
 
 
-def test_limit_of_a_heat_map_can_be_given():
-    assert limits_of(plots.heat_map(VALUES, limit=2.0)) == {(-2.0, 2.0)}
+def test_the_limit_of_a_heat_map_can_be_given():
+    assert limits_of(heatmaps.heat_map(VALUES, limit=2.0)) == {(-2.0, 2.0)}
 
 
-def test_bar_is_pointed_where_a_limit_cuts_values():
+def test_the_colour_bar_is_extended_if_values_exceed_the_limit():
     for limit, extend in ((0.3, "both"), (0.41, "neither"), (2.0, "neither"), (None, "neither")):
         figures = [
-            plots.heat_map(VALUES, limit=limit),
-            plots.image_and_heat_map(COLORS, VALUES, limit=limit),
-            plots.heat_maps([VALUES / 2, VALUES], ["a", "b"], limit=limit),
+            heatmaps.heat_map(VALUES, limit=limit),
+            heatmaps.image_and_heat_map(COLORS, VALUES, limit=limit),
+            heatmaps.heat_maps([VALUES / 2, VALUES], ["a", "b"], limit=limit),
         ]
         for figure in figures:
             bar = next(axes._colorbar for axes in figure.axes if hasattr(axes, "_colorbar"))
@@ -86,14 +86,14 @@ def test_bar_is_pointed_where_a_limit_cuts_values():
             assert limits_of(figure) == {(-bound, bound)}
 
 
-def test_heat_map_of_zeros_is_white_and_not_an_error(tmp_path: Path):
-    path = plots.save(plots.heat_map(torch.zeros(2, 3)), tmp_path / "white.png")
-    with Image.open(path) as picture:
-        assert min(picture.convert("RGB").getpixel((picture.width // 3, picture.height // 3))) > 240
+def test_a_heat_map_of_zeros_is_white(tmp_path: Path):
+    path = heatmaps.save(heatmaps.heat_map(torch.zeros(2, 3)), tmp_path / "white.png")
+    with Image.open(path) as image:
+        assert min(image.convert("RGB").getpixel((image.width // 3, image.height // 3))) > 240
 
 
-def test_colours_tell_the_sign():
-    figure = plots.heat_map(VALUES)
+def test_colours_show_the_sign():
+    figure = heatmaps.heat_map(VALUES)
     shown = next(image for image in figure.axes[0].images)
     red, _, blue = shown.to_rgba(np.array([0.4]))[0][:3]
     assert red > blue
@@ -101,26 +101,26 @@ def test_colours_tell_the_sign():
     assert blue > red
 
 
-def test_maps_of_a_grid_share_one_scale():
-    figure = plots.heat_maps([VALUES, 2 * VALUES, VALUES], ["a", "b", "c"], "heading", GREY, columns=3)
+def test_maps_of_a_grid_have_a_common_scale():
+    figure = heatmaps.heat_maps([VALUES, 2 * VALUES, VALUES], ["a", "b", "c"], "heading", GREY, columns=3)
     for shown, factor in zip(maps_of(figure), (1, 2, 1), strict=True):
         np.testing.assert_allclose(shown, factor * VALUES)
     assert limits_of(figure) == {(-0.8, 0.8)}
     assert [axes.get_title() for axes in figure.axes][:4] == ["image", "a", "b", "c"]
 
 
-def test_image_of_one_channel_is_ink_on_paper_and_of_three_in_colours():
-    figure = plots.image_and_heat_map(GREY, VALUES)
+def test_images_of_one_channel_are_grey_and_of_three_channels_coloured():
+    figure = heatmaps.image_and_heat_map(GREY, VALUES)
     assert figure.axes[0].images[0].get_cmap().name == "Greys"
     np.testing.assert_allclose(figure.axes[0].images[0].get_array(), GREY[0])
-    figure = plots.image_and_heat_map(COLORS, VALUES)
+    figure = heatmaps.image_and_heat_map(COLORS, VALUES)
     np.testing.assert_allclose(figure.axes[0].images[0].get_array(), COLORS.movedim(0, -1))
 
 
-def test_outline_goes_around_the_ink_also_at_the_border():
+def test_the_outline_is_closed_at_the_border():
     ink = torch.zeros(1, 6, 6)
     ink[0, 0:3, 2:4] = 1
-    figure = plots.heat_map(torch.ones(6, 6), image=ink)
+    figure = heatmaps.heat_map(torch.ones(6, 6), image=ink)
     (lines,) = figure.axes[0].collections
     (path,) = lines.get_paths()
     assert path.vertices[0] == pytest.approx(path.vertices[-1])  # closed
@@ -129,9 +129,9 @@ def test_outline_goes_around_the_ink_also_at_the_border():
 
 
 @pytest.mark.parametrize(("size", "scale"), [(0.2, ""), (2e-7, "$10^{-5}$ %")])
-def test_colour_bar_counts_in_percent(size: float, scale: str, tmp_path: Path):
-    figure = plots.heat_map(size * VALUES / 0.4)
-    plots.save(figure, tmp_path / "bar.png")
+def test_the_colour_bar_is_in_percent(size: float, scale: str, tmp_path: Path):
+    figure = heatmaps.heat_map(size * VALUES / 0.4)
+    heatmaps.save(figure, tmp_path / "bar.png")
     bar = figure.axes[-1]
     assert bar.get_title() == scale
     labels = {text.get_text(): text.get_position()[1] for text in bar.get_yticklabels()}
@@ -144,8 +144,8 @@ def test_colour_bar_counts_in_percent(size: float, scale: str, tmp_path: Path):
 # -- flows --------------------------------------------------------------------------------------------------------
 
 
-def test_bars_and_ribbons_have_one_scale():
-    axes = plots.flow(COLUMNS, RIBBONS).axes[0]
+def test_bars_and_ribbons_have_a_common_scale():
+    axes = heatmaps.flow(COLUMNS, RIBBONS).axes[0]
     marginals = [value for column in COLUMNS for value in column.marginals]
     unit = bars(axes)[0].get_height() / 0.5
     assert [bar.get_height() / unit for bar in bars(axes)] == pytest.approx([abs(value) for value in marginals])
@@ -155,8 +155,8 @@ def test_bars_and_ribbons_have_one_scale():
     assert [width(one) / unit for one in blue] == pytest.approx([0.1])
 
 
-def test_bars_do_not_overlap_and_ribbons_end_at_theirs():
-    axes = plots.flow(COLUMNS, RIBBONS).axes[0]
+def test_bars_do_not_overlap_and_ribbons_end_at_their_bars():
+    axes = heatmaps.flow(COLUMNS, RIBBONS).axes[0]
     spans = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in bars(axes)]
     assert spans[0][0] > spans[1][1]
     assert spans[2][0] > spans[3][1]
@@ -168,7 +168,7 @@ def test_bars_do_not_overlap_and_ribbons_end_at_theirs():
 
 
 def test_ribbons_of_one_node_do_not_overlap():
-    axes = plots.flow(COLUMNS, RIBBONS).axes[0]
+    axes = heatmaps.flow(COLUMNS, RIBBONS).axes[0]
     for at in (0, 1):
         ends = [(one.get_path().vertices[3 * at, 1], width(one)) for one in ribbons(axes)]
         for (top, _), (below, height) in itertools.pairwise(sorted(ends)):
@@ -176,40 +176,40 @@ def test_ribbons_of_one_node_do_not_overlap():
 
 
 def test_marks_and_labels_are_written():
-    written = texts(plots.flow(COLUMNS, RIBBONS))
+    written = texts(heatmaps.flow(COLUMNS, RIBBONS))
     assert {"A", "B", "low", "high", "7", "9", "1", "2", "50%", "−20%"} <= set(written)
     assert "height: relevance; red positive, blue negative" in written
 
 
-def test_colours_are_explained_only_where_both_are_seen():
-    written = texts(plots.flow([COLUMNS[0], Column("high", "", ["1", "2"], [0.4, 0.2])], RIBBONS[:1]))
+def test_colours_are_explained_only_if_both_are_visible():
+    written = texts(heatmaps.flow([COLUMNS[0], Column("high", "", ["1", "2"], [0.4, 0.2])], RIBBONS[:1]))
     assert "height: relevance" in written
 
 
-def test_ribbons_too_thin_to_tell_apart_are_widened_and_the_factor_is_written():
+def test_hairline_ribbons_are_widened_and_the_factor_is_written():
     thin = [Ribbon(one.nodes, one.value / 100, one.mark) for one in RIBBONS]
-    figure = plots.flow(COLUMNS, thin)
+    figure = heatmaps.flow(COLUMNS, thin)
     unit = bars(figure.axes[0])[0].get_height() / 0.5
     assert sorted(width(one) / unit for one in ribbons(figure.axes[0])) == pytest.approx([0.05, 0.08, 0.1, 0.3])
-    assert "height: relevance, ribbons 100 times wider; red positive, blue negative" in texts(figure)
+    assert "height: relevance, ribbons widened 100 times; red positive, blue negative" in texts(figure)
 
 
-def test_flow_of_three_layers_draws_each_ribbon_twice():
+def test_a_flow_of_three_layers_draws_each_ribbon_twice():
     columns = [*COLUMNS, Column("top", "", ["4"], [0.9])]
-    axes = plots.flow(columns, [Ribbon((0, 1, 0), 0.2, "A"), Ribbon((1, 0, 0), 0.1)]).axes[0]
+    axes = heatmaps.flow(columns, [Ribbon((0, 1, 0), 0.2, "A"), Ribbon((1, 0, 0), 0.1)]).axes[0]
     assert len(ribbons(axes)) == 4
     assert sorted({round(one.get_path().vertices[0, 0]) for one in ribbons(axes)}) == [0, 1]
 
 
 @pytest.mark.parametrize("marginals", [[], [0.0], [0.0, 0.0], [0.01] * 40], ids=["none", "zero", "zeros", "many"])
-def test_odd_columns_are_drawn(marginals: list[float], tmp_path: Path):
+def test_empty_zero_and_long_columns_are_drawn(marginals: list[float], tmp_path: Path):
     labels = [str(number) for number in range(len(marginals))]
     column = Column("layer", "", labels, marginals)
-    assert plots.save(plots.flow([column, column], []), tmp_path / "odd.png").stat().st_size > 1000
+    assert heatmaps.save(heatmaps.flow([column, column], []), tmp_path / "odd.png").stat().st_size > 1000
 
 
-def test_joint_shows_all_its_parts():
-    figure = plots.joint(GREY, VALUES, COLUMNS, RIBBONS, [VALUES, 3 * VALUES], ["A", "B"], "heading")
+def test_joint_figures_show_all_parts():
+    figure = heatmaps.joint(GREY, VALUES, COLUMNS, RIBBONS, [VALUES, 3 * VALUES], ["A", "B"], "heading")
     for shown, factor in zip(maps_of(figure), (1, 1, 3), strict=True):
         np.testing.assert_allclose(shown, factor * VALUES, rtol=1e-6)
     assert limits_of(figure) == {(-0.4, 0.4), (-1.2, 1.2)}
@@ -219,9 +219,9 @@ def test_joint_shows_all_its_parts():
 # -- budgets ------------------------------------------------------------------------------------------------------
 
 
-def test_budget_bars_stack_to_one():
+def test_the_bars_of_a_budget_sum_to_one():
     budget = Budget("sample", [1.0, 0.7], [0.0, 0.2], [0.0, 0.1], [1.0, 0.8], GREY)
-    axes = plots.budgets(["output", "input"], [budget], "heading", "plain").axes[0]
+    axes = heatmaps.budgets(["output", "input"], [budget], "heading", "plain").axes[0]
     spans = sorted((bar.get_x(), bar.get_width()) for bar in bars(axes) if round(bar.get_y()) == 1 and bar.get_width())
     np.testing.assert_allclose(spans, [(0.0, 0.7), (0.7, 0.2), (0.9, 0.1)])
     assert len({to_hex(bar.get_facecolor()) for bar in bars(axes)}) == 3
@@ -230,19 +230,19 @@ def test_budget_bars_stack_to_one():
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the output on top
 
 
-def test_negative_shares_go_to_the_left_of_zero():
-    axes = plots.budgets(["input"], [Budget("sample", [1.2], [-0.2], [0.0])]).axes[0]
+def test_negative_shares_are_left_of_zero():
+    axes = heatmaps.budgets(["input"], [Budget("sample", [1.2], [-0.2], [0.0])]).axes[0]
     assert {(bar.get_x(), bar.get_width()) for bar in bars(axes)} == {(0.0, 1.2), (0.0, -0.2)}
 
 
-def test_bypass_that_is_nowhere_is_not_in_the_legend():
-    figure = plots.budgets(["input"], [Budget("sample", [0.9], [0.1], [0.0], [0.5])], reference="plain Zennit")
+def test_a_bypass_of_zero_is_not_in_the_legend():
+    figure = heatmaps.budgets(["input"], [Budget("sample", [0.9], [0.1], [0.0], [0.5])], reference="plain Zennit")
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["mass: crosses the layer", "sink: absorbed above", "plain Zennit"]
 
 
-def test_panels_without_a_sample_stay_empty():
-    figure = plots.budgets(["input"], [Budget(str(number), [1.0], [0.0], [0.0]) for number in range(5)])
+def test_panels_without_a_sample_are_empty():
+    figure = heatmaps.budgets(["input"], [Budget(str(number), [1.0], [0.0], [0.0]) for number in range(5)])
     assert [axes.axison for axes in figure.axes] == [True] * 5 + [False] * 3
 
 
@@ -258,20 +258,20 @@ def test_percent_has_two_digits(value: float, text: str):
     assert percent(value) == text
 
 
-def test_saved_file_is_a_png_of_the_size_of_the_figure(tmp_path: Path):
-    figure = plots.heat_map(VALUES)
-    path = plots.save(figure, tmp_path / "map.png")
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert picture.size == pytest.approx(figure.get_size_inches() * plots.DPI, abs=1)
+def test_a_saved_file_is_a_png_of_the_size_of_the_figure(tmp_path: Path):
+    figure = heatmaps.heat_map(VALUES)
+    path = heatmaps.save(figure, tmp_path / "map.png")
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.size == pytest.approx(figure.get_size_inches() * heatmaps.DPI, abs=1)
 
 
-def test_folder_that_is_not_there_is_an_error(tmp_path: Path):
+def test_a_missing_folder_raises(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
-        plots.save(plots.heat_map(VALUES), tmp_path / "none" / "map.png")
+        heatmaps.save(heatmaps.heat_map(VALUES), tmp_path / "none" / "map.png")
 
 
-def test_no_figure_of_pyplot_is_made():
+def test_no_pyplot_figure_is_created():
     before = plt.get_fignums()
-    plots.joint(GREY, VALUES, COLUMNS, RIBBONS, [VALUES], ["A"])
+    heatmaps.joint(GREY, VALUES, COLUMNS, RIBBONS, [VALUES], ["A"])
     assert plt.get_fignums() == before

@@ -1,4 +1,4 @@
-"""The commands that read a sweep: what they print and write, and how they fail."""
+"""The commands that read a sweep, `references` and `flow --from`: output, files, errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYERS = ["output", "features.12", "features.7"]
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A folder with pictures of digits, and their sweep by the command."""
+    """A folder with images of digits, and their sweep by the command."""
     folder = tmp_path_factory.mktemp("digits")
     images, labels = load_digits()
     for number, (image, label) in enumerate(zip(images[:24], labels[:24], strict=True)):
@@ -41,7 +41,7 @@ def here(swept, monkeypatch, capsys):
 
 
 def fails(capsys, *argv, code=2):
-    """The one line of a command that ends with a status and prints nothing else."""
+    """The line on stderr of a command that exits with a status and prints nothing else."""
     try:
         status: object = main(argv)
     except SystemExit as end:
@@ -55,47 +55,47 @@ def fails(capsys, *argv, code=2):
 def test_references_are_printed_and_written(capsys, tmp_path):
     command = ["references", "swept", "--query", "features.12", "--rows", "3", "--k", "4", "--out", str(tmp_path)]
     assert main(command) == 0
-    said = capsys.readouterr()
-    assert said.err == "nrm-plugin: note: no picture: that takes --model and --data\n"
-    printed = said.out.splitlines()
-    found = references("swept", "features.12", k=4)
-    best = found.values.mean(1).argsort(descending=True, stable=True)[:3].tolist()
-    said = json.loads((tmp_path / "features.12-references.json").read_text())
-    assert [entry["group"] for entry in said["references"]] == best
+    output = capsys.readouterr()
+    assert output.err == "nrm-plugin: note: no figure: it requires --model and --data\n"
+    printed = output.out.splitlines()
+    expected = references("swept", "features.12", k=4)
+    best = expected.values.mean(1).argsort(descending=True, stable=True)[:3].tolist()
+    written = json.loads((tmp_path / "features.12-references.json").read_text())
+    assert [entry["group"] for entry in written["references"]] == best
     files = sorted(path.relative_to("digits").as_posix() for path in Path("digits").rglob("*.png"))
-    for line, entry in zip(printed[1:4], said["references"], strict=True):
-        assert entry["samples"] == found.of(entry["group"])
-        assert entry["values"] == found.values[entry["group"]].tolist()
+    for line, entry in zip(printed[1:4], written["references"], strict=True):
+        assert entry["samples"] == expected.of(entry["group"])
+        assert entry["values"] == expected.values[entry["group"]].tolist()
         assert entry["files"] == [files[sample] for sample in entry["samples"]]
         assert re.findall(r"(\S+\.png) \(", line) == entry["files"]
-    assert main(command) == 0  # the same question again
+    assert main(command) == 0  # the same query again
     assert main([*command, "--target", "3", "--by", "activation", "--groups", "7"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "features.12-2-references.json",
         "features.12-references.json",
     ]
-    said = json.loads((tmp_path / "features.12-2-references.json").read_text())
-    (entry,) = said["references"]
+    written = json.loads((tmp_path / "features.12-2-references.json").read_text())
+    (entry,) = written["references"]
     assert set(entry["targets"]) == {3}
     assert entry["samples"] == references("swept", "features.12", 7, 4, "activation", 3).of(7)
 
 
 @pytest.mark.slow
-def test_with_the_model_they_are_drawn(capsys, tmp_path):
+def test_with_the_model_they_are_plotted(capsys, tmp_path):
     command = ["references", "swept", "--query", "features.7", *MODEL, "--data", "digits", "--rows", "2", "--k", "3"]
     assert main([*command, "--style", "both", "--dark", "--out", str(tmp_path)]) == 0
-    with Image.open(tmp_path / "features.7-references.png") as picture:
-        assert min(picture.size) > 300
+    with Image.open(tmp_path / "features.7-references.png") as figure:
+        assert min(figure.size) > 300
     line = fails(capsys_cleared(capsys), *command, "--residual", "sink", "--out", str(tmp_path))
     assert "Normalized(NRMDefault), residual redistribute, gain limit 2" in line
     Path("other").mkdir()
     Image.new("RGB", (16, 16)).save("other/a.png")
     other = [*command[:-6], "--data", "other", "--out", str(tmp_path)]
-    assert "other pictures than those that were swept" in fails(capsys, *other)
+    assert "not those of the sweep" in fails(capsys, *other)
     own = tmp_path / "nets.py"
     own.write_text("from nrm_plugin.demo.model import DigitsVGG\ndef make():\n    return DigitsVGG().eval()\n")
     other = ["references", "swept", "--query", "features.7", "--model", f"{own}:make", *MODEL[2:], "--data", "digits"]
-    assert "is another model than that of the sweep" in fails(capsys, *other, "--out", str(tmp_path))
+    assert "is not the model of the sweep" in fails(capsys, *other, "--out", str(tmp_path))
 
 
 def capsys_cleared(capsys):
@@ -104,7 +104,7 @@ def capsys_cleared(capsys):
 
 
 @pytest.mark.slow
-def test_the_mean_flow_is_drawn(capsys, tmp_path):
+def test_the_mean_flow_is_plotted(capsys, tmp_path):
     command = ["flow", "--from", "swept", "--out", str(tmp_path), "--top", "4"]
     assert main([*command, "--layers", *LAYERS[::-1], "--target", "3"]) == 0
     printed = capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_the_mean_flow_is_drawn(capsys, tmp_path):
     Path("names.txt").write_text("\n".join(f"digit {number}" for number in range(10)))
     named = ["--classes", "names.txt", "--target", "digit 3", "--minus", "8"]
     assert main([*command, "--layers", *LAYERS, *named]) == 0
-    assert "class digit 3 less class digit 8" in capsys.readouterr().out
+    assert "class digit 3 minus class digit 8" in capsys.readouterr().out
     graph = FlowGraph.from_json(tmp_path / "swept-2-flow.json")
     three, eight = (flow_of_sweep("swept", LAYERS, target, top=None) for target in (3, 8))
     expected = difference(three, eight).smaller(top=4)
@@ -132,17 +132,20 @@ def test_the_mean_flow_is_drawn(capsys, tmp_path):
         (["references", "swept", "--query", "nope"], "no query 'nope'"),
         (["references", "gone", "--query", "features.7"], "no sweep in gone"),
         (["references", "swept", "--query", "features.7", "--groups", "99"], "no group 99"),
-        (["references", "swept", "--query", "features.7", "--groups", "x"], "no number of a channel"),
+        (["references", "swept", "--query", "features.7", "--groups", "x"], "not a channel from 0"),
         (["references", "swept", "--query", "features.7", "--k", "0"], "from 1 to 16"),
         (["references", "swept", "--query", "features.7", "--target", "three"], "without --model, give the index"),
         (["references", "swept", "--query", "features.7", "--target", "77"], "no values of samples with target 77"),
-        (["references", "swept", "--query", "features.7", "--data", "digits"], "takes both --model and --data"),
+        (["references", "swept", "--query", "features.7", "--data", "digits"], "requires both --model and --data"),
         (["references", "swept"], "--query"),
-        (["references", "swept", "--query", "sink(features.7)", *MODEL, "--data", "digits"], "not of the channels"),
+        (
+            ["references", "swept", "--query", "sink(features.7)", *MODEL, "--data", "digits"],
+            "not a query of the channels",
+        ),
         (["flow", "--layers", "output"], "required: IMAGE, --model"),
         (["flow", "--from", "swept", "a.png", "--layers", "output"], "takes no IMAGE"),
         (["flow", "--from", "swept", "--layers", "output", "features.12", "--minus", "3"], "the other one by --target"),
-        (["flow", "a.png", *MODEL, "--layers", "output", "--minus", "3"], "name it by --from SWEEP"),
+        (["flow", "a.png", *MODEL, "--layers", "output", "--minus", "3"], "give the sweep by --from SWEEP"),
         (["flow", "--from", "swept", "--layers", "output", "features.7"], "no Joint('output', 'features.7')"),
         (["flow", "--from", "swept", "--layers", "output", "input"], "nrm-plugin sweep --joint --layers output input"),
     ],
@@ -151,7 +154,7 @@ def test_options_that_do_not_fit_take_one_line(capsys, argv, words):
     assert words in fails(capsys, *argv)
 
 
-def test_a_damaged_file_is_an_error_of_another_status(capsys, swept, tmp_path, monkeypatch):
+def test_a_damaged_file_has_another_exit_status(capsys, swept, tmp_path, monkeypatch):
     shard = next(Path("swept/rows").glob("*.parquet"))
     content = shard.read_bytes()
     index = {path: path.read_bytes() for path in Path("swept/by-query").glob("*")}

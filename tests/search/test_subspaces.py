@@ -1,4 +1,4 @@
-"""Subspaces of a layer: the tap against enumerated walks, the fits against their objectives, the model left alone."""
+"""Subspaces: the tap against enumerated walks, the fits against their objectives, and the unchanged model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def orthonormal(rows: int, columns: int, seed: int) -> np.ndarray:
 
 
 class Projections(nn.Module):
-    """Slowly: every part of a tensor of one sample, the rest last; channels first."""
+    """Every part of a tensor of one sample, channels first; the rest is the last part."""
 
     def __init__(self, projectors: list[np.ndarray]) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ class Total(nn.Module):
         return x.sum(1)
 
 
-def hand_to_parts(projectors: list[np.ndarray]):
-    """T from the sum of the parts, entry by entry: a_i P_ii' / a_i', and all to the rest where a_i' is silent."""
+def parts_rule(projectors: list[np.ndarray]):
+    """T from the sum to the parts, entry by entry: a_i P_ii' / a_i', and 1 to the rest where a_i' is silent."""
 
     def rule(module: nn.Module, parts: torch.Tensor) -> np.ndarray:
         a = parts.sum(0).numpy()
@@ -70,20 +70,20 @@ def hand_to_parts(projectors: list[np.ndarray]):
     return rule
 
 
-def hand_to_layer(module: Projections, a: torch.Tensor) -> np.ndarray:
+def layer_rule(module: Projections, a: torch.Tensor) -> np.ndarray:
     return np.tile(np.eye(a.numel()), (1, len(module.projectors)))
 
 
 def with_parts(case, layer: str, projectors: list[np.ndarray]) -> list[Node]:
     """The spec of a case with the parts of a layer and their sum after it."""
-    found = []
+    spec = []
     for node in case.spec:
         parents = tuple(("sum", 0) if parent == (layer, 0) else parent for parent in node.parents)
-        found.append(node._replace(parents=parents))
+        spec.append(node._replace(parents=parents))
         if node.tap == layer:
-            found.append(Node("parts", 0, "linear", Projections(projectors), ((layer, 0),)))
-            found.append(Node("sum", 0, "linear", Total(), (("parts", 0),)))
-    return found
+            spec.append(Node("parts", 0, "linear", Projections(projectors), ((layer, 0),)))
+            spec.append(Node("sum", 0, "linear", Total(), (("parts", 0),)))
+    return spec
 
 
 @pytest.mark.slow
@@ -111,11 +111,11 @@ def test_every_event_with_subspaces_is_the_sum_of_its_walks(case, seed, data):
     assert mu.shape(tap)[1] == len(sizes) + 1
     sample = data.draw(st.integers(0, case.batch - 1))
     spec = with_parts(case, layer, projectors)
-    own = {**rules, "parts": hand_to_layer, "sum": hand_to_parts(projectors)}
+    own = {**rules, "parts": layer_rule, "sum": parts_rule(projectors)}
     walks = enumerate_walks(spec, case.x[sample], case.start[sample], own, residual, 2.0)
     close = {"rtol": 0, "atol": 1e-9 * max(1.0, walks.variation())}
     np.testing.assert_allclose(mu.marginal(tap)[sample], walks.marginal("parts"), **close)
-    # What is inserted changes nothing else.
+    # The inserted layer changes no other tap.
     plain = RelevanceMeasure(
         case.net, case.x, start=case.start, composite=zennit_composite(case.spec, rules), residual=residual
     )
@@ -140,7 +140,7 @@ def test_every_event_with_subspaces_is_the_sum_of_its_walks(case, seed, data):
     np.testing.assert_allclose(float(mu.walk_variation()[sample]), walks.variation(), rtol=1e-6)
 
 
-# -- like any layer -------------------------------------------------------------------------------------------------
+# -- queries --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +154,10 @@ def digits():
 
 def test_subspaces_add_up_to_the_layer_and_the_heat_map(digits):
     model, images, labels, layer, values, relevance = digits
-    for found in (prca(values, relevance, [1, 1, 2]), drsa(values, relevance, [3, 3, 3], steps=20, restarts=1)):
-        mu = RelevanceMeasure(with_subspaces(model, {layer: found}), images[:2], labels[:2], composite=EpsilonPlus())
+    for subspaces in (prca(values, relevance, [1, 1, 2]), drsa(values, relevance, [3, 3, 3], steps=20, restarts=1)):
+        mu = RelevanceMeasure(
+            with_subspaces(model, {layer: subspaces}), images[:2], labels[:2], composite=EpsilonPlus()
+        )
         plain = RelevanceMeasure(model, images[:2], labels[:2], composite=EpsilonPlus())
         tap = f"{layer}.subspaces"
         each = mu.marginal(tap, over="channel")
@@ -163,17 +165,19 @@ def test_subspaces_add_up_to_the_layer_and_the_heat_map(digits):
         maps = mu.marginal("input", joint=[at(tap)[k] for k in range(4)])
         torch.testing.assert_close(maps.sum(0), plain.marginal("input"), rtol=0, atol=1e-10)
         assert float((maps[0] - maps[1]).abs().max()) > 1e-4
-        torch.testing.assert_close(mu.marginal(tap), found.split(values[:2], plain.marginal(layer)), rtol=0, atol=1e-10)
-        # (U_k^T a)^T (U_k^T c), with nothing of the package.
+        torch.testing.assert_close(
+            mu.marginal(tap), subspaces.split(values[:2], plain.marginal(layer)), rtol=0, atol=1e-10
+        )
+        # (U_k^T a)^T (U_k^T c), computed without the package.
         context = (plain.marginal(layer) / values[:2]).nan_to_num(0, 0, 0)
-        a, c = values[:2].movedim(1, -1) @ found.basis, context.movedim(1, -1) @ found.basis
-        first = found.sizes[0]
+        a, c = values[:2].movedim(1, -1) @ subspaces.basis, context.movedim(1, -1) @ subspaces.basis
+        first = subspaces.sizes[0]
         torch.testing.assert_close(
             (a * c)[..., :first].flatten(1).sum(1), each[:, 0], rtol=0, atol=1e-3 * float(each.abs().max())
         )
 
 
-def test_subspaces_take_part_in_flows_and_searches(digits):
+def test_subspaces_are_layers_of_flows_and_searches(digits):
     model, images, labels, layer, values, relevance = digits
     net = with_subspaces(model, {layer: prca(values, relevance, [2, 2])})
     mu = RelevanceMeasure(net, images[:1], labels[:1], composite=EpsilonPlus())
@@ -192,19 +196,19 @@ def test_tokens_have_their_channels_last():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Flatten()).double().eval()
     x = torch.randn(2, 5, 3).double()
-    found = Subspaces(torch.from_numpy(orthonormal(4, 2, 1)), (1, 1), dim=-1)
-    mu = RelevanceMeasure(with_subspaces(net, {"1": found}), x, 1)
+    subspaces = Subspaces(torch.from_numpy(orthonormal(4, 2, 1)), (1, 1), dim=-1)
+    mu = RelevanceMeasure(with_subspaces(net, {"1": subspaces}), x, 1)
     each = mu.marginal("1.subspaces", over="channel")
     assert mu.shape("1.subspaces") == (2, 3, 5, 4)
     assert each.shape == (2, 3)
     torch.testing.assert_close(each.sum(1), mu.marginal("1").flatten(1).sum(1))
 
 
-def test_the_model_is_left_alone_and_answers_alike(digits):
+def test_the_model_is_unchanged_and_has_the_same_outputs(digits):
     model, images, _, layer, *_ = digits
-    found = Subspaces(torch.eye(32).double()[:, :3], (1, 2))
+    subspaces = Subspaces(torch.eye(32).double()[:, :3], (1, 2))
     with untouched(model, images):
-        net = with_subspaces(model, {layer: found})
+        net = with_subspaces(model, {layer: subspaces})
         assert torch.equal(net(images[:5]), model(images[:5]))
         RelevanceMeasure(net, images[:2], 1).marginal("input")
     assert [id(p) for p in net.parameters()] == [id(p) for p in model.parameters()]
@@ -214,7 +218,7 @@ def test_the_model_is_left_alone_and_answers_alike(digits):
 # -- the fits -------------------------------------------------------------------------------------------------------
 
 
-def test_principal_directions_are_those_of_the_symmetrised_covariance(digits):
+def test_principal_directions_are_eigenvectors_of_the_symmetrized_covariance(digits):
     *_, values, relevance = digits
     a = values.movedim(1, -1).flatten(0, -2).numpy()
     size = np.abs(values.numpy()).reshape(len(values), -1).max(1)
@@ -223,16 +227,16 @@ def test_principal_directions_are_those_of_the_symmetrised_covariance(digits):
     c = np.where(silent, 0, r / np.where(silent, 1, a))
     S = sum(np.outer(p, q) + np.outer(q, p) for p, q in zip(a, c, strict=True))
     weights, vectors = np.linalg.eigh(S)
-    found = prca(values, relevance, [1, 1, 1]).basis.numpy()
+    subspaces = prca(values, relevance, [1, 1, 1]).basis.numpy()
     for k in range(3):
-        assert abs(found[:, k] @ vectors[:, -1 - k]) == pytest.approx(1, abs=1e-8)
-    carried = [np.sum((a @ U) * (c @ U)) for U in (found, *(orthonormal(32, 3, seed) for seed in range(20)))]
-    assert carried[0] == pytest.approx(weights[-3:].sum() / 2)
-    assert carried[0] > max(carried[1:])
+        assert abs(subspaces[:, k] @ vectors[:, -1 - k]) == pytest.approx(1, abs=1e-8)
+    relevances = [np.sum((a @ U) * (c @ U)) for U in (subspaces, *(orthonormal(32, 3, seed) for seed in range(20)))]
+    assert relevances[0] == pytest.approx(weights[-3:].sum() / 2)
+    assert relevances[0] > max(relevances[1:])
 
 
-def test_disentangled_subspaces_are_found_again():
-    """Two planted planes, each relevant for half of the samples."""
+def test_planted_subspaces_are_recovered():
+    """Two planes, each relevant for half of the samples."""
     draw = np.random.default_rng(3)
     U = orthonormal(8, 4, 0)
     a, c = np.zeros((200, 8)), np.zeros((200, 8))
@@ -241,13 +245,13 @@ def test_disentangled_subspaces_are_found_again():
         direction = plane @ draw.normal(size=2)
         a[n], c[n] = direction + 0.01 * draw.normal(size=8), direction + 0.01 * draw.normal(size=8)
     a, c = torch.from_numpy(a), torch.from_numpy(c)
-    found = drsa(a, a * c, [2, 2])
-    overlap = [float((found.basis[:, k : k + 2].T @ torch.from_numpy(U[:, :2])).square().sum()) for k in (0, 2)]
+    subspaces = drsa(a, a * c, [2, 2])
+    overlap = [float((subspaces.basis[:, k : k + 2].T @ torch.from_numpy(U[:, :2])).square().sum()) for k in (0, 2)]
     assert sorted(overlap) == pytest.approx([0, 2], abs=0.02)
-    torch.testing.assert_close(found.basis.T @ found.basis, torch.eye(4).double())
+    torch.testing.assert_close(subspaces.basis.T @ subspaces.basis, torch.eye(4).double())
 
 
-def test_the_objective_is_the_one_of_the_formula():
+def test_the_objective_equals_its_formula():
     draw = torch.Generator().manual_seed(0)
     a, c = torch.randn(2, 9, 5, generator=draw, dtype=torch.float64)
     U = torch.from_numpy(orthonormal(5, 4, 1))
@@ -255,13 +259,13 @@ def test_the_objective_is_the_one_of_the_formula():
     for first, last in ((0, 1), (1, 4)):
         squares = 0.0
         for n in range(9):
-            carried = sum(float(U[:, j] @ a[n]) * float(U[:, j] @ c[n]) for j in range(first, last))
-            squares += max(0.0, carried) ** 2 / 9
+            relevances = sum(float(U[:, j] @ a[n]) * float(U[:, j] @ c[n]) for j in range(first, last))
+            squares += max(0.0, relevances) ** 2 / 9
         total += squares**0.25 / 2
     assert float(disentanglement(a, c, U, (1, 3))) == pytest.approx(total**2)
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_arguments_raise():
     values = torch.rand(3, 4, 2, 2)
     with pytest.raises(InputError, match="orthonormal"):
         Subspaces(torch.ones(4, 2), (2,))
@@ -281,9 +285,9 @@ def test_what_does_not_fit_is_refused():
         with_subspaces(net, {"1": eye, "1.0": eye})
 
 
-def test_a_silent_layer_leaves_all_to_the_rest():
-    found = Subspaces(torch.eye(4)[:, :2], (1, 1))
-    parts = found.split(torch.zeros(1, 4), torch.ones(1, 4))
+def test_all_relevance_of_a_silent_layer_is_in_the_rest():
+    subspaces = Subspaces(torch.eye(4)[:, :2], (1, 1))
+    parts = subspaces.split(torch.zeros(1, 4), torch.ones(1, 4))
     assert parts[0].tolist() == [[0] * 4, [0] * 4, [1] * 4]
     assert prca(torch.zeros(3, 4), torch.ones(3, 4), 1).basis.shape == (4, 1)
     assert drsa(torch.zeros(3, 4), torch.ones(3, 4), [1], steps=2).basis.shape == (4, 1)

@@ -1,8 +1,7 @@
-"""Restriction against enumerated walks, selection against what it promises, ablation against a net cut by hand."""
+"""Restriction against enumerated walks, and selection against the properties that it guarantees."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import numpy as np
@@ -18,8 +17,6 @@ from nrm_plugin import (
     ABSORBED,
     NRMAbsolute,
     RelevanceMeasure,
-    ablation,
-    activations,
     at,
     mse,
     restriction,
@@ -48,7 +45,7 @@ values = st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, -0.5, 1e-30, 3.0])] * 2
 
 
 @given(pairs=values)
-def test_errors_are_their_formulas_also_at_zero(pairs):
+def test_errors_equal_their_formulas_also_at_zero(pairs):
     r, s = (list(part) for part in zip(*pairs, strict=True))
     full, left = (torch.tensor([part, part], dtype=torch.float64) for part in (r, s))
     assert mse(full, left).tolist() == pytest.approx([slow_mse(r, s)] * 2)
@@ -72,7 +69,7 @@ def test_a_restriction_is_the_sum_over_walks_through_kept_neurons(drawn):
     mu = RelevanceMeasure(case.net, case.x, start=case.start, composite=zennit_composite(case.spec, rules))
     coin = torch.Generator().manual_seed(seed)
     kept = {name: torch.rand(mu.shape(name), generator=coin) < 0.6 for name in layers}
-    found = restriction(mu, kept)
+    part = restriction(mu, kept)
     for n, (x, start) in enumerate(zip(case.x, case.start, strict=True)):
         walks = enumerate_walks(case.spec, x, start, rules)
         inside = np.ones(len(walks), dtype=bool)
@@ -80,20 +77,20 @@ def test_a_restriction_is_the_sum_over_walks_through_kept_neurons(drawn):
             inside &= walks.crosses(name, indices=mask[n].flatten().nonzero().flatten().tolist())
         scale = max(1.0, walks.variation())
         full, left = walks.marginal("input").flatten(), walks.marginal("input", event=inside).flatten()
-        assert abs(float(found.mass[n]) - walks.mass(inside)) <= 1e-9 * scale
-        assert np.abs(found.heat_map[n].flatten().numpy() - left).max() <= 1e-9 * scale
-        assert abs(float(found.mse[n]) - slow_mse(full, left)) <= 1e-9 * scale**2
+        assert abs(float(part.mass[n]) - walks.mass(inside)) <= 1e-9 * scale
+        assert np.abs(part.heat_map[n].flatten().numpy() - left).max() <= 1e-9 * scale
+        assert abs(float(part.mse[n]) - slow_mse(full, left)) <= 1e-9 * scale**2
         for name in layers:
             masses = [walks.marginal(name, event=event) for event in (None, inside)]
             channels = [part.reshape(len(part), -1).sum(1) for part in masses]
-            assert abs(float(found.layers[name][0][n]) - slow_mse(*channels)) <= 1e-9 * scale**2
+            assert abs(float(part.layers[name][0][n]) - slow_mse(*channels)) <= 1e-9 * scale**2
 
 
 @pytest.mark.slow
 @slowly
 @given(restricted())
 def test_pruned_relevance_is_the_measure_given_what_is_kept(drawn):
-    """One common factor for the survivors, so that what the layer carries stays what it was: PLRP's λ."""
+    """One common factor for the kept neurons, which preserves the total relevance of the layer: the λ of PLRP."""
     case, rules, layers, seed = drawn
     mu = RelevanceMeasure(case.net, case.x, start=case.start, composite=zennit_composite(case.spec, rules))
     layer = layers[0]
@@ -105,13 +102,13 @@ def test_pruned_relevance_is_the_measure_given_what_is_kept(drawn):
         mass = walks.mass(inside)
         assume(abs(mass) > 1e-3 * walks.variation())
         expected.append((walks.marginal("input", event=inside) * (1 / mass), walks.variation()))
-    found = mu.marginal("input", given=at(layer)[kept], min_ratio=0)
-    for row, (pruned, spread) in zip(found, expected, strict=True):
+    conditional = mu.marginal("input", given=at(layer)[kept], min_ratio=0)
+    for row, (pruned, spread) in zip(conditional, expected, strict=True):
         assert np.abs(row.numpy() - pruned).max() <= 1e-6 * max(1.0, spread)
 
 
 def test_queries_over_input_groups_are_events():
-    """Symbolic XAI: what the walks that end in some patches and not in others carry, with and, or and not."""
+    """Symbolic XAI: the mass of the walks that end in some patches and not in others, with and, or and not."""
     images, labels = load_digits()
     mu = RelevanceMeasure(load_model(), images[:2], labels[:2])
     left, top = torch.zeros(1, 16, 16, dtype=torch.bool), torch.zeros(1, 16, 16, dtype=torch.bool)
@@ -123,7 +120,7 @@ def test_queries_over_input_groups_are_events():
 
 
 def test_pruning_layer_after_layer_is_one_conditional():
-    """Keep what carries most, scale it up to what there was, go on with the next layer: by plain autograd."""
+    """By plain autograd: keep the most relevant neurons, rescale them to the former total, go to the next layer."""
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(6, 6, bias=False) if n % 2 == 0 else nn.ReLU() for n in range(5))).double().eval()
     x = torch.rand(1, 6, dtype=torch.float64)
@@ -136,8 +133,8 @@ def test_pruning_layer_after_layer_is_one_conditional():
     for number, layer in ((4, "3"), (2, "1")):
         below, weight = values[number], net[number].weight.detach()
         relevance = below * ((relevance / values[number + 1].where(values[number + 1] != 0, 1.0)) @ weight)
-        found = mu.marginal(layer) if event is None else mu.marginal(layer, given=event, min_ratio=0)
-        torch.testing.assert_close(found, relevance)
+        marginal = mu.marginal(layer) if event is None else mu.marginal(layer, given=event, min_ratio=0)
+        torch.testing.assert_close(marginal, relevance)
         kept = relevance[0].abs() >= relevance[0].abs().sort().values[-3]
         relevance = relevance * kept * (relevance.sum() / (relevance * kept).sum())
         event = at(layer)[kept] if event is None else event & at(layer)[kept]
@@ -146,7 +143,7 @@ def test_pruning_layer_after_layer_is_one_conditional():
 
 
 def test_queries_over_tokens_are_events():
-    """Symbolic XAI: a walk is at some token in every layer; Möbius terms by subsets, against formulas of events."""
+    """Symbolic XAI: a walk visits one token in every layer; Möbius terms of subsets, compared with events."""
     torch.manual_seed(1)
     net = Chain(conv1=nn.Conv1d(1, 2, 3, padding=1), relu1=nn.ReLU(), conv2=nn.Conv1d(2, 1, 3, padding=1),
                 relu2=nn.ReLU(), flatten=nn.Flatten(), head=nn.Linear(4, 2)).double().eval()  # fmt: skip
@@ -188,91 +185,53 @@ def measured(count=3, composite=None):
     return RelevanceMeasure(load_model(), images[:count], labels[:count], composite=composite)
 
 
-def test_a_budget_is_kept_and_every_layer_keeps_something():
-    found = select_neurons(measured(), LAYERS, budget=7)
-    total = sum(mask.sum(1) for mask in found.kept.values())
+def test_the_budget_is_met_and_every_layer_keeps_a_group():
+    selection = select_neurons(measured(), LAYERS, budget=7)
+    total = sum(mask.sum(1) for mask in selection.kept.values())
     assert total.tolist() == [7, 7, 7]
-    assert all(bool(mask.any(1).all()) for mask in found.kept.values())
+    assert all(bool(mask.any(1).all()) for mask in selection.kept.values())
 
 
 @pytest.mark.parametrize("error", [{"mse": 1e-6}, {"smape": 30.0}])
 def test_the_smallest_nested_set_within_an_error(error):
     mu = measured(composite=NRMAbsolute())
-    found = select_neurons(mu, LAYERS, error=error)
+    selection = select_neurons(mu, LAYERS, error=error)
     ((metric, limit),) = error.items()
-    assert bool((getattr(restriction(mu, found.kept), metric) <= limit).all())
-    smaller = (found.order < found.count[:, None] - 1).split([32, 16], 1)
+    assert bool((getattr(restriction(mu, selection.kept), metric) <= limit).all())
+    smaller = (selection.order < selection.count[:, None] - 1).split([32, 16], 1)
     worse = restriction(mu, dict(zip(LAYERS, smaller, strict=True)))
     assert bool((getattr(worse, metric) > limit).all())
 
 
-def test_the_curve_is_that_of_the_order():
+def test_the_curve_has_the_errors_of_the_elimination_order():
     mu = measured(composite=NRMAbsolute())
-    found = select_neurons(mu, LAYERS, budget=5, rounds=4)
-    assert (found.curve[0].count, found.curve[-1].count) == (48, 5)
-    for point in found.curve:
-        masks = (found.order < point.count).split([32, 16], 1)
+    selection = select_neurons(mu, LAYERS, budget=5, rounds=4)
+    assert (selection.curve[0].count, selection.curve[-1].count) == (48, 5)
+    for point in selection.curve:
+        masks = (selection.order < point.count).split([32, 16], 1)
         left = restriction(mu, dict(zip(LAYERS, masks, strict=True)))
         torch.testing.assert_close(left.mse, point.mse)
         torch.testing.assert_close(left.smape, point.smape)
         torch.testing.assert_close(left.mass, point.mass)
-    errors = torch.stack([point.mse for point in found.curve])
-    assert bool((errors.diff(dim=0) >= -1e-12).all()), "without sign, less is never better"
+    errors = torch.stack([point.mse for point in selection.curve])
+    assert bool((errors.diff(dim=0) >= -1e-12).all()), "with non-negative kernels the error only grows"
 
 
 def test_joint_relevance_selects_better_than_marginals():
-    """The point of elimination: what is given up is judged with what is kept elsewhere."""
+    """The purpose of elimination: groups are scored together with the kept groups of other layers."""
     mu = measured(20, NRMAbsolute())
-    found = select_neurons(mu, LAYERS, budget=8)
+    selection = select_neurons(mu, LAYERS, budget=8)
     marginals = torch.cat([mu.marginal(layer, "channel") for layer in LAYERS], 1)
     tops = torch.zeros_like(marginals, dtype=torch.bool).scatter(1, marginals.topk(8).indices, True)
     plain = restriction(mu, dict(zip(LAYERS, tops.split([32, 16], 1), strict=True)))
-    assert float(restriction(mu, found.kept).mass.mean()) > float(plain.mass.mean())
+    assert float(restriction(mu, selection.kept).mass.mean()) > float(plain.mass.mean())
 
 
-def test_neurons_can_be_selected_one_by_one():
+def test_single_neurons_can_be_selected():
     mu = measured(2)
-    found = select_neurons(mu, ["features.12"], budget=10, over="neuron")
-    assert found.kept["features.12"].shape == (2, 64 * 16)
-    assert restriction(mu, {"features.12": found.kept["features.12"].view(2, 64, 4, 4)}).mass.shape == (2,)
-
-
-def cut(model, layer, mask, value):
-    """The same network with a module more."""
-    net = copy.deepcopy(model)
-    index = int(layer.split(".")[1])
-    shaped = mask[:, :, None, None]
-
-    class Cut(nn.Module):
-        def forward(self, x):
-            return shaped * x + ~shaped * value
-
-    net.features = nn.Sequential(*net.features[: index + 1], Cut(), *net.features[index + 1 :])
-    return net
-
-
-@pytest.mark.parametrize("fill", ["zero", "mean", "resample"])
-def test_ablation_is_the_net_cut_by_hand(fill):
-    images, _ = load_digits()
-    model, images, others = load_model(), images[:4], images[10:13]
-    mask = torch.rand(4, 64) < 0.5
-    reference = activations(model, others, ["features.12"])
-    same = model.features[:13](others)
-    torch.testing.assert_close(reference["features.12"], same.detach())
-    value = {"zero": torch.zeros(()), "mean": same.mean(0), "resample": same[[0, 1, 2, 0]]}[fill]
-    expected = cut(model, "features.12", mask, value)(images)
-    with ablation(model, {"features.12": mask}, fill, reference):
-        found = model(images)
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, model(images))
-    assert not model.features[12]._forward_hooks
-
-
-def test_a_model_is_left_as_it_was_where_ablation_raises():
-    model = load_model()
-    with pytest.raises(RuntimeError), ablation(model, {"features.12": torch.ones(5, dtype=torch.bool)}):
-        model(load_digits()[0][:2])
-    assert not model.features[12]._forward_hooks
+    selection = select_neurons(mu, ["features.12"], budget=10, over="neuron")
+    assert selection.kept["features.12"].shape == (2, 64 * 16)
+    assert restriction(mu, {"features.12": selection.kept["features.12"].view(2, 64, 4, 4)}).mass.shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -287,12 +246,12 @@ def test_a_model_is_left_as_it_was_where_ablation_raises():
         {"layers": "features.2", "budget": 5},
     ],
 )
-def test_what_selects_nothing_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"give|say|keep|must"):
+def test_invalid_arguments_raise(arguments):
+    with pytest.raises(ValueError, match=r"give|keep|must"):
         select_neurons(measured(1), **arguments)
 
 
-def test_masks_that_do_not_fit_are_refused():
+def test_masks_that_do_not_fit_raise():
     mu = measured(2)
     with pytest.raises(InputError, match="has shape"):
         restriction(mu, {"features.2": torch.ones(5, dtype=torch.bool)})
@@ -300,13 +259,3 @@ def test_masks_that_do_not_fit_are_refused():
         restriction(mu, {"features.2": torch.ones(16)})
     with pytest.raises(InputError, match="at least one"):
         restriction(mu, {})
-    with (
-        pytest.raises(ValueError, match="reference"),
-        ablation(load_model(), {"features.2": torch.ones(16) > 0}, "mean"),
-    ):
-        pass
-    with (
-        pytest.raises(ValueError, match="unknown"),
-        ablation(load_model(), {"features.2": torch.ones(16) > 0}, "noise"),
-    ):
-        pass

@@ -1,4 +1,4 @@
-"""Conditions in the form of zennit-crp: what is refused; the numbers are compared in hosts/test_crp.py."""
+"""Conditions in the format of zennit-crp: errors and forms; hosts/test_crp.py compares the numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.fl
 
 
 @pytest.mark.parametrize(
-    ("conditions", "said"),
+    ("conditions", "message"),
     [
         ([], "no condition was given"),
         ([[3]], r"a condition is a mapping such as .* got list"),
@@ -33,21 +33,21 @@ X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.fl
         ([{"y": [0, -3]}], "'y' names output -3, but there are 2"),
     ],
 )
-def test_a_condition_of_another_form_is_refused(net: nn.Module, conditions, said):
-    with pytest.raises(EventError, match=said):
+def test_invalid_conditions_raise(net: nn.Module, conditions, message):
+    with pytest.raises(EventError, match=message):
         ConceptNRM(net).attribute(X, conditions)
 
 
 @pytest.mark.parametrize("ids", [2, [2], (2,), range(2, 3), np.array([2]), torch.tensor([2]), np.int64(2)])
-def test_channels_come_in_any_form_of_a_list(ids):
+def test_channels_may_be_any_sequence_of_integers(ids):
     assert condition_event({"1": ids}) == at("1").channel([2])
 
 
-def test_without_outputs_all_are_explained_in_the_unit_of_their_sum(net: nn.Module):
-    """The start is every output with its value, and the book-keeping that of a measure with this start."""
-    found = ConceptNRM(net).attribute(X, [{"1": [2]}, {}])
+def test_without_outputs_all_are_explained_in_units_of_their_sum(net: nn.Module):
+    """Every output starts with its value, as in a measure with this start vector."""
+    relevance = ConceptNRM(net).attribute(X, [{"1": [2]}, {}])
     output = net(X).detach()
     mu = RelevanceMeasure(net, X, start=output, composite=NRM(net).composite)
     total = output.sum(1, keepdim=True)
-    torch.testing.assert_close(found[0], mu.marginal("input", joint=at("1")[2]) * total)
-    torch.testing.assert_close(found[1], mu.marginal("input") * total)
+    torch.testing.assert_close(relevance[0], mu.marginal("input", joint=at("1")[2]) * total)
+    torch.testing.assert_close(relevance[1], mu.marginal("input") * total)

@@ -1,4 +1,4 @@
-"""Text coloured by relevance shows the numbers that it was given, whatever the tokens are."""
+"""Text coloured by relevance shows the given numbers, for any tokens."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_each_token_has_the_colour_of_its_relevance():
 
 
 @pytest.mark.slow
-def test_the_colour_bar_is_centred_at_zero_and_in_percent_of_all_relevance():
+def test_the_colour_bar_is_centred_at_zero_and_in_percent_of_the_total():
     figure = text_figure(TOKENS, VALUES)
     bar = figure.axes[-1]
     drawn(figure)
@@ -87,7 +87,7 @@ def test_the_colour_bar_is_centred_at_zero_and_in_percent_of_all_relevance():
     assert "<b>−30%</b>" in text_html(TOKENS, VALUES)
 
 
-def test_several_maps_have_one_scale_and_a_title_each():
+def test_several_maps_have_a_common_scale_and_a_title_each():
     maps = torch.stack([VALUES, VALUES / 2])
     figure = text_figure(TOKENS, maps, ["all", "head 2"], heading="tokens")
     assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["all", "head 2"]
@@ -98,7 +98,7 @@ def test_several_maps_have_one_scale_and_a_title_each():
     assert len(tokens_of(page)) == 2 * len(TOKENS)
 
 
-def test_the_page_escapes_its_tokens_runs_nothing_and_loads_nothing():
+def test_the_html_escapes_its_tokens_and_has_no_scripts_or_external_resources():
     page = text_html([*TOKENS, '"><img src=x onerror=alert(1)>', "</style>"], [*VALUES.tolist(), 0.1, 0.1])
     reader = Reader(page)
     assert {tag for tag, _ in reader.tags} <= {"style", "div", "p", "span", "b", "i"}
@@ -112,14 +112,14 @@ def test_the_page_escapes_its_tokens_runs_nothing_and_loads_nothing():
 
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK])
-def test_tokens_can_be_read_on_every_colour(palette):
+def test_tokens_have_contrast_on_every_colour(palette):
     for value in np.linspace(-1, 1, 401):
         color = shade(float(value), palette)
         bright, ink = luminance(color), luminance(to_rgb(ink_on(color)))
         assert (max(bright, ink) + 0.05) / (min(bright, ink) + 0.05) >= 4.5
 
 
-def test_the_page_chooses_black_or_white_for_both_backgrounds():
+def test_letters_are_black_or_white_on_both_backgrounds():
     page = text_html(["strong", "weak", "none"], [1.0, 0.1, 0.0])
     strong, weak, none = tokens_of(page)
     assert strong["class"] == "p w k"
@@ -146,7 +146,7 @@ def test_special_tokens_and_padding_are_marked():
         (["a", "", "Ġ"], "a␣ ␣"),
     ],
 )
-def test_words_are_put_together_as_the_tokenizer_took_them_apart(tokens, text):
+def test_tokens_are_joined_to_the_words_of_the_tokenizer(tokens, text):
     assert Reader(text_html(tokens, [0.1] * len(tokens))).text == text
 
 
@@ -167,23 +167,23 @@ def test_long_texts_and_long_tokens_are_broken_into_lines():
         assert all(x + wide <= after + 1e-9 for (x, wide), (after, _) in itertools.pairwise(line))
 
 
-def test_letters_stay_inside_their_boxes():
+def test_letters_are_inside_their_boxes():
     figure = text_figure(["mmmmmmmmmm", "iiiiiiiiii", "WWWWWWWWWW"] * 8, [0.1] * 24)
     figure.draw_without_rendering()
     for text, box in zip(figure.axes[0].texts, boxes(figure), strict=True):
         assert text.get_window_extent().width <= 1.02 * box.get_window_extent().width
 
 
-def test_what_does_not_fit_is_an_error():
+def test_invalid_arguments_raise():
     for tokens, values, options, message in (
-        ("text", [0.1], {}, "tokens is a list of strings"),
-        ([1, 2], [0.1, 0.2], {}, "tokens is a list of strings"),
+        ("text", [0.1], {}, "tokens must be a list of strings"),
+        ([1, 2], [0.1, 0.2], {}, "tokens must be a list of strings"),
         (["a", "b"], [0.1], {}, r"shape \(1,\), and there are 2 tokens"),
         (["a"], torch.zeros(1, 1, 1), {}, "of one sample"),
         ([], [], {}, "there are 0 tokens"),
         (["a"], [float("nan")], {}, "nan or inf"),
-        (["a"], [[0.1], [0.2]], {}, "there are 2 maps"),
-        (["a"], [0.1], {"titles": "x"}, "a list of as many titles"),
+        (["a"], [[0.1], [0.2]], {}, "each of the 2 maps"),
+        (["a"], [0.1], {"titles": "x"}, "a list of one title"),
         (["a"], [0.1], {"limit": 0}, "give a positive number"),
     ):
         for make in (text_figure, text_html):
@@ -191,13 +191,13 @@ def test_what_does_not_fit_is_an_error():
                 make(tokens, values, **options)
 
 
-def test_zeros_alone_are_paper():
+def test_zeros_have_the_colour_of_the_background():
     figure = text_figure(["a", "b"], [0.0, 0.0])
     assert {to_hex(box.get_facecolor()) for box in boxes(figure)} == {LIGHT.paper}
     drawn(figure)
 
 
-def test_tokens_conditional_on_a_head_add_up_to_its_relevance():
+def test_maps_of_heads_have_the_joint_relevance_of_tokens():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
     net = nn.Sequential(nn.Embedding(9, 8), nn.TransformerEncoder(layer, 1), nn.Flatten(), nn.Linear(40, 2)).eval()

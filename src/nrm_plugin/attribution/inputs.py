@@ -1,0 +1,245 @@
+"""Relevance of the inputs: the counterpart of Captum's ``LRP``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar, overload
+
+import torch
+from captum.attr._utils.attribution import GradientAttribution
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from ..composites import Uncovered
+from ..events.event import Event
+from ..kernels.normalization import Residual
+from ..measure.measure import RelevanceMeasure, normalize
+from ..model.checks import check_module
+from ..model.targets import sample_sums
+from ..recording.coverage import coverage
+from .base import (
+    Request,
+    Unit,
+    as_given,
+    as_tuple,
+    check_floating,
+    convergence_delta,
+    in_unit,
+    input_relevance,
+    input_taps,
+    log_usage,
+    with_optional,
+)
+
+T = TypeVar("T", Tensor, tuple[Tensor, ...])
+
+
+class NRM(GradientAttribution):
+    """Normalized relevance of the inputs, as a Captum attribution method.
+
+    Args:
+        model: The network; ``torch.nn.DataParallel`` is unwrapped and runs on one device.
+        composite: A Zennit composite; None for the default of this package.
+        residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+
+    Raises:
+        InputError: ``model`` is a function, not a module: its layers cannot be recorded.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+        >>> images = torch.randn(2, 3, 6, 6)
+        >>> NRM(net).attribute(images, target=5).shape
+        torch.Size([2, 3, 6, 6])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        check_module(model)
+        super().__init__(model)
+        self.model = model
+        self.composite = normalize(composite, residual, gain_limit, uncovered)
+
+    @overload
+    def attribute(
+        self,
+        inputs: T,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: Literal[False] = False,
+        verbose: bool = False,
+        *,
+        given: Event | None = None,
+        joint: Event | None = None,
+        unit: Unit = "output",
+        return_sink: Literal[False] = False,
+    ) -> T: ...
+    @overload
+    def attribute(
+        self,
+        inputs: T,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        verbose: bool = False,
+        *,
+        given: Event | None = None,
+        joint: Event | None = None,
+        unit: Unit = "output",
+        return_sink: bool = False,
+    ) -> Any: ...
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        verbose: bool = False,
+        *,
+        given: Event | None = None,
+        joint: Event | None = None,
+        unit: Unit = "output",
+        return_sink: bool = False,
+    ) -> Any:
+        """Relevance of each input entry.
+
+        Args:
+            inputs: ``(N, …)``, or a tuple of such tensors.
+            target: Output to explain, in Captum's forms: an int or a tensor with one int for all samples, a list or
+                tensor with one int for each sample; for outputs with more dimensions a tuple, or a list of tuples; None
+                if a sample has a single output.
+            additional_forward_args: Further arguments of the model, one or a tuple of them; they get no relevance.
+            return_convergence_delta: Also return the convergence delta, ``(N,)``: the explained output minus
+                attributions, sink and bypass. It is 0 up to rounding.
+            verbose: Print the rule of every step.
+            given: Event on which relevance is conditional.
+            joint: Event with which relevance is joint.
+            unit: ``"output"``: relevance, sink and bypass of a sample sum to the explained output; ``"measure"``: to 1.
+            return_sink: Also return the absorbed relevance, ``(N,)``, in the same unit.
+
+        Returns:
+            Attributions in the form of the inputs; with the delta and the sink, if requested, in a tuple.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> x = torch.randn(5, 3)
+            >>> relevance, delta, sink = NRM(net).attribute(
+            ...     x, target=1, return_convergence_delta=True, return_sink=True)
+            >>> torch.allclose(relevance.sum(1) + sink, net(x)[:, 1], atol=1e-5), bool(delta.abs().max() < 1e-5)
+            (True, True)
+        """
+        formatted, was_tuple = as_tuple(inputs)
+        check_floating(formatted)
+        self._report(formatted, additional_forward_args, verbose)
+        measure = self.measure(formatted, target, additional_forward_args)
+        request = Request(given, joint, unit, return_convergence_delta, return_sink)
+        return self._in_form(measure, measure.output, formatted, was_tuple, request)
+
+    def measure(
+        self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None
+    ) -> RelevanceMeasure:
+        """The measure of which the attributions are marginals, for further queries: sinks, joints, conditionals.
+
+        Args:
+            inputs: As in :meth:`attribute`.
+            target: As in :meth:`attribute`.
+            additional_forward_args: As in :meth:`attribute`.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> NRM(net).measure(torch.randn(5, 3), 1).marginal("0").shape
+            torch.Size([5, 4])
+        """
+        with torch.enable_grad():  # Captum's metrics call attribute under no_grad
+            return RelevanceMeasure(
+                self._unwrapped(),
+                inputs,
+                target,
+                composite=self.composite,
+                additional_forward_args=additional_forward_args,
+            )
+
+    def attribute_future(self) -> None:
+        """Not available, as in Captum's LRP.
+
+        Raises:
+            NotImplementedError: Always.
+
+        Examples:
+            >>> NRM(nn.Linear(2, 2)).attribute_future()
+            Traceback (most recent call last):
+            NotImplementedError: attribute_future is not available for normalized relevance.
+        """
+        raise NotImplementedError("attribute_future is not available for normalized relevance.")
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """True: relevance is a contribution, not a sensitivity.
+
+        Examples:
+            >>> NRM(nn.Linear(2, 2)).multiplies_by_inputs
+            True
+        """
+        return True
+
+    def has_convergence_delta(self) -> bool:
+        """True: sink and bypass are accounted for.
+
+        Examples:
+            >>> NRM(nn.Linear(2, 2)).has_convergence_delta()
+            True
+        """
+        return True
+
+    def compute_convergence_delta(self, attributions: Any, output: Tensor, accounted: Tensor | float = 0.0) -> Tensor:
+        """``output - accounted - Σ attributions``, ``(N,)``, as in Captum's LRP.
+
+        Args:
+            attributions: A tensor or tuple of tensors, ``(N, …)``.
+            output: The explained output, ``(N,)``.
+            accounted: Mass of sink and bypass, in the same unit.
+
+        Examples:
+            >>> method = NRM(nn.Linear(2, 2))
+            >>> method.compute_convergence_delta(torch.tensor([[1.0, 2.0]]), torch.tensor([3.5]), accounted=0.25)
+            tensor([0.2500])
+        """
+        parts = attributions if isinstance(attributions, tuple) else (attributions,)
+        total = torch.stack([sample_sums(part) for part in parts]).sum(0)
+        return output.flatten() - accounted - total
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _unwrapped(self) -> nn.Module:
+        return self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+
+    def _layer(self, layer: Any) -> Any:
+        """A layer of the given model as a layer of the model without its ``DataParallel`` wrapper."""
+        if not isinstance(self.model, nn.DataParallel):
+            return layer
+        if layer is self.model:
+            return self.model.module
+        names = {name for name, _ in self.model.module.named_modules()}
+        is_wrapped = isinstance(layer, str) and layer.startswith("module.") and layer not in names
+        return layer.removeprefix("module.") if is_wrapped else layer
+
+    def _report(self, inputs: tuple[Tensor, ...], additional_forward_args: Any, verbose: bool) -> None:
+        if verbose:
+            with torch.enable_grad():
+                print(coverage(self._unwrapped(), inputs, self.composite, additional_forward_args))
+
+    def _in_form(
+        self, measure: RelevanceMeasure, output: Tensor, inputs: tuple[Tensor, ...], was_tuple: bool, request: Request
+    ) -> Any:
+        """Relevance of the inputs in Captum's form, with the delta and the sink if requested."""
+        relevance = input_relevance(measure, inputs, request.given, request.joint)
+        attributions = as_given(tuple(in_unit(part, output, request.unit) for part in relevance), was_tuple)
+        taps = input_taps(measure)
+        delta = in_unit(convergence_delta(measure, taps), output, request.unit) if request.delta else None
+        sink = in_unit(measure.sink_above(taps), output, request.unit) if request.sink else None
+        return with_optional(attributions, delta, sink)

@@ -1,0 +1,73 @@
+"""Joint relevance of two layers, with Captum's arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from ..composites import Uncovered
+from ..kernels.normalization import Residual
+from .base import Layer, Unit, as_tuple, in_unit
+from .inputs import NRM
+
+
+class JointNRM:
+    """Joint relevance of the channels, or neurons, of two layers.
+
+    Args:
+        model: The network; ``torch.nn.DataParallel`` is unwrapped.
+        upper: The layer nearer to the output, a module, its name or ``at(…)``.
+        lower: A layer below it.
+        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(20, 10))
+        >>> JointNRM(net, net[2], net[0]).attribute(torch.randn(2, 3, 6, 6), target=5).shape
+        torch.Size([2, 5, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        upper: Layer,
+        lower: Layer,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        self.upper, self.lower = upper, lower
+        self._inputs = NRM(model, composite, residual, gain_limit, uncovered)
+
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        over: str = "channel",
+        unit: Unit = "output",
+    ) -> Tensor:
+        """The joint relevance of each pair.
+
+        Args:
+            inputs: ``(N, …)``, or a tuple of such tensors.
+            target: Output to explain, in Captum's forms; see :meth:`NRM.attribute`.
+            additional_forward_args: Further arguments of the model.
+            over: ``"channel"`` or ``"neuron"``.
+            unit: ``"output"``, multiplied by the explained output, or ``"measure"``.
+
+        Returns:
+            ``(N, upper, lower)``.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> x = torch.randn(5, 3)
+            >>> joint = JointNRM(net, "2", "0").attribute(x, target=1)
+            >>> torch.allclose(joint.sum(1), LayerNRM(net, "0").attribute(x, target=1), atol=1e-6)
+            True
+        """
+        measure = self._inputs.measure(as_tuple(inputs)[0], target, additional_forward_args)
+        upper, lower = self._inputs._layer(self.upper), self._inputs._layer(self.lower)
+        return in_unit(measure.joint(upper, lower, over), measure.output, unit)

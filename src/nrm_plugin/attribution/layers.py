@@ -1,0 +1,119 @@
+"""Relevance of the neurons of layers: the counterpart of Captum's ``LayerLRP``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from captum.attr._utils.attribution import LayerAttribution
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from ..composites import Uncovered
+from ..events.event import Event, Side
+from ..kernels.normalization import Residual
+from .base import Layer, Unit, as_tuple, check_device_ids, convergence_delta, in_unit, log_usage, with_optional
+from .inputs import NRM
+
+
+class LayerNRM(NRM, LayerAttribution):
+    """Normalized relevance of the neurons of one or several layers, as a Captum attribution method.
+
+    Args:
+        model: The network; ``torch.nn.DataParallel`` is unwrapped.
+        layer: A module, its name or ``at(…)``, a list of them (one pass for all), or None for every layer of the
+            measure.
+        device_ids: Accepted as in Captum's layer methods, and ignored: the model runs on one device.
+        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+        >>> images = torch.randn(2, 3, 6, 6)
+        >>> LayerNRM(net, net[0]).attribute(images, target=5).shape
+        torch.Size([2, 4, 4, 4])
+        >>> [tuple(relevance.shape) for relevance in LayerNRM(net, ["2", net[0]]).attribute(images, target=5)]
+        [(2, 64), (2, 4, 4, 4)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: Layer | list[Layer] | list[nn.Module] | list[str] | None = None,
+        device_ids: list[int] | None = None,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        check_device_ids(device_ids)
+        NRM.__init__(self, model, composite, residual, gain_limit, uncovered)
+        LayerAttribution.__init__(self, model, layer, device_ids)
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        attribute_to_layer_input: bool = False,
+        verbose: bool = False,
+        *,
+        given: Event | None = None,
+        joint: Event | None = None,
+        unit: Unit = "output",
+        return_sink: bool = False,
+    ) -> Any:
+        """Relevance of each neuron of the layers.
+
+        Args:
+            inputs: ``(N, …)``, or a tuple of such tensors. Integers get no relevance, the embeddings that they select
+                do.
+            target: Output to explain, in Captum's forms; see :meth:`NRM.attribute`.
+            additional_forward_args: Further arguments of the model.
+            return_convergence_delta: Also return the convergence delta of each layer, ``(N,)``.
+            attribute_to_layer_input: Relevance at the input of the layers instead of their output.
+            verbose: Print the rule of every step.
+            given: Event on which relevance is conditional.
+            joint: Event with which relevance is joint.
+            unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
+            return_sink: Also return the relevance absorbed above each layer, ``(N,)``.
+
+        Returns:
+            A tensor for a layer (a tuple for a layer with several), a list for a list of layers or for all layers; with
+            the deltas and the sinks, if requested, in a tuple.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> x = torch.randn(5, 3)
+            >>> relevance, sink = LayerNRM(net, "1").attribute(x, target=0, return_sink=True)
+            >>> torch.allclose(relevance.sum(1) + sink, net(x)[:, 0], atol=1e-5)
+            True
+            >>> LayerNRM(net, net[2]).attribute(x, target=0, attribute_to_layer_input=True).shape
+            torch.Size([5, 4])
+        """
+        formatted, _ = as_tuple(inputs)
+        self._report(formatted, additional_forward_args, verbose)
+        measure = self.measure(formatted, target, additional_forward_args)
+        layers = measure.layers if self.layer is None else self.layer
+        side: Side = "input" if attribute_to_layer_input else "output"
+        taps = [measure.taps_of(self._layer(layer), side) for layer in _as_list(layers)]
+        marginals = measure.marginal([tap for group in taps for tap in group], given=given, joint=joint)
+
+        def scaled(value: Tensor) -> Tensor:
+            return in_unit(value, measure.output, unit)
+
+        def in_form(values: list[Any]) -> Any:
+            return values if isinstance(layers, list) else values[0]
+
+        relevance = [tuple(scaled(marginals[tap]) for tap in group) for group in taps]
+        attributions = in_form([parts[0] if len(parts) == 1 else parts for parts in relevance])
+        delta = sink = None
+        if return_convergence_delta:
+            delta = in_form([scaled(convergence_delta(measure, group)) for group in taps])
+        if return_sink:
+            sink = in_form([scaled(measure.sink_above(group)) for group in taps])
+        return with_optional(attributions, delta, sink)
+
+
+def _as_list(layers: Any) -> list[Any]:
+    return layers if isinstance(layers, list) else [layers]

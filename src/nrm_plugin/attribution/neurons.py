@@ -1,0 +1,116 @@
+"""Relevance of the inputs for neurons inside the network: the counterpart of Captum's ``NeuronGradient``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from captum.attr._utils.attribution import NeuronAttribution
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from ..composites import Uncovered
+from ..events.event import Atom, Event, Side, at
+from ..kernels.normalization import Residual
+from ..measure.measure import RelevanceMeasure
+from ..model.targets import Neurons
+from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage
+from .inputs import NRM
+
+
+class NeuronNRM(NRM, NeuronAttribution):
+    """Normalized relevance of the inputs for neurons inside the network, as a Captum attribution method.
+
+    The measure starts at the selected neurons, so there is no target.
+
+    Args:
+        model: The network; ``torch.nn.DataParallel`` is unwrapped.
+        layer: A module, its name or ``at(…)``.
+        device_ids: Accepted as in Captum's neuron methods, and ignored: the model runs on one device.
+        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+        >>> images = torch.randn(2, 3, 6, 6)
+        >>> NeuronNRM(net, net[0]).attribute(images, (1, 2, 2)).shape
+        torch.Size([2, 3, 6, 6])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: Layer,
+        device_ids: list[int] | None = None,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        uncovered: Uncovered | None = None,
+    ) -> None:
+        check_device_ids(device_ids)
+        NRM.__init__(self, model, composite, residual, gain_limit, uncovered)
+        NeuronAttribution.__init__(self, model, layer, device_ids)
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Any,
+        neuron_selector: int | tuple[int | slice, ...] | Callable[[Tensor], Tensor],
+        additional_forward_args: Any = None,
+        attribute_to_neuron_input: bool = False,
+        verbose: bool = False,
+        *,
+        given: Event | None = None,
+        joint: Event | None = None,
+        unit: Unit = "output",
+        return_convergence_delta: bool = False,
+        return_sink: bool = False,
+    ) -> Any:
+        """Relevance of each input entry for the selected neurons.
+
+        Args:
+            inputs: ``(N, …)``, or a tuple of such tensors.
+            neuron_selector: As in Captum: an index, a tuple of indices and slices, or a function of the layer's output
+                that returns one number for each sample. Several neurons start with their activations.
+            additional_forward_args: Further arguments of the model.
+            attribute_to_neuron_input: Select among the inputs of the layer instead of its outputs.
+            verbose: Print the rule of every step.
+            given: Event on which relevance is conditional.
+            joint: Event with which relevance is joint.
+            unit: ``"output"``: relevance, sink and bypass sum to the activation of the neurons; ``"measure"``: to 1.
+            return_convergence_delta: Also return the convergence delta, ``(N,)``.
+            return_sink: Also return the absorbed relevance, ``(N,)``.
+
+        Returns:
+            Attributions in the form of the inputs; with the delta and the sink, if requested, in a tuple.
+
+        Raises:
+            TargetError: The selector does not fit the layer, or the selected activations cancel.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> x, method = torch.randn(5, 3), NeuronNRM(net, net[1])
+            >>> relevance, sink = method.attribute(x, 2, return_sink=True)
+            >>> torch.allclose(relevance.sum(1) + sink, net[:2](x)[:, 2], atol=1e-5)
+            True
+            >>> both = method.attribute(x, (slice(1, 3),))
+            >>> torch.allclose(both, method.attribute(x, lambda h: h[:, 1] + h[:, 2]), atol=1e-6)
+            True
+        """
+        formatted, was_tuple = as_tuple(inputs)
+        check_floating(formatted)
+        self._report(formatted, additional_forward_args, verbose)
+        side: Side = "input" if attribute_to_neuron_input else "output"
+        layer = self._layer(self.layer)
+        neurons = Neurons(neuron_selector)
+        with torch.enable_grad():
+            measure = RelevanceMeasure(
+                self._unwrapped(),
+                formatted,
+                start=neurons,
+                output=layer if isinstance(layer, Atom) else at(layer, side=side),
+                composite=self.composite,
+                additional_forward_args=additional_forward_args,
+            )
+        request = Request(given, joint, unit, return_convergence_delta, return_sink)
+        return self._in_form(measure, neurons.activation, formatted, was_tuple, request)

@@ -1,0 +1,90 @@
+"""What is left of a prediction when neurons are ablated: their activations are replaced while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..recording.module_outputs import module_outputs
+
+Fill = Literal["zero", "mean", "resample"]
+FILLS: tuple[Fill, ...] = ("zero", "mean", "resample")
+
+
+@contextmanager
+def ablation(
+    model: nn.Module, kept: Mapping[str, Tensor], fill: Fill = "zero", reference: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """While it lasts, the activations of all neurons that are not kept are replaced.
+
+    Args:
+        model: The network; its hooks are removed at the end.
+        kept: For each module, by name, a mask of its output, ``(C,)``, ``(N, C)``, ``(*shape)`` or ``(N, *shape)``;
+            channels are dimension 1.
+        fill: ``"zero"``, ``"mean"`` of the reference activations, or ``"resample"``: sample ``n`` gets those of the
+            reference sample ``n`` modulo the number of reference samples.
+        reference: Activations of each module on reference samples, from :func:`activations`; required unless ``fill``
+            is ``"zero"``.
+
+    Raises:
+        ValueError: An unknown fill, or one that requires a reference and has none.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> x = torch.randn(5, 3)
+        >>> with ablation(net, {"1": torch.zeros(4, dtype=torch.bool)}):
+        ...     torch.equal(net(x), net[2].bias.expand(5, 2))
+        True
+    """
+    if fill not in FILLS:
+        raise ValueError(f"fill={fill!r} is unknown; choose one of {', '.join(map(repr, FILLS))}.")
+    if fill != "zero" and any(layer not in (reference or {}) for layer in kept):
+        raise ValueError(f"fill={fill!r} needs reference=, as activations(model, samples, layers) returns it.")
+    with ExitStack() as stack:
+        for layer, mask in kept.items():
+            replacement = None if fill == "zero" or reference is None else reference[layer]
+            handle = model.get_submodule(layer).register_forward_hook(_replacing(mask, fill, replacement))
+            stack.callback(handle.remove)
+        yield
+
+
+def _replacing(mask: Tensor, fill: Fill, reference: Tensor | None) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        shape = output.shape
+        kept = mask.to(output.device)
+        if kept.shape not in (shape, shape[1:]):
+            kept = kept.expand(shape[0], shape[1]).reshape(shape[0], shape[1], *(1,) * (len(shape) - 2))
+        if reference is None:
+            return torch.where(kept, output, output.new_zeros(()))
+        if fill == "mean":
+            return torch.where(kept, output, reference.mean(0))
+        samples = torch.arange(shape[0], device=reference.device) % len(reference)
+        return torch.where(kept, output, reference[samples])
+
+    return hook
+
+
+def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Tensor]:
+    """The output of each module, ``(N, *shape)``, in one forward pass; of a reused module, that of its last call.
+
+    Raises:
+        UnknownLayerError: No module has this name.
+        InputError: A module is not called, or does not return a tensor.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> activations(net, torch.randn(5, 3), ["1"])["1"].shape
+        torch.Size([5, 4])
+    """
+    with module_outputs(model, layers) as outputs, torch.no_grad():
+        model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    for layer, calls in outputs.items():
+        if not calls or not isinstance(calls[-1], Tensor):
+            why = "does not return a tensor" if calls else "was not called"
+            raise InputError(f"{layer!r} {why}, so it has no activations.")
+    return {layer: calls[-1] for layer, calls in outputs.items()}

@@ -1,0 +1,173 @@
+"""Best-first search for the group walks with the largest joint relevance."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bounds import CompletionBounds, now
+from .layer_chain import LayerChain
+
+BATCH = 8
+"""Prefixes that are propagated in one pass."""
+SHARE_OF_BOUNDS = 0.6
+"""Part of the budget that the bounds may take."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """The upper part of walks, to be continued below.
+
+    Attributes:
+        groups: One group in each of its layers.
+        bound: No completion carries more, by absolute value.
+        number: In the order of creation.
+        mass: Absolute joint relevance of its groups.
+        relevance: Of all neurons of its last layer, of the walks through the groups above, ``(n,)``.
+    """
+
+    groups: tuple[int, ...]
+    bound: float
+    number: int
+    mass: float
+    relevance: Tensor
+
+    def __lt__(self, other: Prefix) -> bool:
+        """A heap has the largest bound first."""
+        return (-self.bound, self.number) < (-other.bound, other.number)
+
+
+@dataclass(frozen=True)
+class CompleteWalk:
+    """One group in every layer, and its signed joint relevance."""
+
+    groups: tuple[int, ...]
+    mass: float
+
+    def __lt__(self, other: CompleteWalk) -> bool:
+        """A heap has the smallest absolute mass first."""
+        return (abs(self.mass), self.groups) < (abs(other.mass), other.groups)
+
+
+class BestFirstSearch:
+    """A heap of prefixes to be continued, and one of the best complete walks.
+
+    Args:
+        chain: The layers and their groups.
+        k: Number of walks.
+        begin: Time at which the budget starts.
+        budget: Seconds.
+        expansions: Number of prefixes after which the search stops.
+    """
+
+    def __init__(self, chain: LayerChain, k: int, begin: float, budget: float, expansions: int | None) -> None:
+        self.chain, self.k, self.expansions = chain, k, expansions
+        self.deadline = begin + budget
+        self.bounds = CompletionBounds(chain, begin + SHARE_OF_BOUNDS * budget)
+        self.prefixes: list[Prefix] = []
+        self.best: list[CompleteWalk] = []
+        self.expanded = 0
+        self._slack = 1 + (1e-4 if chain.mu._start.dtype == torch.float32 else 1e-9)
+        self._dropped = 0.0
+        self._numbers = itertools.count()
+
+    @property
+    def missed(self) -> float:
+        """No walk that is not among the best carries more, by absolute value."""
+        return max(self._dropped, self.prefixes[0].bound if self.prefixes else 0.0)
+
+    def largest_first(self) -> list[CompleteWalk]:
+        """The best complete walks."""
+        return sorted(self.best, key=lambda walk: -abs(walk.mass))
+
+    def run(self) -> None:
+        """Searches until all walks are certified, or the budget is spent."""
+        self._add_continuations((), self.chain.first())
+        for width in (1, 2 * math.isqrt(self.k)):  # a first walk early, then those of a greedy search
+            for depth in range(1, self.chain.last + 1):
+                self._expand_largest(depth, width)
+        while self.prefixes and self.prefixes[0].bound > self._threshold() and not self._is_over():
+            self._expand(self._most_promising())
+            deepest = max((len(prefix.groups) for prefix in self.prefixes), default=0)
+            self._expand_largest(deepest, BATCH)  # where bounds are loose, the largest masses lead to better walks
+
+    def _threshold(self) -> float:
+        """Absolute mass that a walk must exceed to be among the best ``k``."""
+        return abs(self.best[0].mass) if len(self.best) == self.k else 0.0
+
+    def _is_over(self) -> bool:
+        is_enough = self.expansions is not None and self.expanded >= self.expansions
+        return self.expanded > 0 and (is_enough or now() > self.deadline)
+
+    def _batch(self, depth: int) -> int:
+        return min(BATCH, self.chain.widths[depth - 1])
+
+    def _expand_largest(self, depth: int, width: int) -> None:
+        """Expands the prefixes of one length with the largest mass."""
+        threshold = self._threshold()
+        candidates = [prefix for prefix in self.prefixes if len(prefix.groups) == depth and prefix.bound > threshold]
+        chosen = heapq.nlargest(width, candidates, key=lambda prefix: prefix.mass)
+        batch = self._batch(depth) if chosen else 1
+        for first in range(0, len(chosen), batch):
+            if self._is_over():
+                return
+            part = chosen[first : first + batch]
+            expanded = {prefix.number for prefix in part}
+            self.prefixes = [prefix for prefix in self.prefixes if prefix.number not in expanded]
+            heapq.heapify(self.prefixes)
+            self._expand(part)
+
+    def _most_promising(self) -> list[Prefix]:
+        """The prefix with the largest bound, and those of the same length that follow it."""
+        chosen = [heapq.heappop(self.prefixes)]
+        depth, threshold = len(chosen[0].groups), self._threshold()
+        while self.prefixes and len(chosen) < self._batch(depth):
+            if len(self.prefixes[0].groups) != depth or self.prefixes[0].bound <= threshold:
+                break
+            chosen.append(heapq.heappop(self.prefixes))
+        return chosen
+
+    def _expand(self, prefixes: list[Prefix]) -> None:
+        level = len(prefixes[0].groups) - 1
+        self.expanded += len(prefixes)
+        labels = self.chain.labels[level]
+        vectors = [prefix.relevance * (labels == prefix.groups[-1]) for prefix in prefixes]
+        rows = self.chain.propagate(level, torch.stack(vectors))
+        for prefix, relevance in zip(prefixes, rows, strict=True):
+            self._add_continuations(prefix.groups, relevance)
+
+    def _add_continuations(self, groups: tuple[int, ...], relevance: Tensor) -> None:
+        """All prefixes, or walks, that continue one, given its relevance at the next layer."""
+        level = len(groups)
+        if level == self.chain.last:
+            self._complete(groups, self.chain.sums(level, relevance)[:, None], 1)
+        elif level == self.chain.last - 1 and self.bounds.exact is not None:
+            self._complete(groups, self.chain.sums(level, relevance * self.bounds.exact).T, 2)
+        else:
+            bounds = (self.bounds.of_groups(level, relevance) * self._slack).tolist()
+            masses = self.chain.sums(level, relevance).abs().tolist()
+            for group, (bound, mass) in enumerate(zip(bounds, masses, strict=True)):
+                if bound > self._threshold():
+                    prefix = Prefix((*groups, group), bound, next(self._numbers), mass, relevance)
+                    heapq.heappush(self.prefixes, prefix)
+                else:
+                    self._dropped = max(self._dropped, bound)
+
+    def _complete(self, groups: tuple[int, ...], masses: Tensor, missing: int) -> None:
+        """Adds complete walks, given ``masses[g]`` or ``masses[g, g']`` of the one or two missing groups."""
+        flat = masses.flatten()
+        sizes, numbers = flat.abs().topk(min(len(flat), self.k + 1))
+        for size, number in zip(sizes.tolist(), numbers.tolist(), strict=True):
+            if size <= self._threshold():
+                self._dropped = max(self._dropped, size)
+                break
+            walk = CompleteWalk((*groups, *divmod(number, masses.shape[1])[:missing]), float(flat[number]))
+            if len(self.best) < self.k:
+                heapq.heappush(self.best, walk)
+            else:
+                self._dropped = max(self._dropped, abs(heapq.heappushpop(self.best, walk).mass))

@@ -1,0 +1,134 @@
+r"""Upper bounds on the mass of the best completion of a prefix, for the search for relevant group walks.
+
+.. math:: h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
+
+Source: docs/critical-paths.md.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..measure.memory import DEFAULT
+from .layer_chain import LayerChain
+
+MIN_ROWS = 16
+"""Rows of a table that are computed even after the deadline."""
+OVERTIME = 0.5
+"""Share of its time that a table may exceed it by, estimated from its first rows."""
+NEGLIGIBLE = 1e-4
+"""Share of negative mass up to which a segment counts as one with non-negative kernels."""
+
+
+def now() -> float:
+    """The clock of all budgets, in seconds."""
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Lumps:
+    """Groups of a layer, some of them merged: no group carries more than its lump.
+
+    Attributes:
+        labels: Lump of each neuron, ``(n,)``.
+        count: Number of lumps.
+    """
+
+    labels: Tensor
+    count: int
+
+
+class CompletionBounds:
+    """For each layer, what share of its relevance the best groups below can carry; computed from the input up.
+
+    Where there is no time for a pass for each group, the groups with the smallest marginals are merged.
+
+    Args:
+        chain: The layers.
+        deadline: Time of :func:`now` after which the coarsest bounds are taken.
+
+    Attributes:
+        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the last layer but one, ``(groups, n)``; None
+            where time or memory did not suffice.
+        completions: :math:`h_m` for each layer, ``(n_m,)``.
+        tables: The sums before the maximum, ``(groups, n_m)``; None where time or memory did not suffice.
+    """
+
+    def __init__(self, chain: LayerChain, deadline: float) -> None:
+        self.chain, self.deadline = chain, deadline
+        self.exact: Tensor | None = None
+        self.completions: list[Tensor] = [chain.mu._start.new_ones(len(chain.labels[-1]))]
+        self.tables: list[Tensor | None] = []
+        marginals = chain.mu.marginal(list(chain.atoms))
+        self._sizes = [marginals[atom].flatten().abs() for atom in chain.atoms]
+        for level in range(chain.last - 1, -1, -1):
+            self._add(level)
+
+    def of_groups(self, level: int, relevance: Tensor) -> Tensor:
+        """Bounds on ``|μ|`` of all walks that continue a prefix through each group of a layer, ``(groups,)``."""
+        size = relevance.abs()
+        bounds = self.chain.sums(level, size * self.completions[level])
+        table = self.tables[level]
+        return bounds if table is None else torch.minimum(bounds, self.chain.sums(level, size * table).amax(0))
+
+    def _add(self, level: int) -> None:
+        chain, below = self.chain, self.completions[0]
+        until = now() + (self.deadline - now()) / min(2, level + 1)  # the bounds above depend on those below
+        if level == chain.last - 1:
+            groups = Lumps(chain.labels[level + 1], chain.counts[level + 1])
+            self.exact = self._table(level, groups, bound=False, until=until)
+            if self.exact is not None:
+                self._store(self.exact.abs())
+                return
+        begin = now()
+        total = chain.collect(level, below.unsqueeze(0), bound=True)
+        # Twice the negative part of each column: it is added where a signed pass replaces one of absolute values.
+        negative = (total - chain.collect(level, below.unsqueeze(0))).clamp(min=0)
+        is_signed_enough = bool((negative <= NEGLIGIBLE * total).all())
+        affordable = (until - now()) / max(1e-9, (now() - begin) / 2)
+        for rows in (affordable, MIN_ROWS):
+            table = self._table(level, self._lumps(level, rows), bound=not is_signed_enough, until=until)
+            if table is not None:
+                self._store(torch.minimum(table.clamp(min=0) + (negative if is_signed_enough else 0), total))
+                return
+        self.completions.insert(0, total.squeeze(0))
+        self.tables.insert(0, None)
+
+    def _store(self, table: Tensor) -> None:
+        self.completions.insert(0, table.amax(0))
+        self.tables.insert(0, table)
+
+    def _lumps(self, level: int, affordable: float) -> Lumps:
+        """About so many lumps of the next layer's groups; half of them are single groups."""
+        labels, count = self.chain.labels[level + 1], self.chain.counts[level + 1]
+        if max(affordable, MIN_ROWS) >= count:
+            return Lumps(labels, count)
+        order = self.chain.sums(level + 1, self._sizes[level + 1] * self.completions[0]).argsort(descending=True)
+        single = max(MIN_ROWS, int(affordable)) // 2
+        lumps = torch.empty_like(order)
+        lumps[order[:single]] = torch.arange(single, device=order.device)
+        lumps[order[single:]] = single + torch.arange(count - single, device=order.device) % single
+        return Lumps(lumps[labels], min(count, 2 * single))
+
+    def _table(self, level: int, lumps: Lumps, bound: bool, until: float) -> Tensor | None:
+        """``Σ_{i' ∈ g} T_{i'i} h(i')`` of the lumps of the next layer, ``(count, n_m)``; None if too costly."""
+        chain, values = self.chain, self.completions[0]
+        size = lumps.count * len(chain.labels[level]) * values.element_size()
+        has_deadline = lumps.count > MIN_ROWS
+        if size > (chain.mu._max_memory or DEFAULT) or (has_deadline and now() > until):
+            return None
+        rows: list[Tensor] = []
+        first, begin = 0, now()
+        while first < lumps.count:
+            end = min(first + (chain.widths[level] if first else 1), lumps.count)
+            chunk = torch.arange(first, end, device=values.device)
+            rows.append(chain.collect(level, (lumps.labels == chunk[:, None]) * values, bound))
+            first = end
+            expected = now() + (lumps.count - first) * (now() - begin) / first
+            if has_deadline and expected > until + OVERTIME * (until - begin):
+                return None
+        return torch.cat(rows)

@@ -1,0 +1,121 @@
+"""Several layers, each below the one before, with their neurons in groups: what the searches propagate through."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..errors import EventError
+from ..events.event import Atom, Event, at
+from ..measure.groups import Over, check_over, labels_of
+from ..measure.joints import handed_down
+from ..measure.measure import Layer, RelevanceMeasure
+from ..measure.memory import width_of
+from ..recording.passes import push
+
+
+class LayerChain:
+    """Layers from the output to the input, and the groups of their neurons; all tensors are flat.
+
+    Args:
+        mu: A measure of one sample.
+        layers: Taps, each below the one before.
+        over: What a group is, one kind or one for each layer.
+
+    Attributes:
+        labels: Group of each neuron, ``(n_m,)`` for each layer.
+        counts: Number of groups of each layer.
+        widths: Vectors that fit into memory on the way to the next layer.
+
+    Raises:
+        ValueError: No layer, or another number of kinds than of layers.
+        EventError: A layer is not below the one before.
+    """
+
+    def __init__(self, mu: RelevanceMeasure, layers: Sequence[Layer], over: Over | Sequence[Over]) -> None:
+        if isinstance(layers, str) or not len(layers):
+            raise ValueError(f"layers={layers!r}: give a list of one or more layers, from the output to the input.")
+        self.mu, self.recording = mu, mu._recording
+        self.taps = [mu._tap(layer) for layer in layers]
+        for (above, below), names in zip(itertools.pairwise(self.taps), itertools.pairwise(layers), strict=True):
+            if not mu._is_below(below.place, above):
+                raise EventError(f"{names[1]!r} is not below {names[0]!r}; list layers from the output to the input.")
+        self.atoms = tuple(layer if isinstance(layer, Atom) else at(layer) for layer in layers)
+        self.names = tuple(layer if isinstance(layer, str) else str(layer) for layer in layers)
+        self.last = len(self.taps) - 1
+        kinds = kinds_of_groups(over, len(self.taps))
+        device = mu._start.device
+        self.labels = [labels_of(tap, kind).reshape(-1).to(device) for tap, kind in zip(self.taps, kinds, strict=True)]
+        self.counts = [int(labels.max()) + 1 for labels in self.labels]
+        self.widths = [
+            width_of(self.recording, mu._max_memory, [above.place, below.place])
+            for above, below in itertools.pairwise(self.taps)
+        ]
+
+    def first(self) -> Tensor:
+        """Relevance of the neurons of the first layer, ``(n_0,)``."""
+        return self.mu.marginal(self.atoms[0]).flatten()
+
+    def propagate(self, level: int, vectors: Tensor) -> Tensor:
+        """Relevance ``(K, n_m)`` of one layer propagated to the next, ``(K, n_{m+1})``."""
+        upper, lower = self.taps[level : level + 2]
+        rows = {number: row.view(upper.shape) for number, row in enumerate(vectors)}
+        return handed_down(self.recording, upper, lower, rows)[0].flatten(1)
+
+    def collect(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
+        r"""The transpose of `propagate`, :math:`\sum_{i'} \tilde T_{i'i} v(i')`: ``(K, n_{m+1})`` to ``(K, n_m)``.
+
+        With ``bound`` it is no smaller than the same sum of absolute values of the kernel.
+        """
+        upper, lower = self.taps[level : level + 2]
+        rows = values.view(len(values), *lower.shape)
+        collected, _ = push(self.recording.graph, lower.place, upper.place, rows, bound)
+        if collected is None:
+            return self.mu._start.new_zeros(len(values), len(self.labels[level]))
+        return collected.flatten(1)
+
+    def sums(self, level: int, values: Tensor) -> Tensor:
+        """``(…, n_m)`` summed over each group, ``(…, groups)``."""
+        total = values.new_zeros((*values.shape[:-1], self.counts[level]))
+        return total.index_add_(-1, self.labels[level], values)
+
+    def shaped_labels(self) -> tuple[Tensor, ...]:
+        """:attr:`labels` in the shapes of the layers."""
+        return tuple(labels.reshape(tap.shape[1:]) for labels, tap in zip(self.labels, self.taps, strict=True))
+
+
+def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
+    """What a group is, for each of several layers.
+
+    Raises:
+        ValueError: An unknown kind, or another number of kinds.
+    """
+    kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
+    if len(kinds) != count:
+        raise ValueError(f"over= has {len(kinds)} entries for {count} layers; give one for each, or one for all.")
+    for kind in kinds:
+        check_over(kind)
+    return kinds
+
+
+def intersection(events: Sequence[Event]) -> Event:
+    """The walks that are in all of one or more events."""
+    return functools.reduce(operator.and_, events)
+
+
+def check_one_sample(mu: RelevanceMeasure) -> None:
+    """Raises unless the measure is of one sample."""
+    if mu.batch != 1:
+        raise ValueError(
+            f"relevant walks differ between samples, and the measure has {mu.batch}: take a measure of one sample."
+        )
+
+
+def check_count(value: object, name: str) -> None:
+    """Raises unless a value is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")

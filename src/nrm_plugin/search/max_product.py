@@ -1,0 +1,149 @@
+"""The walks of single neurons with the largest mass, by max-product, where no kernel is negative."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NRMError
+from ..measure.measure import RelevanceMeasure
+from ..measure.memory import width_of
+from ..recording.places import Buffer, Place
+from ..recording.taps import Tap
+from .bounds import now
+
+
+@dataclass(frozen=True)
+class NeuronPath:
+    """The upper part of a walk of single neurons.
+
+    Attributes:
+        place: Where it ends so far.
+        neuron: Flat index of the neuron there.
+        mass: Product of the start vector and the kernel entries so far.
+        bound: Mass of its best completion, exact up to rounding.
+        number: In the order of creation.
+        neurons: Flat index of the neuron at every named tap on the way, from the output to the input.
+    """
+
+    place: Buffer
+    neuron: int
+    mass: float
+    bound: float
+    number: int
+    neurons: Mapping[Place, int]
+
+    def __lt__(self, other: NeuronPath) -> bool:
+        """A heap has the largest bound first."""
+        return (-self.bound, self.number) < (-other.bound, other.number)
+
+
+class MaxProduct:
+    r"""The largest mass that continues each neuron to an input, by one pass from the inputs to the output.
+
+    .. math:: V(i) = 1 \text{ at inputs}, \qquad V(j) = \max_i \tilde T_{ij} V(i)
+
+    Args:
+        mu: A measure of one sample.
+
+    Attributes:
+        completions: :math:`V` of each tensor, flat.
+        names: First name of each tap that has one.
+
+    Raises:
+        NRMError: The start vector or a kernel has negative entries.
+    """
+
+    def __init__(self, mu: RelevanceMeasure) -> None:
+        self.recording, self.graph, self.start = mu._recording, mu._recording.graph, mu._start.flatten()
+        if bool((self.start < 0).any()):
+            raise _has_negative_entries("the start vector")
+        self.names: dict[Place, str] = {}
+        for name in mu.layers:
+            self.names.setdefault(mu._tap(name).place, name)
+        self.missed, self.expanded = 0.0, 0
+        self._numbers = itertools.count()
+        self._width = width_of(self.recording, mu._max_memory, None)
+        self.completions: dict[Buffer, Tensor] = {}
+        for index in range(len(self.graph.vertices) - 1, -1, -1):
+            for number in range(len(self.graph.vertices[index].shapes)):
+                place = Buffer(index, number)
+                self.completions[place] = self._completion(place)
+
+    def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
+        """The ``k`` walks with the largest mass, the largest first; fewer where fewer have a mass, or time is over."""
+        output = self.graph.output
+        prefixes = self._continuations(None, output, self.start, k)
+        heapq.heapify(prefixes)
+        complete: list[NeuronPath] = []
+        limit = math.inf if expansions is None else expansions
+        while prefixes and len(complete) < k:
+            if self.expanded and (now() > deadline or self.expanded >= limit):
+                break
+            path = heapq.heappop(prefixes)
+            if self._is_input(path.place):
+                complete.append(path)
+                continue
+            self.expanded += 1
+            for edge, columns in self._columns(path.place, [path.neuron]):
+                for longer in self._continuations(path, edge, path.mass * columns[0], k):
+                    heapq.heappush(prefixes, longer)
+        self.missed = prefixes[0].bound if prefixes else 0.0
+        return complete
+
+    def crossed_taps(self, paths: Sequence[NeuronPath]) -> list[Tap]:
+        """The named taps that one of the paths crosses, from the output to the input."""
+        return [tap for tap in self.recording.taps.all if any(tap.place in path.neurons for path in paths)]
+
+    def _continuations(self, path: NeuronPath | None, place: Buffer, masses: Tensor, k: int) -> list[NeuronPath]:
+        """A path continued by the neurons of a tensor: the best ``k``, and the next one for the bound on all others."""
+        bounds, chosen = (masses * self.completions[place]).topk(min(len(masses), k + 1))
+        crossed = {} if path is None else path.neurons
+        paths = []
+        for bound, neuron in zip(bounds.tolist(), chosen.tolist(), strict=True):
+            if bound > 0:
+                neurons = {**crossed, place: neuron} if place in self.names else crossed
+                paths.append(NeuronPath(place, neuron, float(masses[neuron]), bound, next(self._numbers), neurons))
+        return paths
+
+    def _is_input(self, place: Buffer) -> bool:
+        return all(edge is None for edge in self.graph.vertices[place.vertex].edges)
+
+    def _completion(self, place: Buffer) -> Tensor:
+        best = self.start.new_zeros(math.prod(self.graph.shape(place)))
+        if self._is_input(place):
+            return best + 1
+        for neurons in torch.split(torch.arange(len(best)), self._width):
+            for edge, columns in self._columns(place, neurons.tolist()):
+                if bool((columns < 0).any()):
+                    raise _has_negative_entries(f"the kernel of {self.recording.taps.name_at(place.vertex)}")
+                best[neurons] = torch.maximum(best[neurons], (columns * self.completions[edge]).amax(1))
+        return best
+
+    def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:
+        """Columns of the kernel below a tensor, ``(K, in)`` for each tensor that it leads to."""
+        vertex = self.graph.vertices[place.vertex]
+        shape = vertex.shapes[place.number]
+        unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))
+        unit_vectors[range(len(neurons)), neurons] = 1
+        arriving: list[Tensor | None] = [None] * len(vertex.shapes)
+        if vertex.step is None:  # autograd's nodes need a gradient of their first output
+            arriving[0] = self.start.new_zeros((len(neurons), *vertex.shapes[0]))
+        arriving[place.number] = unit_vectors.view(len(neurons), *shape)
+        parts, _ = vertex.pull(arriving)
+        for part, edge in zip(parts, vertex.edges, strict=True):
+            if part is not None and edge is not None:
+                yield edge, torch.stack([row.sum_to_size(self.graph.shape(edge)) for row in part]).flatten(1)
+
+
+def _has_negative_entries(what: str) -> NRMError:
+    return NRMError(
+        f"{what} has negative entries, where the best walk does not consist of best parts. Use rules without negative "
+        "contributions, such as NRMAbsolute, or give the layers: top_walks(mu, layers, over='neuron')."
+    )
