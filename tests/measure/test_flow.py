@@ -185,7 +185,7 @@ def test_arguments_that_do_not_fit_raise(mu):
         mu.flow(["2", "0"], sample=2)
     with pytest.raises(FlowError, match="at least one layer"):
         mu.flow([], sample=0)
-    with pytest.raises(UnknownLayerError, match="there is no tap named 'conv'"):
+    with pytest.raises(UnknownLayerError, match="no tap named 'conv'"):
         mu.flow(["conv", "input"], sample=0)
     with pytest.raises(EventError, match="is not below"):
         mu.flow(["2", "2"], sample=0)
