@@ -57,7 +57,8 @@ class Row:
         with kernels_restored(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             names, expected = self.make()
-            found = eval(self.expression, {**vars(nrm_plugin), "torch": torch, "nn": nn, **names})
+            public = {name: getattr(nrm_plugin, name) for name in nrm_plugin.__all__}
+            found = eval(self.expression, {**public, "torch": torch, "nn": nn, **names})
         differences = []
         for one, other in zip(_flat(found), _flat(expected), strict=True):
             if one.shape != other.shape or not bool(other.any()):
@@ -75,7 +76,7 @@ def _flat(found: Any) -> list[Tensor]:
 @contextmanager
 def kernels_restored() -> Iterator[None]:
     """Removes the kernels that a row registers."""
-    tables = [registry.KERNELS, registry.BY_FUNCTION]
+    tables = [registry.KERNELS, registry.KERNELS_BY_FUNCTION]
     before = [dict(table) for table in tables]
     try:
         yield

@@ -1,4 +1,7 @@
-"""Mean flows equal averages of single samples, also from a sweep; differences sum to 0."""
+"""Mean flows equal averages of single samples, also from a sweep; differences sum to 0.
+
+Covers: nrm_plugin.dataset.glocal_plots, nrm_plugin.dataset.sweep_flow.
+"""
 
 from __future__ import annotations
 

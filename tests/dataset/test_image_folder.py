@@ -1,4 +1,7 @@
-"""Folders of images."""
+"""Folders of images.
+
+Covers: nrm_plugin.dataset.preprocessing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Shards are written completely or not at all, and their rows are sorted."""
+"""Shards are written completely or not at all, and their rows are sorted.
+
+Covers: nrm_plugin.dataset.atomic_files.
+"""
 
 from __future__ import annotations
 

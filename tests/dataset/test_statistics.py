@@ -1,4 +1,7 @@
-"""Mean and variance over a data set equal those of numpy over all samples, whatever the batches."""
+"""Mean and variance over a data set equal those of numpy over all samples, whatever the batches.
+
+Covers: nrm_plugin.dataset.moments.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sweeps on a local Ray cluster: `make test-hosts`."""
+"""Sweeps on a local Ray cluster: `make test-hosts`.
+
+Covers: nrm_plugin.dataset.ray_engine.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from nrm_plugin.dataset import SweepError, sweep
 from nrm_plugin.dataset.ray_engine import SweepBatches
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, contents, net
 
-ray = pytest.importorskip("ray", reason="ray is not installed; `make test-hosts` runs this")
+ray = pytest.importorskip("ray", reason="ray is not installed; `make test-hosts` installs it")
 pytestmark = pytest.mark.filterwarnings("default")  # warnings of Ray and its dependencies
 
 
@@ -44,7 +47,7 @@ def uninterrupted(tmp_path_factory):
     return contents(folder)
 
 
-def test_two_workers_of_which_one_is_killed_store_the_same_as_one_process(tmp_path, uninterrupted):
+def test_two_workers_of_which_one_is_killed_store_the_rows_of_one_process(tmp_path, uninterrupted):
     mark = tmp_path / "killed"
     options = {"engine": "ray", "engine_options": {"concurrency": 2}, **OPTIONS}
     stored = sweep(net(), Data(kill=mark), QUERIES, tmp_path / "out", **options)
@@ -54,7 +57,7 @@ def test_two_workers_of_which_one_is_killed_store_the_same_as_one_process(tmp_pa
     assert contents(tmp_path / "out") == uninterrupted
 
 
-def test_an_error_on_a_worker_is_raised_and_the_sweep_resumes(tmp_path, uninterrupted):
+def test_an_error_on_a_worker_is_raised_and_the_sweep_can_be_continued(tmp_path, uninterrupted):
     options = {"engine": "ray", "engine_options": {"concurrency": 1}, **OPTIONS}
     with pytest.raises(SweepError, match=r"sample 30 cannot be read.*the file is cut off"):
         sweep(net(), Data(bad=[30]), QUERIES, tmp_path, **options)
@@ -62,7 +65,7 @@ def test_an_error_on_a_worker_is_raised_and_the_sweep_resumes(tmp_path, uninterr
     assert contents(tmp_path) == uninterrupted
 
 
-def test_map_batches_returns_the_same_rows(uninterrupted):
+def test_sweep_batches_in_a_ray_pipeline_give_the_same_rows(uninterrupted):
     data = Data()
     items = [{"sample": k, "inputs": data.x[k].numpy(), "label": k % 4} for k in range(50)]
     queries = [query for query in QUERIES if query.name in ("marginal(4)", "sink(4)")]
@@ -76,10 +79,10 @@ def test_map_batches_returns_the_same_rows(uninterrupted):
         )
         .take_all()
     )
-    wanted = {key: row for key, row in uninterrupted[0].items() if key[0] in ("marginal(4)", "sink(4)")}
-    found = {
+    expected = {key: row for key, row in uninterrupted[0].items() if key[0] in ("marginal(4)", "sink(4)")}
+    values = {
         (row["query"], row["group"], row["lower"], row["sample"]): (row["target"], row["prediction"], row["value"])
         for row in rows
     }
-    assert found == wanted
-    assert len(rows) == len(wanted)
+    assert values == expected
+    assert len(rows) == len(expected)
