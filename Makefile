@@ -17,7 +17,7 @@ ZENNIT = $(shell .venv/bin/python -c 'from importlib.metadata import version; pr
 OTHER = $(if $(filter 0.%,$(ZENNIT)),.venv-zennit1,.venv-zennit0)
 OTHER_PYTHON = $(if $(filter .venv-zennit0,$(OTHER)),.venv/bin/python,$(PYTHON_ZENNIT1))
 
-# Workers share the cores; a second thread in each only makes them wait for one another.
+# The test workers share the cores; further threads in each would only compete with them.
 WORKERS ?= 2
 pytest = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(1)/bin/python -m pytest -n $(WORKERS)
 
@@ -26,18 +26,37 @@ import platform; from importlib.metadata import version; \
 print("Python", platform.python_version(), *(f"- {name} {version(name)}" for name in ("torch", "zennit", "captum")))
 endef
 
-CONSTRAINTS = -c constraints.txt
+# torch and torchvision come as builds for CUDA, or for the CPU alone: 2.13.0+cpu. Linux without an NVIDIA card takes the
+# latter where an index offers both; TORCH_INDEX names one more index. The pins that an environment follows lie inside it.
+TORCH_INDEX ?=
+is_without_nvidia = [ "$$(uname -sm)" = "Linux x86_64" ] && [ ! -e /proc/driver/nvidia ] && ! command -v nvidia-smi >/dev/null
+pip_install = $(1)/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
+define choose_torch
+	@cp $(CONSTRAINTS) $(@D)/constraints.txt
+	@if $(is_without_nvidia) && grep -q '^torch=' $(CONSTRAINTS); then \
+		sed -E 's/^(torch|torchvision)=+(.*)/\1===\2+cpu/' $(CONSTRAINTS) > $(@D)/constraints-cpu.txt; \
+		if $(call pip_install,$(@D)) --no-deps torchvision torch -c $(@D)/constraints-cpu.txt 2> $(@D)/cpu.log; then \
+			mv $(@D)/constraints-cpu.txt $(@D)/constraints.txt; \
+		else $(@D)/bin/python -c 'from importlib.metadata import version; version("torch")' 2>/dev/null || printf '%s\n' \
+			'No CPU build of torch is offered: downloading the CUDA build, about 3 GB (5.5 GB on disk), though there is no NVIDIA card.' \
+			"To avoid this: make $(MAKECMDGOALS) TORCH_INDEX=<address of PyTorch's package index of CPU builds>"; \
+		fi; \
+	fi
+endef
+
+CONSTRAINTS = constraints.txt
 NAMED = PYTHON
 # $(call install,Python,requirements)
 define install
 	@test -n "$(1)" || { echo "Found no Python >= 3.11 that runs and has venv. Name one: make $(NAMED)=/path/to/python" >&2; exit 1; }
 	@echo "Installing into $(@D) with $(1); the first time this downloads torch and takes minutes."
 	@$(@D)/bin/python -c '' 2>/dev/null || "$(1)" -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install -q $(2) $(CONSTRAINTS)
+	$(choose_torch)
+	$(call pip_install,$(@D)) $(2) -c $(@D)/constraints.txt
 	@touch $@
 endef
 
-# Packages that this one works inside of, each with the versions that its pins need, on top of .venv.
+# Packages that this one is tested with, each with the versions that its pins need, on top of .venv.
 HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric ray transformers transformers4
 
 .PHONY: demo test test-fast test-oldest test-newest test-hosts lint bench special-cases faithfulness references hugging-face graph-networks docs package \
@@ -84,7 +103,7 @@ bench: .venv/.stamp .venv/hosts/crp.stamp
 special-cases: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp
 	PYTHONPATH=.venv/hosts/crp:.venv/hosts/lxt .venv/bin/python -m benchmarks.special_cases
 
-# Benchmarks beside a package that is no dependency.
+# Benchmarks that compare with a package that is not a dependency.
 references: .venv/.stamp .venv/hosts/crp.stamp
 	PYTHONPATH=.venv/hosts/crp .venv/bin/python -m benchmarks.references
 
@@ -119,7 +138,7 @@ clean:
 	$(call install,$(PYTHON),-e ".[test$(comma)dev]")
 
 .venv/.%.stamp: .venv/.stamp
-	.venv/bin/python -m pip install -q -e ".[$*]" -c constraints.txt
+	$(call pip_install,.venv) -e ".[$*]" -c .venv/constraints.txt
 	@touch $@
 
 # Without dependencies: zennit-crp asks for a Zennit that is too old, LXT and Quantus for much that no test needs.
@@ -137,11 +156,11 @@ clean:
 EXTRAS = graph,dataset,html,statistics,prototypes,test
 
 .venv-oldest/.stamp: NAMED = PYTHON_OLDEST
-.venv-oldest/.stamp: CONSTRAINTS = -c constraints-oldest.txt
+.venv-oldest/.stamp: CONSTRAINTS = constraints-oldest.txt
 .venv-oldest/.stamp: pyproject.toml constraints-oldest.txt
 	$(call install,$(PYTHON_OLDEST),-e ".[$(EXTRAS)]")
 
 .venv-newest/.stamp: NAMED = PYTHON_NEWEST
-.venv-newest/.stamp: CONSTRAINTS = --upgrade
+.venv-newest/.stamp: CONSTRAINTS = /dev/null
 .venv-newest/.stamp: pyproject.toml
-	$(call install,$(PYTHON_NEWEST),-e ".[$(EXTRAS)]")
+	$(call install,$(PYTHON_NEWEST),--upgrade -e ".[$(EXTRAS)]")

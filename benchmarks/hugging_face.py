@@ -28,7 +28,7 @@ def measured(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = random_biases(getattr(transformers, row.kind)(getattr(transformers, row.config)(**row.options)))
     try:
-        return conservation_check(RelevanceMeasure(model, INPUTS[row.given], row.target, output=row.output))
+        return conservation_check(RelevanceMeasure(model, INPUTS[row.inputs], row.target, output=row.output))
     except UnsupportedOperationError as error:
         return {"failed": re.sub(r"/\S*?/(?=transformers/)", "", str(error))[:160]}
 

@@ -1,4 +1,4 @@
-"""How the demo networks were trained: ``python -m benchmarks.train_demo --seed 0 --out DIR``.
+"""Trains the demo networks: ``python -m benchmarks.train_demo --seed 0 --out DIR``.
 
 Needs scikit-learn for its digits (``pip install nrm-plugin[train]``). The same seed gives the same bytes on the same
 machine and PyTorch release; other releases may round differently.
@@ -37,7 +37,7 @@ class Digits(NamedTuple):
 def split_digits(seed: int) -> tuple[Digits, Digits]:
     """Training and held-out part of scikit-learn's digits, drawn by ``seed``.
 
-    Both parts contain the same writers, so the held-out accuracy says nothing about a new hand.
+    Both parts contain the same writers, so the held-out accuracy does not measure generalization to new writers.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -49,7 +49,7 @@ def split_digits(seed: int) -> tuple[Digits, Digits]:
 
 
 def shift(images: Tensor, most: int = 2) -> Tensor:
-    """Each image moved by its own random offset of at most ``most`` pixels per axis, zeros moving in.
+    """Each image shifted by its own random offset of at most ``most`` pixels per axis, padded with zeros.
 
     Args:
         images: ``(N, C, H, W)``.
@@ -86,14 +86,14 @@ def train(model: nn.Module, digits: Digits, epochs: int) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """Share of ``digits`` that ``model`` names correctly."""
+    """Fraction of ``digits`` that ``model`` classifies correctly."""
     predicted: Tensor = model(enlarge(digits.images)).argmax(1)
     return (predicted == digits.labels).double().mean().item()
 
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seed PyTorch and hold it to one thread and deterministic kernels, then put everything back as it was."""
+    """Seeds PyTorch, with one thread and deterministic kernels; restores the previous state afterwards."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with torch.random.fork_rng(devices=[]):
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(model, training, options.epochs)
         print(f"{options.net}: held-out accuracy {accuracy(model, held_out):.4f} on {HELD_OUT} digits")
     options.out.mkdir(parents=True, exist_ok=True)
-    # Not save_file: it makes files that only their owner can read, and these are packaged.
+    # save_file makes files that only their owner can read, but these are packaged.
     (options.out / file).write_bytes(save(model.state_dict()))
     (options.out / DATA).write_bytes(save(held_out._asdict()))
 

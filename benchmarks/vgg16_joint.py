@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from nrm_plugin import RelevanceMeasure
-from nrm_plugin.commands.demo_joint import joint_figure, joint_relevance
+from nrm_plugin.commands.joint_relevance import joint_figure, joint_relevance
 from nrm_plugin.errors import NRMError
 from nrm_plugin.plots.heatmaps import save
 

@@ -1,4 +1,4 @@
-"""What several test files share: torchvision nets, Zennit's composites, and the proof that a model was left alone."""
+"""Shared by several test files: torchvision models, composites by name, and checks that a model is unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nrm_plugin.functional import registry
 NONLINEAR = ("deconvnet", "guided_backprop")
 ARGUMENTS: dict[str, dict[str, float]] = {"epsilon_gamma_box": {"low": -3.0, "high": 3.0}}
 UNCOVERED = ("beta_smooth", *NONLINEAR)
-"""Give no rule to some layers, so that Zennit takes their plain gradient."""
+"""Assign no rule to some layers, so that Zennit uses their plain gradient."""
 NORMALIZED = tuple(name for name, kind in sorted(COMPOSITES.items()) if issubclass(kind, nrm_plugin.Normalized))
 LINEAR = ("lrp_0", *(name for name in sorted(COMPOSITES) if name not in (*NONLINEAR, *NORMALIZED)))
 SIZES = {"vgg16": 64, "vgg16_bn": 64, "alexnet": 96}
@@ -33,32 +33,32 @@ SIZES = {"vgg16": 64, "vgg16_bn": 64, "alexnet": 96}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Every test draws the same numbers in every run, alone or among others."""
+    """Seeds every test, so that its numbers do not depend on the tests before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
 
 
 def slow_but(values: Iterable[Any], *fast: Any) -> list[Any]:
-    """Parameters of a test: the ``fast`` ones stand for all of them in `make test-fast`."""
+    """Parameters of a test, all marked slow but the ``fast`` ones, which represent them in `make test-fast`."""
     return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def lrp_0(canonizers: list[Any] | None = None) -> Composite:
-    """LRP-0: Epsilon without a stabilizer, and Zennit's usual rules for what has no weights."""
+    """LRP-0: Epsilon without a stabilizer, and Zennit's usual rules for layers without weights."""
     rules = [(Activation, Pass()), (BatchNorm, Pass()), (AvgPool, Norm()), (Linear, Epsilon(epsilon=0.0))]
     return LayerMapComposite(layer_map=rules, canonizers=canonizers)
 
 
 def composite(name: str, canonizers: list[Any] | None = None) -> Composite:
-    """A composite by its name in Zennit, or LRP-0; ``canonizers=[]`` also leaves out those that it has by default."""
+    """A composite by its name in Zennit, or LRP-0; ``canonizers=[]`` also removes its default canonizers."""
     if name == "lrp_0":
         return lrp_0(canonizers)
     return COMPOSITES[name](canonizers=canonizers, **ARGUMENTS.get(name, {}))
 
 
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Random biases everywhere, random batch-norm statistics; in evaluation mode."""
+    """Draws random biases and batch-norm statistics, and sets evaluation mode."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in net.modules():
@@ -73,16 +73,16 @@ def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
 
 @functools.cache
 def torchvision_net(name: str, width: int = 256) -> nn.Module:
-    """A net of torchvision with random weights, one object for all tests of a worker.
+    """A torchvision model with random weights, shared by all tests of a worker.
 
-    Its hidden linear layers are ``width`` wide, 4096 in the original: they hold most weights and take most of the time.
+    Its hidden linear layers have ``width`` units instead of 4096, which saves most of the time and memory.
     """
     with torch.device("meta"):
         net = getattr(torchvision.models, name)(weights=None, num_classes=10)
-        places = [number for number, module in enumerate(net.classifier) if isinstance(module, nn.Linear)]
-        sizes = [net.classifier[places[0]].in_features, *[width] * (len(places) - 1), 10]
-        for place, (inputs, outputs) in zip(places, itertools.pairwise(sizes), strict=True):
-            net.classifier[place] = nn.Linear(inputs, outputs)
+        linear = [number for number, module in enumerate(net.classifier) if isinstance(module, nn.Linear)]
+        sizes = [net.classifier[linear[0]].in_features, *[width] * (len(linear) - 1), 10]
+        for number, (inputs, outputs) in zip(linear, itertools.pairwise(sizes), strict=True):
+            net.classifier[number] = nn.Linear(inputs, outputs)
     net = net.to_empty(device="cpu")
     draw = torch.Generator().manual_seed(0)
     for module in net.modules():
@@ -94,37 +94,37 @@ def torchvision_net(name: str, width: int = 256) -> nn.Module:
 
 
 def images(size: int, batch: int = 2) -> Tensor:
-    """Noise in the form of normalized images."""
+    """Gaussian noise in the shape of a batch of normalized images."""
     return torch.randn((batch, 3, size, size), generator=torch.Generator().manual_seed(1))
 
 
-# -- the model is as it was ---------------------------------------------------------------------------------------
+# -- the model is unchanged ---------------------------------------------------------------------------------------
 
 
 def state_of(model: nn.Module) -> list[tuple[str, object]]:
-    """All that a call could leave behind on a model, and the random states. Tensors by identity and by value."""
-    found: list[tuple[str, object]] = []
+    """Everything that a call could change in a model, and the random states. Tensors by identity and by value."""
+    state: list[tuple[str, object]] = []
     for name, module in model.named_modules():
-        found.append((f"{name}: class", type(module)))
+        state.append((f"{name}: class", type(module)))
         for key, value in module.__dict__.items():
             inner = {k: id(v) for k, v in value.items()} if isinstance(value, dict) else None
-            found.append((f"{name}.{key}", (id(value), inner, value if isinstance(value, (bool, int, str)) else None)))
+            state.append((f"{name}.{key}", (id(value), inner, value if isinstance(value, (bool, int, str)) else None)))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found.append((f"{name}: identity", (id(tensor), tensor.data_ptr(), tensor._version, tensor.shape)))
-        found.append((f"{name}: value", tensor.detach().numpy().tobytes()))
-        found.append((f"{name}: gradient", (tensor.requires_grad, id(tensor.grad), tensor._backward_hooks)))
-        found.append((f"{name}: history", (tensor.is_leaf, tensor.grad_fn)))
-    found.append(("state dict", list(model.state_dict())))
-    found.append(("torch's random state", torch.get_rng_state().numpy().tobytes()))
-    found.append(("numpy's random state", str(np.random.get_state())))
-    found.append(("Python's random state", random.getstate()))
-    found.append(("global modes", (torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
-    return found
+        state.append((f"{name}: identity", (id(tensor), tensor.data_ptr(), tensor._version, tensor.shape)))
+        state.append((f"{name}: value", tensor.detach().numpy().tobytes()))
+        state.append((f"{name}: gradient", (tensor.requires_grad, id(tensor.grad), tensor._backward_hooks)))
+        state.append((f"{name}: history", (tensor.is_leaf, tensor.grad_fn)))
+    state.append(("state dict", list(model.state_dict())))
+    state.append(("torch's random state", torch.get_rng_state().numpy().tobytes()))
+    state.append(("numpy's random state", str(np.random.get_state())))
+    state.append(("Python's random state", random.getstate()))
+    state.append(("global modes", (torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
+    return state
 
 
 @contextmanager
 def untouched(model: nn.Module, *inputs: Tensor) -> Iterator[None]:
-    """Fails unless a model, and the inputs it was given, are left as they were; also when the body raised."""
+    """Fails if the body changes a model or its inputs, also if it raises."""
     before = state_of(model), [(x.clone(), x._version, x.requires_grad, x.grad) for x in inputs]
     try:
         yield
@@ -137,35 +137,35 @@ def untouched(model: nn.Module, *inputs: Tensor) -> Iterator[None]:
             assert x.grad is grad
 
 
-# -- figures for the report ---------------------------------------------------------------------------------------
+# -- largest errors, for the report -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def worst(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
-    """Remembers the largest error of a test for the summary at the end of the run."""
+    """Records an error of a test; the summary at the end of the run shows the largest of each name."""
 
-    def remember(what: str, value: float) -> None:
-        record_property("worst", (what, value))
+    def record(name: str, value: float) -> None:
+        record_property("worst", (name, value))
 
-    return remember
+    return record
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    figures: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for status in ("passed", "failed"):
         for report in terminalreporter.stats.get(status, ()):
             for key, value in getattr(report, "user_properties", ()):
                 if key == "worst":
-                    figures[value[0]] = max(figures.get(value[0], 0.0), value[1])
-    if figures:
-        terminalreporter.section("worst figures")
-        for what, value in sorted(figures.items()):
-            terminalreporter.write_line(f"{value:9.1e}  {what}")
+                    errors[value[0]] = max(errors.get(value[0], 0.0), value[1])
+    if errors:
+        terminalreporter.section("largest errors")
+        for name, value in sorted(errors.items()):
+            terminalreporter.write_line(f"{value:9.1e}  {name}")
 
 
 @pytest.fixture
 def own_kernels() -> Iterator[None]:
-    """Forgets the kernels that a test registers."""
+    """Removes the kernels that a test registers."""
     tables = [registry.KERNELS, registry.KERNELS_BY_FUNCTION]
     before = [dict(table) for table in tables]
     yield

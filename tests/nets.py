@@ -1,7 +1,7 @@
-"""Tiny networks whose walks can all be enumerated, and strategies that draw them.
+"""Tiny networks whose walks can be enumerated, and Hypothesis strategies for them.
 
-Signed weights, biases, dead units, skips, forks and a reused module, in float64 and deterministic
-from a seed. Every operation is a module except ``torch.stack``, which joins branches before a Sum.
+They have signed weights, biases, dead units, skip connections, forks and a reused module, are in float64 and
+determined by a seed. Every operation is a module except ``torch.stack``, which joins branches before a Sum.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ KINDS: dict[type[nn.Module], str] = {
 def wired(model: nn.Module, *wires: str) -> list[Node]:
     """A spec from wires ``"tap < parent, parent"`` in execution order.
 
-    A tap named again is its next call, ``"lin#1"`` reads call 1. A tap that is no module is a stack.
+    A repeated tap is its next call, and ``"lin#1"`` reads call 1. A tap that is not a module is a stack.
     """
     modules = dict(model.named_modules())
     spec = [Node("input", 0, "input", None, ())]
@@ -164,7 +164,7 @@ class Fork(nn.Module):
 
 
 class Reused(nn.Module):
-    """The same Linear and the same ReLU called twice."""
+    """One Linear and one ReLU, each called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class Case:
 
 
 def tiny_net(name: str, seed: int = 0, batch: int = 2, signed: bool = False) -> Case:
-    """One case, the same for the same arguments. Starts are one-hot, or ``signed`` vectors."""
+    """A case that is determined by its arguments. Start vectors are one-hot, or ``signed``."""
     build, shape = BUILDERS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -260,7 +260,7 @@ def tiny_net(name: str, seed: int = 0, batch: int = 2, signed: bool = False) -> 
 
 
 def _redraw(name: str, param: Tensor) -> None:
-    """Signed weights; small biases, a quarter of those inside so negative that their ReLU is dead."""
+    """Signed weights and small biases; a quarter of the hidden biases are so negative that their ReLU is dead."""
     with torch.no_grad():
         if name.endswith("weight"):
             param.normal_().mul_(1.5 * param[0].numel() ** -0.5)
@@ -272,7 +272,7 @@ def _redraw(name: str, param: Tensor) -> None:
 def tiny_nets(
     names: Sequence[str] = tuple(BUILDERS), max_batch: int = 3, signed: bool | None = None
 ) -> st.SearchStrategy[Case]:
-    """Cases over some builders, by default over all; ``signed`` fixes the kind of start vector."""
+    """Cases of some builders, by default of all; ``signed`` fixes the kind of start vector."""
     starts = st.booleans() if signed is None else st.just(signed)
     return st.builds(tiny_net, st.sampled_from(names), st.integers(0, 10_000), st.integers(1, max_batch), starts)
 
@@ -298,11 +298,11 @@ OURS: tuple[Rule, ...] = (AbsoluteShare(),)
 
 @st.composite
 def rule_maps(draw: st.DrawFn, case: Case, ours: bool = False) -> dict[str, Rule]:
-    """A rule for every linear module, pooling and sum of a case; Zennit's, or ``ours`` as well."""
-    extra = OURS if ours else ()
-    menu = {"linear": LINEAR_RULES + extra, "sum": SUM_RULES + extra, "avgpool": SUM_RULES + extra}
-    tunable = {node.tap: node.kind for node in case.spec if node.kind in menu}
-    return {tap: draw(st.sampled_from(menu[kind])) for tap, kind in tunable.items()}
+    """A rule for every linear module, pooling layer and sum of a case: Zennit's, and with ``ours`` also Absolute."""
+    own = OURS if ours else ()
+    choices = {"linear": LINEAR_RULES + own, "sum": SUM_RULES + own, "avgpool": SUM_RULES + own}
+    kinds = {node.tap: node.kind for node in case.spec if node.kind in choices}
+    return {tap: draw(st.sampled_from(choices[kind])) for tap, kind in kinds.items()}
 
 
 def zennit_rule(rule: Rule) -> zennit.core.Hook:
@@ -311,8 +311,8 @@ def zennit_rule(rule: Rule) -> zennit.core.Hook:
 
 
 def zennit_composite(spec: Sequence[Node], rules: Mapping[str, Rule] | None = None) -> NameMapComposite:
-    """The composite that gives each module its rule; routes are left to autograd."""
-    chosen = {node.tap: DEFAULT_RULES[node.kind] for node in spec if node.module is not None}
-    chosen.update(rules or {})
-    hooks = [([tap], zennit_rule(rule)) for tap, rule in chosen.items() if not isinstance(rule, Route)]
+    """The composite that assigns each module its rule; routes are left to autograd."""
+    by_tap = {node.tap: DEFAULT_RULES[node.kind] for node in spec if node.module is not None}
+    by_tap.update(rules or {})
+    hooks = [([tap], zennit_rule(rule)) for tap, rule in by_tap.items() if not isinstance(rule, Route)]
     return NameMapComposite(hooks)

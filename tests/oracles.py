@@ -1,9 +1,9 @@
-r"""Relevance as a sum over enumerated walks: MEASURE.md, written a second time and slowly.
+r"""Relevance as a sum over enumerated walks: a slow reference implementation of docs/measure.md.
 
-Nothing here propagates, and nothing is shared with the package or taken from Zennit's rules. A rule
-is a dense matrix of one sample in float64, ``T[i, j]`` from output neuron ``j`` down to input neuron
-``i``. A walk is a row of arrays: its mass, its neuron at each tap, its end. Every query is a sum over
-rows. The network is a list of `Node`, so the oracle does not depend on how the package finds it.
+It propagates nothing and shares no code with the package or with Zennit's rules. A rule is a dense matrix of one
+sample in float64, ``T[i, j]`` from output neuron ``j`` to input neuron ``i``. A walk is a row of arrays: its mass, its
+neuron at each tap, its end. Every query is a sum over rows. The network is a list of `Node`, so the oracle does not
+depend on how the package records it.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ ZeroParams = str | tuple[str, ...] | None
 def dense(
     module: nn.Module, a: Tensor, modify: Modify = torch.clone, zero_params: ZeroParams = None
 ) -> tuple[Array, Array]:
-    """``W[i, j]`` and ``b[j]`` of a linear module with modified parameters, by pushing unit vectors.
+    """``W[i, j]`` and ``b[j]`` of a linear module with modified parameters, by applying it to unit vectors.
 
-    Parameters are modified before they are spread out: with reflect padding one entry of ``W`` is a
-    sum of several weights, and the positive part of the sum is not the sum of the positive parts.
+    Parameters are modified before ``W`` is computed: with reflect padding an entry of ``W`` is a sum of several
+    weights, and the positive part of the sum is not the sum of the positive parts.
     """
-    twin = copy.deepcopy(module).double()
+    modified = copy.deepcopy(module).double()
     zero = (zero_params,) if isinstance(zero_params, str) else zero_params or ()
     with torch.no_grad():
-        for name, param in twin.named_parameters(recurse=False):
+        for name, param in modified.named_parameters(recurse=False):
             param.copy_(torch.zeros_like(param) if name in zero else modify(param))
-        b = twin.forward(torch.zeros_like(a)[None]).flatten()
-        if getattr(twin, "bias", None) is not None:
-            twin.bias.zero_()
+        b = modified.forward(torch.zeros_like(a)[None]).flatten()
+        if getattr(modified, "bias", None) is not None:
+            modified.bias.zero_()
         units = torch.eye(a.numel(), dtype=torch.float64).reshape(-1, *a.shape)
-        return twin.forward(units).flatten(1).numpy(), b.numpy()
+        return modified.forward(units).flatten(1).numpy(), b.numpy()
 
 
 def contributions(a: Tensor, W: Array) -> Array:
@@ -95,11 +95,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Gamma:
-    r"""Generalized gamma: the weights that push :math:`z_j` to its own side are enlarged.
+    r"""Generalized gamma: the weights whose contributions have the sign of :math:`z_j` are increased.
 
-    For :math:`z_j > 0` positive inputs see :math:`w + \gamma w^+` and negative ones
-    :math:`w + \gamma w^-`, for :math:`z_j < 0` the other way round. :math:`z_j` is the true output
-    with its bias, whatever ``zero_params`` says; for :math:`z_j = 0` nothing is handed down.
+    For :math:`z_j > 0` positive inputs are multiplied by :math:`w + \gamma w^+` and negative ones by
+    :math:`w + \gamma w^-`, for :math:`z_j < 0` vice versa. :math:`z_j` is the actual output including the bias,
+    regardless of ``zero_params``; for :math:`z_j = 0` no relevance is propagated.
     """
 
     gamma: float = 0.25
@@ -133,7 +133,7 @@ class ZPlus:
 
 @dataclass(frozen=True)
 class AlphaBeta:
-    """``alpha`` times the shares of positive contributions less ``beta`` times those of negative ones."""
+    """``alpha`` times the shares of positive contributions minus ``beta`` times those of negative ones."""
 
     alpha: float = 2.0
     beta: float = 1.0
@@ -191,7 +191,7 @@ class Flat:
 class AbsoluteShare:
     r""":math:`T_{ij} = |a_i w_{ij}| / \sum_i |a_i w_{ij}|`, without a bias.
 
-    A column whose sum is zero absorbs everything (``zeros="absorb"``) or hands down
+    A column whose sum is zero absorbs everything (``zeros="absorb"``) or propagates
     :math:`|w_{ij}| / \sum_i |w_{ij}|`, which are equal shares in a sum (``zeros="equal"``).
     """
 
@@ -209,7 +209,7 @@ class AbsoluteShare:
 
 @dataclass(frozen=True)
 class Pass:
-    """Each neuron hands all of its relevance to its twin below."""
+    """The identity: an output neuron passes all of its relevance to the input neuron of the same index."""
 
     def __call__(self, module: nn.Module, a: Tensor) -> Array:
         return np.eye(a.numel())
@@ -217,7 +217,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Route:
-    """The module's own Jacobian: 0/1 for max pooling and reshapes, ties as autograd breaks them."""
+    """The Jacobian of the module: 0/1 for max pooling and reshapes, with ties broken as by autograd."""
 
     def __call__(self, module: nn.Module, a: Tensor) -> Array:
         jacobian = torch.autograd.functional.jacobian(lambda x: module.forward(x.clone()), a[None])
@@ -238,7 +238,7 @@ DEFAULT_RULES: dict[str, Rule] = {
 
 
 class Node(NamedTuple):
-    """One call: its tap, which call of that name it is, and the taps it reads.
+    """One call: its tap, the number of the call, and the taps it reads.
 
     ``kind`` is ``input``, ``stack`` (no module: the parents joined along a new last dimension) or a
     key of `DEFAULT_RULES`.
@@ -256,7 +256,7 @@ class Node(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The kernels from one tap down to each parent (an index into the spec), and its sink's share."""
+    """The kernels from one tap to each parent (an index into the spec), and the share absorbed by its sink."""
 
     shape: tuple[int, ...]
     down: tuple[tuple[int, Array], ...]
@@ -264,7 +264,7 @@ class Step(NamedTuple):
 
 
 def gain(c: float, residual: str, gain_limit: float) -> float:
-    """``g(c)`` of MEASURE.md, section 2."""
+    """The gain ``g(c)`` of docs/measure.md."""
     if residual not in ("redistribute", "sink"):
         raise ValueError(f"residual is 'redistribute' or 'sink', got {residual!r}")
     if residual == "sink" or c <= 0:
@@ -275,14 +275,14 @@ def gain(c: float, residual: str, gain_limit: float) -> float:
 
 
 def normalized(T: Array, residual: str, gain_limit: float) -> tuple[Array, Array]:
-    """``g(c_j) T_ij``, and the share of each ``j`` that is absorbed, ``1 - g(c_j) c_j``."""
+    """``g(c_j) T_ij``, and the absorbed share ``1 - g(c_j) c_j`` of each ``j``."""
     c = T.sum(0)
     g = np.array([gain(c_j, residual, gain_limit) for c_j in c])
     return T * g, 1 - g * c
 
 
 def activations(spec: Sequence[Node], x: Tensor) -> dict[Key, Tensor]:
-    """Value of every tap for one sample, without the batch dimension."""
+    """Values of every tap for one sample, without the batch dimension."""
     value: dict[Key, Tensor] = {}
     for node in spec:
         read = [value[parent].clone() for parent in node.parents]
@@ -331,7 +331,7 @@ class Split(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """One walk: its mass, its neuron (flat) at every tap that it crosses, where it was absorbed."""
+    """One walk: its mass, its flat neuron index at every tap that it crosses, and where it was absorbed."""
 
     mass: float
     neurons: dict[Key, int]
@@ -340,7 +340,7 @@ class Walk(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Walks:
-    """All walks of one sample. Events are boolean arrays over walks: join them with ``& | ~``.
+    """All walks of one sample. Events are boolean arrays over walks: combine them with ``& | ~``.
 
     ``masses[w]``; ``neurons[w, node]``, flat index or -1; ``absorbed[w]``, node or -1.
     """
@@ -366,12 +366,12 @@ class Walks:
         return len(keys) - 1 if tap == "output" else keys.index((tap, call))
 
     def crosses(self, tap: str, call: int = 0, indices: Iterable[int] | None = None) -> Array:
-        """The walks through some neurons of a tap (flat indices), by default through any."""
-        at = self.neurons[:, self.node(tap, call)]
-        return at >= 0 if indices is None else np.isin(at, list(indices))
+        """The walks through some neurons of a tap (flat indices), by default through any of them."""
+        neuron = self.neurons[:, self.node(tap, call)]
+        return neuron >= 0 if indices is None else np.isin(neuron, list(indices))
 
     def absorbed_in(self, tap: str, call: int = 0, indices: Iterable[int] | None = None) -> Array:
-        """The walks absorbed in the step whose output is this tap, coming from these neurons."""
+        """The walks absorbed in the step whose output is this tap, from these neurons of it."""
         return (self.absorbed == self.node(tap, call)) & self.crosses(tap, call, indices)
 
     @property
@@ -380,7 +380,7 @@ class Walks:
         return self.absorbed < 0
 
     def mass(self, event: Array | Callable[[Walk], bool]) -> float:
-        """Sum of the masses in an event: a boolean array, or (slowly) a predicate on walks."""
+        """Total mass of an event: a boolean array, or a predicate on walks (slow)."""
         mask = np.array([event(walk) for walk in self]) if callable(event) else event
         if mask.dtype != bool:
             raise TypeError(f"an event is a boolean array over walks, got {mask.dtype}")
@@ -391,7 +391,7 @@ class Walks:
         return self.mass(a & b) / self.mass(b)
 
     def given(self, event: Array) -> Walks:
-        """The walks of an event, their masses divided by the event's."""
+        """The walks of an event, their masses divided by that of the event."""
         masses = self.masses[event] / self.mass(event)
         return Walks(self.spec, self.shapes, masses, self.neurons[event], self.absorbed[event])
 
@@ -409,11 +409,11 @@ class Walks:
         return self.joint((tap, call), event=event).reshape(self.shapes[self.node(tap, call)])
 
     def sink(self, tap: str, call: int = 0) -> Array:
-        """Mass absorbed in one step, by the neuron of its output from which it came."""
+        """Mass absorbed in one step, by neuron of its output."""
         return self.marginal(tap, call, self.absorbed_in(tap, call))
 
     def above(self, tap: str, call: int = 0) -> list[int]:
-        """The nodes from which a tap can be reached by going down, without the tap itself."""
+        """The nodes above a tap, from which walks can reach it; without the tap itself."""
         reaching = [self.node(tap, call)]
         for n, node in enumerate(self.spec):
             if any(self.node(*parent) in reaching for parent in node.parents):
@@ -421,18 +421,18 @@ class Walks:
         return reaching[1:]
 
     def split(self, tap: str, call: int = 0) -> Split:
-        """The three parts of the sample space at a tap, each summed up on its own."""
+        """The masses of the three parts of the sample space at a tap, each summed independently."""
         crossing, absorbed = self.crosses(tap, call), np.isin(self.absorbed, self.above(tap, call))
         return Split(self.mass(crossing), self.mass(absorbed), self.mass(~crossing & ~absorbed))
 
     def tap_variation(self, tap: str, call: int = 0, sinks: str = "neuron") -> float:
-        """``sum |mu(j)| + sum |absorbed above| + |bypass|``, the sinks taken by neuron or by step."""
+        """``sum |mu(j)| + sum |absorbed above| + |bypass|``, with sinks by neuron or by step."""
         above = [self.sink(*self.spec[n].key) for n in self.above(tap, call)]
         absorbed = sum(abs(s.sum()) if sinks == "step" else np.abs(s).sum() for s in above)
         return float(np.abs(self.marginal(tap, call)).sum() + absorbed + abs(self.split(tap, call).bypass))
 
     def variation(self, event: Array | None = None) -> float:
-        """Walk variation ``sum |mu(w)|``, of all walks or of those of an event."""
+        """Walk variation ``sum |mu(w)|`` of all walks or of an event."""
         return float(np.abs(self.masses if event is None else self.masses[event]).sum())
 
 
@@ -445,17 +445,17 @@ def enumerate_walks(
     gain_limit: float = 2.0,
     top: Key | None = None,
 ) -> Walks:
-    r"""All walks of one sample that have mass, :math:`\mu(w) = \mu(n_L) \prod \tilde T`.
+    r"""All walks of one sample with non-zero mass, :math:`\mu(w) = \mu(n_L) \prod \tilde T`.
 
     Args:
         spec: The network, in execution order.
         x: One sample, without the batch dimension.
-        start: The output neuron (flat), or one value for each: :math:`\mu(n_L = k) = s_k / \sum s`.
-        rules: Module name to rule; `DEFAULT_RULES` for the others.
+        start: Flat index of the output neuron, or a start vector: :math:`\mu(n_L = k) = s_k / \sum s`.
+        rules: Rules by module name; `DEFAULT_RULES` for the others.
         residual: ``"redistribute"`` or ``"sink"``.
         gain_limit: ``G``.
-        top: Where walks begin, by default the output. Beginning at one neuron of an inner tap gives
-            :math:`\mu(\cdot \mid j)` of what lies below, also where :math:`\mu(j) = 0`.
+        top: The tap at which walks begin, by default the output. Beginning at one neuron of an inner tap gives
+            :math:`\mu(\cdot \mid j)` of the taps below, also where :math:`\mu(j) = 0`.
     """
     kernels = steps(spec, x, rules, residual, gain_limit)
     first = len(spec) - 1 if top is None else [node.key for node in spec].index(top)
@@ -474,8 +474,8 @@ def enumerate_walks(
             done.append((masses, neurons, np.full(len(masses), -1)))
             continue
         ended = masses * kernels[n].sink[at]
-        kept = ended != 0
-        done.append((ended[kept], neurons[kept], np.full(kept.sum(), n)))
+        has_mass = ended != 0
+        done.append((ended[has_mass], neurons[has_mass], np.full(has_mass.sum(), n)))
         for parent, T in kernels[n].down:
             moved = masses[:, None] * T.T[at]
             walk, i = np.nonzero(moved)

@@ -1,4 +1,4 @@
-"""One convolutional architecture per family, with no code per model, by the functions of the benchmark of all."""
+"""One convolutional architecture per family, measured by the functions of the benchmark of all architectures."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 NETS = slow_but(SHAPES, "resnet18", "squeezenet1_1")
 EXCEPTIONS = {
-    ("alexnet", "EpsilonPlusFlat"),  # ε on three dense layers, of which each adds variation
-    ("densenet121", "EpsilonPlusFlat"),  # Zennit's Norm averages signed numbers, whose sum may nearly cancel
+    ("alexnet", "EpsilonPlusFlat"),  # ε on three dense layers, each of which adds variation
+    ("densenet121", "EpsilonPlusFlat"),  # Zennit's Norm averages signed numbers, which may nearly cancel
 }
-"""Where the rules of Zennit themselves lead to a variation above the limit at the input."""
+"""Pairs for which Zennit's rules lead to a variation above the limit at the input."""
 
 
 @functools.cache
 def settled(name: str) -> tuple[nn.Module, Tensor]:
-    """A model, its statistics set by one batch, and one input that it has not seen."""
+    """A model with batch-norm statistics of one batch, and a further input."""
     model, shape = build(name), SHAPES[name]
     settle(model, shape)
     return model, torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
@@ -78,7 +78,7 @@ def row_of(name: str, composite: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_the_books_balance_and_the_limits_hold(name, worst):
+def test_relevance_is_conserved_and_the_limits_hold(name, worst):
     for composite in ("NRMDefault", "EpsilonPlusFlat", "NRMAbsolute"):
         row = row_of(name, composite)
         worst(f"conservation, {composite}", row["error_taps"])
@@ -90,8 +90,8 @@ def test_the_books_balance_and_the_limits_hold(name, worst):
 
 
 @pytest.mark.slow
-def test_absolute_shares_in_its_pools_calm_densenet():
-    """The page of architectures says so."""
+def test_absolute_shares_in_pooling_layers_reduce_the_variation_of_densenet():
+    """As docs/architectures.md states."""
     model, x = settled("densenet121")
     signed = measured(model, x, target_of(model, x), EpsilonPlusFlat())
     absolute = measured(model, x, target_of(model, x), EpsilonPlusFlat(layer_map=[(AvgPool, Absolute())]))
@@ -99,18 +99,18 @@ def test_absolute_shares_in_its_pools_calm_densenet():
     assert absolute["variation_input"] == pytest.approx(1, abs=1e-4)
 
 
-def test_what_a_shuffle_net_absorbs_it_absorbs_in_depthwise_convolutions():
+def test_shufflenet_absorbs_relevance_in_its_depthwise_convolutions():
     model, x = settled("shufflenet_v2_x0_5")
     mu = RelevanceMeasure(model, x, target_of(model, x), composite=EpsilonPlusFlat())
     depthwise = {name for name, module in model.named_modules() if getattr(module, "groups", 1) > 1}
     absorbed = {name: float(mass) for name, mass in mu.sinks().items()}
-    there = sum(mass for name, mass in absorbed.items() if name in depthwise)
-    assert there > 0.3
-    assert there == pytest.approx(sum(absorbed.values()), abs=1e-4)
+    in_depthwise = sum(mass for name, mass in absorbed.items() if name in depthwise)
+    assert in_depthwise > 0.3
+    assert in_depthwise == pytest.approx(sum(absorbed.values()), abs=1e-4)
 
 
-def test_relevance_that_both_branches_of_a_sum_get_is_seen(monkeypatch):
-    """As autograd alone has it, and a module hook on the block does not notice."""
+def test_relevance_duplicated_at_a_sum_is_detected(monkeypatch):
+    """Autograd alone passes it to both branches, which a module hook on the block does not reveal."""
     monkeypatch.setattr(
         SplitKernel, "pull", lambda self, relevance: tuple(sum_to_shape(relevance, shape) for shape in self.shapes)
     )
@@ -119,13 +119,13 @@ def test_relevance_that_both_branches_of_a_sum_get_is_seen(monkeypatch):
     assert "conservation" in faults(row)
 
 
-def test_what_is_no_number_breaks_every_limit():
+def test_nan_violates_every_limit():
     row = dict.fromkeys(("error_taps", "residual", "variation_input", "variation_blocks"), math.nan)
     for composite in COMPOSITES:
         assert faults({"composite": composite, **row}) == ["conservation", "sink", "V input", "V blocks"]
 
 
-def test_no_builder_is_left_out_silently(monkeypatch):
+def test_no_builder_of_torchvision_is_omitted_silently(monkeypatch):
     names = list(listed())
     assert len(names) >= 95
     assert {name for name in names if has_attention(name)} == {
@@ -146,7 +146,7 @@ def test_no_builder_is_left_out_silently(monkeypatch):
     assert "| NRMDefault | 0 of 1 |" in page
 
 
-def test_the_committed_results_are_complete_hold_what_is_promised_and_are_those_of_the_page():
+def test_the_committed_results_are_complete_within_the_limits_and_shown_on_the_page():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = {(row["model"], row["composite"]): row for row in results["rows"]}
     assert set(rows) == {(name, composite) for name in listed() if not has_attention(name) for composite in COMPOSITES}

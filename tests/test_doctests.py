@@ -13,22 +13,22 @@ import zennit.rules
 import nrm_plugin
 from nrm_plugin.composites import Named
 
-ZENNITS = ("apply", "copy", "register", "remove")
-"""Methods that Zennit calls, and documents."""
+OF_ZENNIT = ("apply", "copy", "register", "remove")
+"""Methods that Zennit calls and documents."""
 INHERITED = {kind.__name__ for kind in Named.__subclasses__()}
-"""Zennit's composites, normalized: their example is that of the base class."""
+"""Normalized versions of Zennit's composites, which share the example of their base class."""
 PUBLIC = [name for name in nrm_plugin.__all__ if callable(getattr(nrm_plugin, name)) and name not in INHERITED]
 
 
 def documented():
-    """Public classes and functions, and the public methods and properties that a class of ours defines."""
+    """Public classes and functions, and the public methods and properties that these classes define."""
     for name in PUBLIC:
         item = getattr(nrm_plugin, name)
         yield name, item
         if inspect.isclass(item):
             for key, member in vars(item).items():
                 target = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
-                if not key.startswith("_") and key not in ZENNITS and inspect.isfunction(target) and target.__doc__:
+                if not key.startswith("_") and key not in OF_ZENNIT and inspect.isfunction(target) and target.__doc__:
                     yield f"{name}.{key}", target
 
 
@@ -36,7 +36,7 @@ ITEMS = dict(documented())
 
 
 def names():
-    """What the examples may use without importing it."""
+    """The names that examples may use without an import."""
     return {
         "torch": torch,
         "nn": torch.nn,
@@ -45,14 +45,21 @@ def names():
     }
 
 
+def examples(name):
+    """Those of a docstring; those of a method continue the example of its class."""
+    found = doctest.DocTestFinder(recurse=False).find(ITEMS[name], name, globs=names())
+    return [test for test in found if test.examples]
+
+
 @pytest.mark.usefixtures("own_kernels")
 @pytest.mark.parametrize("name", ITEMS)
-def test_the_example_of_a_public_docstring_runs(name):
-    found = [
-        test for test in doctest.DocTestFinder(recurse=False).find(ITEMS[name], name, globs=names()) if test.examples
-    ]
-    assert found, f"{name} has no example"
-    for test in found:
+def test_the_examples_of_a_public_docstring_run(name):
+    tests = examples(name)
+    assert tests, f"{name} has no example"
+    for test in tests:
+        for before in examples(name.partition(".")[0]) if "." in name else []:
+            doctest.DocTestRunner().run(before, clear_globs=False)
+            test.globs.update(before.globs)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("error")
             torch.manual_seed(0)
@@ -63,7 +70,7 @@ def test_the_example_of_a_public_docstring_runs(name):
         assert result.failed == 0, "".join(report)
 
 
-def test_an_example_with_another_result_fails():
-    """So that a runner that swallows failures would be seen."""
+def test_an_example_with_a_wrong_result_fails():
+    """The runner does not swallow failures."""
     wrong = doctest.DocTestParser().get_doctest(">>> at('conv')[3]\nat('conv')[4]\n", names(), "wrong", None, None)
     assert doctest.DocTestRunner().run(wrong, out=lambda text: None).failed == 1

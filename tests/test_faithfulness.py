@@ -1,4 +1,4 @@
-"""The faithfulness benchmark: metrics against slow definitions, the planted net, and the page against its results."""
+"""The faithfulness benchmark: metrics against slow definitions, the planted net, and the page against the results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def small_net(samples=3):
 # -- metrics --------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_say_when_an_entry_goes():
+def test_ranks_give_the_order_of_removal():
     scores = torch.tensor([[0.5, -1.0, 2.0]])
     assert ranks(scores, most_first=True).tolist() == [[1, 2, 0]]
     assert ranks(scores, most_first=False).tolist() == [[1, 0, 2]]
@@ -64,7 +64,7 @@ def test_ranks_say_when_an_entry_goes():
         ranks(torch.tensor([[0.0, math.nan]]), most_first=True)
 
 
-def test_area_is_the_mean_height():
+def test_the_area_is_the_mean_height():
     shares = [0.0, 0.1, 0.5, 1.0]
     curve = torch.rand(4, 2, dtype=torch.float64)
     for sample in range(2):
@@ -75,43 +75,43 @@ def test_area_is_the_mean_height():
     torch.testing.assert_close(area(torch.full((2, 1), 3.0), [1, 5]), torch.tensor([3.0]))
 
 
-def test_average_precision_is_that_of_scikit_learn():
+def test_average_precision_equals_that_of_scikit_learn():
     scores, truth = torch.randn(20, 30), torch.rand(20, 30) < 0.3
     truth[:, 0] = True
     expected = [average_precision_score(t, s) for t, s in zip(truth.numpy(), scores.numpy(), strict=True)]
     torch.testing.assert_close(average_precision(scores, truth, draw()), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_ties_do_not_favour_the_entries_that_come_first():
+def test_ties_do_not_favour_the_first_entries():
     truth, generator = torch.tensor([[True, True, False, False, False]]), draw()
-    found = torch.cat([average_precision(torch.zeros(1, 5), truth, generator) for _ in range(4000)])
+    precisions = torch.cat([average_precision(torch.zeros(1, 5), truth, generator) for _ in range(4000)])
     orders = list(itertools.permutations(range(5)))
     expected = 0.0
     for order in orders:
         first, second = sorted(order.index(entry) + 1 for entry in (0, 1))
         expected += (1 / first + 2 / second) / 2 / len(orders)
-    assert float(found.mean()) == pytest.approx(expected, abs=0.02)
+    assert float(precisions.mean()) == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_precision_counts_the_largest(share):
+def test_precision_is_that_of_the_largest_scores(share):
     scores, truth = torch.randn(10, 12), torch.rand(10, 12) < 0.4
     truth[:, 0] = True
-    for row, found in enumerate(precision_at(scores, truth, share, draw())):
+    for row, precision in enumerate(precision_at(scores, truth, share, draw())):
         count = math.ceil(share * int(truth[row].sum()))
         largest = sorted(range(12), key=lambda k: -float(scores[row, k]))[:count]
-        assert float(found) == pytest.approx(sum(bool(truth[row, k]) for k in largest) / count)
+        assert float(precision) == pytest.approx(sum(bool(truth[row, k]) for k in largest) / count)
 
 
-def test_rank_correlation_is_that_of_scipy():
-    stats = pytest.importorskip("scipy.stats")  # scikit-learn brings it
-    one, other = torch.randint(5, (6, 40)).float(), torch.randn(6, 40)  # the first has ties
-    expected = [stats.spearmanr(a, b).statistic for a, b in zip(one.numpy(), other.numpy(), strict=True)]
-    torch.testing.assert_close(rank_correlation(one, other), torch.tensor(expected))
+def test_rank_correlation_equals_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")  # a dependency of scikit-learn
+    tied, other = torch.randint(5, (6, 40)).float(), torch.randn(6, 40)
+    expected = [stats.spearmanr(a, b).statistic for a, b in zip(tied.numpy(), other.numpy(), strict=True)]
+    torch.testing.assert_close(rank_correlation(tied, other), torch.tensor(expected))
     assert float(rank_correlation(torch.ones(1, 4), torch.randn(1, 4))) == 0
 
 
-def test_random_numbers_are_the_same_in_each_call_and_none_are_used_up():
+def test_same_noise_repeats_random_numbers_and_restores_the_state():
     def drawn():
         return [*torch.rand(2).tolist(), *np.random.rand(2).tolist()]
 
@@ -127,25 +127,25 @@ def test_random_numbers_are_the_same_in_each_call_and_none_are_used_up():
     assert drawn() == expected != first
 
 
-def test_fewer_large_pictures_go_through_a_net_together():
+def test_the_batch_size_decreases_with_the_size_of_images():
     assert at_once(torch.zeros(1, 3, 16, 16)) == 128
     assert at_once(torch.zeros(1, 3, 224, 224)) == 3
     assert at_once(torch.zeros(1, 3, 2000, 2000)) == 1
 
 
-def test_a_contest_is_with_the_best_other_and_positive_where_we_are_better():
+def test_a_comparison_is_with_the_best_other_method_and_positive_if_ours_is_better():
     values = {"ours": [0.2, 0.4], "one": [0.5, 0.5], "two": [0.1, 0.7], "chance": [9.0, -9.0]}
-    found = {name: {"low": torch.tensor(v), "high": torch.tensor(v)} for name, v in values.items()}
+    scores = {name: {"low": torch.tensor(v), "high": torch.tensor(v)} for name, v in values.items()}
     comparison = Comparison(ours=("ours",), better={"low": -1, "high": 1}, pairs={"ours": "one"})
-    result = comparison.results(found, resamples(torch.arange(2)))
+    result = comparison.results(scores, resamples(torch.arange(2)))
     assert result["methods"]["one"]["low"] == [0.5, 0.5, 0.5]
     assert result["best"]["low"]["other"] == "two"
     assert result["best"]["low"]["ahead"]["ours"][0] == pytest.approx(0.1)  # 0.4 - 0.3
     assert result["best"]["low"]["ahead"]["ours"][1:] == pytest.approx([-0.1, 0.3])
     assert result["pairs"]["ours : one"]["high"][0] == pytest.approx(-0.2)
-    for values in found.values():
-        del values["high"]  # as of a package that is not here
-    assert set(comparison.results(found, resamples(torch.arange(2)))["methods"]["one"]) == {"low"}
+    for values in scores.values():
+        del values["high"]  # as for a metric of a package that is not installed
+    assert set(comparison.results(scores, resamples(torch.arange(2)))["methods"]["one"]) == {"low"}
     assert [verdict(v) for v in ([1, 0.5, 2], [1, -1, 2], [-1, -2, -0.1])] == ["better", "even", "worse"]
 
 
@@ -153,7 +153,7 @@ def test_a_contest_is_with_the_best_other_and_positive_where_we_are_better():
 
 
 @pytest.mark.parametrize("most_first", [True, False])
-def test_pixels_go_patch_by_patch(most_first):
+def test_pixels_are_removed_patch_by_patch(most_first):
     net, heat, other = small_net(), torch.randn(3, 1, 16, 16), torch.rand(1, 2, 1, 1)
     logits, outputs = pixels.flipped(net, heat, most_first, other)
     for n in range(3):
@@ -170,7 +170,7 @@ def test_pixels_go_patch_by_patch(most_first):
 
 
 @pytest.mark.parametrize("fill", latent.FILLS)
-def test_channels_of_all_layers_go_by_one_ranking(fill):
+def test_channels_of_all_layers_are_removed_by_one_ranking(fill):
     net = small_net()
     assert net.layers == ["1", "3"]
     scores, means = torch.randn(3, 9), latent.mean_activations(net)
@@ -178,58 +178,58 @@ def test_channels_of_all_layers_go_by_one_ranking(fill):
     for n in range(3):
         order = sorted(range(9), key=lambda k: -float(scores[n, k]))
         for step, share in enumerate(latent.SHARES):
-            gone = set(order[: round(share * 9)])
+            removed = set(order[: round(share * 9)])
             x = net.images[n : n + 1]
             for number, module in enumerate(net.model):
                 x = module(x)
                 for k in range(x.shape[1]) if number in (1, 3) else ():
-                    if k + (4 if number == 3 else 0) in gone:
+                    if k + (4 if number == 3 else 0) in removed:
                         x[:, k] = means[str(number)][0, k] if fill == "mean" else 0
             torch.testing.assert_close(logits[step, n], x[0, net.target[n]])
             assert bool(same[step, n]) == (int(x.argmax()) == int(net.target[n]))
 
 
-def test_every_method_scores_every_channel_and_gradients_are_finite_differences():
+def test_every_method_scores_every_channel_and_gradients_match_finite_differences():
     net = small_net()
     net.model.double()
     net.images = net.images.double()
-    found = latent.channel_scores(net)
-    assert {name: [part.shape[1] for part in parts] for name, parts in found.items()} == {
-        name: [4, 5] for name in found
+    by_method = latent.channel_scores(net)
+    assert {name: [part.shape[1] for part in parts] for name, parts in by_method.items()} == {
+        name: [4, 5] for name in by_method
     }
-    assert set(latent.OURS) < set(found)
+    assert set(latent.OURS) < set(by_method)
     scores = latent.all_scores(net)
     rescaled = scores["activation, layers rescaled"].split([4, 5], 1)
     torch.testing.assert_close([part.abs().sum(1) for part in rescaled], [torch.ones(3).double()] * 2)
-    step, kept = 1e-6, torch.full((3, 4), 1 - 1e-6).double()
-    handle = net.model[1].register_forward_hook(lambda module, args, output: output * kept[:, :, None, None])
+    step, factor = 1e-6, torch.full((3, 4), 1 - 1e-6).double()
+    handle = net.model[1].register_forward_hook(lambda module, args, output: output * factor[:, :, None, None])
     for k in range(4):
-        kept.fill_(1)[:, k] = 1 - step
+        factor.fill_(1)[:, k] = 1 - step
         slope = (net.logit(net.images) - small_logit(net, handle)) / -step
-        torch.testing.assert_close(found["gradient × activation"][0][:, k], slope, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(by_method["gradient × activation"][0][:, k], slope, rtol=1e-4, atol=1e-6)
     handle.remove()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
-def test_layers_that_share_their_passes_are_as_captum_has_each_alone():
+def test_layers_that_share_passes_have_the_scores_that_captum_gives_each_alone():
     net = small_net()
     net.images.mul_(3)
-    for found, method in zip(
+    for scores, method in zip(
         latent.along_path(net.model, net.layers, net.images, net.target),
         (LayerConductance, InternalInfluence),
         strict=True,
     ):
-        for layer, part in zip(net.layers, found, strict=True):
+        for layer, part in zip(net.layers, scores, strict=True):
             alone = method(net.model, net.model.get_submodule(layer))
             expected = alone.attribute(net.images, target=net.target, n_steps=latent.STEPS)
             torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-6)
     assert not any(module._forward_hooks for module in net.model.modules())
 
 
-def test_the_measure_by_plain_rules_is_gradient_times_activation():
+def test_the_measure_under_lrp_0_equals_gradient_times_activation():
     net = small_net()
-    found, output = latent.channel_scores(net), net.logit(net.images)[:, None]
-    for ours, other in zip(found["μ, LRP-0"], found["gradient × activation"], strict=True):
+    scores, output = latent.channel_scores(net), net.logit(net.images)[:, None]
+    for ours, other in zip(scores["μ, LRP-0"], scores["gradient × activation"], strict=True):
         torch.testing.assert_close(ours * output, other, rtol=1e-3, atol=1e-5)
 
 
@@ -243,16 +243,16 @@ def small_logit(net, handle):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
-def test_every_explainer_makes_a_map_and_leaves_the_net_alone():
+def test_every_explainer_returns_a_heat_map_and_leaves_the_net_unchanged():
     net = small_net()
     before = {key: value.clone() for key, value in net.model.state_dict().items()}
-    found, curves, differences = pixels.measured(net)
-    assert set(found) == set(pixels.explainers(pixels.Setting.of(net)))
+    scores, curves, differences = pixels.measured(net)
+    assert set(scores) == set(pixels.explainers(pixels.Setting.of(net)))
     absent = set() if quantus_metrics.IS_INSTALLED else set(quantus_metrics.METRICS)
-    assert all(set(values) == set(pixels.COMPARISON.better) - absent for values in found.values())
-    assert set(curves) == (set(found) if quantus_metrics.IS_INSTALLED else set())
+    assert all(set(values) == set(pixels.COMPARISON.better) - absent for values in scores.values())
+    assert set(curves) == (set(scores) if quantus_metrics.IS_INSTALLED else set())
     assert bool(differences) == quantus_metrics.IS_INSTALLED
-    assert all(bool(value.isfinite().all()) for values in found.values() for value in values.values())
+    assert all(bool(value.isfinite().all()) for values in scores.values() for value in values.values())
     assert all(torch.equal(value, before[key]) for key, value in net.model.state_dict().items())
     assert not any(module._forward_hooks or module._backward_hooks for module in net.model.modules())
 
@@ -266,7 +266,7 @@ def dense_net(cross):
         return body, weight, bias, *planted.plant(body, weight, bias, cross)
 
 
-def test_the_planted_net_says_what_red_and_green_streams_say_and_blue_cancels():
+def test_the_planted_net_sums_the_red_and_green_streams_and_blue_cancels():
     body, weight, bias, dense, streams = dense_net(0.0)
     x = torch.rand(3, 3, 16, 16)
     features = body(x).unflatten(1, (3, 8))
@@ -283,7 +283,7 @@ def test_the_planted_net_says_what_red_and_green_streams_say_and_blue_cancels():
     assert not torch.equal(streams[0], streams[1])
 
 
-def test_an_edge_carries_within_a_stream_that_is_shown_between_active_channels():
+def test_edges_carry_relevance_between_active_channels_of_a_visible_stream():
     *_, dense, streams = dense_net(0.05)
     with reproducible(0):
         images, labels, shown = planted.draw_cues(6)
@@ -292,7 +292,7 @@ def test_an_edge_carries_within_a_stream_that_is_shown_between_active_channels()
     net = Net("planted", dense, images, torch.arange(6), torch.zeros(1, 3, 1, 1), 1.0)
     carries = shown.clone()
     carries[:, 2] = False
-    truth, asked = planted.planted_edges(net, streams, carries, [(3, 1), (1, 0)])
+    truth, compared = planted.planted_edges(net, streams, carries, [(3, 1), (1, 0)])
     values = [nn.Sequential(*list(dense)[: int(layer) + 1])(images).amax((2, 3)) for layer in planted.LAYERS]
     row = 0
     for upper, lower in [(3, 1), (1, 0)]:
@@ -302,34 +302,36 @@ def test_an_edge_carries_within_a_stream_that_is_shown_between_active_channels()
                 expected = stream == int(streams[lower][i]) and stream != 2 and bool(shown[n, stream])
                 expected = expected and float(values[upper][n, j]) > 0 and float(values[lower][n, i]) > 0
                 assert bool(truth[n, row]) == expected
-            assert bool(asked[row]) == (float(values[upper][:, j].max()) > 0 and float(values[lower][:, i].max()) > 0)
+            assert bool(compared[row]) == (
+                float(values[upper][:, j].max()) > 0 and float(values[lower][:, i].max()) > 0
+            )
             row += 1
     before = dense[2].weight.clone()
     planted.severed(net, streams, within=True)
     assert torch.equal(dense[2].weight, before)
 
 
-def test_products_and_joints_are_laid_out_alike():
+def test_products_and_joints_have_the_same_layout():
     *_, dense, streams = dense_net(0.0)
     images = torch.rand(2, 3, 16, 16)
     target = dense(images).argmax(1)
     net = Net("planted", dense, images, torch.arange(2), torch.zeros(1, 3, 1, 1), 1.0)
     pairs = [(2, 1), (3, 0)]
-    found = planted.edge_scores(net, images, target, pairs)
-    assert {values.shape for values in found.values()} == {(2, 2 * 24 * 24)}
+    scores = planted.edge_scores(net, images, target, pairs)
+    assert {values.shape for values in scores.values()} == {(2, 2 * 24 * 24)}
     across = torch.cat([(streams[u][:, None] != streams[low][None]).flatten() for u, low in pairs])
-    alone = [f"μ(A & B), {name}" for name in planted.JOINTS if name != "NRMDefault"]  # it hands what ε takes to all
+    alone = [f"μ(A & B), {name}" for name in planted.JOINTS if name != "NRMDefault"]  # it redistributes to all
     for name in (*alone, "norm of the weights"):
-        assert float(found[name][:, across].max()) < 1e-6 < float(found[name].max())  # no weight, no relevance
-    assert float(found["μ(A) μ(B), NRMDefault"][:, across].max()) > 1e-3
+        assert float(scores[name][:, across].max()) < 1e-6 < float(scores[name].max())  # no weight, no relevance
+    assert float(scores["μ(A) μ(B), NRMDefault"][:, across].max()) > 1e-3
 
 
-# -- weights of a file, and the page --------------------------------------------------------------------------------
+# -- weights from a file, and the page ------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(2):
@@ -343,26 +345,26 @@ def narrow(name, weights=None, num_classes=1000):
 
 
 @pytest.mark.slow
-def test_weights_of_a_file_take_the_same_path(monkeypatch, tmp_path, pictures, capsys):
+def test_weights_from_a_file_are_evaluated_in_the_same_way(monkeypatch, tmp_path, image_folder, capsys):
     monkeypatch.setattr(problems.torchvision.models, "get_model", narrow)
     model = narrow("vgg16", num_classes=7)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    net = problems.own_net("vgg16", tmp_path / "weights.pth", pictures, 5)
+    net = problems.own_net("vgg16", tmp_path / "weights.pth", image_folder, 5)
     assert net.images.shape == (2, 3, 224, 224)
     assert torch.equal(net.target, model(net.images).argmax(1))
-    command = ["--weights", str(tmp_path / "weights.pth"), "--images", str(pictures), "--only", "latent"]
+    command = ["--weights", str(tmp_path / "weights.pth"), "--images", str(image_folder), "--only", "latent"]
     main(command)
-    found = json.loads(capsys.readouterr().out)["latent"]
-    assert found["samples"] == 2
-    assert found["layers"] == ["1", "3"]
-    assert set(found["methods"]["μ, NRMDefault"]) == set(latent.COMPARISON.better)
+    results = json.loads(capsys.readouterr().out)["latent"]
+    assert results["samples"] == 2
+    assert results["layers"] == ["1", "3"]
+    assert set(results["methods"]["μ, NRMDefault"]) == set(latent.COMPARISON.better)
 
 
-def test_weights_that_do_not_fit_and_a_folder_without_pictures_are_named(monkeypatch, tmp_path, pictures):
+def test_mismatching_weights_and_an_empty_folder_raise(monkeypatch, tmp_path, image_folder):
     monkeypatch.setattr(problems.torchvision.models, "get_model", narrow)
     torch.save({"0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"does not hold a state dict of torchvision's vgg16"):
-        problems.own_net("vgg16", tmp_path / "other.pth", pictures, 5)
+        problems.own_net("vgg16", tmp_path / "other.pth", image_folder, 5)
     torch.save(narrow("vgg16").state_dict(), tmp_path / "weights.pth")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no image"):
@@ -370,7 +372,7 @@ def test_weights_that_do_not_fit_and_a_folder_without_pictures_are_named(monkeyp
 
 
 class Bottleneck(nn.Module):
-    """One ReLU for all, as torchvision's ResNet has it."""
+    """A block that reuses one ReLU, as those of torchvision's ResNet do."""
 
     def __init__(self):
         super().__init__()
@@ -382,42 +384,42 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
-def test_a_block_stands_for_a_relu_that_it_calls_more_than_once():
+def test_a_block_replaces_a_relu_that_it_calls_more_than_once():
     model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Sequential(Bottleneck(), Bottleneck()), nn.ReLU())
     assert problems.activation_layers(model, torch.rand(1, 2, 4, 4)) == ["1", "2.0", "2.1", "3"]
     assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
-def test_a_method_that_refuses_a_net_is_left_out_and_named(monkeypatch, capsys):
+def test_a_method_that_fails_on_a_net_is_omitted_with_a_message(monkeypatch, capsys):
     model = nn.Sequential(nn.Conv2d(2, 2, 1), Bottleneck(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     net = Net("blocks", model, torch.rand(2, 2, 16, 16), torch.arange(2), torch.zeros(1, 2, 1, 1), 1.0)
     net.layers = problems.activation_layers(model, net.images[:1])
     monkeypatch.setattr(quantus_metrics, "IS_INSTALLED", False)
-    found, *_ = pixels.measured(net, ["Saliency", "DeepLift"])
-    assert list(found) == ["Saliency"]
+    scores, *_ = pixels.measured(net, ["Saliency", "DeepLift"])
+    assert list(scores) == ["Saliency"]
     assert "blocks: omitted DeepLift, which does not run" in capsys.readouterr().err
     monkeypatch.setattr(pixels, "explainers", lambda setting: {
         "endless": lambda model, x, target: x / 0, "NRMDefault": lambda model, x, target: x
     })  # fmt: skip
-    found, *_ = pixels.measured(net)
-    assert list(found) == ["NRMDefault"]
+    scores, *_ = pixels.measured(net)
+    assert list(scores) == ["NRMDefault"]
     assert "blocks: omitted endless" in capsys.readouterr().err
-    found["another"] = {key: values + 1 for key, values in found["NRMDefault"].items()}
-    assert pixels.COMPARISON.results(found, resamples(net.group))["best"]["deletion"]["ahead"]["NRMDefault"][0] == 1
+    scores["another"] = {key: values + 1 for key, values in scores["NRMDefault"].items()}
+    assert pixels.COMPARISON.results(scores, resamples(net.group))["best"]["deletion"]["ahead"]["NRMDefault"][0] == 1
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
-def without(monkeypatch):
+def hide_packages(monkeypatch):
     monkeypatch.setattr(quantus_metrics, "IS_INSTALLED", False)
     monkeypatch.setattr(latent, "HAS_CRP", False)
 
 
-def test_without_its_packages_the_command_names_what_installs_them_and_keeps_results(monkeypatch, tmp_path, capsys):
-    without(monkeypatch)
-    out = tmp_path / "found.json"
+def test_without_the_packages_the_command_names_their_installation_and_keeps_the_results(monkeypatch, tmp_path, capsys):
+    hide_packages(monkeypatch)
+    out = tmp_path / "results.json"
     out.write_text('{"latent": {}}')
     with pytest.raises(SystemExit):
         main(["--out", str(out)])
@@ -426,7 +428,7 @@ def test_without_its_packages_the_command_names_what_installs_them_and_keeps_res
     assert out.read_text() == '{"latent": {}}'
 
 
-def test_the_makefile_has_that_target_with_both_packages():
+def test_the_makefile_has_the_target_with_both_packages():
     rule = re.search(r"^faithfulness:(.*)\n\t(.*)", (command.ROOT / "Makefile").read_text(), re.M)
     assert {".venv/hosts/crp.stamp", ".venv/hosts/quantus.stamp"} <= set(rule[1].split())
     assert "PYTHONPATH=.venv/hosts/crp:.venv/hosts/quantus" in rule[2]
@@ -434,58 +436,58 @@ def test_the_makefile_has_that_target_with_both_packages():
 
 
 @pytest.mark.slow
-def test_your_own_net_is_measured_without_them_and_says_what_is_left_out(monkeypatch, tmp_path, pictures, capsys):
-    without(monkeypatch)
+def test_without_the_packages_a_net_of_the_user_is_evaluated(monkeypatch, tmp_path, image_folder, capsys):
+    hide_packages(monkeypatch)
     monkeypatch.setattr(problems.torchvision.models, "get_model", narrow)
     torch.save(narrow("vgg16", num_classes=7).state_dict(), tmp_path / "weights.pth")
-    main(["--weights", str(tmp_path / "weights.pth"), "--images", str(pictures), "--only", "input"])
-    shown = capsys.readouterr()
-    assert "Quantus is not installed; results that need it are omitted." in shown.err
-    found = json.loads(shown.out)["input"]
-    assert set(found["methods"]["NRMDefault"]) == set(pixels.COMPARISON.better) - set(quantus_metrics.METRICS)
+    main(["--weights", str(tmp_path / "weights.pth"), "--images", str(image_folder), "--only", "input"])
+    printed = capsys.readouterr()
+    assert "Quantus is not installed; results that need it are omitted." in printed.err
+    results = json.loads(printed.out)["input"]
+    assert set(results["methods"]["NRMDefault"]) == set(pixels.COMPARISON.better) - set(quantus_metrics.METRICS)
 
 
-def test_a_part_is_measured_beside_the_results_of_before(monkeypatch, tmp_path):
-    """Results of nets come in any order and are stored in that of the code."""
-    done = [
+def test_results_of_one_part_are_added_to_the_previous_results(monkeypatch, tmp_path):
+    """Results of nets arrive in any order and are stored in the order of the code."""
+    finished = [
         ("shapes, residual", {"latent": {"new": 1}}, {"latent, shapes, residual": [2, 1]}),
         ("digits", {"latent": {"new": 2}}, {"latent, digits": [3, 2]}),
     ]
-    monkeypatch.setattr(command, "run", lambda *asked: iter(done))
+    monkeypatch.setattr(command, "run", lambda *arguments: iter(finished))
     monkeypatch.setattr(command, "version", lambda name: "0")
-    out = tmp_path / "found.json"
+    out = tmp_path / "results.json"
     out.write_text(
         json.dumps({"planted": {"old": 0}, "latent": {"shapes, transformer": {"old": 1}}, "time": {"old": 2}})
     )
     command.measure(["latent"], ["digits", "shapes, residual"], 512, 2, out)
-    found = json.loads(out.read_text())
-    assert list(found["latent"].items()) == [
+    results = json.loads(out.read_text())
+    assert list(results["latent"].items()) == [
         ("digits", {"new": 2}), ("shapes, residual", {"new": 1}), ("shapes, transformer", {"old": 1})
     ]  # fmt: skip
-    assert found["planted"] == {"old": 0}
-    assert found["time"] == {"old": 2}  # that of a whole run
+    assert results["planted"] == {"old": 0}
+    assert results["time"] == {"old": 2}  # the time of a complete run
     command.measure(command.PARTS, list(problems.NETS), 512, 2, out)
     assert json.loads(out.read_text())["time"]["seconds of processors"] == 3
 
 
 @pytest.mark.slow
-def test_a_net_is_measured_in_a_process_of_its_own_as_it_is_here(monkeypatch):
+def test_a_net_has_the_same_results_in_another_process(monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    ((name, found, seconds),) = tasks.run(["latent"], ["digits"], 4, processes=1)
-    assert (name, set(found), set(seconds)) == ("digits", {"latent"}, {"training, digits", "latent, digits"})
+    ((name, results, seconds),) = tasks.run(["latent"], ["digits"], 4, processes=1)
+    assert (name, set(results), set(seconds)) == ("digits", {"latent"}, {"training, digits", "latent, digits"})
     with same_noise():
-        here = tasks.latent_results(problems.digits_net(4))
-    ours, theirs = (part["methods"]["μ, NRMDefault"] for part in (here, found["latent"]))
-    for key, values in ours.items():
-        assert values == pytest.approx(theirs[key], abs=1e-4)
+        local = tasks.latent_results(problems.digits_net(4))
+    here, there = (part["methods"]["μ, NRMDefault"] for part in (local, results["latent"]))
+    for key, values in here.items():
+        assert values == pytest.approx(there[key], abs=1e-4)
 
 
-def test_the_page_is_drawn_from_the_committed_results():
+def test_the_page_is_generated_from_the_committed_results():
     results = json.loads(RESULTS.read_text())
     assert page.rendered(page.PAGE.read_text(), results) == page.PAGE.read_text()
     assert all(part["samples"] >= 500 for key in ("latent", "input") for part in results[key].values())
     assert results["planted"]["samples"] >= 500
     for name, net in results["input"].items():
-        left_out = {"Captum LRP"} if "transformer" in name else set()  # it has no rule for a norm
-        assert set(net["methods"]) | left_out == set(pixels.explainers(pixels.Setting.of(small_net()))), name
+        omitted = {"Captum LRP"} if "transformer" in name else set()  # it has no rule for a norm
+        assert set(net["methods"]) | omitted == set(pixels.explainers(pixels.Setting.of(small_net()))), name
         assert set(net["best"]) == set(pixels.COMPARISON.better)

@@ -1,4 +1,7 @@
-"""How the package is imported: late, by former paths with a warning, and with its composites in Zennit's registry."""
+"""Importing the package: lazily, by deprecated paths with a warning, and with its composites in Zennit's registry.
+
+Covers: nrm_plugin.version.
+"""
 
 from __future__ import annotations
 
@@ -19,31 +22,31 @@ ROOT = Path(__file__).parents[1]
 
 
 def printed(code: str) -> str:
-    """What a fresh interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    """Standard output of a new interpreter."""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return process.stdout.strip()
 
 
-@pytest.mark.parametrize("former", MOVED)
-def test_a_former_path_works_and_names_the_new_one(former: str) -> None:
-    sys.modules.pop(f"nrm_plugin.{former}", None)
-    with pytest.warns(DeprecationWarning, match=re.escape(f"Use nrm_plugin.{MOVED[former]} instead")) as caught:
-        old = importlib.import_module(f"nrm_plugin.{former}")
+@pytest.mark.parametrize("path", MOVED)
+def test_a_deprecated_path_works_and_names_the_new_one(path: str) -> None:
+    sys.modules.pop(f"nrm_plugin.{path}", None)
+    with pytest.warns(DeprecationWarning, match=re.escape(f"Use nrm_plugin.{MOVED[path]} instead")) as caught:
+        old = importlib.import_module(f"nrm_plugin.{path}")
     assert len(caught) == 1
-    new = importlib.import_module(f"nrm_plugin.{MOVED[former]}")
+    new = importlib.import_module(f"nrm_plugin.{MOVED[path]}")
     names = [name for name in vars(new) if not name.startswith("__")]
     assert names
     assert all(getattr(old, name) is getattr(new, name) for name in names)
 
 
-def test_a_warning_names_the_line_that_imports(tmp_path: Path) -> None:
+def test_the_warning_points_at_the_importing_line(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("\nfrom nrm_plugin.profiles import profile\n")
-    done = subprocess.run([sys.executable, "-W", "always", script], capture_output=True, text=True, check=True)
-    assert f"{script}:2: DeprecationWarning: the module nrm_plugin.profiles is deprecated" in done.stderr
+    process = subprocess.run([sys.executable, "-W", "always", script], capture_output=True, text=True, check=True)
+    assert f"{script}:2: DeprecationWarning: the module nrm_plugin.profiles is deprecated" in process.stderr
 
 
-def test_public_functions_win_over_former_modules_of_their_name() -> None:
+def test_public_functions_take_precedence_over_deprecated_modules_of_the_same_name() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         for name in MOVED.keys() & set(nrm_plugin.__all__):
@@ -52,7 +55,7 @@ def test_public_functions_win_over_former_modules_of_their_name() -> None:
     assert {"coverage", "reconstruct", "restriction"} <= MOVED.keys()
 
 
-def test_a_module_that_never_was_is_not_found() -> None:
+def test_importing_an_unknown_module_raises() -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("nrm_plugin.flow_plot")
     with pytest.raises(AttributeError):
@@ -75,26 +78,26 @@ def test_any_name_can_be_imported_first(name: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["import nrm_plugin, zennit.composites", "import zennit.composites, nrm_plugin"])
-def test_zennit_knows_the_composites_as_soon_as_both_are_imported(order: str) -> None:
+def test_zennit_registers_the_composites_once_both_are_imported(order: str) -> None:
     code = (
         f"{order}; print('nrm_default' in zennit.composites.COMPOSITES, 'nrm_relative' in zennit.composites.COMPOSITES)"
     )
     assert printed(code) == "True True"
 
 
-def test_torch_is_imported_with_the_first_name() -> None:
+def test_torch_is_imported_with_the_first_public_name() -> None:
     code = "import sys, nrm_plugin; print('torch' in sys.modules); nrm_plugin.at; print('torch' in sys.modules)"
     assert printed(code).split() == ["False", "True"]
 
 
-def test_a_star_import_brings_every_public_name() -> None:
+def test_a_star_import_provides_every_public_name() -> None:
     names: dict[str, object] = {}
     exec("from nrm_plugin import *", names)
     assert set(nrm_plugin.__all__) <= names.keys()
     assert set(nrm_plugin.__all__) <= set(dir(nrm_plugin))
 
 
-def test_a_warning_names_the_line_of_the_caller() -> None:
+def test_the_warning_points_at_the_line_of_the_caller() -> None:
     def inner() -> None:
         warn_deprecated("this", "that")
 
@@ -106,7 +109,7 @@ def test_a_warning_names_the_line_of_the_caller() -> None:
     assert "inner()" in Path(__file__).read_text().splitlines()[caught[0].lineno - 1]
 
 
-def test_the_version_is_the_same_everywhere() -> None:
+def test_all_versions_agree() -> None:
     assert nrm_plugin.__version__ == version("nrm-plugin")
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
     assert cited is None or cited[1].strip("\"'") == nrm_plugin.__version__

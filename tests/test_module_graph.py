@@ -1,4 +1,4 @@
-"""Imports follow the diagram in docs/design.md and what each package says of itself, and have no loops."""
+"""Imports follow the diagram in docs/design.md and the docstring of each package, and have no cycles."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MOST_LINES = 450
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name inside the package; that of a package is ``functional.__init__``."""
+    """Every module by its dotted name inside the package, such as ``functional.__init__``."""
     return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
 
 def imported(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The modules that a module imports, anywhere in its text."""
+    """The modules that a module imports, at the top and inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -39,7 +39,7 @@ def imported(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
 
 
 def _module(parts: list[str], known: dict[str, Path]) -> str:
-    """The longest prefix that is a module; the rest are names in it."""
+    """The longest prefix that is a module; the remaining parts are names in it."""
     while parts:
         for name in (".".join(parts), ".".join([*parts, "__init__"])):
             if name in known:
@@ -54,52 +54,53 @@ def graph() -> dict[str, set[str]]:
 
 
 def top(module: str) -> str:
-    """The package or module at the top of the tree that a module belongs to."""
+    """The top-level package or module that contains a module."""
     return module.partition(".")[0]
 
 
 def diagram() -> list[str]:
-    """The entries of the diagram in reading order, without the slash of packages."""
+    """The entries of the diagram in reading order, without the trailing slash of packages."""
     block = re.search(r"```text\n(.*?)```", (ROOT / "docs/design.md").read_text(), re.S)
     assert block
     rows = [line for line in block[1].splitlines() if "─" not in line]
     return [entry.rstrip("/") for row in rows for entry in re.split(r"\s{3,}", row)[0].split()]
 
 
-def test_the_diagram_has_every_entry_of_the_package_once():
+def test_the_diagram_lists_every_package_and_module_once():
     entries = diagram()
     assert len(set(entries)) == len(entries)
-    assert {top(name) for name in modules()} == set(entries), "put a new package into its row of docs/design.md"
+    assert {top(name) for name in modules()} == set(entries), "add the package to its row of docs/design.md"
     assert len([entry for entry in entries if not entry.startswith("__")]) <= MOST_AT_THE_TOP
 
 
-def test_a_module_imports_only_from_above():
-    place = {entry: number for number, entry in enumerate(diagram())}
+def test_modules_import_only_from_above():
+    position = {entry: number for number, entry in enumerate(diagram())}
     for name, targets in graph().items():
         for target in targets:
-            one, other = top(name), top(target)
-            assert one == other or place[other] < place[one], f"{name} imports {target}, which is not above it"
+            importer, source = top(name), top(target)
+            is_above = importer == source or position[source] < position[importer]
+            assert is_above, f"{name} imports {target}, which is not above it"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_says_what_it_imports(package: str):
-    found = {top(target) for name, targets in graph().items() if top(name) == package for target in targets}
-    documented = importlib.import_module(f"nrm_plugin.{package}").__doc__
-    assert documented
-    said = re.search(r"^Imports: ([\w,\s]+)\.$", documented, re.M)
-    assert said
-    names = set() if said[1] == "nothing of this package" else set(re.split(r",\s+", said[1]))
-    assert names == found - {package}
+def test_the_docstring_of_a_package_lists_its_imports(package: str):
+    imports = {top(target) for name, targets in graph().items() if top(name) == package for target in targets}
+    docstring = importlib.import_module(f"nrm_plugin.{package}").__doc__
+    assert docstring
+    line = re.search(r"^Imports: ([\w,\s]+)\.$", docstring, re.M)
+    assert line
+    documented = set() if line[1] == "nothing of this package" else set(re.split(r",\s+", line[1]))
+    assert documented == imports - {package}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_an_init_only_exports(package: str):
+def test_the_init_of_a_package_only_exports(package: str):
     body = ast.parse((PACKAGE / package / "__init__.py").read_text()).body
     assert all(isinstance(node, (ast.Expr, ast.ImportFrom, ast.Assign)) for node in body)
 
 
-def test_no_module_imports_itself_over_others():
-    """Inside packages too, and at the time of a call as well as at the top."""
+def test_imports_have_no_cycles():
+    """Inside packages too, and including the imports inside functions."""
     edges, done, path = graph(), set(), list[str]()
 
     def visit(name: str) -> None:
@@ -119,8 +120,8 @@ def test_no_module_is_long():
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
 
 
-def test_the_public_names_are_listed_once_and_in_order():
-    """A stub says where each comes from; the package reads it, and so do type checkers."""
+def test_the_stub_lists_every_public_name_once():
+    """The package and type checkers read where each name comes from in the stub."""
     tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
     imported = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
     listed = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
@@ -128,11 +129,11 @@ def test_the_public_names_are_listed_once_and_in_order():
     assert len(set(listed)) == len(listed)
 
 
-def test_imports_are_read_in_every_form(tmp_path):
+def test_every_form_of_import_is_recognized(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(
         "import nrm_plugin.errors\nfrom . import unknown\nfrom ..kernels.step import Step\n"
         "from nrm_plugin.functional import elementwise\ndef f():\n    from .registry import kernel\n    import torch\n"
     )
-    found = set(imported("functional.x", path, modules()))
-    assert found == {"errors", "functional.unknown", "kernels.step", "functional.elementwise", "functional.registry"}
+    names = set(imported("functional.x", path, modules()))
+    assert names == {"errors", "functional.unknown", "kernels.step", "functional.elementwise", "functional.registry"}

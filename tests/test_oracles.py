@@ -1,4 +1,4 @@
-"""The oracle itself: its matrices are Zennit's, its books balance, its sums mean what they say."""
+"""The oracle itself: its matrices agree with Zennit, its masses sum to one, and its queries agree with each other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.oracles import (
     steps,
 )
 
-unhurried = settings(deadline=None, max_examples=60)
+examples = settings(deadline=None, max_examples=60)
 
 CALLED_ONCE = tuple(name for name in BUILDERS if name != "reused")
 POLICIES = st.one_of(st.just(("sink", 1.0)), st.tuples(st.just("redistribute"), st.sampled_from([1.0, 2.0, np.inf])))
@@ -68,7 +68,7 @@ LINEAR_MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 
 def drawn(name: str) -> tuple[nn.Module, Tensor]:
-    """A module with signed weights and biases, and a signed input with zeros."""
+    """A module with signed weights and biases, and a signed input that contains zeros."""
     module, shape = LINEAR_MODULES[name]
     generator = torch.Generator().manual_seed(len(name))
     module = copy.deepcopy(module).double()
@@ -79,7 +79,7 @@ def drawn(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def zennit_matrix(module: nn.Module, a: Tensor, rule: Rule) -> np.ndarray:
-    """``T[i, j]``: Zennit's relevance of input ``i`` for a unit of relevance at output ``j``."""
+    """``T[i, j]``: Zennit's relevance of input ``i`` for one unit of relevance at output ``j``."""
     outputs = module(a[None]).numel()
     x = a.expand(outputs, *a.shape).clone().requires_grad_()
     handle = zennit_rule(rule).register(module)
@@ -91,25 +91,25 @@ def zennit_matrix(module: nn.Module, a: Tensor, rule: Rule) -> np.ndarray:
 
 
 def zennit_relevance(case: Case, rules: Mapping[str, Rule]) -> dict[str, Tensor]:
-    """Plain Zennit: the gradient at the input and at the output of every module."""
-    kept: dict[str, Tensor] = {}
+    """Relevance by Zennit alone: the gradient at the input and at the output of every module."""
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             output.retain_grad()
-            kept[name] = output
+            outputs[name] = output
 
         return hook
 
     with zennit_composite(case.spec, rules).context(case.net) as net:
         names = {node.tap: node.module for node in case.spec if node.module is not None}
         handles = [module.register_forward_hook(keep(name)) for name, module in names.items()]
-        kept["input"] = case.x.clone().requires_grad_()
-        net(kept["input"]).backward(case.start)
+        outputs["input"] = case.x.clone().requires_grad_()
+        net(outputs["input"]).backward(case.start)
         for handle in handles:
             handle.remove()
     case.net.zero_grad()
-    return {name: tensor.grad for name, tensor in kept.items()}
+    return {name: tensor.grad for name, tensor in outputs.items()}
 
 
 def walks_of(case: Case, n: int = 0, **kwargs: object) -> Walks:
@@ -117,7 +117,7 @@ def walks_of(case: Case, n: int = 0, **kwargs: object) -> Walks:
 
 
 def assert_close(actual: object, expected: object, walks: Walks | None = None) -> None:
-    """Equal up to 1e-10 of the walk variation, which bounds the rounding of every sum."""
+    """Equal up to 1e-10 of the walk variation, which bounds the rounding error of every sum."""
     scale = 1.0 if walks is None else max(1.0, walks.variation())
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10 * scale)
 
@@ -126,7 +126,7 @@ def assert_close(actual: object, expected: object, walks: Walks | None = None) -
 
 
 @pytest.mark.parametrize("name", LINEAR_MODULES)
-def test_dense_matrix_is_the_module(name):
+def test_the_dense_matrix_reproduces_the_module(name):
     module, a = drawn(name)
     W, b = dense(module, a)
     assert_close(a.flatten().numpy() @ W + b, module(a[None]).detach().flatten())
@@ -142,12 +142,12 @@ def test_dense_matrix_is_the_module(name):
     ],
     ids=str,
 )
-def test_rule_matrix_is_zennits(name, rule):
+def test_the_matrix_of_a_rule_equals_zennits(name, rule):
     module, a = drawn(name)
     np.testing.assert_allclose(rule(module, a), zennit_matrix(module, a, rule), rtol=1e-9, atol=1e-12)
 
 
-def test_parameters_are_modified_before_they_are_spread_out():
+def test_parameters_are_modified_before_padding_sums_them():
     module = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect", bias=False).double()
     module.weight.data = torch.tensor([[[-1.0, 0.0, 3.0]]], dtype=torch.float64)
     W, _ = dense(module, torch.ones(1, 2, dtype=torch.float64), torch.relu)
@@ -155,7 +155,7 @@ def test_parameters_are_modified_before_they_are_spread_out():
 
 
 @pytest.mark.parametrize("name", LINEAR_MODULES)
-def test_absolute_shares_add_up_to_one_and_follow_the_contributions(name):
+def test_absolute_shares_sum_to_one_or_zero(name):
     module, a = drawn(name)
     T = AbsoluteShare()(module, a)
     assert (T >= 0).all()
@@ -167,7 +167,7 @@ def test_absolute_shares_add_up_to_one_and_follow_the_contributions(name):
     assert equal.sum() > 0
 
 
-def test_absolute_shares_of_a_sum_by_hand():
+def test_absolute_shares_of_a_sum_in_an_example():
     a = torch.tensor([[3.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
     expected = [[0.75, 0], [0.25, 0], [0, 0], [0, 0]]
     np.testing.assert_allclose(AbsoluteShare()(Sum(), a), expected)
@@ -180,12 +180,12 @@ def test_max_pooling_routes_to_the_first_of_equal_maxima():
 
 
 @pytest.mark.parametrize("limit", [1.0, 2.0, 5.0, np.inf])
-def test_gain_is_continuous_bounded_and_keeps_signs(limit):
+def test_the_gain_is_continuous_and_bounded(limit):
     columns = np.linspace(-1, 1, 2001)
     gains = np.array([gain(c, "redistribute", limit) for c in columns])
     assert ((gains >= 1) & (gains <= limit)).all()
     assert (gains[columns <= 0] == 1).all()
-    # The steepest slope is that of 1/c at c = 1/G.
+    # The slope is steepest at c = 1/G, where it is that of 1/c.
     assert limit == np.inf or np.abs(np.diff(gains)).max() <= 1e-3 * limit**2 + 1e-12
     assert gain(4.0, "redistribute", limit) == 0.25
     assert gain(0.5, "sink", limit) == 1
@@ -193,9 +193,9 @@ def test_gain_is_continuous_bounded_and_keeps_signs(limit):
         gain(1.0, "leak", limit)
 
 
-@unhurried
+@examples
 @given(st.lists(st.floats(-3, 3, allow_subnormal=False), min_size=1, max_size=4), POLICIES)
-def test_a_step_and_its_sink_add_up_to_one(columns, policy):
+def test_a_step_and_its_sink_sum_to_one(columns, policy):
     T, sink = normalized(np.diag(columns), *policy)
     np.testing.assert_allclose(T.sum(0) + sink, 1, atol=1e-12)
 
@@ -204,23 +204,23 @@ def test_a_step_and_its_sink_add_up_to_one(columns, policy):
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_specs_describe_their_nets(name):
+def test_the_spec_describes_the_net(name):
     case = tiny_net(name, seed=3, batch=1)
-    seen: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {}
     for tap in {node.tap for node in case.spec if node.module is not None}:
         module = case.net.get_submodule(tap)
-        # Clones, because an in-place ReLU overwrites its input's tap.
-        module.register_forward_hook(lambda m, a, out, tap=tap: seen.setdefault(tap, []).append(out.clone()))
+        # Clones, because an in-place ReLU overwrites the tap that is its input.
+        module.register_forward_hook(lambda m, a, out, tap=tap: outputs.setdefault(tap, []).append(out.clone()))
     output = case.net(case.x)
     value = activations(case.spec, case.x[0])
     for (tap, call), tensor in value.items():
-        if tap in seen:
-            assert_close(tensor, seen[tap][call][0].detach())
+        if tap in outputs:
+            assert_close(tensor, outputs[tap][call][0].detach())
     assert_close(list(value.values())[-1], output[0].detach())
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_nets_are_deterministic_have_dead_units_and_few_walks(name):
+def test_nets_are_deterministic_and_have_dead_units_and_few_walks(name):
     state = torch.random.get_rng_state()
     one, two = tiny_net(name, seed=5, signed=True), tiny_net(name, seed=5, signed=True)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -231,12 +231,12 @@ def test_nets_are_deterministic_have_dead_units_and_few_walks(name):
     assert len(walks_of(one)) < 20_000
 
 
-# Books.
+# Conservation.
 
 
-@unhurried
+@examples
 @given(st.data(), tiny_nets(), POLICIES)
-def test_all_mass_is_accounted_for(data, case, policy):
+def test_masses_sum_to_one_at_every_tap(data, case, policy):
     rules = data.draw(rule_maps(case, ours=True))
     for n in range(len(case.x)):
         walks = walks_of(case, n, rules=rules, residual=policy[0], gain_limit=policy[1])
@@ -253,9 +253,9 @@ def test_all_mass_is_accounted_for(data, case, policy):
             assert (chain[:-1] <= chain[1:] * (1 + 1e-9)).all()
 
 
-@unhurried
+@examples
 @given(st.data(), tiny_nets(CALLED_ONCE, max_batch=2))
-def test_unnormalized_marginals_are_zennits_relevance_at_every_tap(data, case):
+def test_unnormalized_marginals_equal_zennits_relevance_at_every_tap(data, case):
     rules = data.draw(rule_maps(case))
     plain = zennit_relevance(case, rules)
     for n in range(len(case.x)):
@@ -264,25 +264,25 @@ def test_unnormalized_marginals_are_zennits_relevance_at_every_tap(data, case):
             assert_close(walks.marginal(tap) * case.start[n].sum().item(), relevance[n], walks)
 
 
-@unhurried
+@examples
 @given(st.data(), tiny_nets(["reused"], max_batch=1))
 def test_a_reused_module_is_two_steps(data, case):
-    """The same net with a copy for the second call is one that Zennit gets right."""
+    """With a copy of the module for the second call, Zennit gives the expected relevance."""
     rules = data.draw(rule_maps(case))
     net = case.net
     lin, relu = copy.deepcopy(net.lin), copy.deepcopy(net.relu)
-    twin = Chain(lin0=net.lin, relu0=net.relu, lin1=lin, relu1=relu, head=net.head)
-    unrolled = replace(case, net=twin, spec=twin.spec())
-    twin_rules = {"lin0": rules["lin"], "lin1": rules["lin"], "head": rules["head"]}
-    plain = zennit_relevance(unrolled, twin_rules)
+    chain = Chain(lin0=net.lin, relu0=net.relu, lin1=lin, relu1=relu, head=net.head)
+    unrolled = replace(case, net=chain, spec=chain.spec())
+    chain_rules = {"lin0": rules["lin"], "lin1": rules["lin"], "head": rules["head"]}
+    plain = zennit_relevance(unrolled, chain_rules)
     walks = walks_of(case, rules=rules, residual="sink")
-    for ours, theirs in zip(case.spec, unrolled.spec, strict=True):
-        assert_close(walks.marginal(*ours.key) * case.start.sum().item(), plain[theirs.tap][0], walks)
+    for node, copied in zip(case.spec, unrolled.spec, strict=True):
+        assert_close(walks.marginal(*node.key) * case.start.sum().item(), plain[copied.tap][0], walks)
 
 
-@unhurried
+@examples
 @given(st.data(), tiny_nets(), POLICIES)
-def test_given_survival_marginals_are_forward_times_backward(data, case, policy):
+def test_marginals_given_survival_are_products_of_forward_and_backward_masses(data, case, policy):
     rules = data.draw(rule_maps(case, ours=True))
     walks = walks_of(case, rules=rules, residual=policy[0], gain_limit=policy[1])
     kernels = steps(case.spec, case.x[0], rules, *policy)
@@ -306,7 +306,7 @@ def test_given_survival_marginals_are_forward_times_backward(data, case, policy)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_lrp_0_without_biases_is_gradient_times_input(seed):
+def test_lrp_0_without_biases_equals_gradient_times_input(seed):
     case = tiny_net("no_bias_relu", seed)
     rules = {f"fc{k}": Epsilon(0.0) for k in (1, 2, 3)}
     for n in range(len(case.x)):
@@ -318,16 +318,16 @@ def test_lrp_0_without_biases_is_gradient_times_input(seed):
         assert_close(walks.mass(walks.survives), 1, walks)
 
 
-# Queries, on walks that can be counted by hand.
+# Queries on walks that can be counted by hand.
 
 
-def test_one_neuron_by_hand():
+def test_queries_for_a_single_neuron_in_an_example():
     lin = nn.Linear(2, 1).double()
     lin.weight.data = torch.tensor([[2.0, -1.0]], dtype=torch.float64)
     lin.bias.data = torch.tensor([1.0], dtype=torch.float64)
     spec = [Node("input", 0, "input", None, ()), Node("lin", 0, "linear", lin, (("input", 0),))]
     x = torch.tensor([3.0, 1.0], dtype=torch.float64)
-    # z = 2 * 3 - 1 * 1 + 1 = 6: shares 1 and -1/6, column sum 5/6, and the bias keeps 1/6.
+    # z = 2 * 3 - 1 * 1 + 1 = 6: shares 1 and -1/6, column sum 5/6, and the bias absorbs 1/6.
     leaky = enumerate_walks(spec, x, 0, {"lin": Epsilon(0.0)}, residual="sink")
     np.testing.assert_allclose(leaky.marginal("input"), [1, -1 / 6])
     np.testing.assert_allclose(leaky.sink("lin"), [1 / 6])
@@ -337,7 +337,7 @@ def test_one_neuron_by_hand():
     np.testing.assert_allclose(full.marginal("input"), [6 / 5, -1 / 5])
 
 
-def test_a_tap_on_one_branch_is_bypassed_through_the_other():
+def test_a_tap_on_one_branch_is_bypassed_by_the_other():
     case = tiny_net("skip", seed=1)
     walks = walks_of(case, rules={"block.add": AbsoluteShare(), "block.conv2": Flat()})
     branch = walks.crosses("block.conv2")
@@ -353,11 +353,10 @@ def test_a_tap_on_one_branch_is_bypassed_through_the_other():
     assert walks.mass(lambda walk: ("block.conv2", 0) in walk.neurons) == pytest.approx(walks.mass(branch))
 
 
-def test_what_a_parallel_branch_absorbs_bypasses_this_one():
+def test_mass_absorbed_in_a_parallel_branch_counts_as_bypass():
     case = tiny_net("fork", seed=2)
     walks = walks_of(case, rules={"shallow": Epsilon(1.0)}, residual="sink")
-    lost = walks.absorbed_in("shallow")
-    assert abs(walks.mass(lost)) > 0
+    assert abs(walks.mass(walks.absorbed_in("shallow"))) > 0
     assert walks.node("shallow") not in walks.above("deep1")
     assert walks.node("shallow") in walks.above("stem")
     through = walks.mass(walks.crosses("shallow"))
@@ -366,9 +365,9 @@ def test_what_a_parallel_branch_absorbs_bypasses_this_one():
     assert_close(walks.split("deep2").absorbed, above_both, walks)
 
 
-@unhurried
+@examples
 @given(tiny_nets(["skip", "fork", "reused"], max_batch=1), st.integers(0, 2))
-def test_joints_conditionals_and_inner_starts_agree(case, index):
+def test_joints_conditionals_and_walks_from_inner_taps_agree(case, index):
     walks = walks_of(case)
     upper = case.spec[-3].key
     lower = case.spec[1].key
@@ -381,14 +380,14 @@ def test_joints_conditionals_and_inner_starts_agree(case, index):
     mass = walks.marginal(*upper).ravel()[index]
     assert_close(below.marginal(*lower).ravel() * mass, joint[index], walks)
     if abs(mass) > 1e-6:
-        here, there = walks.crosses(*upper, [index]), walks.crosses(*lower, [0])
+        condition, event = walks.crosses(*upper, [index]), walks.crosses(*lower, [0])
         expected = pytest.approx(below.marginal(*lower).flat[0], rel=1e-6, abs=1e-9)
-        assert walks.conditional(there, here) == expected
+        assert walks.conditional(event, condition) == expected
 
 
-@unhurried
+@examples
 @given(tiny_nets(max_batch=1))
-def test_walk_variation_is_one_exactly_without_negative_walks(case):
+def test_walk_variation_is_one_if_and_only_if_no_walk_is_negative(case):
     flat = {node.tap: Flat() for node in case.spec if node.kind == "linear"}
     flat |= {node.tap: AbsoluteShare() for node in case.spec if node.kind in ("sum", "avgpool")}
     assert enumerate_walks(case.spec, case.x[0], 0, flat).variation() == pytest.approx(1)
@@ -396,7 +395,7 @@ def test_walk_variation_is_one_exactly_without_negative_walks(case):
     assert (signed.variation() > 1 + 1e-9) == bool((signed.masses < -1e-9).any())
 
 
-def test_events_are_boolean_arrays():
+def test_events_must_be_boolean_arrays():
     walks = walks_of(tiny_net("chain_mlp"))
     with pytest.raises(TypeError, match="boolean array"):
         walks.mass(np.array([0, 1]))

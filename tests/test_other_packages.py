@@ -1,4 +1,4 @@
-"""The benchmark of other packages, on a net of its own: none of the packages needs to be installed."""
+"""The benchmark of models of other packages, on models defined here, so that none of the packages is required."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.other_packages import PACKAGES, PAGE, RESULTS, faults, run, tabl
 
 
 class Pair(nn.Module):
-    """Two inputs, a dense output, and one that nobody asks for."""
+    """Two inputs, a dense output, and one that is not explained."""
 
     def __init__(self):
         super().__init__()
@@ -41,9 +41,9 @@ def test_a_model_with_two_inputs_and_a_dense_output_is_measured():
 
 
 @pytest.mark.slow
-def test_a_model_that_fails_is_a_row():
-    (built,) = run("torch", "None", (lambda: nn.Conv1d(0, 0, -1), [(1, 1)], None))
-    assert built["failed"].startswith("cannot be built")
+def test_a_model_that_fails_gives_a_row():
+    (row,) = run("torch", "None", (lambda: nn.Conv1d(0, 0, -1), [(1, 1)], None))
+    assert row["failed"].startswith("cannot be built")
     rows = list(run("torch", "Product", (lambda: Product(), [(4, 4)], None)))
     assert all(row["failed"].startswith("UnsupportedOperationError: relevance arrived") for row in rows)
     assert "torch: Product" in tables({"environment": {}, "rows": rows})
@@ -56,14 +56,14 @@ class Product(nn.Module):
         return x.prod(2)
 
 
-def test_the_committed_results_hold_what_is_promised_and_are_those_of_the_page():
+def test_the_committed_results_are_within_the_limits_and_shown_on_the_page():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = results["rows"]
     assert {row["package"] for row in rows} == set(PACKAGES)
     assert len({(row["package"], row["model"]) for row in rows}) >= 200
-    done = [row for row in rows if "failed" not in row]
-    assert not [row for row in done if {"conservation", "output", "state"} & set(faults(row))]
+    measured = [row for row in rows if "failed" not in row]
+    assert not [row for row in measured if {"conservation", "output", "state"} & set(faults(row))]
     assert not [row for row in rows if row.get("failed", "").startswith("cannot be built")]
     kinds = {row["failed"].partition(":")[0] for row in rows if "failed" in row}
-    assert kinds <= {"UnsupportedOperationError", "UncoveredLayerError", "InputError"}  # ours, and on purpose
+    assert kinds <= {"UnsupportedOperationError", "UncoveredLayerError", "InputError"}  # raised by this package
     assert tables(results) in PAGE.read_text(encoding="utf-8")

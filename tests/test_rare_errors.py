@@ -1,4 +1,4 @@
-"""What is said where something is asked for that hardly anybody asks for; one test for each, by its message."""
+"""Errors and messages of rare cases in several packages, one test each."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ from zennit.core import BasicHook
 
 from nrm_plugin import NRM, FuseBatchNorm, NRMDefault, RelevanceMeasure, at, coverage, register_kernel
 from nrm_plugin.attribution.dataloader import DataLoaderNRM
-from nrm_plugin.commands import cli
-from nrm_plugin.commands import model_loading as models
-from nrm_plugin.commands.cli import main
-from nrm_plugin.commands.explanation import RequestError, target_of
-from nrm_plugin.commands.model_loading import ModelError
 from nrm_plugin.dataset import images as pictures
 from nrm_plugin.dataset.images import open_picture
 from nrm_plugin.errors import EventError, InputError, NRMError, UnknownLayerError, UnsupportedRuleError
-from nrm_plugin.events.serialization import event_from_json, event_to_json
 from nrm_plugin.measure.flow import FlowError, FlowGraph
 from nrm_plugin.measure.flow_heat_maps import flow_maps
 from nrm_plugin.measure.layer_profile import profile
@@ -43,55 +37,54 @@ def mu(net: nn.Module) -> RelevanceMeasure:
 # -- the measure ------------------------------------------------------------------------------------------------------
 
 
-def test_a_measure_says_what_it_is(net: nn.Module):
+def test_the_repr_of_a_measure_shows_its_settings(net: nn.Module):
     mu = RelevanceMeasure(net, torch.randn(2, 3), 1, composite=EpsilonPlus(), residual="sink")
-    said = r"RelevanceMeasure\(2 samples, \d taps, EpsilonPlus, residual='sink', gain_limit=2.0\)"
-    assert re.fullmatch(said, repr(mu))
+    pattern = r"RelevanceMeasure\(2 samples, \d taps, EpsilonPlus, residual='sink', gain_limit=2.0\)"
+    assert re.fullmatch(pattern, repr(mu))
 
 
 @pytest.mark.parametrize(
-    ("ask", "error", "said"),
+    ("call", "error", "message"),
     [
         (lambda mu: mu.joints(["2", "0"], over=["channel"]), ValueError, r"over= has 1 entries for 2 layers"),
-        (lambda mu: event_to_json("conv"), EventError, "expected an event such as .*got str: 'conv'"),
         (lambda mu: FuseBatchNorm().apply(nn.ReLU()), NRMError, "SequentialMergeBatchNorm"),
         (lambda mu: register_kernel(3), TypeError, "register_kernel takes functions, got int"),
     ],
 )
-def test_a_wrong_call_is_told(mu: RelevanceMeasure, ask: Any, error: type[Exception], said: str):
-    with pytest.raises(error, match=said):
-        ask(mu)
+def test_an_invalid_call_raises(mu: RelevanceMeasure, call: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        call(mu)
 
 
 @pytest.mark.parametrize(
-    ("output", "error", "said"),
+    ("output", "error", "message"),
     [
-        (at("2")[1], EventError, "is no tap that a measure can start at"),
-        (at("2", side="sink"), EventError, "is no tap that a measure can start at"),
+        (at("2")[1], EventError, "is not a tap that a measure can start at"),
+        (at("2", side="sink"), EventError, "is not a tap that a measure can start at"),
         (at("7"), UnknownLayerError, "'7'"),
     ],
 )
-def test_a_measure_starts_at_taps(net: nn.Module, output: Any, error: type[Exception], said: str):
-    with pytest.raises(error, match=said):
+def test_a_measure_can_only_start_at_a_tap(net: nn.Module, output: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
         RelevanceMeasure(net, torch.randn(2, 3), 1, output=output)
 
 
-def test_a_profile_is_beside_the_same_model(mu: RelevanceMeasure):
+def test_a_profile_compares_measures_of_the_same_model(mu: RelevanceMeasure):
     other = RelevanceMeasure(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3), 1, residual="sink")
     with pytest.raises(InputError, match="a measure of another model"):
         profile(mu, plain=other)
 
 
-def test_a_patched_zennit_is_refused(net: nn.Module, monkeypatch: pytest.MonkeyPatch):
+def test_a_patched_zennit_raises(net: nn.Module, monkeypatch: pytest.MonkeyPatch):
     def backward(self: BasicHook, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-        """As a package could replace it."""
+        """A replacement by another package."""
 
     monkeypatch.setattr(BasicHook, "backward", backward)
     with pytest.raises(UnsupportedRuleError, match=rf"BasicHook\.backward was replaced by {re.escape(__name__)}"):
         RelevanceMeasure(net, torch.randn(2, 3), 1)
 
 
-def test_coverage_names_shared_weights_and_constants_that_absorb():
+def test_coverage_reports_shared_weights_and_absorbing_constants():
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -107,16 +100,7 @@ def test_coverage_names_shared_weights_and_constants_that_absorb():
     assert re.search(r"(?m)^constants that can absorb: \S+", text)
 
 
-@pytest.mark.parametrize(
-    "event",
-    [at("a")[torch.empty(0, dtype=torch.int64)], at("a")[torch.arange(40)], at("a")[1:3, ..., torch.tensor([2])]],
-)
-def test_an_event_of_no_or_many_neurons_comes_back(event: Any):
-    assert event_from_json(event_to_json(event)) == event
-    assert ("40 numbers in (40,)" in repr(event)) == (event == at("a")[torch.arange(40)])
-
-
-def test_roles_of_a_loader_fit_its_batches(net: nn.Module):
+def test_input_roles_must_match_the_batches_of_a_loader(net: nn.Module):
     with pytest.raises(ValueError, match=r"input_roles=\(0, 1\) has 2 roles, but a batch is a single tensor"):
         DataLoaderNRM(NRM(net)).attribute([torch.randn(2, 3)], input_roles=(0, 1))
 
@@ -124,7 +108,7 @@ def test_roles_of_a_loader_fit_its_batches(net: nn.Module):
 # -- flow -------------------------------------------------------------------------------------------------------------
 
 
-def test_graphs_of_flow_are_compared_and_told_from_other_things(net: nn.Module):
+def test_flow_graphs_are_hashable_and_compared_by_value(net: nn.Module):
     graph = RelevanceMeasure(net, torch.randn(1, 3), 1).flow(["1", "input"])
     same = FlowGraph.from_json(graph.to_json())
     assert same == graph
@@ -133,62 +117,32 @@ def test_graphs_of_flow_are_compared_and_told_from_other_things(net: nn.Module):
     assert graph != graph.smaller(top=1)
 
 
-def test_what_is_no_graph_of_flow_is_told(net: nn.Module):
-    said = RelevanceMeasure(net, torch.randn(1, 3), 1).flow(["1", "input"]).to_dict()
+def test_invalid_json_of_a_flow_graph_raises(net: nn.Module):
+    serialized = RelevanceMeasure(net, torch.randn(1, 3), 1).flow(["1", "input"]).to_dict()
     with pytest.raises(FlowError, match="its format is 'another'"):
-        FlowGraph.from_json(str({**said, "format": "another"}).replace("'", '"').replace("None", "null"))
-    said["layers"][0]["nodes"].reverse()
+        FlowGraph.from_json(str({**serialized, "format": "another"}).replace("'", '"').replace("None", "null"))
+    serialized["layers"][0]["nodes"].reverse()
     with pytest.raises(FlowError, match="the last two nodes of a layer"):
-        FlowGraph.from_json(str(said).replace("'", '"').replace("None", "null"))
+        FlowGraph.from_json(str(serialized).replace("'", '"').replace("None", "null"))
 
 
-def test_a_graph_of_the_input_alone_has_no_maps():
+def test_a_flow_graph_of_the_input_alone_has_no_heat_maps():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)).eval()
     mu = RelevanceMeasure(model, torch.rand(1, 1, 4, 4), 1)
     assert flow_maps(mu, mu.flow(["input"])) == {}
     assert set(flow_maps(mu, mu.flow(["0", "input"]))) == {"0/0", "0/1"}
 
 
-# -- pictures and models from the shell -------------------------------------------------------------------------------
+# -- images and models on the command line ----------------------------------------------------------------------------
 
 
-def test_a_turn_that_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unreadable_exif_orientation_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(image: Image.Image) -> Image.Image:
         raise SyntaxError("not a TIFF file")
 
     pixels = Image.effect_noise((9, 5), 90).convert("RGB")
     pixels.save(tmp_path / "x.png")
     monkeypatch.setattr(pictures.ImageOps, "exif_transpose", broken)
-    found = open_picture(tmp_path / "x.png")
-    assert found.image.tobytes() == pixels.tobytes()
-    assert found.notes == ("has EXIF data that cannot be read, so it was not turned",)
-
-
-def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path):
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "run", interrupted)
-    assert main(["demo", "--out", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_a_name_beyond_the_classes_of_the_model_is_told():
-    with pytest.raises(RequestError, match="'owl' is class 2, but the model has only 2 classes"):
-        target_of("owl", ["cat", "dog", "owl"], 2)
-
-
-@pytest.mark.parametrize("text", ["half", "0.5", "nan"])
-def test_a_limit_of_the_gain_is_a_number(text: str, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as end:
-        main(["explain", "x.png", "--model", "vgg16", "--gain-limit", text])
-    assert end.value.code == 2
-    assert f"{text!r} is no number of at least 1" in capsys.readouterr().err
-
-
-def test_a_module_that_fails_while_it_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken_nets.py").write_text("import torch\n1 / 0\n")
-    for name in ("broken_nets.py:make", "broken_nets:make"):
-        with pytest.raises(ModelError, match=r"importing broken_nets\S* failed: ZeroDivisionError.*line 2\)"):
-            models.imported(name)
+    opened = open_picture(tmp_path / "x.png")
+    assert opened.image.tobytes() == pixels.tobytes()
+    assert opened.notes == ("has EXIF data that cannot be read, so it was not turned",)

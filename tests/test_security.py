@@ -1,4 +1,4 @@
-"""Files are data: nothing in the package unpickles or evaluates what it reads."""
+"""Files are data: the package never unpickles or evaluates what it reads."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SAFE = {"weights_only": True, "allow_pickle": False}
 
 
 def called(node: ast.Call) -> str:
-    """``torch.load`` as it is written."""
+    """The called function as written, such as ``torch.load``."""
     return ast.unparse(node.func)
 
 
 def dangers(tree: ast.AST) -> Iterator[str]:
-    """What must not be in the package."""
+    """Imports and calls that could execute code from a file."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -29,7 +29,7 @@ def dangers(tree: ast.AST) -> Iterator[str]:
                 if name.partition(".")[0] in PICKLES or (name == "pickle" and isinstance(node, ast.ImportFrom)):
                     yield f"line {node.lineno} imports {name}"
         elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
-            if node.attr != "UnpicklingError":  # what torch raises where a file is more than weights
+            if node.attr != "UnpicklingError":  # torch raises it if a file contains more than weights
                 yield f"line {node.lineno} uses pickle.{node.attr}"
         elif isinstance(node, ast.Call):
             name = called(node)
@@ -38,13 +38,13 @@ def dangers(tree: ast.AST) -> Iterator[str]:
             if any(keyword.arg == "shell" and ast.unparse(keyword.value) != "False" for keyword in node.keywords):
                 yield f"line {node.lineno} starts a shell"
             if name in READS:
-                given = {keyword.arg: keyword.value for keyword in node.keywords}.get(READS[name])
-                if not (isinstance(given, ast.Constant) and given.value is SAFE[READS[name]]):
+                value = {keyword.arg: keyword.value for keyword in node.keywords}.get(READS[name])
+                if not (isinstance(value, ast.Constant) and value.value is SAFE[READS[name]]):
                     yield f"line {node.lineno} calls {name} without {READS[name]}={SAFE[READS[name]]}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: "/".join(path.parts[-2:]))
-def test_a_module_reads_no_code_from_files(path):
+def test_no_module_executes_code_from_files(path):
     assert not list(dangers(ast.parse(path.read_text())))
 
 
@@ -57,10 +57,10 @@ def test_a_module_reads_no_code_from_files(path):
         "subprocess.run(command, shell=True)", "def f():\n    import dill",
     ],
 )  # fmt: skip
-def test_what_is_dangerous_is_seen(text):
+def test_dangerous_code_is_detected(text):
     assert list(dangers(ast.parse(text)))
 
 
-def test_what_is_safe_is_not():
+def test_safe_code_is_not_reported():
     text = "import pickle; torch.load(path, weights_only=True); ast.literal_eval(x); model.eval(); json.load(f)"
     assert not list(dangers(ast.parse(text)))

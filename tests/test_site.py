@@ -1,4 +1,4 @@
-"""What the site is made of, without building it: `make docs` does that, with warnings as errors."""
+"""The sources of the website. `make docs` builds it, with warnings as errors."""
 
 from __future__ import annotations
 
@@ -18,60 +18,60 @@ from website.check import loaded
 from website.pages import NAVIGATION, REFERENCE, directive, documented, home, write
 
 ROOT = Path(__file__).parents[1]
-SHOWN = [path for page in REFERENCE for path in documented(page)]
+REFERENCED = [path for page in REFERENCE for path in documented(page)]
 
 
-def test_the_navigation_has_every_page_once():
+def test_the_navigation_lists_every_page_once():
     pages = [f"docs/{path.stem}" for path in (ROOT / "docs").glob("*.md")]
     pages += [f"notebooks/{path.stem}" for path in notebooks()] + [f"reference/{page}" for page in REFERENCE]
-    shown = [page for section in NAVIGATION.values() for page in section]
-    assert sorted(shown) == sorted([*pages, "CONTRIBUTING", "CHANGELOG"]), "put a new page into website/pages.py"
-    assert all(f"\n{page}\n" in home() for page in shown)
+    listed = [page for section in NAVIGATION.values() for page in section]
+    assert sorted(listed) == sorted([*pages, "CONTRIBUTING", "CHANGELOG"]), "add the page to website/pages.py"
+    assert all(f"\n{page}\n" in home() for page in listed)
 
 
-def test_the_reference_has_every_public_name_once():
-    named = [path.split(".")[1] for path in SHOWN if path.count(".") == 1]
-    assert sorted(named) == sorted(nrm_plugin.__all__), "put a new name into website/pages.py"
-    assert len(set(SHOWN)) == len(SHOWN)
+def test_the_reference_lists_every_public_name_once():
+    names = [path.split(".")[1] for path in REFERENCED if path.count(".") == 1]
+    assert sorted(names) == sorted(nrm_plugin.__all__), "add the name to website/pages.py"
+    assert len(set(REFERENCED)) == len(REFERENCED)
 
 
 @pytest.mark.parametrize("module", [dataset, functional])
-def test_the_reference_has_every_name_that_a_package_exports(module):
+def test_the_reference_lists_every_name_that_a_package_exports(module):
     assert {f"{module.__name__}.{name}" for name in module.__all__} - {
         f"{module.__name__}.{name}" for name in nrm_plugin.__all__
-    } == {path for path in SHOWN if path.rpartition(".")[0] == module.__name__}
+    } == {path for path in REFERENCED if path.rpartition(".")[0] == module.__name__}
 
 
-def test_the_reference_has_every_error():
-    found = [name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)]
-    assert sorted(documented("errors")) == sorted(f"nrm_plugin.errors.{name}" for name in found)
+def test_the_reference_lists_every_error():
+    names = [name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)]
+    assert sorted(documented("errors")) == sorted(f"nrm_plugin.errors.{name}" for name in names)
 
 
-def test_the_reference_has_every_name_that_a_page_imports():
+def test_the_reference_lists_every_name_that_a_page_imports():
     texts = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
     texts += ["".join(cell["source"]) for path in notebooks() for cell in code(json.loads(path.read_text()))]
-    found = [line for text in texts for line in re.findall(r"^from (nrm_plugin\.\S+) import (.+)$", text, re.M)]
-    assert found
-    for module, names in found:
+    imports = [line for text in texts for line in re.findall(r"^from (nrm_plugin\.\S+) import (.+)$", text, re.M)]
+    assert imports
+    for module, names in imports:
         for name in names.split(", "):
-            assert f"{module}.{name}" in SHOWN, f"{module}.{name} is in no reference"
+            assert f"{module}.{name}" in REFERENCED, f"{module}.{name} is missing from the reference"
 
 
-@pytest.mark.parametrize("path", SHOWN)
-def test_a_name_of_the_reference_is_documented(path):
+@pytest.mark.parametrize("path", REFERENCED)
+def test_every_name_in_the_reference_has_a_docstring(path):
     module, _, name = path.rpartition(".")
     assert getattr(importlib.import_module(module), name).__doc__
     assert path in directive(path)
 
 
-def test_the_most_used_names_come_first():
-    assert SHOWN[:3] == ["nrm_plugin.RelevanceMeasure", "nrm_plugin.at", "nrm_plugin.Event"]
-    assert directive(SHOWN[0]).startswith(".. autoclass::")
-    assert directive(SHOWN[1]).startswith(".. autofunction::")
+def test_the_reference_starts_with_the_most_used_names():
+    assert REFERENCED[:3] == ["nrm_plugin.RelevanceMeasure", "nrm_plugin.at", "nrm_plugin.Event"]
+    assert directive(REFERENCED[0]).startswith(".. autoclass::")
+    assert directive(REFERENCED[1]).startswith(".. autofunction::")
     assert directive("nrm_plugin.errors.NRMError").startswith(".. autoexception::")
 
 
-def test_nothing_is_loaded_from_elsewhere():
+def test_pages_load_nothing_from_other_hosts():
     for text in ('<script src="https://a.b/c.js">', '<link href="https://a.b/c.css" rel="stylesheet">'):
         assert loaded(text)
     for text in ("@import '//a.b/c.css'", "url(https://a.b/c.woff)"):
@@ -81,25 +81,25 @@ def test_nothing_is_loaded_from_elsewhere():
         assert "//" not in (ROOT / "website" / name).read_text()
 
 
-def test_pages_are_laid_out_as_in_the_repository(tmp_path):
+def test_pages_have_the_layout_of_the_repository(tmp_path):
     write(tmp_path / "pages")
     written = {path.relative_to(tmp_path / "pages").with_suffix("").as_posix() for path in tmp_path.rglob("*.[mr]*")}
     assert written == {"index"} | {page for section in NAVIGATION.values() for page in section}
 
 
-def test_the_numbers_page_is_drawn_from_the_results():
+def test_the_numbers_page_is_generated_from_the_results():
     page = numbers.PAGE.read_text()
     assert numbers.rendered(page) == page
 
 
 @pytest.mark.parametrize("source", tables.PAGES)
-def test_a_table_is_drawn_from_the_results(source):
+def test_a_table_is_generated_from_the_results(source):
     page = (ROOT / "docs" / tables.PAGES[source][0]).read_text()
     assert tables.rendered(source, page) == page
 
 
 @pytest.mark.parametrize("claim", numbers.CLAIMS, ids=lambda claim: claim.text)
-def test_a_claim_names_a_command_that_exists(claim):
+def test_a_claim_names_an_existing_command(claim):
     assert (ROOT / "docs" / claim.page).exists()
     maker, _, target = claim.command.partition(" ")
     if maker == "make":

@@ -1,4 +1,4 @@
-"""Every row of docs/special-cases.md: the expression that is printed there, against the known method."""
+"""Every row of docs/special-cases.md: the printed expression agrees with the known method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.special_case_rows import ROWS
 from benchmarks.special_cases import PAGE, RESULTS, key, rendered
 
 SLOW = "VGG11", "ResNet-18"
-"""Nets of torchvision."""
+"""Methods compared on models of torchvision."""
 
 
 def _marked(row: Row) -> object:
@@ -20,21 +20,21 @@ def _marked(row: Row) -> object:
 
 
 @pytest.mark.parametrize("row", [_marked(row) for row in ROWS if not row.needs])
-def test_a_known_method_is_the_expression_on_the_page(row, worst):
+def test_the_expression_on_the_page_equals_the_known_method(row, worst):
     difference = row.difference()
     worst(f"{row.method}: {row.reference}", difference)
     assert difference <= row.tolerance
 
 
-def test_the_page_shows_all_rows_as_they_were_measured():
-    found = json.loads(RESULTS.read_text())
-    assert [(*key(row), row["expression"]) for row in found["rows"]] == [(*key(row), row.expression) for row in ROWS]
-    for row, of_code in zip(found["rows"], ROWS, strict=True):
-        assert 0 <= row["difference"] <= of_code.tolerance
-    assert PAGE.read_text() == rendered(found, PAGE.read_text())
+def test_the_page_shows_all_rows_as_measured():
+    results = json.loads(RESULTS.read_text())
+    assert [(*key(row), row["expression"]) for row in results["rows"]] == [(*key(row), row.expression) for row in ROWS]
+    for row, defined in zip(results["rows"], ROWS, strict=True):
+        assert 0 <= row["difference"] <= defined.tolerance
+    assert PAGE.read_text() == rendered(results, PAGE.read_text())
 
 
-def test_another_expression_differs():
-    """A difference that could not be seen would be no evidence."""
+def test_a_wrong_expression_differs_from_the_method():
+    """Otherwise agreement would be no evidence."""
     (row,) = (row for row in ROWS if row.method == "Pruned LRP")
     assert Row(**{**vars(row), "expression": row.expression.replace("given=", "joint=")}).difference() > 1e-3

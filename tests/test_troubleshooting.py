@@ -1,4 +1,4 @@
-"""Each error has its place in docs/troubleshooting.md, under the words that it really says."""
+"""docs/troubleshooting.md lists every error and quotes its actual message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zennit.rules import Epsilon, Pass
 from zennit.types import Linear
 
 from nrm_plugin import FuseBatchNorm, NRMEpsilonPlus, RelevanceMeasure, at, errors
-from nrm_plugin.measure import totals as queries
+from nrm_plugin.measure import event_masses
 
 PAGE = (Path(__file__).parents[1] / "docs/troubleshooting.md").read_text()
 SECTIONS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S))
@@ -120,14 +120,14 @@ def missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    pull = queries.pull
+    pull = event_masses.pull
 
     def small(graph, start, visitor, absolute=False):
         if len(visitor.formulas.roots) > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return pull(graph, start, visitor, absolute)
 
-    monkeypatch.setattr(queries, "pull", small)
+    monkeypatch.setattr(event_masses, "pull", small)
     RelevanceMeasure(chain(), X, 1).marginal("input", joint=[at("1")[k] for k in range(5)])
 
 
@@ -164,35 +164,35 @@ OTHERS: dict[str, list[Callable[..., object]]] = {
 
 
 def quotes(name: str) -> list[str]:
-    """The messages that the page quotes for an error."""
+    """The messages of an error that the page quotes."""
     return re.findall(r"^> (.+)$", SECTIONS[name], re.M)
 
 
-def said(name: str, cause: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the error says when it is caused, in one line."""
-    wants = "monkeypatch" in inspect.signature(cause).parameters
+def message(name: str, cause: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The message of the error when it is provoked, on one line."""
+    takes_monkeypatch = "monkeypatch" in inspect.signature(cause).parameters
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(KINDS[name]) as caught:
-            cause(**({"monkeypatch": monkeypatch} if wants else {}))
+            cause(**({"monkeypatch": monkeypatch} if takes_monkeypatch else {}))
     assert type(caught.value) is KINDS[name]
     return " ".join(str(caught.value).split())
 
 
 def causes() -> Iterator[tuple[str, int, Callable[..., object]]]:
     for name, cause in CAUSES.items():
-        for number, one in enumerate([cause, *OTHERS.get(name, [])]):
-            yield name, number, one
+        for number, variant in enumerate([cause, *OTHERS.get(name, [])]):
+            yield name, number, variant
 
 
 @pytest.mark.parametrize(
     ("name", "number", "cause"), list(causes()), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_an_error_says_what_the_page_quotes(name, number, cause, monkeypatch):
-    assert quotes(name)[number] in said(name, cause, monkeypatch)
+def test_the_page_quotes_the_message_of_an_error(name, number, cause, monkeypatch):
+    assert quotes(name)[number] in message(name, cause, monkeypatch)
 
 
-def test_every_error_is_on_the_page_and_nothing_else():
+def test_the_page_lists_exactly_the_errors_of_the_package():
     assert set(SECTIONS) == set(KINDS)
     assert {name: len(quotes(name)) for name in CAUSES} == {n: 1 + len(OTHERS.get(n, [])) for n in CAUSES}
     assert set(CAUSES) == set(KINDS) - {"NRMError"}

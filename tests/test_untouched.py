@@ -1,4 +1,7 @@
-"""A measure leaves the model as it was, answers on its own, and goes when it goes."""
+"""A measure leaves the model unchanged, is independent of other measures, and frees its memory.
+
+Covers: nrm_plugin.model.copies, nrm_plugin.model.guard.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from tests.conftest import images, slow_but, state_of, untouched
 
 
 class Net(nn.Module):
-    """In-place ReLUs, batch norm, a frozen layer, a reused module, a skip, dropout, a buffer of its own."""
+    """In-place ReLUs, batch norm, a frozen layer, a reused module, a skip connection, dropout, a further buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class Net(nn.Module):
         self.head = nn.Linear(16, 5)
         self.register_buffer("note", torch.arange(3))
         self.conv.weight.requires_grad_(False)
-        self.passes = "said by the user"
+        self.note_of_user = "a value set by the user"
 
     def forward(self, x):
         x = self.stem(x)
@@ -75,8 +78,8 @@ QUERIES = {
     "marginal": lambda mu: mu.marginal("pool"),
     "channels": lambda mu: mu.marginal("stem", over="channel"),
     "marginals": lambda mu: mu.marginal(["input", "conv", "output"]),
-    "joint map": lambda mu: mu.marginal("input", joint=A),
-    "map above": lambda mu: mu.marginal("pool", joint=A | ~B),
+    "heat map with an event": lambda mu: mu.marginal("input", joint=A),
+    "relevance above an event": lambda mu: mu.marginal("pool", joint=A | ~B),
     "given": lambda mu: mu.marginal("input", given=at("pool")),
     "sink": lambda mu: mu.sink("input"),
     "residual": lambda mu: mu.sink("input", kind="residual"),
@@ -108,17 +111,17 @@ def assert_same(first, second):
             torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
 
 
-# -- nothing is left behind ---------------------------------------------------------------------------------------
+# -- the model stays unchanged ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("residual", ["sink", "redistribute"])
-def test_taking_a_measure_leaves_the_model_alone(net, x, residual):
+def test_constructing_a_measure_leaves_the_model_unchanged(net, x, residual):
     with untouched(net, x):
         RelevanceMeasure(net, x, 1, residual=residual)
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_no_query_touches_the_model(net, x, query):
+def test_queries_leave_the_model_unchanged(net, x, query):
     mu = RelevanceMeasure(net, x, 1)
     with untouched(net, x):
         QUERIES[query](mu)
@@ -128,15 +131,15 @@ def test_no_query_touches_the_model(net, x, query):
 @pytest.mark.parametrize(
     "mode", slow_but([torch.no_grad, torch.inference_mode, torch.enable_grad], torch.inference_mode)
 )
-def test_a_measure_can_be_asked_in_every_gradient_mode(net, x, query, mode):
+def test_queries_work_in_every_gradient_mode(net, x, query, mode):
     expected = QUERIES[query](RelevanceMeasure(net, x, 1))
     mu = RelevanceMeasure(net, x, 1)
     with untouched(net, x), mode():
-        found = QUERIES[query](mu)
-    assert_same({query: expected}, {query: found})
+        answer = QUERIES[query](mu)
+    assert_same({query: expected}, {query: answer})
 
 
-def test_answers_are_the_users_to_write_to(net, x):
+def test_writing_to_an_answer_does_not_change_the_measure(net, x):
     mu = RelevanceMeasure(net, x, 1)
     expected = copy.deepcopy(answers(mu))
     for value in answers(mu).values():
@@ -147,13 +150,13 @@ def test_answers_are_the_users_to_write_to(net, x):
     assert_same(answers(mu), expected)
 
 
-def test_canonizers_leave_the_model_alone(net, x):
+def test_canonizers_leave_the_model_unchanged(net, x):
     rules = EpsilonPlusFlat(canonizers=[SequentialMergeBatchNorm()])
     with untouched(net, x):
         answers(RelevanceMeasure(net, x, 1, composite=rules))
 
 
-def test_captum_classes_leave_the_model_alone(net, x):
+def test_captum_classes_leave_the_model_unchanged(net, x):
     with untouched(net, x):
         NRM(net).attribute(x, target=1)
         LayerNRM(net, net.conv).attribute(x, target=1)
@@ -161,43 +164,43 @@ def test_captum_classes_leave_the_model_alone(net, x):
 
 
 @pytest.mark.parametrize("training", [{}, {"stem.2": True, "head": True}, {"": True}])
-def test_the_training_mode_of_each_module_stays(net, x, training):
-    """Only dropout and batch norm refuse to be measured in training mode."""
+def test_the_training_mode_of_each_module_is_preserved(net, x, training):
+    """Only active dropout and batch norm raise in training mode."""
     for name, mode in training.items():
         net.get_submodule(name).training = mode
     with untouched(net, x):
         answers(RelevanceMeasure(net, x, 1))
 
 
-def test_inputs_may_require_gradients_and_get_none(net, x):
+def test_inputs_may_require_gradients_and_receive_none(net, x):
     expected = answers(RelevanceMeasure(net, x, 1))
     x = x.requires_grad_()
     with untouched(net, x):
         assert_same(answers(RelevanceMeasure(net, x, 1)), expected)
-    history = x * 1
-    assert_same(answers(RelevanceMeasure(net, history, 1)), expected)
+    with_history = x * 1
+    assert_same(answers(RelevanceMeasure(net, with_history, 1)), expected)
 
 
-def test_own_hooks_of_the_user_run_and_stay(net, x):
-    seen = []
-    net.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
-    handle = net.conv.register_forward_pre_hook(lambda module, inputs: seen.append("before"))
+def test_hooks_of_the_user_run_and_are_preserved(net, x):
+    calls = []
+    net.conv.register_forward_hook(lambda module, inputs, output: calls.append(output.detach().clone()))
+    handle = net.conv.register_forward_pre_hook(lambda module, inputs: calls.append("before"))
     expected = state_of(net)
     answers(RelevanceMeasure(net, x, 1))
-    assert [type(item) for item in seen] == [str, torch.Tensor]
+    assert [type(item) for item in calls] == [str, torch.Tensor]
     assert state_of(net) == expected
     handle.remove()
     net(x)
-    assert len(seen) == 3
+    assert len(calls) == 3
 
 
-def test_an_attribute_that_the_forward_pass_writes_is_not_kept(net, x):
-    """What the recording writes into the model, such as a cached activation, would hold its graph alive."""
+def test_attributes_written_by_the_recorded_forward_pass_are_discarded(net, x):
+    """A cached activation, for example, would keep the autograd graph of the recording alive."""
 
     class Caching(Net):
         def forward(self, x):
-            self.passes = super().forward(x)
-            return self.passes
+            self.note_of_user = super().forward(x)
+            return self.note_of_user
 
     torch.manual_seed(0)
     caching = Caching().eval()
@@ -205,18 +208,18 @@ def test_an_attribute_that_the_forward_pass_writes_is_not_kept(net, x):
         RelevanceMeasure(caching, x, 1)
 
 
-def test_modules_with_parametrizations_are_left_alone(x):
+def test_modules_with_parametrizations_are_left_unchanged(x):
     net = nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), weight_norm(nn.Linear(144, 5)))
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
     for number in (0, 3):
         plain[number].weight.data.copy_(net[number].weight.detach())
         plain[number].bias.data.copy_(net[number].bias.detach())
     with untouched(net, x):
-        found = RelevanceMeasure(net, x, 1, composite=EpsilonPlusFlat()).marginal("input")
-    torch.testing.assert_close(found, RelevanceMeasure(plain, x, 1, composite=EpsilonPlusFlat()).marginal("input"))
+        relevance = RelevanceMeasure(net, x, 1, composite=EpsilonPlusFlat()).marginal("input")
+    torch.testing.assert_close(relevance, RelevanceMeasure(plain, x, 1, composite=EpsilonPlusFlat()).marginal("input"))
 
 
-# -- also where it raised -----------------------------------------------------------------------------------------
+# -- also after an exception --------------------------------------------------------------------------------------
 
 
 class Broken(nn.Module):
@@ -225,7 +228,7 @@ class Broken(nn.Module):
 
 
 class BrokenIn(nn.Module):
-    """Raises in the middle of itself, after some of its parts have run."""
+    """Raises in its forward pass after its submodule has run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +240,7 @@ class BrokenIn(nn.Module):
 
 
 @pytest.mark.parametrize("broken", [Broken, BrokenIn])
-def test_a_model_that_raises_midway_is_left_alone(net, x, broken):
+def test_a_model_that_raises_midway_is_left_unchanged(net, x, broken):
     net = nn.Sequential(net, nn.ReLU(inplace=True), broken(), nn.Linear(5, 5)).eval()
     expected = RelevanceMeasure(net[0], x, 1).marginal("input")
     with untouched(net, x), pytest.raises(ArithmeticError, match="broken on purpose"):
@@ -262,7 +265,7 @@ def test_a_model_that_raises_midway_is_left_alone(net, x, broken):
         ({"target": 1, "additional_forward_args": 3}, TypeError),
     ],
 )
-def test_a_refused_measure_leaves_the_model_alone(net, x, arguments, error):
+def test_invalid_arguments_leave_the_model_unchanged(net, x, arguments, error):
     with untouched(net, x), pytest.raises(error):
         RelevanceMeasure(net, x, **arguments)
 
@@ -279,7 +282,7 @@ def test_a_refused_measure_leaves_the_model_alone(net, x, arguments, error):
         (lambda mu: mu(A, given=at("pool"), min_ratio=9), CancellationError),
     ],
 )
-def test_a_query_that_raised_changes_nothing(net, x, query, error):
+def test_a_query_that_raises_changes_nothing(net, x, query, error):
     mu = RelevanceMeasure(net, x, 1)
     expected = answers(mu)
     with untouched(net, x), pytest.raises(error):
@@ -287,14 +290,14 @@ def test_a_query_that_raised_changes_nothing(net, x, query, error):
     assert_same(answers(mu), expected)
 
 
-def test_a_layer_without_a_rule_leaves_the_model_alone(x):
+def test_a_layer_without_a_rule_leaves_the_model_unchanged(x):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(144, 5), nn.PReLU()).eval()
-    net[1].forward = net[1].forward  # an attribute of the user's own that a canonizer could delete
+    net[1].forward = net[1].forward  # an attribute of the user that a canonizer could delete
     with untouched(net, x), pytest.raises(UncoveredLayerError):
         RelevanceMeasure(net, x, 1, composite=GuidedBackprop())
 
 
-# -- measures beside each other -----------------------------------------------------------------------------------
+# -- several measures at once -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -304,57 +307,55 @@ def pair(net, x):
 
 @pytest.fixture
 def alone(x):
-    def ask(*args, **kwargs):
-        mu = RelevanceMeasure(build(), *args, **kwargs)
-        return answers(mu)
-
-    return ask(x, 1), ask(2 * x, 3, composite=NRMAbsolute(), residual="sink")
+    first = RelevanceMeasure(build(), x, 1)
+    second = RelevanceMeasure(build(), 2 * x, 3, composite=NRMAbsolute(), residual="sink")
+    return answers(first), answers(second)
 
 
-def test_two_measures_asked_in_turn_agree_with_each_alone(net, x, pair, alone):
-    found = {}, {}
+def test_interleaved_queries_to_two_measures_do_not_interfere(net, x, pair, alone):
+    results = {}, {}
     with untouched(net, x):
         for name in QUERIES:
-            for mu, own in zip(pair, found, strict=True):
-                own[name] = QUERIES[name](mu)
-    for own, expected in zip(found, alone, strict=True):
-        assert_same(own, expected)
+            for mu, result in zip(pair, results, strict=True):
+                result[name] = QUERIES[name](mu)
+    for result, expected in zip(results, alone, strict=True):
+        assert_same(result, expected)
 
 
-def test_two_measures_asked_from_two_threads_agree_with_each_alone(net, x, pair, alone):
+def test_queries_to_two_measures_from_two_threads_do_not_interfere(net, x, pair, alone):
     with untouched(net, x), ThreadPoolExecutor(2) as threads:
         for _ in range(5):
-            for own, expected in zip(threads.map(answers, pair), alone, strict=True):
-                assert_same(own, expected)
+            for result, expected in zip(threads.map(answers, pair), alone, strict=True):
+                assert_same(result, expected)
 
 
-def test_one_measure_can_be_asked_from_many_threads(net, x, alone):
+def test_many_threads_can_query_one_measure(net, x, alone):
     mu = RelevanceMeasure(net, x, 1)
     with untouched(net, x), ThreadPoolExecutor(4) as threads:
-        for own in threads.map(answers, [mu] * 8):
-            assert_same(own, alone[0])
+        for result in threads.map(answers, [mu] * 8):
+            assert_same(result, alone[0])
 
 
-def test_measures_can_be_taken_from_two_threads_at_once(net, x, alone):
+def test_measures_can_be_constructed_in_parallel_threads(net, x, alone):
     start = threading.Barrier(4)
 
-    def take(target):
+    def construct(target):
         start.wait()
         return [answers(RelevanceMeasure(net, x, target), ["marginal", "event", "sink"]) for _ in range(4)]
 
     with untouched(net, x), ThreadPoolExecutor(4) as threads:
-        for results in threads.map(take, [1] * 4):
-            for own in results:
-                assert_same(own, {name: alone[0][name] for name in own})
+        for results in threads.map(construct, [1] * 4):
+            for result in results:
+                assert_same(result, {name: alone[0][name] for name in result})
 
 
 @pytest.mark.slow
-def test_a_measure_answers_after_its_model_and_inputs_are_gone(x):
+def test_a_measure_outlives_its_model_and_inputs(x):
     expected = answers(RelevanceMeasure(build(), x, 1))
-    own = x.clone()
-    mu = RelevanceMeasure(build(), own, 1)
-    own.zero_()
-    del own
+    inputs = x.clone()
+    mu = RelevanceMeasure(build(), inputs, 1)
+    inputs.zero_()
+    del inputs
     gc.collect()
     assert_same(answers(mu), expected)
 
@@ -363,15 +364,15 @@ def test_a_measure_answers_after_its_model_and_inputs_are_gone(x):
 
 
 @pytest.mark.parametrize("rules", [None, EpsilonPlusFlat(), NRMAbsolute()], ids=["default", "plus", "absolute"])
-def test_in_place_activations_give_the_numbers_of_others(net, x, rules):
-    found = answers(RelevanceMeasure(net, x, 1, composite=rules))
+def test_in_place_activations_give_the_same_numbers(net, x, rules):
+    in_place = answers(RelevanceMeasure(net, x, 1, composite=rules))
     for module in net.modules():
         if hasattr(module, "inplace"):
             module.inplace = False
-    assert_same(answers(RelevanceMeasure(net, x, 1, composite=rules)), found)
+    assert_same(answers(RelevanceMeasure(net, x, 1, composite=rules)), in_place)
 
 
-def test_an_in_place_first_layer_does_not_write_to_the_input(x):
+def test_an_in_place_first_layer_does_not_overwrite_the_input(x):
     net = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(192, 4)).eval()
     with untouched(net, x):
         mu = RelevanceMeasure(net, x, 1)
@@ -387,22 +388,24 @@ def tensors_alive():
 
 
 @pytest.mark.slow
-def test_memory_goes_when_the_measure_goes(net, x):
+def test_memory_is_freed_with_the_measure(net, x):
     answers(RelevanceMeasure(net, x, 1))
     before = tensors_alive()
     mu = RelevanceMeasure(net, x, 1)
     answers(mu)
     kernels = [vertex.step.kernel for vertex in mu._recording.graph.vertices if vertex.step is not None]
-    kept = [weakref.ref(item) for item in (mu, mu._recording, mu._recording.output, *mu._recording.leaves, *kernels)]
+    references = [
+        weakref.ref(item) for item in (mu, mu._recording, mu._recording.output, *mu._recording.leaves, *kernels)
+    ]
     del mu, kernels
     gc.collect()
-    assert [reference() for reference in kept] == [None] * len(kept)
+    assert [reference() for reference in references] == [None] * len(references)
     assert tensors_alive() == before
 
 
 @pytest.mark.slow
-def test_memory_goes_without_the_garbage_collector(net, x):
-    """On a GPU nothing tells the collector that memory is short."""
+def test_memory_is_freed_without_the_garbage_collector(net, x):
+    """A shortage of GPU memory does not trigger the collector."""
     gc.collect()
     gc.disable()
     try:
@@ -417,7 +420,7 @@ def test_memory_goes_without_the_garbage_collector(net, x):
 
 
 @pytest.mark.slow
-def test_memory_goes_when_a_measure_could_not_be_taken(net, x):
+def test_memory_is_freed_when_the_constructor_raises(net, x):
     net = nn.Sequential(net, Broken()).eval()
     for _ in range(2):
         before = tensors_alive()
@@ -427,7 +430,7 @@ def test_memory_goes_when_a_measure_could_not_be_taken(net, x):
 
 
 @pytest.mark.slow
-def test_queries_do_not_pile_up(net, x):
+def test_queries_do_not_accumulate_memory(net, x):
     mu = RelevanceMeasure(net, x, 1)
     answers(mu)
     before = tensors_alive()
@@ -436,7 +439,7 @@ def test_queries_do_not_pile_up(net, x):
     assert tensors_alive() == before
 
 
-# -- a model that changed -----------------------------------------------------------------------------------------
+# -- a modified model ---------------------------------------------------------------------------------------------
 
 
 def add_in_place(net):
@@ -476,7 +479,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("change", "name"), CHANGES)
-def test_a_parameter_changed_in_place_makes_the_measure_stale(net, x, change, name):
+def test_changing_a_parameter_in_place_makes_the_measure_stale(net, x, change, name):
     mu = RelevanceMeasure(net, x, 1)
     answers(mu)
     change(net)
@@ -487,7 +490,7 @@ def test_a_parameter_changed_in_place_makes_the_measure_stale(net, x, change, na
     answers(fresh)
 
 
-def test_putting_new_parameters_in_the_place_of_old_ones_leaves_a_measure_alone(net, x):
+def test_replacing_parameters_does_not_affect_a_measure(net, x):
     mu = RelevanceMeasure(net, x, 1)
     expected = answers(mu)
     net.head = nn.Linear(16, 5)
@@ -495,33 +498,33 @@ def test_putting_new_parameters_in_the_place_of_old_ones_leaves_a_measure_alone(
     assert_same(answers(mu), expected)
 
 
-def test_a_stale_measure_is_not_needed_to_go_on(net, x):
-    """Written back bit by bit, weights are the same, but the measure cannot know; a fresh one is like the first."""
+def test_a_new_measure_can_be_constructed_after_one_is_stale(net, x):
+    """A measure stays stale when its weights are restored; a new one equals the first."""
     expected = answers(RelevanceMeasure(net, x, 1))
     mu = RelevanceMeasure(net, x, 1)
-    kept = {key: value.clone() for key, value in net.state_dict().items()}
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
     add_in_place(net)
     with pytest.raises(StaleMeasureError):
         mu.marginal("pool")
     torch.testing.assert_close(mu.output, expected["output"])
-    net.load_state_dict(kept)
+    net.load_state_dict(weights)
     assert_same(answers(RelevanceMeasure(net, x, 1)), expected)
 
 
-def test_training_goes_on_after_a_measure(net, x):
-    twin = copy.deepcopy(net)
+def test_training_continues_after_a_measure(net, x):
+    reference = copy.deepcopy(net)
     mu = RelevanceMeasure(net, x, 1)
     answers(mu)
-    for model in (net, twin):
+    for model in (net, reference):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         optimizer.zero_grad()
         model(x).square().sum().backward()
         optimizer.step()
-    for one, other in zip(net.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for parameter, expected in zip(net.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
-def test_a_net_of_torchvision_is_left_alone():
+def test_a_model_of_torchvision_is_left_unchanged():
     torch.manual_seed(0)
     net = torchvision.models.resnet18(weights=None, num_classes=4).eval()
     x = images(32)

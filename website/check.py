@@ -1,4 +1,4 @@
-"""Fails when a built page would load anything from elsewhere: ``python -m website.check build/site``."""
+"""Fails if a built page loads anything from another host: ``python -m website.check build/site``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOADED = re.compile(
 
 
 def loaded(text: str) -> list[str]:
-    """What a page or a style sheet loads from other hosts. Links that are followed by hand are not loaded."""
+    """The resources that a page or a style sheet loads from other hosts. Hyperlinks are not loaded."""
     return LOADED.findall(text)
 
 
@@ -22,11 +22,10 @@ def main() -> None:
     """Command line."""
     folder = Path(sys.argv[1])
     pages = [path for ending in ("html", "css") for path in sorted(folder.rglob(f"*.{ending}"))]
-    found = {path: loaded(path.read_text()) for path in pages}
-    wrong = [f"{path}: {text}" for path, texts in found.items() for text in texts]
-    if wrong or not pages:
-        sys.exit("\n".join(wrong) or f"no pages in {folder}")
-    print(f"{len(pages)} pages and style sheets load nothing from elsewhere.")
+    faults = [f"{path}: {text}" for path in pages for text in loaded(path.read_text())]
+    if faults or not pages:
+        sys.exit("\n".join(faults) or f"no pages in {folder}")
+    print(f"{len(pages)} pages and style sheets load nothing from other hosts.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sphinx's settings. `make docs` builds the site into build/site; nothing is fetched, neither by it nor by a page."""
+"""Sphinx settings. `make docs` builds the site into build/site; neither the build nor a page fetches anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
-suppress_warnings = ["myst.header"]  # a changelog has headings of equal names
+suppress_warnings = ["myst.header"]  # a changelog repeats its headings
 default_role = "code"
 highlight_language = "python"
 
@@ -38,11 +38,11 @@ html_math_renderer = "mathml"
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
-WHERE = {path.rpartition(".")[2]: path for page in REFERENCE for path in documented(page)}
+REFERENCE_PATHS = {path.rpartition(".")[2]: path for page in REFERENCE for path in documented(page)}
 
 
 def formula(translator: Any, node: nodes.math | nodes.math_block) -> None:
-    """MathML, which browsers draw by themselves."""
+    """Renders a formula as MathML, which browsers support natively."""
     display = "block" if isinstance(node, nodes.math_block) else "inline"
     try:
         mathml = convert(node.astext(), display=display)
@@ -54,25 +54,25 @@ def formula(translator: Any, node: nodes.math | nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-def where_it_is_documented(app: Any, env: Any, node: Any, text: nodes.Element) -> nodes.Element | None:
-    """Docstrings name things where they are defined, the reference shows them where they are imported from."""
+def public_reference(app: Any, env: Any, node: Any, text: nodes.Element) -> nodes.Element | None:
+    """Resolves a reference to the module of a definition as one to the public path in the reference."""
     parts = node.get("reftarget", "").split(".")
     for index, part in enumerate(parts):
-        if node.get("refdomain") == "py" and part in WHERE:
-            target = ".".join([WHERE[part], *parts[index + 1 :]])
+        if node.get("refdomain") == "py" and part in REFERENCE_PATHS:
+            target = ".".join([REFERENCE_PATHS[part], *parts[index + 1 :]])
             domain = env.get_domain("py")
             return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], target, node, text)
     return None
 
 
-def without_types(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
-    """Keeps napoleon from reading the first sentence of a property up to a colon as its type."""
+def without_types(app: Any, what: str, name: str, documented: Any, options: Any, lines: list[str]) -> None:
+    """Prevents napoleon from reading the text before a colon in a property's docstring as its type."""
     if what in {"attribute", "property"}:
         lines[:0] = ["..", ""]
 
 
 def short_cells(app: Any, doctree: nodes.document) -> None:
-    """Numbers in tables are not broken at their minus signs."""
+    """Marks short table cells, so that numbers do not wrap at their minus signs."""
     for cell in doctree.findall(nodes.entry):
         cell["classes"] += ["short"] * (len(cell.astext()) <= 12)
 
@@ -82,4 +82,4 @@ def setup(app: Any) -> None:
     app.add_html_math_renderer("mathml", inline_renderers=(formula, None), block_renderers=(formula, None))
     app.connect("autodoc-process-docstring", without_types, priority=400)
     app.connect("doctree-read", short_cells)
-    app.connect("missing-reference", where_it_is_documented)
+    app.connect("missing-reference", public_reference)

@@ -1,7 +1,7 @@
-"""What Sphinx reads, laid out as in the repository: ``python -m website.pages build/pages``.
+"""The sources for Sphinx, in the layout of the repository: ``python -m website.pages build/pages``.
 
-The README becomes the home page and carries the navigation, notebooks become Markdown with what they show, and the
-reference is made from a table. Everything else is copied as it is, so that links between pages work in both places.
+The README becomes the home page with the navigation, notebooks become Markdown with their outputs, and the reference is
+generated from a table. All other pages are copied unchanged, so that their links work in both places.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
-"""Pages of the reference: a title, and the names of each module of the package ("" is the package itself) in the order
-in which they are shown, the most used ones first."""
+"""Pages of the reference: a title, and the names by module of the package ("" is the package itself), in the order of
+their use, the most used first."""
 
-INTRODUCTIONS = {"errors": "What to do about each is in :doc:`troubleshooting </docs/troubleshooting>`."}
+INTRODUCTIONS = {"errors": "Remedies are listed in :doc:`troubleshooting </docs/troubleshooting>`."}
 
 NAVIGATION = {
     "Tutorial": [f"notebooks/{path.stem}" for path in notebooks()],
@@ -92,7 +92,7 @@ NAVIGATION = {
     "Reference": [f"reference/{page}" for page in REFERENCE],
     "Project": "docs/design docs/claims docs/stability docs/coverage CONTRIBUTING CHANGELOG".split(),
 }
-"""Every page but the home page, under the headings of the sidebar."""
+"""Every page except the home page, by heading of the sidebar."""
 
 
 def home() -> str:
@@ -106,7 +106,7 @@ def home() -> str:
 
 
 def documented(page: str) -> list[str]:
-    """Full names of what a page of the reference shows, in order."""
+    """The full names on a page of the reference, in order."""
     return [
         ".".join(filter(None, ("nrm_plugin", module, name)))
         for module, names in REFERENCE[page][1].items()
@@ -122,19 +122,19 @@ def reference(page: str) -> str:
 
 
 def directive(path: str) -> str:
-    """What has Sphinx show an object."""
+    """The Sphinx directive that documents an object."""
     module, _, name = path.rpartition(".")
-    found = getattr(importlib.import_module(module), name)
-    if not isinstance(found, type):
-        return f".. autofunction:: {path}" if callable(found) else f".. autodata:: {path}\n   :no-value:"
-    bases = "" if found.__bases__ == (object,) else "\n   :show-inheritance:"
-    if issubclass(found, Exception):
+    documented_object = getattr(importlib.import_module(module), name)
+    if not isinstance(documented_object, type):
+        return f".. autofunction:: {path}" if callable(documented_object) else f".. autodata:: {path}\n   :no-value:"
+    bases = "" if documented_object.__bases__ == (object,) else "\n   :show-inheritance:"
+    if issubclass(documented_object, Exception):
         return f".. autoexception:: {path}{bases}"
     return f".. autoclass:: {path}\n   :members:\n   :special-members: __call__{bases}"
 
 
 def write(folder: Path) -> None:
-    """All pages, and the images on them."""
+    """Writes all pages and their images."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "docs", folder / "docs")
     (folder / "notebooks").mkdir()

@@ -1,4 +1,4 @@
-"""Exception types. Each message says what was asked, what was found, why it is wrong and what to do."""
+"""Exception types. A message names the argument or layer, what it got, why that is an error and how to fix it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from types import ModuleType
 
 
 class NRMError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all exceptions of this package."""
 
 
 class InputError(NRMError, ValueError):
-    """Inputs that no measure can be taken of: empty, non-finite, of a wrong type, dtype or device."""
+    """Invalid inputs: empty, non-finite, or of a wrong type, dtype or device."""
 
 
 class TargetError(NRMError, ValueError):
-    """A target or start vector that does not fit the output of the model."""
+    """A target or start vector that does not match the output of the model."""
 
 
 class GradModeError(NRMError, RuntimeError):
-    """A measure was asked for under ``torch.no_grad`` or ``torch.inference_mode``."""
+    """A measure was constructed under ``torch.no_grad`` or ``torch.inference_mode``."""
 
 
 class ModelStateError(NRMError, RuntimeError):
-    """The model cannot be recorded in its present state (training mode, hooks of another composite)."""
+    """The model is in a state in which it cannot be recorded (training mode, hooks of another composite)."""
 
 
 class UnknownLayerError(NRMError, KeyError):
-    """No tap of that name."""
+    """The measure has no tap of that name."""
 
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which would escape the line breaks of the message.
@@ -37,82 +37,82 @@ class UnknownLayerError(NRMError, KeyError):
 
 
 class HookedContainerError(UnknownLayerError):
-    """The tap lies inside a module that a rule treats as one step."""
+    """The tap is inside a container whose rule treats it as a single step."""
 
 
 class EventError(NRMError, ValueError):
-    """An event that does not fit the tap it speaks of: index out of range, mask of a wrong shape."""
+    """An event that does not match its tap: an index out of range, a mask of the wrong shape."""
 
 
 class NullEventError(NRMError, ZeroDivisionError):
-    """Conditioning on an event that no walk with a mass satisfies."""
+    """Conditioning on an event that contains no walk with non-zero mass."""
 
 
 class CancellationError(NRMError, ZeroDivisionError):
-    """Conditioning on an event whose positive and negative walks cancel."""
+    """Conditioning on an event whose positive and negative mass cancels."""
 
 
 class StaleMeasureError(NRMError, RuntimeError):
-    """A parameter was changed in place after the measure had been taken."""
+    """A parameter was modified in place after the measure had been constructed."""
 
 
 class UnsupportedRuleError(NRMError, TypeError):
-    """A rule that cannot be read as a linear kernel on the module it was given to."""
+    """A rule that cannot be expressed as a linear kernel on its module."""
 
 
 class NonlinearRuleError(UnsupportedRuleError):
-    """A rule that is not linear in the relevance it hands down (deconvnet, guided backpropagation)."""
+    """A rule that is not linear in the relevance it propagates (deconvnet, guided backpropagation)."""
 
 
 class UnsupportedOperationError(NRMError, TypeError):
-    """Relevance arrived at an operation that has no kernel."""
+    """Relevance reached an operation for which no kernel is registered."""
 
 
 class UncoveredLayerError(UnsupportedOperationError):
-    """The composite gives no rule to a layer that is no 0/1 route."""
+    """The composite assigns no rule to a layer that does more than route its input."""
 
 
 class FoldingError(NRMError, ValueError):
-    """The first dimension of a tap is not the batch, so its entries cannot be told apart by sample."""
+    """The first dimension of a tap is not the batch, so its entries cannot be assigned to samples."""
 
 
 class MissingExtraError(NRMError, ImportError):
-    """An optional dependency is needed and not installed."""
+    """An optional dependency is required but not installed."""
 
 
 class BatchNormWarning(UserWarning):
-    """A dense layer and a batch normalization were fused, and the bias takes most of the relevance."""
+    """The bias of a layer fused with its batch normalization absorbs most of the relevance."""
 
 
 class MemoryBudgetWarning(UserWarning):
-    """Memory ran out on the way, and less was done at once."""
+    """Memory ran out during a query, which continued in smaller chunks."""
 
 
 def unknown_layer(name: str, known: Iterable[str]) -> str:
-    """Message for a layer name that no tap has; near names first."""
+    """Message for the name of a tap that does not exist, with similar names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     listing = ", ".join(repr(item) for item in (near or names[:8]))
     return (
-        f"there is no tap named {name!r} in this measure. "
+        f"no tap named {name!r} in this measure. "
         f"{'Near names' if near else 'Some of its taps'}: {listing}. "
         "`measure.layers` lists all of them; a module that the forward pass never called has no tap."
     )
 
 
 def samples(flags: Sequence[bool]) -> str:
-    """The indices of the samples for which a flag is set, as text."""
-    found = [index for index, flag in enumerate(flags) if flag]
-    shown = ", ".join(map(str, found[:10])) + (", …" if len(found) > 10 else "")
-    return f"sample{'s' if len(found) != 1 else ''} {shown}"
+    """The indices of the samples whose flag is set, as text: ``samples 0, 3``."""
+    indices = [str(index) for index, flag in enumerate(flags) if flag]
+    more = ", …" if len(indices) > 10 else ""
+    return f"sample{'s' if len(indices) != 1 else ''} {', '.join(indices[:10])}{more}"
 
 
-def shortened_outside(name: str, kind: str) -> str:
-    """Message for a layer that torch.autocast would run, where the books could not be kept in float32."""
+def autocast_outside(name: str, kind: str) -> str:
+    """Message for a layer under torch.autocast, around a model whose relevance is propagated by Zennit's hooks."""
     return (
-        f"layer {name!r} ({kind}) runs under torch.autocast, which would hand relevance from layer to layer in half "
-        "precision, where its sums lose their digits. Leave torch.autocast around the model, or take a "
-        "RelevanceMeasure inside of it: that runs the layers in the short format and keeps the books in float32."
+        f"layer {name!r} ({kind}) runs under torch.autocast, which would propagate relevance in half precision, "
+        "too coarse for its sums. Call the model outside of torch.autocast, or construct a RelevanceMeasure inside it: "
+        "that runs the layers in half precision and propagates relevance in float32."
     )
 
 

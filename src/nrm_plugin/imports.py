@@ -1,6 +1,6 @@
-"""How the package is imported: former module paths, and composites that Zennit's registry knows by name.
+"""Import hooks: deprecated module paths, and the registration of this package's composites with Zennit.
 
-Nothing here imports torch, so that ``nrm-plugin --version`` answers at once.
+Nothing here imports torch, so that ``nrm-plugin --version`` starts fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 PACKAGE = "nrm_plugin"
 REMOVED = "0.3"
-"""The version in which former paths stop to work."""
+"""The version that removes the deprecated paths."""
 MOVED = {
     "coverage": "recording.coverage",
     "flow_maps": "measure.flow_heat_maps",
@@ -28,16 +28,16 @@ MOVED = {
     "sankey": "plots.flow_html",
     "text_plots": "plots.text",
 }
-"""Documented modules by their former path inside the package."""
+"""Current module by deprecated path, both inside the package."""
 REGISTRY = "zennit.composites"
 
 
 def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
-    """Warns the caller of the function that calls this.
+    """Emits a deprecation warning that points at the caller of the calling function.
 
     Args:
-        what: What is deprecated, as the user writes it.
-        instead: What to write.
+        what: The deprecated name, as the user writes it.
+        instead: Its replacement.
         stacklevel: As in :func:`warnings.warn`, counted from the caller of this function.
     """
     message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."
@@ -45,7 +45,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports modules by their former paths, and registers composites once Zennit's registry is imported."""
+    """Imports modules by deprecated paths, and registers composites once Zennit's registry is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -54,23 +54,22 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if package == PACKAGE and name in MOVED:
             return importlib.util.spec_from_loader(fullname, self)
         if fullname == REGISTRY or (package == PACKAGE and name):
-            return _registering(importlib.machinery.PathFinder.find_spec(fullname, path))
+            return _registering_composites(importlib.machinery.PathFinder.find_spec(fullname, path))
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Gives the module all names of the one that replaces it."""
-        former = module.__name__
-        now = f"{PACKAGE}.{MOVED[former.partition('.')[2]]}"
-        warn_deprecated(f"the module {former}", now)
-        replacement = importlib.import_module(now)
+        """Copies the names of the replacing module."""
+        path = f"{PACKAGE}.{MOVED[module.__name__.partition('.')[2]]}"
+        warn_deprecated(f"the module {module.__name__}", path)
+        replacement = importlib.import_module(path)
         module.__dict__.update({name: value for name, value in vars(replacement).items() if name[:2] != "__"})
 
 
 class _Depth(threading.local):
-    """Number of imports that are under way in a thread."""
+    """Number of nested imports in progress in a thread."""
 
     value = 0
 
@@ -78,18 +77,18 @@ class _Depth(threading.local):
 _DEPTH = _Depth()
 
 
-def _registering(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-    """A spec whose outermost import is followed by that of the composites, if Zennit's registry is there.
+def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
+    """The spec, whose import is followed by that of the composites if Zennit's registry is imported.
 
-    Only after the outermost one, since modules of this package that import Zennit are incomplete before.
+    Only after the outermost import, since modules of this package that import Zennit are incomplete before.
     """
     if spec is not None and spec.loader is not None:
-        run = spec.loader.exec_module
+        execute = spec.loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
             _DEPTH.value += 1
             try:
-                run(module)
+                execute(module)
             finally:
                 _DEPTH.value -= 1
             if not _DEPTH.value and REGISTRY in sys.modules:
@@ -100,7 +99,7 @@ def _registering(spec: importlib.machinery.ModuleSpec | None) -> importlib.machi
 
 
 class _Package(types.ModuleType):
-    """Keeps public functions from being replaced by the former modules of the same name (``coverage``)."""
+    """Prevents a deprecated module from replacing the public function of the same name (``coverage``)."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, types.ModuleType) and name in MOVED):
@@ -108,7 +107,7 @@ class _Package(types.ModuleType):
 
 
 def install() -> None:
-    """Adds the finder, once; registers the composites now where Zennit's registry was imported before."""
+    """Adds the finder once, and registers the composites if Zennit's registry is already imported."""
     sys.modules[PACKAGE].__class__ = _Package
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())

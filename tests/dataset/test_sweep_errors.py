@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from nrm_plugin import at
-from nrm_plugin.commands import sweep as command
-from nrm_plugin.commands.cli import main
-from nrm_plugin.dataset import Activation, Manifest, Maps, Marginal, Sweep, SweepError, sweep
+from nrm_plugin.dataset import Activation, Maps, Marginal, Sweep, SweepError, sweep
 from nrm_plugin.dataset import runner as running
 from nrm_plugin.dataset.crops import crops
 from nrm_plugin.dataset.examples import FoundReferences, ReferencesError
@@ -278,28 +276,6 @@ def test_a_folder_without_pictures_is_told(tmp_path):
     (tmp_path / "text.txt").write_text("")
     with pytest.raises(SweepError, match=r"there is no picture in .*looked for \.bmp, \.gif"):
         PictureFolder(tmp_path, preparation(STANDARD))
-
-
-@pytest.mark.parametrize("options", [["--batch-size", "0"], ["--workers", "-1"], ["--workers", "two"]])
-def test_a_number_that_is_none_is_refused(options, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["sweep", "x", "--model", "vgg16", "--layers", "a", *options])
-    assert end.value.code == 2
-    assert "is no number of at least 1" in capsys.readouterr().err
-
-
-def test_of_many_failures_the_first_are_listed(tmp_path, capsys):
-    failed = tuple({"sample": number, "why": "cut off"} for number in range(23))
-    bad = ({"file": "rows/x", "why": "it was damaged"},)
-    stored = Sweep(tmp_path, Manifest({}, "", (), "complete", 30, failed=failed, bad_shards=bad))
-    assert command._told(stored) == command.SKIPPED
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].endswith("was damaged and is done again: it was damaged")
-    assert [line for line in said if line.startswith("  sample")] == [f"  sample {k}: cut off" for k in range(20)]
-    assert said[-1] == f"  and 3 more, listed in {tmp_path / 'manifest.json'}"
-    assert list(command._summary(stored)) == [f"7 samples, 0 queries, all in {tmp_path}"]
-    (line,) = command._summary(Sweep(tmp_path, Manifest({}, "", (), "running")))
-    assert line == f"This process is done; others are still writing to {tmp_path}."
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The embedded demo: what is shipped works, was held out, and can be made again."""
+"""The embedded demo: its model and digits work, the digits were held out, and both can be reproduced."""
 
 import sys
 from importlib.resources import files
@@ -17,18 +17,18 @@ EMBEDDED = Path(str(files("nrm_plugin.demo")))
 
 
 def rows(images: Tensor) -> set[bytes]:
-    """Each image as its bytes, so that equal pictures are equal elements."""
+    """Each image as bytes, so that equal images are equal elements."""
     return {image.numpy().tobytes() for image in images}
 
 
-def test_embedded_model_names_the_held_out_digits():
+def test_the_embedded_model_classifies_the_held_out_digits():
     images, labels = load_digits()
     with torch.no_grad():
         predicted = load_model()(images).argmax(1)
     assert (predicted == labels).double().mean() >= 0.97
 
 
-def test_embedded_digits_have_the_promised_form():
+def test_the_embedded_digits_have_the_documented_form():
     images, labels = load_digits()
     assert images.shape == (450, 1, 16, 16)
     assert images.dtype == torch.float32
@@ -39,23 +39,23 @@ def test_embedded_digits_have_the_promised_form():
     assert labels.unique().tolist() == list(range(10))
 
 
-def test_embedded_files_are_small():
+def test_the_embedded_files_are_small():
     assert sum((EMBEDDED / name).stat().st_size for name in (WEIGHTS, DATA)) < 1_000_000
 
 
-def test_embedded_weights_load_strictly():
+def test_the_embedded_weights_match_the_model():
     weights = load_file(EMBEDDED / WEIGHTS)
     DigitsVGG().load_state_dict(weights, strict=True)
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values())
 
 
-def test_loaded_model_is_ready_to_use():
+def test_the_loaded_model_is_in_evaluation_mode_on_the_cpu():
     model = load_model()
     assert not any(module.training for module in model.modules())
     assert all(weight.requires_grad and weight.device.type == "cpu" for weight in model.parameters())
 
 
-def test_loading_leaves_the_random_state_alone():
+def test_loading_leaves_the_random_state_unchanged():
     before = torch.get_rng_state()
     load_model()
     load_digits()
@@ -63,18 +63,18 @@ def test_loading_leaves_the_random_state_alone():
 
 
 def test_loaded_models_share_no_memory():
-    spoiled = load_model()
+    zeroed = load_model()
     with torch.no_grad():
-        for weight in spoiled.parameters():
+        for weight in zeroed.parameters():
             weight.zero_()
     assert all(weight.any() for weight in load_model().parameters())
 
 
-def test_enlarge_keeps_the_grey_of_a_flat_picture():
+def test_enlarging_preserves_the_value_of_a_constant_image():
     assert torch.equal(enlarge(torch.full((2, 8, 8), 4, dtype=torch.uint8)), torch.full((2, 1, 16, 16), 0.25))
 
 
-def test_embedded_digits_are_the_held_out_part_and_not_in_the_training_part():
+def test_the_embedded_digits_are_the_held_out_part_and_disjoint_from_the_training_part():
     pytest.importorskip("sklearn")
     training, held_out = split_digits(seed=0)
     embedded = load_file(EMBEDDED / DATA)
@@ -83,7 +83,7 @@ def test_embedded_digits_are_the_held_out_part_and_not_in_the_training_part():
     assert not rows(embedded["images"]) & rows(training.images)
 
 
-def test_split_is_a_partition_of_the_digits():
+def test_the_split_is_a_partition_of_the_digits():
     datasets = pytest.importorskip("sklearn.datasets")
     training, held_out = split_digits(seed=0)
     everything = torch.from_numpy(datasets.load_digits().images).to(torch.uint8)
@@ -91,25 +91,25 @@ def test_split_is_a_partition_of_the_digits():
     assert rows(training.images) | rows(held_out.images) == rows(everything)
 
 
-def test_another_seed_draws_another_split():
+def test_another_seed_gives_another_split():
     pytest.importorskip("sklearn")
     assert not torch.equal(split_digits(seed=0)[1].images, split_digits(seed=1)[1].images)
 
 
-def test_shift_moves_one_pixel_and_keeps_it():
+def test_a_shift_moves_a_pixel_and_preserves_it():
     dots = torch.zeros(200, 1, 7, 7)
     dots[:, :, 3, 3] = 1
     with torch.random.fork_rng(devices=[]):
-        places = shift(dots, most=2).nonzero()
-    assert len(places) == 200
-    assert {(y - 3, x - 3) for _, _, y, x in places.tolist()} == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
+        positions = shift(dots, most=2).nonzero()
+    assert len(positions) == 200
+    assert {(y - 3, x - 3) for _, _, y, x in positions.tolist()} == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "architecture", "name"), [("vgg", DigitsVGG, WEIGHTS), ("cnn5", DigitsCNN, "digits_cnn5.safetensors")]
 )
-def test_one_epoch_writes_loadable_files_twice_the_same(
+def test_two_runs_of_one_epoch_write_identical_loadable_files(
     net: str, architecture: type[nn.Module], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     pytest.importorskip("sklearn")
@@ -124,7 +124,7 @@ def test_one_epoch_writes_loadable_files_twice_the_same(
     assert (tmp_path / "first" / DATA).read_bytes() == (EMBEDDED / DATA).read_bytes()
 
 
-def test_training_puts_the_state_of_torch_back(tmp_path: Path):
+def test_training_restores_the_state_of_torch(tmp_path: Path):
     pytest.importorskip("sklearn")
     before = torch.get_rng_state(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     main(["--net", "cnn5", "--epochs", "1", "--out", str(tmp_path)])
@@ -132,7 +132,7 @@ def test_training_puts_the_state_of_torch_back(tmp_path: Path):
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before[1:]
 
 
-def test_without_scikit_learn_training_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+def test_without_scikit_learn_training_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'nrm-plugin\[train\]'"):
         split_digits(seed=0)

@@ -1,4 +1,4 @@
-"""Further models of Hugging Face, tiny and random: what they are made of, and what they are given."""
+"""Configurations and inputs of further tiny models of Hugging Face."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ class Model:
     Attributes:
         kind: Name of the class.
         config: Name of the class of its configuration.
-        options: Of the configuration.
-        given: Which of the inputs below.
-        target: What is explained, without the sample.
-        output: In which of its outputs.
+        options: Arguments of the configuration.
+        inputs: Key of the inputs below.
+        target: The explained entry of the output, without the sample.
+        output: Name of the explained output.
     """
 
     kind: str
     config: str
     options: dict[str, Any]
-    given: str
+    inputs: str
     target: Any
     output: str = "logits"
 
@@ -481,5 +481,5 @@ FURTHER: dict[str, Model] = {
     ),
 }
 
-REFUSED = {"Reformer": "_ReversibleFunction", "RecurrentGemma": "SqrtBoundDerivative", "FNet": "fft_fftn"}
-"""Models with an operation of which no kernel is known, and its name."""
+UNSUPPORTED = {"Reformer": "_ReversibleFunction", "RecurrentGemma": "SqrtBoundDerivative", "FNet": "fft_fftn"}
+"""Models with an operation for which no kernel exists, and its name."""

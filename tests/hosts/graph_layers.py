@@ -1,4 +1,4 @@
-"""Layers and pooling of torch_geometric, and small networks of them: for tests and for `benchmarks.graphs`."""
+"""Layers and pooling of torch_geometric, and small networks of them, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def mlp(inputs: int, outputs: int = 8) -> nn.Module:
 
 
 class WithEdges(nn.Module):
-    """A layer that takes features, or kinds, of edges; of a fixed width where it keeps the width."""
+    """A layer with edge features or edge types; ``inputs`` is given if the layer preserves its width."""
 
     def __init__(self, layer: nn.Module, inputs: int | None = None, kinds: int = 0) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class WithEdges(nn.Module):
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         numbers = torch.arange(edges.shape[1])
-        of_edges = numbers % self.kinds if self.kinds else (numbers[:, None] * torch.tensor([0.3, 0.7, 1.1])).sin()
-        return self.layer(self.before(x), edges, of_edges)
+        attributes = numbers % self.kinds if self.kinds else (numbers[:, None] * torch.tensor([0.3, 0.7, 1.1])).sin()
+        return self.layer(self.before(x), edges, attributes)
 
 
 class Narrow(nn.Module):
-    """A layer that keeps the width."""
+    """A layer that preserves its width."""
 
     def __init__(self, layer: nn.Module, inputs: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Narrow(nn.Module):
 
 
 class Initial(Narrow):
-    """A layer that joins the features at the beginning."""
+    """A layer with a residual connection to the initial features."""
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         h = self.before(x)
@@ -55,8 +55,8 @@ class Placed(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
-        places = (torch.arange(len(x))[:, None] * torch.tensor([0.3, 0.7, 1.1])).sin()
-        return self.layer(x, places, edges)
+        positions = (torch.arange(len(x))[:, None] * torch.tensor([0.3, 0.7, 1.1])).sin()
+        return self.layer(x, positions, edges)
 
 
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
@@ -102,7 +102,7 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "Transformer": lambda i: pyg.TransformerConv(i, 4, heads=2),
     "Transformer, edges": lambda i: WithEdges(pyg.TransformerConv(i, 4, heads=2, edge_dim=3, beta=True)),
 }
-"""Each for a number of features that it is given; it returns eight."""
+"""Each takes the number of input features; all return eight."""
 
 POOLS: dict[str, Callable[[], nn.Module]] = {
     "attentional": lambda: pyg.AttentionalAggregation(nn.Linear(8, 1)),
@@ -121,7 +121,7 @@ POOLS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Net(nn.Module):
-    """Two layers of a kind and a head, for every node or for every graph."""
+    """Two layers of one type and a head, for every node or for every graph."""
 
     def __init__(self, layer: Any, is_pooled: bool) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Net(nn.Module):
 
 
 class Pooled(nn.Module):
-    """A layer, a way of pooling, and a head."""
+    """A layer, a pooling layer, and a head."""
 
     def __init__(self, pool: nn.Module) -> None:
         super().__init__()

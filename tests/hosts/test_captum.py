@@ -1,6 +1,8 @@
 """The general properties of Captum's attribution methods, tested as Captum tests its classes, on Captum's objects.
 
 Runs with every version of Captum from 0.7 to 0.9: `make test-hosts` runs it with the older ones.
+
+Covers: nrm_plugin.attribution.captum_adapter, nrm_plugin.attribution.dataloader.
 """
 
 from __future__ import annotations
@@ -469,8 +471,8 @@ def test_the_noise_tunnel_accepts_every_method(method, kind):
     net, x = made(Conv), noise(2, 2, 8, 8)
     make, arguments = METHODS[method]
     explainer = make(net)
-    seen = []
-    handle = net.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    noisy_inputs = []
+    handle = net.register_forward_pre_hook(lambda module, args: noisy_inputs.append(args[0].detach().clone()))
     torch.manual_seed(0)
     relevance, delta = NoiseTunnel(explainer).attribute(
         x, nt_type=kind, nt_samples=4, stdevs=0.1, **arguments, return_convergence_delta=True
@@ -478,7 +480,7 @@ def test_the_noise_tunnel_accepts_every_method(method, kind):
     handle.remove()
     assert delta.shape == (8,)
     same(delta, torch.zeros(8, dtype=DOUBLE))
-    each = explainer.attribute(seen[0], **arguments).reshape(2, 4, *relevance.shape[1:])
+    each = explainer.attribute(noisy_inputs[0], **arguments).reshape(2, 4, *relevance.shape[1:])
     mean, squares = each.mean(1), (each**2).mean(1)
     same(relevance, {"smoothgrad": mean, "smoothgrad_sq": squares, "vargrad": squares - mean**2}[kind])
     assert float((each - each[:, :1]).abs().max()) > 1e-6
@@ -597,7 +599,7 @@ def test_the_data_loader_class_passes_inputs_by_their_roles():
 def test_layers_in_sink_mode_are_zennits_relevance(worst):
     """Hooks registered after those of Zennit's composite, as in its how-to; Captum's unit is the output."""
     model, x = torchvision_net("vgg16_bn"), images(64)
-    kept = {}
+    outputs = {}
     explained = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     plain = copy.deepcopy(model)  # Zennit 1.0 replaces parameters
     with EpsilonPlusFlat().context(plain):
@@ -606,7 +608,7 @@ def test_layers_in_sink_mode_are_zennits_relevance(worst):
 
                 def keep(module, inputs, output, name=name):
                     output.retain_grad()
-                    kept[name] = output
+                    outputs[name] = output
 
                 module.register_forward_hook(keep)
         output = plain(x.clone().requires_grad_())
@@ -614,7 +616,7 @@ def test_layers_in_sink_mode_are_zennits_relevance(worst):
     relevance = LayerNRM(model, explained, composite=EpsilonPlusFlat(), residual="sink").attribute(x, 3)
     assert len(relevance) == 16
     for name, values in zip(explained, relevance, strict=True):
-        error = float((values - kept[name].grad).norm() / kept[name].grad.norm())
+        error = float((values - outputs[name].grad).norm() / outputs[name].grad.norm())
         worst("LayerNRM and Zennit, vgg16_bn, float32", error)
         assert error < 1e-5, name
 

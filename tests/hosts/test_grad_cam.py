@@ -1,4 +1,4 @@
-"""pytorch-grad-cam beside this package: `make test-hosts`."""
+"""pytorch-grad-cam together with this package: `make test-hosts`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from nrm_plugin import LayerNRM, RelevanceMeasure
 from tests.conftest import untouched
 
-cam = pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not here; `make test-hosts` runs this")
+cam = pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed; `make test-hosts` installs it")
 
 from pytorch_grad_cam.utils.image import show_cam_on_image  # noqa: E402
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: E402
@@ -28,7 +28,7 @@ def x():
     return torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(1))
 
 
-def test_a_cam_on_the_same_model_changes_no_measure(net, x):
+def test_a_cam_and_a_measure_of_the_same_model_do_not_interfere(net, x):
     expected = RelevanceMeasure(net, x, 1).marginal("2")
     with cam.GradCAM(model=net, target_layers=[net[2]]) as explainer:
         before = explainer(input_tensor=x, targets=[ClassifierOutputTarget(1)] * 2)
@@ -40,17 +40,17 @@ def test_a_cam_on_the_same_model_changes_no_measure(net, x):
         torch.testing.assert_close(RelevanceMeasure(net, x, 1).marginal("2"), expected)
 
 
-def test_its_pictures_are_drawn_of_our_maps(net, x):
+def test_its_overlays_can_be_plotted_from_our_heat_maps(net, x):
     relevance = LayerNRM(net, net[2]).attribute(x, 1).sum(1, keepdim=True)
     mask = LayerNRM.interpolate(relevance, (8, 8))[0, 0].clamp(min=0)
-    picture = show_cam_on_image(np.zeros((8, 8, 3), np.float32), (mask / mask.max()).numpy(), use_rgb=True)
-    assert picture.shape == (8, 8, 3)
-    assert picture.dtype == np.uint8
-    assert picture.std() > 0
+    overlay = show_cam_on_image(np.zeros((8, 8, 3), np.float32), (mask / mask.max()).numpy(), use_rgb=True)
+    assert overlay.shape == (8, 8, 3)
+    assert overlay.dtype == np.uint8
+    assert overlay.std() > 0
 
 
-def test_our_relevance_weighs_the_channels_of_a_cam(net, x):
-    """A CAM of its own base class, whose channel weights are the masses of the channels."""
+def test_our_relevance_can_weight_the_channels_of_a_cam(net, x):
+    """A subclass of its base class, whose channel weights are the masses of the channels."""
 
     class RelevanceCAM(cam.base_cam.BaseCAM):
         def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
@@ -58,13 +58,10 @@ def test_our_relevance_weighs_the_channels_of_a_cam(net, x):
             return mu.marginal("2", over="channel").numpy()
 
     with RelevanceCAM(net, [net[2]]) as explainer:
-        found = explainer(input_tensor=x, targets=[ClassifierOutputTarget(1)] * 2)
+        heat_maps = explainer(input_tensor=x, targets=[ClassifierOutputTarget(1)] * 2)
     mass = RelevanceMeasure(net, x, 1).marginal("2", over="channel")
     raw = (mass[:, :, None, None] * net[:3](x)).sum(1).clamp(min=0)
     expected = (raw - raw.amin((1, 2), True)) / (raw.amax((1, 2), True) - raw.amin((1, 2), True) + 1e-7)
-    assert found.shape == (2, 8, 8)
-    small = torch.as_tensor(found).unsqueeze(1)
-    assert (
-        np.corrcoef(nn.functional.interpolate(small, (4, 4), mode="area").ravel(), expected.detach().ravel())[0, 1]
-        > 0.8
-    )
+    assert heat_maps.shape == (2, 8, 8)
+    reduced = nn.functional.interpolate(torch.as_tensor(heat_maps).unsqueeze(1), (4, 4), mode="area")
+    assert np.corrcoef(reduced.ravel(), expected.detach().ravel())[0, 1] > 0.8

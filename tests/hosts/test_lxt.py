@@ -1,6 +1,6 @@
-"""LXT beside this package, and its patch of Zennit, which cannot be taken back: `make test-hosts`.
+"""LXT together with this package, and its irreversible patch of Zennit: `make test-hosts`.
 
-Each test runs in a process of its own, since LXT changes classes of torch and Zennit for good.
+Every test runs in its own process, since LXT changes classes of torch and Zennit permanently.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import pytest
 
 if importlib.util.find_spec("lxt") is None:
-    pytest.skip("LXT is not here; `make test-hosts` runs this", allow_module_level=True)
+    pytest.skip("LXT is not installed; `make test-hosts` installs it", allow_module_level=True)
 
 BEFORE = """
 import warnings; warnings.simplefilter("ignore")
@@ -25,18 +25,18 @@ x = torch.randn(2, 1, 6, 6)
 
 
 def run(code: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", BEFORE + code], capture_output=True, text=True, check=False, timeout=120
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
 
 
 @pytest.mark.parametrize(
     "order", ["import lxt.efficient\nimport nrm_plugin", "import nrm_plugin\nimport lxt.efficient"]
 )
-def test_both_are_imported_together_without_clash(order):
-    found = run(
+def test_both_packages_can_be_imported_in_either_order(order):
+    together = run(
         order
         + """
 from nrm_plugin import RelevanceMeasure
@@ -50,10 +50,10 @@ from nrm_plugin import RelevanceMeasure
 print(float(RelevanceMeasure(net, x, 1, composite=EpsilonPlusFlat()).marginal("input").sum()))
 """
     )
-    assert found == alone
+    assert together == alone
 
 
-def test_its_patch_of_zennit_is_refused_with_advice():
+def test_its_patch_of_zennit_raises_with_a_remedy():
     printed = run(
         """
 from lxt.efficient import monkey_patch_zennit
@@ -64,14 +64,14 @@ monkey_patch_zennit()
 def context():
     with Normalized(EpsilonPlusFlat()).context(net):
         pass
-for ask in (
+for call in (
     lambda: RelevanceMeasure(net, x, 1, composite=EpsilonPlusFlat()),
     lambda: RelevanceMeasure(net, x, 1),
     lambda: NRM(net).attribute(x, 1),
     context,
 ):
     try:
-        ask()
+        call()
     except UnsupportedRuleError as error:
         print(error)
     assert not net[0]._forward_hooks and not net[0]._forward_pre_hooks
@@ -81,8 +81,8 @@ for ask in (
     assert printed.count("another process than the one that calls monkey_patch_zennit()") == 4
 
 
-def test_a_patch_of_torch_modules_alone_is_no_obstacle():
-    """It replaces the forward of classes by one with the same values; rules are read, not run."""
+def test_a_patch_of_torch_modules_alone_changes_no_measure():
+    """It replaces forward methods by some with the same values; the rules are read, not run."""
     printed = run(
         """
 from nrm_plugin import RelevanceMeasure
@@ -101,8 +101,8 @@ except Exception as error:
     assert printed.strip() == "True"
 
 
-def test_the_expression_on_the_page_of_special_cases_is_its_own():
-    """LXT's explicit operations, which patch nothing."""
+def test_the_expression_on_the_page_of_special_cases_equals_its_result():
+    """LXT's explicit operations patch nothing."""
     printed = run(
         """
 from benchmarks.special_case_rows import ROWS
@@ -132,44 +132,44 @@ def model_of(kind, options, attention):
             nn.init.normal_(parameter, std=0.1)
     return model.double().eval()
 
-def measured(model, given, attention):
+def measured(model, embeddings, attention):
     rules = LayerMapComposite([(Linear, Epsilon(1e-12)), (Activation, Pass())])
     composite = Normalized(rules, residual="sink", sums="signed", attention=attention)
-    mu = RelevanceMeasure(model, {"inputs_embeds": given}, (8, 4), composite=composite)
+    mu = RelevanceMeasure(model, {"inputs_embeds": embeddings}, (8, 4), composite=composite)
     (tap,) = (layer for layer in mu.layers if layer.startswith("input"))
     return mu.marginal(tap) * mu.output[:, None, None]
 
-def theirs(model, given):
-    leaf = given.clone().requires_grad_()
+def theirs(model, embeddings):
+    leaf = embeddings.clone().requires_grad_()
     model(inputs_embeds=leaf).logits[0, 8, 4].backward()
-    # Of what is added to the embeddings it takes a share off, which goes to a constant; ours leaves it to them.
+    # It assigns a share of the relevance to the position embeddings, a constant; ours assigns all to the tokens.
     added = model.transformer.wpe.weight[:9] if hasattr(model, "transformer") else 0
     return ((leaf + added) * leaf.grad).detach()
 
 def compare(kinds, options, before_second=None):
-    # Ours of all models first: what the other package changes stays changed.
+    # Our measure of all models comes first, since the patches of LXT are permanent.
     cases = []
     for kind in kinds:
         for attention in ("eager", "sdpa"):
             torch.manual_seed(0)
             model = model_of(kind, options, attention)
-            given = model.get_input_embeddings()(torch.randint(3, 50, (1, 9))).detach()
-            first = measured(model, given, "halves")
+            embeddings = model.get_input_embeddings()(torch.randint(3, 50, (1, 9))).detach()
+            first = measured(model, embeddings, "halves")
             if before_second is not None:
                 before_second()
-            second = measured(model, given, "value" if before_second is None else "halves")
-            cases.append((kind, attention, model, given, first, second))
+            second = measured(model, embeddings, "value" if before_second is None else "halves")
+            cases.append((kind, attention, model, embeddings, first, second))
     for kind in kinds:
         monkey_patch(getattr(hf.models, kind.lower()).__dict__["modeling_" + kind.lower()])
-    for kind, attention, model, given, first, second in cases:
-        expected = theirs(model, given)
-        errors = [float((found - expected).abs().max() / expected.abs().max()) for found in (first, second)]
+    for kind, attention, model, embeddings, first, second in cases:
+        expected = theirs(model, embeddings)
+        errors = [float((ours - expected).abs().max() / expected.abs().max()) for ours in (first, second)]
         print(kind, attention, *errors)
 """
 
 
-def test_halves_are_its_relevance_of_a_decoder(worst):
-    """Its relevance of the embeddings, gradient times input of the patched model; norms there are in float32."""
+def test_attention_by_halves_equals_its_relevance_of_a_decoder(worst):
+    """LXT's relevance of the embeddings is gradient times input of the patched model, with norms in float32."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     kinds = ["Llama", "Qwen2", "Qwen3"]
     printed = run(f"{ATTNLRP}\ncompare({kinds}, {sizes | {'num_key_value_heads': 2, 'head_dim': 8}})")
@@ -197,14 +197,14 @@ def centre():
 """
 
 
-def test_its_layer_norm_subtracts_the_mean_and_ours_does_not(worst):
-    """The one formula that differs: with it in place of the identity, the rest agrees."""
+def test_only_its_layer_norm_differs_since_it_subtracts_the_mean(worst):
+    """With its formula in place of the identity, all else agrees."""
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
     rows = run(f"{ATTNLRP}\n{CENTRED}\ncompare(['GPT2'], {sizes}, centre)").splitlines()
     assert len(rows) == 2
     _, _, own, error = rows[0].split()
-    worst("AttnLRP, GPT-2 against LXT, layer norm as there", float(error))
+    worst("AttnLRP, GPT-2 against LXT, with its layer norm", float(error))
     assert float(error) <= 1e-6
     assert float(own) > 1e-2
-    _, _, *both = rows[1].split()  # by now the kernel is there from the start
+    _, _, *both = rows[1].split()  # the kernel is registered from the start
     assert max(map(float, both)) <= 1e-6

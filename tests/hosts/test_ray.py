@@ -1,4 +1,7 @@
-"""Sweeps on a Ray cluster of this machine: `make test-hosts`."""
+"""Sweeps on a local Ray cluster: `make test-hosts`.
+
+Covers: nrm_plugin.dataset.ray_engine.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from nrm_plugin.dataset.ray_engine import SweepBatches
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net
 from tests.dataset.test_sweep_running import contents
 
-ray = pytest.importorskip("ray", reason="ray is not here; `make test-hosts` runs this")
-pytestmark = pytest.mark.filterwarnings("default")  # what Ray and its own packages warn of is theirs
+ray = pytest.importorskip("ray", reason="ray is not installed; `make test-hosts` installs it")
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of Ray and its dependencies
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     root = Path(__file__).parents[2]
-    kept = dict(os.environ)
+    environment = dict(os.environ)
     os.environ |= {
         "PYTHONPATH": f"{root / 'src'}:{root}:{os.environ.get('PYTHONPATH', '')}",
         "RAY_AUTH_MODE": "disabled",
@@ -32,7 +35,7 @@ def cluster():
         yield
         ray.shutdown()
     os.environ.clear()
-    os.environ.update(kept)
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def undisturbed(tmp_path_factory):
     return contents(folder)
 
 
-def test_two_workers_one_killed_in_the_middle_store_what_one_process_does(tmp_path, undisturbed):
+def test_two_workers_of_which_one_is_killed_store_the_rows_of_one_process(tmp_path, undisturbed):
     mark = tmp_path / "killed"
     options = {"engine": "ray", "engine_options": {"concurrency": 2}, **OPTIONS}
     stored = sweep(net(), Data(kill=mark), QUERIES, tmp_path / "out", **options)
@@ -55,7 +58,7 @@ def test_two_workers_one_killed_in_the_middle_store_what_one_process_does(tmp_pa
     assert contents(tmp_path / "out") == undisturbed
 
 
-def test_what_fails_on_a_worker_is_told_and_goes_on(tmp_path, undisturbed):
+def test_an_error_on_a_worker_is_raised_and_the_sweep_can_be_continued(tmp_path, undisturbed):
     options = {"engine": "ray", "engine_options": {"concurrency": 1}, **OPTIONS}
     with pytest.raises(SweepError, match=r"sample 30 cannot be read.*the file is cut off"):
         sweep(net(), Data(bad=[30]), QUERIES, tmp_path, **options)
@@ -63,7 +66,7 @@ def test_what_fails_on_a_worker_is_told_and_goes_on(tmp_path, undisturbed):
     assert contents(tmp_path) == undisturbed
 
 
-def test_batches_by_hand_give_the_same_rows(undisturbed):
+def test_sweep_batches_in_a_ray_pipeline_give_the_same_rows(undisturbed):
     data = Data()
     items = [{"sample": k, "inputs": data.x[k].numpy(), "label": k % 4} for k in range(50)]
     queries = [query for query in QUERIES if query.name in ("marginal(4)", "sink(4)")]
@@ -77,10 +80,10 @@ def test_batches_by_hand_give_the_same_rows(undisturbed):
         )
         .take_all()
     )
-    wanted = {key: row for key, row in undisturbed[0].items() if key[0] in ("marginal(4)", "sink(4)")}
-    found = {
+    expected = {key: row for key, row in undisturbed[0].items() if key[0] in ("marginal(4)", "sink(4)")}
+    values = {
         (row["query"], row["group"], row["lower"], row["sample"]): (row["target"], row["prediction"], row["value"])
         for row in rows
     }
-    assert found == wanted
-    assert len(rows) == len(wanted)
+    assert values == expected
+    assert len(rows) == len(expected)

@@ -1,4 +1,4 @@
-"""torch_geometric beside this package: `make test-hosts`."""
+"""Layers and pooling of torch_geometric: `make test-hosts`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nrm_plugin.errors import UnsupportedOperationError
 from tests.conftest import untouched
 from tests.graph_nets import random_graph
 
-pyg = pytest.importorskip("torch_geometric.nn", reason="torch_geometric is not here; `make test-hosts` runs this")
+pyg = pytest.importorskip("torch_geometric.nn", reason="torch_geometric is missing; see `make test-hosts`")
 
 from torch_geometric.data import Batch, Data  # noqa: E402
 
@@ -19,7 +19,7 @@ from tests.hosts.graph_layers import LAYERS, POOLS, Net, Pooled  # noqa: E402
 
 @pytest.mark.parametrize("is_pooled", [False, True], ids=["node", "graph"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_books_of_a_layer_balance(name, is_pooled):
+def test_relevance_is_conserved_in_a_layer(name, is_pooled):
     x, edges = random_graph(10, 30)
     net, x = Net(LAYERS[name], is_pooled).eval(), x.float()
     edges = edges[:, edges[1].argsort()]
@@ -36,7 +36,7 @@ def test_the_books_of_a_layer_balance(name, is_pooled):
 
 
 @pytest.mark.parametrize("name", POOLS)
-def test_the_books_of_a_pooling_layer_balance(name):
+def test_relevance_is_conserved_in_a_pooling_layer(name):
     x, edges = random_graph(12, 30)
     net, x = Pooled(POOLS[name]()).eval(), x.float()
     mu = RelevanceMeasure(net, x, 1, additional_forward_args=(edges,), batched=False)
@@ -48,14 +48,14 @@ def test_the_books_of_a_pooling_layer_balance(name):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
-def test_a_pooling_layer_of_sparse_products_names_what_has_no_kernel():
+def test_a_pooling_layer_with_sparse_products_raises_and_names_the_operation():
     x, edges = random_graph(12, 30)
     net = Pooled(pyg.ASAPooling(8, 0.5)).eval()
     with pytest.raises(UnsupportedOperationError, match=r"sparse_coo_tensor.*makes a sparse tensor of computed values"):
         RelevanceMeasure(net, x.float(), 1, additional_forward_args=(edges,), batched=False)
 
 
-def test_a_graph_of_a_batch_is_chosen_by_the_target():
+def test_the_target_selects_a_graph_of_a_batch():
     graphs = [Data(x=x.float(), edge_index=edges) for x, edges in (random_graph(6, 14), random_graph(5, 12, seed=1))]
     both = Batch.from_data_list(graphs)
     net = Net(LAYERS["GCN"], True).eval()
@@ -66,7 +66,7 @@ def test_a_graph_of_a_batch_is_chosen_by_the_target():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
-def test_a_sparse_adjacency_is_the_list_of_its_edges():
+def test_a_sparse_adjacency_matrix_is_equivalent_to_its_edges():
     x, edges = random_graph(8, 20)
     edges = torch.unique(edges, dim=1)
     net, x = Net(LAYERS["GCN"], True).eval(), x.float()

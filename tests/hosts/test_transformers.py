@@ -1,4 +1,4 @@
-"""Models of Hugging Face as they are, drawn at random from a configuration: `make test-hosts`."""
+"""Unmodified models of Hugging Face with random weights: `make test-hosts`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 if importlib.util.find_spec("transformers") is None:
-    pytest.skip("transformers is not here; `make test-hosts` runs this", allow_module_level=True)
+    pytest.skip("transformers is not installed; `make test-hosts` installs it", allow_module_level=True)
 
 import transformers as hf
 
 from nrm_plugin import ABSORBED, Normalized, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.errors import UnsupportedOperationError
-from tests.hosts.further_models import FURTHER, INPUTS, REFUSED
+from tests.hosts.further_models import FURTHER, INPUTS, UNSUPPORTED
 
 hf.logging.set_verbosity_error()
 warnings.simplefilter("ignore")
@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {
 }
 TEXT, IMAGE = {"vocab_size": 50, **SIZES}, {"image_size": 32, "patch_size": 8, **SIZES}
 LAST = (6, 4)
-"""Token 4 after the last of seven."""
+"""Token 4 after the last of seven tokens."""
 
 
 def ids(length: int = 7) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ MODELS: dict[str, Row] = {
 
 
 def build(name: str, attention: str) -> nn.Module:
-    """A model with random weights and biases; skips where this version has no such attention."""
+    """A model with random weights and biases; skips if this version does not support the attention."""
     kind, config, options, *_ = MODELS[name]
     torch.manual_seed(0)
     whisper = hf.models.whisper.modeling_whisper
@@ -113,7 +113,7 @@ def measure(name: str, model: nn.Module, **options: Any) -> RelevanceMeasure:
 
 
 def entry(mu: RelevanceMeasure) -> str:
-    """The tap at which the input comes in: pixels, or what the ids look up."""
+    """The tap of the input: pixels, or the embeddings of the ids."""
     if "input" in mu.layers:
         return "input"
     return next(layer for layer in mu.layers if any(word in layer for word in ("embed", "wte", "shared")))
@@ -121,7 +121,7 @@ def entry(mu: RelevanceMeasure) -> str:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_books_balance_at_every_tap(name, attention, worst):
+def test_relevance_is_conserved_at_every_tap(name, attention, worst):
     model = build(name, attention)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     *_, inputs, target, output = MODELS[name]
@@ -142,19 +142,19 @@ def test_the_books_balance_at_every_tap(name, attention, worst):
         assert torch.equal(value, before[key]), key
 
 
-ONE_KIND = ("Mamba", "BLOOM", "Mixtral")  # no attention, one kind of it, and one that is none in float64
+NOT_COMPARED = ("Mamba", "BLOOM", "Mixtral")  # no attention, one implementation of it, and none in float64
 
 
 @pytest.mark.parametrize("attention", ["value", "halves"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ONE_KIND])
-def test_eager_and_fused_attention_have_one_measure(name, attention):
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NOT_COMPARED])
+def test_eager_and_fused_attention_have_the_same_measure(name, attention):
     eager, fused = (build(name, kind).double() for kind in ("eager", "sdpa"))
     fused.load_state_dict(eager.state_dict())
     *_, inputs, target, output = MODELS[name]
-    given = inputs()
-    given = given if isinstance(given, dict) else given.double()
+    values = inputs()
+    values = values if isinstance(values, dict) else values.double()
     rules = Normalized(NRMDefault(), attention=attention)
-    mu, nu = (RelevanceMeasure(m, given, target, output=output, composite=rules) for m in (eager, fused))
+    mu, nu = (RelevanceMeasure(m, values, target, output=output, composite=rules) for m in (eager, fused))
     tap = entry(mu)
     bound = 1e-6 * float(mu.variation(tap).max())
     torch.testing.assert_close(mu.marginal(tap), nu.marginal(tap), atol=bound, rtol=0)
@@ -169,7 +169,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_heads_and_pairs_are_asked_of_the_layer(name):
+def test_heads_and_token_pairs_are_selected_by_layer(name):
     eager, fused = (build(name, kind).double() for kind in ("eager", "sdpa"))
     fused.load_state_dict(eager.state_dict())
     mu, nu = (measure(name, model) for model in (eager, fused))
@@ -184,37 +184,37 @@ def test_heads_and_pairs_are_asked_of_the_layer(name):
 
 
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama"])
-def test_embeddings_may_be_handed_over_instead_of_ids(name):
+def test_embeddings_can_be_passed_instead_of_ids(name):
     model = build(name, "sdpa")
     *_, inputs, target, _ = MODELS[name]
-    ids_given = inputs()["input_ids"]
-    looked_up = model.get_input_embeddings()(ids_given).detach()
-    by_ids = RelevanceMeasure(model, {"input_ids": ids_given}, target)
-    by_vectors = RelevanceMeasure(model, {"inputs_embeds": looked_up}, target)
-    tap = next(layer for layer in by_vectors.layers if layer.startswith("input"))
-    torch.testing.assert_close(by_ids.marginal(entry(by_ids)), by_vectors.marginal(tap))
+    input_ids = inputs()["input_ids"]
+    embeddings = model.get_input_embeddings()(input_ids).detach()
+    by_ids = RelevanceMeasure(model, {"input_ids": input_ids}, target)
+    by_embeddings = RelevanceMeasure(model, {"inputs_embeds": embeddings}, target)
+    tap = next(layer for layer in by_embeddings.layers if layer.startswith("input"))
+    torch.testing.assert_close(by_ids.marginal(entry(by_ids)), by_embeddings.marginal(tap))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama"])
-def test_padded_tokens_get_nothing_and_change_nothing(name, attention):
+def test_padding_receives_no_relevance_and_changes_none(name, attention):
     model = build(name, attention)
-    given = ids()["input_ids"]
-    padded = torch.cat([given, torch.full((1, 3), 2)], 1)
+    tokens = ids()["input_ids"]
+    padded = torch.cat([tokens, torch.full((1, 3), 2)], 1)
     target = MODELS[name][4]
     mask = {"attention_mask": torch.tensor([[1] * 7 + [0] * 3])}
-    alone = RelevanceMeasure(model, {"input_ids": given}, target)
+    alone = RelevanceMeasure(model, {"input_ids": tokens}, target)
     mu = RelevanceMeasure(model, {"input_ids": padded}, target, additional_forward_kwargs=mask)
-    tokens = mu.marginal(entry(mu))
-    assert not tokens[:, 7:].any()
-    torch.testing.assert_close(tokens[:, :7], alone.marginal(entry(alone)), atol=1e-4, rtol=1e-3)
+    relevance = mu.marginal(entry(mu))
+    assert not relevance[:, 7:].any()
+    torch.testing.assert_close(relevance[:, :7], alone.marginal(entry(alone)), atol=1e-4, rtol=1e-3)
 
 
 # -- further models -------------------------------------------------------------------------------------------------
 
 
 def further(name: str) -> tuple[nn.Module, Any]:
-    """A model and its inputs; skips where this version has none of that name."""
+    """A model and its inputs; skips if this version of transformers does not have the model."""
     row = FURTHER[name]
     if not hasattr(hf, row.kind) or not hasattr(hf, row.config):
         pytest.skip(f"this version has no {row.kind}")
@@ -223,26 +223,26 @@ def further(name: str) -> tuple[nn.Module, Any]:
     for parameter_name, parameter in model.named_parameters():
         if (parameter.ndim == 1 and "bias" in parameter_name) or not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    return model, INPUTS[row.given]
+    return model, INPUTS[row.inputs]
 
 
-@pytest.mark.filterwarnings("ignore")  # of transformers itself
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers itself
 @pytest.mark.parametrize("name", FURTHER)
-def test_a_further_model_balances_or_names_what_has_no_kernel(name, worst):
-    row, (model, given) = FURTHER[name], further(name)
+def test_a_further_model_conserves_relevance_or_names_the_operation_without_a_kernel(name, worst):
+    row, (model, inputs) = FURTHER[name], further(name)
     torch.manual_seed(0)
-    expected = plain(model, given, row.output)[0][row.target]
+    expected = plain(model, inputs, row.output)[0][row.target]
     torch.manual_seed(0)
-    if name in REFUSED:
-        with pytest.raises(UnsupportedOperationError, match=REFUSED[name]):
-            RelevanceMeasure(model, given, row.target, output=row.output).marginal("output", joint=~ABSORBED)
+    if name in UNSUPPORTED:
+        with pytest.raises(UnsupportedOperationError, match=UNSUPPORTED[name]):
+            RelevanceMeasure(model, inputs, row.target, output=row.output).marginal("output", joint=~ABSORBED)
         return
-    mu = RelevanceMeasure(model, given, row.target, output=row.output)
+    mu = RelevanceMeasure(model, inputs, row.target, output=row.output)
     torch.testing.assert_close(mu.output, expected[None], atol=1e-5, rtol=1e-5)
     for layer in {
         *mu.layers[:: len(mu.layers) // 24 + 1],
         *mu.layers[-2:],
-    }:  # every question looks at all weights first
+    }:  # a subset, since every query first checks all weights
         error = mu(at(layer)) + mu.sink(layer) + mu.bypass(layer) - 1
         scaled = float((error.abs() / mu.variation(layer).clamp(min=1)).max())
         worst("conservation, further models", scaled)

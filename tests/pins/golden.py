@@ -1,7 +1,7 @@
-"""Numbers that a change of structure must not move: ``python -m tests.pins.golden`` records them.
+"""Reference values that refactoring must not change: ``python -m tests.pins.golden`` records them.
 
-A dozen networks of different kinds in float64, each under three composites, each answering the same list of queries.
-Rerecord only when a change of numbers is meant, and say so in the changelog.
+A dozen networks of different kinds in float64, each under four composites and with the same queries.
+Record again only when a change of numbers is intended, and state it in the changelog.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STORED = Path(__file__).with_name("golden.json")
 
 
 class Residual(nn.Module):
-    """A skip around two convolutions with batch normalization, joined by ``+``."""
+    """A skip connection around two convolutions with batch normalization, joined by ``+``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Recurrent(nn.Module):
 
 
 class Reused(nn.Module):
-    """One layer called three times, a sum of three terms and a branch that is scaled."""
+    """One layer called three times, a sum of three terms and a scaled branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,11 +169,11 @@ COMPOSITES: dict[str, Callable[[], RelevanceMeasure]] = {
 
 
 def answers(mu: RelevanceMeasure) -> dict[str, list[float]]:
-    """What one measure answers: every kind of query, at three layers, as short lists."""
+    """The answers of one measure to every kind of query, at three layers, as short lists."""
     upper, lower = _layers(mu)
     A, B = at(upper).channel([0, 2]), at(lower).channel([1, 2])
     matrix = mu.joint(upper, lower)
-    found: dict[str, Tensor] = {
+    queries: dict[str, Tensor] = {
         "output": mu.output,
         "input": mu.marginal("input").flatten(1)[:, ::37],
         "upper": mu.marginal(upper, over="channel"),
@@ -191,18 +191,18 @@ def answers(mu: RelevanceMeasure) -> dict[str, list[float]]:
         "joint": matrix.flatten(1)[:, :: max(1, matrix[0].numel() // 8)],
         "variation": mu.variation(lower),
     }
-    return {name: value.flatten().tolist() for name, value in found.items()}
+    return {name: value.flatten().tolist() for name, value in queries.items()}
 
 
 def _layers(mu: RelevanceMeasure) -> tuple[str, str]:
-    """The lowest layer, and one two thirds of the way up, of those with three channels and some relevance."""
+    """The lowest layer, and one at two thirds of the depth, among those with three channels and some relevance."""
     wide = [name for name in mu.layers[1:-1] if mu.shape(name)[mu.channel_dim(name)] >= 3]
     wide = [name for name in wide if bool(mu.marginal(name).abs().sum() > 0)]
     return wide[(2 * len(wide)) // 3], wide[0]
 
 
 def measured(name: str) -> dict[str, dict[str, list[float]]]:
-    """All answers for one network; for ``digits`` those of the trained net of the demo."""
+    """All answers for one network; ``digits`` is the trained model of the demo."""
     if name == "digits":
         net, (images, labels) = load_model().double(), load_digits()
         return {"default": answers(RelevanceMeasure(net, images[:2].double(), labels[:2]))}
@@ -211,8 +211,8 @@ def measured(name: str) -> dict[str, dict[str, list[float]]]:
 
 def main() -> None:
     """Command line."""
-    found = {name: measured(name) for name in [*NETS, "digits"]}
-    STORED.write_text(json.dumps(found, indent=0, separators=(",", ":")) + "\n")
+    values = {name: measured(name) for name in [*NETS, "digits"]}
+    STORED.write_text(json.dumps(values, indent=0, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

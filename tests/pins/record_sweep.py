@@ -1,4 +1,4 @@
-"""Stores a sweep that was stopped, for :mod:`tests.pins.test_sweep`: ``python -m tests.pins.record_sweep``."""
+"""Stores an interrupted sweep for :mod:`tests.pins.test_sweep`: ``python -m tests.pins.record_sweep``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SAMPLES = 24
 
 
 def environment() -> str:
-    """What the digest of a composite depends on besides the package: bytecode, and Zennit's own classes."""
+    """Versions that change the digest of a composite: Python's bytecode and Zennit's classes."""
     return f"Python 3.{platform.python_version_tuple()[1]}, Zennit {version('zennit')}"
 
 
 def composite_digest() -> str:
-    """The digest of the default composite, as it enters the settings of a sweep."""
+    """The digest of the default composite in the settings of a sweep."""
     return digest(described(NRMDefault()))
 
 

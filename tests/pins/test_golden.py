@@ -1,4 +1,4 @@
-"""No number of a dozen networks has moved since it was recorded."""
+"""The numbers of a dozen networks equal the recorded ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ RECORDED = json.loads(STORED.read_text())
 
 
 @pytest.mark.parametrize("name", [*NETS, "digits"])
-def test_the_numbers_are_as_recorded(name: str) -> None:
-    found = measured(name)
-    assert found.keys() == RECORDED[name].keys()
-    for composite, answers in found.items():
-        before = RECORDED[name][composite]
-        assert answers.keys() == before.keys()
+def test_the_numbers_equal_the_recorded_ones(name: str) -> None:
+    values_by_composite = measured(name)
+    assert values_by_composite.keys() == RECORDED[name].keys()
+    for composite, answers in values_by_composite.items():
+        recorded = RECORDED[name][composite]
+        assert answers.keys() == recorded.keys()
         for query, values in answers.items():
-            # Rounding grows with the variation of the measure: each number is a sum of terms of that size.
-            size = max(1.0, *map(abs, before["variation"]), *map(abs, before["output"]))
-            assert values == pytest.approx(before[query], rel=0, abs=1e-12 * size), (composite, query)
+            # Rounding errors grow with the variation of the measure: each number is a sum of terms of that size.
+            size = max(1.0, *map(abs, recorded["variation"]), *map(abs, recorded["output"]))
+            assert values == pytest.approx(recorded[query], rel=0, abs=1e-12 * size), (composite, query)

@@ -1,4 +1,4 @@
-"""Every name that was documented before the packages were laid out as they are now can still be imported."""
+"""Every documented name can still be imported from its former path."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NAMES: dict[str, list[str]] = json.loads(Path(__file__).with_name("names.json").
 
 
 @pytest.mark.parametrize("module", NAMES)
-def test_documented_names_are_where_they_were(module: str) -> None:
+def test_documented_names_keep_their_paths(module: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        found = importlib.import_module(module)
-        missing = [name for name in NAMES[module] if not hasattr(found, name)]
+        imported = importlib.import_module(module)
+        missing = [name for name in NAMES[module] if not hasattr(imported, name)]
     assert not missing

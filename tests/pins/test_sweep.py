@@ -1,4 +1,4 @@
-"""A sweep that an older version began is continued by this one."""
+"""A sweep begun by an older version can be continued."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECORDED: dict[str, str] = json.loads(DIGESTS.read_text())
 
 
 def test_a_stored_sweep_is_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Names of rules and canonizers enter its settings, so a class that moves must keep the name it was stored by."""
+    """Names of rules and canonizers are part of its settings, so a class that moves must keep its stored name."""
     folder = tmp_path / "swept"
     shutil.copytree(STORED, folder)
     stored = Manifest.read(folder).settings
@@ -24,15 +24,15 @@ def test_a_stored_sweep_is_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert composite_digest() == RECORDED[environment()]
     monkeypatch.setattr(settings, "version", stored["versions"].get)
     monkeypatch.setattr(settings.platform, "python_version_tuple", lambda: ("3", stored["versions"]["python"], "0"))
-    # What differs between versions of Python and Zennit is recorded for each, and is of no concern here.
+    # The digest depends on the versions of Python and Zennit, and the one above is recorded for each.
     digest = settings.digest
     monkeypatch.setattr(
         settings, "digest", lambda value: stored["composite"]["settings"] if _is_composite(value) else digest(value)
     )
-    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*")}
-    assert len(kept) == 2
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*")}
+    assert len(times) == 2
     sweep(net(), Data(SAMPLES), QUERIES, folder, **OPTIONS)
-    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*") if path.name in kept} == kept
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*") if path.name in times} == times
     rows = Sweep.open(folder).rows("marginal(4)").to_pylist()
     assert Manifest.read(folder).state == "complete"
     fresh = sweep(net(), Data(SAMPLES), QUERIES, tmp_path / "fresh", **OPTIONS).rows("marginal(4)").to_pylist()

@@ -1,4 +1,5 @@
-"""The commands of the shell: arguments, the files that they write and the messages that they print.
+"""The command ``nrm-plugin``: arguments, messages, and the files that its commands write.
 
-Imports: errors, events, kernels, composites, recording, measure, plots, dataset, demo.
+``cli`` imports the module of a command when it is chosen.
+Imports: errors, version, events, kernels, composites, recording, measure, plots, dataset, demo.
 """

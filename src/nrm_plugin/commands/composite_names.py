@@ -1,4 +1,4 @@
-"""Zennit's composites by the names of their registry."""
+"""Zennit's composites by their names in its registry."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..errors import NRMError
 
 
 class CompositeError(NRMError, ValueError):
-    """A name that is none of a composite, or of one that needs more than a name."""
+    """No composite has this name, or the composite needs more arguments than a shell can give."""
 
 
-def names() -> list[str]:
-    """All composites, without those that are normalized forms of others."""
+def composite_names() -> list[str]:
+    """All composites except the normalized forms of others."""
     return sorted(name for name, kind in COMPOSITES.items() if _plain(kind) is kind)
 
 
@@ -28,7 +28,7 @@ def check_composite_name(name: str) -> None:
     if name not in COMPOSITES:
         near = difflib.get_close_matches(name, COMPOSITES, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise CompositeError(f"there is no composite {name!r}.{hint} Known are {', '.join(names())}.")
+        raise CompositeError(f"there is no composite {name!r}.{hint} Available: {', '.join(composite_names())}.")
 
 
 def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
@@ -36,27 +36,27 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
 
     Args:
         name: In Zennit's registry.
-        bounds: Lowest and highest inputs, ``(1, C, 1, 1)`` each, for composites with a rule that needs them.
+        bounds: Lowest and highest inputs, ``(1, C, 1, 1)`` each, for composites with a box rule.
 
     Raises:
-        CompositeError: No such name, or it needs other arguments.
+        CompositeError: No such name, or the composite needs other arguments.
     """
     check_composite_name(name)
     kind = _plain(COMPOSITES[name])
-    known: dict[str, Any] = dict(zip(("low", "high"), bounds, strict=True))
+    given: dict[str, Any] = dict(zip(("low", "high"), bounds, strict=True))
     parameters = inspect.signature(kind).parameters.values()
     free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [item.name for item in parameters if item.default is inspect.Parameter.empty and item.kind not in free]
-    missing = [item for item in needed if item not in known]
+    missing = [item for item in needed if item not in given]
     if missing:
         raise CompositeError(
-            f"the composite {name} needs {', '.join(missing)}, which cannot be given here. Use it from Python: "
+            f"the composite {name} needs {', '.join(missing)}, which no option gives. Use it from Python: "
             f"RelevanceMeasure(model, inputs, target, composite={kind.__name__}({', '.join(missing)}=…))."
         )
-    composite: Composite = kind(**{item: known[item] for item in needed})
+    composite: Composite = kind(**{item: given[item] for item in needed})
     return composite.composite if isinstance(composite, Normalized) else composite
 
 
 def _plain(kind: type[Composite]) -> type[Composite]:
-    """The composite of Zennit that one in the registry is the normalized form of; here all are normalized."""
+    """The composite whose normalized form is in the registry; the commands normalize every composite."""
     return getattr(kind, "rules", kind) if issubclass(kind, Normalized) else kind

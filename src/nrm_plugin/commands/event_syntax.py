@@ -1,9 +1,9 @@
-"""Events written as text: ``features.28[3,7] & ~features.14[5]``. A small grammar, and nothing is evaluated.
+"""Events written as text: ``features.28[3,7] & ~features.14[5]``. A parser of a small grammar; no code is evaluated.
 
-- ``union``: ``both``, or several of them with ``|`` between
-- ``both``: ``part``, or several of them with ``&`` between
+- ``union``: one or more ``intersection``, separated by ``|``
+- ``intersection``: one or more ``part``, separated by ``&``
 - ``part``: ``~ part``, ``( union )``, ``ABSORBED``, ``layer``, or ``layer[channels]``
-- ``channels``: numbers and ranges such as ``10:20`` with commas between
+- ``channels``: numbers and ranges such as ``10:20``, separated by commas
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ DEEPEST = 50
 
 
 class ConditionError(NRMError, ValueError):
-    """Text that is no event."""
+    """Text that is not an event."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """An event and how it was written.
+    """An event and its text.
 
     Attributes:
         text: As it was given.
-        event: What it means.
-        layers: Names of the layers that it speaks of.
+        event: The event.
+        layers: Names of its layers.
     """
 
     text: str
@@ -40,14 +40,14 @@ class Condition:
 
 
 def parse(text: str) -> Condition:
-    """The event that a text speaks of.
+    """The event of a text.
 
     Args:
         text: Names of layers with channels in brackets, joined by ``&``, ``|``, ``~`` and parentheses. Brackets list
             channels, as ``at(layer).channel([…])``.
 
     Raises:
-        ConditionError: It does not follow the grammar; the message says where.
+        ConditionError: The text does not follow the grammar; the message says where.
     """
     reader = _Reader(text)
     event = reader.union()
@@ -66,33 +66,33 @@ class _Reader:
         self.advance()
 
     def advance(self) -> None:
-        """To the next token."""
+        """Moves to the next token."""
         self.start = self._end + len(self.text[self._end :]) - len(self.text[self._end :].lstrip())
-        found = TOKEN.match(self.text, self._end)
-        if found is None and self.text[self._end :].strip():
+        token = TOKEN.match(self.text, self._end)
+        if token is None and self.text[self._end :].strip():
             self.sign, self.atom = self.text[self.start], ""
             self.fail("expected the name of a layer")
-        self.sign, self.atom, self.bracket = found.group("sign", "atom", "bracket") if found else ("", "", None)
-        self._inside = found.start("bracket") if found else self.start
-        self._end = found.end() if found else len(self.text)
+        self.sign, self.atom, self.bracket = token.group("sign", "atom", "bracket") if token else ("", "", None)
+        self._inside = token.start("bracket") if token else self.start
+        self._end = token.end() if token else len(self.text)
 
-    def fail(self, why: str, found: str = "", place: int | None = None) -> None:
-        """Raises :class:`ConditionError` for the current token, or for what was found at a place in it."""
-        found = found or self.sign or self.atom or "the end"
+    def fail(self, why: str, got: str = "", place: int | None = None) -> None:
+        """Raises :class:`ConditionError` for the current token, or for another text and place."""
+        got = got or self.sign or self.atom or "the end"
         place = self.start if place is None else place
         raise ConditionError(
-            f"--given {self.text!r} is no condition: {why} at character {place + 1}, got {found}. Write for "
-            "example 'features.28[3,7]' for the walks through channel 3 or 7 of a layer, and join parts by &, | and ~."
+            f"--given {self.text!r} is not an event: {why} at character {place + 1}, got {got}. Example: "
+            "'features.28[3,7]' for the walks through channel 3 or 7 of a layer; combine events by &, | and ~."
         )
 
     def union(self) -> Event:
-        event = self.both()
+        event = self.intersection()
         while self.sign == "|":
             self.advance()
-            event = event | self.both()
+            event = event | self.intersection()
         return event
 
-    def both(self) -> Event:
+    def intersection(self) -> Event:
         event = self.part()
         while self.sign == "&":
             self.advance()
@@ -102,7 +102,7 @@ class _Reader:
     def part(self) -> Event:
         self._depth += 1
         if self._depth > DEEPEST:
-            self.fail(f"more than {DEEPEST} brackets and negations inside each other")
+            self.fail(f"more than {DEEPEST} nested parentheses and negations")
         event = self._inner()
         self._depth -= 1
         return event
@@ -141,7 +141,7 @@ class _Reader:
             if span:
                 channels += range(int(span[1]), int(span[2]))
                 if int(span[1]) >= int(span[2]):
-                    self.fail("expected a range that ends after its beginning", part.strip(), self._inside)
+                    self.fail("expected a range that ends after its start", part.strip(), self._inside)
             elif NUMBER.fullmatch(part.strip()):
                 channels.append(int(part))
             else:

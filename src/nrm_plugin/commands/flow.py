@@ -1,217 +1,85 @@
-"""The flow of relevance of a picture: what is computed, and the files that are written."""
+"""The command ``flow``, for images or, with ``--from``, for the mean over a stored sweep."""
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from importlib.util import find_spec
+import argparse
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from .options import add_computation, add_model, add_out, add_target, fraction, whole_number
 
-from ..dataset.images import Picture, open_picture, shown
-from ..errors import NRMError
-from ..measure.flow_graph import FlowGraph
-from ..measure.flow_heat_maps import Maps, flow_maps
-from ..measure.layer_profile import ProfileRow, profile
-from ..measure.measure import RelevanceMeasure
-from ..measure.partitions import patches
-from ..plots.flow import MAX_GROUPS as MOST
-from ..plots.flow import flow_figure, profile_figure
-from ..plots.flow_html import save_sankey
-from ..plots.heatmaps import save
-from ..plots.ribbons import DARK, LIGHT
-from .explain_images import COMMON
-from .explanation import Chooser, Request, RequestError, check_layers, measured
-from .model_loading import Subject
-from .output_files import PACKAGES, class_name, free_name, quietly, short
+MOST_CHANNELS = 40
+"""Of a layer, for which a figure has room; :data:`nrm_plugin.plots.flow.MAX_GROUPS`."""
 
-HTML_MISSING = "no HTML page: plotly is not installed (pip install 'nrm-plugin[html]')"
+DESCRIPTION = """\
+How does relevance flow between channels? Plots the joint relevance of the channels of several layers as a flow from
+the pixels to the class. Channels that are not shown are merged, so that each layer has all relevance, 100 %."""
 
+EXAMPLES = """\
+examples:
+  nrm-plugin flow cat.jpg --model vgg16 --layers input features.14 features.28 output
+      the patches, the 8 most relevant channels of two layers, and the class
+  nrm-plugin flow cat.jpg --model resnet50 --layers input layer3 layer4 --coverage 0.5 --top 20 --dark
+      the fewest channels of each layer that hold half of its relevance, at most 20; for a dark background
+  nrm-plugin layers --model vgg16
+      layer names
 
-@dataclass(frozen=True)
-class FlowOptions:
-    """What is shown of a flow.
+files for each image NAME
+  NAME-flow.png      the flow
+  NAME-flow.html     an interactive page in one file that needs no network; with pip install 'nrm-plugin[html]'
+  NAME-flow.json     the numbers, with all settings; FlowGraph.from_json reads them
+  NAME-layers.png    mass, sink and bypass of each layer, compared with plain LRP
+Results of other settings or another image are never overwritten: the new files are named NAME-2-...
 
-    Attributes:
-        top: Most groups of a layer.
-        coverage: Share of the absolute mass of each layer that its groups are to hold; None for no such limit.
-        patches: Patches of the picture along each side.
-        dark: Pictures for a dark background.
-    """
-
-    top: int = 8
-    coverage: float | None = None
-    patches: int = 4
-    dark: bool = False
+exit status: 0; 1 if some images could not be explained; 2 if none can be explained because of the options"""
 
 
-@dataclass(frozen=True)
-class FlowOutcome:
-    """What became of one picture.
-
-    Attributes:
-        path: Its file.
-        picture: What was read; None where there is none.
-        outputs: Of the model, ``(K,)``.
-        target: The class that is explained.
-        graph: The flow.
-        maps: Heat maps of its nodes.
-        files: What was written.
-        problems: What was not possible.
-    """
-
-    path: Path
-    picture: Picture | None = None
-    outputs: Tensor | None = None
-    target: int = 0
-    graph: FlowGraph | None = None
-    maps: Maps = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def flows(
-    paths: Sequence[Path], subject: Subject, request: Request, options: FlowOptions, out: Path
-) -> Iterator[FlowOutcome]:
-    """The flows of pictures, one by one; each is written before the next is read.
-
-    Args:
-        paths: The files; one that is named twice is read once.
-        subject: The model, on the device of the request.
-        request: What to ask; its layers are those of the flow.
-        options: What to show.
-        out: Folder that exists.
-
-    Raises:
-        NRMError: No picture can be explained so.
-    """
-    taken: set[str] = set()
-    for path in dict.fromkeys(paths):
-        try:
-            yield _flow(open_picture(path), subject, request, options, out, taken)
-        except COMMON:
-            raise
-        except (NRMError, OSError) as error:
-            text = str(error) if isinstance(error, NRMError) else f"{error.strerror or error}"
-            yield FlowOutcome(path, problems=[text if shown(path) in text else f"{shown(path)}: {text}"])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="an image, as for explain")
+    add_model(parser, required=False)
+    query = parser.add_argument_group("query")
+    query.add_argument("--layers", nargs="+", required=True, metavar="LAYER",
+                       help="layers in any order, each above or below the others; input is divided into patches, "
+                       "output has the classes")  # fmt: skip
+    add_target(query)
+    query.add_argument("--top", type=whole_number(MOST_CHANNELS), default=8, metavar="N",
+                       help="maximum number of channels of a layer (default: %(default)s)")  # fmt: skip
+    query.add_argument("--coverage", type=fraction, metavar="FRACTION",
+                       help="show only the fewest channels of each layer that hold this fraction of its relevance, "
+                       "such as 0.9 (default: no such limit)")  # fmt: skip
+    query.add_argument("--patches", type=whole_number(64), default=4, metavar="N",
+                       help="patches of the image along each side (default: %(default)s)")  # fmt: skip
+    add_computation(parser)
+    sweep = parser.add_argument_group("mean flow over a data set, instead of images")
+    sweep.add_argument("--from", type=Path, metavar="SWEEP", dest="sweep",
+                       help="folder of nrm-plugin sweep --joint with these --layers; needs no model")  # fmt: skip
+    sweep.add_argument("--minus", metavar="CLASS",
+                       help="subtract the flow of this class from that of --target")  # fmt: skip
+    parser.add_argument("--dark", action="store_true", help="figures for a dark background")
+    add_out(parser, "nrm-flow")
 
 
-def _flow(
-    picture: Picture, subject: Subject, request: Request, options: FlowOptions, out: Path, taken: set[str]
-) -> FlowOutcome:
-    inputs = subject.prepare(picture.image).to(request.device)
-    chooser = Chooser(subject, request.target)
-    mu = measured(subject, inputs, request, chooser)
-    check_layers(mu, subject, request.layers)
-    graph, maps = _graph(mu, subject, request, options)
-    plain = mu
-    if request.residual != "sink":
-        plain = measured(subject, inputs, replace(request, residual="sink", gain_limit=None), chooser)
-    rows = profile(mu, request.layers, plain)
-    found = FlowOutcome(picture.path, picture, chooser.outputs.cpu(), chooser.target, graph, maps)
-    found.files.extend(_write(found, rows, subject, request, options, out, taken))
-    return found
+def run(options: argparse.Namespace) -> int:
+    """Plots the flow of images or of a sweep; returns the exit status."""
+    from .stored_results import read_stored
+    from .sweep_flow import print_mean_flow
+
+    return _of_images(options) if options.sweep is None else read_stored(options, print_mean_flow)
 
 
-def _graph(mu: RelevanceMeasure, subject: Subject, request: Request, options: FlowOptions) -> tuple[FlowGraph, Maps]:
-    height, width = mu.shape("input")[-2:]
-    if options.patches > min(height, width):
-        raise RequestError(f"--patches {options.patches} are more than the {height}×{width} pixels that the net gets.")
-    cut = patches((height, width), options.patches)
-    named = {
-        number: f"row {number // options.patches}, col {number % options.patches}" for number in range(cut.max() + 1)
-    }
-    classes = {number: class_name(subject, number) for number in range(len(subject.categories))}
-    names: dict[str, Mapping[int, str]] = {"input": named}
-    names |= {"output": classes} if any(classes.values()) else {}
-    limits = {"top": options.top, "coverage": options.coverage}
-    try:
-        graph = mu.flow(request.layers, {"input": cut}, names=names, **limits)  # type: ignore[arg-type]
-        return graph, flow_maps(mu, graph, {"input": cut})
-    except NRMError as error:
-        raise RequestError(f"--layers {' '.join(map(shown, request.layers))}: {error}") from error
+def _of_images(options: argparse.Namespace) -> int:
+    from .each_image import explain_each
+    from .image_flow import FlowOptions, explain_flow, print_missing_page
+    from .request import RequestError
 
-
-def _settings(found: FlowOutcome, subject: Subject, request: Request, options: FlowOptions) -> dict[str, Any]:
-    picture = found.picture
-    assert picture is not None
-    return {
-        "image": shown(picture.path.name),
-        "image_sha256": picture.digest,
-        "model": shown(subject.name),
-        "weights": subject.weights,
-        "target": found.target,
-        "target_name": class_name(subject, found.target),
-        "composite": request.composite,
-        "residual": request.residual,
-        "gain_limit": request.gain_limit,
-        "layers": list(request.layers),
-        "top": options.top,
-        "coverage": options.coverage,
-        "patches": options.patches,
-        "preparation": subject.prepare.settings,
-    }
-
-
-def _write(
-    found: FlowOutcome,
-    rows: Sequence[ProfileRow],
-    subject: Subject,
-    request: Request,
-    options: FlowOptions,
-    out: Path,
-    taken: set[str],
-) -> list[Path]:
-    """PNG, page, numbers and layers under a name that is free, or that the same question had before."""
-    graph = found.graph
-    assert graph is not None
-    about = json.loads(json.dumps(_settings(found, subject, request, options)))
-    ends = ["flow.png", "flow.json", "layers.png", *(["flow.html"] if find_spec("plotly") else [])]
-    stem = free_stem(out, found.path.stem, about, ends, taken, "flow.json")
-    files = [out / f"{stem}-{end}" for end in ends]
-    name = class_name(subject, found.target)
-    target = f"“{short(name)}”" if name else f"class {found.target}"
-    random = "  (random weights)" if subject.weights == "none" else ""
-    heading = f"{short(found.path.name)}: flow of relevance for {target}{random}"
-    paper = (DARK if options.dark else LIGHT).paper
-    with quietly():
-        save(flow_figure(graph, heading, options.dark, found.maps), files[0], paper)
-        save(profile_figure(rows, heading.replace("flow of relevance", "layers"), options.dark), files[2], paper)
-    versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
-    more = {"settings": about, "device": request.device, "versions": versions}
-    more["profile"] = [vars(row) for row in rows]
-    files[1].write_text(json.dumps(graph.to_dict() | more, allow_nan=False) + "\n", encoding="utf-8")
-    if len(files) > 3:
-        save_sankey(graph, files[3], heading.replace(r"\$", "$"), found.maps)
-    return files
-
-
-def free_stem(
-    out: Path, stem: str, about: Mapping[str, Any], ends: Sequence[str], taken: set[str], numbers: str
-) -> str:
-    """The beginning of names of files: one that is free, or that the same question had before.
-
-    Args:
-        out: Folder.
-        stem: What it should be.
-        about: The question.
-        ends: What follows in the names.
-        taken: Names that others of this call have; the new one is added.
-        numbers: The end of the JSON file that holds the question, under ``"settings"``.
-    """
-    return free_name(out, stem, ends, taken, lambda name: _known(out / f"{name}-{numbers}") == about)
-
-
-def _known(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-__all__ = ["HTML_MISSING", "MOST", "FlowOptions", "FlowOutcome", "flows"]
+    if options.minus is not None:
+        raise RequestError("--minus compares classes of a sweep: give the sweep by --from SWEEP.")
+    missing = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if not value]
+    if missing:
+        raise RequestError(f"the following arguments are required: {', '.join(missing)}")
+    what = FlowOptions(options.top, options.coverage, options.patches, options.dark)
+    status = explain_each(
+        options, lambda loaded, image, request, out, taken: explain_flow(loaded, image, request, what, out, taken)
+    )
+    print_missing_page()
+    return status

@@ -1,4 +1,4 @@
-"""Files with weights: read without running what is in them, and fitted to a model."""
+"""Files with weights: read without running code in them, and matched to a model."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from ..dataset.images import shown
 from ..errors import NRMError
 
 NESTS = ("state_dict", "model_state_dict", "model", "net")
-"""Keys under which training scripts keep the state dict among other things."""
+"""Keys of a checkpoint under which training scripts store the state dict."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What wrappers write before every key: data parallel, compilation, training frameworks."""
+"""What wrappers put before every key: data parallel, compilation, training frameworks."""
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+NONE = "none"
+"""Instead of a file: no weights are read."""
 
 State = dict[str, Tensor]
 
 
 class WeightsError(NRMError, ValueError):
-    """Weights that cannot be had, or are not those of the model."""
+    """Weights that cannot be read or downloaded, or belong to another model."""
 
 
 def read_state(path: Path) -> State:
-    """The state dict in a file, without what is around it.
+    """The state dict in a file.
 
     Args:
         path: ``.safetensors``, or what ``torch.save`` wrote: a state dict, or a checkpoint that holds one.
 
     Raises:
-        WeightsError: There is no such file, it cannot be read, or holds no state dict.
+        WeightsError: The file is missing, cannot be read, or holds no state dict.
     """
     name = shown(path)
     _check_file(path, name)
@@ -45,17 +47,17 @@ def read_state(path: Path) -> State:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old protocols
             if path.suffix == ".safetensors":
-                found: Any = safetensors.torch.load_file(path)
+                content: Any = safetensors.torch.load_file(path)
             else:
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{name} is no file of torch.save, or holds more than tensors, which could run code when it is read. Save "
-            "the state dict alone: torch.save(model.state_dict(), FILE)."
+            f"{name} was not written by torch.save, or holds more than tensors, which could run code when it is read. "
+            "Save the state dict alone: torch.save(model.state_dict(), FILE)."
         ) from error
     except Exception as error:  # a file of another kind may raise anything
         raise WeightsError(f"{name} cannot be read as weights: {_first_line(error)}") from error
-    return _state(found, name)
+    return _state(content, name)
 
 
 def _check_file(path: Path, name: str) -> None:
@@ -70,26 +72,26 @@ def _check_file(path: Path, name: str) -> None:
     if unpacked > path.stat().st_size:
         raise WeightsError(
             f"{name} is compressed, which torch.save never does, and unpacks to {unpacked / 2**20:.4g} MiB. If you "
-            "trust it, load it and save the state dict again: torch.save(model.state_dict(), FILE)."
+            "trust the file, load it and save the state dict again: torch.save(model.state_dict(), FILE)."
         )
 
 
-def _state(found: Any, name: str) -> State:
-    if isinstance(found, Mapping):
+def _state(content: Any, name: str) -> State:
+    if isinstance(content, Mapping):
         for nest in NESTS:
-            if isinstance(found.get(nest), Mapping):
-                return _state(found[nest], name)
-        tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        if tensors and len(tensors) == len(found):
+            if isinstance(content.get(nest), Mapping):
+                return _state(content[nest], name)
+        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        if tensors and len(tensors) == len(content):
             return tensors
-        listed = ", ".join(str(key) for key in list(found)[:5])
-        raise WeightsError(f"{name} holds no state dict: its keys are {listed or 'none'}.")
-    kind = type(found).__name__
-    raise WeightsError(f"{name} holds a {kind}, not a state dict. Save it so: torch.save(model.state_dict(), FILE).")
+        keys = ", ".join(str(key) for key in list(content)[:5])
+        raise WeightsError(f"{name} holds no state dict: its keys are {keys or 'none'}.")
+    kind = type(content).__name__
+    raise WeightsError(f"{name} holds a {kind}, not a state dict. Save one: torch.save(model.state_dict(), FILE).")
 
 
-def fitted(state: State, model: nn.Module) -> State:
-    """The state under the names of the model: without prefixes that wrappers left."""
+def without_prefixes(state: State, model: nn.Module) -> State:
+    """The state under the names of the model, without the prefixes that wrappers add."""
     known = model.state_dict().keys()
     stripped = True
     while stripped:
@@ -103,11 +105,11 @@ def fitted(state: State, model: nn.Module) -> State:
 
 
 def classes_of(state: State, model: nn.Module) -> int | None:
-    """How many classes the weights are for, where that alone tells them from a model; None where they fit, or not so.
+    """Number of classes of the weights, if they differ from the model in nothing else; None otherwise.
 
     Args:
         state: The weights.
-        model: A model with another number of classes.
+        model: The model with its default number of classes.
     """
     own = model.state_dict()
     differing = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
@@ -117,18 +119,18 @@ def classes_of(state: State, model: nn.Module) -> int | None:
     if len(counts) != 1:
         return None
     ((_, count, rest_agrees),) = counts
-    # A file can claim more rows than it holds, by one that it repeats; a model of as many classes would be made.
-    is_held = all(state[key].numel() <= _held(state[key]) for key in differing)
-    return int(count[0]) if rest_agrees and count and is_held else None
+    # A file can claim more rows than it stores by repeating one of them; a model of that size would be built.
+    is_stored = all(state[key].numel() <= _stored(state[key]) for key in differing)
+    return int(count[0]) if rest_agrees and count and is_stored else None
 
 
-def _held(tensor: Tensor) -> int:
-    """How many numbers are in memory."""
+def _stored(tensor: Tensor) -> int:
+    """How many numbers are stored."""
     return tensor.untyped_storage().nbytes() // tensor.element_size() if tensor.layout == torch.strided else 0
 
 
 def fill(model: nn.Module, state: State, name: str, where: str) -> None:
-    """Writes weights into a model; those of a model without storage become its own.
+    """Writes weights into a model, which may be without storage.
 
     Args:
         model: The model.
@@ -137,32 +139,32 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
         where: The file.
 
     Raises:
-        WeightsError: They are not those of the model; the message sums up how they differ.
+        WeightsError: They belong to another model; the message summarizes the differences.
     """
     own = model.state_dict()
-    # A checkpoint of an old torch has no counters of batches; they are read in training only.
+    # Checkpoints of old versions of torch lack the counters of batches, which only training reads.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
     if missing or unexpected or shapes:
-        found = [
+        differences = [
             _summary(f"of {name} are missing", missing),
             _summary("of the file are unknown", unexpected),
             _summary("have other shapes", [f"{key} {_sizes(state[key])} for {_sizes(own[key])}" for key in shapes]),
         ]
         raise WeightsError(
-            f"{where} does not hold the weights of {name}: {'; '.join(filter(None, found))}. "
-            f"Is it the file of another model?"
+            f"{where} does not hold the weights of {name}: {'; '.join(filter(None, differences))}. "
+            "Is it the file of another model?"
         )
     counters = {key: torch.tensor(0) for key in own if key not in state}
     complete = OrderedDict({**state, **counters})
-    complete._metadata = own._metadata  # type: ignore[attr-defined]  # versions of the layers; some refuse to go without
+    complete._metadata = own._metadata  # type: ignore[attr-defined]  # versions of layers, which some require
     model.load_state_dict(complete, assign=True)
 
 
 def _summary(what: str, keys: Sequence[str]) -> str:
-    shown_keys = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
-    return f"{len(keys)} {'entry' if len(keys) == 1 else 'entries'} {what} ({shown_keys})" if keys else ""
+    first = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
+    return f"{len(keys)} {'entry' if len(keys) == 1 else 'entries'} {what} ({first})" if keys else ""
 
 
 def _sizes(tensor: Tensor) -> str:

@@ -11,9 +11,9 @@ DATA = "digits_test.safetensors"
 
 
 class DigitsVGG(nn.Module):
-    """VGG in miniature: three blocks of two 3x3 convolutions and a max pooling, then two linear layers.
+    """A small VGG: three blocks of two 3x3 convolutions and max pooling, then two linear layers.
 
-    Taps of interest: ``features.0``, ``.2``, ``.5``, ``.7``, ``.10``, ``.12`` (convolutions), ``classifier.0`` and
+    Taps: ``features.0``, ``.2``, ``.5``, ``.7``, ``.10``, ``.12`` (convolutions), ``classifier.0`` and
     ``.3`` (linear).
     """
 
@@ -32,7 +32,7 @@ class DigitsVGG(nn.Module):
 
 
 class DigitsCNN(nn.Module):
-    """A second opinion of another shape: 5x5 kernels, average pooling, one linear layer, no dropout.
+    """Another architecture, for comparison: 5x5 kernels, average pooling, one linear layer, no dropout.
 
     Its weights are not embedded: train them with ``python -m benchmarks.train_demo --net cnn5`` and read them with
     ``safetensors.torch.load_model``.
@@ -51,7 +51,7 @@ class DigitsCNN(nn.Module):
 
 
 def enlarge(images: Tensor) -> Tensor:
-    """Digits at the size and range the networks expect.
+    """Digits in the size and range of the networks' inputs.
 
     Args:
         images: ``(N, 8, 8)``, grey levels 0 to 16 of any dtype.
@@ -64,8 +64,8 @@ def enlarge(images: Tensor) -> Tensor:
 
 
 def load_model() -> DigitsVGG:
-    """The trained :class:`DigitsVGG` in evaluation mode; leaves the random state alone."""
-    # Built without storage: initial weights would be drawn from the caller's generator only to be overwritten.
+    """The trained :class:`DigitsVGG` in evaluation mode; the random state is not changed."""
+    # Built without storage, so that no initial weights are drawn from the caller's generator.
     with torch.device("meta"):
         model = DigitsVGG()
     model.load_state_dict(_embedded(WEIGHTS), strict=True, assign=True)
@@ -73,7 +73,7 @@ def load_model() -> DigitsVGG:
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """Digits held out of the training.
+    """Digits held out from training.
 
     Returns:
         Images ``(450, 1, 16, 16)``, float32 in [0, 1], and labels ``(450,)``, int64.

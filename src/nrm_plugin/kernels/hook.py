@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.rules import Pass
 
-from ..errors import InputError, UnsupportedRuleError, shortened_outside
+from ..errors import InputError, UnsupportedRuleError, autocast_outside
 from ..model.affine import is_known_linear
 from ..model.autocast import asked_for
 from ..model.copies import shell_of
@@ -136,7 +136,7 @@ class StepHook(Hook):
             return None
         device = next(iter(computed.values())).device
         if asked_for(device) is not None:
-            raise InputError(shortened_outside(self.name, type(module).__name__))
+            raise InputError(autocast_outside(self.name, type(module).__name__))
         if len(computed) > 1 and is_own_layer(module):
             return None  # the functions inside are steps with its rule, each with its own input
         if len(computed) > 1:

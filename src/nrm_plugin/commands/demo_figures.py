@@ -1,0 +1,110 @@
+"""Figures of the demo. ``docs/images/demo.png`` is the ``6-joint.png`` that ``nrm-plugin demo`` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from ..events.event import at
+from ..measure.flow_heat_maps import flow_maps
+from ..measure.measure import RelevanceMeasure
+from ..measure.partitions import Names, patches
+from ..plots.flow import flow_figure
+from ..plots.flow_html import save_sankey
+from ..plots.heatmaps import Budget, budgets, heat_maps, image_and_heat_map, save
+from ..plots.ribbons import percent
+from .demo_values import Row, Sample
+from .image_flow import has_page, patch_names
+from .joint_relevance import joint_figure, joint_relevance
+
+UPPER, LOWER = "features.12", "features.7"
+CHANNELS, CONDITIONS, PATCHES = 6, 7, 4
+
+
+def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> list[Path]:
+    """Three figures of one digit: joint relevance of two layers, pixels, channels.
+
+    Args:
+        model: The network.
+        sample: The digit.
+        image: ``(1, 16, 16)``.
+        out: Folder.
+    """
+    mu = RelevanceMeasure(model, image[None], sample.predicted)
+    relevance = mu.marginal("input")[0].sum(0)
+    title = str(sample).capitalize()
+    joint = joint_relevance(mu, [UPPER, LOWER], CHANNELS)
+    heading = f"{title}. Which pairs of channels carry relevance for {sample.predicted}?"
+    figures = {
+        "joint": joint_figure(mu, image, relevance, joint, heading=heading),
+        "pixels": image_and_heat_map(image, relevance, ("image", f"relevance for “{sample.predicted}”"), title),
+        "channels": _channels(mu, image, f"{title}. Relevance given a channel of {UPPER}"),
+    }
+    return [save(figure, out / f"{sample.name}-{kind}.png") for kind, figure in figures.items()]
+
+
+def _channels(mu: RelevanceMeasure, image: Tensor, heading: str) -> Figure:
+    """Conditional heat maps of the most relevant channels."""
+    mass = mu.marginal(UPPER, over="channel")[0]
+    top = mass.abs().argsort(descending=True, stable=True)[:CONDITIONS].tolist()
+    maps = mu.marginal("input", given=[at(UPPER).channel(channel) for channel in top])[:, 0].sum(1)
+    titles = [f"channel {channel}  ({percent(float(mass[channel]))})" for channel in top]
+    return heat_maps(list(maps), titles, heading, image)
+
+
+def save_budgets(rows: Sequence[Row], samples: Sequence[Sample], images: Tensor, composite: str, out: Path) -> Path:
+    """One figure with the relevance of each layer for every digit.
+
+    Args:
+        rows: The layers, ``(N,)`` each.
+        samples: ``N`` digits.
+        images: ``(N, 1, 16, 16)``.
+        composite: Its name.
+        out: Folder.
+    """
+
+    def values(column: str, number: int) -> list[float]:
+        return [float(getattr(row, column)[number]) for row in rows]
+
+    panels = [
+        Budget(
+            _classified(sample),
+            mass=values("mass", number),
+            sink=values("sink", number),
+            bypass=values("bypass", number),
+            reference=values("plain", number),
+            image=images[number],
+        )
+        for number, sample in enumerate(samples)
+    ]
+    heading = f"Relevance of each layer with {composite}, from the output down"
+    return save(budgets([row.layer for row in rows], panels, heading, "plain Zennit"), out / "budgets.png")
+
+
+def _classified(sample: Sample) -> str:
+    predicted = f"“{sample.predicted}”"
+    return predicted if sample.predicted == sample.label else f"{sample.label} classified as {predicted}"
+
+
+def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> list[Path]:
+    """The flow of one digit from patches of the image to the predicted class; a page as well if plotly is installed.
+
+    Args:
+        model: The network.
+        sample: The digit.
+        image: ``(1, 1, 16, 16)``.
+        out: Folder.
+    """
+    mu = RelevanceMeasure(model, image, sample.predicted)
+    over = {"input": patches(image.shape[2:], PATCHES)}
+    names: dict[str, Names] = {"input": patch_names(PATCHES), "output": [f"“{digit}”" for digit in range(10)]}
+    graph = mu.flow(["input", LOWER, UPPER, "output"], over, top=CHANNELS, names=names)
+    maps = flow_maps(mu, graph, over)
+    heading = f"{str(sample).capitalize()}. How relevance flows"
+    files = [save(flow_figure(graph, heading, maps=maps), out / f"{sample.name}-flow.png")]
+    if has_page():
+        files.append(save_sankey(graph, out / f"{sample.name}-flow.html", heading, maps))
+    return files

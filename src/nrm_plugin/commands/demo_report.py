@@ -1,0 +1,71 @@
+"""The demo: held-out digits explained with the embedded network, as numbers of each layer and as figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..demo.model import load_digits, load_model
+from .demo_figures import save_budgets, save_flow, save_sample
+from .demo_values import TABLE_COMPOSITE, Row, Sample, choose, layer_rows
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results of the demo.
+
+    Attributes:
+        samples: The digits.
+        accuracy: Fraction of all held-out digits that the network classifies correctly.
+        rows: One for each of :data:`~nrm_plugin.commands.demo_values.LAYERS`.
+        figures: Files; three for each digit, then the budgets of all.
+        flow: Figure of the flow of the first digit, and its page if plotly is installed.
+        composite: Name of the composite of the rows.
+    """
+
+    samples: list[Sample]
+    accuracy: float
+    rows: list[Row]
+    figures: list[Path]
+    flow: list[Path]
+    composite: str = TABLE_COMPOSITE.__name__
+
+
+def demo_report(kinds: Sequence[str], out: Path) -> Report:
+    """Explains held-out digits and writes figures.
+
+    Args:
+        kinds: ``"0"`` to ``"9"``, or ``"misread"``; a kind that is repeated selects further digits.
+        out: An existing folder.
+
+    Raises:
+        DemoError: No kinds, or more digits of a kind than there are.
+        OSError: A figure cannot be written.
+    """
+    with _one_thread():
+        model, (images, labels) = load_model(), load_digits()
+        samples, accuracy = choose(model, images, labels, kinds)
+        chosen = images[[sample.index for sample in samples]]
+        rows = layer_rows(model, chosen, [sample.predicted for sample in samples])
+        figures = []
+        pairs = list(zip(samples, chosen, strict=True))
+        for sample, image in tqdm(pairs, desc="figures", unit="digit", delay=2, disable=None, leave=False):
+            figures += save_sample(model, sample, image, out)
+        figures.append(save_budgets(rows, samples, chosen, TABLE_COMPOSITE.__name__, out))
+        return Report(samples, accuracy, rows, figures, save_flow(model, samples[0], chosen[:1], out))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread: the tensors of this network are too small to gain from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

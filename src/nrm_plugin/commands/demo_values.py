@@ -1,0 +1,142 @@
+"""The demo's digits and the numbers of each layer, by the measure and by plain Zennit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from zennit.composites import EpsilonPlus
+from zennit.core import Composite
+
+from ..errors import NRMError
+from ..measure.measure import RelevanceMeasure
+from .options import MISCLASSIFIED
+
+LAYERS = (
+    "classifier.3", "classifier.0", "features.12", "features.10", "features.7", "features.5", "features.2",
+    "features.0", "input",
+)  # fmt: skip
+"""Rows of the table, from the output down; the layers between them pass relevance on unchanged."""
+TABLE_COMPOSITE = EpsilonPlus
+"""Composite of the table and the budgets: Zennit's own, as our default does not leak. Other figures use the default."""
+
+
+class DemoError(NRMError, ValueError):
+    """There are no digits of the requested kind."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out digit.
+
+    Attributes:
+        name: First part of its file names.
+        index: Among the held-out digits.
+        label: Its class.
+        predicted: The class that the network predicts, which is explained.
+    """
+
+    name: str
+    index: int
+    label: int
+    predicted: int
+
+    def __str__(self) -> str:
+        return f"held-out digit {self.index}: a {self.label}, classified as {self.predicted}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer, ``(N,)`` each, dimensionless.
+
+    Attributes:
+        layer: Name of the tap.
+        plain: Sum of the relevance of plain Zennit, from 1 at the output.
+        mass, sink, bypass: Of the measure; together 1.
+        variation: Of the measure, at least 1.
+    """
+
+    layer: str
+    plain: Tensor
+    mass: Tensor
+    sink: Tensor
+    bypass: Tensor
+    variation: Tensor
+
+
+@torch.no_grad()
+def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str]) -> tuple[list[Sample], float]:
+    """The digits of each kind with the most confident predictions, and the accuracy on all digits.
+
+    Raises:
+        DemoError: No kinds, or one that is neither a digit nor ``"misread"``, or more digits of a kind than there are.
+    """
+    confidence, predicted = model(images).double().log_softmax(1).max(1)
+    samples: list[Sample] = []
+    for kind in kinds:
+        if kind == MISCLASSIFIED:
+            candidates = (predicted != labels).nonzero()[:, 0]
+        elif kind in {str(digit) for digit in range(10)}:
+            candidates = ((labels == int(kind)) & (predicted == labels)).nonzero()[:, 0]
+        else:
+            raise DemoError(f"{kind!r} is neither a digit from 0 to 9 nor {MISCLASSIFIED!r}.")
+        number = sum(sample.name.split("-")[0] == kind for sample in samples)
+        if number >= len(candidates):
+            raise DemoError(f"{number + 1} digits {kind!r} are requested, but only {len(candidates)} are held out.")
+        index = int(candidates[confidence[candidates].argsort(descending=True, stable=True)[number]])
+        name = kind if number == 0 else f"{kind}-{number + 1}"
+        samples.append(Sample(name, index, int(labels[index]), int(predicted[index])))
+    if not samples:
+        raise DemoError("no digits are requested.")
+    return samples, float((predicted == labels).double().mean())
+
+
+def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[Row]:
+    """Plain Zennit and the measure, both with :data:`TABLE_COMPOSITE`, layer by layer.
+
+    Args:
+        model: The network.
+        images: ``(N, 1, 16, 16)``.
+        target: Class to explain, one for each image.
+    """
+    mu = RelevanceMeasure(model, images, list(target), composite=TABLE_COMPOSITE())
+    plain = plain_sums(model, images, target, TABLE_COMPOSITE(), LAYERS)
+    masses = mu.marginal(list(LAYERS))
+    return [
+        Row(layer, plain[layer], masses[layer].flatten(1).sum(1), mu.sink(layer), mu.bypass(layer), mu.variation(layer))
+        for layer in LAYERS
+    ]
+
+
+def plain_sums(
+    model: nn.Module, images: Tensor, target: Sequence[int], composite: Composite, layers: Sequence[str]
+) -> dict[str, Tensor]:
+    """Sum of Zennit's own relevance at each layer, ``(N,)``, from 1 at the target; computed without this package.
+
+    Args:
+        model: The network.
+        images: ``(N, …)``.
+        target: Class to explain, one for each image.
+        composite: Rules of all layers.
+        layers: Names of modules, and ``"input"``.
+    """
+    model = copy.deepcopy(model)  # Zennit 1.0 replaces parameters of the model
+    inputs = images.clone().requires_grad_()
+    activations = {"input": inputs}
+    with composite.context(model):
+        handles = [
+            module.register_forward_hook(lambda _, inputs, output, name=name: activations.update({name: output}))
+            for name, module in model.named_modules()
+            if name in layers
+        ]
+        try:
+            output = model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        start = torch.nn.functional.one_hot(torch.tensor(target), output.shape[1]).to(output)
+        relevances = torch.autograd.grad(output, list(activations.values()), start)
+    return {name: relevance.flatten(1).sum(1) for name, relevance in zip(activations, relevances, strict=True)}

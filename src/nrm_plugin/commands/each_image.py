@@ -1,0 +1,100 @@
+"""One command over several images: a file that fails does not stop the others."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..dataset.images import Picture, PictureError, check_file, open_picture, shown
+from ..errors import ModelStateError, NRMError, UnsupportedOperationError, UnsupportedRuleError
+from . import messages
+from .composite_names import CompositeError
+from .model_loading import LoadedModel
+from .output_files import check_folder
+from .request import Request, RequestError, check_device
+from .resolved_options import model_of, one_line_warnings, request_of
+
+COMMON = (RequestError, CompositeError, ModelStateError, UnsupportedOperationError, UnsupportedRuleError)
+"""Errors that every other image would cause as well."""
+
+
+@dataclass(frozen=True)
+class Printed:
+    """What a command reports of one image.
+
+    Attributes:
+        lines: On stdout.
+        problems: What was not possible; listed at the end, on stderr.
+    """
+
+    lines: list[str]
+    problems: list[str] = field(default_factory=list)
+
+
+Explain = Callable[[LoadedModel, Picture, Request, Path, set[str]], Printed]
+"""Explains an image and writes files to a folder, under a name that is not in the set; adds the name to it."""
+
+
+def explain_each(options: argparse.Namespace, explain: Explain) -> int:
+    """Explains the images of a command one by one; the files of each are written before the next is read.
+
+    Args:
+        options: Of the command.
+        explain: What to do with an image.
+
+    Returns:
+        The exit status: 1 if some images could not be explained.
+
+    Raises:
+        NRMError: No image can be explained with these options.
+    """
+    with one_line_warnings():
+        request = request_of(options)
+        check_folder(options.out)
+        device = check_device(request.device)
+        images, problems = readable(options.images)
+        if images:  # otherwise no model has to be downloaded
+            loaded = model_of(options, options.weights)
+            loaded.model.to(device)
+            print(messages.heading(loaded, request))
+            taken: set[str] = set()
+            for path in images:
+                printed = _explained(path, lambda image: explain(loaded, image, request, options.out, taken))
+                for line in ("", *printed.lines) if printed.lines else ():
+                    print(line, flush=True)
+                problems += printed.problems
+    return print_problems(problems, options.name)
+
+
+def _explained(path: Path, explain: Callable[[Picture], Printed]) -> Printed:
+    try:
+        return explain(open_picture(path))
+    except COMMON:
+        raise
+    except (NRMError, OSError) as error:
+        text = str(error) if isinstance(error, NRMError) else f"{error.strerror or error}"
+        return Printed([], [text if shown(path) in text else f"{shown(path)}: {text}"])
+
+
+def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
+    """The files that exist, each once, and what is wrong with the others."""
+    present, problems = [], []
+    for path in dict.fromkeys(images):
+        try:
+            check_file(path)
+            present.append(path)
+        except PictureError as error:
+            problems.append(str(error))
+    return present, problems
+
+
+def print_problems(problems: list[str], command: str) -> int:
+    """Prints what was not possible; returns the exit status."""
+    if problems:
+        print(f"\nnrm-plugin {command}: {len(problems)} failed:", file=sys.stderr)
+    for problem in problems:
+        print(f"  {' '.join(problem.split())}", file=sys.stderr)
+    return 1 if problems else 0

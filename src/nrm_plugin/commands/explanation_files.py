@@ -1,0 +1,183 @@
+"""The files of one explanation: heat maps as PNG, numbers as safetensors with all settings, channels as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..plots.heatmaps import heat_maps, image_and_heat_map
+from ..plots.ribbons import percent
+from .explanation import ConditionalExplanation, Explanation, LayerExplanation
+from .model_loading import LoadedModel
+from .output_files import (
+    free_stem,
+    heading_lines,
+    image_settings,
+    name_part,
+    save_figure,
+    short,
+    target_title,
+    versions,
+    weights_title,
+    wrapped,
+)
+from .request import Request
+
+CLIPPED = 400
+"""One of this number of pixels may lie beyond the colour scale."""
+LONGEST_HEADER = 10**8
+"""Of a safetensors file."""
+HEAT_MAP, NUMBERS, GIVEN = "relevance.png", "relevance.safetensors", "given.png"
+
+
+def write(loaded: LoadedModel, request: Request, result: Explanation, out: Path, taken: set[str]) -> list[Path]:
+    """Writes the files of one image.
+
+    Args:
+        loaded: The model.
+        request: What was requested.
+        result: The explanation.
+        out: Folder.
+        taken: As in :func:`~nrm_plugin.commands.output_files.free_stem`.
+
+    Returns:
+        The files, the heat map first.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    about = settings(loaded, request, result)
+    conditionals = [given for given in result.given if given.relevance is not None]
+    of_layers = [f"{name_part(layer.name)}.{kind}" for layer in result.layers for kind in _kinds(layer)]
+    ends = [NUMBERS, HEAT_MAP, *of_layers, *([GIVEN] if conditionals else [])]
+    stem = free_stem(out, result.source.path.stem, ends, taken, lambda path: _is_same(path, about))
+    numbers, heat_map, *others = [out / f"{stem}-{end}" for end in ends]
+    save_figure(_overview(loaded, result), heat_map)
+    _save_tensors(tensors(result), numbers, {**about, "device": request.device, "versions": json.dumps(versions())})
+    for layer in result.layers:
+        start = out / f"{stem}-{name_part(layer.name)}"
+        if layer.top:
+            save_figure(_channels(loaded, result, layer), Path(f"{start}.png"))
+        _save_table(layer, Path(f"{start}.csv"))
+    if conditionals:
+        save_figure(_conditionals(loaded, result, conditionals), others[-1])
+    return [heat_map, numbers, *others]
+
+
+def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
+    """Without a figure if no channel has any relevance."""
+    return ("png", "csv") if layer.top else ("csv",)
+
+
+# -- numbers --------------------------------------------------------------------------------------------------------
+
+
+def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict[str, str]:
+    """Everything that the numbers depend on, as the metadata of their file; lists and dictionaries are JSON."""
+    about = image_settings(loaded, request, result.source.path, result.source.digest, result.target)
+    about["given"] = [condition.text for condition in request.given]
+    return {key: json.dumps(value) if isinstance(value, list | dict) else str(value) for key, value in about.items()}
+
+
+def tensors(result: Explanation) -> dict[str, Tensor]:
+    """The numbers of an image, by their names in the file."""
+    number = result.outputs.new_tensor
+    named = {
+        "image": result.image,
+        "outputs": result.outputs,
+        "relevance": result.relevance,
+        "sink": number(result.totals.sink),
+        "bypass": number(result.totals.bypass),
+    }
+    for layer in result.layers:
+        named[f"layer/{layer.name}/relevance"] = layer.relevance
+        named[f"layer/{layer.name}/channels"] = layer.mass
+        named[f"layer/{layer.name}/top"] = torch.tensor(layer.top, dtype=torch.int64)
+        named[f"layer/{layer.name}/maps"] = layer.heat_maps
+        named[f"layer/{layer.name}/sink"] = number(layer.totals.sink)
+        named[f"layer/{layer.name}/bypass"] = number(layer.totals.bypass)
+    for place, given in enumerate(result.given, 1):
+        named[f"given/{place}/mass"] = number(given.mass)
+        if given.relevance is not None:
+            named[f"given/{place}/relevance"] = given.relevance
+    return {name: tensor.contiguous().clone() for name, tensor in named.items()}
+
+
+def _is_same(path: Path, about: Mapping[str, str]) -> bool:
+    # Reads the header alone; safe_open raises for file names that are not text.
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            stored = json.loads(file.read(length))["__metadata__"] if length < LONGEST_HEADER else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return isinstance(stored, dict) and all(stored.get(key) == value for key, value in about.items())
+
+
+def _save_tensors(numbers: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
+    # save_file makes files that only their owner can read.
+    path.write_bytes(safetensors.torch.save(numbers, about))
+
+
+def _save_table(layer: LayerExplanation, path: Path) -> None:
+    """All channels, those of largest absolute mass first."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["channel", "mass"])
+        for channel in layer.mass.abs().argsort(descending=True, stable=True).tolist():
+            table.writerow([channel, f"{float(layer.mass[channel]):.9g}"])
+
+
+# -- figures --------------------------------------------------------------------------------------------------------
+
+
+def color_limit(maps: Sequence[Tensor]) -> float | None:
+    """The value of the darkest colour for heat maps ``(H, W)``, so that a few extreme pixels do not blank the others.
+
+    The largest value that no more than one of :data:`CLIPPED` pixels exceeds; None if it is zero.
+    """
+    values = torch.stack(list(maps)).abs().flatten() if maps else torch.zeros(1)
+    inside = values.sort().values[: max(1, len(values) - len(values) // CLIPPED)]
+    return float(inside[-1]) or None
+
+
+def _overview(loaded: LoadedModel, result: Explanation) -> Figure:
+    totals = result.totals
+    numbers = f"mass {percent(totals.mass)}, sink {percent(totals.sink)}"
+    if totals.bypass:
+        numbers += f", bypass {percent(totals.bypass)}"
+    left = f"{short(result.source.path.name)}\n{short(loaded.name)}"
+    left += ", random weights" if weights_title(loaded) else ""
+    right = f"relevance for {target_title(loaded, result.target)}\n{numbers}"
+    pixels = result.relevance.sum(0)
+    return image_and_heat_map(result.image, pixels, (left, right), limit=color_limit([pixels]))
+
+
+def _title(loaded: LoadedModel, result: Explanation) -> str:
+    target = target_title(loaded, result.target)
+    return f"{short(result.source.path.name)}: relevance for {target}{weights_title(loaded)}"
+
+
+def _channels(loaded: LoadedModel, result: Explanation, layer: LayerExplanation) -> Figure:
+    titles = [f"channel {channel}  ({percent(float(layer.mass[channel]))})" for channel in layer.top]
+    lines = [_title(loaded, result), f"joint relevance of the channels of {short(layer.name, 60)} with the pixels"]
+    maps = list(layer.heat_maps)
+    return heat_maps(maps, titles, heading_lines(lines, len(maps)), result.image, limit=color_limit(maps))
+
+
+def _conditionals(loaded: LoadedModel, result: Explanation, drawn: Sequence[ConditionalExplanation]) -> Figure:
+    maps = [given.relevance.sum(0) for given in drawn if given.relevance is not None]
+    titles = [f"given {wrapped(given.condition.text)}\nmass {percent(given.mass)}" for given in drawn]
+    limit = color_limit(maps)
+    if len(maps) == 1:
+        left = _title(loaded, result).replace(": ", ":\n", 1)
+        return image_and_heat_map(result.image, maps[0], (left, titles[0]), limit=limit)
+    heading = heading_lines([_title(loaded, result)], len(maps))
+    return heat_maps(maps, titles, heading, result.image, limit=limit)

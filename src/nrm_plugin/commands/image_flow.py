@@ -1,0 +1,171 @@
+"""The flow of relevance for one image: figure, page, numbers and layer profile."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..dataset.images import Picture, shown
+from ..errors import NRMError
+from ..measure.flow_graph import FlowGraph
+from ..measure.flow_heat_maps import Maps, flow_maps
+from ..measure.layer_profile import ProfileRow, profile
+from ..measure.measure import RelevanceMeasure
+from ..measure.partitions import patches
+from ..plots.flow import flow_figure, profile_figure
+from ..plots.flow_html import save_sankey
+from . import messages
+from .each_image import Printed
+from .model_loading import LoadedModel
+from .output_files import (
+    class_name,
+    image_settings,
+    json_stem,
+    save_figure,
+    short,
+    target_title,
+    versions,
+    weights_title,
+    write_json,
+)
+from .request import Request, RequestError, TargetStart, check_layers, measure_of
+
+
+def has_page() -> bool:
+    """Whether an interactive page can be written."""
+    return find_spec("plotly") is not None
+
+
+def print_missing_page() -> None:
+    """Says on stderr why there is no interactive page."""
+    if not has_page():
+        print(
+            "nrm-plugin: note: no HTML page: plotly is not installed (pip install 'nrm-plugin[html]')", file=sys.stderr
+        )
+
+
+@dataclass(frozen=True)
+class FlowOptions:
+    """What is shown of a flow.
+
+    Attributes:
+        top: Maximum number of channels of a layer.
+        coverage: Fraction of the absolute mass of each layer that its channels must hold; None for no such limit.
+        patches: Patches of the image along each side.
+        dark: Figures for a dark background.
+    """
+
+    top: int = 8
+    coverage: float | None = None
+    patches: int = 4
+    dark: bool = False
+
+
+@dataclass(frozen=True)
+class ImageFlow:
+    """The flow for one image.
+
+    Attributes:
+        start: Outputs and target.
+        graph: The flow.
+        heat_maps: Of its nodes.
+        profile: Its layers, compared with plain LRP.
+    """
+
+    start: TargetStart
+    graph: FlowGraph
+    heat_maps: Maps
+    profile: Sequence[ProfileRow]
+
+
+def explain_flow(
+    loaded: LoadedModel, image: Picture, request: Request, options: FlowOptions, out: Path, taken: set[str]
+) -> Printed:
+    """Writes the flow of relevance for one image.
+
+    Args:
+        loaded: The model, on the device of the request.
+        image: The image.
+        request: What to compute; its layers are those of the flow.
+        options: What to show.
+        out: Folder that exists.
+        taken: As in :func:`~nrm_plugin.commands.output_files.free_stem`.
+
+    Raises:
+        RequestError: Target, layers or patches do not fit the model, or the model fails.
+        NRMError: The model has no measure with these rules.
+        OSError: A file cannot be written.
+    """
+    flow = image_flow(loaded, image, request, options)
+    files = _write(flow, loaded, image, request, options, out, taken)
+    lines = [
+        *messages.image(loaded, image, flow.start.outputs, flow.start.target),
+        *messages.layers(flow.graph),
+        *messages.files(files),
+    ]
+    return Printed(lines)
+
+
+def image_flow(loaded: LoadedModel, image: Picture, request: Request, options: FlowOptions) -> ImageFlow:
+    """The flow of relevance for one image; arguments and errors as in :func:`explain_flow`."""
+    inputs = loaded.preprocessing(image.image).to(request.device)
+    start = TargetStart(loaded, request.target)
+    mu = measure_of(loaded, inputs, request, start)
+    check_layers(mu, loaded, request.layers)
+    graph, heat_maps = _graph(mu, loaded, request, options)
+    plain = mu
+    if request.residual != "sink":
+        plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None), start)
+    return ImageFlow(start, graph, heat_maps, profile(mu, request.layers, plain))
+
+
+def _graph(mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions) -> tuple[FlowGraph, Maps]:
+    height, width = mu.shape("input")[-2:]
+    count = options.patches
+    if count > min(height, width):
+        raise RequestError(f"--patches {count} is more than the {height}×{width} pixels of the model's input.")
+    over = {"input": patches((height, width), count)}
+    classes = {number: class_name(loaded, number) for number in range(len(loaded.categories))}
+    names: dict[str, Mapping[int, str]] = {"input": patch_names(count)}
+    names |= {"output": classes} if any(classes.values()) else {}
+    try:
+        graph = mu.flow(request.layers, over, top=options.top, coverage=options.coverage, names=names)
+        return graph, flow_maps(mu, graph, over)
+    except NRMError as error:
+        raise RequestError(f"--layers {' '.join(map(shown, request.layers))}: {error}") from error
+
+
+def patch_names(count: int) -> dict[int, str]:
+    """Row and column of each of ``count`` × ``count`` patches."""
+    return {number: "row {}, col {}".format(*divmod(number, count)) for number in range(count**2)}
+
+
+def _write(
+    flow: ImageFlow,
+    loaded: LoadedModel,
+    image: Picture,
+    request: Request,
+    options: FlowOptions,
+    out: Path,
+    taken: set[str],
+) -> list[Path]:
+    """Figure, numbers, profile and page."""
+    settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.start.target)
+    settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
+    ends = ["flow.json", "flow.png", "layers.png", *(["flow.html"] if has_page() else [])]
+    stem = json_stem(out, image.path.stem, ends, taken, settings)
+    numbers, figure, layers, *page = [out / f"{stem}-{end}" for end in ends]
+    target = f"{target_title(loaded, flow.start.target)}{weights_title(loaded)}"
+    heading = f"{short(image.path.name)}: flow of relevance for {target}"
+    save_figure(flow_figure(flow.graph, heading, options.dark, flow.heat_maps), figure, options.dark)
+    profile_heading = f"{short(image.path.name)}: layers for {target}"
+    save_figure(profile_figure(flow.profile, profile_heading, options.dark), layers, options.dark)
+    more = {"settings": settings, "device": request.device, "versions": versions()}
+    write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
+    for path in page:
+        save_sankey(flow.graph, path, heading.replace(r"\$", "$"), flow.heat_maps)
+    return [figure, numbers, layers, *page]

@@ -1,0 +1,114 @@
+"""Options that several commands have, and the values they take. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CHANNELS = 7
+"""Channels of a layer that ``explain`` plots by default."""
+MISCLASSIFIED = "misread"
+"""Kind of digits of the demo."""
+DOWNLOADED = "torchvision's default, downloaded once"
+
+
+def add_model(parser: argparse.ArgumentParser, weights: str = DOWNLOADED, required: bool = True) -> None:
+    """Options for the model and its preprocessing; ``weights`` says which ones it has by default."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=required, metavar="NAME",
+                       help="a torchvision classifier such as vgg16; or your own as package.module:factory or "
+                       "file.py:factory: a function without arguments that returns a module, or a module")  # fmt: skip
+    group.add_argument("--weights", metavar="NAME|FILE|none",
+                       help="name of torchvision weights, such as IMAGENET1K_V1 or DEFAULT; a file with a state dict "
+                       f"(.pth, .pt, .safetensors); none: random weights (default: {weights}; your own model keeps "
+                       "its weights)")  # fmt: skip
+    group.add_argument("--classes", type=Path, metavar="FILE",
+                       help="class names, one on each line (default: those of the weights)")  # fmt: skip
+    group.add_argument("--size", type=whole_number(8192, "number of pixels"), metavar="PIXELS",
+                       help="resize the shorter side to this and take the centre square (default: as the weights "
+                       "require; for your own model, resize to 256 and take the centre 224)")  # fmt: skip
+    group.add_argument("--mean", type=channel_values, metavar="R,G,B",
+                       help="subtracted from pixel values in [0, 1]; a single number for a greyscale model (default: "
+                       "as the weights require; for your own model, that of ImageNet)")  # fmt: skip
+    group.add_argument("--std", type=channel_values, metavar="R,G,B",
+                       help="divides the pixel values after the mean is subtracted")  # fmt: skip
+
+
+def add_target(group: Any) -> None:
+    """The option for the class to explain."""
+    group.add_argument("--target", metavar="CLASS",
+                       help="index or name of the class to explain (default: the predicted class)")  # fmt: skip
+
+
+def add_composite(parser: Any) -> None:
+    """The option for the rules."""
+    parser.add_argument("--composite", default="nrm_default", metavar="RULES",
+                        help="name of a composite in Zennit's registry, such as nrm_absolute, epsilon_plus_flat or "
+                        "epsilon_gamma_box; an unknown name lists them all (default: %(default)s)")  # fmt: skip
+
+
+def add_computation(parser: argparse.ArgumentParser) -> None:
+    """Options for the rules and the device."""
+    group = parser.add_argument_group("computation")
+    add_composite(group)
+    group.add_argument("--residual", choices=("redistribute", "sink"), default="redistribute",
+                       help="relevance that a rule does not propagate is redistributed, up to the gain limit, or stays "
+                       "in the sink of the layer, as in Zennit's rules (default: %(default)s)")  # fmt: skip
+    group.add_argument("--gain-limit", type=gain_limit, metavar="G",
+                       help="limit of this redistribution, as a factor: at least 1, or inf (default: 2)")  # fmt: skip
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, … (default: %(default)s)")
+
+
+def add_out(parser: argparse.ArgumentParser, folder: str) -> None:
+    """The option for the folder of the results."""
+    parser.add_argument("--out", type=Path, default=Path(folder), metavar="DIR",
+                        help="folder for the results; created if missing (default: %(default)s)")  # fmt: skip
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+
+
+def whole_number(most: int, what: str = "number", least: int = 1) -> Callable[[str], int]:
+    """A type of argparse: whole numbers from ``least`` to ``most``."""
+
+    def number(text: str) -> int:
+        if text.isascii() and text.isdecimal() and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {least} to {most}")
+
+    return number
+
+
+def fraction(text: str) -> float:
+    """A number above 0 and up to 1."""
+    value = _real(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction above 0 and up to 1, such as 0.9")
+    return value
+
+
+def gain_limit(text: str) -> float:
+    """A number of at least 1, or infinity."""
+    value = _real(text)
+    if not value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return value
+
+
+def channel_values(text: str) -> tuple[float, ...]:
+    """One number, or three for red, green and blue."""
+    values = tuple(_real(part) for part in text.split(","))
+    if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three numbers separated by commas")
+    return values
+
+
+def _real(text: str) -> float:
+    """A number; NaN, which no comparison accepts, if the text is not one."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,146 @@
+"""Models and data sets of the user's own: ``package.module:name`` or ``file.py:name``."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..dataset.images import shown
+from ..dataset.preprocessing import STANDARD
+from .built_model import BuiltModel, ModelError, seeded
+from .weight_files import NONE, fill, read_state, without_prefixes
+
+
+def imported(name: str, option: str = "--model") -> Any:
+    """The object that ``package.module:name`` or ``file.py:name`` names.
+
+    Args:
+        name: Module or file, and a name in it.
+        option: Where it was given, for messages.
+
+    Raises:
+        ModelError: No such module, file or name.
+    """
+    module, _, attribute = name.rpartition(":")
+    with _importable():
+        return _attribute(_module(module, name, option), attribute, name, option)
+
+
+def own_model(name: str, weights: str | None) -> BuiltModel:
+    """The user's own model: what the name stands for, or what it returns when it is called.
+
+    Args:
+        name: As in :func:`imported`.
+        weights: A file, or None or ``"none"`` for those that the model has.
+
+    Raises:
+        ModelError: There is no such model, or building it failed.
+        WeightsError: The file does not hold the weights of the model.
+    """
+    with seeded(), _importable():
+        factory = imported(name)
+        model = factory if isinstance(factory, nn.Module) else _called(factory, name)
+    source = "its own"
+    if weights not in (None, NONE):
+        path = Path(str(weights))
+        source = shown(path)
+        fill(model, without_prefixes(read_state(path), model), name, source)
+    return BuiltModel(model, source, STANDARD)
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    """Modules of the current folder can be imported, as with ``python -m``."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+
+
+def _module(module: str, name: str, option: str) -> Any:
+    if not module.strip("."):
+        raise ModelError(f"{option} {name!r} lacks the module: write package.module:factory or file.py:factory.")
+    try:
+        return _module_of_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+    except ModelError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
+            raise ModelError(
+                f"there is no module {error.name!r}, neither installed nor in {shown(Path.cwd())}. Run the command "
+                "where it can be imported, or give the file: file.py:factory."
+            ) from error
+        raise ModelError(f"importing {module} failed: {_one_line(error)}") from error
+    except Exception as error:  # whatever the user's code raises
+        raise ModelError(f"importing {module} failed: {_one_line(error)}") from error
+
+
+def _module_of_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ModelError(f"there is no file {shown(path)}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # noqa: PT018  (the name ends in .py)
+    module = importlib.util.module_from_spec(spec)
+    is_first = sys.modules.setdefault(path.stem, module) is module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if is_first:  # as after an import that failed
+            del sys.modules[path.stem]
+        raise
+    return module
+
+
+def _attribute(module: Any, attribute: str, name: str, option: str) -> Any:
+    if attribute.isidentifier() and hasattr(module, attribute):
+        return getattr(module, attribute)
+    names = [item for item in vars(module) if not item.startswith("_")]
+    near = difflib.get_close_matches(attribute, names, n=3, cutoff=0.5)
+    hint = f" Near names: {', '.join(near)}." if near else ""
+    if "(" in attribute:
+        hint = " It is called without arguments; if it needs some, name a function that passes them."
+    raise ModelError(f"{option} {name}: {module.__name__} has no {attribute!r}.{hint}")
+
+
+def _called(factory: Any, name: str) -> nn.Module:
+    if not callable(factory):
+        raise ModelError(
+            f"--model {name} is {type(factory).__name__}, neither a model nor a function that returns one."
+        )
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ModelError(
+            f"{name} cannot be called without arguments: {error}. Write a function without arguments that returns the "
+            "model, and name that one."
+        ) from error
+    except ValueError:  # the signature cannot be read
+        pass
+    try:
+        model = factory()
+    except Exception as error:  # whatever the user's code raises
+        raise ModelError(f"calling {name} without arguments failed: {_one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} returned {type(model).__name__}, expected a torch.nn.Module.")
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    """An error of the user's code in one line, with file and line."""
+    # The message of a syntax error holds its place; the frames are those of the import system.
+    frames = [] if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return shown(" ".join(f"{type(error).__name__}: {error}".split())) + place

@@ -1,0 +1,207 @@
+"""Reference examples of the channels of a stored sweep: list, numbers as JSON, and figure."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..composites import normalize
+from ..dataset.crops import Crop, crops
+from ..dataset.examples import References, is_of_channels, references
+from ..dataset.image_folder import PictureFolder
+from ..dataset.images import shown
+from ..dataset.reference_plots import MOST, reference_figure
+from ..dataset.settings import described, digest, model_fingerprint
+from ..dataset.stored_sweep import Sweep
+from ..plots.ribbons import percent
+from .composite_names import composite_of
+from .model_loading import LoadedModel
+from .output_files import json_stem, name_part, save_figure, short, versions, write_json
+from .request import Request, RequestError, check_device, target_of
+from .resolved_options import model_of, request_of
+from .swept_data import SAMPLES, data_of
+
+Rows = dict[int | str, list[Crop]]
+"""Cropped images of each channel."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """References of the channels that are listed.
+
+    Attributes:
+        sweep: Where they are stored.
+        references: Of all channels of the query.
+        groups: The channels that are listed.
+        files: File names of the samples, empty if the sweep has none.
+    """
+
+    sweep: Sweep
+    references: References
+    groups: list[int | str]
+    files: list[str]
+
+    def file(self, sample: int) -> str | None:
+        """File name of a sample; None if it is not known."""
+        return self.files[sample] if 0 <= sample < len(self.files) else None
+
+    def entry(self, group: int | str) -> dict[str, Any]:
+        """The references of one channel, for JSON."""
+        samples = self.references.of(group)
+        row = self.references.row(group)
+        values = {
+            key: getattr(self.references, key)[row].tolist()[: len(samples)]
+            for key in ("values", "targets", "positions")
+        }
+        files = {"files": [self.file(sample) for sample in samples]} if self.files else {}
+        return {"group": group, "samples": samples, **values, **files}
+
+    def line(self, group: int | str) -> str:
+        """The references of one channel, for the terminal."""
+        entry = self.entry(group)
+        cells = [
+            f"{self.file(sample) or f'sample {sample}'} ({_value(value, self.references.by)})"
+            for sample, value in zip(entry["samples"], entry["values"], strict=True)
+        ]
+        return f"  {group}: {', '.join(cells)}"
+
+    def title(self, preposition: str = ", of") -> str:
+        """Query, ranking and class."""
+        target = self.references.target
+        return f"by {self.references.by}" + ("" if target is None else f"{preposition} class {target}")
+
+
+def print_references(options: argparse.Namespace) -> int:
+    """Prints references and writes their files; returns the exit status.
+
+    Raises:
+        RequestError: Model, rules or data are not those of the sweep, or there is no such class.
+        NRMError: The sweep lacks the query or the channels.
+    """
+    if (options.model is None) != (options.data is None):
+        raise RequestError("a figure requires both --model and --data: the model and the data of the sweep.")
+    sweep = Sweep.open(options.sweep)
+    requested, options.target, options.layers = options.target, None, ()
+    request = request_of(options)
+    loaded = None if options.model is None else model_of(options, options.weights)
+    ranked = references(sweep, options.query, None, options.k, options.by, _target(requested, loaded))
+    listing = Listing(sweep, ranked, _groups(ranked, options.groups, options.rows), _file_names(sweep.path))
+    rows = None if loaded is None else _crops(options, listing, loaded, request)
+    print(shown(f"{sweep.path}: {ranked.name}, {listing.title()}"))
+    for group in listing.groups:
+        print(shown(listing.line(group)))
+    for path in _write(options, listing, rows):
+        print(f"-> {shown(path)}")
+    if rows is None:
+        print("nrm-plugin: note: no figure: it requires --model and --data", file=sys.stderr)
+    return 0
+
+
+def _target(text: str | None, loaded: LoadedModel | None) -> int | None:
+    if text is None:
+        return None
+    if loaded is not None:
+        return target_of(text, loaded.categories, len(loaded.categories) or sys.maxsize)
+    if not text.isascii() or not text.isdecimal():
+        raise RequestError(f"--target {text!r}: without --model, give the index of the class.")
+    return int(text)
+
+
+def _groups(ranked: References, requested: Sequence[int] | None, count: int) -> list[int | str]:
+    """The requested channels, or those with the largest mean of their references."""
+    if requested is None:
+        order = ranked.values.nanmean(1).argsort(descending=True, stable=True)[:count].tolist()
+        return [ranked.groups[row] for row in order]
+    if len(requested) > MOST:
+        raise RequestError(f"--groups names {len(requested)} channels, but a figure has room for {MOST}.")
+    for group in requested:
+        ranked.row(group)  # raises if there is no such channel
+    return list(dict.fromkeys(requested))
+
+
+def _value(value: float, by: str) -> str:
+    return percent(value).replace("−", "-") if by == "relevance" else f"{value:.4g}"
+
+
+def _file_names(folder: Path) -> list[str]:
+    """File names of the samples, if the sweep lists them."""
+    try:
+        with (folder / SAMPLES).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            return [row["file"] for row in csv.DictReader(file)]
+    except (OSError, KeyError, csv.Error):
+        return []
+
+
+# -- figure ---------------------------------------------------------------------------------------------------------
+
+
+def _crops(options: argparse.Namespace, listing: Listing, loaded: LoadedModel, request: Request) -> Rows:
+    device = check_device(request.device)
+    query = listing.sweep.query(listing.references.name)
+    if not is_of_channels(query):
+        raise RequestError(
+            f"{query.name!r} is not a query of the channels of a layer, which images are cropped for; omit --model."
+        )
+    data = data_of(options.data, loaded)
+    loaded.model.to(device)
+    rules = composite_of(request.composite, loaded.preprocessing.bounds(next(loaded.model.parameters())))
+    normalized = normalize(rules, request.residual, request.gain_limit, None)
+    _check_same(listing.sweep, loaded, request, data, digest(described(normalized.composite)))
+    return crops(
+        loaded.model,
+        data,
+        listing.references,
+        listing.groups,
+        options.k,
+        layer=query.layers[0],
+        whole=options.whole,
+        picture=lambda image: loaded.preprocessing.undone(image[None]),
+        composite=normalized,
+    )
+
+
+def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, composite: str) -> None:
+    """Raises :class:`RequestError` unless model, rules and data are those of the sweep."""
+    settings = sweep.manifest.settings
+    if settings["model"] != model_fingerprint(loaded.model):
+        raise RequestError(f"{shown(loaded.name)} (weights: {loaded.weights}) is not the model of the sweep.")
+    is_other = settings["composite"]["settings"] != composite
+    gain_limit = "inf" if request.gain_limit == math.inf else request.gain_limit
+    if is_other or settings["residual"] != request.residual or settings["gain_limit"] != gain_limit:
+        raise RequestError(
+            f"the rules of the sweep are {settings['composite']['name']}, residual {settings['residual']}, gain limit "
+            f"{settings['gain_limit']}. Give the same --composite, --residual and --gain-limit."
+        )
+    if isinstance(data, PictureFolder) and settings.get("data") != data.fingerprint:
+        raise RequestError(f"the images in {shown(data.folder)} are not those of the sweep.")
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def _write(options: argparse.Namespace, listing: Listing, rows: Rows | None) -> list[Path]:
+    ranked = listing.references
+    settings = {
+        "sweep": listing.sweep.manifest.fingerprint, "query": ranked.name, "by": ranked.by, "target": ranked.target,
+        "k": options.k, "groups": list(listing.groups),
+        "picture": None if rows is None else [options.style, options.whole, options.dark],
+    }  # fmt: skip
+    query = listing.sweep.query(ranked.name)
+    is_unnamed = query.name == f"{query.kind.lower()}({', '.join(query.layers)})"
+    name = "-".join(query.layers) if is_unnamed else query.name
+    ends = ["references.json", *([] if rows is None else ["references.png"])]
+    stem = json_stem(options.out, name_part(name), ends, set(), settings)
+    numbers, *figures = [options.out / f"{stem}-{end}" for end in ends]
+    entries = [listing.entry(group) for group in listing.groups]
+    write_json(numbers, {"settings": settings, "versions": versions(), "references": entries})
+    for path in figures:
+        heading = f"{short(ranked.name)} {listing.title(',')}"
+        unit = "%" if ranked.by == "relevance" else ""
+        save_figure(reference_figure(rows or {}, options.style, heading, options.dark, unit=unit), path, options.dark)
+    return [numbers, *figures]

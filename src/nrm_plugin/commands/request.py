@@ -1,0 +1,202 @@
+"""What a command asks of every image: target, layers, conditions, rules, device; and the checks against the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from zennit.core import Composite
+
+from ..errors import HookedContainerError, NRMError, UncoveredLayerError
+from ..kernels.normalization import Residual
+from ..measure.measure import RelevanceMeasure
+from .composite_names import composite_of
+from .event_syntax import Condition
+from .model_loading import LoadedModel
+from .options import CHANNELS
+
+
+class RequestError(NRMError, ValueError):
+    """A request that the model does not fit, whatever the image."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compute for every image.
+
+    Attributes:
+        target: Index or name of the class to explain; None for the predicted class.
+        layers: Layers whose channels are listed.
+        given: Conditions, with one heat map each.
+        composite: Name in Zennit's registry.
+        residual, gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        device: Where to compute.
+        channels: How many channels of a layer get a heat map.
+    """
+
+    target: str | None = None
+    layers: tuple[str, ...] = ()
+    given: tuple[Condition, ...] = ()
+    composite: str = "nrm_default"
+    residual: Residual = "redistribute"
+    gain_limit: float | None = 2.0
+    device: str = "cpu"
+    channels: int = CHANNELS
+
+
+def check_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        RequestError: This machine has no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        available = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        available += ["mps"] if torch.backends.mps.is_available() else []
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise RequestError(f"--device {name} cannot be used: {reason}. Available: {', '.join(available)}.") from error
+    return device
+
+
+# -- target ---------------------------------------------------------------------------------------------------------
+
+
+class TargetStart:
+    """Start vectors of a measure, chosen from the outputs, so that the model runs only once.
+
+    Attributes:
+        outputs: Outputs of the model for the image, ``(K,)``.
+        target: The class that is explained.
+    """
+
+    def __init__(self, loaded: LoadedModel, target: str | None) -> None:
+        self.outputs, self.target = torch.empty(0), 0
+        self._loaded, self._requested = loaded, target
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        if outputs.ndim > 2 or (outputs.ndim == 2 and outputs.shape[1] == 0):
+            raise RequestError(
+                f"the output of {self._loaded.name} has shape {tuple(outputs.shape)}, but a classifier is needed, "
+                "with one output for each class. Wrap the model in a module that reduces its output to these."
+            )
+        self.outputs = outputs[0].reshape(-1).clone()
+        count, requested = len(self.outputs), self._requested
+        predicted = int(self.outputs.argmax())
+        self.target = predicted if requested is None else target_of(requested, self._loaded.categories, count)
+        return torch.nn.functional.one_hot(torch.tensor([self.target]), count).to(outputs).reshape(outputs.shape)
+
+
+def target_of(requested: str, categories: Sequence[str], count: int) -> int:
+    """The index of a class.
+
+    Args:
+        requested: An index, or a name in upper or lower case.
+        categories: Class names; empty if they are not known.
+        count: Number of classes.
+
+    Raises:
+        RequestError: No such class; the message lists near names.
+    """
+    if requested.strip().lstrip("+-").isdecimal():
+        index = int(requested)
+        if not 0 <= index < count:
+            raise RequestError(f"--target {index} is out of range: the model has {count} classes, 0 to {count - 1}.")
+        return index
+    if not categories:
+        raise RequestError(
+            f"--target {requested!r} is a name, but the class names of these weights are not known. Give the "
+            f"index, 0 to {count - 1}, or a file with the names, one on each line: --classes FILE."
+        )
+    folded = [name.casefold() for name in categories]
+    key = " ".join(requested.casefold().split())
+    matches = [index for index, name in enumerate(folded) if name == key]
+    if len(matches) > 1:
+        raise RequestError(f"--target {requested!r} is the name of {len(matches)} classes. Give the index: {matches}.")
+    if matches and matches[0] >= count:
+        raise RequestError(f"--target {requested!r} is class {matches[0]}, but the model has only {count} classes.")
+    if matches:
+        return matches[0]
+    raise RequestError(f"there is no class {requested!r}. {_similar_classes(key, folded, categories, count)}")
+
+
+def _similar_classes(key: str, folded: list[str], categories: Sequence[str], count: int) -> str:
+    containing = [name for name in folded if key and key in name]
+    near = list(dict.fromkeys([*containing[:5], *difflib.get_close_matches(key, folded, n=5, cutoff=0.6)]))[:5]
+    if not near:
+        return f"Give the name as the model has it, or the index, 0 to {count - 1}."
+    return f"Near names: {', '.join(f'{categories[folded.index(name)]} ({folded.index(name)})' for name in near)}."
+
+
+# -- model ----------------------------------------------------------------------------------------------------------
+
+
+class failures_of_the_model:  # noqa: N801  (a context manager)
+    """Turns what a model raises on an input into a :class:`RequestError` of one line."""
+
+    def __init__(self, loaded: LoadedModel, inputs: Tensor) -> None:
+        self._name, self._shape = loaded.name, tuple(inputs.shape)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, NRMError):
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            shape = "×".join(map(str, self._shape))
+            raise RequestError(
+                f"{self._name} fails on an input of shape {shape} ({reason[:300]}). If the model needs another input, "
+                "see --size, --mean and --std."
+            ) from error
+
+
+def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request, start: TargetStart) -> RelevanceMeasure:
+    """The measure of one preprocessed image.
+
+    Raises:
+        RequestError: The target does not fit, the model fails, or the composite has no rule for one of its layers.
+    """
+    composite: Composite = composite_of(request.composite, loaded.preprocessing.bounds(inputs))
+    try:
+        with failures_of_the_model(loaded, inputs):
+            return RelevanceMeasure(
+                loaded.model,
+                inputs,
+                start=start,
+                composite=composite,
+                residual=request.residual,
+                gain_limit=request.gain_limit,
+            )
+    except UncoveredLayerError as error:
+        layer = str(error).partition(" has no rule")[0]
+        raise RequestError(
+            f"--composite {request.composite} has no rule for {layer}, whose gradient alone does not conserve "
+            "relevance. Choose another composite, such as nrm_default or epsilon_plus_flat."
+        ) from error
+
+
+def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]) -> None:
+    """Raises :class:`RequestError` for a layer that the model does not have, with near names."""
+    for name in names:
+        calls = [layer for layer in mu.layers if layer.startswith(f"{name}:")]
+        if name in mu.layers:
+            continue
+        if len(calls) > 1:
+            raise RequestError(f"{name} is called {len(calls)} times. Give one of the calls: {', '.join(calls)}.")
+        try:
+            mu.shape(name)
+        except HookedContainerError as error:
+            raise RequestError(str(error)) from error
+        except NRMError:
+            # A block that returns the output of its last layer is listed among the taps by the name of that layer.
+            modules = [module for module, _ in loaded.model.named_modules() if module]
+            near = difflib.get_close_matches(name, dict.fromkeys([*mu.layers, *modules]), n=5, cutoff=0.4)
+            hint = f"Near names: {', '.join(near)}. " if near else ""
+            raise RequestError(
+                f"{loaded.name} has no layer {name!r}. {hint}To list them: nrm-plugin layers --model {loaded.name}"
+            ) from None

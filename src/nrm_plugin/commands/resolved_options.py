@@ -1,0 +1,74 @@
+"""Options of the shell as objects: the request, the loaded model, class names."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..dataset.images import shown
+from .composite_names import check_composite_name
+from .event_syntax import parse
+from .model_loading import LoadedModel, load
+from .options import CHANNELS
+from .request import Request, RequestError
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """The request of a command.
+
+    Raises:
+        RequestError: Two options contradict each other.
+        CompositeError: No composite of that name.
+        ConditionError: An event does not follow the grammar.
+    """
+    check_composite_name(options.composite)
+    if options.gain_limit is not None and options.residual == "sink":
+        raise RequestError("--gain-limit has no meaning with --residual sink, which redistributes nothing.")
+    return Request(
+        target=options.target,
+        layers=tuple(dict.fromkeys(options.layers)),
+        given=tuple(dict.fromkeys(parse(text) for text in getattr(options, "given", ()))),
+        composite=options.composite,
+        residual=options.residual,
+        gain_limit=2.0 if options.gain_limit is None else options.gain_limit,
+        device=options.device,
+        channels=getattr(options, "channels", CHANNELS),
+    )
+
+
+def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:
+    """The model with its weights; ``notes`` on it are printed."""
+    categories = class_names(options.classes) if options.classes else ()
+    loaded = load(options.model, weights, options.size, options.mean, options.std, categories)
+    for note in loaded.notes if notes else ():
+        print(f"nrm-plugin: warning: {note}", file=sys.stderr)
+    return loaded
+
+
+def class_names(path: Path) -> list[str]:
+    """The class names in a file, one on each line.
+
+    Raises:
+        RequestError: The file cannot be read, or is not text in UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--classes {shown(path)} is not text in UTF-8.") from error
+    except OSError as error:
+        raise RequestError(f"cannot read --classes {shown(path)}: {error.strerror or error}.") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [" ".join(line.split()) for line in lines]
+
+
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Prints warnings of the measure without the line of code, which does not help the user of a shell."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"nrm-plugin: warning: {message}", file=sys.stderr)
+        yield

@@ -1,0 +1,125 @@
+"""The mean flow of relevance over a stored sweep, or the difference between two classes: figure, page and numbers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..dataset.glocal import difference, flow_of_sweep
+from ..dataset.glocal_plots import difference_figure
+from ..dataset.images import shown
+from ..dataset.stored_sweep import Sweep
+from ..measure.flow_graph import FlowError, FlowGraph
+from ..plots.flow import flow_figure
+from ..plots.flow_html import save_sankey
+from . import messages
+from .image_flow import has_page, print_missing_page
+from .output_files import json_stem, save_figure, short, versions, write_json
+from .request import RequestError, target_of
+from .resolved_options import class_names
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Which samples of a sweep are averaged.
+
+    Attributes:
+        target: Only those of which this class is explained; None for all.
+        minus: The class whose mean flow is subtracted; None for no difference.
+        categories: Class names, empty if they are not known.
+    """
+
+    target: int | None
+    minus: int | None
+    categories: Sequence[str]
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Classes:
+        """As given by the options."""
+        categories = class_names(options.classes) if options.classes else []
+        count = len(categories) or sys.maxsize
+        given = (options.target, options.minus)
+        target, minus = (None if text is None else target_of(text, categories, count) for text in given)
+        return cls(target, minus, categories)
+
+    def name(self, target: int) -> str:
+        """Name of a class; its index if the name is not known."""
+        return shown(self.categories[target]) if target < len(self.categories) else str(target)
+
+    def title(self, preposition: str) -> str:
+        """The classes for a heading; empty if all samples are averaged."""
+        first = "" if self.target is None else f" {preposition} class {self.name(self.target)}"
+        return first + ("" if self.minus is None else f" minus class {self.name(self.minus)}")
+
+
+def print_mean_flow(options: argparse.Namespace) -> int:
+    """Prints the mean flow of a sweep and writes its files; returns the exit status.
+
+    Raises:
+        RequestError: The options contradict each other, or there is no such class.
+        FlowError: The sweep lacks the queries of this flow.
+    """
+    given = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if value]
+    if given:
+        raise RequestError(f"--from reads a sweep and takes no {' and no '.join(given)}.")
+    if options.minus is not None and options.target is None:
+        raise RequestError("--minus compares two classes: give the other one by --target.")
+    sweep = Sweep.open(options.sweep)
+    classes = Classes.of(options)
+    graph = mean_flow(sweep, options.layers, classes, options.top, options.coverage)
+    print(f"{shown(sweep.path)}: mean flow{classes.title('of')}")
+    for line in messages.layers(graph):
+        print(shown(line))
+    for line in messages.files(_write(options, sweep, graph, classes)):
+        print(line)
+    print_missing_page()
+    return 0
+
+
+def mean_flow(
+    sweep: Sweep, layers: Sequence[str], classes: Classes, top: int | None, coverage: float | None
+) -> FlowGraph:
+    """The mean flow over the samples of a class, or its difference from that of another class."""
+    if classes.minus is None:
+        return _mean(sweep, layers, classes.target, classes, top=top, coverage=coverage)
+    first, second = (_mean(sweep, layers, one, classes, top=None) for one in (classes.target, classes.minus))
+    return difference(first, second).smaller(top=top, coverage=coverage)
+
+
+def _mean(sweep: Sweep, layers: Sequence[str], target: int | None, classes: Classes, **limits: Any) -> FlowGraph:
+    names = {"output": classes.categories} if classes.categories else None
+    stored = [query.layers for query in sweep.queries.values() if query.kind == "Joint"]
+    is_upwards = len(layers) > 1 and (layers[1], layers[0]) in stored
+    downwards = list(layers)[::-1] if is_upwards else list(layers)
+    try:
+        return flow_of_sweep(sweep, downwards, target, names=names, **limits)
+    except FlowError as error:
+        command = f" Or: nrm-plugin sweep --joint --layers {' '.join(downwards)}"
+        raise FlowError(f"{error}{command if 'flow_queries' in str(error) else ''}") from error
+
+
+def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes: Classes) -> list[Path]:
+    settings = {
+        "sweep": sweep.manifest.fingerprint, "layers": list(options.layers), "target": classes.target,
+        "minus": classes.minus, "top": options.top, "coverage": options.coverage, "dark": options.dark,
+    }  # fmt: skip
+    name = sweep.path.resolve().name
+    ends = ["flow.json", "flow.png", *(["flow.html"] if has_page() else [])]
+    stem = json_stem(options.out, name, ends, set(), settings)
+    numbers, figure, *page = [options.out / f"{stem}-{end}" for end in ends]
+    heading = f"{short(name)}: mean flow of relevance{classes.title('for')}"
+    title = heading.replace("$", r"\$")
+    if classes.target is None or classes.minus is None:
+        drawn = flow_figure(graph, title, options.dark)
+    else:
+        both = (classes.name(classes.target), classes.name(classes.minus))
+        drawn = difference_figure(graph, *both, title, options.dark)
+    save_figure(drawn, figure, options.dark)
+    write_json(numbers, graph.to_dict() | {"settings": settings, "versions": versions()})
+    for path in page:
+        save_sankey(graph, path, heading)
+    return [figure, numbers, *page]

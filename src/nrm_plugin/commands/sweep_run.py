@@ -1,0 +1,135 @@
+"""A sweep from the shell: queries, progress, skipped samples, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from itertools import pairwise
+from typing import Any
+
+from ..dataset.evaluation import Target
+from ..dataset.image_folder import PictureFolder
+from ..dataset.images import shown
+from ..dataset.queries import Activation, Bypass, EventMass, Joint, Maps, Marginal, Query, Sink, Variation
+from ..dataset.runner import sweep
+from ..dataset.stored_sweep import Sweep
+from ..dataset.sweep_layout import Manifest, SettingsError, arrow
+from ..errors import EventError, NRMError, UnknownLayerError
+from . import messages
+from .composite_names import composite_of
+from .event_syntax import parse
+from .model_loading import LoadedModel
+from .request import Request, check_device, target_of
+from .resolved_options import model_of, one_line_warnings, request_of
+from .stored_results import ERROR
+from .swept_data import SAMPLES, data_of
+
+SKIPPED, INTERRUPTED = 3, 130
+"""Exit statuses: complete except for skipped samples; interrupted."""
+LISTED = 20
+"""Skipped samples that are printed."""
+
+
+def sweep_data(options: argparse.Namespace) -> int:
+    """Sweeps the data; returns the exit status.
+
+    Raises:
+        NRMError: The options do not fit each other, the model or the stored results.
+    """
+    arrow()  # raises before a model is loaded
+    with one_line_warnings():
+        request = request_of(options)
+        device = check_device(request.device)
+        queries = queries_of(options)
+        loaded = model_of(options, options.weights)
+        data = data_of(options.data, loaded)
+        target = _target(options.target, loaded)
+        loaded.model.to(device)
+        print(messages.heading(loaded, request), flush=True)
+        try:
+            stored = _swept(options, loaded, request, data, queries, target)
+        except (SettingsError, UnknownLayerError, EventError):
+            raise  # the options are at fault
+        except (NRMError, OSError) as error:
+            print(f"nrm-plugin sweep: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return ERROR
+        except KeyboardInterrupt:
+            print(f"interrupted; {shown(options.out)} is consistent. The same command continues.", file=sys.stderr)
+            return INTERRUPTED
+    print(summary(stored))
+    return print_skipped(stored)
+
+
+def queries_of(options: argparse.Namespace) -> list[Query]:
+    """The queries that the options select."""
+    layers = list(dict.fromkeys(options.layers))
+    queries: list[Query] = []
+    for layer in layers:
+        queries += [Marginal(layer), Sink(layer), Bypass(layer), Variation(layer)]
+        queries += [Activation(layer)] if options.activations else []
+    queries += [Joint(upper, lower) for upper, lower in pairwise(layers)] if options.joint else []
+    queries += [Maps("input", over="position")] if options.heat_maps else []
+    conditions = dict.fromkeys(parse(text) for text in options.events)
+    return [*queries, *(EventMass(condition.event, name=condition.text) for condition in conditions)]
+
+
+def _target(text: str, loaded: LoadedModel) -> Target:
+    if text == "prediction":
+        return "prediction"
+    if text == "label":
+        return "label"
+    return target_of(text, loaded.categories, len(loaded.categories) or sys.maxsize)
+
+
+def _swept(
+    options: argparse.Namespace, loaded: LoadedModel, request: Request, data: Any, queries: list[Query], target: Target
+) -> Sweep:
+    """The sweep; the list of the files of its samples is written even if it fails."""
+    on_ray = {"concurrency": options.concurrency, "num_gpus": options.gpus} if options.engine == "ray" else None
+    try:
+        return sweep(
+            loaded.model,
+            data,
+            queries,
+            options.out,
+            target=target,
+            composite=composite_of(request.composite, loaded.preprocessing.bounds(next(loaded.model.parameters()))),
+            residual=request.residual,
+            gain_limit=request.gain_limit,
+            batch_size=options.batch_size,
+            num_workers=options.workers,
+            on_error=options.on_error,
+            retry_failed=options.retry_failed,
+            engine=options.engine,
+            engine_options=on_ray,
+            progress=not options.quiet,
+        )
+    finally:
+        with contextlib.suppress(NRMError, OSError):
+            if isinstance(data, PictureFolder) and Manifest.read(options.out).settings["data"] == data.fingerprint:
+                data.write_list(options.out / SAMPLES)
+
+
+def summary(stored: Sweep) -> str:
+    """One line on what is stored."""
+    if not stored.is_complete:
+        return f"This process has finished; others are still writing to {shown(stored.path)}."
+    count = (stored.manifest.samples or 0) - len(stored.manifest.failed)
+    return f"{count} samples, {len(stored.queries)} queries in {shown(stored.path)}"
+
+
+def print_skipped(stored: Sweep) -> int:
+    """Prints damaged files and skipped samples; returns the exit status."""
+    failed = stored.manifest.failed
+    for entry in stored.manifest.bad_shards:
+        print(f"nrm-plugin sweep: warning: recomputed a damaged file: {entry['why']}", file=sys.stderr)
+    if not failed:
+        return 0
+    were = "1 sample was" if len(failed) == 1 else f"{len(failed)} samples were"
+    print(f"\nnrm-plugin sweep: {were} skipped:", file=sys.stderr)
+    for entry in failed[:LISTED]:
+        print(f"  sample {entry['sample']}: {shown(entry['why'])}", file=sys.stderr)
+    if len(failed) > LISTED:
+        print(f"  and {len(failed) - LISTED} more, listed in {stored.path / 'manifest.json'}", file=sys.stderr)
+    return SKIPPED

@@ -1,0 +1,32 @@
+"""The data of a sweep: a folder of images, or a data set of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..dataset.image_folder import PictureFolder
+from ..dataset.sweep_layout import SweepError
+from .model_loading import LoadedModel
+from .own_models import imported
+
+SAMPLES = "samples.csv"
+"""File of a sweep with the file names of its samples."""
+
+
+def data_of(name: str, loaded: LoadedModel) -> Any:
+    """A folder of images, or the user's own data set.
+
+    Raises:
+        ModelError: No such module, file or name.
+        SweepError: No such folder, or calling the function failed.
+    """
+    if ":" not in name or Path(name).exists():
+        return PictureFolder(Path(name), loaded.preprocessing, loaded.categories)
+    data = imported(name, "DATASET")
+    if hasattr(data, "__getitem__") or not callable(data):
+        return data
+    try:
+        return data()
+    except Exception as error:  # whatever the user's code raises
+        raise SweepError(f"calling {name} without arguments failed: {type(error).__name__}: {error}") from error

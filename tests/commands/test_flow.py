@@ -1,0 +1,132 @@
+"""The command `flow` for images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from PIL import Image
+from zennit.composites import EpsilonPlus
+
+from nrm_plugin import FlowGraph, RelevanceMeasure, patches
+from nrm_plugin.commands.cli import main
+from nrm_plugin.commands.model_loading import load
+from nrm_plugin.dataset.images import open_picture
+
+slowly = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+
+NETS = """
+import torch
+from torch import nn
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.head((torch.relu(self.a(x)) + torch.relu(self.b(x))).mean((2, 3)))
+"""
+OWN = ("--model", "flow_nets:Branches", "--size", "16", "--top", "3")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with an image and a model; the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flow_nets.py").write_text(NETS)
+    (tmp_path / "names.txt").write_text("cat\ndog\nbird\nfish\n")
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 255, (24, 20, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
+    yield tmp_path
+    sys.modules.pop("flow_nets", None)
+
+
+def run(*argv: str) -> int:
+    return main(["flow", *argv])
+
+
+@pytest.mark.slow
+def test_the_files_have_the_values_of_the_measure(here, capsys):
+    layers = ["--layers", "output", "a", "stem", "input"]
+    options = ["noise.png", *OWN, *layers, "--classes", "names.txt", "--patches", "2", "--composite", "epsilon_plus"]
+    assert run(*options) == 0
+    printed = capsys.readouterr().out
+    written = sorted(path.name for path in Path("nrm-flow").iterdir())
+    page = ["noise-flow.html"] if find_spec("plotly") else []
+    assert written == [*page, "noise-flow.json", "noise-flow.png", "noise-layers.png"]
+    assert all(f"-> nrm-flow/{name}" in printed for name in written)
+    graph = FlowGraph.from_json(Path("nrm-flow/noise-flow.json"))
+    assert [layer.name for layer in graph.layers] == ["output", "a", "stem", "input"]
+    assert graph.layers[0].labels[0] in ("cat", "dog", "bird", "fish")
+    assert graph.layers[3].labels[0].startswith("row ")
+    loaded = load("flow_nets:Branches", size=16)
+    inputs = loaded.preprocessing(open_picture(Path("noise.png")).image)
+    target = int(loaded.model(inputs).argmax())
+    mu = RelevanceMeasure(loaded.model, inputs, target, composite=EpsilonPlus())
+    expected = mu.flow(["output", "a", "stem", "input"], over={"input": patches((16, 16), 2)}, top=3)
+    assert [layer.groups for layer in graph.layers] == [layer.groups for layer in expected.layers]
+    for one, other in zip(graph.joints, expected.joints, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    assert f"a: {100 * sum(expected.layers[1].masses):.2f} % in 3 of 6 groups" in " ".join(printed.split())
+    assert f"{100 * expected.layers[1].bypass:.2f} % around it" in printed
+    stored = json.loads(Path("nrm-flow/noise-flow.json").read_text())
+    assert (stored["settings"]["target"], stored["settings"]["composite"]) == (target, "epsilon_plus")
+    leaky = RelevanceMeasure(loaded.model, inputs, target, composite=EpsilonPlus(), residual="sink")
+    plain = {row["layer"]: row["plain"] for row in stored["profile"]}
+    assert plain == {name: pytest.approx(float(leaky.marginal(name).sum()), abs=1e-6) for name in plain}
+    # The same query replaces its files; another one has its own.
+    assert run(*options) == 0
+    assert len(list(Path("nrm-flow").iterdir())) == len(written)
+    assert run(*options, "--dark", "--target", "fish") == 0
+    assert {"noise-2-flow.png", "noise-2-flow.json"} <= {path.name for path in Path("nrm-flow").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layers", "input", "conv9"], "has no layer 'conv9'"),
+        (["--layers", "a", "b"], "--layers a b: "),
+        (["--layers", "input", "output", "--top", "41"], "'41' is not a number from 1 to 40"),
+        (["--layers", "input", "output", "--coverage", "90"], "'90' is not a fraction above 0"),
+        (["--layers", "input", "output", "--patches", "17"], "--patches 17 is more than the 16×16 pixels"),
+        ([], "--layers"),
+    ],
+)
+def test_bad_options_are_reported_in_one_line(here, capsys, options, words):
+    try:
+        code = run("noise.png", *OWN, *options)
+    except SystemExit as end:
+        code = end.code
+    err = capsys.readouterr().err.splitlines()
+    assert (code, len(err)) == (2, 1)
+    assert words in err[0]
+
+
+def test_a_bad_image_does_not_stop_the_others(here, capsys):
+    Path("broken.png").write_bytes(b"not an image")
+    assert run("broken.png", "noise.png", *OWN, "--layers", "input", "output") == 1
+    printed = capsys.readouterr()
+    assert "broken.png is not a picture" in printed.err
+    assert Path("nrm-flow/noise-flow.png").exists()
+
+
+def test_without_plotly_a_note_is_printed(here, capsys, monkeypatch):
+    monkeypatch.setattr("nrm_plugin.commands.image_flow.find_spec", lambda name: None)
+    assert run("noise.png", *OWN, "--layers", "input", "output") == 0
+    assert "pip install 'nrm-plugin[html]'" in capsys.readouterr().err
+    assert not Path("nrm-flow/noise-flow.html").exists()
+
+
+def test_an_infinite_gain_limit_is_stored(here):
+    assert run("noise.png", *OWN, "--layers", "a", "input", "--gain-limit", "inf") == 0
+    assert json.loads(Path("nrm-flow/noise-flow.json").read_text())["settings"]["gain_limit"] == "inf"

@@ -1,0 +1,205 @@
+"""The command `sweep`: input, stored results, messages and exit status."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from nrm_plugin import RelevanceMeasure, at
+from nrm_plugin.commands import sweep_run
+from nrm_plugin.commands.cli import main
+from nrm_plugin.dataset import Manifest, Sweep
+from nrm_plugin.dataset import image_folder as folders
+from nrm_plugin.dataset.image_folder import PictureFolder
+from nrm_plugin.dataset.preprocessing import preparation
+
+NETS = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def make():
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4),
+    )
+
+
+def data():
+    torch.manual_seed(4)
+    return TensorDataset(torch.randn(7, 3, 16, 16), torch.arange(7) % 4)
+
+
+def broken():
+    raise OSError("no such disk")
+"""
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text(NETS)
+    made = torch.Generator().manual_seed(0)
+    for number in range(10):
+        folder = Path("photos", "cats" if number % 2 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (20, 24, 3), generator=made, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    Path("photos/notes.txt").write_text("not an image")
+    return Path("photos")
+
+
+def run(*more, data="photos", layers=("3", "0"), out="swept"):
+    options = ["--model", "nets.py:make", "--size", "16", "--batch-size", "4", "--out", out, "--quiet"]
+    return main(["sweep", data, *options, "--layers", *layers, *more])
+
+
+def test_a_folder_is_swept_and_the_numbers_are_those_of_the_measure(photos, capsys):
+    assert run("--joint", "--activations", "--heat-maps", "--event", "3[1,2] & ~0[5]", "--target", "label") == 0
+    printed = capsys.readouterr()
+    assert "10 samples, 13 queries in swept" in printed.out
+    assert "Traceback" not in printed.err
+    stored = Sweep.open("swept")
+    listed = list(csv.DictReader(Path("swept/samples.csv").read_text().splitlines()))
+    assert [row["file"] for row in listed] == [f"cats/{k}.png" for k in (1, 3, 5, 7, 9)] + [
+        f"dogs/{k}.png" for k in (0, 2, 4, 6, 8)
+    ]
+    assert stored.samples()["target"].to_pylist() == [0] * 5 + [1] * 5 == [int(row["label"]) for row in listed]
+    names = {}
+    exec(NETS, names)
+    prepare = preparation(size=16)
+    x = torch.cat([prepare(Image.open(photos / row["file"]).convert("RGB")) for row in listed])
+    mu = RelevanceMeasure(names["make"]().eval(), x, [0] * 5 + [1] * 5)
+    wanted = {
+        "marginal(3)": mu.marginal("3", "channel"),
+        "joint(3, 0)": mu.joint("3", "0"),
+        "3[1,2] & ~0[5]": mu(at("3").channel([1, 2]) & ~at("0").channel(5)),
+        "variation(0)": mu.variation("0"),
+    }
+    for name, values in wanted.items():
+        rows = stored.rows(name).sort_by([("sample", "ascending"), ("group", "ascending"), ("lower", "ascending")])
+        stored_values = torch.tensor(rows["value"].to_pylist()).reshape(values.shape)
+        torch.testing.assert_close(stored_values, values, rtol=1e-4, atol=1e-6)
+    maps = stored.maps("maps(input, over=position)", range(10))
+    torch.testing.assert_close(maps, mu.marginal("input").sum(1), rtol=1e-4, atol=1e-6)
+
+
+def test_unreadable_images_are_listed_and_can_be_retried(photos, capsys):
+    whole = (photos / "dogs/4.png").read_bytes()
+    (photos / "dogs/4.png").write_bytes(whole[:90])
+    assert run("--on-error", "raise", out="stopped") == 1
+    assert "sample 7 cannot be read" in capsys.readouterr().err
+    assert Sweep.open("stopped").manifest.state == "interrupted"
+    assert run() == 3
+    printed = capsys.readouterr()
+    assert "9 samples" in printed.out
+    assert "1 sample was skipped" in printed.err
+    assert "sample 7" in printed.err
+    assert "dogs/4.png" in printed.err
+    assert run() == 3
+    (photos / "dogs/4.png").write_bytes(whole)
+    assert run("--retry-failed") == 0
+    assert len(Sweep.open("swept").samples()) == 10
+
+
+def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, capsys, monkeypatch):
+    plain = PictureFolder.__getitem__
+
+    def stopped(self, index):
+        if index == 9:
+            raise KeyboardInterrupt
+        return plain(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.PictureFolder, "__getitem__", stopped)
+        assert run() == 130
+    assert "The same command continues" in capsys.readouterr().err
+    assert Sweep.open("swept").manifest.state == "interrupted"
+    assert Path("swept/samples.csv").exists()
+    assert run() == 0
+    assert Sweep.open("swept").is_complete
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"layers": ["nothing"]}, "no tap named 'nothing'"),
+        ({"layers": ["0", "3"], "more": ["--joint"]}, "not below"),
+        ({"more": ["--event", "3[1"]}, "is not an event"),
+        ({"more": ["--target", "9x"]}, "class names of these weights are not known"),
+        ({"data": "nowhere"}, "no folder nowhere"),
+        ({"data": "nets.py:missing"}, "has no 'missing'"),
+        ({"data": "nets.py:broken"}, "no such disk"),
+        ({"more": ["--residual", "sink", "--gain-limit", "3"]}, "no meaning"),
+    ],
+)
+def test_options_that_do_not_fit_exit_with_2(given, says, photos, capsys):
+    more = given.pop("more", [])
+    assert run(*more, **given) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert run() == 0  # the mistake left nothing in the folder
+
+
+def test_results_of_other_queries_are_not_mixed(photos, capsys):
+    assert run() == 0
+    assert run("--activations") == 2
+    assert "queries.activation(3) (not asked before)" in capsys.readouterr().err
+    assert run(layers=("3",)) == 2
+    assert "queries.sink(0) (not asked now)" in capsys.readouterr().err
+    (photos / "cats/1.png").rename(photos / "cats/2.png")
+    assert run() == 2
+    assert "data" in capsys.readouterr().err
+
+
+def test_without_pyarrow_nothing_is_loaded(photos, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert run("--weights", "nowhere.pth") == 2
+    printed = capsys.readouterr()
+    assert "this needs pyarrow: pip install 'nrm-plugin[dataset]'" in printed.err
+    assert printed.out == ""
+
+
+def test_a_data_set_of_the_user(photos):
+    assert run(data="nets.py:data") == 0
+    assert len(Sweep.open("swept").samples()) == 7
+    assert not Path("swept/samples.csv").exists()
+
+
+def test_folders_named_as_classes_of_the_model_have_their_indices(photos):
+    prepare = preparation(size=16)
+    known = PictureFolder(photos, prepare, ["fish", "Dogs", "cats"])
+    assert known.labels == [2] * 5 + [1] * 5
+    assert PictureFolder(photos, prepare, ["fish", "dogs"]).labels == [0] * 5 + [1] * 5
+    assert PictureFolder(photos / "cats", prepare).labels == [-1] * 5
+    assert known[0][0].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("options", [["--batch-size", "0"], ["--workers", "-1"], ["--workers", "two"]])
+def test_invalid_numbers_are_rejected(options, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", "x", "--model", "vgg16", "--layers", "a", *options])
+    assert end.value.code == 2
+    assert "is not a number from" in capsys.readouterr().err
+
+
+def test_of_many_failures_the_first_are_listed(tmp_path, capsys):
+    failed = tuple({"sample": number, "why": "cut off"} for number in range(23))
+    bad = ({"file": "rows/x", "why": "it was damaged"},)
+    stored = Sweep(tmp_path, Manifest({}, "", (), "complete", 30, failed=failed, bad_shards=bad))
+    assert sweep_run.print_skipped(stored) == sweep_run.SKIPPED
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("recomputed a damaged file: it was damaged")
+    assert [line for line in lines if line.startswith("  sample")] == [f"  sample {k}: cut off" for k in range(20)]
+    assert lines[-1] == f"  and 3 more, listed in {tmp_path / 'manifest.json'}"
+    assert sweep_run.summary(stored) == f"7 samples, 0 queries in {tmp_path}"
+    line = sweep_run.summary(Sweep(tmp_path, Manifest({}, "", (), "running")))
+    assert line == f"This process has finished; others are still writing to {tmp_path}."

@@ -1,0 +1,43 @@
+"""Files that do not hold the weights of the model."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from tests.commands.shell import fails
+
+
+def _pickled(path: str) -> None:
+    torch.save(nn.Linear(1, 1), path)
+
+
+FILES: dict[str, tuple[Callable[[str], object], str]] = {
+    "gone.pth": (lambda path: None, "no file gone.pth"),
+    "folder": (os.mkdir, "folder is a folder"),
+    "model.pth": (_pickled, "torch.save(model.state_dict(), FILE)"),
+    "text.pth": (lambda path: Path(path).write_text("text"), "cannot be read as weights"),
+    "empty.pt": (lambda path: Path(path).touch(), "cannot be read as weights"),
+    "text.safetensors": (lambda path: Path(path).write_text("text" * 9), "cannot be read as weights"),
+    "list.pth": (lambda path: torch.save([1, 2], path), "holds a list"),
+    "other.pth": (lambda path: torch.save({"epoch": 1, "lr": 2}, path), "its keys are epoch, lr"),
+    "resnet.pth": (lambda path: torch.save(resnet18().state_dict(), path),
+                   "52 entries of squeezenet1_1 are missing (features.0.weight, features.0.bias"),
+    "part.pth": (lambda path: torch.save({"features.0.weight": torch.zeros(1)}, path),
+                 "51 entries of squeezenet1_1 are"),
+    "plain.pkl": (lambda path: Path(path).write_bytes(pickle.dumps({"a": 1})), "was not written by torch.save"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_without_the_weights_of_the_model(name: str, fast: Path, capsys: pytest.CaptureFixture[str]):
+    make, words = FILES[name]
+    make(name)
+    assert words in fails(capsys, "explain", "china.png", "--model", "squeezenet1_1", "--weights", name)
