@@ -76,7 +76,7 @@ def _flat(found: Any) -> list[Tensor]:
 @contextmanager
 def kernels_restored() -> Iterator[None]:
     """Removes the kernels that a row registers."""
-    tables = [registry.KERNELS, registry.BY_FUNCTION]
+    tables = [registry.KERNELS, registry.KERNELS_BY_FUNCTION]
     before = [dict(table) for table in tables]
     try:
         yield

@@ -27,7 +27,7 @@ class FixedAttention(Kernel):
 
 
 def fixed_attention(call: Any) -> Kernel:
-    """The handler to register."""
+    """The function to register."""
     q, k, v = call.values
     return FixedAttention((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1), v)
 
@@ -48,13 +48,13 @@ class MeanAttention(Kernel):
 
 
 def mean_attention(call: Any) -> Kernel:
-    """The handler to register."""
+    """The function to register."""
     q, k, _ = call.values
     return MeanAttention((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1))
 
 
 def halves(call: Any) -> Kernel:
-    """The handler of a skip connection: each branch receives half."""
+    """The kernel of a skip connection: each branch receives half."""
     shapes = [value.shape for value in call.values]
     return SplitKernel([torch.full_like(call.values[0], 0.5)] * 2, shapes, None, is_stochastic=True)
 

@@ -166,7 +166,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def own_kernels() -> Iterator[None]:
     """Removes the kernels that a test registers."""
-    tables = [registry.KERNELS, registry.BY_FUNCTION]
+    tables = [registry.KERNELS, registry.KERNELS_BY_FUNCTION]
     before = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, before, strict=True):

@@ -30,7 +30,7 @@ from benchmarks.architectures import (
     target_of,
 )
 from nrm_plugin import Absolute, RelevanceMeasure
-from nrm_plugin.functional.elementwise import SplitKernel, reduced
+from nrm_plugin.functional.function_kernels import SplitKernel, sum_to_shape
 from tests.conftest import slow_but
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -112,7 +112,7 @@ def test_shufflenet_absorbs_relevance_in_its_depthwise_convolutions():
 def test_relevance_duplicated_at_a_sum_is_detected(monkeypatch):
     """Autograd alone passes it to both branches, which a module hook on the block does not reveal."""
     monkeypatch.setattr(
-        SplitKernel, "pull", lambda self, relevance: tuple(reduced(relevance, shape) for shape in self.shapes)
+        SplitKernel, "pull", lambda self, relevance: tuple(sum_to_shape(relevance, shape) for shape in self.shapes)
     )
     row = row_of("resnet18", "NRMAbsolute")
     assert row["error_taps"] > 0.1

@@ -1,4 +1,4 @@
-"""Mass, sink and bypass of every tap add up to 1 on torchvision's nets, for every linear composite."""
+"""Mass, sink and bypass of every tap sum to 1 on torchvision's nets, for every linear composite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measure(net, x, name, residual, canonizers=None):
 
 
 def largest_error(mu, of="the tap"):
-    """Of ``|mass + sink + bypass − 1| / max(1, V)`` over all taps and samples.
+    """The largest ``|mass + sink + bypass − 1| / max(1, V)`` over all taps and samples.
 
     ``of="taps above"`` takes the largest V of the tap and of those above it, whose rounding a sum carries down: the
     variation of random vgg16 is 870 before its classifier and 1.07 at its input.
@@ -37,7 +37,7 @@ def largest_error(mu, of="the tap"):
 
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("net", slow_but(SIZES, "alexnet"))
-def test_mass_sink_and_bypass_add_up_to_one_at_every_tap(net, name, worst):
+def test_mass_sink_and_bypass_sum_to_one_at_every_tap(net, name, worst):
     model, x = torchvision_net(net), images(SIZES[net])
     for residual in RESIDUALS:
         with untouched(model, x):
@@ -50,7 +50,7 @@ def test_mass_sink_and_bypass_add_up_to_one_at_every_tap(net, name, worst):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LINEAR)
-def test_the_books_balance_after_batch_norm_was_merged(name, worst):
+def test_the_parts_sum_to_one_after_merging_batch_norm(name, worst):
     model, x = torchvision_net("vgg16_bn"), images(64)
     for residual in RESIDUALS:
         with untouched(model, x):
@@ -64,7 +64,7 @@ def test_the_books_balance_after_batch_norm_was_merged(name, worst):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("net", SIZES)
-def test_the_books_balance_on_images_of_full_size(net, name, worst):
+def test_the_parts_sum_to_one_on_images_of_full_size(net, name, worst):
     model, x = torchvision_net(net, width=4096), images(224, batch=1)
     for residual in RESIDUALS:
         error = largest_error(measure(model, x, name, residual))
@@ -74,7 +74,7 @@ def test_the_books_balance_on_images_of_full_size(net, name, worst):
 
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("residual", slow_but(RESIDUALS, "redistribute"))
-def test_the_three_parts_are_accumulated_apart(name, residual):
+def test_the_three_parts_are_accumulated_separately(name, residual):
     """A part computed as 1 minus the others would balance exactly; sums in float32 never do at all taps."""
     mu = measure(torchvision_net("alexnet"), images(96), name, residual)
     marginals = mu.marginal(mu.layers)
@@ -84,7 +84,7 @@ def test_the_three_parts_are_accumulated_apart(name, residual):
 
 @pytest.mark.parametrize("name", NONLINEAR)
 @pytest.mark.parametrize("net", SIZES)
-def test_a_rule_that_is_not_linear_is_refused_by_name(net, name):
+def test_a_nonlinear_rule_raises_with_its_name(net, name):
     model, x = torchvision_net(net), images(SIZES[net])
     with untouched(model, x), pytest.raises(NonlinearRuleError, match=r"rule ReLU\w+ of layer 'features\.\d+'"):
         measure(model, x, name, "redistribute")
@@ -102,7 +102,7 @@ def test_absolute_shares_leave_no_negative_walk(net, residual, worst):
     torch.testing.assert_close(mu.walk_variation(), ones, rtol=0, atol=1e-5)
 
 
-def test_variation_tells_where_walks_of_opposite_sign_share_a_tap():
+def test_variation_shows_where_walks_of_opposite_sign_share_a_tap():
     mu = measure(torchvision_net("alexnet"), images(96), "epsilon_plus", "sink")
     assert float(mu.variation("input").min()) > 1.01
     assert all(float(mu.variation(layer).min()) >= 1 - 1e-5 for layer in mu.layers)

@@ -1,4 +1,4 @@
-"""What queries cost, counted in kernels run, by the measure itself and from outside."""
+"""The cost of queries in kernels run, counted by the measure and independently."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEPTH, WIDTH = 20, 12
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Counts kernels run, whoever runs them: ``(kernels, vectors)``."""
+    """Counts all kernels that run, and their vectors."""
     counted = {"kernels": 0, "vectors": 0}
 
     def counting(method):
@@ -33,7 +33,7 @@ def runs(monkeypatch):
 
 @pytest.fixture
 def mu():
-    """Of a chain: linear layers named 0, 2, 4 … with a ReLU after each, then a linear head; 41 steps."""
+    """The measure of a chain: linear layers named 0, 2, 4 … with a ReLU after each, then a linear head; 41 steps."""
     torch.manual_seed(0)
     layers = [module for _ in range(DEPTH) for module in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     net = nn.Sequential(*layers, nn.Linear(WIDTH, 3)).double().eval()
@@ -44,12 +44,12 @@ ONE_PASS = 2 * DEPTH + 1
 
 
 def down_to(linear):
-    """Steps that a walk passes from the output until it has crossed the output of this linear layer."""
+    """Number of steps from the output to the output of this linear layer."""
     return ONE_PASS - linear - 1
 
 
 def measured(mu, runs, query):
-    """Cost of a query; the measure's own count must be the one from outside."""
+    """Cost of a query; the measure's own count must equal the independent one."""
     runs.update(kernels=0, vectors=0)
     query()
     assert (mu.cost.steps, mu.cost.vectors) == (runs["kernels"], runs["vectors"])
@@ -70,14 +70,14 @@ def test_sinks_bypasses_and_variations_of_all_taps_are_one_pass_together(mu, run
     assert runs == {"kernels": ONE_PASS, "vectors": ONE_PASS}
 
 
-def test_after_a_marginal_its_books_are_free(mu, runs):
+def test_totals_after_a_marginal_are_free(mu, runs):
     mu.marginal("10")
     runs.update(kernels=0, vectors=0)
     mu.sink("10"), mu.bypass("4"), mu.variation("input"), mu.sinks()
     assert runs["kernels"] == 0
 
 
-def test_after_joint_matrices_their_books_are_free(mu, runs):
+def test_totals_after_joint_matrices_are_free(mu, runs):
     mu.joints(["20", "10"])
     runs.update(kernels=0, vectors=0)
     mu.sink("10"), mu.bypass("4"), mu.variation("input"), mu.sinks()
@@ -94,7 +94,7 @@ def test_an_intersection_is_one_pass_down_to_its_lower_tap(mu, runs, lower):
     assert (cost.steps, cost.vectors) == (down_to(lower), down_to(lower))
 
 
-def test_an_intersection_over_many_taps_carries_one_vector(mu, runs):
+def test_an_intersection_over_many_taps_needs_one_vector(mu, runs):
     event = at("38")[0]
     for layer in range(0, 38, 2):
         event = event & at(str(layer))[:6]
@@ -136,7 +136,7 @@ def test_one_of_eight_pairs_is_at_most_twice_one_pass(mu, runs, pairs):
     assert cost.steps <= 2 * ONE_PASS
 
 
-def test_one_of_eight_pairs_of_neighbours_carries_at_most_two_vectors(mu, runs):
+def test_one_of_eight_pairs_of_neighbours_needs_at_most_two_vectors(mu, runs):
     event = eight_pairs_of_neighbours()[0]
     for pair in eight_pairs_of_neighbours()[1:]:
         event = event | pair
@@ -159,7 +159,7 @@ def test_a_list_of_events_shares_one_pass(mu, runs):
     assert cost.vectors <= len(events) * ONE_PASS
 
 
-def test_a_decided_event_stops_at_once(mu, runs):
+def test_a_pass_stops_once_the_event_is_decided(mu, runs):
     assert measured(mu, runs, lambda: mu(at("output")[1])).steps == 0
     assert measured(mu, runs, lambda: mu(at("38"))).steps <= 2
 
@@ -179,7 +179,7 @@ def test_conditionals_of_all_neurons_are_one_pass_up(mu, runs):
     assert (cost.steps, cost.vectors) == (20, 20)
 
 
-def test_what_a_query_will_cost_is_what_it_costs(mu, runs):
+def test_explain_reports_the_cost_of_a_query(mu, runs):
     event = at("30")[0] & at("10")[[1, 2]]
     text = mu.explain(event)
     assert runs["kernels"] == 0

@@ -45,14 +45,21 @@ def names():
     }
 
 
+def examples(name):
+    """Those of a docstring; those of a method continue the example of its class."""
+    found = doctest.DocTestFinder(recurse=False).find(ITEMS[name], name, globs=names())
+    return [test for test in found if test.examples]
+
+
 @pytest.mark.usefixtures("own_kernels")
 @pytest.mark.parametrize("name", ITEMS)
 def test_the_examples_of_a_public_docstring_run(name):
-    tests = [
-        test for test in doctest.DocTestFinder(recurse=False).find(ITEMS[name], name, globs=names()) if test.examples
-    ]
+    tests = examples(name)
     assert tests, f"{name} has no example"
     for test in tests:
+        for before in examples(name.partition(".")[0]) if "." in name else []:
+            doctest.DocTestRunner().run(before, clear_globs=False)
+            test.globs.update(before.globs)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("error")
             torch.manual_seed(0)

@@ -242,7 +242,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def test_deeply_nested_json_is_damaged(swept: Path, tmp_path: Path):
-    with pytest.raises(FlowError, match="no flow graph"):
+    with pytest.raises(FlowError, match="not a flow graph"):
         FlowGraph.from_json(DEEP)
     for text in (DEEP, "7", '"text"', "null", "[]", '{"format": "nrm-plugin sweep 1", "queries": [3]}'):
         (swept / "manifest.json").write_text(text)

@@ -109,7 +109,7 @@ def test_conditioning_on_a_null_event_names_the_samples(measured, signed):
         lambda: mu.marginal("input", given=[at("0"), first]),
     ):
         with measured.raises(
-            NullEventError, "at('input')[[0, 1]]", "no walk with a mass", "(sample 3)", "mu(", model=net
+            NullEventError, "at('input')[[0, 1]]", "no walk with nonzero mass", "(sample 3)", "mu(", model=net
         ):
             query()
     rows = mask(4, 3)

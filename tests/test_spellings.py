@@ -1,4 +1,4 @@
-"""Pairs of models that compute the same have the same measure, however they are spelled."""
+"""Equivalent models have the same measure, in every spelling of their parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMPOSITES: dict[str, Callable[[], Composite]] = {
 
 
 class Net(nn.Module):
-    """A small residual net of which every part can be spelled another way."""
+    """A small residual net; every part can be spelled in another way."""
 
     def __init__(self, **spelled: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -43,22 +43,22 @@ class Net(nn.Module):
         self.fc1, self.fc2 = nn.Linear(4, 5), nn.Linear(5, 3)
         self.spelled = spelled
 
-    def say(self, part: str, module: nn.Module | None, *args: Tensor) -> Tensor:
+    def spell(self, part: str, module: nn.Module | None, *args: Tensor) -> Tensor:
         if part in self.spelled:
             return self.spelled[part](*args) if module is None else self.spelled[part](module, *args)
         assert module is not None
         return module(*args)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.say("act", self.relu, self.say("norm", self.bn1, self.say("conv", self.conv1, x)))
-        y = self.say("norm", self.bn2, self.say("conv", self.conv2, x))
+        x = self.spell("act", self.relu, self.spell("norm", self.bn1, self.spell("conv", self.conv1, x)))
+        y = self.spell("norm", self.bn2, self.spell("conv", self.conv2, x))
         x = self.spelled["join"](x, y) if "join" in self.spelled else x + y
-        x = self.say("max", self.max, x)
-        x = self.say("conv", self.conv3, self.say("act", self.relu, self.say("norm", self.pre, x)))
-        x = self.say("act", self.relu, x)
-        x = self.say("flatten", self.flatten, self.say("pool", self.avg, x))
-        x = self.say("act", self.relu, self.say("linear", self.fc1, x))
-        return self.say("linear", self.fc2, x)
+        x = self.spell("max", self.max, x)
+        x = self.spell("conv", self.conv3, self.spell("act", self.relu, self.spell("norm", self.pre, x)))
+        x = self.spell("act", self.relu, x)
+        x = self.spell("flatten", self.flatten, self.spell("pool", self.avg, x))
+        x = self.spell("act", self.relu, self.spell("linear", self.fc1, x))
+        return self.spell("linear", self.fc2, x)
 
 
 def build(bias: bool = True, **spelled: Callable[..., Tensor]) -> Net:
@@ -78,7 +78,7 @@ def build(bias: bool = True, **spelled: Callable[..., Tensor]) -> Net:
 X = torch.randn(2, 2, 11, 11, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def alike(
+def check_same_measure(
     first: nn.Module,
     second: nn.Module,
     composite: Composite,
@@ -86,7 +86,7 @@ def alike(
     tolerance: float = TOLERANCE,
     residual: Any = None,
 ) -> None:
-    """Equal at the input and at all common taps of equal shape, of which there are at least so many."""
+    """Checks equality at the input and at all common taps of equal shape, and that there are enough of these."""
     mu, nu = (RelevanceMeasure(net, X, [1, 2], composite=composite, residual=residual) for net in (first, second))
     torch.testing.assert_close(mu.output, nu.output)
     torch.testing.assert_close(mu.output, first(X)[[0, 1], [1, 2]].detach())
@@ -181,14 +181,14 @@ PAIRS = [pytest.param(part, name, id=f"{part}: {name}") for part, names in SPELL
 
 @pytest.mark.parametrize("composite", slow_but(["default", "absolute", "plus flat, fused", "alpha beta"], "default"))
 @pytest.mark.parametrize(("part", "name"), PAIRS)
-def test_a_part_may_be_spelled_another_way(part, name, composite):
-    alike(build(), build(**{part: SPELLINGS[part][name]}), COMPOSITES[composite](), least=6)
+def test_a_part_may_be_spelled_in_another_way(part, name, composite):
+    check_same_measure(build(), build(**{part: SPELLINGS[part][name]}), COMPOSITES[composite](), least=6)
 
 
 @pytest.mark.parametrize("composite", COMPOSITES)
-def test_all_parts_may_be_spelled_another_way_at_once(composite):
+def test_all_parts_may_be_spelled_in_another_way(composite):
     spelled = {part: next(iter(names.values())) for part, names in SPELLINGS.items()}
-    alike(build(), build(**spelled), COMPOSITES[composite](), least=3, residual="sink")
+    check_same_measure(build(), build(**spelled), COMPOSITES[composite](), least=3, residual="sink")
 
 
 BY_HAND: dict[str, Callable[..., Tensor]] = {
@@ -202,9 +202,9 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("name", BY_HAND)
 @pytest.mark.parametrize("composite", slow_but(COMPOSITES, "default"))
 def test_a_linear_layer_may_be_written_out(name, composite):
-    """A bias that is added apart has no part in a rule, which rules that read it notice; so those get none."""
+    """A separate bias is not part of the rule, which matters to rules that read it; for those it is zero."""
     bias = composite in ("default", "default, not fused", "absolute")
-    alike(build(bias), build(bias, linear=BY_HAND[name]), COMPOSITES[composite](), least=6)
+    check_same_measure(build(bias), build(bias, linear=BY_HAND[name]), COMPOSITES[composite](), least=6)
 
 
 @pytest.mark.parametrize("composite", ["default, not fused", "absolute", "plus flat", "alpha beta"])
@@ -213,7 +213,7 @@ def test_batch_norm_may_be_written_out(composite):
         mean, var, weight, bias = (t[:, None, None] for t in (m.running_mean, m.running_var, m.weight, m.bias))
         return (x - mean) / torch.sqrt(var + m.eps) * weight + bias
 
-    alike(build(), build(norm=by_hand), COMPOSITES[composite](), least=6)
+    check_same_measure(build(), build(norm=by_hand), COMPOSITES[composite](), least=6)
 
 
 @pytest.mark.parametrize("composite", ["default", "absolute"])
@@ -224,14 +224,14 @@ def test_batch_norm_may_be_written_out(composite):
 )
 def test_a_sum_of_a_stack_is_a_sum(join, composite):
     """Up to the floor of the rule of averages, of 1e-6 mean inputs; ``+`` needs none."""
-    alike(build(), build(join=join), COMPOSITES[composite](), least=6, tolerance=1e-5)
+    check_same_measure(build(), build(join=join), COMPOSITES[composite](), least=6, tolerance=1e-5)
 
 
 # -- fused by hand --------------------------------------------------------------------------------------------------
 
 
 def folded(net: Net) -> Net:
-    """The batch norms behind convolutions written into their weights, by the formula for one channel."""
+    """Batch norms after convolutions, folded into their weights by the formula for one channel."""
     net = copy.deepcopy(net)
     for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
         layer, bn = getattr(net, conv), getattr(net, norm)
@@ -246,31 +246,31 @@ def folded(net: Net) -> Net:
 
 @pytest.mark.parametrize("residual", ["sink", "redistribute"])
 @pytest.mark.parametrize("composite", ["default", "plus flat, fused", "gamma box, fused"])
-def test_fusion_is_what_folding_the_weights_by_hand_is(composite, residual):
+def test_fusion_equals_folding_the_weights_by_hand(composite, residual):
     net = build()
-    alike(net, folded(net), COMPOSITES[composite](), least=12, residual=residual)
+    check_same_measure(net, folded(net), COMPOSITES[composite](), least=12, residual=residual)
 
 
-def test_without_fusion_the_folded_net_is_another_one():
+def test_without_fusion_the_folded_net_differs():
     net = build()
     with pytest.raises(AssertionError):
-        alike(net, folded(net), EpsilonPlus(), least=12)
+        check_same_measure(net, folded(net), EpsilonPlus(), least=12)
 
 
 # -- in place -------------------------------------------------------------------------------------------------------
 
 
 class Dropped(nn.Module):
-    """Writes in place and drops what is returned; ``apart`` does the same out of place."""
+    """Writes in place and ignores the returned tensors; ``out_of_place`` computes the same out of place."""
 
-    def __init__(self, apart: bool = False) -> None:
+    def __init__(self, out_of_place: bool = False) -> None:
         super().__init__()
         self.conv1, self.conv2, self.fc = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
-        self.apart = apart
+        self.out_of_place = out_of_place
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(x)
-        if self.apart:
+        if self.out_of_place:
             h = F.relu(h)
             skip = h * 2
             h = skip + self.conv2(h)
@@ -292,15 +292,15 @@ class Dropped(nn.Module):
 
 
 @pytest.mark.parametrize("composite", COMPOSITES)
-def test_in_place_updates_whose_result_is_dropped_are_part_of_the_model(composite):
+def test_in_place_updates_with_unused_results_are_part_of_the_model(composite):
     torch.manual_seed(0)
     net = Dropped().double().eval()
-    apart = Dropped(apart=True).double().eval()
-    apart.load_state_dict(net.state_dict())
+    out_of_place = Dropped(out_of_place=True).double().eval()
+    out_of_place.load_state_dict(net.state_dict())
     with torch.no_grad():
         lost = net.fc(net.conv2(net.conv1(X)).mean((2, 3)))
     assert not torch.allclose(net(X), lost, atol=0.1)
-    alike(net, apart, COMPOSITES[composite](), least=4)
+    check_same_measure(net, out_of_place, COMPOSITES[composite](), least=4)
 
 
 # -- events on a residual branch ------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ class Residual(nn.Module):
 
 
 def masked(net: nn.Module, composite: Normalized, layer: str, mask: Tensor) -> Tensor:
-    """The naive joint: one full pass down in which the relevance of a layer is masked; mass at the input."""
+    """The naive joint: one backward pass in which the relevance of a layer is masked; mass at the input."""
     module = dict(net.named_modules())[layer]
     leaf = X.clone().requires_grad_()
     with composite.context(net):
@@ -346,10 +346,10 @@ def test_an_event_on_a_residual_branch_does_not_count_walks_over_the_skip(compos
     naive = masked(net, rules, "conv2", mask)
     torch.testing.assert_close(naive, exact + skip)
     assert float((naive - exact).abs().min()) > 0.05
-    # What the branch holds is what the pass without the skip holds: all masked out leaves the skip alone.
+    # The mass of the branch is that of a pass without the skip: with all masked, the skip alone is left.
     torch.testing.assert_close(masked(net, rules, "conv2", 0 * mask), skip)
     torch.testing.assert_close(naive - masked(net, rules, "conv2", 0 * mask), exact)
-    # The tensor that the branch reads is also read by the skip; its input side is not.
+    # The skip also reads the tensor that the branch reads, but not the input side of the layer.
     read, fed = mu(at("conv1", side="input")), mu(at("relu:0"))
     assert float((fed - read).abs().min()) > 0.05
     torch.testing.assert_close(read + mu(at("relu:0") & ~at("conv1", side="input")), fed)

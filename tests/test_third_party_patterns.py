@@ -1,4 +1,4 @@
-"""Patterns that models of other packages are written in, each beside an equivalent net in plain spelling."""
+"""Patterns of models in other packages, each compared with an equivalent net in plain spelling."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _seeded() -> None:
 
 
 def prepared(model: nn.Module) -> nn.Module:
-    """In double precision, with statistics and weights of batch norms that nothing is special about."""
+    """In double precision, with random statistics and weights of batch norms."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_()
@@ -50,7 +50,7 @@ def prepared(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-def check_alike(model: nn.Module, other: nn.Module, images: Tensor, composite: Composite) -> None:
+def check_same_measure(model: nn.Module, other: nn.Module, images: Tensor, composite: Composite) -> None:
     """The same output, the same map and a measure that sums to one."""
     images = images.double()
     with torch.enable_grad():
@@ -65,7 +65,7 @@ def check_alike(model: nn.Module, other: nn.Module, images: Tensor, composite: C
 
 
 class InPlace(nn.Module):
-    """A residual block that writes in place, or not; convolutions without bias return what an ε-rule keeps."""
+    """A residual block that writes in place, or not; ε-rules store the output of convolutions without bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,15 +85,15 @@ class InPlace(nn.Module):
         return self.head(nn.functional.relu(y, inplace=self.writes).mean((2, 3)))
 
 
-def test_a_sum_in_place_shares_by_what_its_parts_were(composite: Composite) -> None:
+def test_an_in_place_sum_splits_by_its_former_values(composite: Composite) -> None:
     model = prepared(InPlace())
     plain = copy.deepcopy(model)
     plain.writes = False
-    check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
+    check_same_measure(model, plain, torch.randn(2, 3, 6, 6), composite)
 
 
 class PreActivation(nn.Module):
-    """The skip connection reads what the first ReLU of the branch wrote in place, or the same in plain spelling."""
+    """The skip connection reads the in-place output of the first ReLU of the branch, or the same in plain spelling."""
 
     def __init__(self, inplace: bool) -> None:
         super().__init__()
@@ -112,16 +112,16 @@ class PreActivation(nn.Module):
 
 
 class Writing(nn.Module):
-    """A module of its own that clamps what it is handed, in place."""
+    """A custom module that clamps its input in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clamp_(min=0)
 
 
-def test_modules_that_write_in_place_write_to_what_a_skip_reads(composite: Composite) -> None:
+def test_in_place_modules_write_to_the_input_of_a_skip_connection(composite: Composite) -> None:
     model, plain = PreActivation(inplace=True), PreActivation(inplace=False)
     plain.load_state_dict(model.state_dict())
-    check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
+    check_same_measure(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
 
 
 def test_a_module_with_a_rule_that_writes_in_place() -> None:
@@ -129,11 +129,11 @@ def test_a_module_with_a_rule_that_writes_in_place() -> None:
     plain.load_state_dict(model.state_dict())
     model.relu = Writing()  # type: ignore[assignment]
     composite = NRMDefault(layer_map=[(Writing, Pass())])
-    check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
+    check_same_measure(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
 
 
 class NormAct(nn.BatchNorm2d):
-    """A batch normalization that is an activation as well."""
+    """A batch normalization with an activation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -145,7 +145,7 @@ class NormAct(nn.BatchNorm2d):
 
 
 class Dense(nn.Module):
-    """Two layers of a DenseNet: each reads all before it, normalized and clipped."""
+    """Two layers of a DenseNet: each reads all earlier outputs, normalized and rectified."""
 
     def __init__(self, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -165,13 +165,13 @@ class Dense(nn.Module):
 def test_a_batch_norm_with_an_activation_inside(composite: Composite) -> None:
     model, plain = prepared(Dense(NormAct)), prepared(Dense(nn.BatchNorm2d))
     plain.load_state_dict(model.state_dict())
-    check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
+    check_same_measure(model, plain, torch.randn(2, 3, 6, 6), composite)
 
 
 class Shared(nn.Module):
-    """A convolution that is read by a batch norm and a skip connection, and one that two batch norms read.
+    """A convolution with a batch norm and a skip connection as readers, and one with two batch norms.
 
-    ``apart`` puts an identity of its own between layer and norm, so that the norm cannot go into the layer.
+    ``apart`` puts an identity between layer and norm, so that they cannot be fused.
     """
 
     def __init__(self, apart: bool) -> None:
@@ -188,14 +188,14 @@ class Shared(nn.Module):
         return self.head((x + y).mean((2, 3)))
 
 
-def test_a_layer_that_others_read_does_not_take_over_its_batch_norm(composite: Composite) -> None:
+def test_a_layer_with_other_readers_is_not_fused_with_its_batch_norm(composite: Composite) -> None:
     model, plain = prepared(Shared(apart=False)), prepared(Shared(apart=True))
     plain.load_state_dict(model.state_dict())
-    check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
+    check_same_measure(model, plain, torch.randn(2, 3, 6, 6), composite)
 
 
 class Standardized(nn.Conv2d):
-    """Pads so that the size stays, and standardizes its weights."""
+    """Pads to the same size, and standardizes its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.pad(x, (0, 1, 1, 1))
@@ -239,7 +239,7 @@ def test_a_convolution_that_computes_its_weight(composite: Composite) -> None:
         composite = EpsilonPlus(canonizers=[FuseBatchNorm()])
     if isinstance(composite, NRMDefault):
         composite = NRMDefault(first_map=[(nn.Conv2d, Epsilon(0.1))], layer_map=[(nn.Conv2d, Epsilon(0.1))])
-    check_alike(model, plain, torch.randn(2, 3, 6, 6), composite)
+    check_same_measure(model, plain, torch.randn(2, 3, 6, 6), composite)
 
 
 def test_flat_on_a_convolution_that_computes_its_weight_spreads_evenly() -> None:
@@ -251,7 +251,7 @@ def test_flat_on_a_convolution_that_computes_its_weight_spreads_evenly() -> None
 
 
 class Activated(nn.Conv2d):
-    """A convolution that is an activation as well: no weight would make it affine."""
+    """A convolution with an activation, which is not affine."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).relu()
@@ -270,7 +270,7 @@ def test_a_subclass_that_is_not_affine_is_read_as_zennit_reads_it() -> None:
 
 
 class Octave(nn.Conv2d):
-    """A convolution of two resolutions, which returns both; its weight is cut into four."""
+    """A convolution of two resolutions, which returns both; its weight has four parts."""
 
     def forward(self, x: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor]:
         conv, pool = nn.functional.conv2d, nn.functional.avg_pool2d
@@ -306,7 +306,7 @@ class TwoOctaves(nn.Module):
 PARTS = ("hh1", "hd1", "hh2", "hd2", "ll2", "ld2")
 
 
-def test_a_convolution_that_returns_two_tensors_is_looked_into(composite: Composite) -> None:
+def test_functions_inside_a_convolution_that_returns_two_tensors_are_observed(composite: Composite) -> None:
     model, plain = TwoOctaves(apart=False), TwoOctaves(apart=True)
     for name, layer, rows, cols in (
         *(("hh1", "one", slice(2), slice(2)), ("hd1", "one", slice(2, 4), slice(2))),
@@ -318,12 +318,12 @@ def test_a_convolution_that_returns_two_tensors_is_looked_into(composite: Compos
         if part.bias is not None:
             part.bias.data = layer.bias.data[rows].clone()
     plain.stem, plain.head = copy.deepcopy(model.stem), copy.deepcopy(model.head)
-    check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 6, 6), composite)
+    check_same_measure(prepared(model), prepared(plain), torch.randn(2, 3, 6, 6), composite)
     assert "two.conv2d:0" in RelevanceMeasure(model, torch.randn(1, 3, 6, 6).double(), 1).layers
 
 
 class Gated(nn.Module):
-    """A gate as large as the signal, made by a function or by a module, and handed to a module that multiplies."""
+    """A gate as large as the signal, computed by a function or a module, and passed to a module that multiplies."""
 
     def __init__(self, spelling: str) -> None:
         super().__init__()
@@ -346,10 +346,10 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize("spelling", ["module", "in place"])
-def test_gates_are_known_in_every_spelling(spelling: str, composite: Composite) -> None:
+def test_gates_are_recognized_in_every_spelling(spelling: str, composite: Composite) -> None:
     model, plain = Gated(spelling), Gated("function")
     plain.load_state_dict(model.state_dict())
-    check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
+    check_same_measure(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
 
 
 class ResponseNorm(nn.Module):
@@ -383,7 +383,7 @@ def test_an_operation_without_a_kernel_raises_where_relevance_arrives() -> None:
 
 
 class Chunked(nn.Module):
-    """Writes to what ``chunk`` returns, which autograd refuses and a model that is only evaluated may do."""
+    """Writes to outputs of ``chunk``, which autograd rejects and a model without gradients may do."""
 
     def __init__(self, inplace: bool) -> None:
         super().__init__()
@@ -400,11 +400,11 @@ class Chunked(nn.Module):
         return self.head(torch.cat([nn.functional.relu(one, inplace=self.inplace), two], 1).mean((2, 3)))
 
 
-def test_parts_of_a_tensor_may_be_written_to(composite: Composite) -> None:
+def test_chunks_of_a_tensor_may_be_written_to(composite: Composite) -> None:
     model, plain = Chunked(inplace=True), Chunked(inplace=False)
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
-        check_alike(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
+        check_same_measure(prepared(model), prepared(plain), torch.randn(2, 3, 5, 5), composite)
 
 
 class Swish(torch.autograd.Function):
@@ -416,11 +416,11 @@ class Swish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise AssertionError("relevance is no gradient")
+        raise AssertionError("relevance is not a gradient")
 
 
 class Centered(torch.autograd.Function):
-    """Looks like an activation, but every element depends on all others of its channel."""
+    """Has the signature of an activation, but every element depends on all others of its channel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -432,7 +432,7 @@ class Centered(torch.autograd.Function):
 
 
 class Turned(Centered):
-    """Looks like an activation, but puts every element somewhere else."""
+    """Has the signature of an activation, but permutes the elements."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -460,7 +460,9 @@ def activated(activation: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("spelling", ["autograd.Function", "TorchScript"])
-def test_activations_that_only_autograd_sees_are_known_by_what_they_do(spelling: str, composite: Composite) -> None:
+def test_activations_that_only_autograd_records_are_recognized_by_their_values(
+    spelling: str, composite: Composite
+) -> None:
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning):  # there are models with scripts all the same
             warnings.simplefilter("ignore", kind)
@@ -468,20 +470,20 @@ def test_activations_that_only_autograd_sees_are_known_by_what_they_do(spelling:
     model, plain = prepared(activated(Activation(function))), prepared(activated(nn.SiLU()))
     plain.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 6, 6)
-    check_alike(model, plain, images, composite)
+    check_same_measure(model, plain, images, composite)
     assert coverage(model, images.double()).is_complete
     assert "1" in RelevanceMeasure(model, images[:1].double(), 1, composite=composite).layers[2]
 
 
 @pytest.mark.parametrize("function", [Centered, Turned])
-def test_what_is_no_activation_is_not_taken_for_one(function: type[torch.autograd.Function]) -> None:
+def test_other_functions_are_not_recognized_as_activations(function: type[torch.autograd.Function]) -> None:
     model = prepared(activated(Activation(function.apply)))
     with pytest.raises(UncoveredLayerError, match=rf"layer '1' \(Activation\).*{function.__name__}.*layer_map"):
         RelevanceMeasure(model, torch.randn(2, 3, 6, 6).double(), 1)
 
 
 class Recurrent(nn.Module):
-    """A recurrent net on top of a convolution; its answer weighs a signal, or is the signal."""
+    """A recurrent net on top of a convolution; its output weighs a signal, or is the signal."""
 
     def __init__(self, kind: str, is_gate: bool) -> None:
         super().__init__()

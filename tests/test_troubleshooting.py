@@ -17,7 +17,7 @@ from zennit.rules import Epsilon, Pass
 from zennit.types import Linear
 
 from nrm_plugin import FuseBatchNorm, NRMEpsilonPlus, RelevanceMeasure, at, errors
-from nrm_plugin.measure import totals
+from nrm_plugin.measure import event_masses
 
 PAGE = (Path(__file__).parents[1] / "docs/troubleshooting.md").read_text()
 SECTIONS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S))
@@ -120,14 +120,14 @@ def missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    pull = totals.pull
+    pull = event_masses.pull
 
     def small(graph, start, visitor, absolute=False):
         if len(visitor.formulas.roots) > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return pull(graph, start, visitor, absolute)
 
-    monkeypatch.setattr(totals, "pull", small)
+    monkeypatch.setattr(event_masses, "pull", small)
     RelevanceMeasure(chain(), X, 1).marginal("input", joint=[at("1")[k] for k in range(5)])
 
 

@@ -390,3 +390,26 @@ class NRMRelative(Normalized):
         chosen = [FuseBatchNorm()] if canonizers is None else canonizers
         composite = LayerMapComposite([*(layer_map or []), *rules], canonizers=chosen)
         super().__init__(composite, residual="sink", uncovered=uncovered)
+
+
+def normalize(
+    composite: Composite | None, residual: Residual | None, gain_limit: float | None, uncovered: Uncovered | None
+) -> Normalized:
+    """A normalized composite of these settings.
+
+    Raises:
+        TypeError: The composite is normalized and settings are given as well.
+    """
+    settings = {"residual": residual, "gain_limit": gain_limit, "uncovered": uncovered}
+    given = {key: value for key, value in settings.items() if value is not None}
+    if isinstance(composite, Normalized):
+        if given:
+            raise TypeError(
+                f"the composite is Normalized and brings its own settings, but {', '.join(given)} "
+                f"{'is' if len(given) == 1 else 'are'} given too. Say it in one place: "
+                f"Normalized(composite, {', '.join(f'{key}={value!r}' for key, value in given.items())})."
+            )
+        return composite
+    if composite is not None:
+        check_composite(composite)
+    return Normalized(NRMDefault() if composite is None else composite, **given)  # type: ignore[arg-type]

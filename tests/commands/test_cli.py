@@ -74,7 +74,7 @@ def test_every_command_has_a_module():
 def test_limits_of_options_are_those_of_the_figures():
     """They are repeated in modules that do not import torch."""
     assert references.MOST_IMAGES == reference_plots.MOST
-    assert flow.MOST_CHANNELS == plots_flow.MOST
+    assert flow.MOST_CHANNELS == plots_flow.MAX_GROUPS
     assert (default("flow", "--layers", "a").top, default("flow", "--layers", "a").patches) == (
         FlowOptions.top,
         FlowOptions.patches,

@@ -130,7 +130,7 @@ def test_an_empty_mask_is_allowed_and_has_zero_mass(measured, index):
         assert not mu.marginal("head", joint=empty).any()
         assert not mu.conditional(empty, "head").any()
         assert "conv" in mu.explain(empty)
-    with measured.raises(NullEventError, "no walk with a mass", "samples 0, 1"):
+    with measured.raises(NullEventError, "no walk with nonzero mass", "samples 0, 1"):
         mu(at("pool"), given=empty)
 
 

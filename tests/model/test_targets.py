@@ -33,7 +33,7 @@ FORMS = "Give an int, a tuple of ints for an output of several dimensions, or a 
     ("bool", True, TargetError, "target is bool", FORMS),
     ("dict", {}, TargetError, "target is dict", FORMS),
     ("range object", range(2), TargetError, "target is range", FORMS),
-    ("function", lambda output: output, TargetError, "target is function", FORMS),
+    ("function of the outputs", lambda output: output, TargetError, "float32", "is an index", FORMS),
     ("one-hot", torch.eye(5)[:2], TargetError, "float32", "is an index", FORMS),
     ("bools", torch.tensor([True, False]), TargetError, "torch.bool", "is an index", FORMS),
     ("complex", torch.tensor([1j, 1j]), TargetError, "complex64", "is an index", FORMS),

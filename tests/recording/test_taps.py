@@ -42,7 +42,7 @@ def measured():
     ("indexed", lambda mu: mu.marginal(at("conv")[0]), EventError, "at('conv')[0] is an event", "or joint="),
     ("formula", lambda mu: mu.marginal(~at("conv")), EventError, "~at('conv') is an event", "joint="),
     ("sink side", lambda mu: mu.marginal(at("conv", side="sink")), EventError, "is not one tap", "Ask mu("),
-    ("taps of a sink", lambda mu: mu.taps_of("conv", "sink"), EventError, "no tap", "Ask mu("),
+    ("taps of a sink", lambda mu: mu.taps_of("conv", "sink"), EventError, "not a tap", "Ask mu("),
     ("taps of a number", lambda mu: mu.taps_of(3), EventError, "a name", "got int"),
     ("side", lambda mu: at("conv", side="up"), EventError, "side='up'", "'input', 'output', 'sink'"),
     ("side of taps", lambda mu: mu.taps_of("conv", "up"), EventError, "side='up'", "'input', 'output', 'sink'"),

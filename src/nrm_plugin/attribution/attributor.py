@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from zennit.attribution import Attributor
 from zennit.core import Composite
 
-from ..composites import Uncovered
+from ..composites import Uncovered, normalize
 from ..kernels.normalization import Residual
-from ..measure.measure import RelevanceMeasure, normalize
+from ..measure.measure import RelevanceMeasure
 
 
 class NRMAttributor(Attributor):
@@ -71,11 +71,5 @@ class NRMAttributor(Attributor):
             >>> torch.allclose(mu.output, output.mean(1))
             True
         """
-        outputs: list[Tensor] = []
-
-        def start(output: Tensor) -> Tensor:
-            outputs.append(output)
-            return attr_output_fn(output)
-
-        measure = RelevanceMeasure(self.model, input, start=start, composite=self.composite)
-        return outputs[0], measure
+        measure = RelevanceMeasure(self.model, input, start=attr_output_fn, composite=self.composite)
+        return measure.outputs, measure

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from ..composites import Uncovered
+from ..composites import Uncovered, normalize
 from ..errors import EventError
 from ..events.event import Event, at
 from ..kernels.normalization import Residual
-from ..measure.measure import RelevanceMeasure, normalize
+from ..measure.measure import RelevanceMeasure
 from .base import Layer, Unit, in_unit
 
 Condition = Mapping[str, Any]
@@ -121,48 +121,40 @@ class ConceptNRM:
             groups.setdefault(chosen, []).append(number)
         relevance: dict[int, Tensor] = {}
         for chosen, numbers in groups.items():
-            start = _Start(chosen)
             with torch.enable_grad():
                 measure = RelevanceMeasure(
                     self.model,
                     inputs,
                     composite=self.composite,
-                    start=start,
+                    start=functools.partial(_start, chosen),
                     additional_forward_args=additional_forward_args,
                 )
+            total = (_mask(chosen, measure.outputs) * measure.outputs).flatten(1).sum(1)
             named = [event for event in (events[number] for number in numbers) if event is not None]
             given, joint = (named, None) if conditional else (None, named)
             rows = iter(measure.marginal(layer, given=given, joint=joint) if named else ())
             for number in numbers:
                 row = measure.marginal(layer) if events[number] is None else next(rows)
-                relevance[number] = in_unit(row, start.total, unit)
+                relevance[number] = in_unit(row, total, unit)
         return torch.stack([relevance[number] for number in range(len(events))])
 
 
-class _Start:
-    """The start vector of some outputs, each with its value; of a single output, with mass 1.
+def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
+    """1 for the chosen outputs, ``(N, K)``; None for all of them."""
+    if chosen is None:
+        return torch.ones_like(outputs)
+    out_of_range = [number for number in chosen if not -outputs.shape[1] <= number < outputs.shape[1]]
+    if out_of_range:
+        raise EventError(f"'y' names output {out_of_range[0]}, but there are {outputs.shape[1]}.")
+    mask = torch.zeros_like(outputs)
+    mask[:, list(chosen)] = 1
+    return mask
 
-    Args:
-        chosen: The outputs; None for all.
 
-    Attributes:
-        total: The sum of their values, ``(N,)``; set by the call.
-    """
-
-    def __init__(self, chosen: tuple[int, ...] | None) -> None:
-        self.chosen = chosen
-        self.total = torch.empty(0)
-
-    def __call__(self, output: Tensor) -> Tensor:
-        """The start vector for an output ``(N, K)``."""
-        mask = torch.ones_like(output) if self.chosen is None else torch.zeros_like(output)
-        if self.chosen is not None:
-            out_of_range = [number for number in self.chosen if not -output.shape[1] <= number < output.shape[1]]
-            if out_of_range:
-                raise EventError(f"'y' names output {out_of_range[0]}, but there are {output.shape[1]}.")
-            mask[:, list(self.chosen)] = 1
-        self.total = (mask * output).flatten(1).sum(1)
-        return mask if bool(mask.flatten(1).sum(1).eq(1).all()) else mask * output
+def _start(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
+    """The start vector of some outputs, each with its value; of a single output, with mass 1."""
+    mask = _mask(chosen, outputs)
+    return mask if bool(mask.flatten(1).sum(1).eq(1).all()) else mask * outputs
 
 
 def _explained(condition: Condition) -> tuple[int, ...] | None:

@@ -9,10 +9,10 @@ from captum.attr._utils.attribution import GradientAttribution
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from ..composites import Uncovered
+from ..composites import Uncovered, normalize
 from ..events.event import Event
 from ..kernels.normalization import Residual
-from ..measure.measure import RelevanceMeasure, normalize
+from ..measure.measure import RelevanceMeasure
 from ..model.checks import check_module
 from ..model.targets import sample_sums
 from ..recording.coverage import coverage

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..composites import normalize
 from ..dataset.crops import Crop, crops
 from ..dataset.examples import References, is_of_channels, references
 from ..dataset.image_folder import PictureFolder
@@ -18,7 +19,6 @@ from ..dataset.images import shown
 from ..dataset.reference_plots import MOST, reference_figure
 from ..dataset.settings import described, digest, model_fingerprint
 from ..dataset.stored_sweep import Sweep
-from ..measure.measure import normalize
 from ..plots.ribbons import percent
 from .composite_names import composite_of
 from .model_loading import LoadedModel

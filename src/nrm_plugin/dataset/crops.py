@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 from zennit.core import Composite
 
-from ..composites import Uncovered
+from ..composites import Uncovered, normalize
 from ..errors import InputError
 from ..events.event import Event, at
 from ..kernels.normalization import Residual
-from ..measure.measure import RelevanceMeasure, normalize
+from ..measure.measure import RelevanceMeasure
 from ..measure.reconstruction import Box, receptive_fields
 from .examples import References, ReferencesError
 

@@ -12,11 +12,11 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 from zennit.core import Composite
 
-from ..composites import Uncovered
+from ..composites import Uncovered, normalize
 from ..errors import InputError
 from ..events.event import Event
 from ..kernels.normalization import Residual
-from ..measure.measure import RelevanceMeasure, normalize
+from ..measure.measure import RelevanceMeasure
 from ..recording.module_outputs import module_outputs
 from .activations import single_activations
 from .examples import EVENTS, By, FoundReferences, ReferencesError

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
+from ..composites import normalize
 from ..errors import NRMError, extra
 from ..events.event import Atom
 from ..kernels.normalization import Residual
-from ..measure.measure import normalize
 from ..model.inputs import Output
 from .evaluation import Evaluation, Target, Unpack, check_target, dtype_of
 from .queries import Maps, Query, check_queries

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
+from ..composites import normalize
 from ..events.event import Atom
 from ..kernels.normalization import Residual
-from ..measure.measure import normalize
 from ..model.inputs import Output
 from .evaluation import Evaluation, Target, Unpack, check_target, device_of
 from .progress import Progress

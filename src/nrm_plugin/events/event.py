@@ -5,22 +5,17 @@ An event does not depend on a model. Its atoms name taps, which a measure looks 
 
 from __future__ import annotations
 
-import operator
-import reprlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import EventError
+from .index import Index, checked_index, key_of, show, shown_in_call
 
 Side = Literal["input", "output", "sink"]
 SIDES: tuple[Side, ...] = ("input", "output", "sink")
-
-SHOWN = 12
-"""The most neurons that the text of an event lists."""
 
 
 class Event:
@@ -184,90 +179,6 @@ def _bracket(event: Event) -> str:
     return f"({event})" if isinstance(event, (All, Any_)) else str(event)
 
 
-@dataclass(frozen=True)
-class Index:
-    """The index of ``at(layer)[…]``; equal if it holds the same numbers."""
-
-    key: Hashable
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Index) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
-def _key(value: Any) -> Hashable:
-    if isinstance(value, Tensor):
-        return ("tensor", str(value.dtype), tuple(value.shape), value.numpy().tobytes())
-    if isinstance(value, slice):
-        return ("slice", value.start, value.stop, value.step)
-    if isinstance(value, tuple):
-        return ("tuple", tuple(_key(item) for item in value))
-    return value  # type: ignore[no-any-return]
-
-
-def _checked_index(atom: Atom, value: Any) -> Any:
-    """An index as ints, slices, ellipses, integer or boolean tensors, and tuples of them."""
-    if isinstance(value, tuple):
-        if sum(item is Ellipsis for item in value) > 1:
-            raise EventError(f"{atom}[…]: an index holds at most one `...`.")
-        return tuple(_checked_index(atom, item) for item in value)
-    if value is Ellipsis:
-        return value
-    if isinstance(value, slice):
-        return _checked_slice(atom, value)
-    if isinstance(value, (Tensor, list, range)) or hasattr(value, "__array__"):
-        tensor = _checked_tensor(atom, value)
-        return tensor.item() if tensor.ndim == 0 else tensor
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise EventError(f"{atom}[{value!r}]: {_INDEX} Got {type(value).__name__}.")
-
-
-_INDEX = "neurons are indexed by ints, slices, lists and tuples of them, integer tensors or boolean masks."
-
-
-def _checked_slice(atom: Atom, value: slice) -> slice:
-    bounds = (value.start, value.stop, value.step)
-    if any(not (bound is None or hasattr(bound, "__index__")) for bound in bounds):
-        raise EventError(f"{atom}[{_show(value)}]: the bounds of a slice are integers.")
-    start, stop, step = (None if bound is None else operator.index(bound) for bound in bounds)
-    if step is not None and step <= 0:
-        raise EventError(f"{atom}[{_show(value)}]: a slice of neurons needs a positive step.")
-    return slice(start, stop, step)
-
-
-def _checked_tensor(atom: Atom, value: Any) -> Tensor:
-    """Integers or a mask, on the CPU."""
-    if isinstance(value, list):
-        kinds = {isinstance(item, bool) for item in value}
-        if len(kinds) > 1:
-            raise EventError(f"{atom}[{value!r}]: a list holds either indices of neurons or booleans, not both.")
-    try:
-        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
-        tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
-        tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise EventError(f"{atom}[{reprlib.repr(value)}]: {_INDEX} This is not one of them: {error}.") from error
-    if tensor.numel() == 0 and isinstance(value, (list, range)):
-        tensor = tensor.long()
-    if tensor.dtype == torch.uint8:
-        raise EventError(
-            f"{atom}: an index of dtype uint8 may be a mask or indices of neurons. Convert it: `mask.bool()` or "
-            "`index.long()`."
-        )
-    if tensor.dtype != torch.bool and (tensor.is_floating_point() or tensor.is_complex()):
-        raise EventError(
-            f"{atom}: {_INDEX} Got {type(value).__name__} of {str(tensor.dtype).removeprefix('torch.')}, shape "
-            f"{tuple(tensor.shape)}; for a mask write `values > threshold`."
-        )
-    if tensor.ndim == 0 and tensor.dtype == torch.bool:
-        raise EventError(f"{atom}[{bool(tensor)}]: a single boolean is not a mask; give one for each neuron.")
-    return tensor
-
-
 def _name(layer: str | nn.Module) -> str:
     return repr(layer) if isinstance(layer, str) else f"<{type(layer).__name__}>"
 
@@ -291,8 +202,8 @@ class Atom(Event):
     def __getitem__(self, index: Any) -> Atom:
         if self.index is not None:
             raise EventError(f"{self} is indexed already. Combine two atoms of one tap with & or | instead.")
-        value = _checked_index(self, index)
-        return Atom(self.layer, self.side, self.call, self.item, Index(_key(value), value))
+        value = checked_index(self, index)
+        return Atom(self.layer, self.side, self.call, self.item, Index(key_of(value), value))
 
     def channel(self, index: Any) -> Atom:
         """The neurons of one or several channels: dimension 1 of ``(N, C, …)``, the last one of token layouts."""
@@ -321,7 +232,7 @@ class Atom(Event):
         text = f"at({', '.join([_name(self.layer), *extras])})"
         if self.index is None:
             return text
-        shown = _show(self.index.value)
+        shown = show(self.index.value)
         return f"{text}.channel({shown})" if self.along_channel else f"{text}[{shown}]"
 
 
@@ -361,10 +272,10 @@ class Attended(Event):
     def _chosen(self, what: str, known: Index | None, value: Any) -> Index:
         if known is not None:
             raise EventError(f"{self} is restricted already. Combine two events of one layer with & or | instead.")
-        checked = _checked_index(self.atom, value)
+        checked = checked_index(self.atom, value)
         if isinstance(checked, tuple) or checked is Ellipsis or (isinstance(checked, Tensor) and checked.ndim > 1):
-            raise EventError(f"{self}.{what}({_show(checked)}): give an int, a slice, a list or one mask.")
-        return Index(_key(checked), checked)
+            raise EventError(f"{self}.{what}({show(checked)}): give an int, a slice, a list or one mask.")
+        return Index(key_of(checked), checked)
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         yield self
@@ -372,40 +283,10 @@ class Attended(Event):
     def __str__(self) -> str:
         text = str(self.atom)
         if self.heads is not None:
-            text += f".head({_shown_in_call(self.heads.value)})"
+            text += f".head({shown_in_call(self.heads.value)})"
         if self.keys is not None and self.queries is not None:
-            return f"{text}.pair({_shown_in_call(self.queries.value)}, {_shown_in_call(self.keys.value)})"
-        return text if self.queries is None else f"{text}.token({_shown_in_call(self.queries.value)})"
-
-
-def _shown_in_call(value: Any) -> str:
-    """An index as an argument, with slices written without colons."""
-    if not isinstance(value, slice):
-        return _show(value)
-    bounds = [value.start, value.stop] + ([] if value.step is None else [value.step])
-    return f"slice({', '.join(map(str, bounds))})"
-
-
-def shown(index: Index) -> str:
-    """An index as it is written in brackets."""
-    return _show(index.value)
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(_show(item) for item in value)
-    if isinstance(value, slice):
-        bounds = ["" if bound is None else str(bound) for bound in (value.start, value.stop)]
-        return ":".join(bounds + ([str(value.step)] if value.step is not None else []))
-    if value is Ellipsis:
-        return "..."
-    if isinstance(value, Tensor) and value.dtype == torch.bool:
-        return f"mask of {int(value.sum())} in {tuple(value.shape)}"
-    if isinstance(value, Tensor) and value.numel() > SHOWN:
-        return f"{value.numel()} numbers in {tuple(value.shape)}"
-    if isinstance(value, Tensor):
-        return str(value.tolist())
-    return repr(value)
+            return f"{text}.pair({shown_in_call(self.queries.value)}, {shown_in_call(self.keys.value)})"
+        return text if self.queries is None else f"{text}.token({shown_in_call(self.queries.value)})"
 
 
 def at(

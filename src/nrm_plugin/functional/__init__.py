@@ -1,12 +1,13 @@
-"""Kernels of functions and operators (``a + b``, attention, ``F.linear``), and the mode that intercepts them.
+"""Kernels of functions and operators (``a + b``, attention, ``F.linear``), and the canonizer that gives them to calls.
 
 Imports: errors, model, rules, kernels.
 """
 
 from ..kernels.base import Kernel
-from . import reductions  # noqa: F401  (registers its kernels)
+from . import decompositions, elementwise, pooling, reductions, scatter  # noqa: F401  (register what they hold)
 from .canonizer import Interception
-from .elementwise import BroadcastKernel, SplitKernel
-from .registry import FunctionCall, register_kernel
+from .function_call import FunctionCall
+from .function_kernels import BroadcastKernel, SplitKernel
+from .registry import register_kernel
 
 __all__ = ["BroadcastKernel", "FunctionCall", "Interception", "Kernel", "SplitKernel", "register_kernel"]

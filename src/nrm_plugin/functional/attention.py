@@ -1,9 +1,11 @@
-r"""Attention: which tokens a token draws on, and what of them.
+r"""Attention: kernels of the fused function and of softmax, and where heads and tokens are in a product.
 
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 
-By default the weights ``A`` are constants and all relevance goes to the values. ``attention="halves"`` hands one half
+By default the weights ``A`` are constants and all relevance goes to the values. ``attention="halves"`` passes one half
 to the weights, and from there to queries and keys, as AttnLRP (arXiv 2402.05602) does.
+
+Source: docs/attention.md.
 """
 
 from __future__ import annotations
@@ -17,55 +19,50 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.rule_reader import read_rule_at
-from ..model.affine import Weightless
 from ..rules import Absolute
-from .elementwise import PlacedKernel, elementwise
-from .registry import FunctionCall, Slot, kernel
-from .unknown import Unknown
+from .function_call import FunctionCall, Slot
+from .registry import kernel_of
+from .unknown import UnknownKernel
 
 Attention = Literal["value", "halves"]
 ATTENTIONS: tuple[Attention, ...] = ("value", "halves")
 FUSED = "scaled_dot_product_attention"
 
 
-@kernel(FUSED)
-def fused(call: FunctionCall) -> Kernel:
+@kernel_of(FUSED)
+def fused_attention(call: FunctionCall) -> Kernel:
     r"""All to the values, by absolute share.
 
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 
-    The weights are read off the function itself, which hands out ``A`` where the values are the identity: so masks,
-    causality and groups of queries mean what they mean there.
-
-    Source: MEASURE, section 5 (ours).
+    The weights are computed by the function itself, which returns ``A`` where the values are the identity matrix: so
+    masks, causality and groups of queries have their meaning in torch.
     """
     slot = call.argument(2, "value")
-    shapes = [value.shape for value in call.values]
     if call.argument(4, "dropout_p", 0.0):
-        return Unknown(UnsupportedOperationError(_DROPPED.format(where=call.path or "the model")), shapes)
-    assert isinstance(slot, Slot), "taken apart when it ran"
+        return UnknownKernel(UnsupportedOperationError(_DROPOUT.format(where=call.path or "the model")), call.shapes)
+    assert isinstance(slot, Slot), "decomposed when it ran"
     value = call.values[slot.number]
     unit = torch.eye(value.shape[-2], dtype=value.dtype, device=value.device)
-    filled = list(call.values)
-    filled[slot.number] = unit.expand(*value.shape[:-1], len(unit))
+    inputs = list(call.values)
+    inputs[slot.number] = unit.expand(*value.shape[:-1], len(unit))
     with torch.no_grad():
-        weights = call.run(*filled)
+        weights = call.run(*inputs)
 
     def run(source: Tensor) -> Tensor:
         heads = 1 if source.ndim < 3 or weights.ndim != source.ndim else weights.shape[-3] // source.shape[-3]
         return torch.matmul(weights, source.repeat_interleave(heads, -3) if heads > 1 else source)
 
-    return PlacedKernel(read_rule_at(Absolute(), Weightless(run), value, call.path), slot.number, shapes)
+    return call.by_rule(Absolute(), slot.number, run)
 
 
-_DROPPED = (
-    "relevance arrived at 'scaled_dot_product_attention' in {where} with dropout_p > 0, which draws at random. Hand it "
+_DROPOUT = (
+    "relevance arrived at 'scaled_dot_product_attention' in {where} with dropout_p > 0, which draws at random. Pass "
     "`dropout_p=self.p if self.training else 0.0`, and call `model.eval()`."
 )
 
 
-def in_parts(
+def decomposed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,7 +72,7 @@ def in_parts(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` as the operations that it is made of."""
+    """``scaled_dot_product_attention`` as the operations that it consists of."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -88,17 +85,17 @@ def in_parts(
     elif attn_mask is not None:
         scores = scores + attn_mask
     weights = scores.softmax(-1)
-    hidden = scores.detach().amax(-1, keepdim=True) == -math.inf
-    if bool(hidden.any()):  # a query that may look at nothing gets nothing
-        weights = weights.masked_fill(hidden, 0.0)
+    is_masked = scores.detach().amax(-1, keepdim=True) == -math.inf
+    if bool(is_masked.any()):  # the output of a query without keys is zero
+        weights = weights.masked_fill(is_masked, 0.0)
     return torch.matmul(nn.functional.dropout(weights, dropout_p, training=dropout_p > 0), value)
 
 
-@kernel("softmax")
+@kernel_of("softmax")
 def softmax(call: FunctionCall) -> Kernel:
     """The identity per element; with ``attention="halves"`` the rule of AttnLRP."""
-    if call.attention != "halves":
-        return elementwise(call)
+    if call.settings.attention != "halves":
+        return call.identity()
     dim = call.argument(1, "dim")
     with torch.no_grad():
         output = call.run(*call.values)
@@ -111,9 +108,9 @@ class SoftmaxKernel(Kernel):
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 
     Args:
-        source: Scores ``x``; those that a mask has set to minus infinity have no share.
+        source: Scores ``x``; those that a mask set to minus infinity have no share.
         output: ``s``.
-        dim: Dimension along which ``s`` adds up to one.
+        dim: Dimension along which ``s`` sums to one.
 
     Source: AttnLRP, arXiv 2402.05602, proposition 3.1.
     """
@@ -130,24 +127,23 @@ class SoftmaxKernel(Kernel):
         return (self.scores.abs() * ((1 - self.output) * relevance + self.output * others),)
 
 
-def is_taken_apart(attention: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the fused function is run in parts: where relevance goes to the weights as well, or to them alone."""
-    value = args[2] if len(args) > 2 else kwargs.get("value")
+def is_decomposed(attention: str, value: Any) -> bool:
+    """Whether the fused function is decomposed: where relevance goes to the weights as well, or to them alone."""
     return attention == "halves" or not (isinstance(value, Tensor) and value.requires_grad)
 
 
-# -- where heads, queries and keys are ------------------------------------------------------------------------------
+# -- dimensions of heads, queries and keys ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where heads and tokens are in a product of attention weights and values.
+    """Dimensions of heads and tokens in a product of attention weights and values.
 
     Attributes:
         shared: Dimensions of the output that weights and values share, from the left, as negative numbers: samples
-            first, heads last; of one alone it has to be told what it is.
-        queries: The dimension of the tokens that are given something, in the output.
-        keys: For every input that relevance goes to, its number and the dimension of the tokens that are drawn on.
+            first, heads last; a single one may be either.
+        queries: Dimension of the query tokens in the output.
+        keys: For every input that receives relevance, its number and the dimension of the key tokens in it.
     """
 
     shared: tuple[int, ...]
@@ -156,58 +152,59 @@ class Layout:
 
 
 def layout(call: FunctionCall, output: Tensor) -> Layout | None:
-    """Of the fused function, and of a product of which one factor is a gate; None for anything else."""
+    """The layout of the fused function or of a product with a gate; None for any other call."""
     if call.name == FUSED:
         value = call.argument(2, "value")
-        found = Layout(tuple(range(-output.ndim, -2)), -2, ((value.number, -2),)) if isinstance(value, Slot) else None
-        return found if output.ndim >= 2 else None
-    if len(call.saved) != 2 or sum(call.gates) != 1 or call.name not in ("matmul", "einsum"):
+        if not isinstance(value, Slot) or output.ndim < 2:
+            return None
+        return Layout(tuple(range(-output.ndim, -2)), -2, ((value.number, -2),))
+    if len(call.inputs) != 2 or sum(call.gates) != 1 or call.name not in ("matmul", "einsum"):
         return None
     first = call.argument(0, "input")
     if call.name == "einsum":
-        return _layout_by_letters(call)
+        return _layout_of_einsum(call)
     if not isinstance(first, Slot) or output.ndim < 2 or any(value.ndim < 2 for value in call.values):
         return None
     gate = call.gates.index(True)
     is_left = first.number == gate
-    keys = [(1 - gate, -2 if is_left else -1)] + [(gate, -1 if is_left else -2)] * (call.attention == "halves")
+    keys = [(1 - gate, -2 if is_left else -1)] + [(gate, -1 if is_left else -2)] * (call.settings.attention == "halves")
     return Layout(tuple(range(-output.ndim, -2)), -2 if is_left else -1, tuple(keys))
 
 
-def _layout_by_letters(call: FunctionCall) -> Layout | None:
-    words = letters(call)
-    if words is None:
+def _layout_of_einsum(call: FunctionCall) -> Layout | None:
+    terms = subscripts_of(call)
+    if terms is None:
         return None
     gate = call.gates.index(True)
-    weights, values, made = words[gate], words[1 - gate], words[2]
-    shared = [letter for letter in made if letter in weights and letter in values]
-    queries = [letter for letter in made if letter in weights and letter not in values]
-    keys = [letter for letter in weights if letter in values and letter not in made]
+    weights, values, output = terms[gate], terms[1 - gate], terms[2]
+    shared = [letter for letter in output if letter in weights and letter in values]
+    queries = [letter for letter in output if letter in weights and letter not in values]
+    keys = [letter for letter in weights if letter in values and letter not in output]
     if len(queries) != 1 or len(keys) != 1:
         return None
-    of_keys = [(1 - gate, values.index(keys[0]) - len(values))]
-    if call.attention == "halves":
-        of_keys.append((gate, weights.index(keys[0]) - len(weights)))
-    places = tuple(made.index(letter) - len(made) for letter in shared)
-    return Layout(places, made.index(queries[0]) - len(made), tuple(of_keys))
+    keys_of_inputs = [(1 - gate, values.index(keys[0]) - len(values))]
+    if call.settings.attention == "halves":
+        keys_of_inputs.append((gate, weights.index(keys[0]) - len(weights)))
+    dims = tuple(output.index(letter) - len(output) for letter in shared)
+    return Layout(dims, output.index(queries[0]) - len(output), tuple(keys_of_inputs))
 
 
-def letters(call: FunctionCall) -> tuple[str, str, str] | None:
-    """The letters of both operands and of the output of an ``einsum``, with some for the dots; None where not known."""
+def subscripts_of(call: FunctionCall) -> tuple[str, str, str] | None:
+    """Subscripts of both operands and of the output of an ``einsum``, with letters for the dots; None if implicit."""
     equation = call.args[0]
     if not isinstance(equation, str) or "->" not in equation:
         return None
-    left, made = equation.replace(" ", "").split("->")
-    words = left.split(",")
-    if len(words) != 2:
+    left, output = equation.replace(" ", "").split("->")
+    terms = left.split(",")
+    if len(terms) != 2:
         return None
-    count = max(value.ndim - len(word.replace("...", "")) for word, value in zip(words, call.values, strict=True))
+    count = max(value.ndim - len(term.replace("...", "")) for term, value in zip(terms, call.values, strict=True))
     dots = "".join(chr(0x3B1 + number) for number in range(count))
-    spelled = []
-    for word, value in zip(words, call.values, strict=True):
-        own = value.ndim - len(word.replace("...", ""))
-        spelled.append(word.replace("...", dots[len(dots) - own :]))
-    return spelled[0], spelled[1], made.replace("...", dots)
+    expanded = []
+    for term, value in zip(terms, call.values, strict=True):
+        own = value.ndim - len(term.replace("...", ""))
+        expanded.append(term.replace("...", dots[len(dots) - own :]))
+    return expanded[0], expanded[1], output.replace("...", dots)
 
 
-__all__ = ["ATTENTIONS", "FUSED", "Attention", "Layout", "in_parts", "is_taken_apart", "layout"]
+__all__ = ["ATTENTIONS", "FUSED", "Attention", "Layout", "decomposed_attention", "is_decomposed", "layout"]

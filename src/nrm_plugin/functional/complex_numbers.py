@@ -1,36 +1,50 @@
-"""Complex numbers: no kernel is known of them, but on the way to a gate they do no harm.
+"""Complex tensors: they have no kernel, but may feed a gate, which passes no relevance to them.
 
-What lies between real numbers and real numbers is one step, which raises when relevance arrives.
+The functions between real tensors and real tensors form one step, which raises when relevance arrives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 
-class Complexes:
-    """What the complex tensors of a forward pass were made of: real ones, and the first function that made them so."""
+@dataclass(frozen=True)
+class RealSources:
+    """The real tensors that complex ones were computed from.
+
+    Attributes:
+        tensors: The real tensors, each once.
+        name: The first function that returned a complex tensor.
+    """
+
+    tensors: tuple[Tensor, ...] = ()
+    name: str = ""
+
+
+class ComplexTensors:
+    """The real sources of the complex tensors of a forward pass."""
 
     def __init__(self) -> None:
-        self._behind: dict[Any, tuple[list[Tensor], str]] = {}
+        self._sources: dict[Any, RealSources] = {}
 
-    def behind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], str]:
-        """The real tensors, each once, behind the complex ones among the arguments of a function."""
-        found: dict[int, Tensor] = {}
-        first = ""
-        for tensor in _complex_in((*args, *kwargs.values())):
-            sources, name = self._behind.get(tensor.grad_fn, ((), ""))
-            first = first or name
-            found.update({id(source): source for source in sources})
-        return list(found.values()), first
+    def sources_of(self, arguments: Iterable[Any]) -> RealSources:
+        """The real tensors behind the complex ones among some arguments."""
+        tensors: dict[int, Tensor] = {}
+        name = ""
+        for tensor in _complex_in(arguments):
+            sources = self._sources.get(tensor.grad_fn, RealSources())
+            name = name or sources.name
+            tensors.update({id(source): source for source in sources.tensors})
+        return RealSources(tuple(tensors.values()), name)
 
-    def noted(self, output: Any, behind: list[Tensor], name: str) -> Any:
-        """The same output; of complex ones it is kept what they were made of."""
+    def remember(self, output: Any, tensors: Sequence[Tensor], name: str) -> Any:
+        """Stores the sources of complex tensors that a function returned; returns the same output."""
         for tensor in _complex_in((output,)):
-            self._behind[tensor.grad_fn] = behind, name
+            self._sources[tensor.grad_fn] = RealSources(tuple(tensors), name)
         return output
 
 
@@ -43,9 +57,9 @@ def _complex_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _complex_in(value)
 
 
-def each(output: Any, change: Callable[[Any], Any]) -> Any:
-    """What a function returned, changed one by one where it is several."""
+def map_items(output: Any, change: Callable[[Any], Any]) -> Any:
+    """What a function returned with each of several items changed."""
     return type(output)([change(item) for item in output]) if isinstance(output, (list, tuple)) else change(output)
 
 
-__all__ = ["Complexes", "each"]
+__all__ = ["ComplexTensors", "RealSources", "map_items"]

@@ -1,7 +1,8 @@
-"""Functions that are made of others, whose kernels are known."""
+"""Functions that consist of others that have kernels, written out in Python."""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
-from .registry import REWRITES, rewrite
+from .registry import DECOMPOSITIONS, decomposition_of
 
 
-@rewrite("trace")
+@decomposition_of("trace")
 def _trace(input: Tensor) -> Tensor:
     return input.diagonal().sum()
 
 
-@rewrite("inner")
+@decomposition_of("inner")
 def _inner(input: Tensor, other: Tensor) -> Tensor:
     if input.ndim == 0 or other.ndim == 0:
         return input * other
@@ -25,63 +26,63 @@ def _inner(input: Tensor, other: Tensor) -> Tensor:
     return result
 
 
-@rewrite("vecdot")
+@decomposition_of("vecdot")
 def _vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
     return (x * y).sum(dim)
 
 
-@rewrite("glu")
+@decomposition_of("glu")
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
     signal, gate = input.chunk(2, dim)
     return signal * gate.sigmoid()
 
 
-@rewrite("lerp")
+@decomposition_of("lerp")
 def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
     return input * (1 - weight) + end * weight
 
 
-@rewrite("addcmul")
+@decomposition_of("addcmul")
 def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
     return input + tensor1 * tensor2 * value
 
 
-@rewrite("addcdiv")
+@decomposition_of("addcdiv")
 def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
     return input + tensor1 / tensor2 * value
 
 
-@rewrite("addmm")
+@decomposition_of("addmm")
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     is_layer = mat1.requires_grad and not (mat2.requires_grad or input.requires_grad) and beta == alpha == 1
     if is_layer and input.shape == mat2.shape[1:]:  # then the bias has the part that a rule gives to biases
         return nn.functional.linear(mat1, mat2.T, input)
-    return _added(input, torch.matmul(mat1, mat2), beta, alpha)
+    return _weighted_sum(input, torch.matmul(mat1, mat2), beta, alpha)
 
 
-@rewrite("addmv")
+@decomposition_of("addmv")
 def _addmv(input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _added(input, torch.matmul(mat, vec), beta, alpha)
+    return _weighted_sum(input, torch.matmul(mat, vec), beta, alpha)
 
 
-@rewrite("baddbmm")
+@decomposition_of("baddbmm")
 def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _added(input, torch.matmul(batch1, batch2), beta, alpha)
+    return _weighted_sum(input, torch.matmul(batch1, batch2), beta, alpha)
 
 
-@rewrite("addbmm")
+@decomposition_of("addbmm")
 def _addbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _added(input, torch.matmul(batch1, batch2).sum(0), beta, alpha)
+    return _weighted_sum(input, torch.matmul(batch1, batch2).sum(0), beta, alpha)
 
 
-def _added(input: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+def _weighted_sum(input: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
     product = product if alpha == 1 else product * alpha
-    if beta == 0:  # as in torch, what is in there does not matter, not even nan
+    if beta == 0:  # as in torch, the values of the input do not matter then, not even nan
         return product
     return product + (input if beta == 1 else input * beta)
 
 
-@rewrite("grouped_mm", "_grouped_mm")
+@decomposition_of("grouped_mm", "_grouped_mm")
 def _grouped(
     mat_a: Tensor, mat_b: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
@@ -92,19 +93,19 @@ def _grouped(
         result = torch.cat([torch.matmul(part, mat_b[group]) for group, part in enumerate(rows)])
     else:
         raise UnsupportedOperationError(
-            f"grouped_mm of shapes {tuple(mat_a.shape)} and {tuple(mat_b.shape)} with offsets has no kernel: it has "
-            "one for rows in groups, (rows, in) and (groups, in, out). Multiply group by group instead."
+            f"grouped_mm of shapes {tuple(mat_a.shape)} and {tuple(mat_b.shape)} with offsets has no kernel: only rows "
+            "in groups, (rows, in) and (groups, in, out), have one. Multiply group by group instead."
         )
     return result if bias is None else result + bias
 
 
-@rewrite("bilinear")
+@decomposition_of("bilinear")
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     products = input1.unsqueeze(-1) * input2.unsqueeze(-2)
     return nn.functional.linear(products.flatten(-2), weight.flatten(1), bias)
 
 
-@rewrite("diff")
+@decomposition_of("diff")
 def _diff(
     input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
 ) -> Tensor:
@@ -116,18 +117,18 @@ def _diff(
     return result
 
 
-@rewrite("nanmean")
+@decomposition_of("nanmean")
 def _nanmean(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     count = (~input.isnan()).sum(dim, keepdim)
     return _nansum(input, dim, keepdim, dtype=dtype) / count
 
 
-@rewrite("nansum")
+@decomposition_of("nansum")
 def _nansum(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     return torch.where(input.isnan(), 0.0, input).sum(dim, keepdim, dtype=dtype)
 
 
-@rewrite("var")
+@decomposition_of("var")
 def _var(input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any) -> Tensor:
     if isinstance(dim, bool):
         dim, unbiased = None, dim
@@ -137,39 +138,60 @@ def _var(input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = 
     return (input - mean).square().sum(dim, keepdim=keepdim) / freedom
 
 
-@rewrite("std")
+@decomposition_of("std")
 def _std(input: Tensor, *args: Any, **options: Any) -> Tensor:
     return input.var(*args, **options).sqrt()
 
 
-@rewrite("var_mean")
+@decomposition_of("var_mean")
 def _var_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return input.var(*args, **options), _mean_like(input, *args, **options)
+    return input.var(*args, **options), _mean_of_variance(input, *args, **options)
 
 
-@rewrite("std_mean")
+@decomposition_of("std_mean")
 def _std_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return input.std(*args, **options), _mean_like(input, *args, **options)
+    return input.std(*args, **options), _mean_of_variance(input, *args, **options)
 
 
-def _mean_like(input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any) -> Tensor:
-    """The mean over the dimensions that a variance is taken over."""
+def _mean_of_variance(
+    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any
+) -> Tensor:
+    """The mean over the dimensions of a variance."""
     return input.mean(None if isinstance(dim, bool) else dim, keepdim=keepdim)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-def is_sum_with_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
-    """Whether a layer that is called as a function is no layer with constant weights, and adds a bias."""
+def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
+    """Whether the model computes the weight or the bias of a layer that is called as a function, and adds a bias."""
     return bias is not None and (weight.requires_grad or bias.requires_grad)
 
 
 def product_and_bias(
     function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor, *args: Any, **options: Any
 ) -> Tensor:
-    """A layer as a product and a sum, which share as such; one kernel would take the bias for a part of the product."""
+    """A layer as a product and a sum, each with a kernel: in one, the bias would be part of the product."""
     return function(input, weight, None, *args, **options) + bias.reshape(-1, *(1,) * (weight.ndim - 2))
 
 
-__all__ = ["REWRITES", "is_sum_with_bias", "product_and_bias"]
+# -- functions of torch that are written in Python -----------------------------------------------------------------
+
+
+def python_body(function: Any) -> Callable[..., Any] | None:
+    """A function of torch that is written in Python, without its own call of the mode; None for any other function."""
+    code = getattr(function, "__code__", None)
+    checks = [word for word in code.co_names if word.startswith("has_torch_function")] if code is not None else []
+    if code is None or not checks:
+        return None
+    space = {**function.__globals__, **dict.fromkeys(checks, _never)}
+    body = types.FunctionType(code, space, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+def _never(*args: Any) -> bool:
+    return False
+
+
+__all__ = ["DECOMPOSITIONS", "is_computed_layer", "product_and_bias", "python_body"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,20 +10,23 @@ from torch import Tensor, nn
 from ..kernels.layer_step import LayerStep
 from ..model.routing import is_route_node, written
 
-MAKERS = frozenset("softmax sigmoid hardsigmoid exp softmin gumbel_softmax".split())
-KEEPERS = frozenset("dropout alpha_dropout feature_dropout clone contiguous to float double type_as neg rsub".split())
-MAKING_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d)
+GATE_FUNCTIONS = frozenset("softmax sigmoid hardsigmoid exp softmin".split())
+GATE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d)
+PRESERVING = frozenset(
+    "dropout alpha_dropout feature_dropout clone contiguous to float double type_as neg rsub mul matmul".split()
+)
+"""Functions of gates alone that return a gate."""
 
 
 class Gates:
     """Which tensors of one forward pass are gates.
 
-    A gate is made by softmax, sigmoid, hardsigmoid and exp, and stays one under reshapes, dropout, products of gates,
-    ``1 - gate`` and ``gate / anything``. A model may tag its own: ``gates.tag(tensor)``.
+    A gate is the output of softmax, sigmoid, hardsigmoid and exp. Reshapes, dropout, products of gates, ``1 - gate``
+    and ``gate / anything`` are gates as well.
     """
 
     def __init__(self) -> None:
-        # By autograd node, not by tensor: a tensor can be written over, and a view of a gate is one too.
+        # By autograd node, not by tensor: a tensor can be overwritten, and a view of a gate is a gate too.
         self._nodes: set[Any] = set()
 
     def tag(self, tensor: Tensor) -> None:
@@ -32,32 +36,42 @@ class Gates:
             self._nodes.add(node)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a gate, or a route hands on one and nothing else."""
+        """Whether a tensor is a gate, or routed from a single one."""
         node, _ = written(tensor.grad_fn, 0)
         while node is not None and node not in self._nodes:
             step = getattr(node, "step", None)
             if isinstance(step, LayerStep):
-                return isinstance(step.layer_call.module, MAKING_MODULES)
+                return isinstance(step.layer_call.module, GATE_MODULES)
             below = [edge for edge in node.next_functions if edge[0] is not None]
             if not is_route_node(node) or len(below) != 1:
                 return False
             node, _ = written(*below[0])
         return node is not None
 
-    def follow(self, name: str, inputs: list[Tensor], output: object, is_route: bool, with_constants: bool) -> None:
-        """Tags the output of an operation where its inputs say so."""
-        if not isinstance(output, Tensor):
-            outputs = [item for item in output if isinstance(item, Tensor)] if isinstance(output, (list, tuple)) else []
-        else:
-            outputs = [output]
+    def tag_route(self, inputs: Sequence[Tensor], output: object) -> None:
+        """Tags what a route returned where all of its inputs are gates."""
+        if inputs and all(self.holds(tensor) for tensor in inputs):
+            self._tag_all(output)
+
+    def tag_result(self, name: str, inputs: Sequence[Tensor], output: object, with_constants: bool) -> None:
+        """Tags what a function returned where it is a gate.
+
+        Args:
+            name: Name of the function.
+            inputs: Its arguments that carry relevance.
+            output: What it returned.
+            with_constants: Whether it has further tensors or numbers as arguments.
+        """
         flags = [self.holds(tensor) for tensor in inputs]
-        kept = bool(flags) and (
-            (is_route and all(flags))
-            or (name in KEEPERS and all(flags))
-            or (name in ("mul", "matmul") and all(flags))
-            or (name in ("add", "sub") and all(flags) and with_constants)
-            or (name == "div" and flags[0])
-        )
-        if name in MAKERS or kept:
-            for tensor in outputs:
-                self.tag(tensor)
+        is_shifted = name in ("add", "sub") and with_constants
+        if (
+            name in GATE_FUNCTIONS
+            or ((name in PRESERVING or is_shifted) and bool(flags) and all(flags))
+            or (name == "div" and bool(flags) and flags[0])
+        ):
+            self._tag_all(output)
+
+    def _tag_all(self, output: object) -> None:
+        for item in output if isinstance(output, (list, tuple)) else (output,):
+            if isinstance(item, Tensor):
+                self.tag(item)

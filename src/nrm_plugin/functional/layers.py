@@ -1,6 +1,6 @@
 """Layers with weights that are called as functions: each gets the rule of the module that owns the weight.
 
-Source: MEASURE, section 5 (ours).
+Source: docs/measure.md (operations without a module).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
 from ..kernels.layer_call import LayerCall, forward
 from ..model.affine import Weighted
-from .elementwise import shapes_of
-from .products import as_matrix, constants_of, contraction, weighted
-from .registry import FunctionCall, Slot, fill, kernel
-from .unknown import Unknown
+from .function_call import FunctionCall, Slot, fill
+from .products import constants_of, contraction, kernel_of_layer, matrix_of
+from .registry import kernel_of
+from .unknown import UnknownKernel
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {  # on a device without values, so that no random number is drawn
     "linear": lambda: nn.Linear(1, 1, device="meta"),
@@ -30,61 +30,68 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {  # on a device without values, so
     "conv_transpose3d": lambda: nn.ConvTranspose3d(1, 1, 1, device="meta"),
 }
 
-
-kernel(*LAYERS)(contraction)  # of those whose weight is computed; others are read as layer_call before
+kernel_of(*LAYERS)(contraction)  # for computed weights; with a constant weight, layer_call makes the kernel
 
 
 def layer_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """A layer or batch normalization called as a function, as the call of a module; None for anything else."""
-    if len(call.saved) != 1 or not isinstance(call.argument(0, "input"), Slot):
+    """A layer or batch normalization that is called as a function, as the call of a module; None for anything else."""
+    if len(call.inputs) != 1 or not isinstance(call.argument(0, "input"), Slot):
         return None
     if call.name == "batch_norm":
-        return _norm_call(call, output)
-    if call.name not in LAYERS:
-        return None
+        return _batch_norm_call(call, output)
+    return _weighted_call(call, output) if call.name in LAYERS else None
+
+
+def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
     weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
-    rest, options = call.args[3:], {k: v for k, v in call.kwargs.items() if k not in ("input", "weight", "bias")}
-    transposed = call.name.startswith("conv_transpose")
-    groups = int(call.argument(6, "groups", 1)) if call.name != "linear" else 1
+    rest = call.args[3:]
+    options = {key: value for key, value in call.kwargs.items() if key not in ("input", "weight", "bias")}
 
     def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result: Tensor = call.function(source, weight, bias, *rest, **options)
         return result
 
     like = LAYERS[call.name]()
-    rule = call.rules.of_weight(weight, like)
-    assert rule is not None, "looked up when the function ran"
-    dim = -1 if call.name == "linear" else 1
-    added = None if bias is None else bias.detach()
-    shell = Weighted(run, weight.detach(), added, dim, groups, transposed, twin=_twin(call, like))
-    return LayerCall.of(rule.copy(), shell, forward, call.saved[0], output, call.path)
+    rule = call.settings.rules.of_weight(weight, like)
+    assert rule is not None, "checked when the function ran"
+    dim, groups = (-1, 1) if call.name == "linear" else (1, int(call.argument(6, "groups", 1)))
+    shell = Weighted(
+        run,
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        dim,
+        groups,
+        call.name.startswith("conv_transpose"),
+        twin=_twin(call, like),
+    )
+    return LayerCall.of(rule.copy(), shell, forward, call.inputs[0].saved, output, call.path)
 
 
 def _twin(call: FunctionCall, like: nn.Module) -> nn.Module:
     """A layer of torch with the options of the call."""
     if isinstance(like, nn.modules.conv._ConvNd):
-        count = len(like.kernel_size)
-        given = {
+        dims = len(like.kernel_size)
+        options = {
             "stride": call.argument(3, "stride", 1),
             "padding": call.argument(4, "padding", 0),
             "output_padding": call.argument(5, "output_padding", 0) if like.transposed else 0,
             "dilation": call.argument(7 if like.transposed else 5, "dilation", 1),
         }
-        for option, value in given.items():
-            setattr(like, option, value if isinstance(value, str) else _repeated(value, count))
+        for option, value in options.items():
+            setattr(like, option, value if isinstance(value, str) else _repeated(value, dims))
         like.groups = int(call.argument(6, "groups", 1))
         like.kernel_size = tuple(call.argument(1, "weight").shape[2:])
     return like
 
 
-def _repeated(value: int | Sequence[int], count: int) -> tuple[int, ...]:
+def _repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     """An option of a convolution for each of its dimensions."""
     values = (value,) if isinstance(value, int) else tuple(value)
-    return values * count if len(values) == 1 else values
+    return values * dims if len(values) == 1 else values
 
 
-def _norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """``F.batch_norm`` as the module that it is the twin of."""
+def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
+    """``F.batch_norm`` as a call of ``nn.BatchNorm2d``; None with the statistics of the batch."""
     # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
     swapped = len(call.args) + len(call.kwargs) > 8
     weight_at, mean_at = (1, 3) if swapped else (3, 1)
@@ -97,25 +104,25 @@ def _norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
     ones = torch.ones_like(mean)
     twin.weight = nn.Parameter(ones if weight is None else weight.detach(), requires_grad=False)
     twin.bias = nn.Parameter(torch.zeros_like(ones) if bias is None else bias.detach(), requires_grad=False)
-    rule = call.rules.of_module(twin)
+    rule = call.settings.rules.of_module(twin)
     own = Pass() if rule is None else rule.copy()
-    return LayerCall.of(own, twin, _normed, call.saved[0], output, call.path)
+    return LayerCall.of(own, twin, _batch_norm, call.inputs[0].saved, output, call.path)
 
 
-def _normed(module: nn.Module, source: Tensor) -> Tensor:
-    """Batch normalization of any rank: the twin is made for images."""
+def _batch_norm(module: nn.Module, source: Tensor) -> Tensor:
+    """Batch normalization of any rank, by a module for images."""
     assert isinstance(module, nn.BatchNorm2d)
     return nn.functional.batch_norm(
         source, module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps
     )
 
 
-@kernel("deform_conv2d")
-def deformable(call: FunctionCall) -> Kernel:
-    """A convolution that reads where offsets say: by the rule of the module that owns the weight."""
+@kernel_of("deform_conv2d")
+def deformable_convolution(call: FunctionCall) -> Kernel:
+    """A convolution that reads its input at computed offsets: by the rule of the module that owns the weight."""
     weight, bias, fixed = call.args[1], call.args[4], tuple(call.values[1:])
     if not isinstance(call.args[0], Slot) or isinstance(weight, Slot):
-        return Unknown(UnsupportedOperationError(_DEFORMED), shapes_of(call))
+        return UnknownKernel(UnsupportedOperationError(_COMPUTED_WEIGHT), call.shapes)
 
     def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         filled = fill(call.args, (source, *fixed))
@@ -123,21 +130,25 @@ def deformable(call: FunctionCall) -> Kernel:
         result: Tensor = call.function(source, weight, *filled[2:4], none if bias is None else bias, *filled[5:])
         return result
 
-    # Where two points lie between the same pixels, an input meets an output through two weights, as in a padding.
-    return weighted(call, run, weight, bias, nn.Conv2d(1, 1, 1, device="meta"), 1, "computed")
+    # Where two points lie between the same pixels, an input meets an output through two weights.
+    return kernel_of_layer(call, run, weight, bias, nn.Conv2d(1, 1, 1, device="meta"), 1, "computed")
 
 
-_DEFORMED = (
-    "relevance arrived at 'deform_conv2d' whose weight is computed by the model, which has no kernel. Tell how it "
-    "hands relevance down: decorate a function with nrm_plugin.register_kernel(torch.ops.torchvision.deform_conv2d)."
+_COMPUTED_WEIGHT = (
+    "relevance arrived at 'deform_conv2d' whose weight is computed by the model, which has no kernel. Define "
+    "how it propagates relevance: decorate a function with "
+    "nrm_plugin.register_kernel(torch.ops.torchvision.deform_conv2d)."
 )
 
 
 def channel_dim(call: FunctionCall) -> int | None:
-    """Where a function puts its channels: last where it works on features, 1 on images; None for anything else."""
+    """Dimension of the channels in the output: the last one of features, 1 of images; None for other functions."""
     if call.name in LAYERS:
         return -1 if call.name == "linear" else 1
-    if call.name in ("matmul", "einsum", "tensordot") and len(call.saved) == 1:
+    if call.name in ("matmul", "einsum", "tensordot") and len(call.inputs) == 1:
         constants = constants_of(call)
-        return -1 if constants and as_matrix(call, constants[0])[2] else None
+        return -1 if constants and matrix_of(call, constants[0]).is_layer else None
     return -1 if call.name == "scaled_dot_product_attention" else None
+
+
+__all__ = ["LAYERS", "channel_dim", "layer_call"]

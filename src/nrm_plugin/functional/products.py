@@ -1,15 +1,16 @@
-"""Kernels of matrix products and of other contractions of two tensors.
+"""Kernels of matrix products and other contractions of two tensors.
 
-Source: MEASURE, section 5 (ours).
+Source: docs/measure.md (operations without a module).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from zennit.rules import Norm
 
@@ -17,178 +18,176 @@ from ..kernels.base import Kernel
 from ..kernels.rule_reader import read_rule_at
 from ..model.affine import Weighted, Weightless
 from ..rules import Absolute
-from .elementwise import STABILIZER, PlacedKernel, pooling, shapes_of, total_of
-from .registry import FunctionCall, Slot, kernel
-from .unknown import Unknown, uncovered
+from .elementwise import STABILIZER
+from .function_call import FunctionCall, Slot
+from .function_kernels import EqualPartsKernel, SingleInputKernel
+from .pooling import pooling
+from .registry import kernel_of
+from .unknown import UnknownKernel, uncovered_layer_error
+
+Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``(input, weight, bias) -> output``"""
 
 
-def weighted(
+def kernel_of_layer(
     call: FunctionCall,
-    run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    run: Affine,
     weight: Tensor,
     bias: Tensor | None,
     like: nn.Module,
     bias_dim: int = -1,
     padding_mode: str = "zeros",
 ) -> Kernel:
-    """A function that is affine in its one input and linear in a constant weight, by the rule of a layer."""
-    rule = call.rules.of_weight(weight, like)
+    """A function that is affine in its first input and linear in a constant weight, by the rule of a layer.
+
+    Args:
+        call: The call.
+        run: The function of input, weight and bias.
+        weight: The weight, with a row for each output.
+        bias: The bias.
+        like: A layer of that kind.
+        bias_dim: Dimension of the output along which the bias is added.
+        padding_mode: As in convolutions; anything but ``"zeros"`` where an input meets an output through two weights.
+    """
+    rule = call.settings.rules.of_weight(weight, like)
     if rule is None:  # raised in an operator such as @, Python would take it for operands that do not fit
-        return Unknown(uncovered(call.path, like, call.name), shapes_of(call))
+        return UnknownKernel(uncovered_layer_error(call.path, like, call.name), call.shapes)
     shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim, padding_mode=padding_mode)
-    kernel_ = read_rule_at(rule, shell, call.values[0], call.path)
-    return kernel_ if len(call.saved) == 1 else PlacedKernel(kernel_, 0, shapes_of(call))
+    kernel = read_rule_at(rule, shell, call.values[0], call.path)
+    return kernel if len(call.inputs) == 1 else SingleInputKernel(kernel, 0, call.shapes)
 
 
-@kernel("matmul", "einsum", "tensordot")
+@kernel_of("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
-    """With a constant matrix a linear layer; of two computed tensors, all to the one that is no gate."""
-    values = call.values
-    if len(values) == 1:
-        return _with_constant(call)
-    everyone = range(len(values))
-    if call.attention == "halves":
-        halves: dict[int, Kernel] = {number: _share_in(call, number, Norm(STABILIZER)) for number in everyone}
-        return HalvesKernel(halves, shapes_of(call))
-    signals = [number for number in everyone if not call.gates[number]] or list(everyone)
-    largest = max(values[number].numel() for number in signals)
-    signals = [number for number in signals if values[number].numel() == largest]
+    """With a constant matrix a linear layer; of computed factors, all to those that are not gates."""
+    if len(call.inputs) == 1:
+        return _contraction_with_constant(call)
+    factors = range(len(call.inputs))
+    if call.settings.attention == "halves":
+        kernels = {number: _one_factor(call, number, Norm(STABILIZER)) for number in factors}
+        return EqualPartsKernel(kernels, call.shapes)
+    sizes = [value.numel() for value in call.values]
+    signals = [number for number in factors if not call.gates[number]] or list(factors)
+    largest = max(sizes[number] for number in signals)
+    signals = [number for number in signals if sizes[number] == largest]
+    kernels = {number: _one_factor(call, number, Absolute()) for number in signals}
     if len(signals) == 1:
-        return PlacedKernel(_share_in(call, signals[0], Absolute()), signals[0], shapes_of(call))
-    return HalvesKernel({number: _share_in(call, number, Absolute()) for number in signals}, shapes_of(call))
+        return SingleInputKernel(kernels[signals[0]], signals[0], call.shapes)
+    return EqualPartsKernel(kernels, call.shapes)
 
 
-def _with_constant(call: FunctionCall) -> Kernel:
-    """A product with a constant as a linear layer, whose weight has a row for each output, as torch's have."""
+def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kernel:
+    """The shares of the entries of one factor of a product, the others held constant."""
+    values = [value.abs() for value in call.values] if isinstance(rule, Absolute) else call.values
+
+    def run(source: Tensor) -> Tensor:
+        return call.run(*[source if other == number else value for other, value in enumerate(values)])  # type: ignore[no-any-return]
+
+    return read_rule_at(rule, Weightless(run), values[number], call.path)
+
+
+# -- a constant factor ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConstantMatrix:
+    """A constant factor as the weight of a linear layer.
+
+    Attributes:
+        weight: With a row for each output.
+        restore: Makes the factor of such a weight again.
+        is_layer: Whether this is a layer over the last dimension, so that its outputs are channels.
+    """
+
+    weight: Tensor
+    restore: Callable[[Tensor], Tensor]
+    is_layer: bool
+
+
+def _contraction_with_constant(call: FunctionCall) -> Kernel:
+    """A product with a constant as a linear layer."""
     constants = constants_of(call)
-    if not constants:  # einsum of one tensor only adds up and turns
+    if not constants:  # einsum of one tensor sums and transposes
         return pooling(call)
     constant = constants[0]
-    matrix, restored, is_layer = as_matrix(call, constant)
+    matrix = matrix_of(call, constant)
 
     def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        factor = restored(weight)
-        swapped = [_swap(value, constant, factor) for value in call.args]
-        keywords = {key: _swap(value, constant, factor) for key, value in call.kwargs.items()}
-        filled = FunctionCall(
-            call.name, call.function, call.path, tuple(swapped), keywords, call.saved, call.gates, (), call.rules
-        )
-        return filled.run(source)  # type: ignore[no-any-return]
+        factor = matrix.restore(weight)
+        args = tuple(_replaced(value, constant, factor) for value in call.args)
+        kwargs = {key: _replaced(value, constant, factor) for key, value in call.kwargs.items()}
+        return dataclasses.replace(call, args=args, kwargs=kwargs).run(source)  # type: ignore[no-any-return]
 
     like = nn.Linear(1, 1, device="meta")
-    if is_layer:
-        return weighted(call, run, matrix, None, like)
-    # Weights meet inputs in another way than those of a layer: no channel matrix is read off them.
-    kernel_ = weighted(call, run, matrix, None, like, padding_mode="computed")
-    return PlacedKernel(kernel_, 0, shapes_of(call))
+    if matrix.is_layer:
+        return kernel_of_layer(call, run, matrix.weight, None, like)
+    # Not a layer's kernel to others: no channel matrix can be read off weights that meet inputs in another way.
+    kernel = kernel_of_layer(call, run, matrix.weight, None, like, padding_mode="computed")
+    return SingleInputKernel(kernel, 0, call.shapes)
 
 
-def as_matrix(call: FunctionCall, constant: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor], bool]:
-    """A constant factor with a row for each output.
-
-    Returns:
-        The matrix, a function that makes the factor of it again, and whether this is a layer over the last dimension.
-    """
+def matrix_of(call: FunctionCall, constant: Tensor) -> ConstantMatrix:
+    """The constant factor of a contraction as the weight of a layer."""
     if call.name == "einsum":
-        found = _by_letters(call, constant)
-        if found is not None:
-            return found
-    if call.name != "einsum" and constant.ndim == 2 and isinstance(call.argument(0, "input"), Slot):
-        return constant.T, lambda weight: weight.T, True
+        matrix = _matrix_of_einsum(call, constant)
+        return ConstantMatrix(constant, lambda weight: weight, False) if matrix is None else matrix
+    is_right = isinstance(call.argument(0, "input"), Slot)
+    if constant.ndim == 2 and is_right:
+        return ConstantMatrix(constant.T, lambda weight: weight.T, True)
     if call.name == "matmul" and constant.ndim > 2:
-        last = isinstance(call.argument(0, "input"), Slot)
-        rows = constant.transpose(-1, -2) if last else constant
-        shape = rows.shape
+        rows = constant.transpose(-1, -2) if is_right else constant
 
-        def restored(weight: Tensor) -> Tensor:
-            factor = weight.reshape(shape)
-            return factor.transpose(-1, -2) if last else factor
+        def restore(weight: Tensor) -> Tensor:
+            factor = weight.reshape(rows.shape)
+            return factor.transpose(-1, -2) if is_right else factor
 
-        return rows.flatten(0, -2), restored, False
-    return constant, lambda weight: weight, False
+        return ConstantMatrix(rows.flatten(0, -2), restore, False)
+    return ConstantMatrix(constant, lambda weight: weight, False)
 
 
-def _by_letters(call: FunctionCall, constant: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor], bool] | None:
-    """The same for ``einsum``: the letters of the factor that are in the output are its rows."""
+def _matrix_of_einsum(call: FunctionCall, constant: Tensor) -> ConstantMatrix | None:
+    """The same for ``einsum``: the subscripts of the factor that are in the output number its rows."""
     equation, operands = call.args[0], list(call.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     if not isinstance(equation, str) or "->" not in equation or "." in equation or len(operands) != 2:
         return None
-    left, made = equation.replace(" ", "").split("->")
-    words = left.split(",")
-    own, other = (words[0], words[1]) if operands[0] is constant else (words[1], words[0])
-    rows, columns = [letter for letter in own if letter in made], [letter for letter in own if letter not in made]
+    left, output = equation.replace(" ", "").split("->")
+    own, other = left.split(",") if operands[0] is constant else left.split(",")[::-1]
     if len(set(own)) < len(own):
         return None
+    rows, columns = [letter for letter in own if letter in output], [letter for letter in own if letter not in output]
     order = [own.index(letter) for letter in (*rows, *columns)]
-    back = [order.index(place) for place in range(len(order))]
-    turned = constant.permute(order)
+    inverse = [order.index(dim) for dim in range(len(order))]
+    matrix = constant.permute(order)
     if len(rows) == len(columns) == 1:
-        is_layer = made[-1] == rows[0] and other[-1] == columns[0] and rows[0] not in other
-        return turned, lambda weight: weight.permute(back), is_layer
-    shape, size = turned.shape, math.prod(turned.shape[: len(rows)])
-    return turned.reshape(size, -1), lambda weight: weight.reshape(shape).permute(back), False
-
-
-def _share_in(call: FunctionCall, signal: int, rule: Absolute | Norm) -> Kernel:
-    """Share in one factor of a product, the others held."""
-    values = [value.abs() for value in call.values] if isinstance(rule, Absolute) else call.values
-
-    def run(source: Tensor) -> Tensor:
-        return call.run(*[source if number == signal else value for number, value in enumerate(values)])  # type: ignore[no-any-return]
-
-    return read_rule_at(rule, Weightless(run), values[signal], call.path)
-
-
-class HalvesKernel(Kernel):
-    """An equal part of the relevance by the kernel of each of some factors; nothing to the others.
-
-    Args:
-        kernels: By number of the factor.
-        shapes: Shape of every factor.
-    """
-
-    def __init__(self, kernels: dict[int, Kernel], shapes: list[torch.Size]) -> None:
-        self.kernels, self.shapes = kernels, shapes
-
-    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        part = relevance / len(self.kernels)
-        return self._put({number: kernel_.pull(part)[0] for number, kernel_ in self.kernels.items()}, relevance)
-
-    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        part = relevance / len(self.kernels)
-        parts = {number: kernel_.pull_absolute(part)[0] for number, kernel_ in self.kernels.items()}
-        return self._put(parts, relevance)
-
-    def _put(self, parts: dict[int, Tensor], relevance: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            parts[number] if number in parts else relevance.new_zeros((len(relevance), *shape))
-            for number, shape in enumerate(self.shapes)
-        )
-
-    def column_sum(self, like: Tensor) -> Tensor:
-        return total_of([kernel_.column_sum(like) for kernel_ in self.kernels.values()]) / len(self.kernels)
+        is_layer = output[-1] == rows[0] and other[-1] == columns[0] and rows[0] not in other
+        return ConstantMatrix(matrix, lambda weight: weight.permute(inverse), is_layer)
+    shape, size = matrix.shape, math.prod(matrix.shape[: len(rows)])
+    return ConstantMatrix(matrix.reshape(size, -1), lambda weight: weight.reshape(shape).permute(inverse), False)
 
 
 def constants_of(call: FunctionCall) -> list[Tensor]:
-    """The floating tensors among the arguments of a call that carry no relevance."""
-    return [value for value in _tensors(call.args, call.kwargs) if value.is_floating_point()]
+    """The floating-point tensors among the arguments of a call that carry no relevance."""
+    return [value for value in _tensors_in((*call.args, *call.kwargs.values())) if value.is_floating_point()]
 
 
-def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in (*args, *kwargs.values()):
+def _tensors_in(values: Any) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, (list, tuple)):
-            found += _tensors(value, {})
-    return found
+            tensors += _tensors_in(value)
+    return tensors
 
 
-def _swap(value: Any, old: Tensor, new: Tensor) -> Any:
+def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     if value is old:
         return new
     if isinstance(value, (list, tuple)):
-        return type(value)(_swap(item, old, new) for item in value)
+        return type(value)(_replaced(item, old, new) for item in value)
     return value
+
+
+__all__ = ["constants_of", "kernel_of_layer", "matrix_of"]

@@ -1,10 +1,10 @@
 """Recurrent layers as loops of plain operations, whose kernels are known.
 
-torch runs a whole LSTM, GRU or RNN as one fused function. While a measure is recorded, that function is replaced by the
-loop that it stands for: linear maps have the rule that the composite gives to the layer, or else to linear layers, and
-sigmoids are gates. Steps are ``(N, features)``, one for each time; hidden and cell states are taps.
+torch runs a whole LSTM, GRU or RNN as one fused function. While a measure is recorded, a loop over time runs instead:
+its linear maps have the rule that the composite gives to the layer, or else to linear layers, and sigmoids are gates.
+Inputs and states are ``(N, features)`` at each time; hidden and cell states are taps.
 
-Source: MEASURE.md, section 5 (ours).
+Source: docs/recurrent-and-graphs.md.
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ State = tuple[Tensor | None, ...]
 
 
 @dataclass
-class Where:
+class Context:
     """Where in a model a recurrent function runs.
 
     Attributes:
         path: Path of the module that called it.
-        packs: The batch sizes of the packed sequences that were met, and where each sample is in them.
+        packs: For each packed sequence that a module received: its batch sizes, and the rank of each sample by length.
     """
 
     path: str
     packs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def tap(self, name: str, time: int, tensor: Tensor) -> None:
-        """Names a state."""
-        hearing = listener()
-        if hearing is not None and tensor.requires_grad:
-            hearing.on_function(f"{self.path}.{name}" if self.path else name, time, tensor, -1)
+        """Makes a state a tap."""
+        listening = listener()
+        if listening is not None and tensor.requires_grad:
+            listening.on_function(f"{self.path}.{name}" if self.path else name, time, tensor, -1)
 
     def order(self, batch_sizes: Tensor) -> Tensor:
-        """Where each sample is in a packed sequence, whose samples are sorted by length."""
-        found = next((order for sizes, order in self.packs if sizes is batch_sizes), None)
-        return torch.arange(int(batch_sizes[0])) if found is None else found
+        """Rank by length of each sample of a packed sequence."""
+        known = next((order for sizes, order in self.packs if sizes is batch_sizes), None)
+        return torch.arange(int(batch_sizes[0])) if known is None else known
 
 
 def packs_in(args: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-    """The order of the packed sequences among the arguments of a module."""
+    """Batch sizes and ranks of the packed sequences among the arguments of a module."""
     packed = [value for value in args if isinstance(value, PackedSequence)]
     return [(pack.batch_sizes, pack.unsorted_indices) for pack in packed if pack.unsorted_indices is not None]
 
 
 Recurrence = Callable[..., Any]
-RECURRENT: dict[str, Recurrence] = {}
-"""Functions that are run as loops, by name; they are told where they run."""
+RECURRENCES: dict[str, Recurrence] = {}
+"""Loops that run in place of functions, by name; their first argument is the context."""
 
 
-def recurrence(name: str) -> Callable[[Recurrence], Recurrence]:
-    """Registers a loop."""
+def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
+    """Registers a loop that runs in place of a function."""
 
     def decorate(body: Recurrence) -> Recurrence:
-        RECURRENT[name] = body
+        RECURRENCES[name] = body
         return body
 
     return decorate
@@ -74,9 +74,9 @@ def recurrence(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """What the hidden state adds, and what is added beside it.
+    """The summand of the hidden state, and a bias that is a summand of its own.
 
-    The bias stands apart from a state that was given: where that is zero, nothing ends at it.
+    The bias is separate for an initial state that was given: samples in which it is zero then lose nothing to it.
     """
     w_hh, b_hh = weights[1], weights[3] if len(weights) > 3 else None
     if h is None:
@@ -88,7 +88,7 @@ def _from_input(x: Tensor, weights: Weights) -> Tensor:
     return F.linear(x, weights[0], weights[2] if len(weights) > 3 else None)
 
 
-def _total(first: Tensor, *rest: Tensor | None) -> Tensor:
+def _sum(first: Tensor, *rest: Tensor | None) -> Tensor:
     for part in rest:
         first = first if part is None else first + part
     return first
@@ -104,7 +104,7 @@ def lstm_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> Stat
     h, c = state
     projection = weights[-1] if len(weights) in (3, 5) else None
     plain = weights[:-1] if projection is not None else weights
-    i, f, g, o = _total(_from_input(x, plain), *_from_hidden(h, is_given, plain)).chunk(4, -1)
+    i, f, g, o = _sum(_from_input(x, plain), *_from_hidden(h, is_given, plain)).chunk(4, -1)
     signal = i.sigmoid() * g.tanh()
     c = signal if c is None else f.sigmoid() * c + signal
     h = o.sigmoid() * c.tanh()
@@ -116,25 +116,25 @@ def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State
 
     .. math:: h' = (1 - \sigma(z)) \odot \tanh(n_x + \sigma(r) \odot n_h) + \sigma(z) \odot h
 
-    A gate times a constant is a constant, so :math:`\sigma(r) \odot b_{hn}` is a bias where no state comes in.
+    A gate times a constant is a constant, so :math:`\sigma(r) \odot b_{hn}` is a bias without a state.
     """
     (h,) = state
     r_x, z_x, n_x = _from_input(x, weights).chunk(3, -1)
     hidden, bias = _from_hidden(h, is_given, weights)
     r_h, z_h, n_h = (None, None, None) if hidden is None else hidden.chunk(3, -1)
     r_b, z_b, n_b = (None, None, None) if bias is None else bias.chunk(3, -1)
-    r, z = _total(r_x, r_h, r_b).sigmoid(), _total(z_x, z_h, z_b).sigmoid()
+    r, z = _sum(r_x, r_h, r_b).sigmoid(), _sum(z_x, z_h, z_b).sigmoid()
     n = n_x if n_h is None else n_x + r * n_h
     n = (n if n_b is None else n + r.detach() * n_b).tanh()
-    fresh = (1 - z) * n
-    return (fresh if h is None else fresh + z * h,)
+    signal = (1 - z) * n
+    return (signal if h is None else signal + z * h,)
 
 
 def rnn_step(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, State, bool, Weights], State]:
     r"""One step of an Elman net, :math:`h' = \phi(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})`."""
 
     def step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State:
-        return (activation(_total(_from_input(x, weights), *_from_hidden(state[0], is_given, weights))),)
+        return (activation(_sum(_from_input(x, weights), *_from_hidden(state[0], is_given, weights))),)
 
     return step
 
@@ -149,18 +149,18 @@ CELLS: dict[str, Cell] = {
 
 
 def _started(x: Tensor, state: Sequence[Tensor]) -> tuple[State, bool]:
-    """Initial states, and whether some were given: constants that hold something join the signal as constants."""
-    known: list[Tensor | None] = []
+    """Initial states, None for zeros, and whether some were given: these join the signal as constants."""
+    states: list[Tensor | None] = []
     for value in state:
         if value.requires_grad:
-            known.append(value)
+            states.append(value)
         elif not bool(value.any()) or not x.requires_grad:
-            known.append(None if not bool(value.any()) else value)
+            states.append(None if not bool(value.any()) else value)
         else:
             never = torch.zeros((), dtype=torch.bool, device=value.device)
-            known.append(torch.where(never, x[:, :1], value))
-    return tuple(known), any(
-        value is not None and not old.requires_grad for value, old in zip(known, state, strict=True)
+            states.append(torch.where(never, x[:, :1], value))
+    return tuple(states), any(
+        value is not None and not old.requires_grad for value, old in zip(states, state, strict=True)
     )
 
 
@@ -172,18 +172,20 @@ def _filled(state: State, initial: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _cell(kind: str) -> Recurrence:
-    def run(where: Where, x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
+    def run(
+        context: Context, x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None
+    ) -> Any:
         initial = list(hx) if isinstance(hx, (tuple, list)) else [hx]
         state, is_given = _started(x, initial)
         weights = (w_ih, w_hh) if b_ih is None else (w_ih, w_hh, b_ih, b_hh)
-        found = CELLS[kind](x, state, is_given, weights)
-        return found if kind == "lstm" else found[0]
+        states = CELLS[kind](x, state, is_given, weights)
+        return states if kind == "lstm" else states[0]
 
     return run
 
 
 for _kind in CELLS:
-    RECURRENT[f"{_kind}_cell"] = _cell(_kind)
+    RECURRENCES[f"{_kind}_cell"] = _cell(_kind)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ for _kind in CELLS:
 
 @dataclass(frozen=True)
 class _Layers:
-    """The weights and options of a recurrent layer as torch hands them to its function."""
+    """The weights and options of a recurrent layer as torch passes them to its function."""
 
     kind: str
     params: Sequence[Tensor]
@@ -206,20 +208,20 @@ class _Layers:
         return 2 if self.bidirectional else 1
 
     def weights(self, number: int) -> Weights:
-        """Of one layer in one direction."""
+        """The weights of one layer in one direction."""
         size = len(self.params) // (self.num_layers * self.directions)
         return self.params[number * size : (number + 1) * size]
 
     def run(
-        self, where: Where, xs: list[Tensor], initial: Sequence[Tensor], lengths: Tensor | None
+        self, context: Context, xs: list[Tensor], initial: Sequence[Tensor], lengths: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs by time, and the final states, ``(layers · directions, N, features)`` each.
 
         Args:
-            where: Where this runs.
+            context: Context this runs.
             xs: Inputs by time, ``(N, features)`` each.
             initial: Initial states, ``(layers · directions, N, features)`` each.
-            lengths: Length of each sample; None where all have that of the input.
+            lengths: Length of each sample; None where all are as long as the input.
         """
         finals: list[list[Tensor]] = []
         for layer in range(self.num_layers):
@@ -228,8 +230,8 @@ class _Layers:
                 number = layer * self.directions + direction
                 name = f"l{layer}{'_reverse' if direction else ''}"
                 own = [state[number] for state in initial]
-                found, final = self._direction(where, name, xs, own, self.weights(number), lengths, direction == 1)
-                outputs.append(found)
+                hidden, final = self._direction(context, name, xs, own, self.weights(number), lengths, direction == 1)
+                outputs.append(hidden)
                 finals.append(final)
             xs = outputs[0] if len(outputs) == 1 else [torch.cat(both, -1) for both in zip(*outputs, strict=True)]
             if self.dropout > 0 and self.training and layer + 1 < self.num_layers:
@@ -238,7 +240,7 @@ class _Layers:
 
     def _direction(
         self,
-        where: Where,
+        context: Context,
         name: str,
         xs: list[Tensor],
         initial: list[Tensor],
@@ -253,25 +255,25 @@ class _Layers:
             before = state
             state = CELLS[self.kind](x, state, is_given and number == 0, weights)
             if lengths is not None and number > 0:
-                state = _while(number < lengths, state, before)
+                state = _of_running(number < lengths, state, before)
             time = len(xs) - 1 - number if is_reverse else number
             for label, value in zip(("hidden", "cell"), state, strict=False):
                 if value is not None:
-                    where.tap(f"{label}_{name}", time, value)
+                    context.tap(f"{label}_{name}", time, value)
             assert state[0] is not None
             outputs.append(state[0])
         return (_reversed(outputs, lengths) if is_reverse else outputs), _filled(state, initial)
 
 
-def _while(is_running: Tensor, state: State, before: State) -> State:
-    """The new state of the samples that still run, the old one of the others."""
+def _of_running(is_running: Tensor, state: State, before: State) -> State:
+    """The new state of the samples that have not ended, the old one of the others."""
     mask = is_running.unsqueeze(1)
     pairs = zip(state, before, strict=True)
     return tuple(new if new is None or old is None else torch.where(mask, new, old) for new, old in pairs)
 
 
 def _reversed(xs: list[Tensor], lengths: Tensor | None) -> list[Tensor]:
-    """Each sample from its own end to its start."""
+    """Each sample from its last time to its first."""
     if lengths is None or bool((lengths == len(xs)).all()):
         return xs[::-1]
     stacked, samples = torch.stack(xs), torch.arange(len(lengths), device=lengths.device)
@@ -279,7 +281,7 @@ def _reversed(xs: list[Tensor], lengths: Tensor | None) -> list[Tensor]:
 
 
 def _layer(kind: str) -> Recurrence:
-    def run(where: Where, *args: Any) -> Any:
+    def run(context: Context, *args: Any) -> Any:
         is_packed = isinstance(args[3], (tuple, list))
         if is_packed:
             data, batch_sizes, hx, params, *rest = args
@@ -288,18 +290,18 @@ def _layer(kind: str) -> Recurrence:
         layers = _Layers(kind, params, *rest)
         initial = list(hx) if isinstance(hx, (tuple, list)) else [hx]
         if not is_packed:
-            outputs, states = layers.run(where, list(data.unbind(1 if batch_first else 0)), initial, None)
+            outputs, states = layers.run(context, list(data.unbind(1 if batch_first else 0)), initial, None)
             return torch.stack(outputs, 1 if batch_first else 0), *states
-        packing = _Packing(batch_sizes, where.order(batch_sizes).to(data.device))
+        packing = _Packing(batch_sizes, context.order(batch_sizes).to(data.device))
         initial = [state.index_select(1, packing.order) for state in initial]
-        outputs, states = layers.run(where, packing.rows(data), initial, packing.lengths)
+        outputs, states = layers.run(context, packing.rows(data), initial, packing.lengths)
         return packing.packed(outputs), *(state.index_select(1, packing.inverse) for state in states)
 
     return run
 
 
 for _kind in CELLS:
-    RECURRENT[_kind] = _layer(_kind)
+    RECURRENCES[_kind] = _layer(_kind)
 
 
 # -- packed sequences -------------------------------------------------------------------------------------------------
@@ -308,12 +310,12 @@ for _kind in CELLS:
 class _Packing:
     """Where the entries of samples are in a packed sequence.
 
-    In there they lie by time, and at each time by sample, longest first. Steps see all samples at each time, in
-    the order of the batch, so that what each absorbs is told apart.
+    Its entries are ordered by time, and at each time by sample, longest first. The loop runs on all samples at each
+    time, in the order of the batch, so that the sink of each sample is known.
 
     Args:
-        batch_sizes: Samples that run at each time.
-        order: Where each sample is among those sorted by length.
+        batch_sizes: Number of samples that have not ended, at each time.
+        order: Rank of each sample by length.
     """
 
     def __init__(self, batch_sizes: Tensor, order: Tensor) -> None:
@@ -323,7 +325,7 @@ class _Packing:
         self.lengths = (sizes.unsqueeze(0) > order.unsqueeze(1)).sum(1)
 
     def rows(self, data: Tensor) -> list[Tensor]:
-        """``(entries, …)`` to ``(N, …)`` for each time; a sample that has ended stays at its last entry."""
+        """``(entries, …)`` to ``(N, …)`` for each time; a sample that has ended repeats its last entry."""
         times = [torch.minimum(self.lengths - 1, torch.full_like(self.lengths, t)) for t in range(len(self.offsets))]
         return [data.index_select(0, self.offsets[time] + self.order) for time in times]
 
@@ -333,13 +335,13 @@ class _Packing:
         return torch.cat(parts)
 
     def _running(self, time: int) -> Tensor:
-        """The samples that run at a time, longest first."""
+        """The samples that have not ended at a time, longest first."""
         return self.inverse[: int((self.lengths > time).sum())]
 
 
-@recurrence("_pack_padded_sequence")
-def _pack(where: Where, padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    """Entries of a padded batch ``(T, N, …)``, sorted by length, by time."""
+@recurrence_of("_pack_padded_sequence")
+def _pack(context: Context, padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """Entries of a padded batch ``(T, N, …)``, whose samples are sorted by length, by time."""
     by_time = padded.transpose(0, 1) if batch_first else padded
     ends = lengths.tolist()
     sizes = [sum(end > time for end in ends) for time in range(max(ends))]
@@ -347,12 +349,12 @@ def _pack(where: Where, padded: Tensor, lengths: Tensor, batch_first: bool) -> t
     return data, torch.tensor(sizes)
 
 
-@recurrence("_pad_packed_sequence")
+@recurrence_of("_pad_packed_sequence")
 def _pad(
-    where: Where, data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total: int
+    context: Context, data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total: int
 ) -> tuple[Tensor, Tensor]:
-    """A padded batch of the entries; the padding is a constant, of the sample that it belongs to."""
-    packing = _Packing(batch_sizes, where.order(batch_sizes).to(data.device))
+    """The entries as a padded batch; the padding of a sample is a constant of that sample."""
+    packing = _Packing(batch_sizes, context.order(batch_sizes).to(data.device))
     rows = packing.rows(data)
     rows += [rows[-1]] * (total - len(rows))
     padded = torch.stack(rows, 1)  # (N, T, …)
@@ -364,4 +366,4 @@ def _pad(
     return (sorted_ if batch_first else sorted_.transpose(0, 1)), packing.lengths[packing.inverse].cpu()
 
 
-__all__ = ["RECURRENT", "Where", "packs_in"]
+__all__ = ["RECURRENCES", "Context", "packs_in"]

@@ -1,4 +1,4 @@
-"""Functions that make one number of many and are neither sums nor averages."""
+"""Kernels of reductions that are neither sums nor averages: log-sum-exp and norms."""
 
 from __future__ import annotations
 
@@ -10,66 +10,69 @@ from torch import Tensor
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from .elementwise import BroadcastKernel, SplitKernel
-from .registry import FunctionCall, kernel
-from .unknown import Unknown
+from .function_call import FunctionCall
+from .function_kernels import SplitKernel
+from .registry import kernel_of
+from .unknown import UnknownKernel
 
 
-class ReducedKernel(Kernel):
-    """Shares relevance among the entries that were made into one.
+class ReductionKernel(Kernel):
+    """Splits the relevance of each output among the entries that were reduced to it.
 
     Args:
         share: One for each entry of the input; those of one output sum to one.
-        kept: Shape of the output with the reduced dimensions as ones.
+        reduced_shape: Shape of the output with the reduced dimensions as ones.
     """
 
     is_stochastic = True
 
-    def __init__(self, share: Tensor, kept: torch.Size) -> None:
-        self.share, self.kept = share, kept
+    def __init__(self, share: Tensor, reduced_shape: torch.Size) -> None:
+        self.share, self.reduced_shape = share, reduced_shape
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        return (relevance.reshape(len(relevance), *self.kept) * self.share,)
+        return (relevance.reshape(len(relevance), *self.reduced_shape) * self.share,)
 
     pull_absolute = pull
 
 
-def _shared(sizes: Tensor, dims: Any) -> ReducedKernel:
-    """Shares in proportion to sizes; equal ones where all are zero."""
+def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
+    """Shares in proportion to sizes; equal ones where all sizes are zero."""
     dims = tuple(range(sizes.ndim)) if dims is None or dims == () else dims
     total = sizes.sum(dims, keepdim=True)
     equal = torch.full_like(total, total.numel() / sizes.numel())
-    return ReducedKernel(torch.where(total == 0, equal, sizes / torch.where(total == 0, 1.0, total)), total.shape)
+    return ReductionKernel(torch.where(total == 0, equal, sizes / torch.where(total == 0, 1.0, total)), total.shape)
 
 
-@kernel("logsumexp")
+@kernel_of("logsumexp")
 def log_sum_exp(call: FunctionCall) -> Kernel:
-    r"""By softmax, which is its derivative: :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
+    r"""By softmax, the derivative of the function: :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
     value, dims = call.values[0], call.argument(1, "dim")
-    return _shared((value - value.amax(dims, keepdim=True)).exp(), dims)
+    return _proportional((value - value.amax(dims, keepdim=True)).exp(), dims)
 
 
-@kernel("logaddexp", "logaddexp2")
+@kernel_of("logaddexp", "logaddexp2")
 def log_add_exp(call: FunctionCall) -> Kernel:
-    """Two by softmax; a constant is a bias."""
-    shapes = [value.shape for value in call.values]
-    if len(shapes) == 1:
-        return BroadcastKernel(shapes)
+    """Two inputs by softmax; a constant is a bias."""
+    if len(call.inputs) == 1:
+        return call.identity()
     factor = math.log(2) if call.name == "logaddexp2" else 1.0
     first = (factor * (call.values[0] - call.values[1])).sigmoid()
-    return SplitKernel([first, 1 - first], shapes, None, True)
+    return SplitKernel([first, 1 - first], call.shapes, None, True)
 
 
-@kernel("vector_norm")
+@kernel_of("vector_norm")
 def vector_norm(call: FunctionCall) -> Kernel:
-    r"""By Euler's theorem, which holds for what is homogeneous: :math:`T_i = |x_i|^p / \sum_j |x_j|^p`."""
+    r"""By Euler's theorem on homogeneous functions: :math:`T_i = |x_i|^p / \sum_j |x_j|^p`."""
     value, order, dims = call.values[0], call.argument(1, "ord", 2), call.argument(2, "dim")
     if not 0 < float(order) < math.inf:
-        return Unknown(UnsupportedOperationError(_ORDER.format(order=order)), [value.shape])
+        return UnknownKernel(UnsupportedOperationError(_ORDER.format(order=order)), call.shapes)
     size = value.abs()
-    return _shared((size / size.max().clamp(min=1e-30)) ** float(order), dims)
+    return _proportional((size / size.max().clamp(min=1e-30)) ** float(order), dims)
 
 
-_ORDER = "relevance arrived at a norm of order {order}, which has no kernel: it has one for positive, finite orders."
+_ORDER = (
+    "relevance arrived at a norm of order {order}, which has no kernel: only positive, finite orders have one. Use "
+    "such an order, or decorate a function with nrm_plugin.register_kernel(torch.linalg.vector_norm)."
+)
 
-__all__ = ["ReducedKernel"]
+__all__ = ["ReductionKernel"]

@@ -1,32 +1,28 @@
-"""What is known of functions: which have a kernel, which only route, which are made of others.
+"""What is known of functions by name: the kernels of some, and the decompositions of others into these.
 
-A function goes by its name without the marks of its spelling: ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__`` and
-``operator.iadd`` on tensors are all ``add``.
+A function is looked up by its name without the marks of its spelling: ``torch.add``, ``Tensor.add_``,
+``Tensor.__radd__`` and ``operator.iadd`` on tensors are all ``add``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
-
 from ..kernels.base import Kernel
-from ..kernels.forward_state import Saved
-from .gates import Gates
-from .rule_lookup import RuleLookup
+from .function_call import FunctionCall
 
-Handler = Callable[["FunctionCall"], Kernel]
-Rewrite = Callable[..., Any]
-H = TypeVar("H", bound=Callable[..., Any])
+KernelFactory = Callable[[FunctionCall], Kernel]
+Decomposition = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-KERNELS: dict[str, Handler] = {}
-REWRITES: dict[str, Rewrite] = {}
-BY_FUNCTION: dict[Any, Handler] = {}
+KERNELS: dict[str, KernelFactory] = {}
+KERNELS_BY_FUNCTION: dict[Any, KernelFactory] = {}
+DECOMPOSITIONS: dict[str, Decomposition] = {}
 
 _ARITHMETIC = frozenset("add sub mul truediv div matmul pow floordiv mod and or xor".split())
-_OTHER_NAMES = {
+_SYNONYMS = {
     "subtract": "sub",
     "multiply": "mul",
     "truediv": "div",
@@ -61,82 +57,24 @@ _OTHER_NAMES = {
     "fmax": "maximum",
     "fmin": "minimum",
 }
-_PREFIXES = ("special_", "linalg_")
-"""Of functions in namespaces of torch; what follows is the name."""
-
-
-@dataclass
-class FunctionCall:
-    """One call of a function on tensors that carry relevance.
-
-    Attributes:
-        name: The function's name, as the registry knows it.
-        function: The function.
-        path: Path of the module that called it.
-        args: Its arguments, with the tensors that carry relevance replaced by their numbers in ``saved``.
-        kwargs: Its keyword arguments, likewise.
-        saved: The tensors that carry relevance, in order: the inputs of the step.
-        gates: Which of them are gates.
-        producers: The autograd nodes that made them.
-        rules: Looks up the composite's rule of a module.
-        sums: How sums share: ``"absolute"`` or ``"signed"``.
-        attention: What a product of two tensors hands to attention weights: ``"value"`` for nothing, or ``"halves"``.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    path: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    saved: list[Saved]
-    gates: tuple[bool, ...]
-    producers: tuple[Any, ...]
-    rules: RuleLookup
-    sums: str = "absolute"
-    attention: str = "value"
-    owner: nn.Module | None = None
-
-    @property
-    def values(self) -> list[Tensor]:
-        """The inputs that carry relevance, detached, as they were when the function ran."""
-        return [saved.tensor for saved in self.saved]
-
-    def run(self, *values: Tensor) -> Any:
-        """The function on other inputs; constants and options as they were."""
-        return self.function(
-            *(fill(value, values) for value in self.args), **{k: fill(v, values) for k, v in self.kwargs.items()}
-        )
-
-    def argument(self, position: int, keyword: str, default: Any = None) -> Any:
-        """One argument by position or keyword."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(keyword, default)
+_NAMESPACES = ("special_", "linalg_")
+"""Prefixes of functions in namespaces of torch."""
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Stands for a tensor that carries relevance among the arguments of a call."""
+class FunctionName:
+    """The name of a function.
 
-    number: int
-
-
-def fill(value: Any, tensors: tuple[Tensor, ...]) -> Any:
-    """Arguments with tensors in place of slots."""
-    if isinstance(value, Slot):
-        return tensors[value.number]
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(fill(item, tensors) for item in value)
-    return value
-
-
-@dataclass
-class Name:
-    """The name of a function and whether this spelling writes in place."""
+    Attributes:
+        base: The name without the marks of its spelling.
+        in_place: Whether this spelling writes to its first argument.
+    """
 
     base: str
-    in_place: bool = field(default=False)
+    in_place: bool = False
 
 
-def name_of(function: Any) -> Name:
+def name_of(function: Any) -> FunctionName:
     """The name of a function without the marks of its spelling."""
     name = str(getattr(function, "__name__", function)).partition(".")[0]
     in_place = False
@@ -146,74 +84,94 @@ def name_of(function: Any) -> Name:
             name, in_place = name[1:], True
     elif name.endswith("_"):
         name, in_place = name.rstrip("_"), True
-    for prefix in _PREFIXES:
+    for prefix in _NAMESPACES:
         name = name.removeprefix(prefix)
-    return Name(_OTHER_NAMES.get(name, name), in_place)
+    return FunctionName(_SYNONYMS.get(name, name), in_place)
 
 
-def kernel(*names: str) -> Callable[[H], H]:
+def kernel_of(*names: str) -> Callable[[Function], Function]:
     """Registers the kernel of functions by their names."""
+    return _registering(KERNELS, names)
 
-    def decorate(handler: H) -> H:
-        KERNELS.update(dict.fromkeys(names, handler))
-        return handler
+
+def decomposition_of(*names: str) -> Callable[[Function], Function]:
+    """Registers Python code that runs in place of functions, whose operations have kernels."""
+    return _registering(DECOMPOSITIONS, names)
+
+
+def _registering(table: dict[str, Any], names: tuple[str, ...]) -> Callable[[Function], Function]:
+    def decorate(function: Function) -> Function:
+        assert not table.keys() & set(names), "the later of two modules that are imported would win"
+        table.update(dict.fromkeys(names, function))
+        return function
 
     return decorate
 
 
-def rewrite(*names: str) -> Callable[[H], H]:
-    """Registers what functions are made of: Python code that runs in their place."""
+def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory], KernelFactory]:
+    """Gives functions a kernel, or replaces the one that they have.
 
-    def decorate(body: H) -> H:
-        REWRITES.update(dict.fromkeys(names, body))
-        return body
+    The decorated function is called when relevance first arrives at a call of one of the functions. It receives the
+    :class:`~nrm_plugin.functional.FunctionCall` and returns a kernel with one input for each of ``call.values``, the
+    tensors that carry relevance. Four methods of the call return the kernels that most functions need:
 
-    return decorate
+    - ``call.identity()``: relevance passes to the first input, elementwise,
+    - ``call.split(shares)``: each input receives its share, elementwise,
+    - ``call.route()``: relevance passes to the entries that the function copied,
+    - ``call.by_rule(rule)``: a Zennit rule, for functions that are linear in their input.
 
-
-def register_kernel(*functions: Callable[..., Any]) -> Callable[[Handler], Handler]:
-    """Gives functions a kernel, or another one than they have.
-
-    The handler is called when relevance first arrives at a call of the function. It gets the
-    :class:`FunctionCall` and returns a :class:`~nrm_plugin.kernels.base.Kernel` with one input for each of its values.
+    For any other linear map, return a subclass of :class:`nrm_plugin.functional.Kernel`.
 
     Args:
-        functions: Functions as the model calls them, such as ``torch.add`` or a custom operator. All spellings of a
-            torch function (method, operator, in place) are meant.
+        functions: Functions as the model calls them, such as ``torch.add`` or a custom operator. For a function of
+            torch the kernel is that of all its spellings (method, operator, in place).
 
     Raises:
-        TypeError: Something is not callable.
+        TypeError: An argument is not callable.
 
     Example:
         >>> @register_kernel(torch.special.entr)
         ... def entropy(call):
-        ...     return IdentityKernel()
+        ...     return call.identity()
     """
     for function in functions:
         if not callable(function):
             raise TypeError(f"register_kernel takes functions, got {type(function).__name__}.")
 
-    def decorate(handler: Handler) -> Handler:
+    def decorate(factory: KernelFactory) -> KernelFactory:
         for function in functions:
-            BY_FUNCTION[function] = handler
-            module = getattr(function, "__module__", None) or ""
-            if module.startswith("torch") or type(function).__name__ in (
-                "builtin_function_or_method",
-                "method_descriptor",
-            ):
-                KERNELS[name_of(function).base] = handler
-        return handler
+            KERNELS_BY_FUNCTION[function] = factory
+            if _is_of_torch(function):
+                KERNELS[name_of(function).base] = factory
+        return factory
 
     return decorate
 
 
-def handler_of(function: Any, name: Name) -> Handler | None:
-    """The handler of a function, if it has one."""
+def _is_of_torch(function: Any) -> bool:
+    """Whether a function is known by name: its other spellings are other objects."""
+    module = getattr(function, "__module__", None) or ""
+    return module.startswith("torch") or type(function).__name__ in ("builtin_function_or_method", "method_descriptor")
+
+
+def kernel_factory_of(function: Any, name: FunctionName) -> KernelFactory | None:
+    """What makes the kernel of a function; None for a function without a kernel."""
     try:
-        found = BY_FUNCTION.get(function)
-    except TypeError:
-        found = None
-    return found or KERNELS.get(name.base)
+        factory = KERNELS_BY_FUNCTION.get(function)
+    except TypeError:  # not hashable
+        factory = None
+    return factory or KERNELS.get(name.base)
 
 
-__all__ = ["FunctionCall", "Gates", "Handler", "Slot", "handler_of", "kernel", "name_of", "register_kernel", "rewrite"]
+__all__ = [
+    "DECOMPOSITIONS",
+    "KERNELS",
+    "KERNELS_BY_FUNCTION",
+    "FunctionName",
+    "KernelFactory",
+    "decomposition_of",
+    "kernel_factory_of",
+    "kernel_of",
+    "name_of",
+    "register_kernel",
+]

@@ -1,4 +1,4 @@
-"""Which rule a composite gives to a function: that of the module whose twin it is, or whose weight it reads."""
+"""Which rule a composite gives to a function: that of the module of the same kind, or of the owner of its weight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RuleLookup(Protocol):
         """The rule of a module of this kind."""
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """The rule of the module that owns a weight; of a module of this kind where none does."""
+        """The rule of the module that owns a weight, else of a module like this one."""
 
 
 class NoRules:
@@ -37,7 +37,7 @@ class CompositeRules:
 
     Args:
         composite: The composite.
-        model: The model, to know the owners of its weights.
+        model: The model, whose modules own the weights.
         uncovered: The rule of a layer to which the composite gives none.
     """
 
@@ -45,30 +45,30 @@ class CompositeRules:
         self._composite = composite
         self._uncovered = uncovered
         self._ctx: dict[Any, Any] = {}
-        self._owners: dict[int, tuple[nn.Module, Hook | None]] = {}
-        self._memory: dict[int, tuple[nn.Module, Hook | None]] = {}
-        self._probes: dict[type[nn.Module], Hook | None] = {}
+        self._by_weight: dict[int, tuple[nn.Module, Hook | None]] = {}
+        self._by_memory: dict[int, tuple[nn.Module, Hook | None]] = {}
+        self._by_kind: dict[type[nn.Module], Hook | None] = {}
         for name, module in model.named_modules():
-            # Asked for every module in order, so that rules of the first layer go to the first layer.
+            # Looked up for every module in order, so that the rule of the first layer goes to the first layer.
             rule = composite.module_map(self._ctx, name, module)
             if isinstance(module, nn.MultiheadAttention):  # an activation for Zennit; its weights are linear layers
                 rule = None
             for parameter in module._parameters.values():
                 if parameter is not None:
-                    self._owners[id(parameter)] = (module, rule)
-                    self._memory.setdefault(parameter.untyped_storage().data_ptr(), (module, rule))
+                    self._by_weight[id(parameter)] = (module, rule)
+                    self._by_memory.setdefault(parameter.untyped_storage().data_ptr(), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
         """The rule of a module of this kind that comes after all modules of the model."""
         kind = type(module)
-        if kind not in self._probes:
-            self._probes[kind] = self._composite.module_map(self._ctx, "", module)
-        return self._probes[kind]
+        if kind not in self._by_kind:
+            self._by_kind[kind] = self._composite.module_map(self._ctx, "", module)
+        return self._by_kind[kind]
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """By identity, then by memory (a slice of a weight), then by kind (a weight that was computed)."""
-        found = self._owners.get(id(weight)) or self._memory.get(weight.untyped_storage().data_ptr())
-        rule = found[1] if found is not None else None
-        if rule is None and (found is None or not isinstance(found[0], type(like))):
+        """By identity, then by memory (a slice of a weight), then by kind (a computed weight)."""
+        memory = weight.untyped_storage().data_ptr()
+        owner, rule = self._by_weight.get(id(weight)) or self._by_memory.get(memory) or (None, None)
+        if rule is None and not isinstance(owner, type(like)):
             rule = self.of_module(like)
         return self._uncovered if rule is None else rule

@@ -1,13 +1,14 @@
-r"""Kernels of what graph networks do to nodes and edges: gather, sum into nodes, segments, sparse products.
+r"""Functions of graph networks: gathers, sums into nodes, segments and sparse products.
 
-Messages that are summed into a node share its relevance as the entries of a mean do, by the composite's rule of average
+Messages that are summed into a node split its relevance as the entries of a mean do, by the composite's rule of average
 pooling; in this package's composites
 
 .. math:: T_{en} = \frac{|m_e|}{\sum_{e' \to n} |m_{e'}|}.
 
-A largest one takes all. A sparse matrix is an adjacency, so its product is such a sum, and not a layer.
+A maximum passes all relevance to the largest message. A sparse matrix is an adjacency, so its product is such a sum,
+and not a layer.
 
-Source: MEASURE.md, section 5 (ours).
+Source: docs/measure.md (operations without a module).
 """
 
 from __future__ import annotations
@@ -17,29 +18,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.rule_reader import read_rule_at
-from ..kernels.vjp_kernel import VjpKernel
-from ..model.affine import Weightless
-from ..rules import Absolute
-from .registry import BY_FUNCTION, FunctionCall, rewrite
+from .function_call import FunctionCall
+from .function_kernels import RouteKernel
+from .pooling import rule_of_averages
+from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 # -- sums into nodes --------------------------------------------------------------------------------------------------
 
 
-def _own(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """A function of this module that an interception sees like one of torch, under that name."""
+def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """A function of this module that an interception handles like one of torch, under that name."""
 
     def decorate(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(body)
         def public(source: Tensor, *args: Any) -> Tensor:
             if has_torch_function((source,)):
-                handed: Tensor = handle_torch_function(public, (source,), source, *args)
-                return handed
+                intercepted: Tensor = handle_torch_function(public, (source,), source, *args)
+                return intercepted
             return body(source, *args)
 
         public.__name__ = name
@@ -48,133 +48,118 @@ def _own(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     return decorate
 
 
-@_own("index_add")
-def added_into(source: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+@_intercepted_as("index_add")
+def index_add_to_zeros(source: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     """``y[index[e]] = Σ source[e]`` along a dimension."""
     shape = list(source.shape)
     shape[dim] = size
     return source.new_zeros(shape).index_add(dim, index, source)
 
 
-@_own("scatter_add")
-def scattered_into(source: Tensor, dim: int, index: Tensor, shape: torch.Size) -> Tensor:
+@_intercepted_as("scatter_add")
+def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.Size) -> Tensor:
     """The same with an index for every entry."""
     return source.new_zeros(shape).scatter_add(dim, index, source)
 
 
-@_own("scatter_reduce")
-def largest_into(source: Tensor, dim: int, index: Tensor, shape: torch.Size, reduce: str) -> Tensor:
-    """The largest (smallest) of the entries instead of their sum; where there is none, zero."""
+@_intercepted_as("scatter_reduce")
+def scatter_extremum(source: Tensor, dim: int, index: Tensor, shape: torch.Size, reduce: str) -> Tensor:
+    """The largest (smallest) of the entries instead of their sum; zero where there is none."""
     return source.new_zeros(shape).scatter_reduce(dim, index, source, reduce, include_self=False)
 
 
-def _summed(call: FunctionCall) -> Kernel:
-    """By the rule of average pooling, which is that of sums and means."""
-    return by_pooling_rule(call, call.run)
+def _sum_kernel(call: FunctionCall) -> Kernel:
+    return call.by_rule(rule_of_averages(call))
 
 
-def by_pooling_rule(call: FunctionCall, run: Callable[[Tensor], Tensor]) -> Kernel:
-    """A function of one input, linear with coefficients of at least zero, as a module without weights."""
-    rule = call.rules.of_module(nn.AvgPool2d(1)) or Absolute()
-    return read_rule_at(rule, Weightless(run), call.values[0], call.path)
+def _extremum_kernel(call: FunctionCall) -> Kernel:
+    kernel = call.route()
+    assert isinstance(kernel, RouteKernel)
+    kernel.is_stochastic = True  # groups without members are replaced by constants afterwards
+    return kernel
 
 
-class Choice(VjpKernel):
-    """Hands each output to the inputs that it was chosen from, equal ones alike, as autograd does."""
-
-    is_stochastic = True
-
-    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        return self.pull(relevance)
+KERNELS_BY_FUNCTION[index_add_to_zeros] = KERNELS_BY_FUNCTION[scatter_add_to_zeros] = _sum_kernel
+KERNELS_BY_FUNCTION[scatter_extremum] = _extremum_kernel
 
 
-def _chosen(call: FunctionCall) -> Kernel:
-    """All to the largest of a group."""
-    with torch.enable_grad():
-        leaf = call.values[0].detach().requires_grad_()
-        image = call.run(leaf)
-    return Choice(lambda relevance: torch.autograd.grad(image, leaf, relevance, True, torch.is_grad_enabled()))
-
-
-BY_FUNCTION[added_into] = BY_FUNCTION[scattered_into] = _summed
-BY_FUNCTION[largest_into] = _chosen
-
-
-def _total(first: Tensor, added: Tensor, counted: Tensor) -> Tensor:
-    """A sum; where nothing is added to a constant, that constant is what is left."""
+def _sum_with_constant(first: Tensor, added: Tensor, counts: Tensor) -> Tensor:
+    """A sum; where nothing is added to a constant, the output is that constant."""
     if first.requires_grad:
         return first + added
     total = first + added if bool(first.any()) else added
-    return total if bool((counted > 0).all()) else torch.where(counted > 0, total, first)
+    return total if bool((counts > 0).all()) else torch.where(counts > 0, total, first)
 
 
-@rewrite("index_add")
+@decomposition_of("index_add")
 def _index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
     if not source.requires_grad:
         return input + torch.zeros_like(input).index_add(dim, index, source, alpha=alpha)
     source = source if alpha == 1 else source * alpha
     if input.ndim == 0:
         return input + source.sum()
-    counted = torch.bincount(index.reshape(-1), minlength=input.shape[dim])
+    counts = torch.bincount(index.reshape(-1), minlength=input.shape[dim])
     view = [1] * input.ndim
     view[dim] = -1
-    return _total(input, added_into(source, dim, index, input.shape[dim]), counted.view(view))
+    return _sum_with_constant(input, index_add_to_zeros(source, dim, index, input.shape[dim]), counts.view(view))
 
 
-@rewrite("scatter_add")
+@decomposition_of("scatter_add")
 def _scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     if not src.requires_grad:
         return input + torch.zeros_like(input).scatter_add(dim, index, src)
-    return _total(input, scattered_into(_read(src, index), dim, index, input.shape), _counts(input, dim, index))
+    return _sum_with_constant(
+        input, scatter_add_to_zeros(_cropped(src, index), dim, index, input.shape), _counts(input, dim, index)
+    )
 
 
 def _counts(like: Tensor, dim: int, index: Tensor) -> Tensor:
-    """How many entries an index puts at each place."""
+    """How many entries an index adds to each position."""
     ones = torch.ones(index.shape, dtype=like.dtype, device=like.device)
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device).scatter_add(dim, index, ones)
 
 
-def _read(src: Tensor, index: Tensor) -> Tensor:
-    """The entries of a source that an index of fewer entries reads."""
+def _cropped(src: Tensor, index: Tensor) -> Tensor:
+    """The entries of a source that an index with fewer entries selects."""
     return src if src.shape == index.shape else src[tuple(slice(size) for size in index.shape)]
 
 
-@rewrite("scatter_reduce")
+@decomposition_of("scatter_reduce")
 def _scatter_reduce(
     input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Tensor:
     reduce = {"add": "sum", "multiply": "prod"}.get(reduce, reduce)
     if reduce not in ("sum", "mean", "amax", "amin"):
         raise UnsupportedOperationError(_PRODUCTS.format(name="scatter_reduce", reduce=reduce))
-    counted = _counts(input, dim, index)
+    counts = _counts(input, dim, index)
     if not src.requires_grad:
-        src = _joined(src, input)
-    source = _read(src, index)
+        src = _rival(src, input)
+    source = _cropped(src, index)
     if reduce in ("sum", "mean"):
-        total = scattered_into(source, dim, index, input.shape)
+        total = scatter_add_to_zeros(source, dim, index, input.shape)
         if not include_self:
-            mean = total if reduce == "sum" else total / counted.clamp(min=1)
-            return torch.where(counted > 0, mean, input)
-        total = _total(input, total, counted)
-        return total if reduce == "sum" else total / (counted + 1)
-    chosen = largest_into(source, dim, index, input.shape, reduce)
+            mean = total if reduce == "sum" else total / counts.clamp(min=1)
+            return torch.where(counts > 0, mean, input)
+        total = _sum_with_constant(input, total, counts)
+        return total if reduce == "sum" else total / (counts + 1)
+    extremum = scatter_extremum(source, dim, index, input.shape, reduce)
     values = input.detach()
-    beats = (chosen.detach() > values) if reduce == "amax" else (chosen.detach() < values)
-    return torch.where(((counted > 0) & beats) if include_self else counted > 0, chosen, input)
+    wins = (extremum.detach() > values) if reduce == "amax" else (extremum.detach() < values)
+    return torch.where(((counts > 0) & wins) if include_self else counts > 0, extremum, input)
 
 
-def _joined(constant: Tensor, signal: Tensor) -> Tensor:
-    """A constant that competes with a signal: relevance that it wins ends there."""
+def _rival(constant: Tensor, signal: Tensor) -> Tensor:
+    """A constant that competes with a signal: relevance of the outputs that it wins is absorbed there."""
     return torch.where(torch.zeros((), dtype=torch.bool, device=signal.device), signal.flatten()[:1].sum(), constant)
 
 
 _PRODUCTS = (
-    "relevance would pass {name!r} with reduce={reduce!r}, a product, whose factors share in no way that "
-    "is not arbitrary. Use a sum, mean, minimum or maximum, or decorate a function with nrm_plugin.register_kernel."
+    "relevance would pass through {name!r} with reduce={reduce!r}, a product, and any split among its factors is "
+    "arbitrary. Use a sum, mean, minimum or maximum, or decorate a function with nrm_plugin.register_kernel."
 )
 
 
-@rewrite("index_reduce")
+@decomposition_of("index_reduce")
 def _index_reduce(
     input: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
 ) -> Tensor:
@@ -183,7 +168,7 @@ def _index_reduce(
     return _scatter_reduce(input, dim, index.view(view).expand_as(source), source, reduce, include_self=include_self)
 
 
-@rewrite("segment_reduce")
+@decomposition_of("segment_reduce")
 def _segment_reduce(
     data: Tensor,
     reduce: str,
@@ -199,7 +184,7 @@ def _segment_reduce(
         lengths = offsets.diff()
     if lengths is None or lengths.ndim != 1 or initial is not None:
         raise UnsupportedOperationError(
-            "relevance would pass 'segment_reduce' with indices=, initial= or segments of several dimensions, "
+            "relevance would pass through 'segment_reduce' with indices=, initial= or segments of several dimensions, "
             "which has no kernel. Give lengths= or offsets= of one dimension, or use index_add."
         )
     number = torch.repeat_interleave(torch.arange(len(lengths), device=data.device), lengths)
@@ -209,30 +194,31 @@ def _segment_reduce(
     return _index_reduce(data.detach().new_zeros(shape), axis, number, data, reduce, include_self=False)
 
 
-# -- written into -----------------------------------------------------------------------------------------------------
+# -- writes by index --------------------------------------------------------------------------------------------------
 
 
-def _copied(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """A function that only copies as a look-up: run on the numbers of entries, it tells where each came from."""
+def _lookup(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A function that only copies, as an index: run on the numbers of the entries, it returns where each came from."""
     computed = [value for value in (*args, *kwargs.values()) if _carries(value)]
-    numbers = _numbered(computed)
+    numbers = _numbers_of(computed)
     with torch.no_grad():
         values = function(*args, **kwargs)
-        named = {key: _number(value, numbers) for key, value in kwargs.items()}
-        origin = function(*(_number(value, numbers) for value in args), **named).long()
+        number_args = [_number(value, numbers) for value in args]
+        number_kwargs = {key: _number(value, numbers) for key, value in kwargs.items()}
+        origin = function(*number_args, **number_kwargs).long()
     entries = torch.cat([value.reshape(-1) for value in computed])
     if entries.numel() == 0:  # a group without members
         return values
-    picked = entries[(origin - 1).clamp(min=0)]
-    return picked if bool((origin > 0).all()) else torch.where(origin > 0, picked, values)
+    selected = entries[(origin - 1).clamp(min=0)]
+    return selected if bool((origin > 0).all()) else torch.where(origin > 0, selected, values)
 
 
 def _carries(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and value.is_floating_point()
 
 
-def _numbered(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The entries of several tensors counted from one, by identity of the tensor."""
+def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Numbers of the entries of several tensors counts from one, by identity of the tensor."""
     numbers, start = {}, 1
     for tensor in tensors:
         count = torch.arange(start, start + tensor.numel(), dtype=torch.float64, device=tensor.device)
@@ -242,13 +228,13 @@ def _numbered(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 def _number(value: Any, numbers: dict[int, Tensor]) -> Any:
-    """The number of a computed entry; zero for what is written from elsewhere."""
+    """The numbers of the entries of a computed tensor; zero for a constant."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return numbers.get(id(value), torch.zeros_like(value, dtype=torch.float64))
     return 0.0 if isinstance(value, float) else value
 
 
-@rewrite("scatter")
+@decomposition_of("scatter")
 def _scatter(input: Tensor, dim: int, index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     reduce = args[1] if len(args) > 1 else kwargs.get("reduce")
     if reduce not in (None, "add"):
@@ -256,51 +242,51 @@ def _scatter(input: Tensor, dim: int, index: Tensor, *args: Any, **kwargs: Any) 
     source = args[0] if args else kwargs.get("src", kwargs.get("value", 0.0))
     source = source if isinstance(source, Tensor) else float(source)
     if reduce == "add":
-        places = torch.zeros_like(index, dtype=input.dtype) + source if isinstance(source, float) else source
-        return input.scatter_add(dim, index, places)
-    return _copied(torch.scatter, input, dim, index, source)
+        positions = torch.zeros_like(index, dtype=input.dtype) + source if isinstance(source, float) else source
+        return input.scatter_add(dim, index, positions)
+    return _lookup(torch.scatter, input, dim, index, source)
 
 
-@rewrite("index_copy")
+@decomposition_of("index_copy")
 def _index_copy(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
-    return _copied(torch.index_copy, input, dim, index, source)
+    return _lookup(torch.index_copy, input, dim, index, source)
 
 
-@rewrite("masked_scatter")
+@decomposition_of("masked_scatter")
 def _masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    return _copied(torch.masked_scatter, input, mask, source)
+    return _lookup(torch.masked_scatter, input, mask, source)
 
 
-@rewrite("select_scatter")
+@decomposition_of("select_scatter")
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
-    return _copied(torch.select_scatter, input, src, dim, index)
+    return _lookup(torch.select_scatter, input, src, dim, index)
 
 
-@rewrite("slice_scatter")
+@decomposition_of("slice_scatter")
 def _slice_scatter(input: Tensor, src: Tensor, dim: int = 0, *args: Any, **kwargs: Any) -> Tensor:
-    return _copied(torch.slice_scatter, input, src, dim, *args, **kwargs)
+    return _lookup(torch.slice_scatter, input, src, dim, *args, **kwargs)
 
 
-@rewrite("put")
+@decomposition_of("put")
 def _put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
     if accumulate:
-        return _added_at(input, index.reshape(-1), source)
-    return _copied(torch.put, input, index, source)
+        return _add_at(input, index.reshape(-1), source)
+    return _lookup(torch.put, input, index, source)
 
 
-def put_at(target: Tensor, index: Any, value: Any, accumulate: bool = False) -> Tensor:
-    """``target[index] = value``, out of place; or ``+=``, where places that come twice are added to twice."""
+def write_at(target: Tensor, index: Any, value: Any, accumulate: bool = False) -> Tensor:
+    """``target[index] = value``, out of place; or ``+=``, where repeated indices add repeatedly."""
     if accumulate:
-        places = torch.arange(target.numel(), device=target.device).reshape(target.shape)[index]
-        return _added_at(target, places.reshape(-1), value.expand(places.shape))
+        positions = torch.arange(target.numel(), device=target.device).reshape(target.shape)[index]
+        return _add_at(target, positions.reshape(-1), value.expand(positions.shape))
     if isinstance(value, Tensor):
-        return _copied(_set_at, target, index, value)
-    return _copied(_set_at, target, index, float(value))
+        return _lookup(_set_at, target, index, value)
+    return _lookup(_set_at, target, index, float(value))
 
 
-def _added_at(target: Tensor, places: Tensor, value: Tensor) -> Tensor:
-    """Adds to entries by their number."""
-    return _index_add(target.reshape(-1), 0, places, value.reshape(-1)).reshape(target.shape)
+def _add_at(target: Tensor, positions: Tensor, value: Tensor) -> Tensor:
+    """Adds to entries of the flattened target."""
+    return _index_add(target.reshape(-1), 0, positions, value.reshape(-1)).reshape(target.shape)
 
 
 def _set_at(target: Tensor, index: Any, value: Any) -> Tensor:
@@ -309,15 +295,15 @@ def _set_at(target: Tensor, index: Any, value: Any) -> Tensor:
     return result
 
 
-def is_by_tensor(index: Any) -> bool:
-    """Whether places are given by tensors or lists, and not by slices and numbers alone."""
+def is_indexed_by_tensor(index: Any) -> bool:
+    """Whether an index contains tensors or lists, and not slices and numbers alone."""
     parts = index if isinstance(index, (tuple, list)) else (index,)
     return any(isinstance(part, list) or (isinstance(part, Tensor) and part.ndim > 0) for part in parts)
 
 
 _REDUCED = (
-    "relevance would pass 'scatter' that multiplies what it writes over, which has no kernel. Use scatter_add where a "
-    "sum is meant."
+    "relevance would pass through 'scatter' with reduce='multiply', which has no kernel. Use scatter_add if a sum is "
+    "intended, or decorate a function with nrm_plugin.register_kernel(torch.scatter)."
 )
 
 
@@ -329,50 +315,49 @@ def is_sparse_product(args: Sequence[Any]) -> bool:
     return any(isinstance(value, Tensor) and value.layout != torch.strided for value in args[:2])
 
 
-@rewrite("_sparse_mm", "spmm", "smm", "hspmm")
-def in_messages(input: Tensor, mat2: Tensor, reduce: str = "sum") -> Tensor:
-    """``A x``, or ``x A``, of a sparse constant: messages along its entries that are summed into nodes.
+@decomposition_of("_sparse_mm", "spmm", "smm", "hspmm")
+def sum_of_messages(input: Tensor, mat2: Tensor, reduce: str = "sum") -> Tensor:
+    """``A x`` or ``x A`` with a sparse constant: messages along its entries, summed into nodes.
 
-    Takes the memory of all messages, and works with any layout of ``A``.
+    Needs the memory of all messages; ``A`` may have any sparse layout.
     """
     matrix, source = (input, mat2) if is_sparse_product([input]) else (mat2, input)
     if matrix.requires_grad or is_sparse_product([source]) or not is_sparse_product([matrix]):
         raise UnsupportedOperationError(_COMPUTED)
-    listed = (matrix if matrix.layout == torch.sparse_coo else matrix.to_sparse(layout=torch.sparse_coo)).coalesce()
-    rows, columns = listed.indices()
+    entries = (matrix if matrix.layout == torch.sparse_coo else matrix.to_sparse(layout=torch.sparse_coo)).coalesce()
+    rows, columns = entries.indices()
     is_left = matrix is input
-    into, out_of, size = (rows, columns, matrix.shape[0]) if is_left else (columns, rows, matrix.shape[1])
+    targets, sources, size = (rows, columns, matrix.shape[0]) if is_left else (columns, rows, matrix.shape[1])
     by_node = source if is_left else source.transpose(-1, -2)
-    messages = by_node.index_select(0, out_of) * listed.values().reshape(-1, *(1,) * (by_node.ndim - 1))
-    blank = source.detach().new_zeros((size, *by_node.shape[1:]))
+    messages = by_node.index_select(0, sources) * entries.values().reshape(-1, *(1,) * (by_node.ndim - 1))
+    zeros = source.detach().new_zeros((size, *by_node.shape[1:]))
     kind = {"sum": "sum", "add": "sum", "mean": "mean", "max": "amax", "amax": "amax", "min": "amin", "amin": "amin"}
     if kind.get(reduce) == "sum":
-        summed: Tensor = _index_add(blank, 0, into, messages)
+        summed: Tensor = _index_add(zeros, 0, targets, messages)
     else:
-        summed = _index_reduce(blank, 0, into, messages, kind.get(reduce, reduce), include_self=False)
+        summed = _index_reduce(zeros, 0, targets, messages, kind.get(reduce, reduce), include_self=False)
     return summed if is_left else summed.transpose(-1, -2)
 
 
 _COMPUTED = (
-    "relevance would pass a product with a sparse matrix whose entries the model computed, or of two sparse ones, "
+    "relevance would pass through a product with a sparse matrix that the model computed, or of two sparse ones, "
     "which has no kernel. Multiply the messages, gathered by index_select, and sum them with index_add."
 )
 
 
-@rewrite("sparse_addmm", "_sparse_addmm")
+@decomposition_of("sparse_addmm", "_sparse_addmm")
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    multiplied = in_messages(mat1, mat2)
+    multiplied = sum_of_messages(mat1, mat2)
     multiplied = multiplied if alpha == 1 else multiplied * alpha
     return multiplied + (input if beta == 1 else input * beta)
 
 
 __all__ = [
-    "Choice",
-    "added_into",
-    "in_messages",
-    "is_by_tensor",
+    "index_add_to_zeros",
+    "is_indexed_by_tensor",
     "is_sparse_product",
-    "largest_into",
-    "put_at",
-    "scattered_into",
+    "scatter_add_to_zeros",
+    "scatter_extremum",
+    "sum_of_messages",
+    "write_at",
 ]

@@ -1,4 +1,4 @@
-"""Operations of which nothing is known but what they do to numbers."""
+"""Operations without a kernel: what raises when relevance arrives, and what their inputs and outputs reveal."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..model.routing import is_route_node
 MASKS = 6
 
 
-class Unknown(Kernel):
-    """An operation without a kernel: no relevance may arrive, but the zeros that a gate gets may.
+class UnknownKernel(Kernel):
+    """An operation without a kernel: raises when relevance arrives, but not for the zeros that a gate receives.
 
     Args:
         error: What to raise when relevance arrives.
         shapes: Shape of each input.
     """
 
-    is_stochastic = True  # no walk goes through it, so there is nothing to normalize
+    is_stochastic = True  # no walk passes through it, so there is nothing to normalize
 
     def __init__(self, error: Exception, shapes: Sequence[torch.Size]) -> None:
         self.error, self.shapes = error, list(shapes)
@@ -41,29 +41,29 @@ class Unknown(Kernel):
     def _arrives(self, relevance: Tensor) -> bool:
         try:
             return bool(relevance.any())
-        except RuntimeError:  # batched gradients do not tell values
+        except RuntimeError:  # batched gradients reveal no values
             return True
 
 
-def is_known(output: Tensor, inputs: Sequence[Tensor], with_steps: bool = True) -> bool:
-    """Whether autograd sees nothing but routes (and steps) between some inputs and an output."""
-    seen = {tensor.grad_fn for tensor in inputs}
+def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: bool = True) -> bool:
+    """Whether autograd recorded nothing but routes (and steps) between some inputs and an output."""
+    visited = {tensor.grad_fn for tensor in inputs}
     stack = [output.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen or (with_steps and hasattr(node, "step")):
+        if node is None or node in visited or (with_steps and hasattr(node, "step")):
             continue
         if not is_route_node(node):
             return False
-        seen.add(node)
+        visited.add(node)
         stack += [below for below, _ in node.next_functions]
     return True
 
 
 def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tensor) -> bool:
-    """Whether a function maps each element on its own, found out by changing half of them at a time.
+    """Whether a function maps each element on its own, tested by changing half of the elements at a time.
 
-    An element that depends on another is missed with a probability of 1/64: each mask tells half of all pairs apart.
+    Each mask separates half of all pairs of elements, so the chance of missing one that depends on another is 1/64.
     """
     other = 1 - 2 * source
     changed = run(other.clone())
@@ -76,7 +76,7 @@ def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tens
     return True
 
 
-def uncovered(path: str, like: nn.Module, name: str) -> UncoveredLayerError:
+def uncovered_layer_error(path: str, like: nn.Module, name: str) -> UncoveredLayerError:
     """What to raise for a function on a weight to which the composite gives no rule."""
     return UncoveredLayerError(
         f"layer {path!r} ({type(like).__name__}, called as {name}) has no rule in this composite. Zennit would use its "
@@ -85,4 +85,4 @@ def uncovered(path: str, like: nn.Module, name: str) -> UncoveredLayerError:
     )
 
 
-__all__ = ["Unknown", "is_elementwise", "is_known", "uncovered"]
+__all__ = ["UnknownKernel", "consists_of_routes", "is_elementwise", "uncovered_layer_error"]

@@ -1,4 +1,4 @@
-"""Heads, tokens and pairs of attention, looked up in a recording: the event over its taps that they stand for."""
+"""Heads, tokens and pairs of query and key as events over the taps of a recording."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EventError
-from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Index, at, shown
+from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, at
+from ..events.index import Index, show
 from ..functional.attention import Layout
 from ..kernels.step import Step
 from ..recording.recording import Recording
@@ -16,17 +17,17 @@ from ..recording.taps import OUTPUT
 def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
     """An event over taps alone.
 
-    A walk through (query, key) crosses the output of the attention at the query and then the values, or where relevance
-    goes there the weights, at the key. It stays in its head on the way.
+    A walk through (query, key) crosses the output of the attention at the query, and then the values, or the weights if
+    the rule propagates relevance to them, at the key. It does not change heads.
 
     Raises:
-        EventError: The layer holds no or several calls of attention, or has no such head or token.
-        UnknownLayerError: There is no such layer.
+        EventError: The layer has no call of attention or several, or has no such head or token.
+        UnknownLayerError: No such layer.
     """
     if not isinstance(atom, Attended):
         return atom
-    found = [_event(atom, step, recording) for step in _steps_of(atom, recording)]
-    return found[0] if len(found) == 1 else Any_(tuple(found))
+    events = [_event(atom, step, recording) for step in _steps_of(atom, recording)]
+    return events[0] if len(events) == 1 else Any_(tuple(events))
 
 
 def _event(atom: Attended, step: Step, recording: Recording) -> Event:
@@ -51,7 +52,7 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
-    """Heads have a dimension of their own, or share one with the samples, which come first there."""
+    """Heads have their own dimension, or share one with the samples, which are first in it."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
     if len(shared) > 1 or (shared and not recording.samples.batched):
@@ -59,8 +60,8 @@ def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recor
     count = _count_of_heads(step, rows, recording)
     if count is None:
         raise EventError(
-            f"{atom}: the heads of {step.name!r} cannot be told from the {recording.samples.count} samples in its "
-            f"dimension of {rows}. Take the measure of one sample."
+            f"{atom}: the heads of {step.name!r} cannot be distinguished from the {recording.samples.count} samples in "
+            f"its dimension of {rows}. Take the measure of one sample."
         )
     chosen = _chosen(atom, "head", index, count).repeat(rows // count)
     return _along(shape, shared[0], chosen) if shared else chosen.reshape(())
@@ -74,13 +75,13 @@ def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
 
 
 def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
-    """``(count,)``: which of a kind an index takes."""
+    """``(count,)``: the heads or tokens that an index selects."""
     chosen = torch.zeros(count, dtype=torch.bool)
     try:
         chosen[index.value] = True
     except IndexError as error:
         raise EventError(
-            f"{atom}: there is no {what} {shown(index)}, it has {count}, from 0 to {count - 1}."
+            f"{atom}: there is no {what} {show(index.value)}, it has {count}, from 0 to {count - 1}."
         ) from error
     return chosen
 
@@ -92,12 +93,12 @@ def _along(shape: torch.Size, dim: int, chosen: Tensor) -> Tensor:
 
 
 def _shortened(mask: Tensor) -> Tensor:
-    """Without the dimension of samples where it is the same for all."""
+    """Without the dimension of samples if the mask is the same for all."""
     return mask[0] if len(mask) == 1 or bool((mask == mask[:1]).all()) else mask
 
 
 def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
-    """The steps in which the attention of a layer is computed, one for each call that is spoken of."""
+    """The steps that compute the attention of a layer, one for each selected call."""
     name, calls = recording.taps.called(atom.atom.layer, "output", atom.atom.call)
     steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
     known = [step for step in steps if step.attention is not None]
@@ -115,7 +116,7 @@ def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
 
 
 def _listed(steps: list[Step], most: int = 8) -> str:
-    """How each is named in the shortest way."""
+    """The shortest expression for each step."""
     names, owners = [step.name for step in steps], [_owner(step) for step in steps]
     texts = []
     for step, name, owner in zip(steps, names, owners, strict=True):
@@ -126,7 +127,7 @@ def _listed(steps: list[Step], most: int = 8) -> str:
 
 
 def _owner(step: Step) -> str:
-    """The module in which the operation was called."""
+    """The module that called the operation."""
     return step.name.rpartition(".")[0]
 
 

@@ -1,13 +1,20 @@
-"""What a query means, in words and as a formula, and what it costs."""
+"""A query in words and as a formula, and its cost."""
 
 from __future__ import annotations
 
-from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not, shown
+from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not
+from ..events.index import show
+from ..recording.recording import Recording
+from .conditions import check_event
 from .decision_diagram import Formulas
 
 
-def explanation(formulas: Formulas, event: Event, given: Event | None) -> str:
-    """Three lines: the formula, the words, the cost."""
+def explanation(recording: Recording, event: Event, given: Event | None) -> str:
+    """Three lines: the formula, the query in words, the cost."""
+    check_event(event)
+    if given is not None:
+        check_event(given, "given= takes one event. ")
+    formulas = Formulas(recording, [event] if given is None else [event & given, given])
     formula = f"μ({event})" if given is None else f"μ({event} | {given}) = μ({event & given}) / μ({given})"
     subject = f"the share of relevance carried by the walks that {words(event)}"
     if given is not None:
@@ -24,9 +31,9 @@ def explanation(formulas: Formulas, event: Event, given: Event | None) -> str:
 
 
 def words(event: Event) -> str:
-    """The event as the rest of a sentence about walks."""
+    """The event as the predicate of a sentence about walks."""
     if isinstance(event, Absorbed):
-        return "are absorbed on their way"
+        return "are absorbed anywhere"
     if isinstance(event, Not):
         return _negated(event.part)
     if isinstance(event, All):
@@ -46,8 +53,12 @@ def _inner(event: Event) -> str:
 def _negated(event: Event) -> str:
     if isinstance(event, Absorbed):
         return "reach the input"
+    if isinstance(event, Atom) and event.side == "sink":
+        return words(event).replace("are absorbed", "are not absorbed")
     if isinstance(event, (Atom, Attended)):
-        return f"do not {words(event)} (they go elsewhere, around it, or are absorbed before)"
+        is_whole = isinstance(event, Atom) and event.index is None
+        others = "" if is_whole else "cross other neurons, "
+        return f"do not {words(event)} (they {others}bypass it, or are absorbed above it)"
     return f"do not ({words(event)})"
 
 
@@ -57,7 +68,7 @@ def _atom(atom: Atom) -> str:
     if atom.side == "input":
         where = f"the input of {where}"
     if atom.index is not None:
-        key = shown(atom.index)
+        key = show(atom.index.value)
         where = f"{where} in channel {key}" if atom.along_channel else f"{where} at [{key}]"
     return f"are absorbed in {where}" if atom.side == "sink" else f"cross {where}"
 
@@ -65,14 +76,14 @@ def _atom(atom: Atom) -> str:
 def _attended(event: Attended) -> str:
     atom = event.atom
     name = atom.layer if isinstance(atom.layer, str) else type(atom.layer).__name__
-    text = f"go through the attention of {name!r}" + (f" in call {atom.call}" if atom.call is not None else "")
-    for what, index in (("in head", event.heads), ("at token", event.queries), ("drawing on token", event.keys)):
-        text += "" if index is None else f" {what} {shown(index)}"
+    text = f"pass through the attention of {name!r}" + (f" in call {atom.call}" if atom.call is not None else "")
+    for what, index in (("in head", event.heads), ("from query token", event.queries), ("to key token", event.keys)):
+        text += "" if index is None else f" {what} {show(index.value)}"
     return text
 
 
 def _steps(formulas: Formulas) -> tuple[int, int]:
-    """Steps from the output down to where every walk is decided, and all of them."""
+    """Number of steps down to where every walk is decided, and of all steps."""
     vertices = formulas.recording.graph.vertices
     steps = [number for number, vertex in enumerate(vertices) if vertex.step is not None]
     levels = [formulas.depends(root) for root in formulas.roots]

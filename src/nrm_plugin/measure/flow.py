@@ -1,13 +1,13 @@
-r"""Flow graphs: how relevance goes from groups of neurons to groups of neurons, through a few chosen layers.
+r"""How relevance flows from groups of neurons to groups of neurons of a few layers, as a graph of joint relevance.
 
 A layer splits all walks into its groups, the **rest** of its neurons, and the walks that are **off** the layer:
-absorbed above it, or around it. Each of these is an event, so every cut sums to one and every edge is a joint
-relevance:
+absorbed above it, or bypassing it. Each of these is an event, so the masses of each layer sum to one, and every edge is
+a joint relevance:
 
 .. math:: \mu(A \cap B), \quad A \text{ of one layer}, B \text{ of the next}, \qquad
           \sum_B \mu(A \cap B) = \mu(A), \quad \sum_A \mu(A \cap B) = \mu(B)
 
-Which groups are shown, and that the others are lumped, is ours.
+Which groups are shown, and that the others are merged, is ours.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..events.event import Atom, Event, at
+from ..events.event import Atom, Event
 from ..recording.taps import Tap
-from .flow_graph import TOP, Array, FlowError, FlowGraph, FlowLayer, check_thresholds, chosen
+from .flow_graph import FlowGraph
+from .flow_nodes import Array, FlowError, FlowLayer
+from .flow_thresholds import TOP, Thresholds
 from .groups import summed
-from .partitions import Names, partition
+from .layer_taps import atom_of
+from .partitions import Names, Partition, partition
 
 
 class Measure(Protocol):
-    """What a flow asks of a :class:`~nrm_plugin.RelevanceMeasure`."""
+    """The queries of a :class:`~nrm_plugin.RelevanceMeasure` that a flow needs."""
 
-    batch: int
-
+    @property
+    def batch(self) -> int: ...
     def __call__(self, event: Any) -> Tensor: ...
     def marginal(self, layer: Any, over: Any = ..., *, joint: Any = ...) -> Any: ...
     def joints(self, layers: Any, over: Any = ...) -> list[Tensor]: ...
@@ -41,29 +44,32 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """A layer, the groups that are shown, and labels of all neurons: place of the group, or of the rest.
+class _Shown:
+    """A layer with the groups that are shown.
 
-    Where all channels are shown, their joint relevance may cost no pass for each.
+    Attributes:
+        atom: The tap.
+        layer: The layer of the graph.
+        labels: Of each neuron, the position of its group among those shown; their count for the rest.
+        has_all_channels: Whether all channels are shown, so that their joint relevance may need no pass for each.
     """
 
     atom: Atom
     layer: FlowLayer
     labels: Tensor
-    is_all_channels: bool
+    has_all_channels: bool
 
     @property
     def count(self) -> int:
         return len(self.layer.groups)
 
-    def cut(self, values: Tensor) -> Tensor:
-        """``(…, groups and perhaps rest)`` to ``(…, groups + 1)``."""
-        missing = self.count + 1 - values.shape[-1]
-        return torch.nn.functional.pad(values, (0, missing))
+    def with_rest(self, values: Tensor) -> Tensor:
+        """``(…, groups)``, or with the rest already, to ``(…, groups + 1)``."""
+        return torch.nn.functional.pad(values, (0, self.count + 1 - values.shape[-1]))
 
     @property
-    def shown(self) -> Event:
-        """The walks through a group that is shown."""
+    def event(self) -> Event:
+        """The walks that cross a group that is shown."""
         return self.atom[self.labels < self.count]
 
 
@@ -71,45 +77,54 @@ def flow_graph(
     mu: Measure,
     layers: Sequence[tuple[Any, Tap]],
     over: Any = "channel",
-    *,
     top: int | None = TOP,
     min_mass: float | None = None,
     coverage: float | None = None,
     names: Mapping[str, Names] | None = None,
     sample: int | None = None,
 ) -> FlowGraph:
-    """The flow of relevance through some layers, from the output down.
+    """The flow of relevance through some layers.
 
     Args:
         mu: The measure.
         layers: Layers and their taps, each below the one before.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
-        top: As there.
-        min_mass: As there.
-        coverage: As there.
-        names: As there.
-        sample: As there.
+        top: As in it.
+        min_mass: As in it.
+        coverage: As in it.
+        names: As in it.
+        sample: As in it.
     """
-    check_thresholds(top, min_mass, coverage)
-    number = _sample(mu, sample)
-    if len(layers) < 1:
+    thresholds = Thresholds(top, min_mass, coverage)
+    number = _sample_number(mu, sample)
+    if not layers:
         raise FlowError("a flow needs at least one layer.")
-    limits = (top, min_mass, coverage)
     masses = mu.marginal([layer for layer, _ in layers])  # one pass for all layers
-    kinds = {layer: (_of(over, layer, "channel"), _of(names, layer, None)) for layer, _ in layers}
-    parts = [_choose(mu, layer, tap, masses[layer], *kinds[layer], limits, number) for layer, tap in layers]
-    both = mu.joints([part.atom for part in parts], _kinds(parts)) if len(parts) > 1 else []
+    shown = []
+    for layer, tap in layers:
+        groups = partition(tap, _for_layer(over, layer, "channel"), _for_layer(names, layer, None))
+        relevance = summed(masses[layer], tap, groups.labels)[number].double().cpu().numpy()
+        shown.append(_shown(mu, layer, tap, groups, relevance, thresholds, number))
+    matrices = mu.joints([one.atom for one in shown], _overs(shown)) if len(shown) > 1 else []
     joints = tuple(
-        _joint(mu, upper, lower, found[number], number)
-        for (upper, lower), found in zip(pairwise(parts), both, strict=True)
+        _joint(mu, upper, lower, matrix[number], number)
+        for (upper, lower), matrix in zip(pairwise(shown), matrices, strict=True)
     )
-    shown = parts[0].shown
-    for part in parts[1:]:
-        shown = shown & part.shown
-    return FlowGraph(tuple(part.layer for part in parts), joints, float(mu(shown)[number]))
+    carried = shown[0].event
+    for one in shown[1:]:
+        carried = carried & one.event
+    return FlowGraph(tuple(one.layer for one in shown), joints, float(mu(carried)[number]))
 
 
-def _sample(mu: Measure, sample: int | None) -> int:
+def ordered_taps(mu: Any, layers: Sequence[Any]) -> list[tuple[Any, Tap]]:
+    """Layers of a measure and their taps, from the output down; names may be in any order."""
+    order = {name: number for number, name in enumerate(mu.layers)}
+    if all(isinstance(layer, str) and layer in order for layer in layers):
+        layers = sorted(layers, key=lambda layer: -order[layer])
+    return [(layer, mu._tap(layer)) for layer in layers]
+
+
+def _sample_number(mu: Measure, sample: int | None) -> int:
     if sample is None and mu.batch > 1:
         raise FlowError(f"a flow is of one sample, and the measure has {mu.batch}: say which by sample=, from 0.")
     number = 0 if sample is None else sample
@@ -118,59 +133,63 @@ def _sample(mu: Measure, sample: int | None) -> int:
     return number
 
 
-def _of(value: Any, layer: Any, default: Any) -> Any:
-    """What is said of one layer, where a mapping says something else for some."""
+def _for_layer(value: Any, layer: Any, default: Any) -> Any:
+    """The value of one layer: a mapping has one for some layers."""
     if value is None:
         return default
     return value.get(layer, default) if isinstance(value, Mapping) else value
 
 
-def _choose(
-    mu: Measure, layer: Any, tap: Tap, relevance: Tensor, over: Any, names: Names | None,
-    limits: tuple[Any, Any, Any], number: int,
-) -> _Chosen:  # fmt: skip
-    groups = partition(tap, over, names)
-    masses = summed(relevance, tap, groups.labels)[number].double().cpu().numpy()
+def _shown(
+    mu: Measure, layer: Any, tap: Tap, groups: Partition, masses: Array, thresholds: Thresholds, number: int
+) -> _Shown:
+    """A layer with the groups that pass the thresholds.
+
+    Args:
+        mu: The measure.
+        layer: The layer.
+        tap: Its tap.
+        groups: All groups of its neurons.
+        masses: Mass of each group; then, where some neurons are in none, of these.
+        thresholds: Which groups are shown.
+        number: The sample.
+    """
     outside, masses = float(masses[groups.count :].sum()), masses[: groups.count]
     masses = np.pad(masses, (0, groups.count - len(masses)))
-    kept = chosen(masses, *limits)
-    rest = outside + float(np.delete(masses, kept).sum())
-    places = torch.full((groups.count + 1,), len(kept), dtype=torch.long)
-    places[kept] = torch.arange(len(kept))
-    found = FlowLayer(
-        tap.names[0] if not isinstance(layer, str) and tap.names else str(layer),
-        tuple(kept),
-        tuple(groups.names(group) for group in kept),
-        tuple(float(masses[group]) for group in kept),
-        rest,
-        groups.count - len(kept),
-        float(mu.sink(layer)[number]),
-        float(mu.bypass(layer)[number]),
+    kept = thresholds.selected(masses)
+    positions = torch.full((groups.count + 1,), len(kept), dtype=torch.long)
+    positions[kept] = torch.arange(len(kept))
+    flow_layer = FlowLayer(
+        name=tap.names[0] if not isinstance(layer, str) and tap.names else str(layer),
+        groups=tuple(kept),
+        labels=tuple(groups.names(group) for group in kept),
+        masses=tuple(float(masses[group]) for group in kept),
+        rest=outside + float(np.delete(masses, kept).sum()),
+        others=groups.count - len(kept),
+        sink=float(mu.sink(layer)[number]),
+        bypass=float(mu.bypass(layer)[number]),
     )
-    is_all = isinstance(over, str) and over == "channel" and kept == list(range(groups.count))
-    return _Chosen(_atom(layer), found, places[groups.labels], is_all)
+    has_all_channels = groups.are_channels and kept == list(range(groups.count))
+    return _Shown(atom_of(layer), flow_layer, positions[groups.labels], has_all_channels)
 
 
-def _atom(layer: str | nn.Module | Atom) -> Atom:
-    return layer if isinstance(layer, Atom) else at(layer)
+def _overs(shown: Sequence[_Shown]) -> list[str | Tensor]:
+    """The labels of each layer; ``"channel"`` where it and a neighbour show all channels, which may save passes."""
+    overs: list[str | Tensor] = []
+    for number, one in enumerate(shown):
+        neighbours = [*shown[max(0, number - 1) : number], *shown[number + 1 : number + 2]]
+        saves = one.has_all_channels and any(other.has_all_channels for other in neighbours)
+        overs.append("channel" if saves else one.labels)
+    return overs
 
 
-def _kinds(parts: Sequence[_Chosen]) -> list[str | Tensor]:
-    """Labels of each layer; ``"channel"`` where it and a neighbour show all of them, which may spare passes."""
-    near = [parts[max(0, place - 1) : place + 2] for place in range(len(parts))]
-    return [
-        "channel" if part.is_all_channels and any(other.is_all_channels for other in others if other is not part)
-        else part.labels for part, others in zip(parts, near, strict=True)
-    ]  # fmt: skip
-
-
-def _joint(mu: Measure, upper: _Chosen, lower: _Chosen, both: Tensor, number: int) -> Array:
-    """``(K_upper + 2, K_lower + 2)``; each of the four parts is a query of its own, none is what others leave over."""
+def _joint(mu: Measure, upper: _Shown, lower: _Shown, matrix: Tensor, number: int) -> Array:
+    """``(K_upper + 2, K_lower + 2)``; each of the four parts is a query of its own, none is one minus the others."""
     joint = np.zeros((upper.count + 2, lower.count + 2))
-    joint[:-1, :-1] = upper.cut(lower.cut(both).T).T.double().cpu().numpy()
+    joint[:-1, :-1] = upper.with_rest(lower.with_rest(matrix).T).T.double().cpu().numpy()
     leaving = mu.marginal(upper.atom, over=upper.labels, joint=~lower.atom)[number]
-    joint[:-1, -1] = upper.cut(leaving).double().cpu().numpy()
+    joint[:-1, -1] = upper.with_rest(leaving).double().cpu().numpy()
     joining = mu.marginal(lower.atom, over=lower.labels, joint=~upper.atom)[number]
-    joint[-1, :-1] = lower.cut(joining).double().cpu().numpy()
+    joint[-1, :-1] = lower.with_rest(joining).double().cpu().numpy()
     joint[-1, -1] = float(mu(~upper.atom & ~lower.atom)[number])
     return joint

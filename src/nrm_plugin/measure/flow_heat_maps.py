@@ -1,4 +1,4 @@
-"""The heat map of each node of a flow graph: what the walks through it draw on."""
+"""The conditional heat map of each group of a flow graph."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from .measure import RelevanceMeasure
 from .partitions import partition
 
 Maps = Mapping[str, NDArray[np.float64]]
-"""``(H, W)`` by the key of a node."""
+"""Heat maps, ``(H, W)``, by the key of a node."""
 SIDE = 96
-"""Pixels of a thumbnail's longer side, at most."""
+"""Largest side of a thumbnail in pixels."""
 
 
 def flow_maps(
     mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = "input"
 ) -> dict[str, NDArray[np.float64]]:
-    r"""Conditional heat maps of the groups that a flow graph shows, :math:`\mu(\text{pixel} \mid \text{group})`.
+    r"""Conditional heat maps of the groups of a flow graph, :math:`\mu(\text{pixel} \mid \text{group})`.
 
-    Colours are summed up, and so are the slices of a volume; a signal is a picture of one row. Inputs without
-    positions have no heat maps, and neither has the layer of the input itself.
+    They are summed over colours and over the slices of a volume; a signal is an image of one row. Inputs without
+    positions have no heat maps, nor do the groups of the input itself.
 
     Args:
-        mu: The measure that the graph is of.
-        graph: The graph; its layers go by names of taps.
-        over: The groups, as they were given for the graph.
-        sample: Which sample, as it was given for the graph.
-        lowest: Where the heat maps are.
+        mu: The measure of the graph.
+        graph: The graph; its layers are names of taps.
+        over: The groups, as given for the graph.
+        sample: The sample, as given for the graph.
+        lowest: The tap of the heat maps.
 
     Returns:
-        ``(H, W)`` each, by the key of the node. Each sums to the share of its walks that reach the input.
+        ``(H, W)`` by the key of the node. Each sums to the share of the group's walks that reach the input.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -61,27 +61,28 @@ def flow_maps(
                 events.append(at(layer.name)[labels == node.group])
     if not events:
         return {}
-    found = mu.marginal(lowest, given=events, min_ratio=0)[:, sample]
+    conditionals = mu.marginal(lowest, given=events, min_ratio=0)[:, sample]
     channel = tap.channel_dim % len(tap.shape) - 1
-    return {key: _picture(values, channel) for key, values in zip(keys, found, strict=True)}
+    return {key: _heat_map(values, channel) for key, values in zip(keys, conditionals, strict=True)}
 
 
-def _picture(values: Tensor, channel: int) -> NDArray[np.float64]:
+def _heat_map(values: Tensor, channel: int) -> NDArray[np.float64]:
+    """``(C, *positions)`` to ``(H, W)``."""
     flat = values.sum(channel)
     while flat.ndim > 2:
         flat = flat.sum(0)
     flat = flat if flat.ndim == 2 else flat.unsqueeze(0)
-    picture: NDArray[np.float64] = flat.double().cpu().numpy()
-    return picture
+    heat_map: NDArray[np.float64] = flat.double().cpu().numpy()
+    return heat_map
 
 
 def thumbnail(values: NDArray[np.float64], side: int = SIDE) -> NDArray[np.float64]:
-    """A heat map summed up to at most ``side`` pixels along each side; masses stay what they are."""
+    """A heat map with at most ``side`` pixels along each side, sums of those of the original."""
     size = [min(length, side) for length in values.shape]
     labels = [torch.arange(length) * small // length for length, small in zip(values.shape, size, strict=True)]
-    found = np.zeros(size)
-    np.add.at(found, np.ix_(labels[0].numpy(), labels[1].numpy()), values)
-    return found
+    sums = np.zeros(size)
+    np.add.at(sums, np.ix_(labels[0].numpy(), labels[1].numpy()), values)
+    return sums
 
 
 __all__ = ["Maps", "flow_maps", "thumbnail"]

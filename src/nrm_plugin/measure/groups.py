@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..errors import EventError
 from ..recording.taps import Tap
 
 Over = str | Tensor
-"""What is summed up: a kind of group, or an integer label for every neuron of a tap."""
+"""The groups of neurons to sum over: a kind of group, or an integer label for every neuron of a tap."""
 
 KINDS = ("channel", "position", "neuron")
 
@@ -48,7 +49,7 @@ def _own_labels(tap: Tap, over: Tensor) -> Tensor:
     if labels is None or not labels.numel() or int(labels.min()) < 0:
         raise EventError(
             f"over= holds a label of at least 0 for every neuron of {tap.names[0] if tap.names else 'the tap'!r}, in a "
-            f"shape that broadcasts to {tuple(inner)}; got shape {tuple(over.shape)}. Give the rest a group of its own."
+            f"shape that broadcasts to {tuple(inner)}; got shape {tuple(over.shape)}. Give the rest its own label."
         )
     return labels
 
@@ -59,8 +60,20 @@ def check_over(over: Any) -> None:
         raise ValueError(f"over={over!r} is unknown; choose 'channel', 'position', 'neuron', or integer labels.")
 
 
+def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
+    """The groups of each of several layers.
+
+    Raises:
+        ValueError: A list of another length.
+    """
+    kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
+    if len(kinds) != count:
+        raise ValueError(f"over= has {len(kinds)} entries for {count} layers; give one, or one for each.")
+    return kinds
+
+
 def pair_of(over: Any) -> tuple[Over, Over]:
-    """What is summed up at the upper and at the lower tap."""
+    """The groups of the upper and of the lower tap."""
     pair = over if isinstance(over, tuple) and len(over) == 2 else (over, over)
     for one in pair:
         check_over(one)

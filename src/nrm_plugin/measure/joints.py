@@ -1,4 +1,7 @@
-"""Joint relevance of all groups of one tap with all groups of a tap below it."""
+"""Joint relevance of all groups of one tap with all groups of a tap below it.
+
+Source: docs/measure.md.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,32 @@ from ..recording.places import Buffer, Edge, Place, Sink
 from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .groups import Over, by_label, labels_of
-from .memory import in_chunks
+from .memory import in_chunks, width_of
+from .totals import Totals
+
+
+def joint_matrices(
+    totals: Totals, pairs: Sequence[tuple[Tap, Tap]], overs: Sequence[tuple[Over, Over]], max_memory: int | None
+) -> tuple[list[Tensor], Cost]:
+    """``(N, K_upper, K_lower)`` of each pair of taps.
+
+    Args:
+        totals: A pass that stored the relevance of the upper taps.
+        pairs: Upper and lower tap.
+        overs: The groups of the upper and of the lower tap.
+        max_memory: Bytes; None for the default of the device.
+    """
+    recording, cost = totals.recording, totals.cost
+    matrices = []
+    for (upper, lower), over in zip(pairs, overs, strict=True):
+        relevance = totals.relevance(upper)
+        by_channel = all(isinstance(one, str) and one == "channel" for one in over)
+        direct = neighbour_matrix(recording, upper, lower, relevance) if by_channel else None
+        width = width_of(recording, max_memory, [upper.place, lower.place])
+        matrix, spent = direct or joint_matrix(recording, upper, lower, relevance, over, width)
+        matrices.append(matrix)
+        cost += spent
+    return matrices, cost
 
 
 def joint_matrix(
@@ -31,7 +59,7 @@ def joint_matrix(
         lower: The tap below.
         relevance: Marginal of the upper tap, ``(N, *shape)``.
         over: The groups of the upper and of the lower tap.
-        width: Groups that are carried at once.
+        width: Groups in one pass.
     """
     rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
     relevance = recording.samples.without_samples(relevance)
@@ -42,10 +70,9 @@ def joint_matrix(
     def run(groups: Sequence[int]) -> list[Tensor]:
         labels = (rows if down else columns).to(relevance.device)
         if down:
-            found, cost = handed_down(
-                recording, upper, lower, {group: relevance * (labels == group) for group in groups}
-            )
-            sums = by_label(recording.samples.with_samples(found, 1).flatten(2), columns)
+            vectors = {group: relevance * (labels == group) for group in groups}
+            arrived, cost = propagated(recording, upper, lower, vectors)
+            sums = by_label(recording.samples.with_samples(arrived, 1).flatten(2), columns)
         else:
             masks = torch.stack([(labels == group).to(relevance).expand(shape) for group in groups])
             collected, cost = push(recording.graph, lower.place, upper.place, masks)
@@ -61,7 +88,7 @@ def joint_matrix(
     return torch.stack(parts, 1 if down else 2), sum(spent, start=Cost())
 
 
-def handed_down(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
+def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
     """What arrives at the lower tap, ``(K, N, *shape)``."""
     collect = _Collect(lower.place)
     cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
@@ -90,14 +117,14 @@ _KEEPING_CHANNELS = frozenset(
     maxpool1d maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d clone alias
     """.split()
 )
-"""Routes that hand relevance to the same channel, and lose none."""
+"""Operations that pass relevance to the same channel, and lose none."""
 
 
 def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
     """The channel matrix of two taps with one linear step between them, by one weight gradient instead of passes.
 
-    Everything else between them must keep channels and hand down all relevance, so that a walk through a channel of
-    the step goes on through the same channel of the tap. None where that is not so.
+    All other operations between them must preserve channels and propagate all relevance, so that a walk through a
+    channel of the step crosses the same channel of the tap. None where that is not so.
 
     Args:
         recording: The recording.
@@ -125,13 +152,13 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
 
 
 def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
-    """The vertices from one tap to the other, where each has one input, one is linear and the rest keep channels."""
+    """The vertices between two taps, if each has one input, one is linear and the others preserve channels."""
     if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not recording.samples.batched:
         return None
     place, chain, linear = upper.place, [], 0
     while place != lower.place:
         vertex = recording.graph.vertices[place.vertex]
-        # Pooling has a second output, of positions, that hands nothing down.
+        # Pooling has a second output, the positions, which propagates no relevance.
         if place.number != 0 or len([edge for edge in vertex.edges if edge is not None]) != 1:
             return None
         is_linear = _is_linear(vertex, len(upper.shape))
@@ -140,8 +167,8 @@ def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
         linear += is_linear
         chain.append(place.vertex)
         place = next(edge for edge in vertex.edges if edge is not None)
-    fits = all(tap.channel_dim % len(tap.shape) == _channels_of(len(tap.shape)) for tap in (upper, lower))
-    return chain if linear == 1 and fits else None
+    have_channels = all(tap.channel_dim % len(tap.shape) == _channels_of(len(tap.shape)) for tap in (upper, lower))
+    return chain if linear == 1 and have_channels else None
 
 
 def _channels_of(dims: int) -> int:
@@ -149,7 +176,7 @@ def _channels_of(dims: int) -> int:
 
 
 def _is_linear(vertex: Vertex, dims: int) -> bool:
-    """A convolution of maps, or a linear layer whose features are the last dimension."""
+    """Whether this is a convolution, or a linear layer over the last dimension."""
     kernel = None if vertex.step is None else vertex.step.kernel
     if not isinstance(kernel, BranchKernel) or kernel.layer is None:
         return False
@@ -174,13 +201,15 @@ def _start(recording: Recording, place: Place, vectors: Vectors[int]) -> list[tu
 
 
 class _Collect:
+    """What has arrived at a tap."""
+
     def __init__(self, place: Place) -> None:
         self.place = place
         self.vectors: Vectors[int] = {}
 
 
 class _Prune:
-    """Stops where the lower tap was crossed, or cannot be reached any more."""
+    """Stops where the lower tap is crossed, or can no longer be reached."""
 
     def __init__(self, recording: Recording, lower: Tap, collect: _Collect) -> None:
         self.recording, self.collect = recording, collect

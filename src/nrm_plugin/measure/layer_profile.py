@@ -1,4 +1,4 @@
-"""Layer by layer: how much relevance crosses, was absorbed or goes around, and how much of it cancels."""
+"""Mass, sink, bypass and variation of each layer, compared with plain LRP."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class ProfileRow:
 
     Attributes:
         layer: Name of the tap.
-        mass, sink, bypass: μ of what crosses it, was absorbed above it, goes around it.
-        variation: Tap variation, at least 1; above 1 neurons of opposite sign share the tap.
-        plain: Sum of plain LRP by the same rules, where 1 started; None where it was not asked.
+        mass, sink, bypass: Mass of the walks that cross it, are absorbed above it, bypass it.
+        variation: Tap variation, at least 1; above 1, neurons of opposite sign share the tap.
+        plain: Sum of plain LRP by the same rules, from 1 at the output; None if it was not computed.
     """
 
     layer: str
@@ -31,17 +31,17 @@ class ProfileRow:
 def profile(
     mu: RelevanceMeasure, layers: Sequence[str] | None = None, plain: RelevanceMeasure | None = None, sample: int = 0
 ) -> list[ProfileRow]:
-    """The layers of a measure, from the output down.
+    """A row for each layer of a measure, from the output down.
 
     Args:
         mu: The measure.
         layers: Names of taps; all of them by default.
         plain: A measure of the same model and inputs by the same rules, taken with ``residual="sink"``: its marginals
             are the relevance of plain LRP, from 1 at the output.
-        sample: Which sample.
+        sample: The sample.
 
     Raises:
-        InputError: The plain measure hands down more than its rules do.
+        InputError: ``plain`` redistributes relevance, or is a measure of another model.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

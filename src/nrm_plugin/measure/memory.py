@@ -1,4 +1,4 @@
-"""How many relevance vectors are carried at once, so that they fit into memory."""
+"""Number of relevance vectors that one pass propagates, so that they fit into memory."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..recording.places import Place
 from ..recording.recording import Recording
 
 DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
-"""Bytes of relevance that a pass may carry where nothing else is said. On a CPU more vectors at once save little, and
-fresh memory for them costs more than that."""
+"""Default bytes of relevance vectors in one pass. On a CPU more vectors per pass save little, and the allocation of
+memory for them costs more than that."""
 COPIES = 4
-"""Tensors of the size of the largest tap that one vector takes on its way through a step."""
+"""Tensors of the size of the largest tap that a step needs for one vector."""
 
 Item = TypeVar("Item")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def check_memory(max_memory: object) -> int | None:
-    """Bytes of a budget, None for what fits the device.
+    """A memory budget in bytes; None for the default of the device.
 
     Raises:
-        InputError: It is no positive number.
+        InputError: It is not a positive number.
     """
     if max_memory is None:
         return None
@@ -40,57 +40,57 @@ def check_memory(max_memory: object) -> int | None:
 
 
 def width_of(recording: Recording, max_memory: int | None, places: Iterable[Place] | None) -> int:
-    """Vectors that fit, at least one.
+    """Number of vectors that fit, at least one.
 
     Args:
         recording: The recording.
         max_memory: Bytes.
-        places: Where vectors begin to differ, and where they end: between these they are carried. None for anywhere.
+        places: Where vectors begin to differ, and where they end: between these they are stored. None if unknown.
     """
     vertices = [place.vertex for place in places or ()]
     first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))
-    carried = recording.graph.vertices[first : last + 1]
-    largest = max((math.prod(shape) for vertex in carried for shape in vertex.shapes), default=1)
+    between = recording.graph.vertices[first : last + 1]
+    largest = max((math.prod(shape) for vertex in between for shape in vertex.shapes), default=1)
     default = DEFAULT_CPU if recording.output.device.type == "cpu" else DEFAULT
     return max(1, (max_memory or default) // max(1, COPIES * largest * recording.output.element_size()))
 
 
 def in_chunks(
-    items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Found]], what: str = ""
-) -> list[Found]:
-    """``run`` on all items, at most ``width`` at once; where memory runs out, on half as many.
+    items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
+) -> list[Result]:
+    """Results of ``run`` for all items, at most ``width`` per call; half as many after it ran out of memory.
 
     Args:
-        items: What to run on.
-        width: Most at once.
-        run: Gives one result for each item.
-        what: What the items are, for the progress bar, which only appears where it takes long.
+        items: The items.
+        width: Number of items per call.
+        run: Returns one result for each item.
+        what: Name of the items in the progress bar, which appears after some seconds.
 
     Raises:
-        MemoryError: One alone does not fit.
+        MemoryError: A single item does not fit.
     """
-    found: list[Found] = []
+    results: list[Result] = []
     with tqdm(total=len(items), desc=what, delay=5, leave=False, disable=len(items) <= width) as bar:
-        while len(found) < len(items):
-            chunk = items[len(found) : len(found) + width]
+        while len(results) < len(items):
+            chunk = items[len(results) : len(results) + width]
             try:
-                results = run(chunk)
+                chunk_results = run(chunk)
             except (RuntimeError, MemoryError) as error:
                 if len(chunk) == 1 or not _is_out_of_memory(error):
                     raise
-                results = []
-            if not results:  # outside of the handler, which keeps what was allocated alive
+                chunk_results = []
+            if not chunk_results:  # outside of the handler, which keeps what was allocated alive
                 width = max(1, len(chunk) // 2)
-                message = f"memory ran out with {len(chunk)} at once; going on with {width}. Pass a smaller max_memory."
+                message = f"out of memory with {len(chunk)} at once; retrying with {width}. Pass a smaller max_memory."
                 warnings.warn(message, MemoryBudgetWarning, stacklevel=2)
                 continue
-            found += results
+            results += chunk_results
             bar.update(len(chunk))
-    return found
+    return results
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    # On a CPU torch has no type of its own for it.
+    # torch has no exception type for it on a CPU.
     return "DefaultCPUAllocator" in str(error)

@@ -1,4 +1,4 @@
-"""What a layer is cut into, and what the parts are called: channels, patches, superpixels, named regions."""
+"""Groups of the neurons of a layer with their names: channels, patches, superpixels, named regions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .groups import Over, check_over, labels_of
 
 Names = Sequence[str] | Mapping[int, str]
 Regions = Mapping[str, Tensor]
-"""Boolean masks by name; neurons of no mask are the rest."""
+"""Boolean masks by name; neurons in no mask are the rest."""
 
 
 @dataclass(frozen=True)
@@ -24,48 +24,53 @@ class Partition:
 
     Attributes:
         labels: Group of each neuron, ``tap.shape[1:]``.
-        names: What each group is called.
-        count: Number of groups; neurons with this label are in none.
+        names: Name of each group.
+        count: Number of groups; neurons with this label are in no group.
+        are_channels: Whether the groups are the channels.
     """
 
     labels: Tensor
     names: Callable[[int], str]
     count: int
+    are_channels: bool = False
 
 
 def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
-    """The groups of a tap and what they are called.
+    """The groups of a tap and their names.
 
     Args:
         tap: The tap.
         over: A kind of group, labels, or masks by name.
-        names: Of the groups, by number; the numbers, or the coordinates of positions and neurons, by default.
+        names: Names of the groups, by number; by default the numbers, or the coordinates of positions and neurons.
     """
     if isinstance(over, Mapping):
-        labels, known = _regions(tap, over), list(over)
-        return Partition(labels, lambda group: known[group], len(known))
+        return Partition(_region_labels(tap, over), list(over).__getitem__, len(over))
     check_over(over)
     labels = labels_of(tap, over)
     count = int(labels.max()) + 1 if labels.numel() else 0
-    if isinstance(names, Mapping):
-        return Partition(labels, lambda group: names.get(group, str(group)), count)
+    is_channel = isinstance(over, str) and over == "channel"
+    return Partition(labels, _namer(tap, over, names), count, is_channel)
+
+
+def _namer(tap: Tap, over: Over, names: Names | None) -> Callable[[int], str]:
+    """A function from the number of a group to its name."""
     if names is not None:
-        given = list(names)
-        return Partition(labels, lambda group: given[group] if group < len(given) else str(group), count)
+        given = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
+        return lambda group: given.get(group, str(group))
     inner = list(tap.shape[1:])
-    if over == "position" and len(inner) > 1:
+    if isinstance(over, str) and over == "position" and len(inner) > 1:
         inner.pop(tap.channel_dim % len(tap.shape) - 1)
-    if over in ("position", "neuron") and len(inner) > 1:
-        return Partition(labels, lambda group: ",".join(map(str, np.unravel_index(group, inner))), count)
-    return Partition(labels, str, count)
+    if isinstance(over, str) and over in ("position", "neuron") and len(inner) > 1:
+        return lambda group: ",".join(map(str, np.unravel_index(group, inner)))
+    return str
 
 
-def _regions(tap: Tap, masks: Regions) -> Tensor:
+def _region_labels(tap: Tap, masks: Regions) -> Tensor:
     name = tap.names[0] if tap.names else "the tap"
     inner = tap.shape[1:]
     labels = torch.full(inner, len(masks), dtype=torch.long)
     if not masks:
-        raise EventError(f"over= of {name!r} names no region.")
+        raise EventError(f"over= of {name!r} names no region. Give at least one mask.")
     for number, (key, mask) in enumerate(masks.items()):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise EventError(f"the region {key!r} of {name!r} must be a boolean tensor, one entry for each neuron.")
@@ -84,17 +89,17 @@ def _regions(tap: Tap, masks: Regions) -> Tensor:
 
 
 def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
-    """Labels that cut a picture into patches, for ``over=``: numbered from 0, row by row.
+    """Labels of the patches of an image, for ``over=``: numbered from 0, row by row.
 
     Args:
-        size: Of the picture, such as ``(H, W)``, or ``(D, H, W)``.
-        parts: Patches along each of these; one number for all.
+        size: Size of the image, such as ``(H, W)``, or ``(D, H, W)``.
+        parts: Number of patches along each dimension; one number for all.
 
     Returns:
         Integers of shape ``size``.
 
     Raises:
-        InputError: More patches than pixels, or none.
+        InputError: More patches than pixels, or no patch.
 
     Examples:
         >>> patches((4, 4), 2)
@@ -105,7 +110,7 @@ def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
     """
     cuts = [parts] * len(size) if isinstance(parts, int) else list(parts)
     if len(cuts) != len(size) or not all(1 <= cut <= length for cut, length in zip(cuts, size, strict=False)):
-        raise InputError(f"a picture of size {tuple(size)} has no {cuts} patches: give 1 to its size for each side.")
+        raise InputError(f"an image of size {tuple(size)} has no {cuts} patches: give 1 to its size for each side.")
     labels = torch.zeros(tuple(size), dtype=torch.long)
     for dim, (cut, length) in enumerate(zip(cuts, size, strict=True)):
         view = [1] * len(size)

@@ -1,7 +1,7 @@
-"""Pictures of what chosen neurons, or a walk through several layers, respond to.
+"""Images of the patterns to which chosen neurons, or a walk through several layers, respond.
 
-Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015), through Zennit's rules.
-Both are no measures: they do not conserve, and say nothing of how much a neuron contributes. They show its pattern.
+Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) by Zennit's rules. They
+are not measures: they do not conserve relevance, and do not show how much a neuron contributes, but its pattern.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A picture for each sample.
+    """A reconstruction for each sample.
 
     Attributes:
-        pictures: ``(N, C, H, W)``.
+        pictures: The reconstructions, ``(N, C, H, W)``.
         boxes: Receptive field of the chosen neurons, ``(top, left, bottom, right)`` for each sample, the last two
-            exclusive; all zeros where nothing is chosen that depends on the input.
+            exclusive; all zeros if no chosen neuron depends on the input.
 
     Examples:
         >>> Reconstruction(torch.zeros(1, 3, 8, 8), [(2, 0, 5, 8)]).crops[0].shape
@@ -45,7 +45,7 @@ class Reconstruction:
 
     @property
     def crops(self) -> list[Tensor]:
-        """Each picture within its receptive field, ``(C, height, width)``.
+        """Each reconstruction within its receptive field, ``(C, height, width)``.
 
         Examples:
             >>> Reconstruction(torch.zeros(1, 1, 4, 4), [(0, 0, 4, 2)]).crops[0].shape
@@ -60,8 +60,8 @@ def reconstruct(
 ) -> Reconstruction:
     r"""Deconvolution or guided backpropagation from chosen neurons down to the pixels.
 
-    The activations of the chosen neurons go down: through convolutions transposed, through max pooling to where the
-    maximum was, and at a ReLU
+    The activations of the chosen neurons are propagated down: through transposed convolutions, through max pooling to
+    the position of the maximum, and through a ReLU by
 
     .. math:: R_i = R_j^+ \quad \text{(deconvolution)}, \qquad
               R_i = R_j^+ \, 1[a_i > 0] \quad \text{(guided backpropagation)}
@@ -69,15 +69,15 @@ def reconstruct(
     Args:
         model: The network; its ReLUs are modules.
         images: ``(N, C, H, W)``.
-        neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``; or a walk, several of them joined by ``&``: then what
-            comes down from the layer that is run last is cut to the neurons of every other layer.
+        neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``; or a walk, several of them joined by ``&``: the signal
+            from the layer that runs last is then restricted to the neurons of every other layer.
         method: ``"deconvnet"`` or ``"guided_backprop"``.
-        strongest: Begin at the one neuron, of those chosen in the last layer, with the largest activation, as Zeiler
-            and Fergus do; else at all of them. Negative activations do not begin.
+        strongest: Start from the neuron with the largest activation among those chosen in the last layer, as Zeiler and
+            Fergus do; else from all of them. Negative activations are set to zero.
 
     Raises:
         ValueError: Another method.
-        EventError: The event is not made of outputs of modules, joined by ``&``.
+        EventError: The event does not consist of outputs of modules, joined by ``&``.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.ReLU())
@@ -91,11 +91,11 @@ def reconstruct(
         raise ValueError(f"method={method!r} is unknown; choose 'deconvnet' or 'guided_backprop'.")
     atoms = _atoms(neurons)
     pixels = images.detach().clone().requires_grad_()
-    seen: list[tuple[str, Tensor, Tensor]] = []
+    recorded: list[tuple[str, Tensor, Tensor]] = []
     with torch.inference_mode(False), torch.enable_grad(), COMPOSITES[method]().context(model):
-        with _cutting(model, atoms, seen):
+        with _restricted(model, atoms, recorded):
             model(pixels)
-        layer, output, mask = seen[-1]
+        layer, output, mask = recorded[-1]
         start = output.detach().clamp(min=0) * mask
         if strongest:
             flat = start.flatten(1)
@@ -111,7 +111,7 @@ def _atoms(neurons: Event) -> dict[str, Atom]:
     atoms: dict[str, Atom] = {}
     for part in parts:
         if not isinstance(part, Atom) or part.side != "output" or part.call not in (None, 0) or part.item is not None:
-            raise EventError(f"{part} cannot be pictured: give at(layer)[…] of a module, or several joined by &.")
+            raise EventError(f"{part} cannot be reconstructed: give at(layer)[…] of a module, or several joined by &.")
         if not isinstance(part.layer, str) or part.layer in atoms:
             raise EventError(f"{part}: name each layer once, by its name in model.named_modules().")
         atoms[part.layer] = part
@@ -119,17 +119,17 @@ def _atoms(neurons: Event) -> dict[str, Atom]:
 
 
 @contextmanager
-def _cutting(model: nn.Module, atoms: dict[str, Atom], seen: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
-    """While it lasts, what goes down through the layers is cut to their neurons; ``seen`` lists them as they run."""
+def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
+    """In this context gradients of the layers are restricted to their neurons; ``recorded`` lists outputs and masks."""
     with ExitStack() as stack:
         for layer, atom in atoms.items():
 
             def hook(module: nn.Module, args: Any, output: Tensor, layer: str = layer, atom: Atom = atom) -> Tensor:
                 mask = mask_of(atom, output.shape, 1).to(output.device).expand(output.shape)
-                own = output.clone()  # an activation that follows may write over the original
+                own = output.clone()  # the next activation may work in place
                 if own.requires_grad:
                     own.register_hook(lambda relevance: relevance * mask)  # type: ignore[no-untyped-call]
-                seen.append((layer, own, mask))
+                recorded.append((layer, own, mask))
                 return own.clone()
 
             stack.callback(model.get_submodule(layer).register_forward_hook(hook).remove)
@@ -139,10 +139,9 @@ def _cutting(model: nn.Module, atoms: dict[str, Atom], seen: list[tuple[str, Ten
 def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor) -> list[Box]:
     """The rectangle of pixels on which chosen neurons of a layer may depend, for each sample.
 
-    Found by what cannot be computed away: rows or columns of the image are set to NaN, more and more of them, and it is
-    looked whether it reaches the neurons. It holds for any layers, whatever the weights and whatever is active.
-    A copy of the model is run in double precision on the CPU, where convolutions take each output by itself; the fast
-    ones mix the pixels of a tile.
+    Rows or columns of the image are set to NaN, by bisection, to find which of them reach the neurons. This holds for
+    any layers, weights and activations, since no operation removes a NaN. A copy of the model runs in double precision
+    on the CPU, where convolutions compute each output on its own; faster ones mix the pixels of a tile.
 
     Args:
         model: The network.
@@ -151,25 +150,24 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
         mask: The neurons, ``(N, *shape)``.
 
     Returns:
-        ``(top, left, bottom, right)``, the last two exclusive, for each sample; zeros where no pixel matters.
+        ``(top, left, bottom, right)``, the last two exclusive, for each sample; zeros if no pixel reaches the neurons.
 
-    Source: ours.
     """
     count, (height, width) = len(images), images.shape[-2:]
     sizes = torch.tensor([height, width, height, width]).expand(count, 4)
     low, high = torch.zeros_like(sizes).clone(), sizes.clone()
     model, images, mask = copy.deepcopy(model).cpu().double(), images.detach().cpu().double(), mask.cpu()
     whole = _reached(model, images, layer, mask, high)
-    # The first edge from which on NaN in all rows above (columns left, rows below, columns right) reaches them.
+    # The first edge such that NaN in all rows above (columns left, rows below, columns right) reaches the neurons.
     while bool((low < high).any()):
         middle = (low + high) // 2
-        found = _reached(model, images, layer, mask, middle)
-        high = torch.where(found, middle, high)
-        low = torch.where(found, low, middle + 1).minimum(high)
+        is_reached = _reached(model, images, layer, mask, middle)
+        high = torch.where(is_reached, middle, high)
+        low = torch.where(is_reached, low, middle + 1).minimum(high)
     boxes = []
-    for (top, left, bottom, right), is_reached in zip(high.tolist(), whole[:, 0].tolist(), strict=True):
+    for (top, left, bottom, right), depends in zip(high.tolist(), whole[:, 0].tolist(), strict=True):
         box = (top - 1, left - 1, height - bottom + 1, width - right + 1)
-        boxes.append(box if is_reached else (0, 0, 0, 0))
+        boxes.append(box if depends else (0, 0, 0, 0))
     return boxes
 
 

@@ -1,4 +1,7 @@
-"""Where a measure starts: targets and start vectors as signed laws over the output neurons."""
+"""Start of a measure: targets and start vectors as signed laws of the output neurons.
+
+Source: docs/measure.md.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ MIN_TOTAL = 1e-6
 
 
 def sample_sums(tensor: Tensor) -> Tensor:
-    """``(N, …)`` summed over everything but the batch; also ``(N,)``, which ``flatten(1)`` refuses."""
+    """``(N, …)`` summed over everything but the batch; also for ``(N,)``, which ``flatten(1)`` rejects."""
     return tensor.reshape(len(tensor), -1).sum(1)
 
 
@@ -25,9 +28,35 @@ def sample_norms(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cpu":
         return sample_sums(tensor.abs())
     flat = tensor.reshape(len(tensor), -1)
-    # In the cache, piece by piece.
+    # Parts that fit into the processor's cache.
     parts = [part.abs().sum(1) for part in torch.split(flat, max(1, (1 << 16) // len(flat)), 1)]
     return functools.reduce(torch.add, parts) if parts else flat.new_zeros(len(flat))
+
+
+def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
+    """The target, also where it is a function of the outputs.
+
+    Args:
+        target: As :func:`start_vector` takes it, or a function that returns this for the outputs.
+        outputs: As the model returned them.
+        batched: Whether their first dimension is the samples. If not, the target may name a class alone where the
+            output is one row of scores, ``(1, C)``, for a whole graph.
+
+    Raises:
+        TargetError: The function returned something else.
+    """
+    if callable(target):
+        target = target(outputs)
+        is_target = target is None or isinstance(target, (int, tuple, list)) or hasattr(target, "__array__")
+        if not is_target:
+            raise TargetError(
+                f"target= is a function of the outputs and returned {type(target).__name__}: {target!r}. It must "
+                "return a target: an int, a tuple of ints, or a list or tensor of one for each sample."
+            )
+    if batched or outputs.ndim != 2 or len(outputs) != 1:
+        return target
+    is_number = isinstance(target, int) or (isinstance(target, (list, Tensor)) and torch.as_tensor(target).numel() == 1)
+    return (0, int(torch.as_tensor(target))) if is_number else target
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
@@ -35,13 +64,13 @@ def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tenso
 
     Args:
         output: The model's output.
-        target: As in Captum: None for one output a sample, an int or a tuple for all samples, or a list or tensor of
-            them with one for each sample.
-        start: A signed vector over the outputs instead, ``(N, …)`` or without the batch, or a function that makes it
-            from the outputs.
+        target: As in Captum: None for one output per sample, an int or a tuple for all samples, or a list or tensor
+            with one of them for each sample.
+        start: A signed vector over the outputs instead, ``(N, …)`` or without the batch, or a function that returns it
+            for the outputs.
 
     Raises:
-        TargetError: Neither or both fit.
+        TargetError: Both are given, or do not fit.
     """
     if start is not None:
         if target is not None:
@@ -61,7 +90,7 @@ def normalized(start: Tensor) -> Tensor:
     if bool(bad.any()):
         raise TargetError(
             f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. A difference of "
-            "outputs has no measure: take the measure of each output and subtract the answers."
+            "outputs has no measure: take the measure of each output and subtract the results."
         )
     return start / total.reshape(-1, *(1,) * (start.ndim - 1))
 
@@ -73,7 +102,7 @@ class Neurons:
         selector: The selector.
 
     Attributes:
-        activation: What was selected, summed, ``(N,)``; known once the start vector was made.
+        activation: Sum of the selected activations, ``(N,)``; set when the start vector is computed.
     """
 
     def __init__(self, selector: Any) -> None:
@@ -85,13 +114,13 @@ class Neurons:
         slope = self._slope(values)
         self.activation = (slope * values).flatten(1).sum(1)
         if bool((slope != 0).flatten(1).sum(1).le(1).all()):
-            return slope  # a single neuron starts with all mass, also where it is not active
+            return slope  # a single neuron starts with all mass, even if it is not active
         start = slope * values
         silent = (start == 0).flatten(1).all(1).reshape(-1, *(1,) * (values.ndim - 1))
         return torch.where(silent, slope, start)
 
     def _slope(self, values: Tensor) -> Tensor:
-        """How much each neuron counts."""
+        """Weight of each neuron."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()
@@ -139,8 +168,8 @@ def _real(start: Any) -> Tensor:
         vector = start.detach() if isinstance(start, Tensor) else torch.as_tensor(start)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TargetError(
-            f"start is {type(start).__name__}, of which no vector can be made ({error}). Give a tensor or list with "
-            "one number for each output."
+            f"start is {type(start).__name__}, which cannot be converted to a vector ({error}). Give a tensor or "
+            "list with one number for each output."
         ) from error
     if vector.is_complex() or vector.device.type == "meta":
         what = f"dtype {vector.dtype}" if vector.is_complex() else "device meta, where tensors hold no values"
@@ -185,7 +214,7 @@ _FORMS = "Give an int, a tuple of ints for an output of several dimensions, or a
 
 
 def _indices(target: Any, batch: int) -> list[tuple[int, ...]]:
-    if hasattr(target, "__array__"):  # a tensor, or what numpy's argmax gives
+    if hasattr(target, "__array__"):  # a tensor, or the result of numpy's argmax
         target = _integers(target)
     if isinstance(target, bool) or not isinstance(target, (int, tuple, list)):
         raise TargetError(f"target is {type(target).__name__}. {_FORMS}")

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..errors import EventError
 from ..events.event import Atom, Event, at
 from ..measure.groups import Over, check_over, labels_of
-from ..measure.joints import handed_down
-from ..measure.measure import Layer, RelevanceMeasure
+from ..measure.joints import propagated
+from ..measure.layer_taps import Layer
+from ..measure.measure import RelevanceMeasure
 from ..measure.memory import width_of
 from ..recording.passes import push
 
@@ -64,7 +65,7 @@ class LayerChain:
         """Relevance ``(K, n_m)`` of one layer propagated to the next, ``(K, n_{m+1})``."""
         upper, lower = self.taps[level : level + 2]
         rows = {number: row.view(upper.shape) for number, row in enumerate(vectors)}
-        return handed_down(self.recording, upper, lower, rows)[0].flatten(1)
+        return propagated(self.recording, upper, lower, rows)[0].flatten(1)
 
     def collect(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
         r"""The transpose of `propagate`, :math:`\sum_{i'} \tilde T_{i'i} v(i')`: ``(K, n_{m+1})`` to ``(K, n_m)``.

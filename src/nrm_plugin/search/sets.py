@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..events.event import Event
 from ..measure.groups import Over
-from ..measure.measure import Layer, RelevanceMeasure
+from ..measure.layer_taps import Layer
+from ..measure.measure import RelevanceMeasure
 from .layer_chain import LayerChain, check_one_sample, intersection
 
 MAX_COMBINATIONS = 200_000

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import InputError, UnknownLayerError
-from ..functional.registry import FunctionCall, register_kernel
+from ..functional import FunctionCall, register_kernel
 from ..kernels.base import Kernel
 
 FLOOR = 1e-4

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..events.event import Atom, Event, at
 from ..measure.groups import Over
-from ..measure.measure import Layer, RelevanceMeasure
+from ..measure.layer_taps import Layer
+from ..measure.measure import RelevanceMeasure
 from .best_first import BestFirstSearch
 from .bounds import now
 from .layer_chain import LayerChain, check_count, check_one_sample, intersection

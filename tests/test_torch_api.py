@@ -1,5 +1,5 @@
 """Every module class of torch.nn, and every function of torch that takes a tensor: all relevance is accounted for, or
-the question is refused with an error of this package. Nothing is silently lost or made up."""
+the query raises an error of this package."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ MODULES: dict[str, tuple[Build, tuple[int, ...]]] = {
     **{f"MaxUnpool{n}d": (lambda n=n: Unpool(n), shape) for n, shape in ((1, SIGNAL), (2, IMAGE), (3, VOLUME))},  # type: ignore[misc]
 }  # fmt: skip
 
-LOSSES = "a loss: it compares with a target, and is no model"
-LEFT_OUT = {
+LOSSES = "a loss, which compares with a target"
+OMITTED = {
     "Module": "has no forward",
     "Container": "has no forward",
     "ModuleList": "has no forward",
@@ -110,8 +110,8 @@ LEFT_OUT = {
     "ParameterDict": "has no forward",
     "RNNBase": "has no forward",
     "RNNCellBase": "has no forward",
-    "Embedding": "takes numbers of rows; tests/test_attention.py",
-    "EmbeddingBag": "takes numbers of rows; test_bags_of_embeddings below",
+    "Embedding": "takes row numbers; tests/test_transformers.py",
+    "EmbeddingBag": "takes row numbers; test_bags_of_embeddings below",
     "DataParallel": "a wrapper for several GPUs",
     "NLLLoss2d": LOSSES,
 }
@@ -122,7 +122,7 @@ def layer() -> nn.TransformerEncoderLayer:
 
 
 class Self(nn.Module):
-    """A module of several inputs on one tensor and a part of it turned."""
+    """A module of several inputs on one tensor and a flipped copy."""
 
     def __init__(self, inner: nn.Module, inputs: int = 3) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Unpool(nn.Module):
 
 
 class First(nn.Module):
-    """Computed input for a module, and of what it returns the first tensor of real numbers."""
+    """A module with a computed input; returns its first tensor of real numbers."""
 
     def __init__(self, inner: Callable[[Tensor], Any], width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -172,8 +172,8 @@ def first_of(returned: Any) -> Tensor | None:
     return None
 
 
-def unbalanced(net: nn.Module, x: Tensor, **options: Any) -> Iterator[str]:
-    """What is wrong with the books, or with the output; nothing where the question was refused."""
+def violations_of(net: nn.Module, x: Tensor, **options: Any) -> Iterator[str]:
+    """Violations of conservation, and a wrong output; none where the query raises."""
     torch.manual_seed(1)
     expected = net(x.clone().requires_grad_()).detach()
     start = torch.rand(expected.shape, dtype=x.dtype) + 0.5
@@ -190,26 +190,26 @@ def unbalanced(net: nn.Module, x: Tensor, **options: Any) -> Iterator[str]:
     keep = slice(None) if options.get("batched", True) else None
     values = (start * expected)[keep].flatten(1) if keep is not None else (start * expected).reshape(1, -1)
     if not torch.allclose(mu.output, values.sum(1) / start.reshape(values.shape).sum(1), rtol=1e-4, atol=1e-5):
-        yield "the model returns something else while it is measured"
+        yield "the output changes while the model is measured"
 
 
-def listed() -> list[str]:
+def module_classes() -> list[str]:
     """Names of the module classes of torch.nn."""
     return [name for name, kind in vars(nn).items() if inspect.isclass(kind) and issubclass(kind, nn.Module)]
 
 
-def test_every_class_of_torch_is_in_the_table_or_left_out_for_a_reason():
-    losses = {name for name in listed() if name.endswith("Loss") and name not in MODULES}
-    assert set(listed()) - losses - set(LEFT_OUT) - set(MODULES) == set()
+def test_every_module_class_of_torch_is_tested_or_omitted_for_a_reason():
+    losses = {name for name in module_classes() if name.endswith("Loss") and name not in MODULES}
+    assert set(module_classes()) - losses - set(OMITTED) - set(MODULES) == set()
 
 
-REFUSED = {"CosineSimilarity", "PairwiseDistance", "CrossMapLRN2d"}
-"""Of which no kernel is known, and one that is no function of torch but of its own."""
+UNSUPPORTED = {"CosineSimilarity", "PairwiseDistance", "CrossMapLRN2d"}
+"""Modules without a kernel, and one with an autograd function of its own."""
 
 
 @pytest.mark.parametrize("dtype", slow_but(TOLERANCES, torch.float64), ids=["float32", "float64"])
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_hands_down_all_or_raises(name, dtype):
+def test_a_module_conserves_relevance_or_raises(name, dtype):
     build, shape = MODULES[name]
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=dtype)
@@ -221,8 +221,8 @@ def test_a_module_hands_down_all_or_raises(name, dtype):
         for parameter in net.inner.parameters():
             parameter.data.normal_(std=0.5)
         for composite in (NRMDefault(), NRMAbsolute()):
-            assert list(unbalanced(net, x, composite=composite)) == []
-            if name in REFUSED:
+            assert list(violations_of(net, x, composite=composite)) == []
+            if name in UNSUPPORTED:
                 with pytest.raises(NRMError):
                     RelevanceMeasure(net, x, start=torch.ones_like(net(x)), composite=composite).marginal("input")
             else:
@@ -230,7 +230,7 @@ def test_a_module_hands_down_all_or_raises(name, dtype):
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-def test_bags_of_embeddings_balance_or_raise(mode):
+def test_bags_of_embeddings_conserve_relevance_or_raise(mode):
     torch.manual_seed(0)
     net = nn.Sequential(nn.EmbeddingBag(9, 4, mode=mode), nn.Linear(4, 2)).double().eval()
     ids = torch.tensor([[1, 5, 2], [3, 3, 8]])
@@ -279,10 +279,10 @@ def functions() -> Iterator[tuple[str, Callable[..., Any]]]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("space", SPACES)
-def test_a_function_of_torch_hands_down_all_or_raises(space):
-    """Whatever can be called with a tensor, and with one of some further arguments."""
+def test_a_function_of_torch_conserves_relevance_or_raises(space):
+    """Every function that accepts a tensor, alone or with one of some further arguments."""
     x = torch.rand((4, 4), generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.1 + torch.eye(4)
-    wrong, ran = {}, 0
+    failures, ran = {}, 0
     for name, function in functions():
         if not name.startswith(f"{space}."):
             continue
@@ -296,8 +296,8 @@ def test_a_function_of_torch_hands_down_all_or_raises(space):
                 continue
             if usable:
                 ran += 1
-                found = list(unbalanced(net, x, composite=NRMAbsolute(), batched=False))
-                if found:
-                    wrong[name, number] = found
-    assert wrong == {}
+                violations = list(violations_of(net, x, composite=NRMAbsolute(), batched=False))
+                if violations:
+                    failures[name, number] = violations
+    assert failures == {}
     assert ran >= {"torch": 300, "Tensor": 300, "functional": 60, "special": 20, "linalg": 20, "fft": 4}[space]

@@ -1,4 +1,4 @@
-"""Heads, tokens and (query, key) pairs as events, in every spelling of attention, against sums written out here."""
+"""Heads, tokens and pairs of query and key as events, for every implementation of attention, compared with sums."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_map_may_be_conditional_on_a_head_or_a_pair():
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_with_halves_a_pair_goes_by_the_value_or_by_the_weight(spelling):
+def test_with_halves_a_pair_crosses_the_value_or_the_weight(spelling):
     rules = Normalized(NRMAbsolute(), attention="halves")
     mu = RelevanceMeasure(net(SPELLINGS[spelling]), draw(), 1, composite=rules)
     reference = RelevanceMeasure(net(), draw(), 1, composite=rules)
@@ -190,7 +190,7 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_a_multihead_attention_of_torch_is_asked_in_the_same_words(need_weights, batch_first):
+def test_multihead_attention_of_torch_has_the_same_events(need_weights, batch_first):
     torch.manual_seed(0)
     model = Net(Wrapped(need_weights, batch_first)).double().eval()
     twin = net()
@@ -228,7 +228,7 @@ def test_groups_of_queries_keep_their_heads():
     assert not drawn[:, 1, [0, 1, *range(4, FEATURES)]].any()
 
 
-def test_one_sample_without_a_batch_of_its_own():
+def test_one_sample_without_a_batch_dimension():
     model = net()
     x = draw()[:1]
     mu = RelevanceMeasure(model, x, 1)
@@ -293,7 +293,7 @@ class Two(nn.Module):
         return self.b(self.a(x))
 
 
-def test_what_cannot_be_told_is_an_error():
+def test_unknown_heads_tokens_and_layers_raise():
     torch.manual_seed(0)
     model = nn.Sequential(Two(), nn.Flatten(), nn.Linear(TOKENS * FEATURES, 2)).double().eval()
     mu = RelevanceMeasure(model, draw(), 1)
@@ -316,7 +316,7 @@ def test_what_cannot_be_told_is_an_error():
         plain(at("0").head(0))
 
 
-def test_heads_are_asked_of_layers_and_once():
+def test_heads_need_a_layer_and_are_given_once():
     for make, message in (
         (lambda: at("a", side="input").head(0), "names neurons of one tap"),
         (lambda: at("a")[2].head(0), "names neurons of one tap"),
@@ -337,12 +337,12 @@ def test_heads_are_asked_of_layers_and_once():
     mu = RelevanceMeasure(net(), draw(), 1)
     with pytest.raises(EventError, match=r"at\('attn'\).head\(1\) is an event; a layer is needed here"):
         mu.marginal(at("attn").head(1))
-    assert "go through the attention of 'attn' in head 1 at token 2 drawing on token 0" in mu.explain(
+    assert "pass through the attention of 'attn' in head 1 from query token 2 to key token 0" in mu.explain(
         at("attn").head(1).pair(2, 0)
     )
 
 
-def test_heads_that_cannot_be_told_from_samples():
+def test_heads_that_cannot_be_distinguished_from_samples_raise():
     class Odd(nn.Module):
         """One dimension of samples and heads, heads first."""
 
@@ -352,7 +352,7 @@ def test_heads_that_cannot_be_told_from_samples():
 
     x = torch.randn(2, TOKENS, FEATURES)
     mu = RelevanceMeasure(nn.Sequential(Odd(), nn.Flatten(), nn.Linear(TOKENS * FEATURES, 2)), x, 1)
-    with pytest.raises(EventError, match="cannot be told from the 2 samples in its dimension of 3"):
+    with pytest.raises(EventError, match="cannot be distinguished from the 2 samples in its dimension of 3"):
         mu(at("0").head(0))
 
 

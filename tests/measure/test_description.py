@@ -1,4 +1,4 @@
-"""Events as the rest of a sentence about walks, as `explain` says them."""
+"""Events in words, as in the text of `explain`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ SENTENCES: list[tuple[Event, str]] = [
     (C, "cross the input of 'c'"),
     (at("c", side="sink"), "are absorbed in 'c'"),
     (at(nn.ReLU()), "cross 'ReLU'"),
-    (ABSORBED, "are absorbed on their way"),
+    (ABSORBED, "are absorbed anywhere"),
     (~ABSORBED, "reach the input"),
     (A & C, "cross 'a' and cross the input of 'c'"),
     (A | C, "either cross 'a' or cross the input of 'c'"),
-    (ABSORBED & (A | C), "are absorbed on their way and (either cross 'a' or cross the input of 'c')"),
-    (~A, "do not cross 'a' (they go elsewhere, around it, or are absorbed before)"),
+    (ABSORBED & (A | C), "are absorbed anywhere and (either cross 'a' or cross the input of 'c')"),
+    (~A, "do not cross 'a' (they bypass it, or are absorbed above it)"),
+    (~B, "do not cross 'b' in channel [1, 2] (they cross other neurons, bypass it, or are absorbed above it)"),
+    (~at("c", side="sink"), "are not absorbed in 'c'"),
     (~(A & C), "do not (cross 'a' and cross the input of 'c')"),
 ]
 
@@ -31,7 +33,7 @@ def test_an_event_in_words(event: Event, sentence: str):
     assert words(event) == sentence
 
 
-def test_a_condition_is_told_as_a_share():
+def test_a_conditional_is_described_as_a_share():
     mu = RelevanceMeasure(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(1, 3), 1)
     text = mu.explain(at("1")[2], given=~ABSORBED)
     assert "Among the walks that reach the input, the share of relevance carried by those that also cross '1'" in text

@@ -1,4 +1,4 @@
-"""Reconstructions against deconvolution written out by hand, and receptive fields against their formula."""
+"""Reconstructions compared with a deconvolution written out, and receptive fields with their formula."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nrm_plugin.measure.reconstruction import receptive_fields
 
 
 def by_hand(model, image, keep, method):
-    """Zeiler and Fergus: unpool with switches, rectify, convolve with flipped kernels; ``keep`` cuts on the way."""
+    """Zeiler and Fergus: unpool with switches, rectify, convolve with flipped kernels; ``keep`` masks layers."""
     stack, value = [], image
     for number, layer in enumerate(model.features[:9]):
         before = value
@@ -46,7 +46,7 @@ def by_hand(model, image, keep, method):
 
 @pytest.mark.parametrize("method", ["deconvnet", "guided_backprop"])
 @pytest.mark.parametrize("through", [None, [3, 7, 9]])
-def test_a_reconstruction_is_deconvolution_by_hand(method, through):
+def test_reconstructions_equal_a_deconvolution_written_out(method, through):
     model, images = load_model(), load_digits()[0][:3]
     event = at("features.8").channel(5)
     keep = {8: torch.zeros(1, 32, 1, 1)}
@@ -62,21 +62,21 @@ def test_a_reconstruction_is_deconvolution_by_hand(method, through):
     assert float(found.pictures.abs().max()) > 0
 
 
-def test_the_methods_and_the_walk_differ():
+def test_methods_and_walks_give_different_images():
     model, images = load_model(), load_digits()[0][:2]
     top = at("features.8").channel(5)
-    pictures = [
+    images_of_methods = [
         reconstruct(model, images, top).pictures,
         reconstruct(model, images, top, "guided_backprop").pictures,
         reconstruct(model, images, top & at("features.3").channel(3)).pictures,
         reconstruct(model, images, top, strongest=False).pictures,
     ]
-    for number, one in enumerate(pictures):
-        assert all(not torch.allclose(one, other) for other in pictures[:number])
+    for number, one in enumerate(images_of_methods):
+        assert all(not torch.allclose(one, other) for other in images_of_methods[:number])
 
 
 @pytest.mark.parametrize("position", [(0, 0), (4, 3), (7, 7)])
-def test_a_receptive_field_is_that_of_the_formula(position):
+def test_receptive_fields_equal_their_formula(position):
     """Two convolutions of 3×3, a pooling of 2×2, two more convolutions: 14 pixels around twice the position."""
     model, images = load_model(), load_digits()[0][:2]
     mask = torch.zeros(2, 32, 8, 8, dtype=torch.bool)
@@ -86,7 +86,7 @@ def test_a_receptive_field_is_that_of_the_formula(position):
     assert receptive_fields(model, images, "features.8", mask) == [expected] * 2
 
 
-def test_pictures_vanish_outside_of_the_field_and_crops_hold_the_rest():
+def test_images_are_zero_outside_of_the_receptive_field():
     model, images = load_model(), load_digits()[0][:4]
     found = reconstruct(model, images, at("features.6").channel(4))
     for picture, crop, (top, left, bottom, right) in zip(found.pictures, found.crops, found.boxes, strict=True):
@@ -96,12 +96,12 @@ def test_pictures_vanish_outside_of_the_field_and_crops_hold_the_rest():
         assert right - left <= 10
 
 
-def test_nothing_chosen_has_an_empty_field():
+def test_no_neuron_has_an_empty_receptive_field():
     model, images = load_model(), load_digits()[0][:1]
     assert receptive_fields(model, images, "features.6", torch.zeros(1, 32, 8, 8, dtype=torch.bool)) == [(0, 0, 0, 0)]
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged():
     model, images = load_model(), load_digits()[0][:2]
     before = copy.deepcopy(model.state_dict())
     output = model(images)
@@ -121,11 +121,11 @@ def test_the_model_is_left_as_it_was():
         (at("features.8").channel(1) & at("features.8").channel(2), EventError),
     ],
 )
-def test_what_is_no_walk_is_refused(event, kind):
+def test_events_that_are_not_walks_raise(event, kind):
     with pytest.raises(kind):
         reconstruct(load_model(), load_digits()[0][:1], event)
 
 
-def test_another_method_is_refused():
+def test_an_unknown_method_raises():
     with pytest.raises(ValueError, match="unknown"):
         reconstruct(load_model(), load_digits()[0][:1], at("features.8").channel(1), "gradcam")

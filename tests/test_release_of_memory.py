@@ -1,4 +1,4 @@
-"""Memory goes when the measure goes, without waiting for Python's collector of cycles."""
+"""A deleted measure frees its memory at once, without Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPOSITES = {"default": lambda: None, "plus": EpsilonPlusFlat, "gamma": lambda:
 
 
 @pytest.mark.parametrize("rules", slow_but(COMPOSITES, "plus"))
-def test_nothing_of_a_measure_is_left_when_it_is_deleted(rules):
+def test_a_deleted_measure_frees_its_memory(rules):
     torch.manual_seed(0)
     net = torchvision.models.resnet18(weights=None, num_classes=4).eval()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Recurrent layers: what torch computes, matrices written out by hand, and pairs of nets that compute the same."""
+"""Recurrent layers: the output of torch, matrices written out by hand, and pairs of equivalent nets."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("read", slow_but(["last", "mean"], "last"))
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_a_loop_returns_what_the_layer_returns_and_the_books_balance(kind, name, read):
+def test_a_loop_returns_the_output_of_the_layer_and_conserves_relevance(kind, name, read):
     net = Classifier(kind, read, **OPTIONS[name]).float()
     x = SERIES.float()
     with untouched(net, x):
@@ -104,7 +104,7 @@ def share(a: Tensor, b: Tensor) -> Tensor:
 
 
 def lstm_walks(x: Tensor, w: list[Tensor], h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``T[t][j, i]``, what hidden neuron ``j`` at the end hands to input ``i`` at time ``t``, and to initial states."""
+    """``T[t][j, i]``, what the last hidden neuron ``j`` passes to input ``i`` at time ``t``, and to initial states."""
     w_ih, w_hh, b_ih, b_hh = w
     size = w_hh.shape[1]
     h = torch.zeros(size).double() if h0 is None else h0
@@ -121,17 +121,17 @@ def lstm_walks(x: Tensor, w: list[Tensor], h0: Tensor | None, c0: Tensor | None)
         steps.append((share(old, fresh), above, by_size(w_ih[signal], value), by_size(w_hh[signal], h)))
         c = old + fresh
         h = o.sigmoid() * c.tanh()
-    carried, found = torch.eye(size).double(), []  # what the cell state holds, by neuron at the end
+    to_cell, to_inputs = torch.eye(size).double(), []  # relevance of the cell state, by neuron at the end
     from_state = torch.zeros(size).double()
     for number in range(len(x) - 1, -1, -1):
         keep, above, down_x, down_h = steps[number]
-        through = carried * (1 - keep)
-        found.insert(0, (through * above) @ down_x)
-        to_hidden = (through * (1 - above)) @ down_h
+        to_signal = to_cell * (1 - keep)
+        to_inputs.insert(0, (to_signal * above) @ down_x)
+        to_hidden = (to_signal * (1 - above)) @ down_h
         if number == 0:
-            from_state = (carried * keep).sum(1) + to_hidden.sum(1)
-        carried = carried * keep + to_hidden
-    return torch.stack(found, 1), from_state
+            from_state = (to_cell * keep).sum(1) + to_hidden.sum(1)
+        to_cell = to_cell * keep + to_hidden
+    return torch.stack(to_inputs, 1), from_state
 
 
 def gru_walks(x: Tensor, w: list[Tensor], h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,12 +149,12 @@ def gru_walks(x: Tensor, w: list[Tensor], h0: Tensor | None, c0: Tensor | None) 
             above = torch.ones(size).double() if h0 is None else share(x_n, r * (w_hh[new] @ h))
         steps.append((share(z * h, (1 - z) * n), above, by_size(w_ih[new], value), by_size(w_hh[new], h)))
         h = (1 - z) * n + z * h
-    carried, found = torch.eye(size).double(), []
+    to_cell, to_inputs = torch.eye(size).double(), []
     for keep, above, down_x, down_h in reversed(steps):
-        through = carried * (1 - keep)
-        found.insert(0, (through * above) @ down_x)
-        carried = carried * keep + (through * (1 - above)) @ down_h
-    return torch.stack(found, 1), carried.sum(1)
+        to_signal = to_cell * (1 - keep)
+        to_inputs.insert(0, (to_signal * above) @ down_x)
+        to_cell = to_cell * keep + (to_signal * (1 - above)) @ down_h
+    return torch.stack(to_inputs, 1), to_cell.sum(1)
 
 
 def rnn_walks(x: Tensor, w: list[Tensor], h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -168,11 +168,11 @@ def rnn_walks(x: Tensor, w: list[Tensor], h0: Tensor | None, c0: Tensor | None) 
             above = torch.ones(len(h)).double() if h0 is None else share(from_x, w_hh @ h)
         steps.append((above, by_size(w_ih, value), by_size(w_hh, h)))
         h = (from_x + from_h).tanh()
-    carried, found = torch.eye(len(h)).double(), []
+    to_cell, to_inputs = torch.eye(len(h)).double(), []
     for above, down_x, down_h in reversed(steps):
-        found.insert(0, (carried * above) @ down_x)
-        carried = (carried * (1 - above)) @ down_h
-    return torch.stack(found, 1), carried.sum(1)
+        to_inputs.insert(0, (to_cell * above) @ down_x)
+        to_cell = (to_cell * (1 - above)) @ down_h
+    return torch.stack(to_inputs, 1), to_cell.sum(1)
 
 
 WALKS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"LSTM": lstm_walks, "GRU": gru_walks, "RNN": rnn_walks}
@@ -230,7 +230,7 @@ def test_layers_and_cells_are_the_matrices_written_out_here(kind, has_state, is_
 COMPOSITES = {"default": NRMDefault, "absolute": NRMAbsolute, "plus": EpsilonPlus}
 
 
-def alike(
+def check_same_measure(
     mu: RelevanceMeasure, nu: RelevanceMeasure, rows: slice = slice(None), times: int = TIMES, tolerance: float = 1e-9
 ) -> None:
     close(mu.output[rows], nu.output)
@@ -245,7 +245,7 @@ def test_a_layer_and_a_loop_over_its_cell_agree(kind, rules):
     torch.manual_seed(1)
     layer = getattr(nn, kind)(FEATURES, HIDDEN, batch_first=True).double()
     pair = [measure(Last(layer, is_cell).eval(), composite=COMPOSITES[rules]()) for is_cell in (False, True)]
-    alike(*pair)
+    check_same_measure(*pair)
 
 
 @pytest.mark.slow
@@ -254,7 +254,7 @@ def test_a_batch_and_its_samples_agree(kind, rules):
     net = Classifier(kind, bidirectional=True, num_layers=2)
     mu = measure(net, composite=COMPOSITES[rules]())
     for row in range(len(SERIES)):
-        alike(mu, measure(net, SERIES[row : row + 1], COMPOSITES[rules]()), slice(row, row + 1))
+        check_same_measure(mu, measure(net, SERIES[row : row + 1], COMPOSITES[rules]()), slice(row, row + 1))
 
 
 @pytest.mark.slow
@@ -262,15 +262,15 @@ def test_a_batch_and_its_samples_agree(kind, rules):
     ("kind", "read", "rules"),
     [*[(kind, "last", "default") for kind in KINDS], ("LSTM", "sum", "plus"), ("GRU", "sum", "absolute")],
 )
-def test_a_packed_batch_and_its_cut_samples_agree(kind, read, rules):
+def test_a_packed_batch_and_its_truncated_samples_agree(kind, read, rules):
     net = Classifier(kind, read, bidirectional=True, num_layers=2, batch_first=rules != "plus")
     mu = measure(net, composite=COMPOSITES[rules](), additional_forward_args=(None, LENGTHS))
     close(mu.output, net(SERIES, None, LENGTHS)[:, 1].detach())
-    floor = 1e-6 if rules == "absolute" else 1e-9  # what the rule of a sum hands to zeros, here the padding
+    floor = 1e-6 if rules == "absolute" else 1e-9  # what the rule of a sum passes to zeros, here the padding
     assert all(float(value.abs().max()) <= floor for value in mu.sinks("constants").values())
     for row, length in enumerate(LENGTHS.tolist()):
         cut = measure(net, SERIES[row : row + 1, :length], COMPOSITES[rules]())
-        alike(mu, cut, slice(row, row + 1), length, floor)
+        check_same_measure(mu, cut, slice(row, row + 1), length, floor)
         assert not mu.marginal("input")[row, length:].any()
 
 
@@ -289,7 +289,7 @@ def test_the_padding_of_a_packed_batch_is_a_constant_of_its_sample():
 
 
 @pytest.mark.parametrize("kind", slow_but(KINDS, "GRU"))
-def test_directions_and_layers_are_those_of_single_layers(kind):
+def test_directions_and_layers_equal_stacked_single_layers(kind):
     both = Classifier(kind, "sum", bidirectional=True, num_layers=2)
 
     class Apart(nn.Module):
@@ -309,7 +309,7 @@ def test_directions_and_layers_are_those_of_single_layers(kind):
                 x = torch.cat([forth(x)[0], back(x.flip(1))[0].flip(1)], -1)
             return self.head(x.sum(1))
 
-    alike(measure(both), measure(Apart().eval()))
+    check_same_measure(measure(both), measure(Apart().eval()))
 
 
 def test_one_sequence_without_a_batch_is_one_sample():
@@ -328,7 +328,7 @@ def test_one_sequence_without_a_batch_is_one_sample():
 
 @pytest.mark.parametrize(("kind", "state"), [("LSTM", "cell"), ("GRU", "hidden"), ("RNN", "hidden")])
 @pytest.mark.parametrize("is_reverse", [False, True])
-def test_walks_cross_a_state_exactly_when_they_end_at_what_was_read_before(kind, state, is_reverse):
+def test_walks_cross_a_state_exactly_if_they_end_at_earlier_inputs(kind, state, is_reverse):
     net = Classifier(kind, bidirectional=True)
     with torch.no_grad():
         net.head.weight[:, slice(0, HIDDEN) if is_reverse else slice(HIDDEN, None)] = 0
@@ -352,19 +352,19 @@ def test_a_given_state_may_be_an_input():
     net, h0 = Started("GRU"), torch.randn(3, HIDDEN).double()
     mu = RelevanceMeasure(net, (SERIES, h0), 1, composite=NRMAbsolute())
     nu = measure(net, additional_forward_args=(h0,))
-    close(mu.marginal("input[1]").sum(1), nu.sink("input", "constants"), 1e-2)  # a bias stands beside it
+    close(mu.marginal("input[1]").sum(1), nu.sink("input", "constants"), 1e-2)  # there the bias is a summand of its own
     close(nu(ABSORBED), nu.sink("input"))
     total = mu.marginal("input[0]").flatten(1).sum(1) + mu.marginal("input[1]").sum(1)
     close(total, torch.ones(3).double())
 
 
-def test_a_state_that_was_given_as_zeros_is_none():
+def test_an_initial_state_of_zeros_equals_none():
     net = Classifier("LSTM", num_layers=2)
     zeros = torch.zeros(2, 3, HIDDEN).double()
     some = torch.zeros_like(zeros)
     some[:, 1] = 1.0
     mu, nu = measure(net), measure(net, additional_forward_args=((some, some),))
-    alike(mu, measure(net, additional_forward_args=((zeros, zeros),)))
+    check_same_measure(mu, measure(net, additional_forward_args=((zeros, zeros),)))
     close(mu.marginal("input")[[0, 2]], nu.marginal("input")[[0, 2]])
     assert (nu.sink("input", "constants") > 1e-3).tolist() == [False, True, False]
 
@@ -390,7 +390,7 @@ def test_a_rule_for_the_layer_is_the_rule_of_its_linear_maps():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_context_of_the_composite_hands_down_the_same(kind):
+def test_a_context_of_the_composite_propagates_the_same_relevance(kind):
     net, x = Classifier(kind), SERIES.clone().requires_grad_()
     expected = measure(net).marginal("input")
     weights = copy.deepcopy(net.state_dict())

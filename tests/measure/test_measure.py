@@ -1,4 +1,4 @@
-"""The measure against enumerated walks: MEASURE section 6, identities 1 to 7 and 11."""
+"""The measure compared with enumerated walks: every query of docs/measure.md."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import zennit.rules
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from zennit.composites import LayerMapComposite
 
 from nrm_plugin import ABSORBED, Event, RelevanceMeasure, at
-from nrm_plugin.errors import CancellationError, EventError, NullEventError
+from nrm_plugin.errors import TargetError
 from tests.nets import Case, rule_maps, tiny_net, tiny_nets, zennit_composite
 from tests.oracles import Epsilon, Node, Walks, ZPlus, enumerate_walks
 
@@ -55,7 +53,7 @@ class Both:
 
 
 def layer(node: Node, case: Case):
-    """Our name of a node of the specification."""
+    """The tap of a node of the specification."""
     if case.name == "fork" and node.kind == "stack":
         return at("stack", call=int(node.tap[-1]) - 1)
     calls = sum(other.tap == node.tap for other in case.spec)
@@ -119,7 +117,7 @@ def test_every_tap_has_the_enumerated_marginal_sink_and_bypass(both: Both) -> No
 
 @slowly
 @given(measured())
-def test_the_three_parts_of_every_tap_add_up_to_one(both: Both) -> None:
+def test_mass_sink_and_bypass_of_every_tap_sum_to_one(both: Both) -> None:
     for node in both.case.spec:
         name = layer(node, both.case)
         total = both.mu.marginal(name).flatten(1).sum(1) + both.mu.sink(name) + both.mu.bypass(name)
@@ -159,7 +157,7 @@ def test_joint_maps_are_enumerated_whether_the_event_is_above_or_below(both: Bot
 @pytest.mark.slow
 @slowly
 @given(measured(), st.data())
-def test_maps_of_several_events_are_those_of_each(both: Both, data: st.DataObject) -> None:
+def test_maps_of_several_events_equal_those_of_each(both: Both, data: st.DataObject) -> None:
     events = [data.draw(formulas(both))[0] for _ in range(3)]
     node = data.draw(st.sampled_from(both.case.spec))
     name = layer(node, both.case)
@@ -219,7 +217,7 @@ def test_mass_is_additive_even_where_it_is_negative(both: Both, data: st.DataObj
 
 @slowly
 @given(measured(), st.data())
-def test_a_partition_of_a_tap_adds_up_to_its_mass(both: Both, data: st.DataObject) -> None:
+def test_a_partition_of_a_tap_sums_to_its_mass(both: Both, data: st.DataObject) -> None:
     node = data.draw(st.sampled_from(both.case.spec))
     name = layer(node, both.case)
     shape = both.mu.shape(name)
@@ -244,7 +242,7 @@ def test_chain_rule_and_bayes_both_ways(both: Both, data: st.DataObject) -> None
 
 @pytest.mark.parametrize("name", ["conv_chain", "skip", "fork"])
 def test_given_survival_marginals_are_forward_times_backward(name: str) -> None:
-    """And the plain scores of a leaky rule are the marginals of no measure: the reason for this package."""
+    """And the plain scores of a leaky rule are not the marginals of any measure: the reason for this package."""
     for seed in range(20):
         case = tiny_net(name, seed)
         rules = {node.tap: Epsilon(0.3) for node in case.spec if node.kind == "linear"}
@@ -278,7 +276,7 @@ def test_lrp_0_on_a_bias_free_relu_net_is_gradient_times_input() -> None:
 
 
 def test_a_concept_heat_map_in_a_chain_is_the_joint_and_divided_the_conditional() -> None:
-    """Concept relevance propagation masks the relevance at a layer and goes on."""
+    """Concept relevance propagation masks the relevance at a layer and propagates the rest."""
     case = tiny_net("conv_chain", seed=5, batch=2)
     rules = {node.tap: ZPlus() for node in case.spec if node.kind == "linear"}
     composite = zennit_composite(case.spec, rules)
@@ -304,128 +302,103 @@ def _keep_channel(output: torch.Tensor, channel: int) -> torch.Tensor:
     return output
 
 
-def test_conditioning_tells_a_null_event_from_a_cancelled_one() -> None:
-    case = tiny_net("chain_mlp", seed=0, batch=2)
-    rules = {node.tap: Epsilon() for node in case.spec if node.kind == "linear"}
-    mu = RelevanceMeasure(case.net, case.x, start=case.start, composite=zennit_composite(case.spec, rules))
-    empty = at("relu1")[torch.zeros(4, dtype=torch.bool)]
-    assert torch.equal(mu(empty), torch.zeros(2, dtype=torch.float64))
-    with pytest.raises(NullEventError, match="samples 0, 1"):
-        mu(at("input")[0], given=empty)
-    with pytest.raises(CancellationError, match="min_ratio=0"):
-        mu(at("input")[0], given=at("relu1"), min_ratio=2.0)
+# -- outputs and targets ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dtype", "gap", "divides"),
-    [
-        (torch.float32, 1e-3, False),
-        (torch.float32, 1e-2, True),
-        (torch.float64, 1e-8, False),
-        (torch.float64, 1e-5, True),
-    ],
-)
-def test_what_counts_as_cancelled_depends_on_the_digits(dtype: torch.dtype, gap: float, divides: bool) -> None:
-    """Two inputs of mass 1 and gap - 1 times the same: their variation is 2 / gap of their mass."""
-    net = nn.Linear(3, 1, bias=False).to(dtype).eval()
-    nn.init.ones_(net.weight)
-    x = torch.tensor([[1.0, gap - 1, 1.0]], dtype=dtype)
-    mu = RelevanceMeasure(net, x, composite=LayerMapComposite([(nn.Linear, zennit.rules.Epsilon(epsilon=1e-14))]))
-    both = at("input")[[0, 1]]
-    if divides:
-        assert float(mu(at("input")[0], given=both)) == pytest.approx(1 / gap, rel=1e-3)
-    else:
-        with pytest.raises(CancellationError):
-            mu(at("input")[0], given=both)
-
-
-class Skip(nn.Module):
-    """``c(b(r) + r)`` of ``r = relu(a(x))``."""
-
+class TwoHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.relu, self.b, self.c = nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.hidden, self.head, self.aux = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(4, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.relu(self.a(x))
-        return self.c(self.b(hidden) + hidden)
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = torch.relu(self.hidden(x))
+        return {"logits": self.head(hidden), "aux": self.aux(hidden)}
 
 
 @pytest.fixture(scope="module")
-def skip() -> tuple[RelevanceMeasure, torch.Tensor, torch.Tensor]:
-    """The measure of such a net under LRP-0, its leaks accounted, and the kernels ``(in, out)`` of ``a`` and ``b``."""
-    draw = torch.Generator().manual_seed(3)
-    net = Skip().double().eval()
-    for parameter in net.parameters():
-        parameter.data.copy_(torch.rand(parameter.shape, generator=draw, dtype=torch.float64) + 0.1)
-    x = torch.rand((1, 3), generator=draw, dtype=torch.float64)
-    rules = LayerMapComposite([(nn.Linear, zennit.rules.Epsilon(epsilon=0.0)), (nn.ReLU, zennit.rules.Pass())])
-    mu = RelevanceMeasure(net, x, 1, composite=rules, residual="sink")
-    kernels, values = [], x[0]
-    for layer in (net.a, net.b):
-        output = layer(values).detach()
-        kernels.append((layer.weight.detach() * values / output[:, None]).T)
-        values = output  # all are positive, so that the activation changes nothing
-    return mu, *kernels
+def two_heads() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return TwoHeads().eval(), torch.randn(6, 3)
 
 
-def test_what_follows_a_neuron_is_what_its_kernels_hand_on(skip) -> None:
-    mu, a, b = skip
-    read = at("b", side="input")  # by walks through b, not by those that take the skip
-    follows = [
-        (at("input")[1], "a", a[1]),
-        (at("input")[1], read, a[1]),
-        (at("input")[1], "b", a[1] @ b),
-        (at("relu")[2], read, torch.eye(4)[2]),
-        (at("relu")[2], "b", b[2]),
-        (read[2], "b", b[2]),
-        (at("a", side="sink"), "a", 1 - a.sum(0)),
-        (at("a", side="sink"), read, 1 - a.sum(0)),
-        (at("b", side="sink"), "b", 1 - b.sum(0)),
-        (at("b", side="sink")[3], "b", (1 - b.sum(0)) * torch.eye(4)[3]),
-        (~at("input"), read, 1 - a.sum(0)),
-    ]
-    for event, layer, expected in follows:
-        torch.testing.assert_close(mu.conditional(event, layer), expected.to(a)[None], msg=f"{event} given {layer}")
+@pytest.mark.parametrize(("output", "key"), [(None, "logits"), ("aux", "aux")])
+def test_the_outputs_are_those_of_the_model(two_heads, output, key) -> None:
+    net, x = two_heads
+    mu = RelevanceMeasure(net, x, 1, output=output)
+    assert torch.equal(mu.outputs, net(x)[key])
+    assert not mu.outputs.requires_grad
+    torch.testing.assert_close(mu.outputs[:, 1], mu.output)
+
+
+def test_the_outputs_of_a_measure_from_a_layer_are_those_of_the_layer(two_heads) -> None:
+    net, x = two_heads
+    mu = RelevanceMeasure(net, x, 2, output=at("hidden"))
+    torch.testing.assert_close(mu.outputs, net.hidden(x))
+
+
+def test_the_outputs_without_samples_have_the_shape_that_the_model_returns() -> None:
+    net = nn.Linear(3, 2).eval()
+    x = torch.randn(7, 3)
+    mu = RelevanceMeasure(net, x, (4, 1), batched=False)
+    assert torch.equal(mu.outputs, net(x))
+
+
+def test_changing_the_outputs_does_not_change_the_measure(two_heads) -> None:
+    net, x = two_heads
+    mu, other = RelevanceMeasure(net, x, 1), RelevanceMeasure(net, x, 1)
+    mu.outputs.zero_()
+    assert torch.equal(mu.outputs, net(x)["logits"])
+    assert torch.equal(mu.marginal("input"), other.marginal("input"))
+
+
+def test_a_target_may_be_a_function_of_the_outputs(two_heads) -> None:
+    net, x = two_heads
+    calls = []
+    handle = net.register_forward_hook(lambda *_: calls.append(1))
+    predicted = RelevanceMeasure(net, x, lambda outputs: outputs.argmax(1))
+    handle.remove()
+    assert len(calls) == 1  # the model runs once
+    classes = net(x)["logits"].argmax(1)
+    assert len(set(classes.tolist())) > 1
+    assert torch.equal(predicted.marginal("input"), RelevanceMeasure(net, x, classes).marginal("input"))
+
+
+@pytest.mark.parametrize("target", [1, [0, 4, 2, 3, 1, 0], torch.tensor(3), np.array([2] * 6), (2,)])
+def test_the_function_may_return_any_target(two_heads, target) -> None:
+    net, x = two_heads
+    expected = RelevanceMeasure(net, x, target).marginal("input")
+    assert torch.equal(RelevanceMeasure(net, x, lambda outputs: target).marginal("input"), expected)
+
+
+def test_the_function_sees_the_outputs_of_a_graph_as_the_model_returns_them() -> None:
+    net = nn.Linear(3, 2).eval()
+    x = torch.randn(7, 3)
+    shapes = []
+
+    def strongest(outputs: torch.Tensor) -> tuple[int, int]:
+        shapes.append(outputs.shape)
+        return divmod(int(outputs.argmax()), 2)
+
+    mu = RelevanceMeasure(net, x, strongest, batched=False)
+    assert shapes == [(7, 2)]
+    assert torch.equal(mu.output, net(x).max().detach().reshape(1))
+    scores = nn.Sequential(net, nn.Flatten(0), nn.Unflatten(0, (1, 14))).eval()  # one row of scores for the graph
+    row = RelevanceMeasure(scores, x, lambda outputs: 5, batched=False)
+    assert float(row.output) == float(scores(x)[0, 5].detach())
 
 
 @pytest.mark.parametrize(
-    ("event", "layer"),
+    ("returned", "message"),
     [
-        (at("b", side="input")[0], at("b", side="input")),
-        (at("b")[0], at("b", side="input")),
-        (at("b", side="sink"), at("b", side="input")),
-        (at("c", side="sink"), "b"),
-        (at("b", side="sink"), "relu"),
-        (at("output")[0], "c"),
-        (at("relu")[0], "a"),
+        ("cat", r"returned str: 'cat'. It must return a target"),
+        (0.5, "returned float: 0.5"),
+        (max, "returned builtin_function_or_method"),
+        (None, "must say which of its 5 entries"),
+        (torch.ones(6), "dtype torch.float32, but is an index"),
+        (9, "target 9 of sample 0 is out of range"),
     ],
-    ids=str,
 )
-def test_what_does_not_follow_a_neuron_is_refused(skip, event: Event, layer: object) -> None:
-    mu, _, _ = skip
-    with pytest.raises(EventError, match="not below"):
-        mu.conditional(event, layer)
-
-
-def test_an_event_is_conditional_on_all_taps_above_it(skip) -> None:
-    mu, _, _ = skip
-    names = list(mu.layers)
-    for event, lowest in ((at("input")[0], "a"), (at("relu")[0], "b"), (at("a", side="sink"), "a")):
-        found = mu.conditional(event)
-        assert list(found) == names[names.index(lowest) :]
-        for name, values in found.items():
-            assert torch.equal(values, mu.conditional(event, name))
-
-
-def test_sinks_of_both_signs_are_added_with_their_signs() -> None:
-    """Inputs 1 and 1, weights 1: of outputs 3/2 and 5/2 the biases are -1/2 and 1/2."""
-    net = nn.Linear(2, 2).double().eval()
-    nn.init.ones_(net.weight)
-    net.bias.data.copy_(torch.tensor([-0.5, 0.5]))
-    rules = LayerMapComposite([(nn.Linear, zennit.rules.Epsilon(epsilon=0.0))])
-    x = torch.ones((1, 2), dtype=torch.float64)
-    mu = RelevanceMeasure(net, x, start=torch.ones_like(x), composite=rules, residual="sink")
-    expected = torch.tensor([-1 / 3 / 2 + 1 / 5 / 2], dtype=torch.float64)
-    for found in (mu.sink("input"), mu.sink_above([at("input")]), sum(mu.sinks().values()), mu(ABSORBED)):
-        torch.testing.assert_close(found, expected)
+def test_a_function_that_does_not_return_a_target_raises(two_heads, returned, message) -> None:
+    net, x = two_heads
+    with pytest.raises(TargetError, match=message):
+        RelevanceMeasure(net, x, lambda outputs: returned)

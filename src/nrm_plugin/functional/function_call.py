@@ -1,0 +1,182 @@
+"""One call of a function on tensors that carry relevance, and the kernels that most functions need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from zennit.core import Hook
+
+from ..kernels.base import Kernel
+from ..kernels.forward_state import Saved
+from ..kernels.layer_step import Fuse
+from ..kernels.normalization import Normalization
+from ..kernels.rule_reader import read_rule_at
+from ..model.affine import Weightless
+from .function_kernels import BroadcastKernel, RouteKernel, SingleInputKernel, SplitKernel, total_of
+from .rule_lookup import NoRules, RuleLookup
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the steps of functions depend on in all forward passes of a model.
+
+    Attributes:
+        rules: Looks up the composite's rule of a module or weight.
+        normalization: What happens to the residual of a kernel.
+        sums: How sums split relevance: ``"absolute"`` or ``"signed"``.
+        fuse: Receives every new step of a layer, to fuse it with its neighbours.
+        attention: What a product of two tensors passes to attention weights: ``"value"`` for nothing, or ``"halves"``.
+    """
+
+    rules: RuleLookup = field(default_factory=NoRules)
+    normalization: Normalization = field(default_factory=lambda: Normalization("sink"))
+    sums: str = "absolute"
+    fuse: Fuse | None = None
+    attention: str = "value"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for a tensor that carries relevance among the arguments of a call; its number among them."""
+
+    number: int
+
+
+def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
+    """Arguments with tensors in place of slots."""
+    if isinstance(value, Slot):
+        return tensors[value.number]
+    if type(value) in (list, tuple):
+        return type(value)(fill(item, tensors) for item in value)
+    return value
+
+
+@dataclass(frozen=True)
+class CallInput:
+    """A tensor that carries relevance among the arguments of a call.
+
+    Attributes:
+        saved: The tensor.
+        is_gate: Whether it weighs a signal and receives no relevance in a product.
+        producer: The autograd node that computed it.
+    """
+
+    saved: Saved
+    is_gate: bool = False
+    producer: Any = None
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """One call of a function on tensors that carry relevance, which are its inputs.
+
+    Attributes:
+        name: Name of the function without marks of its spelling, such as ``"add"``.
+        function: The function.
+        path: Path of the module that called it.
+        args: Its arguments, with a slot in place of each input.
+        kwargs: Its keyword arguments, likewise.
+        inputs: The inputs, in order.
+        settings: What all steps of functions depend on.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[CallInput, ...]
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The inputs, detached, as they were when the function ran, ``(N, …)`` each."""
+        return [item.saved.tensor for item in self.inputs]
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Shape of each input."""
+        return [value.shape for value in self.values]
+
+    @property
+    def gates(self) -> tuple[bool, ...]:
+        """Which of the inputs are gates."""
+        return tuple(item.is_gate for item in self.inputs)
+
+    def run(self, *values: Tensor) -> Any:
+        """The function on other inputs; constants and options as they were."""
+        keywords = {key: fill(value, values) for key, value in self.kwargs.items()}
+        return self.function(*(fill(value, values) for value in self.args), **keywords)
+
+    def argument(self, position: int, keyword: str, default: Any = None) -> Any:
+        """One argument by position or keyword; a slot where it is an input."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(keyword, default)
+
+    # -- kernels that most functions need ---------------------------------------------------------------------------
+
+    def identity(self, to: int = 0) -> Kernel:
+        """Relevance passes unchanged to one input, elementwise; the other inputs receive nothing.
+
+        Args:
+            to: Number of the input. Dimensions in which it was broadcast are summed over.
+        """
+        return BroadcastKernel(self.shapes, to)
+
+    def split(self, shares: Sequence[Tensor | float]) -> Kernel:
+        r"""Relevance is split among the inputs, elementwise: :math:`R_k = q_k R`.
+
+        Args:
+            shares: ``q_k`` for each input: numbers, or tensors that broadcast to the output. What they leave of one is
+                the residual, which the composite redistributes or absorbs.
+
+        Raises:
+            ValueError: There is not one share for each input.
+        """
+        if len(shares) != len(self.inputs):
+            raise ValueError(
+                f"call.split got {len(shares)} shares, but {self.name!r} has {len(self.inputs)} inputs that carry "
+                "relevance. Give one share for each of call.values."
+            )
+        tensors = [torch.as_tensor(q, dtype=v.dtype, device=v.device) for q, v in zip(shares, self.values, strict=True)]
+        total = total_of(tensors)
+        tolerance = 16 * torch.finfo(total.dtype).eps
+        return SplitKernel(tensors, self.shapes, None, bool(((total - 1).abs() <= tolerance).all()))
+
+    def route(self) -> Kernel:
+        """Relevance passes to the entries that the function copied, by its gradient; for gathers and permutations.
+
+        Outputs that are not copied from an input have a residual.
+        """
+        with torch.enable_grad():
+            leaves = [value.detach().requires_grad_() for value in self.values]
+            output = self.run(*leaves)
+
+        def gradient(relevance: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(
+                output, leaves, relevance, True, torch.is_grad_enabled(), allow_unused=True, materialize_grads=True
+            )
+
+        return RouteKernel(gradient)
+
+    def by_rule(self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None) -> Kernel:
+        """A Zennit rule on the function as a layer without weights, for functions that are linear in an input.
+
+        Args:
+            rule: The rule, such as ``zennit.rules.Norm()``.
+            to: Number of the input that receives relevance; the others are held constant.
+            run: What the rule is applied to instead of the function, as a function of that input.
+        """
+        values = self.values
+
+        def varied(source: Tensor) -> Tensor:
+            return self.run(*[source if number == to else value for number, value in enumerate(values)])  # type: ignore[no-any-return]
+
+        kernel = read_rule_at(rule, Weightless(run or varied), values[to], self.path)
+        return kernel if len(values) == 1 else SingleInputKernel(kernel, to, self.shapes)
+
+
+__all__ = ["CallInput", "FunctionCall", "Settings", "Slot", "fill"]

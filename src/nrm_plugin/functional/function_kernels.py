@@ -1,0 +1,146 @@
+"""Kernels of functions with several inputs, which pass relevance to some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.base import Kernel
+from ..kernels.vjp_kernel import VjpKernel
+
+
+class BroadcastKernel(Kernel):
+    """Passes all relevance to one of the inputs, summed over the dimensions in which that input was broadcast.
+
+    Args:
+        shapes: Shape of each input.
+        signal: Number of the input that receives all relevance.
+    """
+
+    is_stochastic = True
+
+    def __init__(self, shapes: Sequence[torch.Size], signal: int = 0) -> None:
+        self.shapes, self.signal = list(shapes), signal
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return with_zeros({self.signal: sum_to_shape(relevance, self.shapes[self.signal])}, relevance, self.shapes)
+
+    pull_absolute = pull
+
+
+class SplitKernel(Kernel):
+    r"""Splits relevance among the inputs, elementwise: :math:`T_k = q_k / \sum_k q_k`.
+
+    Args:
+        shares: One for each input, of a shape that broadcasts to the shape of the output.
+        shapes: Shape of each input.
+        magnitude: Sum of the magnitudes of the summands, for a sum that contains this one.
+        is_stochastic: Whether the shares sum to one exactly.
+    """
+
+    def __init__(
+        self, shares: list[Tensor], shapes: list[torch.Size], magnitude: Tensor | None, is_stochastic: bool
+    ) -> None:
+        self.shares, self.shapes, self.magnitude, self.is_stochastic = shares, shapes, magnitude, is_stochastic
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(self.shares, self.shapes, strict=True)
+        return tuple(sum_to_shape(relevance * share, shape) for share, shape in pairs)
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(self.shares, self.shapes, strict=True)
+        return tuple(sum_to_shape(relevance * share.abs(), shape) for share, shape in pairs)
+
+    def column_sum(self, like: Tensor) -> Tensor:
+        return torch.stack([share.expand_as(like) for share in self.shares]).sum(0)
+
+
+class SingleInputKernel(Kernel):
+    """The kernel of one input of a call; the other inputs receive nothing.
+
+    Args:
+        inner: The kernel of that input.
+        number: Number of that input.
+        shapes: Shape of each input.
+    """
+
+    def __init__(self, inner: Kernel, number: int, shapes: list[torch.Size]) -> None:
+        self.inner, self.number, self.shapes = inner, number, shapes
+        self.is_stochastic = inner.is_stochastic
+
+    def complete_for(self, relevance: Tensor | None) -> bool:
+        return self.inner.complete_for(relevance)
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return with_zeros({self.number: self.inner.pull(relevance)[0]}, relevance, self.shapes)
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return with_zeros({self.number: self.inner.pull_absolute(relevance)[0]}, relevance, self.shapes)
+
+    def column_sum(self, like: Tensor) -> Tensor:
+        return self.inner.column_sum(like)
+
+
+class EqualPartsKernel(Kernel):
+    """Equal parts of the relevance by the kernels of some factors of a product; the other factors receive nothing.
+
+    Args:
+        kernels: By number of the factor.
+        shapes: Shape of each factor.
+    """
+
+    def __init__(self, kernels: dict[int, Kernel], shapes: list[torch.Size]) -> None:
+        self.kernels, self.shapes = kernels, shapes
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        part = relevance / len(self.kernels)
+        parts = {number: kernel.pull(part)[0] for number, kernel in self.kernels.items()}
+        return with_zeros(parts, relevance, self.shapes)
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        part = relevance / len(self.kernels)
+        parts = {number: kernel.pull_absolute(part)[0] for number, kernel in self.kernels.items()}
+        return with_zeros(parts, relevance, self.shapes)
+
+    def column_sum(self, like: Tensor) -> Tensor:
+        return total_of([kernel.column_sum(like) for kernel in self.kernels.values()]) / len(self.kernels)
+
+
+class RouteKernel(VjpKernel):
+    """Passes the relevance of each output to the entries that it was copied from, equal ones alike, as autograd does.
+
+    Args:
+        function: The gradient of the operation, ``(N, *out)`` to ``(N, *in)`` for each input.
+        is_stochastic: Whether every output is copied from an input; false where constants are joined.
+    """
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], is_stochastic: bool = False) -> None:
+        super().__init__(function)
+        self.is_stochastic = is_stochastic
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return self.pull(relevance)
+
+
+def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+    """Relevance ``(K, *in)`` of each input, by number; zeros for inputs that receive nothing."""
+    return tuple(
+        parts[number] if number in parts else relevance.new_zeros((len(relevance), *shape))
+        for number, shape in enumerate(shapes)
+    )
+
+
+def sum_to_shape(relevance: Tensor, shape: torch.Size) -> Tensor:
+    """``(K, *out)`` summed over the dimensions in which an input of this shape was broadcast."""
+    lead = relevance.ndim - 1 - len(shape)
+    return relevance.sum_to_size((len(relevance), *(1,) * lead, *shape)).reshape(len(relevance), *shape)
+
+
+def total_of(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of tensors."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,165 @@
+"""How an interception handles the call of a function: by the first of an ordered list of handlers that applies.
+
+A handler returns what the function returns to the model, or ``NOT_HANDLED``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..kernels.forward_state import before_writing, write
+from .attention import FUSED, decomposed_attention, is_decomposed
+from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
+from .intercepted_pass import InterceptedPass, written
+from .layers import LAYERS
+from .observed_call import WRITERS, ObservedCall
+from .recurrent import RECURRENCES, Context
+from .registry import KERNELS, kernel_factory_of
+from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, write_at
+
+NOT_HANDLED: Final = object()
+METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
+
+
+@dataclass(frozen=True)
+class Handler:
+    """One way to handle a call.
+
+    Attributes:
+        name: What it is for.
+        reason: Why such calls are handled in this way.
+        run: Returns what the function returns, or ``NOT_HANDLED``.
+    """
+
+    name: str
+    reason: str
+    run: Callable[[ObservedCall, InterceptedPass], Any]
+
+
+def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    """What the first handler that applies returns; the last one always does."""
+    for handler in HANDLERS:
+        result = handler.run(call, forward_pass)
+        if result is not NOT_HANDLED:
+            return result
+    raise AssertionError("the last handler applies to every call")
+
+
+def _metadata(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    return call.run() if call.name.base in METADATA else NOT_HANDLED
+
+
+def _copy_before_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    if call.overwritten is not None:
+        before_writing(call.overwritten)
+    return NOT_HANDLED
+
+
+def _indexed_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    is_write = call.name.base in ("setitem", "index_put") and bool(call.inputs) and len(call.args) in (3, 4)
+    if not is_write or call.kwargs.keys() - {"accumulate"} or not is_indexed_by_tensor(call.args[1]):
+        return NOT_HANDLED
+    with forward_pass.intercepting:
+        result = write_at(*call.args, **call.kwargs)
+    return write(call.args[0], result) if call.name.base == "setitem" or call.name.in_place else result
+
+
+def _complex_numbers(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    sources = forward_pass.complex_tensors.sources_of((*call.args, *call.kwargs.values()))
+    return forward_pass.complex_step(call, sources) if sources.tensors else NOT_HANDLED
+
+
+def _constants(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    return call.run() if not call.inputs or call.name.base in WRITERS else NOT_HANDLED
+
+
+def _attention(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    if call.name.base != FUSED or not is_decomposed(forward_pass.settings.attention, call.argument(2, "value")):
+        return NOT_HANDLED
+    with forward_pass.intercepting:
+        return decomposed_attention(*call.args, **call.kwargs)
+
+
+def _sparse_product(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    if call.name.base != "matmul" or not is_sparse_product(call.args):
+        return NOT_HANDLED
+    with forward_pass.intercepting:
+        return sum_of_messages(*call.args, **call.kwargs)
+
+
+def _computed_layer(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    base = call.name.base
+    if base not in LAYERS or kernel_factory_of(call.function, call.name) is not KERNELS[base]:
+        return NOT_HANDLED
+    if not is_computed_layer(*call.args, **call.kwargs):
+        return NOT_HANDLED
+    with forward_pass.intercepting:
+        return product_and_bias(call.function, *call.args, **call.kwargs)
+
+
+def _kernel(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    factory = kernel_factory_of(call.function, call.name)
+    return NOT_HANDLED if factory is None else forward_pass.step(call, factory)
+
+
+def _recurrence(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    recurrence = RECURRENCES.get(call.name.base)
+    if recurrence is None:
+        return NOT_HANDLED
+    with forward_pass.intercepting:
+        return recurrence(Context(call.path, forward_pass.packs), *call.args, **call.kwargs)
+
+
+def _decomposition(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    decomposition = DECOMPOSITIONS.get(call.name.base)
+    if decomposition is None:
+        return NOT_HANDLED
+    with forward_pass.intercepting:
+        return written(call, decomposition(*call.args, **call.kwargs))
+
+
+def _python_function(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    body = python_body(call.function)
+    # A method of torch.Tensor that calls the one of its base class is observed under its own name again.
+    if body is None or call.function in forward_pass.decomposing:
+        return NOT_HANDLED
+    forward_pass.decomposing.append(call.function)
+    try:
+        with forward_pass.intercepting:
+            return body(*call.args, **call.kwargs)
+    finally:
+        forward_pass.decomposing.pop()
+
+
+def _in_place(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    return call.run() if call.name.in_place else NOT_HANDLED
+
+
+def _route_or_unknown(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    return forward_pass.route_or_unknown(call)
+
+
+HANDLERS: tuple[Handler, ...] = (
+    Handler("metadata", "no values are computed", _metadata),
+    Handler("copy before write", "steps that saved this memory need its former values; never ends", _copy_before_write),
+    Handler("indexed write", "positions given by tensors are looked up entry by entry", _indexed_write),
+    Handler("complex numbers", "have no kernel: one unknown step between real tensors", _complex_numbers),
+    Handler("constants", "no relevance passes through them; autograd records what writers copy", _constants),
+    Handler("attention", "relevance also goes to the weights: as matrix products and a softmax", _attention),
+    Handler("sparse product", "an adjacency: messages that are summed into nodes", _sparse_product),
+    Handler("computed layer", "a computed weight or bias: as a product and a sum", _computed_layer),
+    Handler("kernel", "the registry has a kernel: a step", _kernel),
+    Handler("recurrence", "torch runs all times as one function: as a loop over time", _recurrence),
+    Handler("decomposition", "consists of functions that have kernels", _decomposition),
+    Handler("python function", "written in Python: the functions that it calls are observed", _python_function),
+    Handler("in place", "unknown and in place: the audit of the recording rejects what is not a route", _in_place),
+    Handler(
+        "route or unknown", "autograd records routes; anything else raises when relevance arrives", _route_or_unknown
+    ),
+)
+"""In order of precedence."""
+
+
+__all__ = ["HANDLERS", "NOT_HANDLED", "Handler", "handle"]

@@ -1,0 +1,42 @@
+"""The mode that observes every function that a model calls in one forward pass.
+
+A ``TorchFunctionMode`` sees functions, methods and operators before autograd does. Modules with a rule are steps of
+their own; functions inside them are not observed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..kernels.forward_state import is_inside_step
+from .function_call import Settings
+from .handlers import handle
+from .intercepted_pass import InterceptedPass
+from .observed_call import ObservedCall
+
+
+class InterceptionMode(TorchFunctionMode):
+    """One forward pass under interception.
+
+    Args:
+        settings: What all steps of functions depend on.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.forward_pass = InterceptedPass(settings, self)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if is_inside_step() or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        return handle(ObservedCall.of(func, args, kwargs, self.forward_pass.path), self.forward_pass)
+
+
+__all__ = ["InterceptionMode"]

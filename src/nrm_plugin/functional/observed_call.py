@@ -1,0 +1,124 @@
+"""One call of a function as an interception observes it, before it is known how relevance passes through it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .function_call import Slot
+from .registry import FunctionName, name_of
+
+WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
+"""Functions that write to their first argument or to a copy of it, as autograd records by itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedCall:
+    """One call of a function.
+
+    Attributes:
+        function: The function.
+        name: Its name.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        inputs: The tensors among them that carry relevance, in order.
+        slots: The arguments with slots in place of the inputs.
+        keyword_slots: The keyword arguments but ``out``, likewise.
+        path: Path of the module that called it.
+    """
+
+    function: Callable[..., Any]
+    name: FunctionName
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[Tensor, ...]
+    slots: tuple[Any, ...]
+    keyword_slots: dict[str, Any]
+    path: str
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> ObservedCall:
+        """The call of a function with these arguments."""
+        inputs: list[Tensor] = []
+        slots = tuple(_with_slots(value, inputs) for value in args)
+        keyword_slots = {key: _with_slots(value, inputs) for key, value in kwargs.items() if key != "out"}
+        name = _relu_or(name_of(function), args, kwargs)
+        return cls(function, name, args, kwargs, tuple(inputs), slots, keyword_slots, path)
+
+    def run(self) -> Any:
+        """What the function returns."""
+        return self.function(*self.args, **self.kwargs)
+
+    def argument(self, position: int, keyword: str) -> Any:
+        """One argument by position or keyword; None if it is not given."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(keyword)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether this spelling writes to its first argument."""
+        return self.name.in_place or bool(self.kwargs.get("inplace"))
+
+    @property
+    def target(self) -> Tensor | None:
+        """The tensor that the result is to be written to; None for a result of its own."""
+        target = self.kwargs.get("out", self.args[0] if self.args and self.is_in_place else None)
+        return target if isinstance(target, Tensor) else None
+
+    @property
+    def overwritten(self) -> Tensor | None:
+        """The tensor that this call may write to."""
+        target = self.args[0] if self.args and self.name.base in WRITERS and "out" not in self.kwargs else self.target
+        return target if isinstance(target, Tensor) else None
+
+    @property
+    def has_constants(self) -> bool:
+        """Whether there are tensors without relevance or numbers among the arguments."""
+        values = (*self.args, *self.kwargs.values())
+        count = sum(isinstance(value, Tensor) for value in values)
+        return len(self.inputs) < count or any(isinstance(value, (int, float)) for value in self.args)
+
+    def out_of_place(self) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """The function without its in-place write, and its keyword arguments: on a copy, or with ``inplace=False``."""
+        if self.keyword_slots.get("inplace"):
+            return self.function, {**self.keyword_slots, "inplace": False}
+        return (self._on_copy if self.name.in_place else self.function), self.keyword_slots
+
+    def _on_copy(self, first: Any, *rest: Any, **options: Any) -> Any:
+        return self.function(first.clone() if isinstance(first, Tensor) else first, *rest, **options)
+
+
+def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
+    """An argument with slots in place of the tensors that carry relevance, which are added to the inputs."""
+    if isinstance(value, Tensor):
+        if value.requires_grad and value.is_floating_point():
+            inputs.append(value)
+            return Slot(len(inputs) - 1)
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_with_slots(item, inputs) for item in value)
+    return value
+
+
+def _relu_or(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionName:
+    """``x.clamp(min=0)`` is another spelling of ReLU."""
+    if name.base not in ("clamp", "clamp_min"):
+        return name
+    least = args[1] if len(args) > 1 else kwargs.get("min")
+    most = args[2] if len(args) > 2 else kwargs.get("max")
+    is_relu = most is None and isinstance(least, (int, float)) and least == 0
+    return FunctionName("relu", name.in_place) if is_relu else name
+
+
+def source_line() -> str:
+    """The line of the model that called the function."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/torch/" not in frame.filename and "/nrm_plugin/" not in frame.filename:
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return "unknown line"
+
+
+__all__ = ["WRITERS", "ObservedCall", "source_line"]

@@ -1,0 +1,68 @@
+"""Kernels of averages, sums and interpolations: by the composite's rule of average pooling.
+
+Source: docs/measure.md (operations without a module).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Hook
+
+from ..errors import UnsupportedOperationError
+from ..kernels.base import Kernel
+from ..kernels.rule_reader import PlainGradient
+from ..rules import Absolute
+from .function_call import FunctionCall
+from .registry import kernel_of
+from .unknown import UnknownKernel
+
+POOLS = (
+    "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+    "lp_pool2d interpolate upsample upsample_bilinear grid_sample cumsum roi_align fold col2im"
+).split()
+
+_BICUBIC_GRID = (
+    "relevance arrived at 'grid_sample' with mode='bicubic', whose weights may be negative; it has no kernel. Use "
+    "mode='bilinear', or define how it propagates relevance: decorate a function with "
+    "nrm_plugin.register_kernel(torch.nn.functional.grid_sample)."
+)
+
+
+@kernel_of(*POOLS)
+def pooling(call: FunctionCall) -> Kernel:
+    """The rule of average pooling; all inputs but the first (points, boxes) receive nothing."""
+    mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
+    if mode.startswith("nearest"):
+        return call.by_rule(PlainGradient())  # copies values, averages nothing
+    if call.name == "grid_sample" and call.argument(2, "mode", "bilinear") == "bicubic":
+        return UnknownKernel(UnsupportedOperationError(_BICUBIC_GRID), call.shapes)
+    rule = Absolute() if _is_sum_of_stack(call) else rule_of_averages(call)
+    if mode == "bicubic" and isinstance(rule, Absolute):
+        return _absolute_bicubic(call, rule)
+    return call.by_rule(rule)
+
+
+def rule_of_averages(call: FunctionCall) -> Hook:
+    """The composite's rule of average pooling, else absolute shares."""
+    return call.settings.rules.of_module(nn.AvgPool2d(1)) or Absolute()
+
+
+def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
+    r"""Bicubic interpolation :math:`A X B^\top`, whose weights may be negative, as :math:`|A| X |B|^\top`."""
+    value = call.values[0]
+    height, width = value.shape[-2:]
+
+    def weights(unit: Tensor) -> Tensor:
+        # One channel for each entry along one dimension, constant along the other, whose weights sum to one.
+        return call.run(unit.expand(len(unit), height, width).unsqueeze(0))[0].abs()  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        rows = weights(torch.eye(height, dtype=value.dtype, device=value.device).unsqueeze(2))[:, :, 0]
+        columns = weights(torch.eye(width, dtype=value.dtype, device=value.device).unsqueeze(1))[:, 0, :]
+    return call.by_rule(rule, run=lambda source: rows.T @ source @ columns)
+
+
+def _is_sum_of_stack(call: FunctionCall) -> bool:
+    """``torch.stack([a, b]).sum(dim)`` is a sum like ``a + b``."""
+    return call.name == "sum" and "Stack" in str(getattr(call.inputs[0].producer, "name", lambda: "")())

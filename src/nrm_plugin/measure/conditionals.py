@@ -1,0 +1,157 @@
+"""Conditionals of an event given each neuron of a tap above it: one transposed pass, from the inputs up.
+
+Source: docs/measure.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import EventError
+from ..events.event import Event
+from ..recording.passes import Cost
+from ..recording.places import Buffer, Edge, Place
+from ..recording.taps import Tap
+from .decision_diagram import FALSE, TRUE, Formulas
+from .layer_taps import is_below
+from .masked_vectors import masked
+
+
+class Conditionals:
+    """``μ(event given j)`` for every neuron ``j`` of a tap: values propagated up from where a walk is decided.
+
+    Args:
+        formulas: The events.
+        places: The taps.
+        nodes: The nodes of the diagram that remain after a tap is crossed.
+        like: A tensor of the dtype and device of relevance.
+    """
+
+    def __init__(self, formulas: Formulas, places: Sequence[Place], nodes: Iterable[int], like: Tensor) -> None:
+        self.formulas, self.graph, self.like = formulas, formulas.recording.graph, like
+        self.cost = Cost()
+        self._values: dict[tuple[Buffer, int], Tensor | None] = {}
+        needed = self._needed(places, set(nodes))
+        for vertex in sorted(needed, reverse=True):
+            self._push(vertex, sorted(needed[vertex]))
+
+    def value(self, place: Place, node: int) -> Tensor:
+        """``(N, *shape)`` of one of the taps."""
+        if isinstance(place, Buffer):
+            value, shape = self._after(place, node), self.graph.shape(place)
+        else:
+            edge = self._read(place)
+            value, shape = self._before(edge, node), self.graph.shape(edge)
+        return self.like.new_zeros(shape) if value is None else value
+
+    def _read(self, edge: Edge) -> Buffer:
+        """The buffer that an edge reads."""
+        buffer = self.graph.vertices[edge.vertex].edges[edge.number]
+        assert buffer is not None
+        return buffer
+
+    def _needed(self, places: Sequence[Place], nodes: set[int]) -> dict[int, set[int]]:
+        needed: dict[int, set[int]] = {}
+        todo: list[tuple[int, int]] = []
+
+        def require(buffer: Buffer, node: int) -> None:
+            left = self.formulas.settle(node, buffer.vertex)
+            if left > TRUE and left not in needed.setdefault(buffer.vertex, set()):
+                needed[buffer.vertex].add(left)
+                todo.append((buffer.vertex, left))
+
+        def require_before(buffer: Buffer, node: int) -> None:
+            for left, _ in self._crossing(buffer, node):
+                require(buffer, left)
+
+        for place, node in itertools.product(places, nodes):
+            if isinstance(place, Buffer):
+                require(place, node)
+            else:
+                require_before(self._read(place), node)
+        while todo:
+            vertex, node = todo.pop()
+            for number, edge in enumerate(self.graph.vertices[vertex].edges):
+                if edge is not None:
+                    for left, _ in self._crossing(Edge(vertex, number), node):
+                        require_before(edge, left)
+        return needed
+
+    def _crossing(self, place: Place, node: int) -> list[tuple[int, Tensor | None]]:
+        level = self.formulas.levels.get(place)
+        return [(node, None)] if level is None else self.formulas.cross(node, level)
+
+    def _after(self, buffer: Buffer, node: int) -> Tensor | None:
+        """Value of a node once the tap at a buffer was crossed; None for zero."""
+        left = self.formulas.settle(node, buffer.vertex)
+        if left <= TRUE:
+            return None if left == FALSE else self.like.new_ones(()).expand(self.graph.shape(buffer))
+        return self._values[buffer, left]
+
+    def _mixed(self, crossing: list[tuple[int, Tensor | None]], value: dict[int, Tensor | None]) -> Tensor | None:
+        total = None
+        for left, mask in crossing:
+            part = value[left]
+            if part is not None:
+                part = masked(part, mask)
+                total = part if total is None else total + part
+        return total
+
+    def _before(self, buffer: Buffer, node: int) -> Tensor | None:
+        crossing = self._crossing(buffer, node)
+        return self._mixed(crossing, {left: self._after(buffer, left) for left, _ in crossing})
+
+    def _through(self, vertex: int, number: int, node: int) -> Tensor | None:
+        edge = self.graph.vertices[vertex].edges[number]
+        if edge is None:
+            return None
+        crossing = self._crossing(Edge(vertex, number), node)
+        return self._mixed(crossing, {left: self._before(edge, left) for left, _ in crossing})
+
+    def _absorbed(self, vertex: int, number: int, node: int) -> Tensor | None:
+        shape = self.graph.vertices[vertex].shapes[number]
+        ones = self.like.new_ones(()).expand(shape)
+        crossing = self.formulas.absorb(node, vertex)
+        return self._mixed(crossing, {left: ones if left == TRUE else None for left, _ in crossing})
+
+    def _push(self, index: int, nodes: list[int]) -> None:
+        vertex = self.graph.vertices[index]
+        edges = range(len(vertex.edges))
+        values = [_rows([self._through(index, number, node) for node in nodes]) for number in edges]
+        outputs = range(len(vertex.shapes))
+        absorbed = [_rows([self._absorbed(index, number, node) for node in nodes]) for number in outputs]
+        self.cost += Cost(1, len(nodes)) if vertex.step is not None else Cost()
+        pushed = vertex.push(values, absorbed)
+        shares = vertex.constant_share(self.like)
+        for number, rows in enumerate(pushed):
+            constant = absorbed[number]
+            if shares is not None and constant is not None:
+                rest = constant * shares[number]
+                rows = rest if rows is None else rows + rest
+            for k, node in enumerate(nodes):
+                self._values[Buffer(index, number), node] = None if rows is None else rows[k]
+
+
+def _rows(parts: list[Tensor | None]) -> Tensor | None:
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    return torch.stack([torch.zeros_like(like) if part is None else part for part in parts])
+
+
+def check_below(formulas: Formulas, tap: Tap, event: Event, layer: object) -> None:
+    """Raises :class:`EventError` unless a tap is above all taps of an event."""
+    if not are_below(formulas, tap):
+        raise EventError(
+            f"{event} names a tap that is not below {tap.names[0] if tap.names else layer!r}; the conditional given "
+            "each neuron of a tap needs taps below it. For taps above, use marginal(layer, given=event)."
+        )
+
+
+def are_below(formulas: Formulas, tap: Tap) -> bool:
+    """Whether all taps that events name are below a tap."""
+    return all(is_below(formulas.recording, key, tap) for key in formulas.levels)

@@ -1,0 +1,90 @@
+"""Events as arguments of a query, and division by the mass of a condition."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from ..errors import CancellationError, EventError, NullEventError, samples
+from ..events.event import Event
+from ..recording.recording import Recording
+from ..recording.taps import Tap
+
+MIN_RATIO = {torch.float32: 1e-3, torch.float64: 1e-8}
+"""Smallest ``|μ(B)|`` in units of the variation of ``B`` for which a conditional divides."""
+
+
+class Condition(TypedDict, total=False):
+    """Keywords of a marginal; see :meth:`~nrm_plugin.RelevanceMeasure.marginal`."""
+
+    given: Event | Sequence[Event] | None
+    joint: Event | Sequence[Event] | None
+    min_ratio: float | None
+
+
+def check_event(event: object, remedy: str = "") -> None:
+    """Raises :class:`EventError` unless this is an event."""
+    if not isinstance(event, Event):
+        raise EventError(
+            f"expected an event such as at('layer')[3], got {type(event).__name__}: {event!r}. {remedy}".rstrip()
+        )
+
+
+def event_list(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
+    """The events, and whether it is a single one.
+
+    Raises:
+        EventError: Something else.
+    """
+    if isinstance(event, Event):
+        return [event], True
+    if not isinstance(event, Iterable) or isinstance(event, (str, Tensor)):
+        raise EventError(f"expected an event such as at('layer')[3], or a list of them, got {type(event).__name__}.")
+    events = list(event)
+    for item in events:
+        check_event(item)
+    return events, False
+
+
+def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: float | None) -> None:
+    """Raises where ``μ(· | event)`` is not defined or not stable.
+
+    Args:
+        event: The condition.
+        mass: Its mass, ``(N,)``.
+        variation: Its variation, ``(N,)``.
+        min_ratio: Smallest ``|mass|`` in units of the variation; None for the default of the dtype.
+
+    Raises:
+        NullEventError: The variation of a sample is zero.
+        CancellationError: The mass of a sample is too small.
+        ValueError: ``min_ratio`` is not a number of at least 0.
+    """
+    ratio = MIN_RATIO[mass.dtype] if min_ratio is None else min_ratio
+    if not isinstance(ratio, numbers.Real) or not float(ratio) >= 0:
+        raise ValueError(f"min_ratio={min_ratio!r} is unknown; give a number of at least 0, or None.")
+    is_null = (variation == 0).tolist()
+    if any(is_null):
+        raise NullEventError(
+            f"cannot condition on {event}: no walk with nonzero mass satisfies it ({samples(is_null)}), so μ(· | "
+            f"{event}) is 0/0. Condition on an event with nonzero mass; mu(event) returns the mass."
+        )
+    is_weak = (mass.abs() <= ratio * variation).tolist()
+    if any(is_weak):
+        first = is_weak.index(True)
+        anyway = ", or pass min_ratio=0 to divide anyway" if ratio > 0 else ""
+        raise CancellationError(
+            f"cannot condition on {event}: its mass is {float(mass[first]):.2g} but its variation is "
+            f"{float(variation[first]):.2g}. Positive and negative walks cancel, so dividing by the mass is unstable "
+            f"({samples(is_weak)}). Condition on a smaller event{anyway}."
+        )
+
+
+def divided(recording: Recording, values: Tensor, mass: Tensor, tap: Tap) -> Tensor:
+    """Relevance at a tap, ``(N, *shape)``, divided by one number for each sample, ``(N,)``; zeros remain zeros."""
+    quotient = values / recording.samples.spread(mass, tap.place, tap.shape)
+    return torch.where(values == 0, 0.0, quotient) if recording.samples.is_needed else quotient

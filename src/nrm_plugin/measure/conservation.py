@@ -1,0 +1,125 @@
+"""Sinks, bypasses and variations: what the totals of a pass say of each tap.
+
+For each tap ``mass + sink + bypass = 1``, and each of the three is accumulated separately.
+
+Source: docs/measure.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from ..recording.places import Buffer
+from ..recording.recording import Recording
+from ..recording.taps import Tap
+from .layer_taps import is_reached
+from .totals import Totals
+
+Kind = Literal["residual", "constants"]
+"""What is absorbed: mass that rules do not propagate, or mass that ends at constants."""
+
+
+def check_kind(kind: object) -> None:
+    """Raises :class:`ValueError` for an unknown kind of sink."""
+    if kind not in (None, "residual", "constants"):
+        raise ValueError(f"kind={kind!r} is unknown; choose None, 'residual' or 'constants'.")
+
+
+def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, absolute: bool = False) -> Tensor:
+    """Mass absorbed above at least one of the taps, or ``Σ |·|`` of it, ``(N,)``."""
+    check_kind(kind)
+    recording = totals.recording
+    bits = 0
+    for tap in taps:
+        bits |= 1 << recording.taps.index[tap.place]
+    total = totals.start.new_zeros(recording.samples.count)
+    for (vertex, its_kind), mass in (totals.absolute_sinks if absolute else totals.sinks).items():
+        if kind in (None, its_kind) and recording.taps.marks.below_vertex[vertex] & bits:
+            if mass is None:  # names are needed for the message only; to make all of them takes longer than the pass
+                raise recording.samples.error(recording.taps.name_at(vertex))
+            total = total + mass
+    return total
+
+
+def bypassing(totals: Totals, tap: Tap) -> Tensor:
+    """Mass of the walks that do not cross a tap and are not absorbed above it, ``(N,)``."""
+    recording = totals.recording
+    if not is_reached(recording, tap):
+        return recording.samples.checked_sums(totals.start, "the output", recording.graph.output)
+    bit = 1 << recording.taps.index[tap.place]
+    total = totals.start.new_zeros(recording.samples.count)
+    marks = recording.taps.marks
+    for edge, mass in totals.branches.items():
+        if marks.below_vertex[edge.vertex] & bit and not marks.below_edge[edge.vertex][edge.number] & bit:
+            total = total + checked(recording, mass, "an edge")
+    return total
+
+
+def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:
+    """Mass absorbed in each step, by its name, ``(N,)`` each."""
+    check_kind(kind)
+    recording = totals.recording
+    sinks: dict[str, Tensor] = {}
+    for (vertex, its_kind), value in reversed(totals.sinks.items()):
+        if kind in (None, its_kind):
+            name = recording.taps.name_at(vertex)
+            mass = checked(recording, value, name)
+            sinks[name] = sinks[name] + mass if name in sinks else mass.clone()
+    return sinks
+
+
+def tap_variation(totals: Totals, tap: Tap) -> Tensor:
+    """``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``."""
+    recording = totals.recording
+    crossing = checked(recording, totals.absolute.get(tap.place), "the tap") if is_reached(recording, tap) else 0
+    return crossing + absorbed(totals, [tap], absolute=True) + bypassing(totals, tap).abs()
+
+
+def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
+    """``Σ_w |μ(w)|``, ``(N,)``.
+
+    Args:
+        absolute: Totals of a pass of absolute values.
+        signed: Totals of a plain pass; given for the variation of the measure given survival.
+    """
+    total = surviving_mass(absolute)
+    if signed is not None:
+        return total / surviving_mass(signed).abs()
+    for mass in absolute.sinks.values():
+        total = total + checked(absolute.recording, mass, "a sink")
+    return total
+
+
+def surviving_mass(totals: Totals) -> Tensor:
+    """Mass of the walks that reach an input, ``(N,)``."""
+    recording = totals.recording
+    ends, total = _last_vertices(recording), totals.start.new_zeros(recording.samples.count)
+    for place, mass in totals.mass.items():
+        if isinstance(place, Buffer) and place.vertex in ends:
+            total = total + checked(recording, mass, "the input")
+    return total
+
+
+def _last_vertices(recording: Recording) -> set[int]:
+    """The vertices right above the leaves, where walks that are not absorbed end."""
+    vertices = recording.graph.vertices
+    leaves = {number for number, vertex in enumerate(vertices) if vertex.leaf is not None}
+    return {
+        number
+        for number, vertex in enumerate(vertices)
+        if any(edge is not None and edge.vertex in leaves for edge in vertex.edges)
+    }
+
+
+def checked(recording: Recording, mass: Tensor | None, what: str) -> Tensor:
+    """The mass, ``(N,)``.
+
+    Raises:
+        FoldingError: It is None: the entries of samples cannot be distinguished.
+    """
+    if mass is None:
+        raise recording.samples.error(what)
+    return mass

@@ -1,0 +1,186 @@
+"""Masses and maps of events: one pass that decides, at each tap that a walk crosses, which events it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..events.event import Atom, Event
+from ..recording.passes import Cost, Vectors, pull
+from ..recording.places import Buffer, Edge, Place, Sink
+from ..recording.recording import Recording
+from .attention_events import plain
+from .conditionals import Conditionals
+from .decision_diagram import FALSE, TRUE, Formulas
+from .masked_vectors import add_to, masked
+from .memory import in_chunks, width_of
+
+Pair = tuple[int, int]
+"""``(event, diagram node)``."""
+Pairs = frozenset[Pair]
+"""All the pairs that share one relevance vector."""
+
+
+@dataclass(frozen=True)
+class EventResult:
+    """Mass and maps of one event.
+
+    Attributes:
+        mass: ``μ(event)``, ``(N,)``.
+        variation: Σ|μ| over the neurons where it was decided, ``(N,)``.
+        maps: ``μ(j & event)`` at each stored tap, ``(N, *shape)``.
+    """
+
+    mass: Tensor
+    variation: Tensor
+    maps: list[Tensor]
+
+
+class EventPass:
+    """A pass from the output down that stops propagating a walk once all events are decided for it.
+
+    Args:
+        formulas: The events.
+        start: The relevance of the outputs.
+        stored: Taps at which a map of each event is needed.
+
+    Attributes:
+        mass: μ of each event, ``(E, N)``.
+        variation: Σ|μ| over the neurons where each was decided, ``(E, N)``.
+    """
+
+    def __init__(self, formulas: Formulas, start: Tensor, stored: Iterable[Place] = ()) -> None:
+        recording = formulas.recording
+        learned = recording.samples.find(start)
+        self.formulas, self.recording = formulas, recording
+        self.stored = frozenset(stored)
+        self.mass = start.new_zeros((len(formulas.roots), recording.samples.count))
+        self.variation = torch.zeros_like(self.mass)
+        self.maps: dict[tuple[Place, Pair], Tensor] = {}
+        self._stored_below = recording.graph.marks_below(dict.fromkeys(self.stored, 1)).below_vertex
+        pairs = frozenset(enumerate(formulas.roots))
+        self._count_decided(pairs, start)
+        self.cost = learned + pull(recording.graph, [(recording.graph.output, {pairs: start})], self)
+
+    def at_buffer(self, buffer: Buffer, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
+        return self._undecided(self._cross(buffer, vectors), buffer)
+
+    def at_edge(self, edge: Edge, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
+        return self._cross(edge, vectors)
+
+    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[Pairs], share: Tensor) -> None:
+        for pairs, vector in vectors.items():
+            absorbed = None
+            for event, node in pairs:
+                if node <= TRUE:
+                    continue
+                for left, mask in self.formulas.absorb(node, sink.vertex):
+                    if left == TRUE:
+                        absorbed = vector * share if absorbed is None else absorbed
+                        self._count(event, masked(absorbed, mask), Buffer(sink.vertex, number))
+
+    def _cross(self, place: Place, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
+        level = self.formulas.levels.get(place)
+        result: Vectors[Pairs] = {}
+        for pairs, vector in vectors.items():
+            if level is None:
+                add_to(result, pairs, vector)
+                continue
+            untouched = frozenset(p for p in pairs if not self.formulas.diagram.is_touched(p[1], level))
+            if untouched:
+                add_to(result, untouched, vector)
+            for event, node in pairs - untouched:
+                for left, mask in self.formulas.cross(node, level):
+                    part = masked(vector, mask)
+                    if left == TRUE:
+                        self._count(event, part, place)
+                    if left != FALSE:
+                        add_to(result, frozenset({(event, left)}), part)
+        if place in self.stored:
+            for pairs, vector in result.items():
+                for pair in pairs:
+                    add_to(self.maps, (place, pair), vector)
+        return result
+
+    def _undecided(self, vectors: Vectors[Pairs], buffer: Buffer) -> Vectors[Pairs]:
+        """Without the walks that are decided and cross no stored tap below."""
+        vertex = buffer.vertex
+        result: Vectors[Pairs] = {}
+        for pairs, vector in vectors.items():
+            undecided = set()
+            for event, node in pairs:
+                left = self.formulas.settle(node, vertex)
+                if left == TRUE and node != TRUE:
+                    self._count(event, vector, buffer)
+                if left > TRUE or (left == TRUE and self._stored_below[vertex]):
+                    undecided.add((event, left))
+            if undecided:
+                add_to(result, frozenset(undecided), vector)
+        return result
+
+    def _count_decided(self, pairs: Pairs, start: Tensor) -> None:
+        for event, node in pairs:
+            if node == TRUE:
+                self._count(event, start, self.recording.graph.output)
+
+    def _count(self, event: int, vector: Tensor, place: Place) -> None:
+        sums = self.recording.samples.checked_sums
+        self.mass[event] += sums(vector, "the tap where an event is decided", place)
+        self.variation[event] += sums(vector.abs(), "the tap where an event is decided", place)
+
+    def result(self, event: int, places: Sequence[Place]) -> EventResult:
+        """Mass, variation and maps of one event."""
+        return EventResult(self.mass[event], self.variation[event], [self.map(place, event) for place in places])
+
+    def map(self, place: Place, event: int) -> Tensor:
+        """``μ(j & event)`` for every neuron ``j`` of a stored tap."""
+        tap = self.recording.taps.at(place)
+        total = self.recording.samples.without_samples(self.mass.new_zeros(tap.shape))
+        arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}
+        below = Conditionals(self.formulas, [place], [node for node in arrived if node > TRUE], self.mass)
+        self.cost += below.cost
+        for node, vector in arrived.items():
+            total = total + vector * below.value(place, node)
+        return self.recording.samples.with_samples(total)
+
+
+def event_results(
+    recording: Recording,
+    start: Tensor,
+    events: Sequence[Event],
+    places: Sequence[Place] = (),
+    max_memory: int | None = None,
+) -> tuple[list[EventResult], Cost]:
+    """Mass, variation and maps of each event, as many in one pass as fit into memory.
+
+    Args:
+        recording: The recording.
+        start: The relevance of the outputs.
+        events: The events.
+        places: Taps at which a map of each event is needed.
+        max_memory: Bytes; None for the default of the device.
+    """
+    costs: list[Cost] = []
+
+    def run(chunk: Sequence[Event]) -> list[EventResult]:
+        one = EventPass(Formulas(recording, chunk), start, places)
+        results = [one.result(number, places) for number in range(len(chunk))]
+        costs.append(one.cost)
+        return results
+
+    width = width_of(recording, max_memory, _named_places(recording, events, places))
+    results = in_chunks(list(events), width, run, "events")
+    return results, sum(costs, start=Cost())
+
+
+def _named_places(recording: Recording, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
+    """The places that events and queries name; None where it may be any, as for sinks."""
+    parts = [part for event in events for atom in event.atoms() for part in plain(atom, recording).atoms()]
+    if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
+        return None
+    atoms = {replace(part, index=None) for part in parts if isinstance(part, Atom)}
+    taps = [tap for atom in atoms for tap in recording.taps.find(atom.layer, atom.side, atom.call, atom.item)]
+    return [*places, *(tap.place for tap in taps)]

@@ -1,0 +1,110 @@
+"""Layers, nodes and edges of a flow graph."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import NRMError
+
+Array = NDArray[np.float64]
+NodeKind = Literal["group", "rest", "off"]
+
+
+class FlowError(NRMError, ValueError):
+    """A flow graph that cannot be computed, read or plotted."""
+
+
+@dataclass(frozen=True)
+class FlowLayer:
+    """One layer of a flow graph; ``sum(masses) + rest + sink + bypass == 1``.
+
+    Attributes:
+        name: Name of the tap.
+        groups: Numbers of the groups that are shown.
+        labels: Their names.
+        masses: Their masses.
+        rest: Mass of the other neurons.
+        others: Number of groups that are not shown.
+        sink: Mass absorbed above the layer.
+        bypass: Mass of the walks that bypass it.
+    """
+
+    name: str
+    groups: tuple[int, ...]
+    labels: tuple[str, ...]
+    masses: tuple[float, ...]
+    rest: float
+    others: int
+    sink: float
+    bypass: float
+
+    @property
+    def nodes(self) -> list[FlowNode]:
+        """Groups, rest and off, in the order of the rows and columns of the joint relevance."""
+        shown = zip(self.groups, self.labels, self.masses, strict=True)
+        return [
+            *(FlowNode(self.name, "group", group, label, mass) for group, label, mass in shown),
+            FlowNode(self.name, "rest", None, f"{self.others} others", self.rest),
+            FlowNode(self.name, "off", None, _off_label(self.sink, self.bypass), self.sink + self.bypass),
+        ]
+
+
+def _off_label(sink: float, bypass: float) -> str:
+    if sink and bypass:
+        return "absorbed or bypassing"
+    return "bypassing" if bypass else "absorbed"
+
+
+@dataclass(frozen=True)
+class FlowNode:
+    """A set of walks at one layer.
+
+    Attributes:
+        layer: Name of the layer.
+        kind: ``"group"``, ``"rest"`` for the neurons of no group that is shown, ``"off"`` for the walks that do not
+            cross the layer: absorbed above it, or bypassing it.
+        group: Number of the group; None for rest and off.
+        label: Its name.
+        mass: Its mass μ.
+    """
+
+    layer: str
+    kind: NodeKind
+    group: int | None
+    label: str
+    mass: float
+
+    @property
+    def key(self) -> str:
+        """A name that is unique in the graph."""
+        return f"{self.layer}/{self.kind if self.group is None else self.group}"
+
+
+@dataclass(frozen=True)
+class FlowEdge:
+    """The walks that are in two nodes of consecutive layers.
+
+    Attributes:
+        upper: The node nearer to the output.
+        lower: The node nearer to the input.
+        mass: Joint relevance, μ(upper & lower).
+    """
+
+    upper: FlowNode
+    lower: FlowNode
+    mass: float
+
+    @property
+    def given_upper(self) -> float:
+        """μ(lower given upper); nan if the mass of the upper node is zero."""
+        return self.mass / self.upper.mass if self.upper.mass else math.nan
+
+    @property
+    def given_lower(self) -> float:
+        """μ(upper given lower); nan if the mass of the lower node is zero."""
+        return self.mass / self.lower.mass if self.lower.mass else math.nan

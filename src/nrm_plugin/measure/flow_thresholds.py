@@ -1,0 +1,87 @@
+"""Which groups of a layer a flow graph shows, and how the others are merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import InputError
+from .flow_nodes import Array, FlowLayer
+
+TOP = 8
+"""Groups of a layer that are shown by default."""
+NEGLIGIBLE = 1e-12
+"""Absolute mass up to which a group is not shown: the trace of a stabilizer in place of zero."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    r"""The groups to show: all, in their order, if there is no threshold, else those of largest absolute mass first.
+
+    If there is any threshold, groups without mass are not shown.
+
+    Attributes:
+        top: Number of groups.
+        min_mass: Smallest absolute mass of a group.
+        coverage: Share ``s`` of the absolute mass: the fewest groups with
+            :math:`\sum_{kept} |\mu| \ge s \sum |\mu|`.
+
+    Raises:
+        InputError: A threshold without meaning.
+    """
+
+    top: int | None = None
+    min_mass: float | None = None
+    coverage: float | None = None
+
+    def __post_init__(self) -> None:
+        check_thresholds(self.top, self.min_mass, self.coverage)
+
+    def selected(self, masses: Array) -> list[int]:
+        """Numbers of the groups to show, of those with these masses."""
+        if self.top is None and self.min_mass is None and self.coverage is None:
+            return list(range(len(masses)))
+        size = np.abs(masses)
+        order = [int(group) for group in np.argsort(-size, kind="stable") if size[group] > NEGLIGIBLE]
+        if self.coverage is not None and order:
+            held = np.cumsum(size[order])
+            order = order[: int(np.searchsorted(held, self.coverage * held[-1] * (1 - 1e-12))) + 1]
+        if self.min_mass is not None:
+            order = [group for group in order if size[group] >= self.min_mass]
+        return order[: self.top]
+
+
+def check_thresholds(top: int | None, min_mass: float | None, coverage: float | None) -> None:
+    """Raises :class:`~nrm_plugin.errors.InputError` for thresholds without meaning."""
+    if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
+        raise InputError(f"top={top!r} must be a whole number of at least 1, or None for all groups.")
+    if min_mass is not None and not 0 <= min_mass < math.inf:
+        raise InputError(f"min_mass={min_mass!r} must be a number of at least 0.")
+    if coverage is not None and not 0 < coverage <= 1:
+        raise InputError(f"coverage={coverage!r} must be above 0 and at most 1: 0.9 for 90 %.")
+
+
+def merging(count: int, kept: Sequence[int]) -> Array:
+    """``(kept + 2, count + 2)``: sums the nodes of a layer to those of the smaller graph."""
+    sums = np.zeros((len(kept) + 2, count + 2))
+    sums[-2, :-1] = 1
+    sums[-1, -1] = 1
+    for row, position in enumerate(kept):
+        sums[row, position], sums[-2, position] = 1, 0
+    return sums
+
+
+def merged(layer: FlowLayer, kept: Sequence[int]) -> FlowLayer:
+    """A layer with fewer groups; the mass of the others is added to the rest."""
+    dropped = [position for position in range(len(layer.groups)) if position not in set(kept)]
+    return replace(
+        layer,
+        groups=tuple(layer.groups[position] for position in kept),
+        labels=tuple(layer.labels[position] for position in kept),
+        masses=tuple(layer.masses[position] for position in kept),
+        rest=layer.rest + sum(layer.masses[position] for position in dropped),
+        others=layer.others + len(dropped),
+    )

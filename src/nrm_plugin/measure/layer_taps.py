@@ -1,0 +1,80 @@
+"""The taps of a recording that the layers of a query name, and which of them lie below which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import EventError
+from ..events.event import Atom, Event, Side, at
+from ..recording.places import Buffer, Edge, Sink
+from ..recording.recording import Recording
+from ..recording.taps import Tap
+
+Layer = str | nn.Module | Atom
+"""A layer as a query names it: the name of a tap, a module, or ``at(…)`` without an index."""
+
+
+def atom_of(layer: Any, side: Side = "output") -> Atom:
+    """A layer as an atom.
+
+    Raises:
+        EventError: It is an event, or several layers.
+    """
+    if isinstance(layer, Atom):
+        return layer
+    if isinstance(layer, Event):
+        raise EventError(f"{layer} is an event; a layer is needed here. Use its layer, and joint= or given= for it.")
+    if isinstance(layer, (list, tuple)):
+        raise EventError(f"one layer is needed here, got {layer!r}; only marginal() takes several, in a list.")
+    return at(layer, side)
+
+
+def tap_of(recording: Recording, layer: Layer) -> Tap:
+    """The tap of a layer.
+
+    Raises:
+        EventError: It is an event, or names several taps.
+        UnknownLayerError: No tap of that name.
+    """
+    atom = atom_of(layer)
+    if atom.index is not None:
+        raise EventError(f"{atom} is an event; a layer is needed here. Use at(layer) without an index, or joint=.")
+    if atom.side == "sink" or atom.call == "any":
+        raise EventError(f"{atom} is not one tap. Ask mu({atom}) for its mass.")
+    (tap,) = recording.taps.find(atom.layer, atom.side, atom.call, atom.item)
+    return tap
+
+
+def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[Atom]:
+    """One atom for each tensor of a layer.
+
+    Raises:
+        EventError: It is an event, or a sink.
+        UnknownLayerError: No tap of that name.
+    """
+    atom = atom_of(layer, side)
+    if atom.side == "sink":
+        raise EventError(f"{atom} is not a tap: walks end there. Ask mu({atom}), or sinks() for all steps.")
+    items = recording.taps.items(atom.layer, atom.side, atom.call)
+    return [Atom(atom.layer, atom.side, atom.call, item) for item in items]
+
+
+def is_reached(recording: Recording, tap: Tap) -> bool:
+    """Whether a walk from the output can cross a tap."""
+    output = recording.graph.output
+    bit = 1 << recording.taps.index[tap.place]
+    return tap.place == output or bool(recording.taps.marks.below_vertex[output.vertex] & bit)
+
+
+def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> bool:
+    """Whether a walk that has crossed a tap can still cross a place, or be absorbed in a sink."""
+    vertex, taps = tap.place.vertex, recording.taps
+    if isinstance(place, Sink):
+        return place.vertex >= vertex if isinstance(tap.place, Buffer) else place.vertex > vertex
+    bit = 1 << taps.index[place]
+    if isinstance(tap.place, Buffer):
+        return bool(taps.marks.below_vertex[vertex] & bit)
+    own = 1 << taps.index[tap.place]
+    return bool(taps.marks.below_edge[vertex][tap.place.number] & bit & ~own)

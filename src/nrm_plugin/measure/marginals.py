@@ -1,0 +1,57 @@
+"""Relevance of every neuron of one or several taps: marginals, and maps joint with or given events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..recording.recording import Recording
+from ..recording.taps import Tap
+from .conditions import divided
+from .event_masses import EventResult
+from .totals import Totals
+
+
+def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
+    """``μ(j)`` of each tap, ``(N, *shape)``, each in its own memory.
+
+    Steps that pass relevance on unchanged share theirs.
+    """
+    used = {totals.start.untyped_storage().data_ptr()}
+    maps = []
+    for tap in taps:
+        values = totals.relevance(tap)
+        memory = values.untyped_storage().data_ptr()
+        maps.append(_copied(values) if memory in used else values)
+        used.add(memory)
+    return maps
+
+
+def _copied(values: Tensor) -> Tensor:
+    """A copy; where torch can, one that is only made when either is written to."""
+    lazily = getattr(torch, "_lazy_clone", None)
+    copy: Tensor = values.clone() if lazily is None or values.device.type != "cpu" else lazily(values)
+    return copy
+
+
+def event_maps(
+    recording: Recording, results: Sequence[EventResult], taps: Sequence[Tap], is_given: bool
+) -> list[Tensor]:
+    """``μ(j & event)`` of each tap, or ``μ(j given event)``, ``(E, N, *shape)``.
+
+    Args:
+        recording: The recording.
+        results: Of each event, with a map for each tap.
+        taps: The taps.
+        is_given: Divide by the mass of the event.
+    """
+    stacks = []
+    for number, tap in enumerate(taps):
+        rows = [
+            divided(recording, result.maps[number], result.mass, tap) if is_given else result.maps[number]
+            for result in results
+        ]
+        stacks.append(torch.stack(rows) if rows else recording.output.new_zeros((0, *tap.shape)))
+    return stacks

@@ -1,0 +1,20 @@
+"""Sums of relevance vectors, and their restriction to the neurons of a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TypeVar
+
+from torch import Tensor
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def masked(vector: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero outside of a mask; None stands for all neurons."""
+    return vector if mask is None else vector * mask.to(vector.device)
+
+
+def add_to(vectors: dict[Key, Tensor], key: Key, vector: Tensor) -> None:
+    """Adds a vector to that of a key."""
+    vectors[key] = vectors[key] + vector if key in vectors else vector

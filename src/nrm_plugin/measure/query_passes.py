@@ -1,0 +1,148 @@
+"""The passes behind the queries of a measure."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import EventError, StaleMeasureError
+from ..events.event import Event
+from ..model.autocast import exact
+from ..recording.passes import Cost
+from ..recording.places import Buffer, Edge, Sink
+from ..recording.recording import Recording
+from ..recording.taps import Tap
+from .conditionals import Conditionals, are_below, check_below
+from .conditions import check_condition, check_event, event_list
+from .decision_diagram import Formulas
+from .event_masses import EventResult, event_results
+from .groups import Over, pair_of, summed
+from .joints import joint_matrices
+from .layer_taps import Layer, is_below, tap_of
+from .marginals import event_maps, separate_maps
+from .totals import Totals, pass_totals
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def query(method: Callable[P, T]) -> Callable[P, T]:
+    """A method that may be called under any gradient mode, and raises if the model has changed since the recording."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        args[0]._check_fresh()  # type: ignore[attr-defined]
+        with torch.inference_mode(False), torch.no_grad(), exact(args[0]._start.device):  # type: ignore[attr-defined]
+            return method(*args, **kwargs)
+
+    return wrapped
+
+
+class QueryPasses:
+    """Base of the measure: it holds the recording and runs passes over it.
+
+    Attributes:
+        cost: Kernels that the last query ran, and relevance vectors that they propagated.
+    """
+
+    cost: Cost
+    _recording: Recording
+    _start: Tensor
+    _max_memory: int | None
+    _totals_once: Totals | None = None
+
+    def _tap(self, layer: Layer) -> Tap:
+        return tap_of(self._recording, layer)
+
+    def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
+        return is_below(self._recording, place, tap)
+
+    def _pass(self, stored: Sequence[Tap] = ()) -> Totals:
+        """A pass that stores the relevance of some taps; its sums answer all later queries for totals."""
+        totals = pass_totals(self._recording, self._start, [tap.place for tap in stored])
+        self._totals_once = self._totals_once or replace(totals, maps={})
+        self.cost = totals.cost
+        return totals
+
+    @property
+    def _totals(self) -> Totals:
+        return self._totals_once or self._pass()
+
+    def _maps(
+        self, taps: list[Tap], over: Over | None, given: Any, joint: Any, min_ratio: float | None
+    ) -> list[Tensor]:
+        """The relevance of each tap, of walks that are in an event where there is one."""
+        if given is not None and joint is not None:
+            raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
+        if given is None and joint is None:
+            maps = separate_maps(self._pass(taps), taps)
+        else:
+            maps = self._event_maps(taps, joint if given is None else given, given is not None, min_ratio)
+        return maps if over is None else [summed(values, tap, over) for values, tap in zip(maps, taps, strict=True)]
+
+    def _event_maps(self, taps: list[Tap], event: Any, is_given: bool, min_ratio: float | None) -> list[Tensor]:
+        events, is_single = event_list(event)
+        results = self._results(events, taps)
+        if is_given:
+            for one, result in zip(events, results, strict=True):
+                check_condition(one, result.mass, result.variation, min_ratio)
+        maps = event_maps(self._recording, results, taps, is_given)
+        return [values[0] for values in maps] if is_single else maps
+
+    def _results(self, events: Sequence[Event], taps: Sequence[Tap] = ()) -> list[EventResult]:
+        places = [tap.place for tap in taps]
+        results, self.cost = event_results(self._recording, self._start, events, places, self._max_memory)
+        return results
+
+    def _masses(self, events: Sequence[Event], given: Event | None, min_ratio: float | None) -> Tensor:
+        """``(E, N)``."""
+        if not events:
+            return self._start.new_zeros((0, self._recording.samples.count))
+        if given is not None:
+            check_event(given, "given= takes one event; for several conditions, make one query for each. ")
+            events = [*(item & given for item in events), given]
+        results = self._results(events)
+        mass = torch.stack([result.mass for result in results])
+        if given is None:
+            return mass
+        check_condition(given, mass[-1], results[-1].variation, min_ratio)
+        return mass[:-1] / mass[-1]
+
+    def _conditionals(self, event: Event, layer: Layer | None) -> dict[str, Tensor]:
+        """``μ(event given j)`` of a layer, under the name ``""``, or of all layers above the event."""
+        names = {name: name for name in self._recording.taps.layers} if layer is None else {"": layer}
+        taps = {name: self._tap(one) for name, one in names.items()}
+        check_event(event)
+        formulas = Formulas(self._recording, [event])
+        if layer is not None:
+            check_below(formulas, taps[""], event, layer)
+        taps = {name: tap for name, tap in taps.items() if are_below(formulas, tap)}
+        below = Conditionals(formulas, [tap.place for tap in taps.values()], formulas.roots, self._start)
+        self.cost = below.cost
+        values = {name: below.value(tap.place, formulas.roots[0]).clone() for name, tap in taps.items()}
+        return {name: self._recording.samples.with_samples(value) for name, value in values.items()}
+
+    def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
+        """``(N, K_upper, K_lower)`` of each two consecutive layers."""
+        groups = [pair_of(over) for over in overs]
+        pairs = list(pairwise([self._tap(layer) for layer in layers]))
+        for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):
+            if not self._is_below(below.place, above):
+                raise EventError(f"{lower!r} is not below {upper!r}; {remedy}.")
+        totals = self._pass([above for above, _ in pairs])
+        matrices, self.cost = joint_matrices(totals, pairs, groups, self._max_memory)
+        return matrices
+
+    def _check_fresh(self) -> None:
+        changed = self._recording.fingerprint.changed()
+        if changed:
+            raise StaleMeasureError(
+                f"{', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''} changed in place since the measure "
+                "was taken, and the measure shares its memory. Take the measure again."
+            )
