@@ -29,12 +29,12 @@ from benchmarks import tables
 from benchmarks.speed import environment
 from nrm_plugin import NRMDefault, RelevanceMeasure
 from nrm_plugin.dataset import Joint, Manifest, Marginal, Query, Sink, Sweep, Variation, sweep
-from nrm_plugin.dataset.evaluation import Evaluated
+from nrm_plugin.dataset.evaluation import BatchResults
 from nrm_plugin.dataset.progress import resident
 from nrm_plugin.dataset.row_index import write_index
-from nrm_plugin.dataset.sample_batches import Plan, reader, source_of
+from nrm_plugin.dataset.sample_batches import ShardPlan, data_source, load_batches
 from nrm_plugin.dataset.settings import digest
-from nrm_plugin.dataset.shard_writer import write_shard
+from nrm_plugin.dataset.shard_writer import ShardInfo, write_shard
 from nrm_plugin.demo.model import load_model
 
 RESULTS = Path(__file__).parent / "results/sweep.json"
@@ -90,9 +90,9 @@ def throughput(name: str, rounds: int) -> dict[str, Any]:
             assert sweep(net, data, queries_of(layers), folder, **options).is_complete
 
     def loaded() -> None:
-        plan = Plan(count, BATCH, SHARD // BATCH)
+        plan = ShardPlan(count, BATCH, SHARD // BATCH)
         order = [batch for shard in range(plan.shards) for batch in plan.batches(shard)]
-        assert sum(len(read.sample) for read in reader(source_of(data, BATCH, 0), order, 0)) == count
+        assert sum(len(loaded.samples) for loaded in load_batches(data_source(data, BATCH, 0), order, 0)) == count
 
     work: dict[str, Callable[[], Any]] = {"bare": lambda: bare(net, batches, layers), "sweep": swept, "loader": loaded}
     for _ in range(rounds):
@@ -165,9 +165,9 @@ def synthetic(folder: Path) -> int:
             queries[0].name: random.standard_normal((len(sample), CHANNELS), np.float32) / CHANNELS,
             queries[1].name: random.random(len(sample), np.float32),
         }
-        part = Evaluated(sample, classes, classes, values)
-        header = {"settings": digest(settings), "first": int(sample[0]), "last": int(sample[-1]), "failed": []}
-        write_shard(folder, 0, number, queries, [part], {**header, "replaces": []}, "float")
+        part = BatchResults(sample, classes, classes, values)
+        info = ShardInfo(digest(settings), int(sample[0]), int(sample[-1]), [], [], "float")
+        write_shard(folder, 0, number, queries, [part], info)
     return SAMPLES * (CHANNELS + 1)
 
 

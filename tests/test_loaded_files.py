@@ -34,7 +34,7 @@ from nrm_plugin.commands.resolved_options import class_names
 from nrm_plugin.commands.weight_files import WeightsError, read_state
 from nrm_plugin.dataset import Manifest, Maps, Marginal, Sweep, SweepError, sweep
 from nrm_plugin.dataset.examples import FoundReferences, ReferencesError
-from nrm_plugin.dataset.images import PictureError, open_picture
+from nrm_plugin.dataset.images import ImageError, load_image
 from nrm_plugin.dataset.queries import from_json
 from nrm_plugin.dataset.shard_writer import remove_unfinished
 from nrm_plugin.dataset.sweep_layout import ShardError
@@ -118,7 +118,7 @@ READERS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
     "weights of torchvision": (from_hub, WeightsError),
     "references": (FoundReferences.load, ReferencesError),
     "flow graph": (FlowGraph.from_json, FlowError),
-    "picture": (open_picture, PictureError),
+    "picture": (load_image, ImageError),
     "names of classes": (class_names, RequestError),
     "manifest": (as_part_of_sweep("manifest.json", Sweep.rows), SweepError),
     "shard": (as_part_of_sweep("rows/*.parquet", Sweep.rows), ShardError),
@@ -230,11 +230,11 @@ def test_labels_of_a_query_are_decompressed_up_to_a_size(monkeypatch):
     packed = base64.b64encode(zlib.compress(bytes(4 * 100))).decode()
     query = {"kind": "Marginal", "layer": "4", "over": {"labels": packed, "shape": [100]}, "name": "x"}
     assert from_json(query).over.tensor.shape == (100,)
-    monkeypatch.setattr("nrm_plugin.dataset.queries.MOST", 4 * 99)
-    with pytest.raises(SweepError, match="more than the 99"):
+    monkeypatch.setattr("nrm_plugin.dataset.queries.MAX_LABEL_BYTES", 4 * 99)
+    with pytest.raises(SweepError, match="more than the limit of 99"):
         from_json(query)
     for broken in (packed[:-8], "no", 3):
-        with pytest.raises(SweepError, match="no query"):
+        with pytest.raises(SweepError, match="not a query"):
             from_json(query | {"over": {"labels": broken, "shape": [100]}})
 
 
@@ -260,7 +260,7 @@ def test_no_memory_is_allocated_for_rows_that_a_shard_lacks(swept: Path):
         for group in groups:
             writer.write_table(group, row_group_size=len(group))
         writer.add_key_value_metadata({"nrm-plugin": json.dumps(listed)})
-    with pytest.raises(ShardError, match=r"64 rows, and not those that it lists"):
+    with pytest.raises(ShardError, match=r"64 rows, which differs from its footer"):
         Sweep.open(swept).rows()
 
 
@@ -313,7 +313,7 @@ def test_a_link_out_of_a_sweep_is_not_followed(name: str, swept: Path):
     read = LINKS[name]
     read(Sweep.open(swept))
     outside(swept / name)
-    with pytest.raises(ShardError, match="link that leads out"):
+    with pytest.raises(ShardError, match="is a link out"):
         read(Sweep.open(swept))
     if not name.startswith("by-query"):
         stored = Sweep.open(swept, on_error="skip")
@@ -329,7 +329,7 @@ def test_a_link_out_of_a_sweep_is_not_followed(name: str, swept: Path):
 def test_a_folder_that_is_a_link_out_of_a_sweep_is_not_written_to(name: str, swept: Path):
     there = outside(swept / "rows" if name == "rows" else swept / "maps")
     before = files_below(there)
-    with pytest.raises(SweepError, match="link that leads out"):
+    with pytest.raises(SweepError, match="is a link out"):
         sweep(net(), Data(8), [Marginal("4"), MAP], swept, **OPTIONS)
     assert files_below(there) == before
 

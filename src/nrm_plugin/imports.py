@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``nrm-plugin --version`` starts fast.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -13,7 +14,11 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PACKAGE = "nrm_plugin"
 REMOVED = "0.3"
@@ -29,6 +34,13 @@ MOVED = {
     "text_plots": "plots.text",
 }
 """Current module by deprecated path, both inside the package."""
+STORED = {
+    "events.event": "events",
+    "functional.canonizer": "functional.interception",
+    "kernels.batch_norm": "fusion",
+    "kernels.normalization": "steps",
+} | {present: former for former, present in MOVED.items()}
+"""Path under which the settings of stored sweeps name a definition, if it is not its current one."""
 REGISTRY = "zennit.composites"
 
 
@@ -42,6 +54,32 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
     """
     message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."
     warnings.warn(message, DeprecationWarning, stacklevel + 1)
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function that also takes keyword arguments by their former names, with a warning.
+
+    Args:
+        names: The present names, by the former names.
+    """
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for former in names.keys() & kwargs.keys():
+                warn_deprecated(f"the argument {former}= of {function.__name__}", f"{names[former]}=")
+                kwargs[names[former]] = kwargs.pop(former)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorated
+
+
+def stored_path(module: str) -> str:
+    """The path of a module in the settings of stored sweeps, which remain resumable after a module has moved."""
+    package, _, name = module.partition(".")
+    return f"{package}.{STORED[name]}" if package == PACKAGE and name in STORED else module
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

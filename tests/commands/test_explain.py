@@ -173,7 +173,7 @@ def test_one_bad_image_does_not_stop_the_others(here: Path, capsys: pytest.Captu
     ]
     head, *lines = [line for line in printed.err.splitlines() if line]
     assert "5" in head
-    for words in ("text.png is not", "no file gone.png", "cut.png cannot", "is a folder", "is an address"):
+    for words in ("text.png is not", "no file gone.png", "cut.png cannot", "is a folder", "is a URL"):
         assert sum(words in line for line in lines) == 1, words
 
 
@@ -336,7 +336,7 @@ RANDOM = ("--model", "squeezenet1_1", "--weights", "none", "--size", "48")
         ([*RANDOM, "--mean", "a,b,c"], "--mean"),
         ([*RANDOM, "--mean", "0.5"], "--mean and --std take three numbers"),
         ([*RANDOM, "--mean", "0.5", "--std", "1,1,1"], "--mean and --std take three numbers"),
-        ([*RANDOM, "--std", "1,0,1"], "above 0"),
+        ([*RANDOM, "--std", "1,0,1"], "must be positive"),
         ([*RANDOM, "--target", "1000"], "has 1000 classes, 0 to 999"),
         ([*RANDOM, "--target", "-1"], "0 to 999"),
         ([*RANDOM, "--target", "tabby"], "--classes FILE"),

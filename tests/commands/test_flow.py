@@ -16,7 +16,7 @@ from zennit.composites import EpsilonPlus
 from nrm_plugin import FlowGraph, RelevanceMeasure, patches
 from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.model_loading import load
-from nrm_plugin.dataset.images import open_picture
+from nrm_plugin.dataset.images import load_image
 
 slowly = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 
@@ -70,7 +70,7 @@ def test_the_files_have_the_values_of_the_measure(here, capsys):
     assert graph.layers[0].labels[0] in ("cat", "dog", "bird", "fish")
     assert graph.layers[3].labels[0].startswith("row ")
     loaded = load("flow_nets:Branches", size=16)
-    inputs = loaded.preprocessing(open_picture(Path("noise.png")).image)
+    inputs = loaded.preprocessing(load_image(Path("noise.png")).image)
     target = int(loaded.model(inputs).argmax())
     mu = RelevanceMeasure(loaded.model, inputs, target, composite=EpsilonPlus())
     expected = mu.flow(["output", "a", "stem", "input"], over={"input": patches((16, 16), 2)}, top=3)
@@ -116,7 +116,7 @@ def test_a_bad_image_does_not_stop_the_others(here, capsys):
     Path("broken.png").write_bytes(b"not an image")
     assert run("broken.png", "noise.png", *OWN, "--layers", "input", "output") == 1
     printed = capsys.readouterr()
-    assert "broken.png is not a picture" in printed.err
+    assert "broken.png is not an image" in printed.err
     assert Path("nrm-flow/noise-flow.png").exists()
 
 

@@ -15,8 +15,8 @@ from nrm_plugin.commands import sweep_run
 from nrm_plugin.commands.cli import main
 from nrm_plugin.dataset import Manifest, Sweep
 from nrm_plugin.dataset import image_folder as folders
-from nrm_plugin.dataset.image_folder import PictureFolder
-from nrm_plugin.dataset.preprocessing import preparation
+from nrm_plugin.dataset.image_folder import PreprocessedImageFolder
+from nrm_plugin.dataset.preprocessing import preprocessing
 
 NETS = """
 import torch
@@ -74,7 +74,7 @@ def test_a_folder_is_swept_and_the_numbers_are_those_of_the_measure(photos, caps
     assert stored.samples()["target"].to_pylist() == [0] * 5 + [1] * 5 == [int(row["label"]) for row in listed]
     names = {}
     exec(NETS, names)
-    prepare = preparation(size=16)
+    prepare = preprocessing(size=16)
     x = torch.cat([prepare(Image.open(photos / row["file"]).convert("RGB")) for row in listed])
     mu = RelevanceMeasure(names["make"]().eval(), x, [0] * 5 + [1] * 5)
     wanted = {
@@ -110,7 +110,7 @@ def test_unreadable_images_are_listed_and_can_be_retried(photos, capsys):
 
 
 def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, capsys, monkeypatch):
-    plain = PictureFolder.__getitem__
+    plain = PreprocessedImageFolder.__getitem__
 
     def stopped(self, index):
         if index == 9:
@@ -118,7 +118,7 @@ def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, caps
         return plain(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders.PictureFolder, "__getitem__", stopped)
+        patch.setattr(folders.PreprocessedImageFolder, "__getitem__", stopped)
         assert run() == 130
     assert "The same command continues" in capsys.readouterr().err
     assert Sweep.open("swept").manifest.state == "interrupted"
@@ -152,9 +152,9 @@ def test_options_that_do_not_fit_exit_with_2(given, says, photos, capsys):
 def test_results_of_other_queries_are_not_mixed(photos, capsys):
     assert run() == 0
     assert run("--activations") == 2
-    assert "queries.activation(3) (not asked before)" in capsys.readouterr().err
+    assert "queries.activation(3) (added)" in capsys.readouterr().err
     assert run(layers=("3",)) == 2
-    assert "queries.sink(0) (not asked now)" in capsys.readouterr().err
+    assert "queries.sink(0) (removed)" in capsys.readouterr().err
     (photos / "cats/1.png").rename(photos / "cats/2.png")
     assert run() == 2
     assert "data" in capsys.readouterr().err
@@ -175,11 +175,11 @@ def test_a_data_set_of_the_user(photos):
 
 
 def test_folders_named_as_classes_of_the_model_have_their_indices(photos):
-    prepare = preparation(size=16)
-    known = PictureFolder(photos, prepare, ["fish", "Dogs", "cats"])
+    prepare = preprocessing(size=16)
+    known = PreprocessedImageFolder(photos, prepare, ["fish", "Dogs", "cats"])
     assert known.labels == [2] * 5 + [1] * 5
-    assert PictureFolder(photos, prepare, ["fish", "dogs"]).labels == [0] * 5 + [1] * 5
-    assert PictureFolder(photos / "cats", prepare).labels == [-1] * 5
+    assert PreprocessedImageFolder(photos, prepare, ["fish", "dogs"]).labels == [0] * 5 + [1] * 5
+    assert PreprocessedImageFolder(photos / "cats", prepare).labels == [-1] * 5
     assert known[0][0].shape == (3, 16, 16)
 
 

@@ -1,8 +1,8 @@
-"""Runs sweeps again and again in processes that are killed: ``python killed.py FOLDER SEED KILLS``.
+"""Runs sweeps repeatedly in processes that are killed: ``python killed.py FOLDER SEED KILLS``.
 
 The packages are imported once, and each attempt is a fork. For the sweep in ``FOLDER/time`` a process is killed after
 a random time; for those in ``FOLDER/fsync`` and ``FOLDER/replace`` it kills itself in one of its calls of that name.
-Prints the number of kills of each.
+Prints the number of kills for each.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def attempt(folder: Path, killed_at: tuple[str, int] | None) -> None:
     if killed_at is not None:
         name, left = killed_at
         owner = os if name == "fsync" else pathlib.Path
-        plain = getattr(owner, name)
+        original = getattr(owner, name)
 
         def dying(*arguments, **options):
             nonlocal left
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return plain(*arguments, **options)
+            return original(*arguments, **options)
 
         setattr(owner, name, dying)
     sweep(net(), Data(60, wait=0.01), QUERIES, folder, batch_size=2, shard=2, progress=False)
 
 
 def forked(folder: Path, killed_at: tuple[str, int] | None = None, seconds: float | None = None) -> bool:
-    """Whether the attempt ended on its own."""
+    """Whether the attempt ended without being killed."""
     process = os.fork()
     if process == 0:
         try:

@@ -1,126 +1,135 @@
-"""Reference examples: those of single measures sorted by hand; crops where the arithmetic of convolutions has them."""
+"""References from a sweep equal those of one pass with the model, and references can be saved."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
-from nrm_plugin import RelevanceMeasure, at
-from nrm_plugin.dataset.crops import crops, relevant
-from nrm_plugin.dataset.examples import EVENTS, FoundReferences, References, ReferencesError
+from nrm_plugin import at
+from nrm_plugin.dataset import Activation, EventMass, Joint, Marginal, Peak, Sweep, sweep
+from nrm_plugin.dataset.examples import EVENTS, FoundReferences, ReferencesError, references
 from nrm_plugin.dataset.maximization import find_references
-from nrm_plugin.dataset.reference_plots import reference_figure
-from nrm_plugin.errors import InputError, UnknownLayerError
-from tests.conftest import slow_but, untouched
+from nrm_plugin.errors import NRMError
 
 
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2), nn.ReLU(inplace=True), nn.Flatten()]
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2), nn.ReLU(), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(45, 3)).double().eval()
 
 
 @pytest.fixture(scope="module")
 def data():
     draw = torch.Generator().manual_seed(1)
-    images = torch.rand((23, 1, 9, 9), generator=draw, dtype=torch.float64)
-    images[11] = images[4]  # the same picture twice: a tie
-    labels = torch.randint(0, 3, (23,), generator=draw)
-    labels[11] = labels[4]
-    return TensorDataset(images, labels)
+    return TensorDataset(
+        torch.rand((29, 1, 9, 9), generator=draw, dtype=torch.float64), torch.randint(0, 3, (29,), generator=draw)
+    )
 
 
-def one_by_one(net, data, layer, by, unit="measure", reduce="sum", chosen=None):
-    """``(score, position)`` of every sample and channel, each sample measured by itself."""
-    found = []
-    for image, label in data:
-        target = int(label) if chosen is None else chosen(net(image[None])[0])
-        mu = RelevanceMeasure(net, image[None], target)
-        values = mu.marginal(layer)[0]
-        if by == "activation":
-            values = net[: int(layer) + 1](image[None])[0].detach()
-        elif unit != "measure":
-            values = values * float(mu.output)
-        flat = values.flatten(1)
-        score = flat.sum(1) if reduce == "sum" else flat.max(1).values
-        if unit == "layer":
-            score = score / score.abs().sum()
-        found.append([(float(s), int(row.argmax()), target) for s, row in zip(score, flat, strict=True)])
-    return found
+@pytest.fixture(scope="module")
+def stored(net, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep") / "out"
+    queries = [
+        Marginal("2", joint=at("0")[1]),
+        Marginal("2", name="the second"),
+        Marginal("0"),
+        Activation("2", reduce="sum"),
+        Peak("2"),
+        Peak("2", of="activation"),
+        Marginal("2", over="position", name="positions"),
+        Joint("2", "0"),
+        EventMass(at("2")[1] & at("0")[2], name="both"),
+    ]
+    sweep(net, data, queries, folder, target="label", batch_size=4, shard=8, progress=False)
+    return folder
 
 
-@pytest.mark.parametrize(("unit", "reduce"), [("measure", "sum"), ("output", "max"), ("layer", "sum")])
-@pytest.mark.parametrize("by", slow_but(["relevance", "activation"], "activation"))
-def test_references_are_those_of_single_samples_sorted_by_hand(net, data, by, unit, reduce):
-    with untouched(net):
-        found = find_references(net, data, ["0", "2"], 4, by=(by,), unit=unit, reduce=reduce, batch_size=5)
-    assert found.count == 23
-    assert found.targets == sorted(set(data.tensors[1].tolist()))
-    for layer in ("0", "2"):
-        scores = one_by_one(net, data, layer, by, unit, reduce)
-        for target in (None, *found.targets):
-            references = found.of(layer, by, target)
-            for group in references.groups:
-                rows = [(row[group], n) for n, row in enumerate(scores) if target in (None, row[group][2])]
-                # Rounded, as batches of other sizes round otherwise: the twins are then a tie.
-                rows = sorted(rows, key=lambda row: (-round(row[0][0], 10), row[1]))[:4]
-                listed = references.of(group)
-                assert len(listed) == min(4, len(rows))
-                for place, ((score, position, explained), _) in enumerate(rows):
-                    assert float(references.values[group, place]) == pytest.approx(score, rel=1e-9, abs=1e-12)
-                    assert int(references.targets[group, place]) == explained
-                    twin = {4: 11, 11: 4}.get(rows[place][1], rows[place][1])
-                    assert listed[place] in (rows[place][1], twin)
-                    if score > 1e-9:
-                        assert int(references.positions[group, place]) == position
+@pytest.fixture(scope="module")
+def found(net, data):
+    return find_references(net, data, ["0", "2"], 6, events={"both": at("2")[1] & at("0")[2]}, batch_size=4)
 
 
-def test_equal_samples_come_in_their_order():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double().eval()
-    with torch.no_grad():  # whole numbers, which no order of summation rounds
-        net[0].weight.mul_(6).round_()
-        net[0].bias.zero_()
-    images = torch.randint(0, 5, (5, 1, 4, 4)).double()
-    twins = TensorDataset(images[[0, 1, 0, 0, 2]], torch.tensor([0, 1, 0, 0, 2]))
-    for size in (1, 2, 3, 5):
-        found = find_references(net, twins, ["0"], 5, batch_size=size).of("0", "activation")
-        assert len({tuple(row) for row in found.samples.tolist()}) > 1
-        for row in found.samples.tolist():
-            assert [sample for sample in row if sample in (0, 2, 3)] == [0, 2, 3]
+def same(ours, theirs, positions=True):
+    assert ours.groups == theirs.groups
+    torch.testing.assert_close(ours.values, theirs.values, rtol=1e-9, atol=1e-12, equal_nan=True)
+    distinct = theirs.values.abs() > 1e-9  # no ties
+    for key in ("samples", "targets", *(["positions"] if positions else [])):
+        assert torch.equal(getattr(ours, key)[distinct], getattr(theirs, key)[distinct]), key
+    assert distinct.float().mean() > 0.5
 
 
-def test_events_are_ranked_by_their_mass(net, data):
-    events = {"both": at("0")[1] & at("2")[3], "either": at("2")[[0, 3]]}
-    found = find_references(net, data, events=events, k=30, batch_size=4).of(EVENTS)
-    assert found.groups == ("both", "either")
-    for row, event in enumerate(events.values()):
-        masses = [float(RelevanceMeasure(net, x[None], int(y))(event)) for x, y in data]
-        order = sorted(range(23), key=lambda n: (-round(masses[n], 10), n))
-        assert found.values[row, :23].tolist() == pytest.approx([masses[n] for n in order], abs=1e-12)
-        assert found.samples[row, 23:].tolist() == [-1] * 7
-        assert found.values[row, 23:].isnan().all()
-        assert len(found.of(("both", "either")[row])) == 23
-    with pytest.raises(ReferencesError, match="no group 'none'"):
-        found.of("none")
+@pytest.mark.parametrize("by", ["relevance", "activation"])
+@pytest.mark.parametrize("target", [None, 0, 2])
+def test_references_from_a_sweep_equal_those_of_one_pass(stored, found, by, target):
+    same(references(stored, "2", k=6, by=by, target=target), found.of("2", by, target))
+    for group in range(5):
+        one = references(Sweep.open(stored), "2", group, 6, by, target)
+        assert one.groups == (group,)
+        assert one.of(group) == references(stored, "2", k=6, by=by, target=target).of(group)
+    if by == "relevance":  # no Peak of this layer
+        same(references(stored, "0", k=6, target=target), found.of("0", by, target), positions=False)
+        assert (references(stored, "0", k=6).positions == -1).all()
 
 
-def test_what_is_explained_may_be_the_prediction_or_one_class(net, data):
-    predicted = find_references(net, data.tensors[0].split(6), ["2"], 3, target="prediction", by=["relevance"])
-    scores = one_by_one(net, data, "2", "relevance", chosen=lambda output: int(output.argmax()))
-    best = [max(row[group][0] for row in scores) for group in range(5)]
-    assert predicted.of("2").values[:, 0].tolist() == pytest.approx(best)
-    one = find_references(net, data, ["2"], 3, target=2)
-    assert one.targets == [2]
-    assert torch.equal(one.of("2").samples, one.of("2", target=2).samples)
+def test_references_from_a_sweep_have_their_layer(stored):
+    found = references(stored, "2")
+    assert found.name != found.layer == "2"
+    assert references(stored, "2", group=1, k=2).layer == "2"
 
 
-def test_written_and_read_again_they_are_the_same(net, data, tmp_path):
+def test_the_name_of_a_query_precedes_that_of_a_layer(stored, found):
+    assert references(stored, "the second").name == "the second"
+    inside = references(stored, f"marginal(2, joint={at('0')[1]})", k=6)
+    assert not torch.allclose(inside.values, found.of("2").values)
+    assert (inside.positions == -1).all()
+    positions = references(stored, "positions", k=6)
+    assert len(positions.groups) == 9
+    assert (positions.positions == -1).all()  # Peak is of channels
+    event = references(stored, "both", k=6)
+    assert event.groups == ("both",)
+    torch.testing.assert_close(event.values, found.of(EVENTS).values, rtol=1e-9, atol=1e-12)
+    assert event.of("both") == found.of(EVENTS).of("both")
+
+
+def test_a_pair_of_a_joint_matrix(net, data, stored):
+    pair = references(stored, "joint(2, 0)", (3, 1), k=5)
+    assert pair.groups == ("3,1",)
+    events = find_references(net, data, events={"3,1": at("2").channel(3) & at("0").channel(1)}, k=5).of(EVENTS)
+    torch.testing.assert_close(pair.values, events.values, rtol=1e-8, atol=1e-12)
+    every = references(stored, "joint(2, 0)", k=5)
+    assert len(every.groups) == 20
+    torch.testing.assert_close(every.values[every.row("3,1")], pair.values[0])
+    assert references(stored, "joint(2, 0)", 3, k=5).groups == ("3,0", "3,1", "3,2", "3,3")
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ({"query": "5"}, "no query '5' with rows of relevance"),
+        ({"query": "0", "by": "activation"}, "no query '0' with rows of activation"),
+        ({"query": "2", "by": "size"}, "by='size'"),
+        ({"query": "2", "k": 0}, "k=0"),
+        ({"query": "2", "group": 5}, "has 5 groups"),
+        ({"query": "2", "group": (1, 2)}, "has 5 groups"),
+        ({"query": "joint(2, 0)", "group": (5, 0)}, "has 5 × 4 groups"),
+        ({"query": "2", "target": 7}, "no values of samples with target 7"),
+        ({"query": "peak(2)"}, "no query"),
+    ],
+)
+def test_missing_queries_groups_and_targets_raise(stored, question, words):
+    with pytest.raises(ReferencesError, match=words):
+        references(stored, **question)
+
+
+def test_a_folder_without_a_sweep_raises(tmp_path):
+    with pytest.raises(NRMError, match="no sweep"):
+        references(tmp_path, "2")
+
+
+def test_saved_references_are_loaded_unchanged(net, data, tmp_path):
     found = find_references(net, data, ["2"], 3, events={"e": at("2")[0]})
     found.save(tmp_path / "found.safetensors")
     again = FoundReferences.load(tmp_path / "found.safetensors")
@@ -134,124 +143,7 @@ def test_written_and_read_again_they_are_the_same(net, data, tmp_path):
                 else (value == other)
             )
     (tmp_path / "other").write_bytes(b"no")
-    with pytest.raises(ReferencesError, match="holds no references"):
+    with pytest.raises(ReferencesError, match="is not a file of FoundReferences"):
         FoundReferences.load(tmp_path / "other")
     with pytest.raises(FileNotFoundError):
         FoundReferences.load(tmp_path / "missing")
-
-
-@pytest.mark.parametrize(
-    ("error", "words", "change"),
-    [
-        (InputError, "k=0", {"k": 0}),
-        (InputError, "unit='parts'", {"unit": "parts"}),
-        (InputError, "by='size'", {"by": ["size"]}),
-        (ReferencesError, "nothing to rank", {"layers": []}),
-        (InputError, "an event has none", {"events": {"e": at("2")[0]}, "unit": "layer"}),
-        (UnknownLayerError, "'9'", {"layers": ["9"]}),
-        (InputError, "target='best'", {"target": "best"}),
-        (InputError, "3 outputs", {"target": 3}),
-        (ReferencesError, "no labels", {"data": [torch.rand(2, 1, 9, 9).double()]}),
-        (ReferencesError, "no sample", {"data": []}),
-        (ReferencesError, r"\(inputs, labels\)", {"data": [(1, 2, 3)]}),
-        (ReferencesError, "1 labels for 2", {"data": [(torch.rand(2, 1, 9, 9).double(), torch.tensor([1]))]}),
-    ],
-)
-def test_what_does_not_fit_is_refused(net, data, error, words, change):
-    options = {"data": data, "layers": ["2"], **change}
-    with untouched(net), pytest.raises(error, match=words):
-        find_references(net, options.pop("data"), **options)
-
-
-def test_a_loader_that_shuffles_is_refused(net, data):
-    for loader in (DataLoader(data, 4, shuffle=True), DataLoader(data, 4, sampler=RandomSampler(data))):
-        with pytest.raises(ReferencesError, match="shuffle=False"):
-            find_references(net, loader, ["2"])
-    given = find_references(net, DataLoader(data, 4), ["2"]).of("2")
-    assert torch.equal(given.samples, find_references(net, data, ["2"], batch_size=7).of("2").samples)
-    with pytest.raises(ReferencesError, match="was not looked for"):
-        find_references(net, data, ["2"], by=["relevance"]).of("2", "activation")
-    with pytest.raises(ReferencesError, match="not looked for by target"):
-        find_references(net, data, ["2"], per_target=False).of("2", target=1)
-
-
-# -- crops ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_crop_is_the_receptive_field_and_its_heat_map_the_joint_relevance(net, data):
-    found = find_references(net, data, ["2"], 3).of("2")
-    with untouched(net):
-        rows = crops(net, data, found, [0, 3])
-    assert list(rows) == [0, 3]
-    for group, row in rows.items():
-        assert [crop.sample for crop in row] == found.of(group)
-        for place, crop in enumerate(row):
-            image, label = data[crop.sample]
-            # Two 3×3 convolutions, the second with stride 2: 5×5 pixels, 2 apart.
-            top, left = (2 * part for part in divmod(int(found.positions[group, place]), 3))
-            assert crop.box == (top, left, top + 5, left + 5)
-            assert torch.equal(crop.image, image[:, top : top + 5, left : left + 5])
-            mu = RelevanceMeasure(net, image[None], int(label))
-            heat = mu.marginal("input", joint=at("2")[group])[0, 0]
-            torch.testing.assert_close(crop.heat, heat[top : top + 5, left : left + 5])
-            sign = 1 if crop.heat.sum() >= 0 else -1
-            largest = (sign * heat).clamp(min=0).max()  # so small a picture is not smoothed
-            assert torch.equal(crop.mask, sign * crop.heat >= 0.2 * largest)
-
-
-def test_whole_pictures_events_and_positions_that_are_not_told(net, data):
-    found = find_references(net, data, ["2"], 2, events={"e": at("2")[1] & at("0")[2]})
-    whole = crops(net, data, found.of("2"), [1], 1, whole=True, picture=lambda image: 1 - image)[1]
-    assert len(whole) == 1
-    assert whole[0].box == (0, 0, 9, 9)
-    assert torch.equal(whole[0].image, 1 - data[whole[0].sample][0])
-    event = crops(net, data, found.of(EVENTS), events={"e": at("2")[1] & at("0")[2]})["e"][0]
-    assert event.box == (0, 0, 9, 9)
-    mu = RelevanceMeasure(net, data[event.sample][0][None], event.target)
-    torch.testing.assert_close(event.heat.sum(), mu(at("2")[1] & at("0")[2])[0])
-    told = found.of("2")
-    untold = References(**{**vars(told), "positions": torch.full_like(told.positions, -1)})
-    for ours, theirs in zip(crops(net, data, told, [1])[1], crops(net, data, untold, [1])[1], strict=True):
-        assert ours.box == theirs.box
-    with pytest.raises(ReferencesError, match="give the event"):
-        crops(net, data, found.of(EVENTS))
-    with pytest.raises(InputError, match=r"picture \(C, H, W\)"):
-        crops(net, [torch.zeros(3)] * 23, told, [1])
-
-
-def test_the_mask_of_a_channel_that_speaks_against_the_target_is_of_its_negative_relevance(net, data):
-    found = find_references(net, data, ["2"], 23).of("2")
-    against = [crop for row in crops(net, data, found, whole=True).values() for crop in row if crop.heat.sum() < -0.01]
-    assert len(against) > 5
-    for crop in against:
-        assert torch.equal(crop.mask, -crop.heat >= 0.2 * (-crop.heat).max())
-
-
-def test_the_mask_follows_the_smoothed_heat_map():
-    heat = torch.zeros(60, 80)
-    heat[20, 30], heat[50, 70] = 1.0, 0.1
-    found = relevant(heat, 0.2)
-    sigma = 80 / 60
-    rows, columns = torch.meshgrid(torch.arange(60), torch.arange(80), indexing="ij")
-    gauss = torch.exp(-((rows - 20) ** 2 + (columns - 30) ** 2) / (2 * sigma**2))
-    assert torch.equal(found, gauss >= 0.2)
-    assert relevant(-heat, 0.2).all()
-
-
-def test_the_picture_has_a_row_for_each_channel(net, data):
-    found = find_references(net, data, ["2"], 3).of("2")
-    rows = crops(net, data, found, [0, 3])
-    for style, lines in (("mask", 1), ("plain", 1), ("heat", 1), ("both", 2)):
-        figure = reference_figure(rows, style, "of $5", dark=style == "plain", labels={3: "the $third"})
-        assert len(figure.axes) == 2 * 3 * lines
-        figure.canvas.draw()
-        texts = [text.get_text() for axes in figure.axes for text in axes.texts]
-        assert texts == ["channel 0", r"the \$third"]
-    titles = [axes.get_title() for axes in reference_figure(rows, unit="").axes]
-    assert titles[0] == f"{float(found.values[0, 0]):.3g}"
-    for wrong in ({}, {number: rows[0] for number in range(17)}):
-        with pytest.raises(InputError, match="has room for"):
-            reference_figure(wrong)
-    with pytest.raises(InputError, match="style="):
-        reference_figure(rows, "blur")
-    assert math.isclose(sum(crop.value for crop in rows[0]), float(found.values[0].sum()), rel_tol=1e-6)

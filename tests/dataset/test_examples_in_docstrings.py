@@ -1,4 +1,4 @@
-"""The examples in the docstrings of what reads, ranks and sums up explanations run as they are printed."""
+"""The examples in the docstrings of the package run with the printed results."""
 
 from __future__ import annotations
 

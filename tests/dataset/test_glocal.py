@@ -1,4 +1,4 @@
-"""Mean flows: those of single samples added up by hand; from a sweep the same; differences sum to 0."""
+"""Mean flows equal averages of single samples, also from a sweep; differences sum to 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import untouched
 
 
 class Skip(nn.Module):
-    """A branch with biases, and a way around it: something is absorbed, and something goes around."""
+    """A branch with biases and a skip connection, so that sink and bypass have mass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def same(found: FlowGraph, expected: FlowGraph, rtol=1e-9, carried=True):
 
 
 def test_a_mean_flow_is_that_of_events_of_single_samples(net, data):
-    """Every number is a mean of masses of events, each sample asked by itself."""
+    """Every number is a mean of masses of events over samples that are measured separately."""
     with untouched(net):
         graph = mean_flow(batches(net, data, 5), LAYERS, {"input": patches((4, 4), 2)}, top=None)
     assert cuts(graph) == pytest.approx([1] * 4)
@@ -103,7 +103,7 @@ def test_a_mean_flow_is_that_of_events_of_single_samples(net, data):
 
 
 @pytest.mark.slow
-def test_it_does_not_depend_on_the_batches(net, data):
+def test_a_mean_flow_does_not_depend_on_the_batches(net, data):
     whole = mean_flow(next(batches(net, data, 14)), LAYERS, top=None)
     same(mean_flow(batches(net, data, 3), LAYERS[::-1], top=None), whole)
     graphs = [next(batches(net, data, 14)).flow(LAYERS, top=None, sample=sample) for sample in range(14)]
@@ -126,11 +126,11 @@ def test_chosen_groups_keep_their_numbers(net, data):
     assert graph.layers[1].rest == pytest.approx(sum(whole.layers[1].masses) - whole.layers[1].masses[4]
                                                  - whole.layers[1].masses[1])  # fmt: skip
     for wrong in ([], [1, 1], [6], [-1]):
-        with pytest.raises(InputError, match="different numbers from 0 to 5"):
+        with pytest.raises(InputError, match="distinct indices from 0 to 5"):
             mean_flow(batches(net, data, 5), LAYERS, groups={"head.1": wrong})
 
 
-def test_a_difference_is_signed_and_sums_to_nothing(net, data):
+def test_a_difference_is_signed_and_sums_to_zero(net, data):
     first, second = (mean_flow(batches(net, data, 5, lambda y, c=c: y == c), LAYERS, top=None) for c in (0, 1))
     graph = difference(first, second)
     assert cuts(graph) == pytest.approx([0] * 4, abs=1e-12)
@@ -141,13 +141,13 @@ def test_a_difference_is_signed_and_sums_to_nothing(net, data):
     order = np.argsort(-np.abs(graph.layers[1].masses), kind="stable")[:3]
     assert few.layers[1].groups == tuple(order)
     assert cuts(few) == pytest.approx([0] * 4, abs=1e-12)
-    with pytest.raises(FlowError, match="other layers or groups"):
+    with pytest.raises(FlowError, match="different layers or groups"):
         difference(first.smaller(top=2), second.smaller(top=2))
-    with pytest.raises(FlowError, match="as many weights"):
+    with pytest.raises(FlowError, match="as many non-negative weights"):
         mixed([first, second], [1, -1])
-    with pytest.raises(FlowError, match="as many weights"):
+    with pytest.raises(FlowError, match="as many non-negative weights"):
         mixed([], [])
-    with pytest.raises(FlowError, match="no measure"):
+    with pytest.raises(FlowError, match="no measures"):
         mean_flow(iter(()), LAYERS)
     figure = difference_figure(few, "class 0", "class 1")
     figure.canvas.draw()
@@ -155,7 +155,7 @@ def test_a_difference_is_signed_and_sums_to_nothing(net, data):
     assert FlowGraph.from_json(few.to_json()) == few
 
 
-# -- of a sweep -----------------------------------------------------------------------------------------------------
+# -- from a sweep ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -188,16 +188,16 @@ def test_some_samples_of_a_sweep_and_names(net, data, stored):
     flow_figure(named).canvas.draw()
 
 
-def test_what_a_sweep_does_not_have_is_told(net, data, stored, tmp_path):
+def test_missing_queries_and_samples_raise(net, data, stored, tmp_path):
     with pytest.raises(FlowError, match=r"no Marginal\('head.3'\) and no Sink\('head.3'\)"):
         flow_of_sweep(stored, ["head.3", "body.0"])
     with pytest.raises(FlowError, match=r"no Joint\('output', 'body.0'\)"):
         flow_of_sweep(stored, ["output", "body.0"])
-    with pytest.raises(FlowError, match="different layers"):
+    with pytest.raises(FlowError, match="distinct layers"):
         flow_of_sweep(stored, ["output", "output"])
-    with pytest.raises(FlowError, match="has 1 of the samples"):
+    with pytest.raises(FlowError, match="has 1 of the requested samples"):
         flow_of_sweep(stored, LAYERS, samples=[3, 99])
-    with pytest.raises(FlowError, match="has 0 of the samples with target 7"):
+    with pytest.raises(FlowError, match="has 0 of the requested samples with target 7"):
         flow_of_sweep(stored, LAYERS, 7)
     with pytest.raises(NRMError, match="no sweep"):
         flow_of_sweep(tmp_path, LAYERS)

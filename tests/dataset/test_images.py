@@ -81,7 +81,7 @@ def test_images_of_every_format_are_the_same_photograph(kind: str, tmp_path: Pat
     difference = np.abs(pixels - (expected if expected.ndim == 3 else expected[..., None]))
     assert difference.max() <= max(tolerance * 6, 1e-9)
     assert difference.mean() <= max(tolerance / 4, 1e-9)
-    several = [note for note in picture.notes if "several pictures" in note]
+    several = [note for note in picture.notes if "several images" in note]
     assert bool(several) == (kind in ("gif", "pages"))
 
 
@@ -119,15 +119,15 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing.png": (lambda path: None, "there is no file"),
     "dangling.png": (lambda path: path.symlink_to("nowhere"), "there is no file"),
     "folder": (Path.mkdir, "is a folder"),
-    "pipe": (lambda path: os.mkfifo(path), "is no regular file"),
+    "pipe": (lambda path: os.mkfifo(path), "is not a regular file"),
     "empty.jpg": (Path.touch, "is empty"),
-    "text.png": (lambda path: path.write_text("no picture"), "is not a picture"),
+    "text.png": (lambda path: path.write_text("not an image"), "is not an image"),
     "phone.heic": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(99)), "saved as JPEG first"),
     "thin.png": (lambda path: Image.new("RGB", (5000, 4)).save(path), "5000 × 4 pixels"),
-    "wide.png": (lambda path: Image.new("1", (40000, 5000)).save(path), "more than the 178 million"),
-    "float.tif": (lambda path: Image.fromarray(GREY.astype(np.float32)).save(path), "which of them is white"),
-    "nan.tif": (lambda path: Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(path), "which of them is white"),
-    "int.tif": (lambda path: Image.fromarray(GREY.astype(np.int32) * 999).save(path), "which of them is white"),
+    "wide.png": (lambda path: Image.new("1", (40000, 5000)).save(path), "more than the limit of 178 million"),
+    "float.tif": (lambda path: Image.fromarray(GREY.astype(np.float32)).save(path), "a defined range"),
+    "nan.tif": (lambda path: Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(path), "a defined range"),
+    "int.tif": (lambda path: Image.fromarray(GREY.astype(np.int32) * 999).save(path), "a defined range"),
 }
 CUT = ["jpg", "png", "gif", "webp", "tif", "bmp"]
 
@@ -148,7 +148,7 @@ def test_truncated_images_are_rejected(suffix: str, share: float, tmp_path: Path
     PHOTO.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: max(4, int(len(whole) * share))])
-    with pytest.raises(ImageError, match=r"damaged|is not a picture"):
+    with pytest.raises(ImageError, match=r"damaged|is not an image"):
         load_image(path)
 
 

@@ -1,4 +1,4 @@
-"""Prototypes: clusters that were put there are found; membership and fit are those of densities written out by hand."""
+"""Prototypes recover planted clusters; membership and fit equal densities written out by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = (50, 30, 20)
 
 @pytest.fixture(scope="module")
 def blobs():
-    """Relevance as small as that of single channels is, in three groups; and which group."""
+    """Vectors as small as the relevance of single channels, in three clusters, and the cluster of each."""
     draw = np.random.default_rng(0)
     centres = np.array([[1.0, 0, 0, 0.5], [0, 1, 0, 0.5], [0, 0, -1, 0.5]]) * 1e-4
     spread = np.array([1.0, 2.0, 0.5, 1.0]) * 5e-6
@@ -33,7 +33,7 @@ def blobs():
 
 
 @pytest.mark.parametrize("method", ["mixture", "kmeans"])
-def test_groups_that_were_put_there_are_found(blobs, method):
+def test_planted_clusters_are_recovered(blobs, method):
     values, of = blobs
     found = find_prototypes(torch.from_numpy(values), 3, method, samples=np.arange(100) * 3)
     assert np.array_equal(found.members, of)  # ordered by coverage
@@ -48,14 +48,14 @@ def test_groups_that_were_put_there_are_found(blobs, method):
     assert found.strongest(2, 1)[0][1] == pytest.approx(-1e-4, rel=0.1)
     again = find_prototypes(values, 3, method)
     assert np.array_equal(again.centres, found.centres)
-    for seed in range(1, 6):  # which come from the library in other orders
+    for seed in range(1, 6):  # scikit-learn returns them in other orders
         other = find_prototypes(values, 3, method, seed=seed)
         assert np.array_equal(other.members, of)
         assert [near.prototype for near in other.nearest(values)] == of.tolist()
 
 
 @pytest.mark.parametrize("method", ["mixture", "kmeans"])
-def test_a_new_sample_is_told_by_its_nearest_prototype(blobs, method):
+def test_a_new_sample_is_assigned_to_its_nearest_prototype(blobs, method):
     values, of = blobs
     found = find_prototypes(values, 3, method)
     new = np.random.default_rng(1).normal(size=(40, 4)) * 1e-4
@@ -93,17 +93,17 @@ def test_a_new_sample_is_told_by_its_nearest_prototype(blobs, method):
         ({"count": 0}, "count=0"),
         ({"count": 101}, "1 to the number of samples, 100"),
         ({"method": "best"}, "method='best'"),
-        ({"samples": [1, 2]}, "must number 100"),
+        ({"samples": [1, 2]}, "must have 100 indices"),
         ({"vectors": np.full((3, 2), np.nan)}, "finite"),
         ({"vectors": np.zeros(3)}, r"\(samples, groups\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(blobs, options, words):
+def test_invalid_arguments_raise(blobs, options, words):
     with pytest.raises(InputError, match=words):
         find_prototypes(**{"vectors": blobs[0], **options})
 
 
-def test_questions_that_have_no_answer(blobs):
+def test_unknown_prototypes_and_other_groups_raise(blobs):
     found = find_prototypes(blobs[0], 2)
     with pytest.raises(InputError, match="no prototype 2"):
         found.of(2)
@@ -124,18 +124,20 @@ def test_without_scikit_learn_the_extra_is_named(blobs, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_picture_has_a_row_for_each_prototype(blobs):
+def test_the_figure_has_a_row_for_each_prototype(blobs):
     found = find_prototypes(blobs[0], 3)
-    pictures = {sample: torch.rand(1, 4, 4) for number in range(3) for sample in found.of(number)[:2]}
+    images = {sample: torch.rand(1, 4, 4) for number in range(3) for sample in found.of(number)[:2]}
     for dark in (False, True):
-        figure = prototypes_figure(found, pictures, 2, 3, "of $1", dark, names=lambda group: f"c{group}")
+        figure = prototypes_figure(found, images, 2, 3, "of $1", dark, names=lambda group: f"c{group}")
         figure.canvas.draw()
         assert len(figure.axes) == 9
         assert figure.axes[2].get_yticklabels()[0].get_text() == "c0"
+    with pytest.warns(DeprecationWarning, match="argument pictures= of prototypes_figure .* Use images= instead"):
+        assert len(prototypes_figure(found, pictures=images, k=2).axes) == 9
     with pytest.raises(InputError, match="lacks sample"):
-        prototypes_figure(found, pictures, 3)
+        prototypes_figure(found, images, 3)
     with pytest.raises(InputError, match="has room for"):
-        prototypes_figure(found, pictures, 17)
+        prototypes_figure(found, images, 17)
 
 
 def test_vectors_of_a_sweep_are_marginals(tmp_path):
@@ -157,7 +159,7 @@ def test_vectors_of_a_sweep_are_marginals(tmp_path):
     some, of = vectors_of_sweep(tmp_path, "0", target=1)
     assert of.tolist() == np.flatnonzero(data.tensors[1] == 1).tolist()
     np.testing.assert_allclose(some, values[of])
-    for query, words in (("joint(0, input)", "no query"), ("given", "lacks values"), ("1", "no query '1'")):
+    for query, words in (("joint(0, input)", "no query"), ("given", "has undefined values"), ("1", "no query '1'")):
         with pytest.raises(ReferencesError, match=words):
             vectors_of_sweep(tmp_path, query)
     with pytest.raises(ReferencesError, match="no samples with target 9"):

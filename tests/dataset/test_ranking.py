@@ -1,4 +1,4 @@
-"""The best few of each group: the same as Python's sort of all of them."""
+"""Rankings equal Python's sort of all samples."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nrm_plugin.dataset.ranking import NOBODY, Ranking
+from nrm_plugin.dataset.ranking import NO_SAMPLE, Ranking
 
 
 def sorted_by_hand(rows, k):
-    """``[(value, sample, target, position)]`` of one group: largest value first, then the first sample."""
+    """``[(value, sample, target, position)]`` of one group: by decreasing value, then by sample."""
     return sorted(rows, key=lambda row: (-row[0], row[1]))[:k]
 
 
 def listed(places, group):
     parts = zip(*(part[group].tolist() for part in places.parts), strict=True)
-    return [row for row in parts if row[1] != NOBODY]
+    return [row for row in parts if row[1] != NO_SAMPLE]
 
 
 @settings(max_examples=60, deadline=None)
@@ -27,7 +27,7 @@ def listed(places, group):
     classes=st.integers(1, 4),
     seed=st.integers(0, 2**16),
 )
-def test_any_batches_in_any_order_give_the_sorted_list(sizes, k, classes, seed):
+def test_a_ranking_does_not_depend_on_batches_or_their_order(sizes, k, classes, seed):
     draw = torch.Generator().manual_seed(seed)
     count = sum(sizes)
     values = torch.randint(-3, 4, (count, 3), generator=draw).double()  # many ties
@@ -60,4 +60,4 @@ def test_memory_does_not_grow_with_the_samples():
     for start in range(0, 1000, 10):
         ranking.add(torch.randn(10, 4), torch.arange(start, start + 10), torch.arange(10) % 2)
     assert ranking.of(None).values.shape == (4, 3)
-    assert [part.shape for part in ranking._each.parts] == [(4, 2, 3)] * 4
+    assert [part.shape for part in ranking._by_target.parts] == [(4, 2, 3)] * 4

@@ -1,4 +1,4 @@
-"""Mean and variance over a data set: equal to numpy's over all samples at once, however they come."""
+"""Mean and variance over a data set equal those of numpy over all samples, whatever the batches."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_any_batches_give_the_moments_of_all_samples(sizes, seed, correction):
     np.testing.assert_allclose(found.variance, variance, rtol=1e-9, atol=1e-12)
 
 
-def test_a_small_variance_on_a_large_mean_is_kept():
-    """The difference of sums of squares would be off by more than the variance itself."""
+def test_a_small_variance_around_a_large_mean_is_accurate():
+    """The error of a difference of sums of squares would exceed the variance."""
     draw = np.random.default_rng(0)
     values = 1e8 + draw.normal(size=(5000, 2))
     metric = ClasswiseRelevance(2)
@@ -83,7 +83,7 @@ def net():
     return nn.Sequential(*layers).double().eval()
 
 
-def test_measures_are_counted_by_their_marginals_and_joints(net):
+def test_measures_are_counted_by_marginals_and_joint_relevance(net):
     x = torch.randn((11, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     target = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 5])
     metric = ClasswiseRelevance(5, 6, layer="2")
@@ -132,7 +132,7 @@ def test_forward_reset_and_clone_of_torchmetrics_work():
     assert whole.compute().samples.tolist() == [0, 0]
     assert whole.compute().mean.isnan().all()
     equal(again.compute(), *expected(values.numpy(), target.numpy(), 2))
-    assert whole.half().moments.dtype == torch.float64  # torchmetrics keeps the type of states
+    assert whole.half().moments.dtype == torch.float64  # torchmetrics does not convert states
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_forward_reset_and_clone_of_torchmetrics_work():
         ({"groups": 3}, (torch.zeros(2, 4),), r"shape \(N, 3\), got \(2, 4\)"),
         ({"groups": 3}, ([1.0],), "got list"),
         ({"groups": 3}, (torch.full((2, 3), torch.nan),), "not finite"),
-        ({"groups": 3}, (torch.zeros(2, 3), [0, 1]), "without classes"),
+        ({"groups": 3}, (torch.zeros(2, 3), [0, 1]), "created without classes"),
         ({"groups": 3, "classes": 2}, (torch.zeros(2, 3),), "class of each sample"),
         ({"groups": 3, "classes": 2}, (torch.zeros(2, 3), [0, 2]), "classes 0 to 1, got 0 to 2"),
-        ({"groups": 3, "classes": 2}, (torch.zeros(2, 3), [0]), "one whole number for each of 2"),
-        ({"groups": 3, "classes": 2}, (torch.zeros(2, 3), [0.0, 1.0]), "one whole number"),
+        ({"groups": 3, "classes": 2}, (torch.zeros(2, 3), [0]), "one integer for each of 2"),
+        ({"groups": 3, "classes": 2}, (torch.zeros(2, 3), [0.0, 1.0]), "one integer"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_not_counted(make, update, words):
+def test_an_invalid_batch_raises_and_is_not_counted(make, update, words):
     metric = ClasswiseRelevance(**make)
     metric.update(torch.ones(2, 3), [0, 1] if metric.classes else None)
     before = metric.moments.clone()
@@ -158,8 +158,8 @@ def test_what_does_not_fit_is_refused_and_not_counted(make, update, words):
 
 
 @pytest.mark.parametrize("sizes", [{"groups": 0}, {"groups": 3, "classes": True}, {"groups": 3.0}])
-def test_sizes_are_whole_numbers(sizes):
-    with pytest.raises(InputError, match="whole number"):
+def test_sizes_are_integers(sizes):
+    with pytest.raises(InputError, match="an integer of at least 1"):
         ClasswiseRelevance(**sizes)
 
 
@@ -179,7 +179,7 @@ def test_without_torchmetrics_the_extra_is_named(monkeypatch):
 
 
 def counted(rank: int, folder: Path) -> list[torch.Tensor]:
-    """What one of two processes finds out after both have counted their share of the samples."""
+    """The results of one of two processes after both have counted their share of the samples."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=4)
     )
@@ -189,7 +189,7 @@ def counted(rank: int, folder: Path) -> list[torch.Tensor]:
     for rows, labels in zip(values["values"][mine].split(5), values["target"][mine].split(5), strict=True):
         metric.update(rows, labels)
         joints.update(rows.reshape(-1, 2, 3))
-        late.update(rows[:rank], labels[:rank])  # the first process has seen nothing
+        late.update(rows[:rank], labels[:rank])  # the first process has no samples
     found = [*metric.compute(), *joints.compute(), *late.compute()]
     torch.distributed.destroy_process_group()
     return found
@@ -207,7 +207,7 @@ OTHER = """
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(tmp_path):
+def test_two_processes_have_the_results_of_one(tmp_path):
     draw = torch.Generator().manual_seed(3)
     values = torch.randn((40, 6), generator=draw, dtype=torch.float64)
     target = torch.randint(0, 3, (40,), generator=draw)

@@ -14,8 +14,7 @@ import torch
 
 from nrm_plugin.dataset import SweepError, sweep
 from nrm_plugin.dataset.ray_engine import SweepBatches
-from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net
-from tests.dataset.test_sweep_running import contents
+from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, contents, net
 
 ray = pytest.importorskip("ray", reason="ray is not installed; `make test-hosts` installs it")
 pytestmark = pytest.mark.filterwarnings("default")  # warnings of Ray and its dependencies
@@ -39,34 +38,34 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     sweep(net(), Data(), QUERIES, folder, **OPTIONS)
     torch.set_num_threads(threads)
     return contents(folder)
 
 
-def test_two_workers_of_which_one_is_killed_store_the_rows_of_one_process(tmp_path, undisturbed):
+def test_two_workers_of_which_one_is_killed_store_the_same_as_one_process(tmp_path, uninterrupted):
     mark = tmp_path / "killed"
     options = {"engine": "ray", "engine_options": {"concurrency": 2}, **OPTIONS}
     stored = sweep(net(), Data(kill=mark), QUERIES, tmp_path / "out", **options)
     assert mark.exists()
     assert int(mark.read_text()) != os.getpid()
     assert stored.is_complete
-    assert contents(tmp_path / "out") == undisturbed
+    assert contents(tmp_path / "out") == uninterrupted
 
 
-def test_an_error_on_a_worker_is_raised_and_the_sweep_can_be_continued(tmp_path, undisturbed):
+def test_an_error_on_a_worker_is_raised_and_the_sweep_resumes(tmp_path, uninterrupted):
     options = {"engine": "ray", "engine_options": {"concurrency": 1}, **OPTIONS}
     with pytest.raises(SweepError, match=r"sample 30 cannot be read.*the file is cut off"):
         sweep(net(), Data(bad=[30]), QUERIES, tmp_path, **options)
     assert sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS).is_complete
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
 
 
-def test_sweep_batches_in_a_ray_pipeline_give_the_same_rows(undisturbed):
+def test_map_batches_returns_the_same_rows(uninterrupted):
     data = Data()
     items = [{"sample": k, "inputs": data.x[k].numpy(), "label": k % 4} for k in range(50)]
     queries = [query for query in QUERIES if query.name in ("marginal(4)", "sink(4)")]
@@ -80,7 +79,7 @@ def test_sweep_batches_in_a_ray_pipeline_give_the_same_rows(undisturbed):
         )
         .take_all()
     )
-    expected = {key: row for key, row in undisturbed[0].items() if key[0] in ("marginal(4)", "sink(4)")}
+    expected = {key: row for key, row in uninterrupted[0].items() if key[0] in ("marginal(4)", "sink(4)")}
     values = {
         (row["query"], row["group"], row["lower"], row["sample"]): (row["target"], row["prediction"], row["value"])
         for row in rows

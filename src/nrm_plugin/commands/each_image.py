@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..dataset.images import Picture, PictureError, check_file, open_picture, shown
+from ..dataset.images import ImageError, LoadedImage, check_image_file, load_image, shown
 from ..errors import ModelStateError, NRMError, UnsupportedOperationError, UnsupportedRuleError
 from . import messages
 from .composite_names import CompositeError
@@ -34,7 +34,7 @@ class Printed:
     problems: list[str] = field(default_factory=list)
 
 
-Explain = Callable[[LoadedModel, Picture, Request, Path, set[str]], Printed]
+Explain = Callable[[LoadedModel, LoadedImage, Request, Path, set[str]], Printed]
 """Explains an image and writes files to a folder, under a name that is not in the set; adds the name to it."""
 
 
@@ -69,9 +69,9 @@ def explain_each(options: argparse.Namespace, explain: Explain) -> int:
     return print_problems(problems, options.name)
 
 
-def _explained(path: Path, explain: Callable[[Picture], Printed]) -> Printed:
+def _explained(path: Path, explain: Callable[[LoadedImage], Printed]) -> Printed:
     try:
-        return explain(open_picture(path))
+        return explain(load_image(path))
     except COMMON:
         raise
     except (NRMError, OSError) as error:
@@ -84,9 +84,9 @@ def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
     present, problems = [], []
     for path in dict.fromkeys(images):
         try:
-            check_file(path)
+            check_image_file(path)
             present.append(path)
-        except PictureError as error:
+        except ImageError as error:
             problems.append(str(error))
     return present, problems
 

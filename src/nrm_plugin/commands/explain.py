@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .options import CHANNELS, add_computation, add_model, add_out, add_target, whole_number
 
 if TYPE_CHECKING:
-    from ..dataset.images import Picture
+    from ..dataset.images import LoadedImage
     from .each_image import Printed
     from .model_loading import LoadedModel
     from .request import Request
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     return explain_each(options, _explain)
 
 
-def _explain(loaded: LoadedModel, image: Picture, request: Request, out: Path, taken: set[str]) -> Printed:
+def _explain(loaded: LoadedModel, image: LoadedImage, request: Request, out: Path, taken: set[str]) -> Printed:
     from ..dataset.images import shown
     from . import messages
     from .each_image import Printed

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..dataset.images import Picture
+from ..dataset.images import LoadedImage
 from ..errors import CancellationError, NRMError, NullEventError
 from ..events.event import at
 from ..measure.measure import RelevanceMeasure
@@ -82,7 +82,7 @@ class Explanation:
         given: The requested conditions.
     """
 
-    source: Picture
+    source: LoadedImage
     image: Tensor
     outputs: Tensor
     target: int
@@ -92,7 +92,7 @@ class Explanation:
     given: list[ConditionalExplanation]
 
 
-def explanation(loaded: LoadedModel, source: Picture, request: Request) -> Explanation:
+def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> Explanation:
     """The explanation of one image.
 
     Args:
@@ -111,7 +111,7 @@ def explanation(loaded: LoadedModel, source: Picture, request: Request) -> Expla
     relevance = mu.marginal("input")[0]
     return Explanation(
         source,
-        loaded.preprocessing.undone(inputs).cpu(),
+        loaded.preprocessing.inverse(inputs).cpu(),
         start.outputs.cpu(),
         start.target,
         relevance.cpu(),

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..dataset.images import Picture, shown
+from ..dataset.images import LoadedImage, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import Maps, flow_maps
@@ -83,7 +83,7 @@ class ImageFlow:
 
 
 def explain_flow(
-    loaded: LoadedModel, image: Picture, request: Request, options: FlowOptions, out: Path, taken: set[str]
+    loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions, out: Path, taken: set[str]
 ) -> Printed:
     """Writes the flow of relevance for one image.
 
@@ -110,7 +110,7 @@ def explain_flow(
     return Printed(lines)
 
 
-def image_flow(loaded: LoadedModel, image: Picture, request: Request, options: FlowOptions) -> ImageFlow:
+def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions) -> ImageFlow:
     """The flow of relevance for one image; arguments and errors as in :func:`explain_flow`."""
     inputs = loaded.preprocessing(image.image).to(request.device)
     start = TargetStart(loaded, request.target)
@@ -147,7 +147,7 @@ def patch_names(count: int) -> dict[int, str]:
 def _write(
     flow: ImageFlow,
     loaded: LoadedModel,
-    image: Picture,
+    image: LoadedImage,
     request: Request,
     options: FlowOptions,
     out: Path,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..dataset.images import Picture, shown
+from ..dataset.images import LoadedImage, shown
 from ..measure.flow_graph import FlowGraph
 from .explanation import Explanation, Totals
 from .model_loading import LoadedModel
@@ -26,7 +26,7 @@ def heading(loaded: LoadedModel, request: Request) -> str:
     return f"{model} by {request.composite}, residual {request.residual}{limit}, on {request.device}"
 
 
-def image(loaded: LoadedModel, source: Picture, outputs: Tensor, target: int) -> Iterator[str]:
+def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int) -> Iterator[str]:
     """The image and its classes."""
     yield shown(source.path)
     yield from (f"  note: it {note}" for note in source.notes)

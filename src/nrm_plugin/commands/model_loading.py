@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..dataset.preprocessing import Preparation, preparation
+from ..dataset.preprocessing import Preprocessing, preprocessing
 from .own_models import own_model
 from .torchvision_models import DEFAULT, torchvision_model
 
@@ -28,7 +28,7 @@ class LoadedModel:
     name: str
     weights: str
     model: nn.Module
-    preprocessing: Preparation
+    preprocessing: Preprocessing
     categories: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -47,7 +47,7 @@ def load(
         name: Of a torchvision classification model, or ``package.module:factory`` or ``file.py:factory``.
         weights: Name of torchvision weights, a file, or ``"none"``; None for torchvision's default, or for the weights
             that the user's own factory returns.
-        size: As in :func:`~nrm_plugin.dataset.preprocessing.preparation`.
+        size: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         mean: As for ``size``.
         std: As for ``size``.
         categories: Class names, instead of those of the weights.
@@ -55,7 +55,7 @@ def load(
     Raises:
         ModelError: No such model, or it is not a classifier, or building it failed.
         WeightsError: No such weights, they could not be downloaded, or they belong to another model.
-        PreparationError: Size, mean and standard deviation fit no image.
+        PreprocessingError: Size, mean and standard deviation fit no image.
     """
     if ":" in name:
         built = own_model(name, weights)
@@ -65,7 +65,7 @@ def load(
         name,
         built.weights,
         built.model.eval().float(),
-        preparation(built.transforms, size, mean, std),
+        preprocessing(built.transforms, size, mean, std),
         tuple(categories or built.categories),
         built.notes,
     )

@@ -14,7 +14,7 @@ from typing import Any
 from ..composites import normalize
 from ..dataset.crops import Crop, crops
 from ..dataset.examples import References, is_of_channels, references
-from ..dataset.image_folder import PictureFolder
+from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.images import shown
 from ..dataset.reference_plots import MOST, reference_figure
 from ..dataset.settings import described, digest, model_fingerprint
@@ -161,7 +161,7 @@ def _crops(options: argparse.Namespace, listing: Listing, loaded: LoadedModel, r
         options.k,
         layer=query.layers[0],
         whole=options.whole,
-        picture=lambda image: loaded.preprocessing.undone(image[None]),
+        to_image=lambda image: loaded.preprocessing.inverse(image[None]),
         composite=normalized,
     )
 
@@ -178,7 +178,7 @@ def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, 
             f"the rules of the sweep are {settings['composite']['name']}, residual {settings['residual']}, gain limit "
             f"{settings['gain_limit']}. Give the same --composite, --residual and --gain-limit."
         )
-    if isinstance(data, PictureFolder) and settings.get("data") != data.fingerprint:
+    if isinstance(data, PreprocessedImageFolder) and settings.get("data") != data.fingerprint:
         raise RequestError(f"the images in {shown(data.folder)} are not those of the sweep.")
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..dataset.evaluation import Target
-from ..dataset.image_folder import PictureFolder
+from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.images import shown
 from ..dataset.queries import Activation, Bypass, EventMass, Joint, Maps, Marginal, Query, Sink, Variation
 from ..dataset.runner import sweep
@@ -107,7 +107,10 @@ def _swept(
         )
     finally:
         with contextlib.suppress(NRMError, OSError):
-            if isinstance(data, PictureFolder) and Manifest.read(options.out).settings["data"] == data.fingerprint:
+            if (
+                isinstance(data, PreprocessedImageFolder)
+                and Manifest.read(options.out).settings["data"] == data.fingerprint
+            ):
                 data.write_list(options.out / SAMPLES)
 
 

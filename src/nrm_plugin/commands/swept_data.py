@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..dataset.image_folder import PictureFolder
+from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.sweep_layout import SweepError
 from .model_loading import LoadedModel
 from .own_models import imported
@@ -22,7 +22,7 @@ def data_of(name: str, loaded: LoadedModel) -> Any:
         SweepError: No such folder, or calling the function failed.
     """
     if ":" not in name or Path(name).exists():
-        return PictureFolder(Path(name), loaded.preprocessing, loaded.categories)
+        return PreprocessedImageFolder(Path(name), loaded.preprocessing, loaded.categories)
     data = imported(name, "DATASET")
     if hasattr(data, "__getitem__") or not callable(data):
         return data

@@ -1,6 +1,6 @@
-"""The measure over data sets: sweeps that store their rows, statistics, reference examples and prototypes.
+"""The measure of data sets: stored sweeps, statistics, reference examples, glocal flows and prototypes.
 
-Imports: errors, events, model, kernels, composites, recording, measure, plots.
+Imports: errors, imports, events, model, kernels, composites, recording, measure, plots.
 """
 
 from .queries import Activation, Bypass, Conditional, EventMass, Joint, Maps, Marginal, Peak, Query, Sink, Variation

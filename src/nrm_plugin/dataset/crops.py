@@ -1,4 +1,4 @@
-"""What is shown of reference examples: the part of a picture that a channel sees, and what carries the relevance."""
+"""Crops of reference examples: the receptive field of a channel, and the pixels with relevance."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from zennit.core import Composite
 from ..composites import Uncovered, normalize
 from ..errors import InputError
 from ..events.event import Event, at
+from ..imports import renamed_arguments
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..measure.reconstruction import Box, receptive_fields
+from .evaluation import device_of
 from .examples import References, ReferencesError
 
-VISIBLE = 0.2
-"""Share of the largest value of the smoothed heat map from which on a pixel counts as relevant."""
-SMOOTH = 1 / 60
-"""Standard deviation of the smoothing, as a share of the longer side of the picture."""
-PROBED = 8
-"""Positions whose receptive fields are sought at once: each takes four runs."""
+MASK_THRESHOLD = 0.2
+"""Threshold of the mask, as a share of the largest value of the smoothed heat map."""
+SMOOTHING = 1 / 60
+"""Standard deviation of the smoothing, as a share of the longer side of the image."""
+PROBE_BATCH = 8
+"""Positions whose receptive fields are determined together."""
 
 
-class Pictures(Protocol):
-    """A data set whose samples can be read by number."""
+class IndexableDataset(Protocol):
+    """A data set whose samples can be read by index."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 
@@ -39,13 +41,14 @@ class Crop:
     """One reference example.
 
     Attributes:
-        sample: Its number in the data set.
-        value: What it was ranked by.
-        target: What is explained of it.
-        box: Receptive field of the strongest position, ``(top, left, bottom, right)``, the last two exclusive.
-        image: The picture within the box, ``(C, h, w)``.
-        heat: Joint relevance of pixel and group, ``(h, w)``, summed over colours.
-        mask: Which pixels carry the relevance, ``(h, w)``.
+        sample: Its index in the data set.
+        value: Relevance or activation of the group.
+        target: The explained class.
+        box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``, the last two
+            exclusive.
+        image: The image within the box, ``(C, h, w)``.
+        heat: Joint relevance of pixel and group, ``(h, w)``, summed over colour channels.
+        mask: The pixels with relevance, ``(h, w)``.
     """
 
     sample: int
@@ -57,17 +60,18 @@ class Crop:
     mask: Tensor
 
 
+@renamed_arguments(found="references", picture="to_image")
 def crops(
     model: nn.Module,
-    data: Pictures,
-    found: References,
+    data: IndexableDataset,
+    references: References,
     groups: Sequence[int | str] | None = None,
     k: int | None = None,
     *,
     events: Mapping[str, Event] | None = None,
     layer: str | None = None,
     whole: bool = False,
-    picture: Callable[[Tensor], Tensor] | None = None,
+    to_image: Callable[[Tensor], Tensor] | None = None,
     composite: Composite | None = None,
     residual: Residual | None = None,
     gain_limit: float | None = None,
@@ -75,33 +79,32 @@ def crops(
 ) -> dict[int | str, list[Crop]]:
     r"""Crops of reference examples, with their conditional heat maps.
 
-    The heat map of a channel is :math:`\mu(\text{pixel} \cap \text{channel})`, of the target that was explained. The
-    mask holds where it, smoothed, is above 0.2 of its largest value; for a channel that speaks against the target, of
-    its most negative one.
+    The heat map of a channel is :math:`\mu(\text{pixel} \cap \text{channel})` for the explained target. The mask is
+    where the smoothed heat map exceeds 0.2 times its maximum; for a channel with negative evidence, the sign is
+    reversed.
 
     Args:
         model: The network.
-        data: The samples by number, as pictures ``(C, H, W)`` or pairs of these and labels.
-        found: The references.
-        groups: Which of its groups; all by default.
-        k: How many of each; all by default.
+        data: The samples by index, as images ``(C, H, W)`` or ``(image, label)``.
+        references: The references.
+        groups: Some of their groups; by default all.
+        k: Number of crops per group; by default all.
         events: The events, for references of events.
-        layer: The layer whose channels they are, where the references are called otherwise.
-        whole: Show whole pictures, and spare the search for receptive fields. Those of a large net take longer than
-            all else: each distinct position is sought by about thirty runs of the net in double precision.
-        picture: What makes the picture that is shown, in [0, 1], of the one that the model gets, such as the inverse
-            of its normalization.
+        layer: The layer of the channels, if the references have another name.
+        whole: Return whole images. This skips the determination of receptive fields, which takes most of the time for
+            large networks: about thirty runs of the network in double precision for each distinct position.
+        to_image: Converts an input of the model to an image in [0, 1], such as the inverse of the normalization.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        residual: As there.
-        gain_limit: As there.
-        uncovered: As there.
+        residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Returns:
-        Crops of each group, the best first.
+        Crops of each group, in decreasing order.
 
     Raises:
-        ReferencesError: A group that there are no references of, or an event that is not given.
-        InputError: Samples that are no pictures.
+        ReferencesError: There are no references of a group, or an event is missing.
+        InputError: Samples are not images.
 
     Examples:
         >>> from nrm_plugin.dataset.maximization import find_references
@@ -114,32 +117,26 @@ def crops(
     Source: after the reference samples of Achtibat et al. (2023); the receptive field and the mask are ours.
     """
     rules = normalize(composite, residual, gain_limit, uncovered)
-    asked = list(found.groups if groups is None else groups)
-    place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    layer = layer or found.layer or found.name
-    boxes = _Boxes(model, layer, whole or events is not None)
+    layer = layer or references.layer or references.name
+    fields = _ReceptiveFields(model, layer, whole or events is not None)
     result: dict[int | str, list[Crop]] = {}
-    for group in asked:
-        row = found.row(group)
-        samples = found.of(group)[:k]
+    for group in references.groups if groups is None else groups:
+        row, samples = references.row(group), references.of(group)[:k]
+        result[group] = []
         if not samples:
-            result[group] = []
             continue
         event = _event(group, events, layer)
-        images = torch.stack([_picture(data, sample) for sample in samples]).to(place)
-        targets = found.targets[row, : len(samples)]
+        images = torch.stack([_image(data, sample) for sample in samples]).to(device_of(model))
+        targets = references.targets[row, : len(samples)]
         mu = RelevanceMeasure(model, images, targets.tolist() if bool((targets >= 0).all()) else None, composite=rules)
         heat = mu.marginal("input", joint=event).sum(1).cpu()
-        positions = found.positions[row, : len(samples)]
-        if bool((positions < 0).any()) and not boxes.whole and isinstance(group, int):
-            positions = _strongest(mu, layer, group)
-        fields = boxes.of(mu, images, positions)
-        shown = images.cpu() if picture is None else torch.stack([picture(image) for image in images.cpu()])
-        values = found.values[row].tolist()
-        result[group] = [
-            _crop(samples[at], values[at], int(targets[at]), fields[at], shown[at], heat[at])
-            for at in range(len(samples))
-        ]
+        positions = references.positions[row, : len(samples)]
+        if bool((positions < 0).any()) and not fields.whole and isinstance(group, int):
+            positions = _peaks(mu, layer, group)
+        boxes = fields.of(mu, images, positions)
+        shown = images.cpu() if to_image is None else torch.stack([to_image(image) for image in images.cpu()])
+        columns = zip(samples, references.values[row].tolist(), targets.tolist(), boxes, shown, heat, strict=False)
+        result[group] = [_crop(*column) for column in columns]
     return result
 
 
@@ -147,21 +144,21 @@ def _event(group: int | str, events: Mapping[str, Event] | None, layer: str) -> 
     if events is None and isinstance(group, int):
         return at(layer).channel(group)
     if events is None or group not in events:
-        raise ReferencesError(f"{group!r} is no channel: give the event of this name, events={{{group!r}: …}}.")
+        raise ReferencesError(f"{group!r} is not a channel: pass the event with this name, events={{{group!r}: …}}.")
     return events[str(group)]
 
 
-def _picture(data: Pictures, sample: int) -> Tensor:
-    found = data[sample]
-    image = found[0] if isinstance(found, (tuple, list)) else found
+def _image(data: IndexableDataset, index: int) -> Tensor:
+    sample = data[index]
+    image = sample[0] if isinstance(sample, (tuple, list)) else sample
     if not isinstance(image, Tensor) or image.ndim != 3:
         got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise InputError(f"sample {sample} must be a picture (C, H, W), or a pair of it and a label; got {got}.")
+        raise InputError(f"sample {index} must be an image (C, H, W) or (image, label), got {got}.")
     return image
 
 
-def _strongest(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
-    """Where the channel has its largest relevance, ``(N,)``."""
+def _peaks(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
+    """The position of the largest relevance of a channel, ``(N,)``."""
     values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group]
     return values.reshape(len(values), -1).argmax(1).cpu()
 
@@ -169,13 +166,13 @@ def _strongest(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
 def _crop(sample: int, value: float, target: int, box: Box, image: Tensor, heat: Tensor) -> Crop:
     top, left, bottom, right = box
     part = heat[top:bottom, left:right]
-    mask = relevant(heat if float(part.sum()) >= 0 else -heat, VISIBLE)[top:bottom, left:right]
+    mask = relevance_mask(heat if float(part.sum()) >= 0 else -heat, MASK_THRESHOLD)[top:bottom, left:right]
     return Crop(sample, value, target, box, image[:, top:bottom, left:right], part, mask)
 
 
-def relevant(heat: Tensor, share: float) -> Tensor:
-    """Where a smoothed heat map ``(H, W)`` is above a share of its largest value; all where nothing is positive."""
-    sigma = max(heat.shape) * SMOOTH
+def relevance_mask(heat: Tensor, share: float) -> Tensor:
+    """The pixels where a smoothed heat map ``(H, W)`` exceeds a share of its maximum; all if nothing is positive."""
+    sigma = max(heat.shape) * SMOOTHING
     size = 2 * math.ceil(2 * sigma) + 1
     size = min(size, 2 * min(heat.shape) - 1)
     smooth = heat.clamp(min=0)
@@ -185,8 +182,8 @@ def relevant(heat: Tensor, share: float) -> Tensor:
     return smooth >= share * largest if bool(largest > 0) else torch.ones_like(heat, dtype=torch.bool)
 
 
-class _Boxes:
-    """Receptive fields of positions of a layer, each sought once."""
+class _ReceptiveFields:
+    """Receptive fields of positions of a layer, each determined once."""
 
     def __init__(self, model: nn.Module, layer: str, whole: bool) -> None:
         self.model, self.layer, self.whole = model, layer, whole
@@ -196,9 +193,9 @@ class _Boxes:
         height, width = images.shape[-2:]
         if self.whole:
             return [(0, 0, height, width)] * len(images)
-        wanted = [int(position) for position in torch.unique(positions) if int(position) not in self._known]
-        for start in range(0, len(wanted), PROBED):
-            part = wanted[start : start + PROBED]
+        unknown = [int(position) for position in torch.unique(positions) if int(position) not in self._known]
+        for start in range(0, len(unknown), PROBE_BATCH):
+            part = unknown[start : start + PROBE_BATCH]
             shape, dim = mu.shape(self.layer), mu.channel_dim(self.layer)
             inner = [size for number, size in enumerate(shape) if number not in (0, dim)]
             mask = torch.zeros(len(part), math.prod(inner), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""One batch of samples through one measure: targets, predictions, and the answers to all queries."""
+"""The evaluation of a batch: one measure, its targets and predictions, and the results of all queries."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ..measure.measure import RelevanceMeasure
 from ..model.inputs import Output
 from ..model.targets import start_vector
 from ..recording.module_outputs import module_outputs
-from .batched_queries import Answers, Asked
+from .batched_queries import QueryResults, Requirements
 from .queries import Query
 from .sweep_layout import SweepError
 
 Target = Literal["prediction", "label"] | int | Callable[[Any], Any] | None
 Unpack = Callable[[Any], tuple[Any, Any]]
 LABELS = ("label", "labels")
-NONE = -1
-"""Target or prediction of a sample that has none."""
+NO_CLASS = -1
+"""Target or prediction of a sample without one."""
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """The answers for some samples.
+class BatchResults:
+    """The results of the queries for a batch.
 
     Attributes:
-        sample: Places in the data set, ``(n,)``.
-        target: Explained classes, ``(n,)``; -1 where the target is no class.
-        prediction: Classes of the largest outputs, ``(n,)``; -1 where the outputs are no classes.
-        values: Of each query, ``(n, *groups)``.
+        sample: Indices in the data set, ``(n,)``.
+        target: Explained classes, ``(n,)``; -1 if the target is not a class.
+        prediction: Classes with the largest output, ``(n,)``; -1 if the outputs are not classes.
+        values: Results of each query, ``(n, *groups)``.
     """
 
     sample: NDArray[np.int64]
@@ -47,15 +47,15 @@ class Evaluated:
 
 
 class Evaluation:
-    """What a sweep does to every batch.
+    """The function that a sweep applies to every batch.
 
     Args:
         model: The network, in evaluation mode.
-        queries: What is asked.
-        composite: Rules.
-        target: ``"prediction"``, ``"label"``, a class, a function that finds the targets in a batch, or None where the
-            model has a single output.
-        unpack: Finds inputs and labels in a batch; :func:`unpacked` by default.
+        queries: The queries.
+        composite: The rules.
+        target: ``"prediction"``, ``"label"``, a class, a function that returns the targets of a batch, or None for a
+            model with a single output.
+        unpack: Returns inputs and labels of a batch; by default :func:`unpacked`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
     """
 
@@ -71,42 +71,42 @@ class Evaluation:
         check_target(target)
         self.model, self.queries, self.composite = model, tuple(queries), composite
         self.target, self.unpack, self.output = target, unpack or unpacked, output
-        self.asked = Asked(queries)
+        self.needed = Requirements(self.queries)
         self.is_double = dtype_of(model) == torch.float64
 
-    def __call__(self, sample: Sequence[int], batch: Any) -> Evaluated:
-        """The answers for one batch.
+    def __call__(self, sample: Sequence[int], batch: Any) -> BatchResults:
+        """The results for one batch.
 
         Args:
-            sample: Places of its samples in the data set.
-            batch: What the loader hands out.
+            sample: Indices of its samples in the data set.
+            batch: The collated batch.
 
         Raises:
-            NRMError: The model has no measure of these inputs, or a query does not fit it.
+            NRMError: The measure fails for these inputs, or a query does not fit the model.
         """
         inputs, labels = self.unpack(batch)
         inputs = moved(inputs, device_of(self.model))
-        chooser = _Chooser(self.target, labels, batch)
-        modules = {str(atom.layer) for atom in self.asked.activations} - {"input", "output"}
-        with torch.inference_mode(False), torch.enable_grad(), module_outputs(self.model, modules) as returned:
-            mu = RelevanceMeasure(self.model, inputs, start=chooser, composite=self.composite, output=self.output)
+        choice = TargetChoice(self.target, labels, batch)
+        modules = {str(atom.layer) for atom in self.needed.activations} - {"input", "output"}
+        with torch.inference_mode(False), torch.enable_grad(), module_outputs(self.model, modules) as outputs:
+            mu = RelevanceMeasure(self.model, inputs, start=choice, composite=self.composite, output=self.output)
         if mu.batch != len(sample):
             raise SweepError(
-                f"a batch of {len(sample)} samples has inputs of {mu.batch}; their first dimension is the samples."
+                f"a batch of {len(sample)} samples has inputs of {mu.batch}; the first dimension must be the batch."
             )
-        activations = {atom: _activation(atom, returned, inputs, chooser.outputs) for atom in self.asked.activations}
-        answers = Answers(mu, self.asked, activations)
-        kind = np.float64 if self.is_double else np.float32
-        values = {query.name: answers.of(query).cpu().numpy().astype(kind, copy=False) for query in self.queries}
-        return Evaluated(np.asarray(sample, np.int64), chooser.targets, chooser.predictions, values)
+        activations = {atom: _activation(atom, outputs, inputs, choice.outputs) for atom in self.needed.activations}
+        results = QueryResults(mu, self.needed, activations)
+        dtype = np.float64 if self.is_double else np.float32
+        values = {query.name: results.of(query).cpu().numpy().astype(dtype, copy=False) for query in self.queries}
+        return BatchResults(np.asarray(sample, np.int64), choice.targets, choice.predictions, values)
 
 
 def check_target(target: Any) -> None:
-    """Raises :class:`SweepError` unless this can be the target of a sweep."""
+    """Raises :class:`SweepError` unless the target is valid."""
     is_class = isinstance(target, int) and not isinstance(target, bool) and target >= 0
     if not (target in (None, "prediction", "label") or is_class or callable(target)):
         raise SweepError(
-            f"target={target!r} is unknown; choose 'prediction', 'label', the number of a class, a function of the "
+            f"target={target!r} is unknown; choose 'prediction', 'label', the index of a class, a function of the "
             "batch, or None for a model with a single output."
         )
 
@@ -115,11 +115,11 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
     """Inputs and labels of a batch.
 
     Args:
-        batch: A tensor; ``(inputs, labels)``; or a mapping, whose ``label`` or ``labels`` are the labels while the
-            model takes the others by keyword.
+        batch: A tensor; ``(inputs, labels)``; or a mapping with the labels under ``label`` or ``labels``, while the
+            other entries are keyword arguments of the model.
 
     Raises:
-        SweepError: Something else.
+        SweepError: The batch is none of these.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -128,15 +128,15 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
         return {key: value for key, value in batch.items() if key not in LABELS}, labels
     if isinstance(batch, (list, tuple)) and len(batch) in (1, 2):
         return batch[0], batch[1] if len(batch) == 2 else None
-    what = f"{len(batch)} parts" if isinstance(batch, (list, tuple)) else type(batch).__name__
+    got = f"{len(batch)} parts" if isinstance(batch, (list, tuple)) else type(batch).__name__
     raise SweepError(
-        f"a batch is inputs, (inputs, labels), or a mapping with 'label'; got {what}. Say what is what by unpack=, a "
-        "function that returns (inputs, labels)."
+        f"a batch must be inputs, (inputs, labels), or a mapping with 'label'; got {got}. Pass unpack=, a function "
+        "that returns (inputs, labels)."
     )
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
-    """Inputs on a device; also inside of tuples and mappings."""
+    """Inputs on a device; also inside tuples and mappings."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
@@ -150,28 +150,45 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model is."""
+    """The device of a model."""
     return next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """What the model computes in."""
+    """The floating point type of a model."""
     return next((item.dtype for item in _tensors(model) if item.is_floating_point()), torch.get_default_dtype())
 
 
-class _Chooser:
-    """The start of a measure, chosen when the outputs are there: the model then runs only once."""
+class TargetChoice:
+    """The start of a measure, chosen from the outputs of its own forward pass, so that the model runs once.
 
-    def __init__(self, target: Target, labels: Any, batch: Any) -> None:
+    Args:
+        target: As in :class:`Evaluation`.
+        labels: Labels of the batch, or None.
+        batch: The batch, for a target function.
+
+    Attributes:
+        outputs: The explained outputs.
+        targets: Explained classes, ``(N,)``; -1 if the target is not a class.
+        predictions: Classes with the largest output, ``(N,)``; -1 if the outputs are not classes.
+    """
+
+    def __init__(self, target: Target, labels: Any, batch: Any = None) -> None:
         self.target, self.labels, self.batch = target, labels, batch
         self.outputs = torch.empty(0)
         self.targets = self.predictions = np.empty(0, np.int32)
 
     def __call__(self, outputs: Tensor) -> Tensor:
+        """The start vector over the outputs.
+
+        Raises:
+            SweepError: There are no labels or no prediction, and the target requires them.
+            TargetError: Targets do not fit the outputs.
+        """
         self.outputs = outputs
-        found = outputs.argmax(1) if outputs.ndim == 2 and outputs.shape[1] else None
-        self.predictions = _classes(found, len(outputs))
-        targets = self._targets(found)
+        predictions = outputs.argmax(1) if outputs.ndim == 2 and outputs.shape[1] else None
+        self.predictions = _classes(predictions, len(outputs))
+        targets = self._targets(predictions)
         self.targets = _classes(targets, len(outputs))
         return start_vector(outputs, targets)
 
@@ -179,14 +196,15 @@ class _Chooser:
         if self.target == "prediction":
             if predictions is None:
                 raise SweepError(
-                    f"target='prediction' needs outputs (N, classes), got {tuple(self.outputs.shape)}. Choose the "
-                    "output by output=, or the target by a function of the batch."
+                    f"target='prediction' needs outputs (N, classes), got {tuple(self.outputs.shape)}. Select the "
+                    "output by output=, or pass a function of the batch as the target."
                 )
             return predictions
         if self.target == "label":
             if self.labels is None:
                 raise SweepError(
-                    "target='label', but a sample of the data is inputs alone. Say what is the label by unpack=."
+                    "target='label', but the data have no labels. Return (inputs, labels), pass unpack= to select the "
+                    "labels, or set target='prediction'."
                 )
             return torch.as_tensor(self.labels)
         if callable(self.target):
@@ -195,46 +213,50 @@ class _Chooser:
 
 
 def _classes(targets: Any, count: int) -> NDArray[np.int32]:
-    """Targets as one number for each sample."""
+    """Targets as one class index per sample; a target with several coordinates is not a class."""
     try:
-        numbers = torch.as_tensor(NONE if targets is None else targets).detach().cpu().to(torch.int32)
-        return numbers.reshape(-1).expand(count).numpy().copy() if numbers.numel() == 1 else _of(numbers, count)
-    except (TypeError, ValueError, RuntimeError):  # a target of several coordinates is no class
-        return np.full(count, NONE, np.int32)
+        numbers = torch.as_tensor(NO_CLASS if targets is None else targets).detach().cpu().to(torch.int32)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.tensor(NO_CLASS, dtype=torch.int32)
+    if numbers.numel() not in (1, count):
+        numbers = torch.tensor(NO_CLASS, dtype=torch.int32)
+    return numbers.reshape(-1).expand(count).numpy().copy()
 
 
-def _of(numbers: Tensor, count: int) -> NDArray[np.int32]:
-    if numbers.numel() != count:
-        raise TargetError(f"there are {numbers.numel()} targets for {count} samples.")
-    return numbers.reshape(-1).numpy().copy()
-
-
-# -- what the model computes ----------------------------------------------------------------------------------------
-
-
-def _activation(atom: Atom, returned: Mapping[str, list[Any]], inputs: Any, outputs: Tensor) -> Tensor:
+def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, model_output: Tensor) -> Tensor:
     if atom.layer == "output":
-        return outputs
+        return model_output
     if atom.layer == "input" and isinstance(inputs, Tensor):
         return inputs
     call = atom.call or 0
     if atom.side != "output" or isinstance(call, str):
-        raise SweepError(f"activations are those that a module returns; got {atom}.")
-    calls = returned.get(str(atom.layer), [])
+        raise SweepError(f"activations are outputs of modules, got {atom}.")
+    calls = outputs.get(str(atom.layer), [])
     if call >= len(calls) or (atom.call is None and len(calls) > 1):
-        raise SweepError(f"{atom} is called {len(calls)} times. Say which call: at({atom.layer!r}, call=0).")
+        raise SweepError(f"{atom} is called {len(calls)} times. Select a call: at({atom.layer!r}, call=0).")
     value = calls[call] if atom.item is None else calls[call][atom.item]
     if not isinstance(value, Tensor):
-        raise SweepError(f"{atom} is not a single tensor. Select one of them: at(layer, item=…).")
+        raise SweepError(f"{atom} is not a single tensor. Select one of its tensors: at(layer, item=…).")
     return value
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)
+"""Errors that do not depend on the samples, except :class:`InputError` and :class:`TargetError`."""
 
 
-def is_of_samples(error: BaseException) -> bool:
-    """Whether an error may be due to single samples, so that the others can be evaluated without them."""
+def is_due_to_samples(error: BaseException) -> bool:
+    """Whether an error may be due to single samples, so that the other samples can be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 
-__all__ = ["Evaluated", "Evaluation", "Target", "Unpack", "check_target", "device_of", "dtype_of", "is_of_samples"]
+__all__ = [
+    "BatchResults",
+    "Evaluation",
+    "Target",
+    "TargetChoice",
+    "Unpack",
+    "check_target",
+    "device_of",
+    "dtype_of",
+    "is_due_to_samples",
+]

@@ -1,9 +1,9 @@
-r"""Reference examples: the samples in which a group carries the most relevance, or is most active.
+r"""Reference examples: the samples with the largest relevance or activation of a group.
 
 .. math:: \text{references}(g) = \operatorname{top}_k \mu_n(g)
 
-For the channels of a layer this is relevance maximization (Achtibat et al., 2023). They are found in one pass over the
-data by :func:`~nrm_plugin.dataset.maximization.find_references`, or read from a sweep.
+For the channels of a layer this is relevance maximization (Achtibat et al., 2023). One pass over the data finds them
+(:func:`~nrm_plugin.dataset.maximization.find_references`), or they are read from a sweep (:func:`references`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,36 +21,39 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import NRMError
-from .ranking import NOBODY, Places
+from ..errors import NRMError, extra
+from .ranking import NO_SAMPLE, TopSamples
 from .stored_sweep import Sweep
 from .sweep_layout import QueryInfo
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 By = Literal["relevance", "activation"]
 EVENTS = "events"
-"""Name of the references of events, which belong to no layer."""
+"""Name of the references of events, which do not belong to a layer."""
 FORMAT = "nrm-plugin references 1"
 FIELDS = ("values", "samples", "targets", "positions")
 
 
 class ReferencesError(NRMError, ValueError):
-    """Reference examples that cannot be found, read or drawn."""
+    """Reference examples cannot be found, read or drawn."""
 
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """Reference examples of some groups, the best first.
+    """Reference examples of groups, in decreasing order.
 
     Attributes:
         name: The layer, or the query of a sweep.
         by: ``"relevance"`` or ``"activation"``.
-        groups: What each row is called: number of the channel, or name of the event.
-        samples: Their numbers in the data set, ``(K, k)``; -1 where there are fewer.
-        values: What they were ranked by, ``(K, k)``; not a number where there are fewer.
-        targets: What was explained of each, ``(K, k)``; -1 where that is not told.
-        positions: Where in the group the largest value was, counted row by row, ``(K, k)``; -1 where that is not told.
-        target: The class that they were looked for in; None for all.
-        layer: The layer whose channels the groups are, where the name is that of a query.
+        groups: The group of each row: index of the channel, or name of the event.
+        samples: Indices in the data set, ``(K, k)``; -1 in empty entries.
+        values: Relevance or activation, ``(K, k)``; NaN in empty entries.
+        targets: Explained classes, ``(K, k)``; -1 if unknown.
+        positions: Positions of the largest value in the group, as flat (row-major) indices, ``(K, k)``; -1 if unknown.
+        target: The class to which the references are restricted; None for all.
+        layer: The layer with these channels, if the name is that of a query.
     """
 
     name: str
@@ -64,37 +67,37 @@ class References:
     layer: str | None = None
 
     @classmethod
-    def of_places(
-        cls, name: str, by: By, groups: Sequence[int | str], places: Places, target: int | None
+    def of_ranking(
+        cls, name: str, by: By, groups: Sequence[int | str], top: TopSamples, target: int | None
     ) -> References:
-        """Those of a ranking."""
-        is_free = places.samples == NOBODY
+        """The references of a ranking."""
+        is_empty = top.samples == NO_SAMPLE
         return cls(
             name,
             by,
             tuple(groups),
-            places.samples.masked_fill(is_free, -1),
-            places.values.masked_fill(is_free, torch.nan),
-            places.targets.long(),
-            places.positions.long(),
+            top.samples.masked_fill(is_empty, -1),
+            top.values.masked_fill(is_empty, torch.nan),
+            top.targets.long(),
+            top.positions.long(),
             target,
         )
 
     def row(self, group: int | str) -> int:
-        """Where a group is.
+        """The row of a group.
 
         Raises:
-            ReferencesError: There is none.
+            ReferencesError: There is no such group.
         """
         if group not in self.groups:
             raise ReferencesError(
-                f"there is no group {group!r} in the references of {self.name!r}; it has {len(self.groups)}, "
+                f"there is no group {group!r} in the references of {self.name!r}, which have {len(self.groups)}, "
                 f"{self.groups[0]!r} to {self.groups[-1]!r}."
             )
         return self.groups.index(group)
 
     def of(self, group: int | str) -> list[int]:
-        """The samples of one group, the best first.
+        """The samples of one group, in decreasing order.
 
         Raises:
             ReferencesError: There is no such group.
@@ -117,27 +120,29 @@ class FoundReferences:
     """References of several layers and events, over all samples and for each target.
 
     Args:
-        groups: What the groups of each layer are called, by its name.
-        places: By ``(name, by, target)``, where no target is all of them.
-        count: Samples that were looked through.
+        groups: The groups of each layer, by its name.
+        rankings: The ranking for each ``(name, by, target)``; None for all targets.
+        count: Number of samples that were ranked.
     """
 
     def __init__(
         self,
         groups: Mapping[str, Sequence[int | str]],
-        places: Mapping[tuple[str, By, int | None], Places],
+        rankings: Mapping[tuple[str, By, int | None], TopSamples],
         count: int,
     ) -> None:
-        self._groups, self._places, self.count = dict(groups), dict(places), count
+        self._groups, self._rankings, self.count = dict(groups), dict(rankings), count
 
     def __repr__(self) -> str:
-        asked = ", ".join(f"{name!r} by {by}" for name, by, target in self._places if target is None)
-        return f"FoundReferences({asked}; {self.count} samples, {len(self.targets)} targets)"
+        return f"FoundReferences({self._names()}; {self.count} samples, {len(self.targets)} targets)"
+
+    def _names(self) -> str:
+        return ", ".join(f"{name!r} by {by}" for name, by, target in self._rankings if target is None)
 
     @property
     def targets(self) -> list[int]:
-        """The targets that have references of their own."""
-        return sorted({target for _, _, target in self._places if target is not None})
+        """The targets with their own references."""
+        return sorted({target for _, _, target in self._rankings if target is not None})
 
     def of(self, name: str = EVENTS, by: By = "relevance", target: int | None = None) -> References:
         """The references of one layer, or of the events.
@@ -145,22 +150,21 @@ class FoundReferences:
         Args:
             name: The layer.
             by: ``"relevance"`` or ``"activation"``.
-            target: Only samples of which this was explained.
+            target: Only explanations of this class.
 
         Raises:
-            ReferencesError: They were not looked for, or no sample has this target.
+            ReferencesError: They were not ranked, or no sample has this target.
         """
-        found = self._places.get((name, by, target))
-        if found is not None:
-            return References.of_places(name, by, self._groups[name], found, target)
-        if (name, by, None) in self._places:
-            known = ", ".join(map(str, self.targets)) or "none, as they were not looked for by target"
+        top = self._rankings.get((name, by, target))
+        if top is not None:
+            return References.of_ranking(name, by, self._groups[name], top, target)
+        if (name, by, None) in self._rankings:
+            known = ", ".join(map(str, self.targets)) or "none, because they were found with per_target=False"
             raise ReferencesError(f"there are no references of target {target!r}. Targets: {known}.")
-        asked = ", ".join(f"{layer!r} by {how}" for layer, how, target in self._places if target is None)
-        raise ReferencesError(f"{name!r} by {by} was not looked for; there are {asked}.")
+        raise ReferencesError(f"{name!r} by {by} was not ranked; there are references of {self._names()}.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all of them to one safetensors file.
+        """Writes all references to a safetensors file.
 
         Examples:
             >>> from nrm_plugin.dataset.maximization import find_references
@@ -172,45 +176,48 @@ class FoundReferences:
         """
         tensors: dict[str, Tensor] = {}
         entries: list[dict[str, Any]] = []
-        for (name, by, target), places in self._places.items():
-            for field, part in zip(FIELDS, places.parts, strict=True):
+        for (name, by, target), top in self._rankings.items():
+            for field, part in zip(FIELDS, top.parts, strict=True):
                 tensors[f"{len(entries)}.{field}"] = part.contiguous()
             entries.append({"name": name, "by": by, "target": target})
-        about = {"format": FORMAT, "entries": entries, "groups": self._groups, "count": self.count}
-        save_file(tensors, Path(path), {"nrm-plugin": json.dumps(about)})
+        metadata = {"format": FORMAT, "entries": entries, "groups": self._groups, "count": self.count}
+        save_file(tensors, Path(path), {"nrm-plugin": json.dumps(metadata)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FoundReferences:
-        """What :meth:`save` wrote.
+        """Reads a file that :meth:`save` wrote.
 
         Raises:
-            ReferencesError: It is no such file.
+            ReferencesError: It is not such a file.
         """
         try:
             with safe_open(Path(path), "pt") as file:
-                about = json.loads((file.metadata() or {})["nrm-plugin"])
-                if about["format"] != FORMAT:
-                    raise ValueError(f"its format is {about['format']!r}")
-                places = {
-                    (entry["name"], entry["by"], entry["target"]): Places(
+                metadata = json.loads((file.metadata() or {})["nrm-plugin"])
+                if metadata["format"] != FORMAT:
+                    raise ValueError(f"its format is {metadata['format']!r}")
+                rankings = {
+                    (entry["name"], entry["by"], entry["target"]): TopSamples(
                         *(file.get_tensor(f"{number}.{field}") for field in FIELDS)
                     )
-                    for number, entry in enumerate(about["entries"])
+                    for number, entry in enumerate(metadata["entries"])
                 }
-                return cls(about["groups"], places, about["count"])
+                return cls(metadata["groups"], rankings, metadata["count"])
         except FileNotFoundError:
             raise
-        except Exception as error:  # damaged files raise errors of safetensors, of json, and of Python
-            raise ReferencesError(f"{path} holds no references of FoundReferences.save(): {error}.") from error
+        except Exception as error:  # damaged files raise errors of safetensors, json and Python
+            raise ReferencesError(f"{path} is not a file of FoundReferences.save(): {error}.") from error
 
 
-# -- of a sweep -----------------------------------------------------------------------------------------------------
+# -- from a sweep ---------------------------------------------------------------------------------------------------
 
 KINDS: dict[By, tuple[str, ...]] = {
     "relevance": ("Marginal", "Joint", "EventMass", "Conditional", "Sink", "Bypass", "Variation"),
     "activation": ("Activation",),
 }
-"""Kinds of the queries that samples can be ranked by; of a layer the first is meant."""
+"""Kinds of queries that samples can be ranked by; the name of a layer selects the first kind."""
+
+COLUMNS = ("sample", "target", "group", "lower", "value")
+"""Columns that are read to rank samples."""
 
 
 def references(
@@ -221,125 +228,126 @@ def references(
     by: By = "relevance",
     target: int | None = None,
 ) -> References:
-    """Reference examples from a finished sweep; no model is needed.
+    """Reference examples from a finished sweep, without the model.
 
     Args:
         sweep: The sweep, or its folder.
-        query: Name of a query of it, or of a layer that it has a query of.
-        group: One group; of joint relevance a pair of an upper and a lower one; None for all.
-        k: How many samples of each.
+        query: Name of a query, or of a layer with a query.
+        group: One group; for joint relevance a pair of an upper and a lower group; None for all groups.
+        k: Number of samples for each group.
         by: ``"activation"`` for a query of activations.
-        target: Only samples of which this was explained.
+        target: Only explanations of this class.
 
     Returns:
-        Of equal values the first samples. Positions are told where the sweep has ``Peak`` of the layer.
+        Ties are broken by sample index. Positions are known if the sweep has a ``Peak`` query of the layer.
 
     Raises:
-        ReferencesError: No such query, group or target; the query has maps and no rows.
-        SweepError: There is no sweep, or a file of it is damaged.
+        ReferencesError: There is no such query, group or target, or the query has maps instead of rows.
+        SweepError: There is no sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ReferencesError(f"k={k!r} must be a whole number of at least 1.")
-    info = _query(sweep, query, by)
-    if isinstance(group, int) and len(info.groups or ()) < 2:
-        _check_group(info, (group,))
-        rows = sweep.top(info.name, group, k, target=target)
-    else:
-        rows = sweep.rows(info.name, group[0] if isinstance(group, tuple) else group)
-    columns = {name: rows[name].to_numpy() for name in ("sample", "target", "group", "lower", "value")}
-    keep = np.isfinite(columns["value"])
-    if target is not None:
-        keep &= columns["target"] == target
-    if isinstance(group, tuple):
-        _check_group(info, group)
-        keep &= columns["lower"] == group[1]
-    columns = {name: values[keep] for name, values in columns.items()}
-    if not len(columns["value"]):
-        within = "" if target is None else f" with target {target}"
-        raise ReferencesError(f"{info.name!r} has no values of samples{within}.")
-    return _with_positions(sweep, info, _ranked(info, columns, k, by, target), group)
+        raise ReferencesError(f"k={k!r} must be an integer of at least 1.")
+    info = _ranked_query(sweep, query, by)
+    is_joint = len(info.groups or ()) == 2
+    width = info.groups[-1] if info.groups and is_joint else 1
+    columns = _matrices(_rows(sweep, info, group, k, target), width)
+    values, targets = columns["value"], columns["target"]
+    is_ranked = values.isfinite() & (targets == (targets if target is None else target))
+    if not bool(is_ranked.any()):
+        suffix = "" if target is None else f" with target {target}"
+        raise ReferencesError(f"{info.name!r} has no values of samples{suffix}.")
+    keys, top = columns["key"][is_ranked.any(1), 0].tolist(), TopSamples.empty((len(values), k), values.dtype)
+    batch = TopSamples(values, columns["sample"], targets, torch.full_like(targets, -1)).where(is_ranked)
+    names: list[int | str] = keys if info.groups else [info.name]
+    if is_joint:
+        names = [f"{key // width},{key % width}" for key in keys]
+    ranked = References.of_ranking(info.name, by, names, top.merged(batch)[is_ranked.any(1)], target)
+    return _with_positions(sweep, info, ranked, group) if is_of_channels(info) else ranked
 
 
-def _query(sweep: Sweep, name: str, by: By) -> QueryInfo:
+def _ranked_query(sweep: Sweep, name: str, by: By) -> QueryInfo:
     if by not in KINDS:
         raise ReferencesError(f"by={by!r} is unknown; choose 'relevance' or 'activation'.")
-    fits = [query for query in sweep.queries.values() if query.kind in KINDS[by]]
-    of_layer = [
-        query for query in fits if query.kind == KINDS[by][0] and query.layers == (name,) and not _has_event(query)
-    ]
-    found = [query for query in fits if query.name == name] or of_layer
-    if not found:
-        known = ", ".join(repr(query.name) for query in fits) or "none"
-        raise ReferencesError(f"the sweep has no query {name!r} with rows of {by}. Of this kind it has: {known}.")
-    return found[0]
+    candidates = [query for query in sweep.queries.values() if query.kind in KINDS[by]]
+    return query_named(name, candidates, KINDS[by][0], f"rows of {by}")
 
 
-def _has_event(query: QueryInfo) -> bool:
-    return any(query.spec.get(key) is not None for key in ("joint", "given"))
+def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str) -> QueryInfo:
+    """The candidate with a name, or the candidate of a kind, without an event, at the layer with this name.
+
+    Args:
+        name: Name of a query or layer.
+        candidates: Queries of a sweep.
+        kind: Kind that the name of a layer selects.
+        what: What the candidates have in common, for the message.
+
+    Raises:
+        ReferencesError: There is none.
+    """
+    plain = [query for query in candidates if query.kind == kind and query.layers == (name,) and not query.has_event]
+    named = [query for query in candidates if query.name == name] or plain
+    if not named:
+        known = ", ".join(repr(query.name) for query in candidates) or "none"
+        raise ReferencesError(f"the sweep has no query {name!r} with {what}. Queries with {what}: {known}.")
+    return named[0]
 
 
 def is_of_channels(query: QueryInfo) -> bool:
-    """Whether its groups are the channels of one layer, and no event is in it."""
+    """Whether its groups are the channels of one layer, and it has no event."""
     by_channel = query.spec.get("over", "channel") == "channel"
-    return query.kind in ("Marginal", "Activation") and by_channel and not _has_event(query)
+    return query.kind in ("Marginal", "Activation") and by_channel and not query.has_event
 
 
-def _check_group(info: QueryInfo, group: tuple[int, ...]) -> None:
+def _rows(sweep: Sweep, info: QueryInfo, group: int | tuple[int, int] | None, k: int, target: int | None) -> pa.Table:
+    """The rows that are ranked, the same number for each group."""
     sizes = info.groups or ()
-    if len(sizes) != len(group) or not all(0 <= one < size for one, size in zip(group, sizes, strict=True)):
-        has = " × ".join(map(str, sizes)) or "no"
-        raise ReferencesError(f"{info.name!r} has {has} groups, counted from 0; got {group}.")
+    if group is None or (isinstance(group, int) and len(sizes) == 2):
+        return sweep.rows(info.name, group, COLUMNS)
+    indices = group if isinstance(group, tuple) else (group,)
+    if len(sizes) != len(indices) or not all(0 <= index < size for index, size in zip(indices, sizes, strict=True)):
+        counts = " × ".join(map(str, sizes)) or "no"
+        raise ReferencesError(f"{info.name!r} has {counts} groups, counted from 0; got {group}.")
+    if isinstance(group, int):
+        return sweep.top(info.name, group, k, target=target)
+    rows = sweep.rows(info.name, group[0], COLUMNS)
+    return rows.filter(extra("pyarrow.compute", "dataset").equal(rows["lower"], group[1]))
 
 
-def _ranked(
-    info: QueryInfo,
-    columns: Mapping[str, np.ndarray[Any, Any]],
-    k: int,
-    by: By,
-    target: int | None,
-) -> References:
-    """The first of each group, by value and then by sample."""
-    sizes = info.groups or ()
-    width = sizes[1] if len(sizes) == 2 else 1
+def _matrices(rows: pa.Table, width: int = 1) -> dict[str, Tensor]:
+    """The columns as ``(groups, samples)``, and ``key``, the number of the group: upper × width + lower."""
+    columns = {name: rows[name].to_numpy() for name in COLUMNS}
     key = columns["group"].astype(np.int64).clip(0) * width + columns["lower"].clip(0)
-    order = np.lexsort((columns["sample"], -columns["value"], key))
-    key = key[order]
-    starts = np.searchsorted(key, np.unique(key))
-    rank = np.arange(len(key)) - np.repeat(starts, np.diff([*starts, len(key)]))
-    order, key, rank = order[rank < k], key[rank < k], rank[rank < k]
-    present, rows = np.unique(key, return_inverse=True)
-    places = Places.free((len(present), k), torch.from_numpy(columns["value"][:1].copy()).dtype)
-    at = (torch.from_numpy(rows), torch.from_numpy(rank))
-    places.values[at] = torch.from_numpy(columns["value"][order])
-    places.samples[at] = torch.from_numpy(columns["sample"][order])
-    places.targets[at] = torch.from_numpy(columns["target"][order])
-    names = [f"{one // width},{one % width}" if len(sizes) == 2 else int(one) for one in present]
-    found = References.of_places(info.name, by, names if sizes else [info.name], places, target)
-    return replace(found, layer=info.layers[0]) if is_of_channels(info) else found
+    order, count = np.argsort(key, kind="stable"), len(np.unique(key))
+    parts = {name: torch.from_numpy(values[order]) for name, values in {**columns, "key": key}.items()}
+    return {name: part.reshape(count, len(part) // max(1, count)) for name, part in parts.items()}
 
 
 def _with_positions(
-    sweep: Sweep, info: QueryInfo, found: References, group: int | tuple[int, int] | None
+    sweep: Sweep, info: QueryInfo, ranked: References, group: int | tuple[int, int] | None
 ) -> References:
-    """Adds where the largest values were, where the sweep knows it."""
+    """Adds the layer, and the positions of the largest values if the sweep has a ``Peak`` query."""
+    ranked = replace(ranked, layer=info.layers[0])
     peaks = [query for query in sweep.queries.values() if query.kind == "Peak" and query.layers == info.layers
-             and query.spec.get("of") == found.by]  # fmt: skip
-    if not peaks or not is_of_channels(info):
-        return found
-    rows = sweep.rows(peaks[0].name, group if isinstance(group, int) else None, ["sample", "group", "value"])
-    samples, groups, values = (rows[name].to_numpy() for name in ("sample", "group", "value"))
-    place = {int(name): row for row, name in enumerate(found.groups)}
-    positions = found.positions.clone()
-    order = np.lexsort((samples, groups))
-    key = np.stack([groups[order].astype(np.int64), samples[order]])
-    for name, row in place.items():
-        low, high = np.searchsorted(key[0], [name, name + 1])
-        wanted = found.samples[row].numpy()
-        at = (low + np.searchsorted(key[1, low:high], wanted)).clip(0, max(high - 1, 0))
-        told = (wanted >= 0) & (at < high) & (key[1, at] == wanted) if high > low else np.zeros(len(wanted), bool)
-        positions[row, torch.from_numpy(told)] = torch.from_numpy(values[order][at[told]].astype(np.int64))
-    return replace(found, positions=positions)
+             and query.spec.get("of") == ranked.by]  # fmt: skip
+    rows = sweep.rows(peaks[0].name, group if isinstance(group, int) else None, COLUMNS) if peaks else ()
+    if not len(rows):
+        return ranked
+    columns = _matrices(rows)
+    row = torch.searchsorted(columns["key"][:, 0].contiguous(), torch.tensor(ranked.groups))
+    samples = columns["sample"][0].contiguous()  # increasing, and the same for each group
+    column = torch.searchsorted(samples, ranked.samples).clamp(max=len(samples) - 1)
+    positions = columns["value"][row[:, None], column].long()
+    return replace(ranked, positions=positions.masked_fill(samples[column] != ranked.samples, -1))
 
 
-__all__ = ["EVENTS", "By", "FoundReferences", "References", "ReferencesError", "is_of_channels", "references"]
+__all__ = [
+    "EVENTS",
+    "By",
+    "FoundReferences",
+    "References",
+    "ReferencesError",
+    "is_of_channels",
+    "query_named",
+    "references",
+]

@@ -1,4 +1,4 @@
-"""Pictures of what explanations say together: differences of mean flows, and prototypes."""
+"""Figures of many explanations: differences of mean flows, and prototypes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..errors import InputError
+from ..imports import renamed_arguments
 from ..measure.flow_graph import FlowGraph
 from ..plots.flow import flow_figure
 from ..plots.heatmaps import Values, draw_image
@@ -16,53 +17,53 @@ from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .prototypes import Prototypes
 
 MOST = 16
-"""Rows, and pictures in a row, that a figure has room for."""
+"""Largest number of rows, and of images in a row, of a figure."""
 
 
 def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:
-    """The difference of two mean flows as ribbons between bars, the input at the left.
+    """Draws the difference of two mean flows as ribbons between bars, the input at the left.
 
     Args:
-        graph: Of :func:`~nrm_plugin.dataset.glocal.difference`, with few groups: ``graph.smaller(top=8)``.
-        first: What the first group of samples is called; red is where it has more.
-        second: What the second is called; blue is where it has more.
-        heading: Above the drawing.
+        graph: A :func:`~nrm_plugin.dataset.glocal.difference` with few groups: ``graph.smaller(top=8)``.
+        first: Name of the first group of samples; its excess is red.
+        second: Name of the second group; its excess is blue.
+        heading: Title of the figure.
         dark: As in :func:`~nrm_plugin.plots.flow.flow_figure`.
 
     Raises:
-        FlowError: A layer shows more groups than there is room for.
+        FlowError: A layer has too many groups.
     """
-    told = f"red: more for {first}, blue: more for {second}".replace("$", r"\$")
-    return flow_figure(graph, f"{heading}\n{told}" if heading else told, dark)
+    legend = f"red: more for {first}, blue: more for {second}".replace("$", r"\$")
+    return flow_figure(graph, f"{heading}\n{legend}" if heading else legend, dark)
 
 
+@renamed_arguments(found="prototypes", pictures="images")
 def prototypes_figure(
-    found: Prototypes,
-    pictures: Mapping[int, Values],
+    prototypes: Prototypes,
+    images: Mapping[int, Values],
     k: int = 6,
     top: int = 6,
     heading: str = "",
     dark: bool = False,
     names: Callable[[int], str] = str,
 ) -> Figure:
-    """A row for each prototype: its coverage, the members nearest to its centre, and its most relevant groups.
+    """Draws a row for each prototype: its coverage, the members nearest to its centre, and its most relevant groups.
 
     Args:
-        found: The prototypes.
-        pictures: Pictures ``(C, H, W)`` in [0, 1] of the members that are shown, by number of the sample; these are
-            ``found.of(prototype)[:k]``.
-        k: Members of each.
-        top: Groups of each.
-        heading: Above the picture.
-        dark: For a dark background; save it with ``facecolor=figure.get_facecolor()``.
-        names: What a group is called.
+        prototypes: The prototypes.
+        images: Images ``(C, H, W)`` in [0, 1] by sample index, at least of the members ``prototypes.of(number)[:k]``.
+        k: Number of members per prototype.
+        top: Number of groups per prototype.
+        heading: Title of the figure.
+        dark: Use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
+        names: Returns the name of a group.
 
     Raises:
-        InputError: A picture is missing, or there are more than there is room for.
+        InputError: An image is missing, or there are too many prototypes or members.
     """
-    count = len(found.centres)
+    count = len(prototypes.centres)
     if count > MOST or not 1 <= k <= MOST:
-        raise InputError(f"a picture has room for {MOST} prototypes with 1 to {MOST} members, got {count} and {k}.")
+        raise InputError(f"a figure has room for {MOST} prototypes with 1 to {MOST} members, got {count} and {k}.")
     palette = DARK if dark else LIGHT
     figure = Figure(figsize=(1.2 + 1.0 * k + 2.4, 0.3 + 1.25 * count + 0.35 * bool(heading)), layout="constrained")
     figure.set_facecolor(palette.paper)
@@ -72,22 +73,22 @@ def prototypes_figure(
     for number, row in enumerate(grid):
         for axes in row[:-1]:
             axes.set_axis_off()
-        row[0].text(-0.12, 0.5, f"{number}\n{percent(float(found.coverage[number]))}", transform=row[0].transAxes,
+        row[0].text(-0.12, 0.5, f"{number}\n{percent(float(prototypes.coverage[number]))}", transform=row[0].transAxes,
                     ha="right", va="center", fontsize=9, color=palette.ink)  # fmt: skip
-        for axes, sample in zip(row, found.of(number)[:k], strict=False):
-            if sample not in pictures:
-                raise InputError(f"pictures= lacks sample {sample}, a member of prototype {number}.")
+        for axes, sample in zip(row, prototypes.of(number)[:k], strict=False):
+            if sample not in images:
+                raise InputError(f"images= lacks sample {sample}, a member of prototype {number}.")
             axes.set_axis_on()
-            draw_image(axes, pictures[sample])
+            draw_image(axes, images[sample])
             axes.set_title(f"{sample}", fontsize=7.5, color=palette.pale, pad=2.5)
-        _bars(row[-1], found.strongest(number, top), names, palette)
+        _bars(row[-1], prototypes.strongest(number, top), names, palette)
     return figure
 
 
 def _bars(axes: Axes, strongest: list[tuple[int, float]], names: Callable[[int], str], palette: Palette) -> None:
-    places, values = range(len(strongest)), [value for _, value in strongest]
-    axes.barh(places, values, height=0.75, color=[palette.of(value) for value in values])
-    axes.set_yticks(places, [names(group).replace("$", r"\$") for group, _ in strongest])
+    rows, values = range(len(strongest)), [value for _, value in strongest]
+    axes.barh(rows, values, height=0.75, color=[palette.of(value) for value in values])
+    axes.set_yticks(rows, [names(group).replace("$", r"\$") for group, _ in strongest])
     axes.set_ylim(len(strongest) - 0.4, -0.6)
     axes.axvline(0, color=palette.pale, linewidth=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=3))

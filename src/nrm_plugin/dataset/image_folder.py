@@ -1,4 +1,4 @@
-"""A folder of pictures as a data set."""
+"""A folder of images as a data set."""
 
 from __future__ import annotations
 
@@ -11,55 +11,59 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .images import open_picture, shown
-from .preprocessing import Preparation
-from .sweep_layout import SweepError, write_bytes
+from .atomic_files import write_bytes
+from .images import load_image, shown
+from .preprocessing import Preprocessing
+from .sweep_layout import SweepError
 
-PICTURES = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-"""Ends of the names of files that are read."""
+EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
+"""Extensions of the files that are read."""
 
 
-class PictureFolder(Dataset[tuple[Tensor, int]]):
-    """The pictures in a folder and in the folders inside of it, by name, prepared for a model.
+class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
+    """The images in a folder and its subfolders, sorted by name, as inputs of a model with labels.
 
-    A folder at the top is a class: that of its name where the model has one of it, else that of its place among them.
-    A picture that lies outside of these has the label -1.
+    Each top-level subfolder is a class: the class of the model with its name if all subfolders have one, otherwise its
+    index among the subfolders. Images outside the subfolders have the label -1. torchvision's ``ImageFolder`` requires
+    a subfolder for each class, and does not know the classes of the model.
 
     Args:
         folder: The folder.
-        prepare: How pictures become inputs.
-        categories: Names of the classes of the model, where they are known.
+        preprocess: Converts images to inputs.
+        categories: Names of the classes of the model, if known.
 
     Attributes:
-        paths: The files, as they are numbered.
+        paths: The files in order.
         labels: Their classes.
-        fingerprint: Hash of the names and labels.
+        fingerprint: Hash of names and labels.
 
     Raises:
-        SweepError: There is no such folder, or no picture in it.
+        SweepError: The folder does not exist or contains no images.
     """
 
-    def __init__(self, folder: Path, prepare: Preparation, categories: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:
         if not folder.is_dir():
             raise SweepError(f"there is no folder {shown(folder)}.")
-        self.folder, self.prepare = folder, prepare
-        found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-        self.paths = sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        self.folder, self.preprocess = folder, preprocess
+        images = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+        self.paths = sorted(images, key=lambda path: path.relative_to(folder).as_posix())
         if not self.paths:
-            raise SweepError(f"there is no picture in {shown(folder)}; looked for {', '.join(sorted(PICTURES))}.")
-        inside = [path.relative_to(folder).parts for path in self.paths]
-        names = sorted({parts[0] for parts in inside if len(parts) > 1})
+            raise SweepError(
+                f"there are no images in {shown(folder)}; extensions that are read: {', '.join(sorted(EXTENSIONS))}."
+            )
+        parts_of_paths = [path.relative_to(folder).parts for path in self.paths]
+        names = sorted({parts[0] for parts in parts_of_paths if len(parts) > 1})
         classes = _classes(names, categories)
-        self.labels = [classes[parts[0]] if len(parts) > 1 else -1 for parts in inside]
-        self.fingerprint = hashlib.blake2b(self._listed(), digest_size=16).hexdigest()
+        self.labels = [classes[parts[0]] if len(parts) > 1 else -1 for parts in parts_of_paths]
+        self.fingerprint = hashlib.blake2b(self._csv(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.prepare(open_picture(self.paths[index]).image)[0], self.labels[index]
+        return self.preprocess(load_image(self.paths[index]).image)[0], self.labels[index]
 
-    def _listed(self) -> bytes:
+    def _csv(self) -> bytes:
         text = io.StringIO()
         rows = csv.writer(text)
         rows.writerow(["sample", "file", "label"])
@@ -68,8 +72,8 @@ class PictureFolder(Dataset[tuple[Tensor, int]]):
         return text.getvalue().encode("utf-8", "surrogateescape")
 
     def write_list(self, path: Path) -> None:
-        """Writes which sample is which file, as CSV."""
-        write_bytes(path, self._listed())
+        """Writes the file and label of each sample as CSV."""
+        write_bytes(path, self._csv())
 
 
 def _classes(names: Sequence[str], categories: Sequence[str]) -> dict[str, int]:
@@ -77,7 +81,7 @@ def _classes(names: Sequence[str], categories: Sequence[str]) -> dict[str, int]:
     known = {name: folded.index(name.casefold()) for name in names if folded.count(name.casefold()) == 1}
     if len(known) == len(names):
         return known
-    return {name: place for place, name in enumerate(names)}
+    return {name: index for index, name in enumerate(names)}
 
 
-__all__ = ["PictureFolder"]
+__all__ = ["PreprocessedImageFolder"]

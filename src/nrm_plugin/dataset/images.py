@@ -1,4 +1,4 @@
-"""Picture files of any kind as plain pixels, with a word on what was done to them."""
+"""Image files of any format as RGB pixels, with notes on conversions."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import NRMError
 
 LIMIT = 178_956_970
-"""Most pixels that are decoded; Pillow's own limit."""
+"""Largest number of pixels that are decoded; the limit of Pillow."""
 LARGE = LIMIT // 2
-"""JPEG files above this are decoded at a fraction of their size, which costs a fraction of the memory."""
-ENOUGH = 2048
-"""Sides that such a fraction keeps at least; far above what models look at."""
-THIN = 200
-"""Largest quotient of the sides: scaled to the size of a model, the longer one would fill the memory."""
-FAINT = 4096
-"""A 16-bit picture without brighter values is likely one of 12 bits or fewer."""
+"""JPEG files with more pixels are decoded at reduced size, which saves memory."""
+REDUCED = 2048
+"""Smallest side length that is kept then; far more than the input size of models."""
+MAX_ASPECT = 200
+"""Largest aspect ratio: resized for a model, the longer side would exhaust the memory."""
+DARK = 4096
+"""A 16-bit image without larger values probably has 12 bits or fewer."""
 
-ADDRESS = re.compile(r"[a-zA-Z]{2,}:/")
+URL = re.compile(r"[a-zA-Z]{2,}:/")
 
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
-"""What Pillow raises for a damaged file depends on its format."""
+"""Errors that Pillow raises for damaged files, depending on the format."""
 
 
-class PictureError(NRMError, ValueError):
-    """A file that no picture can be read from."""
+class ImageError(NRMError, ValueError):
+    """A file cannot be read as an image."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture file.
+class LoadedImage:
+    """An image file that was read.
 
     Attributes:
-        path: The file, as it was given.
-        image: Its pixels, in mode RGB, upright.
+        path: The given path.
+        image: Its pixels, in mode RGB and upright.
         digest: SHA-256 of the file.
-        notes: What a user should know about how it was read.
+        notes: Conversions that the user should know of.
     """
 
     path: Path
@@ -54,22 +54,22 @@ class Picture:
 
 
 def shown(text: object) -> str:
-    """Text that can be printed anywhere: without control characters and without bytes that are no text."""
+    """Text that is safe to print: without control characters and undecodable bytes."""
     clean = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
     return clean.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def open_picture(path: Path) -> Picture:
-    """The picture in a file: upright, on white, 8 bits of red, green and blue, the first of several.
+def load_image(path: Path) -> LoadedImage:
+    """Reads an image file as 8-bit RGB, upright and on a white background; the first image if there are several.
 
     Args:
-        path: PNG, JPEG, WebP, TIFF, GIF, BMP or whatever else Pillow reads.
+        path: PNG, JPEG, WebP, TIFF, GIF, BMP or another format that Pillow reads.
 
     Raises:
-        PictureError: There is no such file, it is no picture, damaged, too large, or of unknown brightness.
+        ImageError: The file does not exist, is not an image, is damaged or too large, or its value range is unknown.
     """
     name = shown(path)
-    check_file(path)
+    check_image_file(path)
     notes: list[str] = []
     try:
         with _no_limit(), path.open("rb") as file:
@@ -78,51 +78,51 @@ def open_picture(path: Path) -> Picture:
             with Image.open(file) as source:
                 image = _decoded(source, name, notes)
                 image = _rgb(_upright(image, notes), name, notes)
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise PictureError(f"{name} is not a picture that can be read. {_format_hint(path)}") from error
+        raise ImageError(f"{name} is not an image in a supported format. {_format_hint(path)}") from error
     except MemoryError as error:
-        raise PictureError(f"{name} does not fit into memory. Scale it down first.") from error
+        raise ImageError(f"{name} does not fit into memory. Resize it first.") from error
     except DAMAGE as error:
         why = shown(getattr(error, "strerror", None) or error) or type(error).__name__
-        raise PictureError(
-            f"{name} cannot be read to its end, so it may be damaged: {why}. Get a whole copy of it, or open it in a "
-            "picture editor and save it again."
+        raise ImageError(
+            f"{name} cannot be read completely and may be damaged: {why}. Get an intact copy, or save it again with an "
+            "image editor."
         ) from error
-    return Picture(path, image, digest, tuple(notes))
+    return LoadedImage(path, image, digest, tuple(notes))
 
 
-def check_file(path: Path) -> None:
-    """Raises :class:`PictureError` unless there is a file with something in it that may be read."""
+def check_image_file(path: Path) -> None:
+    """Raises :class:`ImageError` unless the path is a readable, non-empty file."""
     name = shown(path)
     try:
-        if ADDRESS.match(str(path)):
-            raise PictureError(f"{name} is an address, not a file. Download the picture, and give the file.")
+        if URL.match(str(path)):
+            raise ImageError(f"{name} is a URL, not a file. Download the image and pass the file.")
         if path.is_dir():
-            raise PictureError(f"{name} is a folder. Name the pictures in it, such as {name}/*.jpg.")
+            raise ImageError(f"{name} is a folder. Pass the images in it, such as {name}/*.jpg.")
         if not path.exists():
-            raise PictureError(f"there is no file {name}.")
+            raise ImageError(f"there is no file {name}.")
         if not path.is_file():
-            raise PictureError(f"{name} is no regular file.")
+            raise ImageError(f"{name} is not a regular file.")
         with path.open("rb") as file:
             if not file.read(1):
-                raise PictureError(f"{name} is empty.")
-    except OSError as error:  # a name that is too long, no permission
-        raise PictureError(f"cannot open {name}: {error.strerror or error}.") from error
+                raise ImageError(f"{name} is empty.")
+    except OSError as error:  # the name is too long, or permission is denied
+        raise ImageError(f"cannot open {name}: {error.strerror or error}.") from error
 
 
-# -- inside ---------------------------------------------------------------------------------------------------------
+# -- decoding -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _no_limit() -> Iterator[None]:
-    """Pillow refuses by the size that a file announces; here JPEG may be decoded smaller, so the check comes later."""
+    """Disables the size limit of Pillow; a later check takes into account that JPEG is decoded at reduced size."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken EXIF blocks and the like; the notes tell what matters
+            warnings.simplefilter("ignore")  # such as damaged EXIF data; the notes report what matters
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
@@ -130,22 +130,21 @@ def _no_limit() -> Iterator[None]:
 
 def _decoded(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
     width, height = image.size
-    if max(width, height) > THIN * min(width, height):
-        raise PictureError(
-            f"{name} has {width} × {height} pixels, and one side is more than {THIN} times the other. Cut it to what "
-            "should be looked at."
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(
+            f"{name} has {width} × {height} pixels, an aspect ratio above {MAX_ASPECT}. Crop it to the relevant part."
         )
     if width * height > LARGE and image.format in ("JPEG", "MPO"):
-        image.draft("RGB", (ENOUGH, ENOUGH))
+        image.draft("RGB", (REDUCED, REDUCED))
         if image.size != (width, height):
             notes.append(f"has {width} × {height} pixels, and was read at {image.width} × {image.height}")
     if image.width * image.height > LIMIT:
-        raise PictureError(
-            f"{name} has {width} × {height} pixels, more than the {LIMIT // 10**6} million that are read. Scale it "
-            "down, or cut it to what should be looked at."
+        raise ImageError(
+            f"{name} has {width} × {height} pixels, more than the limit of {LIMIT // 10**6} million. Resize it, or "
+            "crop it to the relevant part."
         )
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph with its preview is MPO
-        notes.append("holds several pictures; this is the first")
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO is a photograph with its preview
+        notes.append("contains several images; this is the first")
     image.load()
     return image
 
@@ -153,8 +152,8 @@ def _decoded(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
 def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the block is data of a stranger, and the picture is there without it
-        notes.append("has EXIF data that cannot be read, so it was not turned")
+    except Exception:  # EXIF data are untrusted, and the image can be read without them
+        notes.append("has EXIF data that cannot be read, so it was not rotated")
         return image
 
 
@@ -165,32 +164,35 @@ def _rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
         colors = image.convert("RGBA")
         white = Image.new("RGBA", colors.size, "white")
         if colors.getchannel("A").getextrema() != (255, 255):
-            notes.append("is transparent in places; these were made white")
+            notes.append("has transparent pixels, which became white")
         return Image.alpha_composite(white, colors).convert("RGB")
     return image.convert("RGB")
 
 
 def _deep_grey(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    """Grey of 16 bits as grey of 8; Pillow itself would cut it off at 255."""
+    """Greyscale with 16 bits as greyscale with 8; Pillow itself would clip at 255."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise PictureError(
-                f"{name} holds floating point numbers from {values.min():.4g} to {values.max():.4g}, and does not say "
-                "which of them is white. Save it with 8 or 16 bits, or scaled to between 0 and 1."
+            raise ImageError(
+                f"{name} has floating point values from {values.min():.4g} to {values.max():.4g} without a defined "
+                "range. Save it with 8 or 16 bits, or with values between 0 and 1."
             )
         return Image.fromarray((values * 255).round().astype(np.uint8))
     if values.min() < 0 or values.max() > 65535:
-        raise PictureError(
-            f"{name} holds integers from {values.min()} to {values.max()}, and does not say which of them is white. "
-            "Save it with 8 or 16 bits."
+        raise ImageError(
+            f"{name} has integer values from {values.min()} to {values.max()} without a defined range. Save it with 8 "
+            "or 16 bits."
         )
-    if values.max() < FAINT:
+    if values.max() < DARK:
         notes.append(f"has 16 bits, but no value above {values.max()} of 65535, so it is dark")
     return Image.fromarray((values / 257).round().astype(np.uint8))
 
 
 def _format_hint(path: Path) -> str:
     if path.suffix.lower() in (".heic", ".heif"):
-        return "Pictures of this kind, which phones make, need to be saved as JPEG first."
-    return "Give a PNG, JPEG, WebP, TIFF, GIF or BMP file."
+        return "HEIC images, the format of some phones, must be saved as JPEG first."
+    return "Pass a PNG, JPEG, WebP, TIFF, GIF or BMP file."
+
+
+__all__ = ["ImageError", "LoadedImage", "check_image_file", "load_image", "shown"]

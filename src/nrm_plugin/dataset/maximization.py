@@ -1,4 +1,4 @@
-"""One pass over data that finds the reference examples of channels and events, with bounded memory."""
+"""Relevance maximization: one pass over data that finds the reference examples of channels and events."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from tqdm import tqdm
 from zennit.core import Composite
 
 from ..composites import Uncovered, normalize
-from ..errors import InputError
+from ..errors import InputError, TargetError
 from ..events.event import Event
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..recording.module_outputs import module_outputs
 from .activations import single_activations
+from .evaluation import TargetChoice, device_of
 from .examples import EVENTS, By, FoundReferences, ReferencesError
 from .ranking import Ranking
 
@@ -46,37 +47,37 @@ def find_references(
     device: torch.device | str | None = None,
     show_progress: bool = False,
 ) -> FoundReferences:
-    r"""The samples in which each channel of some layers carries the most relevance, from one pass over the data.
+    r"""Finds the samples with the largest relevance of each channel of layers, in one pass over the data.
 
-    Memory holds ``k`` samples of each channel and target, however many samples come. Of equal values the first
-    samples are taken.
+    Memory holds ``k`` samples per channel and target, whatever the number of samples. Ties are broken by sample index.
 
     Args:
         model: The network, in evaluation mode.
-        data: A data set of ``(input, label)``, a loader of it that does not shuffle, or any batches of that form.
-            Samples are numbered as they come.
-        layers: Names of layers whose channels are ranked.
-        k: How many samples of each.
-        by: ``"relevance"``, ``"activation"`` or both; activations are what a module returns.
-        events: Events to be ranked by their mass, by name.
-        target: What is explained: the label, the predicted class, or one class for all samples.
-        unit: ``"measure"``: shares of all relevance, ``μ``. ``"output"``: the usual LRP score, ``μ`` times the
-            explained output. ``"layer"``: that score as a share of the absolute scores of all channels of the layer,
-            and activations likewise, as zennit-crp has it by default.
-        reduce: ``"sum"`` over the positions of a channel, or ``"max"``: its strongest one.
-        per_target: Also the best samples of each target.
+        data: A data set of ``(input, label)``, a loader without shuffling, or an iterable of such batches. Samples are
+            numbered in iteration order.
+        layers: Names of the layers.
+        k: Number of samples per channel.
+        by: ``"relevance"``, ``"activation"`` or both; activations are outputs of modules.
+        events: Events, by name, for which samples are ranked by mass.
+        target: The explained target: the label, the predicted class, or one class for all samples.
+        unit: ``"measure"``: shares of the total relevance, ``μ``. ``"output"``: the usual LRP score, ``μ`` times the
+            explained output. ``"layer"``: that score divided by the sum of the absolute scores of all channels of the
+            layer, and likewise for activations, which is the default of zennit-crp.
+        reduce: ``"sum"`` or ``"max"`` over the positions of a channel.
+        per_target: Also rank the samples of each target.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        residual: As there.
-        gain_limit: As there.
-        uncovered: As there.
-        batch_size: Samples of a pass, where ``data`` is a data set.
-        device: Where the model is; that of its parameters by default.
+        residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        batch_size: Samples per batch, if ``data`` is a data set.
+        device: Device of the model; by default that of its parameters.
         show_progress: Show a progress bar.
 
     Raises:
-        ReferencesError: A loader that shuffles, batches of another form, nothing to rank.
-        InputError: Arguments that do not fit.
-        UnknownLayerError: No layer of a name.
+        ReferencesError: The loader shuffles, batches have another form, or there is nothing to rank.
+        InputError: Invalid arguments.
+        TargetError: Targets do not fit the outputs.
+        UnknownLayerError: There is no layer with this name.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -87,51 +88,39 @@ def find_references(
 
     Source: Achtibat et al. (Nature Machine Intelligence 2023), for relevance maximization; events are ours.
     """
+    if target not in ("label", "prediction") and (isinstance(target, bool) or not isinstance(target, int)):
+        raise InputError(f"target={target!r} is unknown; choose 'label', 'prediction', or the index of a class.")
     search = _Search(list(layers), k, tuple(by), dict(events or {}), unit, reduce, per_target)
     rules = normalize(composite, residual, gain_limit, uncovered)
-    place = device if device is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
-    batches = _batches(data, batch_size)
+    device = device_of(model) if device is None else device
     with module_outputs(model, search.active) as outputs:
-        for inputs, labels in tqdm(batches, disable=not show_progress, unit="batch"):
-            chooser = _Chooser(target, labels, len(inputs))
-            mu = RelevanceMeasure(model, inputs.to(place), start=chooser, composite=rules)
-            search.add(mu, chooser.targets, single_activations(outputs))
-    return search.found()
+        for inputs, labels in tqdm(_batches(data, batch_size), disable=not show_progress, unit="batch"):
+            choice = _ClassChoice(target, labels)
+            mu = RelevanceMeasure(model, inputs.to(device), start=choice, composite=rules)
+            search.add(mu, torch.from_numpy(choice.targets), single_activations(outputs))
+    return search.references()
 
 
-class _Chooser:
-    """The start of a measure; remembers what it chose."""
+class _ClassChoice(TargetChoice):
+    """The explained class of each sample of a classifier."""
 
-    def __init__(self, target: object, labels: Tensor | None, count: int) -> None:
-        if target == "label" and labels is None:
-            raise ReferencesError(
-                "the data have no labels. Explain what is predicted: target='prediction', or a class."
-            )
-        if target not in ("label", "prediction") and (isinstance(target, bool) or not isinstance(target, int)):
-            raise InputError(f"target={target!r} is unknown; choose 'label', 'prediction', or the number of a class.")
-        self.targets = torch.full((count,), -1)
-        self._wanted = target
-        if isinstance(target, int):
-            self.targets = torch.full((count,), target)
-        elif target == "label" and labels is not None:
-            self.targets = labels.detach().cpu().reshape(-1).long()
-
-    def __call__(self, output: Tensor) -> Tensor:
-        """One-hot over the outputs ``(N, C)``."""
-        if output.ndim != 2:
-            raise InputError(f"references are of classifiers with an output (N, classes), got {tuple(output.shape)}.")
-        if self._wanted == "prediction":
-            self.targets = output.argmax(1).cpu()
-        if len(self.targets) != len(output):
-            raise ReferencesError(f"there are {len(self.targets)} labels for {len(output)} samples.")
-        if not bool(((self.targets >= 0) & (self.targets < output.shape[1])).all()):
-            low, high = int(self.targets.min()), int(self.targets.max())
-            raise InputError(f"targets {low} to {high} were given, but the model has {output.shape[1]} outputs.")
-        return nn.functional.one_hot(self.targets.to(output.device), output.shape[1]).to(output)
+    def __call__(self, outputs: Tensor) -> Tensor:
+        if outputs.ndim != 2:
+            raise InputError(f"references require a classifier with outputs (N, classes), got {tuple(outputs.shape)}.")
+        if self.target == "label":
+            if self.labels is None:
+                raise ReferencesError("the data have no labels. Set target='prediction', or a class.")
+            self.labels = self.labels.detach().cpu().reshape(-1).long()
+            if len(self.labels) != len(outputs):
+                raise ReferencesError(f"there are {len(self.labels)} labels for {len(outputs)} samples.")
+        start = super().__call__(outputs)
+        if (self.targets < 0).any():
+            raise TargetError(f"target {self.targets.min()} is negative; classes are counted from 0.")
+        return start
 
 
 class _Search:
-    """Ranks what a batch shows among what came before."""
+    """The rankings of all layers and events, batch by batch."""
 
     def __init__(
         self,
@@ -144,58 +133,65 @@ class _Search:
         per_target: bool,
     ) -> None:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise InputError(f"k={k!r} must be a whole number of at least 1.")
-        for what, value, known in (
+            raise InputError(f"k={k!r} must be an integer of at least 1.")
+        for name, value, known in (
             ("unit", unit, ("measure", "output", "layer")),
             ("reduce", reduce, ("sum", "max")),
             *(("by", one, ("relevance", "activation")) for one in by),
         ):
             if value not in known:
-                raise InputError(f"{what}={value!r} is unknown; choose {' or '.join(map(repr, known))}.")
+                raise InputError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, known))}.")
         if not events and not (layers and by):
-            raise ReferencesError("nothing to rank: name layers, or events.")
+            raise ReferencesError("there is nothing to rank: pass layers or events.")
         if events and unit == "layer":
-            raise InputError("unit='layer' is a share of a layer, and an event has none; choose 'measure' or 'output'.")
+            raise InputError("unit='layer' is undefined for events; choose 'measure' or 'output'.")
         self.layers = layers if "relevance" in by else []
         self.active = layers if "activation" in by else []
         self.events, self.unit, self.reduce = events, unit, reduce
-        rankings: dict[tuple[str, By], Ranking] = {}
-        for one in by:
-            rankings |= {(layer, one): Ranking(k, per_target) for layer in layers}
+        self.rankings: dict[tuple[str, By], Ranking] = {
+            (layer, one): Ranking(k, per_target) for one in by for layer in layers
+        }
         if events:
-            rankings[EVENTS, "relevance"] = Ranking(k, per_target)
-        self.rankings, self.groups, self.count = rankings, dict[str, Sequence[int | str]](), 0
+            self.rankings[EVENTS, "relevance"] = Ranking(k, per_target)
+        self.groups: dict[str, Sequence[int | str]] = {}
+        self.count = 0
 
-    def found(self) -> FoundReferences:
+    def references(self) -> FoundReferences:
         if not self.count:
-            raise ReferencesError("the data hand out no sample.")
-        places = {
+            raise ReferencesError("the data have no samples.")
+        rankings = {
             (name, by, target): ranking.of(target)
             for (name, by), ranking in self.rankings.items()
             for target in (None, *ranking.targets)
         }
-        return FoundReferences(self.groups, places, self.count)
+        return FoundReferences(self.groups, rankings, self.count)
 
-    def add(self, mu: RelevanceMeasure, targets: Tensor, activity: Mapping[str, Tensor]) -> None:
+    def add(self, mu: RelevanceMeasure, targets: Tensor, activations: Mapping[str, Tensor]) -> None:
         samples = torch.arange(self.count, self.count + mu.batch)
         scale = mu.output if self.unit != "measure" else torch.ones_like(mu.output)
         relevance = mu.marginal(self.layers) if self.layers else {}
-        for by, maps in (("relevance", relevance), ("activation", activity)):
-            for layer, values in maps.items():
-                if by == "relevance" and self.unit != "measure":
-                    # Before the largest is sought: where the output is negative, signs turn.
-                    values = values * scale.view(-1, *(1,) * (values.ndim - 1))
-                score, positions = _reduced(values, mu.channel_dim(layer), self.reduce)
-                if self.unit == "layer":
-                    score = score / score.abs().sum(1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
-                self._rank(layer, by, score, samples, targets, positions)  # type: ignore[arg-type]
+        for layer, values in relevance.items():
+            # Scaled before the maximum over positions, because a negative output reverses the order.
+            scaled = values if self.unit == "measure" else values * scale.view(-1, *(1,) * (values.ndim - 1))
+            self._rank(layer, "relevance", *self._scores(scaled, mu.channel_dim(layer)), samples, targets)
+        for layer, values in activations.items():
+            self._rank(layer, "activation", *self._scores(values, mu.channel_dim(layer)), samples, targets)
         if self.events:
             masses = mu(list(self.events.values())).T * scale[:, None]
-            self._rank(EVENTS, "relevance", masses, samples, targets, None)
+            self._rank(EVENTS, "relevance", masses, None, samples, targets)
         self.count += mu.batch
 
+    def _scores(self, values: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+        """The score of each channel, and the position of its largest value; ``(N, C)`` each."""
+        flat = values.movedim(channel_dim, 1).flatten(2) if values.ndim > 2 else values.unsqueeze(-1)
+        largest, positions = flat.max(-1)
+        score = flat.sum(-1) if self.reduce == "sum" else largest
+        if self.unit == "layer":
+            score = score / score.abs().sum(1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
+        return score, positions
+
     def _rank(
-        self, name: str, by: By, score: Tensor, samples: Tensor, targets: Tensor, positions: Tensor | None
+        self, name: str, by: By, score: Tensor, positions: Tensor | None, samples: Tensor, targets: Tensor
     ) -> None:
         score = score.detach().cpu()
         if not bool(score.isfinite().all()):
@@ -206,25 +202,17 @@ class _Search:
         self.rankings[name, by].add(score, samples, targets, None if positions is None else positions.cpu())
 
 
-def _reduced(values: Tensor, channel_dim: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Of each channel its sum or largest value, and where that was; ``(N, C)`` each."""
-    flat = values.movedim(channel_dim, 1).flatten(2) if values.ndim > 2 else values.unsqueeze(-1)
-    largest, positions = flat.max(-1)
-    return (flat.sum(-1) if reduce == "sum" else largest), positions
-
-
 def _batches(data: TorchDataset[Any] | Iterable[Any], batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     if isinstance(data, DataLoader):
         sampler = data.batch_sampler.sampler if type(data.batch_sampler) is BatchSampler else data.sampler
-        if not isinstance(sampler, SequentialSampler) and not isinstance(
-            data.dataset, torch.utils.data.IterableDataset
-        ):
+        is_iterable = isinstance(data.dataset, torch.utils.data.IterableDataset)
+        if not isinstance(sampler, SequentialSampler) and not is_iterable:
             raise ReferencesError(
-                f"samples are numbered as they come, and this loader hands them out by a {type(sampler).__name__}. "
-                "Give a loader with shuffle=False, or the data set itself."
+                f"samples are numbered in iteration order, but this loader uses a {type(sampler).__name__}. Pass a "
+                "loader with shuffle=False, or the data set itself."
             )
     elif isinstance(data, TorchDataset):
-        # With a generator of its own it does not draw from the caller's.
+        # With its own generator, the loader does not draw from the global random state.
         data = DataLoader(data, batch_size, generator=torch.Generator())
     for batch in data:
         parts = [batch] if isinstance(batch, Tensor) else list(batch)

@@ -1,6 +1,7 @@
-r"""Count, mean and sum of squared deviations of numbers that come in batches, by class, in double precision.
+r"""Count, mean and sum of squared deviations of batches of numbers, by class, in double precision.
 
-Two sets of numbers are merged without a difference of large sums:
+torchmetrics has means, but no variances by class that are merged across processes. Two sets of numbers are merged
+without cancellation of large sums:
 
 .. math:: n = n_a + n_b, \quad \delta = m_b - m_a, \quad
           m = m_a + \delta \frac{n_b}{n}, \quad
@@ -17,16 +18,16 @@ import torch
 from torch import Tensor
 
 COUNT, MEAN, SQUARES = range(3)
-"""Places in the last dimension of a state."""
+"""Indices in the last dimension of a state."""
 
 
 class Moments(NamedTuple):
     """Mean and variance of relevance over samples.
 
     Attributes:
-        samples: How many, ``(classes,)``; no dimension where classes are not told apart.
-        mean: ``(classes, *groups)``, dimensionless; not a number where there is no sample.
-        variance: The same shape; not a number where there are too few samples.
+        samples: Numbers of samples, ``(classes,)``; a scalar without classes.
+        mean: ``(classes, *groups)``, dimensionless; NaN for a class without samples.
+        variance: The same shape; NaN for a class with too few samples.
     """
 
     samples: Tensor
@@ -35,7 +36,7 @@ class Moments(NamedTuple):
 
 
 def empty(classes: int, groups: tuple[int, ...]) -> Tensor:
-    """The state of no numbers, ``(classes, *groups, 3)``."""
+    """The state before any sample, ``(classes, *groups, 3)``."""
     return torch.zeros((classes, *groups, 3), dtype=torch.float64)
 
 
@@ -57,7 +58,7 @@ def of_batch(values: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 def merged(states: Tensor) -> Tensor:
-    """One state of several, ``(several, …, 3)``, as if their numbers had come in one batch."""
+    """Merges states ``(several, …, 3)`` into the state of all their samples."""
     total = states[0]
     for state in states[1:]:
         count = total[..., COUNT] + state[..., COUNT]
@@ -74,7 +75,7 @@ def moments(state: Tensor, correction: int = 1) -> Moments:
 
     Args:
         state: ``(classes, *groups, 3)``.
-        correction: The variance divides by the count less this.
+        correction: Subtracted from the count in the denominator of the variance.
     """
     count = state[..., COUNT]
     mean = state[..., MEAN].masked_fill(count == 0, torch.nan)

@@ -1,11 +1,10 @@
-"""How far a sweep is: rate, remaining time and memory."""
+"""The progress bar of a sweep, with the memory in use."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from tqdm import tqdm
@@ -13,41 +12,36 @@ from tqdm import tqdm
 STATM = Path("/proc/self/statm")
 
 
-class Progress:
-    """A progress bar on stderr, in a context.
+class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
+    """tqdm's bar of samples, which also shows the memory of the process and of the accelerator.
 
     Args:
-        total: Number of samples; None where it is not known.
-        done: How many are there already.
+        total: Number of samples; None if it is unknown.
+        done: Samples that are already stored.
         is_shown: Whether there is a bar.
     """
 
     def __init__(self, total: int | None, done: int, is_shown: bool) -> None:
-        self._bar = tqdm(total=total, initial=done, unit="sample", disable=not is_shown, dynamic_ncols=True)
+        super().__init__(total=total, initial=done, unit="sample", disable=not is_shown, dynamic_ncols=True)
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._bar.close()
-
-    def tell(self, samples: int) -> None:
-        """More samples are done."""
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f"memory {memory()}", refresh=False)
-        self._bar.update(samples)
+    def update(self, n: float | None = 1) -> bool | None:
+        """Adds samples and refreshes the memory."""
+        if not self.disable:
+            self.set_postfix_str(f"memory {memory()}", refresh=False)
+        is_refreshed: bool | None = super().update(n)
+        return is_refreshed
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now, or at most, where the system does not tell."""
+    """Bytes of memory that this process holds now, or its peak if the system does not report the current value."""
     if STATM.exists():
         return int(STATM.read_text().split()[1]) * resource.getpagesize()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def memory() -> str:
-    """Memory of this process, and of the accelerator where it uses one."""
+    """Memory of this process, and of the accelerator if it is used, as text."""
     text = f"{resident() / 2**30:.1f} GiB"
     if torch.cuda.is_available() and torch.cuda.memory_allocated():
         text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"

@@ -1,4 +1,4 @@
-"""What is asked of every sample: small frozen objects with a name, which are also JSON."""
+"""The queries of a sweep: small frozen objects with a name that can be stored as JSON."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..events.serialization import event_from_json, event_to_json
 from ..measure.groups import KINDS
 from .sweep_layout import QueryInfo, SweepError
 
-Layer = str | Atom
+LayerSpec = str | Atom
 Reduce = Literal["max", "mean", "sum"]
 MIN_RATIO = 1e-3
-MOST = 1 << 28
-"""Bytes of labels that are read from a file; those of the widest layers of VGG16 take 13 million."""
+MAX_LABEL_BYTES = 1 << 28
+"""Limit for labels that are read from a file; the widest layers of VGG16 need 13 million bytes."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Integer labels of neurons, as an object that can be compared and written down.
+    """Integer labels of neurons, comparable and serializable.
 
     Attributes:
-        shape: Of the labels.
+        shape: Shape of the labels.
         data: Their bytes, as int32.
     """
 
@@ -38,14 +38,14 @@ class Labels:
 
     @classmethod
     def of(cls, labels: Tensor) -> Labels:
-        """From a tensor of integers."""
+        """The labels in an integer tensor."""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise SweepError(f"over= takes integer labels, got {labels.dtype}. Use labels.long().")
         return cls(tuple(labels.shape), labels.detach().cpu().int().numpy().tobytes())
 
     @property
     def tensor(self) -> Tensor:
-        """The labels."""
+        """The labels as a tensor."""
         return torch.from_numpy(np.frombuffer(self.data, np.int32).copy()).long().reshape(self.shape)
 
 
@@ -54,10 +54,10 @@ Over = str | Labels
 
 @dataclass(frozen=True)
 class Query:
-    """One question with numbers for each sample.
+    """A quantity that is computed for each sample.
 
     Attributes:
-        name: What its rows are called; made of what is asked where none is given.
+        name: Name of its rows; by default derived from the query.
     """
 
     name: str = field(default="", kw_only=True)
@@ -68,37 +68,37 @@ class Query:
             if item.name in ("layer", "upper", "lower"):
                 _check_layer(self, value)
             if item.name in ("event", "given", "joint") and value is not None:
-                event_to_json(value)  # refuses what could not be written down
+                event_to_json(value)  # raises if it cannot be stored
             if item.name == "over":
-                object.__setattr__(self, "over", _checked_over(self, value))
+                object.__setattr__(self, "over", _validated_over(self, value))
         if getattr(self, "given", None) is not None and getattr(self, "joint", None) is not None:
             raise SweepError(f"{type(self).__name__}: give given= or joint=, not both.")
         if not isinstance(self.name, str) or "\n" in self.name:
             raise SweepError(f"the name of a query is one line of text, got {self.name!r}.")
         if not self.name:
-            object.__setattr__(self, "name", self._made_name())
+            object.__setattr__(self, "name", self._default_name())
 
-    def _made_name(self) -> str:
+    def _default_name(self) -> str:
         parts = []
         for item in fields(self):
             value = getattr(self, item.name)
             is_plain = item.name in ("layer", "upper", "lower", "event")
             if is_plain or (item.name != "name" and value != item.default):
-                parts.append(_word(value) if is_plain else f"{item.name}={_word(value)}")
+                parts.append(_text(value) if is_plain else f"{item.name}={_text(value)}")
         return f"{type(self).__name__.lower()}({', '.join(parts)})"
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of its layers, the upper one first."""
-        found = [getattr(self, item.name) for item in fields(self) if item.name in ("layer", "upper", "lower")]
-        return tuple(_word(layer) for layer in found)
+        names = [item.name for item in fields(self) if item.name in ("layer", "upper", "lower")]
+        return tuple(_text(getattr(self, name)) for name in names)
 
     def to_json(self) -> dict[str, Any]:
-        """The query as JSON; :func:`from_json` gives an equal one back."""
+        """The query as JSON, which :func:`from_json` reads."""
         return {"kind": type(self).__name__} | {item.name: _to_json(getattr(self, item.name)) for item in fields(self)}
 
     def info(self, groups: Sequence[int] | None = None) -> QueryInfo:
-        """What a manifest tells of it."""
+        """The entry of the query in a manifest."""
         shape = None if groups is None else tuple(groups)
         return QueryInfo(self.name, type(self).__name__, self.layers, shape, self.to_json())
 
@@ -110,12 +110,12 @@ class Marginal(Query):
     Args:
         layer: Name of a tap, or ``at(…)``.
         over: ``"channel"``, ``"position"``, ``"neuron"``, or integer labels of all neurons.
-        joint: An event that walks satisfy as well.
-        given: An event whose mass divides. Where ``|μ(given)| ≤ min_ratio`` there is no value.
-        min_ratio: Of all relevance, which is 1.
+        joint: An event that the walks also satisfy.
+        given: An event that is conditioned on. The value is null if ``|μ(given)| ≤ min_ratio``.
+        min_ratio: Threshold, as a share of the total relevance, which is 1.
     """
 
-    layer: Layer
+    layer: LayerSpec
     over: Any = "channel"
     joint: Event | None = None
     given: Event | None = None
@@ -127,13 +127,13 @@ class Joint(Query):
     """``μ(group of the upper layer and group of the lower one)``.
 
     Args:
-        upper: The tap that walks cross first.
+        upper: The tap that walks cross first, nearer to the output.
         lower: A tap below it.
         over: As in :class:`Marginal`, or a pair for the two layers.
     """
 
-    upper: Layer
-    lower: Layer
+    upper: LayerSpec
+    lower: LayerSpec
     over: Any = "channel"
 
 
@@ -143,8 +143,8 @@ class EventMass(Query):
 
     Args:
         event: The event.
-        given: An event whose mass divides. Where ``|μ(given)| ≤ min_ratio`` there is no value.
-        min_ratio: Of all relevance, which is 1.
+        given: An event that is conditioned on. The value is null if ``|μ(given)| ≤ min_ratio``.
+        min_ratio: Threshold, as a share of the total relevance, which is 1.
     """
 
     event: Event
@@ -154,17 +154,17 @@ class EventMass(Query):
 
 @dataclass(frozen=True)
 class Conditional(Query):
-    """``μ(event | group)`` for each group of a layer: which share of what crosses the group satisfies the event.
+    """``μ(event | group)`` for each group of a layer: the share of the group's relevance with the event.
 
     Args:
         event: The event.
         layer: Name of a tap, or ``at(…)``.
         over: As in :class:`Marginal`.
-        min_ratio: There is no value where ``|μ(group)|`` is at most this share of the absolute mass of its neurons.
+        min_ratio: The value is null if ``|μ(group)|`` is at most this share of the absolute mass of its neurons.
     """
 
     event: Event
-    layer: Layer
+    layer: LayerSpec
     over: Any = "channel"
     min_ratio: float = MIN_RATIO
 
@@ -173,33 +173,33 @@ class Conditional(Query):
 class Sink(Query):
     """Mass absorbed above a layer, one number."""
 
-    layer: Layer
+    layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Bypass(Query):
-    """Mass of the walks around a layer, one number."""
+    """Mass of the walks that bypass a layer, one number."""
 
-    layer: Layer
+    layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Variation(Query):
     """Tap variation of a layer, one number."""
 
-    layer: Layer
+    layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Activation(Query):
-    """What the model computes at a layer, reduced to one number for each channel; no relevance.
+    """The activation of a layer, reduced to one number per channel.
 
     Args:
         layer: Name of a module, ``"input"`` or ``"output"``.
         reduce: ``"max"``, ``"mean"`` or ``"sum"`` over the positions of a channel.
     """
 
-    layer: Layer
+    layer: LayerSpec
     reduce: Reduce = "max"
 
     def __post_init__(self) -> None:
@@ -210,14 +210,14 @@ class Activation(Query):
 
 @dataclass(frozen=True)
 class Peak(Query):
-    """Where a channel has its largest relevance, or activation: the number of the position, row by row.
+    """Position of the largest relevance or activation of a channel, as a flat (row-major) index.
 
     Args:
-        layer: Name of a tap; of a module for activation.
+        layer: Name of a tap, or of a module for activations.
         of: ``"relevance"`` or ``"activation"``.
     """
 
-    layer: Layer
+    layer: LayerSpec
     of: Literal["relevance", "activation"] = "relevance"
 
     def __post_init__(self) -> None:
@@ -228,17 +228,17 @@ class Peak(Query):
 
 @dataclass(frozen=True)
 class Maps(Query):
-    """``μ(neuron)`` of a layer as a tensor for each sample, for heat maps; also joint with or given an event.
+    """``μ(neuron)`` of a layer as a tensor for each sample, for heat maps; also joint with an event or given an event.
 
     Args:
         layer: Name of a tap.
         joint: As in :class:`Marginal`.
-        given: As there; a map without values holds NaN.
+        given: As in :class:`Marginal`; a map without values contains NaN.
         over: None for every neuron, ``"position"`` for the sum over channels.
         min_ratio: As in :class:`Marginal`.
     """
 
-    layer: Layer = "input"
+    layer: LayerSpec = "input"
     joint: Event | None = None
     given: Event | None = None
     over: Any = None
@@ -251,42 +251,42 @@ QUERIES: dict[str, type[Query]] = {
 }
 
 
-def from_json(said: Any) -> Query:
-    """The query that :meth:`Query.to_json` wrote down.
+def from_json(data: Any) -> Query:
+    """The query that :meth:`Query.to_json` stored.
 
     Raises:
-        SweepError: It is none.
+        SweepError: The data are not a query.
     """
-    if not isinstance(said, Mapping) or said.get("kind") not in QUERIES:
-        raise SweepError(f"this is no query: {said!r}. Kinds are {', '.join(QUERIES)}.")
+    if not isinstance(data, Mapping) or data.get("kind") not in QUERIES:
+        raise SweepError(f"this is not a query: {data!r}. Kinds are {', '.join(QUERIES)}.")
     try:
-        return QUERIES[said["kind"]](**{key: _from_json(value) for key, value in said.items() if key != "kind"})
+        return QUERIES[data["kind"]](**{key: _from_json(value) for key, value in data.items() if key != "kind"})
     except SweepError:
         raise
     except (TypeError, ValueError, KeyError, zlib.error, RecursionError) as error:
-        raise SweepError(f"this is no query: {said!r} ({error}).") from error
+        raise SweepError(f"this is not a query: {data!r} ({error}).") from error
 
 
 def check_queries(queries: Any) -> tuple[Query, ...]:
-    """The queries of a sweep.
+    """The queries of a sweep as a tuple.
 
     Raises:
-        SweepError: None, something else, or two of one name.
+        SweepError: There is none, an object is not a query, or two queries have the same name.
     """
-    found = tuple(queries) if isinstance(queries, (list, tuple)) else (queries,)
-    for query in found:
+    checked = tuple(queries) if isinstance(queries, (list, tuple)) else (queries,)
+    for query in checked:
         if not isinstance(query, Query):
             raise SweepError(f"expected queries such as Marginal('layer'), got {type(query).__name__}: {query!r}.")
-    names = [query.name for query in found]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise SweepError(f"two queries are called {twice[0]!r}. Name one of them: name='…'.")
-    taken = {"sample", "target", "prediction", "__metadata__"}.intersection(names)
-    if taken:
-        raise SweepError(f"a query cannot be called {min(taken)!r}, which is the name of a column.")
-    if not found:
-        raise SweepError("there is no query; ask for something such as Marginal('layer').")
-    return found
+    names = [query.name for query in checked]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise SweepError(f"two queries have the name {repeated[0]!r}. Give one of them another name: name='…'.")
+    reserved = {"sample", "target", "prediction", "__metadata__"}.intersection(names)
+    if reserved:
+        raise SweepError(f"a query cannot have the name {min(reserved)!r}, which is the name of a column.")
+    if not checked:
+        raise SweepError("there are no queries; pass queries such as Marginal('layer').")
+    return checked
 
 
 # -- inside ---------------------------------------------------------------------------------------------------------
@@ -302,9 +302,9 @@ def _check_layer(query: Query, layer: Any) -> None:
         raise SweepError(f"{kind} takes the name of a layer or at(…), got {type(layer).__name__}: {layer!r}.")
 
 
-def _checked_over(query: Query, over: Any) -> Any:
+def _validated_over(query: Query, over: Any) -> Any:
     if isinstance(query, Joint) and isinstance(over, (tuple, list)) and len(over) == 2:
-        return tuple(_checked_over(query, one) for one in over)
+        return tuple(_validated_over(query, one) for one in over)
     if isinstance(over, Tensor):
         return Labels.of(over)
     allowed = (None, *KINDS) if isinstance(query, Maps) else KINDS
@@ -315,11 +315,11 @@ def _checked_over(query: Query, over: Any) -> Any:
     return over
 
 
-def _word(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, Atom) and value == at(value.layer):
         return str(value.layer)
     if isinstance(value, tuple):
-        return "×".join(map(_word, value))
+        return "×".join(map(_text, value))
     if isinstance(value, Labels):
         return f"labels {zlib.crc32(value.data):08x}"
     return str(value)
@@ -337,9 +337,9 @@ def _to_json(value: Any) -> Any:
 
 def _unpacked(text: str) -> bytes:
     reader = zlib.decompressobj()
-    data = reader.decompress(base64.b64decode(text), MOST)
+    data = reader.decompress(base64.b64decode(text), MAX_LABEL_BYTES)
     if not reader.eof:
-        raise ValueError(f"its labels are cut off, or more than the {MOST // 4} that are read")
+        raise ValueError(f"its labels are truncated, or more than the limit of {MAX_LABEL_BYTES // 4}")
     return data
 
 

@@ -1,4 +1,4 @@
-"""The best few samples of each group, of numbers that come in batches: memory does not grow with their number."""
+"""The k samples with the largest values of each group, batch by batch, in memory that does not grow."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NOBODY = torch.iinfo(torch.int64).max
-"""Sample of a place that is free; sorts behind all others."""
+NO_SAMPLE = torch.iinfo(torch.int64).max
+"""Index of an empty entry; sorts behind all samples."""
 
 
 @dataclass
-class Places:
-    """The first ``k`` of each row, the best first; of equal values the first samples.
+class TopSamples:
+    """The ``k`` samples with the largest values of each row, in decreasing order; ties are broken by sample index.
 
     Attributes:
-        values: ``(…, k)``; minus infinity where a place is free.
-        samples: Of which sample.
-        targets: What was explained of it.
-        positions: Where in the group the largest value was; -1 where that is not told.
+        values: ``(…, k)``; minus infinity in empty entries.
+        samples: Indices of the samples.
+        targets: Explained classes; -1 if unknown.
+        positions: Positions of the largest value within the group; -1 if unknown.
     """
 
     values: Tensor
@@ -28,39 +28,51 @@ class Places:
     positions: Tensor
 
     @classmethod
-    def free(cls, shape: tuple[int, ...], dtype: torch.dtype) -> Places:
-        """Places that nobody has."""
+    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype) -> TopSamples:
+        """Empty entries."""
         return cls(
             torch.full(shape, -torch.inf, dtype=dtype),
-            torch.full(shape, NOBODY),
+            torch.full(shape, NO_SAMPLE),
             torch.full(shape, -1, dtype=torch.int32),
             torch.full(shape, -1, dtype=torch.int32),
         )
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """All four."""
+        """All four tensors."""
         return self.values, self.samples, self.targets, self.positions
 
-    def with_others(self, others: Places) -> Places:
-        """The best of both; of equal size in all but the last dimension."""
-        size = self.values.shape[-1]
-        both = [torch.cat(pair, dim=-1) for pair in zip(self.parts, others.parts, strict=True)]
+    def __getitem__(self, index: int | slice | Tensor | tuple[int | slice | Tensor, ...]) -> TopSamples:
+        return TopSamples(*(part[index] for part in self.parts))
+
+    def where(self, is_ranked: Tensor) -> TopSamples:
+        """Empty entries where the condition is false."""
+        empty = TopSamples.empty((), self.values.dtype)
+        pairs = zip(self.parts, empty.parts, strict=True)
+        return TopSamples(*(torch.where(is_ranked, part, other) for part, other in pairs))
+
+    def joined(self, others: TopSamples, dim: int) -> TopSamples:
+        """Both, concatenated."""
+        return TopSamples(*(torch.cat(pair, dim) for pair in zip(self.parts, others.parts, strict=True)))
+
+    def merged(self, others: TopSamples) -> TopSamples:
+        """The top ``k`` of both; all dimensions but the last are equal."""
+        both = self.joined(others, -1)
         # Sorted twice, the second time stably: by sample, then by value.
-        order = both[1].argsort(dim=-1, stable=True)
-        by_value = both[0].gather(-1, order).argsort(dim=-1, descending=True, stable=True)[..., :size]
-        order = order.gather(-1, by_value)
-        return Places(*(part.gather(-1, order) for part in both))
+        order = both.samples.argsort(dim=-1, stable=True)
+        by_value = both.values.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(-1, by_value[..., : self.values.shape[-1]])
+        return TopSamples(*(part.gather(-1, order) for part in both.parts))
 
 
 class Ranking:
-    """The samples with the largest values of each group, over all and for each target.
+    """The samples with the largest values of each group, over all samples and for each target.
 
-    Holds ``k`` of each group and target that has come, and nothing of the others.
+    Stores ``k`` samples per group and target.
 
     Args:
-        k: How many.
-        by_target: Also for each target.
+        k: Number of samples.
+        by_target: Also rank for each target.
 
     Examples:
         >>> ranking = Ranking(2)
@@ -72,84 +84,76 @@ class Ranking:
 
     def __init__(self, k: int, by_target: bool = False) -> None:
         self.k, self.by_target = k, by_target
-        self._all: Places | None = None
-        self._each: Places | None = None
+        self._all: TopSamples | None = None
+        self._by_target: TopSamples | None = None
         self._rows: dict[int, int] = {}
 
     @property
     def targets(self) -> list[int]:
-        """The targets that have come."""
+        """The targets seen so far."""
         return sorted(self._rows)
 
     def add(
         self, values: Tensor, samples: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
     ) -> None:
-        """Ranks a batch among what has come before.
+        """Merges a batch into the ranking.
 
         Args:
             values: ``(N, K)``, finite.
-            samples: A number for each sample, ``(N,)``, that no other has.
-            targets: What was explained of each, ``(N,)``; needed for a ranking by target.
-            positions: Where in each group the largest value was, ``(N, K)``.
+            samples: Unique index of each sample, ``(N,)``.
+            targets: Explained class of each sample, ``(N,)``; required to rank by target.
+            positions: Positions of the largest value of each group, ``(N, K)``.
         """
         if not len(values):
             return
-        free = Places.free((values.shape[1], len(values)), values.dtype)
-        batch = Places(
+        empty = TopSamples.empty((values.shape[1], len(values)), values.dtype)
+        batch = TopSamples(
             values.T,
             samples.expand(values.T.shape),
-            free.targets if targets is None else targets.int().expand(values.T.shape),
-            free.positions if positions is None else positions.T.int(),
+            empty.targets if targets is None else targets.int().expand(values.T.shape),
+            empty.positions if positions is None else positions.T.int(),
         )
-        held = self._all or Places.free((values.shape[1], self.k), values.dtype)
-        self._all = held.with_others(batch)
+        held = self._all or TopSamples.empty((values.shape[1], self.k), values.dtype)
+        self._all = held.merged(batch)
         if self.by_target and targets is not None:
             self._add_by_target(batch, targets)
 
-    def _add_by_target(self, batch: Places, targets: Tensor) -> None:
+    def _add_by_target(self, batch: TopSamples, targets: Tensor) -> None:
         groups, present = len(batch.values), torch.unique(targets)
-        self._make_room(groups, present, batch.values.dtype)
-        assert self._each is not None
-        # Samples in rows by target: as many columns as the commonest one has.
+        stored = self._with_rows_for(present, groups, batch.values.dtype)
+        # Samples in rows by target, with as many columns as the most frequent target has samples.
         row = torch.searchsorted(present, targets)
         order = row.argsort(stable=True)
         counts = row.bincount(minlength=len(present))
         column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row[order]]
-        spread = Places.free((groups, len(present), int(counts.max())), batch.values.dtype)
+        spread = TopSamples.empty((groups, len(present), int(counts.max())), batch.values.dtype)
         for part, source in zip(spread.parts, batch.parts, strict=True):
             part[:, row[order], column] = source[:, order]
-        chosen = torch.tensor([self._rows[int(target)] for target in present])
-        held = Places(*(part[:, chosen] for part in self._each.parts))
-        for part, new in zip(self._each.parts, held.with_others(spread).parts, strict=True):
-            part[:, chosen] = new
+        rows = torch.tensor([self._rows[int(target)] for target in present])
+        for part, new in zip(stored.parts, stored[:, rows].merged(spread).parts, strict=True):
+            part[:, rows] = new
 
-    def _make_room(self, groups: int, present: Tensor, dtype: torch.dtype) -> None:
+    def _with_rows_for(self, present: Tensor, groups: int, dtype: torch.dtype) -> TopSamples:
+        """The rankings by target, extended by empty rows for new targets."""
         new = [int(target) for target in present if int(target) not in self._rows]
-        if not new:
-            return
         for target in new:
             self._rows[target] = len(self._rows)
-        free = Places.free((groups, len(new), self.k), dtype)
-        old = self._each
-        self._each = (
-            free
-            if old is None
-            else Places(*(torch.cat(pair, dim=1) for pair in zip(old.parts, free.parts, strict=True)))
-        )
+        if self._by_target is None or new:
+            empty = TopSamples.empty((groups, len(new), self.k), dtype)
+            self._by_target = empty if self._by_target is None else self._by_target.joined(empty, 1)
+        return self._by_target
 
-    def of(self, target: int | None) -> Places:
-        """The places of one target, or over all, ``(K, k)``.
+    def of(self, target: int | None) -> TopSamples:
+        """The ranking of one target, or over all samples, ``(K, k)``.
 
         Raises:
-            KeyError: No sample of this target has come, or none at all.
+            KeyError: No sample of this target was added, or none at all.
         """
-        found = self._all
-        if target is not None and self._each is not None:
-            row = self._rows[target]
-            found = Places(*(part[:, row] for part in self._each.parts))
-        if found is None or (target is not None and self._each is None):
+        if target is not None and self._by_target is not None:
+            return self._by_target[:, self._rows[target]]
+        if self._all is None or target is not None:
             raise KeyError(target)
-        return found
+        return self._all
 
 
-__all__ = ["NOBODY", "Places", "Ranking"]
+__all__ = ["NO_SAMPLE", "Ranking", "TopSamples"]

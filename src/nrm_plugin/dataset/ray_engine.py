@@ -1,4 +1,4 @@
-"""Sweeps on the machines of a Ray cluster, and as a function of batches for Ray Data and for Hugging Face datasets."""
+"""Sweeps on a Ray cluster, and queries as a function of batches for Ray Data and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from ..kernels.normalization import Residual
 from ..model.inputs import Output
 from .evaluation import Evaluation, Target, Unpack, check_target, dtype_of
 from .queries import Maps, Query, check_queries
-from .shard_writer import joined, tables
-from .sweep_job import Job
+from .shard_writer import concatenated, tables
+from .sweep_job import OnProgress, SweepJob
 from .sweep_layout import SweepError
 
 INPUTS, LABEL, SAMPLE = "inputs", "label", "sample"
 
 
 class SweepBatches:
-    """Answers to queries for batches of columns, as rows of a sweep.
+    """Evaluates queries for batches of columns, and returns the rows of a sweep.
 
     For ``ray.data.Dataset.map_batches(SweepBatches, fn_constructor_kwargs={…}, …)`` and for
     ``datasets.Dataset.map(SweepBatches(…), batched=True, with_indices=True, remove_columns=…)``.
 
     Args:
-        model: The network in evaluation mode, or a function without arguments that makes it, once for each worker.
-        queries: What is asked; no maps.
+        model: The network in evaluation mode, or a function without arguments that returns it, called once per worker.
+        queries: The queries, without maps.
         target: As in :func:`~nrm_plugin.dataset.sweep`.
-        composite: As there.
-        residual: As there.
-        gain_limit: As there.
-        output: As there.
-        unpack: Finds ``(inputs, labels)`` in a batch of columns; by default the columns ``inputs`` and ``label``.
-        device: Where to compute; where the model is by default.
+        composite: As in :func:`~nrm_plugin.dataset.sweep`.
+        residual: As in :func:`~nrm_plugin.dataset.sweep`.
+        gain_limit: As in :func:`~nrm_plugin.dataset.sweep`.
+        output: As in :func:`~nrm_plugin.dataset.sweep`.
+        unpack: Returns ``(inputs, labels)`` of a batch of columns; by default the columns ``inputs`` and ``label``.
+        device: The device; by default that of the model.
 
     Raises:
-        SweepError: A query asks for maps, which are no rows.
+        SweepError: A query is for maps, which are not rows.
     """
 
     def __init__(
@@ -62,49 +62,49 @@ class SweepBatches:
         device: str | None = None,
     ) -> None:
         check_target(target)
-        asked = check_queries(queries)
-        for query in asked:
+        checked = check_queries(queries)
+        for query in checked:
             if isinstance(query, Maps):
-                raise SweepError(f"{query.name} asks for maps, which are no rows. Use sweep(…), which stores them.")
-        made = model if isinstance(model, nn.Module) else model()
+                raise SweepError(f"{query.name} is a query for maps, which are not rows. Use sweep(…) to store maps.")
+        network = model if isinstance(model, nn.Module) else model()
+        network = network if device is None else network.to(device)
         rules = normalize(composite, residual, gain_limit, None)
-        placed = made if device is None else made.to(device)
-        columns = partial(_columns, dtype=dtype_of(placed))
-        self.evaluation = Evaluation(placed, asked, rules, target, unpack or columns, output)
+        columns = partial(_columns, dtype=dtype_of(network))
+        self.evaluation = Evaluation(network, checked, rules, target, unpack or columns, output)
 
     def __call__(self, batch: Mapping[str, Any], indices: Sequence[int] | None = None) -> dict[str, Any]:
         """The rows of a batch.
 
         Args:
-            batch: Columns; ``sample`` holds the numbers of the samples where no indices are given.
-            indices: Numbers of the samples.
+            batch: Columns, with the sample numbers in ``sample`` unless indices are given.
+            indices: The sample numbers.
 
         Returns:
-            The columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`, of one length; NaN where there is no value.
+            The columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`, of equal length; NaN for undefined values.
 
         Raises:
-            SweepError: The samples have no numbers.
+            SweepError: There are no sample numbers.
         """
         if indices is None and SAMPLE not in batch:
             raise SweepError(
-                f"the batch has no column {SAMPLE!r} with the numbers of its samples; it has {', '.join(batch)}. Add "
-                "one, or with datasets pass with_indices=True."
+                f"the batch has no column {SAMPLE!r} of sample numbers; its columns are {', '.join(batch)}. Add it, or "
+                "set with_indices=True for Hugging Face datasets."
             )
         sample = [int(number) for number in (batch[SAMPLE] if indices is None else indices)]
-        found = joined([self.evaluation(sample, batch)], self.evaluation.queries)
+        results = concatenated([self.evaluation(sample, batch)], self.evaluation.queries)
         names = [query.name for query in self.evaluation.queries]
-        kind = "double" if self.evaluation.is_double else "float"
-        parts = [table for name in names for _, table in tables(found, name, names, kind)]
+        value = "double" if self.evaluation.is_double else "float"
+        parts = [table for name in names for _, table in tables(results, name, names, value)]
         columns = {key: [part[key].to_numpy() for part in parts] for key in parts[0].column_names}
         return {key: np.concatenate(values) for key, values in columns.items()}
 
 
 def _columns(batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
-    """Inputs and labels of a batch of columns; lists of numbers have lost their type."""
+    """Inputs and labels of a batch of columns; inputs get the type of the model, as lists have none."""
     if INPUTS not in batch:
         raise SweepError(
-            f"the batch has no column {INPUTS!r}; it has {', '.join(batch)}. Say what is what by unpack=, a function "
-            "that returns (inputs, labels) of such a batch."
+            f"the batch has no column {INPUTS!r}; its columns are {', '.join(batch)}. Pass unpack=, a function that "
+            "returns (inputs, labels) of a batch."
         )
     labels, inputs = batch.get(LABEL), torch.as_tensor(np.asarray(batch[INPUTS]))
     inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
@@ -115,68 +115,72 @@ def _columns(batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 class _Worker:
-    """One model, which evaluates shards as they come."""
+    """Evaluates shards with one model.
 
-    def __init__(self, job: Job, is_on_gpu: bool) -> None:
+    Args:
+        job: The sweep.
+        is_on_gpu: Whether the model runs on the GPU.
+    """
+
+    def __init__(self, job: SweepJob, is_on_gpu: bool) -> None:
         job.evaluation.model.to("cuda" if is_on_gpu else "cpu")
         self.job = job
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        told: list[int] = []
+        samples: list[int] = []
+        message = ""
         try:
-            self.job.run([int(number) for number in batch["shard"]], 0, told.append)
-        except Exception as error:  # Ray would hand on its text alone, among much of its own
-            return {"samples": [sum(told)], "error": [str(error) if isinstance(error, NRMError) else _told(error)]}
-        return {"samples": [sum(told)], "error": [""]}
+            self.job.run([int(number) for number in batch["shard"]], 0, samples.append)
+        except NRMError as error:  # raised as an exception, its message would be inside one of Ray
+            message = str(error)
+        except Exception as error:
+            message = "".join(traceback.format_exception(error))
+        return {"samples": [sum(samples)], "error": [message]}
 
 
 def run(
-    job: Job,
+    job: SweepJob,
     numbers: Sequence[int],
-    tell: Callable[[int], None],
+    on_progress: OnProgress,
     concurrency: int | tuple[int, int] | None = None,
     num_gpus: float | None = None,
     num_cpus: float = 1,
 ) -> None:
-    """Evaluates and writes some shards on the workers of Ray, one model each; what a dead worker had is done again.
+    """Evaluates and writes shards on Ray workers with one model each; shards of workers that die are evaluated again.
 
     Args:
-        job: The work; its folder is seen by all machines.
-        numbers: Which shards.
-        tell: Called with the number of samples after each shard.
-        concurrency: How many workers, or least and most; by default as many as there are slots.
-        num_gpus: GPUs of each worker, or a part of one.
-        num_cpus: Processors of each worker, and threads of its model.
+        job: The sweep, in a folder that all machines can access.
+        numbers: The numbers of the shards.
+        on_progress: Is called after each shard.
+        concurrency: Number of workers, or minimum and maximum; by default the number of slots.
+        num_gpus: GPUs per worker, possibly a fraction.
+        num_cpus: CPUs per worker, and threads of its model.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        SweepError: As in :meth:`~nrm_plugin.dataset.sweep_job.Job.run`.
+        SweepError: As in :meth:`~nrm_plugin.dataset.sweep_job.SweepJob.run`.
     """
     ray, data = extra("ray", "ray"), extra("ray.data", "ray")
     if not ray.is_initialized():
         ray.init(address=None, log_to_driver=False)
     slots = ray.cluster_resources()
-    most = int(slots.get("GPU", 0) / num_gpus) if num_gpus else int(slots.get("CPU", 1) / num_cpus)
-    wanted = concurrency or max(1, min(most, len(numbers)))
-    least, largest = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+    available = int(slots.get("GPU", 0) / num_gpus) if num_gpus else int(slots.get("CPU", 1) / num_cpus)
+    workers = concurrency or max(1, min(available, len(numbers)))
+    smallest, largest = workers if isinstance(workers, tuple) else (workers, workers)
     absolute = replace(job, folder=job.folder.resolve())
     shards = data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
-    done = shards.map_batches(
+    results = shards.map_batches(
         _Worker,
         fn_constructor_args=(absolute, bool(num_gpus)),
         batch_size=1,
-        compute=data.ActorPoolStrategy(min_size=least, max_size=largest),
+        compute=data.ActorPoolStrategy(min_size=smallest, max_size=largest),
         num_gpus=num_gpus,
         num_cpus=None if num_gpus else num_cpus,
     )
-    for row in done.iter_rows():
+    for row in results.iter_rows():
         if row["error"]:
             raise SweepError(f"a worker stopped: {row['error']}")
-        tell(int(row["samples"]))
-
-
-def _told(error: Exception) -> str:
-    return "".join(traceback.format_exception(error))
+        on_progress(int(row["samples"]))
 
 
 __all__ = ["SweepBatches", "run"]

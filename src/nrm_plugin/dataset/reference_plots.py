@@ -1,4 +1,4 @@
-"""The picture of reference examples: a row for each channel, its best examples side by side."""
+"""The figure of reference examples: one row for each channel."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .crops import Crop
 
 Style = Literal["mask", "plain", "heat", "both"]
 FADED = 0.78
-"""How much of a pixel is covered where it carries no relevance."""
+"""Opacity of the veil over pixels without relevance."""
 CELL = 1.15
-"""Inches of a picture."""
+"""Side length of an image in inches."""
 MOST = 16
-"""Rows, and pictures in a row, that a figure has room for."""
+"""Largest number of rows, and of images in a row, of a figure."""
 
 
 def reference_figure(
@@ -31,25 +31,25 @@ def reference_figure(
     labels: Mapping[int | str, str] | None = None,
     unit: str = "%",
 ) -> Figure:
-    """Reference examples of some channels, the best at the left.
+    """Draws reference examples of channels, in decreasing order from the left.
 
     Args:
-        rows: Crops of each channel, of :func:`~nrm_plugin.dataset.crops.crops`.
-        style: ``"mask"`` fades what carries no relevance of the channel, ``"plain"`` shows the crops as they are,
-            ``"heat"`` the conditional heat maps over them, ``"both"`` crops with their heat maps beneath.
-        heading: Above the picture.
-        dark: For a dark background; save it with ``facecolor=figure.get_facecolor()``.
-        labels: What the rows are called; the number of the channel by default.
-        unit: ``"%"`` where values are shares of relevance; else they are printed as numbers, with this behind.
+        rows: Crops of each channel, from :func:`~nrm_plugin.dataset.crops.crops`.
+        style: ``"mask"`` fades pixels without relevance of the channel, ``"plain"`` shows the crops, ``"heat"`` the
+            conditional heat maps over them, ``"both"`` crops with their heat maps below.
+        heading: Title of the figure.
+        dark: Use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
+        labels: Labels of the rows; by default the channel index.
+        unit: ``"%"`` if values are shares of relevance; otherwise values are printed as numbers with this suffix.
 
     Raises:
-        InputError: Nothing to draw, more than there is room for, or a style that is unknown.
+        InputError: There are no crops or too many, or the style is unknown.
     """
     if style not in ("mask", "plain", "heat", "both"):
         raise InputError(f"style={style!r} is unknown; choose 'mask', 'plain', 'heat' or 'both'.")
     across = max((len(row) for row in rows.values()), default=0)
     if not across or across > MOST or len(rows) > MOST:
-        raise InputError(f"a picture has room for 1 to {MOST} rows of 1 to {MOST} crops, got {len(rows)} of {across}.")
+        raise InputError(f"a figure has room for 1 to {MOST} rows of 1 to {MOST} crops, got {len(rows)} of {across}.")
     palette, lines = DARK if dark else LIGHT, 2 if style == "both" else 1
     figure = Figure(
         figsize=(1.1 + CELL * across, 0.2 + (CELL * lines + 0.22) * len(rows) + 0.35 * bool(heading)),
@@ -78,7 +78,7 @@ def _draw(axes: Axes, crop: Crop, style: str) -> None:
     else:
         draw_image(axes, crop.image)
     if style == "mask":
-        # Ink fades into its paper, and colours into a grey that neither black nor white is taken for.
+        # Greyscale fades to white, colours to a grey that is distinct from black and white.
         veil = np.full((*crop.mask.shape, 4), 1.0 if len(crop.image) == 1 else 0.5)
         veil[..., 3] = np.where(crop.mask.numpy(), 0.0, FADED)
         axes.imshow(veil)

@@ -1,4 +1,4 @@
-"""The rows of each query by group and value, so that the samples of largest value are read without the others."""
+"""The index of a sweep: the rows of each query sorted by group and value, so that top samples are read quickly."""
 
 from __future__ import annotations
 
@@ -12,74 +12,75 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import extra
+from .atomic_files import sync
 from .shard_file import Shard
 from .stored_sweep import Sweep
-from .sweep_layout import BY_QUERY, SCALAR, QueryInfo, ShardError, arrow, schema, to_disk
+from .sweep_layout import BY_QUERY, SCALAR, QueryInfo, ShardError, arrow, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-AT_ONCE = 1 << 22
-"""Rows that are sorted at once, where one group has fewer."""
+MAX_SORTED = 1 << 22
+"""Largest number of rows that are sorted together, unless a single group has more."""
 CHUNK = 1 << 15
-"""Rows of a row group, where one group of neurons has fewer."""
+"""Largest number of rows in a row group, unless a single group of neurons has more."""
 CODED = ["query", "group", "lower", "target", "prediction"]
-"""Columns with few values, which are stored as a dictionary."""
+"""Columns with few distinct values, which are dictionary-encoded."""
 
 
 def write_index(sweep: Sweep) -> Path:
-    """Writes one file for each query but joint matrices, with rows of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
+    """Writes one file for each query, with the columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
-    They come by group and value, the largest first; those without a value last. Joint matrices are left out: there are
-    so many rows of them that to sort them may take longer than the measure, and those of one group lie together anyway.
+    Rows are sorted by group and decreasing value, null values last. Joint matrices are omitted: they have so many rows
+    that sorting may take longer than the measure, and the rows of one group are contiguous in each shard anyway.
 
     Args:
         sweep: A complete sweep.
 
     Raises:
-        ShardError: A shard is damaged, or lacks rows.
+        ShardError: A shard is damaged or incomplete.
     """
     target = sweep.path / BY_QUERY
-    made = sweep.path / f".{BY_QUERY}.{platform.node()}.{os.getpid()}.tmp"
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
+    unfinished = sweep.path / f".{BY_QUERY}.{platform.node()}.{os.getpid()}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
     try:
         parquet = extra("pyarrow.parquet", "dataset")
-        for place, info in enumerate(sweep.queries.values()):
+        for number, info in enumerate(sweep.queries.values()):
             if info.is_map or info.groups is None or len(info.groups) > 1:
                 continue
-            kind = schema(sweep.manifest.value)
-            name = f"{place:04}.parquet"
+            layout = schema(sweep.manifest.value)
+            name = f"{number:04}.parquet"
             with parquet.ParquetWriter(
-                made / name, kind, compression="zstd", use_dictionary=CODED, write_page_checksum=True
+                unfinished / name, layout, compression="zstd", use_dictionary=CODED, write_page_checksum=True
             ) as writer:
-                for table, size in _sorted(sweep.shards, info, kind):
+                for table, size in _sorted(sweep.shards, info, layout):
                     writer.write_table(table, row_group_size=size)
-            to_disk(made / name)
+            sync(unfinished / name)
         try:
-            made.rename(target)
+            unfinished.rename(target)
         except OSError:
-            if not target.exists():  # else another process was faster, with the same
+            if not target.exists():  # otherwise another process wrote the same index
                 raise
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 
 def remove_index(folder: Path) -> None:
-    """Removes it, where there is one."""
+    """Removes the index of a folder if it exists."""
     shutil.rmtree(folder / BY_QUERY, ignore_errors=True)
 
 
-def _sorted(shards: Sequence[Shard], info: QueryInfo, kind: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
-    """Some groups after the other, with the number of rows that a row group is to have."""
+def _sorted(shards: Sequence[Shard], info: QueryInfo, layout: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
+    """Sorted tables of consecutive groups, with the number of rows of their row groups."""
     count = max(1, sum(_samples(shard) for shard in shards))
     groups = (*(info.groups or ()), 1)[0]
-    step = max(1, AT_ONCE // count)
+    step = max(1, MAX_SORTED // count)
     for first in range(0, groups, step):
         columns = _columns(shards, info, first, min(groups, first + step) - 1)
         if columns is not None:
-            yield _table(columns, info, first, kind), max(1, CHUNK // count) * count
+            yield _table(columns, info, first, layout), max(1, CHUNK // count) * count
 
 
 def _samples(shard: Shard) -> int:
@@ -87,7 +88,7 @@ def _samples(shard: Shard) -> int:
 
 
 def _columns(shards: Sequence[Shard], info: QueryInfo, first: int, last: int) -> dict[str, Any] | None:
-    """``value`` as ``(groups, samples)``, and the columns of the samples; None where there is none."""
+    """``value`` as ``(groups, samples)``, and the columns ``(samples,)``; None if there are no rows."""
     groups = last - first + 1
     parts: dict[str, list[Any]] = {"sample": [], "target": [], "prediction": [], "value": []}
     for shard in shards:
@@ -96,18 +97,18 @@ def _columns(shards: Sequence[Shard], info: QueryInfo, first: int, last: int) ->
             continue
         rows = shard.rows(info.name, (first, last) if info.groups else (SCALAR, SCALAR), list(parts))
         if len(rows) != groups * count:
-            raise ShardError(f"{shard.path} lacks rows of {info.name!r}.")
+            raise ShardError(f"{shard.path} is incomplete: rows of {info.name!r} are missing.")
         for name in ("sample", "target", "prediction"):
             parts[name].append(rows[name].slice(0, count).to_numpy())
         parts["value"].append(rows["value"].to_numpy().reshape(groups, count))
     return {name: np.concatenate(columns, axis=-1) for name, columns in parts.items()} if parts["value"] else None
 
 
-def _table(columns: dict[str, Any], info: QueryInfo, first: int, kind: pa.Schema) -> pa.Table:
+def _table(columns: dict[str, Any], info: QueryInfo, first: int, layout: pa.Schema) -> pa.Table:
     pa = arrow()
     values = columns["value"]
     groups, count = values.shape
-    order = np.argsort(-values, axis=1, kind="stable")  # what is not a number comes last
+    order = np.argsort(-values, axis=1, kind="stable")  # NaN last
     numbers = np.arange(first, first + groups) if info.groups else np.array([SCALAR])
     arrays = [
         *(columns[name][order.reshape(-1)] for name in ("sample", "target", "prediction")),
@@ -116,7 +117,7 @@ def _table(columns: dict[str, Any], info: QueryInfo, first: int, kind: pa.Schema
         np.full(values.size, SCALAR, np.int32),
         pa.array(np.take_along_axis(values, order, 1).reshape(-1), from_pandas=True),
     ]
-    return pa.table(arrays, schema=kind)
+    return pa.table(arrays, schema=layout)
 
 
 __all__ = ["remove_index", "write_index"]

@@ -1,4 +1,4 @@
-"""A sweep over a data set: started, continued, shared out among processes, and finished."""
+"""Running a sweep: start or resume it, split the shards among processes, and complete it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,29 @@ from .evaluation import Evaluation, Target, Unpack, check_target, device_of
 from .progress import Progress
 from .queries import Query, check_queries
 from .row_index import remove_index, write_index
-from .sample_batches import Plan, source_of
+from .sample_batches import ShardPlan, data_source
 from .settings import differences, digest, settings_of
 from .shard_writer import remove_unfinished
 from .stored_sweep import Sweep
-from .sweep_job import Job
-from .sweep_layout import BY_QUERY, MANIFEST, MAPS, ROWS, Manifest, OnError, SettingsError, SweepError, arrow, inside
+from .sweep_job import OnProgress, SweepJob
+from .sweep_layout import (
+    BY_QUERY,
+    MANIFEST,
+    MAPS,
+    ROWS,
+    Manifest,
+    OnError,
+    SettingsError,
+    SweepError,
+    arrow,
+    path_inside,
+)
 
 Engine = Literal["local", "ray"]
 SHARD = 256
-"""Samples of a shard: what a kill may cost."""
-SHOWN = 8
-"""Differences that a message lists."""
+"""Samples per shard."""
+MAX_LISTED = 8
+"""Number of differences that a message lists."""
 
 
 def sweep(
@@ -60,120 +71,109 @@ def sweep(
     engine_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Asks the measure of every sample of a data set, and stores the answers.
+    """Evaluates queries for every sample of a data set, and stores the results.
 
-    What is written stays: after a kill, an error or Ctrl-C the same call goes on where it stopped, and ends with the
-    rows that it would have ended with. Under ``torchrun`` the processes share the shards.
+    Completed shards are kept: after a kill, an error or Ctrl-C the same call resumes, and ends with the same rows as an
+    uninterrupted one. Under ``torchrun`` the processes share the shards.
 
     Args:
-        model: The network, in evaluation mode, on the device where it is to run.
-        data: A data set with a length, whose samples are numbered by their places; where it has a ``fingerprint``, a
-            text, another one is another data set. Of a ``DataLoader`` the data set is
-            read in its own order, whatever its sampler. An ``IterableDataset`` numbers its samples as they come; to
-            resume, it is read again from its beginning, and must hand out the same samples in the same order.
-        queries: What is asked, such as ``[Marginal("features.28"), Sink("features.28")]``.
-        out: Folder for the results; made where it is missing.
-        target: What is explained: ``"prediction"``, ``"label"``, the number of a class, a function that finds the
-            targets in a batch, or None for a model with a single output.
+        model: The network, in evaluation mode and on its device.
+        data: A data set with a length, whose samples are numbered by their index; a string attribute ``fingerprint``
+            identifies its content. Of a ``DataLoader``, the data set is read in the order of its indices, whatever the
+            sampler. An ``IterableDataset`` is numbered in iteration order; to resume, it is read again from the
+            beginning and must yield the same samples in the same order.
+        queries: The queries, such as ``[Marginal("features.28"), Sink("features.28")]``.
+        out: Folder for the results, created if missing.
+        target: The explained target: ``"prediction"``, ``"label"``, the index of a class, a function that returns the
+            targets of a batch, or None for a model with a single output.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        residual: As there.
-        gain_limit: As there.
-        output: As there.
-        unpack: Finds inputs and labels in a batch; by default a batch is inputs, ``(inputs, labels)``, or a mapping
+        residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        output: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        unpack: Returns inputs and labels of a batch; by default a batch is inputs, ``(inputs, labels)``, or a mapping
             with ``"label"`` or ``"labels"``.
-        batch_size: Samples of a batch; that of the loader, or 16, by default.
-        num_workers: Processes that read samples; those of the loader, or none, by default.
-        shard: Samples of a file, rounded up to whole batches: what a kill may cost.
-        seed: Each sample is read with random numbers of its own, made of this.
-        resume: False refuses a folder that holds a sweep.
+        batch_size: Samples per batch; by default that of the loader, or 16.
+        num_workers: Processes that read samples; by default those of the loader, or none.
+        shard: Samples per shard, rounded up to whole batches: the most that is lost by a kill.
+        seed: Seed of the random states with which samples are read, one for each sample.
+        resume: False raises if the folder contains a sweep.
         retry_failed: Evaluate shards with failed samples again.
         on_error: ``"raise"`` at the first sample that cannot be read or evaluated and at a damaged file; ``"skip"``
-            leaves such samples out and lists them, and evaluates damaged files again.
-        index: Write the rows once more by group and value when all are there, for :meth:`Sweep.top`.
+            skips and lists such samples, and evaluates damaged files again.
+        index: Also store the rows sorted by group and value when the sweep is complete, for :meth:`Sweep.top`.
         engine: ``"local"``, or ``"ray"`` for the machines of a Ray cluster.
-        engine_options: Of Ray: ``concurrency``, ``num_gpus``, ``num_cpus`` of each worker.
+        engine_options: For Ray: ``concurrency``, and ``num_gpus`` and ``num_cpus`` of each worker.
         progress: Show a progress bar with rate, remaining time and memory.
 
     Returns:
-        What is stored; complete, unless other processes are still at it.
+        The stored sweep; complete unless other processes are still running.
 
     Raises:
-        SweepError: The folder holds a sweep with other settings; the message says which. Or a sample or shard fails.
-        NRMError: The model has no measure with these rules, or a query does not fit it.
+        SweepError: The folder contains a sweep with different settings, which the message lists; or a sample or shard
+            fails.
+        NRMError: The measure fails for this model and composite, or a query does not fit the model.
         MissingExtraError: pyarrow or Ray is not installed.
     """
     arrow()
+    _check_options(engine, on_error, shard, target)
+    rules = normalize(composite, residual, gain_limit, None)
+    evaluation = Evaluation(model, check_queries(queries), rules, target, unpack, output)
+    source = data_source(data, batch_size, num_workers)
+    options = engine_options or {}
+    shard_batches = max(1, -(-shard // max(1, source.batch_size)))
+    plan = None if source.count is None else ShardPlan(source.count, source.batch_size, shard_batches)
+    process = ProcessRank.current() if engine == "local" else ProcessRank(0, 1)
+    if plan is None and (process.world_size > 1 or engine == "ray"):
+        raise SweepError(
+            "an iterable data set cannot be split among processes, as each would read all of it. Run one process."
+        )
+    device = "cuda" if options.get("num_gpus") else None
+    settings = settings_of(evaluation, source, shard_batches, seed, unpack, device)
+    job = SweepJob(evaluation, source, plan, shard_batches, Path(out), digest(settings), on_error, seed, {})
+    _begin(job, settings, resume, process)
+    with _recording_interruption(job.folder):
+        count = _run(job, process, engine, options, retry_failed, progress)
+        process.barrier()
+        if count is not None:
+            complete(job.folder, count, index)
+        process.barrier()
+    return Sweep.open(job.folder, on_error)
+
+
+def _check_options(engine: str, on_error: str, shard: Any, target: Any) -> None:
     if engine not in ("local", "ray"):
         raise ValueError(f"engine={engine!r} is unknown; choose 'local' or 'ray'.")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r} is unknown; choose 'raise' or 'skip'.")
     if isinstance(shard, bool) or not isinstance(shard, int) or shard < 1:
-        raise SweepError(f"shard={shard!r}: give a number of samples.")
+        raise SweepError(f"shard={shard!r} must be a positive number of samples.")
     check_target(target)
-    asked = check_queries(queries)
-    source = source_of(data, batch_size, num_workers)
-    rules = normalize(composite, residual, gain_limit, None)
-    evaluation = Evaluation(model, asked, rules, target, unpack, output)
-    shard_batches = max(1, -(-shard // max(1, source.batch_size)))
-    plan = None if source.count is None else Plan(source.count, source.batch_size, shard_batches)
-    functions = {"unpack": unpack, "output": output, "collate": source.options.get("collate_fn")}
-    said = getattr(source.data, "fingerprint", None)
-    sizes = {
-        "samples": source.count,
-        "data": said if isinstance(said, str) else None,
-        "batch_size": source.batch_size,
-        "shard_batches": shard_batches,
-        "seed": seed,
-    }
-    device = "cuda" if (engine_options or {}).get("num_gpus") else None
-    settings = settings_of(model, asked, rules, target, functions, sizes, device)
-    folder = Path(out)
-    job = Job(evaluation, source, plan, shard_batches, folder, digest(settings), on_error, seed, {})
-    started = Manifest(
-        settings,
-        job.fingerprint,
-        tuple(query.info() for query in asked),
-        samples=source.count,
-        value=job.value,
-        environment={"threads": torch.get_num_threads(), "device": _device_name(device_of(model))},
-    )
-    place = Place.here() if engine == "local" else Place(0, 1)
-    if plan is None and (place.world > 1 or engine == "ray"):
-        raise SweepError("an iterable data set cannot be shared out: every process would read all of it. Run one.")
-    _begin(folder, started, resume, place)
-    with _told_at_the_end(folder):
-        count = _run(job, place, engine, engine_options or {}, retry_failed, progress)
-        place.wait()
-        if count is not None:
-            finish(folder, count, index)
-        place.wait()
-    return Sweep.open(folder, on_error)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which of several processes this is.
+class ProcessRank:
+    """This process among those that share a sweep.
 
     Attributes:
-        rank: Its number.
-        world: How many there are.
+        rank: Its rank.
+        world_size: Number of processes.
     """
 
     rank: int
-    world: int
+    world_size: int
 
     @classmethod
-    def here(cls) -> Place:
-        """As ``torch.distributed`` or ``torchrun`` tell it; else the only one."""
+    def current(cls) -> ProcessRank:
+        """From ``torch.distributed`` or the environment of ``torchrun``; by default the only process."""
         if _is_initialized():
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         return cls(0, 1)
 
-    def wait(self) -> None:
-        """For the others, where they can be waited for."""
-        if self.world > 1 and _is_initialized():
+    def barrier(self) -> None:
+        """Waits for the other processes, if ``torch.distributed`` is initialized."""
+        if self.world_size > 1 and _is_initialized():
             torch.distributed.barrier()
 
 
@@ -185,42 +185,56 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-# -- beginning and end ----------------------------------------------------------------------------------------------
+# -- start ----------------------------------------------------------------------------------------------------------
 
 
-def _begin(folder: Path, started: Manifest, resume: bool, place: Place) -> None:
-    """Makes the folder, or sees that what is in it is of the same sweep.
+def _begin(job: SweepJob, settings: dict[str, Any], resume: bool, process: ProcessRank) -> None:
+    """Creates the folder, or checks that it contains the same sweep.
 
     Raises:
-        SweepError: It is not.
+        SweepError: The folder contains a different sweep or cannot be written to.
     """
+    folder = job.folder
     try:
         for name in (ROWS, MAPS):
-            inside(folder, name).mkdir(parents=True, exist_ok=True)
+            path_inside(folder, name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SweepError(f"cannot write to {folder}: {error.strerror or error}. Name another folder.") from error
+        raise SweepError(f"cannot write to {folder}: {error.strerror or error}. Choose another folder.") from error
     has_shards = any((folder / ROWS).glob("part-*"))
     if (folder / MANIFEST).exists() and has_shards:
-        there = Manifest.read(folder)
-        if not resume and place.rank == 0:
-            raise SettingsError(f"{folder} holds a sweep already. resume=True goes on with it; or name another folder.")
-        changed = differences(there.settings, _as_read(started.settings))
-        if changed:
-            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+        stored = Manifest.read(folder)
+        if not resume and process.rank == 0:
             raise SettingsError(
-                f"{folder} holds a sweep with other settings, and results are not mixed. It differs in "
-                f"{'; '.join(changed[:SHOWN])}{more}. Name another folder, or set these as they were."
+                f"{folder} already contains a sweep. Set resume=True to resume it, or choose another folder."
             )
+        _check_same(folder, stored.settings, settings)
     elif has_shards:
-        raise SweepError(f"{folder} holds shards, but no {MANIFEST} that says what they are. Name another folder.")
+        raise SweepError(f"{folder} contains shards, but no {MANIFEST} that describes them. Choose another folder.")
     else:
-        _write(folder, started)
+        _write(folder, _first_manifest(job, settings))
     remove_unfinished(folder)
 
 
-def _as_read(settings: Any) -> Any:
-    """Settings as they come back from a file, where there are no tuples."""
-    return json.loads(json.dumps(settings))
+def _first_manifest(job: SweepJob, settings: dict[str, Any]) -> Manifest:
+    return Manifest(
+        settings,
+        job.fingerprint,
+        tuple(query.info() for query in job.evaluation.queries),
+        samples=job.source.count,
+        value=job.value,
+        environment={"threads": torch.get_num_threads(), "device": _device_name(device_of(job.evaluation.model))},
+    )
+
+
+def _check_same(folder: Path, stored: Any, settings: dict[str, Any]) -> None:
+    # Tuples become lists in a file.
+    changed = differences(stored, json.loads(json.dumps(settings)))
+    if changed:
+        more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
+        raise SettingsError(
+            f"{folder} contains a sweep with different settings: {'; '.join(changed[:MAX_LISTED])}{more}. Choose "
+            "another folder, or restore these settings."
+        )
 
 
 def _write(folder: Path, manifest: Manifest) -> None:
@@ -230,20 +244,69 @@ def _write(folder: Path, manifest: Manifest) -> None:
         raise SweepError(f"cannot write to {folder}: {error.strerror or error}.") from error
 
 
+# -- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def _run(
+    job: SweepJob,
+    process: ProcessRank,
+    engine: Engine,
+    options: dict[str, Any],
+    retry_failed: bool,
+    progress: bool,
+) -> int | None:
+    """Evaluates the missing shards of this process; returns the number of samples once no shard is missing."""
+    done = job.done(retry_failed)
+    if job.plan is None:
+        manifest = Manifest.read(job.folder)
+        if manifest.state == "complete" and not job.damaged and not retry_failed:
+            return manifest.samples
+        _mark_running(job.folder)
+        with Progress(None, 0, progress) as bar:
+            return job.run_stream(done, bar.update)
+    own = range(process.rank, job.plan.shards, process.world_size)
+    missing = [number for number in own if number not in done]
+    if missing:
+        _mark_running(job.folder)
+        total, left = (sum(job.plan.size(number) for number in numbers) for numbers in (own, missing))
+        with Progress(total, total - left, progress) as bar:
+            _engine(engine, options)(job, missing, process, bar.update)
+        done = job.done() if engine == "local" else replace(job, on_error="raise").done()
+    return job.plan.count if len(done) == job.plan.shards else None
+
+
+def _mark_running(folder: Path) -> None:
+    remove_index(folder)
+    manifest = Manifest.read(folder)
+    if manifest.state != "running":
+        _write(folder, replace(manifest, state="running"))
+
+
+def _engine(engine: Engine, options: dict[str, Any]) -> Callable[[SweepJob, list[int], ProcessRank, OnProgress], None]:
+    if engine == "ray":
+        from .ray_engine import run
+
+        return lambda job, missing, process, on_progress: run(job, missing, on_progress, **options)
+    return lambda job, missing, process, on_progress: job.run(missing, process.rank, on_progress)
+
+
+# -- end ------------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
-def _told_at_the_end(folder: Path) -> Iterator[None]:
-    """The manifest says that a sweep was interrupted, and what failed so far."""
+def _recording_interruption(folder: Path) -> Iterator[None]:
+    """Sets the state of the manifest to interrupted if an error occurs, with the failures so far."""
     try:
         yield
     except BaseException:
-        # Whatever is wrong here, what was wrong before is what the user is to see; the shards tell all the same.
+        # An error here must not replace the first one; the shards store the failures as well.
         with suppress(Exception):
-            _write(folder, replace(summed_up(folder), state="interrupted"))
+            _write(folder, replace(summarized(folder), state="interrupted"))
         raise
 
 
-def summed_up(folder: Path) -> Manifest:
-    """The manifest with what the shards say: groups, ranks, samples and files that failed."""
+def summarized(folder: Path) -> Manifest:
+    """The manifest with the groups, ranks, failed samples and damaged files that the shards store."""
     stored = Sweep.open(folder, on_error="skip")
     shards = stored.shards
     return replace(
@@ -255,72 +318,30 @@ def summed_up(folder: Path) -> Manifest:
     )
 
 
-def finish(folder: Path, count: int, index: bool) -> None:
-    """Says that a sweep is complete, and sorts its rows.
+def complete(folder: Path, count: int, index: bool) -> None:
+    """Marks a sweep as complete, and sorts its rows.
 
     Args:
-        folder: Of the sweep.
-        count: Number of its samples.
+        folder: The folder of the sweep.
+        count: Number of samples.
         index: Whether to sort.
     """
-    manifest = summed_up(folder)
+    manifest = summarized(folder)
     if manifest.state == "complete" and ((folder / BY_QUERY).exists() or not index):
         return
-    wanted = {shard.path for shard in Sweep(folder, manifest).shards}
+    used = {shard.path for shard in Sweep(folder, manifest).shards}
     for path in (folder / ROWS).glob("part-*.parquet"):
-        if path not in wanted:  # a shard that two processes wrote
+        if path not in used:  # a shard that two processes wrote
             path.unlink()
     if index and not (folder / BY_QUERY).exists():
         try:
             write_index(Sweep(folder, manifest))
         except OSError as error:
             raise SweepError(
-                f"all rows are stored in {folder}, but cannot be sorted there: {error.strerror or error}. Make room "
-                "and run the same sweep again, or leave this out by index=False."
+                f"all rows are stored in {folder}, but sorting them failed: {error.strerror or error}. Free space on "
+                "the disk and run the same sweep again, or set index=False."
             ) from error
     _write(folder, replace(manifest, state="complete", samples=count))
 
 
-# -- in between -----------------------------------------------------------------------------------------------------
-
-
-def _run(
-    job: Job, place: Place, engine: Engine, options: dict[str, Any], retry_failed: bool, progress: bool
-) -> int | None:
-    """Evaluates what is missing; returns the number of samples where nothing is missing any more."""
-    done = job.done(retry_failed)
-    if job.plan is None:
-        manifest = Manifest.read(job.folder)
-        if manifest.state == "complete" and not job.bad and not retry_failed:
-            return manifest.samples
-        _go_on(job.folder)
-        with Progress(None, 0, progress) as shown:
-            return job.run_stream(done, shown.tell)
-    mine = range(place.rank, job.plan.shards, place.world)
-    missing = [number for number in mine if number not in done]
-    if missing:
-        _go_on(job.folder)
-        sizes = {number: 1 + job.plan.range(number)[1] - job.plan.range(number)[0] for number in mine}
-        total = sum(sizes.values())
-        with Progress(total, total - sum(sizes[number] for number in missing), progress) as shown:
-            _runner(engine, options)(job, missing, place, shown.tell)
-        done = job.done() if engine == "local" else replace(job, on_error="raise").done()
-    return job.plan.count if len(done) == job.plan.shards else None
-
-
-def _go_on(folder: Path) -> None:
-    remove_index(folder)
-    manifest = Manifest.read(folder)
-    if manifest.state != "running":
-        _write(folder, replace(manifest, state="running"))
-
-
-def _runner(engine: Engine, options: dict[str, Any]) -> Callable[[Job, list[int], Place, Callable[[int], None]], None]:
-    if engine == "ray":
-        from .ray_engine import run
-
-        return lambda job, missing, place, tell: run(job, missing, tell, **options)
-    return lambda job, missing, place, tell: job.run(missing, place.rank, tell)
-
-
-__all__ = ["Engine", "Place", "finish", "sweep"]
+__all__ = ["Engine", "ProcessRank", "complete", "sweep"]

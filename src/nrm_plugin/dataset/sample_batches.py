@@ -1,4 +1,4 @@
-"""Which samples are read together, and how: the same batches in every run, whoever reads them."""
+"""Batches of a data set: the same in every run, whichever process reads them, and without samples that fail."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSamp
 from .sweep_layout import SweepError
 
 BATCH = 16
-WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
-"""Samplers that hand out all samples, in some order."""
-KEPT = ("collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+FULL_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler)
+"""Samplers that yield all samples, in some order."""
+WORKER_OPTIONS = ("timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+LOADER_OPTIONS = ("collate_fn", "pin_memory", *WORKER_OPTIONS)
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedSample:
     """A sample that could not be read or evaluated.
 
     Attributes:
-        sample: Its place in the data set.
-        why: What went wrong, in one line.
+        sample: Its index in the data set.
+        why: The error, in one line.
     """
 
     sample: int
@@ -39,30 +40,30 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Read:
-    """What was read of one batch.
+class LoadedBatch:
+    """One batch that was read.
 
     Attributes:
-        sample: Places of its samples.
-        batch: Put together as a loader does; None where no sample could be read.
+        samples: Indices of its samples.
+        batch: The collated samples; None if none could be read.
         failed: Samples that could not be read.
     """
 
-    sample: list[int]
+    samples: list[int]
     batch: Any
-    failed: list[Failure] = field(default_factory=list)
+    failed: list[FailedSample] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data set with everything that says how it is read.
+class DataSource:
+    """A data set with the options for reading it.
 
     Attributes:
         data: The data set.
-        batch_size: Samples of a batch.
+        batch_size: Samples per batch.
         num_workers: Processes that read.
-        options: Further arguments of ``DataLoader``.
-        loader: Of an iterable data set, what hands out batches.
+        options: Other arguments of ``DataLoader``.
+        loader: The loader of an iterable data set.
     """
 
     data: Any
@@ -73,75 +74,74 @@ class Source:
 
     @property
     def count(self) -> int | None:
-        """How many samples there are; None where that is known at the end only."""
+        """Number of samples; None for an iterable data set."""
         return None if self.loader is not None else len(self.data)
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        """What puts samples together."""
+        """The function that collates samples."""
         return self.options.get("collate_fn") or default_collate
 
 
-def source_of(data: Any, batch_size: int | None, num_workers: int | None) -> Source:
-    """What is to be read.
+def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> DataSource:
+    """The source of a data set or loader.
 
     Args:
-        data: A data set, or a loader, whose data set is read in its own order.
-        batch_size: Samples of a batch; that of the loader by default.
-        num_workers: Processes that read; those of the loader by default.
+        data: A data set, or a loader, whose data set is read in the order of its indices.
+        batch_size: Samples per batch; by default that of the loader.
+        num_workers: Processes that read; by default those of the loader.
 
     Raises:
-        SweepError: It is neither, or the loader hands out a selection.
+        SweepError: It is neither, or the loader yields a subset.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise SweepError(f"{name}={value!r}: give a number of at least {least}.")
+            raise SweepError(f"{name}={value!r} must be an integer of at least {least}.")
     if not isinstance(data, DataLoader):
-        return _plain(data, batch_size or BATCH, num_workers or 0, {})
-    options = {key: getattr(data, key) for key in KEPT if getattr(data, key, None)}
+        return _dataset_source(data, batch_size or BATCH, num_workers or 0, {})
+    options = {key: getattr(data, key) for key in LOADER_OPTIONS if getattr(data, key, None)}
     workers = data.num_workers if num_workers is None else num_workers
     if isinstance(data.dataset, IterableDataset):
         if batch_size not in (None, data.batch_size):
-            raise SweepError(f"batch_size={batch_size}, but the loader hands out batches of {data.batch_size}.")
-        return Source(data.dataset, data.batch_size or 0, workers, options, loader=data)
-    if type(data.batch_sampler) is not BatchSampler or not isinstance(data.sampler, WHOLE):
+            raise SweepError(f"batch_size={batch_size}, but the loader yields batches of {data.batch_size}.")
+        return DataSource(data.dataset, data.batch_size or 0, workers, options, loader=data)
+    if type(data.batch_sampler) is not BatchSampler or not isinstance(data.sampler, FULL_SAMPLERS):
         raise SweepError(
-            f"the loader selects samples by {type(data.batch_sampler or data.sampler).__name__}. A sweep reads a whole "
-            "data set in its own order: give torch.utils.data.Subset(data, indices) for a part of it."
+            f"the loader selects samples by {type(data.batch_sampler or data.sampler).__name__}. A sweep reads all "
+            "samples in the order of their indices; pass torch.utils.data.Subset(data, indices) for a subset."
         )
-    workers_only = ("timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
-    options = {key: value for key, value in options.items() if workers or key not in workers_only}
-    return _plain(data.dataset, batch_size or data.batch_size or BATCH, workers, options)
+    options = {key: value for key, value in options.items() if workers or key not in WORKER_OPTIONS}
+    return _dataset_source(data.dataset, batch_size or data.batch_size or BATCH, workers, options)
 
 
-def _plain(data: Any, batch_size: int, num_workers: int, options: Mapping[str, Any]) -> Source:
+def _dataset_source(data: Any, batch_size: int, num_workers: int, options: Mapping[str, Any]) -> DataSource:
     if isinstance(data, IterableDataset):
         if num_workers > 1:
             raise SweepError(
-                "an iterable data set with several workers hands out every sample several times, unless it shares them "
-                "out itself. Give num_workers=1, or a DataLoader of which you know that it does not."
+                "an iterable data set with several workers yields every sample several times, unless it splits them "
+                "among its workers. Set num_workers=1, or pass a DataLoader that is known not to repeat samples."
             )
-        return Source(data, batch_size, num_workers, options, DataLoader(data, batch_size, num_workers=num_workers))
+        return DataSource(data, batch_size, num_workers, options, DataLoader(data, batch_size, num_workers=num_workers))
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise SweepError(
             f"a sweep takes a data set with a length, an IterableDataset or a DataLoader, got {type(data).__name__}."
         )
     if len(data) == 0:
         raise SweepError("the data set has no samples.")
-    return Source(data, batch_size, num_workers, options)
+    return DataSource(data, batch_size, num_workers, options)
 
 
 # -- shards ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which samples lie in which batch, and which batches in which shard.
+class ShardPlan:
+    """The assignment of samples to batches, and of batches to shards.
 
     Attributes:
-        count: Samples.
-        batch_size: Samples of a batch; the last one may have fewer.
-        shard_batches: Batches of a shard.
+        count: Number of samples.
+        batch_size: Samples per batch; the last batch may be smaller.
+        shard_batches: Batches per shard.
     """
 
     count: int
@@ -150,13 +150,18 @@ class Plan:
 
     @property
     def shards(self) -> int:
-        """How many there are."""
+        """Number of shards."""
         return math.ceil(self.count / (self.batch_size * self.shard_batches))
 
     def range(self, shard: int) -> tuple[int, int]:
         """First and last sample of a shard."""
         size = self.batch_size * self.shard_batches
         return shard * size, min(self.count, (shard + 1) * size) - 1
+
+    def size(self, shard: int) -> int:
+        """Number of samples in a shard."""
+        first, last = self.range(shard)
+        return last - first + 1
 
     def batches(self, shard: int) -> list[list[int]]:
         """The samples of each batch."""
@@ -170,14 +175,14 @@ class Plan:
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
-class Guarded(Dataset[tuple[int, Any]]):
-    """A data set whose samples bring their places, and failures where they cannot be read.
+class IndexedDataset(Dataset[tuple[int, Any]]):
+    """A data set that returns the index of each sample with it, and a :class:`FailedSample` if reading it fails.
 
-    Each sample is read with random numbers of its own, so that a random transform gives the same in every run.
+    Each sample is read with its own random state, so that random transforms are the same in every run.
 
     Args:
         data: The data set.
-        seed: Of the random numbers.
+        seed: Seed of the random states.
     """
 
     def __init__(self, data: Any, seed: int) -> None:
@@ -187,13 +192,13 @@ class Guarded(Dataset[tuple[int, Any]]):
         with seeded(self.seed, index):
             try:
                 return index, self.data[index]
-            except Exception as error:  # whatever the user's data raise
-                return index, Failure(index, told(error))
+            except Exception as error:  # whatever the user's data set raises
+                return index, FailedSample(index, one_line(error))
 
 
 @contextmanager
 def seeded(seed: int, index: int) -> Iterator[None]:
-    """Random numbers of one sample; those of the process go on as if nothing was drawn."""
+    """Sets the random state of one sample, and restores that of the process afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     number = (seed * 1_000_003 + index) % (1 << 32)
     try:
@@ -208,76 +213,86 @@ def seeded(seed: int, index: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Together:
-    """Puts samples together, without those that failed or are of another form than most.
+class FaultTolerantCollate:
+    """Collates samples, without those that failed or whose structure differs from most.
 
     Attributes:
-        collate: What the loader does.
+        collate: The collate function of the loader.
     """
 
     collate: Callable[[list[Any]], Any]
 
-    def __call__(self, samples: Sequence[tuple[int, Any]]) -> Read:
-        failed = [sample for _, sample in samples if isinstance(sample, Failure)]
-        left = [(index, sample) for index, sample in samples if not isinstance(sample, Failure)]
-        if not left:
-            return Read([], None, failed)
+    def __call__(self, samples: Sequence[tuple[int, Any]]) -> LoadedBatch:
+        failed = [sample for _, sample in samples if isinstance(sample, FailedSample)]
+        read = [(index, sample) for index, sample in samples if not isinstance(sample, FailedSample)]
+        if not read:
+            return LoadedBatch([], None, failed)
         try:
-            return Read([index for index, _ in left], self.collate([sample for _, sample in left]), failed)
-        except Exception as error:  # of samples of different sizes, or of the user's function
-            why = told(error)
-        forms = [str(form(sample)) for _, sample in left]
-        usual = Counter(forms).most_common(1)[0][0]
-        odd = [Failure(index, f"its form is {is_}, that of others {usual}")
-               for (index, _), is_ in zip(left, forms, strict=True) if is_ != usual]  # fmt: skip
+            return LoadedBatch([index for index, _ in read], self.collate([sample for _, sample in read]), failed)
+        except Exception as error:  # samples of different sizes, or an error of the user's function
+            why = one_line(error)
+        structures = [str(structure(sample)) for _, sample in read]
+        usual = Counter(structures).most_common(1)[0][0]
+        odd = [FailedSample(index, f"its structure is {own}, that of most samples is {usual}")
+               for (index, _), own in zip(read, structures, strict=True) if own != usual]  # fmt: skip
         if not odd:
-            return Read([], None, [*failed, *(Failure(index, why) for index, _ in left)])
-        rest = self([pair for pair, is_ in zip(left, forms, strict=True) if is_ == usual])
-        return Read(rest.sample, rest.batch, [*failed, *odd, *rest.failed])
+            return LoadedBatch([], None, [*failed, *(FailedSample(index, why) for index, _ in read)])
+        rest = self([pair for pair, own in zip(read, structures, strict=True) if own == usual])
+        return LoadedBatch(rest.samples, rest.batch, [*failed, *odd, *rest.failed])
 
 
-def form(sample: Any) -> Any:
+def structure(sample: Any) -> Any:
     """Types and shapes of a sample."""
     if isinstance(sample, Mapping):
-        return {key: form(value) for key, value in sample.items()}
+        return {key: structure(value) for key, value in sample.items()}
     if isinstance(sample, (list, tuple)):
-        return [form(value) for value in sample]
+        return [structure(value) for value in sample]
     shape = getattr(sample, "shape", None)
     return type(sample).__name__ if shape is None else tuple(shape)
 
 
-def told(error: BaseException) -> str:
-    """An error in one line."""
+def one_line(error: BaseException) -> str:
+    """Type and message of an error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:500]
 
 
-def reader(source: Source, batches: Sequence[list[int]], seed: int) -> Iterator[Read]:
-    """The batches of a data set, one after the other, read ahead by workers where there are any."""
+def load_batches(source: DataSource, batches: Sequence[list[int]], seed: int) -> Iterator[LoadedBatch]:
+    """Reads batches of a data set in this order, ahead of time if there are workers."""
     options = {key: value for key, value in source.options.items() if key != "collate_fn"}
-    loader: Iterable[Read] = DataLoader(
-        Guarded(source.data, seed),
+    loader: Iterable[LoadedBatch] = DataLoader(
+        IndexedDataset(source.data, seed),
         batch_sampler=batches,
         num_workers=source.num_workers,
-        collate_fn=Together(source.collate),
-        generator=torch.Generator().manual_seed(seed),  # else one is drawn from the random numbers of the process
+        collate_fn=FaultTolerantCollate(source.collate),
+        generator=torch.Generator().manual_seed(seed),  # otherwise the global random state changes
         **options,
     )
     return iter(loader)
 
 
-def read_again(source: Source, sample: Sequence[int], seed: int) -> Read:
-    """The same samples once more, or some of them."""
-    guarded = Guarded(source.data, seed)
-    return Together(source.collate)([guarded[index] for index in sample])
+def reload(source: DataSource, samples: Sequence[int], seed: int) -> LoadedBatch:
+    """Reads samples again, as one batch."""
+    indexed = IndexedDataset(source.data, seed)
+    return FaultTolerantCollate(source.collate)([indexed[index] for index in samples])
 
 
-def length(batch: Any) -> int:
-    """Number of samples in a batch that was put together."""
+def batch_length(batch: Any) -> int:
+    """Number of samples in a collated batch."""
     if isinstance(batch, Tensor):
         return len(batch)
     parts = list(batch.values()) if isinstance(batch, Mapping) else batch
-    return next((length(part) for part in parts if isinstance(part, (Tensor, Mapping, list, tuple))), len(parts))
+    return next((batch_length(part) for part in parts if isinstance(part, (Tensor, Mapping, list, tuple))), len(parts))
 
 
-__all__ = ["Failure", "Plan", "Read", "Source", "length", "read_again", "reader", "source_of", "told"]
+__all__ = [
+    "DataSource",
+    "FailedSample",
+    "LoadedBatch",
+    "ShardPlan",
+    "batch_length",
+    "data_source",
+    "load_batches",
+    "one_line",
+    "reload",
+]

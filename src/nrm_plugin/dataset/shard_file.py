@@ -1,4 +1,4 @@
-"""One file of rows, and what its footer says of it."""
+"""Reading a shard: one file of rows and the description in its footer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import extra
-from .sweep_layout import KEY, MAPS, PART, ROWS, ShardError, arrow, inside, schema
+from .sweep_layout import KEY, MAPS, PART, ROWS, ShardError, arrow, path_inside, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of rows, by what its footer says.
+    """A file of rows, as described in its footer.
 
     Attributes:
         path: The file.
-        rank, number: As in its name.
-        settings: Fingerprint of the sweep that it belongs to.
-        first, last: Its samples lie in this range, both ends included.
-        failed: Samples of the range without rows, and why.
-        replaces: Damaged files in the place of which it was written, and what was wrong with them.
-        groups: Of each query, as in :class:`QueryInfo`.
+        rank, number: Rank of the process that wrote it, and number of the shard.
+        settings: Fingerprint of the settings of its sweep.
+        first, last: First and last sample, inclusive.
+        failed: Samples of this range without rows, with their errors.
+        replaces: Damaged files that it replaces, with their errors.
+        groups: Groups of each query, as in :class:`~nrm_plugin.dataset.QueryInfo`.
         chunks: ``(query, first group, last group)`` of each row group of the file.
         value: ``"float"`` or ``"double"``.
     """
@@ -48,58 +48,63 @@ class Shard:
 
     @classmethod
     def read(cls, path: Path) -> Shard:
-        """What the footer of a file says.
+        """Reads the footer of a file.
 
         Raises:
-            ShardError: It is damaged.
+            ShardError: The file is damaged.
         """
         parquet = extra("pyarrow.parquet", "dataset")
-        inside(path.parent.parent, f"{ROWS}/{path.name}")
-        found = PART.fullmatch(path.name)
+        path_inside(path.parent.parent, f"{ROWS}/{path.name}")
+        match = PART.fullmatch(path.name)
         try:
             metadata = parquet.read_metadata(path)
-            said = json.loads(metadata.metadata[KEY])
-            if found is None or metadata.num_row_groups != len(said["chunks"]):
-                raise ValueError("its parts are not those that it lists")
-            rows = sum(math.prod(said["groups"][name]) for name in {name for name, *_ in said["chunks"]})
-            if metadata.num_rows != rows * (said["last"] - said["first"] + 1 - len(said["failed"])):
-                raise ValueError(f"it has {metadata.num_rows} rows, and not those that it lists")
+            info = json.loads(metadata.metadata[KEY])
+            if match is None or metadata.num_row_groups != len(info["chunks"]):
+                raise ValueError("its row groups differ from those listed in its footer")
+            rows = sum(math.prod(info["groups"][name]) for name in {name for name, *_ in info["chunks"]})
+            if metadata.num_rows != rows * (info["last"] - info["first"] + 1 - len(info["failed"])):
+                raise ValueError(f"it has {metadata.num_rows} rows, which differs from its footer")
             return cls(
                 path,
-                int(found[1]),
-                int(found[2]),
-                said["settings"],
-                said["first"],
-                said["last"],
-                tuple(said["failed"]),
-                tuple(said["replaces"]),
-                {name: tuple(groups) for name, groups in said["groups"].items()},
-                tuple((name, first, last) for name, first, last in said["chunks"]),
-                said["value"],
+                int(match[1]),
+                int(match[2]),
+                info["settings"],
+                info["first"],
+                info["last"],
+                tuple(info["failed"]),
+                tuple(info["replaces"]),
+                {name: tuple(groups) for name, groups in info["groups"].items()},
+                tuple((name, first, last) for name, first, last in info["chunks"]),
+                info["value"],
             )
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            raise ShardError(f"{path} is damaged: {error}") from error
+            raise ShardError(f"{path} is damaged: {error}.") from error
+
+    def check_settings(self, fingerprint: str) -> None:
+        """Raises :class:`ShardError` if the shard belongs to a sweep with other settings."""
+        if self.settings != fingerprint:
+            raise ShardError(f"{self.path} belongs to another sweep, with different settings.")
 
     def check_maps(self) -> None:
-        """Raises :class:`ShardError` where the file with its maps is missing or damaged."""
+        """Raises :class:`ShardError` if the file of maps is missing or damaged."""
         try:
             with safe_open(self.maps, "np") as file:
                 size = file.get_slice("sample").get_shape()[0]
         except (OSError, SafetensorError) as error:
             raise ShardError(f"{self.maps} is damaged: {error}.") from error
         if size != self.last - self.first + 1 - len(self.failed):
-            raise ShardError(f"{self.maps} holds {size} samples, and not those of {self.path.name}.")
+            raise ShardError(f"{self.maps} contains {size} samples, which differs from {self.path.name}.")
 
     @property
     def maps(self) -> Path:
-        """The file with its maps.
+        """The file of its maps.
 
         Raises:
-            ShardError: It is a link that leads out of the folder.
+            ShardError: It is a link to something outside the folder.
         """
-        return inside(self.path.parent.parent, f"{MAPS}/{self.path.stem}.safetensors")
+        return path_inside(self.path.parent.parent, f"{MAPS}/{self.path.stem}.safetensors")
 
     def rows(
         self,
@@ -107,7 +112,7 @@ class Shard:
         groups: tuple[int, int] | None = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
-        """Rows of one query, and of the first to the last of some groups; of all by default.
+        """Rows of one query and of a range of groups, inclusive; by default all rows.
 
         Raises:
             ShardError: The file is damaged.
@@ -115,32 +120,32 @@ class Shard:
         pa, parquet = arrow(), extra("pyarrow.parquet", "dataset")
         compute = extra("pyarrow.compute", "dataset")
         chosen = [
-            place
-            for place, (name, first, last) in enumerate(self.chunks)
+            number
+            for number, (name, first, last) in enumerate(self.chunks)
             if query in (None, name) and (groups is None or (first <= groups[1] and groups[0] <= last))
         ]
-        wanted = list(schema().names if columns is None else columns)
-        read = list(dict.fromkeys([*wanted, *([] if groups is None else ["group"])]))
+        names = list(schema().names if columns is None else columns)
+        read = list(dict.fromkeys([*names, *([] if groups is None else ["group"])]))
         try:
             with parquet.ParquetFile(self.path, page_checksum_verification=True) as file:
-                # Not every version of pyarrow reads nothing when asked for nothing.
+                # Some versions of pyarrow fail to read an empty list of row groups.
                 table = file.read_row_groups(chosen, columns=read) if chosen else file.schema_arrow.empty_table()
         except (OSError, pa.ArrowException) as error:
-            raise ShardError(f"{self.path} is damaged: {error}") from error
+            raise ShardError(f"{self.path} is damaged: {error}.") from error
         if groups is not None and any(
-            not groups[0] <= edge <= groups[1] for place in chosen for edge in self.chunks[place][1:]
+            not groups[0] <= edge <= groups[1] for number in chosen for edge in self.chunks[number][1:]
         ):
             group = table["group"]
-            inside = compute.and_(compute.greater_equal(group, groups[0]), compute.less_equal(group, groups[1]))
-            table = table.filter(inside)
-        return table.select(wanted).replace_schema_metadata(None)
+            is_inside = compute.and_(compute.greater_equal(group, groups[0]), compute.less_equal(group, groups[1]))
+            table = table.filter(is_inside)
+        return table.select(names).replace_schema_metadata(None)
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """The files of rows by the number of their shard; of two that hold the same one, that of the lowest rank."""
-    found: dict[int, Path] = {}
+    """The files of rows by shard number; if two ranks wrote the same shard, that of the lower rank."""
+    paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
-        name = PART.fullmatch(path.name)
-        if name is not None:
-            found[int(name[2])] = path
-    return dict(sorted(found.items()))
+        match = PART.fullmatch(path.name)
+        if match is not None:
+            paths[int(match[2])] = path
+    return dict(sorted(paths.items()))

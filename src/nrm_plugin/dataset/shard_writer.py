@@ -1,4 +1,4 @@
-"""Writing shards: each file is whole, on the disk, and only then has its name."""
+"""Writing shards: each file gets its name only when it is complete and synced to disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +16,48 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from ..errors import extra
-from .evaluation import Evaluated
+from .atomic_files import AtomicFile
+from .evaluation import BatchResults
 from .queries import Maps, Query
-from .sample_batches import Failure
-from .sweep_layout import KEY, MAPS, ROWS, SCALAR, Replacing, SweepError, arrow, schema
+from .sample_batches import FailedSample
+from .sweep_layout import KEY, MAPS, ROWS, SCALAR, SweepError, arrow, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNK = 1 << 16
-"""Rows of a row group, at most, where one group of neurons has fewer."""
+"""Largest number of rows in a row group, unless a single group of neurons has more."""
 CODED = ["query", "group", "lower", "target", "prediction", "sample"]
-"""Columns with few values, which are stored as a dictionary."""
+"""Columns with few distinct values, which are dictionary-encoded."""
 
 
-def name_of(rank: int, number: int) -> str:
-    """The name of a shard, without the end."""
+@dataclass(frozen=True)
+class ShardInfo:
+    """The description of a shard in its file.
+
+    Attributes:
+        settings: Fingerprint of the settings.
+        first, last: First and last sample, inclusive.
+        failed: Samples without rows.
+        replaces: Damaged files that the shard replaces.
+        value: ``"float"`` or ``"double"``.
+    """
+
+    settings: str
+    first: int
+    last: int
+    failed: Sequence[FailedSample]
+    replaces: Sequence[dict[str, str]]
+    value: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The description as JSON, failed samples by index."""
+        failed = sorted(self.failed, key=lambda failure: failure.sample)
+        return {**vars(self), "failed": [asdict(failure) for failure in failed]}
+
+
+def shard_name(rank: int, number: int) -> str:
+    """Name of the files of a shard, without the extension."""
     return f"part-{rank:04}-{number:06}"
 
 
@@ -39,127 +66,122 @@ def write_shard(
     rank: int,
     number: int,
     queries: Sequence[Query],
-    parts: Sequence[Evaluated],
-    said: Mapping[str, Any],
-    value: str,
-) -> Path:
-    """Writes the maps and then the rows of a shard: where there are rows, there are maps.
+    batches: Sequence[BatchResults],
+    info: ShardInfo,
+) -> None:
+    """Writes the maps and then the rows of a shard, so that a file of rows implies one of maps.
 
     Args:
-        folder: Of the sweep.
-        rank: Who writes.
-        number: Of the shard.
-        queries: What was asked.
-        parts: The answers for each batch.
-        said: What its footer says: fingerprint, first and last sample, failures.
-        value: ``"float"`` or ``"double"``.
+        folder: The folder of the sweep.
+        rank: Rank of the process.
+        number: Number of the shard.
+        queries: The queries.
+        batches: The results of each batch.
+        info: The description of the shard.
 
     Raises:
-        OSError: The disk is full, or cannot be written to.
-        SweepError: Queries have other groups in one batch than in another.
+        OSError: The disk is full or not writable.
+        SweepError: The groups of a query differ between batches.
     """
     ordered = sorted(queries, key=lambda query: query.name)
-    whole = joined(parts, ordered)
-    shapes = {query.name: list(whole.values[query.name].shape[1:]) for query in ordered} if parts else {}
-    maps = {query.name: whole.values[query.name] for query in ordered if isinstance(query, Maps) and parts}
+    results = concatenated(batches, ordered)
+    name = shard_name(rank, number)
+    maps = {query.name: results.values[query.name] for query in ordered if isinstance(query, Maps) and batches}
     if maps:
-        columns: dict[str, NDArray[Any]] = {
-            "sample": whole.sample,
-            "target": whole.target,
-            "prediction": whole.prediction,
-        }
-        with Replacing(folder / MAPS / f"{name_of(rank, number)}.safetensors") as path:
-            safetensors.numpy.save_file({**columns, **maps}, path)
+        samples: dict[str, Any] = {"sample": results.sample, "target": results.target, "prediction": results.prediction}
+        with AtomicFile(folder / MAPS / f"{name}.safetensors") as path:
+            safetensors.numpy.save_file({**samples, **maps}, path)
     names = [query.name for query in ordered if not isinstance(query, Maps)]
-    chunks: list[tuple[str, int, int]] = []
-    target = folder / ROWS / f"{name_of(rank, number)}.parquet"
     parquet = extra("pyarrow.parquet", "dataset")
     with (
-        Replacing(target) as path,
+        AtomicFile(folder / ROWS / f"{name}.parquet") as path,
         parquet.ParquetWriter(
-            path, schema(value), compression="zstd", use_dictionary=CODED, write_page_checksum=True
+            path, schema(info.value), compression="zstd", use_dictionary=CODED, write_page_checksum=True
         ) as writer,
     ):
-        for name in names if len(whole.sample) else ():
-            for first, table in tables(whole, name, names, value):
-                chunks.append((name, first, _last(table)))
+        chunks: list[tuple[str, int, int]] = []
+        for query in names if len(results.sample) else ():
+            for first, table in tables(results, query, names, info.value):
+                chunks.append((query, first, int(table["group"][-1].as_py())))
                 writer.write_table(table, row_group_size=max(1, len(table)))
-        entries = {**said, "groups": shapes, "chunks": chunks, "value": value}
+        groups = {query.name: list(results.values[query.name].shape[1:]) for query in ordered} if batches else {}
+        entries = {**info.to_json(), "groups": groups, "chunks": chunks}
         writer.add_key_value_metadata({KEY: json.dumps(entries)})
-    return target
 
 
-def joined(parts: Sequence[Evaluated], queries: Sequence[Query]) -> Evaluated:
+def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> BatchResults:
     """The batches of a shard as one.
 
     Raises:
-        SweepError: Queries have other groups in one batch than in another.
+        SweepError: The groups of a query differ between batches.
     """
-    if not parts:
+    if not batches:
         none = np.empty(0, np.int32)
-        return Evaluated(none.astype(np.int64), none, none, {})
+        return BatchResults(none.astype(np.int64), none, none, {})
     values = {}
     for query in queries:
-        columns = [part.values[query.name] for part in parts]
+        columns = [batch.values[query.name] for batch in batches]
         shapes = {column.shape[1:] for column in columns}
         if len(shapes) > 1:
             raise SweepError(
                 f"{query.name} has groups of shape {' and '.join(map(str, sorted(shapes)))}: samples differ in size. "
-                "Resize them in the data set, or ask for channels."
+                "Resize them in the data set, or query channels."
             )
         values[query.name] = np.concatenate(columns)
     sample, target, prediction = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("sample", "target", "prediction")
+        np.concatenate([getattr(batch, name) for batch in batches]) for name in ("sample", "target", "prediction")
     )
-    return Evaluated(sample, target, prediction, values)
+    return BatchResults(sample, target, prediction, values)
 
 
-def tables(whole: Evaluated, name: str, names: Sequence[str], value: str) -> Iterator[tuple[int, pa.Table]]:
-    """The rows of one query by group, lower group and sample, in pieces of whole groups, with their first group."""
-    values = whole.values[name]
+def tables(results: BatchResults, name: str, names: Sequence[str], value: str) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of one query by group, lower group and sample, in tables of complete groups, with their first group."""
+    values = results.values[name]
     groups = values.shape[1] if values.ndim > 1 else 1
     by_group = np.moveaxis(values.reshape(len(values), groups, -1), 0, 2)
+    numbers = np.arange(groups, dtype=np.int32) if values.ndim > 1 else np.array([SCALAR], np.int32)
+    lowers = np.arange(by_group.shape[1], dtype=np.int32) if values.ndim > 2 else np.array([SCALAR], np.int32)
     step = max(1, CHUNK // max(1, by_group[0].size))
     for first in range(0, groups, step):
-        piece = by_group[first : first + step]
-        yield first if values.ndim > 1 else SCALAR, table_of(whole, piece, values.ndim, first, name, names, value)
+        part = slice(first, first + step)
+        yield int(numbers[first]), _table(results, by_group[part], numbers[part], lowers, name, names, value)
 
 
-def table_of(
-    whole: Evaluated, piece: NDArray[Any], ndim: int, first: int, name: str, names: Sequence[str], value: str
+def _table(
+    results: BatchResults,
+    values: NDArray[Any],
+    groups: NDArray[np.int32],
+    lowers: NDArray[np.int32],
+    name: str,
+    names: Sequence[str],
+    value: str,
 ) -> pa.Table:
-    """Rows of ``(groups, lower, samples)``."""
+    """Rows of values ``(groups, lower, samples)``."""
     pa = arrow()
-    groups, lower, count = piece.shape
-    numbers = np.arange(first, first + groups) if ndim > 1 else np.array([SCALAR])
-    lowers = np.arange(lower) if ndim > 2 else np.array([SCALAR])
-    queries = np.full(piece.size, names.index(name), np.int32)
+    repeats, count = len(groups) * len(lowers), len(results.sample)
+    queries = np.full(values.size, names.index(name), np.int32)
     columns = [
-        np.tile(whole.sample, groups * lower),
-        np.tile(whole.target, groups * lower),
-        np.tile(whole.prediction, groups * lower),
+        np.tile(results.sample, repeats),
+        np.tile(results.target, repeats),
+        np.tile(results.prediction, repeats),
         pa.DictionaryArray.from_arrays(pa.array(queries), pa.array(list(names), pa.string())),
-        np.repeat(numbers.astype(np.int32), lower * count),
-        np.tile(np.repeat(lowers.astype(np.int32), count), groups),
-        pa.array(piece.reshape(-1), from_pandas=True).cast(schema(value).field("value").type),
+        np.repeat(groups, len(lowers) * count),
+        np.tile(np.repeat(lowers, count), len(groups)),
+        pa.array(values.reshape(-1), from_pandas=True).cast(schema(value).field("value").type),
     ]
     return pa.table(columns, schema=schema(value))
 
 
-def _last(table: pa.Table) -> int:
-    return int(table["group"][-1].as_py())
-
-
 def remove_unfinished(folder: Path) -> None:
-    """Removes what dead processes of this machine have left unfinished."""
+    """Removes the incomplete files of processes of this machine that no longer run."""
     mark = f".{platform.node()}."
     for path in (path for inner in (folder, folder / ROWS, folder / MAPS) for path in inner.glob(".*.tmp")):
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]
-        if mark in path.name and owner.isdecimal() and not _is_alive(int(owner)):
+        if mark in path.name and owner.isdecimal() and not _is_running(int(owner)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -169,9 +191,4 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def failures(failed: Sequence[Failure]) -> list[dict[str, Any]]:
-    """Failures as JSON, by sample."""
-    return [{"sample": one.sample, "why": one.why} for one in sorted(failed, key=lambda one: one.sample)]
-
-
-__all__ = ["name_of", "remove_unfinished", "write_shard"]
+__all__ = ["ShardInfo", "concatenated", "remove_unfinished", "shard_name", "tables", "write_shard"]

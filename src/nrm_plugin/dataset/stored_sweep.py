@@ -1,10 +1,11 @@
-"""Reading a sweep, finished or not; no model is needed for that."""
+"""Reading a sweep, complete or not, without the model."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,23 +16,30 @@ from torch import Tensor
 
 from ..errors import extra
 from .shard_file import Shard, shards_in
-from .sweep_layout import BY_QUERY, SCALAR, Manifest, OnError, QueryInfo, ShardError, SweepError, arrow, inside, schema
+from .sweep_layout import (
+    BY_QUERY,
+    SCALAR,
+    Manifest,
+    OnError,
+    QueryInfo,
+    ShardError,
+    SweepError,
+    arrow,
+    path_inside,
+    schema,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def _are_known(queries: Sequence[QueryInfo]) -> bool:
-    return all(query.groups is not None for query in queries)
-
-
 class Sweep:
-    """A stored sweep, complete or as far as it came. Made by :meth:`open`.
+    """A stored sweep, complete or not. Opened by :meth:`open`.
 
     Attributes:
         path: Its folder.
-        manifest: What it says of itself.
-        bad_shards: Files that could not be read so far, where they are skipped.
+        manifest: Its manifest.
+        bad_shards: Files that were skipped because they could not be read.
     """
 
     def __init__(self, path: Path, manifest: Manifest, on_error: OnError = "raise") -> None:
@@ -44,10 +52,10 @@ class Sweep:
 
         Args:
             path: The folder.
-            on_error: ``"raise"``, or ``"skip"`` for what can be read of it; ``bad_shards`` then lists the others.
+            on_error: ``"raise"``, or ``"skip"`` to skip damaged files and list them in ``bad_shards``.
 
         Raises:
-            SweepError: There is none.
+            SweepError: The folder contains no sweep.
             MissingExtraError: pyarrow is not installed.
         """
         if on_error not in ("raise", "skip"):
@@ -60,41 +68,42 @@ class Sweep:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is left to evaluate; some samples may have failed."""
+        """Whether all shards are evaluated; some samples may have failed."""
         return self.manifest.state == "complete"
 
     @cached_property
     def queries(self) -> dict[str, QueryInfo]:
-        """The queries by name, with their groups where any shard is written."""
-        known = self.manifest.queries
-        groups = {} if _are_known(known) else next((shard.groups for shard in self.shards if shard.groups), {})
-        if groups:
-            known = tuple(QueryInfo(q.name, q.kind, q.layers, groups.get(q.name), q.spec) for q in known)
-        return {query.name: query for query in known}
+        """The queries by name, with their groups if a shard is written."""
+        queries = {query.name: query for query in self.manifest.queries}
+        if all(query.groups is not None for query in queries.values()):
+            return queries
+        groups = next((shard.groups for shard in self.shards if shard.groups), None)
+        if groups is None:
+            return queries
+        return {name: replace(query, groups=groups.get(name)) for name, query in queries.items()}
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """What is written, by number.
+        """The stored shards, by number.
 
         Raises:
-            ShardError: A file is damaged, or of another sweep.
+            ShardError: A file is damaged or belongs to another sweep.
         """
-        found = []
+        shards = []
         for path in shards_in(self.path).values():
             try:
                 shard = Shard.read(path)
-                if shard.settings != self.manifest.fingerprint:
-                    raise ShardError(f"{path} is of another sweep, with other settings.")
+                shard.check_settings(self.manifest.fingerprint)
             except ShardError as error:
                 self._skip(path, error)
             else:
-                found.append(shard)
-        return found
+                shards.append(shard)
+        return shards
 
     def _skip(self, path: Path, error: ShardError) -> None:
         if self.on_error == "raise":
             raise ShardError(
-                f"{error} Go on with the sweep by on_error='skip', which evaluates it again, or read what is left by "
+                f"{error} Resume the sweep with on_error='skip' to evaluate it again, or read the other shards by "
                 "Sweep.open(path, on_error='skip')."
             ) from error
         entry = {"file": str(path.relative_to(self.path)), "why": str(error)}
@@ -102,10 +111,10 @@ class Sweep:
             self.bad_shards.append(entry)
 
     def query(self, name: str) -> QueryInfo:
-        """One query.
+        """The query with a name.
 
         Raises:
-            SweepError: There is none of this name.
+            SweepError: There is no such query.
         """
         if name not in self.queries:
             raise SweepError(f"{self.path} has no query {name!r}. It has {', '.join(map(repr, self.queries))}.")
@@ -114,15 +123,15 @@ class Sweep:
     def rows(
         self, query: str | None = None, group: int | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """Rows, in the order of the shards; inside of each by query, group, lower group and sample.
+        """Rows in the order of the shards, within each by query, group, lower group and sample.
 
         Args:
             query: Name of a query; None for all.
-            group: A group of it; None for all.
-            columns: Names of those to read; None for all of :func:`schema`.
+            group: One of its groups; None for all.
+            columns: Names of columns; None for all of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
         Raises:
-            SweepError: No such query or column, or a damaged shard.
+            SweepError: There is no such query or column, or a shard is damaged.
         """
         pa = arrow()
         if query is not None:
@@ -130,7 +139,7 @@ class Sweep:
         names = schema().names
         unknown = [column for column in columns or () if column not in names]
         if unknown:
-            raise SweepError(f"there is no column {unknown[0]!r}; there are {', '.join(names)}.")
+            raise SweepError(f"there is no column {unknown[0]!r}; columns are {', '.join(names)}.")
         parts = []
         for shard in self.shards:
             try:
@@ -142,11 +151,11 @@ class Sweep:
         return schema(self.manifest.value).empty_table().select(names if columns is None else list(columns))
 
     def samples(self) -> pa.Table:
-        """``sample``, ``target`` and ``prediction`` of all that did not fail, by sample."""
+        """``sample``, ``target`` and ``prediction`` of all samples that did not fail, by sample."""
         pa = arrow()
-        asked = [query for query in self.queries.values() if not query.is_map and query.groups is not None]
-        if asked:
-            query = min(asked, key=lambda query: math.prod(query.groups or ()))
+        with_rows = [query for query in self.queries.values() if not query.is_map and query.groups is not None]
+        if with_rows:
+            query = min(with_rows, key=lambda query: math.prod(query.groups or ()))
             rows = self.rows(query.name, 0 if query.groups else SCALAR, ["sample", "target", "prediction", "lower"])
             lower = extra("pyarrow.compute", "dataset").less_equal(rows["lower"], 0)
             return rows.filter(lower).drop_columns("lower").sort_by("sample")
@@ -166,36 +175,36 @@ class Sweep:
         target: int | None = None,
         largest: bool = True,
     ) -> pa.Table:
-        """The samples in which a group has its largest values, the largest first.
+        """The samples with the largest values of a group, in decreasing order.
 
         Args:
             query: Name of a query.
-            group: Which group; None for a query with one number for each sample.
-            k: How many.
-            lower: Only of this group of the lower layer, of a joint matrix.
-            target: Only among samples with this target.
-            largest: False for the smallest values, the smallest first.
+            group: The group; None for a query with one number per sample.
+            k: Number of samples.
+            lower: For a joint matrix, only this group of the lower layer.
+            target: Only samples with this target.
+            largest: False for the smallest values, in increasing order.
 
         Returns:
-            At most ``k`` rows; of equal values the first samples. Rows without a value are left out.
+            At most ``k`` rows. Ties are broken by sample index, and null values are excluded.
 
         Raises:
-            SweepError: No such query, or it has no rows.
+            SweepError: There is no such query, or it has no rows.
         """
         compute = extra("pyarrow.compute", "dataset")
         info = self.query(query)
         if info.is_map:
-            raise SweepError(f"{query!r} has maps and no rows; read them with maps().")
-        rows = self._of_group(info, SCALAR if group is None else group)
-        for column, wanted in (("lower", lower), ("target", target)):
-            if wanted is not None:
-                rows = rows.filter(compute.equal(rows[column], wanted))
+            raise SweepError(f"{query!r} has maps instead of rows; read them with maps().")
+        rows = self._group_rows(info, SCALAR if group is None else group)
+        for column, value in (("lower", lower), ("target", target)):
+            if value is not None:
+                rows = rows.filter(compute.equal(rows[column], value))
         rows = rows.filter(compute.is_valid(rows["value"]))
         order = [("value", "descending" if largest else "ascending"), ("lower", "ascending"), ("sample", "ascending")]
         return rows.take(compute.select_k_unstable(rows, k, order)) if len(rows) else rows
 
-    def _of_group(self, info: QueryInfo, group: int) -> pa.Table:
-        path = inside(self.path, f"{BY_QUERY}/{list(self.queries).index(info.name):04}.parquet")
+    def _group_rows(self, info: QueryInfo, group: int) -> pa.Table:
+        path = path_inside(self.path, f"{BY_QUERY}/{list(self.queries).index(info.name):04}.parquet")
         if not path.exists():
             return self.rows(info.name, group)
         pa, parquet = arrow(), extra("pyarrow.parquet", "dataset")
@@ -203,34 +212,34 @@ class Sweep:
             return parquet.read_table(path, filters=[("group", "==", group)])
         except (OSError, pa.ArrowException) as error:
             raise ShardError(
-                f"{path} is damaged: {error}. Delete the folder {BY_QUERY}, and the shards are read instead."
+                f"{path} is damaged: {error}. Delete the folder {BY_QUERY} to read the shards instead."
             ) from error
 
     def maps(self, query: str, samples: Collection[int]) -> Tensor:
         """Stored maps of some samples, ``(len(samples), *shape)``.
 
         Args:
-            query: Name of a query that asks for maps.
-            samples: Which samples; in this order.
+            query: Name of a query for maps.
+            samples: The samples, in this order.
 
         Raises:
-            SweepError: No such query or maps, or a sample failed or is not evaluated yet.
+            SweepError: There is no such query for maps, or a sample failed or is not evaluated yet.
         """
         info = self.query(query)
         if not info.is_map:
-            raise SweepError(f"{query!r} has rows and no maps; read them with rows().")
-        found: dict[int, Tensor] = {}
+            raise SweepError(f"{query!r} has rows instead of maps; read them with rows().")
+        maps: dict[int, Tensor] = {}
         for shard in self.shards:
-            wanted = [sample for sample in samples if shard.first <= sample <= shard.last]
-            if wanted:
+            in_shard = {sample for sample in samples if shard.first <= sample <= shard.last}
+            if in_shard:
                 tensors = self._tensors(shard, ["sample", query])
-                places = {sample: place for place, sample in enumerate(tensors["sample"].tolist())}
-                found |= {sample: tensors[query][places[sample]] for sample in wanted if sample in places}
-        missing = [sample for sample in samples if sample not in found]
+                pairs = zip(tensors["sample"].tolist(), tensors[query], strict=True)
+                maps |= {sample: values for sample, values in pairs if sample in in_shard}
+        missing = [sample for sample in samples if sample not in maps]
         if missing:
-            raise SweepError(f"there is no map of sample {missing[0]}: it failed, is not evaluated yet, or not there.")
+            raise SweepError(f"there is no map of sample {missing[0]}: it failed, is not evaluated yet, or unknown.")
         shape = info.groups or ()
-        return torch.stack([found[sample] for sample in samples]) if found else torch.empty(0, *shape)
+        return torch.stack([maps[sample] for sample in samples]) if maps else torch.empty(0, *shape)
 
     def _tensors(self, shard: Shard, names: Sequence[str]) -> dict[str, Tensor]:
         path = shard.path
@@ -243,3 +252,6 @@ class Sweep:
         except (OSError, SafetensorError) as error:
             self._skip(path, ShardError(f"{path} is damaged: {error}"))
         return {name: torch.empty(0, dtype=torch.int64) for name in names}
+
+
+__all__ = ["Sweep"]

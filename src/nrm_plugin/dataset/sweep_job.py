@@ -1,4 +1,4 @@
-"""The work of a sweep: shards are evaluated and written one by one, in any order, by any process."""
+"""The evaluation of shards: one by one, in any order, by any process."""
 
 from __future__ import annotations
 
@@ -7,99 +7,110 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from .evaluation import Evaluated, Evaluation, is_of_samples
+from .evaluation import BatchResults, Evaluation, is_due_to_samples
 from .queries import Maps
-from .sample_batches import Failure, Plan, Read, Source, length, read_again, reader, told
+from .sample_batches import (
+    DataSource,
+    FailedSample,
+    LoadedBatch,
+    ShardPlan,
+    batch_length,
+    load_batches,
+    one_line,
+    reload,
+)
 from .shard_file import Shard, shards_in
-from .shard_writer import failures, write_shard
+from .shard_writer import ShardInfo, write_shard
 from .sweep_layout import OnError, ShardError, SweepError
+
+OnProgress = Callable[[int], object]
+"""Is called with the number of samples that were evaluated."""
 
 
 class SampleError(SweepError):
-    """Samples that cannot be read or evaluated."""
+    """Samples cannot be read or evaluated."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that is needed to evaluate any shard.
+class SweepJob:
+    """Everything that is needed to evaluate any shard of a sweep.
 
     Attributes:
-        evaluation: What is done to every batch.
+        evaluation: The evaluation of a batch.
         source: The data.
-        plan: Which samples lie in which shard; None where the data do not tell how many there are.
-        shard_batches: Batches of a shard.
-        folder: Of the sweep.
-        fingerprint: Of its settings.
-        on_error: What happens to samples that fail.
-        seed: Of random numbers while samples are read.
-        bad: What was wrong with files that are to be replaced, by number.
+        plan: The samples of each shard; None for an iterable data set.
+        shard_batches: Batches per shard.
+        folder: The folder of the sweep.
+        fingerprint: Hash of the settings.
+        on_error: ``"raise"`` or ``"skip"``, for samples that fail and for damaged files.
+        seed: Seed of the random states with which samples are read.
+        damaged: Damaged files that are replaced, by shard number.
     """
 
     evaluation: Evaluation
-    source: Source
-    plan: Plan | None
+    source: DataSource
+    plan: ShardPlan | None
     shard_batches: int
     folder: Path
     fingerprint: str
     on_error: OnError
     seed: int
-    bad: dict[int, dict[str, str]]
+    damaged: dict[int, dict[str, str]]
 
     @property
     def value(self) -> str:
         """Type of the values."""
         return "double" if self.evaluation.is_double else "float"
 
-    # -- what is there ------------------------------------------------------------------------------------------------
+    # -- existing shards ----------------------------------------------------------------------------------------------
 
     def done(self, retry_failed: bool = False) -> dict[int, Shard]:
-        """The shards that need not be evaluated; damaged files are put aside.
+        """The shards that need not be evaluated, by number; sets damaged files aside.
 
         Args:
-            retry_failed: Shards with failed samples count as not written, and are removed.
+            retry_failed: Remove shards with failed samples, so that they are evaluated again.
 
         Raises:
             ShardError: A file is damaged, and ``on_error`` is ``"raise"``.
         """
-        found = {}
+        shards = {}
         for number, path in shards_in(self.folder).items():
             try:
                 shard = self._checked(path)
             except ShardError as error:
                 if self.on_error == "raise":
                     raise ShardError(
-                        f"{error} With on_error='skip' it is put aside and its samples are evaluated again."
+                        f"{error} With on_error='skip' it is set aside and its samples are evaluated again."
                     ) from error
-                self.bad[number] = {"file": str(path.relative_to(self.folder)), "why": str(error)}
+                self.damaged[number] = {"file": str(path.relative_to(self.folder)), "why": str(error)}
                 path.replace(path.with_name(f"bad-{path.name}"))
                 continue
             if retry_failed and shard.failed:
                 path.unlink()
                 continue
-            found[number] = shard
-        return found
+            shards[number] = shard
+        return shards
 
     def _checked(self, path: Path) -> Shard:
         shard = Shard.read(path)
-        if shard.settings != self.fingerprint:
-            raise ShardError(f"{path} is of another sweep, with other settings.")
+        shard.check_settings(self.fingerprint)
         if self.plan is not None:
             expected = self.plan.range(shard.number)
             if shard.number >= self.plan.shards or (shard.first, shard.last) != expected:
-                raise ShardError(f"{path} holds samples {shard.first} to {shard.last}, expected {expected}.")
+                raise ShardError(f"{path} contains samples {shard.first} to {shard.last}, expected {expected}.")
         if shard.groups and any(isinstance(query, Maps) for query in self.evaluation.queries):
             shard.check_maps()
         return shard
 
-    # -- what is to do ------------------------------------------------------------------------------------------------
+    # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def run(self, numbers: Sequence[int], rank: int, tell: Callable[[int], None]) -> None:
-        """Evaluates and writes some shards.
+    def run(self, numbers: Sequence[int], rank: int, on_progress: OnProgress) -> None:
+        """Evaluates and writes shards.
 
         Args:
-            numbers: Which.
-            rank: Who writes.
-            tell: Called with the number of samples after each batch.
+            numbers: The numbers of the shards.
+            rank: Rank of this process.
+            on_progress: Is called after each batch.
 
         Raises:
             SampleError: Samples fail, and ``on_error`` is ``"raise"``.
@@ -107,110 +118,108 @@ class Job:
         """
         assert self.plan is not None
         batches = {number: self.plan.batches(number) for number in numbers}
-        reads = reader(self.source, [batch for number in numbers for batch in batches[number]], self.seed)
+        loaded = load_batches(self.source, [batch for number in numbers for batch in batches[number]], self.seed)
         for number in numbers:
-            self.shard(number, rank, islice(reads, len(batches[number])), self.plan.range(number)[0], tell)
+            of_shard = islice(loaded, len(batches[number]))
+            self._evaluate_shard(number, rank, of_shard, self.plan.range(number)[0], on_progress)
 
-    def run_stream(self, done: dict[int, Shard], tell: Callable[[int], None]) -> int:
-        """Reads data that do not tell how many samples they have, and skips over finished shards.
+    def run_stream(self, done: dict[int, Shard], on_progress: OnProgress) -> int:
+        """Evaluates an iterable data set, and skips its finished shards.
 
         Returns:
-            How many samples there were.
+            The number of samples.
 
         Raises:
-            SweepError: They hand out other numbers of samples than before.
+            SweepError: A finished shard has another number of samples than the data set now yields for it.
         """
         assert self.source.loader is not None
         batches, sample, number = iter(self.source.loader), 0, 0
         while batch := list(islice(batches, self.shard_batches)):
-            reads, first = [], sample
+            loaded, first = [], sample
             for part in batch:
-                reads.append(Read(list(range(sample, sample + length(part))), part))
-                sample = reads[-1].sample[-1] + 1
+                loaded.append(LoadedBatch(list(range(sample, sample + batch_length(part))), part))
+                sample = loaded[-1].samples[-1] + 1
             if number not in done:
-                self.shard(number, 0, iter(reads), first, tell)
+                self._evaluate_shard(number, 0, iter(loaded), first, on_progress)
             elif (done[number].first, done[number].last) != (first, sample - 1):
                 raise SweepError(
-                    f"{self.folder} has samples {done[number].first} to {done[number].last} in shard {number}, but the "
-                    f"data now hand out {first} to {sample - 1} there. They must come again as they were."
+                    f"shard {number} in {self.folder} contains samples {done[number].first} to {done[number].last}, "
+                    f"but the data set now yields {first} to {sample - 1}. To resume, it must yield the same samples "
+                    "in the same order."
                 )
             else:
-                tell(sample - first)
+                on_progress(sample - first)
             number += 1
         return sample
 
-    def shard(self, number: int, rank: int, reads: Iterable[Read], first: int, tell: Callable[[int], None]) -> Path:
-        """Evaluates and writes one shard."""
-        parts: list[Evaluated] = []
-        failed: list[Failure] = []
+    def _evaluate_shard(
+        self, number: int, rank: int, batches: Iterable[LoadedBatch], first: int, on_progress: OnProgress
+    ) -> None:
+        results: list[BatchResults] = []
+        failed: list[FailedSample] = []
         last = first - 1
-        for read in reads:
-            part, bad = self._evaluated(read)
-            parts += [] if part is None else [part]
-            failed += bad
-            size = len(read.sample) + len(read.failed)
+        for loaded in batches:
+            result, failures = self._evaluated(loaded)
+            results += [] if result is None else [result]
+            failed += failures
+            size = len(loaded.samples) + len(loaded.failed)
             last += size
-            tell(size)
-        said = {
-            "settings": self.fingerprint,
-            "first": first,
-            "last": last,
-            "failed": failures(failed),
-            "replaces": [self.bad[number]] if number in self.bad else [],
-        }
+            on_progress(size)
+        replaced = [self.damaged[number]] if number in self.damaged else []
+        info = ShardInfo(self.fingerprint, first, last, failed, replaced, self.value)
         try:
-            return write_shard(self.folder, rank, number, self.evaluation.queries, parts, said, self.value)
+            write_shard(self.folder, rank, number, self.evaluation.queries, results, info)
         except OSError as error:
             raise SweepError(
                 f"shard {number} cannot be written to {self.folder}: {error.strerror or error}. All shards before it "
-                "are whole and can be read; make room and run the same sweep again to go on."
+                "are complete and readable; free space on the disk and run the same sweep again to resume."
             ) from error
 
-    def _evaluated(self, read: Read) -> tuple[Evaluated | None, list[Failure]]:
-        if read.failed and self.on_error == "raise":
-            raise _cannot(f"sample {read.failed[0].sample} cannot be read", read.failed[0].why)
-        if not read.sample:
-            return None, read.failed
+    def _evaluated(self, loaded: LoadedBatch) -> tuple[BatchResults | None, list[FailedSample]]:
+        if loaded.failed and self.on_error == "raise":
+            raise _sample_error(f"sample {loaded.failed[0].sample} cannot be read", loaded.failed[0].why)
+        if not loaded.samples:
+            return None, loaded.failed
         try:
-            return self.evaluation(read.sample, read.batch), read.failed
+            return self.evaluation(loaded.samples, loaded.batch), loaded.failed
         except Exception as error:
-            if not is_of_samples(error):
+            if not is_due_to_samples(error):
                 raise
             if self.on_error == "raise" or self.plan is None:
-                which = f"samples {read.sample[0]} to {read.sample[-1]} cannot be evaluated"
-                raise _cannot(which, told(error)) from error
-            return self._without_bad(read, error)
+                samples = f"samples {loaded.samples[0]} to {loaded.samples[-1]} cannot be evaluated"
+                raise _sample_error(samples, one_line(error)) from error
+            return self._without_failing(loaded, error)
 
-    def _without_bad(self, read: Read, error: Exception) -> tuple[Evaluated | None, list[Failure]]:
-        """Each sample on its own, to find those that fail; the others are then evaluated together."""
-        bad = [failure for sample in read.sample for failure in self._alone(sample)]
-        names = {failure.sample for failure in bad}
-        good = [sample for sample in read.sample if sample not in names]
-        if not bad:
+    def _without_failing(self, loaded: LoadedBatch, error: Exception) -> tuple[BatchResults | None, list[FailedSample]]:
+        """Evaluates each sample separately to find those that fail, and then the others together."""
+        failed = [failure for sample in loaded.samples for failure in self._failure_of(sample)]
+        indices = {failure.sample for failure in failed}
+        remaining = [sample for sample in loaded.samples if sample not in indices]
+        if not failed:
             raise error
-        if not good:
-            return None, [*read.failed, *bad]
-        again = read_again(self.source, good, self.seed)
-        return self.evaluation(again.sample, again.batch), [*read.failed, *bad]
+        if not remaining:
+            return None, [*loaded.failed, *failed]
+        again = reload(self.source, remaining, self.seed)
+        return self.evaluation(again.samples, again.batch), [*loaded.failed, *failed]
 
-    def _alone(self, sample: int) -> Iterator[Failure]:
-        again = read_again(self.source, [sample], self.seed)
+    def _failure_of(self, sample: int) -> Iterator[FailedSample]:
+        again = reload(self.source, [sample], self.seed)
         if again.failed:
             yield again.failed[0]
             return
         try:
-            self.evaluation(again.sample, again.batch)
+            self.evaluation(again.samples, again.batch)
         except Exception as error:
-            if not is_of_samples(error):
+            if not is_due_to_samples(error):
                 raise
-            yield Failure(sample, told(error))
+            yield FailedSample(sample, one_line(error))
 
 
-def _cannot(what: str, why: str) -> SampleError:
+def _sample_error(what: str, why: str) -> SampleError:
     return SampleError(
-        f"{what}: {why.rstrip('.')}. Everything before is stored. Mend it and run the same sweep again, or leave such "
-        "samples out by on_error='skip', which lists them at the end."
+        f"{what}: {why.rstrip('.')}. All shards before are stored. Fix this and run the same sweep again, or skip such "
+        "samples by on_error='skip', which lists them at the end."
     )
 
 
-__all__ = ["Job", "SampleError"]
+__all__ = ["OnProgress", "SampleError", "SweepJob"]

@@ -1,19 +1,17 @@
-"""What a sweep looks like on disk.
+"""The files of a sweep.
 
-- ``manifest.json``: what was asked, of which model, with which settings, and how far it came
-- ``rows/part-RRRR-NNNNNN.parquet``: shard ``N``, written by rank ``R``: one row for each sample, query and group
-- ``maps/part-RRRR-NNNNNN.safetensors``: tensors of the same samples, where a query asks for maps
-- ``by-query/NNNN.parquet``: the rows of one query, but for joint matrices, by group, those of largest value first; once
-  a sweep is complete
+- ``manifest.json``: the queries, the settings and the state
+- ``rows/part-RRRR-NNNNNN.parquet``: shard ``N``, written by rank ``R``: one row per sample, query and group
+- ``maps/part-RRRR-NNNNNN.safetensors``: tensors of the same samples, if there are queries for maps
+- ``by-query/NNNN.parquet``: the rows of one query, sorted by group and decreasing value; written when the sweep is
+  complete, and not for joint matrices
 
-A shard is the file with its number, whichever rank wrote it. Files whose names start with a dot are unfinished.
+A shard is identified by its number, whichever rank wrote it. Files whose names start with a dot are incomplete.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import NRMError, extra
+from .atomic_files import write_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,28 +28,28 @@ FORMAT = "nrm-plugin sweep 1"
 MANIFEST, ROWS, MAPS, BY_QUERY = "manifest.json", "rows", "maps", "by-query"
 PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
 KEY = b"nrm-plugin"
-"""Where the metadata of a Parquet file hold what is said of the shard, as JSON."""
+"""Key of the metadata of a Parquet file under which the description of the shard is stored as JSON."""
 SCALAR = -1
-"""``group`` of a query with one number for each sample, and ``lower`` of one that has no lower layer."""
+"""``group`` of a query with one number per sample, and ``lower`` of a query without a lower layer."""
 
 State = Literal["running", "interrupted", "complete"]
 OnError = Literal["raise", "skip"]
 
 
 class SweepError(NRMError, ValueError):
-    """A sweep that cannot be run, continued or read."""
+    """A sweep cannot be run, resumed or read."""
 
 
 class SettingsError(SweepError):
-    """A folder that holds a sweep with other settings."""
+    """The folder contains a sweep with different settings."""
 
 
 class ShardError(SweepError):
-    """A file of a sweep that is damaged, or is not of this sweep."""
+    """A file of a sweep is damaged or belongs to another sweep."""
 
 
 def arrow() -> Any:
-    """pyarrow, with its module for Parquet.
+    """pyarrow, with its Parquet module.
 
     Raises:
         MissingExtraError: It is not installed.
@@ -63,12 +62,12 @@ def schema(value: str = "float") -> pa.Schema:
     """Columns of the rows.
 
     Args:
-        value: ``"float"`` or ``"double"``, as the measure has it.
+        value: ``"float"`` or ``"double"``, the precision of the measure.
 
     Returns:
-        ``sample`` is the place in the data set; ``target`` the class that is explained and ``prediction`` that of the
-        largest output, -1 where there is none; ``group`` the channel, position or label of a layer and ``lower`` that
-        of the lower layer of a joint matrix, else -1. ``value`` is null where it would be a quotient by (almost) zero.
+        ``sample`` is the index in the data set; ``target`` the explained class and ``prediction`` the class with the
+        largest output, -1 if there is none; ``group`` the channel, position or label of a layer, and ``lower`` that of
+        the lower layer of a joint matrix, otherwise -1. ``value`` is null if its denominator is zero or almost zero.
     """
     pa = arrow()
     return pa.schema(
@@ -86,15 +85,15 @@ def schema(value: str = "float") -> pa.Schema:
 
 @dataclass(frozen=True)
 class QueryInfo:
-    """One query of a sweep, as its manifest tells it.
+    """One query of a sweep, as stored in its manifest.
 
     Attributes:
-        name: Its name; unique in the sweep.
-        kind: Its class, such as ``"Marginal"``.
+        name: Unique name in the sweep.
+        kind: Name of its class, such as ``"Marginal"``.
         layers: Names of its layers, the upper one first; empty for events.
-        groups: How many groups it has, ``(C,)``, ``(upper, lower)`` for joint relevance, ``()`` for one number, or the
-            shape of a map; None where no shard is written yet.
-        spec: Everything about it, as JSON; ``dataset.queries.from_json`` makes the query of it.
+        groups: Numbers of groups: ``(C,)``, ``(upper, lower)`` for joint relevance, ``()`` for one number, or the
+            shape of a map; None until a shard is written.
+        spec: The query as JSON, which ``dataset.queries.from_json`` reads.
     """
 
     name: str
@@ -105,26 +104,31 @@ class QueryInfo:
 
     @property
     def is_map(self) -> bool:
-        """Whether its tensors are in ``maps/``, and not among the rows."""
+        """Whether the results are tensors in ``maps/`` instead of rows."""
         return self.kind == "Maps"
+
+    @property
+    def has_event(self) -> bool:
+        """Whether the relevance is joint with an event or given an event."""
+        return any(self.spec.get(key) is not None for key in ("joint", "given"))
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a sweep says of itself.
+    """The description of a sweep in its folder.
 
     Attributes:
-        settings: All that changes numbers: versions, fingerprint of the model, composite, data, queries. A sweep that
-            differs in any of them is another one.
-        fingerprint: Hash of the settings, which each shard carries.
-        queries: What was asked.
+        settings: Everything that changes numbers: versions, fingerprint of the model, composite, data, queries. A
+            sweep with different settings is a different sweep.
+        fingerprint: Hash of the settings, stored in each shard.
+        queries: The queries.
         state: ``"running"`` (also after a kill), ``"interrupted"`` or ``"complete"``.
-        samples: How many the data set has; None where it does not tell before it ends.
+        samples: Number of samples; None for an iterable data set until it ends.
         value: ``"float"`` or ``"double"``.
-        ranks: Processes that wrote shards.
+        ranks: Ranks of the processes that wrote shards.
         failed: Samples without rows, as ``{"sample": 3, "why": "…"}``.
-        bad_shards: Files that were found damaged and evaluated again, as ``{"file": "…", "why": "…"}``.
-        environment: What was there and changes no setting: threads, devices.
+        bad_shards: Damaged files that were evaluated again, as ``{"file": "…", "why": "…"}``.
+        environment: Threads and device, which are not settings.
     """
 
     settings: Mapping[str, Any]
@@ -139,7 +143,7 @@ class Manifest:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Replaces the manifest of a folder in one step."""
+        """Writes the manifest of a folder, in one step."""
         write_bytes(
             folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False).encode()
         )
@@ -149,15 +153,13 @@ class Manifest:
         """The manifest of a folder.
 
         Raises:
-            SweepError: There is none, or it is of another format.
+            SweepError: There is none, or it has a different format.
         """
-        path = inside(folder, MANIFEST)
+        path = path_inside(folder, MANIFEST)
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
             if entries.pop("format") != FORMAT:
-                raise SweepError(
-                    f"{path} is of another format than {FORMAT!r}, which this version of the package reads."
-                )
+                raise SweepError(f"{path} has a different format; this version of the package reads {FORMAT!r}.")
             queries = tuple(
                 QueryInfo(**{**query, "layers": tuple(query["layers"]), "groups": _shape(query["groups"])})
                 for query in entries.pop("queries")
@@ -176,55 +178,29 @@ def _shape(groups: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if groups is None else tuple(int(size) for size in groups)
 
 
-def inside(folder: Path, name: str) -> Path:
-    """What has a name in the folder of a sweep, which a stranger may have made.
+def path_inside(folder: Path, name: str) -> Path:
+    """The path of a file in the folder of a sweep, which may come from an untrusted source.
 
     Raises:
-        ShardError: It is a link that leads out of the folder.
+        ShardError: It is a link to something outside the folder.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ShardError(
-            f"{path} is a link that leads out of {folder}. Nothing outside is read or written; copy it there."
+            f"{path} is a link out of {folder}. Files outside the folder are neither read nor written; copy it there."
         )
     return path
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file in one step: whoever reads it finds the old one or the new one, whole."""
-    with Replacing(path) as unfinished, unfinished.open("wb") as file:
-        file.write(content)
-
-
-class Replacing:
-    """A path to write to, in a context; only what is whole and on the disk gets the name of the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.unfinished = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self.unfinished.unlink(missing_ok=True)  # a link would be followed
-        return self.unfinished
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                to_disk(self.unfinished)
-                self.unfinished.replace(self.path)
-                if os.name == "posix":  # elsewhere a folder cannot be opened
-                    to_disk(self.path.parent)
-        finally:
-            self.unfinished.unlink(missing_ok=True)
-
-
-def to_disk(path: Path) -> None:
-    """Waits until what was written to a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-__all__ = ["Manifest", "OnError", "QueryInfo", "SettingsError", "ShardError", "State", "SweepError", "schema"]
+__all__ = [
+    "Manifest",
+    "OnError",
+    "QueryInfo",
+    "SettingsError",
+    "ShardError",
+    "State",
+    "SweepError",
+    "arrow",
+    "path_inside",
+    "schema",
+]

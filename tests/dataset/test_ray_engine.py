@@ -1,4 +1,4 @@
-"""Queries as a function of batches, as Ray Data and Hugging Face datasets call it; neither is needed for that."""
+"""Queries as a function of batches, called as by Ray Data and Hugging Face datasets, without either."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ def rows_of(columns):
 
 
 @pytest.mark.parametrize("as_lists", [True, False], ids=["indices", "column"])
-def test_the_rows_of_a_batch_are_those_of_a_sweep(as_lists, tmp_path):
+def test_the_rows_of_batches_equal_those_of_a_sweep(as_lists, tmp_path):
     data = Data(10)
     stored = sweep(net(), data, QUERIES, tmp_path, target="label", **OPTIONS).rows().to_pylist()
-    ask, found = SweepBatches(net, QUERIES, target="label"), {}
+    evaluate, found = SweepBatches(net, QUERIES, target="label"), {}
     for start in (0, 4, 8):
-        places = range(start, min(10, start + 4))
-        batch = {"inputs": data.x[places].numpy(), "label": np.array([k % 4 for k in places])}
+        indices = range(start, min(10, start + 4))
+        batch = {"inputs": data.x[indices].numpy(), "label": np.array([k % 4 for k in indices])}
         if as_lists:
             batch = {key: column.tolist() for key, column in batch.items()}
-            found |= rows_of(ask(batch, list(places)))
+            found |= rows_of(evaluate(batch, list(indices)))
         else:
-            found |= rows_of(ask({**batch, "sample": np.array(places)}))
+            found |= rows_of(evaluate({**batch, "sample": np.array(indices)}))
     assert found == {(row["query"], row["group"], row["lower"], row["sample"]): row["value"] for row in stored}
     assert None in found.values()
 
 
-def test_batches_that_lack_something_are_refused():
-    ask = SweepBatches(net(), QUERIES)
+def test_incomplete_batches_raise():
+    evaluate = SweepBatches(net(), QUERIES)
     with pytest.raises(SweepError, match="no column 'sample'"):
-        ask({"inputs": np.zeros((1, 3, 12, 12))})
+        evaluate({"inputs": np.zeros((1, 3, 12, 12))})
     with pytest.raises(SweepError, match="unpack="):
-        ask({"image": np.zeros((1, 3, 12, 12))}, [0])
-    with pytest.raises(SweepError, match="no rows"):
+        evaluate({"image": np.zeros((1, 3, 12, 12))}, [0])
+    with pytest.raises(SweepError, match="not rows"):
         SweepBatches(net(), Maps())
