@@ -15,7 +15,7 @@ from zennit.core import BasicHook
 
 from nrm_plugin import NRM, FuseBatchNorm, NRMDefault, RelevanceMeasure, at, coverage, register_kernel
 from nrm_plugin.attribution.dataloader import DataLoaderNRM
-from nrm_plugin.dataset import images as pictures
+from nrm_plugin.dataset import images
 from nrm_plugin.dataset.images import load_image
 from nrm_plugin.errors import EventError, InputError, NRMError, UnknownLayerError, UnsupportedRuleError
 from nrm_plugin.measure.flow import FlowError, FlowGraph
@@ -142,7 +142,7 @@ def test_an_unreadable_exif_orientation_is_ignored(tmp_path: Path, monkeypatch: 
 
     pixels = Image.effect_noise((9, 5), 90).convert("RGB")
     pixels.save(tmp_path / "x.png")
-    monkeypatch.setattr(pictures.ImageOps, "exif_transpose", broken)
-    opened = load_image(tmp_path / "x.png")
-    assert opened.image.tobytes() == pixels.tobytes()
-    assert opened.notes == ("has EXIF data that cannot be read, so it was not rotated",)
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", broken)
+    loaded = load_image(tmp_path / "x.png")
+    assert loaded.image.tobytes() == pixels.tobytes()
+    assert loaded.notes == ("has EXIF data that cannot be read, so it was not rotated",)

@@ -40,7 +40,7 @@ STORED = {
     "kernels.batch_norm": "fusion",
     "kernels.normalization": "steps",
 } | {present: former for former, present in MOVED.items()}
-"""Path under which the settings of stored sweeps name what a module defines, where it is not the present one."""
+"""Path under which the settings of stored sweeps name a definition, if it is not its current one."""
 REGISTRY = "zennit.composites"
 
 

@@ -47,7 +47,7 @@ def uninterrupted(tmp_path_factory):
     return contents(folder)
 
 
-def test_two_workers_of_which_one_is_killed_store_the_rows_of_one_process(tmp_path, uninterrupted):
+def test_two_workers_of_which_one_is_killed_store_the_same_as_one_process(tmp_path, uninterrupted):
     mark = tmp_path / "killed"
     options = {"engine": "ray", "engine_options": {"concurrency": 2}, **OPTIONS}
     stored = sweep(net(), Data(kill=mark), QUERIES, tmp_path / "out", **options)
@@ -57,7 +57,7 @@ def test_two_workers_of_which_one_is_killed_store_the_rows_of_one_process(tmp_pa
     assert contents(tmp_path / "out") == uninterrupted
 
 
-def test_an_error_on_a_worker_is_raised_and_the_sweep_can_be_continued(tmp_path, uninterrupted):
+def test_an_error_on_a_worker_is_raised_and_the_sweep_resumes(tmp_path, uninterrupted):
     options = {"engine": "ray", "engine_options": {"concurrency": 1}, **OPTIONS}
     with pytest.raises(SweepError, match=r"sample 30 cannot be read.*the file is cut off"):
         sweep(net(), Data(bad=[30]), QUERIES, tmp_path, **options)
@@ -65,7 +65,7 @@ def test_an_error_on_a_worker_is_raised_and_the_sweep_can_be_continued(tmp_path,
     assert contents(tmp_path) == uninterrupted
 
 
-def test_sweep_batches_in_a_ray_pipeline_give_the_same_rows(uninterrupted):
+def test_map_batches_returns_the_same_rows(uninterrupted):
     data = Data()
     items = [{"sample": k, "inputs": data.x[k].numpy(), "label": k % 4} for k in range(50)]
     queries = [query for query in QUERIES if query.name in ("marginal(4)", "sink(4)")]

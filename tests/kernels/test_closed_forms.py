@@ -41,7 +41,11 @@ def test_a_known_rule_has_a_closed_form_with_the_same_factors(rule: BasicHook) -
         torch.testing.assert_close(factor, expected, rtol=1e-12, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("rule", [Epsilon(Stabilizer(0.1, clip=True)), ZPlus(lambda z: z + 1), Absolute()], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [Epsilon(Stabilizer(0.1, clip=True)), ZPlus(lambda z: z + 1), Absolute()],
+    ids=lambda rule: type(rule).__name__,
+)
 def test_other_rules_and_stabilizers_have_none(rule: BasicHook) -> None:
     assert closed_mapper(rule) is None
 
