@@ -123,7 +123,7 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pull = event_masses.pull
 
     def small(graph, start, visitor, absolute=False):
-        if len(visitor.formulas.roots) > 1:
+        if len(visitor.diagram.roots) > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return pull(graph, start, visitor, absolute)
 

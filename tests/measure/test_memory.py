@@ -22,8 +22,8 @@ def test_queries_that_do_not_fit_into_memory_run_in_parts(monkeypatch):
     pull = event_masses.pull
 
     def small(graph, start, visitor, absolute=False):
-        widths.append(len(visitor.formulas.roots))
-        if len(visitor.formulas.roots) > 1:
+        widths.append(len(visitor.diagram.roots))
+        if len(visitor.diagram.roots) > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return pull(graph, start, visitor, absolute)
 

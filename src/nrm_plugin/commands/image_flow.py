@@ -12,7 +12,7 @@ from typing import Any
 from ..dataset.images import LoadedImage, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
-from ..measure.flow_heat_maps import Maps, flow_maps
+from ..measure.flow_heat_maps import NodeMaps, flow_maps
 from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import patches
@@ -78,7 +78,7 @@ class ImageFlow:
 
     start: TargetStart
     graph: FlowGraph
-    heat_maps: Maps
+    heat_maps: NodeMaps
     profile: Sequence[ProfileRow]
 
 
@@ -123,7 +123,9 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     return ImageFlow(start, graph, heat_maps, profile(mu, request.layers, plain))
 
 
-def _graph(mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions) -> tuple[FlowGraph, Maps]:
+def _graph(
+    mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions
+) -> tuple[FlowGraph, NodeMaps]:
     height, width = mu.shape("input")[-2:]
     count = options.patches
     if count > min(height, width):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.linear_maps import Maps, side_by_side
+from ..model.linear_maps import LinearMap, side_by_side
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Branch:
     input: Tensor
     factor: Tensor
     sign: float
-    maps: Maps
+    maps: LinearMap
     modified: Callable[[], Tensor] | None = None
 
     @property

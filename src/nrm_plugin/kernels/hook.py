@@ -21,7 +21,7 @@ from zennit.rules import Pass
 from ..errors import InputError, UnsupportedRuleError, autocast_outside
 from ..model.affine import is_known_linear
 from ..model.autocast import asked_for
-from ..model.copies import shell_of
+from ..model.copies import shared_copy
 from ..model.custom_layers import WeightRecorder, is_own_layer
 from .forward_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 from .forward_state import (
@@ -245,7 +245,7 @@ class StepHook(Hook):
 
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
     """A shell of the module and how to run it; of a subclass of a layer as a function of the weight it computed."""
-    shell = shell_of(module)
+    shell = shared_copy(module)
     if isinstance(call.mode, WeightRecorder):
         with not_recorded():
             layer = call.mode.layer(shell, call.run, call.source.detach())

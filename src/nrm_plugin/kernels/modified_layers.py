@@ -13,8 +13,8 @@ from zennit.rules import NoMod
 
 from ..model.affine import broadcast, is_known_linear, twin_of
 from ..model.autocast import lowered
-from ..model.copies import shell_of
-from ..model.linear_maps import Maps, blocked_maps, explicit_maps, recorded_maps
+from ..model.copies import shared_copy
+from ..model.linear_maps import LinearMap, blocked_maps, explicit_maps, recorded_maps
 from ..rules import EvenMod
 from .cache_blocks import Block
 from .layer_call import LayerCall, Run
@@ -38,7 +38,7 @@ class ModifiedLayer:
 
     image: Tensor
     bias: Tensor | None = None
-    maps: Maps | None = None
+    maps: LinearMap | None = None
     weight: Callable[[], Tensor] | None = None
     is_own: bool = False
 
@@ -100,7 +100,7 @@ def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float)
     return ModifiedLayer(image, added, explicit, lambda: matrix, is_own=True)
 
 
-def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source: Tensor) -> Maps | None:
+def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source: Tensor) -> LinearMap | None:
     short = _shorter_format(call, source)
     if short is None:
         return explicit_maps(twin_of(modified), matrix, source)
@@ -130,7 +130,7 @@ def _by_blocks(call: LayerCall, modify: ParamMod, source: Tensor) -> ModifiedLay
     weight = call.module._parameters["weight"]
     assert weight is not None
     matrix = weight.detach()
-    one_row = shell_of(call.module)
+    one_row = shared_copy(call.module)
     one_row._parameters["weight"] = nn.Parameter(matrix[:1], requires_grad=False)
     with modify(one_row) as modified:
         bias = modified._parameters.get("bias")
@@ -161,7 +161,7 @@ def rerun_without_bias(module: nn.Module, run: Run) -> Callable[[Tensor, Tensor]
     """``(input, weight) -> output`` of a layer without its bias."""
 
     def rerun(source: Tensor, weight: Tensor) -> Tensor:
-        shell = shell_of(module)  # a new one each time, for several threads may run it
+        shell = shared_copy(module)  # a new one each time, for several threads may run it
         shell.__dict__["_parameters"].update(weight=weight, bias=None)
         return run(shell, source)
 

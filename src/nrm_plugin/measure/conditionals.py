@@ -16,7 +16,7 @@ from ..events.event import Event
 from ..recording.passes import Cost
 from ..recording.places import Buffer, Edge, Place
 from ..recording.taps import Tap
-from .decision_diagram import FALSE, TRUE, Formulas
+from .decision_diagram import FALSE, TRUE, DecisionDiagram
 from .layer_taps import is_below
 from .masked_vectors import masked
 
@@ -25,14 +25,14 @@ class Conditionals:
     """``μ(event given j)`` for every neuron ``j`` of a tap: values propagated up from where a walk is decided.
 
     Args:
-        formulas: The events.
+        diagram: The events.
         places: The taps.
         nodes: The nodes of the diagram that remain after a tap is crossed.
         like: A tensor of the dtype and device of relevance.
     """
 
-    def __init__(self, formulas: Formulas, places: Sequence[Place], nodes: Iterable[int], like: Tensor) -> None:
-        self.formulas, self.graph, self.like = formulas, formulas.recording.graph, like
+    def __init__(self, diagram: DecisionDiagram, places: Sequence[Place], nodes: Iterable[int], like: Tensor) -> None:
+        self.diagram, self.graph, self.like = diagram, diagram.recording.graph, like
         self.cost = Cost()
         self._values: dict[tuple[Buffer, int], Tensor | None] = {}
         needed = self._needed(places, set(nodes))
@@ -59,7 +59,7 @@ class Conditionals:
         todo: list[tuple[int, int]] = []
 
         def require(buffer: Buffer, node: int) -> None:
-            left = self.formulas.settle(node, buffer.vertex)
+            left = self.diagram.settle(node, buffer.vertex)
             if left > TRUE and left not in needed.setdefault(buffer.vertex, set()):
                 needed[buffer.vertex].add(left)
                 todo.append((buffer.vertex, left))
@@ -82,12 +82,12 @@ class Conditionals:
         return needed
 
     def _crossing(self, place: Place, node: int) -> list[tuple[int, Tensor | None]]:
-        level = self.formulas.levels.get(place)
-        return [(node, None)] if level is None else self.formulas.cross(node, level)
+        level = self.diagram.levels.get(place)
+        return [(node, None)] if level is None else self.diagram.cross(node, level)
 
     def _after(self, buffer: Buffer, node: int) -> Tensor | None:
         """Value of a node once the tap at a buffer was crossed; None for zero."""
-        left = self.formulas.settle(node, buffer.vertex)
+        left = self.diagram.settle(node, buffer.vertex)
         if left <= TRUE:
             return None if left == FALSE else self.like.new_ones(()).expand(self.graph.shape(buffer))
         return self._values[buffer, left]
@@ -115,7 +115,7 @@ class Conditionals:
     def _absorbed(self, vertex: int, number: int, node: int) -> Tensor | None:
         shape = self.graph.vertices[vertex].shapes[number]
         ones = self.like.new_ones(()).expand(shape)
-        crossing = self.formulas.absorb(node, vertex)
+        crossing = self.diagram.absorb(node, vertex)
         return self._mixed(crossing, {left: ones if left == TRUE else None for left, _ in crossing})
 
     def _push(self, index: int, nodes: list[int]) -> None:
@@ -143,15 +143,15 @@ def _rows(parts: list[Tensor | None]) -> Tensor | None:
     return torch.stack([torch.zeros_like(like) if part is None else part for part in parts])
 
 
-def check_below(formulas: Formulas, tap: Tap, event: Event, layer: object) -> None:
+def check_below(diagram: DecisionDiagram, tap: Tap, event: Event, layer: object) -> None:
     """Raises :class:`EventError` unless a tap is above all taps of an event."""
-    if not are_below(formulas, tap):
+    if not are_below(diagram, tap):
         raise EventError(
             f"{event} names a tap that is not below {tap.names[0] if tap.names else layer!r}; the conditional given "
             "each neuron of a tap needs taps below it. For taps above, use marginal(layer, given=event)."
         )
 
 
-def are_below(formulas: Formulas, tap: Tap) -> bool:
+def are_below(diagram: DecisionDiagram, tap: Tap) -> bool:
     """Whether all taps that events name are below a tap."""
-    return all(is_below(formulas.recording, key, tap) for key in formulas.levels)
+    return all(is_below(diagram.recording, key, tap) for key in diagram.levels)

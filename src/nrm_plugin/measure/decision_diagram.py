@@ -16,7 +16,7 @@ Crossing = list[tuple[int, Tensor | None]]
 """The node that remains, for each mask of neurons; a mask of None stands for all neurons."""
 
 
-class Formulas:
+class DecisionDiagram:
     """Several events over one recording, decided together.
 
     Args:
@@ -39,8 +39,8 @@ class Formulas:
         atoms = [atom for place in ordered for atom in locator.at[place]]
         self._masks = [atom.mask for atom in atoms]
         variables: dict[Event, int] = {atom: variable for variable, atom in enumerate(atoms)}
-        self.diagram = Diagram([*(self.levels[atom.place] for atom in atoms), self.absorbed_level])
-        self.roots = [self.diagram.build(event, {**variables, ABSORBED: len(atoms)}) for event in located]
+        self.nodes = Diagram([*(self.levels[atom.place] for atom in atoms), self.absorbed_level])
+        self.roots = [self.nodes.build(event, {**variables, ABSORBED: len(atoms)}) for event in located]
         self._crossings: dict[tuple[int, int], Crossing] = {}
         self._depends: dict[int, int] = {}
         self.open = self._levels_below()
@@ -62,7 +62,7 @@ class Formulas:
     def depends(self, node: int) -> int:
         """Bit set of the levels on which a node still depends."""
         if node not in self._depends:
-            levels = {self.diagram.levels[variable] for variable in self.diagram.variables(node)}
+            levels = {self.nodes.levels[variable] for variable in self.nodes.variables(node)}
             self._depends[node] = sum(1 << level for level in levels)
         return self._depends[node]
 
@@ -72,7 +72,7 @@ class Formulas:
 
     def end(self, node: int) -> int:
         """The node that remains when a walk ends at a leaf: true or false."""
-        return self.diagram.step(node, self.absorbed_level, 0)
+        return self.nodes.step(node, self.absorbed_level, 0)
 
     def cross(self, node: int, level: int) -> Crossing:
         """The nodes that remain after crossing the tap at a level, each with its neurons."""
@@ -81,23 +81,23 @@ class Formulas:
         return self._crossings[node, level]
 
     def _cross(self, node: int, level: int) -> Crossing:
-        if not self.diagram.is_touched(node, level):
+        if not self.nodes.is_touched(node, level):
             return [(node, None)]
-        variables = sorted(v for v in self.diagram.variables(node) if self.diagram.levels[v] == level)
+        variables = sorted(v for v in self.nodes.variables(node) if self.nodes.levels[v] == level)
         if not variables:
-            return [(self.diagram.step(node, level, 0), None)]
+            return [(self.nodes.step(node, level, 0), None)]
         remaining: dict[int, Tensor] = {}
         for answers, cell in _cells(variables, [self._masks[variable] for variable in variables]):
-            left = self.diagram.step(node, level, answers)
+            left = self.nodes.step(node, level, answers)
             remaining[left] = cell if left not in remaining else remaining[left] | cell
         return list(remaining.items())
 
     def absorb(self, node: int, vertex: int) -> Crossing:
         """The nodes that remain when a walk is absorbed in a vertex: true or false."""
-        answer = 1 << len(self.diagram.levels) - 1
+        answer = 1 << len(self.nodes.levels) - 1
         level = self.levels.get(Sink(vertex))
         crossing = [(node, None)] if level is None else self.cross(node, level)
-        return [(self.diagram.step(left, self.absorbed_level, answer), mask) for left, mask in crossing]
+        return [(self.nodes.step(left, self.absorbed_level, answer), mask) for left, mask in crossing]
 
 
 def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]]:
@@ -115,4 +115,4 @@ def _order(place: Buffer | Edge | Sink) -> tuple[int, int, int]:
     return (1, place.vertex, 0) if isinstance(place, Sink) else (0, *place.order)
 
 
-__all__ = ["FALSE", "TRUE", "Crossing", "Formulas"]
+__all__ = ["FALSE", "TRUE", "Crossing", "DecisionDiagram"]

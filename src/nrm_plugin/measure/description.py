@@ -6,7 +6,7 @@ from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not
 from ..events.index import show
 from ..recording.recording import Recording
 from .conditions import check_event
-from .decision_diagram import Formulas
+from .decision_diagram import DecisionDiagram
 
 
 def explanation(recording: Recording, event: Event, given: Event | None) -> str:
@@ -14,15 +14,15 @@ def explanation(recording: Recording, event: Event, given: Event | None) -> str:
     check_event(event)
     if given is not None:
         check_event(given, "given= takes one event. ")
-    formulas = Formulas(recording, [event] if given is None else [event & given, given])
+    diagram = DecisionDiagram(recording, [event] if given is None else [event & given, given])
     formula = f"μ({event})" if given is None else f"μ({event} | {given}) = μ({event & given}) / μ({given})"
     subject = f"the share of relevance carried by the walks that {words(event)}"
     if given is not None:
         subject = (
             f"among the walks that {words(given)}, the share of relevance carried by those that also {words(event)}"
         )
-    steps, all_steps = _steps(formulas)
-    width = formulas.diagram.width(formulas.roots)
+    steps, all_steps = _steps(diagram)
+    width = diagram.nodes.width(diagram.roots)
     return (
         f"{formula}\n{subject[0].upper()}{subject[1:]}.\n"
         f"Cost: one pass over {steps} of {all_steps} steps, with at most {max(1, width)} "
@@ -82,10 +82,10 @@ def _attended(event: Attended) -> str:
     return text
 
 
-def _steps(formulas: Formulas) -> tuple[int, int]:
+def _steps(diagram: DecisionDiagram) -> tuple[int, int]:
     """Number of steps down to where every walk is decided, and of all steps."""
-    vertices = formulas.recording.graph.vertices
+    vertices = diagram.recording.graph.vertices
     steps = [number for number, vertex in enumerate(vertices) if vertex.step is not None]
-    levels = [formulas.depends(root) for root in formulas.roots]
-    needed = [number for number in steps if any(depends & formulas.open[number] for depends in levels)]
+    levels = [diagram.depends(root) for root in diagram.roots]
+    needed = [number for number in steps if any(depends & diagram.open[number] for depends in levels)]
     return len(needed), len(steps)

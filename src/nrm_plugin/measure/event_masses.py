@@ -14,7 +14,7 @@ from ..recording.places import Buffer, Edge, Place, Sink
 from ..recording.recording import Recording
 from .attention_events import plain
 from .conditionals import Conditionals
-from .decision_diagram import FALSE, TRUE, Formulas
+from .decision_diagram import FALSE, TRUE, DecisionDiagram
 from .masked_vectors import add_to, masked
 from .memory import in_chunks, width_of
 
@@ -43,7 +43,7 @@ class EventPass:
     """A pass from the output down that stops propagating a walk once all events are decided for it.
 
     Args:
-        formulas: The events.
+        diagram: The events.
         start: The relevance of the outputs.
         stored: Taps at which a map of each event is needed.
 
@@ -52,16 +52,16 @@ class EventPass:
         variation: Σ|μ| over the neurons where each was decided, ``(E, N)``.
     """
 
-    def __init__(self, formulas: Formulas, start: Tensor, stored: Iterable[Place] = ()) -> None:
-        recording = formulas.recording
+    def __init__(self, diagram: DecisionDiagram, start: Tensor, stored: Iterable[Place] = ()) -> None:
+        recording = diagram.recording
         learned = recording.samples.find(start)
-        self.formulas, self.recording = formulas, recording
+        self.diagram, self.recording = diagram, recording
         self.stored = frozenset(stored)
-        self.mass = start.new_zeros((len(formulas.roots), recording.samples.count))
+        self.mass = start.new_zeros((len(diagram.roots), recording.samples.count))
         self.variation = torch.zeros_like(self.mass)
         self.maps: dict[tuple[Place, Pair], Tensor] = {}
         self._stored_below = recording.graph.marks_below(dict.fromkeys(self.stored, 1)).below_vertex
-        pairs = frozenset(enumerate(formulas.roots))
+        pairs = frozenset(enumerate(diagram.roots))
         self._count_decided(pairs, start)
         self.cost = learned + pull(recording.graph, [(recording.graph.output, {pairs: start})], self)
 
@@ -77,23 +77,23 @@ class EventPass:
             for event, node in pairs:
                 if node <= TRUE:
                     continue
-                for left, mask in self.formulas.absorb(node, sink.vertex):
+                for left, mask in self.diagram.absorb(node, sink.vertex):
                     if left == TRUE:
                         absorbed = vector * share if absorbed is None else absorbed
                         self._count(event, masked(absorbed, mask), Buffer(sink.vertex, number))
 
     def _cross(self, place: Place, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
-        level = self.formulas.levels.get(place)
+        level = self.diagram.levels.get(place)
         result: Vectors[Pairs] = {}
         for pairs, vector in vectors.items():
             if level is None:
                 add_to(result, pairs, vector)
                 continue
-            untouched = frozenset(p for p in pairs if not self.formulas.diagram.is_touched(p[1], level))
+            untouched = frozenset(p for p in pairs if not self.diagram.nodes.is_touched(p[1], level))
             if untouched:
                 add_to(result, untouched, vector)
             for event, node in pairs - untouched:
-                for left, mask in self.formulas.cross(node, level):
+                for left, mask in self.diagram.cross(node, level):
                     part = masked(vector, mask)
                     if left == TRUE:
                         self._count(event, part, place)
@@ -112,7 +112,7 @@ class EventPass:
         for pairs, vector in vectors.items():
             undecided = set()
             for event, node in pairs:
-                left = self.formulas.settle(node, vertex)
+                left = self.diagram.settle(node, vertex)
                 if left == TRUE and node != TRUE:
                     self._count(event, vector, buffer)
                 if left > TRUE or (left == TRUE and self._stored_below[vertex]):
@@ -140,7 +140,7 @@ class EventPass:
         tap = self.recording.taps.at(place)
         total = self.recording.samples.without_samples(self.mass.new_zeros(tap.shape))
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}
-        below = Conditionals(self.formulas, [place], [node for node in arrived if node > TRUE], self.mass)
+        below = Conditionals(self.diagram, [place], [node for node in arrived if node > TRUE], self.mass)
         self.cost += below.cost
         for node, vector in arrived.items():
             total = total + vector * below.value(place, node)
@@ -166,7 +166,7 @@ def event_results(
     costs: list[Cost] = []
 
     def run(chunk: Sequence[Event]) -> list[EventResult]:
-        one = EventPass(Formulas(recording, chunk), start, places)
+        one = EventPass(DecisionDiagram(recording, chunk), start, places)
         results = [one.result(number, places) for number in range(len(chunk))]
         costs.append(one.cost)
         return results

@@ -15,7 +15,7 @@ from .flow_graph import FlowGraph
 from .measure import RelevanceMeasure
 from .partitions import partition
 
-Maps = Mapping[str, NDArray[np.float64]]
+NodeMaps = Mapping[str, NDArray[np.float64]]
 """Heat maps, ``(H, W)``, by the key of a node."""
 SIDE = 96
 """Largest side of a thumbnail in pixels."""
@@ -85,4 +85,4 @@ def thumbnail(values: NDArray[np.float64], side: int = SIDE) -> NDArray[np.float
     return sums
 
 
-__all__ = ["Maps", "flow_maps", "thumbnail"]
+__all__ = ["NodeMaps", "flow_maps", "thumbnail"]

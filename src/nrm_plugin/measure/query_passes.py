@@ -20,7 +20,7 @@ from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .conditionals import Conditionals, are_below, check_below
 from .conditions import check_condition, check_event, event_list
-from .decision_diagram import Formulas
+from .decision_diagram import DecisionDiagram
 from .event_masses import EventResult, event_results
 from .groups import Over, pair_of, summed
 from .joints import joint_matrices
@@ -119,13 +119,13 @@ class QueryPasses:
         names = {name: name for name in self._recording.taps.layers} if layer is None else {"": layer}
         taps = {name: self._tap(one) for name, one in names.items()}
         check_event(event)
-        formulas = Formulas(self._recording, [event])
+        diagram = DecisionDiagram(self._recording, [event])
         if layer is not None:
-            check_below(formulas, taps[""], event, layer)
-        taps = {name: tap for name, tap in taps.items() if are_below(formulas, tap)}
-        below = Conditionals(formulas, [tap.place for tap in taps.values()], formulas.roots, self._start)
+            check_below(diagram, taps[""], event, layer)
+        taps = {name: tap for name, tap in taps.items() if are_below(diagram, tap)}
+        below = Conditionals(diagram, [tap.place for tap in taps.values()], diagram.roots, self._start)
         self.cost = below.cost
-        values = {name: below.value(tap.place, formulas.roots[0]).clone() for name, tap in taps.items()}
+        values = {name: below.value(tap.place, diagram.roots[0]).clone() for name, tap in taps.items()}
         return {name: self._recording.samples.with_samples(value) for name, value in values.items()}
 
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:

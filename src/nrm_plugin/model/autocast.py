@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .linear_maps import Maps
+from .linear_maps import LinearMap
 
 
 class _Current(threading.local):
@@ -71,11 +71,11 @@ def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     return (values / scale).to(dtype), scale
 
 
-def lowered(maps: Maps, dtype: torch.dtype) -> Maps:
+def lowered(maps: LinearMap, dtype: torch.dtype) -> LinearMap:
     """Maps whose products run in reduced precision.
 
     Args:
-        maps: Maps of a weight in that dtype.
+        maps: LinearMap of a weight in that dtype.
         dtype: The dtype.
 
     Returns:
@@ -98,7 +98,7 @@ def lowered(maps: Maps, dtype: torch.dtype) -> Maps:
         short, scale = shortened(relevance, dtype)
         return _restored(_restored(slope(given, short), scale, relevance.dtype), unit, relevance.dtype)
 
-    return Maps(down, up, None if slope is None else weight_gradient)
+    return LinearMap(down, up, None if slope is None else weight_gradient)
 
 
 def _restored(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ _HOOK_DICTS = (
 )
 
 
-def shell_of(module: nn.Module) -> nn.Module:
+def shared_copy(module: nn.Module) -> nn.Module:
     """A copy of a module that shares its tensors, with its own dictionaries and without hooks.
 
     Zennit's ``ParamMod`` temporarily writes modified parameters into the module; into such a copy it may. A shallow
@@ -33,7 +33,7 @@ def shell_of(module: nn.Module) -> nn.Module:
             copy.__dict__[key] = OrderedDict()
     copy._parameters = {name: _shared(parameter) for name, parameter in module._parameters.items()}
     copy._buffers = dict(module._buffers)
-    copy._modules = {name: child and shell_of(child) for name, child in module._modules.items()}
+    copy._modules = {name: child and shared_copy(child) for name, child in module._modules.items()}
     _compute_parametrized(copy, module)
     forward = copy.__dict__.get("forward")
     if isinstance(forward, types.MethodType) and forward.__self__ is module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Map = Callable[[Tensor], Tensor]
 
 
-class Maps(NamedTuple):
+class LinearMap(NamedTuple):
     """A linear map, its transpose, and its derivative with respect to the weight.
 
     Attributes:
@@ -41,7 +41,7 @@ _CONVOLUTIONS: dict[Any, int] = {
 }
 
 
-def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> Maps:
+def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearMap:
     """Maps of a linear layer whose modified weight is computed in blocks and never stored as a whole.
 
     In many nets the weights of the classifier are larger than everything else, and a copy for each rule would take more
@@ -62,10 +62,10 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> Maps:
     def up(values: Tensor) -> Tensor:
         return torch.cat([_times(values, modify(weight[at : at + rows]).t()) for at in starts], -1)
 
-    return Maps(down, up, _linear_gradient)
+    return LinearMap(down, up, _linear_gradient)
 
 
-def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> Maps | None:
+def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
     """Maps of a layer of torch by the operations it consists of; None for padding modes other than zeros.
 
     Args:
@@ -98,8 +98,8 @@ def _linear_gradient(values: Tensor, relevance: Tensor) -> Tensor:
     return relevance.reshape(-1, relevance.shape[-1]).t() @ values.reshape(-1, values.shape[-1])
 
 
-def _linear_maps(weight: Tensor) -> Maps:
-    return Maps(
+def _linear_maps(weight: Tensor) -> LinearMap:
+    return LinearMap(
         lambda relevance: _times(relevance, weight), lambda values: _times(values, weight.t()), _linear_gradient
     )
 
@@ -110,7 +110,7 @@ def _times(values: Tensor, matrix: Tensor) -> Tensor:
     return product.reshape(*values.shape[:-1], matrix.shape[1])
 
 
-def _even_linear_maps(weight: Tensor) -> Maps:
+def _even_linear_maps(weight: Tensor) -> LinearMap:
     scale, width = weight[:, 0], weight.shape[1]
 
     def down(relevance: Tensor) -> Tensor:
@@ -120,10 +120,10 @@ def _even_linear_maps(weight: Tensor) -> Maps:
     def up(values: Tensor) -> Tensor:
         return values.sum(-1, keepdim=True) * scale
 
-    return Maps(down, up, _linear_gradient)
+    return LinearMap(down, up, _linear_gradient)
 
 
-def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> Maps:
+def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> LinearMap:
     """Sums the channels of a group and convolves the sum with a window of ones."""
     groups = options[-1]
     ones = weight.new_ones(groups, 1, *weight.shape[2:])
@@ -145,10 +145,10 @@ def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torc
         return image.reshape(*values.shape[:2], groups * per_group, *image.shape[4:])
 
     plain = _convolution_maps(weight, options, shape)
-    return Maps(down, up, plain.weight_gradient)
+    return LinearMap(down, up, plain.weight_gradient)
 
 
-def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> Maps:
+def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> LinearMap:
     def down(relevance: Tensor) -> Tensor:
         flat = relevance.reshape(-1, *relevance.shape[2:])
         like = relevance.new_empty((len(flat), *shape))  # only its shape is read; expanded it would be copied
@@ -165,14 +165,14 @@ def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Siz
         _, gradient, _ = torch.ops.aten.convolution_backward(relevance, values, weight, None, *options, wanted)
         return gradient  # type: ignore[no-any-return]
 
-    return Maps(down, up, weight_gradient, (weight, options, shape))
+    return LinearMap(down, up, weight_gradient, (weight, options, shape))
 
 
 FEW = 16
 """Number of input channels up to which the backward pass of a convolution takes the same time."""
 
 
-def side_by_side(maps: list[Maps]) -> Map | None:
+def side_by_side(maps: list[LinearMap]) -> Map | None:
     """Several transposed maps of the same outputs as one, ``(K, N, *out)`` to ``(K, N, B, *in)``.
 
     None unless all are convolutions with few input channels and the same options.
@@ -215,7 +215,7 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
     return list(module.stride), list(padding), list(module.dilation), transposed, outward, module.groups
 
 
-def recorded_maps(run: Map, inputs: Tensor) -> tuple[Maps, Tensor]:
+def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
     """Maps and image of any linear function by its own derivative.
 
     Args:
@@ -235,7 +235,7 @@ def recorded_maps(run: Map, inputs: Tensor) -> tuple[Maps, Tensor]:
     def up(values: Tensor) -> Tensor:
         return torch.stack([run(value) for value in values])
 
-    return Maps(down, up), image.detach()
+    return LinearMap(down, up), image.detach()
 
 
-__all__ = ["Map", "Maps", "blocked_maps", "explicit_maps", "recorded_maps", "side_by_side"]
+__all__ = ["LinearMap", "Map", "blocked_maps", "explicit_maps", "recorded_maps", "side_by_side"]

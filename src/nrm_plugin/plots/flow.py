@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from ..measure.flow_graph import FlowError, FlowGraph, FlowLayer, FlowNode
-from ..measure.flow_heat_maps import Maps, thumbnail
+from ..measure.flow_heat_maps import NodeMaps, thumbnail
 from ..measure.layer_profile import ProfileRow
 from .heatmaps import DIVERGING, Budget, draw_budget
 from .ribbons import DARK, INK, LIGHT, Column, Palette, Ribbon, draw_flow, percent, rows_scale
@@ -45,7 +45,7 @@ def drawn_nodes(layer: FlowLayer) -> list[tuple[int, FlowNode]]:
     return [(row, node) for row, node in nodes if node.kind == "group" or abs(node.mass) > NEGLIGIBLE]
 
 
-def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: Maps | None = None) -> Figure:
+def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: NodeMaps | None = None) -> Figure:
     """A flow graph as ribbons between bars, with the input on the left; heights are relevance.
 
     Red is positive and blue negative, in shades that colour-blind readers can distinguish; grey is the rest of a layer,
@@ -100,7 +100,7 @@ def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: M
 
 
 def _most_relevant_maps(
-    nodes: Sequence[tuple[int, FlowNode]], maps: Maps
+    nodes: Sequence[tuple[int, FlowNode]], maps: NodeMaps
 ) -> list[tuple[FlowNode, NDArray[np.float64]]]:
     pairs = [(node, maps[node.key]) for _, node in nodes if node.key in maps]
     return sorted(pairs, key=lambda pair: -abs(pair[0].mass))[:MAX_THUMBNAILS]

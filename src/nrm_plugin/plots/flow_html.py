@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..errors import extra
 from ..measure.flow_graph import FlowEdge, FlowGraph, FlowNode
-from ..measure.flow_heat_maps import Maps, thumbnail
+from ..measure.flow_heat_maps import NodeMaps, thumbnail
 from .flow import KINDS, NEGLIGIBLE, drawn_nodes, layer_note
 from .heatmaps import DIVERGING
 from .ribbons import DARK, Palette, percent
@@ -40,7 +40,7 @@ if (matchMedia("(prefers-color-scheme: dark)").matches) {
 }"""
 
 
-def sankey(graph: FlowGraph, heading: str = "Flow of relevance", maps: Maps | None = None) -> str:
+def sankey(graph: FlowGraph, heading: str = "Flow of relevance", maps: NodeMaps | None = None) -> str:
     """The text of an HTML file: hovering over a node shows its mass, over a ribbon its joint and conditional relevance.
 
     Args:
@@ -58,7 +58,7 @@ def sankey(graph: FlowGraph, heading: str = "Flow of relevance", maps: Maps | No
 
 
 def save_sankey(
-    graph: FlowGraph, path: str | Path, heading: str = "Flow of relevance", maps: Maps | None = None
+    graph: FlowGraph, path: str | Path, heading: str = "Flow of relevance", maps: NodeMaps | None = None
 ) -> Path:
     """Writes :func:`sankey` to a file; returns its path."""
     path = Path(path)
@@ -66,7 +66,7 @@ def save_sankey(
     return path
 
 
-def sankey_figure(graph: FlowGraph, heading: str = "Flow of relevance", maps: Maps | None = None) -> Any:
+def sankey_figure(graph: FlowGraph, heading: str = "Flow of relevance", maps: NodeMaps | None = None) -> Any:
     """The plotly figure of :func:`sankey`."""
     objects = extra("plotly.graph_objects", "html")
     maps = maps or {}
@@ -151,7 +151,7 @@ def _x(column: int, count: int) -> float:
     return MARGIN + (1 - 2 * MARGIN) * column / max(count - 1, 1)
 
 
-def _title(graph: FlowGraph, heading: str, maps: Maps) -> str:
+def _title(graph: FlowGraph, heading: str, maps: NodeMaps) -> str:
     lines = [f"<b style='font-size:20px'>{html.escape(heading)}</b>", HELP]
     if graph.carried is not None and len(graph.layers) > 1:
         lines.append(f"Relevance through shown groups in all layers: {percent(graph.carried)}.")
