@@ -29,6 +29,7 @@ from .forward_state import (
     RunningModule,
     Saved,
     before_writing,
+    is_foreign,
     is_inside_step,
     is_saved,
     leave_mode,
@@ -130,7 +131,8 @@ class StepHook(Hook):
     @without_torch_function
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: detaches the arguments of the module."""
-        computed = {key: tensor for key, tensor in _floating(args, kwargs).items() if tensor.requires_grad}
+        floating = _floating(args, kwargs)
+        computed = {key: tensor for key, tensor in floating.items() if tensor.requires_grad and not is_foreign(tensor)}
         if not self.active or not computed or is_inside_step():
             RUNNING.modules.append(RunningModule(self, module, None))
             return None
