@@ -156,7 +156,7 @@ class Observer:
 
 
 def _own_view(value: Any) -> Any:
-    """A view of a tensor for one call, so that its tap holds the walks through this call only."""
+    """A view of a tensor for one call; its tap then holds only the walks through this call."""
     return value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value
 
 
