@@ -486,13 +486,13 @@ ROWS = [
     ),
     Row(
         "Deconvolution, one neuron (not a measure)",
-        'reconstruct(net, x, at("4").channel(channel), "deconvnet", strongest=True).pictures',
+        'reconstruct(net, x, at("4").channel(channel), "deconvnet", strongest=True).images',
         "captum, NeuronDeconvolution",
         reconstruction("deconvnet"),
     ),
     Row(
         "Guided backpropagation, one neuron (not a measure)",
-        'reconstruct(net, x, at("4").channel(channel), "guided_backprop", strongest=True).pictures',
+        'reconstruct(net, x, at("4").channel(channel), "guided_backprop", strongest=True).images',
         "captum, NeuronGuidedBackprop",
         reconstruction("guided_backprop"),
         arxiv="1412.6806",

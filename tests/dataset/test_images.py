@@ -116,8 +116,8 @@ def test_16_bits_that_are_12_are_noted(tmp_path: Path):
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing.png": (lambda path: None, "there is no file"),
-    "dangling.png": (lambda path: path.symlink_to("nowhere"), "there is no file"),
+    "missing.png": (lambda path: None, "does not exist"),
+    "dangling.png": (lambda path: path.symlink_to("nowhere"), "does not exist"),
     "folder": (Path.mkdir, "is a folder"),
     "pipe": (lambda path: os.mkfifo(path), "is not a regular file"),
     "empty.jpg": (Path.touch, "is empty"),

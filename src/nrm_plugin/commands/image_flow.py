@@ -41,7 +41,7 @@ def has_page() -> bool:
 
 
 def print_missing_page() -> None:
-    """Says on stderr why there is no interactive page."""
+    """Prints to stderr why no interactive page was written."""
     if not has_page():
         print(
             "nrm-plugin: note: no HTML page: plotly is not installed (pip install 'nrm-plugin[html]')", file=sys.stderr

@@ -81,7 +81,7 @@ def print_references(options: argparse.Namespace) -> int:
     """Prints references and writes their files; returns the exit status.
 
     Raises:
-        RequestError: Model, rules or data are not those of the sweep, or there is no such class.
+        RequestError: Model, rules or data are not those of the sweep, or the class is unknown.
         NRMError: The sweep lacks the query or the channels.
     """
     if (options.model is None) != (options.data is None):
@@ -121,7 +121,7 @@ def _groups(ranked: References, requested: Sequence[int] | None, count: int) -> 
     if len(requested) > MOST:
         raise RequestError(f"--groups names {len(requested)} channels, but a figure has room for {MOST}.")
     for group in requested:
-        ranked.row(group)  # raises if there is no such channel
+        ranked.row(group)  # raises for an unknown channel
     return list(dict.fromkeys(requested))
 
 

@@ -182,7 +182,7 @@ class TargetChoice:
         """The start vector over the outputs.
 
         Raises:
-            SweepError: There are no labels or no prediction, and the target requires them.
+            SweepError: The target requires labels or a prediction, which are missing.
             TargetError: Targets do not fit the outputs.
         """
         self.outputs = outputs

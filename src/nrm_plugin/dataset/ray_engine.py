@@ -83,7 +83,7 @@ class SweepBatches:
             The columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`, of equal length; NaN for undefined values.
 
         Raises:
-            SweepError: There are no sample numbers.
+            SweepError: The sample numbers are missing.
         """
         if indices is None and SAMPLE not in batch:
             raise SweepError(

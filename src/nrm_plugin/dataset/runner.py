@@ -73,8 +73,8 @@ def sweep(
 ) -> Sweep:
     """Evaluates queries for every sample of a data set, and stores the results.
 
-    Completed shards are kept: after a kill, an error or Ctrl-C the same call resumes, and ends with the same rows as an
-    uninterrupted one. Under ``torchrun`` the processes share the shards.
+    Completed shards remain valid: after a kill, an error or Ctrl-C the same call resumes, and ends with the same rows as
+    an uninterrupted one. Under ``torchrun`` the processes share the shards.
 
     Args:
         model: The network, in evaluation mode and on its device.

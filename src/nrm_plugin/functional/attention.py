@@ -103,7 +103,7 @@ def softmax(call: FunctionCall) -> Kernel:
 
 
 class SoftmaxKernel(Kernel):
-    r"""Softmax by its first-order Taylor expansion, whose constant term is a bias.
+    r"""Softmax by its first-order Taylor expansion; its constant term is a bias.
 
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 

@@ -134,7 +134,7 @@ class FunctionCall:
                 the residual, which the composite redistributes or absorbs.
 
         Raises:
-            ValueError: There is not one share for each input.
+            ValueError: The number of shares is not the number of inputs.
         """
         if len(shares) != len(self.inputs):
             raise ValueError(

@@ -64,7 +64,7 @@ def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.S
 
 @_intercepted_as("scatter_reduce")
 def scatter_extremum(source: Tensor, dim: int, index: Tensor, shape: torch.Size, reduce: str) -> Tensor:
-    """The largest (smallest) of the entries instead of their sum; zero where there is none."""
+    """The largest (smallest) of the entries instead of their sum; zero for an empty group."""
     return source.new_zeros(shape).scatter_reduce(dim, index, source, reduce, include_self=False)
 
 

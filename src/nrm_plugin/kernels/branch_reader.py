@@ -80,7 +80,7 @@ class _BranchReader:
     signs: list[float]
 
     def certain(self, chosen: tuple[int, ...]) -> ReadBranches:
-        """Branches of a rule of which others were read already."""
+        """Branches of a rule that is readable, because others of its branches were read."""
         branches = self.read(chosen)
         assert branches is not None
         return branches
@@ -149,7 +149,7 @@ class _BranchReader:
     def _write(self, factors: dict[int, Tensor], read: Iterator[_ColumnBlock]) -> Columns:
         """Writes the factors, multiplied by the gain if there is a normalization.
 
-        The memory of a factor is that of an image, of which each block is read before it is written to.
+        Factors reuse the memory of the images: each block is read before it is overwritten.
         """
         if self.normalization is None:
             return _write_plain(factors, read, self.call.output)

@@ -47,7 +47,7 @@ def before_writing(tensor: Tensor) -> None:
 
 
 def write(target: Tensor, result: Tensor) -> Tensor:
-    """Copies a result into a tensor in place; returns the tensor whose history is that of the result."""
+    """Copies a result into a tensor in place; returns the tensor with the autograd history of the result."""
     before_writing(target)
     try:
         return target.copy_(result)

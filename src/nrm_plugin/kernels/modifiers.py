@@ -1,4 +1,4 @@
-"""What the input modifiers and the reducer of a rule do, found by trying them on a few numbers."""
+"""What the input modifiers and the reducer of a rule do, determined by applying them to a few numbers."""
 
 from __future__ import annotations
 

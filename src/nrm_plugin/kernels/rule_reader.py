@@ -1,7 +1,7 @@
 """Reading a Zennit rule on one call of a module as a kernel.
 
 Three forms, tried in this order: the identity (``Pass``), branches on an affine module (every built-in rule), and
-otherwise the function that propagates relevance, whose column sums are found by differentiating it.
+otherwise the function that propagates relevance; differentiating it gives its column sums.
 """
 
 from __future__ import annotations
