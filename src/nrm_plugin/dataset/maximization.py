@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..recording.module_outputs import module_outputs
 from .activations import single_activations
-from .evaluation import TargetChoice, device_of
+from .evaluation import device_of, predicted_classes
 from .examples import EVENTS, By, FoundReferences, ReferencesError
 from .ranking import Ranking
 
@@ -95,28 +96,27 @@ def find_references(
     device = device_of(model) if device is None else device
     with module_outputs(model, search.active) as outputs:
         for inputs, labels in tqdm(_batches(data, batch_size), disable=not show_progress, unit="batch"):
-            choice = _ClassChoice(target, labels)
-            mu = RelevanceMeasure(model, inputs.to(device), start=choice, composite=rules)
-            search.add(mu, torch.from_numpy(choice.targets), single_activations(outputs))
+            classes = partial(_explained_classes, target, labels)
+            mu = RelevanceMeasure(model, inputs.to(device), classes, composite=rules)
+            search.add(mu, classes(mu.outputs).int(), single_activations(outputs))
     return search.references()
 
 
-class _ClassChoice(TargetChoice):
-    """The explained class of each sample of a classifier."""
-
-    def __call__(self, outputs: Tensor) -> Tensor:
-        if outputs.ndim != 2:
-            raise InputError(f"references require a classifier with outputs (N, classes), got {tuple(outputs.shape)}.")
-        if self.target == "label":
-            if self.labels is None:
-                raise ReferencesError("the data have no labels. Set target='prediction', or a class.")
-            self.labels = self.labels.detach().cpu().reshape(-1).long()
-            if len(self.labels) != len(outputs):
-                raise ReferencesError(f"there are {len(self.labels)} labels for {len(outputs)} samples.")
-        start = super().__call__(outputs)
-        if (self.targets < 0).any():
-            raise TargetError(f"target {self.targets.min()} is negative; classes are counted from 0.")
-        return start
+def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor) -> Tensor:
+    """The explained class of each sample of a classifier, ``(N,)``."""
+    if outputs.ndim != 2:
+        raise InputError(f"references require a classifier with outputs (N, classes), got {tuple(outputs.shape)}.")
+    if target == "label":
+        if labels is None:
+            raise ReferencesError("the data have no labels. Set target='prediction', or a class.")
+        classes = labels.detach().reshape(-1).long()
+        if len(classes) != len(outputs):
+            raise ReferencesError(f"there are {len(classes)} labels for {len(outputs)} samples.")
+    else:
+        classes = torch.full((len(outputs),), target) if isinstance(target, int) else predicted_classes(outputs)
+    if bool((classes < 0).any()):
+        raise TargetError(f"target {int(classes.min())} is negative; classes are counted from 0.")
+    return classes.cpu()
 
 
 class _Search:
