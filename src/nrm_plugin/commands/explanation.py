@@ -58,7 +58,7 @@ class ConditionalExplanation:
         condition: The condition.
         mass: Of the event.
         relevance: Of the inputs given the event, ``(C, H, W)``; None if the mass is zero or nearly cancels.
-        problem: Why there is no relevance.
+        problem: Why the relevance is undefined.
     """
 
     condition: Condition

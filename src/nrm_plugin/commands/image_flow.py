@@ -21,7 +21,6 @@ from ..measure.partitions import patches
 from ..plots.flow import flow_figure, profile_figure
 from ..plots.flow_html import save_sankey
 from . import messages
-from .each_image import Printed
 from .model_loading import LoadedModel
 from .output_files import (
     class_name,
@@ -34,6 +33,7 @@ from .output_files import (
     weights_title,
     write_json,
 )
+from .per_image import Printed
 from .request import Request, RequestError, check_layers, explained_class, measure_of
 
 
@@ -43,7 +43,7 @@ def has_page() -> bool:
 
 
 def print_missing_page() -> None:
-    """Says on stderr why there is no interactive page."""
+    """Prints to stderr why no interactive page was written."""
     if not has_page():
         print(
             "nrm-plugin: note: no HTML page: plotly is not installed (pip install 'nrm-plugin[html]')", file=sys.stderr

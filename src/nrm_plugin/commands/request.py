@@ -116,7 +116,7 @@ def target_of(requested: str, categories: Sequence[str], count: int) -> int:
         raise RequestError(f"--target {requested!r} is class {matches[0]}, but the model has only {count} classes.")
     if matches:
         return matches[0]
-    raise RequestError(f"there is no class {requested!r}. {_similar_classes(key, folded, categories, count)}")
+    raise RequestError(f"no class named {requested!r}. {_similar_classes(key, folded, categories, count)}")
 
 
 def _similar_classes(key: str, folded: list[str], categories: Sequence[str], count: int) -> str:

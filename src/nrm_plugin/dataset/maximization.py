@@ -75,16 +75,16 @@ def find_references(
         show_progress: Show a progress bar.
 
     Raises:
-        ReferencesError: The loader shuffles, batches have another form, or there is nothing to rank.
+        ReferencesError: The loader shuffles, batches have another form, or neither layers nor events are given.
         InputError: Invalid arguments.
         TargetError: Targets do not fit the outputs.
-        UnknownLayerError: There is no layer with this name.
+        UnknownLayerError: No layer has this name.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> data = torch.utils.data.TensorDataset(torch.randn(20, 3), torch.randint(2, (20,)))
-        >>> found = find_references(net, data, ["0"], k=3)
-        >>> found.of("0").samples.shape, found.of("0", by="activation", target=1).target
+        >>> references = find_references(net, data, ["0"], k=3)
+        >>> references.of("0").samples.shape, references.of("0", by="activation", target=1).target
         (torch.Size([4, 3]), 1)
 
     Source: Achtibat et al. (Nature Machine Intelligence 2023), for relevance maximization; events are ours.
@@ -142,7 +142,7 @@ class _Search:
             if value not in known:
                 raise InputError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, known))}.")
         if not events and not (layers and by):
-            raise ReferencesError("there is nothing to rank: pass layers or events.")
+            raise ReferencesError("nothing to rank: pass layers or events.")
         if events and unit == "layer":
             raise InputError("unit='layer' is undefined for events; choose 'measure' or 'output'.")
         self.layers = layers if "relevance" in by else []

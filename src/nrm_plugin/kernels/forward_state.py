@@ -47,7 +47,7 @@ def before_writing(tensor: Tensor) -> None:
 
 
 def write(target: Tensor, result: Tensor) -> Tensor:
-    """Copies a result into a tensor in place; returns the tensor whose history is that of the result."""
+    """Copies a result into a tensor in place; returns the tensor with the autograd history of the result."""
     before_writing(target)
     try:
         return target.copy_(result)
@@ -144,7 +144,7 @@ def _is_subclass(value: object) -> bool:
     if isinstance(value, Tensor):
         return type(value) is not Tensor and type(value) is not nn.Parameter
     items = value if type(value) in (list, tuple) else value.values() if type(value) is dict else ()
-    return any(_is_subclass(item) for item in items)
+    return any(_is_subclass(item) for item in items)  # type: ignore[attr-defined]
 
 
 def listener() -> Listener | None:

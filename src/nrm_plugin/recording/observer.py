@@ -156,7 +156,7 @@ class Observer:
 
 
 def _own_view(value: Any) -> Any:
-    """A view of a tensor for one call, so that its tap holds the walks through this call only; constants detached."""
+    """A separate view of a tensor for each call, so that its tap holds only the walks through this call."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)
