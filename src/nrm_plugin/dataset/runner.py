@@ -73,7 +73,7 @@ def sweep(
 ) -> Sweep:
     """Evaluates queries for every sample of a data set, and stores the results.
 
-    Completed shards remain valid: after a kill, an error or Ctrl-C the same call resumes, and ends with the same rows as
+    Completed shards remain valid: after a kill, an error or Ctrl-C the same call resumes and ends with the same rows as
     an uninterrupted one. Under ``torchrun`` the processes share the shards.
 
     Args:

@@ -75,7 +75,7 @@ def reconstruct(
 
     Args:
         model: The network; its ReLUs are modules.
-        images: ``(N, C, H, W)``.
+        images: Inputs, ``(N, C, H, W)``.
         neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``; or a walk, several of them joined by ``&``: the signal
             from the layer that runs last is then restricted to the neurons of every other layer.
         method: ``"deconvnet"`` or ``"guided_backprop"``.
