@@ -21,7 +21,6 @@ from ..measure.partitions import patches
 from ..plots.flow import flow_figure, profile_figure
 from ..plots.flow_html import save_sankey
 from . import messages
-from .each_image import Printed
 from .model_loading import LoadedModel
 from .output_files import (
     class_name,
@@ -34,6 +33,7 @@ from .output_files import (
     weights_title,
     write_json,
 )
+from .per_image import Printed
 from .request import Request, RequestError, check_layers, explained_class, measure_of
 
 

@@ -25,7 +25,7 @@ from .model_loading import LoadedModel
 from .output_files import json_stem, name_part, save_figure, short, versions, write_json
 from .request import Request, RequestError, check_device, target_of
 from .resolved_options import model_of, request_of
-from .swept_data import SAMPLES, data_of
+from .sweep_data import SAMPLES, data_of
 
 Rows = dict[int | str, list[Crop]]
 """Cropped images of each channel."""

@@ -15,7 +15,7 @@ from ..composites import Normalized
 from ..errors import InputError, NRMError, TargetError
 from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
-from ..model.inputs import Output
+from ..model.inputs_and_outputs import Output
 from ..model.targets import chosen_target
 from ..recording.module_outputs import module_outputs
 from .batched_queries import QueryResults, Requirements

@@ -17,7 +17,7 @@ from ..composites import normalize
 from ..errors import NRMError, extra
 from ..events.event import Atom
 from ..kernels.normalization import Residual
-from ..model.inputs import Output
+from ..model.inputs_and_outputs import Output
 from .evaluation import Evaluation, Target, Unpack, check_target, dtype_of
 from .queries import Maps, Query, check_queries
 from .shard_writer import concatenated, tables

@@ -22,7 +22,7 @@ from ..kernels.base import Kernel
 from ..rules import Absolute
 from .function_call import FunctionCall, Slot
 from .registry import kernel_of
-from .unknown import UnknownKernel
+from .unsupported import UnknownKernel
 
 Attention = Literal["value", "halves"]
 ATTENTIONS: tuple[Attention, ...] = ("value", "halves")

@@ -23,9 +23,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
+from .averaging import rule_of_averages
 from .function_call import FunctionCall
 from .function_kernels import RouteKernel
-from .pooling import rule_of_averages
 from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 # -- sums into nodes --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from zennit.rules import Pass
 
-from ..model.affine import Weighted, is_affine
+from ..model.affine_layers import Weighted, is_affine
 from ..model.routing import source_of
 from .layer_call import LayerCall
 from .layer_step import LayerStep

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from zennit.core import BasicHook, ParamMod
 from zennit.rules import Gamma
 
-from ..model.affine import WEIGHTED, is_affine
+from ..model.affine_layers import WEIGHTED, is_affine
 from .branch import Branch, WeightedLayer
 from .branch_kernel import BranchKernel, ReadBranches
 from .cache_blocks import Block, blocks, whole
-from .closed_forms import closed_mapper
 from .layer_call import LayerCall
 from .mapper import Mapper, applied_mapper
+from .mapper_closed_forms import closed_mapper
 from .modified_layers import ModifiedLayer, modified_layer, rerun_without_bias
-from .modifiers import modified_inputs, signs_of
+from .modifier_probes import modified_inputs, signs_of
 from .normalization import Columns, ColumnSums, Deficit, Normalization
 
 _SEPARATE: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}

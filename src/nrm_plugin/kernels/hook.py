@@ -19,10 +19,10 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.rules import Pass
 
 from ..errors import InputError, UnsupportedRuleError, autocast_outside
-from ..model.affine import is_known_linear
+from ..model.affine_layers import is_known_linear
 from ..model.autocast import asked_for
-from ..model.copies import shared_copy
 from ..model.custom_layers import WeightRecorder, is_own_layer
+from ..model.shallow_copies import shared_copy
 from .forward_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 from .forward_state import (
     RUNNING,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zennit.core import Hook
 from zennit.rules import Epsilon, Gamma
 
-from ..model.affine import LINEAR_RULES
+from ..model.affine_layers import LINEAR_RULES
 from ..model.autocast import current
 from ..rules import Absolute, ConservingEpsilon, Relative
 from .forward_state import Saved

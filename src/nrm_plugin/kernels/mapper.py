@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from zennit.core import BasicHook
 
-from ..model.affine import is_known_linear
+from ..model.affine_layers import is_known_linear
 from .cache_blocks import Block, blocks
 
 Factors = Callable[[list[Tensor], tuple[int, ...]], dict[int, Tensor]]

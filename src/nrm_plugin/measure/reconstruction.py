@@ -20,7 +20,7 @@ from zennit.core import Composite
 from ..errors import EventError
 from ..events.event import All, Atom, Event
 from ..imports import warn_deprecated
-from .located import mask_of
+from .located_events import mask_of
 
 Method = Literal["deconvnet", "guided_backprop"]
 COMPOSITES: dict[Method, Callable[[], Composite]] = {"deconvnet": DeconvNet, "guided_backprop": GuidedBackprop}
