@@ -46,7 +46,14 @@ class Reconstruction:
 
     @property
     def pictures(self) -> Tensor:
-        """The former name of ``images``; deprecated."""
+        """The former name of ``images``; deprecated.
+
+        Examples:
+            >>> import warnings
+            >>> with warnings.catch_warnings(action="ignore"):
+            ...     Reconstruction(torch.zeros(1, 1, 4, 4), [(0, 0, 4, 2)]).pictures.shape
+            torch.Size([1, 1, 4, 4])
+        """
         warn_deprecated("Reconstruction.pictures", "Reconstruction.images")
         return self.images
 
