@@ -76,7 +76,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
         outputs: Of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: The outputs are not those of a classifier, or there is no such class.
+        RequestError: The outputs are not those of a classifier, or the class is unknown.
     """
     if outputs.ndim > 2 or outputs.numel() == 0:
         raise RequestError(

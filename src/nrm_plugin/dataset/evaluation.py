@@ -171,7 +171,7 @@ def batch_target(target: Target, labels: Any, batch: Any) -> Any:
         batch: The batch, for a target function.
 
     Raises:
-        SweepError: The target is the label, and there are no labels.
+        SweepError: The target is the label, and labels are missing.
     """
     if target == "prediction":
         return predicted_classes

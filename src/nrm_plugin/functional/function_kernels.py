@@ -109,7 +109,7 @@ class EqualPartsKernel(Kernel):
 
 
 class RouteKernel(VjpKernel):
-    """Passes the relevance of each output to the entries that it was copied from, equal ones alike, as autograd does.
+    """Passes the relevance of each output to the entries that it was copied from, split as by autograd among ties.
 
     Args:
         function: The gradient of the operation, ``(N, *out)`` to ``(N, *in)`` for each input.

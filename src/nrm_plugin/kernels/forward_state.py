@@ -155,7 +155,7 @@ def listener() -> Listener | None:
 def is_foreign(tensor: Tensor) -> bool:
     """Whether a tensor requires a gradient although the model did not compute it from its inputs in this pass.
 
-    Such as a parameter kept in a list or closure, or an initial state: for relevance it is a constant. The model is
+    Such as a parameter stored in a list or closure, or an initial state: for relevance it is a constant. The model is
     called with copies of its inputs, so every leaf is foreign, and so is what was computed before.
     """
     if RUNNING.first_node is None or not tensor.requires_grad:
@@ -164,7 +164,7 @@ def is_foreign(tensor: Tensor) -> bool:
 
 
 def constants_detached(value: Any) -> Any:
-    """An argument of a function with all foreign tensors detached; the same object if there are none."""
+    """An argument of a function with all foreign tensors detached; the same object without any."""
     if isinstance(value, Tensor):
         return value.detach() if is_foreign(value) else value
     if type(value) in (list, tuple):

@@ -46,7 +46,14 @@ class Reconstruction:
 
     @property
     def pictures(self) -> Tensor:
-        """The former name of ``images``; deprecated."""
+        """The former name of ``images``; deprecated.
+
+        Examples:
+            >>> import warnings
+            >>> with warnings.catch_warnings(action="ignore"):
+            ...     Reconstruction(torch.zeros(1, 1, 4, 4), [(0, 0, 4, 2)]).pictures.shape
+            torch.Size([1, 1, 4, 4])
+        """
         warn_deprecated("Reconstruction.pictures", "Reconstruction.images")
         return self.images
 
@@ -75,7 +82,7 @@ def reconstruct(
 
     Args:
         model: The network; its ReLUs are modules.
-        images: ``(N, C, H, W)``.
+        images: Inputs, ``(N, C, H, W)``.
         neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``; or a walk, several of them joined by ``&``: the signal
             from the layer that runs last is then restricted to the neurons of every other layer.
         method: ``"deconvnet"`` or ``"guided_backprop"``.
