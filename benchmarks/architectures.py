@@ -164,9 +164,9 @@ def run(name: str, composites: list[str], size: int | None) -> Iterator[dict[str
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                found = measured(model, x, target, COMPOSITES[composite])
+                metrics = measured(model, x, target, COMPOSITES[composite])
             notes = sorted({f"{type(item.message).__name__}: {item.message}" for item in caught})
-            yield {**row, "composite": composite, **found, **({"warnings": notes} if notes else {})}
+            yield {**row, "composite": composite, **metrics, **({"warnings": notes} if notes else {})}
         except Exception as error:
             yield {**row, "composite": composite, "failed": message(error)}
         gc.collect()
@@ -187,8 +187,7 @@ def faults(row: dict[str, Any]) -> list[str]:
         "V input": (row["variation_input"], LIMITS["variation"]),
         "V blocks": (row["variation_blocks"], LIMITS["variation"] if row["composite"] == "NRMAbsolute" else math.inf),
     }
-    found = [name for name, (value, limit) in checks.items() if not abs(float(value)) <= limit]
-    return found
+    return [name for name, (value, limit) in checks.items() if not abs(float(value)) <= limit]
 
 
 # -- results and page -----------------------------------------------------------------------------------------------
@@ -271,8 +270,8 @@ def tables(results: dict[str, Any]) -> str:
         summary(rows),
     ]
     for composite in COMPOSITES:
-        here = [line(row) for row in rows if row["composite"] == composite]
-        parts.append(f"### {composite}\n\n{markdown(HEADER, here)}")
+        lines = [line(row) for row in rows if row["composite"] == composite]
+        parts.append(f"### {composite}\n\n{markdown(HEADER, lines)}")
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -287,16 +286,16 @@ def summary(rows: list[dict[str, Any]]) -> str:
     }
     lines = []
     for composite in COMPOSITES:
-        here = [row for row in rows if row["composite"] == composite]
-        done = [row for row in here if "failed" not in row]
+        selected = [row for row in rows if row["composite"] == composite]
+        done = [row for row in selected if "failed" not in row]
         cells = []
         for key in keys.values():
             values = {row["model"]: float(row[key]) for row in done}
             worst = most(list(values), values) if values else None
             cells.append("" if worst is None else f"{values[worst]:.2g} ({worst})")
-        exceeded = [name for row in here for name in faults(row)]
+        exceeded = [name for row in selected for name in faults(row)]
         counts = ", ".join(f"{exceeded.count(name)} × {name}" for name in dict.fromkeys(exceeded))
-        lines.append([composite, f"{len(done)} of {len(here)}", *cells, counts or "none"])
+        lines.append([composite, f"{len(done)} of {len(selected)}", *cells, counts or "none"])
     return markdown(["composite", "measured", *keys, "exceeds"], lines)
 
 

@@ -103,7 +103,7 @@ def measure(samples: Samples, composite: Composite) -> tuple[dict[str, Any], Ten
         heat = mu.marginal("input").sum(1, keepdim=True)
     sinks = mu.sinks()
     most, least = flip(samples, heat, most_first=True), flip(samples, heat, most_first=False)
-    found = {
+    metrics = {
         "sink": rounded(mu.sink("input").median()),
         "dense": rounded((sinks.get(DENSE, none) / (1 - sinks.get("head", none))).median()),
         "variation": rounded(torch.stack([mu.variation(name) for name in mu.layers]).amax(0).median()),
@@ -113,7 +113,7 @@ def measure(samples: Samples, composite: Composite) -> tuple[dict[str, Any], Ten
         "warns": any(issubclass(item.category, BatchNormWarning) for item in caught),
     }
     shown = {"sink": float(mu.sink("input")[SHOWN]), "variation": float(mu.variation("input")[SHOWN])}
-    return found | {"shown": shown}, heat[SHOWN, 0]
+    return metrics | {"shown": shown}, heat[SHOWN, 0]
 
 
 @torch.no_grad()
@@ -140,8 +140,8 @@ def run() -> tuple[dict[str, Any], list[Row]]:
             rows, maps = [], []
             for name, composite in COMPOSITES.items():
                 for fused in (False, True):
-                    found, heat = measure(samples, composite([FuseBatchNorm()] if fused else []))
-                    rows.append({"composite": name, "fused": fused, **found})
+                    metrics, heat = measure(samples, composite([FuseBatchNorm()] if fused else []))
+                    rows.append({"composite": name, "fused": fused, **metrics})
                     maps.append(heat)
             nets.append(
                 {

@@ -42,9 +42,9 @@ def conservation_check(mu: RelevanceMeasure) -> dict[str, Any]:
     }
 
 
-def store(name: str, found: dict[str, Any], *packages: str) -> None:
+def store(name: str, results: dict[str, Any], *packages: str) -> None:
     """Writes ``results/NAME.json`` with the versions of the packages used."""
     versions = {package: version(package) for package in ("torch", "zennit", *packages)}
     environment = {"python": platform.python_version(), **versions}
-    text = json.dumps({"environment": environment, **found}, indent=1, ensure_ascii=False)
+    text = json.dumps({"environment": environment, **results}, indent=1, ensure_ascii=False)
     (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -105,14 +105,14 @@ def timed(run: Callable[[], object], rounds: int) -> float:
 def measure(rounds: int) -> dict[str, Any]:
     """All curves."""
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     for curve in tqdm(CURVES):
         rows = [
             {"value": value, **{name: timed(run, rounds) for name, run in work.items()}}
             for value, work in points(curve)
         ]
-        found[curve] = rows
-    return found
+        curves[curve] = rows
+    return curves
 
 
 def draw(curves: dict[str, Any], path: Path) -> None:
@@ -148,8 +148,8 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only draw the stored measurements")
     args = parser.parse_args()
     if not args.render:
-        found = {"environment": environment(), "threads": 1, "curves": measure(args.rounds)}
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        results = {"environment": environment(), "threads": 1, "curves": measure(args.rounds)}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(json.loads(RESULTS.read_text())["curves"], FIGURE)
 
 

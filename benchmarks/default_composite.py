@@ -256,11 +256,11 @@ def measure(net: Net, composite: Composite, policy: dict[str, Any], drops: dict[
         parts.append(totals | {name: maps[name].reshape(*maps[name].shape[:2], -1).sum(2) for name in net.layers})
         if start == 0:
             walk = mu.walk_variation()
-    found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    masses = [found.pop(name) for name in net.layers]
-    heat = found.pop("heat")
+    metrics = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    masses = [metrics.pop(name) for name in net.layers]
+    heat = metrics.pop("heat")
     most, least = flip(net, heat, most_first=True), flip(net, heat, most_first=False)
-    return found | {
+    return metrics | {
         "walk": walk,
         "flip": most,
         "span": least - most,
@@ -290,12 +290,12 @@ def logit_drops(net: Net) -> dict[str, Tensor]:
     with torch.no_grad():
         widths = {name: width(net.model, name, net.images[:1]) for name in net.layers}
     with tqdm(total=sum(widths.values()), desc=f"{net.name}: ablations", unit="channel", leave=False) as progress:
-        found: dict[str, list[Tensor]] = {name: [] for name in net.layers}
+        by_layer: dict[str, list[Tensor]] = {name: [] for name in net.layers}
         for name in net.layers:
             for channel in range(widths[name]):
-                found[name].append(before - ablated(net, name, channel))
+                by_layer[name].append(before - ablated(net, name, channel))
                 progress.update()
-    return {name: torch.stack(drops, 1) for name, drops in found.items()}
+    return {name: torch.stack(drops, 1) for name, drops in by_layer.items()}
 
 
 def ablated(net: Net, layer: str, channel: int) -> Tensor:
@@ -362,11 +362,11 @@ def compare(net: Net) -> dict[str, Any]:
     drops = logit_drops(net)
     names = candidates(net.images.shape[1])
     todo = [(name, policy) for name in names for policy in POLICIES if policy == POLICY or name in ZENNIT]
-    found = {
+    metrics = {
         pair: measure(net, names[pair[0]], POLICIES[pair[1]], drops)
         for pair in tqdm(todo, desc=net.name, unit="candidate")
     }
-    chosen = found[CHOSEN, POLICY]
+    chosen = metrics[CHOSEN, POLICY]
     with reproducible(0):
         chance = flip(net, torch.rand(len(net.images), 1, *net.images.shape[2:]), most_first=True)
     return {
@@ -378,9 +378,9 @@ def compare(net: Net) -> dict[str, Any]:
             {
                 "composite": name,
                 "policy": policy,
-                **summary(found[name, policy], weights),
+                **summary(metrics[name, policy], weights),
                 "chosen_minus_this": {
-                    key: interval(chosen[key] - found[name, policy][key], weights) for key in FAITHFULNESS
+                    key: interval(chosen[key] - metrics[name, policy][key], weights) for key in FAITHFULNESS
                 },
             }
             for name, policy in todo
@@ -388,12 +388,12 @@ def compare(net: Net) -> dict[str, Any]:
     }
 
 
-def summary(found: dict[str, Tensor], weights: Tensor) -> dict[str, Any]:
+def summary(metrics: dict[str, Tensor], weights: Tensor) -> dict[str, Any]:
     """Median of the sink, median and maximum of the variations, mean and interval of the faithfulness metrics."""
     return {
-        "sink": rounded(found["sink"].median()),
-        **{key: [rounded(found[key].median()), rounded(found[key].max())] for key in ("variation", "walk")},
-        **{key: interval(found[key], weights) for key in FAITHFULNESS},
+        "sink": rounded(metrics["sink"].median()),
+        **{key: [rounded(metrics[key].median()), rounded(metrics[key].max())] for key in ("variation", "walk")},
+        **{key: interval(metrics[key], weights) for key in FAITHFULNESS},
     }
 
 
@@ -406,7 +406,7 @@ def untrained(name: str, size: int = 96) -> dict[str, list[float]]:
     variants = ("… ε 0.1", "… shared by contribution", "… depthwise the same ε")
     names = ("EpsilonPlusFlat", "γ 0.25, ε, Flat", CHOSEN, *variants)
     composites = {key: value for key, value in candidates(3).items() if key in names}
-    found = {key: [0.0, 1.0] for key in composites}
+    largest = {key: [0.0, 1.0] for key in composites}
     for deviation in (0.0, 0.1):
         with reproducible(0):
             model = random_net(name, deviation, torch.randn(8, 3, size, size))
@@ -416,8 +416,8 @@ def untrained(name: str, size: int = 96) -> dict[str, list[float]]:
         for key, composite in composites.items():
             mu = RelevanceMeasure(model, images, target, composite=composite)
             sink, variation = mu.sink("input", kind="residual").abs().max(), mu.variation("input").max()
-            found[key] = [max(found[key][0], rounded(sink)), max(found[key][1], rounded(variation))]
-    return found
+            largest[key] = [max(largest[key][0], rounded(sink)), max(largest[key][1], rounded(variation))]
+    return largest
 
 
 def random_net(name: str, deviation: float, batch: Tensor) -> nn.Module:
@@ -506,7 +506,7 @@ def policy_table(results: dict[str, Any]) -> str:
     for name, net in results["nets"].items():
         rows = {(row["composite"], row["policy"]): row for row in net["rows"]}
         for composite in ZENNIT:
-            here = [rows[composite, policy] for policy in POLICIES]
+            by_policy = [rows[composite, policy] for policy in POLICIES]
             lines.append(
                 [
                     name,
@@ -514,10 +514,10 @@ def policy_table(results: dict[str, Any]) -> str:
                     *(
                         " / ".join(cells)
                         for cells in (
-                            [f"{row['sink'] + 0:.2f}" for row in here],
-                            [f"{row['variation'][1]:.0f}" for row in here],
-                            [f"{row['flip'][0]:.3f}" for row in here],
-                            [f"{row['pooled'][0]:.3f}" for row in here],
+                            [f"{row['sink'] + 0:.2f}" for row in by_policy],
+                            [f"{row['variation'][1]:.0f}" for row in by_policy],
+                            [f"{row['flip'][0]:.3f}" for row in by_policy],
+                            [f"{row['pooled'][0]:.3f}" for row in by_policy],
                         )
                     ),
                 ]

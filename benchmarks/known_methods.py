@@ -134,11 +134,11 @@ def forward_times_backward(weights: Sequence[Tensor], x: Tensor, target: int) ->
     survival = [below]
     for W, a in zip(weights[:-1], states, strict=False):  # share of each neuron's relevance that reaches the input
         survival.append(torch.einsum("ni,ni,ji->nj", a, survival[-1], W))
-    found = []
+    contributions = []
     for W, a, survived in zip(reversed(weights), reversed(states), reversed(survival), strict=True):
         relevance = a * (relevance @ W)
-        found.append(relevance * survived / (relevance * survived).sum(1, keepdim=True))
-    return found[::-1]
+        contributions.append(relevance * survived / (relevance * survived).sum(1, keepdim=True))
+    return contributions[::-1]
 
 
 # -- graphs -----------------------------------------------------------------------------------------------------------
@@ -306,12 +306,12 @@ def input_gradient(net: nn.Module, x: Tensor, target: int) -> Tensor:
 
 def rollout(net: nn.TransformerEncoder, x: Tensor) -> Tensor:
     """Attention rollout (arXiv 2005.00928): the product of ``(A + 1) / 2``, with attention averaged over heads."""
-    found = torch.eye(x.shape[1], dtype=x.dtype).expand(len(x), -1, -1)
+    product = torch.eye(x.shape[1], dtype=x.dtype).expand(len(x), -1, -1)
     for layer in net.layers:
         weights = layer.self_attn(x, x, x, need_weights=True)[1]  # type: ignore[union-attr]
-        found = (weights + torch.eye(x.shape[1], dtype=x.dtype)) / 2 @ found
+        product = (weights + torch.eye(x.shape[1], dtype=x.dtype)) / 2 @ product
         x = layer(x)
-    return found.detach()
+    return product.detach()
 
 
 def subspaces(activation: Tensor, relevance: Tensor, basis: Tensor) -> Tensor:

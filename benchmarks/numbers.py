@@ -20,7 +20,7 @@ from benchmarks.faithfulness.page import compared
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/numbers.md"
-Found = dict[str, Any]
+Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Claim:
 
     text: str
     source: str
-    figure: Callable[[Found], str]
+    figure: Callable[[Results], str]
     page: str
 
     @property
@@ -53,79 +53,79 @@ class Claim:
         return named.get(self.source, f"python -m benchmarks.{self.source}")
 
 
-def ratio(work: str, reference: str, model: str = "vgg16") -> Callable[[Found], str]:
+def ratio(work: str, reference: str, model: str = "vgg16") -> Callable[[Results], str]:
     """Time of a computation as a multiple of a reference, on one thread."""
 
-    def figure(found: Found) -> str:
-        runs = [run for run in found["runs"] if run["model"] == model and run["threads"] == 1]
+    def figure(results: Results) -> str:
+        runs = [run for run in results["runs"] if run["model"] == model and run["threads"] == 1]
         seconds = next(run for run in runs if run["allocator"] == "default")["seconds"]
         return f"{seconds[work] / seconds[reference]:.3g} ×"
 
     return figure
 
 
-def peak(found: Found) -> str:
+def peak(results: Results) -> str:
     """Peak memory in addition to the net, as a multiple of a plain gradient's."""
-    peaks = found["peak memory of vgg16 in MiB"]
+    peaks = results["peak memory of vgg16 in MiB"]
     above = {name: value - peaks["nothing"] for name, value in peaks.items()}
     return f"{above['EpsilonPlusFlat'] / above['plain']:.2g} ×"
 
 
-def differences(reference: str) -> Callable[[Found], str]:
+def differences(reference: str) -> Callable[[Results], str]:
     """Largest difference over the rows that are compared with a package, or with formulas."""
 
-    def figure(found: Found) -> str:
-        rows = [row for row in found["rows"] if row["reference"].startswith(reference)]
+    def figure(results: Results) -> str:
+        rows = [row for row in results["rows"] if row["reference"].startswith(reference)]
         return f"{max(row['difference'] for row in rows):.0e}, {len(rows)} row{'s' * (len(rows) > 1)}"
 
     return figure
 
 
-def violation(composite: str) -> Callable[[Found], str]:
+def violation(composite: str) -> Callable[[Results], str]:
     """Largest error of mass + sink + bypass = 1."""
 
-    def figure(found: Found) -> str:
-        every = found["rows"] if "rows" in found else found["recurrent"] + found["graphs"]
+    def figure(results: Results) -> str:
+        every = results["rows"] if "rows" in results else results["recurrent"] + results["graphs"]
         rows = [row for row in every if row.get("composite", composite) == composite and "error" in row]
         return f"{max(row.get('error_taps', row['error']) for row in rows):.0e}, {len(rows)} models"
 
     return figure
 
 
-def changed(found: Found) -> str:
+def changed(results: Results) -> str:
     """How many models were modified."""
-    measured = [row for row in found["rows"] if "is_unchanged" in row]
+    measured = [row for row in results["rows"] if "is_unchanged" in row]
     models = {(row["package"], row["model"]) for row in measured}
     return f"{sum(not row['is_unchanged'] for row in measured)} of {len(models)}"
 
 
-def certified(found: Found) -> str:
+def certified(results: Results) -> str:
     """Number of walks certified to be the largest, by rule and image size."""
-    return "; ".join(f"{row['size']} pixels, {row['rule']}: {row['certified']}" for row in found["rows"])
+    return "; ".join(f"{row['size']} pixels, {row['rule']}: {row['certified']}" for row in results["rows"])
 
 
-def flow_cost(found: Found) -> str:
+def flow_cost(results: Results) -> str:
     """Time of a flow graph as a multiple of the marginals of all layers."""
-    return f"{min(found['seconds']['flow']) / min(found['seconds']['marginals']):.0f} ×"
+    return f"{min(results['seconds']['flow']) / min(results['seconds']['marginals']):.0f} ×"
 
 
-def speedup(found: Found) -> str:
+def speedup(results: Results) -> str:
     """Time of the other package as a multiple of ours, by net."""
-    return "; ".join(f"{run['net']}: {run['factor']:.1f} ×" for run in found["runs"])
+    return "; ".join(f"{run['net']}: {run['factor']:.1f} ×" for run in results["runs"])
 
 
-def throughput(found: Found) -> str:
+def throughput(results: Results) -> str:
     """Throughput as a share of the measure alone, by net."""
-    shares = found["throughput"].items()
+    shares = results["throughput"].items()
     return "; ".join(f"{net}: {row['share of the bare measure']['wall']:.2f}" for net, row in shares)
 
 
-def class_probability(method: str) -> Callable[[Found], str]:
+def class_probability(method: str) -> Callable[[Results], str]:
     """Probability of the class with a tenth to a seventh of the channels, the others set to zero, by net."""
 
-    def figure(found: Found) -> str:
+    def figure(results: Results) -> str:
         cells = []
-        for net, count in zip(found["nets"], (31, 11), strict=True):
+        for net, count in zip(results["nets"], (31, 11), strict=True):
             rows = (row for row in net["rows"] if row["method"] == method and row["fill"] == "zero")
             probability = next(row for row in rows if row["kept"] == count)["probability"][0]
             cells.append(f"{count} of {sum(net['channels'])}: {probability:.2f}")
@@ -134,17 +134,17 @@ def class_probability(method: str) -> Callable[[Found], str]:
     return figure
 
 
-def variation(rule: str) -> Callable[[Found], str]:
+def variation(rule: str) -> Callable[[Results], str]:
     """Largest walk variation on a deep net with random weights."""
-    return lambda found: f"{found['rows']['vgg16'][rule]['variation']:.0e}"
+    return lambda results: f"{results['rows']['vgg16'][rule]['variation']:.0e}"
 
 
-def flipping(composite: str) -> Callable[[Found], str]:
+def flipping(composite: str) -> Callable[[Results], str]:
     """Area between both orders of pixel flipping, by net; larger is better."""
 
-    def figure(found: Found) -> str:
+    def figure(results: Results) -> str:
         cells = []
-        for name, net in found["nets"].items():
+        for name, net in results["nets"].items():
             row = next((row for row in net["rows"] if row["composite"] == composite and row["policy"] == "G = 2"), None)
             if row is not None:
                 cells.append(f"{name}: {row['span'][0]:.2f}")
@@ -153,26 +153,26 @@ def flipping(composite: str) -> Callable[[Found], str]:
     return figure
 
 
-def mutants(found: Found) -> str:
+def mutants(results: Results) -> str:
     """Share of detected mutants among those tried, without equivalent ones."""
-    rows = found["packages"].values()
+    rows = results["packages"].values()
     detected = sum(row["killed"] + row["timed out"] for row in rows)
-    equivalent = sum(row["judgement"].startswith("equivalent") for row in found["survivors"])
+    equivalent = sum(row["judgement"].startswith("equivalent") for row in results["survivors"])
     tried = sum(row["tried"] for row in rows)
     return f"{100 * detected / (tried - equivalent):.1f} % of {tried - equivalent}"
 
 
-def verdicts(found: Found) -> str:
+def verdicts(results: Results) -> str:
     """The default composite compared with the best other method of each metric."""
-    counted = Counter(verdict(best["ahead"][best["default"]]) for *_, best in compared(found))
+    counted = Counter(verdict(best["ahead"][best["default"]]) for *_, best in compared(results))
     return ", ".join(f"{word} in {counted[word]}" for word in ("better", "even", "worse"))
 
 
-def recovered(one: str, other: str) -> Callable[[Found], str]:
+def recovered(one: str, other: str) -> Callable[[Results], str]:
     """Average precision of planted edges between neighbouring layers."""
 
-    def figure(found: Found) -> str:
-        methods = found["planted"]["questions"]["neighbouring layers"]["methods"]
+    def figure(results: Results) -> str:
+        methods = results["planted"]["questions"]["neighbouring layers"]["methods"]
         return " : ".join(f"{methods[name]['average precision'][0]:.2f}" for name in (one, other))
 
     return figure
@@ -240,8 +240,8 @@ def rendered(page: str) -> str:
         figure = claim.figure(results[claim.source])
         lines.append(f"| {claim.text} | {figure} | `{claim.command}` | [{claim.page[:-3]}]({claim.page}) |")
     lines += ["", "Measured with", ""]
-    for source, found in results.items():
-        place = ", ".join(f"{name} {value}" for name, value in found["environment"].items())
+    for source, stored in results.items():
+        place = ", ".join(f"{name} {value}" for name, value in stored["environment"].items())
         lines.append(f"- `{source}.json`: {place}")
     head, rest = page.split("<!-- measured -->")
     _, tail = rest.split("<!-- end -->")

@@ -72,12 +72,12 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    found: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
     for part, measures in (("recurrent", recurrent()), ("graphs", graphs())):
         for name, mu in measures:
-            found.setdefault(part, []).append({"network": name, **conservation_check(mu)})
-            print(found[part][-1], flush=True)
-    store("recurrent_and_graphs", found, "torch_geometric")
+            results.setdefault(part, []).append({"network": name, **conservation_check(mu)})
+            print(results[part][-1], flush=True)
+    store("recurrent_and_graphs", results, "torch_geometric")
     tables.write("recurrent_and_graphs")
 
 

@@ -70,13 +70,13 @@ def theirs(net: nn.Module, data: TensorDataset, layers: list[str], batch: int, f
     from crp.visualization import FeatureVisualization
 
     concepts = {layer: ChannelConcept() for layer in layers}
-    found = FeatureVisualization(CondAttribution(net), data, concepts, path=folder)
+    visualization = FeatureVisualization(CondAttribution(net), data, concepts, path=folder)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        found.run(EpsilonPlusFlat(), 0, len(data), batch_size=batch)
-    return found
+        visualization.run(EpsilonPlusFlat(), 0, len(data), batch_size=batch)
+    return visualization
 
 
-def compared(found: FoundReferences, other: Any, layers: list[str], classes: int) -> dict[str, float]:
+def compared(references: FoundReferences, other: Any, layers: list[str], classes: int) -> dict[str, float]:
     """Largest difference of values over all layers, criteria and classes; checks that samples without ties are equal.
 
     Raises:
@@ -94,7 +94,7 @@ def compared(found: FoundReferences, other: Any, layers: list[str], classes: int
                 path = most.PATH if target is None else stats.PATH
                 listed = load_maximization(path, layer) if target is None else load_statistics(path, layer, target)
                 samples, values = (torch.as_tensor(part.copy()).T for part in listed[:2])
-                mine = found.of(layer, by, target)  # type: ignore[arg-type]
+                mine = references.of(layer, by, target)  # type: ignore[arg-type]
                 size = values.abs().max()
                 worst = max(worst, float((mine.values[:, : values.shape[1]] - values).abs().max() / size))
                 alone = _alone(values, TIE * size)
@@ -119,7 +119,7 @@ def run(name: str, make: Callable[[], Any], rounds: int) -> dict[str, Any]:
     classes = int(data.tensors[1].max()) + 1
     seconds: dict[str, list[float]] = {"nrm-plugin": [], "zennit-crp": []}
     with tempfile.TemporaryDirectory() as folder:
-        found = compared(ours(net, data, layers, batch), theirs(net, data, layers, batch, folder), layers, classes)
+        agreement = compared(ours(net, data, layers, batch), theirs(net, data, layers, batch, folder), layers, classes)
     for _ in range(rounds):
         for who, times in seconds.items():
             gc.collect()
@@ -133,7 +133,7 @@ def run(name: str, make: Callable[[], Any], rounds: int) -> dict[str, Any]:
     channels = sum(len(net.get_submodule(layer).weight) for layer in layers)  # type: ignore[arg-type]
     about = {"net": name, "samples": len(data), "batch": batch, "layers": len(layers), "channels": channels}
     factors = [other / mine for mine, other in zip(*seconds.values(), strict=True)]
-    return {**about, "classes": classes, "seconds": seconds, "factor": statistics.median(factors), **found}
+    return {**about, "classes": classes, "seconds": seconds, "factor": statistics.median(factors), **agreement}
 
 
 def main() -> None:
@@ -159,23 +159,23 @@ def main() -> None:
             f"  nrm-plugin {mine:.2f} s, zennit-crp {other:.2f} s fastest; factor {runs[-1]['factor']:.2f}", flush=True
         )
     args.out.parent.mkdir(exist_ok=True)
-    found = {"environment": environment(), "threads": 1, "runs": runs}
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    results = {"environment": environment(), "threads": 1, "runs": runs}
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.out == RESULTS:
-        render(found)
+        render(results)
 
 
-def render(found: dict[str, Any]) -> None:
+def render(results: dict[str, Any]) -> None:
     """Writes the table of the page."""
     lines = ["", "", "| net | data | identical references | seconds of both, fastest | factor, median |"]
     lines.append("|---|---|---|---|---|")
-    for one in found["runs"]:
+    for one in results["runs"]:
         net = f"{one['net']}, {one['channels']} channels of {one['layers']} layers"
         data = f"{one['samples']} samples of {one['classes']} classes, batches of {one['batch']}"
         seconds = " / ".join(f"{min(times):.2f}" for times in one["seconds"].values())
         same = f"all {one['references compared']} untied"
         lines.append(f"| {net} | {data} | {same} | {seconds} | {one['factor']:.1f} |")
-    place = found["environment"]
+    place = results["environment"]
     lines += ["", f"torch {place['torch']}, zennit {place['zennit']}, float32, one core of {place['processor']}."]
     head, rest = PAGE.read_text().split("<!-- measured -->")
     PAGE.write_text(head + "<!-- measured -->" + "\n".join(lines) + "\n<!-- end -->" + rest.split("<!-- end -->")[1])

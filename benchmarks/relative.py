@@ -144,7 +144,7 @@ def main() -> None:
     images = torch.randn((2, 3, 64, 64), generator=torch.Generator().manual_seed(1))
     for name in ("vgg16", "vgg19", "resnet50"):
         nets[name] = (large(name), images, torch.tensor([3, 7]))
-    found: dict[str, dict[str, dict[str, object]]] = {}
+    rows: dict[str, dict[str, dict[str, object]]] = {}
     with torch.no_grad():
         accuracy = float((nets["simple CNN"][0](x).argmax(1) == y).float().mean())
     print(f"held-out accuracy {accuracy:.3f} on {len(x)} digits\n")
@@ -158,7 +158,7 @@ def main() -> None:
                 row["pixel flipping"] = pixel_flipping(net, inputs, targets, heat(net, inputs, targets, rule))
             row.update(tiny(net, inputs[:32], targets[:32], rule))
             row["seconds"] = time.perf_counter() - began
-            found.setdefault(net_name, {})[rule] = row
+            rows.setdefault(net_name, {})[rule] = row
             flipping = f"{row['pixel flipping']:.3f}" if "pixel flipping" in row else "-"
             print(f"{rule:10}  {row['variation']:22.3g}  {flipping:>14}  {row['finite']!s:>15}  {row['error']:20.2g}")
         print()
@@ -170,7 +170,7 @@ def main() -> None:
         **{name: version(name) for name in ("torch", "zennit", "captum")},
     }
     RESULTS.write_text(
-        json.dumps({"environment": environment, "accuracy": accuracy, "random order": chance, "rows": found}, indent=1)
+        json.dumps({"environment": environment, "accuracy": accuracy, "random order": chance, "rows": rows}, indent=1)
         + "\n"
     )
     tables.write("relative")

@@ -71,10 +71,10 @@ def rankings(model: nn.Module, images: Tensor, labels: Tensor, layers: list[str]
     """Ranking and seconds of every method."""
     values = activations(model, images, layers)
     counts = [values[layer].shape[1] for layer in layers]
-    found: dict[str, tuple[Tensor, float]] = {}
+    by_method: dict[str, tuple[Tensor, float]] = {}
 
     def note(name: str, begin: float, order: Tensor) -> None:
-        found[name] = (order, time.perf_counter() - begin)
+        by_method[name] = (order, time.perf_counter() - begin)
 
     rules = {"absolute": NRMAbsolute, "ε, z⁺": lambda: Normalized(EpsilonPlus())}
     for rule, make in rules.items():
@@ -110,7 +110,7 @@ def rankings(model: nn.Module, images: Tensor, labels: Tensor, layers: list[str]
     begin = time.perf_counter()
     note("activation", begin, ranked(shared([values[layer].flatten(2).sum(2) for layer in layers]), counts))
     note("chance", begin, ranked(torch.rand(len(images), sum(counts)) + 1e-6, counts))
-    return found
+    return by_method
 
 
 def interval(values: Tensor, draw: torch.Generator) -> list[float]:
@@ -129,12 +129,12 @@ def evaluate(name: str, model: nn.Module, count: int) -> dict[str, object]:
         right = (model(images).argmax(1) == labels).nonzero().flatten()
     chosen, others = right[:count], right[count:]
     images, labels, reference = images[chosen], labels[chosen], images[others]
-    found = rankings(model, images, labels, layers)
+    by_method = rankings(model, images, labels, layers)
     around = activations(model, reference, layers)
     counts = [around[layer].shape[1] for layer in layers]
     draw = torch.Generator().manual_seed(0)
     rows, raw = [], {}
-    for method, (order, seconds) in found.items():
+    for method, (order, seconds) in by_method.items():
         for fill in FILLS:
             for share in SHARES:
                 keep = max(len(layers), round(share * sum(counts)))

@@ -58,19 +58,19 @@ class Row:
             torch.manual_seed(0)
             names, expected = self.make()
             public = {name: getattr(nrm_plugin, name) for name in nrm_plugin.__all__}
-            found = eval(self.expression, {**public, "torch": torch, "nn": nn, **names})
+            actual = eval(self.expression, {**public, "torch": torch, "nn": nn, **names})
         differences = []
-        for one, other in zip(_flat(found), _flat(expected), strict=True):
+        for one, other in zip(_flat(actual), _flat(expected), strict=True):
             if one.shape != other.shape or not bool(other.any()):
                 raise ValueError(f"{self.method}: compared {tuple(one.shape)} with {tuple(other.shape)}, or with zeros")
             differences.append(float((one - other).abs().max() / other.abs().max()))
         return max(differences)
 
 
-def _flat(found: Any) -> list[Tensor]:
-    if isinstance(found, Tensor):
-        return [found.detach()]
-    return [part for item in (found.values() if isinstance(found, dict) else found) for part in _flat(item)]
+def _flat(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result.detach()]
+    return [part for item in (result.values() if isinstance(result, dict) else result) for part in _flat(item)]
 
 
 @contextmanager

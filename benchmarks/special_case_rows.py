@@ -101,8 +101,8 @@ def concept_package() -> Made:
 
     names = concept()
     attribution = CondAttribution(names["net"])
-    found = attribution(names["x"].clone().requires_grad_(), [{"2": [3], "y": [1]}], names["rules"])
-    return names, found.heatmap
+    result = attribution(names["x"].clone().requires_grad_(), [{"2": [3], "y": [1]}], names["rules"])
+    return names, result.heatmap
 
 
 def concept_layer_package() -> Made:
@@ -111,8 +111,8 @@ def concept_layer_package() -> Made:
     names = concept()
     attribution = CondAttribution(names["net"])
     leaf = names["x"].clone().requires_grad_()
-    found = attribution(leaf, [{"2": [3], "y": [1]}], names["rules"], record_layer=["0"])
-    return names, found.relevances["0"].sum((2, 3))
+    result = attribution(leaf, [{"2": [3], "y": [1]}], names["rules"], record_layer=["0"])
+    return names, result.relevances["0"].sum((2, 3))
 
 
 def concept_given_package() -> Made:
@@ -120,9 +120,9 @@ def concept_given_package() -> Made:
 
     names = concept()
     attribution = CondAttribution(names["net"])
-    found = attribution(names["x"].clone().requires_grad_(), [{"2": [3], "y": [1]}], names["rules"])
+    result = attribution(names["x"].clone().requires_grad_(), [{"2": [3], "y": [1]}], names["rules"])
     whole = attribution(names["x"].clone().requires_grad_(), [{"y": [1]}], names["rules"], record_layer=["2"])
-    return names, found.heatmap / whole.relevances["2"][:, 3].sum((1, 2)).reshape(-1, 1, 1)
+    return names, result.heatmap / whole.relevances["2"][:, 3].sum((1, 2)).reshape(-1, 1, 1)
 
 
 def graph() -> dict[str, Any]:
@@ -486,13 +486,13 @@ ROWS = [
     ),
     Row(
         "Deconvolution, one neuron (not a measure)",
-        'reconstruct(net, x, at("4").channel(channel), "deconvnet", strongest=True).pictures',
+        'reconstruct(net, x, at("4").channel(channel), "deconvnet", strongest=True).images',
         "captum, NeuronDeconvolution",
         reconstruction("deconvnet"),
     ),
     Row(
         "Guided backpropagation, one neuron (not a measure)",
-        'reconstruct(net, x, at("4").channel(channel), "guided_backprop", strongest=True).pictures',
+        'reconstruct(net, x, at("4").channel(channel), "guided_backprop", strongest=True).images',
         "captum, NeuronGuidedBackprop",
         reconstruction("guided_backprop"),
         arxiv="1412.6806",

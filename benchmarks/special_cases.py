@@ -45,8 +45,8 @@ def measured(before: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for row in ROWS:
         if row.is_available:
-            found = {"method": row.method, "arxiv": row.arxiv, "expression": row.expression, "reference": row.reference}
-            rows.append({**found, "difference": float(f"{row.difference():.1e}")})
+            about = {"method": row.method, "arxiv": row.arxiv, "expression": row.expression, "reference": row.reference}
+            rows.append({**about, "difference": float(f"{row.difference():.1e}")})
             print(f"{rows[-1]['difference']:8.0e}  {row.method}: {row.reference}")
         elif key(row) in previous:
             rows.append(previous[key(row)])
@@ -60,14 +60,14 @@ def measured(before: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rendered(found: dict[str, Any], page: str) -> str:
+def rendered(results: dict[str, Any], page: str) -> str:
     """The page with the table of these results."""
     lines = ["| method | this package | compared with | largest difference |", "|---|---|---|---|"]
-    for row in found["rows"]:
+    for row in results["rows"]:
         paper = f" ([{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']}))" if row["arxiv"] else ""
         expression = row["expression"].replace("|", "\\|")
         lines.append(f"| {row['method']}{paper} | `{expression}` | {row['reference']} | {row['difference']:.0e} |")
-    place = ", ".join(f"{name} {value}" for name, value in found["environment"].items())
+    place = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
     head, rest = page.split("<!-- measured -->")
     _, tail = rest.split("<!-- end -->")
     return head + "<!-- measured -->\n" + "\n".join([*lines, "", f"Measured with {place}."]) + "\n<!-- end -->" + tail

@@ -130,7 +130,7 @@ def all_marginals(
 
 def reduced_precision(net: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
     """Conservation error with layers in reduced precision, and difference from the heat map in float32."""
-    found = {}
+    deviations = {}
     for reduced in (torch.bfloat16, torch.float16):
         for name in ("EpsilonPlus", "NRMDefault"):
             _, exact = all_marginals(net, x, COMPOSITES[name]())
@@ -140,8 +140,11 @@ def reduced_precision(net: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
                 for tap, values in maps.items()
             ]
             off = (maps["input"] - exact["input"]).abs().sum() / exact["input"].abs().sum()
-            found[f"{name}, {str(reduced).removeprefix('torch.')}"] = {"error / V": max(errors), "heat map": float(off)}
-    return found
+            deviations[f"{name}, {str(reduced).removeprefix('torch.')}"] = {
+                "error / V": max(errors),
+                "heat map": float(off),
+            }
+    return deviations
 
 
 def partial_gradients(net: nn.Module, x: Tensor, layer: str, count: int) -> list[Tensor]:
@@ -226,7 +229,7 @@ def differences(net: nn.Module, x: Tensor) -> dict[str, float]:
     def relative(ours: Tensor, theirs: Tensor) -> float:
         return float((ours - theirs).norm() / theirs.norm())
 
-    found = {
+    largest = {
         f"zennit, {name}": relative(
             RelevanceMeasure(net, x, TARGET, composite=make(), residual="sink").marginal("input"),
             plain_gradient(net, x, make()),
@@ -239,11 +242,11 @@ def differences(net: nn.Module, x: Tensor) -> dict[str, float]:
         scale = float(net(x)[0, TARGET])
         events = [at("features.28")[k] for k in range(SAMPLE)]
         theirs = concept_maps(net, x, "features.28", None, SAMPLE)
-        found["zennit-crp, maps"] = relative(scale * mu.marginal("input", joint=events)[:, 0].sum(1), theirs)
+        largest["zennit-crp, maps"] = relative(scale * mu.marginal("input", joint=events)[:, 0].sum(1), theirs)
     pairs = mu.joints(CONVOLUTIONS[:3])[0]
     masked = mu.marginal("features.26", over="channel", joint=[at("features.28")[k] for k in range(SAMPLE)])
-    found["channel pairs, masked passes"] = relative(pairs[:, :SAMPLE], masked.transpose(0, 1))
-    return found
+    largest["channel pairs, masked passes"] = relative(pairs[:, :SAMPLE], masked.transpose(0, 1))
+    return largest
 
 
 def measured(work: Work, rounds: int) -> dict[str, float]:
@@ -278,7 +281,7 @@ def run(model: str, threads: int, rounds: int, size: int, queries: bool, device:
     net, x = build(model).to(device), inputs(model, size).to(device)
     is_vgg = model.startswith("vgg")
     small = x if device != "cpu" else x[..., :SHORT, :SHORT]  # CPUs without float16 take a minute for a large image
-    found = differences(net, x) if is_vgg and queries else {}
+    deviations = differences(net, x) if is_vgg and queries else {}
     work, extent = marginals_work(net, x, is_vgg), dict[str, float]()
     seconds = measured(work, rounds)
     if is_vgg and queries:
@@ -289,7 +292,7 @@ def run(model: str, threads: int, rounds: int, size: int, queries: bool, device:
     precision = reduced_precision(net, small) if queries and threads == 1 else {}
     return {
         "seconds": seconds,
-        "differences": found,
+        "differences": deviations,
         "timed on this many conditions": extrapolated,
         "reduced precision": precision,
     }
@@ -348,30 +351,30 @@ def main() -> None:
     elif cores > 1 and not args.quick and not args.one_thread:
         plans += [(name, cores, "default") for name in ("vgg16", *others)]
     plans = [plan for plan in plans if not args.models or plan[0] in args.models]
-    found: dict[str, Any] = {"environment": environment(), "size": args.size, "runs": []}
+    results: dict[str, Any] = {"environment": environment(), "size": args.size, "runs": []}
     for model, threads, allocator in plans:
         queries = "no" if args.quick or allocator != "default" or model not in ("vgg16", "resnet50") else "yes"
         variables = RETAINING if allocator != "default" else {}
         sizes = ("--rounds", args.rounds, "--size", args.size, "--device", args.device)
         result = spawned("--one", model, threads, queries, *sizes, **variables)
-        found["runs"].append({"model": model, "threads": threads, "allocator": allocator, **result})
-        report(found["runs"][-1])
+        results["runs"].append({"model": model, "threads": threads, "allocator": allocator, **result})
+        report(results["runs"][-1])
     sizes = ("--size", args.size, "--device", args.device)
     peaks = {work: spawned("--peak", work, "vgg16", *sizes, **RETURNING) for work in ("nothing", "plain", *COMPOSITES)}
-    found["peak memory of vgg16 in MiB"] = peaks
+    results["peak memory of vgg16 in MiB"] = peaks
     print("\npeak memory in addition to the net, in MiB and as a multiple of a plain gradient's (target: 2.0)")
     for work in ("plain", *COMPOSITES):
         above = peaks[work] - peaks["nothing"]
         print(f"{above:9.0f} {above / (peaks['plain'] - peaks['nothing']):9.2f}  {work}")
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     if args.out == RESULTS:
-        render(found)
+        render(results)
 
 
-def render(found: dict[str, Any]) -> None:
+def render(results: dict[str, Any]) -> None:
     """Writes the tables of the page."""
-    runs, peaks = found["runs"], found["peak memory of vgg16 in MiB"]
+    runs, peaks = results["runs"], results["peak memory of vgg16 in MiB"]
     headers = [f"{run['threads']} thread{'s' * (run['threads'] > 1)}, {run['allocator']}" for run in runs]
     columns = list(dict.fromkeys(headers))
     rows: dict[tuple[str, str, str, float], dict[str, float]] = {}
@@ -412,11 +415,11 @@ def render(found: dict[str, Any]) -> None:
     above = {name: value - peaks["nothing"] for name, value in peaks.items() if name != "nothing"}
     lines += ["", "| peak memory in addition to the net, VGG16 | MiB | × plain gradient (target 2) |", "|---|---|---|"]
     lines += [f"| {name} | {value:.0f} | {value / above['plain']:.2f} |" for name, value in above.items()]
-    place = found["environment"]
+    place = results["environment"]
     lines += [
         "",
         f"Python {place['python']}, torch {place['torch']}, zennit {place['zennit']}, captum {place['captum']}, "
-        f"{place['cores']} cores of {place['processor']}, images of {found['size']} × {found['size']} pixels, "
+        f"{place['cores']} cores of {place['processor']}, images of {results['size']} × {results['size']} pixels, "
         f"{TOKENS} tokens, float32. Bold: target missed. zennit-crp was timed on a sample of conditions and "
         "extrapolated linearly.",
     ]

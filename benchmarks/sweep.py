@@ -176,24 +176,24 @@ def read() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
-        found: dict[str, Any] = {"rows": synthetic(folder), "seconds to write": time.perf_counter() - started}
+        results: dict[str, Any] = {"rows": synthetic(folder), "seconds to write": time.perf_counter() - started}
         name = Sweep.open(folder).manifest.queries[0].name
         slow = _timed(lambda k: Sweep.open(folder).top(name, k, 9), (3, 255))
         started = time.perf_counter()
         write_index(Sweep.open(folder))
-        found["seconds to sort"] = time.perf_counter() - started
+        results["seconds to sort"] = time.perf_counter() - started
         fast = _timed(lambda k: Sweep.open(folder).top(name, k, 9), range(0, CHANNELS, 16))
         for k in (3, 255):
             assert Sweep.open(folder).top(name, k, 9).to_pylist() == slow[1][k].to_pylist()
         by_class = _timed(lambda k: Sweep.open(folder).top(name, k, 9, target=7), range(0, CHANNELS, 64))
         size = sum(path.stat().st_size for path in folder.rglob("*.parquet")) / 2**20
-    found |= {
+    results |= {
         "MiB on disk": size,
         "seconds for the top nine, at most": max(fast[0]),
         "of one class, at most": max(by_class[0]),
         "of unsorted shards, at most": max(slow[0]),
     }
-    return found
+    return results
 
 
 def _timed(run: Callable[[int], Any], groups: Any) -> tuple[list[float], dict[int, Any]]:
@@ -219,38 +219,38 @@ def main() -> None:
     every = not (args.throughput or args.memory or args.read)
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
-    found = json.loads(args.out.read_text()) if args.out.exists() else {}
-    found["environment"] = {**environment(), "threads": args.threads}
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results["environment"] = {**environment(), "threads": args.threads}
     if args.memory or every:  # before other parts allocate memory
-        found["memory"] = memory(args.samples)
+        results["memory"] = memory(args.samples)
     if args.read or every:
-        found["read"] = read()
+        results["read"] = read()
     for name in args.nets if args.throughput or every else ():
-        found.setdefault("throughput", {})[name] = throughput(name, args.rounds)
-    report(found)
+        results.setdefault("throughput", {})[name] = throughput(name, args.rounds)
+    report(results)
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     if args.out == RESULTS:
         tables.write("sweep")
 
 
-def report(found: dict[str, Any]) -> None:
+def report(results: dict[str, Any]) -> None:
     """Prints measured figures and their targets."""
     print(f"{'measured':>10} {'target':>8}")
-    for name, result in found.get("throughput", {}).items():
+    for name, result in results.get("throughput", {}).items():
         share, of_processor = result["share of the bare measure"].values()
         rate = result["samples per second"]
         print(f"{share:10.3f} {THROUGHPUT:8.2f} {'  ' if share >= THROUGHPUT else '✗ '}throughput relative to the "
               f"measure alone, {name} ({rate['bare']:.1f} and {rate['sweep']:.1f} samples/s; in "
               f"processor time {of_processor:.3f})")  # fmt: skip
-    if "memory" in found:
-        result = found["memory"]
+    if "memory" in results:
+        result = results["memory"]
         growth, recorded = result["end relative to a tenth"], list(result["MiB at sample"].values())
         print(f"{growth:10.3f} {GROWTH:8.2f} {'  ' if growth <= GROWTH else '✗ '}memory after "
               f"{result['samples']} samples relative to that after a tenth ({recorded[-1]:.0f} MiB; "
               f"{result['MiB after sorting']:.0f} MiB after sorting {result['rows']:,} rows)")  # fmt: skip
-    if "read" in found:
-        result = found["read"]
+    if "read" in results:
+        result = results["read"]
         longest = result["seconds for the top nine, at most"]
         print(f"{longest:10.3f} {SECONDS:8.2f} {'  ' if longest <= SECONDS else '✗ '}seconds for the top nine of a "
               f"channel among {result['rows']:,} rows ({result['of one class, at most']:.3f} s of one class; "

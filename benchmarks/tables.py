@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-Found = dict[str, Any]
+Results = dict[str, Any]
 
 
 def grid(head: str, rows: Iterable[Sequence[object]]) -> str:
@@ -30,19 +30,19 @@ def small(number: float, digits: int = 0) -> str:
 # -- one function for each results file, with the marker of each of its tables ----------------------------------------
 
 
-def attention(found: Found) -> dict[str, str]:
+def attention(results: Results) -> dict[str, str]:
     """Attention models of torchvision."""
     cells = (
         (row["model"], row["blocks"], f"{row['error']:.0e}", f"{row['residual']:.3f}", f"{row['constants']:.3f}",
          f"{row['variation']:.2f}", f"{row['variation, EpsilonPlusFlat']:.2g}", f"{row['output']:.0e}")
-        for row in found["rows"]
+        for row in results["rows"]
     )  # fmt: skip
     return {"table": grid("| model | blocks | error | residual | constants | V | V, EpsilonPlusFlat | output |", cells)}
 
 
-def hugging_face(found: Found) -> dict[str, str]:
+def hugging_face(results: Results) -> dict[str, str]:
     """Further models."""
-    rows = [row for row in found["rows"] if "failed" not in row]
+    rows = [row for row in results["rows"] if "failed" not in row]
     cells = (
         (row["model"], row["taps"], f"{row['error']:.0e}", f"{row['constants']:.3f}",
          f"{row['variation at the input']:.2f}")
@@ -51,25 +51,25 @@ def hugging_face(found: Found) -> dict[str, str]:
     return {"further": grid("| model | taps | error | constants | V |", cells)}
 
 
-def recurrent_and_graphs(found: Found) -> dict[str, str]:
+def recurrent_and_graphs(results: Results) -> dict[str, str]:
     """Networks, layers and pooling."""
 
-    def cells(rows: list[Found]) -> Iterable[Sequence[object]]:
+    def cells(rows: list[Results]) -> Iterable[Sequence[object]]:
         for row in rows:
             absorbed = small(row["residual"]), small(row["constants"])
             yield row["network"], row["taps"], f"{row['error']:.0e}", *absorbed, f"{row['largest variation']:.1f}"
 
     head = "| network | taps | error | residual | constants | variation |"
     layers = head.replace("network", "layer")
-    return {"recurrent": grid(head, cells(found["recurrent"])), "graphs": grid(layers, cells(found["graphs"]))}
+    return {"recurrent": grid(head, cells(results["recurrent"])), "graphs": grid(layers, cells(results["graphs"]))}
 
 
-def relative(found: Found) -> dict[str, str]:
+def relative(results: Results) -> dict[str, str]:
     """Comparison of rules, by net."""
     shown = {"vgg16": "VGG16", "vgg19": "VGG19", "resnet50": "ResNet-50"}
     rules = {"LRP-ε": "LRP-ε, ε = 0.1", "LRP-γ": "LRP-γ, γ = 0.25"}
     rows = []
-    for net, by_rule in found["rows"].items():
+    for net, by_rule in results["rows"].items():
         for number, (rule, row) in enumerate(by_rule.items()):
             size = f"{row['variation']:.2g}" if row["variation"] >= 1e4 else f"{row['variation']:.0f}"
             flipping = f"{row['pixel flipping']:.3f}" if "pixel flipping" in row else ""
@@ -78,7 +78,7 @@ def relative(found: Found) -> dict[str, str]:
     return {"measured": grid("| net | rule | largest walk variation | pixel flipping | difference at 1e-30 |", rows)}
 
 
-def top_walks(found: Found) -> dict[str, str]:
+def top_walks(results: Results) -> dict[str, str]:
     """The search compared with a greedy graph."""
     head = (
         "| pixels, rule | certified | largest | 100th | missed ≤ | mass of the 100 | greedy: mass "
@@ -90,7 +90,7 @@ def top_walks(found: Found) -> dict[str, str]:
             f"{row['smallest']:.3g}", f"{row['missed']:.2g}", f"{row['mass']:.3g}", f"{row['greedy_mass']:.3g}",
             row["greedy_among_ours"], f"{row['seconds']:.0f}, {row['greedy_seconds']:.0f}",
         )
-        for row in found["rows"]
+        for row in results["rows"]
     ]  # fmt: skip
     return {"walks": grid(head, rows)}
 
@@ -113,10 +113,10 @@ METHODS = {
 }
 
 
-def selection(found: Found) -> dict[str, str]:
+def selection(results: Results) -> dict[str, str]:
     """Probability of the class by number of channels retained, by net."""
     tables = {}
-    for net in found["nets"]:
+    for net in results["nets"]:
         rows = {(row["method"], row["kept"], row["fill"]): row for row in net["rows"]}
         places, cells = SHOWN[net["net"]], []
         for method, name in METHODS.items():
@@ -128,20 +128,20 @@ def selection(found: Found) -> dict[str, str]:
     return tables
 
 
-def flow(found: Found) -> dict[str, str]:
+def flow(results: Results) -> dict[str, str]:
     """A sentence."""
-    factor = min(found["seconds"]["flow"]) / min(found["seconds"]["marginals"])
-    layers = ", ".join(f"`{layer}`" for layer in reversed(found["layers"][1:]))
+    factor = min(results["seconds"]["flow"]) / min(results["seconds"]["marginals"])
+    layers = ", ".join(f"`{layer}`" for layer in reversed(results["layers"][1:]))
     setting = f"A flow of VGG16 at 224 × 224 pixels over {layers} and 16 patches of `input`, with `top=8`,"
     return {"measured": f"{setting} takes {factor:.0f} times the marginals of all layers."}
 
 
-def sweep(found: Found) -> dict[str, str]:
+def sweep(results: Results) -> dict[str, str]:
     """Cost of a sweep."""
-    share = {net: row["share of the bare measure"]["wall"] for net, row in found["throughput"].items()}
-    samples = {net: row["samples"] for net, row in found["throughput"].items()}
+    share = {net: row["share of the bare measure"]["wall"] for net, row in results["throughput"].items()}
+    samples = {net: row["samples"] for net, row in results["throughput"].items()}
     bare = "throughput relative to the measure alone in a loop, data loading excluded"
-    read, memory = found["read"], found["memory"]
+    read, memory = results["read"], results["memory"]
     rows = [
         (f"{bare}: VGG16, images of 128 × 128 pixels, {samples['vgg16']} samples", f"{share['vgg16']:.2f}", "0.85"),
         (
@@ -164,7 +164,7 @@ def sweep(found: Found) -> dict[str, str]:
     return {"measured": grid("| | measured | target |", rows)}
 
 
-PAGES: dict[str, tuple[str, Callable[[Found], dict[str, str]]]] = {
+PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "attention": ("attention.md", attention),
     "hugging_face": ("attention.md", hugging_face),
     "recurrent_and_graphs": ("recurrent-and-graphs.md", recurrent_and_graphs),
@@ -178,8 +178,8 @@ PAGES: dict[str, tuple[str, Callable[[Found], dict[str, str]]]] = {
 
 def rendered(source: str, page: str) -> str:
     """The page with the tables of the committed results."""
-    found = json.loads((RESULTS / f"{source}.json").read_text())
-    for mark, table in PAGES[source][1](found).items():
+    results = json.loads((RESULTS / f"{source}.json").read_text())
+    for mark, table in PAGES[source][1](results).items():
         head, rest = page.split(f"<!-- {mark} -->")
         page = f"{head}<!-- {mark} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
     return page

@@ -62,22 +62,22 @@ def row(model: torch.nn.Module, size: int, rule: str, seconds: float, clock: str
     k = torch.tensor(WIDTHS).prod().item()
     begin = time.process_time()
     with patch("nrm_plugin.search.bounds.time", SimpleNamespace(perf_counter=CLOCKS[clock])):
-        found = top_walks(mu, LAYERS, int(k), budget=seconds)
+        result = top_walks(mu, LAYERS, int(k), budget=seconds)
     used = time.process_time() - begin
     masses, took = greedy(mu, LAYERS, WIDTHS)
     ranked = sorted((abs(m) for m in masses), reverse=True)
-    ours = [abs(walk.mass) for walk in found.walks]
+    ours = [abs(walk.mass) for walk in result.walks]
     return {
         "size": size,
         "rule": rule,
-        "walks": len(found.walks),
-        "certified": found.certified,
+        "walks": len(result.walks),
+        "certified": result.certified,
         "largest": max(ours, default=0.0),
         "smallest": min(ours, default=0.0),
-        "missed": found.missed,
-        "expanded": found.expanded,
+        "missed": result.missed,
+        "expanded": result.expanded,
         "clock": clock,
-        "seconds": round(found.seconds, 1),
+        "seconds": round(result.seconds, 1),
         "processor_seconds": round(used, 1),
         "mass": sum(ours),
         "greedy_largest": ranked[0],

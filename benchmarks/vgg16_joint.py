@@ -191,8 +191,8 @@ def draw(model: nn.Module, image: InputImage, name: str, options: argparse.Names
     pixels = mu.marginal("input")[0].sum(0)
     files = []
     for count in range(2, len(layers) + 1):
-        found = joint_relevance(mu, layers[:count], options.channels)
-        figure = joint_figure(mu, image.shown, pixels, found, options.marks, heading)
+        joint = joint_relevance(mu, layers[:count], options.channels)
+        figure = joint_figure(mu, image.shown, pixels, joint, options.marks, heading)
         files.append(save(figure, options.out / f"{name}-{count}-layers.png"))
     return files
 

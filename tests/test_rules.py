@@ -127,7 +127,7 @@ def test_columns_that_nearly_cancel_sum_to_one_in_single_precision() -> None:
 @pytest.mark.parametrize("name", [name for name in WEIGHTED if "transposed" not in name and "reflect" not in name])
 def test_its_walk_variation_needs_no_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, a = drawn(name)
-    monkeypatch.setattr("nrm_plugin.kernels.absolute_values.DENSE_LIMIT", 4096 if "circular" in name else 0)
+    monkeypatch.setattr("nrm_plugin.kernels.absolute_kernels.DENSE_LIMIT", 4096 if "circular" in name else 0)
     for epsilon in EPSILONS:
         mu = columns(module, a, ConservingEpsilon(epsilon))
         expected = mu.marginal("input").flatten(1).abs().sum(1) + mu.sink("input").abs()

@@ -1,6 +1,6 @@
 """A measure leaves the model unchanged, is independent of other measures, and frees its memory.
 
-Covers: nrm_plugin.model.copies, nrm_plugin.model.guard.
+Covers: nrm_plugin.model.shallow_copies, nrm_plugin.model.guard.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.default_composite import RESAMPLES
 from benchmarks.faithfulness import latent, page, quantus_metrics
 from benchmarks.faithfulness.nets import NETS, own_net
-from benchmarks.faithfulness.tasks import MEASURES, PARTS, Results, run
+from benchmarks.faithfulness.tasks import PARTS, RESULTS_OF_PART, Results, run
 from benchmarks.speed import environment
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def missing() -> list[str]:
 
 def measure(parts: Sequence[str], nets: Sequence[str], samples: int, processes: int, out: Path) -> Results:
     """Measures these parts, and saves after each net; other results are unchanged."""
-    found: Results = json.loads(out.read_text()) if out.exists() else {}
+    stored: Results = json.loads(out.read_text()) if out.exists() else {}
     started, load = time.perf_counter(), os.getloadavg()[0]
     packages = {"quantus": version("quantus"), "zennit-crp": version("zennit-crp")}
     is_whole = set(parts) == set(PARTS) and set(nets) == set(NETS)
@@ -46,25 +46,25 @@ def measure(parts: Sequence[str], nets: Sequence[str], samples: int, processes: 
     for name, results, seconds in run(parts, nets, samples, processes):
         for part, result in results.items():
             if part == name:
-                found[part] = result
+                stored[part] = result
             else:
-                found.setdefault(part, {})[name] = result
-        for part in {"latent", "input"} & set(found):  # in the order of the code, not of completion
-            found[part] = {net: found[part][net] for net in NETS if net in found[part]}
+                stored.setdefault(part, {})[name] = result
+        for part in {"latent", "input"} & set(stored):  # in the order of the code, not of completion
+            stored[part] = {net: stored[part][net] for net in NETS if net in stored[part]}
         spent |= seconds
         print(", ".join(f"{key}: {clock} s" for key, (clock, _) in seconds.items()), file=sys.stderr, flush=True)
-        found["environment"] = {**environment(), **packages, "threads": 1, "processes": processes}
-        found["settings"] = {"samples": samples, "seed": 0, "resamples": RESAMPLES}
+        stored["environment"] = {**environment(), **packages, "threads": 1, "processes": processes}
+        stored["settings"] = {"samples": samples, "seed": 0, "resamples": RESAMPLES}
         if is_whole:
-            found["time"] = {
+            stored["time"] = {
                 "seconds": round(time.perf_counter() - started),
                 "seconds of processors": sum(processor for _, processor in spent.values()),
                 "load before": round(load, 1),
                 "load after": round(os.getloadavg()[0], 1),
                 "seconds of clock and processor": spent,
             }
-        out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    return found
+        out.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+    return stored
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in absent:
             print(f"{name} is not installed; results that need it are omitted.", file=sys.stderr)
         net = own_net(options.model, options.weights, options.images, options.samples)
-        found = {part: MEASURES[part](net) for part in parts if part in MEASURES}
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        results = {part: RESULTS_OF_PART[part](net) for part in parts if part in RESULTS_OF_PART}
+        print(json.dumps(results, indent=1, ensure_ascii=False))
         return
     if options.render:
         page.render(json.loads(RESULTS.read_text()))
@@ -101,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{' and '.join(absent)} would be missing from the results; `make faithfulness` installs what is needed "
             "and measures. Stored results are unchanged; --render writes the page from them."
         )
-    found = measure(parts, options.nets or list(NETS), options.samples, options.processes, options.out)
+    results = measure(parts, options.nets or list(NETS), options.samples, options.processes, options.out)
     if options.out == RESULTS:
-        page.render(found)
+        page.render(results)
 
 
 if __name__ == "__main__":

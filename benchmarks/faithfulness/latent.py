@@ -105,13 +105,13 @@ def along_path(
         influence = [total + float(weight) * slope for total, slope in zip(influence, slopes, strict=True)]
     before: list[tuple[Tensor, Tensor]] = []
     for place in (1 + np.polynomial.legendre.leggauss(steps + 1)[0]) / 2:
-        found = list(zip(*values_and_gradients(model, layers, images * float(place), target), strict=True))
+        pairs = list(zip(*values_and_gradients(model, layers, images * float(place), target), strict=True))
         if before:
             conductance = [
                 total + (after - value) * slope
-                for total, (value, slope), (after, _) in zip(conductance, before, found, strict=True)
+                for total, (value, slope), (after, _) in zip(conductance, before, pairs, strict=True)
             ]
-        before = found
+        before = pairs
     return conductance, influence
 
 
@@ -122,17 +122,17 @@ def concept_relevance(model: nn.Module, layers: list[str], images: Tensor, targe
 
     conditions = [{"y": [int(label)]} for label in target]
     leaf = images.clone().requires_grad_()
-    found = CondAttribution(model)(leaf, conditions, EpsilonPlusFlat(), record_layer=layers).relevances
-    return [ChannelConcept().attribute(found[layer]) for layer in layers]
+    relevances = CondAttribution(model)(leaf, conditions, EpsilonPlusFlat(), record_layer=layers).relevances
+    return [ChannelConcept().attribute(relevances[layer]) for layer in layers]
 
 
 def channel_scores(net: Net) -> dict[str, list[Tensor]]:
     """Score of every channel by every method, ``(N, C)`` by layer."""
     model, layers = net.model, net.layers
-    found: dict[str, list[list[Tensor]]] = {}
+    scores: dict[str, list[list[Tensor]]] = {}
 
     def note(name: str, parts: list[Tensor]) -> None:
-        found.setdefault(name, []).append([by_channel(part) for part in parts])
+        scores.setdefault(name, []).append([by_channel(part) for part in parts])
 
     low, high = net.images.amin((0, 2, 3), keepdim=True), net.images.amax((0, 2, 3), keepdim=True)
     plain = {"LRP EpsilonPlus": EpsilonPlus(), "LRP EpsilonGammaBox": EpsilonGammaBox(low, high)}
@@ -151,7 +151,7 @@ def channel_scores(net: Net) -> dict[str, list[Tensor]]:
         conductance, influence = along_path(model, layers, images, target)
         note("LayerConductance", conductance)
         note("InternalInfluence", influence)
-    return {name: [torch.cat(parts) for parts in zip(*batches, strict=True)] for name, batches in found.items()}
+    return {name: [torch.cat(parts) for parts in zip(*batches, strict=True)] for name, batches in scores.items()}
 
 
 def rescaled(parts: list[Tensor]) -> list[Tensor]:
@@ -161,10 +161,10 @@ def rescaled(parts: list[Tensor]) -> list[Tensor]:
 
 def all_scores(net: Net) -> dict[str, Tensor]:
     """Concatenated scores of all channels, ``(N, K)``, including variants with rescaled layers."""
-    found = channel_scores(net)
-    for name in [name for name in found if name not in (*OURS, CRP)]:
-        found[f"{name}, layers rescaled"] = rescaled(found[name])
-    scores = {name: torch.cat(parts, 1) for name, parts in found.items()}
+    layer_scores = channel_scores(net)
+    for name in [name for name in layer_scores if name not in (*OURS, CRP)]:
+        layer_scores[f"{name}, layers rescaled"] = rescaled(layer_scores[name])
+    scores = {name: torch.cat(parts, 1) for name, parts in layer_scores.items()}
     scores["|μ|, NRMDefault"] = scores["μ, NRMDefault"].abs()
     if scores["activation"].shape[1] <= LARGEST:
         drops = logit_drops(net)
@@ -216,14 +216,14 @@ def neuron_flipping(net: Net) -> tuple[dict[str, dict[str, Tensor]], dict[str, d
     """Areas under the curves by method and metric, ``(N,)``, and mean logit curves."""
     means = mean_activations(net)
     unit = net.logit(net.images).mean()
-    found: dict[str, dict[str, Tensor]] = {}
+    areas: dict[str, dict[str, Tensor]] = {}
     curves: dict[str, dict[str, list[float]]] = {}
     for name, scores in tqdm(all_scores(net).items(), desc=f"{net.name}: channels flipped", leave=False):
-        found[name], curves[name] = {}, {}
+        areas[name], curves[name] = {}, {}
         for fill in FILLS:
             for most_first, order in ((True, "most first"), (False, "least first")):
                 logits, same = flipped(net, scores, most_first, fill, means)
-                found[name][f"logit, {order}, {fill}"] = area(logits / unit, SHARES)
-                found[name][f"same, {order}, {fill}"] = area(same, SHARES)
+                areas[name][f"logit, {order}, {fill}"] = area(logits / unit, SHARES)
+                areas[name][f"same, {order}, {fill}"] = area(same, SHARES)
                 curves[name][f"{order}, {fill}"] = [round(float(v / unit), 4) for v in logits.mean(1)]
-    return found, curves
+    return areas, curves

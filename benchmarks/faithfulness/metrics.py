@@ -43,19 +43,19 @@ def average_precision(scores: Tensor, truth: Tensor, draw: torch.Generator) -> T
         truth: ``(N, E)``, boolean, with a true entry in each row.
         draw: Generator that orders ties.
     """
-    found = _found(scores, truth, draw)
-    precision = found.cumsum(1) / torch.arange(1, found.shape[1] + 1)
-    return (precision * found).sum(1) / found.sum(1)
+    hits = _ranked_truth(scores, truth, draw)
+    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
+    return (precision * hits).sum(1) / hits.sum(1)
 
 
 def precision_at(scores: Tensor, truth: Tensor, share: float, draw: torch.Generator) -> Tensor:
     """Precision at ``share`` times the number of true entries, ``(N,)``; equal to the recall at 1."""
-    found = _found(scores, truth, draw)
+    hits = _ranked_truth(scores, truth, draw)
     count = (share * truth.sum(1)).ceil().long().clamp(min=1)
-    return found.cumsum(1).gather(1, count[:, None] - 1)[:, 0] / count
+    return hits.cumsum(1).gather(1, count[:, None] - 1)[:, 0] / count
 
 
-def _found(scores: Tensor, truth: Tensor, draw: torch.Generator) -> Tensor:
+def _ranked_truth(scores: Tensor, truth: Tensor, draw: torch.Generator) -> Tensor:
     """Truth of the entries in order of decreasing scores, as 0 and 1."""
     shuffled = torch.randperm(scores.shape[1], generator=draw)
     order = ranks(scores[:, shuffled], most_first=True).argsort(1)
@@ -92,7 +92,7 @@ def same_noise() -> Iterator[None]:
 
 # -- intervals ------------------------------------------------------------------------------------------------------
 
-Found = Mapping[str, Mapping[str, Tensor]]
+Values = Mapping[str, Mapping[str, Tensor]]
 """Values by method and metric, ``(N,)``."""
 
 
@@ -112,11 +112,11 @@ class Comparison:
     unranked: tuple[str, ...] = ("chance",)
     pairs: Mapping[str, str] = field(default_factory=dict)
 
-    def results(self, found: Found, weights: Tensor) -> dict[str, Any]:
+    def results(self, by_method: Values, weights: Tensor) -> dict[str, Any]:
         """Means with intervals, and our paired differences, signed so that positive is better for us.
 
         Args:
-            found: Values by sample.
+            by_method: Values by sample.
             weights: Bootstrap resamples, ``(B, N)``.
 
         Returns:
@@ -125,29 +125,34 @@ class Comparison:
         """
 
         def ahead(one: str, other: str, key: str) -> list[float]:
-            return interval(self.better[key] * (found[one][key] - found[other][key]).float(), weights)
+            return interval(self.better[key] * (by_method[one][key] - by_method[other][key]).float(), weights)
 
-        keys = self.keys(found)
-        table = {name: {key: interval(values[key].float(), weights) for key in keys} for name, values in found.items()}
+        keys = self.keys(by_method)
+        table = {
+            name: {key: interval(values[key].float(), weights) for key in keys} for name, values in by_method.items()
+        }
         best = {}
         for key in keys:
-            other = self.best_other(found, key)
-            best[key] = {"other": other, "ahead": {one: ahead(one, other, key) for one in self.ours if one in found}}
+            other = self.best_other(by_method, key)
+            best[key] = {
+                "other": other,
+                "ahead": {one: ahead(one, other, key) for one in self.ours if one in by_method},
+            }
         pairs = {
             f"{one} : {other}": {key: ahead(one, other, key) for key in keys}
             for one, other in self.pairs.items()
-            if {one, other} <= set(found)
+            if {one, other} <= set(by_method)
         }
         return {"methods": table, "best": best, "pairs": pairs}
 
-    def keys(self, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    def keys(self, by_method: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """The measured metrics, in order."""
-        return [key for key in self.better if all(key in values for values in found.values())]
+        return [key for key in self.better if all(key in values for values in by_method.values())]
 
-    def best_other(self, found: Found, key: str) -> str:
+    def best_other(self, by_method: Values, key: str) -> str:
         """The best other method by the mean of a metric."""
-        others = [name for name in found if name not in (*self.ours, *self.unranked)]
-        return max(others, key=lambda name: self.better[key] * float(found[name][key].mean()))
+        others = [name for name in by_method if name not in (*self.ours, *self.unranked)]
+        return max(others, key=lambda name: self.better[key] * float(by_method[name][key].mean()))
 
 
 def verdict(ahead: Sequence[float]) -> str:

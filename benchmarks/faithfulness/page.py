@@ -76,19 +76,19 @@ def comparisons(results: Results) -> Iterator[tuple[str, str, Comparison, Result
     for part, comparison in (("latent", latent.COMPARISON), ("input", pixels.COMPARISON)):
         for name, net in results[part].items():
             yield part, name, comparison, net
-    for question, found in results["planted"]["questions"].items():
+    for question, result in results["planted"]["questions"].items():
         is_edges = question != "channels of all layers"
         yield ("planted" if is_edges else "latent"), f"planted, {question}", (
             planted.EDGES if is_edges else planted.CHANNELS
-        ), found  # fmt: skip
+        ), result  # fmt: skip
 
 
 def compared(results: Results) -> Iterator[tuple[str, str, Comparison, str, Results]]:
     """Kind of scores, net, comparison, metric and best other method, for each metric."""
     kinds = {"latent": "channels", "input": "pixels", "planted": "edges"}
-    for part, name, comparison, found in comparisons(results):
+    for part, name, comparison, result in comparisons(results):
         for key in comparison.better:
-            yield kinds[part], name, comparison, key, {**found["best"][key], "default": DEFAULTS[part]}
+            yield kinds[part], name, comparison, key, {**result["best"][key], "default": DEFAULTS[part]}
 
 
 def counts(results: Results) -> str:
@@ -99,7 +99,9 @@ def counts(results: Results) -> str:
         counted.setdefault(group, Counter())[verdict(best["ahead"][best["default"]])] += 1
     counted["all"] = sum(counted.values(), Counter())
     words = ("better", "even", "worse")
-    lines = [[group, *(str(found[word]) for word in words)] for group, found in sorted(counted.items(), key=_all_last)]
+    lines = [
+        [group, *(str(verdicts[word]) for word in words)] for group, verdicts in sorted(counted.items(), key=_all_last)
+    ]
     return markdown(["scores of", *words], lines)
 
 
@@ -132,9 +134,9 @@ def choices(results: Results) -> str:
     lines = []
     for question, evaluated in questions(results).items():
         ranks: dict[str, list[float]] = {}
-        for found, comparison, keys in evaluated:
-            for name in found:
-                rank = None if name in comparison.unranked else _mean_rank(name, found, comparison, keys)
+        for by_method, comparison, keys in evaluated:
+            for name in by_method:
+                rank = None if name in comparison.unranked else _mean_rank(name, by_method, comparison, keys)
                 if rank is not None:
                     ranks.setdefault(name, []).append(rank)
         means = {name: sum(row) / len(row) for name, row in ranks.items() if len(row) == len(evaluated)}
@@ -152,9 +154,11 @@ def questions(results: Results) -> dict[str, list[tuple[Results, Comparison, lis
     def nets(
         part: str, comparison: Comparison, keys: list[str], transformer: bool
     ) -> list[tuple[Results, Comparison, list[str]]]:
-        found = results[part]
+        of_part = results[part]
         return [
-            (net["methods"], comparison, keys) for name, net in found.items() if ("transformer" in name) == transformer
+            (net["methods"], comparison, keys)
+            for name, net in of_part.items()
+            if ("transformer" in name) == transformer
         ]
 
     channels = list(latent.COMPARISON.better)
@@ -167,7 +171,7 @@ def questions(results: Results) -> dict[str, list[tuple[Results, Comparison, lis
         "Does the heat map depend on the parameters?": ["cascade, area"],
     }
     return {
-        "Which edges were planted?": [(found["methods"], planted.EDGES, list(planted.BETTER)) for found in edges],
+        "Which edges were planted?": [(result["methods"], planted.EDGES, list(planted.BETTER)) for result in edges],
         "Which channels were planted?": [(planted_channels["methods"], planted.CHANNELS, list(planted.BETTER))],
         "Which channels affect the output when zeroed, convolutional nets":
             nets("latent", latent.COMPARISON, zero, False),
@@ -198,49 +202,50 @@ def standings(nets: Results, comparison: Comparison) -> str:
     return markdown(["method, mean rank", *nets, "mean"], lines)
 
 
-def _mean_rank(name: str, found: Results, comparison: Comparison, keys: list[str]) -> float | None:
-    if name not in found:
+def _mean_rank(name: str, by_method: Results, comparison: Comparison, keys: list[str]) -> float | None:
+    if name not in by_method:
         return None
-    others = [row for row in found if row not in comparison.unranked]
+    others = [row for row in by_method if row not in comparison.unranked]
     ahead = [
-        sum(comparison.better[key] * (found[row][key][0] - found[name][key][0]) > 0 for row in others) for key in keys
+        sum(comparison.better[key] * (by_method[row][key][0] - by_method[name][key][0]) > 0 for row in others)
+        for key in keys
     ]
     return 1 + sum(ahead) / len(ahead)
 
 
-def methods(name: str, found: Results, comparison: Comparison) -> str:
+def methods(name: str, result: Results, comparison: Comparison) -> str:
     """Table of one net with a row for each method; ours are bold, and a star marks the best of each column."""
     keys = list(comparison.better)
     best = {}
     for key in keys:
-        ranked = [row for row in found["methods"] if row not in comparison.unranked]
-        best[key] = max(ranked, key=lambda row: comparison.better[key] * found["methods"][row][key][0])
+        ranked = [row for row in result["methods"] if row not in comparison.unranked]
+        best[key] = max(ranked, key=lambda row: comparison.better[key] * result["methods"][row][key][0])
     lines = []
-    for row, values in found["methods"].items():
+    for row, values in result["methods"].items():
         shown = f"**{row}**" if row in comparison.ours else f"*{row}*" if row in comparison.unranked else row
         lines.append([shown.replace("|", r"\|"), *(_cell(values[key]) + " ★" * (best[key] == row) for key in keys)])
-    about = f"{found['samples']} samples, accuracy {100 * found['accuracy']:.1f} %" if "samples" in found else ""
+    about = f"{result['samples']} samples, accuracy {100 * result['accuracy']:.1f} %" if "samples" in result else ""
     head = f"**{name}**" + (f" ({about})" if about else "")
     return head + "\n\n" + markdown(["method", *(key + _arrow(comparison, key) for key in keys)], lines)
 
 
-def planted_tables(found: Results) -> str:
+def planted_tables(result: Results) -> str:
     """The three tables on planted paths, and the effect of the planted weights."""
-    within, between = (found[f"same without weights {where} streams"] for where in ("within", "between"))
+    within, between = (result[f"same without weights {where} streams"] for where in ("within", "between"))
     head = (
-        f"{found['samples']} samples, accuracy {100 * found['accuracy']:.1f} %. Without the weights between streams, "
+        f"{result['samples']} samples, accuracy {100 * result['accuracy']:.1f} %. Without the weights between streams, "
         f"{100 * between:.1f} % of the predictions are unchanged; without those within streams, {100 * within:.1f} %.\n"
     )
     parts = [methods(name, part, planted.CHANNELS if name.startswith("channels") else planted.EDGES)
-             for name, part in found["questions"].items()]  # fmt: skip
+             for name, part in result["questions"].items()]  # fmt: skip
     return "\n".join([head, *parts])
 
 
 def pairs(results: Results) -> str:
     """Ours against the other method with the same rules."""
     lines = []
-    for _, name, comparison, found in comparisons(results):
-        for pair, values in found["pairs"].items():
+    for _, name, comparison, result in comparisons(results):
+        for pair, values in result["pairs"].items():
             one, other = pair.split(" : ")
             words = Counter(verdict(ahead) for ahead in values.values())
             most = sorted(values, key=lambda key: -abs(values[key][0]))[:2]
@@ -270,8 +275,8 @@ def where(results: Results) -> str:
 
 def agreement(results: Results) -> str:
     """Agreement of pixel flipping with Quantus."""
-    found = [net["differences to Quantus"] for net in results["input"].values()]
-    logit, softmax = (max(net[key] for net in found) for key in ("logit", "softmax"))
+    differences = [net["differences to Quantus"] for net in results["input"].values()]
+    logit, softmax = (max(net[key] for net in differences) for key in ("logit", "softmax"))
     return (
         f"Pixel flipping was compared with Quantus on the first {pixels.COMPARED} samples of each net: the largest "
         f"difference of a curve is {logit:.0e} in logits and {softmax:.0e} in softmax outputs.\n"
@@ -336,11 +341,11 @@ def draw(results: Results) -> None:
 
     questions = list(results["planted"]["questions"].items())
     figure, row = pyplot.subplots(1, len(questions), figsize=(13, 4), layout="constrained")
-    for axis, (question, found) in zip(row, questions, strict=True):
+    for axis, (question, result) in zip(row, questions, strict=True):
         comparison = planted.CHANNELS if question.startswith("channels") else planted.EDGES
-        names = sorted(found["methods"], key=lambda one: found["methods"][one]["average precision"][0])
+        names = sorted(result["methods"], key=lambda one: result["methods"][one]["average precision"][0])
         for height, name in enumerate(names):
-            mean, low, high = found["methods"][name]["average precision"]
+            mean, low, high = result["methods"][name]["average precision"]
             colour = "C3" if name in comparison.ours else "C1" if name in planted.CONCEPTS else "0.6"
             axis.barh(height, mean, xerr=[[mean - low], [high - mean]], color=colour)
         axis.set_yticks(range(len(names)), names, fontsize=7)

@@ -210,18 +210,18 @@ def flipping(net: Net, heat: Tensor) -> dict[str, Tensor]:
     first. Insertion restores patches of a blurred image, the most relevant first, which is the reversed curve of
     blurring the least relevant first.
     """
-    found = {}
+    areas = {}
     shares = [step / GRID**2 for step in range(0, GRID * GRID + 1, AT_ONCE)]
     for fill in FILLS:
         other = filled(net, fill)
         for most_first, order in ((True, "most first"), (False, "least first")):
             logits, outputs = flipped(net, heat, most_first, other)
-            found[f"logit, {order}, {fill}"] = area(logits / logits[0].mean(), shares)
+            areas[f"logit, {order}, {fill}"] = area(logits / logits[0].mean(), shares)
             if (fill, most_first) == ("zero", True):
-                found["deletion"] = area(outputs, shares)
+                areas["deletion"] = area(outputs, shares)
             if (fill, most_first) == ("blur", False):
-                found["insertion"] = area(outputs, shares)
-    return found
+                areas["insertion"] = area(outputs, shares)
+    return areas
 
 
 def measured(
@@ -231,7 +231,7 @@ def measured(
 
     Methods that do not run on this net are omitted, and so are metrics, curves and differences if Quantus is missing.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    by_method: dict[str, dict[str, Tensor]] = {}
     curves: dict[str, list[float]] = {}
     model = plain_copy(net.model)
     methods = explainers(Setting.of(net))
@@ -242,11 +242,11 @@ def measured(
             # Captum raises for layers without a rule or with several calls, Quantus for maps of zeros.
             print(f"{net.name}: omitted {name}, which does not run on this net: {error}", file=sys.stderr)
             continue
-        found[name] = {key: values[key] for key in COMPARISON.better if key in values}
+        by_method[name] = {key: values[key] for key in COMPARISON.better if key in values}
         if quantus_metrics.IS_INSTALLED:
             steps = [values[key] for key in values if key not in COMPARISON.better]
             curves[name] = [round(float(step.mean()), 4) for step in steps]
-    return found, curves, differences(net, heat) if curves else {}
+    return by_method, curves, differences(net, heat) if curves else {}
 
 
 def of_method(net: Net, model: nn.Module, explain: Explainer) -> tuple[Tensor, dict[str, Tensor]]:
@@ -280,12 +280,12 @@ def differences(net: Net, heat: Tensor) -> dict[str, float]:
     heat = heat[:COMPARED]
     inputs = evaluation(few, few.model, lambda *parts: parts[1], heat)
     at_once = heat[0].numel() // GRID**2 * AT_ONCE
-    found = {"logit": 0.0, "softmax": 0.0}
+    largest = {"logit": 0.0, "softmax": 0.0}
     for fill in FILLS:
         for most_first in (True, False):
             other = filled(few, fill)
-            for values, key in zip(flipped(few, heat, most_first, other), found, strict=True):
+            for values, key in zip(flipped(few, heat, most_first, other), largest, strict=True):
                 order = patch_ranks(heat, most_first)
                 theirs = quantus_metrics.pixel_flipping(inputs, order, at_once, other, softmax=key == "softmax")
-                found[key] = max(found[key], float((values[1:] - theirs).abs().max()))
-    return found
+                largest[key] = max(largest[key], float((values[1:] - theirs).abs().max()))
+    return largest

@@ -113,7 +113,7 @@ def plant(body: nn.Sequential, weight: Tensor, bias: Tensor, cross: float) -> tu
     wide = STREAMS * WIDTH
     dense = nn.Sequential(*(nn.Conv2d(3 if name == "0" else wide, wide, 3, padding=1) if isinstance(old, nn.Conv2d)
                             else old for name, old in body.named_children()), nn.Linear(wide, CLASSES))  # fmt: skip
-    order_in, found = torch.arange(3), []
+    order_in, streams = torch.arange(3), []
     stream_in = torch.arange(STREAMS)
     with torch.no_grad():
         for name, old in body.named_children():
@@ -130,7 +130,7 @@ def plant(body: nn.Sequential, weight: Tensor, bias: Tensor, cross: float) -> tu
             order = torch.randperm(wide)
             dense[int(name)].weight.copy_(values[order][:, order_in])
             dense[int(name)].bias.copy_(constants[order])
-            found.append(own[order])
+            streams.append(own[order])
             order_in, stream_in = order, own
         head = torch.cat([weight[0], weight[1], torch.zeros(CLASSES, WIDTH)], 1)
         size = weight[:BLUE].square().mean().sqrt()
@@ -139,7 +139,7 @@ def plant(body: nn.Sequential, weight: Tensor, bias: Tensor, cross: float) -> tu
             head[:, BLUE * WIDTH + pair + 1] = -head[:, BLUE * WIDTH + pair]
         dense[-1].weight.copy_(head[:, order_in])
         dense[-1].bias.copy_(bias[0] + bias[1])
-    return dense.eval().requires_grad_(False), found
+    return dense.eval().requires_grad_(False), streams
 
 
 def planted_net(samples: int, steps: int = 500) -> tuple[Net, list[Tensor], Tensor]:
@@ -196,29 +196,29 @@ EDGES = Comparison(
 def marginals(net: Net, images: Tensor, target: Tensor) -> dict[str, list[Tensor]]:
     """Scores of channels, ``(N, C)`` by layer."""
     values, slopes = activations(net.model, images, LAYERS), gradients(net.model, LAYERS, images, target)
-    found = {
+    scores = {
         "μ(A) μ(B), " + name: list(
             RelevanceMeasure(net.model, images, target, composite=how()).marginal(LAYERS).values()
         )
         for name, how in JOINTS.items()
     }  # fmt: skip
-    found["activation, product"] = [values[layer] for layer in LAYERS]
-    found["gradient × activation, product"] = [values[name] * g for name, g in zip(LAYERS, slopes, strict=True)]
-    found["LRP EpsilonPlus, product"] = gradients(net.model, LAYERS, images, target, EpsilonPlus())
-    found["LayerConductance, product"] = along_path(net.model, LAYERS, images, target, steps=16)[0]
-    return {name: [by_channel(part) for part in parts] for name, parts in found.items()}
+    scores["activation, product"] = [values[layer] for layer in LAYERS]
+    scores["gradient × activation, product"] = [values[name] * g for name, g in zip(LAYERS, slopes, strict=True)]
+    scores["LRP EpsilonPlus, product"] = gradients(net.model, LAYERS, images, target, EpsilonPlus())
+    scores["LayerConductance, product"] = along_path(net.model, LAYERS, images, target, steps=16)[0]
+    return {name: [by_channel(part) for part in parts] for name, parts in scores.items()}
 
 
 def edge_scores(net: Net, images: Tensor, target: Tensor, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
     """Absolute score of every edge between pairs of layers (upper, lower), ``(N, E)``."""
-    found: dict[str, list[Tensor]] = {}
+    scores: dict[str, list[Tensor]] = {}
     for name, composite in JOINTS.items():
         mu = RelevanceMeasure(net.model, images, target, composite=composite())
-        found[f"μ(A & B), {name}"] = [mu.joint(LAYERS[upper], LAYERS[lower]) for upper, lower in pairs]
+        scores[f"μ(A & B), {name}"] = [mu.joint(LAYERS[upper], LAYERS[lower]) for upper, lower in pairs]
     for name, rules in CONCEPTS.items() if HAS_CRP else ():
-        found[name] = [concept_edges(net, images, target, pair, rules()) for pair in pairs]
+        scores[name] = [concept_edges(net, images, target, pair, rules()) for pair in pairs]
     for name, parts in marginals(net, images, target).items():
-        found[name] = [parts[upper][:, :, None] * parts[lower][:, None] for upper, lower in pairs]
+        scores[name] = [parts[upper][:, :, None] * parts[lower][:, None] for upper, lower in pairs]
     sizes = [net.model[int(name)].weight.flatten(2).norm(dim=2) for name in ("2", "5", "7")]  # type: ignore[index]
     norms = []
     for upper, lower in pairs:
@@ -226,10 +226,10 @@ def edge_scores(net: Net, images: Tensor, target: Tensor, pairs: list[tuple[int,
         for between in sizes[lower + 1 : upper]:
             size = between @ size
         norms.append(size.expand(len(images), -1, -1))
-    found["norm of the weights"] = norms
+    scores["norm of the weights"] = norms
     draw = torch.Generator().manual_seed(0)
-    found["chance"] = [torch.rand(part.shape, generator=draw) for part in norms]
-    return {name: torch.cat([part.flatten(1) for part in parts], 1).abs() for name, parts in found.items()}
+    scores["chance"] = [torch.rand(part.shape, generator=draw) for part in norms]
+    return {name: torch.cat([part.flatten(1) for part in parts], 1).abs() for name, parts in scores.items()}
 
 
 def concept_edges(net: Net, images: Tensor, target: Tensor, pair: tuple[int, int], rules: Composite) -> Tensor:
@@ -241,8 +241,8 @@ def concept_edges(net: Net, images: Tensor, target: Tensor, pair: tuple[int, int
     for channel in range(STREAMS * WIDTH):
         conditions = [{upper: [channel], "y": [int(label)]} for label in target]
         leaf = images.clone().requires_grad_()
-        found = attribution(leaf, conditions, rules, record_layer=[lower])
-        rows.append(by_channel(found.relevances[lower]))
+        result = attribution(leaf, conditions, rules, record_layer=[lower])
+        rows.append(by_channel(result.relevances[lower]))
     return torch.stack(rows, 1)
 
 
@@ -290,15 +290,15 @@ QUESTIONS = {"neighbouring layers": [(3, 2), (2, 1), (1, 0)], "first and last la
 
 def recovery(net: Net, streams: list[Tensor], carries: Tensor) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Recovery of planted edges among all edges, by question, method and metric, ``(N,)``."""
-    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    recovered: dict[str, dict[str, dict[str, Tensor]]] = {}
     for question, pairs in QUESTIONS.items():
         truth, scored = planted_edges(net, streams, carries, pairs)
         parts = [
             edge_scores(net, *chunk, pairs)
             for chunk in zip(torch.split(net.images, CHUNK), torch.split(net.target, CHUNK), strict=True)
         ]
-        found[question] = {}
+        recovered[question] = {}
         for name in parts[0]:
             scores = torch.cat([part[name] for part in parts])[:, scored]
-            found[question][name] = recovery_metrics(scores, truth[:, scored])
-    return found
+            recovered[question][name] = recovery_metrics(scores, truth[:, scored])
+    return recovered

@@ -124,8 +124,8 @@ def sensitivity(evaluation: Evaluation) -> Tensor:
         return np.maximum(np.linalg.norm(a, axis=-1), 1e-12)
 
     metric = MaxSensitivity(nr_samples=TRIES, lower_bound=RADIUS, norm_denominator=size, **settings())
-    found = evaluation.compute(metric, evaluation.model, evaluation.heat)
-    return torch.as_tensor(np.asarray(found)).float().clamp(max=MOST)
+    changes = evaluation.compute(metric, evaluation.model, evaluation.heat)
+    return torch.as_tensor(np.asarray(changes)).float().clamp(max=MOST)
 
 
 def random_logit(evaluation: Evaluation) -> Tensor:
@@ -149,8 +149,8 @@ def cascade(evaluation: Evaluation) -> Tensor:
     from quantus import MPRT
 
     metric = MPRT(similarity_func=similarity, layer_order="top_down", seed=0, **settings())
-    found = evaluation.compute(metric, Staged(evaluation.model).eval(), evaluation.heat)
-    return torch.tensor(list(found.values()))
+    correlations = evaluation.compute(metric, Staged(evaluation.model).eval(), evaluation.heat)
+    return torch.tensor(list(correlations.values()))
 
 
 def similarity(a: Any, b: Any, batched: bool = True) -> Any:

@@ -24,18 +24,18 @@ Results = dict[str, Any]
 
 def latent_results(net: Net) -> Results:
     """Neuron flipping on one net."""
-    found, curves = latent.neuron_flipping(net)
-    return {**about(net), "curves": curves, **latent.COMPARISON.results(found, resamples(net.group))}
+    areas, curves = latent.neuron_flipping(net)
+    return {**about(net), "curves": curves, **latent.COMPARISON.results(areas, resamples(net.group))}
 
 
 def input_results(net: Net) -> Results:
     """Heat maps on one net."""
-    found, curves, differences = pixels.measured(net)
+    by_method, curves, differences = pixels.measured(net)
     return {
         **about(net),
         "cascades": curves,
         "differences to Quantus": differences,
-        **pixels.COMPARISON.results(found, resamples(net.group)),
+        **pixels.COMPARISON.results(by_method, resamples(net.group)),
     }
 
 
@@ -51,7 +51,7 @@ def planted_results(samples: int) -> Results:
         "same without weights within streams": planted.severed(net, streams, within=True),
         "questions": {
             "channels of all layers": planted.CHANNELS.results(channels, weights),
-            **{question: planted.EDGES.results(found, weights) for question, found in edges.items()},
+            **{question: planted.EDGES.results(by_method, weights) for question, by_method in edges.items()},
         },
     }
 
@@ -66,7 +66,7 @@ def about(net: Net) -> Results:
     }
 
 
-MEASURES: dict[str, Callable[[Net], Results]] = {"latent": latent_results, "input": input_results}
+RESULTS_OF_PART: dict[str, Callable[[Net], Results]] = {"latent": latent_results, "input": input_results}
 
 
 Done = tuple[str, dict[str, Results], dict[str, list[int]]]
@@ -78,7 +78,7 @@ def task(name: str, parts: Sequence[str], samples: int) -> Done:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     started = [time.perf_counter(), time.process_time()]
-    found: dict[str, Results] = {}
+    results: dict[str, Results] = {}
     seconds: dict[str, list[int]] = {}
 
     def lap(key: str) -> None:
@@ -88,15 +88,15 @@ def task(name: str, parts: Sequence[str], samples: int) -> Done:
         started = now
 
     if name == PLANTED:
-        found[PLANTED] = planted_results(samples)
+        results[PLANTED] = planted_results(samples)
         lap("all")
     else:
         net = NETS[name](samples)
         lap("training")
         for part in parts:
-            found[part] = MEASURES[part](net)
+            results[part] = RESULTS_OF_PART[part](net)
             lap(part)
-    return name, found, seconds
+    return name, results, seconds
 
 
 def run(parts: Sequence[str], nets: Sequence[str], samples: int, processes: int) -> Iterator[Done]:

@@ -116,7 +116,7 @@ _DEPTH = _Depth()
 
 
 def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-    """The spec, whose import is followed by that of the composites if Zennit's registry is imported.
+    """The spec, which also imports the composites once Zennit's registry is imported.
 
     Only after the outermost import, since modules of this package that import Zennit are incomplete before.
     """

@@ -173,14 +173,14 @@ def test_one_bad_image_does_not_stop_the_others(here: Path, capsys: pytest.Captu
     ]
     head, *lines = [line for line in printed.err.splitlines() if line]
     assert "5" in head
-    for words in ("text.png is not", "no file gone.png", "cut.png cannot", "is a folder", "is a URL"):
+    for words in ("text.png is not", "the file gone.png does not exist", "cut.png cannot", "is a folder", "is a URL"):
         assert sum(words in line for line in lines) == 1, words
 
 
 def test_no_model_is_loaded_for_missing_images(here: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr("nrm_plugin.commands.resolved_options.load", lambda *_, **__: pytest.fail("loaded"))
     explain("gone.png", *OWN, code=1)
-    assert "no file gone.png" in capsys.readouterr().err
+    assert "the file gone.png does not exist" in capsys.readouterr().err
 
 
 NAMES = ["$\\frac{$ 50% {0}.png", "中文.png", "new\nline.png", "b\udcffad.png", "-dash.png", "n" * 240 + ".png"]
@@ -316,11 +316,11 @@ RANDOM = ("--model", "squeezenet1_1", "--weights", "none", "--size", "48")
         (["--model", ""], "no classification model ''"),
         (["--model", "vgg16", "--weights", "IMAGENET1K_V2"], "It has IMAGENET1K_V1, IMAGENET1K_FEATURES"),
         (["--model", "vgg16", "--weights", "imagenet1k_v1"], "neither a file nor weights of vgg16"),
-        (["--model", "no_such_module:make"], "no module 'no_such_module'"),
+        (["--model", "no_such_module:make"], "no module named 'no_such_module'"),
         (["--model", "own_nets:mak"], "Near names: make"),
         (["--model", "own_nets:"], "has no ''"),
         (["--model", ":make"], "lacks the module"),
-        (["--model", "gone.py:make"], "no file gone.py"),
+        (["--model", "gone.py:make"], "the file gone.py does not exist"),
         (["--model", "own_nets:broken"], "RuntimeError: no data here (own_nets.py, line"),
         (["--model", "own_nets:needs"], "cannot be called without arguments: missing a required argument: 'size'. W"),
         (["--model", "own_nets:needs(3)"], "name a function that passes them"),

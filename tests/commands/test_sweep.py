@@ -134,7 +134,7 @@ def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, caps
         ({"layers": ["0", "3"], "more": ["--joint"]}, "not below"),
         ({"more": ["--event", "3[1"]}, "is not an event"),
         ({"more": ["--target", "9x"]}, "class names of these weights are not known"),
-        ({"data": "nowhere"}, "no folder nowhere"),
+        ({"data": "nowhere"}, "the folder nowhere does not exist"),
         ({"data": "nets.py:missing"}, "has no 'missing'"),
         ({"data": "nets.py:broken"}, "no such disk"),
         ({"more": ["--residual", "sink", "--gain-limit", "3"]}, "no meaning"),

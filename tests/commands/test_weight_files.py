@@ -20,7 +20,7 @@ def _pickled(path: str) -> None:
 
 
 FILES: dict[str, tuple[Callable[[str], object], str]] = {
-    "gone.pth": (lambda path: None, "no file gone.pth"),
+    "gone.pth": (lambda path: None, "the file gone.pth does not exist"),
     "folder": (os.mkdir, "folder is a folder"),
     "model.pth": (_pickled, "torch.save(model.state_dict(), FILE)"),
     "text.pth": (lambda path: Path(path).write_text("text"), "cannot be read as weights"),

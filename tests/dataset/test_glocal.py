@@ -150,7 +150,7 @@ def test_a_difference_is_signed_and_sums_to_zero(net, data):
         mixed([first, second], [1, -1])
     with pytest.raises(FlowError, match="as many non-negative weights"):
         mixed([], [])
-    with pytest.raises(FlowError, match="no measures"):
+    with pytest.raises(FlowError, match="no measure to average"):
         mean_flow(iter(()), LAYERS)
     figure = difference_figure(few, "class 0", "class 1")
     figure.canvas.draw()

@@ -14,5 +14,5 @@ from nrm_plugin.dataset.preprocessing import STANDARD, preprocessing
 
 def test_a_folder_without_images_raises(tmp_path):
     (tmp_path / "text.txt").write_text("")
-    with pytest.raises(SweepError, match=r"there are no images in .*extensions that are read: \.bmp, \.gif"):
+    with pytest.raises(SweepError, match=r"no images in .*extensions that are read: \.bmp, \.gif"):
         PreprocessedImageFolder(tmp_path, preprocessing(STANDARD))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nrm_plugin.dataset import images as pictures
+from nrm_plugin.dataset import images as image_files
 from nrm_plugin.dataset.images import ImageError, load_image
 from tests.commands.shell import PHOTO, photograph
 
@@ -74,14 +74,14 @@ KINDS: dict[str, tuple[str, Callable[[str], object], np.ndarray, float]] = {
 def test_images_of_every_format_are_the_same_photograph(kind: str, tmp_path: Path):
     name, save, expected, tolerance = KINDS[kind]
     save(str(tmp_path / name))
-    picture = load_image(tmp_path / name)
-    pixels = _array(picture.image)
-    assert picture.image.mode == "RGB"
+    loaded = load_image(tmp_path / name)
+    pixels = _array(loaded.image)
+    assert loaded.image.mode == "RGB"
     assert pixels.shape[:2] == expected.shape[:2]
     difference = np.abs(pixels - (expected if expected.ndim == 3 else expected[..., None]))
     assert difference.max() <= max(tolerance * 6, 1e-9)
     assert difference.mean() <= max(tolerance / 4, 1e-9)
-    several = [note for note in picture.notes if "several images" in note]
+    several = [note for note in loaded.notes if "several images" in note]
     assert bool(several) == (kind in ("gif", "pages"))
 
 
@@ -90,13 +90,13 @@ def test_a_huge_jpeg_is_decoded_at_reduced_size(limit: float, tmp_path: Path, mo
     path = tmp_path / "huge.jpg"
     photograph(0, 400).save(path, quality=95)
     pixels = 400 * 600
-    monkeypatch.setattr(pictures, "LARGE", int(limit * pixels))
-    monkeypatch.setattr(pictures, "LIMIT", int(limit * 2 * pixels))
-    monkeypatch.setattr(pictures, "REDUCED", 100)
-    picture = load_image(path)
-    assert picture.image.size == (150, 100)
-    assert picture.notes == ("has 600 × 400 pixels, and was read at 150 × 100",)
-    difference = np.abs(_array(picture.image) - _array(photograph(0, 400).resize((150, 100), Image.Resampling.BOX)))
+    monkeypatch.setattr(image_files, "LARGE", int(limit * pixels))
+    monkeypatch.setattr(image_files, "LIMIT", int(limit * 2 * pixels))
+    monkeypatch.setattr(image_files, "REDUCED", 100)
+    loaded = load_image(path)
+    assert loaded.image.size == (150, 100)
+    assert loaded.notes == ("has 600 × 400 pixels, and was read at 150 × 100",)
+    difference = np.abs(_array(loaded.image) - _array(photograph(0, 400).resize((150, 100), Image.Resampling.BOX)))
     assert difference.mean() < 4
 
 
@@ -104,9 +104,9 @@ def test_a_size_beyond_the_limit_of_pillow_is_not_a_warning(tmp_path: Path):
     Image.new("RGB", (16000, 6000), "red").save(tmp_path / "red.jpg")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = load_image(tmp_path / "red.jpg")
-    assert picture.image.size == (8000, 3000)
-    assert Image.MAX_IMAGE_PIXELS == pictures.LARGE
+        loaded = load_image(tmp_path / "red.jpg")
+    assert loaded.image.size == (8000, 3000)
+    assert Image.MAX_IMAGE_PIXELS == image_files.LARGE
 
 
 def test_16_bits_that_are_12_are_noted(tmp_path: Path):
@@ -116,8 +116,8 @@ def test_16_bits_that_are_12_are_noted(tmp_path: Path):
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing.png": (lambda path: None, "there is no file"),
-    "dangling.png": (lambda path: path.symlink_to("nowhere"), "there is no file"),
+    "missing.png": (lambda path: None, "does not exist"),
+    "dangling.png": (lambda path: path.symlink_to("nowhere"), "does not exist"),
     "folder": (Path.mkdir, "is a folder"),
     "pipe": (lambda path: os.mkfifo(path), "is not a regular file"),
     "empty.jpg": (Path.touch, "is empty"),
@@ -164,10 +164,10 @@ def test_scrambled_images_are_read_or_rejected(suffix: str, tmp_path: Path):
         bytes_[draw.integers(0, len(whole), 6)] = draw.integers(0, 256, 6)
         path.write_bytes(bytes_.tobytes())
         try:
-            picture = load_image(path)
+            loaded = load_image(path)
         except ImageError:
             continue
-        assert picture.image.mode == "RGB"
+        assert loaded.image.mode == "RGB"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")

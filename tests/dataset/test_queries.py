@@ -106,7 +106,7 @@ def test_a_query_survives_json(query):
         (lambda: Activation("a", "median"), "choose 'max'"),
         (lambda: Peak("a", "gradient"), "choose 'relevance'"),
         (lambda: check_queries([Marginal("a"), Marginal("a")]), "Give one of them another name"),
-        (lambda: check_queries([]), "no queries"),
+        (lambda: check_queries([]), "no query was given"),
         (lambda: check_queries(["features.28"]), r"Marginal\('layer'\)"),
         (lambda: check_queries(Marginal("a", name="sample")), "name of a column"),
         (lambda: from_json({"kind": "Median"}), "Kinds are"),

@@ -55,21 +55,21 @@ def test_reconstructions_equal_a_deconvolution_written_out(method, through):
         event = event & at("features.3").channel(through)
         keep[3] = torch.zeros(1, 16, 1, 1)
         keep[3][:, through] = 1
-    found = reconstruct(model, images, event, method)
+    reconstruction = reconstruct(model, images, event, method)
     for n in range(3):
         expected = by_hand(model, images[n : n + 1], keep, method)
-        torch.testing.assert_close(found.pictures[n : n + 1], expected.detach(), atol=1e-5, rtol=1e-4)
-    assert float(found.pictures.abs().max()) > 0
+        torch.testing.assert_close(reconstruction.images[n : n + 1], expected.detach(), atol=1e-5, rtol=1e-4)
+    assert float(reconstruction.images.abs().max()) > 0
 
 
 def test_methods_and_walks_give_different_images():
     model, images = load_model(), load_digits()[0][:2]
     top = at("features.8").channel(5)
     images_of_methods = [
-        reconstruct(model, images, top).pictures,
-        reconstruct(model, images, top, "guided_backprop").pictures,
-        reconstruct(model, images, top & at("features.3").channel(3)).pictures,
-        reconstruct(model, images, top, strongest=False).pictures,
+        reconstruct(model, images, top).images,
+        reconstruct(model, images, top, "guided_backprop").images,
+        reconstruct(model, images, top & at("features.3").channel(3)).images,
+        reconstruct(model, images, top, strongest=False).images,
     ]
     for number, one in enumerate(images_of_methods):
         assert all(not torch.allclose(one, other) for other in images_of_methods[:number])
@@ -88,12 +88,22 @@ def test_receptive_fields_equal_their_formula(position):
 
 def test_images_are_zero_outside_of_the_receptive_field():
     model, images = load_model(), load_digits()[0][:4]
-    found = reconstruct(model, images, at("features.6").channel(4))
-    for picture, crop, (top, left, bottom, right) in zip(found.pictures, found.crops, found.boxes, strict=True):
+    reconstruction = reconstruct(model, images, at("features.6").channel(4))
+    for image, crop, (top, left, bottom, right) in zip(
+        reconstruction.images, reconstruction.crops, reconstruction.boxes, strict=True
+    ):
         assert crop.shape == (1, bottom - top, right - left)
-        assert float(crop.abs().sum()) == pytest.approx(float(picture.abs().sum()))
+        assert float(crop.abs().sum()) == pytest.approx(float(image.abs().sum()))
         assert bottom - top <= 10
         assert right - left <= 10
+
+
+def test_the_former_name_of_the_images_warns():
+    reconstruction = reconstruct(load_model(), load_digits()[0][:1], at("features.6").channel(4))
+    with pytest.warns(
+        DeprecationWarning, match=r"Reconstruction\.pictures is deprecated .* Use Reconstruction\.images"
+    ):
+        assert reconstruction.pictures is reconstruction.images
 
 
 def test_no_neuron_has_an_empty_receptive_field():

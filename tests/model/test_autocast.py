@@ -1,4 +1,4 @@
-"""Layers in a short format: they do multiply in it, and the books stay those of float32."""
+"""Layers in a short format: they multiply in it, while all totals are computed in float32."""
 
 from __future__ import annotations
 

@@ -85,11 +85,11 @@ def test_each_group_has_its_conditional_heat_map_below_its_layer(mu, full, dark)
     for key, values in maps.items():
         expected = mu.marginal("input", given=at(shown[key].layer).channel(shown[key].group), min_ratio=0)[1].sum(0)
         np.testing.assert_allclose(values, expected, atol=1e-12)
-    pictures = [axes for axes in flow_figure(graph, dark=dark, maps=maps).axes[0].child_axes if axes.images]
-    drawn_maps = {axes.get_title(): np.asarray(axes.images[0].get_array()) for axes in pictures}
-    assert len(pictures) == len(maps)
+    panels = [axes for axes in flow_figure(graph, dark=dark, maps=maps).axes[0].child_axes if axes.images]
+    drawn_maps = {axes.get_title(): np.asarray(axes.images[0].get_array()) for axes in panels}
+    assert len(panels) == len(maps)
     np.testing.assert_allclose(drawn_maps["2"], maps["output/2"], atol=1e-12)
-    places = [axes.get_position() for axes in pictures]
+    places = [axes.get_position() for axes in panels]
     assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
 
 

@@ -188,10 +188,10 @@ def test_hover_labels_in_a_browser_without_a_network(page, tmp_path, dark):
         shown = [node for node in nodes if node.kind == "group" and node.layer != "input"]
         assert browser.ask("document.querySelectorAll('.layer-above image').length") == len(shown)
         assert browser.ask("document.title") == "A <b>bold</b> & odd title"
-        picture = base64.b64decode(browser.call("Page.captureScreenshot")["data"])
+        screenshot = base64.b64decode(browser.call("Page.captureScreenshot")["data"])
     finally:
         browser.close()
-    with Image.open(io.BytesIO(picture)) as image:
+    with Image.open(io.BytesIO(screenshot)) as image:
         assert len(image.convert("RGB").resize((200, 150)).getcolors(30_000)) > 100
 
 

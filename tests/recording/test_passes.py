@@ -1,4 +1,4 @@
-"""Passes over small autograd graphs of routes compared with the gradient; their cost is tested in tests/test_cost.py."""
+"""Passes over small autograd graphs of routes, compared with the gradient. Their cost: tests/test_cost.py."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_events_at_folded_taps_are_those_of_the_samples(name):
 
 
 def test_as_many_tokens_as_samples_are_no_samples():
-    """The rows of a time-first tensor were once taken for the samples: the books did not balance."""
+    """The rows of a time-first tensor were once mistaken for samples, which broke conservation."""
     model, x, _ = built("time first")
     mu, _ = each(model, x)
     total = mu(at("embed")) + mu.sink("embed") + mu.bypass("embed")

@@ -19,7 +19,7 @@ from zennit.core import Composite
 from ..errors import InputError, UnknownLayerError
 from ..events.event import Atom, Event, at
 from ..measure.measure import RelevanceMeasure
-from ..model.inputs import is_index
+from ..model.inputs_and_outputs import is_index
 from ..model.targets import sample_sums
 
 Unit = Literal["output", "measure"]

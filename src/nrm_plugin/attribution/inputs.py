@@ -143,7 +143,7 @@ class NRM(GradientAttribution):
     def measure(
         self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None
     ) -> RelevanceMeasure:
-        """The measure of which the attributions are marginals, for further queries: sinks, joints, conditionals.
+        """The measure that the attributions are marginals of, for further queries: sinks, joints, conditionals.
 
         Args:
             inputs: As in :meth:`attribute`.

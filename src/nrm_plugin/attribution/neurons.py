@@ -22,7 +22,7 @@ from .inputs import NRM
 class NeuronNRM(NRM, NeuronAttribution):
     """Normalized relevance of the inputs for neurons inside the network, as a Captum attribution method.
 
-    The measure starts at the selected neurons, so there is no target.
+    The measure starts at the selected neurons and takes no target.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.

@@ -28,7 +28,7 @@ def check_composite_name(name: str) -> None:
     if name not in COMPOSITES:
         near = difflib.get_close_matches(name, COMPOSITES, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise CompositeError(f"there is no composite {name!r}.{hint} Available: {', '.join(composite_names())}.")
+        raise CompositeError(f"no composite named {name!r}.{hint} Available: {', '.join(composite_names())}.")
 
 
 def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:

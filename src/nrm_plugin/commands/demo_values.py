@@ -25,7 +25,7 @@ TABLE_COMPOSITE = EpsilonPlus
 
 
 class DemoError(NRMError, ValueError):
-    """There are no digits of the requested kind."""
+    """The test set has no digits of the requested kind."""
 
 
 @dataclass(frozen=True)

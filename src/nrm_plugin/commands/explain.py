@@ -10,8 +10,8 @@ from .options import CHANNELS, add_computation, add_model, add_out, add_target, 
 
 if TYPE_CHECKING:
     from ..dataset.images import LoadedImage
-    from .each_image import Printed
     from .model_loading import LoadedModel
+    from .per_image import Printed
     from .request import Request
 
 DESCRIPTION = """\
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Explains the images; returns the exit status."""
-    from .each_image import explain_each
+    from .per_image import explain_each
 
     return explain_each(options, _explain)
 
@@ -72,9 +72,9 @@ def run(options: argparse.Namespace) -> int:
 def _explain(loaded: LoadedModel, image: LoadedImage, request: Request, out: Path, taken: set[str]) -> Printed:
     from ..dataset.images import shown
     from . import messages
-    from .each_image import Printed
     from .explanation import explanation
     from .explanation_files import write
+    from .per_image import Printed
 
     result = explanation(loaded, image, request)
     files = write(loaded, request, result, out, taken)

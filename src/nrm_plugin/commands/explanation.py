@@ -12,7 +12,7 @@ from ..events.event import at
 from ..measure.measure import RelevanceMeasure
 from .event_syntax import Condition
 from .model_loading import LoadedModel
-from .request import Request, RequestError, TargetStart, check_layers, measure_of
+from .request import Request, RequestError, check_layers, explained_class, measure_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ConditionalExplanation:
         condition: The condition.
         mass: Of the event.
         relevance: Of the inputs given the event, ``(C, H, W)``; None if the mass is zero or nearly cancels.
-        problem: Why there is no relevance.
+        problem: Why the relevance is undefined.
     """
 
     condition: Condition
@@ -105,15 +105,14 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         NRMError: The model has no measure with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
-    start = TargetStart(loaded, request.target)
-    mu = measure_of(loaded, inputs, request, start)
+    mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, [*request.layers, *(name for given in request.given for name in given.layers)])
     relevance = mu.marginal("input")[0]
     return Explanation(
         source,
         loaded.preprocessing.inverse(inputs).cpu(),
-        start.outputs.cpu(),
-        start.target,
+        mu.outputs.flatten().cpu(),
+        explained_class(loaded, request.target, mu.outputs),
         relevance.cpu(),
         _totals(mu, "input", relevance),
         [_layer(mu, name, request.channels) for name in request.layers],

@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _of_images(options: argparse.Namespace) -> int:
-    from .each_image import explain_each
     from .image_flow import FlowOptions, explain_flow, print_missing_page
+    from .per_image import explain_each
     from .request import RequestError
 
     if options.minus is not None:

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..dataset.images import LoadedImage, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
@@ -19,7 +21,6 @@ from ..measure.partitions import patches
 from ..plots.flow import flow_figure, profile_figure
 from ..plots.flow_html import save_sankey
 from . import messages
-from .each_image import Printed
 from .model_loading import LoadedModel
 from .output_files import (
     class_name,
@@ -32,7 +33,8 @@ from .output_files import (
     weights_title,
     write_json,
 )
-from .request import Request, RequestError, TargetStart, check_layers, measure_of
+from .per_image import Printed
+from .request import Request, RequestError, check_layers, explained_class, measure_of
 
 
 def has_page() -> bool:
@@ -41,7 +43,7 @@ def has_page() -> bool:
 
 
 def print_missing_page() -> None:
-    """Says on stderr why there is no interactive page."""
+    """Prints to stderr why no interactive page was written."""
     if not has_page():
         print(
             "nrm-plugin: note: no HTML page: plotly is not installed (pip install 'nrm-plugin[html]')", file=sys.stderr
@@ -70,13 +72,15 @@ class ImageFlow:
     """The flow for one image.
 
     Attributes:
-        start: Outputs and target.
+        outputs: Of the model, ``(K,)``.
+        target: The class that is explained.
         graph: The flow.
         heat_maps: Of its nodes.
         profile: Its layers, compared with plain LRP.
     """
 
-    start: TargetStart
+    outputs: Tensor
+    target: int
     graph: FlowGraph
     heat_maps: NodeMaps
     profile: Sequence[ProfileRow]
@@ -103,7 +107,7 @@ def explain_flow(
     flow = image_flow(loaded, image, request, options)
     files = _write(flow, loaded, image, request, options, out, taken)
     lines = [
-        *messages.image(loaded, image, flow.start.outputs, flow.start.target),
+        *messages.image(loaded, image, flow.outputs, flow.target),
         *messages.layers(flow.graph),
         *messages.files(files),
     ]
@@ -113,14 +117,14 @@ def explain_flow(
 def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions) -> ImageFlow:
     """The flow of relevance for one image; arguments and errors as in :func:`explain_flow`."""
     inputs = loaded.preprocessing(image.image).to(request.device)
-    start = TargetStart(loaded, request.target)
-    mu = measure_of(loaded, inputs, request, start)
+    mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, request.layers)
     graph, heat_maps = _graph(mu, loaded, request, options)
     plain = mu
     if request.residual != "sink":
-        plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None), start)
-    return ImageFlow(start, graph, heat_maps, profile(mu, request.layers, plain))
+        plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None))
+    target = explained_class(loaded, request.target, mu.outputs)
+    return ImageFlow(mu.outputs.flatten(), target, graph, heat_maps, profile(mu, request.layers, plain))
 
 
 def _graph(
@@ -156,12 +160,12 @@ def _write(
     taken: set[str],
 ) -> list[Path]:
     """Figure, numbers, profile and page."""
-    settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.start.target)
+    settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
     ends = ["flow.json", "flow.png", "layers.png", *(["flow.html"] if has_page() else [])]
     stem = json_stem(out, image.path.stem, ends, taken, settings)
     numbers, figure, layers, *page = [out / f"{stem}-{end}" for end in ends]
-    target = f"{target_title(loaded, flow.start.target)}{weights_title(loaded)}"
+    target = f"{target_title(loaded, flow.target)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     save_figure(flow_figure(flow.graph, heading, options.dark, flow.heat_maps), figure, options.dark)
     profile_heading = f"{short(image.path.name)}: layers for {target}"

@@ -57,7 +57,7 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
         stem: Preferred first part, such as the name of the image.
         ends: The other parts, the one with the settings first.
         taken: Stems that this call has used; the new one is added.
-        is_same: Whether a file with settings is of the same query, so that it may be replaced.
+        is_same: Whether a file with settings is of the same query and may be replaced.
     """
     for number in itertools.count(1):
         name = stem if number == 1 else f"{stem}-{number}"

@@ -44,7 +44,7 @@ def own_model(name: str, weights: str | None) -> BuiltModel:
         weights: A file, or None or ``"none"`` for those that the model has.
 
     Raises:
-        ModelError: There is no such model, or building it failed.
+        ModelError: The model does not exist, or building it failed.
         WeightsError: The file does not hold the weights of the model.
     """
     with seeded(), _importable():
@@ -80,7 +80,7 @@ def _module(module: str, name: str, option: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(f"{error.name}.")):
             raise ModelError(
-                f"there is no module {error.name!r}, neither installed nor in {shown(Path.cwd())}. Run the command "
+                f"no module named {error.name!r}, neither installed nor in {shown(Path.cwd())}. Run the command "
                 "where it can be imported, or give the file: file.py:factory."
             ) from error
         raise ModelError(f"importing {module} failed: {_one_line(error)}") from error
@@ -90,7 +90,7 @@ def _module(module: str, name: str, option: str) -> Any:
 
 def _module_of_file(path: Path) -> Any:
     if not path.is_file():
-        raise ModelError(f"there is no file {shown(path)}.")
+        raise ModelError(f"the file {shown(path)} does not exist.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # noqa: PT018  (the name ends in .py)
     module = importlib.util.module_from_spec(spec)

@@ -25,7 +25,7 @@ from .model_loading import LoadedModel
 from .output_files import json_stem, name_part, save_figure, short, versions, write_json
 from .request import Request, RequestError, check_device, target_of
 from .resolved_options import model_of, request_of
-from .swept_data import SAMPLES, data_of
+from .sweep_data import SAMPLES, data_of
 
 Rows = dict[int | str, list[Crop]]
 """Cropped images of each channel."""
@@ -81,7 +81,7 @@ def print_references(options: argparse.Namespace) -> int:
     """Prints references and writes their files; returns the exit status.
 
     Raises:
-        RequestError: Model, rules or data are not those of the sweep, or there is no such class.
+        RequestError: Model, rules or data are not those of the sweep, or the class is unknown.
         NRMError: The sweep lacks the query or the channels.
     """
     if (options.model is None) != (options.data is None):
@@ -121,7 +121,7 @@ def _groups(ranked: References, requested: Sequence[int] | None, count: int) -> 
     if len(requested) > MOST:
         raise RequestError(f"--groups names {len(requested)} channels, but a figure has room for {MOST}.")
     for group in requested:
-        ranked.row(group)  # raises if there is no such channel
+        ranked.row(group)  # raises for an unknown channel
     return list(dict.fromkeys(requested))
 
 

@@ -67,29 +67,23 @@ def check_device(name: str) -> torch.device:
 # -- target ---------------------------------------------------------------------------------------------------------
 
 
-class TargetStart:
-    """Start vectors of a measure, chosen from the outputs, so that the model runs only once.
+def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor) -> int:
+    """The class to explain for one image.
 
-    Attributes:
-        outputs: Outputs of the model for the image, ``(K,)``.
-        target: The class that is explained.
+    Args:
+        loaded: The model.
+        requested: Index or name of the class; None for the predicted class.
+        outputs: Of the model, ``(1, K)``, or ``(1,)`` for a single class.
+
+    Raises:
+        RequestError: The outputs are not those of a classifier, or there is no such class.
     """
-
-    def __init__(self, loaded: LoadedModel, target: str | None) -> None:
-        self.outputs, self.target = torch.empty(0), 0
-        self._loaded, self._requested = loaded, target
-
-    def __call__(self, outputs: Tensor) -> Tensor:
-        if outputs.ndim > 2 or (outputs.ndim == 2 and outputs.shape[1] == 0):
-            raise RequestError(
-                f"the output of {self._loaded.name} has shape {tuple(outputs.shape)}, but a classifier is needed, "
-                "with one output for each class. Wrap the model in a module that reduces its output to these."
-            )
-        self.outputs = outputs[0].reshape(-1).clone()
-        count, requested = len(self.outputs), self._requested
-        predicted = int(self.outputs.argmax())
-        self.target = predicted if requested is None else target_of(requested, self._loaded.categories, count)
-        return torch.nn.functional.one_hot(torch.tensor([self.target]), count).to(outputs).reshape(outputs.shape)
+    if outputs.ndim > 2 or outputs.numel() == 0:
+        raise RequestError(
+            f"the output of {loaded.name} has shape {tuple(outputs.shape)}, but a classifier is needed, "
+            "with one output for each class. Wrap the model in a module that reduces its output to these."
+        )
+    return int(outputs.argmax()) if requested is None else target_of(requested, loaded.categories, outputs.numel())
 
 
 def target_of(requested: str, categories: Sequence[str], count: int) -> int:
@@ -122,7 +116,7 @@ def target_of(requested: str, categories: Sequence[str], count: int) -> int:
         raise RequestError(f"--target {requested!r} is class {matches[0]}, but the model has only {count} classes.")
     if matches:
         return matches[0]
-    raise RequestError(f"there is no class {requested!r}. {_similar_classes(key, folded, categories, count)}")
+    raise RequestError(f"no class named {requested!r}. {_similar_classes(key, folded, categories, count)}")
 
 
 def _similar_classes(key: str, folded: list[str], categories: Sequence[str], count: int) -> str:
@@ -155,19 +149,24 @@ class failures_of_the_model:  # noqa: N801  (a context manager)
             ) from error
 
 
-def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request, start: TargetStart) -> RelevanceMeasure:
+def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> RelevanceMeasure:
     """The measure of one preprocessed image.
 
     Raises:
         RequestError: The target does not fit, the model fails, or the composite has no rule for one of its layers.
     """
+
+    def target(outputs: Tensor) -> int | None:
+        index = explained_class(loaded, request.target, outputs)
+        return index if outputs.ndim == 2 else None
+
     composite: Composite = composite_of(request.composite, loaded.preprocessing.bounds(inputs))
     try:
         with failures_of_the_model(loaded, inputs):
             return RelevanceMeasure(
                 loaded.model,
                 inputs,
-                start=start,
+                target,
                 composite=composite,
                 residual=request.residual,
                 gain_limit=request.gain_limit,

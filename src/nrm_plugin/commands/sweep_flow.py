@@ -28,7 +28,7 @@ class Classes:
     """Which samples of a sweep are averaged.
 
     Attributes:
-        target: Only those of which this class is explained; None for all.
+        target: Only samples for which this class is explained; None for all.
         minus: The class whose mean flow is subtracted; None for no difference.
         categories: Class names, empty if they are not known.
     """
@@ -60,7 +60,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
     """Prints the mean flow of a sweep and writes its files; returns the exit status.
 
     Raises:
-        RequestError: The options contradict each other, or there is no such class.
+        RequestError: The options contradict each other, or the class is unknown.
         FlowError: The sweep lacks the queries of this flow.
     """
     given = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if value]

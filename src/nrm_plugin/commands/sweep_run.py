@@ -23,7 +23,7 @@ from .model_loading import LoadedModel
 from .request import Request, check_device, target_of
 from .resolved_options import model_of, one_line_warnings, request_of
 from .stored_results import ERROR
-from .swept_data import SAMPLES, data_of
+from .sweep_data import SAMPLES, data_of
 
 SKIPPED, INTERRUPTED = 3, 130
 """Exit statuses: complete except for skipped samples; interrupted."""

@@ -176,7 +176,7 @@ def _timeout() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """By default torch.hub unpickles whatever a file holds, including a file that was there before."""
+    """By default torch.hub unpickles whatever a file holds, including one that existed before."""
     before = {name: os.environ.pop(name, None) for name in FORCED}
     os.environ[FORCED[0]] = "1"
     try:

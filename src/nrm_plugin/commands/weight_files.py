@@ -62,7 +62,7 @@ def read_state(path: Path) -> State:
 
 def _check_file(path: Path, name: str) -> None:
     if not path.is_file():
-        what = f"{name} is a folder" if path.is_dir() else f"there is no file {name}"
+        what = f"{name} is a folder" if path.is_dir() else f"the file {name} does not exist"
         raise WeightsError(f"{what}. --weights takes a file with a state dict.")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -103,15 +103,15 @@ def crops(
         Crops of each group, in decreasing order.
 
     Raises:
-        ReferencesError: There are no references of a group, or an event is missing.
+        ReferencesError: A group has no references, or an event is missing.
         InputError: Samples are not images.
 
     Examples:
         >>> from nrm_plugin.dataset.maximization import find_references
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
         >>> data = torch.utils.data.TensorDataset(torch.rand(20, 1, 8, 8), torch.randint(2, (20,)))
-        >>> found = find_references(net, data, ["0"], k=3)
-        >>> crops(net, data, found.of("0"), [2])[2][0].image.shape
+        >>> references = find_references(net, data, ["0"], k=3)
+        >>> crops(net, data, references.of("0"), [2])[2][0].image.shape
         torch.Size([1, 3, 3])
 
     Source: after the reference samples of Achtibat et al. (2023); the receptive field and the mask are ours.

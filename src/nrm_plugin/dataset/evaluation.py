@@ -15,8 +15,8 @@ from ..composites import Normalized
 from ..errors import InputError, NRMError, TargetError
 from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
-from ..model.inputs import Output
-from ..model.targets import start_vector
+from ..model.inputs_and_outputs import Output
+from ..model.targets import chosen_target
 from ..recording.module_outputs import module_outputs
 from .batched_queries import QueryResults, Requirements
 from .queries import Query
@@ -86,19 +86,22 @@ class Evaluation:
         """
         inputs, labels = self.unpack(batch)
         inputs = moved(inputs, device_of(self.model))
-        choice = TargetChoice(self.target, labels, batch)
+        target = batch_target(self.target, labels, batch)
         modules = {str(atom.layer) for atom in self.needed.activations} - {"input", "output"}
         with torch.inference_mode(False), torch.enable_grad(), module_outputs(self.model, modules) as outputs:
-            mu = RelevanceMeasure(self.model, inputs, start=choice, composite=self.composite, output=self.output)
+            mu = RelevanceMeasure(self.model, inputs, target, composite=self.composite, output=self.output)
         if mu.batch != len(sample):
             raise SweepError(
                 f"a batch of {len(sample)} samples has inputs of {mu.batch}; the first dimension must be the batch."
             )
-        activations = {atom: _activation(atom, outputs, inputs, choice.outputs) for atom in self.needed.activations}
+        explained = mu.outputs
+        activations = {atom: _activation(atom, outputs, inputs, explained) for atom in self.needed.activations}
         results = QueryResults(mu, self.needed, activations)
         dtype = np.float64 if self.is_double else np.float32
         values = {query.name: results.of(query).cpu().numpy().astype(dtype, copy=False) for query in self.queries}
-        return BatchResults(np.asarray(sample, np.int64), choice.targets, choice.predictions, values)
+        targets = _classes(chosen_target(target, explained), mu.batch)
+        predictions = _classes(predicted_classes(explained) if _has_classes(explained) else None, mu.batch)
+        return BatchResults(np.asarray(sample, np.int64), targets, predictions, values)
 
 
 def check_target(target: Any) -> None:
@@ -159,57 +162,45 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((item.dtype for item in _tensors(model) if item.is_floating_point()), torch.get_default_dtype())
 
 
-class TargetChoice:
-    """The start of a measure, chosen from the outputs of its own forward pass, so that the model runs once.
+def batch_target(target: Target, labels: Any, batch: Any) -> Any:
+    """The target of the measure of a batch.
 
     Args:
         target: As in :class:`Evaluation`.
         labels: Labels of the batch, or None.
         batch: The batch, for a target function.
 
-    Attributes:
-        outputs: The explained outputs.
-        targets: Explained classes, ``(N,)``; -1 if the target is not a class.
-        predictions: Classes with the largest output, ``(N,)``; -1 if the outputs are not classes.
+    Raises:
+        SweepError: The target is the label, and there are no labels.
     """
+    if target == "prediction":
+        return predicted_classes
+    if target == "label":
+        if labels is None:
+            raise SweepError(
+                "target='label', but the data have no labels. Return (inputs, labels), pass unpack= to select the "
+                "labels, or set target='prediction'."
+            )
+        return torch.as_tensor(labels)
+    return target(batch) if callable(target) else target
 
-    def __init__(self, target: Target, labels: Any, batch: Any = None) -> None:
-        self.target, self.labels, self.batch = target, labels, batch
-        self.outputs = torch.empty(0)
-        self.targets = self.predictions = np.empty(0, np.int32)
 
-    def __call__(self, outputs: Tensor) -> Tensor:
-        """The start vector over the outputs.
+def predicted_classes(outputs: Tensor) -> Tensor:
+    """Classes with the largest output, ``(N,)``.
 
-        Raises:
-            SweepError: There are no labels or no prediction, and the target requires them.
-            TargetError: Targets do not fit the outputs.
-        """
-        self.outputs = outputs
-        predictions = outputs.argmax(1) if outputs.ndim == 2 and outputs.shape[1] else None
-        self.predictions = _classes(predictions, len(outputs))
-        targets = self._targets(predictions)
-        self.targets = _classes(targets, len(outputs))
-        return start_vector(outputs, targets)
+    Raises:
+        SweepError: The outputs are not those of a classifier.
+    """
+    if not _has_classes(outputs):
+        raise SweepError(
+            f"target='prediction' needs outputs (N, classes), got {tuple(outputs.shape)}. Select the "
+            "output by output=, or pass a function of the batch as the target."
+        )
+    return outputs.argmax(1)
 
-    def _targets(self, predictions: Tensor | None) -> Any:
-        if self.target == "prediction":
-            if predictions is None:
-                raise SweepError(
-                    f"target='prediction' needs outputs (N, classes), got {tuple(self.outputs.shape)}. Select the "
-                    "output by output=, or pass a function of the batch as the target."
-                )
-            return predictions
-        if self.target == "label":
-            if self.labels is None:
-                raise SweepError(
-                    "target='label', but the data have no labels. Return (inputs, labels), pass unpack= to select the "
-                    "labels, or set target='prediction'."
-                )
-            return torch.as_tensor(self.labels)
-        if callable(self.target):
-            return self.target(self.batch)
-        return self.target
+
+def _has_classes(outputs: Tensor) -> bool:
+    return outputs.ndim == 2 and outputs.shape[1] > 0
 
 
 def _classes(targets: Any, count: int) -> NDArray[np.int32]:
@@ -253,10 +244,10 @@ __all__ = [
     "BatchResults",
     "Evaluation",
     "Target",
-    "TargetChoice",
     "Unpack",
     "check_target",
     "device_of",
     "dtype_of",
     "is_due_to_samples",
+    "predicted_classes",
 ]

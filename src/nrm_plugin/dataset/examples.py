@@ -87,11 +87,11 @@ class References:
         """The row of a group.
 
         Raises:
-            ReferencesError: There is no such group.
+            ReferencesError: The group is unknown.
         """
         if group not in self.groups:
             raise ReferencesError(
-                f"there is no group {group!r} in the references of {self.name!r}, which have {len(self.groups)}, "
+                f"no group {group!r} in the references of {self.name!r}, which have {len(self.groups)}, "
                 f"{self.groups[0]!r} to {self.groups[-1]!r}."
             )
         return self.groups.index(group)
@@ -100,13 +100,13 @@ class References:
         """The samples of one group, in decreasing order.
 
         Raises:
-            ReferencesError: There is no such group.
+            ReferencesError: The group is unknown.
 
         Examples:
             >>> from nrm_plugin.dataset.maximization import find_references
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-            >>> found = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
-            >>> len(found.of("0").of(3))
+            >>> references = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
+            >>> len(references.of("0").of(3))
             2
         """
         return [sample for sample in self.samples[self.row(group)].tolist() if sample >= 0]
@@ -159,9 +159,9 @@ class FoundReferences:
         if top is not None:
             return References.of_ranking(name, by, self._groups[name], top, target)
         if (name, by, None) in self._rankings:
-            known = ", ".join(map(str, self.targets)) or "none, because they were found with per_target=False"
-            raise ReferencesError(f"there are no references of target {target!r}. Targets: {known}.")
-        raise ReferencesError(f"{name!r} by {by} was not ranked; there are references of {self._names()}.")
+            known = ", ".join(map(str, self.targets)) or "none, because find_references had per_target=False"
+            raise ReferencesError(f"no references of target {target!r}. Targets: {known}.")
+        raise ReferencesError(f"{name!r} by {by} was not ranked; these were: {self._names()}.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all references to a safetensors file.
@@ -169,9 +169,9 @@ class FoundReferences:
         Examples:
             >>> from nrm_plugin.dataset.maximization import find_references
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-            >>> found = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
-            >>> found.save("found.safetensors")
-            >>> FoundReferences.load("found.safetensors").of("0").of(3) == found.of("0").of(3)
+            >>> references = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
+            >>> references.save("references.safetensors")
+            >>> FoundReferences.load("references.safetensors").of("0").of(3) == references.of("0").of(3)
             True
         """
         tensors: dict[str, Tensor] = {}
@@ -242,8 +242,8 @@ def references(
         Ties are broken by sample index. Positions are known if the sweep has a ``Peak`` query of the layer.
 
     Raises:
-        ReferencesError: There is no such query, group or target, or the query has maps instead of rows.
-        SweepError: There is no sweep, or a file is damaged.
+        ReferencesError: The query, group or target is unknown, or the query has maps instead of rows.
+        SweepError: The folder holds no sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -283,7 +283,7 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
         what: What the candidates have in common, for the message.
 
     Raises:
-        ReferencesError: There is none.
+        ReferencesError: No candidate has this name.
     """
     plain = [query for query in candidates if query.kind == kind and query.layers == (name,) and not query.has_event]
     named = [query for query in candidates if query.name == name] or plain

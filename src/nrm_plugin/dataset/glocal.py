@@ -58,7 +58,7 @@ def mean_flow(
         The graph; ``carried`` is None if it has fewer groups than were computed.
 
     Raises:
-        FlowError, InputError, EventError: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`; or there is no measure.
+        FlowError, InputError, EventError: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`; or no measure is given.
 
     Examples:
         >>> from nrm_plugin.dataset.glocal import mean_flow
@@ -76,7 +76,7 @@ def mean_flow(
         total = graph if total is None else mixed([total, graph], [count, mu.batch])
         count += mu.batch
     if total is None:
-        raise FlowError("there are no measures to average.")
+        raise FlowError("no measure to average.")
     return reduced(total, top, min_mass, coverage)
 
 
@@ -157,7 +157,7 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
         weights: One for each graph, such as numbers of samples; they are divided by their sum.
 
     Raises:
-        FlowError: There are no graphs, their groups differ, or weights are negative or all zero.
+        FlowError: No graphs are given, their groups differ, or weights are negative or all zero.
 
     Examples:
         >>> from nrm_plugin.dataset.glocal import mixed

@@ -43,13 +43,13 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:
         if not folder.is_dir():
-            raise SweepError(f"there is no folder {shown(folder)}.")
+            raise SweepError(f"the folder {shown(folder)} does not exist.")
         self.folder, self.preprocess = folder, preprocess
         images = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
         self.paths = sorted(images, key=lambda path: path.relative_to(folder).as_posix())
         if not self.paths:
             raise SweepError(
-                f"there are no images in {shown(folder)}; extensions that are read: {', '.join(sorted(EXTENSIONS))}."
+                f"no images in {shown(folder)}; extensions that are read: {', '.join(sorted(EXTENSIONS))}."
             )
         parts_of_paths = [path.relative_to(folder).parts for path in self.paths]
         names = sorted({parts[0] for parts in parts_of_paths if len(parts) > 1})

@@ -20,7 +20,7 @@ LIMIT = 178_956_970
 LARGE = LIMIT // 2
 """JPEG files with more pixels are decoded at reduced size, which saves memory."""
 REDUCED = 2048
-"""Smallest side length that is kept then; far more than the input size of models."""
+"""Smallest side length after reduction; far more than the input size of models."""
 MAX_ASPECT = 200
 """Largest aspect ratio: resized for a model, the longer side would exhaust the memory."""
 DARK = 4096
@@ -102,7 +102,7 @@ def check_image_file(path: Path) -> None:
         if path.is_dir():
             raise ImageError(f"{name} is a folder. Pass the images in it, such as {name}/*.jpg.")
         if not path.exists():
-            raise ImageError(f"there is no file {name}.")
+            raise ImageError(f"the file {name} does not exist.")
         if not path.is_file():
             raise ImageError(f"{name} is not a regular file.")
         with path.open("rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..recording.module_outputs import module_outputs
 from .activations import single_activations
-from .evaluation import TargetChoice, device_of
+from .evaluation import device_of, predicted_classes
 from .examples import EVENTS, By, FoundReferences, ReferencesError
 from .ranking import Ranking
 
@@ -74,16 +75,16 @@ def find_references(
         show_progress: Show a progress bar.
 
     Raises:
-        ReferencesError: The loader shuffles, batches have another form, or there is nothing to rank.
+        ReferencesError: The loader shuffles, batches have another form, or neither layers nor events are given.
         InputError: Invalid arguments.
         TargetError: Targets do not fit the outputs.
-        UnknownLayerError: There is no layer with this name.
+        UnknownLayerError: No layer has this name.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> data = torch.utils.data.TensorDataset(torch.randn(20, 3), torch.randint(2, (20,)))
-        >>> found = find_references(net, data, ["0"], k=3)
-        >>> found.of("0").samples.shape, found.of("0", by="activation", target=1).target
+        >>> references = find_references(net, data, ["0"], k=3)
+        >>> references.of("0").samples.shape, references.of("0", by="activation", target=1).target
         (torch.Size([4, 3]), 1)
 
     Source: Achtibat et al. (Nature Machine Intelligence 2023), for relevance maximization; events are ours.
@@ -95,28 +96,27 @@ def find_references(
     device = device_of(model) if device is None else device
     with module_outputs(model, search.active) as outputs:
         for inputs, labels in tqdm(_batches(data, batch_size), disable=not show_progress, unit="batch"):
-            choice = _ClassChoice(target, labels)
-            mu = RelevanceMeasure(model, inputs.to(device), start=choice, composite=rules)
-            search.add(mu, torch.from_numpy(choice.targets), single_activations(outputs))
+            classes = partial(_explained_classes, target, labels)
+            mu = RelevanceMeasure(model, inputs.to(device), classes, composite=rules)
+            search.add(mu, classes(mu.outputs).int(), single_activations(outputs))
     return search.references()
 
 
-class _ClassChoice(TargetChoice):
-    """The explained class of each sample of a classifier."""
-
-    def __call__(self, outputs: Tensor) -> Tensor:
-        if outputs.ndim != 2:
-            raise InputError(f"references require a classifier with outputs (N, classes), got {tuple(outputs.shape)}.")
-        if self.target == "label":
-            if self.labels is None:
-                raise ReferencesError("the data have no labels. Set target='prediction', or a class.")
-            self.labels = self.labels.detach().cpu().reshape(-1).long()
-            if len(self.labels) != len(outputs):
-                raise ReferencesError(f"there are {len(self.labels)} labels for {len(outputs)} samples.")
-        start = super().__call__(outputs)
-        if (self.targets < 0).any():
-            raise TargetError(f"target {self.targets.min()} is negative; classes are counted from 0.")
-        return start
+def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor) -> Tensor:
+    """The explained class of each sample of a classifier, ``(N,)``."""
+    if outputs.ndim != 2:
+        raise InputError(f"references require a classifier with outputs (N, classes), got {tuple(outputs.shape)}.")
+    if target == "label":
+        if labels is None:
+            raise ReferencesError("the data have no labels. Set target='prediction', or a class.")
+        classes = labels.detach().reshape(-1).long()
+        if len(classes) != len(outputs):
+            raise ReferencesError(f"there are {len(classes)} labels for {len(outputs)} samples.")
+    else:
+        classes = torch.full((len(outputs),), target) if isinstance(target, int) else predicted_classes(outputs)
+    if bool((classes < 0).any()):
+        raise TargetError(f"target {int(classes.min())} is negative; classes are counted from 0.")
+    return classes.cpu()
 
 
 class _Search:
@@ -142,7 +142,7 @@ class _Search:
             if value not in known:
                 raise InputError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, known))}.")
         if not events and not (layers and by):
-            raise ReferencesError("there is nothing to rank: pass layers or events.")
+            raise ReferencesError("nothing to rank: pass layers or events.")
         if events and unit == "layer":
             raise InputError("unit='layer' is undefined for events; choose 'measure' or 'output'.")
         self.layers = layers if "relevance" in by else []

@@ -82,10 +82,10 @@ class Prototypes:
         """The samples of a prototype, by increasing distance to its centre.
 
         Raises:
-            InputError: There is no such prototype.
+            InputError: The prototype is unknown.
         """
         if not 0 <= prototype < len(self.centres):
-            raise InputError(f"there is no prototype {prototype}; there are {len(self.centres)}, counted from 0.")
+            raise InputError(f"no prototype {prototype}; {len(self.centres)} were found, counted from 0.")
         own = np.flatnonzero(self.members == prototype)
         order = own[np.lexsort((self.samples[own], self.distances[own]))]
         return [int(sample) for sample in self.samples[order]]
@@ -149,10 +149,10 @@ def find_prototypes(
     Examples:
         >>> from nrm_plugin.dataset.prototypes import find_prototypes
         >>> vectors = torch.cat([torch.randn(30, 4) * 0.1, torch.randn(10, 4) * 0.1 + 1])
-        >>> found = find_prototypes(vectors, 2)
-        >>> found
+        >>> prototypes = find_prototypes(vectors, 2)
+        >>> prototypes
         Prototypes(2 of 4 groups; 75%, 25% of 40)
-        >>> found.nearest(torch.ones(1, 4))[0].prototype
+        >>> prototypes.nearest(torch.ones(1, 4))[0].prototype
         1
 
     Source: Dreyer et al. (Prototypical Concept-based Explanations, CVPR workshops 2024) for mixtures of concept
@@ -211,8 +211,8 @@ def vectors_of_sweep(
         The vectors, ``(N, K)``, and the sample indices, ``(N,)``.
 
     Raises:
-        ReferencesError: There is no such query, no sample has this target, or values of a conditional are undefined.
-        SweepError: There is no sweep, or a file is damaged.
+        ReferencesError: The query is unknown, no sample has this target, or values of a conditional are undefined.
+        SweepError: The folder holds no sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     queries = sweep.queries.values()

@@ -271,7 +271,7 @@ def check_queries(queries: Any) -> tuple[Query, ...]:
     """The queries of a sweep as a tuple.
 
     Raises:
-        SweepError: There is none, an object is not a query, or two queries have the same name.
+        SweepError: No query is given, an object is not a query, or two queries have the same name.
     """
     checked = tuple(queries) if isinstance(queries, (list, tuple)) else (queries,)
     for query in checked:
@@ -285,7 +285,7 @@ def check_queries(queries: Any) -> tuple[Query, ...]:
     if reserved:
         raise SweepError(f"a query cannot have the name {min(reserved)!r}, which is the name of a column.")
     if not checked:
-        raise SweepError("there are no queries; pass queries such as Marginal('layer').")
+        raise SweepError("no query was given; pass queries such as Marginal('layer').")
     return checked
 
 

@@ -17,7 +17,7 @@ from ..composites import normalize
 from ..errors import NRMError, extra
 from ..events.event import Atom
 from ..kernels.normalization import Residual
-from ..model.inputs import Output
+from ..model.inputs_and_outputs import Output
 from .evaluation import Evaluation, Target, Unpack, check_target, dtype_of
 from .queries import Maps, Query, check_queries
 from .shard_writer import concatenated, tables
@@ -83,7 +83,7 @@ class SweepBatches:
             The columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`, of equal length; NaN for undefined values.
 
         Raises:
-            SweepError: There are no sample numbers.
+            SweepError: The sample numbers are missing.
         """
         if indices is None and SAMPLE not in batch:
             raise SweepError(

@@ -17,7 +17,7 @@ from zennit.core import Composite
 from ..composites import normalize
 from ..events.event import Atom
 from ..kernels.normalization import Residual
-from ..model.inputs import Output
+from ..model.inputs_and_outputs import Output
 from .evaluation import Evaluation, Target, Unpack, check_target, device_of
 from .progress import Progress
 from .queries import Query, check_queries
@@ -73,8 +73,8 @@ def sweep(
 ) -> Sweep:
     """Evaluates queries for every sample of a data set, and stores the results.
 
-    Completed shards are kept: after a kill, an error or Ctrl-C the same call resumes, and ends with the same rows as an
-    uninterrupted one. Under ``torchrun`` the processes share the shards.
+    Completed shards remain valid: after a kill, an error or Ctrl-C the same call resumes, and ends with the rows of
+    an uninterrupted sweep. Under ``torchrun`` the processes share the shards.
 
     Args:
         model: The network, in evaluation mode and on its device.

@@ -87,7 +87,7 @@ def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> D
     """The source of a data set or loader.
 
     Args:
-        data: A data set, or a loader, whose data set is read in the order of its indices.
+        data: A data set, or a loader; its data set is read in index order.
         batch_size: Samples per batch; by default that of the loader.
         num_workers: Processes that read; by default those of the loader.
 

@@ -114,7 +114,7 @@ class Sweep:
         """The query with a name.
 
         Raises:
-            SweepError: There is no such query.
+            SweepError: The query is unknown.
         """
         if name not in self.queries:
             raise SweepError(f"{self.path} has no query {name!r}. It has {', '.join(map(repr, self.queries))}.")
@@ -131,7 +131,7 @@ class Sweep:
             columns: Names of columns; None for all of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
         Raises:
-            SweepError: There is no such query or column, or a shard is damaged.
+            SweepError: The query or column is unknown, or a shard is damaged.
         """
         pa = arrow()
         if query is not None:
@@ -139,7 +139,7 @@ class Sweep:
         names = schema().names
         unknown = [column for column in columns or () if column not in names]
         if unknown:
-            raise SweepError(f"there is no column {unknown[0]!r}; columns are {', '.join(names)}.")
+            raise SweepError(f"no column named {unknown[0]!r}; columns are {', '.join(names)}.")
         parts = []
         for shard in self.shards:
             try:
@@ -189,7 +189,7 @@ class Sweep:
             At most ``k`` rows. Ties are broken by sample index, and null values are excluded.
 
         Raises:
-            SweepError: There is no such query, or it has no rows.
+            SweepError: The query is unknown, or it has no rows.
         """
         compute = extra("pyarrow.compute", "dataset")
         info = self.query(query)
@@ -223,7 +223,7 @@ class Sweep:
             samples: The samples, in this order.
 
         Raises:
-            SweepError: There is no such query for maps, or a sample failed or is not evaluated yet.
+            SweepError: No query for maps has this name, or a sample failed or is not evaluated yet.
         """
         info = self.query(query)
         if not info.is_map:
@@ -237,7 +237,7 @@ class Sweep:
                 maps |= {sample: values for sample, values in pairs if sample in in_shard}
         missing = [sample for sample in samples if sample not in maps]
         if missing:
-            raise SweepError(f"there is no map of sample {missing[0]}: it failed, is not evaluated yet, or unknown.")
+            raise SweepError(f"no map of sample {missing[0]}: it failed, is not evaluated yet, or is unknown.")
         shape = info.groups or ()
         return torch.stack([maps[sample] for sample in samples]) if maps else torch.empty(0, *shape)
 

@@ -71,7 +71,7 @@ def flow_of_sweep(
 
     Raises:
         FlowError: A query or sample is missing, or a cut does not sum to 1.
-        SweepError: There is no sweep, or a file is damaged.
+        SweepError: The folder holds no sweep, or a file is damaged.
     """
     check_thresholds(top, min_mass, coverage)
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)

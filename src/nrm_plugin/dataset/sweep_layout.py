@@ -66,7 +66,7 @@ def schema(value: str = "float") -> pa.Schema:
 
     Returns:
         ``sample`` is the index in the data set; ``target`` the explained class and ``prediction`` the class with the
-        largest output, -1 if there is none; ``group`` the channel, position or label of a layer, and ``lower`` that of
+        largest output, -1 if undefined; ``group`` the channel, position or label of a layer, and ``lower`` that of
         the lower layer of a joint matrix, otherwise -1. ``value`` is null if its denominator is zero or almost zero.
     """
     pa = arrow()
@@ -153,7 +153,7 @@ class Manifest:
         """The manifest of a folder.
 
         Raises:
-            SweepError: There is none, or it has a different format.
+            SweepError: The folder has no manifest, or one of a different format.
         """
         path = path_inside(folder, MANIFEST)
         try:
@@ -167,7 +167,7 @@ class Manifest:
             lists: dict[str, Any] = {key: tuple(entries.pop(key)) for key in ("ranks", "failed", "bad_shards")}
             return cls(queries=queries, **lists, **entries)
         except FileNotFoundError:
-            raise SweepError(f"there is no sweep in {folder}: it has no {MANIFEST}.") from None
+            raise SweepError(f"no sweep in {folder}: the folder has no {MANIFEST}.") from None
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             if isinstance(error, SweepError):
                 raise

@@ -84,7 +84,7 @@ def event_from_json(data: Any) -> Event:
             f"this is not an event: {data!r}. Events are {{'at': layer, …}}, 'all', 'any', 'not', 'absorbed'."
         )
     if data.get("side", "output") not in SIDES:
-        raise EventError(f"this is not an event: {data!r}, there is no side {data['side']!r}.")
+        raise EventError(f"this is not an event: {data!r}, no side named {data['side']!r}.")
     atom = at(data["at"], data.get("side", "output"), data.get("call"), data.get("item"))
     if "index" not in data:
         return atom

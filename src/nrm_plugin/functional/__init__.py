@@ -4,7 +4,7 @@ Imports: errors, model, rules, kernels.
 """
 
 from ..kernels.base import Kernel
-from . import decompositions, elementwise, pooling, reductions, scatter  # noqa: F401  (register what they hold)
+from . import averaging, decompositions, elementwise, reductions, scatter  # noqa: F401  (register what they hold)
 from .canonizer import Interception
 from .function_call import FunctionCall
 from .function_kernels import BroadcastKernel, SplitKernel

@@ -22,7 +22,7 @@ from ..kernels.base import Kernel
 from ..rules import Absolute
 from .function_call import FunctionCall, Slot
 from .registry import kernel_of
-from .unknown import UnknownKernel
+from .unsupported import UnknownKernel
 
 Attention = Literal["value", "halves"]
 ATTENTIONS: tuple[Attention, ...] = ("value", "halves")
@@ -103,7 +103,7 @@ def softmax(call: FunctionCall) -> Kernel:
 
 
 class SoftmaxKernel(Kernel):
-    r"""Softmax by its first-order Taylor expansion, whose constant term is a bias.
+    r"""Softmax by its first-order Taylor expansion; its constant term is a bias.
 
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 

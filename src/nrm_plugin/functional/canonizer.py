@@ -16,10 +16,10 @@ from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
 from .attention import ATTENTIONS
+from .composite_rules import CompositeRules, NoRules
 from .function_call import Settings
-from .mode import InterceptionMode
+from .interception_mode import InterceptionMode
 from .recurrent import packs_in
-from .rule_lookup import CompositeRules, NoRules
 
 
 class Interception(Canonizer):

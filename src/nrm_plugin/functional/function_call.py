@@ -15,9 +15,9 @@ from ..kernels.forward_state import Saved
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import read_rule_at
-from ..model.affine import Weightless
+from ..model.affine_layers import Weightless
+from .composite_rules import NoRules, RuleLookup
 from .function_kernels import BroadcastKernel, RouteKernel, SingleInputKernel, SplitKernel, total_of
-from .rule_lookup import NoRules, RuleLookup
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class FunctionCall:
                 the residual, which the composite redistributes or absorbs.
 
         Raises:
-            ValueError: There is not one share for each input.
+            ValueError: The number of shares is not the number of inputs.
         """
         if len(shares) != len(self.inputs):
             raise ValueError(

@@ -13,11 +13,11 @@ from ..kernels.forward_state import before_writing, write
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
 from .intercepted_pass import InterceptedPass, written
-from .layers import LAYERS
 from .observed_call import WRITERS, ObservedCall
 from .recurrent import RECURRENCES, Context
 from .registry import KERNELS, kernel_factory_of
 from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, write_at
+from .weighted_functions import LAYERS
 
 NOT_HANDLED: Final = object()
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())

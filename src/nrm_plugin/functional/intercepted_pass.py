@@ -18,14 +18,14 @@ from ..kernels.step import FunctionStep, Step, link
 from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import layout
-from .complex_numbers import ComplexTensors, RealSources, map_items
+from .complex_tensors import ComplexTensors, RealSources, map_items
 from .function_call import CallInput, FunctionCall, Settings
 from .function_kernels import BroadcastKernel
 from .gates import Gates
-from .layers import LAYERS, channel_dim, layer_call
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
-from .unknown import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
+from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
+from .weighted_functions import LAYERS, channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
 """Routes that are not taps."""

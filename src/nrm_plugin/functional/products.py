@@ -16,14 +16,14 @@ from zennit.rules import Norm
 
 from ..kernels.base import Kernel
 from ..kernels.rule_reader import read_rule_at
-from ..model.affine import Weighted, Weightless
+from ..model.affine_layers import Weighted, Weightless
 from ..rules import Absolute
+from .averaging import pooling
 from .elementwise import STABILIZER
 from .function_call import FunctionCall, Slot
 from .function_kernels import EqualPartsKernel, SingleInputKernel
-from .pooling import pooling
 from .registry import kernel_of
-from .unknown import UnknownKernel, uncovered_layer_error
+from .unsupported import UnknownKernel, uncovered_layer_error
 
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``(input, weight, bias) -> output``"""

@@ -1,4 +1,4 @@
-"""Recurrent layers as loops of plain operations, whose kernels are known.
+"""Recurrent layers as loops of plain operations with known kernels.
 
 torch runs a whole LSTM, GRU or RNN as one fused function. While a measure is recorded, a loop over time runs instead:
 its linear maps have the rule that the composite gives to the layer, or else to linear layers, and sigmoids are gates.

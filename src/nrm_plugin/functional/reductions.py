@@ -13,7 +13,7 @@ from ..kernels.base import Kernel
 from .function_call import FunctionCall
 from .function_kernels import SplitKernel
 from .registry import kernel_of
-from .unknown import UnknownKernel
+from .unsupported import UnknownKernel
 
 
 class ReductionKernel(Kernel):

@@ -95,7 +95,7 @@ def kernel_of(*names: str) -> Callable[[Function], Function]:
 
 
 def decomposition_of(*names: str) -> Callable[[Function], Function]:
-    """Registers Python code that runs in place of functions, whose operations have kernels."""
+    """Registers Python code that replaces functions and consists of operations with kernels."""
     return _registering(DECOMPOSITIONS, names)
 
 

@@ -23,9 +23,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
+from .averaging import rule_of_averages
 from .function_call import FunctionCall
 from .function_kernels import RouteKernel
-from .pooling import rule_of_averages
 from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 # -- sums into nodes --------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.S
 
 @_intercepted_as("scatter_reduce")
 def scatter_extremum(source: Tensor, dim: int, index: Tensor, shape: torch.Size, reduce: str) -> Tensor:
-    """The largest (smallest) of the entries instead of their sum; zero where there is none."""
+    """The largest (smallest) of the entries instead of their sum; zero for an empty group."""
     return source.new_zeros(shape).scatter_reduce(dim, index, source, reduce, include_self=False)
 
 

@@ -8,7 +8,7 @@ Kernels are read from shells, so the model is not changed. With :math:`g = \gamm
 - BN → ReLU → layer: :math:`\mathrm{ReLU}(g x + h) = g\,(\mathrm{clip}(x) - t)` with :math:`t = -h / g`, the clip from
   below at ``t`` where ``g > 0`` and from above where ``g < 0``; :math:`W' = W g`, :math:`b' = b - W * (g t)`.
 
-The batch normalization itself then passes relevance through. Neighbours are found in the executed graph.
+The batch normalization itself then passes relevance through. Neighbouring layers are read from the executed graph.
 
 Source: arXiv 2002.11018 for fusion; the border and the clipped form are textbook algebra.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from zennit.rules import Pass
 
-from ..model.affine import Weighted, is_affine
+from ..model.affine_layers import Weighted, is_affine
 from ..model.routing import source_of
 from .layer_call import LayerCall
 from .layer_step import LayerStep

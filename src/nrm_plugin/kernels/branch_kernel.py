@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .absolute_values import closed_absolute, dense_absolute
+from .absolute_kernels import closed_absolute, dense_absolute
 from .base import Kernel
 from .branch import Branch, WeightedLayer, pull_together
 from .normalization import Columns

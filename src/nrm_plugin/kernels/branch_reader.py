@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from zennit.core import BasicHook, ParamMod
 from zennit.rules import Gamma
 
-from ..model.affine import WEIGHTED, is_affine
+from ..model.affine_layers import WEIGHTED, is_affine
 from .branch import Branch, WeightedLayer
 from .branch_kernel import BranchKernel, ReadBranches
 from .cache_blocks import Block, blocks, whole
-from .closed_forms import closed_mapper
 from .layer_call import LayerCall
 from .mapper import Mapper, applied_mapper
+from .mapper_closed_forms import closed_mapper
 from .modified_layers import ModifiedLayer, modified_layer, rerun_without_bias
-from .modifiers import modified_inputs, signs_of
+from .modifier_probes import modified_inputs, signs_of
 from .normalization import Columns, ColumnSums, Deficit, Normalization
 
 _SEPARATE: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
@@ -80,7 +80,7 @@ class _BranchReader:
     signs: list[float]
 
     def certain(self, chosen: tuple[int, ...]) -> ReadBranches:
-        """Branches of a rule of which others were read already."""
+        """Branches of a rule that is readable, because others of its branches were read."""
         branches = self.read(chosen)
         assert branches is not None
         return branches
@@ -149,7 +149,7 @@ class _BranchReader:
     def _write(self, factors: dict[int, Tensor], read: Iterator[_ColumnBlock]) -> Columns:
         """Writes the factors, multiplied by the gain if there is a normalization.
 
-        The memory of a factor is that of an image, of which each block is read before it is written to.
+        Factors reuse the memory of the images: each block is read before it is overwritten.
         """
         if self.normalization is None:
             return _write_plain(factors, read, self.call.output)

@@ -47,7 +47,7 @@ def before_writing(tensor: Tensor) -> None:
 
 
 def write(target: Tensor, result: Tensor) -> Tensor:
-    """Copies a result into a tensor in place; returns the tensor whose history is that of the result."""
+    """Copies a result into a tensor in place; returns the tensor with the autograd history of the result."""
     before_writing(target)
     try:
         return target.copy_(result)
@@ -81,6 +81,7 @@ class _Running(threading.local):
         pauses: How many blocks of :func:`not_recorded` are open.
         saved: What steps saved, by address in memory.
         listener: Is notified of every step and tap.
+        first_node: Number of the first autograd node of this pass; None if any tensor may carry relevance.
     """
 
     def __init__(self) -> None:
@@ -88,6 +89,7 @@ class _Running(threading.local):
         self.pauses = 0
         self.saved: dict[int, list[weakref.ref[Saved]]] = {}
         self.listener: Listener | None = None
+        self.first_node: int | None = None
 
 
 class Listener(Protocol):
@@ -150,11 +152,41 @@ def listener() -> Listener | None:
     return RUNNING.listener
 
 
+def is_foreign(tensor: Tensor) -> bool:
+    """Whether a tensor requires a gradient although the model did not compute it from its inputs in this pass.
+
+    Such as a parameter kept in a list or closure, or an initial state: for relevance it is a constant. The model is
+    called with copies of its inputs, so every leaf is foreign, and so is what was computed before.
+    """
+    if RUNNING.first_node is None or not tensor.requires_grad:
+        return False
+    return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < RUNNING.first_node
+
+
+def constants_detached(value: Any) -> Any:
+    """An argument of a function with all foreign tensors detached; the same object if there are none."""
+    if isinstance(value, Tensor):
+        return value.detach() if is_foreign(value) else value
+    if type(value) in (list, tuple):
+        items = [constants_detached(item) for item in value]
+        is_same = all(new is old for new, old in zip(items, value, strict=True))
+        return value if is_same else type(value)(items)
+    return value
+
+
 @contextmanager
 def forward_pass(listener: Listener | None) -> Iterator[None]:
-    """A fresh state for one forward pass, so that a pass that raised leaves nothing behind."""
+    """A fresh state for one forward pass, so that a pass that raised leaves nothing behind.
+
+    Args:
+        listener: Is notified of every step; the model is then called with copies of its inputs, made in this context.
+    """
     outer = dict(RUNNING.__dict__)
-    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener)
+    first_node = None
+    if listener is not None:
+        with torch.inference_mode(False), torch.enable_grad():
+            first_node = torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
+    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, first_node=first_node)
     try:
         yield
     finally:

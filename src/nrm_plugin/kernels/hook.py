@@ -19,16 +19,17 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.rules import Pass
 
 from ..errors import InputError, UnsupportedRuleError, autocast_outside
-from ..model.affine import is_known_linear
+from ..model.affine_layers import is_known_linear
 from ..model.autocast import asked_for
-from ..model.copies import shared_copy
 from ..model.custom_layers import WeightRecorder, is_own_layer
+from ..model.shallow_copies import shared_copy
 from .forward_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 from .forward_state import (
     RUNNING,
     RunningModule,
     Saved,
     before_writing,
+    is_foreign,
     is_inside_step,
     is_saved,
     leave_mode,
@@ -130,7 +131,8 @@ class StepHook(Hook):
     @without_torch_function
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: detaches the arguments of the module."""
-        computed = {key: tensor for key, tensor in _floating(args, kwargs).items() if tensor.requires_grad}
+        floating = _floating(args, kwargs)
+        computed = {key: tensor for key, tensor in floating.items() if tensor.requires_grad and not is_foreign(tensor)}
         if not self.active or not computed or is_inside_step():
             RUNNING.modules.append(RunningModule(self, module, None))
             return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zennit.core import Hook
 from zennit.rules import Epsilon, Gamma
 
-from ..model.affine import LINEAR_RULES
+from ..model.affine_layers import LINEAR_RULES
 from ..model.autocast import current
 from ..rules import Absolute, ConservingEpsilon, Relative
 from .forward_state import Saved
@@ -69,7 +69,7 @@ class LayerCall:
         name: str,
         image: Image | None = None,
     ) -> LayerCall:
-        """The call that returned this output, of which no more is saved than the rule reads."""
+        """The call that returned this output; only what the rule reads is saved."""
         saved_output = Saved(output) if _reads_output(rule) else None
         # Not the output itself: linked to a step, it would keep the step alive, and the step the output.
         return cls(rule, module, run, saved_input, shape_like(output), name, saved_output, image)
@@ -91,7 +91,7 @@ class LayerCall:
 
 
 def reads_image(rule: Hook) -> bool:
-    """Whether a rule runs the unmodified layer on its unmodified input, whose image the hook has seen."""
+    """Whether a rule runs the unmodified layer on its unmodified input, so that the hook already has the image."""
     return type(rule) in (Epsilon, ConservingEpsilon)
 
 

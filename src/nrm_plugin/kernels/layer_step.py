@@ -69,7 +69,7 @@ class LayerStep(Step):
         Args:
             weight: The weight.
             bias: The bias.
-            factor: What multiplies the output without bias thereby, if that is known.
+            factor: The factor that this applies to the output without bias, if known.
         """
         call = self.layer_call
         call.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)

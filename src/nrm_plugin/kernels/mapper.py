@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from zennit.core import BasicHook
 
-from ..model.affine import is_known_linear
+from ..model.affine_layers import is_known_linear
 from .cache_blocks import Block, blocks
 
 Factors = Callable[[list[Tensor], tuple[int, ...]], dict[int, Tensor]]
@@ -21,7 +21,7 @@ class Mapper:
 
     Attributes:
         leaders: For each branch the first one with the same factor.
-        factors: Outputs of all branches, and the leaders whose factors are wanted, to these factors.
+        factors: Outputs of all branches, and the leaders for which factors are requested, to these factors.
         is_local: Whether each entry of a factor depends on the same entry of the outputs only.
     """
 
@@ -48,8 +48,8 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
         return None
 
     def by_leader(outputs: list[Tensor], wanted: tuple[int, ...]) -> dict[int, Tensor]:
-        found = mapped(rule, torch.ones_like(outputs[0]), outputs)
-        return {leader: found[leader] for leader in wanted}
+        mapped_to = mapped(rule, torch.ones_like(outputs[0]), outputs)
+        return {leader: mapped_to[leader] for leader in wanted}
 
     leaders = tuple(next(k for k, other in enumerate(factors) if other is factor) for factor in factors)
     return Mapper(leaders, by_leader, _is_local(rule, at_corner, [factor[corner] for factor in factors]))

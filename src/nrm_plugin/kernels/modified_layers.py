@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from zennit.core import ParamMod
 from zennit.rules import NoMod
 
-from ..model.affine import broadcast, is_known_linear, twin_of
+from ..model.affine_layers import broadcast, is_known_linear, twin_of
 from ..model.autocast import lowered
-from ..model.copies import shared_copy
 from ..model.linear_maps import LinearMap, blocked_maps, explicit_maps, recorded_maps
+from ..model.shallow_copies import shared_copy
 from ..rules import EvenMod
 from .cache_blocks import Block
 from .layer_call import LayerCall, Run
-from .modifiers import is_zero
+from .modifier_probes import is_zero
 
 LARGE = 1 << 22
 """Entries of a linear layer from which on its modified weight is computed block by block."""

@@ -1,7 +1,7 @@
 """Reading a Zennit rule on one call of a module as a kernel.
 
 Three forms, tried in this order: the identity (``Pass``), branches on an affine module (every built-in rule), and
-otherwise the function that propagates relevance, whose column sums are found by differentiating it.
+otherwise the function that propagates relevance; differentiating it gives its column sums.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zennit.core import BasicHook, Hook, ParamMod
 from zennit.rules import Pass
 
 from ..errors import NonlinearRuleError, UnsupportedRuleError
-from ..model.affine import is_by_modifiers, overrides
+from ..model.affine_layers import is_by_modifiers, overrides
 from .base import IdentityKernel, Kernel
 from .branch_reader import branch_kernel
 from .forward_state import Saved
@@ -59,7 +59,7 @@ def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Ke
 
     Args:
         rule: The rule; it is copied.
-        module: The module, such as :class:`~nrm_plugin.model.affine.Weightless`; it may be written to.
+        module: The module, such as :class:`~nrm_plugin.model.affine_layers.Weightless`; it may be written to.
         inputs: Its input, ``(N, *in)``.
         name: Layer name, for messages.
     """

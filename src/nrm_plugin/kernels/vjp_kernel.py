@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .absolute_values import dense_absolute
+from .absolute_kernels import dense_absolute
 from .base import Kernel
 
 

@@ -81,7 +81,7 @@ def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
         chosen[index.value] = True
     except IndexError as error:
         raise EventError(
-            f"{atom}: there is no {what} {show(index.value)}, it has {count}, from 0 to {count - 1}."
+            f"{atom}: no {what} {show(index.value)}; the attention has {count} {what}s, 0 to {count - 1}."
         ) from error
     return chosen
 
@@ -110,12 +110,12 @@ def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
     if len(inside) == len(of_calls):
         return [inside[of_calls.index(call)] for call in calls]
     if inside:
-        raise EventError(f"{atom}: {name!r} holds {len(inside)} calls of attention; say which: {_listed(inside)}.")
-    others = f" These layers do: {_listed(known)}." if known else " No layer does."
+        raise EventError(f"{atom}: {name!r} holds {len(inside)} calls of attention; say which: {_expressions(inside)}.")
+    others = f" These layers do: {_expressions(known)}." if known else " No layer does."
     raise EventError(f"{atom}: {name!r} computes no attention that the output depends on.{others}")
 
 
-def _listed(steps: list[Step], most: int = 8) -> str:
+def _expressions(steps: list[Step], most: int = 8) -> str:
     """The shortest expression for each step."""
     names, owners = [step.name for step in steps], [_owner(step) for step in steps]
     texts = []

@@ -16,7 +16,7 @@ from ..events.event import Event
 from ..recording.passes import Cost
 from ..recording.places import Buffer, Edge, Place
 from ..recording.taps import Tap
-from .decision_diagram import FALSE, TRUE, DecisionDiagram
+from .event_diagram import FALSE, TRUE, DecisionDiagram
 from .layer_taps import is_below
 from .masked_vectors import masked
 

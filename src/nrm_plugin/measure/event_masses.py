@@ -14,7 +14,7 @@ from ..recording.places import Buffer, Edge, Place, Sink
 from ..recording.recording import Recording
 from .attention_events import plain
 from .conditionals import Conditionals
-from .decision_diagram import FALSE, TRUE, DecisionDiagram
+from .event_diagram import FALSE, TRUE, DecisionDiagram
 from .masked_vectors import add_to, masked
 from .memory import in_chunks, width_of
 

@@ -156,20 +156,20 @@ def _shown(
     """
     outside, masses = float(masses[groups.count :].sum()), masses[: groups.count]
     masses = np.pad(masses, (0, groups.count - len(masses)))
-    kept = thresholds.selected(masses)
-    positions = torch.full((groups.count + 1,), len(kept), dtype=torch.long)
-    positions[kept] = torch.arange(len(kept))
+    shown = thresholds.selected(masses)
+    positions = torch.full((groups.count + 1,), len(shown), dtype=torch.long)
+    positions[shown] = torch.arange(len(shown))
     flow_layer = FlowLayer(
         name=tap.names[0] if not isinstance(layer, str) and tap.names else str(layer),
-        groups=tuple(kept),
-        labels=tuple(groups.names(group) for group in kept),
-        masses=tuple(float(masses[group]) for group in kept),
-        rest=outside + float(np.delete(masses, kept).sum()),
-        others=groups.count - len(kept),
+        groups=tuple(shown),
+        labels=tuple(groups.names(group) for group in shown),
+        masses=tuple(float(masses[group]) for group in shown),
+        rest=outside + float(np.delete(masses, shown).sum()),
+        others=groups.count - len(shown),
         sink=float(mu.sink(layer)[number]),
         bypass=float(mu.bypass(layer)[number]),
     )
-    has_all_channels = groups.are_channels and kept == list(range(groups.count))
+    has_all_channels = groups.are_channels and shown == list(range(groups.count))
     return _Shown(atom_of(layer), flow_layer, positions[groups.labels], has_all_channels)
 
 

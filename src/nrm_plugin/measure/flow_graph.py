@@ -103,9 +103,9 @@ class FlowGraph:
             FlowGraph(1: 1, input: 1)
         """
         thresholds = Thresholds(top, min_mass, coverage)
-        kept = [thresholds.selected(np.array(layer.masses)) for layer in self.layers]
-        layers = tuple(merged(layer, groups) for layer, groups in zip(self.layers, kept, strict=True))
-        sums = [merging(len(layer.groups), groups) for layer, groups in zip(self.layers, kept, strict=True)]
+        shown = [thresholds.selected(np.array(layer.masses)) for layer in self.layers]
+        layers = tuple(merged(layer, groups) for layer, groups in zip(self.layers, shown, strict=True))
+        sums = [merging(len(layer.groups), groups) for layer, groups in zip(self.layers, shown, strict=True)]
         joints = tuple(up @ joint @ down.T for joint, (up, down) in zip(self.joints, pairwise(sums), strict=True))
         return FlowGraph(layers, joints, self.carried if layers == self.layers else None)
 

@@ -19,15 +19,15 @@ NEGLIGIBLE = 1e-12
 
 @dataclass(frozen=True)
 class Thresholds:
-    r"""The groups to show: all, in their order, if there is no threshold, else those of largest absolute mass first.
+    r"""The groups to show: without thresholds all, in their order, else in decreasing order of absolute mass.
 
-    If there is any threshold, groups without mass are not shown.
+    With any threshold, groups without mass are not shown.
 
     Attributes:
         top: Number of groups.
         min_mass: Smallest absolute mass of a group.
         coverage: Share ``s`` of the absolute mass: the fewest groups with
-            :math:`\sum_{kept} |\mu| \ge s \sum |\mu|`.
+            :math:`\sum_{\mathrm{shown}} |\mu| \ge s \sum |\mu|`.
 
     Raises:
         InputError: A threshold without meaning.
@@ -41,7 +41,7 @@ class Thresholds:
         check_thresholds(self.top, self.min_mass, self.coverage)
 
     def selected(self, masses: Array) -> list[int]:
-        """Numbers of the groups to show, of those with these masses."""
+        """Indices of the groups to show, given the mass of each."""
         if self.top is None and self.min_mass is None and self.coverage is None:
             return list(range(len(masses)))
         size = np.abs(masses)
@@ -64,24 +64,24 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
         raise InputError(f"coverage={coverage!r} must be above 0 and at most 1: 0.9 for 90 %.")
 
 
-def merging(count: int, kept: Sequence[int]) -> Array:
-    """``(kept + 2, count + 2)``: sums the nodes of a layer to those of the smaller graph."""
-    sums = np.zeros((len(kept) + 2, count + 2))
+def merging(count: int, shown: Sequence[int]) -> Array:
+    """``(shown + 2, count + 2)``: sums the nodes of a layer to those of the smaller graph."""
+    sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1
-    for row, position in enumerate(kept):
+    for row, position in enumerate(shown):
         sums[row, position], sums[-2, position] = 1, 0
     return sums
 
 
-def merged(layer: FlowLayer, kept: Sequence[int]) -> FlowLayer:
+def merged(layer: FlowLayer, shown: Sequence[int]) -> FlowLayer:
     """A layer with fewer groups; the mass of the others is added to the rest."""
-    dropped = [position for position in range(len(layer.groups)) if position not in set(kept)]
+    dropped = [position for position in range(len(layer.groups)) if position not in set(shown)]
     return replace(
         layer,
-        groups=tuple(layer.groups[position] for position in kept),
-        labels=tuple(layer.labels[position] for position in kept),
-        masses=tuple(layer.masses[position] for position in kept),
+        groups=tuple(layer.groups[position] for position in shown),
+        labels=tuple(layer.labels[position] for position in shown),
+        masses=tuple(layer.masses[position] for position in shown),
         rest=layer.rest + sum(layer.masses[position] for position in dropped),
         others=layer.others + len(dropped),
     )

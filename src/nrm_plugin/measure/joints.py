@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.base import IdentityKernel
 from ..kernels.branch_kernel import BranchKernel
-from ..kernels.channel_edges import channel_edges
+from ..kernels.channel_pairs import channel_edges
 from ..model.routing import is_whole, operation
 from ..recording.graph import Vertex
 from ..recording.passes import Cost, Vectors, pull, push

@@ -13,7 +13,7 @@ from zennit.core import Composite
 from ..composites import Uncovered, normalize
 from ..events.event import Atom, Event, Side
 from ..kernels.normalization import Residual
-from ..model.inputs import Call, Inputs, Output
+from ..model.inputs_and_outputs import Call, Inputs, Output
 from ..model.targets import chosen_target, normalized, sample_sums, start_vector
 from ..recording.passes import Cost
 from ..recording.recording import Recording

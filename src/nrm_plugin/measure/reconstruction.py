@@ -19,7 +19,8 @@ from zennit.core import Composite
 
 from ..errors import EventError
 from ..events.event import All, Atom, Event
-from .located import mask_of
+from ..imports import warn_deprecated
+from .located_events import mask_of
 
 Method = Literal["deconvnet", "guided_backprop"]
 COMPOSITES: dict[Method, Callable[[], Composite]] = {"deconvnet": DeconvNet, "guided_backprop": GuidedBackprop}
@@ -31,7 +32,7 @@ class Reconstruction:
     """A reconstruction for each sample.
 
     Attributes:
-        pictures: The reconstructions, ``(N, C, H, W)``.
+        images: The reconstructions, ``(N, C, H, W)``.
         boxes: Receptive field of the chosen neurons, ``(top, left, bottom, right)`` for each sample, the last two
             exclusive; all zeros if no chosen neuron depends on the input.
 
@@ -40,8 +41,14 @@ class Reconstruction:
         torch.Size([3, 3, 8])
     """
 
-    pictures: Tensor
+    images: Tensor
     boxes: list[Box]
+
+    @property
+    def pictures(self) -> Tensor:
+        """The former name of ``images``; deprecated."""
+        warn_deprecated("Reconstruction.pictures", "Reconstruction.images")
+        return self.images
 
     @property
     def crops(self) -> list[Tensor]:
@@ -51,8 +58,8 @@ class Reconstruction:
             >>> Reconstruction(torch.zeros(1, 1, 4, 4), [(0, 0, 4, 2)]).crops[0].shape
             torch.Size([1, 4, 2])
         """
-        boxes = zip(self.pictures, self.boxes, strict=True)
-        return [picture[:, top:bottom, left:right] for picture, (top, left, bottom, right) in boxes]
+        boxes = zip(self.images, self.boxes, strict=True)
+        return [image[:, top:bottom, left:right] for image, (top, left, bottom, right) in boxes]
 
 
 def reconstruct(
@@ -81,8 +88,8 @@ def reconstruct(
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.ReLU())
-        >>> found = reconstruct(net, torch.rand(2, 1, 8, 8), at("3").channel(1) & at("1").channel([0, 2]))
-        >>> found.pictures.shape
+        >>> reconstruction = reconstruct(net, torch.rand(2, 1, 8, 8), at("3").channel(1) & at("1").channel([0, 2]))
+        >>> reconstruction.images.shape
         torch.Size([2, 1, 8, 8])
 
     Source: Zeiler and Fergus (ECCV 2014), Springenberg et al. (ICLR workshop 2015); walks are ours.
@@ -102,8 +109,8 @@ def reconstruct(
             best = torch.zeros_like(flat).scatter(1, flat.argmax(1, keepdim=True), 1.0).view_as(start)
             start = start * best
             mask = best.bool()
-        (pictures,) = torch.autograd.grad(output, pixels, start, allow_unused=True, materialize_grads=True)
-    return Reconstruction(pictures.detach(), receptive_fields(model, images, layer, mask))
+        (reconstructions,) = torch.autograd.grad(output, pixels, start, allow_unused=True, materialize_grads=True)
+    return Reconstruction(reconstructions.detach(), receptive_fields(model, images, layer, mask))
 
 
 def _atoms(neurons: Event) -> dict[str, Atom]:

@@ -34,11 +34,11 @@ def current() -> torch.dtype | None:
 @contextmanager
 def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
     """Runs layers with a weight in this dtype."""
-    kept, _CURRENT.dtype = _CURRENT.dtype, dtype
+    outer, _CURRENT.dtype = _CURRENT.dtype, dtype
     try:
         yield
     finally:
-        _CURRENT.dtype = kept
+        _CURRENT.dtype = outer
 
 
 def asked_for(device: torch.device) -> torch.dtype | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .affine import Weighted, is_affine
+from .affine_layers import Weighted, is_affine
 
 _FUNCTIONS: dict[Any, type[nn.Module]] = {
     nn.functional.linear: nn.Linear,

@@ -21,7 +21,7 @@ class LinearMap(NamedTuple):
         down: ``(K, N, *out)`` to ``(K, N, *in)``.
         up: ``(K, N, *in)`` to ``(K, N, *out)``.
         weight_gradient: Input ``(1, *in)`` and relevance ``(1, *out)`` to the gradient of their product with respect to
-            the weight; None if there is no closed form.
+            the weight; None without a closed form.
         convolution: Weight, options and input shape, if the layer is a convolution.
     """
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UncoveredLayerError, UnsupportedOperationError
 from ..kernels.step import Step
-from ..model.inputs import NOT_JOINED
+from ..model.inputs_and_outputs import NOT_JOINED
 from ..model.routing import is_route_node, operation
 from .graph import Graph
 from .taps import INPUT, OUTPUT, Observed

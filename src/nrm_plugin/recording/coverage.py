@@ -14,8 +14,8 @@ from zennit.core import Composite
 from ..composites import Normalized, NRMDefault
 from ..kernels.layer_step import LayerStep
 from ..kernels.step import FunctionStep, Step
-from ..model.affine import Weighted
-from ..model.inputs import Call, Inputs, Output
+from ..model.affine_layers import Weighted
+from ..model.inputs_and_outputs import Call, Inputs, Output
 from .recording import Recording
 
 

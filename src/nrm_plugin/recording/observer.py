@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import EventError, UnknownLayerError, unknown_layer
 from ..events.event import Atom
-from ..kernels.forward_state import not_recorded, without_torch_function
+from ..kernels.forward_state import is_foreign, not_recorded, without_torch_function
 from ..kernels.hook import StepHook
 from ..kernels.step import Step
 from ..model.routing import written
@@ -156,8 +156,10 @@ class Observer:
 
 
 def _own_view(value: Any) -> Any:
-    """A view of a tensor for one call, so that its tap holds the walks through this call only."""
-    return value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value
+    """A separate view of a tensor for each call, so that its tap holds only the walks through this call."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    return value.detach() if is_foreign(value) else value.view_as(value)
 
 
 def _entries(output: Any) -> Mapping[Any, Any]:

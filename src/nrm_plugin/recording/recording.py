@@ -15,7 +15,7 @@ from ..kernels.forward_state import forward_pass
 from ..model.autocast import asked_for, exact, layers_in
 from ..model.checks import check_model, check_module
 from ..model.guard import Fingerprint, preserved
-from ..model.inputs import Call, Output, explained_output
+from ..model.inputs_and_outputs import Call, Output, explained_output
 from .graph import Graph
 from .observer import EMBEDDINGS, Observer
 from .samples import Samples

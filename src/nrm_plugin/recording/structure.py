@@ -1,4 +1,4 @@
-"""The structure of a recording: all that does not depend on values, so that it need be found only once."""
+"""The structure of a recording: everything that does not depend on values and is therefore determined only once."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Taps:
         graph: The graph.
         observed: The labelled tensors, in execution order.
         modules: Name of each module.
-        containers: Names of modules with children that have a rule themselves, so that there are no taps inside.
+        containers: Names of modules with children that have a rule themselves; nothing inside them is a tap.
         batched: Whether the inputs have a dimension of samples.
 
     Attributes:
@@ -240,7 +240,7 @@ class Taps:
         """The vertices of the steps of a layer, whose sinks ``at(layer, side="sink")`` stands for.
 
         Raises:
-            UnknownLayerError: The layer is not a step, so that it absorbs nothing.
+            UnknownLayerError: The layer is not a step and therefore absorbs nothing.
         """
         name = self.name_of(layer)
         calls = sorted(number for known, number in self._sinks if known == name)
@@ -291,7 +291,7 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Gives a tap whose layout no layer determines the layout of the nearest tap of its shape, else of its rank."""
+    """Assigns taps without a layout that of the nearest tap of the same shape, else of the same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
         if tap.channel_dim:

@@ -20,7 +20,7 @@ FILLS: tuple[Fill, ...] = ("zero", "mean", "resample")
 def ablation(
     model: nn.Module, kept: Mapping[str, Tensor], fill: Fill = "zero", reference: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """While it lasts, the activations of all neurons that are not kept are replaced.
+    """In this context the activations of all neurons that are not kept are replaced.
 
     Args:
         model: The network; its hooks are removed at the end.

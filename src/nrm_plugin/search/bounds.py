@@ -45,7 +45,7 @@ class Lumps:
 class CompletionBounds:
     """For each layer, what share of its relevance the best groups below can carry; computed from the input up.
 
-    Where there is no time for a pass for each group, the groups with the smallest marginals are merged.
+    If time is too short for one pass for each group, the groups with the smallest marginals are merged.
 
     Args:
         chain: The layers.

@@ -70,7 +70,7 @@ class LayerChain:
     def collect(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
         r"""The transpose of `propagate`, :math:`\sum_{i'} \tilde T_{i'i} v(i')`: ``(K, n_{m+1})`` to ``(K, n_m)``.
 
-        With ``bound`` it is no smaller than the same sum of absolute values of the kernel.
+        With ``bound`` it is at least the same sum with absolute values of the kernel.
         """
         upper, lower = self.taps[level : level + 2]
         rows = values.view(len(values), *lower.shape)

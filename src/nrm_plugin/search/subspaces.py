@@ -308,7 +308,7 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
     for name in subspaces:
         if not name or name not in known:
             raise UnknownLayerError(
-                f"there is no layer named {name!r} to decompose into subspaces; model.named_modules() lists them."
+                f"no layer named {name!r} to decompose into subspaces; model.named_modules() lists them."
             )
         if any(other != name and other.startswith(f"{name}.") for other in subspaces):
             raise InputError(f"{name!r} holds another layer with subspaces; give subspaces of one of them.")

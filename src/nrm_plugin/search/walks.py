@@ -139,7 +139,7 @@ def top_walks(
     stopped early has good walks. It may be stopped at any time: masses are exact, and the bound holds, up to rounding.
 
     Without ``layers`` a walk is one of single neurons, along one path through the whole network. If no kernel is
-    negative, as with :class:`~nrm_plugin.composites.NRMAbsolute`, the largest walks are found exactly by max-product:
+    negative, as with :class:`~nrm_plugin.composites.NRMAbsolute`, max-product finds the largest walks exactly:
 
     .. math:: V(i) = 1 \text{ at inputs}, \; V(j) = \max_i \tilde T_{ij} V(i), \; \max_w \mu(w) = \max_k \mu(k) V(k)
 

@@ -22,7 +22,7 @@ class UnknownKernel(Kernel):
         shapes: Shape of each input.
     """
 
-    is_stochastic = True  # no walk passes through it, so there is nothing to normalize
+    is_stochastic = True  # no walk passes through it, so nothing is normalized
 
     def __init__(self, error: Exception, shapes: Sequence[torch.Size]) -> None:
         self.error, self.shapes = error, list(shapes)

@@ -10,8 +10,8 @@ from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, WSquare, ZBox, Z
 
 from nrm_plugin import Absolute, ConservingEpsilon
 from nrm_plugin.kernels.cache_blocks import Block
-from nrm_plugin.kernels.closed_forms import closed_mapper
 from nrm_plugin.kernels.mapper import applied_mapper
+from nrm_plugin.kernels.mapper_closed_forms import closed_mapper
 
 RULES = [Epsilon(), Norm(), WSquare(), Flat(), ZPlus(), ZBox(-1, 1), AlphaBeta(), Gamma(), ConservingEpsilon()]
 

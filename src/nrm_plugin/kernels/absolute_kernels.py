@@ -57,7 +57,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 def closed_absolute(
     branches: list[Branch], layer: WeightedLayer | None, like: Tensor, relevance: Tensor
 ) -> Tensor | None:
-    """``Σ_j |T_ij| R_j`` of branches; None where there is no closed form.
+    """``Σ_j |T_ij| R_j`` of branches; None without a closed form.
 
     Args:
         branches: All branches of a rule.
@@ -89,7 +89,7 @@ class _Term:
 
 
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
-    r"""Terms of which each entry of the kernel is in one only; None where there are none such.
+    r"""Terms such that each entry of the kernel belongs to exactly one; None without such terms.
 
     On the positive weights, and on the negative ones, the modified weights of a rule are multiples of the weight.
     Branches with the same factor are added first (ZBox), the others must not overlap.
@@ -117,7 +117,7 @@ def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: T
 
 
 def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
-    """λ with ``modified = λ weight`` on the weights of one sign; None if there is no such number."""
+    """λ with ``modified = λ weight`` on the weights of one sign; None if they are not proportional."""
     chosen = (weight * sign) > 0
     here, there = weight[chosen], modified[chosen]
     if here.numel() == 0:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.forward_state import is_inside_step
+from ..kernels.forward_state import constants_detached, is_inside_step
 from .function_call import Settings
 from .handlers import handle
 from .intercepted_pass import InterceptedPass
@@ -36,6 +36,9 @@ class InterceptionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_inside_step() or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if getattr(func, "__name__", "") != "__get__":  # attributes are read from the tensor itself
+            args = constants_detached(args)
+            kwargs = {key: constants_detached(value) for key, value in kwargs.items()}
         return handle(ObservedCall.of(func, args, kwargs, self.forward_pass.path), self.forward_pass)
 
 

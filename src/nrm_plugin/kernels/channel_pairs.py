@@ -28,7 +28,7 @@ def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
     """
     layer = kernel.layer
     if layer is None:
-        raise NRMError("there is no channel matrix across a step without weights.")
+        raise NRMError("a step without weights has no channel matrix.")
     kernel.complete_for(relevance.unsqueeze(0))
     rows = []
     for sample in range(len(relevance)):

@@ -36,7 +36,7 @@ class Call:
         batched: Whether the first dimension of the inputs is the batch; if not, all inputs together are one sample.
 
     Attributes:
-        tensors: The tensors to which relevance flows, ``(N, …)`` each; without the batch if there is none.
+        tensors: The tensors to which relevance flows, ``(N, …)`` each; no batch dimension without ``batched``.
         items: Their keywords, or their positions if there are several, or None for a single one.
         indices: Inputs of integers, by keyword or position, or None for a single one.
 
@@ -51,7 +51,7 @@ class Call:
         self._args = args if isinstance(args, tuple) else () if args is None else (args,)
         self._kwargs = dict(kwargs or {})
         self._keywords: list[str] | None = None
-        self._listed: tuple[Any, ...] = ()
+        self._positional: tuple[Any, ...] = ()
         self.indices: dict[Any, Tensor]
         self.items: list[str] | list[int] | list[None]
         if isinstance(inputs, Mapping):
@@ -67,13 +67,13 @@ class Call:
             self.tensors = tuple(given.values())
             check_inputs([*self.tensors, *self.indices.values()], [*given, *self.indices], batched)
         else:
-            self._listed = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-            names: list[Any] = [None] if len(self._listed) == 1 else list(range(len(self._listed)))
-            check_inputs(self._listed, names, batched)
-            named = list(zip(names, self._listed, strict=True))
+            self._positional = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+            names: list[Any] = [None] if len(self._positional) == 1 else list(range(len(self._positional)))
+            check_inputs(self._positional, names, batched)
+            named = list(zip(names, self._positional, strict=True))
             self.items = [name for name, tensor in named if not is_index(tensor)]
             self.indices = {name: tensor for name, tensor in named if is_index(tensor)}
-            self.tensors = tuple(tensor for tensor in self._listed if not is_index(tensor))
+            self.tensors = tuple(tensor for tensor in self._positional if not is_index(tensor))
 
     @property
     def batch(self) -> int:
@@ -93,8 +93,8 @@ class Call:
         """The model's return value for other values of the tensors."""
         if self._keywords is None:
             explained = iter(tensors)
-            listed = [tensor if is_index(tensor) else next(explained) for tensor in self._listed]
-            return model(*listed, *self._args, **self._kwargs)
+            values = [tensor if is_index(tensor) else next(explained) for tensor in self._positional]
+            return model(*values, *self._args, **self._kwargs)
         return model(*self._args, **dict(zip(self._keywords, tensors, strict=True)), **self._kwargs)
 
 
@@ -146,7 +146,7 @@ def _chosen(returned: Any, output: Output | None) -> Any:
         if len(tensors) == 1:
             return tensors[0]
         raise InputError(
-            f"the model returned {type(returned).__name__}{_listed(choices)}, a measure starts at one tensor of shape "
+            f"the model returned {type(returned).__name__}{_items(choices)}, a measure starts at one tensor of shape "
             "(N, …). Say which by output=: a key, a position, or a function of the model's return value."
         )
     if callable(output):
@@ -158,7 +158,7 @@ def _chosen(returned: Any, output: Output | None) -> Any:
     if isinstance(output, str) and hasattr(returned, output):
         return getattr(returned, output)
     raise InputError(
-        f"output={output!r} is not in the model's return value, a {type(returned).__name__}{_listed(choices)}."
+        f"output={output!r} is not in the model's return value, a {type(returned).__name__}{_items(choices)}."
     )
 
 
@@ -168,7 +168,7 @@ def _choices(returned: Any) -> dict[Any, Any]:
     return dict(enumerate(returned)) if isinstance(returned, (tuple, list)) else {}
 
 
-def _listed(choices: dict[Any, Any]) -> str:
+def _items(choices: dict[Any, Any]) -> str:
     return f" of {', '.join(f'{key!r} ({_kind(value)})' for key, value in choices.items())}" if choices else ""
 
 
@@ -209,7 +209,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
         if tensor.is_inference():
             raise InputError(f"{what} was made under torch.inference_mode; pass a `.clone()` made outside of it.")
         if (batched and tensor.ndim == 0) or tensor.numel() == 0:
-            raise InputError(f"{what} has shape {tuple(tensor.shape)}: there is no sample to explain.")
+            raise InputError(f"{what} has shape {tuple(tensor.shape)}, which holds no sample to explain.")
         if batched and len(tensor) != len(tensors[0]):
             raise InputError(
                 f"{what} has {len(tensor)} samples, but the first one has {len(tensors[0])}. If the first dimension "

@@ -10,7 +10,7 @@ from ..events.diagram import FALSE, TRUE, Diagram
 from ..events.event import ABSORBED, Event
 from ..recording.places import Buffer, Edge, Sink
 from ..recording.recording import Recording
-from .located import Locator
+from .located_events import Locator
 
 Crossing = list[tuple[int, Tensor | None]]
 """The node that remains, for each mask of neurons; a mask of None stands for all neurons."""

@@ -8,7 +8,7 @@ from torch import nn
 from zennit.core import BasicHook
 
 from nrm_plugin.errors import NRMError
-from nrm_plugin.kernels.absolute_values import dense_absolute
+from nrm_plugin.kernels.absolute_kernels import dense_absolute
 from nrm_plugin.kernels.vjp_kernel import VjpKernel
 from tests.test_kernels import measure
 
@@ -19,10 +19,10 @@ def test_absolute_values_are_formed_in_chunks_up_to_a_limit(chunk: int, monkeypa
     T, U = torch.randn((2, 5, 4), dtype=torch.float64, generator=draw)
     kernel = VjpKernel(lambda relevance: (relevance @ T.T, relevance @ U.T))
     relevance = torch.rand((3, 2, 4), dtype=torch.float64, generator=draw)
-    monkeypatch.setattr("nrm_plugin.kernels.absolute_values.DENSE_LIMIT", 4)
+    monkeypatch.setattr("nrm_plugin.kernels.absolute_kernels.DENSE_LIMIT", 4)
     for part, matrix in zip(dense_absolute(kernel, relevance, chunk), (T, U), strict=True):
         assert torch.allclose(part, relevance @ matrix.abs().T)
-    monkeypatch.setattr("nrm_plugin.kernels.absolute_values.DENSE_LIMIT", 3)
+    monkeypatch.setattr("nrm_plugin.kernels.absolute_kernels.DENSE_LIMIT", 3)
     with pytest.raises(NRMError, match=r"4 outputs per sample.*up to 3 outputs"):
         dense_absolute(kernel, relevance, chunk)
 

@@ -15,7 +15,7 @@ from ..kernels.rule_reader import PlainGradient
 from ..rules import Absolute
 from .function_call import FunctionCall
 from .registry import kernel_of
-from .unknown import UnknownKernel
+from .unsupported import UnknownKernel
 
 POOLS = (
     "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "

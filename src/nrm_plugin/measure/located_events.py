@@ -77,8 +77,8 @@ class Locator:
         taps = self._recording.taps
         if atom.side == "sink":
             return [self._sink(vertex) for vertex in taps.find_sinks(atom.layer, atom.call)]
-        found = taps.find(atom.layer, atom.side, atom.call, atom.item)
-        return [(tap.place, tap.shape, tap.channel_dim) for tap in found]
+        selected = taps.find(atom.layer, atom.side, atom.call, atom.item)
+        return [(tap.place, tap.shape, tap.channel_dim) for tap in selected]
 
     def _sink(self, vertex: int) -> tuple[Sink, torch.Size, int]:
         output, samples, taps = Buffer(vertex, 0), self._recording.samples, self._recording.taps

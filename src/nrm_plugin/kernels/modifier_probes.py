@@ -1,4 +1,4 @@
-"""What the input modifiers and the reducer of a rule do, found by trying them on a few numbers."""
+"""What the input modifiers and the reducer of a rule do, determined by applying them to a few numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from zennit.core import BasicHook
 from zennit.rules import ZBox
 
-from ..model.affine import is_known_linear
+from ..model.affine_layers import is_known_linear
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}
 """Signs of the branches of known rules, which are the same for all instances."""

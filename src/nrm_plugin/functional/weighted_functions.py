@@ -14,11 +14,11 @@ from zennit.rules import Pass
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
 from ..kernels.layer_call import LayerCall, forward
-from ..model.affine import Weighted
+from ..model.affine_layers import Weighted
 from .function_call import FunctionCall, Slot, fill
 from .products import constants_of, contraction, kernel_of_layer, matrix_of
 from .registry import kernel_of
-from .unknown import UnknownKernel
+from .unsupported import UnknownKernel
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {  # on a device without values, so that no random number is drawn
     "linear": lambda: nn.Linear(1, 1, device="meta"),

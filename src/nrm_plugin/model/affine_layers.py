@@ -1,4 +1,4 @@
-"""Affine layers, and the rules whose form on them is known."""
+"""Affine layers, and the rules that have a known form on them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Weighted(nn.Module):
         groups: Groups of a convolution.
         is_transposed: Whether the first dimension of the weight is that of the input channels.
         padding_mode: How a convolution pads its input, as in torch.
-        twin: The layer of torch that computes the same function, its parameters aside; None if there is none.
+        twin: The layer of torch that computes the same function, its parameters aside; None if torch has none.
     """
 
     def __init__(

@@ -1,0 +1,122 @@
+"""Walks end at the inputs that the caller passed, whatever else requires a gradient: compared with plain constants.
+
+Covers: nrm_plugin.recording.graph, nrm_plugin.kernels.forward_state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nrm_plugin import NRM, LayerNRM, RelevanceMeasure, at
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """A linear layer, and a function of its output and of a tensor that the module does not own."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], extra: Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.o = nn.Linear(6, 5).double(), nn.Linear(5, 3).double()
+        self.function, self.extra = function, [extra]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.function(torch.relu(self.a(x)), self.extra[0]))
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {
+    "weight of F.linear": (lambda h, w: functional.linear(h, w), drawn(5, 5)),
+    "matrix product": (lambda h, w: h @ w, drawn(5, 5)),
+    "scale": (lambda h, w: h * w, drawn(5)),
+    "shift": (lambda h, w: h + w, drawn(5)),
+    "difference": (lambda h, w: w - h, drawn(5)),
+    "concatenation": (lambda h, w: torch.cat([h[:, :3], w.expand(len(h), 2)], 1), drawn(2)),
+    "stack": (lambda h, w: torch.stack([h, w.expand_as(h)], 1).sum(1), drawn(5)),
+    "where": (lambda h, w: torch.where(h > 0.3, h, w.expand_as(h)), drawn(5)),
+    "computed from it": (lambda h, w: h * torch.tanh(w * 2) + w.exp(), drawn(5)),
+    "batch norm": (lambda h, w: functional.batch_norm(h, w, w.abs() + 1, w, w), drawn(5)),
+    "layer norm": (lambda h, w: functional.layer_norm(h, (5,), w, w), drawn(5)),
+    "bilinear": (lambda h, w: torch.einsum("ni,ij->nj", h, w), drawn(5, 5)),
+    "in place": (lambda h, w: h.clone().mul_(w).add_(w), drawn(5)),
+    "list of terms": (lambda h, w: sum([h, w, 2 * w]), drawn(5)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", ["leaf", "computed before"])
+def test_tensors_of_the_surroundings_are_constants(name: str, kind: str) -> None:
+    function, extra = FUNCTIONS[name]
+    owned = extra.clone().requires_grad_()
+    foreign = owned if kind == "leaf" else owned * 1.0
+    plain, other = (RelevanceMeasure(Net(function, tensor).eval(), X, 1) for tensor in (extra, foreign))
+    assert other.layers == plain.layers
+    for layer in plain.layers:
+        assert torch.equal(other.marginal(layer), plain.marginal(layer)), layer
+        assert torch.equal(other.sink(layer), plain.sink(layer)), layer
+    events = at("a")[[0, 2]] & ~at("input")[1]
+    assert torch.equal(other(events), plain(events))
+    heat_maps = [NRM(Net(function, tensor).eval()).attribute(X, target=1) for tensor in (extra, foreign)]
+    assert torch.equal(*heat_maps)
+    assert heat_maps[0].abs().sum() > 0
+
+
+def test_layers_outside_the_modules_are_functional_layers() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8).double(), nn.ReLU(), nn.Linear(8, 3).double()]
+
+    class Listed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in layers:
+                x = layer(x)
+            return x
+
+    expected = NRM(nn.Sequential(*layers).eval()).attribute(X, target=2)
+    assert torch.allclose(NRM(Listed().eval()).attribute(X, target=2), expected, atol=1e-12)
+    assert all(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_initial_states_are_constants(kind: type[nn.RNNBase]) -> None:
+    class Started(nn.Module):
+        def __init__(self, grad: bool) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.r, self.o, self.grad = kind(3, 4, batch_first=True).double(), nn.Linear(4, 2).double(), grad
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = torch.ones(1, len(x), 4, dtype=x.dtype, requires_grad=self.grad)
+            return self.o(self.r(x, (state, state) if kind is nn.LSTM else state)[0][:, -1])
+
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    plain, other = (RelevanceMeasure(Started(grad).eval(), x, 1) for grad in (False, True))
+    assert torch.allclose(other.marginal("input"), plain.marginal("input"))
+    assert torch.allclose(other.sink("input", kind="constants"), plain.sink("input", kind="constants"))
+
+
+def test_further_arguments_are_constants() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.o = nn.Linear(6, 5).double(), nn.Linear(10, 2).double()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.o(torch.cat([self.a(x), y], 1))
+
+    y = drawn(4, 5)
+    for extra in (y.clone().requires_grad_(), y.clone().requires_grad_() * 1):
+        plain, other = (
+            LayerNRM(Scaled().eval(), "a").attribute(X, target=1, additional_forward_args=tensor)
+            for tensor in (y, extra)
+        )
+        assert torch.equal(plain, other)
