@@ -1,4 +1,7 @@
-"""Joint matrices by one weight gradient compared with a masked pass for each channel."""
+"""Joint matrices by one weight gradient compared with a masked pass for each channel.
+
+Covers: nrm_plugin.measure.groups, nrm_plugin.measure.masked_vectors.
+"""
 
 from __future__ import annotations
 

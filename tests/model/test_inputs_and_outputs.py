@@ -1,4 +1,7 @@
-"""Model inputs and outputs: several tensors, keyword arguments, packed outputs, and the errors for invalid ones."""
+"""Model inputs and outputs: several tensors, keyword arguments, packed outputs, and the errors for invalid ones.
+
+Covers: nrm_plugin.recording.coverage.
+"""
 
 from __future__ import annotations
 

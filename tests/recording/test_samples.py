@@ -1,4 +1,7 @@
-"""Samples that are not the rows of a tensor: windows, heads and time in front. A batch is asked like its samples."""
+"""Samples that are not the rows of a tensor: windows, heads and time in front. A batch has the values of its samples.
+
+Covers: nrm_plugin.functional.composite_rules, nrm_plugin.functional.function_kernels, nrm_plugin.recording.structure.
+"""
 
 from __future__ import annotations
 
