@@ -204,8 +204,8 @@ OTHER = """
     sys.path.insert(0, sys.argv[2])
     from test_statistics import counted
     folder = pathlib.Path(sys.argv[1])
-    found = counted(1, folder)
-    save_file({str(place): part for place, part in enumerate(found)}, folder / "found.safetensors")
+    results = counted(1, folder)
+    save_file({str(place): part for place, part in enumerate(results)}, folder / "found.safetensors")
 """
 
 
