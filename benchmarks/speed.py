@@ -83,7 +83,7 @@ TARGETS: Targets = [
     ("vgg16", MAPS, f"zennit-crp, {MAPS}", 0.25),
     ("vgg16", MAPS, BARE, 2.0),
     ("vgg16", BETWEEN, f"zennit-crp, {BETWEEN}", 0.05),
-    ("vgg16", GIVEN, "marginals queried again, EpsilonPlusFlat", 1.0),
+    ("vgg16", GIVEN, "repeated marginal query, EpsilonPlusFlat", 1.0),
 ]
 
 
@@ -207,7 +207,7 @@ def queries_work(net: nn.Module, x: Tensor) -> tuple[Work, dict[str, float]]:
     work: Work = {
         f"{JOINTS}, EpsilonPlus": lambda: joints(EpsilonPlus()),
         f"{JOINTS}, NRMDefault": lambda: joints(NRMDefault()),
-        "marginals queried again, EpsilonPlusFlat": lambda: recorded.marginal(recorded.layers),
+        "repeated marginal query, EpsilonPlusFlat": lambda: recorded.marginal(recorded.layers),
         GIVEN: lambda: recorded.conditional(at("features.14")[3]),
         MAPS: lambda: maps("features.28", "input"),
         BETWEEN: lambda: maps("features.26", "features.19"),
@@ -420,7 +420,7 @@ def render(results: dict[str, Any]) -> None:
         "",
         f"Python {place['python']}, torch {place['torch']}, zennit {place['zennit']}, captum {place['captum']}, "
         f"{place['cores']} cores of {place['processor']}, images of {results['size']} × {results['size']} pixels, "
-        f"{TOKENS} tokens, float32. Bold: target missed. zennit-crp was timed on a sample of conditions and "
+        f"{TOKENS} tokens, float32. ✗: target missed. zennit-crp was timed on a sample of conditions and "
         "extrapolated linearly.",
     ]
     page = PAGE.read_text()
@@ -432,7 +432,7 @@ def render(results: dict[str, Any]) -> None:
 def _cell(value: float | None, most: float) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" if value <= most else f"**{value:.3g}**"
+    return f"{value:.3g}" if value <= most else f"{value:.3g} ✗"
 
 
 def ratios(run: dict[str, Any]) -> list[tuple[str, str, float, float]]:

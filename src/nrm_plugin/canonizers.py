@@ -12,11 +12,11 @@ from .functional import Interception
 
 
 class FuseBatchNorm(Canonizer):
-    """Fuses batch normalization into the layers next to it, without touching the model.
+    """Fuses batch normalization into the adjacent layers, without modifying the model.
 
-    It is a canonizer for composites that are ``Normalized`` (a measure normalizes its composite):
-    ``EpsilonPlusFlat(canonizers=[FuseBatchNorm()])``. Neighbours are found while the model runs, so neither the order
-    of attributes nor the way in which the forward pass is written matters.
+    For use as a canonizer in a ``Normalized`` composite (``RelevanceMeasure`` normalizes its composite itself):
+    ``EpsilonPlusFlat(canonizers=[FuseBatchNorm()])``. Adjacent layers are found while the model runs, so neither the
+    order of attributes nor the form of the forward pass matters.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus

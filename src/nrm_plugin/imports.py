@@ -116,9 +116,10 @@ _DEPTH = _Depth()
 
 
 def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-    """The spec, which also imports the composites once Zennit's registry is imported.
+    """Wraps a module spec so that importing Zennit's registry also imports this package's composites.
 
-    Only after the outermost import, since modules of this package that import Zennit are incomplete before.
+    This waits for the outermost import, because until then modules of this package that import Zennit are only partly
+    initialized.
     """
     if spec is not None and spec.loader is not None:
         execute = spec.loader.exec_module

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from nrm_plugin.commands.request import RequestError, target_of
-from tests.commands.shell import OWN, explain, fails, result
+from nrm_plugin.commands.explanation import explanation
+from nrm_plugin.commands.model_loading import load
+from nrm_plugin.commands.request import Request, RequestError, target_of
+from nrm_plugin.dataset.images import load_image
+from tests.commands.shell import OWN, SIZE, explain, fails, result
 
 
 def test_class_names_of_a_file_are_targets(fast: Path, capsys: pytest.CaptureFixture[str]):
@@ -18,6 +23,19 @@ def test_class_names_of_a_file_are_targets(fast: Path, capsys: pytest.CaptureFix
     assert "[2, 3]" in fails(capsys, "explain", "china.png", *OWN, "--classes", "names.txt", "--target", "cat")
     line = fails(capsys, "explain", "china.png", *OWN, "--classes", "names.txt", "--target", "tempel")
     assert "Near names: temple (0)" in line
+
+
+def test_a_model_with_one_output_has_one_class(here: Path):
+    """Also where the output has no dimension of classes, ``(N,)``."""
+    loaded, image = load("own_nets:make", size=SIZE), load_image(Path("china.png"))
+    models = [nn.Sequential(*list(loaded.model.children())[:-1], nn.Linear(32, 1))]
+    models.append(nn.Sequential(*models[0], nn.Flatten(0)))
+    one, flat = (explanation(replace(loaded, model=model.eval()), image, Request()) for model in models)
+    assert one.target == flat.target == 0
+    assert one.outputs.shape == flat.outputs.shape == (1,)
+    assert one.relevance.equal(flat.relevance)
+    with pytest.raises(RequestError, match="--target 1 is out of range: the model has 1 classes"):
+        explanation(replace(loaded, model=models[1]), image, Request("1"))
 
 
 def test_a_name_beyond_the_classes_of_the_model_is_rejected():

@@ -70,6 +70,15 @@ def test_samples_targets_and_predictions_are_stored(tmp_path):
     ) == {2}
 
 
+def test_a_target_function_may_run_the_model(tmp_path):
+    """Its activations are not recorded."""
+    model, data, queries = net(), Data(10), [Activation("4")]
+    stored = sweep(model, data, queries, tmp_path / "a", target=lambda batch: model(batch[0]).argmin(1), **OPTIONS)
+    plain = sweep(model, data, queries, tmp_path / "b", **OPTIONS)
+    assert stored.samples()["target"].to_pylist() == model(data.x).argmin(1).tolist()
+    assert stored.rows("activation(4)")["value"].equals(plain.rows("activation(4)")["value"])
+
+
 def test_inputs_may_be_mappings_and_the_model_is_unchanged(tmp_path):
     class Keyword(nn.Module):
         def __init__(self):

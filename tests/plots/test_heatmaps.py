@@ -216,6 +216,8 @@ def test_joint_figures_show_all_parts():
     for shown, factor in zip(maps_of(figure), (1, 1, 3), strict=True):
         np.testing.assert_allclose(shown, factor * VALUES, rtol=1e-6)
     assert limits_of(figure) == {(-0.4, 0.4), (-1.2, 1.2)}
+    scales = [axes.get_ylim() for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    np.testing.assert_allclose(scales, [(-0.4, 0.4), (-1.2, 1.2)], rtol=1e-6)
     assert figure.get_suptitle() == "heading"
 
 

@@ -105,7 +105,7 @@ def joint_figure(
     Args:
         mu: The measure of ``joint``.
         image: ``(C, H, W)`` with values in [0, 1].
-        pixels: Relevance of the pixels, ``(H, W)``.
+        pixels: Pixel relevance, ``(H, W)``.
         joint: Joint relevance.
         marks: Number of combinations that are labelled and get a heat map.
         heading: Above the figure.

@@ -1,4 +1,4 @@
-"""Kernels of activations, norms and arithmetic: functions that work element by element.
+"""Kernels of activations, normalization layers and arithmetic, which act element by element.
 
 Source: docs/measure.md (operations without a module).
 """

@@ -211,7 +211,7 @@ class RelevanceMeasure(QueryPasses):
                 tensor with a label for every neuron sums over those with the same label, ``(N, groups)``.
             given: Divide by the mass of this event: ``μ(n_l = i | event)``. A list returns one map for each.
             joint: ``μ(n_l = i and event)``, undivided.
-            min_ratio: Smallest ``|μ(event)|`` in units of its variation for which ``given`` divides.
+            min_ratio: Smallest ``|μ(event)|``, relative to its variation, by which ``given`` divides.
 
         Returns:
             ``(N, *shape)``, dimensionless, with a leading dimension for a list of events; a dictionary for a list of
@@ -316,13 +316,13 @@ class RelevanceMeasure(QueryPasses):
     def __call__(
         self, event: Event | Sequence[Event], given: Event | None = None, *, min_ratio: float | None = None
     ) -> Tensor:
-        r"""Mass of an event, ``μ(A)``, or given another, ``μ(A | B) = μ(A & B) / μ(B)``.
+        r"""Mass of an event, ``μ(A)``, or, given a condition, ``μ(A | B) = μ(A & B) / μ(B)``.
 
         Args:
-            event: One event, or a list of them, which takes one pass.
+            event: An event, or a list of events, evaluated in one pass.
             given: The condition.
-            min_ratio: Smallest ``|μ(B)|`` in units of its variation for which it divides; by default 1e-3 in float32
-                and 1e-8 in float64. 0 divides wherever the mass is not zero.
+            min_ratio: Smallest ``|μ(B)|``, relative to its variation, by which to divide; by default 1e-3 in float32
+                and 1e-8 in float64. 0 allows every nonzero divisor.
 
         Returns:
             ``(N,)``, or ``(E, N)`` for a list of ``E`` events.

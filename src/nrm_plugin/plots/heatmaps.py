@@ -160,24 +160,25 @@ def joint(
 
     Args:
         image: ``(C, H, W)`` with values in [0, 1].
-        marginal: Heat map of the image, ``(H, W)``.
+        marginal: Heat map of the image, ``(H, W)``, with its own colour bar.
         columns: As in :func:`flow`.
         ribbons: As in :func:`flow`.
-        maps: Joint heat maps, ``(H, W)`` each, on a common colour scale.
+        maps: Joint heat maps, ``(H, W)`` each, on a common colour scale with one colour bar.
         titles: One title for each of them.
         heading: Title of the figure.
     """
     across = math.ceil(len(maps) / 2)
-    widths = (2.3, 3.3 + 2.1 * (len(columns) - 2), 2.1 * across + 0.75)
+    widths = (2.75, 3.3 + 2.1 * (len(columns) - 2), 2.1 * across + 0.75)
     figure = _figure(sum(widths), 5.1)
     _heading(figure, heading)
     grid = figure.add_gridspec(1, 3, width_ratios=widths)
     left, middle, right = (figure.add_subfigure(grid[0, place]) for place in range(3))
     above, below = left.subplots(2, 1)
     draw_image(above, image)
-    draw_heat_map(below, marginal, image)
+    drawn = draw_heat_map(below, marginal, image)
     _title(above, "image")
-    _title(below, "relevance of pixels")
+    _title(below, "pixel relevance")
+    _color_bar(left, drawn, [below])
     draw_flow(middle.subplots(), columns, ribbons)
     draw_grid(right, maps, titles, image, across)
     return figure

@@ -62,7 +62,7 @@ def text_figure(
     heading: str = "",
     dark: bool = False,
 ) -> Figure:
-    """A text with tokens coloured by relevance; several maps below each other, on a common scale.
+    """Draws text with tokens coloured by relevance; several maps are stacked, on a common scale.
 
     Args:
         tokens: Tokens of a tokenizer; ``Ġ`` and ``▁`` begin a word and ``##`` continues one. Without any of these

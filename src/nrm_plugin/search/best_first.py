@@ -21,14 +21,15 @@ SHARE_OF_BOUNDS = 0.6
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The upper part of walks, to be continued below.
+    """The upper part of a walk, to be completed by the layers below.
 
     Attributes:
-        groups: One group in each of its layers.
-        bound: No completion carries more, by absolute value.
-        number: In the order of creation.
-        mass: Absolute joint relevance of its groups.
-        relevance: Of all neurons of its last layer, of the walks through the groups above, ``(n,)``.
+        groups: One group in each layer of the prefix.
+        bound: Upper bound on the absolute mass of any completion.
+        number: Creation index.
+        mass: Absolute joint relevance of the groups.
+        relevance: Relevance of each neuron of the last layer of the prefix, restricted to walks through the groups
+            above, ``(n,)``.
     """
 
     groups: tuple[int, ...]
@@ -55,7 +56,7 @@ class CompleteWalk:
 
 
 class BestFirstSearch:
-    """A heap of prefixes to be continued, and one of the best complete walks.
+    """A heap of open prefixes, and one of the best complete walks.
 
     Args:
         chain: The layers and their groups.
@@ -78,7 +79,7 @@ class BestFirstSearch:
 
     @property
     def missed(self) -> float:
-        """No walk that is not among the best carries more, by absolute value."""
+        """Upper bound on the absolute mass of any walk that is not among the best."""
         return max(self._dropped, self.prefixes[0].bound if self.prefixes else 0.0)
 
     def largest_first(self) -> list[CompleteWalk]:
@@ -142,7 +143,7 @@ class BestFirstSearch:
             self._add_continuations(prefix.groups, relevance)
 
     def _add_continuations(self, groups: tuple[int, ...], relevance: Tensor) -> None:
-        """All prefixes, or walks, that continue one, given its relevance at the next layer."""
+        """Adds all prefixes or walks that extend a prefix by one layer, given its relevance at that layer."""
         level = len(groups)
         if level == self.chain.last:
             self._complete(groups, self.chain.sums(level, relevance)[:, None], 1)
