@@ -1,4 +1,7 @@
-"""The Captum classes return the numbers of the measure in Captum's forms, and work in Captum's tools."""
+"""The Captum classes return the numbers of the measure in Captum's forms, and work in Captum's tools.
+
+Covers: nrm_plugin.attribution.base, nrm_plugin.attribution.inputs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Normalized as a Zennit composite, alone and with others, and its settings."""
+"""Normalized as a Zennit composite, alone and with others, and its settings.
+
+Covers: nrm_plugin.attribution.attributor, nrm_plugin.functional.canonizer, nrm_plugin.functional.interception_mode,
+nrm_plugin.kernels.forward_modes, nrm_plugin.kernels.step.
+"""
 
 from __future__ import annotations
 
@@ -579,7 +583,7 @@ def test_our_attributor_starts_at_functions_of_the_output_and_by_default_at_the_
     assert mu.composite.normalization.residual == "sink"
 
 
-def test_our_attributor_raises_where_there_is_no_measure(net, x):
+def test_our_attributor_raises_where_no_measure_exists(net, x):
     with untouched(net, x), pytest.raises(TargetError, match="sums to 0"):
         NRMAttributor(net)(x, torch.tensor([[1.0, -1, 0, 0, 0]]).double().expand(2, 5))
     with pytest.raises(TypeError, match="brings its own settings"):

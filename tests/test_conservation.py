@@ -1,4 +1,7 @@
-"""Mass, sink and bypass of every tap sum to 1 on torchvision's nets, for every linear composite."""
+"""Mass, sink and bypass of every tap sum to 1 on torchvision's nets, for every linear composite.
+
+Covers: nrm_plugin.measure.totals.
+"""
 
 from __future__ import annotations
 

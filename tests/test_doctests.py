@@ -47,8 +47,8 @@ def names():
 
 def examples(name):
     """Those of a docstring; those of a method continue the example of its class."""
-    found = doctest.DocTestFinder(recurse=False).find(ITEMS[name], name, globs=names())
-    return [test for test in found if test.examples]
+    tests = doctest.DocTestFinder(recurse=False).find(ITEMS[name], name, globs=names())
+    return [test for test in tests if test.examples]
 
 
 @pytest.mark.usefixtures("own_kernels")

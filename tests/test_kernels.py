@@ -1,4 +1,8 @@
-"""One step of any rule on any layer: every query that a kernel answers, on unit vectors and against matrices."""
+"""One step of any rule on any layer: every query that a kernel answers, on unit vectors and against matrices.
+
+Covers: nrm_plugin.kernels.branch, nrm_plugin.kernels.branch_reader, nrm_plugin.kernels.channel_pairs,
+nrm_plugin.kernels.modifier_probes.
+"""
 
 from __future__ import annotations
 

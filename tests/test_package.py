@@ -28,9 +28,9 @@ def test_a_wheel_has_the_package_and_nothing_else():
     assert wheel_faults(WHEEL - {f"{INFO}/licenses/LICENSE"}) == ["lacks its license"]
 
 
-def test_everything_in_the_package_that_is_no_module_is_known():
-    found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
-    assert {name for name in found if not name.endswith((".py", ".pyc"))} == DATA
+def test_every_file_that_is_not_a_module_is_known():
+    names = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
+    assert {name for name in names if not name.endswith((".py", ".pyc"))} == DATA
 
 
 def test_a_source_archive_has_what_builds_and_tests_it():
@@ -63,7 +63,7 @@ def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed():
     makefile = (ROOT / "Makefile").read_text()
     extras = re.search(r"^EXTRAS = (.+)$", makefile, re.M)
     assert extras
-    bounds = {found.name: lower_bound(found) for found in requirements(*extras[1].split(","))}
+    bounds = {requirement.name: lower_bound(requirement) for requirement in requirements(*extras[1].split(","))}
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     assert {name: Version(version) for name, version in pins.items()} == bounds
@@ -73,9 +73,9 @@ def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed():
 
 def test_an_extra_asks_for_the_same_version_everywhere():
     bounds: dict[str, set[str]] = {}
-    for found in requirements(*EXTRAS):
-        bounds.setdefault(found.name, set()).add(str(found.specifier))
-    assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
+    for requirement in requirements(*EXTRAS):
+        bounds.setdefault(requirement.name, set()).add(str(requirement.specifier))
+    assert {name: versions for name, versions in bounds.items() if len(versions) > 1} == {}
 
 
 @pytest.mark.parametrize("which", ["oldest", "newest"])

@@ -1,4 +1,8 @@
-"""Patterns of models in other packages, each compared with an equivalent net in plain spelling."""
+"""Patterns of models in other packages, each compared with an equivalent net in plain spelling.
+
+Covers: nrm_plugin.functional.unsupported, nrm_plugin.kernels.layer_call, nrm_plugin.kernels.modified_layers,
+nrm_plugin.model.affine_layers, nrm_plugin.model.custom_layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The figures of the demo show values of the measure."""
+"""The figures of the demo show values of the measure.
+
+Covers: nrm_plugin.commands.demo_figures.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The command `flow` for images."""
+"""The command `flow` for images.
+
+Covers: nrm_plugin.commands.image_flow.
+"""
 
 from __future__ import annotations
 

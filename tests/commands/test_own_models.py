@@ -1,4 +1,7 @@
-"""Models of a user's own, by module or file."""
+"""Models of a user's own, by module or file.
+
+Covers: nrm_plugin.commands.built_model, nrm_plugin.commands.model_loading.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The commands that read a sweep, `references` and `flow --from`: output, files, errors."""
+"""The commands that read a sweep, `references` and `flow --from`: output, files, errors.
+
+Covers: nrm_plugin.commands.reference_files, nrm_plugin.commands.stored_results, nrm_plugin.commands.sweep_flow.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The command `sweep`: input, stored results, messages and exit status."""
+"""The command `sweep`: input, stored results, messages and exit status.
+
+Covers: nrm_plugin.commands.sweep_data, nrm_plugin.commands.sweep_run.
+"""
 
 from __future__ import annotations
 

@@ -81,12 +81,12 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", EVERY_QUERY)
 def test_a_result_equals_that_of_the_measure(results, name):
     stored, wanted, _ = results
-    found, wanted = as_tensor(stored, EVERY_QUERY[name]), wanted[name]
+    values, wanted = as_tensor(stored, EVERY_QUERY[name]), wanted[name]
     assert stored.manifest.value == "double"
-    assert found.shape == wanted.shape
-    is_defined = ~found.isnan()
+    assert values.shape == wanted.shape
+    is_defined = ~values.isnan()
     assert is_defined.double().mean() > (0.5 if "conditional" in name else 0.99)
-    torch.testing.assert_close(found[is_defined], wanted[is_defined], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(values[is_defined], wanted[is_defined], rtol=1e-7, atol=1e-9)
 
 
 def test_the_model_runs_once_for_each_batch(results):

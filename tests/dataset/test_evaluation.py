@@ -92,10 +92,10 @@ def test_inputs_may_be_mappings_and_the_model_is_unchanged(tmp_path):
     listed = [{"pixels": x, "label": label} for x, label in data]
     state = torch.get_rng_state()
     with untouched(model):
-        found = sweep(
+        stored = sweep(
             model, listed, [Marginal("net.4"), Activation("net.4")], tmp_path / "a", target="label", **OPTIONS
         )
     assert torch.equal(torch.get_rng_state(), state)
     plain = sweep(net(), data, [Marginal("4"), Activation("4")], tmp_path / "b", target="label", **OPTIONS)
     for name in ("marginal", "activation"):
-        assert found.rows(f"{name}(net.4)")["value"].equals(plain.rows(f"{name}(4)")["value"])
+        assert stored.rows(f"{name}(net.4)")["value"].equals(plain.rows(f"{name}(4)")["value"])

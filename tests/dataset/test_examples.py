@@ -48,7 +48,7 @@ def stored(net, data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(net, data):
+def one_pass(net, data):
     return find_references(net, data, ["0", "2"], 6, events={"both": at("2")[1] & at("0")[2]}, batch_size=4)
 
 
@@ -63,35 +63,35 @@ def same(ours, theirs, positions=True):
 
 @pytest.mark.parametrize("by", ["relevance", "activation"])
 @pytest.mark.parametrize("target", [None, 0, 2])
-def test_references_from_a_sweep_equal_those_of_one_pass(stored, found, by, target):
-    same(references(stored, "2", k=6, by=by, target=target), found.of("2", by, target))
+def test_references_from_a_sweep_equal_those_of_one_pass(stored, one_pass, by, target):
+    same(references(stored, "2", k=6, by=by, target=target), one_pass.of("2", by, target))
     for group in range(5):
         one = references(Sweep.open(stored), "2", group, 6, by, target)
         assert one.groups == (group,)
         assert one.of(group) == references(stored, "2", k=6, by=by, target=target).of(group)
     if by == "relevance":  # no Peak of this layer
-        same(references(stored, "0", k=6, target=target), found.of("0", by, target), positions=False)
+        same(references(stored, "0", k=6, target=target), one_pass.of("0", by, target), positions=False)
         assert (references(stored, "0", k=6).positions == -1).all()
 
 
 def test_references_from_a_sweep_have_their_layer(stored):
-    found = references(stored, "2")
-    assert found.name != found.layer == "2"
+    loaded = references(stored, "2")
+    assert loaded.name != loaded.layer == "2"
     assert references(stored, "2", group=1, k=2).layer == "2"
 
 
-def test_the_name_of_a_query_precedes_that_of_a_layer(stored, found):
+def test_the_name_of_a_query_precedes_that_of_a_layer(stored, one_pass):
     assert references(stored, "the second").name == "the second"
     inside = references(stored, f"marginal(2, joint={at('0')[1]})", k=6)
-    assert not torch.allclose(inside.values, found.of("2").values)
+    assert not torch.allclose(inside.values, one_pass.of("2").values)
     assert (inside.positions == -1).all()
     positions = references(stored, "positions", k=6)
     assert len(positions.groups) == 9
     assert (positions.positions == -1).all()  # Peak is of channels
     event = references(stored, "both", k=6)
     assert event.groups == ("both",)
-    torch.testing.assert_close(event.values, found.of(EVENTS).values, rtol=1e-9, atol=1e-12)
-    assert event.of("both") == found.of(EVENTS).of("both")
+    torch.testing.assert_close(event.values, one_pass.of(EVENTS).values, rtol=1e-9, atol=1e-12)
+    assert event.of("both") == one_pass.of(EVENTS).of("both")
 
 
 def test_a_pair_of_a_joint_matrix(net, data, stored):
@@ -130,12 +130,12 @@ def test_a_folder_without_a_sweep_raises(tmp_path):
 
 
 def test_saved_references_are_loaded_unchanged(net, data, tmp_path):
-    found = find_references(net, data, ["2"], 3, events={"e": at("2")[0]})
-    found.save(tmp_path / "found.safetensors")
+    one_pass = find_references(net, data, ["2"], 3, events={"e": at("2")[0]})
+    one_pass.save(tmp_path / "found.safetensors")
     again = FoundReferences.load(tmp_path / "found.safetensors")
-    assert repr(again) == repr(found)
+    assert repr(again) == repr(one_pass)
     for question in (("2", "relevance", None), ("2", "activation", 1), (EVENTS, "relevance", 0)):
-        for key, value in vars(found.of(*question)).items():
+        for key, value in vars(one_pass.of(*question)).items():
             other = getattr(again.of(*question), key)
             assert (
                 torch.equal(value.nan_to_num(-9), other.nan_to_num(-9))

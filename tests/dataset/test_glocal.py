@@ -66,17 +66,17 @@ def cuts(graph: FlowGraph):
     return [sum(layer.masses) + layer.rest + layer.sink + layer.bypass for layer in graph.layers]
 
 
-def same(found: FlowGraph, expected: FlowGraph, rtol=1e-9, carried=True):
-    for ours, theirs in zip(found.layers, expected.layers, strict=True):
+def same(graph: FlowGraph, expected: FlowGraph, rtol=1e-9, carried=True):
+    for ours, theirs in zip(graph.layers, expected.layers, strict=True):
         assert (ours.name, ours.groups, ours.labels, ours.others) == (
             theirs.name, theirs.groups, theirs.labels, theirs.others
         )  # fmt: skip
         for key in ("masses", "rest", "sink", "bypass"):
             np.testing.assert_allclose(getattr(ours, key), getattr(theirs, key), rtol=rtol, atol=1e-12)
-    for ours, theirs in zip(found.joints, expected.joints, strict=True):
+    for ours, theirs in zip(graph.joints, expected.joints, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-11)
     if carried:
-        assert found.carried == pytest.approx(expected.carried)
+        assert graph.carried == pytest.approx(expected.carried)
 
 
 def test_a_mean_flow_is_that_of_events_of_single_samples(net, data):
@@ -174,10 +174,10 @@ def stored(net, data, tmp_path_factory):
 def test_the_flow_of_a_sweep_is_that_of_the_measures(net, data, stored, target):
     over = {"input": patches((4, 4), 2)}
     expected = mean_flow(batches(net, data, 5, lambda y: target in (None, y)), LAYERS, over, top=None)
-    found = flow_of_sweep(stored, LAYERS, target, top=None)
-    assert found.carried is None
-    same(found, expected, carried=False)
-    assert cuts(found) == pytest.approx([1] * 4)
+    graph = flow_of_sweep(stored, LAYERS, target, top=None)
+    assert graph.carried is None
+    same(graph, expected, carried=False)
+    assert cuts(graph) == pytest.approx([1] * 4)
     same(flow_of_sweep(stored, LAYERS, target, top=2), expected.smaller(top=2), carried=False)
 
 

@@ -33,9 +33,9 @@ def test_outputs_and_activations_that_cannot_be_ranked_raise():
 
 def test_the_representation_of_references(tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-    found = find_references(model, BATCH, ["0"], k=2)
-    assert repr(found.of("0")) == "References('0' by relevance, 4 groups × 2)"
-    assert repr(found.of("0", target=1)) == "References('0' by relevance, 4 groups × 2, target 1)"
+    references = find_references(model, BATCH, ["0"], k=2)
+    assert repr(references.of("0")) == "References('0' by relevance, 4 groups × 2)"
+    assert repr(references.of("0", target=1)) == "References('0' by relevance, 4 groups × 2, target 1)"
     save_file({"x": torch.zeros(1)}, tmp_path / "x", {"nrm-plugin": '{"format": "another"}'})
     with pytest.raises(ReferencesError, match="its format is 'another'"):
         FoundReferences.load(tmp_path / "x")
@@ -43,7 +43,7 @@ def test_the_representation_of_references(tmp_path):
 
 def one_by_one(net, data, layer, by, unit="measure", reduce="sum", chosen=None):
     """``(score, position)`` of every sample and channel, each sample measured separately."""
-    found = []
+    rows = []
     for image, label in data:
         target = int(label) if chosen is None else chosen(net(image[None])[0])
         mu = RelevanceMeasure(net, image[None], target)
@@ -56,21 +56,21 @@ def one_by_one(net, data, layer, by, unit="measure", reduce="sum", chosen=None):
         score = flat.sum(1) if reduce == "sum" else flat.max(1).values
         if unit == "layer":
             score = score / score.abs().sum()
-        found.append([(float(s), int(row.argmax()), target) for s, row in zip(score, flat, strict=True)])
-    return found
+        rows.append([(float(s), int(row.argmax()), target) for s, row in zip(score, flat, strict=True)])
+    return rows
 
 
 @pytest.mark.parametrize(("unit", "reduce"), [("measure", "sum"), ("output", "max"), ("layer", "sum")])
 @pytest.mark.parametrize("by", slow_but(["relevance", "activation"], "activation"))
 def test_references_equal_single_samples_sorted_by_hand(net, data, by, unit, reduce):
     with untouched(net):
-        found = find_references(net, data, ["0", "2"], 4, by=(by,), unit=unit, reduce=reduce, batch_size=5)
-    assert found.count == 23
-    assert found.targets == sorted(set(data.tensors[1].tolist()))
+        results = find_references(net, data, ["0", "2"], 4, by=(by,), unit=unit, reduce=reduce, batch_size=5)
+    assert results.count == 23
+    assert results.targets == sorted(set(data.tensors[1].tolist()))
     for layer in ("0", "2"):
         scores = one_by_one(net, data, layer, by, unit, reduce)
-        for target in (None, *found.targets):
-            references = found.of(layer, by, target)
+        for target in (None, *results.targets):
+            references = results.of(layer, by, target)
             for group in references.groups:
                 rows = [(row[group], n) for n, row in enumerate(scores) if target in (None, row[group][2])]
                 # Rounded, because rounding errors depend on the batch size: the repeated images are then a tie.
@@ -95,25 +95,25 @@ def test_ties_are_broken_by_sample_index():
     images = torch.randint(0, 5, (5, 1, 4, 4)).double()
     twins = TensorDataset(images[[0, 1, 0, 0, 2]], torch.tensor([0, 1, 0, 0, 2]))
     for size in (1, 2, 3, 5):
-        found = find_references(net, twins, ["0"], 5, batch_size=size).of("0", "activation")
-        assert len({tuple(row) for row in found.samples.tolist()}) > 1
-        for row in found.samples.tolist():
+        references = find_references(net, twins, ["0"], 5, batch_size=size).of("0", "activation")
+        assert len({tuple(row) for row in references.samples.tolist()}) > 1
+        for row in references.samples.tolist():
             assert [sample for sample in row if sample in (0, 2, 3)] == [0, 2, 3]
 
 
 def test_events_are_ranked_by_their_mass(net, data):
     events = {"both": at("0")[1] & at("2")[3], "either": at("2")[[0, 3]]}
-    found = find_references(net, data, events=events, k=30, batch_size=4).of(EVENTS)
-    assert found.groups == ("both", "either")
+    references = find_references(net, data, events=events, k=30, batch_size=4).of(EVENTS)
+    assert references.groups == ("both", "either")
     for row, event in enumerate(events.values()):
         masses = [float(RelevanceMeasure(net, x[None], int(y))(event)) for x, y in data]
         order = sorted(range(23), key=lambda n: (-round(masses[n], 10), n))
-        assert found.values[row, :23].tolist() == pytest.approx([masses[n] for n in order], abs=1e-12)
-        assert found.samples[row, 23:].tolist() == [-1] * 7
-        assert found.values[row, 23:].isnan().all()
-        assert len(found.of(("both", "either")[row])) == 23
+        assert references.values[row, :23].tolist() == pytest.approx([masses[n] for n in order], abs=1e-12)
+        assert references.samples[row, 23:].tolist() == [-1] * 7
+        assert references.values[row, 23:].isnan().all()
+        assert len(references.of(("both", "either")[row])) == 23
     with pytest.raises(ReferencesError, match="no group 'none'"):
-        found.of("none")
+        references.of("none")
 
 
 def test_the_target_may_be_the_prediction_or_one_class(net, data):

@@ -35,19 +35,19 @@ def blobs():
 @pytest.mark.parametrize("method", ["mixture", "kmeans"])
 def test_planted_clusters_are_recovered(blobs, method):
     values, of = blobs
-    found = find_prototypes(torch.from_numpy(values), 3, method, samples=np.arange(100) * 3)
-    assert np.array_equal(found.members, of)  # ordered by coverage
-    assert found.coverage == pytest.approx([0.5, 0.3, 0.2])
+    prototypes = find_prototypes(torch.from_numpy(values), 3, method, samples=np.arange(100) * 3)
+    assert np.array_equal(prototypes.members, of)  # ordered by coverage
+    assert prototypes.coverage == pytest.approx([0.5, 0.3, 0.2])
     for number in range(3):
         mean = values[of == number].mean(0)
-        np.testing.assert_allclose(found.centres[number], mean, rtol=1e-4, atol=1e-10)
-        distance = np.sqrt(((values - found.centres[number]) ** 2).sum(1))
+        np.testing.assert_allclose(prototypes.centres[number], mean, rtol=1e-4, atol=1e-10)
+        distance = np.sqrt(((values - prototypes.centres[number]) ** 2).sum(1))
         by_hand = sorted(np.flatnonzero(of == number), key=lambda n, distance=distance: distance[n])
-        assert found.of(number) == [3 * n for n in by_hand]
-    assert [group for group, _ in found.strongest(2, 2)] == [2, 3]
-    assert found.strongest(2, 1)[0][1] == pytest.approx(-1e-4, rel=0.1)
+        assert prototypes.of(number) == [3 * n for n in by_hand]
+    assert [group for group, _ in prototypes.strongest(2, 2)] == [2, 3]
+    assert prototypes.strongest(2, 1)[0][1] == pytest.approx(-1e-4, rel=0.1)
     again = find_prototypes(values, 3, method)
-    assert np.array_equal(again.centres, found.centres)
+    assert np.array_equal(again.centres, prototypes.centres)
     for seed in range(1, 6):  # scikit-learn returns them in other orders
         other = find_prototypes(values, 3, method, seed=seed)
         assert np.array_equal(other.members, of)
@@ -57,7 +57,7 @@ def test_planted_clusters_are_recovered(blobs, method):
 @pytest.mark.parametrize("method", ["mixture", "kmeans"])
 def test_a_new_sample_is_assigned_to_its_nearest_prototype(blobs, method):
     values, of = blobs
-    found = find_prototypes(values, 3, method)
+    prototypes = find_prototypes(values, 3, method)
     new = np.random.default_rng(1).normal(size=(40, 4)) * 1e-4
     means = np.stack([values[of == number].mean(0) for number in range(3)])
     if method == "kmeans":
@@ -73,7 +73,7 @@ def test_a_new_sample_is_assigned_to_its_nearest_prototype(blobs, method):
         ]  # fmt: skip
         fit, fits = densities[0], densities[1]
         best, total, fit = fits.argmax(1), np.logaddexp.reduce(fits, 1), np.logaddexp.reduce(fit, 1)
-    for place, near in enumerate(found.nearest(torch.from_numpy(new))):
+    for place, near in enumerate(prototypes.nearest(torch.from_numpy(new))):
         assert near.prototype == best[place]
         np.testing.assert_allclose(near.difference, new[place] - means[best[place]], rtol=1e-3, atol=1e-9)
         assert near.distance == pytest.approx(np.linalg.norm(near.difference))
@@ -81,10 +81,10 @@ def test_a_new_sample_is_assigned_to_its_nearest_prototype(blobs, method):
         group, change = near.strongest(1)[0]
         assert abs(change) == pytest.approx(np.abs(near.difference).max())
         assert near.difference[group] == change
-    own = [near.outlying for near in found.nearest(values)]
+    own = [near.outlying for near in prototypes.nearest(values)]
     assert sorted(own) == pytest.approx(np.arange(100) / 100)
-    assert found.nearest(means)[0].outlying > 0.8
-    assert found.nearest(means * 30)[0].outlying == 0
+    assert prototypes.nearest(means)[0].outlying > 0.8
+    assert prototypes.nearest(means * 30)[0].outlying == 0
 
 
 @pytest.mark.parametrize(
@@ -104,17 +104,17 @@ def test_invalid_arguments_raise(blobs, options, words):
 
 
 def test_unknown_prototypes_and_other_groups_raise(blobs):
-    found = find_prototypes(blobs[0], 2)
+    prototypes = find_prototypes(blobs[0], 2)
     with pytest.raises(InputError, match="no prototype 2"):
-        found.of(2)
+        prototypes.of(2)
     with pytest.raises(InputError, match="4 groups, got 3"):
-        found.nearest(np.zeros((1, 3)))
+        prototypes.nearest(np.zeros((1, 3)))
 
 
 def test_equal_explanations_are_one_prototype():
-    found = find_prototypes(np.ones((5, 3)), 1)
-    np.testing.assert_allclose(found.centres, 1)
-    assert found.nearest(np.ones((1, 3)))[0].distance < 1e-12
+    prototypes = find_prototypes(np.ones((5, 3)), 1)
+    np.testing.assert_allclose(prototypes.centres, 1)
+    assert prototypes.nearest(np.ones((1, 3)))[0].distance < 1e-12
 
 
 def test_without_scikit_learn_the_extra_is_named(blobs, monkeypatch):
@@ -125,19 +125,19 @@ def test_without_scikit_learn_the_extra_is_named(blobs, monkeypatch):
 
 @pytest.mark.slow
 def test_the_figure_has_a_row_for_each_prototype(blobs):
-    found = find_prototypes(blobs[0], 3)
-    images = {sample: torch.rand(1, 4, 4) for number in range(3) for sample in found.of(number)[:2]}
+    prototypes = find_prototypes(blobs[0], 3)
+    images = {sample: torch.rand(1, 4, 4) for number in range(3) for sample in prototypes.of(number)[:2]}
     for dark in (False, True):
-        figure = prototypes_figure(found, images, 2, 3, "of $1", dark, names=lambda group: f"c{group}")
+        figure = prototypes_figure(prototypes, images, 2, 3, "of $1", dark, names=lambda group: f"c{group}")
         figure.canvas.draw()
         assert len(figure.axes) == 9
         assert figure.axes[2].get_yticklabels()[0].get_text() == "c0"
     with pytest.warns(DeprecationWarning, match="argument pictures= of prototypes_figure .* Use images= instead"):
-        assert len(prototypes_figure(found, pictures=images, k=2).axes) == 9
+        assert len(prototypes_figure(prototypes, pictures=images, k=2).axes) == 9
     with pytest.raises(InputError, match="lacks sample"):
-        prototypes_figure(found, images, 3)
+        prototypes_figure(prototypes, images, 3)
     with pytest.raises(InputError, match="has room for"):
-        prototypes_figure(found, images, 17)
+        prototypes_figure(prototypes, images, 17)
 
 
 def test_vectors_of_a_sweep_are_marginals(tmp_path):

@@ -21,17 +21,17 @@ def rows_of(columns):
 def test_the_rows_of_batches_equal_those_of_a_sweep(as_lists, tmp_path):
     data = Data(10)
     stored = sweep(net(), data, QUERIES, tmp_path, target="label", **OPTIONS).rows().to_pylist()
-    evaluate, found = SweepBatches(net, QUERIES, target="label"), {}
+    evaluate, rows = SweepBatches(net, QUERIES, target="label"), {}
     for start in (0, 4, 8):
         indices = range(start, min(10, start + 4))
         batch = {"inputs": data.x[indices].numpy(), "label": np.array([k % 4 for k in indices])}
         if as_lists:
             batch = {key: column.tolist() for key, column in batch.items()}
-            found |= rows_of(evaluate(batch, list(indices)))
+            rows |= rows_of(evaluate(batch, list(indices)))
         else:
-            found |= rows_of(evaluate({**batch, "sample": np.array(indices)}))
-    assert found == {(row["query"], row["group"], row["lower"], row["sample"]): row["value"] for row in stored}
-    assert None in found.values()
+            rows |= rows_of(evaluate({**batch, "sample": np.array(indices)}))
+    assert rows == {(row["query"], row["group"], row["lower"], row["sample"]): row["value"] for row in stored}
+    assert None in rows.values()
 
 
 def test_incomplete_batches_raise():

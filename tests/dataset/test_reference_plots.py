@@ -13,8 +13,8 @@ from nrm_plugin.errors import InputError
 
 
 def test_the_figure_has_a_row_for_each_channel(net, data):
-    found = find_references(net, data, ["2"], 3).of("2")
-    rows = crops(net, data, found, [0, 3])
+    references = find_references(net, data, ["2"], 3).of("2")
+    rows = crops(net, data, references, [0, 3])
     for style, lines in (("mask", 1), ("plain", 1), ("heat", 1), ("both", 2)):
         figure = reference_figure(rows, style, "of $5", dark=style == "plain", labels={3: "the $third"})
         assert len(figure.axes) == 2 * 3 * lines
@@ -22,10 +22,10 @@ def test_the_figure_has_a_row_for_each_channel(net, data):
         texts = [text.get_text() for axes in figure.axes for text in axes.texts]
         assert texts == ["channel 0", r"the \$third"]
     titles = [axes.get_title() for axes in reference_figure(rows, unit="").axes]
-    assert titles[0] == f"{float(found.values[0, 0]):.3g}"
+    assert titles[0] == f"{float(references.values[0, 0]):.3g}"
     for wrong in ({}, {number: rows[0] for number in range(17)}):
         with pytest.raises(InputError, match="has room for"):
             reference_figure(wrong)
     with pytest.raises(InputError, match="style="):
         reference_figure(rows, "blur")
-    assert math.isclose(sum(crop.value for crop in rows[0]), float(found.values[0].sum()), rel_tol=1e-6)
+    assert math.isclose(sum(crop.value for crop in rows[0]), float(references.values[0].sum()), rel_tol=1e-6)

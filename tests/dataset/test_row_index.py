@@ -8,7 +8,7 @@ from nrm_plugin.dataset import Sweep
 
 
 def test_the_index_has_all_rows_by_group_and_decreasing_value(begun, uninterrupted):
-    found = {}
+    indexed = {}
     for number, name in enumerate(Sweep.open(begun).queries):
         path = begun / f"by-query/{number:04}.parquet"
         if name.startswith(("maps", "joint")):
@@ -20,5 +20,5 @@ def test_the_index_has_all_rows_by_group_and_decreasing_value(begun, uninterrupt
         for row in rows:
             assert row["query"] == name
             key = (name, row["group"], row["lower"], row["sample"])
-            found[key] = (row["target"], row["prediction"], row["value"])
-    assert found == {key: row for key, row in uninterrupted[0].items() if key[0] != "joint(4, 2)"}
+            indexed[key] = (row["target"], row["prediction"], row["value"])
+    assert indexed == {key: row for key, row in uninterrupted[0].items() if key[0] != "joint(4, 2)"}

@@ -136,16 +136,16 @@ def test_two_processes_of_torchrun_store_the_same_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_sweeps_of_one_model_in_threads(tmp_path, uninterrupted):
-    model, found = net(), []
+    model, sweeps = net(), []
     threads = [
-        threading.Thread(target=lambda k=k: found.append(sweep(model, Data(), QUERIES, tmp_path / str(k), **OPTIONS)))
+        threading.Thread(target=lambda k=k: sweeps.append(sweep(model, Data(), QUERIES, tmp_path / str(k), **OPTIONS)))
         for k in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 2
+    assert len(sweeps) == 2
     for k in range(2):
         assert contents(tmp_path / str(k)) == uninterrupted
 

@@ -41,10 +41,10 @@ def expected(values: np.ndarray, target: np.ndarray, classes: int, correction: i
     return np.bincount(target, minlength=classes), mean, variance
 
 
-def equal(found, count, mean, variance, rtol=1e-9):
-    assert found.samples.tolist() == list(count)
-    np.testing.assert_allclose(found.mean, mean, rtol=rtol, atol=1e-14)
-    np.testing.assert_allclose(found.variance, variance, rtol=rtol, atol=1e-14)
+def equal(moments, count, mean, variance, rtol=1e-9):
+    assert moments.samples.tolist() == list(count)
+    np.testing.assert_allclose(moments.mean, mean, rtol=rtol, atol=1e-14)
+    np.testing.assert_allclose(moments.variance, variance, rtol=rtol, atol=1e-14)
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,10 +60,10 @@ def test_any_batches_give_the_moments_of_all_samples(sizes, seed, correction):
     for rows, labels in zip(np.split(values, np.cumsum(sizes)), np.split(target, np.cumsum(sizes)), strict=True):
         metric.update(torch.from_numpy(rows), torch.from_numpy(labels))
     count, mean, variance = expected(values, target, 5, correction)
-    found = metric.compute()
-    assert found.samples.tolist() == count.tolist()
-    np.testing.assert_allclose(found.mean, mean, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(found.variance, variance, rtol=1e-9, atol=1e-12)
+    moments = metric.compute()
+    assert moments.samples.tolist() == count.tolist()
+    np.testing.assert_allclose(moments.mean, mean, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(moments.variance, variance, rtol=1e-9, atol=1e-12)
 
 
 def test_a_small_variance_around_a_large_mean_is_accurate():
@@ -73,8 +73,8 @@ def test_a_small_variance_around_a_large_mean_is_accurate():
     metric = ClasswiseRelevance(2)
     for rows in np.array_split(values, 61):
         metric.update(torch.from_numpy(rows))
-    found = metric.compute()
-    np.testing.assert_allclose(found.variance, values.var(0, ddof=1), rtol=1e-7)
+    moments = metric.compute()
+    np.testing.assert_allclose(moments.variance, values.var(0, ddof=1), rtol=1e-7)
     naive = ((values**2).sum(0) - values.sum(0) ** 2 / len(values)) / (len(values) - 1)
     assert np.abs(naive / values.var(0, ddof=1) - 1).max() > 1e-3
 
@@ -104,12 +104,12 @@ def test_measures_are_counted_by_marginals_and_joint_relevance(net):
         joint.append(mu.joint("2", "0")[0].numpy())
     equal(metric.compute(), *expected(np.stack(marginal), target.numpy(), 6))
     equal(joints.compute(), *expected(np.stack(joint), target.numpy(), 6))
-    found = together.compute()
-    assert found.samples.item() == 11
-    np.testing.assert_allclose(found.mean, np.mean(joint, 0), rtol=1e-10)
-    np.testing.assert_allclose(found.variance, np.var(joint, 0, ddof=1), rtol=1e-10)
+    moments = together.compute()
+    assert moments.samples.item() == 11
+    np.testing.assert_allclose(moments.mean, np.mean(joint, 0), rtol=1e-10)
+    np.testing.assert_allclose(moments.variance, np.var(joint, 0, ddof=1), rtol=1e-10)
     # The mean is the joint relevance of a measure.
-    np.testing.assert_allclose(found.mean.sum(1), np.mean(marginal, 0), rtol=1e-10)
+    np.testing.assert_allclose(moments.mean.sum(1), np.mean(marginal, 0), rtol=1e-10)
 
 
 @pytest.mark.skipif(not hasattr(torchmetrics.Metric, "merge_state"), reason="this torchmetrics merges no states")
@@ -193,9 +193,9 @@ def counted(rank: int, folder: Path) -> list[torch.Tensor]:
         metric.update(rows, labels)
         joints.update(rows.reshape(-1, 2, 3))
         late.update(rows[:rank], labels[:rank])  # the first process has no samples
-    found = [*metric.compute(), *joints.compute(), *late.compute()]
+    results = [*metric.compute(), *joints.compute(), *late.compute()]
     torch.distributed.destroy_process_group()
-    return found
+    return results
 
 
 OTHER = """
@@ -204,8 +204,8 @@ OTHER = """
     sys.path.insert(0, sys.argv[2])
     from test_statistics import counted
     folder = pathlib.Path(sys.argv[1])
-    found = counted(1, folder)
-    save_file({str(place): part for place, part in enumerate(found)}, folder / "found.safetensors")
+    results = counted(1, folder)
+    save_file({str(place): part for place, part in enumerate(results)}, folder / "found.safetensors")
 """
 
 
@@ -221,11 +221,11 @@ def test_two_processes_have_the_results_of_one(tmp_path):
         first = counted(0, tmp_path)
         assert other.wait(timeout=240) == 0
     parts = load_file(tmp_path / "found.safetensors")
-    for found in (first, [parts[str(place)] for place in range(9)]):
-        equal(Moments(*found[:3]), *expected(values.numpy(), target.numpy(), 4))
+    for results in (first, [parts[str(place)] for place in range(9)]):
+        equal(Moments(*results[:3]), *expected(values.numpy(), target.numpy(), 4))
         matrices = values.reshape(-1, 2, 3).numpy()
-        assert found[3].item() == 40
-        np.testing.assert_allclose(found[4], matrices.mean(0), rtol=1e-10)
-        np.testing.assert_allclose(found[5], matrices.var(0, ddof=1), rtol=1e-10)
+        assert results[3].item() == 40
+        np.testing.assert_allclose(results[4], matrices.mean(0), rtol=1e-10)
+        np.testing.assert_allclose(results[5], matrices.var(0, ddof=1), rtol=1e-10)
         seen = [number for number in range(13, 40) if (number - 13) % 5 == 0]
-        equal(Moments(*found[6:]), *expected(values[seen].numpy(), target[seen].numpy(), 4))
+        equal(Moments(*results[6:]), *expected(values[seen].numpy(), target[seen].numpy(), 4))

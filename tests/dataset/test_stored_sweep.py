@@ -22,17 +22,17 @@ def test_top_equals_the_sorted_rows(query, index, tmp_path, uninterrupted):
             (row[2], key[3], key[2]) for key, row in rows if lower in (None, key[2]) and target in (None, row[0])
         ]
         wanted = sorted(fitting, key=lambda one: ((-1 if largest else 1) * one[0], one[2], one[1]))[:9]
-        found = stored.top(
+        selected = stored.top(
             query, None if group < 0 else group, 9, lower=lower, target=target, largest=largest
         ).to_pylist()
-        assert [(row["value"], row["sample"], row["lower"]) for row in found] == wanted
+        assert [(row["value"], row["sample"], row["lower"]) for row in selected] == wanted
 
 
 def test_rows_of_a_group_and_columns(begun):
     stored = Sweep.open(begun)
-    found = stored.rows("joint(4, 2)", 5, ["sample", "lower", "value"])
-    assert found.column_names == ["sample", "lower", "value"]
-    assert len(found) == 50 * 6
+    selected = stored.rows("joint(4, 2)", 5, ["sample", "lower", "value"])
+    assert selected.column_names == ["sample", "lower", "value"]
+    assert len(selected) == 50 * 6
     for wrong in ({"query": "joint(2, 4)"}, {"columns": ["channel"]}):
         with pytest.raises(SweepError, match=r"no column named|has no query"):
             stored.rows(**wrong)

@@ -1,4 +1,7 @@
-"""Indices of events: what is accepted, and the errors for everything else."""
+"""Indices of events: what is accepted, and the errors for everything else.
+
+Covers: nrm_plugin.measure.located_events.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Kernels of activations, norms and arithmetic against matrices that are written out here."""
+"""Kernels of activations, norms and arithmetic against matrices that are written out here.
+
+Covers: nrm_plugin.functional.gates.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The handlers of observed functions: their order, and which one handles a call."""
+"""The handlers of observed functions: their order, and which one handles a call.
+
+Covers: nrm_plugin.functional.observed_call.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Routes against matrices of zeros and ones, and functions without a kernel."""
+"""Routes against matrices of zeros and ones, and functions without a kernel.
+
+Covers: nrm_plugin.model.routing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Kernels of absolute values, for rules with closed form and without."""
+"""Kernels of absolute values, for rules with closed form and without.
+
+Covers: nrm_plugin.kernels.vjp_kernel.
+"""
 
 from __future__ import annotations
 

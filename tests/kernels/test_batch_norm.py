@@ -1,4 +1,7 @@
-"""Batch-norm fusion compared with the rule on the dense matrix of the composed affine map."""
+"""Batch-norm fusion compared with the rule on the dense matrix of the composed affine map.
+
+Covers: nrm_plugin.canonizers, nrm_plugin.kernels.layer_step.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Mappers in closed form compared with the mappers of the rules themselves."""
+"""Mappers in closed form compared with the mappers of the rules themselves.
+
+Covers: nrm_plugin.kernels.mapper.
+"""
 
 from __future__ import annotations
 

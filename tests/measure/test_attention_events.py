@@ -111,14 +111,14 @@ def by_hand(model: nn.Module, mu: RelevanceMeasure) -> Tensor:
     x, layer = draw(), model.attn
     a, v = weights(split(layer.q(x)), split(layer.k(x))), split(layer.v(x))
     given = split(mu.marginal(at("attn.out", side="input")))
-    found = torch.zeros(SAMPLES, HEADS, TOKENS, TOKENS, dtype=DOUBLE)
+    pairs = torch.zeros(SAMPLES, HEADS, TOKENS, TOKENS, dtype=DOUBLE)
     for n in range(SAMPLES):
         for h in range(HEADS):
             for i in range(TOKENS):
                 for d in range(WIDTH):
                     part = a[n, h, i] * v[n, h, :, d].abs()
-                    found[n, h, i] += given[n, h, i, d] * part / part.sum()
-    return found.detach()
+                    pairs[n, h, i] += given[n, h, i, d] * part / part.sum()
+    return pairs.detach()
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -140,8 +140,8 @@ def test_heads_tokens_and_pairs_are_sums_over_the_matrix_of_attention(spelling):
         (~attn.head(1), 1 - pairs[:, 1].sum((1, 2))),
         (attn.pair(1, 3) - attn.head(0), pairs[:, 1:, 1, 3].sum(1)),
     ]  # fmt: skip
-    found = mu([event for event, _ in questions])
-    for (event, expected), mass in zip(questions, found, strict=True):
+    masses = mu([event for event, _ in questions])
+    for (event, expected), mass in zip(questions, masses, strict=True):
         torch.testing.assert_close(mass, expected, atol=TOLERANCE, rtol=0, msg=f"{event}: {mass}, {expected}")
     assert float(pairs.sum((1, 2, 3)).abs().min()) > 0.01
 

@@ -87,20 +87,20 @@ def test_an_event_is_conditional_on_all_taps_above_it(skip) -> None:
     mu, _, _ = skip
     names = list(mu.layers)
     for event, lowest in ((at("input")[0], "a"), (at("relu")[0], "b"), (at("a", side="sink"), "a")):
-        found = mu.conditional(event)
-        assert list(found) == names[names.index(lowest) :]
-        for name, values in found.items():
+        conditionals = mu.conditional(event)
+        assert list(conditionals) == names[names.index(lowest) :]
+        for name, values in conditionals.items():
             assert torch.equal(values, mu.conditional(event, name))
 
 
 def test_conditionals_on_all_neurons_above_an_event_take_one_pass():
     mu = RelevanceMeasure(net(), IMAGES, 1)
     event = at("2").channel(3) & ~at("0")[1]
-    found = mu.conditional(event)
+    conditionals = mu.conditional(event)
     cost = mu.cost.steps
-    assert list(found) == [name for name in mu.layers if name not in ("input", "0", "1", "2")]
+    assert list(conditionals) == [name for name in mu.layers if name not in ("input", "0", "1", "2")]
     mu.marginal(["input"])
     assert cost <= mu.cost.steps
-    for name, values in found.items():
+    for name, values in conditionals.items():
         torch.testing.assert_close(values, mu.conditional(event, name))
         torch.testing.assert_close((values * mu.marginal(name)).flatten(1).sum(1), mu(event))

@@ -19,5 +19,5 @@ def test_sinks_of_both_signs_are_summed_with_their_signs() -> None:
     x = torch.ones((1, 2), dtype=torch.float64)
     mu = RelevanceMeasure(net, x, start=torch.ones_like(x), composite=rules, residual="sink")
     expected = torch.tensor([-1 / 3 / 2 + 1 / 5 / 2], dtype=torch.float64)
-    for found in (mu.sink("input"), mu.sink_above([at("input")]), sum(mu.sinks().values()), mu(ABSORBED)):
-        torch.testing.assert_close(found, expected)
+    for absorbed in (mu.sink("input"), mu.sink_above([at("input")]), sum(mu.sinks().values()), mu(ABSORBED)):
+        torch.testing.assert_close(absorbed, expected)

@@ -89,12 +89,12 @@ def test_every_node_and_edge_is_its_event_and_the_sum_of_its_walks(drawn, data):
     inside, events, shown = [], [], np.ones(len(walks), dtype=bool)
     for layer, key in zip(graph.layers, taps, strict=True):
         labels = over[layer.name]
-        found = members(walks, key, labels, layer.groups)
+        masks = members(walks, key, labels, layer.groups)
         rest = torch.isin(labels, torch.tensor(layer.groups), invert=True)
         event = {k: at(layer.name)[labels == k] for k in layer.groups}
-        inside.append(found)
+        inside.append(masks)
         events.append({**event, "rest": at(layer.name)[rest], "off": ~at(layer.name)})
-        shown &= ~found["rest"] & ~found["off"]
+        shown &= ~masks["rest"] & ~masks["off"]
         split = walks.split(*key)
         assert (layer.sink, layer.bypass) == (
             pytest.approx(split.absorbed, **close),
@@ -103,7 +103,7 @@ def test_every_node_and_edge_is_its_event_and_the_sum_of_its_walks(drawn, data):
         assert math.fsum([*layer.masses, layer.rest, layer.sink, layer.bypass]) == pytest.approx(1, **close)
         for node in layer.nodes:
             name = node.kind if node.group is None else node.group
-            assert node.mass == pytest.approx(walks.mass(found[name]), **close)
+            assert node.mass == pytest.approx(walks.mass(masks[name]), **close)
             assert node.mass == pytest.approx(float(mu(events[-1][name])[sample]), **close)
     assert graph.carried == pytest.approx(walks.mass(shown), **close)
     for place, joint in enumerate(graph.joints):
@@ -137,9 +137,9 @@ def test_all_channels_need_no_pass_for_each_of_them(mu, monkeypatch):
     direct, spent, joints = mu.cost.vectors, [], mu.joints
 
     def watched(*args, **kwargs):
-        found = joints(*args, **kwargs)
+        matrices = joints(*args, **kwargs)
         spent.append(mu.cost.vectors)
-        return found
+        return matrices
 
     monkeypatch.setattr(mu, "joints", watched)
     graph = mu.flow(["2", "0"], top=None, sample=0)
@@ -151,9 +151,9 @@ def test_all_channels_need_no_pass_for_each_of_them(mu, monkeypatch):
 
 def counted(query, spent):
     def watched(self, *args, **kwargs):
-        found = query(self, *args, **kwargs)
+        result = query(self, *args, **kwargs)
         spent.append(self.cost.vectors)
-        return found
+        return result
 
     return watched
 

@@ -1,4 +1,7 @@
-"""Flow graphs with fewer groups, and in other formats."""
+"""Flow graphs with fewer groups, and in other formats.
+
+Covers: nrm_plugin.measure.flow_nodes, nrm_plugin.measure.flow_thresholds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Joint matrices by one weight gradient compared with a masked pass for each channel."""
+"""Joint matrices by one weight gradient compared with a masked pass for each channel.
+
+Covers: nrm_plugin.measure.groups, nrm_plugin.measure.masked_vectors.
+"""
 
 from __future__ import annotations
 
@@ -129,8 +132,8 @@ def test_joint_matrices_of_any_groups(upper, lower):
             for count, name in zip(counts, (upper, lower), strict=True)
         )
         rows.view(-1)[0], columns.view(-1)[0] = counts[0] - 1, counts[1] - 1
-        found = mu.joint(upper, lower, over=(rows, columns))
-        torch.testing.assert_close(found, grouped(mu, upper, lower, rows, columns), rtol=0, atol=1e-12)
+        joint = mu.joint(upper, lower, over=(rows, columns))
+        torch.testing.assert_close(joint, grouped(mu, upper, lower, rows, columns), rtol=0, atol=1e-12)
 
 
 def test_joint_matrices_of_positions():

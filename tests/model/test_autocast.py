@@ -117,9 +117,9 @@ def test_a_large_dense_layer_is_shortened_too(monkeypatch: pytest.MonkeyPatch) -
     plain = RelevanceMeasure(net(), images(), 1, composite=EpsilonGammaBox(-3.0, 3.0)).marginal("input")
     monkeypatch.setattr(modified_layers, "LARGE", 16)
     with torch.autocast("cpu", torch.bfloat16), formats() as seen:
-        found = RelevanceMeasure(net(), images(), 1, composite=EpsilonGammaBox(-3.0, 3.0)).marginal("input")
+        short = RelevanceMeasure(net(), images(), 1, composite=EpsilonGammaBox(-3.0, 3.0)).marginal("input")
     assert seen == {torch.bfloat16}
-    assert (found - plain).abs().sum() <= 0.05 * plain.abs().sum()
+    assert (short - plain).abs().sum() <= 0.05 * plain.abs().sum()
 
 
 def test_float64_is_not_shortened() -> None:
@@ -150,10 +150,10 @@ def test_captum_classes_work_inside() -> None:
     model = net()
     plain = LayerNRM(model, model[4]).attribute(images(), target=1)
     with torch.autocast("cpu", torch.bfloat16):
-        found = LayerNRM(model, model[4]).attribute(images(), target=1)
-    assert found.dtype == torch.float32
-    assert not found.equal(plain)
-    assert (found - plain).abs().sum() <= 0.05 * plain.abs().sum()
+        short = LayerNRM(model, model[4]).attribute(images(), target=1)
+    assert short.dtype == torch.float32
+    assert not short.equal(plain)
+    assert (short - plain).abs().sum() <= 0.05 * plain.abs().sum()
 
 
 def test_relevance_of_a_composite_by_itself_is_not_shortened() -> None:

@@ -1,4 +1,7 @@
-"""Model inputs and outputs: several tensors, keyword arguments, packed outputs, and the errors for invalid ones."""
+"""Model inputs and outputs: several tensors, keyword arguments, packed outputs, and the errors for invalid ones.
+
+Covers: nrm_plugin.recording.coverage.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def by_position():
     return mu.marginal(["input[0]", "input[1]", "left", "head"])
 
 
-def test_every_listed_layer_can_be_queried():
+def test_every_layer_of_the_measure_can_be_queried():
     mu = RelevanceMeasure(build(), (LEFT, RIGHT), 3)
     assert {"input[0]", "input[1]", "left", "right", "head"} <= set(mu.layers)
     assert len(set(mu.layers)) == len(mu.layers)

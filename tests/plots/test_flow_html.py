@@ -65,7 +65,7 @@ BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)
 
 
 class Browser:
-    """A page in headless Chromium, asked through two pipes: null-terminated JSON, as its debugging protocol has it."""
+    """A page in headless Chromium, driven through two pipes with null-terminated JSON, as in its debugging protocol."""
 
     def __init__(self, folder: Path, url: str, dark: bool = False) -> None:
         down, up = os.pipe(), os.pipe()
@@ -173,7 +173,7 @@ def test_hover_labels_in_a_browser_without_a_network(page, tmp_path, dark):
             seen.add(node.key)
         assert seen == {node.key for node in nodes}
         edges = {(f"{e.upper.layer} {e.upper.label} → {e.lower.layer} {e.lower.label}"): e for e in graph.edges}
-        found = set()
+        hovered = set()
         for number in range(0, len(drawn(graph)), 4):
             if browser.ask(LINK.format(number=number)) is None:
                 continue  # hidden by others
@@ -182,8 +182,8 @@ def test_hover_labels_in_a_browser_without_a_network(page, tmp_path, dark):
             assert joint == f"joint relevance {percent(edge.mass)}"
             for line, condition in zip(given, (edge.given_upper, edge.given_lower), strict=False):
                 assert line.rpartition(": ")[2] == percent(condition)
-            found.add(name)
-        assert len(found) > 3
+            hovered.add(name)
+        assert len(hovered) > 3
         assert [url for url in browser.asked if not url.startswith(("file:", "data:", "blob:", "about:"))] == []
         shown = [node for node in nodes if node.kind == "group" and node.layer != "input"]
         assert browser.ask("document.querySelectorAll('.layer-above image').length") == len(shown)

@@ -1,4 +1,7 @@
-"""Figures show the given numbers."""
+"""Figures show the given numbers.
+
+Covers: nrm_plugin.plots.ribbons.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Samples that are not the rows of a tensor: windows, heads and time in front. A batch is asked like its samples."""
+"""Samples that are not the rows of a tensor: windows, heads and time in front. A batch has the values of its samples.
+
+Covers: nrm_plugin.functional.composite_rules, nrm_plugin.functional.function_kernels, nrm_plugin.recording.structure.
+"""
 
 from __future__ import annotations
 
@@ -106,12 +109,12 @@ def test_events_at_folded_taps_are_those_of_the_samples(name):
     # Maps at the folded tap itself, divided by one number for each sample.
     below = at("input")[[0, 1, 2]] & ~ABSORBED
     mass = torch.stack([one.marginal(tap, given=below).sum() for one in singles])
-    found = mu.marginal(tap, given=below)
-    torch.testing.assert_close(found.sum(), mass.sum(), atol=10 * TOLERANCE[name], rtol=0)
-    assert bool(torch.isfinite(found).all())
+    marginal = mu.marginal(tap, given=below)
+    torch.testing.assert_close(marginal.sum(), mass.sum(), atol=10 * TOLERANCE[name], rtol=0)
+    assert bool(torch.isfinite(marginal).all())
 
 
-def test_as_many_tokens_as_samples_are_no_samples():
+def test_as_many_tokens_as_samples_are_not_samples():
     """The rows of a time-first tensor were once mistaken for samples, which broke conservation."""
     model, x, _ = built("time first")
     mu, _ = each(model, x)

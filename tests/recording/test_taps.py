@@ -1,4 +1,7 @@
-"""Queries for layers, calls, tensors and sides of layers that a measure does not have."""
+"""Queries for layers, calls, tensors and sides of layers that a measure does not have.
+
+Covers: nrm_plugin.measure.layer_taps.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Bounds on kernels, pushed from inputs to outputs, against the same kernels pulled column by column."""
+"""Bounds on kernels, pushed from inputs to outputs, against the same kernels pulled column by column.
+
+Covers: nrm_plugin.model.linear_maps.
+"""
 
 from __future__ import annotations
 

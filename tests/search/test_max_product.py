@@ -1,4 +1,7 @@
-"""The walks of single neurons against enumerated walks, and the deprecated name of the best one."""
+"""The walks of single neurons against enumerated walks, and the deprecated name of the best one.
+
+Covers: nrm_plugin.search.neuron_walks.
+"""
 
 from __future__ import annotations
 

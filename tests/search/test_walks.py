@@ -1,4 +1,7 @@
-"""The search for group walks against enumerated walks: masses, certificates, and the bound on all other walks."""
+"""The search for group walks against enumerated walks: masses, certificates, and the bound on all other walks.
+
+Covers: nrm_plugin.search.best_first, nrm_plugin.search.layer_chain.
+"""
 
 from __future__ import annotations
 
