@@ -32,7 +32,7 @@ from nrm_plugin.commands.output_files import json_stem
 from nrm_plugin.commands.request import RequestError
 from nrm_plugin.commands.resolved_options import class_names
 from nrm_plugin.commands.weight_files import WeightsError, read_state
-from nrm_plugin.dataset import Manifest, Marginal, NodeMaps, Sweep, SweepError, sweep
+from nrm_plugin.dataset import Manifest, Marginal, Maps, Sweep, SweepError, sweep
 from nrm_plugin.dataset.examples import FoundReferences, ReferencesError
 from nrm_plugin.dataset.images import ImageError, load_image
 from nrm_plugin.dataset.queries import from_json
@@ -43,7 +43,7 @@ from nrm_plugin.measure.flow_heat_maps import flow_maps
 from nrm_plugin.plots.flow_html import sankey, sankey_figure
 from tests.dataset.sweep_nets import OPTIONS, Data, net
 
-MAP = NodeMaps("input", over="position")
+MAP = Maps("input", over="position")
 MARGINAL = Marginal("4").name
 
 
@@ -274,7 +274,7 @@ def files_below(folder: Path) -> set[str]:
 def test_names_in_a_sweep_are_not_paths(tmp_path: Path, capsys):
     evil = "../../../outside\x1b[2J"
     home = tmp_path / "a" / "b"
-    sweep(net(), Data(4), [Marginal("4", name=evil), NodeMaps("input", over="position", name="/etc/x")], home / "s",
+    sweep(net(), Data(4), [Marginal("4", name=evil), Maps("input", over="position", name="/etc/x")], home / "s",
           **OPTIONS)  # fmt: skip
     (home / "s" / "samples.csv").write_text("sample,file,label\n0,../../../../etc/passwd,0\n1,/etc/passwd,0\n")
     command = ["references", str(home / "s"), "--query", evil, "--k", "4", "--rows", "1", "--out", str(home / "o")]

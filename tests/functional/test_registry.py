@@ -32,7 +32,14 @@ modules = lambda table: (value.__module__.rpartition(".")[2] for value in table.
 print(json.dumps({name: Counter(modules(table)) for name, table in tables.items()}))
 """
 REGISTERED = {
-    "kernels": {"elementwise": 107, "pooling": 17, "products": 10, "layers": 1, "reductions": 4, "attention": 2},
+    "kernels": {
+        "elementwise": 107,
+        "averaging": 17,
+        "products": 10,
+        "weighted_functions": 1,
+        "reductions": 4,
+        "attention": 2,
+    },
     "kernels by function": {"scatter": 3},
     "decompositions": {"decompositions": 21, "scatter": 17},
     "recurrences": {"recurrent": 10},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -85,10 +86,12 @@ class ObservedCall:
         """The function without its in-place write, and its keyword arguments: on a copy, or with ``inplace=False``."""
         if self.keyword_slots.get("inplace"):
             return self.function, {**self.keyword_slots, "inplace": False}
-        return (self._on_copy if self.name.in_place else self.function), self.keyword_slots
+        # Not a method: a step that keeps it would keep the tensors of this call alive, and they the step.
+        return (partial(_on_copy, self.function) if self.name.in_place else self.function), self.keyword_slots
 
-    def _on_copy(self, first: Any, *rest: Any, **options: Any) -> Any:
-        return self.function(first.clone() if isinstance(first, Tensor) else first, *rest, **options)
+
+def _on_copy(function: Callable[..., Any], first: Any, *rest: Any, **options: Any) -> Any:
+    return function(first.clone() if isinstance(first, Tensor) else first, *rest, **options)
 
 
 def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
