@@ -32,7 +32,7 @@ from nrm_plugin.commands.output_files import json_stem
 from nrm_plugin.commands.request import RequestError
 from nrm_plugin.commands.resolved_options import class_names
 from nrm_plugin.commands.weight_files import WeightsError, read_state
-from nrm_plugin.dataset import Manifest, Marginal, Maps, Sweep, SweepError, sweep
+from nrm_plugin.dataset import Manifest, Maps, Marginal, Sweep, SweepError, sweep
 from nrm_plugin.dataset.examples import FoundReferences, ReferencesError
 from nrm_plugin.dataset.images import ImageError, load_image
 from nrm_plugin.dataset.queries import from_json
