@@ -167,7 +167,7 @@ def main() -> None:
 
 def render(results: dict[str, Any]) -> None:
     """Writes the table of the page."""
-    lines = ["", "", "| net | data | identical references | seconds of both, fastest | factor, median |"]
+    lines = ["", "", "| net | data | identical references | fastest run in s: ours, zennit-crp | median speed-up |"]
     lines.append("|---|---|---|---|---|")
     for one in results["runs"]:
         net = f"{one['net']}, {one['channels']} channels of {one['layers']} layers"

@@ -393,7 +393,7 @@ ROWS = [
         arxiv="2206.03208",
     ),
     Row(
-        "the same, heat map over the relevance of the concept",
+        "the same, heat map divided by the relevance of the concept",
         'mu.marginal("input", given=A).sum(1)',
         "zennit-crp, CondAttribution",
         concept_given_package,
@@ -509,7 +509,7 @@ ROWS = [
     Row(
         "AttnLRP",
         'NRM(net, Normalized(rules, residual="sink", sums="signed", attention="halves")).attribute(x, 1)',
-        "formula, as gradient × input of a twin",
+        "formula: gradient × input on a modified copy of the model",
         attention(known.AttnLRPBlock),
         1e-6,
         arxiv="2402.05602",
@@ -517,7 +517,7 @@ ROWS = [
     Row(
         "CP-LRP, with the kernel FixedAttention",
         'NRM(net, Normalized(rules, residual="sink", sums="signed")).attribute(x, 1)',
-        "formula, as gradient × input of a twin",
+        "formula: gradient × input on a modified copy of the model",
         attention(known.CPLRPBlock),
         1e-6,
         arxiv="2202.07304",

@@ -25,7 +25,7 @@ class FuseBatchNorm(Canonizer):
         >>> RelevanceMeasure(net, torch.rand(1, 1, 4, 4), 3, composite=rules).marginal("input").shape
         torch.Size([1, 1, 4, 4])
 
-    Source: arXiv 2002.11018; see :mod:`nrm_plugin.kernels.batch_norm` for the forms.
+    Source: arXiv 2002.11018; see :mod:`nrm_plugin.kernels.batch_norm_fusion` for the forms.
     """
 
     def apply(self, root_module: nn.Module) -> list[Any]:

@@ -29,7 +29,7 @@ from .canonizers import FuseBatchNorm
 from .errors import NRMError
 from .functional import Interception
 from .functional.attention import Attention
-from .kernels.batch_norm import fuse
+from .kernels.batch_norm_fusion import fuse
 from .kernels.hook import StepHook
 from .kernels.normalization import Normalization, Residual
 from .kernels.rule_reader import PlainGradient

@@ -37,7 +37,7 @@ MOVED = {
 STORED = {
     "events.event": "events",
     "functional.canonizer": "functional.interception",
-    "kernels.batch_norm": "fusion",
+    "kernels.batch_norm_fusion": "fusion",
     "kernels.normalization": "steps",
 } | {present: former for former, present in MOVED.items()}
 """Path under which the settings of stored sweeps name a definition, if it is not its current one."""

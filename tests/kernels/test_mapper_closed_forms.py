@@ -1,6 +1,6 @@
 """Mappers in closed form compared with the mappers of the rules themselves.
 
-Covers: nrm_plugin.kernels.mapper.
+Covers: nrm_plugin.kernels.gradient_mapper.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, WSquare, ZBox, Z
 
 from nrm_plugin import Absolute, ConservingEpsilon
 from nrm_plugin.kernels.cache_blocks import Block
-from nrm_plugin.kernels.mapper import applied_mapper
+from nrm_plugin.kernels.gradient_mapper import applied_mapper
 from nrm_plugin.kernels.mapper_closed_forms import closed_mapper
 
 RULES = [Epsilon(), Norm(), WSquare(), Flat(), ZPlus(), ZBox(-1, 1), AlphaBeta(), Gamma(), ConservingEpsilon()]

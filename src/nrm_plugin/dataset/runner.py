@@ -74,7 +74,7 @@ def sweep(
     """Evaluates queries for every sample of a data set, and stores the results.
 
     Completed shards remain valid: after a kill, an error or Ctrl-C the same call resumes, and ends with the rows of
-    an uninterrupted sweep. Under ``torchrun`` the processes share the shards.
+    an uninterrupted sweep. Under ``torchrun`` the shards are divided among the processes.
 
     Args:
         model: The network, in evaluation mode and on its device.
@@ -94,8 +94,8 @@ def sweep(
             with ``"label"`` or ``"labels"``.
         batch_size: Samples per batch; by default that of the loader, or 16.
         num_workers: Processes that read samples; by default those of the loader, or none.
-        shard: Samples per shard, rounded up to whole batches: the most that is lost by a kill.
-        seed: Seed of the random states with which samples are read, one for each sample.
+        shard: Samples per shard, rounded up to whole batches: at most these are lost if a process is killed.
+        seed: Seed from which the random state of each sample is derived.
         resume: False raises if the folder contains a sweep.
         retry_failed: Evaluate shards with failed samples again.
         on_error: ``"raise"`` at the first sample that cannot be read or evaluated and at a damaged file; ``"skip"``

@@ -59,15 +59,14 @@ def arrow() -> Any:
 
 
 def schema(value: str = "float") -> pa.Schema:
-    """Columns of the rows.
+    """The Arrow schema of the result rows.
+
+    ``sample`` is the index in the data set; ``target`` the explained class and ``prediction`` the class with the
+    largest output, -1 if undefined; ``group`` the channel, position or label of a layer, and ``lower`` that of the
+    lower layer of a joint matrix, otherwise -1. ``value`` is null if its denominator is zero or almost zero.
 
     Args:
-        value: ``"float"`` or ``"double"``, the precision of the measure.
-
-    Returns:
-        ``sample`` is the index in the data set; ``target`` the explained class and ``prediction`` the class with the
-        largest output, -1 if undefined; ``group`` the channel, position or label of a layer, and ``lower`` that of
-        the lower layer of a joint matrix, otherwise -1. ``value`` is null if its denominator is zero or almost zero.
+        value: ``"float"`` or ``"double"``, the precision in which values are stored.
     """
     pa = arrow()
     return pa.schema(

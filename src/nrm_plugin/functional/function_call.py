@@ -41,7 +41,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands for a tensor that carries relevance among the arguments of a call; its number among them."""
+    """Placeholder for an argument of a call that carries relevance, with its index among those arguments."""
 
     number: int
 

@@ -14,8 +14,8 @@ from ..model.affine_layers import WEIGHTED, is_affine
 from .branch import Branch, WeightedLayer
 from .branch_kernel import BranchKernel, ReadBranches
 from .cache_blocks import Block, blocks, whole
+from .gradient_mapper import Mapper, applied_mapper
 from .layer_call import LayerCall
-from .mapper import Mapper, applied_mapper
 from .mapper_closed_forms import closed_mapper
 from .modified_layers import ModifiedLayer, modified_layer, rerun_without_bias
 from .modifier_probes import modified_inputs, signs_of

@@ -18,7 +18,7 @@ from zennit.core import BasicHook, Stabilizer
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, WSquare, ZBox, ZPlus
 
 from ..rules import ConservingEpsilon
-from .mapper import Factors, Mapper, mapped
+from .gradient_mapper import Factors, Mapper, mapped
 
 _LEADERS: dict[type, tuple[int, ...]] = {
     Epsilon: (0,),

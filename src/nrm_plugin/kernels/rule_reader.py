@@ -19,8 +19,8 @@ from ..model.affine_layers import is_by_modifiers, overrides
 from .base import IdentityKernel, Kernel
 from .branch_reader import branch_kernel
 from .forward_state import Saved
+from .gradient_mapper import mapped
 from .layer_call import LayerCall, forward, shape_like
-from .mapper import mapped
 from .normalization import Normalization
 from .vjp_kernel import VjpKernel
 
