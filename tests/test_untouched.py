@@ -395,7 +395,14 @@ def test_memory_is_freed_with_the_measure(net, x):
     answers(mu)
     kernels = [vertex.step.kernel for vertex in mu._recording.graph.vertices if vertex.step is not None]
     references = [
-        weakref.ref(item) for item in (mu, mu._recording, mu._recording.output, *mu._recording.leaves, *kernels)
+        weakref.ref(item)
+        for item in (
+            mu,
+            mu._recording,
+            mu._recording.output,
+            *(vertex.leaf for vertex in mu._recording.graph.vertices if vertex.leaf is not None),
+            *kernels,
+        )
     ]
     del mu, kernels
     gc.collect()
@@ -411,7 +418,7 @@ def test_memory_is_freed_without_the_garbage_collector(net, x):
     try:
         mu = RelevanceMeasure(net, x, 1)
         answers(mu)
-        leaf = weakref.ref(mu._recording.leaves[0])
+        leaf = weakref.ref((vertex.leaf for vertex in mu._recording.graph.vertices if vertex.leaf is not None)[0])
         output = weakref.ref(mu._recording.output)
         del mu
         assert (leaf(), output()) == (None, None)
