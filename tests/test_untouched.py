@@ -387,6 +387,11 @@ def tensors_alive():
     return sum(1 for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter))
 
 
+def leaves(mu):
+    """The tensors at which walks end."""
+    return [vertex.leaf for vertex in mu._recording.graph.vertices if vertex.leaf is not None]
+
+
 @pytest.mark.slow
 def test_memory_is_freed_with_the_measure(net, x):
     answers(RelevanceMeasure(net, x, 1))
@@ -394,17 +399,9 @@ def test_memory_is_freed_with_the_measure(net, x):
     mu = RelevanceMeasure(net, x, 1)
     answers(mu)
     kernels = [vertex.step.kernel for vertex in mu._recording.graph.vertices if vertex.step is not None]
-    references = [
-        weakref.ref(item)
-        for item in (
-            mu,
-            mu._recording,
-            mu._recording.output,
-            *(vertex.leaf for vertex in mu._recording.graph.vertices if vertex.leaf is not None),
-            *kernels,
-        )
-    ]
-    del mu, kernels
+    items = (mu, mu._recording, mu._recording.output, *leaves(mu), *kernels)
+    references = [weakref.ref(item) for item in items]
+    del mu, kernels, items
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
     assert tensors_alive() == before
@@ -418,7 +415,7 @@ def test_memory_is_freed_without_the_garbage_collector(net, x):
     try:
         mu = RelevanceMeasure(net, x, 1)
         answers(mu)
-        leaf = weakref.ref((vertex.leaf for vertex in mu._recording.graph.vertices if vertex.leaf is not None)[0])
+        leaf = weakref.ref(leaves(mu)[0])
         output = weakref.ref(mu._recording.output)
         del mu
         assert (leaf(), output()) == (None, None)
