@@ -6,12 +6,13 @@ import json
 
 import pytest
 
+from tests.conftest import slow_but
 from tests.pins.golden import NETS, STORED, measured
 
 RECORDED = json.loads(STORED.read_text())
 
 
-@pytest.mark.parametrize("name", [*NETS, "digits"])
+@pytest.mark.parametrize("name", slow_but([*NETS, "digits"], "conv", "residual", "attention"))
 def test_the_numbers_equal_the_recorded_ones(name: str) -> None:
     values_by_composite = measured(name)
     assert values_by_composite.keys() == RECORDED[name].keys()
