@@ -100,7 +100,7 @@ class SweepBatches:
 
 
 def _columns(batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
-    """Inputs and labels of a batch of columns; inputs get the type of the model, as lists have none."""
+    """Inputs and labels of a batch of columns; inputs are cast to the model's dtype, since lists carry none."""
     if INPUTS not in batch:
         raise SweepError(
             f"the batch has no column {INPUTS!r}; its columns are {', '.join(batch)}. Pass unpack=, a function that "

@@ -94,8 +94,8 @@ class ConstantMatrix:
     """A constant factor as the weight of a linear layer.
 
     Attributes:
-        weight: With a row for each output.
-        restore: Makes the factor of such a weight again.
+        weight: The weight, with one row per output.
+        restore: Converts such a weight back to the original factor.
         is_layer: Whether this is a layer over the last dimension, so that its outputs are channels.
     """
 

@@ -74,7 +74,7 @@ class OpenCall:
 
     @property
     def wrote(self) -> bool:
-        """Whether the module would have written to its input, had it not got a copy or run out of place."""
+        """Whether the module operates in place: without its copy, it would have overwritten its input."""
         return isinstance(self.mode, OutOfPlace) or self.passed._version != self.version
 
 

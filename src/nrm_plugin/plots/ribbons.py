@@ -156,7 +156,7 @@ def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[flo
 
 
 def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Total widths of the ribbons at a node, for each column in which ribbons start: these are stacked."""
+    """Total width of the ribbons stacked at a node, one value per column in which ribbons start."""
     widths: dict[int, float] = {}
     for ribbon in ribbons:
         if ribbon.node(number) == node:
