@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..events.diagram import FALSE, TRUE, Diagram
@@ -102,7 +103,7 @@ class DecisionDiagram:
 
 def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]]:
     """The cells on which the masks of one tap differ, each with its answers as a bit set."""
-    cells = [(0, masks[0] | True)]
+    cells = [(0, torch.ones_like(masks[0]))]
     for variable, mask in zip(variables, masks, strict=True):
         split = [(answers | 1 << variable, cell & mask) for answers, cell in cells]
         split += [(answers, cell & ~mask) for answers, cell in cells]
