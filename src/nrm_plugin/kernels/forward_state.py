@@ -93,13 +93,24 @@ class _Running(threading.local):
 
 
 class Listener(Protocol):
-    """Is notified of what happens in a forward pass."""
+    """Is notified of what happens in a forward pass.
+
+    Attributes:
+        indices: The integers among the inputs; the model is called with these very objects.
+        inputs: The leaves of the other inputs.
+    """
+
+    indices: list[Tensor]
+    inputs: list[Tensor]
 
     def on_step(self, module: nn.Module | None, step: Any) -> None:
         """A step of a module, or of a function."""
 
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """A function returned a tensor that carries relevance."""
+
+    def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
+        """Ids among the inputs selected rows of a constant; returns the input that the model gets instead."""
 
 
 RUNNING = _Running()
@@ -108,6 +119,11 @@ RUNNING = _Running()
 def is_inside_step() -> bool:
     """Whether operations are not recorded now: inside a module with a rule, or where recording is paused."""
     return RUNNING.pauses > 0 or bool(RUNNING.modules)
+
+
+def is_in_module_step() -> bool:
+    """Whether a module runs as a step, or recording is paused: what is computed now is not in the graph."""
+    return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import EventError, UnknownLayerError, unknown_layer
@@ -18,15 +17,13 @@ from ..model.routing import written
 from .audit import check_covered
 from .taps import INPUT, Item, Label, Observed, name_of
 
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
 
 class Observer:
     """Hooks around those of the composite, and what they collect.
 
     Args:
         model: The model.
-        indices: Inputs of integers; where an embedding looks one up, relevance ends at its output.
+        indices: Inputs of integers; where one is looked up, relevance ends at the rows that it selects.
         batched: Whether the inputs have a dimension of samples.
         wanted: The tap at which the measure is to start, if it is inside the model.
 
@@ -35,6 +32,9 @@ class Observer:
         containers: Names of modules with children that have a rule themselves.
         observed: Every labelled tensor that depends on the inputs.
         leaves: Where relevance ends.
+        indices: The integers among the inputs.
+        inputs: The leaves of its other inputs.
+        has_lookups: Whether ids were looked up.
     """
 
     def __init__(self, model: nn.Module, indices: list[Tensor], batched: bool, wanted: Atom | None) -> None:
@@ -42,7 +42,9 @@ class Observer:
         self.containers: list[str] = []
         self.observed: list[Observed] = []
         self.leaves: list[Tensor] = []
-        self._indices, self._batched, self._wanted = indices, batched, wanted
+        self.has_lookups = False
+        self.indices, self.inputs = indices, list[Tensor]()
+        self._batched, self._wanted = batched, wanted
         self._calls: dict[nn.Module, int] = {}
         self._started: Tensor | None = None
 
@@ -56,11 +58,16 @@ class Observer:
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
         """A leaf with the values of an input, and the tensor to call the model with in its place."""
-        leaf = tensor.detach().requires_grad_()
-        self.leaves.append(leaf)
-        passed: Tensor = leaf.clone()
+        passed = self._end(tensor)
+        self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
         return passed
+
+    def _end(self, tensor: Tensor) -> Tensor:
+        """A tensor with the same values at which walks end."""
+        leaf = tensor.detach().requires_grad_()
+        self.leaves.append(leaf)
+        return leaf.clone()
 
     def see(self, label: Label, tensor: Tensor, channel_dim: int | None = None) -> None:
         """Keeps a labelled tensor, if it depends on the inputs."""
@@ -100,6 +107,15 @@ class Observer:
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     @without_torch_function
+    def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
+        """Rows that ids select: relevance ends here, as at any other input."""
+        self.has_lookups = True
+        with not_recorded():
+            passed = self._end(rows)
+        self.see(Label(name, "output", call, None), passed, -1)
+        return passed
+
+    @without_torch_function
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._calls[module] = self._calls.get(module, 0) + 1
         name = self.modules[module]
@@ -117,33 +133,17 @@ class Observer:
         return args, kwargs
 
     @without_torch_function
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name, call = self.modules[module], self._calls[module] - 1
         dim = _channel_dim(module)
-        if isinstance(module, EMBEDDINGS) and self._is_input(args[0] if args else None):
-            return self._looked_up(Label(name, "output", call, None), output, dim)
         if isinstance(output, Tensor):
             self.see(Label(name, "output", call, None), output, dim)
             if not module._modules and _step_hook(module) is None:
                 check_covered(module, name, args, output)
-            return None
+            return
         for item, value in _entries(output).items():
             if isinstance(value, Tensor):
                 self.see(Label(name, "output", call, item), value, dim)
-        return None
-
-    def _looked_up(self, label: Label, output: Tensor, dim: int | None) -> Tensor:
-        """Embeddings of an input: relevance ends here, as at any other input."""
-        leaf = output.detach().requires_grad_()
-        self.leaves.append(leaf)
-        with not_recorded():
-            passed: Tensor = leaf.clone()
-        self.see(label, passed, dim)
-        return passed
-
-    def _is_input(self, index: Any) -> bool:
-        """Whether an embedding looks up one of the inputs: by value, since models reshape, convert and pad them."""
-        return isinstance(index, Tensor) and any(_is_same(index, given.to(index.device)) for given in self._indices)
 
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
         """Keeps the tensor at which the measure is to start, safe from later writes of the model."""
@@ -177,19 +177,6 @@ def _step_hook(module: nn.Module) -> StepHook | None:
     return None
 
 
-def _is_same(index: Tensor, given: Tensor) -> bool:
-    """Whether one holds the numbers of the other, or those padded at one end with one other number."""
-    if index.numel() == given.numel():
-        return torch.equal(index.flatten(), given.flatten().to(index.dtype))
-    if index.ndim < 2 or index.shape[:-1] != given.shape[:-1] or index.shape[-1] < given.shape[-1]:
-        return False
-    length = given.shape[-1]
-    for own, rest in ((index[..., :length], index[..., length:]), (index[..., -length:], index[..., :-length])):
-        if torch.equal(own, given.to(index.dtype)) and bool((rest == rest.flatten()[0]).all()):
-            return True
-    return False
-
-
 def _channel_dim(module: nn.Module) -> int | None:
     """The dimension of the channels: the last one for layers over features, 1 for layers over images."""
     own: int | None = getattr(type(module), "nrm_channel_dim", None)
@@ -201,4 +188,4 @@ def _channel_dim(module: nn.Module) -> int | None:
     return 1 if isinstance(module, kinds) else None
 
 
-__all__ = ["EMBEDDINGS", "Observer"]
+__all__ = ["Observer"]

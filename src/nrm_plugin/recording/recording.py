@@ -17,7 +17,7 @@ from ..model.checks import check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Output, explained_output
 from .graph import Graph
-from .observer import EMBEDDINGS, Observer
+from .observer import Observer
 from .samples import Samples
 from .structure import Structure
 from .taps import OUTPUT, Label, Taps
@@ -60,7 +60,6 @@ class Recording:
         observer = Observer(model, indices, call.batched, inner)
         with ExitStack() as around:
             around.enter_context(_RECORDING)  # another thread may be recording this model: its hooks are on it then
-            call.check_looked_up(any(isinstance(module, EMBEDDINGS) for module in model.modules()))
             check_model(model, call.tensors)
             device = (*call.tensors, *indices)[0].device
             for block in (preserved(model), forward_pass(observer), torch.enable_grad(), _precision(device)):
@@ -71,7 +70,8 @@ class Recording:
             with ExitStack() as stack:
                 stack.enter_context(composite.context(model))
                 observer.watch(stack)
-                returned = call.run(model, passed)
+                with call.checked_ids(lambda: observer.has_lookups):
+                    returned = call.run(model, passed)
         self.fingerprint = Fingerprint(model)
         if isinstance(output, Atom):
             returned, output = observer.inner_output(output), None
