@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.forward_state import constants_detached, is_inside_step
+from ..kernels.forward_state import constants_detached, is_foreign, is_inside_step
 from .function_call import Settings
 from .handlers import handle
 from .intercepted_pass import InterceptedPass
@@ -43,6 +43,10 @@ class InterceptionMode(TorchFunctionMode):
             args = constants_detached(args)
             kwargs = {key: constants_detached(value) for key, value in kwargs.items()}
         call = ObservedCall.of(func, args, kwargs, forward_pass.path)
+        if len(call.inputs) > 1 and any(is_foreign(tensor, is_exact=True) for tensor in call.inputs):
+            args = constants_detached(args, is_exact=True)
+            kwargs = {key: constants_detached(value, is_exact=True) for key, value in kwargs.items()}
+            call = ObservedCall.of(func, args, kwargs, forward_pass.path)
         return forward_pass.with_ids(call, handle(call, forward_pass))
 
 

@@ -82,6 +82,7 @@ class _Running(threading.local):
         saved: What steps saved, by address in memory.
         listener: Is notified of every step and tap.
         first_node: Number of the first autograd node of this pass; None if any tensor may carry relevance.
+        depending: For each autograd node seen in this pass, whether it depends on an input of the model.
     """
 
     def __init__(self) -> None:
@@ -90,6 +91,7 @@ class _Running(threading.local):
         self.saved: dict[int, list[weakref.ref[Saved]]] = {}
         self.listener: Listener | None = None
         self.first_node: int | None = None
+        self.depending: dict[Any, bool] = {}
 
 
 class Listener(Protocol):
@@ -102,6 +104,9 @@ class Listener(Protocol):
 
     indices: list[Tensor]
     inputs: list[Tensor]
+
+    def is_leaf(self, tensor: Tensor | None) -> bool:
+        """Whether relevance ends at a leaf: an input, or rows that ids selected."""
 
     def on_step(self, module: nn.Module | None, step: Any) -> None:
         """A step of a module, or of a function."""
@@ -168,23 +173,48 @@ def listener() -> Listener | None:
     return RUNNING.listener
 
 
-def is_foreign(tensor: Tensor) -> bool:
+def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
     """Whether a tensor requires a gradient although the model did not compute it from its inputs in this pass.
 
     Such as a parameter stored in a list or closure, or an initial state: for relevance it is a constant. The model is
-    called with copies of its inputs, so every leaf is foreign, and so is what was computed before.
+    called with copies of its inputs, so every leaf is foreign, and so is what was computed before. Without a listener
+    the inputs are not known, and no tensor is foreign.
+
+    Args:
+        tensor: Any tensor.
+        is_exact: Also notices what another thread has computed, whose nodes have other numbers. This matters where
+            several tensors meet, and takes more time.
     """
     if RUNNING.first_node is None or not tensor.requires_grad:
         return False
-    return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < RUNNING.first_node
+    node = tensor.grad_fn
+    if node is None or node._sequence_nr() < RUNNING.first_node:
+        return True
+    return is_exact and not _depends_on_inputs(node)
 
 
-def constants_detached(value: Any) -> Any:
+def _depends_on_inputs(node: Any) -> bool:
+    """Whether an autograd node depends on an input; each node is visited once in a pass."""
+    listening, known, stack = RUNNING.listener, RUNNING.depending, [node]
+    assert listening is not None, "without one the inputs are not known"
+    while stack:
+        below = [other for other, _ in stack[-1].next_functions if other is not None] if stack[-1] not in known else []
+        unknown = [other for other in below if other not in known]
+        if unknown:
+            stack += unknown
+            continue
+        last = stack.pop()
+        if last not in known:
+            known[last] = any(known[other] for other in below) or listening.is_leaf(getattr(last, "variable", None))
+    return known[node]
+
+
+def constants_detached(value: Any, is_exact: bool = False) -> Any:
     """An argument of a function with all foreign tensors detached; the same object without any."""
     if isinstance(value, Tensor):
-        return value.detach() if is_foreign(value) else value
+        return value.detach() if is_foreign(value, is_exact) else value
     if type(value) in (list, tuple):
-        items = [constants_detached(item) for item in value]
+        items = [constants_detached(item, is_exact) for item in value]
         is_same = all(new is old for new, old in zip(items, value, strict=True))
         return value if is_same else type(value)(items)
     return value
@@ -202,7 +232,7 @@ def forward_pass(listener: Listener | None) -> Iterator[None]:
     if listener is not None:
         with torch.inference_mode(False), torch.enable_grad():
             first_node = torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
-    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, first_node=first_node)
+    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, first_node=first_node, depending={})
     try:
         yield
     finally:

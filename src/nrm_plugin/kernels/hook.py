@@ -133,6 +133,8 @@ class StepHook(Hook):
         """Forward pre-hook: detaches the arguments of the module."""
         floating = _floating(args, kwargs)
         computed = {key: tensor for key, tensor in floating.items() if tensor.requires_grad and not is_foreign(tensor)}
+        if len(computed) > 1:
+            computed = {key: tensor for key, tensor in computed.items() if not is_foreign(tensor, is_exact=True)}
         if self.active and not computed and not is_inside_step() and _has_ids():
             return None  # the functions inside are constants, or look up ids
         if not self.active or not computed or is_inside_step():

@@ -42,6 +42,7 @@ class Observer:
         self.containers: list[str] = []
         self.observed: list[Observed] = []
         self.leaves: list[Tensor] = []
+        self._leaves: set[int] = set()
         self.has_lookups = False
         self.indices, self.inputs = indices, list[Tensor]()
         self._batched, self._wanted = batched, wanted
@@ -67,6 +68,7 @@ class Observer:
         """A tensor with the same values at which walks end."""
         leaf = tensor.detach().requires_grad_()
         self.leaves.append(leaf)
+        self._leaves.add(id(leaf))
         return leaf.clone()
 
     def see(self, label: Label, tensor: Tensor, channel_dim: int | None = None) -> None:
@@ -95,6 +97,10 @@ class Observer:
         return self._started
 
     # -- called while the model runs --------------------------------------------------------------------------
+
+    def is_leaf(self, tensor: Tensor | None) -> bool:
+        """Whether this is one of the leaves."""
+        return id(tensor) in self._leaves
 
     def on_step(self, module: nn.Module | None, step: Step) -> None:
         """Numbers the step of a module; that of a function has its number already."""

@@ -65,7 +65,8 @@ class Recording:
             for block in (preserved(model), forward_pass(observer), torch.enable_grad(), _precision(device)):
                 around.enter_context(block)
             for tensor in (*model.parameters(), *model.buffers()):
-                tensor.requires_grad_(False)
+                if tensor.is_leaf:  # a computed buffer is a constant by its history
+                    tensor.requires_grad_(False)
             passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
             with ExitStack() as stack:
                 stack.enter_context(composite.context(model))
