@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from zennit.composites import EpsilonPlus
+from zennit.core import Composite
 
-from nrm_plugin import NRM, LayerNRM, RelevanceMeasure, at
+from nrm_plugin import NRM, LayerNRM, Normalized, NRMDefault, RelevanceMeasure, at
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -226,3 +228,28 @@ def test_learned_queries_and_class_tokens_absorb() -> None:
     assert torch.equal(other.marginal("input"), plain.marginal("input"))
     assert torch.equal(other.sink("input", kind="constants"), plain.sink("input", kind="constants"))
     assert float(plain.sink("input", kind="constants").abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("composite", [EpsilonPlus, NRMDefault])
+def test_parameters_outside_of_the_model_are_constants_in_a_context(composite: type[Composite]) -> None:
+    """Zennit's hooks know no inputs, so a parameter among the inputs, or any other leaf, has relevance."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8).double(), nn.ReLU(), nn.Linear(8, 3).double()]
+
+    class Listed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in layers:
+                x = layer(x)
+            return x
+
+    def relevance(model: nn.Module, x: Tensor, by_keyword: bool = False) -> Tensor:
+        with Normalized(composite()).context(model.eval()) as modified:
+            output = modified(x=x) if by_keyword else modified(x)
+            return torch.autograd.grad(output[:, 1].sum(), x)[0]
+
+    expected = relevance(nn.Sequential(*layers), X.clone().requires_grad_())
+    assert torch.allclose(relevance(Listed(), X.clone().requires_grad_()), expected, atol=1e-12)
+    optimized = nn.Parameter(X.clone())
+    assert torch.allclose(relevance(Listed(), optimized), expected, atol=1e-12)
+    assert torch.allclose(relevance(Listed(), optimized, by_keyword=True), expected, atol=1e-12)
+    assert all(parameter.requires_grad for layer in layers for parameter in layer.parameters())

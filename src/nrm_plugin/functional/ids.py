@@ -190,4 +190,4 @@ def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
     return bool(visited)
 
 
-__all__ = ["Ids", "Kind"]
+__all__ = ["Ids", "Kind", "tensors_in"]

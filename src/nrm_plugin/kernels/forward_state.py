@@ -81,7 +81,8 @@ class _Running(threading.local):
         pauses: How many blocks of :func:`not_recorded` are open.
         saved: What steps saved, by address in memory.
         listener: Is notified of every step and tap.
-        first_node: Number of the first autograd node of this pass; None if any tensor may carry relevance.
+        first_node: Number of the first autograd node of this pass; None without a listener.
+        given: Identities of the parameters that the model was called with, without a listener.
         depending: For each autograd node seen in this pass, whether it depends on an input of the model.
     """
 
@@ -91,6 +92,7 @@ class _Running(threading.local):
         self.saved: dict[int, list[weakref.ref[Saved]]] = {}
         self.listener: Listener | None = None
         self.first_node: int | None = None
+        self.given: frozenset[int] = frozenset()
         self.depending: dict[Any, bool] = {}
 
 
@@ -178,16 +180,18 @@ def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
 
     Such as a parameter stored in a list or closure, or an initial state: for relevance it is a constant. The model is
     called with copies of its inputs, so every leaf is foreign, and so is what was computed before. Without a listener
-    the inputs are not known, and no tensor is foreign.
+    any leaf may be where the caller reads relevance, except for parameters that are not among the inputs.
 
     Args:
         tensor: Any tensor.
         is_exact: Also notices what another thread has computed, whose nodes have other numbers. This matters where
             several tensors meet, and takes more time.
     """
-    if RUNNING.first_node is None or not tensor.requires_grad:
+    if not tensor.requires_grad:
         return False
     node = tensor.grad_fn
+    if RUNNING.first_node is None:
+        return node is None and isinstance(tensor, nn.Parameter) and id(tensor) not in RUNNING.given
     if node is None or node._sequence_nr() < RUNNING.first_node:
         return True
     return is_exact and not _depends_on_inputs(node)
