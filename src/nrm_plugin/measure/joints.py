@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.base import IdentityKernel
-from ..kernels.branch_kernel import BranchKernel
 from ..kernels.channel_pairs import channel_edges
+from ..kernels.rule_branch_kernel import BranchKernel
 from ..model.routing import is_whole, operation
 from ..recording.graph import Vertex
 from ..recording.passes import Cost, Vectors, pull, push
