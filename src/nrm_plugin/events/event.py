@@ -228,7 +228,7 @@ class Atom(Event):
     def __str__(self) -> str:
         extras = [] if self.side == "output" else [f"side={self.side!r}"]
         extras += [] if self.call is None else [f"call={self.call!r}"]
-        extras += [] if self.item is None else [f"item={self.item}"]
+        extras += [] if self.item is None else [f"item={self.item!r}"]
         text = f"at({', '.join([_name(self.layer), *extras])})"
         if self.index is None:
             return text
@@ -298,10 +298,12 @@ def at(
     """Neurons of one tap, to be indexed: ``at("features.28")[3]`` is the event that a walk crosses channel 3.
 
     Args:
-        layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"``, or the module itself.
+        layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"`` of the whole model, or the module
+            itself. Children of these two names are ``".input"`` and ``".output"``.
         side: ``"output"``, ``"input"`` or ``"sink"``.
         call: Which call of a module that is called several times; ``"any"`` for at least one of them.
-        item: Which tensor of a tuple or list.
+        item: Which tensor of a tuple, mapping or dataclass, by position, key or field; in a nested container by
+            ``"features.0"``.
 
     Returns:
         The event that a walk crosses the tap at all; index it with ints, slices, lists, tuples or a boolean mask

@@ -15,7 +15,8 @@ from ..kernels.hook import StepHook
 from ..kernels.step import Step
 from ..model.routing import written
 from .audit import check_covered
-from .taps import INPUT, Item, Label, Observed, name_of
+from .module_outputs import tensors_of
+from .taps import INPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
@@ -38,7 +39,7 @@ class Observer:
     """
 
     def __init__(self, model: nn.Module, indices: list[Tensor], batched: bool, wanted: Atom | None) -> None:
-        self.modules: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
+        self.modules: Mapping[nn.Module, str] = module_names(model)
         self.containers: list[str] = []
         self.observed: list[Observed] = []
         self.leaves: list[Tensor] = []
@@ -105,7 +106,7 @@ class Observer:
     def on_step(self, module: nn.Module | None, step: Step) -> None:
         """Numbers the step of a module; that of a function has its number already."""
         if module is not None:
-            step.call = self._calls[module] - 1
+            step.name, step.call = self.modules.get(module, step.name), self._calls[module] - 1
 
     @without_torch_function
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
@@ -147,9 +148,8 @@ class Observer:
             if not module._modules and _step_hook(module) is None:
                 check_covered(module, name, args, output)
             return
-        for item, value in _entries(output).items():
-            if isinstance(value, Tensor):
-                self.see(Label(name, "output", call, item), value, dim)
+        for item, value in tensors_of(output).items():
+            self.see(Label(name, "output", call, item), value, dim)
 
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
         """Keeps the tensor at which the measure is to start, safe from later writes of the model."""
@@ -166,12 +166,6 @@ def _own_view(value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)
-
-
-def _entries(output: Any) -> Mapping[Any, Any]:
-    if isinstance(output, Mapping):
-        return output
-    return dict(enumerate(output)) if isinstance(output, (tuple, list)) else {}
 
 
 def _step_hook(module: nn.Module) -> StepHook | None:
