@@ -1,4 +1,4 @@
-"""Observes one forward pass: the tensors that modules read and return, and where relevance starts and ends."""
+"""Observation of one forward pass: the tensors that modules read and return, and the start and ends of relevance."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .taps import INPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
-    """Hooks around those of the composite, and what they collect.
+    """Hooks around those of the composite, and the tensors that they collect.
 
     Args:
         model: The model.
-        indices: Inputs of integers; where one is looked up, relevance ends at the rows that it selects.
+        indices: Integer inputs; relevance ends at the rows that an integer input selects.
         batched: Whether the inputs have a dimension of samples.
-        wanted: The tap at which the measure is to start, if it is inside the model.
+        wanted: The tap inside the model at which the measure is to start; None for the output of the model.
 
     Attributes:
         modules: Name of each module.
         containers: Names of modules with children that have a rule themselves.
         observed: Every labelled tensor that depends on the inputs.
-        leaves: Where relevance ends.
+        leaves: The tensors at which relevance ends.
         indices: The integers among the inputs.
         inputs: The leaves of its other inputs.
         has_lookups: Whether ids were looked up.
@@ -59,7 +59,7 @@ class Observer:
             stack.callback(module.register_forward_hook(self._leave).remove)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """A leaf with the values of an input, and the tensor to call the model with in its place."""
+        """Makes a leaf with the values of an input, and returns the tensor that replaces the input in the call."""
         passed = self._end(tensor)
         self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
@@ -73,7 +73,7 @@ class Observer:
         return leaf.clone()
 
     def see(self, label: Label, tensor: Tensor, channel_dim: int | None = None) -> None:
-        """Keeps a labelled tensor, if it depends on the inputs."""
+        """Stores a labelled tensor if it depends on the inputs."""
         self._keep_start(label, tensor)
         if label.name and tensor.grad_fn is not None and tensor.is_floating_point():
             node, number = written(tensor.grad_fn, tensor.output_nr)
@@ -85,8 +85,8 @@ class Observer:
         """The tensor inside the model at which the measure starts.
 
         Raises:
-            EventError: It is not a whole tap.
-            UnknownLayerError: The forward pass has no such tap.
+            EventError: ``output`` is not a whole tap.
+            UnknownLayerError: The forward pass has no tap of this name.
         """
         if output.index is not None or output.side == "sink" or output.call == "any":
             raise EventError(
@@ -104,18 +104,18 @@ class Observer:
         return id(tensor) in self._leaves
 
     def on_step(self, module: nn.Module | None, step: Step) -> None:
-        """Numbers the step of a module; that of a function has its number already."""
+        """Numbers the step of a module; the step of a function already has a number."""
         if module is not None:
             step.name, step.call = self.modules.get(module, step.name), self._calls[module] - 1
 
     @without_torch_function
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
-        """The output of a function."""
+        """Stores the output of a function."""
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     @without_torch_function
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Rows that ids select: relevance ends here, as at any other input."""
+        """Makes the rows that ids select a leaf, at which relevance ends as at any other input."""
         self.has_lookups = True
         with not_recorded():
             passed = self._end(rows)
@@ -152,7 +152,7 @@ class Observer:
             self.see(Label(name, "output", call, item), value, dim)
 
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
-        """Keeps the tensor at which the measure is to start, safe from later writes of the model."""
+        """Stores the tensor at which the measure starts, protected from later writes by the model."""
         wanted = self._wanted
         if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name, label.side):
             return
@@ -162,7 +162,7 @@ class Observer:
 
 
 def _own_view(value: Any) -> Any:
-    """A separate view of a tensor for each call, so that its tap holds only the walks through this call."""
+    """Returns a separate view of a tensor for each call, so that its tap holds only the walks through this call."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)
@@ -178,7 +178,7 @@ def _step_hook(module: nn.Module) -> StepHook | None:
 
 
 def _channel_dim(module: nn.Module) -> int | None:
-    """The dimension of the channels: the last one for layers over features, 1 for layers over images."""
+    """The channel dimension: the last dimension for layers over features, 1 for layers over images."""
     own: int | None = getattr(type(module), "nrm_channel_dim", None)
     if own is not None:
         return own
