@@ -220,7 +220,7 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """The items of the tensors that a layer returned or was called with, without nested ones; ``[None]`` for one."""
+        """The items of the tensors that a layer returned or was called with, except nested ones; ``[None]`` for one."""
         if isinstance(layer, str):
             layer, item = self._split_item(layer, side)
             if item is not None:
