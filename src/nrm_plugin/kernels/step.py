@@ -33,6 +33,7 @@ class Step(ABC):
 
     Attributes:
         call: Which call of the module or function this is.
+        dtype: The dtype of relevance at its output.
         uses: How often its output is read, as far as is known.
         attention: Where heads and tokens are, if it multiplies attention weights and values.
     """
@@ -45,6 +46,7 @@ class Step(ABC):
         self.attention: Any = None
         self.shape = output.shape
         self._like = shape_like(output)
+        self.dtype = self._like.dtype
         self._normalization = normalization
         self._lock = threading.RLock()
 
@@ -93,7 +95,7 @@ class Step(ABC):
         """Propagates relevance ``(K, N, *out)``.
 
         Returns:
-            Relevance at each input, ``(K, N, *in)``, and the share that is absorbed, ``(N, *out)``: None for zero, and
+            Relevance at each input, ``(K, N, *in)``, in any dtype, and the share that is absorbed, ``(N, *out)``: None for zero, and
             any number where no relevance arrives.
         """
         scaling = self._scaling_for(relevance)
@@ -116,19 +118,23 @@ class Step(ABC):
             Values at the output, ``(K, N, *out)``; None for zeros.
         """
         scaling = self._scaling_for(None)
-        result = None
+        result, values = None, self._converted(values)
         if any(value is not None for value in values):
             result = _scaled(self.kernel.push(values, self.shape).detach(), scaling.gain)
         if absorbed is not None and scaling.deficit is not None:
             sunk = absorbed * scaling.deficit
             result = sunk if result is None else result + sunk
-        return result
+        return result if result is None else result.to(self.dtype)
 
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
         """An upper bound of the transpose of :meth:`pull_absolute`, with zeros at the sink."""
         scaling = self._scaling_for(None)  # also completes the kernel
-        bound = self.kernel.push_bound(values, self.shape).detach()
-        return bound if scaling.gain is None else bound * scaling.gain.abs()
+        bound = self.kernel.push_bound(self._converted(values), self.shape).detach()
+        return (bound if scaling.gain is None else bound * scaling.gain.abs()).to(self.dtype)
+
+    def _converted(self, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Values at the inputs in the dtype of the output, where the transpose of the kernel starts."""
+        return tuple(value if value is None else value.to(self.dtype) for value in values)
 
 
 def _scaled(relevance: Tensor, gain: Tensor | None) -> Tensor:
@@ -169,7 +175,7 @@ class Link(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         with exact(relevance.device):
-            parts, _ = ctx.step.pull(relevance.unsqueeze(0))
+            parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
         return None, None, *(part.squeeze(0) for part in parts)
 
 
@@ -191,5 +197,5 @@ class LinkInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         with exact(relevance.device):
-            ((part,), _) = ctx.step.pull(relevance.unsqueeze(0))
+            ((part,), _) = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
         return None, part.squeeze(0)

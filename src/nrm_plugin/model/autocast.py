@@ -1,7 +1,8 @@
 """Layers in reduced precision, as ``torch.autocast`` runs them, with totals in float32.
 
 Only products with a weight run in reduced precision: the layer itself and the two maps of each branch of its rule.
-Relevance, column sums, gains and all sums keep the dtype of the inputs.
+Relevance, column sums, gains and all sums keep the dtype of the inputs. Where the model itself computes in a short
+format, they are in float32, and so are all products of its kernels.
 
 Source: ours.
 """
@@ -16,6 +17,11 @@ import torch
 from torch import Tensor
 
 from .linear_maps import LinearMap
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of relevance at a tensor of this dtype: float32 for shorter formats."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 class _Current(threading.local):
@@ -106,4 +112,4 @@ def _restored(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
     return restored if scale is None else restored.mul_(scale)
 
 
-__all__ = ["asked_for", "current", "exact", "layers_in", "lowered", "shortened"]
+__all__ = ["asked_for", "current", "exact", "layers_in", "lowered", "shortened", "working_dtype"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.step import Step
+from ..model.autocast import working_dtype
 from ..model.routing import is_whole, operation, written
 from .places import Buffer, Edge, Place
 
@@ -49,6 +50,8 @@ class Vertex:
         step: The step, or None for a route.
         edges: Where each input comes from; None for a constant.
         shapes: Shape of each output.
+        dtypes: The dtype of relevance at each output.
+        arriving: The dtype of relevance at each input; None for a constant.
         leaf: The leaf tensor, at the end of the graph.
     """
 
@@ -56,19 +59,24 @@ class Vertex:
     step: Step | None
     edges: tuple[Buffer | None, ...]
     shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    arriving: tuple[torch.dtype | None, ...]
     leaf: Tensor | None = None
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
-        """Relevance ``(K, *shape)`` at the outputs to each edge, and the share that is absorbed, a tensor or None."""
+        """Relevance ``(K, *shape)`` at the outputs to each edge, and the share that is absorbed, a tensor or None.
+
+        Where dtypes are mixed, the relevance of each tensor has the dtype of that tensor.
+        """
         if self.step is not None:
             (single,) = relevance
             assert single is not None
             parts, residual = (self.step.pull_absolute if absolute else self.step.pull)(single)
-            return list(parts), residual
+            return self._converted(parts), residual
         count = next(len(item) for item in relevance if item is not None)
         rows = [self._route([item if item is None else item[k] for item in relevance]) for k in range(count)]
-        return _columns(rows), None
+        return self._converted(_columns(rows)), None
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
         """The transpose of :meth:`pull`; ``absorbed`` holds the values at the sink, for each output."""
@@ -78,9 +86,9 @@ class Vertex:
         if not known:
             return [None] * len(self.shapes)
         with torch.inference_mode(False), torch.enable_grad():
-            seeds = [known[0].new_zeros(shape).requires_grad_() for shape in self.shapes]
+            seeds = self._seeds(known[0])
             parts = self._route(list(seeds))
-            pairs = [(p, v) for p, v in zip(parts, values, strict=True) if v is not None and _carries(p)]
+            pairs = [(p, v.to(p.dtype)) for p, v in zip(parts, values, strict=True) if v is not None and _carries(p)]
             if not pairs:
                 return [None] * len(self.shapes)
             rows = [
@@ -88,6 +96,19 @@ class Vertex:
                 for k in range(len(known[0]))
             ]
         return _columns(rows)
+
+    def _converted(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [
+            part if part is None or dtype in (None, part.dtype) else part.to(dtype)
+            for part, dtype in zip(parts, self.arriving, strict=True)
+        ]
+
+    def _seeds(self, like: Tensor) -> list[Tensor]:
+        """Zeros at each output, to be differentiated, on the device of another tensor."""
+        return [
+            like.new_zeros(shape, dtype=dtype).requires_grad_()
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
 
     def _route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
         parts = self.node(*relevance)
@@ -104,7 +125,7 @@ class Vertex:
             return None
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
-                seeds = [like.new_zeros(shape).requires_grad_() for shape in self.shapes]
+                seeds = self._seeds(like)
                 # Called directly, some nodes return a gradient for their constants as well.
                 parts = zip(self._route(list(seeds)), self.edges, strict=True)
                 totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
@@ -233,7 +254,9 @@ def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
     step = getattr(node, "step", None)
     step = step if isinstance(step, Step) else None
     leaf = getattr(node, "variable", None)
-    shapes = (step.shape,) if step is not None else tuple(torch.Size(m.shape) for m in node._input_metadata)
-    if leaf is not None:
-        shapes = (leaf.shape,)
-    return Vertex(node, step, edges, shapes, leaf)
+    shapes, dtypes = zip(*((torch.Size(m.shape), working_dtype(m.dtype)) for m in node._input_metadata), strict=True)
+    arriving = tuple(
+        working_dtype(below._input_metadata[number].dtype) if below in position else None
+        for below, number in _edges(node)
+    )
+    return Vertex(node, step, edges, shapes, dtypes, arriving, leaf)
