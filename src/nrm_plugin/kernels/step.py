@@ -9,12 +9,13 @@ import functools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..model.autocast import exact
+from ..model.autocast import InFloat32, exact, is_short
 from .base import Kernel
 from .branch_kernel import BranchKernel
 from .forward_state import not_recorded
@@ -34,6 +35,7 @@ class Step(ABC):
     Attributes:
         call: Which call of the module or function this is.
         dtype: The dtype of relevance at its output.
+        is_short: Whether the model computed it in a format shorter than float32; its kernel is in float32.
         uses: How often its output is read, as far as is known.
         attention: Where heads and tokens are, if it multiplies attention weights and values.
     """
@@ -47,6 +49,7 @@ class Step(ABC):
         self.shape = output.shape
         self._like = shape_like(output)
         self.dtype = self._like.dtype
+        self.is_short = is_short(output)
         self._normalization = normalization
         self._lock = threading.RLock()
 
@@ -57,7 +60,7 @@ class Step(ABC):
     @functools.cached_property
     def kernel(self) -> Kernel:
         """The kernel of the rule, normalized already if its columns are a :class:`Deficit`."""
-        with self._lock, torch.inference_mode(False), not_recorded():
+        with self._lock, torch.inference_mode(False), not_recorded(), self._arithmetic():
             return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
 
     def forget_kernel(self) -> None:
@@ -82,7 +85,7 @@ class Step(ABC):
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
         """Gain and deficit wherever this relevance is not zero; None stands for any relevance."""
         kernel = self.kernel
-        with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad():
+        with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
             if kernel.complete_for(relevance):
                 self.__dict__.pop("_scaling", None)
             return self._scaling
@@ -95,16 +98,18 @@ class Step(ABC):
         """Propagates relevance ``(K, N, *out)``.
 
         Returns:
-            Relevance at each input, ``(K, N, *in)``, in any dtype, and the share that is absorbed, ``(N, *out)``: None for zero, and
-            any number where no relevance arrives.
+            Relevance at each input, ``(K, N, *in)``, in any dtype, and the share that is absorbed, ``(N, *out)``: None
+            for zero, and any number where no relevance arrives.
         """
         scaling = self._scaling_for(relevance)
-        return self.kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
+        with self._arithmetic():
+            return self.kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
 
     def pull_absolute(self, mass: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         r"""The same with :math:`|\tilde T_{ij}|`, for absolute masses of walks."""
         scaling = self._scaling_for(mass)
-        parts = self.kernel.pull_absolute(_scaled(mass, scaling.gain))
+        with self._arithmetic():
+            parts = self.kernel.pull_absolute(_scaled(mass, scaling.gain))
         return parts, None if scaling.deficit is None else scaling.deficit.abs()
 
     def push(self, values: tuple[Tensor | None, ...], absorbed: Tensor | None) -> Tensor | None:
@@ -120,7 +125,8 @@ class Step(ABC):
         scaling = self._scaling_for(None)
         result, values = None, self._converted(values)
         if any(value is not None for value in values):
-            result = _scaled(self.kernel.push(values, self.shape).detach(), scaling.gain)
+            with self._arithmetic():
+                result = _scaled(self.kernel.push(values, self.shape).detach(), scaling.gain)
         if absorbed is not None and scaling.deficit is not None:
             sunk = absorbed * scaling.deficit
             result = sunk if result is None else result + sunk
@@ -129,8 +135,12 @@ class Step(ABC):
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
         """An upper bound of the transpose of :meth:`pull_absolute`, with zeros at the sink."""
         scaling = self._scaling_for(None)  # also completes the kernel
-        bound = self.kernel.push_bound(self._converted(values), self.shape).detach()
+        with self._arithmetic():
+            bound = self.kernel.push_bound(self._converted(values), self.shape).detach()
         return (bound if scaling.gain is None else bound * scaling.gain.abs()).to(self.dtype)
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        return InFloat32() if self.is_short else nullcontext()
 
     def _converted(self, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Values at the inputs in the dtype of the output, where the transpose of the kernel starts."""
@@ -181,6 +191,7 @@ class Link(torch.autograd.Function):
 
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """The output, with the step as its history."""
+    step.is_short = step.is_short or any(is_short(tensor) for tensor in inputs)
     result: Tensor = Link.apply(step, [output], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 

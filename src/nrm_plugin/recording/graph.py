@@ -16,9 +16,18 @@ import torch
 from torch import Tensor
 
 from ..kernels.step import Step
-from ..model.autocast import working_dtype
+from ..model.autocast import SHORT, working_dtype
 from ..model.routing import is_whole, operation, written
+from .indexed_routes import IndexedRoute, indexed_route
 from .places import Buffer, Edge, Place
+
+_IN_ANY_FORMAT = frozenset(
+    """
+    Alias View ReshapeAlias UnsafeView Transpose Permute T Squeeze Unsqueeze Expand Select Slice Split SplitWithSizes
+    Unbind Clone Cat Stack Where MaskedFill Maximum Minimum Amax Amin AccumulateGrad
+    """.split()
+)
+"""Routes by which autograd passes relevance in float32, whatever the format of the tensors."""
 
 _WITH_CONSTANTS = frozenset(
     [
@@ -52,6 +61,7 @@ class Vertex:
         shapes: Shape of each output.
         dtypes: The dtype of relevance at each output.
         arriving: The dtype of relevance at each input; None for a constant.
+        is_short: Whether this is a route from or to a tensor in a format shorter than float32.
         leaf: The leaf tensor, at the end of the graph.
     """
 
@@ -61,6 +71,7 @@ class Vertex:
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
     arriving: tuple[torch.dtype | None, ...]
+    is_short: bool = False
     leaf: Tensor | None = None
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
@@ -74,6 +85,8 @@ class Vertex:
             assert single is not None
             parts, residual = (self.step.pull_absolute if absolute else self.step.pull)(single)
             return self._converted(parts), residual
+        if self.index is not None:
+            return self._converted(self.index.pull(relevance)), None
         count = next(len(item) for item in relevance if item is not None)
         rows = [self._route([item if item is None else item[k] for item in relevance]) for k in range(count)]
         return self._converted(_columns(rows)), None
@@ -85,6 +98,9 @@ class Vertex:
         known = [value for value in values if value is not None]
         if not known:
             return [None] * len(self.shapes)
+        if self.index is not None:
+            rows_of = self.index.push(values)
+            return [row.to(dtype) for row, dtype in zip(rows_of, self.dtypes, strict=True)]
         with torch.inference_mode(False), torch.enable_grad():
             seeds = self._seeds(known[0])
             parts = self._route(list(seeds))
@@ -110,6 +126,18 @@ class Vertex:
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
 
+    @functools.cached_property
+    def index(self) -> IndexedRoute | None:
+        """The route as an index, if autograd would round relevance to a short format or reject it in float32."""
+        if not self.is_short or operation(self.node) in _IN_ANY_FORMAT:
+            return None
+        device = self.node._input_metadata[0].device
+        seeds = [
+            torch.zeros(shape, dtype=m.dtype, device=device)
+            for shape, m in zip(self.shapes, self.node._input_metadata, strict=True)
+        ]
+        return indexed_route(self._route, seeds, [edge is not None for edge in self.edges])
+
     def _route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
         parts = self.node(*relevance)
         return list(parts) if isinstance(parts, (tuple, list)) else [parts]
@@ -123,6 +151,11 @@ class Vertex:
         """For each output, 1 where an entry comes from a constant, else 0; None where none does."""
         if not self.may_hold_constants:
             return None
+        if self.index is not None:
+            shares = tuple(
+                (origin == 0).to(dtype) for origin, dtype in zip(self.index.origins, self.dtypes, strict=True)
+            )
+            return shares if any(bool(share.any()) for share in shares) else None
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
                 seeds = self._seeds(like)
@@ -254,9 +287,15 @@ def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
     step = getattr(node, "step", None)
     step = step if isinstance(step, Step) else None
     leaf = getattr(node, "variable", None)
-    shapes, dtypes = zip(*((torch.Size(m.shape), working_dtype(m.dtype)) for m in node._input_metadata), strict=True)
-    arriving = tuple(
-        working_dtype(below._input_metadata[number].dtype) if below in position else None
-        for below, number in _edges(node)
+    shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in node._input_metadata), strict=True)
+    below = [lower._input_metadata[number].dtype if lower in position else None for lower, number in _edges(node)]
+    return Vertex(
+        node,
+        step,
+        edges,
+        shapes,
+        tuple(working_dtype(one) for one in formats),
+        tuple(None if one is None else working_dtype(one) for one in below),
+        step is None and any(one in SHORT for one in (*formats, *below)),
+        leaf,
     )
-    return Vertex(node, step, edges, shapes, dtypes, arriving, leaf)
