@@ -104,7 +104,12 @@ class Vertex:
         with torch.inference_mode(False), torch.enable_grad():
             seeds = self._seeds(known[0])
             parts = self._route(list(seeds))
-            pairs = [(p, v.to(p.dtype)) for p, v in zip(parts, values, strict=True) if v is not None and _carries(p)]
+            # Called directly, a node does not sum over the dimensions in which an input was broadcast.
+            pairs = [
+                (part.sum_to_size(value.shape[1:]), value.to(part.dtype))
+                for part, value in zip(parts, values, strict=True)
+                if value is not None and _carries(part)
+            ]
             if not pairs:
                 return [None] * len(self.shapes)
             rows = [
