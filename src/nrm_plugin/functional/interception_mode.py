@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.forward_state import constants_detached, is_inside_step
+from ..kernels.forward_state import constants_detached, is_foreign, is_inside_step
 from .function_call import Settings
 from .handlers import handle
 from .intercepted_pass import InterceptedPass
@@ -33,13 +33,21 @@ class InterceptionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, forward_pass = kwargs or {}, self.forward_pass
         if is_inside_step() or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if not forward_pass.follows_ids:
+                return result
+            return forward_pass.with_ids(ObservedCall.of(func, args, kwargs, forward_pass.path), result)
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the tensor itself
             args = constants_detached(args)
             kwargs = {key: constants_detached(value) for key, value in kwargs.items()}
-        return handle(ObservedCall.of(func, args, kwargs, self.forward_pass.path), self.forward_pass)
+        call = ObservedCall.of(func, args, kwargs, forward_pass.path)
+        if len(call.inputs) > 1 and any(is_foreign(tensor, is_exact=True) for tensor in call.inputs):
+            args = constants_detached(args, is_exact=True)
+            kwargs = {key: constants_detached(value, is_exact=True) for key, value in kwargs.items()}
+            call = ObservedCall.of(func, args, kwargs, forward_pass.path)
+        return forward_pass.with_ids(call, handle(call, forward_pass))
 
 
 __all__ = ["InterceptionMode"]
