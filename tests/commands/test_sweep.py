@@ -181,7 +181,10 @@ def test_folders_named_as_classes_of_the_model_have_their_indices(photos):
     prepare = preprocessing(size=16)
     known = PreprocessedImageFolder(photos, prepare, ["fish", "Dogs", "cats"])
     assert known.labels == [2] * 5 + [1] * 5
-    assert PreprocessedImageFolder(photos, prepare, ["fish", "dogs"]).labels == [0] * 5 + [1] * 5
+    assert PreprocessedImageFolder(photos, prepare).labels == [0] * 5 + [1] * 5
+    assert PreprocessedImageFolder(photos, prepare, ["class 1", "class 2"]).labels == [0] * 5 + [1] * 5
+    assert PreprocessedImageFolder(photos, prepare, ["fish", "dogs"]).labels == [-1] * 5 + [1] * 5
+    assert PreprocessedImageFolder(photos, prepare, ["a", "b", "c"]).labels == [-1] * 10
     assert PreprocessedImageFolder(photos / "cats", prepare).labels == [-1] * 5
     assert known[0][0].shape == (3, 16, 16)
 
