@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .sweep_layout import ShardError
+from .sweep_layout import ShardError, json_checksum
 
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
@@ -100,8 +100,8 @@ def _end(column: Any) -> int:
 
 
 def to_bytes(entries: Mapping[str, Any]) -> bytes:
-    """A file of checksums."""
-    return json.dumps(entries).encode()
+    """A file of checksums, with one of its own."""
+    return json.dumps({**entries, "checksum": json_checksum(entries)}).encode()
 
 
 def read_sums(path: Path) -> dict[str, Any] | None:
@@ -114,6 +114,8 @@ def read_sums(path: Path) -> dict[str, Any] | None:
         entries = json.loads(path.read_bytes())
         if not isinstance(entries, dict):
             raise TypeError("it is not a JSON object")
+        if entries.pop("checksum", None) != json_checksum(entries):
+            raise ValueError("its own checksum differs")
         return entries
     except FileNotFoundError:
         return None

@@ -300,7 +300,7 @@ def _code(code: types.CodeType, doc: str | None = None) -> Any:
     """Instructions, names and constants, without line numbers and docstring."""
     constants = [
         _code(item) if isinstance(item, types.CodeType) else sorted(map(repr, item)) if isinstance(item, frozenset)
-        else repr(item) for item in code.co_consts if doc is None or item != doc
+        else repr(None if item == doc else item) for item in code.co_consts
     ]  # fmt: skip
     return [code.co_code.hex(), list(code.co_names), list(code.co_freevars), code.co_argcount, constants]
 

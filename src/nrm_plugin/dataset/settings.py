@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import default_collate
 
 from ..composites import Normalized
 from .descriptions import described, digest
@@ -64,7 +65,7 @@ def settings_of(
         "target": target if isinstance(target, (str, int, type(None))) else described(target),
         "unpack": described(unpack),
         "output": described(evaluation.output),
-        "collate": described(source.options.get("collate_fn")),
+        "collate": None if source.collate is default_collate else described(source.collate),
         "samples": source.count,
         "data": fingerprint if isinstance(fingerprint, str) else None,
         "preparation": source.preparation,
@@ -117,6 +118,8 @@ def _as_recorded_before(stored: Mapping[str, Any], now: Mapping[str, Any]) -> di
     kept = {key: value for key, value in now.items() if key not in ("recorded", "preparation")}
     for name in ("versions", "model"):
         kept[name] = {key: value for key, value in now[name].items() if key in stored.get(name, {})}
+    if now["collate"] is None and stored["collate"] == json.loads(json.dumps(described(default_collate))):
+        kept["collate"] = stored["collate"]
     return kept
 
 

@@ -157,7 +157,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes the manifest of a folder, in one step."""
         entries = {"format": FORMAT, **asdict(self)}
-        entries["checksum"] = _checksum(entries)
+        entries["checksum"] = json_checksum(entries)
         write_bytes(folder / MANIFEST, json.dumps(entries, indent=1, ensure_ascii=False).encode())
 
     @classmethod
@@ -173,7 +173,7 @@ class Manifest:
             checksum = entries.pop("checksum", None)  # former versions stored none
             if entries["format"] != FORMAT:
                 raise SweepError(f"{path} has a different format; this version of the package reads {FORMAT!r}.")
-            if checksum is not None and checksum != _checksum(entries):
+            if checksum is not None and checksum != json_checksum(entries):
                 raise ManifestError(f"{path} is damaged or was edited: its checksum differs. {REBUILT}")
             del entries["format"]
             queries = tuple(
@@ -192,7 +192,8 @@ class Manifest:
             ) from error
 
 
-def _checksum(entries: Mapping[str, Any]) -> str:
+def json_checksum(entries: Mapping[str, Any]) -> str:
+    """Hash of a JSON object, whatever the order of its keys."""
     normal = json.loads(json.dumps(entries))  # tuples become lists, and keys become text
     return hashlib.blake2b(json.dumps(normal, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -225,6 +226,7 @@ __all__ = [
     "State",
     "SweepError",
     "arrow",
+    "json_checksum",
     "path_inside",
     "schema",
 ]
