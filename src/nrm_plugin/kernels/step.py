@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..model.autocast import exact
 from .base import Kernel
-from .branch_kernel import BranchKernel
 from .forward_state import not_recorded
 from .layer_call import shape_like
 from .normalization import Deficit, Normalization, Scaling
+from .rule_branch_kernel import BranchKernel
 
 
 class Step(ABC):
