@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,17 +25,20 @@ KINDS = {
 }
 
 
+ASKED: dict[str, Callable[[Sweep], object]] = {
+    "rows": lambda stored: stored.rows().to_pylist(),
+    "a group": lambda stored: stored.rows("joint(4, 2)", 5, ["sample", "lower", "value"]).to_pylist(),
+    "top": lambda stored: [stored.top("marginal(4)", group).to_pylist() for group in range(8)],
+    "maps": lambda stored: stored.maps("maps(input, over=position)", range(50)).tolist(),
+    "samples": lambda stored: stored.samples().to_pylist(),
+    "queries": lambda stored: {name: query.groups for name, query in stored.queries.items()},
+}
+
+
 def readings(folder: Path) -> dict[str, object]:
     """What a sweep answers, or the type of its error; anything but a SweepError is raised."""
     answers: dict[str, object] = {}
-    for name, ask in {
-        "rows": lambda stored: stored.rows().to_pylist(),
-        "a group": lambda stored: stored.rows("joint(4, 2)", 5, ["sample", "lower", "value"]).to_pylist(),
-        "top": lambda stored: [stored.top("marginal(4)", group).to_pylist() for group in range(8)],
-        "maps": lambda stored: stored.maps("maps(input, over=position)", range(50)).tolist(),
-        "samples": lambda stored: stored.samples().to_pylist(),
-        "queries": lambda stored: {name: query.groups for name, query in stored.queries.items()},
-    }.items():
+    for name, ask in ASKED.items():
         try:
             answers[name] = ask(Sweep.open(folder))
         except SweepError:
