@@ -43,7 +43,7 @@ def test_a_killed_sweep_is_resumed_with_the_same_results(tmp_path):
     torch.set_num_threads(1)
     sweep(net(), Data(60), QUERIES, tmp_path / "uninterrupted", batch_size=2, shard=2, progress=False)
     torch.set_num_threads(threads)
-    kills = [int(number) for number in script(HERE / "killed.py", tmp_path, 3, 5).split()]
+    kills = [int(number) for number in script(HERE / "killed.py", tmp_path, 3, 7).split()]
     assert len(kills) == 3
     assert min(kills) >= 3
     for where in ("time", "fsync", "replace"):

@@ -184,7 +184,7 @@ def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, 
         )
     if isinstance(data, PreprocessedImageFolder) and settings.get("data") != data.fingerprint:
         raise RequestError(f"the images in {shown(data.folder)} are not those of the sweep.")
-    before, now = settings.get("preparation"), described(getattr(data, "preparation", None))
+    before, now = settings.get("preparation"), data_source(data, None, None).preparation
     if before is not None and before != now:
         raise RequestError(
             f"the preprocessing is not that of the sweep: {'; '.join(differences(before, now))}. Give the same --size, "

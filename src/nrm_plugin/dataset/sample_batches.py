@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -83,7 +84,11 @@ class DataSource:
     @property
     def preparation(self) -> Any:
         """How the data set prepares samples, if it tells."""
-        return described(getattr(self.data, "preparation", None))
+        preparation = getattr(self.data, "preparation", None)
+        try:
+            return json.loads(json.dumps(preparation))
+        except (TypeError, ValueError):  # an object, such as a transform
+            return described(preparation)
 
     def stamps(self, first: int, last: int) -> list[str]:
         """What the data set tells of samples without reading them; empty if it tells nothing."""
