@@ -167,6 +167,7 @@ def _crops(options: argparse.Namespace, listing: Listing, loaded: LoadedModel, r
         whole=options.whole,
         to_image=lambda image: loaded.preprocessing.inverse(image[None]),
         composite=normalized,
+        show_progress=sys.stderr.isatty(),
     )
 
 
