@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ def test_installed_code_is_known_by_its_version() -> None:
     assert all(is_installed(kind) for kind in (torch.nn.Linear, dict, functools.partial, NRMDefault, Image.Image))
     assert not is_installed(outer())
     assert not is_installed(Slotted)
-    assert package_version("torch.nn.modules") == torch.__version__
+    assert package_version("torch.nn.modules") == version("torch")
+    assert package_version("PIL.Image") == version("pillow")
     assert package_version("somebodys") == "?"
     assert described(torch.relu) == described(torch.relu) != described(torch.tanh)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ray
@@ -40,23 +40,20 @@ def main() -> None:
     workers = [cluster.add_node(**NODE) for _ in range(nodes)]
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
     cluster.wait_for_nodes()
-    before: list[str] = []
-
-    def changed() -> None:
-        while len(stored(folder)) < 5:
-            time.sleep(0.02)
-        before.extend(stored(folder))
-        cluster.remove_node(workers[0], allow_graceful=False)
+    started = time.perf_counter()
+    arguments = (net(), Data(COUNT, wait=0.05), QUERIES, folder)
+    options = {"batch_size": 2, "shard": 2, "engine": "ray", "progress": False}
+    with ThreadPoolExecutor(1) as thread:  # Ray adds nodes in the main thread only
+        swept = thread.submit(sweep, *arguments, **options)
+        before: list[str] = []
+        if change != "none":
+            while len(before := stored(folder)) < 5 and not swept.done():
+                time.sleep(0.02)
+            cluster.remove_node(workers[0], allow_graceful=False)
         if change == "replace":
             cluster.add_node(**NODE)
-
-    if change != "none":
-        threading.Thread(target=changed, daemon=True).start()
-    started = time.perf_counter()
-    data = Data(COUNT, wait=0.05)
-    sweep(net(), data, QUERIES, folder, batch_size=2, shard=2, engine="ray", progress=False)
-    seconds = time.perf_counter() - started
-    print(json.dumps({"before": before, "seconds": seconds}))
+        swept.result()
+    print(json.dumps({"before": before, "seconds": time.perf_counter() - started}))
     ray.shutdown()
     cluster.shutdown()
 

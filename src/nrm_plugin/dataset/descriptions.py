@@ -5,6 +5,7 @@ Code of installed packages is identified by their version, all other code by its
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import hashlib
@@ -194,11 +195,11 @@ def _distributions() -> Mapping[str, list[str]]:
 def package_version(module: str) -> str:
     """The version of the package of a module, ``"?"`` if it has none."""
     top = module.partition(".")[0]
-    version = getattr(sys.modules.get(top), "__version__", None)
-    try:
-        return version if isinstance(version, str) else importlib.metadata.version(_distributions()[top][0])
-    except (KeyError, importlib.metadata.PackageNotFoundError):
-        return "?"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(top)
+    with contextlib.suppress(KeyError):  # slower
+        return importlib.metadata.version(_distributions()[top][0])
+    return str(getattr(sys.modules.get(top), "__version__", "?"))
 
 
 def user_code(value: type | Function) -> dict[str, str]:
