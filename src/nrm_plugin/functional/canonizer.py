@@ -17,6 +17,7 @@ from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
 from .attention import ATTENTIONS
 from .composite_rules import CompositeRules, NoRules
+from .custom_functions import attach_steps
 from .function_call import Settings
 from .ids import tensors_in
 from .interception_mode import InterceptionMode
@@ -135,7 +136,12 @@ class Interception(Canonizer):
         return leave
 
     def _stop_hook(self) -> Callable[..., None]:
-        return lambda module, args, output: self._stop()
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            if self._modes and output is not None:  # without an output the module raised
+                attach_steps(output, self._modes[-1].forward_pass.custom_calls)
+            self._stop()
+
+        return stop
 
     # -- the mode of one forward pass -------------------------------------------------------------------------------
 

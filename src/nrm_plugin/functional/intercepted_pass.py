@@ -20,6 +20,7 @@ from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import layout
 from .complex_tensors import ComplexTensors, RealSources, map_items
+from .custom_functions import CustomCalls
 from .function_call import CallInput, FunctionCall, Settings
 from .function_kernels import BroadcastKernel
 from .gates import Gates
@@ -47,6 +48,7 @@ class InterceptedPass:
     Attributes:
         gates: The tensors that are gates.
         complex_tensors: The real sources of complex tensors.
+        custom_calls: The calls of ``autograd.Function`` classes.
         module_paths: Paths of the modules that are running, outermost first.
         packs: Orders of the packed sequences that modules received.
         decomposing: The functions written in Python that are running by their bodies.
@@ -56,6 +58,7 @@ class InterceptedPass:
         self.settings, self.intercepting = settings, intercepting
         self.gates = Gates()
         self.complex_tensors = ComplexTensors()
+        self.custom_calls = CustomCalls()
         self.module_paths: list[str] = []
         self.packs: list[tuple[Tensor, Tensor]] = []
         self.decomposing: list[Callable[..., Any]] = []

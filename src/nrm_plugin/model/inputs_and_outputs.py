@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GradModeError, InputError, NRMError, samples
+from .autocast import SHORT
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
 """Which output: a key or attribute, a position, or a function of what the model returned."""
+
+FORMATS = (torch.float32, torch.float64, *SHORT)
+"""Dtypes of inputs and outputs; relevance is in float32 or float64."""
 
 EXPLAINED = ("logits", "out")
 """Keys of a dictionary of outputs that are explained by default, as in transformers and torchvision."""
@@ -135,10 +139,10 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
             "dimension must be the batch, since every sample has its own measure. A single sample needs a batch "
             "of one, `inputs.unsqueeze(0)`, or batched=False, which takes a whole graph or sequence as one sample."
         )
-    if tensor.numel() == 0 or tensor.dtype not in (torch.float32, torch.float64):
+    if tensor.numel() == 0 or tensor.dtype not in FORMATS:
         raise InputError(
             f"the explained output has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; a measure starts at real "
-            "numbers in float32 or float64. Make the model return its scores."
+            "numbers in float32 or float64, or shorter ones in bfloat16 or float16. Make the model return its scores."
         )
     if tensor.grad_fn is None:
         raise InputError(NOT_JOINED)
@@ -214,7 +218,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
             raise InputError(f"{what} is {type(tensor).__name__}, expected a tensor of shape (N, …).")
         if tensor.is_complex() or not (tensor.is_floating_point() or is_index(tensor)):
             raise InputError(f"{what} {_not_floating(tensor)}")
-        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+        if tensor.is_floating_point() and tensor.dtype not in FORMATS:
             raise InputError(
                 f"{what} has dtype {tensor.dtype}, in which sums over walks lose precision. "
                 "Use float32 or float64 (`model.float()`, `inputs.float()`)."
