@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
 from torch import nn
+from zennit.canonizers import AttributeCanonizer
 from zennit.composites import (
     COMPOSITES,
     EpsilonAlpha2Beta1,
@@ -135,7 +136,22 @@ class Normalized(Composite):
         self.remove()
         check_unpatched()
         check_unhooked(module, "Leave the context of that composite first, or call its remove().")
-        super().register(module)
+        try:
+            super().register(module)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Removes hooks and canonizers, in reverse order: each canonizer restores what it found."""
+        self.handles.reverse()
+        set_once: set[tuple[nn.Module, str]] = set()
+        for handle in self.handles:
+            if isinstance(handle, AttributeCanonizer):  # deletes attributes, which is possible once
+                keys = [key for key in handle.attribute_keys if (handle.module, key) not in set_once]
+                set_once.update((handle.module, key) for key in keys)
+                handle.attribute_keys = keys
+        super().remove()
 
     @contextmanager
     def inactive(self) -> Iterator[Normalized]:

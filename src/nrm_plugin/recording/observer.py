@@ -46,8 +46,14 @@ class Observer:
         self._calls: dict[nn.Module, int] = {}
         self._started: Tensor | None = None
 
-    def watch(self, stack: ExitStack) -> None:
-        """Installs hooks: input taps before a step detaches its input, output taps after it links its output."""
+    def watch(self, model: nn.Module, stack: ExitStack) -> None:
+        """Installs hooks: input taps before a step detaches its input, output taps after it links its output.
+
+        Args:
+            model: The model, with the modules that canonizers added.
+            stack: Removes the hooks.
+        """
+        self.modules = {module: name for name, module in model.named_modules()}
         for module, name in self.modules.items():
             if _step_hook(module) is not None and module._modules:
                 self.containers.append(name)

@@ -70,7 +70,7 @@ class Recording:
             passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
             with ExitStack() as stack:
                 stack.enter_context(composite.context(model))
-                observer.watch(stack)
+                observer.watch(model, stack)
                 returned = call.run(model, passed)
         self.fingerprint = Fingerprint(model)
         if isinstance(output, Atom):
