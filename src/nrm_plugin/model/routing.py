@@ -62,7 +62,7 @@ _NODES = frozenset(
     PixelShuffle PixelUnshuffle ChannelShuffle Im2Col Tril Triu UpsampleNearest1D UpsampleNearest2D
     UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D CopySlices Copy
     Unfold Take TakeAlongDim Contiguous Detach AccumulateGrad Swapaxes LiftFresh Lift
-    DiagEmbed Median NanMedian Kthvalue Mode Cummax Cummin Aminmax
+    DiagEmbed Median NanMedian Kthvalue Mode Cummax Cummin Aminmax BackwardHookFunction
     """.lower().split()
 )
 _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
@@ -85,17 +85,23 @@ def is_route_node(node: Node) -> bool:
     return operation(node).lower() in _NODES
 
 
-_WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias"])
+_WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias", "Clone"])
 
 
 def is_whole(node: Node) -> bool:
-    """Whether a node is a view of all entries of a tensor."""
+    """Whether a node is a view or copy of all entries of a tensor."""
     return operation(node) in _WHOLE
 
 
 def written(node: Any, number: int) -> tuple[Any, int]:
-    """Output ``number`` of a node, or the tensor that overwrote all of it in place."""
-    while node is not None and operation(node) == "Copy":
+    """Output ``number`` of a node, or the tensor that overwrote all of it in place.
+
+    Without the node that torch adds around a module with a full backward hook: it returns what it receives.
+    """
+    while node is not None and (name := operation(node)) in ("Copy", "BackwardHookFunction"):
+        if name != "Copy":
+            node, number = node.next_functions[number]
+            continue
         below, place = node.next_functions[-1]  # the first is the overwritten tensor
         if below is None or below._input_metadata[place].shape != node._input_metadata[0].shape:
             break
