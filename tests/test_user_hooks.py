@@ -55,7 +55,12 @@ def answers(net: nn.Module, kind: str) -> list[Tensor]:
     x = X.clone().requires_grad_()
     with Normalized(COMPOSITES[kind]()).context(net) as hooked:
         (relevance,) = torch.autograd.grad(hooked(x)[:, 1].sum(), x)
-    return [*mu.marginal(["input", "block", "conv", "gate"]).values(), mu.sink("input"), mu.joint("head", "block"), relevance]
+    return [
+        *mu.marginal(["input", "block", "conv", "gate"]).values(),
+        mu.sink("input"),
+        mu.joint("head", "block"),
+        relevance,
+    ]
 
 
 def check_same(net: nn.Module) -> None:
@@ -81,7 +86,9 @@ ON_MODULES: dict[str, Callable[[nn.Module], Any]] = {
     "forward, keeps a gradient": lambda m: m.register_forward_hook(lambda module, args, output: output.retain_grad()),
     "pre, returns the arguments": lambda m: m.register_forward_pre_hook(lambda module, args: args),
     "pre, returns a copy": lambda m: m.register_forward_pre_hook(lambda module, args: args[0].clone()),
-    "pre, with keywords": lambda m: m.register_forward_pre_hook(lambda m, args, kwargs: (args, kwargs), with_kwargs=True),
+    "pre, with keywords": lambda m: m.register_forward_pre_hook(
+        lambda m, args, kwargs: (args, kwargs), with_kwargs=True
+    ),
 }
 
 PLACES: dict[str, Callable[[Net], list[nn.Module]]] = {

@@ -173,6 +173,12 @@ class Link(torch.autograd.Function):
         return None, None, *(part.squeeze(0) for part in parts)
 
 
+def step_of(node: Any) -> Step | None:
+    """The step of an autograd node; a user's ``autograd.Function`` may store something else under that name."""
+    step = getattr(node, "step", None)
+    return step if isinstance(step, Step) else None
+
+
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """The output, with the step as its history."""
     result: Tensor = Link.apply(step, [output], *inputs)  # type: ignore[no-untyped-call, unused-ignore]

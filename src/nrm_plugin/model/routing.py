@@ -6,7 +6,9 @@ import re
 from typing import Any
 
 from torch import nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.nn.modules._functions import BackwardHookFunction
 
 _MODULES = (
     nn.Identity,
@@ -75,6 +77,9 @@ def is_route(module: nn.Module) -> bool:
 
 def operation(node: Node) -> str:
     """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``."""
+    if isinstance(node, BackwardCFunction):  # written in Python, and named by its author
+        kind = type(node)._forward_cls
+        return "BackwardHookFunction" if kind is BackwardHookFunction else f"autograd.Function {kind.__name__}"
     name = node.name().rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError, UncoveredLayerError, UnsupportedOperationError
-from ..kernels.step import Step
+from ..kernels.step import step_of
 from ..model.inputs_and_outputs import NOT_JOINED
 from ..model.routing import is_route_node, operation
 from .graph import Graph
@@ -48,7 +48,7 @@ def check_covered(module: nn.Module, name: str, args: tuple[Any, ...], output: T
     stack = [output.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in visited or isinstance(getattr(node, "step", None), Step):
+        if node is None or node in visited or step_of(node) is not None:
             continue
         if not is_route_node(node):
             raise UncoveredLayerError(

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..kernels.step import Step
+from ..kernels.step import Step, step_of
 from ..model.routing import is_whole, operation, written
 from .places import Buffer, Edge, Place
 
@@ -230,8 +230,7 @@ def _edges(node: Any) -> list[tuple[Any, int]]:
 
 def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
     edges = tuple(Buffer(position[below], number) if below in position else None for below, number in _edges(node))
-    step = getattr(node, "step", None)
-    step = step if isinstance(step, Step) else None
+    step = step_of(node)
     leaf = getattr(node, "variable", None)
     shapes = (step.shape,) if step is not None else tuple(torch.Size(m.shape) for m in node._input_metadata)
     if leaf is not None:

@@ -13,7 +13,7 @@ from ..composites import Normalized
 from ..events.event import Atom
 from ..kernels.forward_state import forward_pass
 from ..model.autocast import asked_for, exact, layers_in
-from ..model.checks import check_model, check_module
+from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Output, explained_output
 from .graph import Graph
@@ -63,7 +63,13 @@ class Recording:
             call.check_looked_up(any(isinstance(module, EMBEDDINGS) for module in model.modules()))
             check_model(model, call.tensors)
             device = (*call.tensors, *indices)[0].device
-            for block in (preserved(model), forward_pass(observer), torch.enable_grad(), _precision(device)):
+            for block in (
+                preserved(model),
+                forward_pass(observer),
+                torch.enable_grad(),
+                _precision(device),
+                check_drawn(model, device),
+            ):
                 around.enter_context(block)
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.requires_grad_(False)
