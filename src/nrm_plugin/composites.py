@@ -50,7 +50,8 @@ class Normalized(Composite):
     """A Zennit composite whose rules are normalized: all relevance is propagated or absorbed by a sink.
 
     Used like any other composite: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an
-    output in its context is relevance under the normalized kernels.
+    output in its context is relevance under the normalized kernels. With ``create_graph=True`` this relevance can be
+    differentiated by the start vector; by inputs, weights and activations it raises ``UnsupportedOperationError``.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.

@@ -11,7 +11,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from ..errors import ModelStateError
-from ..kernels.forward_state import leave_mode
+from ..kernels.forward_state import RUNNING, leave_mode
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
@@ -146,6 +146,7 @@ class Interception(Canonizer):
         for weight in weights:
             weight.requires_grad_(False)
         self._weights.append(weights)
+        RUNNING.weights = tuple(weights)
         mode = InterceptionMode(settings)
         self._modes.append(mode)
         mode.__enter__()  # type: ignore[no-untyped-call]
@@ -157,6 +158,7 @@ class Interception(Canonizer):
         mode = self._modes.pop()
         for weight in self._weights.pop():
             weight.requires_grad_(True)
+        RUNNING.weights = tuple(self._weights[-1]) if self._weights else ()
         leave_mode(mode)
 
 

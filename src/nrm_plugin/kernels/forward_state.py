@@ -81,6 +81,7 @@ class _Running(threading.local):
         pauses: How many blocks of :func:`not_recorded` are open.
         saved: What steps saved, by address in memory.
         listener: Is notified of every step and tap.
+        weights: The parameters of the model that require gradients outside of this pass.
         first_node: Number of the first autograd node of this pass; None if any tensor may carry relevance.
     """
 
@@ -89,6 +90,7 @@ class _Running(threading.local):
         self.pauses = 0
         self.saved: dict[int, list[weakref.ref[Saved]]] = {}
         self.listener: Listener | None = None
+        self.weights: tuple[Tensor, ...] = ()
         self.first_node: int | None = None
 
 
@@ -186,7 +188,7 @@ def forward_pass(listener: Listener | None) -> Iterator[None]:
     if listener is not None:
         with torch.inference_mode(False), torch.enable_grad():
             first_node = torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
-    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, first_node=first_node)
+    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, weights=(), first_node=first_node)
     try:
         yield
     finally:

@@ -42,7 +42,7 @@ from .layer_call import LayerCall, Run, forward
 from .layer_step import Fuse, LayerStep
 from .normalization import Normalization
 from .rule_reader import check_linear
-from .step import LinkInPlace, link
+from .step import link, link_in_place
 
 Arguments = dict[int | str, Tensor]
 """Tensors among the arguments of a module, by position or keyword."""
@@ -244,8 +244,7 @@ class StepHook(Hook):
     def _linked(self, call: OpenCall, step: LayerStep, output: Tensor) -> Tensor:
         output, source = output.detach(), call.source
         if call.in_place and output.data_ptr() == source.data_ptr() and output.shape == source.shape:
-            written: Tensor = LinkInPlace.apply(step, source)  # type: ignore[no-untyped-call]
-            return written
+            return link_in_place(step, source)
         linked = link(step, output, (source,))
         return _written_back(call, linked) if call.wrote else linked
 

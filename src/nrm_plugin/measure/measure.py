@@ -37,7 +37,8 @@ class RelevanceMeasure(QueryPasses):
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
               \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
 
-    The model runs once and is left unchanged; all queries are answered from the recording.
+    The model runs once and is left unchanged; all queries are answered from the recording. Their results are constants:
+    no gradient passes through them, so they cannot train the model as a term of a loss.
 
     Args:
         model: The network, in evaluation mode.
