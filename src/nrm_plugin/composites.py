@@ -27,7 +27,7 @@ from zennit.rules import Flat, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
 from .canonizers import FuseBatchNorm
-from .errors import NRMError
+from .errors import NRMError, brief
 from .functional import Interception
 from .functional.attention import Attention
 from .kernels.batch_norm_fusion import fuse
@@ -93,7 +93,7 @@ class Normalized(Composite):
                 "the composite inside it, with the settings you want: Normalized(composite.composite, …)."
             )
         if uncovered not in ("error", "gradient"):
-            raise ValueError(f"uncovered={uncovered!r} is unknown; choose 'error' or 'gradient'.")
+            raise ValueError(f"uncovered={brief(uncovered)} is unknown; choose 'error' or 'gradient'.")
         self.composite = composite
         self.normalization = Normalization(residual, gain_limit)
         self.uncovered = uncovered
@@ -187,8 +187,8 @@ def check_composite(composite: Any) -> None:
     if isinstance(composite, type):
         what, remedy = f"the class {composite.__name__}", f"Pass an instance: {composite.__name__}()."
     elif isinstance(composite, str):
-        what = f"the name {composite!r}"
-        remedy = f"Pass an instance: zennit.composites.COMPOSITES[{composite!r}]()."
+        what = f"the name {brief(composite)}"
+        remedy = f"Pass an instance: zennit.composites.COMPOSITES[{brief(composite)}]()."
     elif isinstance(composite, Hook):
         what = f"the rule {what}"
         remedy = f"Map it to layers: LayerMapComposite([(torch.nn.Linear, {type(composite).__name__}())])."
@@ -424,7 +424,7 @@ def normalize(
             raise TypeError(
                 f"the composite is Normalized and brings its own settings, but {', '.join(given)} "
                 f"{'is' if len(given) == 1 else 'are'} given too. Say it in one place: "
-                f"Normalized(composite, {', '.join(f'{key}={value!r}' for key, value in given.items())})."
+                f"Normalized(composite, {', '.join(f'{key}={brief(value)}' for key, value in given.items())})."
             )
         return composite
     if composite is not None:

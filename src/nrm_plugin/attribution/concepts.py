@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from ..composites import Uncovered, normalize
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..events.event import Event, at
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
@@ -165,8 +165,8 @@ def _numbers(layer: str, ids: Any) -> list[int]:
     numbers = ids.tolist() if hasattr(ids, "tolist") else ids
     numbers = [numbers] if isinstance(numbers, int) and not isinstance(numbers, bool) else numbers
     if not isinstance(numbers, (list, tuple, range)):
-        raise EventError(f"the condition on {layer!r} is {ids!r}; give a list of channel numbers.")
+        raise EventError(f"the condition on {brief(layer)} is {brief(ids)}; give a list of channel numbers.")
     try:
         return [operator.index(number) for number in numbers]
     except TypeError as error:
-        raise EventError(f"the condition on {layer!r} is {ids!r}; give a list of channel numbers.") from error
+        raise EventError(f"the condition on {brief(layer)} is {brief(ids)}; give a list of channel numbers.") from error

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
-from ..errors import ModelStateError
+from ..errors import ModelStateError, brief
 from ..kernels.forward_state import RUNNING, leave_mode
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
@@ -52,9 +52,9 @@ class Interception(Canonizer):
     ) -> None:
         super().__init__()
         if attention not in ATTENTIONS:
-            raise ValueError(f"attention={attention!r} is unknown; choose 'value' or 'halves'.")
+            raise ValueError(f"attention={brief(attention)} is unknown; choose 'value' or 'halves'.")
         if sums not in ("absolute", "ratio", "signed"):
-            raise ValueError(f"sums={sums!r} is unknown; choose 'absolute', 'ratio' or 'signed'.")
+            raise ValueError(f"sums={brief(sums)} is unknown; choose 'absolute', 'ratio' or 'signed'.")
         self.composite = composite
         self.normalization = normalization or Normalization("sink")
         self.sums = "absolute" if sums == "ratio" else sums

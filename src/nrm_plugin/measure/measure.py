@@ -24,7 +24,7 @@ from .description import explanation
 from .flow import flow_graph, ordered_taps
 from .flow_graph import TOP, FlowGraph
 from .groups import Over, over_each
-from .layer_taps import Layer, taps_of
+from .layer_taps import Layer, layer_list, several_layers, taps_of
 from .memory import check_memory
 from .partitions import Names
 from .query_passes import QueryPasses, query
@@ -37,8 +37,7 @@ class RelevanceMeasure(QueryPasses):
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
               \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
 
-    The model runs once and is left unchanged; all queries are answered from the recording. Their results are constants:
-    no gradient passes through them, so they cannot train the model as a term of a loss.
+    The model runs once and is left unchanged; queries are answered from the recording. Results have no gradient.
 
     Args:
         model: The network, in evaluation mode.
@@ -232,9 +231,10 @@ class RelevanceMeasure(QueryPasses):
 
         Source: docs/measure.md.
         """
-        layers = layer if isinstance(layer, list) else [layer]
+        several = layer_list(layer)
+        layers = [layer] if several is None else several
         maps = self._maps([self._tap(item) for item in layers], over, given, joint, min_ratio)
-        return dict(zip(layers, maps, strict=True)) if isinstance(layer, list) else maps[0]
+        return maps[0] if several is None else dict(zip(layers, maps, strict=True))
 
     @query
     def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
@@ -399,8 +399,9 @@ class RelevanceMeasure(QueryPasses):
             >>> [tuple(joint.shape) for joint in mu.joints(["2", "0", "input"])]
             [(5, 2, 4), (5, 4, 3)]
         """
-        overs = list(pairwise(over_each(over, len(layers))))
-        return self._joints(layers, overs, "list layers from the output to the input")
+        chain = several_layers(layers)
+        overs = list(pairwise(over_each(over, len(chain))))
+        return self._joints(chain, overs, "list layers from the output to the input")
 
     def flow(
         self,
