@@ -97,15 +97,15 @@ class LayerNRM(NRM, LayerAttribution):
         measure = self.measure(formatted, target, additional_forward_args)
         layers = measure.layers if self.layer is None else self.layer
         side: Side = "input" if attribute_to_layer_input else "output"
-        several = layer_list(layers)
-        taps = [measure.taps_of(self._layer(layer), side) for layer in ([layers] if several is None else several)]
+        several, is_one = layer_list(layers)
+        taps = [measure.taps_of(self._layer(layer), side) for layer in several]
         marginals = measure.marginal([tap for group in taps for tap in group], given=given, joint=joint)
 
         def scaled(value: Tensor) -> Tensor:
             return in_unit(value, measure.output, unit)
 
         def in_form(values: list[Any]) -> Any:
-            return values[0] if several is None else values
+            return values[0] if is_one else values
 
         relevance = [tuple(scaled(marginals[tap]) for tap in group) for group in taps]
         attributions = in_form([parts[0] if len(parts) == 1 else parts for parts in relevance])

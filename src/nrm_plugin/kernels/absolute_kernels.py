@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import NRMError
 from .base import Kernel, vjp
-from .branch import Branch, WeightedLayer
+from .rule_branch import Branch, WeightedLayer
 
 DENSE_LIMIT = 4096
 """Largest number of columns for which the kernel of absolute values is formed column by column."""

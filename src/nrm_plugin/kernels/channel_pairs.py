@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NRMError
-from .branch import Branch, WeightedLayer
-from .branch_kernel import BranchKernel
+from .rule_branch import Branch, WeightedLayer
+from .rule_branch_kernel import BranchKernel
 
 
 def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:

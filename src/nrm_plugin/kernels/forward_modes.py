@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from zennit.core import Hook
 
-from ..model.affine_layers import WEIGHTED, broadcast, is_affine, is_by_modifiers
+from ..model.affine_layers import WEIGHTED, broadcast, is_affine
 from ..model.autocast import current
 from ..model.custom_layers import WeightRecorder, is_own_layer
 from .forward_state import Saved
+from .known_rules import is_by_modifiers
 from .layer_call import Image, reads_image
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from zennit.core import BasicHook
 
-from ..model.affine_layers import is_known_linear
 from .cache_blocks import Block, blocks
+from .known_rules import is_known_linear
 
 Factors = Callable[[list[Tensor], tuple[int, ...]], dict[int, Tensor]]
 

@@ -19,7 +19,6 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.rules import Pass
 
 from ..errors import InputError, UnsupportedRuleError, autocast_outside
-from ..model.affine_layers import is_known_linear
 from ..model.autocast import asked_for
 from ..model.custom_layers import WeightRecorder, is_own_layer
 from ..model.shallow_copies import shared_copy
@@ -38,6 +37,7 @@ from .forward_state import (
     without_torch_function,
     write,
 )
+from .known_rules import is_known_linear
 from .layer_call import LayerCall, Run, forward
 from .layer_step import Fuse, LayerStep
 from .normalization import Normalization

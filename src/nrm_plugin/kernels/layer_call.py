@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from zennit.core import Hook
 from zennit.rules import Epsilon, Gamma
 
-from ..model.affine_layers import LINEAR_RULES
 from ..model.autocast import current
 from ..rules import Absolute, ConservingEpsilon, Relative
 from .forward_state import Saved
+from .known_rules import LINEAR_RULES
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 """Runs a module on another first input, its other arguments as they were."""

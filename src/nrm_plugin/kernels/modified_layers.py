@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from zennit.core import ParamMod
 from zennit.rules import NoMod
 
-from ..model.affine_layers import broadcast, is_known_linear, twin_of
+from ..model.affine_layers import broadcast, twin_of
 from ..model.autocast import lowered
 from ..model.linear_maps import LinearMap, blocked_maps, explicit_maps, recorded_maps
 from ..model.shallow_copies import shared_copy
 from ..rules import EvenMod
 from .cache_blocks import Block
+from .known_rules import is_known_linear
 from .layer_call import LayerCall, Run
 from .modifier_probes import is_zero
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from zennit.core import BasicHook
 from zennit.rules import ZBox
 
-from ..model.affine_layers import is_known_linear
+from .known_rules import is_known_linear
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}
 """Signs of the branches of known rules, which are the same for all instances."""

@@ -15,13 +15,13 @@ from zennit.core import BasicHook, Hook, ParamMod
 from zennit.rules import Pass
 
 from ..errors import NonlinearRuleError, UnsupportedRuleError
-from ..model.affine_layers import is_by_modifiers, overrides
 from .base import IdentityKernel, Kernel
-from .branch_reader import branch_kernel
 from .forward_state import Saved
 from .gradient_mapper import mapped
+from .known_rules import is_by_modifiers, overrides
 from .layer_call import LayerCall, forward, shape_like
 from .normalization import Normalization
+from .rule_branch_reader import branch_kernel
 from .vjp_kernel import VjpKernel
 
 

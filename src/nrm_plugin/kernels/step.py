@@ -17,10 +17,10 @@ from torch import Tensor
 from ..errors import UnsupportedOperationError
 from ..model.autocast import exact
 from .base import Kernel
-from .branch_kernel import BranchKernel
 from .forward_state import RUNNING, listener, not_recorded
 from .layer_call import shape_like
 from .normalization import Deficit, Normalization, Scaling
+from .rule_branch_kernel import BranchKernel
 
 
 class Step(ABC):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .absolute_kernels import closed_absolute, dense_absolute
 from .base import Kernel
-from .branch import Branch, WeightedLayer, pull_together
 from .normalization import Columns
+from .rule_branch import Branch, WeightedLayer, pull_together
 
 ReadBranches = tuple[list[Branch], Columns]
 """Branches whose sign and input are not zero, and what is known of their columns."""

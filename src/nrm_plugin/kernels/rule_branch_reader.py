@@ -11,8 +11,6 @@ from zennit.core import BasicHook, ParamMod
 from zennit.rules import Gamma
 
 from ..model.affine_layers import WEIGHTED, is_affine
-from .branch import Branch, WeightedLayer
-from .branch_kernel import BranchKernel, ReadBranches
 from .cache_blocks import Block, blocks, whole
 from .gradient_mapper import Mapper, applied_mapper
 from .layer_call import LayerCall
@@ -20,6 +18,8 @@ from .mapper_closed_forms import closed_mapper
 from .modified_layers import ModifiedLayer, modified_layer, rerun_without_bias
 from .modifier_probes import modified_inputs, signs_of
 from .normalization import Columns, ColumnSums, Deficit, Normalization
+from .rule_branch import Branch, WeightedLayer
+from .rule_branch_kernel import BranchKernel, ReadBranches
 
 _SEPARATE: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
 """Groups of branches that act on disjoint outputs: γ has a pair for positive outputs and one for negative ones."""
