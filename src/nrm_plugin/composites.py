@@ -34,7 +34,7 @@ from .kernels.batch_norm_fusion import fuse
 from .kernels.hook import StepHook
 from .kernels.normalization import Normalization, Residual
 from .kernels.rule_reader import PlainGradient
-from .model.checks import check_unhooked, check_unpatched
+from .model.checks import Uncompiled, check_hookable, check_unhooked, check_unpatched
 from .model.routing import is_route
 from .rules import Absolute, ConservingEpsilon, Relative
 
@@ -136,9 +136,11 @@ class Normalized(Composite):
         """
         self.remove()
         check_unpatched()
+        check_hookable(module)
         check_unhooked(module, "Leave the context of that composite first, or call its remove().")
         try:
             super().register(module)
+            self.handles.append(Uncompiled(module))
         except BaseException:
             self.remove()
             raise

@@ -24,6 +24,8 @@ from ..model.targets import sample_sums
 
 Unit = Literal["output", "measure"]
 Layer = nn.Module | str | Atom
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""Wrappers of a model, which runs on one device instead."""
 
 
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:

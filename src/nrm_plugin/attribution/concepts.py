@@ -16,7 +16,7 @@ from ..errors import EventError, brief
 from ..events.event import Event, at
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
-from .base import Layer, Unit, in_unit
+from .base import WRAPPERS, Layer, Unit, in_unit
 
 Condition = Mapping[str, Any]
 OUTPUT = "y"
@@ -72,7 +72,7 @@ class ConceptNRM:
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
     ) -> None:
-        self.model = model.module if isinstance(model, nn.DataParallel) else model
+        self.model = model.module if isinstance(model, WRAPPERS) else model
         self.composite = normalize(composite, residual, gain_limit, uncovered)
 
     def attribute(

@@ -15,6 +15,7 @@ from ..kernels.forward_state import RUNNING, leave_mode
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
+from ..model.checks import check_untransformed
 from .attention import ATTENTIONS
 from .composite_rules import CompositeRules, NoRules
 from .function_call import Settings
@@ -106,6 +107,7 @@ class Interception(Canonizer):
                     "hooks. Copy the model outside of the context."
                 )
             if self.active:
+                check_untransformed(args)
                 self._start(root_module, settings)
 
         return start

@@ -218,7 +218,7 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
     """The origin of a kernel that is computed from these inputs; None in a measure, which differentiates nothing."""
-    return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
+    return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
 class Origin(torch.autograd.Function):

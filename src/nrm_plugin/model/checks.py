@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 from zennit.core import BasicHook, Hook
 
-from ..errors import InputError, ModelStateError, UnsupportedRuleError
+from ..errors import GradModeError, InputError, ModelStateError, UnsupportedRuleError
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
 """By package a layer that is random in training mode, and the attribute with the probability."""
@@ -44,8 +44,9 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
         InputError: The model is on another device or of another dtype than the inputs.
         ModelStateError: It is in training mode, hooked by a composite, compiled, or without proper weights.
     """
+    check_untransformed(tensors)
+    check_hookable(model)
     for name, module in model.named_modules():
-        _check_kind(name, module)
         _check_mode(name, module)
     check_unhooked(model, "Take the measure outside of `composite.context(model)`, and pass it by `composite=`.")
     for name, parameter in model.named_parameters():
@@ -124,6 +125,36 @@ def _layer(name: str, module: nn.Module) -> str:
     return f"layer {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
 
 
+def check_hookable(model: nn.Module) -> None:
+    """Raises :class:`ModelStateError` for modules that run without the hooks of their layers."""
+    for name, module in model.named_modules():
+        _check_kind(name, module)
+
+
+def check_untransformed(values: Iterable[Any]) -> None:
+    """Raises :class:`GradModeError` for tensors inside a transform of ``torch.func``, to which hooks are blind."""
+    if any(isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values):
+        raise GradModeError(
+            "a tensor is inside a transform of torch.func (vmap, grad, jacrev, …), which replaces autograd. Call the "
+            "model outside of it: a batch takes the place of vmap, torch.autograd.grad that of torch.func.grad."
+        )
+
+
+class Uncompiled:
+    """Lets modules compiled in place by ``module.compile()`` run as they are, with the hooks of their layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        attributes = [module.__dict__ for module in model.modules()]
+        self._compiled = [(item, item["_compiled_call_impl"]) for item in attributes if item.get("_compiled_call_impl")]
+        for item, _ in self._compiled:
+            item["_compiled_call_impl"] = None
+
+    def remove(self) -> None:
+        """Lets them run compiled again."""
+        for item, compiled in self._compiled:
+            item["_compiled_call_impl"] = compiled
+
+
 def _check_kind(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelStateError(
@@ -135,6 +166,11 @@ def _check_kind(name: str, module: nn.Module) -> None:
         raise ModelStateError(
             f"{_layer(name, module)} was made by torch.compile, which bypasses the hooks of its layers. Pass the "
             "model before compilation, `compiled._orig_mod`."
+        )
+    if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+        raise ModelStateError(
+            f"the forward of {_layer(name, module)} was replaced by torch.compile, which bypasses the hooks of its "
+            "layers. Restore it: `del module.forward`."
         )
 
 
@@ -193,4 +229,14 @@ def _randomness(module: nn.Module) -> float:
     return 0.0
 
 
-__all__ = ["check_drawn", "check_function", "check_model", "check_module", "check_unhooked", "check_unpatched"]
+__all__ = [
+    "Uncompiled",
+    "check_drawn",
+    "check_function",
+    "check_hookable",
+    "check_model",
+    "check_module",
+    "check_unhooked",
+    "check_unpatched",
+    "check_untransformed",
+]

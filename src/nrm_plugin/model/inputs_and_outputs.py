@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GradModeError, InputError, brief, samples
+from .checks import check_untransformed
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
@@ -210,6 +211,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
         )
     if not tensors:
         raise InputError("no input was given: inputs is empty. Pass a tensor, or a tuple of tensors.")
+    check_untransformed(tensors)
     for item, tensor in zip(items, tensors, strict=True):
         what = "the input" if item is None else f"input {item!r}"
         if not isinstance(tensor, Tensor):

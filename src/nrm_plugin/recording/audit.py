@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import InputError, UncoveredLayerError, UnsupportedOperationError
 from ..kernels.step import step_of
@@ -28,6 +29,12 @@ def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
     """
     for vertex in graph.vertices:
         if vertex.step is None and not is_route_node(vertex.node):
+            if getattr(type(vertex.node), "_forward_cls", None) is CheckpointFunction:
+                raise UnsupportedOperationError(
+                    f"torch.utils.checkpoint with use_reentrant=True{_near(vertex.node, observed)} runs layers without "
+                    "gradients, so no relevance passes through them. Use use_reentrant=False, or switch checkpointing "
+                    "off, as with `model.gradient_checkpointing_disable()`."
+                )
             raise UnsupportedOperationError(
                 f"relevance would pass the operation {operation(vertex.node)} (autograd node "
                 f"{vertex.node.name()}{_near(vertex.node, observed)}), which has no kernel: it is neither a step nor a "
