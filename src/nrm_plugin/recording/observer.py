@@ -16,7 +16,7 @@ from ..kernels.hook import StepHook
 from ..kernels.step import Step
 from ..model.routing import written
 from .audit import check_covered
-from .taps import INPUT, Item, Label, Observed, name_of
+from .taps import INPUT, OUTPUT, Item, Label, Observed, name_of
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -154,7 +154,7 @@ class Observer:
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
         """Keeps the tensor at which the measure is to start, safe from later writes of the model."""
         wanted = self._wanted
-        if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name, label.side):
+        if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name or OUTPUT, label.side):
             return
         if (wanted.call or 0) == label.call and wanted.item in (None, label.item) and self._started is None:
             with not_recorded():
