@@ -224,7 +224,6 @@ def by_sweep(kind: Kind, folder: Path) -> Tensor:
 ENTRIES = [by_measure, by_inputs, by_layer, by_neuron, by_joint, by_attributor, by_context, by_sweep]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 CONSTANTS = ("layers in a list", "constant that requires a gradient")
 ROWS = [
     (kind, entry)
@@ -235,6 +234,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize(("kind", "entry"), ROWS)
 def test_every_entry_point_gives_the_same_answer(kind, entry, tmp_path):
     case = KINDS[kind]

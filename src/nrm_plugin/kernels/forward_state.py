@@ -17,11 +17,11 @@ from zennit.core import Hook
 
 
 class Saved:
-    """A tensor that a step needs when relevance arrives; its values survive later in-place operations.
+    """A tensor that a step needs when relevance arrives; its values are protected from later in-place operations.
 
     Args:
         tensor: The tensor.
-        values: Whether its values have to survive; if not, an in-place operation makes no copy.
+        values: Whether its values are needed; if not, an in-place operation makes no copy.
     """
 
     def __init__(self, tensor: Tensor, values: bool = True) -> None:
@@ -52,7 +52,7 @@ def write(target: Tensor, result: Tensor) -> Tensor:
     try:
         return target.copy_(result)
     except RuntimeError:
-        # Autograd rejects leaves and what chunk, split and unbind return, so no model was trained that way. The values
+        # Autograd rejects leaves and outputs of chunk, split and unbind, so no model was trained that way. The values
         # are right for every reader, the history only for readers of the returned tensor.
         target.data.copy_(result.detach())
         return result
@@ -65,7 +65,7 @@ class RunningModule:
     Attributes:
         hook: Its hook.
         module: The module.
-        call: What the hook keeps of the call; None if the call is not a step.
+        call: The record of the call by the hook; None if the call is not a step.
     """
 
     hook: Hook
@@ -78,9 +78,9 @@ class _Running(threading.local):
 
     Attributes:
         modules: The modules with a rule that are running, outermost first: operations inside them are not steps.
-        pauses: How many blocks of :func:`not_recorded` are open.
-        saved: What steps saved, by address in memory.
-        listener: Is notified of every step and tap.
+        pauses: Number of open contexts of :func:`not_recorded`.
+        saved: The tensors that steps saved, by address in memory.
+        listener: The object that is notified of every step and tap.
         weights: The parameters of the model that require gradients outside of this pass.
         first_node: Number of the first autograd node of this pass; None if any tensor may carry relevance.
     """
@@ -95,20 +95,20 @@ class _Running(threading.local):
 
 
 class Listener(Protocol):
-    """Is notified of what happens in a forward pass."""
+    """An object that is notified of the steps and functions of a forward pass."""
 
     def on_step(self, module: nn.Module | None, step: Any) -> None:
-        """A step of a module, or of a function."""
+        """Called for each step of a module or function."""
 
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
-        """A function returned a tensor that carries relevance."""
+        """Called when a function returns a tensor that carries relevance."""
 
 
 RUNNING = _Running()
 
 
 def is_inside_step() -> bool:
-    """Whether operations are not recorded now: inside a module with a rule, or where recording is paused."""
+    """Whether operations are currently not recorded, inside a module with a rule or while recording is paused."""
     return RUNNING.pauses > 0 or bool(RUNNING.modules)
 
 
@@ -127,9 +127,9 @@ P = ParamSpec("P")
 
 
 def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
-    """A hook whose own operations bypass ``__torch_function__``, which costs more than most of them.
+    """Decorates a hook so that its own operations bypass ``__torch_function__``, which costs more than most of them.
 
-    Unless an argument is of a subclass of tensor, which needs it.
+    The decorator has no effect if an argument belongs to a subclass of tensor, which needs ``__torch_function__``.
     """
 
     @functools.wraps(hook)
@@ -157,8 +157,8 @@ def listener() -> Listener | None:
 def is_foreign(tensor: Tensor) -> bool:
     """Whether a tensor requires a gradient although the model did not compute it from its inputs in this pass.
 
-    Such as a parameter stored in a list or closure, or an initial state: for relevance it is a constant. The model is
-    called with copies of its inputs, so every leaf is foreign, and so is what was computed before.
+    Examples are a parameter stored in a list or closure, and an initial state; for relevance they are constants. The
+    model is called with copies of its inputs, so every leaf is foreign, and so is every tensor computed earlier.
     """
     if RUNNING.first_node is None or not tensor.requires_grad:
         return False
@@ -166,7 +166,7 @@ def is_foreign(tensor: Tensor) -> bool:
 
 
 def constants_detached(value: Any) -> Any:
-    """An argument of a function with all foreign tensors detached; the same object without any."""
+    """Detaches all foreign tensors in an argument of a function; returns the same object if there are none."""
     if isinstance(value, Tensor):
         return value.detach() if is_foreign(value) else value
     if type(value) in (list, tuple):
@@ -178,10 +178,11 @@ def constants_detached(value: Any) -> Any:
 
 @contextmanager
 def forward_pass(listener: Listener | None) -> Iterator[None]:
-    """A fresh state for one forward pass, so that a pass that raised leaves nothing behind.
+    """Provides a fresh state for one forward pass, so that a pass that raises leaves nothing behind.
 
     Args:
-        listener: Is notified of every step; the model is then called with copies of its inputs, made in this context.
+        listener: The object notified of every step; the model must be called with copies of its inputs made inside this
+            context. None for a pass without recording.
     """
     outer = dict(RUNNING.__dict__)
     first_node = None
@@ -196,6 +197,6 @@ def forward_pass(listener: Listener | None) -> Iterator[None]:
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
-    """Exits a mode of this thread, after the modes inside of it that an interrupt left open."""
+    """Exits a mode of this thread, and first any inner modes that an interrupt left open."""
     while mode in (stack := _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         stack[-1].__exit__(None, None, None)

@@ -1,6 +1,6 @@
 """Steps: one call of one module or function, linked into the autograd graph as its normalized kernel.
 
-The gradient that ``torch.autograd`` then computes is relevance.
+The gradient that ``torch.autograd`` computes is then the relevance.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Step(ABC):
 
     Args:
         name: Name of the layer or function.
-        output: What the call returned, ``(N, *out)``.
-        normalization: How columns are normalized.
+        output: The output of the call, ``(N, *out)``.
+        normalization: The normalization of columns.
         rule: Name of the rule or operation.
 
     Attributes:
-        call: Which call of the module or function this is.
-        uses: How often its output is read, as far as is known.
-        attention: Where heads and tokens are, if it multiplies attention weights and values.
+        call: Number of the call of the module or function.
+        uses: Known number of readers of the output.
+        attention: Layout of heads and tokens, if the step multiplies attention weights and values.
     """
 
     def __init__(self, name: str, output: Tensor, normalization: Normalization, rule: str) -> None:
@@ -51,22 +51,22 @@ class Step(ABC):
 
     @abstractmethod
     def _build(self) -> Kernel:
-        """The kernel; called when relevance first arrives."""
+        """Builds the kernel, when relevance first arrives."""
 
     @functools.cached_property
     def kernel(self) -> Kernel:
-        """The kernel of the rule, normalized already if its columns are a :class:`Deficit`."""
+        """The kernel of the rule, already normalized if its columns are a :class:`Deficit`."""
         with self._lock, torch.inference_mode(False), not_recorded():
             return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
 
     def forget_kernel(self) -> None:
-        """Drops the kernel, since the layer was changed by fusion."""
+        """Drops the kernel, which fusion may have invalidated."""
         self.__dict__.pop("kernel", None)
         self.__dict__.pop("_scaling", None)
 
     @functools.cached_property
     def _scaling(self) -> Scaling:
-        """What is to be done to the columns of the kernel."""
+        """Gain and deficit of the columns of the kernel."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             kernel = self.kernel
             if kernel.is_stochastic:
@@ -79,7 +79,7 @@ class Step(ABC):
         return self._normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
-        """Gain and deficit wherever this relevance is not zero; None stands for any relevance."""
+        """Gain and deficit at all entries where this relevance is not zero; None stands for any relevance."""
         kernel = self.kernel
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad():
             if kernel.complete_for(relevance):
@@ -87,21 +87,21 @@ class Step(ABC):
             return self._scaling
 
     def gain_for(self, relevance: Tensor) -> Tensor | None:
-        """``g(c)`` wherever relevance ``(K, N, *out)`` arrives; None for one everywhere."""
+        """``g(c)`` at all entries where relevance ``(K, N, *out)`` arrives; None if all gains are one."""
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Propagates relevance ``(K, N, *out)``.
 
         Returns:
-            Relevance at each input, ``(K, N, *in)``, and the share that is absorbed, ``(N, *out)``: None for zero, and
-            any number where no relevance arrives.
+            Relevance at each input, ``(K, N, *in)``, and the absorbed share, ``(N, *out)``: None for zero; arbitrary
+            at entries where no relevance arrives.
         """
         scaling = self._scaling_for(relevance)
         return self.kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
 
     def pull_absolute(self, mass: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        r"""The same with :math:`|\tilde T_{ij}|`, for absolute masses of walks."""
+        r"""Propagates with :math:`|\tilde T_{ij}|`, for absolute masses of walks; otherwise as :meth:`pull`."""
         scaling = self._scaling_for(mass)
         parts = self.kernel.pull_absolute(_scaled(mass, scaling.gain))
         return parts, None if scaling.deficit is None else scaling.deficit.abs()
@@ -141,10 +141,10 @@ class FunctionStep(Step):
 
     Args:
         name, output, normalization, rule: As in :class:`Step`.
-        build: Makes the kernel.
+        build: Function that makes the kernel.
 
     Attributes:
-        unsupported_call: The call, if the function has no kernel.
+        unsupported_call: The call if the function has no kernel, else None.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
-        # The output comes in a list: as an argument it would be a view, which no in-place operation may change.
+        # The output is passed in a list: as an argument it would be a view, which no in-place operation may change.
         ctx.step, ctx.origin, ctx.weights = step, holder.pop(), RUNNING.weights
         output: Tensor = holder.pop()
         return output
@@ -174,7 +174,7 @@ class Link(torch.autograd.Function):
 
 
 class LinkInPlace(torch.autograd.Function):
-    """Joins a tensor that was written to in place to what it was before; the gradient is relevance."""
+    """Joins a tensor that was modified in place to its earlier state; the gradient is relevance."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], tensor: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class LinkInPlace(torch.autograd.Function):
 
 
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The output, with the step as its history."""
+    """Returns the output with the step as its history."""
     result: Tensor = Link.apply(step, [output, _origin_of(*inputs)], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 

@@ -1,7 +1,7 @@
-"""The graph of one recording: vertices are autograd nodes, buffers their outputs, edges the tensors that they read.
+"""The graph of a recording: vertices are autograd nodes, buffers are their outputs, edges the tensors that they read.
 
 A step is a vertex whose node carries a :class:`~nrm_plugin.kernels.step.Step`; every other vertex is a 0/1 route that
-autograd computes by itself. Vertices are numbered in the order in which a walk crosses them, output first.
+autograd computes itself. Vertices are numbered in the order in which a walk crosses them, output first.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _WITH_CONSTANTS = frozenset(
 
 @dataclass
 class Vertex:
-    """One autograd node.
+    """One autograd node in the graph of a recording.
 
     Attributes:
-        node: The node.
-        step: The step, or None for a route.
-        edges: Where each input comes from; None for a constant.
+        node: The autograd node.
+        step: The step; None for a route.
+        edges: The buffer that each input reads; None for a constant.
         shapes: Shape of each output.
-        leaf: The leaf tensor, at the end of the graph.
+        leaf: The leaf tensor if the vertex is an end of the graph; else None.
     """
 
     node: Any
@@ -60,7 +60,7 @@ class Vertex:
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
-        """Relevance ``(K, *shape)`` at the outputs to each edge, and the share that is absorbed, a tensor or None."""
+        """Propagates relevance ``(K, *shape)`` from outputs to edges; also returns the absorbed share or None."""
         if self.step is not None:
             (single,) = relevance
             assert single is not None
@@ -71,7 +71,7 @@ class Vertex:
         return _columns(rows), None
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
-        """The transpose of :meth:`pull`; ``absorbed`` holds the values at the sink, for each output."""
+        """The transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
         if self.step is not None:
             return [self.step.push(tuple(values), absorbed[0])]
         known = [value for value in values if value is not None]
@@ -95,17 +95,17 @@ class Vertex:
 
     @property
     def may_hold_constants(self) -> bool:
-        """Whether this is a route that can join constants to what it routes."""
+        """Whether the vertex is a route that can join constants to computed values."""
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self, like: Tensor) -> tuple[Tensor, ...] | None:
-        """For each output, 1 where an entry comes from a constant, else 0; None where none does."""
+        """For each output, 1 at the entries that come from constants and 0 elsewhere; None without such entries."""
         if not self.may_hold_constants:
             return None
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
                 seeds = [like.new_zeros(shape).requires_grad_() for shape in self.shapes]
-                # Called directly, some nodes return a gradient for their constants as well.
+                # When called directly, some nodes return a gradient for their constants as well.
                 parts = zip(self._route(list(seeds)), self.edges, strict=True)
                 totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
                 columns = (
@@ -124,7 +124,7 @@ class Marks:
 
     Attributes:
         below_vertex: The marks below each vertex.
-        below_edge: The marks below each edge of each vertex, with those on the edge and on the buffer it leads to.
+        below_edge: The marks below each edge of each vertex, including those of the edge itself and its buffer.
     """
 
     below_vertex: list[int]
@@ -132,11 +132,11 @@ class Marks:
 
 
 class Graph:
-    """Everything between an output tensor and the leaves that it depends on.
+    """The autograd graph between an output tensor and the leaves that it depends on.
 
     Args:
-        output: The tensor; it has a history.
-        leaves: Where relevance ends: the inputs. Everything that depends on none of them is a constant.
+        output: The output tensor; it must have a history.
+        leaves: The inputs, at which relevance ends. A tensor that depends on none of them is a constant.
     """
 
     def __init__(self, output: Tensor, leaves: Sequence[Tensor]) -> None:
@@ -149,7 +149,7 @@ class Graph:
         self.output = Buffer(0, number)
 
     def _count_uses(self) -> None:
-        """Counts how often each tensor is read, also through views of all of it."""
+        """Counts how often each tensor is read, directly or through views of the whole tensor."""
         uses = [0] * len(self.vertices)
         for index, vertex in enumerate(self.vertices):
             for edge in vertex.edges:
@@ -165,7 +165,7 @@ class Graph:
         return self.vertices[buffer.vertex].shapes[buffer.number]
 
     def marks_below(self, marks: Mapping[Place, int]) -> Marks:
-        """Which marked places a walk can still cross, as bit sets.
+        """The marked places that a walk can still cross, as bit sets.
 
         Args:
             marks: The bits of each marked place.
@@ -189,14 +189,14 @@ def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _columns(rows: list[Any]) -> list[Tensor | None]:
-    """One row for each vector to one stack for each edge."""
+    """Transposes rows per vector to stacks per edge."""
     if len(rows) == 1:
         return [None if part is None else part.unsqueeze(0) for part in rows[0]]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _in_walk_order(root: Any) -> list[Any]:
-    """Depth-first, without recursion: every node before the nodes that it propagates relevance to."""
+    """Sorts nodes so that each node precedes the nodes to which it propagates relevance (depth first, no recursion)."""
     order: list[Any] = []
     seen = {root}
     stack = [(root, iter(_edges(root)))]
@@ -214,7 +214,7 @@ def _in_walk_order(root: Any) -> list[Any]:
 
 
 def _depending(nodes: list[Any], leaves: Sequence[Tensor]) -> list[Any]:
-    """The nodes from which at least one of the leaves is reached, and the first one in any case."""
+    """The nodes that depend on at least one of the leaves, and always the first node."""
     inputs = {id(leaf) for leaf in leaves}
     depending: set[Any] = set()
     for node in reversed(nodes):
@@ -224,7 +224,7 @@ def _depending(nodes: list[Any], leaves: Sequence[Tensor]) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """The nodes that a node reads from, and which output; a write to a whole tensor is not a vertex of its own."""
+    """The nodes that a node reads, each with the number of the output; writes to whole tensors are not vertices."""
     return [written(below, number) for below, number in node.next_functions]
 
 

@@ -1,4 +1,4 @@
-"""Copies of what modules return while a model runs, also in the forward pass that a measure records."""
+"""Copies of the outputs of modules while a model runs, also in the forward pass that a measure records."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..kernels.forward_state import without_torch_function
 
 @contextmanager
 def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """While it lasts, copies what each module returns: one entry for each call, tensors detached.
+    """Copies the outputs of modules inside this context: one entry per call, with detached tensors.
 
     Args:
         model: The network; the hooks are removed at the end.
-        layers: Names of its modules.
+        layers: Names of modules.
 
     Raises:
         UnknownLayerError: No module has this name.
@@ -40,7 +40,7 @@ def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
 
 def _copied(output: Any) -> Any:
     if isinstance(output, Tensor):
-        return output.detach().clone()  # a later in-place activation may overwrite it
+        return output.detach().clone()  # a later in-place activation may overwrite the output
     if isinstance(output, (list, tuple)):
         return [_copied(item) for item in output]
     return {key: _copied(item) for key, item in output.items()} if isinstance(output, dict) else output

@@ -1,4 +1,4 @@
-"""Observes one forward pass: the tensors that modules read and return, and where relevance starts and ends."""
+"""Observation of one forward pass: the tensors that modules read and return, and the start and ends of relevance."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class Observer:
-    """Hooks around those of the composite, and what they collect.
+    """Hooks around those of the composite, and the tensors that they collect.
 
     Args:
         model: The model.
-        indices: Inputs of integers; where an embedding looks one up, relevance ends at its output.
+        indices: Integer inputs; relevance ends at the output of an embedding that looks up an integer input.
         batched: Whether the inputs have a dimension of samples.
-        wanted: The tap at which the measure is to start, if it is inside the model.
+        wanted: The tap inside the model at which the measure is to start; None for the output of the model.
 
     Attributes:
         modules: Name of each module.
         containers: Names of modules with children that have a rule themselves.
         observed: Every labelled tensor that depends on the inputs.
-        leaves: Where relevance ends.
+        leaves: The tensors at which relevance ends.
     """
 
     def __init__(self, model: nn.Module, indices: list[Tensor], batched: bool, wanted: Atom | None) -> None:
@@ -61,7 +61,7 @@ class Observer:
             stack.callback(module.register_forward_hook(self._leave).remove)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """A leaf with the values of an input, and the tensor to call the model with in its place."""
+        """Makes a leaf with the values of an input, and returns the tensor that replaces the input in the call."""
         leaf = tensor.detach().requires_grad_()
         self.leaves.append(leaf)
         passed: Tensor = leaf.clone()
@@ -69,7 +69,7 @@ class Observer:
         return passed
 
     def see(self, label: Label, tensor: Tensor, channel_dim: int | None = None) -> None:
-        """Keeps a labelled tensor, if it depends on the inputs."""
+        """Stores a labelled tensor if it depends on the inputs."""
         self._keep_start(label, tensor)
         if label.name and tensor.grad_fn is not None and tensor.is_floating_point():
             node, number = written(tensor.grad_fn, tensor.output_nr)
@@ -81,8 +81,8 @@ class Observer:
         """The tensor inside the model at which the measure starts.
 
         Raises:
-            EventError: It is not a whole tap.
-            UnknownLayerError: The forward pass has no such tap.
+            EventError: ``output`` is not a whole tap.
+            UnknownLayerError: The forward pass has no tap of this name.
         """
         if output.index is not None or output.side == "sink" or output.call == "any":
             raise EventError(
@@ -96,13 +96,13 @@ class Observer:
     # -- called while the model runs --------------------------------------------------------------------------
 
     def on_step(self, module: nn.Module | None, step: Step) -> None:
-        """Numbers the step of a module; that of a function has its number already."""
+        """Numbers the step of a module; the step of a function already has a number."""
         if module is not None:
             step.call = self._calls[module] - 1
 
     @without_torch_function
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
-        """The output of a function."""
+        """Stores the output of a function."""
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     @without_torch_function
@@ -139,7 +139,7 @@ class Observer:
         return None
 
     def _looked_up(self, label: Label, output: Tensor, dim: int | None) -> Tensor:
-        """Embeddings of an input: relevance ends here, as at any other input."""
+        """Makes the embeddings of an input a leaf, at which relevance ends as at any other input."""
         leaf = output.detach().requires_grad_()
         self.leaves.append(leaf)
         with not_recorded():
@@ -152,7 +152,7 @@ class Observer:
         return isinstance(index, Tensor) and any(_is_same(index, given.to(index.device)) for given in self._indices)
 
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
-        """Keeps the tensor at which the measure is to start, safe from later writes of the model."""
+        """Stores the tensor at which the measure starts, protected from later writes by the model."""
         wanted = self._wanted
         if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name or OUTPUT, label.side):
             return
@@ -162,7 +162,7 @@ class Observer:
 
 
 def _own_view(value: Any) -> Any:
-    """A separate view of a tensor for each call, so that its tap holds only the walks through this call."""
+    """Returns a separate view of a tensor for each call, so that its tap holds only the walks through this call."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)
@@ -184,7 +184,7 @@ def _step_hook(module: nn.Module) -> StepHook | None:
 
 
 def _is_same(index: Tensor, given: Tensor) -> bool:
-    """Whether one holds the numbers of the other, or those padded at one end with one other number."""
+    """Whether two tensors hold the same numbers, or the first holds them padded at one end with a constant."""
     if index.numel() == given.numel():
         return torch.equal(index.flatten(), given.flatten().to(index.dtype))
     if index.ndim < 2 or index.shape[:-1] != given.shape[:-1] or index.shape[-1] < given.shape[-1]:
@@ -197,7 +197,7 @@ def _is_same(index: Tensor, given: Tensor) -> bool:
 
 
 def _channel_dim(module: nn.Module) -> int | None:
-    """The dimension of the channels: the last one for layers over features, 1 for layers over images."""
+    """The channel dimension: the last dimension for layers over features, 1 for layers over images."""
     own: int | None = getattr(type(module), "nrm_channel_dim", None)
     if own is not None:
         return own

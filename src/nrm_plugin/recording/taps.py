@@ -1,4 +1,4 @@
-"""Taps: the tensors of a recording at which relevance is read, and how they are looked up by layer name."""
+"""Taps: the tensors of a recording at which relevance is read, and their lookup by layer name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .places import Buffer, Edge, Place
 INPUT, OUTPUT = "input", "output"
 
 Item = int | str
-"""Which tensor of several: its position in a tuple, or its key."""
+"""Position of a tensor in a tuple, or its key."""
 
 
 class Label(NamedTuple):
-    """What names a tensor: a layer, the side of it, which of its calls, and which of several tensors."""
+    """The label of a tensor: layer, side of the layer, number of the call, and item if there are several tensors."""
 
     name: str
     side: str
@@ -31,7 +31,7 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Observed:
-    """A labelled tensor of the forward pass, by its place in the autograd graph."""
+    """A labelled tensor of the forward pass, given by its place in the autograd graph."""
 
     label: Label
     node: Any
@@ -45,9 +45,9 @@ class Tap:
     """One tensor of the computation.
 
     Attributes:
-        place: Where it is in the graph.
-        shape: ``(N, …)``; ``(1, …)`` before the shape of the tensor if the inputs have no dimension of samples.
-        names: All its names.
+        place: Its place in the graph.
+        shape: ``(N, …)``; if the inputs have no dimension of samples, 1 followed by the shape of the tensor.
+        names: All names of the tap.
         channel_dim: The dimension of the channels.
     """
 
@@ -63,10 +63,10 @@ class Tap:
 
 
 def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """The name of a layer given by name or as a module; that of the model itself is ``"output"``.
+    """The name of a layer, given by name or as a module; the name of the model itself is ``"output"``.
 
     Raises:
-        UnknownLayerError: It is a module of another model.
+        UnknownLayerError: The module belongs to another model.
     """
     if isinstance(layer, str):
         return layer
@@ -90,8 +90,8 @@ class Taps:
 
     Attributes:
         all: All taps.
-        index: Position of each place in it.
-        marks: Bit ``k`` stands for tap ``k``: which taps lie below each vertex and edge.
+        index: Position in ``all``, by place.
+        marks: The taps below each vertex and edge, as bit sets; bit ``k`` stands for tap ``k``.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Taps:
     def _names_of(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):
             if any(name.startswith(f"{other}.") for other in tap.names):
-                continue  # the function inside a layer that returns the same tensor: an alias of no use
+                continue  # a function inside a layer that returns the same tensor: a useless alias
             calls = self.calls_of(name)
             for call in calls:
                 items = self._items(name, "output", call)
@@ -173,7 +173,7 @@ class Taps:
         return name_of(layer, self.modules)
 
     def name_at(self, vertex: int) -> str:
-        """A name for a vertex: of its step, else of its tap, else of the nearest tap above it."""
+        """A name for a vertex: the name of its step, else of its tap, else of the nearest tap above."""
         step = self.graph.vertices[vertex].step
         if step is not None:
             several = sum(name == step.name for name, _ in self._sinks) > 1
@@ -196,7 +196,7 @@ class Taps:
         """The taps of a layer name, side, call and item; several for ``call="any"``.
 
         Raises:
-            UnknownLayerError: No such tap; the message lists near names.
+            UnknownLayerError: No tap fits; the message lists similar names.
         """
         if isinstance(layer, str):
             layer, own = self._split_item(layer, side)
@@ -205,7 +205,7 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """The tensors that a layer returned, or was called with: ``[None]`` for a single one."""
+        """The items of the tensors that a layer returned or was called with; ``[None]`` for a single tensor."""
         if isinstance(layer, str):
             layer, item = self._split_item(layer, side)
             if item is not None:
@@ -214,14 +214,14 @@ class Taps:
         return self._items(name, side, calls[0])
 
     def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
-        """``"lstm[0]"``, as in :attr:`layers`, to layer and item."""
+        """Splits a name such as ``"lstm[0]"``, as in :attr:`layers`, into layer and item."""
         stem, bracket, item = name.removesuffix("]").rpartition("[")
         if not bracket or not name.endswith("]") or self.calls_of(name, side):
             return name, None
         return stem, int(item) if item.isdigit() else item
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
-        """The name of a layer, and the calls of it that ``call`` selects."""
+        """The name of a layer, and those of its calls that ``call`` selects."""
         name = self.name_of(layer)
         if call is None and ":" in name and name.rpartition(":")[2].isdigit() and not self.calls_of(name, side):
             name, _, number = name.rpartition(":")
@@ -237,7 +237,7 @@ class Taps:
         return name, _selected(name, calls, call)
 
     def find_sinks(self, layer: str | nn.Module, call: Any = None) -> list[int]:
-        """The vertices of the steps of a layer, whose sinks ``at(layer, side="sink")`` stands for.
+        """The vertices of the steps of a layer, whose sinks are selected by ``at(layer, side="sink")``.
 
         Raises:
             UnknownLayerError: The layer is not a step and therefore absorbs nothing.
@@ -291,7 +291,7 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Assigns taps without a layout that of the nearest tap of the same shape, else of the same rank."""
+    """Gives taps with unknown channels those of the nearest tap of the same shape, else of the same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
         if tap.channel_dim:
