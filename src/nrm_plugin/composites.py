@@ -51,7 +51,9 @@ class Normalized(Composite):
 
     Used like any other composite: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an
     output in its context is relevance under the normalized kernels. With ``create_graph=True`` this relevance can be
-    differentiated by the start vector; by inputs, weights and activations it raises ``UnsupportedOperationError``.
+    differentiated by the start vector; by inputs and weights it raises ``UnsupportedOperationError``. In a context,
+    any leaf that requires a gradient takes relevance, except for parameters; a measure knows its inputs, and everything
+    else is a constant.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.

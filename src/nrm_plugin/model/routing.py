@@ -76,8 +76,11 @@ def is_route(module: nn.Module) -> bool:
 
 
 def operation(node: Node) -> str:
-    """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``."""
-    if isinstance(node, BackwardCFunction):  # written in Python, and named by its author
+    """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``.
+
+    An ``autograd.Function`` of a model may have the name of an operation of torch, but is another operation.
+    """
+    if isinstance(node, BackwardCFunction):
         kind = type(node)._forward_cls
         return "BackwardHookFunction" if kind is BackwardHookFunction else f"autograd.Function {kind.__name__}"
     name = node.name().rsplit("::", 1)[-1]
