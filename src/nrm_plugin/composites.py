@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
 from torch import nn
+from zennit.canonizers import AttributeCanonizer
 from zennit.composites import (
     COMPOSITES,
     EpsilonAlpha2Beta1,
@@ -26,14 +27,14 @@ from zennit.rules import Flat, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
 from .canonizers import FuseBatchNorm
-from .errors import NRMError
+from .errors import NRMError, brief
 from .functional import Interception
 from .functional.attention import Attention
 from .kernels.batch_norm_fusion import fuse
 from .kernels.hook import StepHook
 from .kernels.normalization import Normalization, Residual
 from .kernels.rule_reader import PlainGradient
-from .model.checks import check_unhooked, check_unpatched
+from .model.checks import Uncompiled, check_hookable, check_unhooked, check_unpatched
 from .model.routing import is_route
 from .rules import Absolute, ConservingEpsilon, Relative
 
@@ -49,8 +50,10 @@ class Normalized(Composite):
     """A Zennit composite whose rules are normalized: all relevance is propagated or absorbed by a sink.
 
     Used like any other composite: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an
-    output in its context is relevance under the normalized kernels. There any leaf that requires a gradient takes
-    relevance, except for parameters; a measure knows its inputs, and everything else is a constant.
+    output in its context is relevance under the normalized kernels. With ``create_graph=True`` this relevance can be
+    differentiated by the start vector; by inputs and weights it raises ``UnsupportedOperationError``. In a context,
+    any leaf that requires a gradient takes relevance, except for parameters; a measure knows its inputs, and everything
+    else is a constant.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.
@@ -92,7 +95,7 @@ class Normalized(Composite):
                 "the composite inside it, with the settings you want: Normalized(composite.composite, …)."
             )
         if uncovered not in ("error", "gradient"):
-            raise ValueError(f"uncovered={uncovered!r} is unknown; choose 'error' or 'gradient'.")
+            raise ValueError(f"uncovered={brief(uncovered)} is unknown; choose 'error' or 'gradient'.")
         self.composite = composite
         self.normalization = Normalization(residual, gain_limit)
         self.uncovered = uncovered
@@ -135,8 +138,25 @@ class Normalized(Composite):
         """
         self.remove()
         check_unpatched()
+        check_hookable(module)
         check_unhooked(module, "Leave the context of that composite first, or call its remove().")
-        super().register(module)
+        try:
+            super().register(module)
+            self.handles.append(Uncompiled(module))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Removes hooks and canonizers, in reverse order: each canonizer restores what it found."""
+        self.handles.reverse()
+        set_once: set[tuple[nn.Module, str]] = set()
+        for handle in self.handles:
+            if isinstance(handle, AttributeCanonizer):  # deletes attributes, which is possible once
+                keys = [key for key in handle.attribute_keys if (handle.module, key) not in set_once]
+                set_once.update((handle.module, key) for key in keys)
+                handle.attribute_keys = keys
+        super().remove()
 
     @contextmanager
     def inactive(self) -> Iterator[Normalized]:
@@ -171,8 +191,8 @@ def check_composite(composite: Any) -> None:
     if isinstance(composite, type):
         what, remedy = f"the class {composite.__name__}", f"Pass an instance: {composite.__name__}()."
     elif isinstance(composite, str):
-        what = f"the name {composite!r}"
-        remedy = f"Pass an instance: zennit.composites.COMPOSITES[{composite!r}]()."
+        what = f"the name {brief(composite)}"
+        remedy = f"Pass an instance: zennit.composites.COMPOSITES[{brief(composite)}]()."
     elif isinstance(composite, Hook):
         what = f"the rule {what}"
         remedy = f"Map it to layers: LayerMapComposite([(torch.nn.Linear, {type(composite).__name__}())])."
@@ -408,7 +428,7 @@ def normalize(
             raise TypeError(
                 f"the composite is Normalized and brings its own settings, but {', '.join(given)} "
                 f"{'is' if len(given) == 1 else 'are'} given too. Say it in one place: "
-                f"Normalized(composite, {', '.join(f'{key}={value!r}' for key, value in given.items())})."
+                f"Normalized(composite, {', '.join(f'{key}={brief(value)}' for key, value in given.items())})."
             )
         return composite
     if composite is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from types import ModuleType
 
 
@@ -72,6 +73,10 @@ class UncoveredLayerError(UnsupportedOperationError):
     """The composite assigns no rule to a layer that does more than route its input."""
 
 
+class StorageError(NRMError, TypeError):
+    """A measure cannot be copied or stored; what it answers can."""
+
+
 class FoldingError(NRMError, ValueError):
     """The first dimension of a tap is not the batch, so its entries cannot be assigned to samples."""
 
@@ -94,7 +99,7 @@ def unknown_layer(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     listing = ", ".join(repr(item) for item in (near or names[:8]))
     return (
-        f"no tap named {name!r} in this measure. "
+        f"no tap named {brief(name)} in this measure. "
         f"{'Near names' if near else 'Some of its taps'}: {listing}. "
         "`measure.layers` lists all of them; a module that the forward pass never called has no tap."
     )
@@ -105,6 +110,45 @@ def samples(flags: Sequence[bool]) -> str:
     indices = [str(index) for index, flag in enumerate(flags) if flag]
     more = ", …" if len(indices) > 10 else ""
     return f"sample{'s' if len(indices) != 1 else ''} {', '.join(indices[:10])}{more}"
+
+
+SHOWN = 8
+"""Entries of a collection that a message shows."""
+
+
+def brief(value: object, length: int = 120) -> str:
+    """A value as a message shows it: its repr where that is short, else its class, shape or first entries.
+
+    Args:
+        value: Anything that a user may pass.
+        length: Characters, at most.
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"<{type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}>"
+    if hasattr(value, "named_modules"):
+        return f"<{type(value).__name__}>"
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        return _brief_entries(value, length)
+    text = " ".join(repr(value).split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _brief_entries(values: Collection[object], length: int) -> str:
+    first, entry = list(islice(values, SHOWN)), max(16, length // 2)
+    if isinstance(values, dict):
+        shown = [f"{brief(key, entry)}: {brief(values[key], entry)}" for key in first]
+    else:
+        shown = [brief(item, entry) for item in first]
+    text = ", ".join(shown)
+    rest = len(values) - len(first)
+    opening, closing = (
+        ("[", "]") if isinstance(values, list) else ("(", ")") if isinstance(values, tuple) else ("{", "}")
+    )
+    text = text if len(text) <= 2 * length else f"{text[: 2 * length - 1]}…"
+    comma = "," if isinstance(values, tuple) and len(values) == 1 else ""
+    return f"{opening}{text}{comma}{f', … {rest} more' if rest > 0 else ''}{closing}"
 
 
 def autocast_outside(name: str, kind: str) -> str:

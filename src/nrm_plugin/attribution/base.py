@@ -16,7 +16,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from ..errors import InputError, UnknownLayerError
+from ..errors import InputError, UnknownLayerError, brief
 from ..events.event import Atom, Event, at
 from ..measure.measure import RelevanceMeasure
 from ..model.inputs_and_outputs import is_index
@@ -24,11 +24,16 @@ from ..model.targets import sample_sums
 
 Unit = Literal["output", "measure"]
 Layer = nn.Module | str | Atom
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""Wrappers of a model, which runs on one device instead."""
 
 
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
     """Inputs as a tuple, and whether they were one."""
-    return _format_tensor_into_tuples(inputs), isinstance(inputs, tuple)
+    given = tuple(inputs) if isinstance(inputs, list) else inputs
+    if not isinstance(given, (Tensor, tuple)):
+        raise InputError(f"inputs is {brief(given)}, expected a tensor of shape (N, …), or a tuple of such tensors.")
+    return _format_tensor_into_tuples(given), isinstance(given, tuple)
 
 
 def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
@@ -72,7 +77,7 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
         ValueError: An unknown unit.
     """
     if unit not in ("output", "measure"):
-        raise ValueError(f"unit={unit!r} is unknown; choose 'output' or 'measure'.")
+        raise ValueError(f"unit={brief(unit)} is unknown; choose 'output' or 'measure'.")
     return value if unit == "measure" else value * output.reshape(-1, *(1,) * (value.ndim - 1))
 
 

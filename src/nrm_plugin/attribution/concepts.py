@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from ..composites import Uncovered, normalize
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..events.event import Event, at
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
-from .base import Layer, Unit, in_unit
+from .base import WRAPPERS, Layer, Unit, in_unit
 
 Condition = Mapping[str, Any]
 OUTPUT = "y"
@@ -72,7 +72,7 @@ class ConceptNRM:
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
     ) -> None:
-        self.model = model.module if isinstance(model, nn.DataParallel) else model
+        self.model = model.module if isinstance(model, WRAPPERS) else model
         self.composite = normalize(composite, residual, gain_limit, uncovered)
 
     def attribute(
@@ -165,8 +165,8 @@ def _numbers(layer: str, ids: Any) -> list[int]:
     numbers = ids.tolist() if hasattr(ids, "tolist") else ids
     numbers = [numbers] if isinstance(numbers, int) and not isinstance(numbers, bool) else numbers
     if not isinstance(numbers, (list, tuple, range)):
-        raise EventError(f"the condition on {layer!r} is {ids!r}; give a list of channel numbers.")
+        raise EventError(f"the condition on {brief(layer)} is {brief(ids)}; give a list of channel numbers.")
     try:
         return [operator.index(number) for number in numbers]
     except TypeError as error:
-        raise EventError(f"the condition on {layer!r} is {ids!r}; give a list of channel numbers.") from error
+        raise EventError(f"the condition on {brief(layer)} is {brief(ids)}; give a list of channel numbers.") from error

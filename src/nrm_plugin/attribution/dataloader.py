@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import brief
 from .inputs import NRM
 from .neurons import NeuronNRM
 
@@ -82,7 +83,7 @@ class DataLoaderNRM:
             (torch.Size([6, 3]), True)
         """
         if reduce not in (None, "mean", "sum"):
-            raise ValueError(f"reduce={reduce!r} is unknown; choose None, 'sum' or 'mean'.")
+            raise ValueError(f"reduce={brief(reduce)} is unknown; choose None, 'sum' or 'mean'.")
         rows: list[list[Tensor]] = []
         attributions, samples = None, 0
         for batch in tqdm(dataloader, disable=not show_progress):

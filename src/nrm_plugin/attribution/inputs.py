@@ -17,6 +17,7 @@ from ..model.checks import check_module
 from ..model.targets import sample_sums
 from ..recording.coverage import coverage
 from .base import (
+    WRAPPERS,
     Request,
     Unit,
     as_given,
@@ -216,11 +217,11 @@ class NRM(GradientAttribution):
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _unwrapped(self) -> nn.Module:
-        return self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        return self.model.module if isinstance(self.model, WRAPPERS) else self.model
 
     def _layer(self, layer: Any) -> Any:
         """A layer of the given model as a layer of the model without its ``DataParallel`` wrapper."""
-        if not isinstance(self.model, nn.DataParallel):
+        if not isinstance(self.model, WRAPPERS):
             return layer
         if layer is self.model:
             return self.model.module

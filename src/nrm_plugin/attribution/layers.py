@@ -11,6 +11,7 @@ from zennit.core import Composite
 from ..composites import Uncovered
 from ..events.event import Event, Side
 from ..kernels.normalization import Residual
+from ..measure.layer_taps import layer_list
 from .base import Layer, Unit, as_tuple, check_device_ids, convergence_delta, in_unit, log_usage, with_optional
 from .inputs import NRM
 
@@ -96,14 +97,15 @@ class LayerNRM(NRM, LayerAttribution):
         measure = self.measure(formatted, target, additional_forward_args)
         layers = measure.layers if self.layer is None else self.layer
         side: Side = "input" if attribute_to_layer_input else "output"
-        taps = [measure.taps_of(self._layer(layer), side) for layer in _as_list(layers)]
+        several, is_one = layer_list(layers)
+        taps = [measure.taps_of(self._layer(layer), side) for layer in several]
         marginals = measure.marginal([tap for group in taps for tap in group], given=given, joint=joint)
 
         def scaled(value: Tensor) -> Tensor:
             return in_unit(value, measure.output, unit)
 
         def in_form(values: list[Any]) -> Any:
-            return values if isinstance(layers, list) else values[0]
+            return values[0] if is_one else values
 
         relevance = [tuple(scaled(marginals[tap]) for tap in group) for group in taps]
         attributions = in_form([parts[0] if len(parts) == 1 else parts for parts in relevance])
@@ -113,7 +115,3 @@ class LayerNRM(NRM, LayerAttribution):
         if return_sink:
             sink = in_form([scaled(measure.sink_above(group)) for group in taps])
         return with_optional(attributions, delta, sink)
-
-
-def _as_list(layers: Any) -> list[Any]:
-    return layers if isinstance(layers, list) else [layers]

@@ -93,6 +93,12 @@ def twin_of(module: nn.Module) -> nn.Module:
     return module.__dict__.get("twin") or module
 
 
+def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of one of these classes and runs as they do: no subclass or canonizer overrides forward."""
+    own = "forward" in module.__dict__
+    return not own and any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+
 def is_affine(module: nn.Module) -> bool:
     """Whether the module is an affine layer of torch whose forward neither a subclass nor a canonizer overrides."""
     if "forward" in module.__dict__ or module._modules:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import GradModeError, InputError, NRMError, samples
+from ..errors import GradModeError, InputError, NRMError, brief, samples
 from .autocast import SHORT
+from .checks import check_untransformed
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
@@ -56,6 +57,8 @@ class Call:
     ) -> None:
         self.batched = batched
         self._args = args if isinstance(args, tuple) else () if args is None else (args,)
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise InputError(f"additional_forward_kwargs is {brief(kwargs)}, expected a mapping of keyword arguments.")
         self._kwargs = dict(kwargs or {})
         self._keywords: list[str] | None = None
         self._positional: tuple[Any, ...] = ()
@@ -132,8 +135,14 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
     """
     tensor = _chosen(returned, output)
     if not isinstance(tensor, Tensor):
-        raise InputError(f"output={output!r} is {type(tensor).__name__}, a measure starts at one tensor (N, …).")
-    if batched and (tensor.ndim == 0 or len(tensor) != batch):
+        raise InputError(f"output={brief(output)} is {type(tensor).__name__}, a measure starts at one tensor (N, …).")
+    if batched and tensor.ndim == 0:
+        raise InputError(
+            f"the model returned one number for {batch} samples; its output must have the shape (N,) or (N, …), here "
+            f"({batch}, …), since every sample has its own measure. Keep the dimension of samples in the output: "
+            "`output.sum(1)` instead of `output.sum()`, `output.reshape(len(x))`. A loss over a batch has no measure."
+        )
+    if batched and len(tensor) != batch:
         raise InputError(
             f"the model maps {batch} inputs to an output of shape {tuple(tensor.shape)}; its first "
             "dimension must be the batch, since every sample has its own measure. A single sample needs a batch "
@@ -142,7 +151,7 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
     if tensor.numel() == 0 or tensor.dtype not in FORMATS:
         raise InputError(
             f"the explained output has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; a measure starts at real "
-            "numbers in float32 or float64, or shorter ones in bfloat16 or float16. Make the model return its scores."
+            f"numbers in float32 or float64, or shorter ones in bfloat16 or float16. {_remedy_for_output(tensor)}"
         )
     if tensor.grad_fn is None:
         raise InputError(NOT_JOINED)
@@ -152,6 +161,16 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
             "look for a division by zero, a logarithm or an overflow in the model."
         )
     return tensor
+
+
+def _remedy_for_output(tensor: Tensor) -> str:
+    if tensor.numel() == 0:
+        return "It has no entries."
+    if tensor.is_complex():
+        return "Make the model return a real part or a magnitude."
+    if tensor.is_floating_point():
+        return "Half precision is too coarse for sums over walks: use `model.float()`, and no `.half()` in its forward."
+    return "Make the model return its scores, not indices of classes or decisions."
 
 
 def _chosen(returned: Any, output: Output | None) -> Any:
@@ -178,7 +197,7 @@ def _chosen(returned: Any, output: Output | None) -> Any:
     if isinstance(output, str) and hasattr(returned, output):
         return getattr(returned, output)
     raise InputError(
-        f"output={output!r} is not in the model's return value, a {type(returned).__name__}{_items(choices)}."
+        f"output={brief(output)} is not in the model's return value, a {type(returned).__name__}{_items(choices)}."
     )
 
 
@@ -189,7 +208,7 @@ def _choices(returned: Any) -> dict[Any, Any]:
 
 
 def _items(choices: dict[Any, Any]) -> str:
-    return f" of {', '.join(f'{key!r} ({_kind(value)})' for key, value in choices.items())}" if choices else ""
+    return f" of {', '.join(f'{brief(key)} ({_kind(value)})' for key, value in choices.items())}" if choices else ""
 
 
 def _kind(value: Any) -> str:
@@ -212,6 +231,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
         )
     if not tensors:
         raise InputError("no input was given: inputs is empty. Pass a tensor, or a tuple of tensors.")
+    check_untransformed(tensors)
     for item, tensor in zip(items, tensors, strict=True):
         what = "the input" if item is None else f"input {item!r}"
         if not isinstance(tensor, Tensor):
@@ -253,7 +273,7 @@ def _is_id(key: str, value: Any) -> bool:
 
 
 def _none_floating(inputs: Mapping[Any, Any]) -> str:
-    listed = ", ".join(f"{key!r} ({_kind(value)})" for key, value in inputs.items())
+    listed = ", ".join(f"{brief(key)} ({_kind(value)})" for key, value in inputs.items())
     return (
         "none of the inputs is a floating point tensor, to which relevance could flow; got "
         f"{listed or 'an empty mapping'}. Convert with `.float()`, or pass embeddings."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import TargetError, samples
+from ..errors import TargetError, brief, samples
 from .autocast import working_dtype
 
 MIN_TOTAL = 1e-6
@@ -51,7 +51,7 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
         is_target = target is None or isinstance(target, (int, tuple, list)) or hasattr(target, "__array__")
         if not is_target:
             raise TargetError(
-                f"target= is a function of the outputs and returned {type(target).__name__}: {target!r}. It must "
+                f"target= is a function of the outputs and returned {type(target).__name__}: {brief(target)}. It must "
                 "return a target: an int, a tuple of ints, or a list or tensor of one for each sample."
             )
     if batched or outputs.ndim != 2 or len(outputs) != 1:
@@ -134,7 +134,7 @@ class Neurons:
         shape = tuple(values.shape)
         if len(index) != values.ndim - 1 or not all(_is_index(entry) for entry in index):
             raise TargetError(
-                f"neuron_selector={self.selector!r} does not select neurons of a layer of shape {shape}: give "
+                f"neuron_selector={brief(self.selector)} does not select neurons of a layer of shape {shape}: give "
                 f"{values.ndim - 1} ints or slices, or a function of the layer's output."
             )
         slope = torch.zeros_like(values)
@@ -142,7 +142,7 @@ class Neurons:
             slope[(slice(None), *index)] = 1
         except IndexError as error:
             raise TargetError(
-                f"neuron_selector={self.selector!r} is out of range for a layer of shape {shape}."
+                f"neuron_selector={brief(self.selector)} is out of range for a layer of shape {shape}."
             ) from error
         return slope
 
@@ -251,4 +251,4 @@ def _tuple(entry: Any) -> tuple[int, ...]:
         return tuple(operator.index(number) for number in entry)
     except TypeError:
         shown = entry[0] if len(entry) == 1 else entry
-        raise TargetError(f"target {shown!r} is not made of integers. {_FORMS}") from None
+        raise TargetError(f"target {brief(shown)} is not made of integers. {_FORMS}") from None

@@ -20,7 +20,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, brief
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Values = Tensor | np.ndarray | Sequence[float]
@@ -161,9 +161,9 @@ def _checked(
     if not np.isfinite(rows).all():
         raise InputError("values have nan or inf entries, which have no colour; give finite values.")
     if isinstance(titles, str) or len(titles) != len(rows):
-        raise InputError(f"titles={titles!r}: give a list of one title for each of the {len(rows)} maps.")
+        raise InputError(f"titles={brief(titles)}: give a list of one title for each of the {len(rows)} maps.")
     if limit is not None and not limit > 0:
-        raise InputError(f"limit={limit!r}: give a positive number, the relevance of the strongest colours.")
+        raise InputError(f"limit={brief(limit)}: give a positive number, the relevance of the strongest colours.")
     strongest = float(np.abs(rows).max())
     bound = float(limit) if limit is not None else strongest or 1.0
     return [_words(tokens, row, special) for row in rows], bound, strongest > bound

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..recording.module_outputs import module_outputs
 
 Fill = Literal["zero", "mean", "resample"]
@@ -42,9 +42,9 @@ def ablation(
         True
     """
     if fill not in FILLS:
-        raise ValueError(f"fill={fill!r} is unknown; choose one of {', '.join(map(repr, FILLS))}.")
+        raise ValueError(f"fill={brief(fill)} is unknown; choose one of {', '.join(map(repr, FILLS))}.")
     if fill != "zero" and any(layer not in (reference or {}) for layer in kept):
-        raise ValueError(f"fill={fill!r} needs reference=, as activations(model, samples, layers) returns it.")
+        raise ValueError(f"fill={brief(fill)} needs reference=, as activations(model, samples, layers) returns it.")
     with ExitStack() as stack:
         for layer, mask in kept.items():
             replacement = None if fill == "zero" or reference is None else reference[layer]
@@ -86,5 +86,5 @@ def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[st
     for layer, calls in outputs.items():
         if not calls or not isinstance(calls[-1], Tensor):
             why = "does not return a tensor" if calls else "was not called"
-            raise InputError(f"{layer!r} {why}, so it has no activations.")
+            raise InputError(f"{brief(layer)} {why}, so it has no activations.")
     return {layer: calls[-1] for layer, calls in outputs.items()}

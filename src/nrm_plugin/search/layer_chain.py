@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..events.event import Atom, Event, at
 from ..measure.groups import Over, check_over, labels_of
 from ..measure.joints import propagated
@@ -39,7 +39,9 @@ class LayerChain:
 
     def __init__(self, mu: RelevanceMeasure, layers: Sequence[Layer], over: Over | Sequence[Over]) -> None:
         if isinstance(layers, str) or not len(layers):
-            raise ValueError(f"layers={layers!r}: give a list of one or more layers, from the output to the input.")
+            raise ValueError(
+                f"layers={brief(layers)}: give a list of one or more layers, from the output to the input."
+            )
         self.mu, self.recording = mu, mu._recording
         self.taps = [mu._tap(layer) for layer in layers]
         for (above, below), names in zip(itertools.pairwise(self.taps), itertools.pairwise(layers), strict=True):
@@ -119,4 +121,4 @@ def check_one_sample(mu: RelevanceMeasure) -> None:
 def check_count(value: object, name: str) -> None:
     """Raises unless a value is a whole number of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        raise ValueError(f"{name}={brief(value)} must be a whole number of at least 1.")

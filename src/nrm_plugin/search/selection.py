@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..events.event import Event, at
 from ..measure.groups import Over, by_label, labels_of
 from ..measure.measure import RelevanceMeasure
@@ -140,7 +140,9 @@ def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
     tap = mu._tap(layer)
     shape, inner = torch.Size(tap.shape), torch.Size(tap.shape[1:])
     if mask.dtype != torch.bool:
-        raise InputError(f"the mask of {layer!r} has dtype {mask.dtype}; give a boolean mask, true for kept neurons.")
+        raise InputError(
+            f"the mask of {brief(layer)} has dtype {mask.dtype}; give a boolean mask, true for kept neurons."
+        )
     if mask.shape in (shape, inner):
         return mask.expand(shape)
     channels = shape[tap.channel_dim]
@@ -148,8 +150,8 @@ def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
         labels = labels_of(tap, "channel").to(mask.device)
         return mask.expand(shape[0], channels)[:, labels]
     raise InputError(
-        f"the mask of {layer!r} has shape {tuple(mask.shape)}; give one over its {channels} channels or its neurons "
-        f"{tuple(inner)}, with or without a first dimension of {shape[0]} samples."
+        f"the mask of {brief(layer)} has shape {tuple(mask.shape)}; give one over its {channels} channels or its "
+        f"neurons {tuple(inner)}, with or without a first dimension of {shape[0]} samples."
     )
 
 
@@ -266,12 +268,13 @@ def _check_limits(pool: _GroupPool, budget: int | None, error: Mapping[Metric, f
         raise ValueError("give either budget= or error=: how many groups are kept, or which error is allowed.")
     if budget is not None and not len(pool.layers) <= budget <= pool.size:
         raise ValueError(
-            f"budget={budget!r}: keep at least one group of each layer ({len(pool.layers)}), and at most {pool.size}."
+            f"budget={brief(budget)}: keep at least one group of each layer ({len(pool.layers)}), and at most "
+            f"{pool.size}."
         )
     if error is not None and (len(error) != 1 or next(iter(error)) not in METRICS):
         raise ValueError(f"error={dict(error)!r}: give one of {{'mse': limit}} and {{'smape': limit}}.")
     if rounds < 1:
-        raise ValueError(f"rounds={rounds!r} must be at least 1.")
+        raise ValueError(f"rounds={brief(rounds)} must be at least 1.")
 
 
 class _GroupPool:
@@ -279,7 +282,7 @@ class _GroupPool:
 
     def __init__(self, mu: RelevanceMeasure, layers: Sequence[str], over: Over | Sequence[Over]) -> None:
         if isinstance(layers, str) or not len(layers) or len(set(layers)) < len(layers):
-            raise ValueError(f"layers={layers!r}: give a list of one or more different layers.")
+            raise ValueError(f"layers={brief(layers)}: give a list of one or more different layers.")
         self.mu, self.layers = mu, list(layers)
         kinds = kinds_of_groups(over, len(self.layers))
         taps = [mu._tap(layer) for layer in self.layers]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import brief
 from ..events.event import Event
 from ..measure.groups import Over
 from ..measure.layer_taps import Layer
@@ -84,7 +85,7 @@ def top_sets(
     chain = LayerChain(mu, layers, over)
     sizes = [size] * len(layers) if isinstance(size, int) else list(size)
     if len(sizes) != len(chain.taps) or not all(1 <= s <= n for s, n in zip(sizes, chain.counts, strict=True)):
-        raise ValueError(f"size={size!r}: give one number for each layer, from 1 to {chain.counts}.")
+        raise ValueError(f"size={brief(size)}: give one number for each layer, from 1 to {chain.counts}.")
     chosen = _exact_sets(chain, sizes) if exact else _greedy_sets(chain, sizes)
     event = _sets_event(chain, chosen)
     groups = tuple(tuple(sorted(part)) for part in chosen if part is not None)

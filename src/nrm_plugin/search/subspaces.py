@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..errors import InputError, UnknownLayerError
+from ..errors import InputError, UnknownLayerError, brief
 from ..functional import FunctionCall, register_kernel
 from ..kernels.base import Kernel
 
@@ -271,7 +271,7 @@ def _vectors(values: Tensor, relevance: Tensor, dim: int) -> tuple[Tensor, Tenso
 def _sizes(sizes: int | Sequence[int], channels: int) -> tuple[int, ...]:
     wanted = (sizes,) if isinstance(sizes, int) else tuple(sizes)
     if not wanted or min(wanted) < 1 or sum(wanted) > channels:
-        raise InputError(f"sizes={sizes!r}: give at least 1 for each subspace, and together at most {channels}.")
+        raise InputError(f"sizes={brief(sizes)}: give at least 1 for each subspace, and together at most {channels}.")
     return wanted
 
 
@@ -308,10 +308,10 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
     for name in subspaces:
         if not name or name not in known:
             raise UnknownLayerError(
-                f"no layer named {name!r} to decompose into subspaces; model.named_modules() lists them."
+                f"no layer named {brief(name)} to decompose into subspaces; model.named_modules() lists them."
             )
         if any(other != name and other.startswith(f"{name}.") for other in subspaces):
-            raise InputError(f"{name!r} holds another layer with subspaces; give subspaces of one of them.")
+            raise InputError(f"{brief(name)} holds another layer with subspaces; give subspaces of one of them.")
     return _replaced(model, subspaces, "")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import brief
 from ..events.event import Atom, Event, at
 from ..measure.groups import Over
 from ..measure.layer_taps import Layer
@@ -192,7 +193,9 @@ def _neuron_walks(
     mu: RelevanceMeasure, k: int, over: object, begin: float, budget: float, expansions: int | None
 ) -> TopWalks:
     if over != "neuron":
-        raise ValueError(f"over={over!r} needs layers=; without layers a walk is of single neurons: over='neuron'.")
+        raise ValueError(
+            f"over={brief(over)} needs layers=; without layers a walk is of single neurons: over='neuron'."
+        )
     search = MaxProduct(mu)
     paths = search.walks(k, begin + budget, expansions)
     taps = search.crossed_taps(paths)
