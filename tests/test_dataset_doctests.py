@@ -10,7 +10,7 @@ import torch
 
 import nrm_plugin
 
-MODULES = ["crops", "examples", "glocal", "maximization", "prototypes", "ranking", "statistics"]
+MODULES = ["crops", "examples", "glocal", "prototypes", "ranking", "reference_search", "statistics"]
 FINDER = doctest.DocTestFinder(recurse=True)
 FOUND = {
     test.name: test

@@ -1,6 +1,6 @@
 """One step of any rule on any layer: every query that a kernel answers, on unit vectors and against matrices.
 
-Covers: nrm_plugin.kernels.branch, nrm_plugin.kernels.branch_reader, nrm_plugin.kernels.channel_pairs,
+Covers: nrm_plugin.kernels.rule_branch, nrm_plugin.kernels.rule_branch_reader, nrm_plugin.kernels.channel_pairs,
 nrm_plugin.kernels.modifier_probes.
 """
 
@@ -16,7 +16,7 @@ from zennit.composites import NameMapComposite
 from zennit.core import BasicHook, Hook
 
 from nrm_plugin import Absolute, RelevanceMeasure, at
-from nrm_plugin.kernels.branch_kernel import BranchKernel
+from nrm_plugin.kernels.rule_branch_kernel import BranchKernel
 from nrm_plugin.kernels.vjp_kernel import VjpKernel
 from nrm_plugin.measure.joints import edge_matrix
 from tests.nets import LINEAR_RULES, SUM_RULES, zennit_rule

@@ -1,7 +1,7 @@
 """Patterns of models in other packages, each compared with an equivalent net in plain spelling.
 
 Covers: nrm_plugin.functional.unsupported, nrm_plugin.kernels.layer_call, nrm_plugin.kernels.modified_layers,
-nrm_plugin.model.affine_layers, nrm_plugin.model.custom_layers.
+nrm_plugin.model.affine_layers, nrm_plugin.model.custom_layers, nrm_plugin.kernels.known_rules.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ REMOVED = "0.3"
 """The version that removes the deprecated paths."""
 MOVED = {
     "coverage": "recording.coverage",
+    "dataset.maximization": "dataset.reference_search",
     "flow_maps": "measure.flow_heat_maps",
     "flow_plots": "plots.flow",
     "profiles": "measure.layer_profile",

@@ -3,7 +3,7 @@ r"""Reference examples: the samples with the largest relevance or activation of 
 .. math:: \text{references}(g) = \operatorname{top}_k \mu_n(g)
 
 For the channels of a layer this is relevance maximization (Achtibat et al., 2023). One pass over the data finds them
-(:func:`~nrm_plugin.dataset.maximization.find_references`), or they are read from a sweep (:func:`references`).
+(:func:`~nrm_plugin.dataset.reference_search.find_references`), or they are read from a sweep (:func:`references`).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class References:
             ReferencesError: The group is unknown.
 
         Examples:
-            >>> from nrm_plugin.dataset.maximization import find_references
+            >>> from nrm_plugin.dataset.reference_search import find_references
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
             >>> references = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
             >>> len(references.of("0").of(3))
@@ -167,7 +167,7 @@ class FoundReferences:
         """Writes all references to a safetensors file.
 
         Examples:
-            >>> from nrm_plugin.dataset.maximization import find_references
+            >>> from nrm_plugin.dataset.reference_search import find_references
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
             >>> references = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
             >>> references.save("references.safetensors")

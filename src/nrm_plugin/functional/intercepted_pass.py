@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import Saved, is_inside_step, listener, not_recorded, write
+from ..kernels.forward_state import Saved, is_in_module_step, is_inside_step, listener, not_recorded, write
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
 from ..kernels.step import FunctionStep, Step, link
@@ -25,6 +26,7 @@ from .custom_functions import CustomCalls
 from .function_call import CallInput, FunctionCall, Settings, Slot
 from .function_kernels import BroadcastKernel
 from .gates import Gates
+from .ids import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
@@ -59,6 +61,8 @@ class InterceptedPass:
         self.packs: list[tuple[Tensor, Tensor]] = []
         self.decomposing: list[Callable[..., Any]] = []
         self._call_counts: dict[str, int] = {}
+        listening = listener()
+        self._ids = None if listening is None else Ids(listening.indices, listening.inputs)
 
     @property
     def path(self) -> str:
@@ -211,6 +215,26 @@ class InterceptedPass:
             return
         path, number = self._numbered(name)
         listening.on_function(path, number, output, None)
+
+    # -- ids among the inputs ---------------------------------------------------------------------------------------
+
+    @property
+    def follows_ids(self) -> bool:
+        """Whether there are ids to follow in what a function of constants returns."""
+        return self._ids is not None and self._ids.are_known
+
+    def with_ids(self, call: ObservedCall, result: Any) -> Any:
+        """What a function returns; rows that ids among the inputs select are inputs."""
+        if self._ids is None:
+            return result
+        return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))
+
+    def _looked_up(self, call: ObservedCall, rows: Tensor) -> Tensor:
+        path, number = self._numbered(call.name.base)
+        listening = listener()
+        assert listening is not None, "only a listener has ids"
+        with torch.enable_grad():
+            return written(call, listening.on_lookup(path, number, rows))  # type: ignore[no-any-return]
 
     # -- modules ----------------------------------------------------------------------------------------------------
 

@@ -15,14 +15,14 @@ from ..recording.taps import OUTPUT
 
 
 def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
-    """An event over taps alone.
+    """Rewrites an attention event as an event over taps.
 
     A walk through (query, key) crosses the output of the attention at the query, and then the values, or the weights if
     the rule propagates relevance to them, at the key. It does not change heads.
 
     Raises:
-        EventError: The layer has no call of attention or several, or has no such head or token.
-        UnknownLayerError: No such layer.
+        EventError: The layer computes no attention or several, or has no such head or token.
+        UnknownLayerError: No layer has this name.
     """
     if not isinstance(atom, Attended):
         return atom
@@ -52,7 +52,7 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
-    """Heads have their own dimension, or share one with the samples, which are first in it."""
+    """The mask of the selected heads, which have their own dimension or share one with the samples, samples first."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
     if len(shared) > 1 or (shared and not recording.samples.batched):
@@ -75,7 +75,7 @@ def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
 
 
 def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
-    """``(count,)``: the heads or tokens that an index selects."""
+    """The heads or tokens that an index selects, boolean, ``(count,)``."""
     chosen = torch.zeros(count, dtype=torch.bool)
     try:
         chosen[index.value] = True
@@ -93,19 +93,19 @@ def _along(shape: torch.Size, dim: int, chosen: Tensor) -> Tensor:
 
 
 def _shortened(mask: Tensor) -> Tensor:
-    """Without the dimension of samples if the mask is the same for all."""
+    """Drops the sample dimension if the mask is the same for all samples."""
     return mask[0] if len(mask) == 1 or bool((mask == mask[:1]).all()) else mask
 
 
 def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
-    """The steps that compute the attention of a layer, one for each selected call."""
+    """The steps that compute the attention of a layer, one per selected call."""
     name, calls = recording.taps.called(atom.atom.layer, "output", atom.atom.call)
     steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
     known = [step for step in steps if step.attention is not None]
     own = [step for step in known if step.name == name]
     if own:
         return [step for step in own if step.call in calls]
-    inside = [step for step in known if name == OUTPUT or step.name.startswith(f"{name}.")]
+    inside = [step for step in known if name == OUTPUT or step.name.startswith(f"{name.removeprefix('.')}.")]
     of_calls = recording.taps.calls_of(name)
     if len(inside) == len(of_calls):
         return [inside[of_calls.index(call)] for call in calls]

@@ -22,13 +22,15 @@ from .masked_vectors import masked
 
 
 class Conditionals:
-    """``μ(event given j)`` for every neuron ``j`` of a tap: values propagated up from where a walk is decided.
+    """``μ(event given j)`` for every neuron ``j`` of each tap.
+
+    Values are propagated upwards, from the places where walks are decided.
 
     Args:
         diagram: The events.
         places: The taps.
         nodes: The nodes of the diagram that remain after a tap is crossed.
-        like: A tensor of the dtype and device of relevance.
+        like: A tensor with the dtype and device of the relevance.
     """
 
     def __init__(self, diagram: DecisionDiagram, places: Sequence[Place], nodes: Iterable[int], like: Tensor) -> None:
@@ -40,7 +42,7 @@ class Conditionals:
             self._push(vertex, sorted(needed[vertex]))
 
     def value(self, place: Place, node: int) -> Tensor:
-        """``(N, *shape)`` of one of the taps."""
+        """The values of a diagram node at one of the taps, ``(N, *shape)``."""
         if isinstance(place, Buffer):
             value, shape = self._after(place, node), self.graph.shape(place)
         else:
@@ -86,7 +88,7 @@ class Conditionals:
         return [(node, None)] if level is None else self.diagram.cross(node, level)
 
     def _after(self, buffer: Buffer, node: int) -> Tensor | None:
-        """Value of a node once the tap at a buffer was crossed; None for zero."""
+        """The values of a node after the tap at a buffer has been crossed; None for zero."""
         left = self.diagram.settle(node, buffer.vertex)
         if left <= TRUE:
             return None if left == FALSE else self.like.new_ones(()).expand(self.graph.shape(buffer))
@@ -153,5 +155,5 @@ def check_below(diagram: DecisionDiagram, tap: Tap, event: Event, layer: object)
 
 
 def are_below(diagram: DecisionDiagram, tap: Tap) -> bool:
-    """Whether all taps that events name are below a tap."""
+    """Whether all taps named by the events are below a tap."""
     return all(is_below(diagram.recording, key, tap) for key in diagram.levels)

@@ -15,11 +15,11 @@ from ..recording.recording import Recording
 from ..recording.taps import Tap
 
 MIN_RATIO = {torch.float32: 1e-3, torch.float64: 1e-8}
-"""Smallest ``|μ(B)|`` in units of the variation of ``B`` for which a conditional divides."""
+"""Smallest ``|μ(B)|`` by which a conditional divides, relative to the variation of ``B``."""
 
 
 class Condition(TypedDict, total=False):
-    """Keywords of a marginal; see :meth:`~nrm_plugin.RelevanceMeasure.marginal`."""
+    """Keyword arguments of a marginal; see :meth:`~nrm_plugin.RelevanceMeasure.marginal`."""
 
     given: Event | Sequence[Event] | None
     joint: Event | Sequence[Event] | None
@@ -27,7 +27,7 @@ class Condition(TypedDict, total=False):
 
 
 def check_event(event: object, remedy: str = "") -> None:
-    """Raises :class:`EventError` unless this is an event."""
+    """Raises :class:`EventError` unless the argument is an event."""
     if not isinstance(event, Event):
         raise EventError(
             f"expected an event such as at('layer')[3], got {type(event).__name__}: {event!r}. {remedy}".rstrip()
@@ -35,10 +35,10 @@ def check_event(event: object, remedy: str = "") -> None:
 
 
 def event_list(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
-    """The events, and whether it is a single one.
+    """Returns the events as a list, and whether the argument was a single event.
 
     Raises:
-        EventError: Something else.
+        EventError: The argument is neither an event nor a sequence of events.
     """
     if isinstance(event, Event):
         return [event], True
@@ -57,7 +57,7 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
         event: The condition.
         mass: Its mass, ``(N,)``.
         variation: Its variation, ``(N,)``.
-        min_ratio: Smallest ``|mass|`` in units of the variation; None for the default of the dtype.
+        min_ratio: Smallest ``|mass|`` relative to the variation; None for the default of the dtype.
 
     Raises:
         NullEventError: The variation of a sample is zero.
@@ -85,6 +85,6 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
 
 def divided(recording: Recording, values: Tensor, mass: Tensor, tap: Tap) -> Tensor:
-    """Relevance at a tap, ``(N, *shape)``, divided by one number for each sample, ``(N,)``; zeros remain zeros."""
+    """Relevance at a tap, ``(N, *shape)``, divided by one number per sample, ``(N,)``; zeros remain zeros."""
     quotient = values / recording.samples.spread(mass, tap.place, tap.shape)
     return torch.where(values == 0, 0.0, quotient) if recording.samples.is_needed else quotient

@@ -1,4 +1,4 @@
-"""Sinks, bypasses and variations: what the totals of a pass say of each tap.
+"""Sink, bypass and variation of each tap, computed from the totals of a pass.
 
 For each tap ``mass + sink + bypass = 1``, and each of the three is accumulated separately.
 
@@ -19,7 +19,7 @@ from .layer_taps import is_reached
 from .totals import Totals
 
 Kind = Literal["residual", "constants"]
-"""What is absorbed: mass that rules do not propagate, or mass that ends at constants."""
+"""Kind of absorbed mass: mass that rules do not propagate, or mass that ends at constants."""
 
 
 def check_kind(kind: object) -> None:
@@ -29,7 +29,7 @@ def check_kind(kind: object) -> None:
 
 
 def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, absolute: bool = False) -> Tensor:
-    """Mass absorbed above at least one of the taps, or ``Σ |·|`` of it, ``(N,)``."""
+    """Mass absorbed above at least one of the taps, or the sum of its absolute values, ``(N,)``."""
     check_kind(kind)
     recording = totals.recording
     bits = 0
@@ -38,7 +38,7 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
     total = totals.start.new_zeros(recording.samples.count)
     for (vertex, its_kind), mass in (totals.absolute_sinks if absolute else totals.sinks).items():
         if kind in (None, its_kind) and recording.taps.marks.below_vertex[vertex] & bits:
-            if mass is None:  # names are needed for the message only; to make all of them takes longer than the pass
+            if mass is None:  # only the message needs names, and making all of them takes longer than the pass
                 raise recording.samples.error(recording.taps.name_at(vertex))
             total = total + mass
     return total
@@ -59,7 +59,7 @@ def bypassing(totals: Totals, tap: Tap) -> Tensor:
 
 
 def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:
-    """Mass absorbed in each step, by its name, ``(N,)`` each."""
+    """Mass absorbed in each step, ``(N,)``, by the name of the step."""
     check_kind(kind)
     recording = totals.recording
     sinks: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
 
     Args:
         absolute: Totals of a pass of absolute values.
-        signed: Totals of a plain pass; given for the variation of the measure given survival.
+        signed: Totals of a plain pass, for the variation of the measure conditioned on survival; else None.
     """
     total = surviving_mass(absolute)
     if signed is not None:
@@ -104,7 +104,7 @@ def surviving_mass(totals: Totals) -> Tensor:
 
 
 def _last_vertices(recording: Recording) -> set[int]:
-    """The vertices right above the leaves, where walks that are not absorbed end."""
+    """The vertices directly above the leaves, where walks that are not absorbed end."""
     vertices = recording.graph.vertices
     leaves = {number for number, vertex in enumerate(vertices) if vertex.leaf is not None}
     return {
@@ -115,10 +115,10 @@ def _last_vertices(recording: Recording) -> set[int]:
 
 
 def checked(recording: Recording, mass: Tensor | None, what: str) -> Tensor:
-    """The mass, ``(N,)``.
+    """Returns a mass, ``(N,)``, that must be known.
 
     Raises:
-        FoldingError: It is None: the entries of samples cannot be distinguished.
+        FoldingError: The mass is None, because the entries of the samples cannot be distinguished.
     """
     if mass is None:
         raise recording.samples.error(what)

@@ -10,7 +10,7 @@ from .event_diagram import DecisionDiagram
 
 
 def explanation(recording: Recording, event: Event, given: Event | None) -> str:
-    """Three lines: the formula, the query in words, the cost."""
+    """Describes a query in three lines: formula, words, and cost."""
     check_event(event)
     if given is not None:
         check_event(given, "given= takes one event. ")
@@ -31,7 +31,7 @@ def explanation(recording: Recording, event: Event, given: Event | None) -> str:
 
 
 def words(event: Event) -> str:
-    """The event as the predicate of a sentence about walks."""
+    """Describes an event as the predicate of a sentence about walks."""
     if isinstance(event, Absorbed):
         return "are absorbed anywhere"
     if isinstance(event, Not):
@@ -83,7 +83,7 @@ def _attended(event: Attended) -> str:
 
 
 def _steps(diagram: DecisionDiagram) -> tuple[int, int]:
-    """Number of steps down to where every walk is decided, and of all steps."""
+    """Number of steps until every walk is decided, and number of all steps."""
     vertices = diagram.recording.graph.vertices
     steps = [number for number, vertex in enumerate(vertices) if vertex.step is not None]
     levels = [diagram.depends(root) for root in diagram.roots]

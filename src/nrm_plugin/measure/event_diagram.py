@@ -1,4 +1,4 @@
-"""The decision diagram of events over the places of a recording: what each crossing and each sink leaves undecided."""
+"""The decision diagram of events over the places of a recording: which node remains after each crossing and sink."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..recording.recording import Recording
 from .located_events import Locator
 
 Crossing = list[tuple[int, Tensor | None]]
-"""The node that remains, for each mask of neurons; a mask of None stands for all neurons."""
+"""Pairs of the remaining node and its mask of neurons; a mask of None stands for all neurons."""
 
 
 class DecisionDiagram:
-    """Several events over one recording, decided together.
+    """The joint decision diagram of several events over one recording.
 
     Args:
         recording: The recording.
@@ -26,8 +26,8 @@ class DecisionDiagram:
 
     Attributes:
         roots: One node of the diagram for each event.
-        levels: The level at which a place is crossed, or a sink reached; sinks come after all places.
-        open: Bit set of the levels that a walk can still cross below each vertex, or be absorbed at.
+        levels: The level of each place and sink, in the order in which walks reach them; sinks are last.
+        open: For each vertex, a bit set of the levels that a walk can still reach below the vertex.
     """
 
     def __init__(self, recording: Recording, events: Sequence[Event]) -> None:
@@ -68,7 +68,7 @@ class DecisionDiagram:
         return self._depends[node]
 
     def settle(self, node: int, vertex: int) -> int:
-        """The node, or true or false if nothing below the vertex can change it."""
+        """Returns true or false if nothing below the vertex can change the node, else the node itself."""
         return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
 
     def end(self, node: int) -> int:
@@ -76,7 +76,7 @@ class DecisionDiagram:
         return self.nodes.step(node, self.absorbed_level, 0)
 
     def cross(self, node: int, level: int) -> Crossing:
-        """The nodes that remain after crossing the tap at a level, each with its neurons."""
+        """The nodes that remain after crossing the tap at a level, each with its mask of neurons."""
         if (node, level) not in self._crossings:
             self._crossings[node, level] = self._cross(node, level)
         return self._crossings[node, level]
@@ -102,7 +102,7 @@ class DecisionDiagram:
 
 
 def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]]:
-    """The cells on which the masks of one tap differ, each with its answers as a bit set."""
+    """Splits the neurons of a tap into cells on which every mask is constant, each with the values as a bit set."""
     cells = [(0, torch.ones_like(masks[0]))]
     for variable, mask in zip(variables, masks, strict=True):
         split = [(answers | 1 << variable, cell & mask) for answers, cell in cells]
@@ -112,7 +112,7 @@ def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]
 
 
 def _order(place: Buffer | Edge | Sink) -> tuple[int, int, int]:
-    """Places as a walk crosses them, then sinks."""
+    """Sort key: places in the order in which walks cross them, then sinks."""
     return (1, place.vertex, 0) if isinstance(place, Sink) else (0, *place.order)
 
 

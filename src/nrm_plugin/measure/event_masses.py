@@ -1,4 +1,4 @@
-"""Masses and maps of events: one pass that decides, at each tap that a walk crosses, which events it is in."""
+"""Masses and maps of events by one pass, which decides at each tap which events a walk belongs to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .memory import in_chunks, width_of
 Pair = tuple[int, int]
 """``(event, diagram node)``."""
 Pairs = frozenset[Pair]
-"""All the pairs that share one relevance vector."""
+"""The pairs that share one relevance vector."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EventResult:
 
     Attributes:
         mass: ``μ(event)``, ``(N,)``.
-        variation: Σ|μ| over the neurons where it was decided, ``(N,)``.
+        variation: Σ|μ| over the neurons at which the event was decided, ``(N,)``.
         maps: ``μ(j & event)`` at each stored tap, ``(N, *shape)``.
     """
 
@@ -40,7 +40,7 @@ class EventResult:
 
 
 class EventPass:
-    """A pass from the output down that stops propagating a walk once all events are decided for it.
+    """A pass from the output down that stops propagating a walk once the walk decides all events.
 
     Args:
         diagram: The events.
@@ -49,7 +49,7 @@ class EventPass:
 
     Attributes:
         mass: μ of each event, ``(E, N)``.
-        variation: Σ|μ| over the neurons where each was decided, ``(E, N)``.
+        variation: Σ|μ| over the neurons at which each event was decided, ``(E, N)``.
     """
 
     def __init__(self, diagram: DecisionDiagram, start: Tensor, stored: Iterable[Place] = ()) -> None:
@@ -106,7 +106,7 @@ class EventPass:
         return result
 
     def _undecided(self, vectors: Vectors[Pairs], buffer: Buffer) -> Vectors[Pairs]:
-        """Without the walks that are decided and cross no stored tap below."""
+        """Drops the vectors of walks that are decided and cross no stored tap below."""
         vertex = buffer.vertex
         result: Vectors[Pairs] = {}
         for pairs, vector in vectors.items():
@@ -154,7 +154,7 @@ def event_results(
     places: Sequence[Place] = (),
     max_memory: int | None = None,
 ) -> tuple[list[EventResult], Cost]:
-    """Mass, variation and maps of each event, as many in one pass as fit into memory.
+    """Mass, variation and maps of each event; one pass computes as many events as fit into memory.
 
     Args:
         recording: The recording.
@@ -177,7 +177,7 @@ def event_results(
 
 
 def _named_places(recording: Recording, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
-    """The places that events and queries name; None where it may be any, as for sinks."""
+    """The places that events and queries name; None if any place may matter, as for sinks."""
     parts = [part for event in events for atom in event.atoms() for part in plain(atom, recording).atoms()]
     if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
         return None

@@ -1,13 +1,13 @@
-r"""How relevance flows from groups of neurons to groups of neurons of a few layers, as a graph of joint relevance.
+r"""The flow of relevance between groups of neurons in consecutive layers, as a graph of joint relevance.
 
-A layer splits all walks into its groups, the **rest** of its neurons, and the walks that are **off** the layer:
-absorbed above it, or bypassing it. Each of these is an event, so the masses of each layer sum to one, and every edge is
-a joint relevance:
+A layer partitions all walks into those through each of its groups, those through the **rest** of its neurons, and those
+**off** the layer, which are absorbed above it or bypass it. Each part is an event, so the masses of each layer sum to
+one, and every edge is a joint relevance:
 
 .. math:: \mu(A \cap B), \quad A \text{ of one layer}, B \text{ of the next}, \qquad
           \sum_B \mu(A \cap B) = \mu(A), \quad \sum_A \mu(A \cap B) = \mu(B)
 
-Which groups are shown, and that the others are merged, is ours.
+The selection of groups and the merging of the others are ours.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class _Shown:
-    """A layer with the groups that are shown.
+    """A layer with its shown groups.
 
     Attributes:
         atom: The tap.
         layer: The layer of the graph.
-        labels: Of each neuron, the position of its group among those shown; their count for the rest.
-        has_all_channels: Whether all channels are shown, so that their joint relevance may need no pass for each.
+        labels: For each neuron, the position of its group among the shown groups; for the rest, their count.
+        has_all_channels: Whether all channels are shown, so that their joint relevance may not need a pass per channel.
     """
 
     atom: Atom
@@ -64,12 +64,12 @@ class _Shown:
         return len(self.layer.groups)
 
     def with_rest(self, values: Tensor) -> Tensor:
-        """``(…, groups)``, or with the rest already, to ``(…, groups + 1)``."""
+        """Appends a zero rest to values ``(…, groups)``; values ``(…, groups + 1)`` are unchanged."""
         return torch.nn.functional.pad(values, (0, self.count + 1 - values.shape[-1]))
 
     @property
     def event(self) -> Event:
-        """The walks that cross a group that is shown."""
+        """The walks that cross a shown group."""
         return self.atom[self.labels < self.count]
 
 
@@ -87,13 +87,13 @@ def flow_graph(
 
     Args:
         mu: The measure.
-        layers: Layers and their taps, each below the one before.
-        over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
-        top: As in it.
-        min_mass: As in it.
-        coverage: As in it.
-        names: As in it.
-        sample: As in it.
+        layers: Layers and their taps, each below the previous layer.
+        over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, like all further arguments.
+        top: Largest number of shown groups per layer.
+        min_mass: Smallest absolute mass of a shown group.
+        coverage: Share of the absolute mass of each layer that is shown.
+        names: Names of the groups of each layer.
+        sample: Index of the sample.
     """
     thresholds = Thresholds(top, min_mass, coverage)
     number = _sample_number(mu, sample)
@@ -117,7 +117,7 @@ def flow_graph(
 
 
 def ordered_taps(mu: Any, layers: Sequence[Any]) -> list[tuple[Any, Tap]]:
-    """Layers of a measure and their taps, from the output down; names may be in any order."""
+    """Sorts layers of a measure from the output down, and pairs each layer with its tap."""
     order = {name: number for number, name in enumerate(mu.layers)}
     if all(isinstance(layer, str) and layer in order for layer in layers):
         layers = sorted(layers, key=lambda layer: -order[layer])
@@ -134,7 +134,7 @@ def _sample_number(mu: Measure, sample: int | None) -> int:
 
 
 def _for_layer(value: Any, layer: Any, default: Any) -> Any:
-    """The value of one layer: a mapping has one for some layers."""
+    """The value for one layer; a mapping gives values by name, and the other layers have the default."""
     if value is None:
         return default
     return value.get(layer, default) if isinstance(value, Mapping) else value
@@ -150,7 +150,7 @@ def _shown(
         layer: The layer.
         tap: Its tap.
         groups: All groups of its neurons.
-        masses: Mass of each group; then, where some neurons are in none, of these.
+        masses: Mass of each group, followed by that of the neurons without a group if there are any.
         thresholds: Which groups are shown.
         number: The sample.
     """
@@ -174,7 +174,7 @@ def _shown(
 
 
 def _overs(shown: Sequence[_Shown]) -> list[str | Tensor]:
-    """The labels of each layer; ``"channel"`` where it and a neighbour show all channels, which may save passes."""
+    """The labels of each layer, or ``"channel"`` if the layer and a neighbour show all channels, to save passes."""
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):
         neighbours = [*shown[max(0, number - 1) : number], *shown[number + 1 : number + 2]]
@@ -184,7 +184,7 @@ def _overs(shown: Sequence[_Shown]) -> list[str | Tensor]:
 
 
 def _joint(mu: Measure, upper: _Shown, lower: _Shown, matrix: Tensor, number: int) -> Array:
-    """``(K_upper + 2, K_lower + 2)``; each of the four parts is a query of its own, none is one minus the others."""
+    """The joint relevance of two layers, ``(K_upper + 2, K_lower + 2)``; each of its four parts is a separate query."""
     joint = np.zeros((upper.count + 2, lower.count + 2))
     joint[:-1, :-1] = upper.with_rest(lower.with_rest(matrix).T).T.double().cpu().numpy()
     leaving = mu.marginal(upper.atom, over=upper.labels, joint=~lower.atom)[number]

@@ -1,4 +1,4 @@
-"""Flow graphs as data: the shown groups of each layer, the joint relevance between them, and other formats of it."""
+"""Flow graphs as data: the shown groups of each layer and their joint relevance, with conversion to other formats."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ FORMAT = "nrm-plugin flow 1"
 
 @dataclass(frozen=True, eq=False)
 class FlowGraph:
-    r"""Joint relevance between groups of a few layers, of one sample.
+    r"""Joint relevance between groups of neurons in consecutive layers, for one sample.
 
     Returned by :meth:`~nrm_plugin.RelevanceMeasure.flow`.
 
     Attributes:
-        layers: From the output down.
-        joints: For each two consecutive layers the joint relevance of all nodes, ``(K_upper + 2, K_lower + 2)``: the
-            groups, then rest and off. A row sums to the mass of the upper node, a column to that of the lower one.
-        carried: Mass of the walks that cross a shown group in every layer; None if it is not known.
+        layers: The layers, from the output down.
+        joints: For each pair of consecutive layers the joint relevance of all nodes, ``(K_upper + 2, K_lower + 2)``:
+            the groups, then rest and off. A row sums to the mass of the upper node, a column to that of the lower node.
+        carried: Mass of the walks that cross a shown group in every layer; None if unknown.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -72,7 +72,7 @@ class FlowGraph:
 
     @property
     def edges(self) -> list[FlowEdge]:
-        """The edges whose joint relevance is not zero.
+        """The edges with nonzero joint relevance.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -89,12 +89,12 @@ class FlowGraph:
     def smaller(
         self, top: int | None = None, min_mass: float | None = None, coverage: float | None = None
     ) -> FlowGraph:
-        """The graph with fewer groups; the mass of the others is added to the rest of their layer, exactly.
+        """The graph with fewer groups; the mass of the removed groups is added exactly to the rest of their layer.
 
         Args:
             top: Number of groups of each layer.
             min_mass: Smallest absolute mass of a group.
-            coverage: Share of the absolute mass of the shown groups of each layer that the fewest groups hold.
+            coverage: Share of the absolute mass of each layer's shown groups; the fewest groups that hold it remain.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -148,10 +148,10 @@ class FlowGraph:
 
     @classmethod
     def from_json(cls, source: str | Path) -> FlowGraph:
-        """Reads the graph from the JSON of :meth:`to_json`, or from the path of its file.
+        """Reads a graph from the JSON of :meth:`to_json`, or from the path of a file with this JSON.
 
         Raises:
-            FlowError: It is not such JSON.
+            FlowError: The source is not JSON of a flow graph.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -213,7 +213,7 @@ class FlowGraph:
         extra("networkx", "graph").write_graphml_xml(self.to_networkx(), path)
 
     def to_pandas(self) -> tuple[Any, Any]:
-        """Two data frames, of nodes and of edges; requires pandas.
+        """Data frames of the nodes and of the edges; requires pandas.
 
         Raises:
             MissingExtraError: pandas is not installed.

@@ -26,18 +26,19 @@ def flow_maps(
 ) -> dict[str, NDArray[np.float64]]:
     r"""Conditional heat maps of the groups of a flow graph, :math:`\mu(\text{pixel} \mid \text{group})`.
 
-    They are summed over colours and over the slices of a volume; a signal is an image of one row. Inputs without
-    positions have no heat maps, nor do the groups of the input itself.
+    Heat maps are summed over colours and over the slices of a volume; a signal is an image of one row. Inputs without
+    positions and the groups of the input itself have no heat maps.
 
     Args:
         mu: The measure of the graph.
         graph: The graph; its layers are names of taps.
-        over: The groups, as given for the graph.
-        sample: The sample, as given for the graph.
+        over: The groups, as passed for the graph.
+        sample: The sample, as passed for the graph.
         lowest: The tap of the heat maps.
 
     Returns:
-        ``(H, W)`` by the key of the node. Each sums to the share of the group's walks that reach the input.
+        The heat maps, ``(H, W)``, by the key of the node. Each sums to the share of the group's walks that reach the
+        input.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -67,7 +68,7 @@ def flow_maps(
 
 
 def _heat_map(values: Tensor, channel: int) -> NDArray[np.float64]:
-    """``(C, *positions)`` to ``(H, W)``."""
+    """Sums values ``(C, *positions)`` to a heat map ``(H, W)``."""
     flat = values.sum(channel)
     while flat.ndim > 2:
         flat = flat.sum(0)
@@ -77,7 +78,7 @@ def _heat_map(values: Tensor, channel: int) -> NDArray[np.float64]:
 
 
 def thumbnail(values: NDArray[np.float64], side: int = SIDE) -> NDArray[np.float64]:
-    """A heat map with at most ``side`` pixels along each side, sums of those of the original."""
+    """Reduces a heat map to at most ``side`` pixels along each side by summing blocks of pixels."""
     size = [min(length, side) for length in values.shape]
     labels = [torch.arange(length) * small // length for length, small in zip(values.shape, size, strict=True)]
     sums = np.zeros(size)

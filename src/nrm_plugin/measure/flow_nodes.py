@@ -25,13 +25,13 @@ class FlowLayer:
 
     Attributes:
         name: Name of the tap.
-        groups: Numbers of the groups that are shown.
-        labels: Their names.
-        masses: Their masses.
+        groups: Numbers of the shown groups.
+        labels: Names of the shown groups.
+        masses: Masses of the shown groups.
         rest: Mass of the other neurons.
         others: Number of groups that are not shown.
         sink: Mass absorbed above the layer.
-        bypass: Mass of the walks that bypass it.
+        bypass: Mass of the walks that bypass the layer.
     """
 
     name: str
@@ -66,11 +66,11 @@ class FlowNode:
 
     Attributes:
         layer: Name of the layer.
-        kind: ``"group"``, ``"rest"`` for the neurons of no group that is shown, ``"off"`` for the walks that do not
-            cross the layer: absorbed above it, or bypassing it.
+        kind: ``"group"``, ``"rest"`` for the neurons outside of all shown groups, or ``"off"`` for the walks that do
+            not cross the layer, because they are absorbed above it or bypass it.
         group: Number of the group; None for rest and off.
-        label: Its name.
-        mass: Its mass μ.
+        label: Name of the set.
+        mass: Mass μ of the set.
     """
 
     layer: str
@@ -87,7 +87,7 @@ class FlowNode:
 
 @dataclass(frozen=True)
 class FlowEdge:
-    """The walks that are in two nodes of consecutive layers.
+    """The walks in the intersection of two nodes of consecutive layers.
 
     Attributes:
         upper: The node nearer to the output.

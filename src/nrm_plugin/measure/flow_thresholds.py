@@ -12,16 +12,17 @@ from ..errors import InputError
 from .flow_nodes import Array, FlowLayer
 
 TOP = 8
-"""Groups of a layer that are shown by default."""
+"""Default number of shown groups per layer."""
 NEGLIGIBLE = 1e-12
-"""Absolute mass up to which a group is not shown: the trace of a stabilizer in place of zero."""
+"""Groups up to this absolute mass are not shown: a stabilizer leaves such values in place of zeros."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    r"""The groups to show: without thresholds all, in their order, else in decreasing order of absolute mass.
+    r"""Criteria that select the groups to show.
 
-    With any threshold, groups without mass are not shown.
+    Without thresholds all groups are shown in their order. With a threshold the groups are in decreasing order of
+    absolute mass, and groups without mass are not shown.
 
     Attributes:
         top: Number of groups.
@@ -30,7 +31,7 @@ class Thresholds:
             :math:`\sum_{\mathrm{shown}} |\mu| \ge s \sum |\mu|`.
 
     Raises:
-        InputError: A threshold without meaning.
+        InputError: A threshold is out of range.
     """
 
     top: int | None = None
@@ -55,7 +56,7 @@ class Thresholds:
 
 
 def check_thresholds(top: int | None, min_mass: float | None, coverage: float | None) -> None:
-    """Raises :class:`~nrm_plugin.errors.InputError` for thresholds without meaning."""
+    """Raises :class:`~nrm_plugin.errors.InputError` for thresholds out of range."""
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
         raise InputError(f"top={top!r} must be a whole number of at least 1, or None for all groups.")
     if min_mass is not None and not 0 <= min_mass < math.inf:
@@ -65,7 +66,7 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:
-    """``(shown + 2, count + 2)``: sums the nodes of a layer to those of the smaller graph."""
+    """The matrix that sums the nodes of a layer to those of the smaller graph, ``(shown + 2, count + 2)``."""
     sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1

@@ -19,10 +19,10 @@ KINDS = ("channel", "position", "neuron")
 
 
 def labels_of(tap: Tap, over: Over) -> Tensor:
-    """Group of every neuron of a tap, ``tap.shape[1:]``, on the CPU.
+    """The group of every neuron of a tap, ``tap.shape[1:]``, on the CPU.
 
     Raises:
-        EventError: Labels that do not fit.
+        EventError: The labels do not fit the tap.
     """
     inner = tap.shape[1:]
     if isinstance(over, Tensor):
@@ -64,7 +64,7 @@ def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
     """The groups of each of several layers.
 
     Raises:
-        ValueError: A list of another length.
+        ValueError: The list has another length.
     """
     kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
     if len(kinds) != count:
@@ -81,7 +81,7 @@ def pair_of(over: Any) -> tuple[Over, Over]:
 
 
 def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
-    """``(…, N, *shape)`` summed over each group.
+    """Sums values ``(…, N, *shape)`` over each group.
 
     Returns:
         ``(…, N, C)``, ``(…, N, *positions)``, or for labels ``(…, N, groups)``.
@@ -99,7 +99,7 @@ def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
 
 
 def by_label(values: Tensor, labels: Tensor) -> Tensor:
-    """``(…, neurons)`` to ``(…, groups)``."""
+    """Sums values ``(…, neurons)`` to ``(…, groups)``."""
     flat = labels.reshape(-1).to(values.device)
     total = values.new_zeros((*values.shape[:-1], int(labels.max()) + 1))
     return total.index_add_(-1, flat, values)

@@ -1,4 +1,4 @@
-"""Joint relevance of all groups of one tap with all groups of a tap below it.
+"""Joint relevance of all groups of a tap with all groups of a lower tap.
 
 Source: docs/measure.md.
 """
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.base import IdentityKernel
-from ..kernels.branch_kernel import BranchKernel
 from ..kernels.channel_pairs import channel_edges
+from ..kernels.rule_branch_kernel import BranchKernel
 from ..model.routing import is_whole, operation
 from ..recording.graph import Vertex
 from ..recording.passes import Cost, Vectors, pull, push
@@ -27,7 +27,7 @@ from .totals import Totals
 def joint_matrices(
     totals: Totals, pairs: Sequence[tuple[Tap, Tap]], overs: Sequence[tuple[Over, Over]], max_memory: int | None
 ) -> tuple[list[Tensor], Cost]:
-    """``(N, K_upper, K_lower)`` of each pair of taps.
+    """The joint relevance of each pair of taps, ``(N, K_upper, K_lower)``.
 
     Args:
         totals: A pass that stored the relevance of the upper taps.
@@ -51,7 +51,7 @@ def joint_matrices(
 def joint_matrix(
     recording: Recording, upper: Tap, lower: Tap, relevance: Tensor, over: tuple[Over, Over], width: int
 ) -> tuple[Tensor, Cost]:
-    """``(N, K_upper, K_lower)`` by partial passes between the taps, for the groups of the one with fewer.
+    """The joint relevance of two taps, by partial passes for the groups of the tap with fewer groups.
 
     Args:
         recording: The recording.
@@ -59,7 +59,10 @@ def joint_matrix(
         lower: The tap below.
         relevance: Marginal of the upper tap, ``(N, *shape)``.
         over: The groups of the upper and of the lower tap.
-        width: Groups in one pass.
+        width: Number of groups per pass.
+
+    Returns:
+        ``(N, K_upper, K_lower)``.
     """
     rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
     relevance = recording.samples.without_samples(relevance)
@@ -89,7 +92,7 @@ def joint_matrix(
 
 
 def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
-    """What arrives at the lower tap, ``(K, N, *shape)``."""
+    """The relevance that arrives at the lower tap, ``(K, N, *shape)``."""
     collect = _Collect(lower.place)
     cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
     like = next(iter(vectors.values()))
@@ -98,12 +101,12 @@ def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[in
 
 
 def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
-    """Channel × channel joint across one linear step, ``(N, K_upper, K_lower)``, from weight gradients.
+    """Joint relevance of all channel pairs across one linear step, ``(N, K_upper, K_lower)``, by weight gradients.
 
     Args:
         recording: The recording.
         vertex: A step whose kernel has branches with weights.
-        relevance: Marginal at its output, ``(N, *out)``.
+        relevance: Marginal at the output of the step, ``(N, *out)``.
     """
     step = recording.graph.vertices[vertex].step
     assert step is not None
@@ -117,14 +120,14 @@ _KEEPING_CHANNELS = frozenset(
     maxpool1d maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d clone alias
     """.split()
 )
-"""Operations that pass relevance to the same channel, and lose none."""
+"""Operations that pass all relevance to the same channel."""
 
 
 def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
-    """The channel matrix of two taps with one linear step between them, by one weight gradient instead of passes.
+    """Joint relevance of the channels of two taps with one linear step between them, by one weight gradient.
 
-    All other operations between them must preserve channels and propagate all relevance, so that a walk through a
-    channel of the step crosses the same channel of the tap. None where that is not so.
+    All other operations between the taps must preserve channels and propagate all relevance, so that a walk through a
+    channel of the step crosses the same channel of the tap. Otherwise the result is None.
 
     Args:
         recording: The recording.
@@ -201,7 +204,7 @@ def _start(recording: Recording, place: Place, vectors: Vectors[int]) -> list[tu
 
 
 class _Collect:
-    """What has arrived at a tap."""
+    """Collects the relevance that arrives at a tap."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -209,7 +212,7 @@ class _Collect:
 
 
 class _Prune:
-    """Stops where the lower tap is crossed, or can no longer be reached."""
+    """Stops a pass where the lower tap is crossed, or can no longer be reached."""
 
     def __init__(self, recording: Recording, lower: Tap, collect: _Collect) -> None:
         self.recording, self.collect = recording, collect
@@ -228,4 +231,4 @@ class _Prune:
         return vectors if self.recording.taps.marks.below_edge[edge.vertex][edge.number] & self.bit else {}
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[int], share: Tensor) -> None:
-        """Absorbed walks do not reach the lower tap."""
+        """Does nothing, since absorbed walks do not reach the lower tap."""

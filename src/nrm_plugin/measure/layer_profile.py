@@ -15,9 +15,9 @@ class ProfileRow:
 
     Attributes:
         layer: Name of the tap.
-        mass, sink, bypass: Mass of the walks that cross it, are absorbed above it, bypass it.
-        variation: Tap variation, at least 1; above 1, neurons of opposite sign share the tap.
-        plain: Sum of plain LRP by the same rules, from 1 at the output; None if it was not computed.
+        mass, sink, bypass: Mass of the walks that cross the tap, are absorbed above it, and bypass it.
+        variation: Tap variation, at least 1; a value above 1 means that the tap has neurons of opposite sign.
+        plain: Sum of plain LRP by the same rules, starting from 1 at the output; None if it was not computed.
     """
 
     layer: str
@@ -31,13 +31,13 @@ class ProfileRow:
 def profile(
     mu: RelevanceMeasure, layers: Sequence[str] | None = None, plain: RelevanceMeasure | None = None, sample: int = 0
 ) -> list[ProfileRow]:
-    """A row for each layer of a measure, from the output down.
+    """The profile of a measure: one row per layer, from the output down.
 
     Args:
         mu: The measure.
         layers: Names of taps; all of them by default.
-        plain: A measure of the same model and inputs by the same rules, taken with ``residual="sink"``: its marginals
-            are the relevance of plain LRP, from 1 at the output.
+        plain: A measure of the same model and inputs by the same rules, with ``residual="sink"``: its marginals are the
+            relevance of plain LRP, starting from 1 at the output.
         sample: The sample.
 
     Raises:
@@ -72,7 +72,7 @@ def profile(
 
 
 def _distinct(mu: RelevanceMeasure) -> list[str]:
-    """All layers; ``"output"`` for the last one, which is the same tensor."""
+    """All layers, with ``"output"`` in place of the last layer, which is the same tensor."""
     *below, last = mu.layers
     if len(below) > 1 and mu.shape(below[-1]) == mu.shape(last):
         below.pop()

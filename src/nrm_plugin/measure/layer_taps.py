@@ -1,4 +1,4 @@
-"""The taps of a recording that the layers of a query name, and which of them lie below which."""
+"""Lookup of the taps that the layers of a query name, and the order of taps along walks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..recording.recording import Recording
 from ..recording.taps import Tap
 
 Layer = str | nn.Module | Atom
-"""A layer as a query names it: the name of a tap, a module, or ``at(…)`` without an index."""
+"""A layer in a query: the name of a tap, a module, or ``at(…)`` without an index."""
 
 
 def atom_of(layer: Any, side: Side = "output") -> Atom:
-    """A layer as an atom.
+    """Returns a layer as an atom.
 
     Raises:
-        EventError: It is an event, or several layers.
+        EventError: ``layer`` is an event, or consists of several layers.
     """
     if isinstance(layer, Atom):
         return layer
@@ -35,8 +35,8 @@ def tap_of(recording: Recording, layer: Layer) -> Tap:
     """The tap of a layer.
 
     Raises:
-        EventError: It is an event, or names several taps.
-        UnknownLayerError: No tap of that name.
+        EventError: ``layer`` is an event, or names several taps.
+        UnknownLayerError: No tap has this name.
     """
     atom = atom_of(layer)
     if atom.index is not None:
@@ -48,11 +48,11 @@ def tap_of(recording: Recording, layer: Layer) -> Tap:
 
 
 def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[Atom]:
-    """One atom for each tensor of a layer.
+    """Returns one atom per tensor of a layer.
 
     Raises:
-        EventError: It is an event, or a sink.
-        UnknownLayerError: No tap of that name.
+        EventError: ``layer`` is an event or a sink.
+        UnknownLayerError: No tap has this name.
     """
     atom = atom_of(layer, side)
     if atom.side == "sink":

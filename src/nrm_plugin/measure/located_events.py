@@ -1,4 +1,4 @@
-"""Events with their atoms looked up in a recording: places and masks instead of layer names and indices."""
+"""Events over places and masks of a recording, in place of layer names and indices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Located(Event):
 
     Attributes:
         place: The place.
-        mask: Boolean, in the shape of the tensor there, or with one row for all samples.
+        mask: The neurons, boolean, ``(N, *shape)`` or ``(1, *shape)`` for all samples.
     """
 
     place: Buffer | Edge | Sink
@@ -31,7 +31,7 @@ class Located(Event):
 
 
 class Locator:
-    """Looks up the atoms of events, each once. Equal masks of one place become one object.
+    """Looks up every atom of events once. Equal masks of one place become one object.
 
     Args:
         recording: The recording.
@@ -46,11 +46,11 @@ class Locator:
         self.at: dict[Buffer | Edge | Sink, list[Located]] = {}
 
     def __call__(self, event: Event) -> Event:
-        """The same formula over :class:`Located` atoms and ``ABSORBED``.
+        """Returns the same formula over :class:`Located` atoms and ``ABSORBED``.
 
         Raises:
             EventError: An index does not fit its tap.
-            UnknownLayerError: No such tap.
+            UnknownLayerError: No tap has this name.
         """
         return event.mapped(self._located)
 
@@ -73,7 +73,7 @@ class Locator:
         return parts[0] if len(parts) == 1 else Any_(parts)
 
     def _places(self, atom: Atom) -> list[tuple[Buffer | Edge | Sink, torch.Size, int]]:
-        """The places of an atom, the shape of the tensor there, and the dimension of its channels."""
+        """The places of an atom, each with the shape and the channel dimension of the tensor there."""
         taps = self._recording.taps
         if atom.side == "sink":
             return [self._sink(vertex) for vertex in taps.find_sinks(atom.layer, atom.call)]

@@ -17,7 +17,7 @@ from .totals import Totals
 def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
     """``μ(j)`` of each tap, ``(N, *shape)``, each in its own memory.
 
-    Steps that pass relevance on unchanged share theirs.
+    In a pass, steps that do not change the relevance share its memory.
     """
     used = {totals.start.untyped_storage().data_ptr()}
     maps = []
@@ -30,7 +30,7 @@ def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
 
 
 def _copied(values: Tensor) -> Tensor:
-    """A copy; where torch can, one that is only made when either is written to."""
+    """Copies a tensor, where torch allows it only once the original or the copy is written to."""
     lazily = getattr(torch, "_lazy_clone", None)
     copy: Tensor = values.clone() if lazily is None or values.device.type != "cpu" else lazily(values)
     return copy
@@ -43,9 +43,9 @@ def event_maps(
 
     Args:
         recording: The recording.
-        results: Of each event, with a map for each tap.
+        results: The results of the events, each with a map for each tap.
         taps: The taps.
-        is_given: Divide by the mass of the event.
+        is_given: Whether to divide by the mass of the event.
     """
     stacks = []
     for number, tap in enumerate(taps):

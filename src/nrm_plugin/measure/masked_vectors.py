@@ -11,10 +11,10 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def masked(vector: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero outside of a mask; None stands for all neurons."""
+    """Sets a vector to zero outside of a mask; a mask of None stands for all neurons."""
     return vector if mask is None else vector * mask.to(vector.device)
 
 
 def add_to(vectors: dict[Key, Tensor], key: Key, vector: Tensor) -> None:
-    """Adds a vector to that of a key."""
+    """Adds a vector to the one stored under a key."""
     vectors[key] = vectors[key] + vector if key in vectors else vector

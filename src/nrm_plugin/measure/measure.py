@@ -32,7 +32,7 @@ from .totals import pass_totals
 
 
 class RelevanceMeasure(QueryPasses):
-    r"""Relevance as a normalized signed measure over the walks of a network, one for each sample.
+    r"""Relevance as a normalized signed measure over the walks of a network, one measure per sample.
 
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
               \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
@@ -42,29 +42,28 @@ class RelevanceMeasure(QueryPasses):
     Args:
         model: The network, in evaluation mode.
         inputs: ``(N, …)``, a tuple of such tensors, or a mapping that is passed by keyword; of a mapping, only floating
-            point tensors carry relevance.
-        target: Output to explain, in Captum's forms: int, tuple, list, tensor; None for a single output. Or a function
-            that returns one of these for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``.
-        composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` one brings
-            its own settings.
-        residual: What happens to relevance that a rule does not propagate: ``"redistribute"`` (the default) or
-            ``"sink"``.
+            point tensors carry relevance. Of integers, the rows that they select do.
+        target: Output to explain, in Captum's forms (int, tuple, list, tensor), or a function that returns one of these
+            for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``; None for a single output.
+        composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` composite
+            has its own settings.
+        residual: Treatment of relevance that a rule does not propagate: ``"redistribute"`` (the default) or ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
         start: Signed vector over the outputs, instead of a target, or a function that returns it for the outputs.
         additional_forward_args: Further positional arguments of the model; a tuple of them, or one.
         additional_forward_kwargs: Further keyword arguments.
-        output: Which tensor is explained if the model returns several: its key, its position, or a function of what the
-            model returns. By default the only tensor, or ``"logits"``, or ``"out"``. A tap of the model, ``at(layer)``,
-            is used as its output, so that the measure starts inside.
-        batched: False if the first dimension of the inputs is not the samples but the nodes of a graph, or the times of
-            one sequence: all of them are one sample. Events and targets then index tensors as the model has them,
-            ``at("conv1")[node, feature]``, and results have a dimension of one sample before those.
+        output: The tensor to explain if the model returns several: a key, a position, or a function of the returned
+            value. By default the only tensor, or ``"logits"``, or ``"out"``. A tap ``at(layer)`` is explained as if it
+            were the output of the model.
+        batched: False if the first dimension of the inputs does not index samples but the nodes of a graph, or the
+            times of one sequence: all of them are one sample. Events and targets then index tensors as the model has
+            them, ``at("conv1")[node, feature]``, and results have an additional first dimension of size one.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
-        max_memory: Bytes of relevance vectors in one pass, where a query has many events or groups: by default 128 MiB
-            on a CPU, where more is slower, else 1 GiB. The others take further passes.
+        max_memory: Bytes of relevance vectors in one pass, for queries with many events or groups; other vectors take
+            further passes. By default 128 MiB on a CPU, where more is slower, else 1 GiB.
 
     Raises:
-        TypeError: Settings in addition to a ``Normalized`` composite.
+        TypeError: Settings were passed in addition to a ``Normalized`` composite.
         InputError, TargetError, ModelStateError, GradModeError: An argument does not fit.
         UncoveredLayerError, UnsupportedOperationError, UnsupportedRuleError: The model has no measure with these rules.
 
@@ -76,7 +75,7 @@ class RelevanceMeasure(QueryPasses):
 
     The examples of the methods continue this one.
 
-    Source: arXiv 2606.00557 for the measure; docs/measure.md for everything that is ours.
+    Source: arXiv 2606.00557 for the measure; docs/measure.md for the parts that are ours.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class RelevanceMeasure(QueryPasses):
 
     @property
     def outputs(self) -> Tensor:
-        """The outputs that are explained, as the model returned them, ``(N, …)``; detached.
+        """The explained outputs as the model returned them, detached, ``(N, …)``.
 
         Examples:
             >>> torch.equal(mu.outputs[:, 1], mu.output)
@@ -128,7 +127,7 @@ class RelevanceMeasure(QueryPasses):
 
     @property
     def output(self) -> Tensor:
-        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``: the measure times this is the usual LRP score.
+        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``; the measure times this value is the usual LRP score.
 
         Examples:
             >>> mu.output.shape
@@ -156,10 +155,10 @@ class RelevanceMeasure(QueryPasses):
         return self._tap(layer).shape
 
     def channel_dim(self, layer: Layer) -> int:
-        """The dimension of a tap that has the channels: 1 of ``(N, C, H, W)``, 2 of ``(N, tokens, C)``.
+        """The channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.
 
         Raises:
-            UnknownLayerError: No tap of that name; the message lists near names.
+            UnknownLayerError: No tap has this name; the message lists similar names.
 
         Examples:
             >>> mu.channel_dim("1")
@@ -169,10 +168,10 @@ class RelevanceMeasure(QueryPasses):
         return tap.channel_dim % len(tap.shape)
 
     def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
-        """The taps of a layer: one, or one for each tensor of a tuple.
+        """The taps of a layer: one, or one per tensor of a tuple.
 
         Raises:
-            UnknownLayerError: No tap of that name.
+            UnknownLayerError: No tap has this name.
 
         Examples:
             >>> mu.taps_of("1")
@@ -207,18 +206,18 @@ class RelevanceMeasure(QueryPasses):
 
         Args:
             layer: Tap name, module or ``at(…)``; a list of them takes one pass.
-            over: ``"channel"`` sums over everything but batch and channels, ``"position"`` over channels. An integer
-                tensor with a label for every neuron sums over those with the same label, ``(N, groups)``.
-            given: Divide by the mass of this event: ``μ(n_l = i | event)``. A list returns one map for each.
-            joint: ``μ(n_l = i and event)``, undivided.
+            over: ``"channel"`` sums over all dimensions but samples and channels, ``"position"`` over channels. An
+                integer tensor with a label for every neuron sums over neurons with the same label, ``(N, groups)``.
+            given: Condition of ``μ(n_l = i | event)``. A list of events returns one map per event.
+            joint: Event of ``μ(n_l = i and event)``, which is not divided.
             min_ratio: Smallest ``|μ(event)|``, relative to its variation, by which ``given`` divides.
 
         Returns:
             ``(N, *shape)``, dimensionless, with a leading dimension for a list of events; a dictionary for a list of
-            layers. With the sink above and the bypass, each sample sums to 1.
+            layers. The marginal, the sink above and the bypass of each sample sum to 1.
 
         Raises:
-            UnknownLayerError: No tap of that name; the message lists near names.
+            UnknownLayerError: No tap has this name; the message lists similar names.
             NullEventError, CancellationError: The mass of ``given`` is zero, or cancels.
 
         Examples:
@@ -241,8 +240,8 @@ class RelevanceMeasure(QueryPasses):
 
         Args:
             layer: Tap name, module or ``at(…)``.
-            kind: Only what rules do not propagate (``"residual"``), or only what ends at parameters, buffers and other
-                constants (``"constants"``); both by default.
+            kind: ``"residual"`` for the mass that rules do not propagate, ``"constants"`` for the mass that ends at
+                parameters, buffers and other constants; both by default.
 
         Examples:
             >>> total = mu.marginal("1").sum(1) + mu.sink("1") + mu.bypass("1")
@@ -273,7 +272,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
-        """Mass absorbed in each step that absorbs any, ``(N,)`` each: where relevance leaks.
+        """Mass absorbed in each step that absorbs relevance, ``(N,)``, by the name of the step.
 
         Examples:
             >>> leaky = RelevanceMeasure(net, torch.randn(5, 3), 1, residual="sink")
@@ -286,7 +285,7 @@ class RelevanceMeasure(QueryPasses):
     def variation(self, layer: Layer) -> Tensor:
         r"""Tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
 
-        Above 1, neurons of opposite sign share the tap.
+        A value above 1 means that the tap has neurons of opposite sign.
 
         Examples:
             >>> bool((mu.variation("1") >= 0.999).all())
@@ -301,8 +300,8 @@ class RelevanceMeasure(QueryPasses):
         It bounds every ``|μ(A)|`` and the rounding error of every sum, and grows with depth for signed rules.
 
         Args:
-            surviving: The variation of the measure given survival: only walks that reach an input, divided by their
-                absolute mass.
+            surviving: Return the variation of the measure conditioned on survival: the sum over walks that reach an
+                input, divided by the absolute mass of these walks.
 
         Examples:
             >>> bool((mu.walk_variation() >= mu.variation("1") - 1e-4).all())
@@ -329,7 +328,7 @@ class RelevanceMeasure(QueryPasses):
 
         Raises:
             NullEventError: No walk with nonzero mass satisfies the condition.
-            CancellationError: Its positive and negative walks cancel.
+            CancellationError: The positive and negative walks of the condition cancel.
         """
         events, is_single = event_list(event)
         mass = self._masses(events, given, min_ratio)
@@ -343,14 +342,14 @@ class RelevanceMeasure(QueryPasses):
     def conditional(self, event: Event, layer: Layer | None = None) -> Tensor | dict[str, Tensor]:
         """``μ(event given j)`` for every neuron ``j`` of a tap above all taps of the event, ``(N, *shape)``.
 
-        It takes one transposed pass, and is also defined where ``μ(j)`` is zero.
+        The query takes one transposed pass, and is also defined where ``μ(j)`` is zero.
 
         Args:
-            event: An event over taps below.
+            event: An event over lower taps.
             layer: The tap; None for all taps above the event, by name.
 
         Raises:
-            EventError: The event names a tap that is not below this one.
+            EventError: The event names a tap that is not below ``layer``.
 
         Examples:
             >>> below = mu.conditional(at("input")[0], "2")
@@ -362,13 +361,13 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def joint(self, upper: Layer, lower: Layer, over: Over | tuple[Over, Over] = "channel") -> Tensor:
-        """Joint relevance of every channel of one tap with every channel of a tap below it, ``(N, upper, lower)``.
+        """Joint relevance of every channel of a tap with every channel of a lower tap, ``(N, upper, lower)``.
 
         Args:
             upper: The tap that walks cross first.
-            lower: A tap below it.
-            over: ``"channel"``, ``"position"``, ``"neuron"``, or an integer tensor with the group of every neuron; a
-                pair of them for groups of the upper and of the lower tap.
+            lower: A tap below ``upper``.
+            over: ``"channel"``, ``"position"``, ``"neuron"``, or an integer tensor with the group of every neuron; or a
+                pair of these for the upper and the lower tap.
 
         Raises:
             EventError: ``lower`` is not below ``upper``.
@@ -382,17 +381,18 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:
-        """Joint relevance of the channels of each two consecutive layers, ``(N, upper, lower)`` each.
+        """Joint relevance of the channels of all pairs of consecutive layers, ``(N, upper, lower)`` each.
 
-        One pass for all layers. Where two of them are separated by one linear layer, and otherwise only by operations
+        All layers share one pass. If two layers are separated by one linear layer, and otherwise only by operations
         that preserve channels (ReLU, max pooling), all pairs of channels cost one weight gradient.
 
         Args:
-            layers: Two or more, each below the one before.
-            over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, for all layers or a list of one for each.
+            layers: Two or more layers, each below the previous layer.
+            over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, for all layers, or a list with one entry per
+                layer.
 
         Raises:
-            EventError: A layer is not below the one before.
+            EventError: A layer is not below the previous layer.
 
         Examples:
             >>> [tuple(joint.shape) for joint in mu.joints(["2", "0", "input"])]
@@ -412,22 +412,22 @@ class RelevanceMeasure(QueryPasses):
         names: Mapping[str, Names] | None = None,
         sample: int | None = None,
     ) -> FlowGraph:
-        """How relevance flows between groups of neurons of some layers: a graph of joint relevance.
+        """The flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
 
         Args:
-            layers: Each above or below the others; names may be in any order.
+            layers: The layers, in any order; of each two, one must be below the other.
             over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or
-                a dictionary of these by name of the layer, where the layers that are not in it have channels.
-            top: Number of groups of each layer that are shown, those of largest absolute mass; None for no limit. The
-                other neurons are one node, the rest.
-            min_mass: Smallest absolute mass of a group that is shown.
+                a dictionary of these by the name of the layer; layers that are not in the dictionary have channels.
+            top: Number of shown groups per layer, those of largest absolute mass; None for no limit. The other neurons
+                form one node, the rest.
+            min_mass: Smallest absolute mass of a shown group.
             coverage: Show the fewest groups of each layer that hold this share of its absolute mass, such as 0.9.
             names: Names of the groups, as a list or dictionary for each layer, such as ``{"output": classes}``.
-            sample: Which sample, where the measure has several.
+            sample: Index of the sample; required if the measure has several.
 
         Raises:
             FlowError, InputError: Thresholds or sample do not fit.
-            EventError: A layer is not below the one before, or groups do not fit.
+            EventError: A layer is not below the previous layer, or groups do not fit.
 
         Examples:
             >>> graph = mu.flow(["output", "1", "input"], top=2, names={"output": ["cat", "dog"]}, sample=0)
@@ -439,7 +439,7 @@ class RelevanceMeasure(QueryPasses):
         return flow_graph(self, ordered_taps(self, layers), over, top, min_mass, coverage, names, sample)
 
     def explain(self, event: Event, given: Event | None = None) -> str:
-        """The quantity in words and as a formula, and its cost.
+        """Describes a query as a formula and in words, with its cost.
 
         Examples:
             >>> print(mu.explain(at("0")[1] & at("input")[2]))

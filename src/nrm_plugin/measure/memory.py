@@ -1,4 +1,4 @@
-"""Number of relevance vectors that one pass propagates, so that they fit into memory."""
+"""The number of relevance vectors that one pass propagates within a memory budget."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..recording.places import Place
 from ..recording.recording import Recording
 
 DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
-"""Default bytes of relevance vectors in one pass. On a CPU more vectors per pass save little, and the allocation of
-memory for them costs more than that."""
+"""Default bytes of relevance vectors in one pass. On a CPU more vectors per pass save less time than their allocation
+costs."""
 COPIES = 4
 """Tensors of the size of the largest tap that a step needs for one vector."""
 
@@ -29,7 +29,7 @@ def check_memory(max_memory: object) -> int | None:
     """A memory budget in bytes; None for the default of the device.
 
     Raises:
-        InputError: It is not a positive number.
+        InputError: ``max_memory`` is not a positive number.
     """
     if max_memory is None:
         return None
@@ -45,7 +45,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
     Args:
         recording: The recording.
         max_memory: Bytes.
-        places: Where vectors begin to differ, and where they end: between these they are stored. None if unknown.
+        places: The places at which vectors begin to differ or end; vectors are stored between them. None if unknown.
     """
     vertices = [place.vertex for place in places or ()]
     first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))
@@ -58,7 +58,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 def in_chunks(
     items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
 ) -> list[Result]:
-    """Results of ``run`` for all items, at most ``width`` per call; half as many after it ran out of memory.
+    """Results of ``run`` for all items, at most ``width`` per call; out of memory, the width is halved.
 
     Args:
         items: The items.
@@ -67,7 +67,7 @@ def in_chunks(
         what: Name of the items in the progress bar, which appears after some seconds.
 
     Raises:
-        MemoryError: A single item does not fit.
+        MemoryError: A single item does not fit into memory.
     """
     results: list[Result] = []
     with tqdm(total=len(items), desc=what, delay=5, leave=False, disable=len(items) <= width) as bar:
@@ -79,7 +79,7 @@ def in_chunks(
                 if len(chunk) == 1 or not _is_out_of_memory(error):
                     raise
                 chunk_results = []
-            if not chunk_results:  # outside of the handler, which keeps what was allocated alive
+            if not chunk_results:  # outside of the handler, which keeps the allocated tensors alive
                 width = max(1, len(chunk) // 2)
                 message = f"out of memory with {len(chunk)} at once; retrying with {width}. Pass a smaller max_memory."
                 warnings.warn(message, MemoryBudgetWarning, stacklevel=2)
@@ -92,5 +92,5 @@ def in_chunks(
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    # torch has no exception type for it on a CPU.
+    # torch has no exception type for exhausted memory on a CPU.
     return "DefaultCPUAllocator" in str(error)

@@ -1,4 +1,4 @@
-"""Groups of the neurons of a layer with their names: channels, patches, superpixels, named regions."""
+"""Named groups of the neurons of a layer: channels, patches, superpixels, named regions."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
 
     Args:
         size: Size of the image, such as ``(H, W)``, or ``(D, H, W)``.
-        parts: Number of patches along each dimension; one number for all.
+        parts: Number of patches along each dimension, or one number for all dimensions.
 
     Returns:
         Integers of shape ``size``.
 
     Raises:
-        InputError: More patches than pixels, or no patch.
+        InputError: There are more patches than pixels, or no patches.
 
     Examples:
         >>> patches((4, 4), 2)

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def query(method: Callable[P, T]) -> Callable[P, T]:
-    """A method that may be called under any gradient mode, and raises if the model has changed since the recording."""
+    """Decorates a query: it runs in any gradient mode, and raises if the model has changed since the recording."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -45,10 +45,10 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class QueryPasses:
-    """Base of the measure: it holds the recording and runs passes over it.
+    """Base class of the measure, which holds the recording and runs passes over it.
 
     Attributes:
-        cost: Kernels that the last query ran, and relevance vectors that they propagated.
+        cost: Number of kernels that the last query ran, and number of relevance vectors that they propagated.
     """
 
     cost: Cost
@@ -77,7 +77,7 @@ class QueryPasses:
     def _maps(
         self, taps: list[Tap], over: Over | None, given: Any, joint: Any, min_ratio: float | None
     ) -> list[Tensor]:
-        """The relevance of each tap, of walks that are in an event where there is one."""
+        """The relevance of each tap, restricted to the walks of the events if there are any."""
         if given is not None and joint is not None:
             raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
         if given is None and joint is None:
@@ -101,7 +101,7 @@ class QueryPasses:
         return results
 
     def _masses(self, events: Sequence[Event], given: Event | None, min_ratio: float | None) -> Tensor:
-        """``(E, N)``."""
+        """Masses of the events, ``(E, N)``."""
         if not events:
             return self._start.new_zeros((0, self._recording.samples.count))
         if given is not None:
@@ -129,7 +129,7 @@ class QueryPasses:
         return {name: self._recording.samples.with_samples(value) for name, value in values.items()}
 
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
-        """``(N, K_upper, K_lower)`` of each two consecutive layers."""
+        """Joint relevance of all pairs of consecutive layers, ``(N, K_upper, K_lower)`` each."""
         groups = [pair_of(over) for over in overs]
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):

@@ -1,7 +1,7 @@
 """Images of the patterns to which chosen neurons, or a walk through several layers, respond.
 
-Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) by Zennit's rules. They
-are not measures: they do not conserve relevance, and do not show how much a neuron contributes, but its pattern.
+Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) use Zennit's rules. They
+are not measures: they do not conserve relevance, and they show the pattern of a neuron, not its contribution.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A reconstruction for each sample.
+    """The reconstructions of all samples.
 
     Attributes:
         images: The reconstructions, ``(N, C, H, W)``.
-        boxes: Receptive field of the chosen neurons, ``(top, left, bottom, right)`` for each sample, the last two
-            exclusive; all zeros if no chosen neuron depends on the input.
+        boxes: Receptive field of the selected neurons, ``(top, left, bottom, right)`` for each sample, the last two
+            exclusive; all zeros if no selected neuron depends on the input.
 
     Examples:
         >>> Reconstruction(torch.zeros(1, 3, 8, 8), [(2, 0, 5, 8)]).crops[0].shape
@@ -59,7 +59,7 @@ class Reconstruction:
 
     @property
     def crops(self) -> list[Tensor]:
-        """Each reconstruction within its receptive field, ``(C, height, width)``.
+        """Each reconstruction, cropped to its receptive field, ``(C, height, width)``.
 
         Examples:
             >>> Reconstruction(torch.zeros(1, 1, 4, 4), [(0, 0, 4, 2)]).crops[0].shape
@@ -83,14 +83,14 @@ def reconstruct(
     Args:
         model: The network; its ReLUs are modules.
         images: Inputs, ``(N, C, H, W)``.
-        neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``; or a walk, several of them joined by ``&``: the signal
-            from the layer that runs last is then restricted to the neurons of every other layer.
+        neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``, or several of these joined by ``&``: the signal from the
+            last of the layers is then restricted to the neurons of every other layer.
         method: ``"deconvnet"`` or ``"guided_backprop"``.
-        strongest: Start from the neuron with the largest activation among those chosen in the last layer, as Zeiler and
-            Fergus do; else from all of them. Negative activations are set to zero.
+        strongest: Start from the selected neuron of the last layer with the largest activation, as Zeiler and Fergus
+            do; else from all selected neurons. Negative activations are set to zero.
 
     Raises:
-        ValueError: Another method.
+        ValueError: The method is unknown.
         EventError: The event does not consist of outputs of modules, joined by ``&``.
 
     Examples:
@@ -134,7 +134,7 @@ def _atoms(neurons: Event) -> dict[str, Atom]:
 
 @contextmanager
 def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
-    """In this context gradients of the layers are restricted to their neurons; ``recorded`` lists outputs and masks."""
+    """Restricts gradients of the layers to their neurons, and lists outputs and masks in ``recorded``."""
     with ExitStack() as stack:
         for layer, atom in atoms.items():
 
@@ -151,11 +151,11 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
 
 
 def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor) -> list[Box]:
-    """The rectangle of pixels on which chosen neurons of a layer may depend, for each sample.
+    """The rectangle of pixels on which the selected neurons of a layer may depend, for each sample.
 
-    Rows or columns of the image are set to NaN, by bisection, to find which of them reach the neurons. This holds for
-    any layers, weights and activations, since no operation removes a NaN. A copy of the model runs in double precision
-    on the CPU, where convolutions compute each output on its own; faster ones mix the pixels of a tile.
+    A bisection sets rows or columns of the image to NaN, to find those that reach the neurons. The result holds for any
+    layers, weights and activations, since no operation removes a NaN. A copy of the model runs in double precision on
+    the CPU, where convolutions compute each output separately; faster convolutions mix the pixels of a tile.
 
     Args:
         model: The network.

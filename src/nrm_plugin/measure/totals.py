@@ -1,4 +1,4 @@
-"""One pass that propagates all relevance, and what is summed on the way: masses of taps, sinks and branches."""
+"""One pass that propagates all relevance and sums the masses of taps, sinks and branches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Totals:
-    """Sums of one pass for each sample, ``(N,)``; None where the entries of samples cannot be distinguished.
+    """Sums of one pass per sample, ``(N,)``; None if the entries of the samples cannot be distinguished.
 
     Attributes:
         recording: The recording.
@@ -30,10 +30,10 @@ class Totals:
         mass: ``Σ_j μ(j)``, by tap.
         absolute: ``Σ_j |μ(j)|``, by tap.
         sinks: Absorbed mass, by ``(vertex, kind)``.
-        absolute_sinks: ``Σ |·|`` of it, by ``(vertex, kind)``.
-        branches: Relevance that a vertex with several edges propagates along each.
+        absolute_sinks: Sum of the absolute values of the absorbed mass, by ``(vertex, kind)``.
+        branches: Relevance that a vertex with several edges propagates along each edge.
         maps: Relevance of the taps in ``stored``.
-        cost: Kernels run.
+        cost: Number of kernels run and of vectors propagated.
     """
 
     recording: Recording
@@ -49,7 +49,7 @@ class Totals:
     _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def relevance(self, tap: Tap) -> Tensor:
-        """The relevance of a tap in ``stored``, ``(N, *shape)``; zeros where none arrived."""
+        """The relevance of a tap in ``stored``, ``(N, *shape)``; zeros if no relevance arrived."""
         return self.maps[tap.place] if tap.place in self.maps else self.start.new_zeros(tap.shape)
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
@@ -77,7 +77,7 @@ class Totals:
             self.maps[place] = self.recording.samples.with_samples(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
-        """Σ and Σ| |; computed once where a step passes a vector on unchanged."""
+        """Σ and Σ|·| of a vector, computed once for all steps that do not change the vector."""
         if self._last is not None and vector.is_set_to(self._last[0]):
             return self._last[1:]
         self._last = (vector, *self._sum_pair(vector, place))
@@ -93,7 +93,7 @@ class Totals:
     def _sum_pair(
         self, vector: Tensor, place: Place, share: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Σ and Σ| | of relevance, or of a share of it, for each sample."""
+        """Σ and Σ|·| of relevance, or of a share of the relevance, for each sample."""
         if self.recording.samples.is_needed:
             values = vector if share is None else vector * share
             return self._sum(values, place), self._sum(values.abs(), place)
@@ -127,7 +127,7 @@ def pass_totals(recording: Recording, start: Tensor, stored: Iterable[Place] = (
         recording: The recording.
         start: The relevance of the outputs.
         stored: Taps whose relevance is stored.
-        absolute: Use kernels of absolute values.
+        absolute: Whether to use kernels of absolute values.
     """
     learned = recording.samples.find(start)
     result = Totals(recording, start, frozenset(stored))

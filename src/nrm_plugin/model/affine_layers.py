@@ -1,14 +1,11 @@
-"""Affine layers, and the rules that have a known form on them."""
+"""Affine layers: those of torch, and functions as modules with or without weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard
 
 from torch import Tensor, nn
-from zennit.core import BasicHook, Hook
 from zennit.layer import Sum
-from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus
 
 
 class Weightless(nn.Module):
@@ -114,29 +111,3 @@ def broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
     # From the dimensions of the layer, not of the output, which may lack the batch.
     spatial = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else image.ndim - 2
     return bias.reshape(-1, *(1,) * spatial)
-
-
-Call = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a module on another first input; all other arguments stay the same."""
-
-
-Image = tuple[Tensor, Tensor]
-"""The output of a layer without its bias, and the weight that it had."""
-
-
-def is_by_modifiers(hook: Hook) -> TypeGuard[BasicHook]:
-    """Whether a rule is written with the modifiers of Zennit's ``BasicHook`` alone."""
-    return isinstance(hook, BasicHook) and not overrides(hook, "backward", BasicHook)
-
-
-def is_known_linear(hook: Hook) -> bool:
-    """Whether this is a rule of Zennit, or of this package, that is known to be linear in the relevance."""
-    return type(hook) in LINEAR_RULES or type(hook).__module__ == "nrm_plugin.rules"
-
-
-LINEAR_RULES = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus)
-
-
-def overrides(hook: Hook, method: str, base: type = Hook) -> bool:
-    """Whether a rule overrides a method."""
-    return getattr(type(hook), method) is not getattr(base, method)

@@ -10,8 +10,8 @@ from zennit.composites import NameMapComposite
 
 from nrm_plugin import RelevanceMeasure
 from nrm_plugin.kernels.base import Kernel
-from nrm_plugin.kernels.branch_kernel import BranchKernel
 from nrm_plugin.kernels.normalization import ColumnSums, Deficit
+from nrm_plugin.kernels.rule_branch_kernel import BranchKernel
 
 
 def gamma_kernel() -> Kernel:
