@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
+
 from ..kernels.forward_state import before_writing, write
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
@@ -67,8 +69,14 @@ def _indexed_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _complex_numbers(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    sources = forward_pass.complex_tensors.sources_of((*call.args, *call.kwargs.values()))
-    return forward_pass.complex_step(call, sources) if sources.tensors else NOT_HANDLED
+    known, written = forward_pass.complex_tensors, call.overwritten
+    if not known.are_among((*call.args, *call.kwargs.values())):
+        if not call.inputs or written is None or not written.is_complex():
+            return NOT_HANDLED
+    elif call.name.base == "abs" and not call.is_in_place:
+        with forward_pass.intercepting:
+            return torch.hypot(call.args[0].real, call.args[0].imag)
+    return forward_pass.complex_step(call)
 
 
 def _constants(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
@@ -146,7 +154,7 @@ HANDLERS: tuple[Handler, ...] = (
     Handler("metadata", "no values are computed", _metadata),
     Handler("copy before write", "steps that saved this memory need its former values; never ends", _copy_before_write),
     Handler("indexed write", "positions given by tensors are looked up entry by entry", _indexed_write),
-    Handler("complex numbers", "have no kernel: one unknown step between real tensors", _complex_numbers),
+    Handler("complex numbers", "are not taps: one linear step between real tensors", _complex_numbers),
     Handler("constants", "no relevance passes through them; autograd records what writers copy", _constants),
     Handler("attention", "relevance also goes to the weights: as matrix products and a softmax", _attention),
     Handler("sparse product", "an adjacency: messages that are summed into nodes", _sparse_product),

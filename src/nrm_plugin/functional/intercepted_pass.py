@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,10 @@ from ..kernels.step import FunctionStep, Step, link
 from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import layout
-from .complex_tensors import ComplexTensors, RealSources, map_items
+from .complex_kernels import complex_kernel
+from .complex_tensors import ComplexTensors, Expression, map_items
 from .custom_functions import CustomCalls
-from .function_call import CallInput, FunctionCall, Settings
+from .function_call import CallInput, FunctionCall, Settings, Slot
 from .function_kernels import BroadcastKernel
 from .gates import Gates
 from .ids import Ids
@@ -32,10 +34,6 @@ from .weighted_functions import LAYERS, channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
 """Routes that are not taps."""
-_COMPLEX_ADVICE = (
-    "It makes complex numbers, which have no kernel. Where a module turns one real tensor into another, give it a rule "
-    "in the composite's layer_map: zennit.rules.Epsilon() if it is linear."
-)
 
 
 class InterceptedPass:
@@ -47,7 +45,7 @@ class InterceptedPass:
 
     Attributes:
         gates: The tensors that are gates.
-        complex_tensors: The real sources of complex tensors.
+        complex_tensors: Complex tensors as expressions in real ones.
         custom_calls: The calls of ``autograd.Function`` classes.
         module_paths: Paths of the modules that are running, outermost first.
         packs: Orders of the packed sequences that modules received.
@@ -81,7 +79,7 @@ class InterceptedPass:
         call = self._function_call(observed)
         output = call.run(*call.values)
         if not isinstance(output, Tensor) or not output.is_floating_point():
-            return self.complex_tensors.remember(observed.run(), observed.inputs, call.name)
+            return self.complex_step(observed)
         output = output.detach()
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
             output = output.clone()  # some operations return their input; a step's output has memory of its own
@@ -153,6 +151,8 @@ class InterceptedPass:
         tensors = [
             item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)
         ]
+        if any(tensor.is_complex() for tensor in tensors):
+            return self.complex_step(observed)
         if all(consists_of_routes(tensor, observed.inputs, with_steps=False) for tensor in tensors):
             self.gates.tag_route(observed.inputs, output)
             self._announce_route(observed.name.base, output)
@@ -163,26 +163,47 @@ class InterceptedPass:
         )
         return map_items(output, lambda item: self._unknown_step(call, item, observed.inputs))
 
-    def complex_step(self, observed: ObservedCall, sources: RealSources) -> Any:
-        """Runs a function of complex tensors; a real output is an unknown step from the real sources."""
-        tensors = (*sources.tensors, *observed.inputs)
-        inputs = tuple(CallInput(Saved(tensor, values=False)) for tensor in tensors)
-        call = FunctionCall(sources.name, observed.function, self.path, (), {}, inputs)
-        return map_items(observed.run(), lambda item: self._unknown_step(call, item, tensors, _COMPLEX_ADVICE))
+    def complex_step(self, observed: ObservedCall) -> Any:
+        """Runs a function that takes or returns complex tensors; a real output is a step from the real sources."""
+        expression = self.complex_tensors.expression(observed)
+        output = observed.run()
+        if expression.writes and isinstance(observed.overwritten, Tensor):
+            self.complex_tensors.remember(observed.overwritten, expression)
+        if not isinstance(output, (list, tuple)):
+            return output if expression.writes else self._of_complex(output, expression)
+        items = [replace(expression, item=number) for number in range(len(output))]
+        return type(output)([self._of_complex(item, one) for item, one in zip(output, items, strict=True)])
 
-    def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor], advice: str = "") -> Any:
+    def _of_complex(self, output: Any, expression: Expression) -> Any:
+        """One item that a function of complex tensors returned."""
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return output
+        if output.is_complex():
+            return self.complex_tensors.remember(output, expression)
+        if any(source.is_overwritten for source in expression.sources):
+            raise UnsupportedOperationError(
+                f"{expression.name!r} in {self.path or 'the model'!r} reads a tensor that is overwritten in place "
+                "before its complex numbers are real again, which has no kernel. Write to a copy, x = x + y instead of "
+                "x += y."
+            )
+        inputs = tuple(CallInput(source.saved) for source in expression.sources)
+        slots = tuple(Slot(number) for number in range(len(inputs)))
+        function = _on_values(expression)
+        call = FunctionCall(expression.name, function, self.path, slots, {}, inputs, self.settings)
+        tensors = [source.tensor for source in expression.sources]
+        return self._linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
+
+    def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor]) -> Any:
         """One item that a function without a kernel returned, as a step that raises when relevance arrives."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or not output.requires_grad:
-            return self.complex_tensors.remember(output, inputs, call.name)
+            return output
         where = f"{call.name!r} in {call.path or 'the model'!r} ({source_line()})"
         if output.layout != torch.strided:
             raise UnsupportedOperationError(
                 f"{where} makes a sparse tensor of computed values, which has no kernel. Keep them dense: gather "
                 "messages by index_select, sum them by index_add."
             )
-        error = UnsupportedOperationError(
-            f"relevance arrived at {where}, which has no kernel. {advice or _advice(call)}"
-        )
+        error = UnsupportedOperationError(f"relevance arrived at {where}, which has no kernel. {_advice(call)}")
         shapes = [tensor.shape for tensor in inputs]
         linked = self._linked(call, output.detach(), lambda: UnknownKernel(error, shapes), call.name, inputs)
         linked.grad_fn.step.unsupported_call = call  # type: ignore[union-attr]  # a Link
@@ -245,6 +266,10 @@ class InterceptedPass:
 def written(observed: ObservedCall, result: Any) -> Any:
     """A result, written to the target of the call if it has one."""
     return result if observed.target is None else write(observed.target, result)
+
+
+def _on_values(expression: Expression) -> Callable[..., Tensor]:
+    return lambda *values: expression.on(values)
 
 
 def _advice(call: FunctionCall) -> str:
