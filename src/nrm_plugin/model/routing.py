@@ -69,12 +69,12 @@ _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
 
 
 def is_route(module: nn.Module) -> bool:
-    """Whether a module only routes (dropout is checked to be inactive elsewhere)."""
+    """Whether a module is a 0/1 route. Another check ensures that dropout is inactive."""
     return isinstance(module, _MODULES) or (isinstance(module, nn.Upsample) and module.mode.startswith("nearest"))
 
 
 def operation(node: Node) -> str:
-    """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``."""
+    """The operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward0``."""
     name = node.name().rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name
@@ -94,7 +94,7 @@ def is_whole(node: Node) -> bool:
 
 
 def written(node: Any, number: int) -> tuple[Any, int]:
-    """Output ``number`` of a node, or the tensor that overwrote all of it in place."""
+    """Returns output ``number`` of a node, or the tensor that overwrote all of this output in place."""
     while node is not None and operation(node) == "Copy":
         below, place = node.next_functions[-1]  # the first is the overwritten tensor
         if below is None or below._input_metadata[place].shape != node._input_metadata[0].shape:
@@ -104,7 +104,7 @@ def written(node: Any, number: int) -> tuple[Any, int]:
 
 
 def source_of(node: Any) -> Any:
-    """The node that computed the entries of a tensor, through whole views and in-place writes."""
+    """The node that computed the entries of a tensor, followed through whole views and in-place writes."""
     node, _ = written(node, 0)
     while node is not None and is_whole(node):
         node, _ = written(*node.next_functions[0])
