@@ -228,7 +228,7 @@ class Atom(Event):
     def __str__(self) -> str:
         extras = [] if self.side == "output" else [f"side={self.side!r}"]
         extras += [] if self.call is None else [f"call={self.call!r}"]
-        extras += [] if self.item is None else [f"item={self.item}"]
+        extras += [] if self.item is None else [f"item={self.item!r}"]
         text = f"at({', '.join([_name(self.layer), *extras])})"
         if self.index is None:
             return text
@@ -298,10 +298,11 @@ def at(
     """Neurons of one tap, to be indexed: ``at("features.28")[3]`` is the event that a walk crosses channel 3.
 
     Args:
-        layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"``, or the module itself.
+        layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"`` of the whole model, or the module
+            itself. Children of these two names are ``".input"`` and ``".output"``.
         side: ``"output"``, ``"input"`` or ``"sink"``.
         call: Number of the call of a module that is called several times; ``"any"`` for at least one of the calls.
-        item: Position or key of the tensor in a tuple, list or dictionary.
+        item: Position, key or field of the tensor in a tuple, mapping or dataclass; ``"features.0"`` in nested ones.
 
     Returns:
         The event that a walk crosses the tap in any neuron. It is indexed with ints, slices, lists, tuples or a boolean

@@ -133,6 +133,10 @@ class StepHook(Hook):
         """Forward pre-hook: detaches the arguments of the module."""
         floating = _floating(args, kwargs)
         computed = {key: tensor for key, tensor in floating.items() if tensor.requires_grad and not is_foreign(tensor)}
+        if len(computed) > 1:
+            computed = {key: tensor for key, tensor in computed.items() if not is_foreign(tensor, is_exact=True)}
+        if self.active and not computed and not is_inside_step() and _has_ids():
+            return None  # the functions inside are constants, or look up ids
         if not self.active or not computed or is_inside_step():
             RUNNING.modules.append(RunningModule(self, module, None))
             return None
@@ -243,6 +247,12 @@ class StepHook(Hook):
             return written
         linked = link(step, output, (source,))
         return _written_back(call, linked) if call.wrote else linked
+
+
+def _has_ids() -> bool:
+    """Whether there are integers among the inputs, which any module may look up."""
+    listening = listener()
+    return listening is not None and bool(listening.indices)
 
 
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:

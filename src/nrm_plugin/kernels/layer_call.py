@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zennit.core import Hook
 from zennit.rules import Epsilon, Gamma
 
-from ..model.autocast import current
+from ..model.autocast import current, working_dtype
 from ..rules import Absolute, ConservingEpsilon, Relative
 from .forward_state import Saved
 from .known_rules import LINEAR_RULES
@@ -107,5 +107,5 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 
 def shape_like(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, dtype and device that needs no memory."""
-    return tensor.detach().new_empty(()).expand(tensor.shape)
+    """A tensor of the same shape and device that needs no memory, of the dtype in which relevance is computed there."""
+    return tensor.detach().new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

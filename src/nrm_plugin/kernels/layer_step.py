@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BatchNormWarning
+from ..model.autocast import is_short
 from .base import Kernel
 from .forward_state import Saved
 from .layer_call import Image, LayerCall
@@ -46,6 +47,7 @@ class LayerStep(Step):
     ) -> None:
         super().__init__(name or layer_call.name, output, normalization, rule or type(layer_call.rule).__name__)
         self.layer_call = layer_call
+        self.is_short = self.is_short or is_short(layer_call.input)
         self.folds: list[Callable[[], None]] = []
         self.norms: list[LayerStep] = []
         self.layer_below: LayerStep | None = None

@@ -32,8 +32,8 @@ def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
                 f"relevance would pass the operation {operation(vertex.node)} (autograd node "
                 f"{vertex.node.name()}{_near(vertex.node, observed)}), which has no kernel: it is neither a step nor a "
                 "0/1 route, for it is computed with complex numbers, in place, in a script or in an "
-                "autograd.Function. Give the module that does so a rule in the composite's layer_map: "
-                "zennit.rules.Epsilon() where it is linear, Pass() where it maps each element on its own."
+                "autograd.Function. Do so in a module of its own, and give that module a rule in the composite's "
+                "layer_map: zennit.rules.Epsilon() where it is linear, Pass() where it maps each element on its own."
             )
 
 

@@ -16,8 +16,18 @@ import torch
 from torch import Tensor
 
 from ..kernels.step import Step
+from ..model.autocast import SHORT, working_dtype
 from ..model.routing import is_whole, operation, written
+from .indexed_routes import IndexedRoute, indexed_route
 from .places import Buffer, Edge, Place
+
+_IN_ANY_FORMAT = frozenset(
+    """
+    Alias View ReshapeAlias UnsafeView Transpose Permute T Squeeze Unsqueeze Expand Select Slice Split SplitWithSizes
+    Unbind Clone Cat Stack Where MaskedFill Maximum Minimum Amax Amin AccumulateGrad
+    """.split()
+)
+"""Routes by which autograd passes relevance in float32, whatever the format of the tensors."""
 
 _WITH_CONSTANTS = frozenset(
     [
@@ -49,6 +59,9 @@ class Vertex:
         step: The step; None for a route.
         edges: The buffer that each input reads; None for a constant.
         shapes: Shape of each output.
+        dtypes: The dtype of relevance at each output.
+        arriving: The dtype of relevance at each input; None for a constant.
+        is_short: Whether the vertex is a route from or to a tensor in a format shorter than float32.
         leaf: The leaf tensor if the vertex is an end of the graph; else None.
     """
 
@@ -56,19 +69,27 @@ class Vertex:
     step: Step | None
     edges: tuple[Buffer | None, ...]
     shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    arriving: tuple[torch.dtype | None, ...]
+    is_short: bool = False
     leaf: Tensor | None = None
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
-        """Propagates relevance ``(K, *shape)`` from outputs to edges; also returns the absorbed share or None."""
+        """Propagates relevance ``(K, *shape)`` from outputs to edges; also returns the absorbed share or None.
+
+        The relevance of each tensor has the dtype of that tensor.
+        """
         if self.step is not None:
             (single,) = relevance
             assert single is not None
             parts, residual = (self.step.pull_absolute if absolute else self.step.pull)(single)
-            return list(parts), residual
+            return self._converted(parts), residual
+        if self.index is not None:
+            return self._converted(self.index.pull(relevance)), None
         count = next(len(item) for item in relevance if item is not None)
         rows = [self._route([item if item is None else item[k] for item in relevance]) for k in range(count)]
-        return _columns(rows), None
+        return self._converted(_columns(rows)), None
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
         """The transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
@@ -77,10 +98,18 @@ class Vertex:
         known = [value for value in values if value is not None]
         if not known:
             return [None] * len(self.shapes)
+        if self.index is not None:
+            rows_of = self.index.push(values)
+            return [row.to(dtype) for row, dtype in zip(rows_of, self.dtypes, strict=True)]
         with torch.inference_mode(False), torch.enable_grad():
-            seeds = [known[0].new_zeros(shape).requires_grad_() for shape in self.shapes]
+            seeds = self._seeds(known[0])
             parts = self._route(list(seeds))
-            pairs = [(p, v) for p, v in zip(parts, values, strict=True) if v is not None and _carries(p)]
+            # Called directly, a node does not sum over the dimensions in which an input was broadcast.
+            pairs = [
+                (part.sum_to_size(value.shape[1:]), value.to(part.dtype))
+                for part, value in zip(parts, values, strict=True)
+                if value is not None and _carries(part)
+            ]
             if not pairs:
                 return [None] * len(self.shapes)
             rows = [
@@ -88,6 +117,31 @@ class Vertex:
                 for k in range(len(known[0]))
             ]
         return _columns(rows)
+
+    def _converted(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [
+            part if part is None or dtype in (None, part.dtype) else part.to(dtype)
+            for part, dtype in zip(parts, self.arriving, strict=True)
+        ]
+
+    def _seeds(self, like: Tensor) -> list[Tensor]:
+        """Zeros at each output, to be differentiated, on the device of another tensor."""
+        return [
+            like.new_zeros(shape, dtype=dtype).requires_grad_()
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+
+    @functools.cached_property
+    def index(self) -> IndexedRoute | None:
+        """The route as an index, if autograd would round relevance to a short format or reject it in float32."""
+        if not self.is_short or operation(self.node) in _IN_ANY_FORMAT:
+            return None
+        device = self.node._input_metadata[0].device
+        seeds = [
+            torch.zeros(shape, dtype=m.dtype, device=device)
+            for shape, m in zip(self.shapes, self.node._input_metadata, strict=True)
+        ]
+        return indexed_route(self._route, seeds, [edge is not None for edge in self.edges])
 
     def _route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
         parts = self.node(*relevance)
@@ -102,9 +156,14 @@ class Vertex:
         """For each output, 1 at the entries that come from constants and 0 elsewhere; None without such entries."""
         if not self.may_hold_constants:
             return None
+        if self.index is not None:
+            shares = tuple(
+                (origin == 0).to(dtype) for origin, dtype in zip(self.index.origins, self.dtypes, strict=True)
+            )
+            return shares if any(bool(share.any()) for share in shares) else None
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
-                seeds = [like.new_zeros(shape).requires_grad_() for shape in self.shapes]
+                seeds = self._seeds(like)
                 # When called directly, some nodes return a gradient for their constants as well.
                 parts = zip(self._route(list(seeds)), self.edges, strict=True)
                 totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
@@ -233,7 +292,15 @@ def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
     step = getattr(node, "step", None)
     step = step if isinstance(step, Step) else None
     leaf = getattr(node, "variable", None)
-    shapes = (step.shape,) if step is not None else tuple(torch.Size(m.shape) for m in node._input_metadata)
-    if leaf is not None:
-        shapes = (leaf.shape,)
-    return Vertex(node, step, edges, shapes, leaf)
+    shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in node._input_metadata), strict=True)
+    below = [lower._input_metadata[number].dtype if lower in position else None for lower, number in _edges(node)]
+    return Vertex(
+        node,
+        step,
+        edges,
+        shapes,
+        tuple(working_dtype(one) for one in formats),
+        tuple(None if one is None else working_dtype(one) for one in below),
+        step is None and any(one in SHORT for one in (*formats, *below)),
+        leaf,
+    )

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import EventError, UnknownLayerError, unknown_layer
@@ -16,9 +15,8 @@ from ..kernels.hook import StepHook
 from ..kernels.step import Step
 from ..model.routing import written
 from .audit import check_covered
-from .taps import INPUT, Item, Label, Observed, name_of
-
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+from .module_outputs import tensors_of
+from .taps import INPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
@@ -26,7 +24,7 @@ class Observer:
 
     Args:
         model: The model.
-        indices: Integer inputs; relevance ends at the output of an embedding that looks up an integer input.
+        indices: Integer inputs; relevance ends at the rows that an integer input selects.
         batched: Whether the inputs have a dimension of samples.
         wanted: The tap inside the model at which the measure is to start; None for the output of the model.
 
@@ -35,14 +33,20 @@ class Observer:
         containers: Names of modules with children that have a rule themselves.
         observed: Every labelled tensor that depends on the inputs.
         leaves: The tensors at which relevance ends.
+        indices: The integers among the inputs.
+        inputs: The leaves of its other inputs.
+        has_lookups: Whether ids were looked up.
     """
 
     def __init__(self, model: nn.Module, indices: list[Tensor], batched: bool, wanted: Atom | None) -> None:
-        self.modules: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
+        self.modules: Mapping[nn.Module, str] = module_names(model)
         self.containers: list[str] = []
         self.observed: list[Observed] = []
         self.leaves: list[Tensor] = []
-        self._indices, self._batched, self._wanted = indices, batched, wanted
+        self._leaves: set[int] = set()
+        self.has_lookups = False
+        self.indices, self.inputs = indices, list[Tensor]()
+        self._batched, self._wanted = batched, wanted
         self._calls: dict[nn.Module, int] = {}
         self._started: Tensor | None = None
 
@@ -56,11 +60,17 @@ class Observer:
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
         """Makes a leaf with the values of an input, and returns the tensor that replaces the input in the call."""
-        leaf = tensor.detach().requires_grad_()
-        self.leaves.append(leaf)
-        passed: Tensor = leaf.clone()
+        passed = self._end(tensor)
+        self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
         return passed
+
+    def _end(self, tensor: Tensor) -> Tensor:
+        """A tensor with the same values at which walks end."""
+        leaf = tensor.detach().requires_grad_()
+        self.leaves.append(leaf)
+        self._leaves.add(id(leaf))
+        return leaf.clone()
 
     def see(self, label: Label, tensor: Tensor, channel_dim: int | None = None) -> None:
         """Stores a labelled tensor if it depends on the inputs."""
@@ -89,15 +99,28 @@ class Observer:
 
     # -- called while the model runs --------------------------------------------------------------------------
 
+    def is_leaf(self, tensor: Tensor | None) -> bool:
+        """Whether this is one of the leaves."""
+        return id(tensor) in self._leaves
+
     def on_step(self, module: nn.Module | None, step: Step) -> None:
         """Numbers the step of a module; the step of a function already has a number."""
         if module is not None:
-            step.call = self._calls[module] - 1
+            step.name, step.call = self.modules.get(module, step.name), self._calls[module] - 1
 
     @without_torch_function
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """Stores the output of a function."""
         self.see(Label(name, "output", call, None), output, channel_dim)
+
+    @without_torch_function
+    def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
+        """Makes the rows that ids select a leaf, at which relevance ends as at any other input."""
+        self.has_lookups = True
+        with not_recorded():
+            passed = self._end(rows)
+        self.see(Label(name, "output", call, None), passed, -1)
+        return passed
 
     @without_torch_function
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,33 +140,16 @@ class Observer:
         return args, kwargs
 
     @without_torch_function
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name, call = self.modules[module], self._calls[module] - 1
         dim = _channel_dim(module)
-        if isinstance(module, EMBEDDINGS) and self._is_input(args[0] if args else None):
-            return self._looked_up(Label(name, "output", call, None), output, dim)
         if isinstance(output, Tensor):
             self.see(Label(name, "output", call, None), output, dim)
             if not module._modules and _step_hook(module) is None:
                 check_covered(module, name, args, output)
-            return None
-        for item, value in _entries(output).items():
-            if isinstance(value, Tensor):
-                self.see(Label(name, "output", call, item), value, dim)
-        return None
-
-    def _looked_up(self, label: Label, output: Tensor, dim: int | None) -> Tensor:
-        """Makes the embeddings of an input a leaf, at which relevance ends as at any other input."""
-        leaf = output.detach().requires_grad_()
-        self.leaves.append(leaf)
-        with not_recorded():
-            passed: Tensor = leaf.clone()
-        self.see(label, passed, dim)
-        return passed
-
-    def _is_input(self, index: Any) -> bool:
-        """Whether an embedding looks up one of the inputs: by value, since models reshape, convert and pad them."""
-        return isinstance(index, Tensor) and any(_is_same(index, given.to(index.device)) for given in self._indices)
+            return
+        for item, value in tensors_of(output).items():
+            self.see(Label(name, "output", call, item), value, dim)
 
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
         """Stores the tensor at which the measure starts, protected from later writes by the model."""
@@ -162,12 +168,6 @@ def _own_view(value: Any) -> Any:
     return value.detach() if is_foreign(value) else value.view_as(value)
 
 
-def _entries(output: Any) -> Mapping[Any, Any]:
-    if isinstance(output, Mapping):
-        return output
-    return dict(enumerate(output)) if isinstance(output, (tuple, list)) else {}
-
-
 def _step_hook(module: nn.Module) -> StepHook | None:
     """The step hook that a composite has registered on a module."""
     for hook in module._forward_hooks.values():
@@ -175,19 +175,6 @@ def _step_hook(module: nn.Module) -> StepHook | None:
         if isinstance(owner, StepHook):
             return owner
     return None
-
-
-def _is_same(index: Tensor, given: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, or the first holds them padded at one end with a constant."""
-    if index.numel() == given.numel():
-        return torch.equal(index.flatten(), given.flatten().to(index.dtype))
-    if index.ndim < 2 or index.shape[:-1] != given.shape[:-1] or index.shape[-1] < given.shape[-1]:
-        return False
-    length = given.shape[-1]
-    for own, rest in ((index[..., :length], index[..., length:]), (index[..., -length:], index[..., :-length])):
-        if torch.equal(own, given.to(index.dtype)) and bool((rest == rest.flatten()[0]).all()):
-            return True
-    return False
 
 
 def _channel_dim(module: nn.Module) -> int | None:
@@ -201,4 +188,4 @@ def _channel_dim(module: nn.Module) -> int | None:
     return 1 if isinstance(module, kinds) else None
 
 
-__all__ = ["EMBEDDINGS", "Observer"]
+__all__ = ["Observer"]

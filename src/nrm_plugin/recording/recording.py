@@ -17,7 +17,7 @@ from ..model.checks import check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Output, explained_output
 from .graph import Graph
-from .observer import EMBEDDINGS, Observer
+from .observer import Observer
 from .samples import Samples
 from .structure import Structure
 from .taps import OUTPUT, Label, Taps
@@ -60,18 +60,19 @@ class Recording:
         observer = Observer(model, indices, call.batched, inner)
         with ExitStack() as around:
             around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
-            call.check_looked_up(any(isinstance(module, EMBEDDINGS) for module in model.modules()))
             check_model(model, call.tensors)
             device = (*call.tensors, *indices)[0].device
             for block in (preserved(model), forward_pass(observer), torch.enable_grad(), _precision(device)):
                 around.enter_context(block)
             for tensor in (*model.parameters(), *model.buffers()):
-                tensor.requires_grad_(False)
+                if tensor.is_leaf:  # a computed buffer is a constant by its history
+                    tensor.requires_grad_(False)
             passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
             with ExitStack() as stack:
                 stack.enter_context(composite.context(model))
                 observer.watch(stack)
-                returned = call.run(model, passed)
+                with call.checked_ids(lambda: observer.has_lookups):
+                    returned = call.run(model, passed)
         self.fingerprint = Fingerprint(model)
         if isinstance(output, Atom):
             returned, output = observer.inner_output(output), None

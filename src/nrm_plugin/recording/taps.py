@@ -15,9 +15,22 @@ from .graph import Graph
 from .places import Buffer, Edge, Place
 
 INPUT, OUTPUT = "input", "output"
+RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
+"""Children that have the name of an input or output of the whole model, and how they are spelled instead."""
 
 Item = int | str
 """Position of a tensor in a tuple, or its key."""
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """The name of each module as a tap: the one in ``named_modules()``, with a dot in front of a reserved one."""
+    return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
+
+
+class Nested(str):
+    """The key of a tensor in a container inside of what a module returned: ``"features.0"``, ``"1.0"``."""
+
+    __slots__ = ()
 
 
 class Label(NamedTuple):
@@ -159,14 +172,16 @@ class Taps:
 
     def _names_of(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):
-            if any(name.startswith(f"{other}.") for other in tap.names):
+            if any(name.startswith(f"{other.removeprefix('.')}.") for other in tap.names):
                 continue  # a function inside a layer that returns the same tensor: a useless alias
             calls = self.calls_of(name)
             for call in calls:
                 items = self._items(name, "output", call)
                 for item in items:
                     if self._labelled.get(Label(name, "output", call, item)) is tap:
-                        yield name + (f":{call}" if len(calls) > 1 else "") + (f"[{item}]" if len(items) > 1 else "")
+                        is_alone = _outer(items) == [item]
+                        bracket = "" if is_alone else f"[{_shown(item, items)}]"
+                        yield name + (f":{call}" if len(calls) > 1 else "") + bracket
 
     def name_of(self, layer: str | nn.Module) -> str:
         """The name of a layer given by name or as a module."""
@@ -205,27 +220,39 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """The items of the tensors that a layer returned or was called with; ``[None]`` for a single tensor."""
+        """The items of the tensors that a layer returned or was called with, except nested ones; ``[None]`` for one."""
         if isinstance(layer, str):
             layer, item = self._split_item(layer, side)
             if item is not None:
                 return [item]
         name, calls = self.called(layer, side, call)
-        return self._items(name, side, calls[0])
+        return _outer(self._items(name, side, calls[0]))
 
     def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
-        """Splits a name such as ``"lstm[0]"``, as in :attr:`layers`, into layer and item."""
-        stem, bracket, item = name.removesuffix("]").rpartition("[")
-        if not bracket or not name.endswith("]") or self.calls_of(name, side):
+        """Splits a name such as ``"lstm[0]"``, as in :attr:`layers`; names and keys may contain brackets themselves."""
+        if not name.endswith("]") or self.calls_of(name, side):
             return name, None
-        return stem, int(item) if item.isdigit() else item
+        for place in (place for place, sign in enumerate(name) if sign == "["):
+            stem, text = name[:place], name[place + 1 : -1]
+            layer, call = self._split_call(stem, side)
+            for number in self.calls_of(layer, side) if call is None else [call]:
+                items = self._items(layer, side, number)
+                for item in items:
+                    if item is not None and _shown(item, items) == text:
+                        return stem, item
+        stem, _, text = name[:-1].rpartition("[")
+        return (stem, int(text) if text.isdigit() else text) if stem else (name, None)
+
+    def _split_call(self, name: str, side: str) -> tuple[str, int | None]:
+        """Splits a name such as ``"relu:1"`` into layer and number of the call."""
+        layer, colon, number = name.rpartition(":")
+        return (layer, int(number)) if colon and number.isdecimal() and not self.calls_of(name, side) else (name, None)
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
         """The name of a layer, and those of its calls that ``call`` selects."""
         name = self.name_of(layer)
-        if call is None and ":" in name and name.rpartition(":")[2].isdigit() and not self.calls_of(name, side):
-            name, _, number = name.rpartition(":")
-            call = int(number)
+        if call is None:
+            name, call = self._split_call(name, side)
         calls = self.calls_of(name, side)
         if not calls:
             raise self._missing(name, side)
@@ -258,8 +285,8 @@ class Taps:
     def _item(self, name: str, side: str, call: int, item: Item | None) -> Tap:
         items = self._items(name, side, call)
         if item not in items:
-            if item is None and len(items) == 1:
-                item = items[0]
+            if item is None and len(_outer(items)) == 1:
+                (item,) = _outer(items)
             elif item == 0 and items == [None]:
                 item = None
             elif items == [None]:
@@ -290,6 +317,16 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
     return selected
 
 
+def _outer(items: Sequence[Item | None]) -> list[Item | None]:
+    """The tensors that are not nested in a container, which a layer stands for; all if each is."""
+    return [item for item in items if not isinstance(item, Nested)] or list(items)
+
+
+def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
+    """A position or key as in a name; a key that looks like a position of the same layer is quoted."""
+    return repr(item) if sum(str(other) == str(item) for other in items) > 1 else str(item)
+
+
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
     """Gives taps with unknown channels those of the nearest tap of the same shape, else of the same rank."""
     known: dict[object, list[int]] = {}
@@ -308,4 +345,4 @@ def _infer_channels(taps: Sequence[Tap], default: int) -> None:
         taps[number].channel_dim = dim
 
 
-__all__ = ["INPUT", "OUTPUT", "Item", "Label", "Observed", "Tap", "Taps", "name_of"]
+__all__ = ["INPUT", "OUTPUT", "Item", "Label", "Nested", "Observed", "Tap", "Taps", "module_names", "name_of"]
