@@ -35,17 +35,17 @@ class Call:
     Args:
         inputs: One tensor, a tuple of tensors, or a mapping that is passed by keyword. In a mapping, relevance flows to
             floating point tensors; masks and numbers are passed as they are. For integers, relevance flows to the rows
-            that they select where the model looks them up; in a mapping only if it has no floating point tensor, and
-            not under a keyword with "mask" in it.
-        args: Further positional arguments; a tuple of them, or one.
+            that they select where the model looks them up; in a mapping, only if the mapping has no floating point
+            tensor, and not under a keyword that contains "mask".
+        args: Further positional arguments: a tuple, or a single argument.
         kwargs: Further keyword arguments.
         batched: Whether the first dimension of the inputs is the batch; otherwise, all inputs together are one sample.
 
     Attributes:
-        tensors: The tensors to which relevance flows, ``(N, …)`` each; no batch dimension without ``batched``.
-        items: Their keywords, or their positions if there are several, or None for a single one.
-        indices: Inputs of integers, by keyword or position, or None for a single one: copies that the model is called
-            with, and that it may overwrite.
+        tensors: The tensors to which relevance flows, ``(N, …)`` each, or ``(…)`` if not ``batched``.
+        items: Keyword or position of each tensor; None for a single positional tensor.
+        indices: Copies of integer inputs, by keyword or position (None for a single positional input). The model is
+            called with these copies and may overwrite them.
 
     Raises:
         InputError: The inputs cannot be explained.

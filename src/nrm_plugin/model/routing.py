@@ -75,9 +75,9 @@ def is_route(module: nn.Module) -> bool:
 
 
 def operation(node: Node) -> str:
-    """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``.
+    """The operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward0``.
 
-    An ``autograd.Function`` of a model may have the name of an operation of torch, but is another operation.
+    An ``autograd.Function`` of a model may have the name of an operation of torch, but is a different operation.
     """
     if isinstance(node, BackwardCFunction):
         return f"autograd.Function {node.name().removesuffix('Backward')}"

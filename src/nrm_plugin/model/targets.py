@@ -61,7 +61,7 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
-    """The unnormalized start ``s``, shape of the output ``(N, …)``, in float32 or float64.
+    """Returns the unnormalized start vector ``s``, of the shape of the output, ``(N, …)``, in float32 or float64.
 
     Args:
         output: The model's output, ``(N, …)``.
