@@ -1,4 +1,4 @@
-"""Checks of a model before it is measured: its class, device, dtype, values and training mode."""
+"""Checks of a model before recording: its class, device, dtype, values and training mode."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MODES = {
     **dict.fromkeys("dropout alpha_dropout feature_dropout feature_alpha_dropout".split(), 2),
     **dict.fromkeys("dropout1d dropout2d dropout3d".split(), 2),
 }
-"""Functions that are random, or mix samples, in training mode, and the position of the argument ``training``."""
+"""Functions that are random or mix samples in training mode, with the position of the argument ``training``."""
 
 
 def check_module(model: Any) -> None:
-    """Raises :class:`InputError` unless this is a module, whose layers can be hooked."""
+    """Raises :class:`InputError` unless the model is a module with layers that can be hooked."""
     if isinstance(model, nn.Module):
         return
     what, remedy = f"{type(model).__name__}", "For a function, wrap it in a module that holds its layers."
@@ -42,7 +42,7 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
 
     Raises:
         InputError: The model is on another device or of another dtype than the inputs.
-        ModelStateError: It is in training mode, hooked by a composite, compiled, or without proper weights.
+        ModelStateError: The model is in training mode, hooked by a composite, compiled, or has invalid weights.
     """
     check_untransformed(tensors)
     check_hookable(model)
@@ -92,9 +92,9 @@ def check_unhooked(model: nn.Module, remedy: str) -> None:
 
 
 def check_unpatched() -> None:
-    """Raises :class:`UnsupportedRuleError` if another package replaced how Zennit propagates relevance.
+    """Raises :class:`UnsupportedRuleError` if another package has replaced Zennit's relevance propagation.
 
-    LXT's ``monkey_patch_zennit`` does so for the whole process, permanently.
+    LXT's ``monkey_patch_zennit`` replaces it permanently for the whole process.
     """
     for method in (BasicHook.forward, BasicHook.backward):
         if method.__module__ != "zennit.core":
@@ -107,7 +107,7 @@ def check_unpatched() -> None:
 
 
 def check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
-    """Raises :class:`ModelStateError` if a function is called in training mode, as for the module of the same name."""
+    """Raises :class:`ModelStateError` if a function is called in training mode, as for the equivalent module."""
     if name not in MODES:
         return
     at = MODES[name]
@@ -194,7 +194,7 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
 
 
 _FINITE: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
-"""Version and address of parameters known to be finite, since reading all weights costs a part of a pass."""
+"""Version and address of parameters known to be finite, which avoids reading all weights again."""
 
 
 def _check_mode(name: str, module: nn.Module) -> None:

@@ -71,14 +71,14 @@ _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
 
 
 def is_route(module: nn.Module) -> bool:
-    """Whether a module only routes (dropout is checked to be inactive elsewhere)."""
+    """Whether a module is a 0/1 route. Another check ensures that dropout is inactive."""
     return isinstance(module, _MODULES) or (isinstance(module, nn.Upsample) and module.mode.startswith("nearest"))
 
 
 def operation(node: Node) -> str:
-    """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``.
+    """The operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward0``.
 
-    An ``autograd.Function`` of a model may have the name of an operation of torch, but is another operation.
+    An ``autograd.Function`` of a model may have the name of an operation of torch, but is a different operation.
     """
     if isinstance(node, BackwardCFunction):
         kind = type(node)._forward_cls
@@ -118,7 +118,7 @@ def written(node: Any, number: int) -> tuple[Any, int]:
 
 
 def source_of(node: Any) -> Any:
-    """The node that computed the entries of a tensor, through whole views and in-place writes."""
+    """The node that computed the entries of a tensor, followed through whole views and in-place writes."""
     node, _ = written(node, 0)
     while node is not None and is_whole(node):
         node, _ = written(*node.next_functions[0])

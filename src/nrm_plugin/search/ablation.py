@@ -1,4 +1,4 @@
-"""What is left of a prediction when neurons are ablated: their activations are replaced while the model runs."""
+"""Ablation of neurons: their activations are replaced while the model runs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ FILLS: tuple[Fill, ...] = ("zero", "mean", "resample")
 def ablation(
     model: nn.Module, kept: Mapping[str, Tensor], fill: Fill = "zero", reference: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """In this context the activations of all neurons that are not kept are replaced.
+    """Context in which the activations of all neurons that are not kept are replaced.
 
     Args:
-        model: The network; its hooks are removed at the end.
-        kept: For each module, by name, a mask of its output, ``(C,)``, ``(N, C)``, ``(*shape)`` or ``(N, *shape)``;
+        model: The network; the hooks are removed at the end.
+        kept: Masks of outputs by module name, ``(C,)``, ``(N, C)``, ``(*shape)`` or ``(N, *shape)``;
             channels are dimension 1.
-        fill: ``"zero"``, ``"mean"`` of the reference activations, or ``"resample"``: sample ``n`` gets those of the
-            reference sample ``n`` modulo the number of reference samples.
+        fill: ``"zero"``, ``"mean"`` of the reference activations, or ``"resample"``: sample ``n`` receives the
+            activations of reference sample ``n`` modulo the number of reference samples.
         reference: Activations of each module on reference samples, from :func:`activations`; required unless ``fill``
             is ``"zero"``.
 
     Raises:
-        ValueError: An unknown fill, or one that requires a reference and has none.
+        ValueError: The fill is unknown, or requires a reference that is not given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -70,7 +70,7 @@ def _replacing(mask: Tensor, fill: Fill, reference: Tensor | None) -> Callable[.
 
 
 def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """The output of each module, ``(N, *shape)``, in one forward pass; of a reused module, that of its last call.
+    """Returns the output of each module, ``(N, *shape)``, from one forward pass; for a reused module, of its last call.
 
     Raises:
         UnknownLayerError: No module has this name.
