@@ -281,7 +281,7 @@ class NRMAbsolute(LayerMapComposite):
     """The rule Absolute in all layers: no walk is negative, so the variation is 1 at every tap.
 
     Args:
-            layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
+        layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
 
