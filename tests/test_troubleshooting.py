@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -16,7 +17,7 @@ from zennit.composites import GuidedBackprop, LayerMapComposite, NameMapComposit
 from zennit.rules import Epsilon, Pass
 from zennit.types import Linear
 
-from nrm_plugin import FuseBatchNorm, NRMEpsilonPlus, RelevanceMeasure, at, errors
+from nrm_plugin import FuseBatchNorm, Normalized, NRMDefault, NRMEpsilonPlus, RelevanceMeasure, at, errors
 from nrm_plugin.measure import event_masses
 
 PAGE = (Path(__file__).parents[1] / "docs/troubleshooting.md").read_text()
@@ -50,6 +51,13 @@ def mixing() -> None:
 def without_gradients() -> None:
     with torch.no_grad():
         RelevanceMeasure(chain(), X, 1)
+
+
+def differentiated() -> None:
+    x = X.clone().requires_grad_()
+    with Normalized(NRMDefault()).context(chain()) as hooked:
+        (relevance,) = torch.autograd.grad(hooked(x)[:, 1].sum(), x, create_graph=True)
+    relevance.sum().backward()
 
 
 def in_training() -> None:
@@ -144,6 +152,7 @@ CAUSES: dict[str, Callable[..., object]] = {
     "GradModeError": without_gradients,
     "ModelStateError": in_training,
     "StaleMeasureError": stale,
+    "StorageError": lambda: copy.deepcopy(RelevanceMeasure(chain(), X, 1)),
     "UnknownLayerError": lambda: RelevanceMeasure(chain(), X, 1).marginal("2 "),
     "HookedContainerError": container,
     "EventError": lambda: RelevanceMeasure(chain(), X, 1)(at("0")[9]),
@@ -160,6 +169,7 @@ CAUSES: dict[str, Callable[..., object]] = {
 OTHERS: dict[str, list[Callable[..., object]]] = {
     "TargetError": [lambda: RelevanceMeasure(chain(), X)],
     "ModelStateError": [in_a_context],
+    "UnsupportedOperationError": [differentiated],
 }
 
 

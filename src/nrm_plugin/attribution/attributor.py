@@ -15,13 +15,13 @@ from ..measure.measure import RelevanceMeasure
 
 
 class NRMAttributor(Attributor):
-    """Returns the output of the model and the measure; Zennit's attributors return the output and a heat map.
+    """A Zennit attributor that returns the output of the model and the measure, in place of a heat map.
 
     Args:
         model: The network, in evaluation mode.
         composite: A Zennit composite; None for the default of this package.
-        attr_output: Where the measure starts, as in Zennit: a tensor in the shape of the output, or a function of it;
-            by default the output itself.
+        attr_output: The start of the measure, as in Zennit: a tensor in the shape of the output, or a function of the
+            output; by default the output itself.
         residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Examples:
@@ -48,17 +48,17 @@ class NRMAttributor(Attributor):
         super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
 
     def __enter__(self) -> NRMAttributor:
-        """Registers no hooks: the measure does so while it runs the model."""
+        """Does not register hooks, since the measure registers hooks while it runs the model."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Removes nothing: no hooks were registered."""
+        """Does nothing, since no hooks were registered."""
 
     def forward(self, input: Any, attr_output_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, RelevanceMeasure]:
-        """The output ``(N, …)`` and the measure that starts at a function of it.
+        """Returns the output ``(N, …)`` and the measure that starts at a function of the output.
 
         Args:
-            input: ``(N, …)``, or any other inputs of :class:`~nrm_plugin.RelevanceMeasure`.
+            input: Inputs ``(N, …)``, or any other inputs of :class:`~nrm_plugin.RelevanceMeasure`.
             attr_output_fn: Function from the output to the start vector.
 
         Raises:

@@ -14,12 +14,12 @@ from .inputs import NRM
 
 
 class JointNRM:
-    """Joint relevance of the channels, or neurons, of two layers.
+    """Joint relevance of the channels or neurons of two layers, with Captum's arguments.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
-        upper: The layer nearer to the output, a module, its name or ``at(…)``.
-        lower: A layer below it.
+        upper: The layer nearer to the output: a module, its name or ``at(…)``.
+        lower: A layer below the upper layer.
         composite, residual, gain_limit, uncovered: As in :class:`NRM`.
 
     Examples:
@@ -49,17 +49,17 @@ class JointNRM:
         over: str = "channel",
         unit: Unit = "output",
     ) -> Tensor:
-        """The joint relevance of each pair.
+        """Computes the joint relevance of each pair of channels or neurons.
 
         Args:
-            inputs: ``(N, …)``, or a tuple of such tensors.
+            inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             target: Output to explain, in Captum's forms; see :meth:`NRM.attribute`.
             additional_forward_args: Further arguments of the model.
             over: ``"channel"`` or ``"neuron"``.
-            unit: ``"output"``, multiplied by the explained output, or ``"measure"``.
+            unit: ``"output"`` to multiply by the explained output, or ``"measure"``.
 
         Returns:
-            ``(N, upper, lower)``.
+            Joint relevance ``(N, upper, lower)``.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -10,11 +10,12 @@ from torch.utils.hooks import RemovableHandle
 from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
-from ..errors import ModelStateError
+from ..errors import ModelStateError, brief
 from ..kernels.forward_state import RUNNING, leave_mode
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
+from ..model.checks import check_untransformed
 from .attention import ATTENTIONS
 from .composite_rules import CompositeRules, NoRules
 from .custom_functions import attach_steps
@@ -54,9 +55,9 @@ class Interception(Canonizer):
     ) -> None:
         super().__init__()
         if attention not in ATTENTIONS:
-            raise ValueError(f"attention={attention!r} is unknown; choose 'value' or 'halves'.")
+            raise ValueError(f"attention={brief(attention)} is unknown; choose 'value' or 'halves'.")
         if sums not in ("absolute", "ratio", "signed"):
-            raise ValueError(f"sums={sums!r} is unknown; choose 'absolute', 'ratio' or 'signed'.")
+            raise ValueError(f"sums={brief(sums)} is unknown; choose 'absolute', 'ratio' or 'signed'.")
         self.composite = composite
         self.normalization = normalization or Normalization("sink")
         self.sums = "absolute" if sums == "ratio" else sums
@@ -109,7 +110,8 @@ class Interception(Canonizer):
                     "hooks. Copy the model outside of the context."
                 )
             if self.active:
-                given = tensors_in((*args, *kwargs.values()))
+                given = list(tensors_in((*args, *kwargs.values())))
+                check_untransformed(given)
                 RUNNING.given = frozenset(id(tensor) for tensor in given if isinstance(tensor, nn.Parameter))
                 self._start(root_module, settings)
 
@@ -156,6 +158,7 @@ class Interception(Canonizer):
         for weight in weights:
             weight.requires_grad_(False)
         self._weights.append(weights)
+        RUNNING.weights = tuple(weights)
         mode = InterceptionMode(settings)
         self._modes.append(mode)
         mode.__enter__()  # type: ignore[no-untyped-call]
@@ -167,6 +170,7 @@ class Interception(Canonizer):
         mode = self._modes.pop()
         for weight in self._weights.pop():
             weight.requires_grad_(True)
+        RUNNING.weights = tuple(self._weights[-1]) if self._weights else ()
         leave_mode(mode)
 
 

@@ -6,7 +6,6 @@ Source: docs/measure.md (operations without a module).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from zennit.core import Stabilizer
 from zennit.rules import Pass
 
 from ..kernels.base import Kernel
+from ..kernels.step import step_of
 from .function_call import CallInput, FunctionCall
 from .function_kernels import SplitKernel, total_of
 from .registry import kernel_of
@@ -104,7 +104,7 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 
     So ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` have the same shares.
     """
-    step: Any = getattr(item.producer, "step", None)
+    step = step_of(item.producer)
     if step is not None and step.uses <= 1 and step.rule == "sum":
         inner = step.kernel.magnitude if isinstance(step.kernel, SplitKernel) else None
         if inner is not None and inner.shape == summand.shape:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kernels.layer_step import LayerStep
+from ..kernels.step import step_of
+from ..model.affine_layers import is_torch_class
 from ..model.routing import is_route_node, written
 
 GATE_FUNCTIONS = frozenset("softmax sigmoid hardsigmoid exp softmin".split())
@@ -39,9 +41,9 @@ class Gates:
         """Whether a tensor is a gate, or routed from a single one."""
         node, _ = written(tensor.grad_fn, 0)
         while node is not None and node not in self._nodes:
-            step = getattr(node, "step", None)
+            step = step_of(node)
             if isinstance(step, LayerStep):
-                return isinstance(step.layer_call.module, GATE_MODULES)
+                return is_torch_class(step.layer_call.module, *GATE_MODULES)
             below = [edge for edge in node.next_functions if edge[0] is not None]
             if not is_route_node(node) or len(below) != 1:
                 return False

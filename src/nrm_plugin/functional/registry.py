@@ -59,6 +59,8 @@ _SYNONYMS = {
 }
 _NAMESPACES = ("special_", "linalg_")
 """Prefixes of functions in namespaces of torch."""
+_OPERATORS = ("aten", "prim", "prims", "torchvision")
+"""Namespaces of operators that are known by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
 """Functions that do not take the arguments of the function of that name outside of the namespace."""
 
@@ -80,6 +82,8 @@ def name_of(function: Any) -> FunctionName:
     """The name of a function without the marks of its spelling."""
     name = str(getattr(function, "__name__", function)).partition(".")[0]
     in_place = False
+    if (owner := _foreign_owner(function)) is not None:
+        return FunctionName(f"{owner}.{name}")
     if name.startswith("__") and name.endswith("__"):
         name = name.strip("_")
         if name[:1] == "i" and name[1:] in _ARITHMETIC:
@@ -89,6 +93,15 @@ def name_of(function: Any) -> FunctionName:
     for prefix in _NAMESPACES:
         name = name if name in _DIFFERENT else name.removeprefix(prefix)
     return FunctionName(_SYNONYMS.get(name, name), in_place)
+
+
+def _foreign_owner(function: Any) -> str | None:
+    """The namespace of a function that is not torch's, which may have the name of one; None for torch's own."""
+    owner = str(getattr(function, "__module__", None) or "torch")
+    if owner.startswith("torch._ops."):  # custom operators; those of torch are in aten
+        space = owner.removeprefix("torch._ops.")
+        return None if space in _OPERATORS else space
+    return None if owner.partition(".")[0] in ("torch", "nrm_plugin") else owner
 
 
 def kernel_of(*names: str) -> Callable[[Function], Function]:
@@ -153,7 +166,10 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 def _is_of_torch(function: Any) -> bool:
     """Whether a function is known by name: its other spellings are other objects."""
     module = getattr(function, "__module__", None) or ""
-    return module.startswith("torch") or type(function).__name__ in ("builtin_function_or_method", "method_descriptor")
+    return module.partition(".")[0] in ("torch", "torchvision") or type(function).__name__ in (
+        "builtin_function_or_method",
+        "method_descriptor",
+    )
 
 
 def kernel_factory_of(function: Any, name: FunctionName) -> KernelFactory | None:

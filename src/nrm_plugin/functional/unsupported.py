@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UncoveredLayerError
 from ..kernels.base import Kernel
+from ..kernels.step import step_of
 from ..model.routing import is_route_node
 
 MASKS = 10
@@ -51,7 +52,7 @@ def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: boo
     stack = [output.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in visited or (with_steps and hasattr(node, "step")):
+        if node is None or node in visited or (with_steps and step_of(node) is not None):
             continue
         if not is_route_node(node):
             return False

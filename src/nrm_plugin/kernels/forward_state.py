@@ -81,6 +81,7 @@ class _Running(threading.local):
         pauses: Number of open contexts of :func:`not_recorded`.
         saved: The tensors that steps saved, by address in memory.
         listener: The object that is notified of every step and tap.
+        weights: The parameters of the model that require gradients outside of this pass.
         first_node: Number of the first autograd node of this pass; None without a listener.
         given: Identities of the parameters that the model was called with, without a listener.
         depending: For each autograd node seen in this pass, whether it depends on an input of the model.
@@ -91,6 +92,7 @@ class _Running(threading.local):
         self.pauses = 0
         self.saved: dict[int, list[weakref.ref[Saved]]] = {}
         self.listener: Listener | None = None
+        self.weights: tuple[Tensor, ...] = ()
         self.first_node: int | None = None
         self.given: frozenset[int] = frozenset()
         self.depending: dict[Any, bool] = {}
@@ -237,7 +239,8 @@ def forward_pass(listener: Listener | None) -> Iterator[None]:
     if listener is not None:
         with torch.inference_mode(False), torch.enable_grad():
             first_node = torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
-    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, first_node=first_node, depending={})
+    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, weights=())
+    RUNNING.__dict__.update(first_node=first_node, depending={})
     try:
         yield
     finally:

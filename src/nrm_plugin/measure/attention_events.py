@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, at
 from ..events.index import Index, show
 from ..functional.attention import Layout
@@ -122,7 +122,7 @@ def _expressions(steps: list[Step], most: int = 8) -> str:
     for step, name, owner in zip(steps, names, owners, strict=True):
         alone = owner and owners.count(owner) == 1
         call = f", call={step.call}" if names.count(name) > 1 else ""
-        texts.append(f"at({owner!r})" if alone else f"at({name!r}{call})")
+        texts.append(f"at({brief(owner)})" if alone else f"at({name!r}{call})")
     return ", ".join(texts[:most]) + (" and more" if len(texts) > most else "")
 
 

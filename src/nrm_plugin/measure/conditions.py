@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..errors import CancellationError, EventError, NullEventError, samples
+from ..errors import CancellationError, EventError, NullEventError, brief, samples
 from ..events.event import Event
 from ..recording.recording import Recording
 from ..recording.taps import Tap
@@ -30,7 +30,7 @@ def check_event(event: object, remedy: str = "") -> None:
     """Raises :class:`EventError` unless the argument is an event."""
     if not isinstance(event, Event):
         raise EventError(
-            f"expected an event such as at('layer')[3], got {type(event).__name__}: {event!r}. {remedy}".rstrip()
+            f"expected an event such as at('layer')[3], got {type(event).__name__}: {brief(event)}. {remedy}".rstrip()
         )
 
 
@@ -66,7 +66,7 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
     """
     ratio = MIN_RATIO[mass.dtype] if min_ratio is None else min_ratio
     if not isinstance(ratio, numbers.Real) or not float(ratio) >= 0:
-        raise ValueError(f"min_ratio={min_ratio!r} is unknown; give a number of at least 0, or None.")
+        raise ValueError(f"min_ratio={brief(min_ratio)} is unknown; give a number of at least 0, or None.")
     is_null = (variation == 0).tolist()
     if any(is_null):
         raise NullEventError(

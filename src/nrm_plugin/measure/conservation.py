@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..errors import brief
 from ..recording.places import Buffer
 from ..recording.recording import Recording
 from ..recording.taps import Tap
@@ -25,7 +26,7 @@ Kind = Literal["residual", "constants"]
 def check_kind(kind: object) -> None:
     """Raises :class:`ValueError` for an unknown kind of sink."""
     if kind not in (None, "residual", "constants"):
-        raise ValueError(f"kind={kind!r} is unknown; choose None, 'residual' or 'constants'.")
+        raise ValueError(f"kind={brief(kind)} is unknown; choose None, 'residual' or 'constants'.")
 
 
 def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, absolute: bool = False) -> Tensor:

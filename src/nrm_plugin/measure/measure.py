@@ -24,7 +24,7 @@ from .description import explanation
 from .flow import flow_graph, ordered_taps
 from .flow_graph import TOP, FlowGraph
 from .groups import Over, over_each
-from .layer_taps import Layer, taps_of
+from .layer_taps import Layer, layer_list, several_layers, taps_of
 from .memory import check_memory
 from .partitions import Names
 from .query_passes import QueryPasses, query
@@ -37,7 +37,7 @@ class RelevanceMeasure(QueryPasses):
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
               \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
 
-    The model runs once and is left unchanged; all queries are answered from the recording.
+    The model runs once and is left unchanged; queries are answered from the recording. Results have no gradient.
 
     Args:
         model: The network, in evaluation mode.
@@ -230,9 +230,9 @@ class RelevanceMeasure(QueryPasses):
 
         Source: docs/measure.md.
         """
-        layers = layer if isinstance(layer, list) else [layer]
+        layers, is_one = layer_list(layer)
         maps = self._maps([self._tap(item) for item in layers], over, given, joint, min_ratio)
-        return dict(zip(layers, maps, strict=True)) if isinstance(layer, list) else maps[0]
+        return maps[0] if is_one else dict(zip(layers, maps, strict=True))
 
     @query
     def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
@@ -398,7 +398,7 @@ class RelevanceMeasure(QueryPasses):
             >>> [tuple(joint.shape) for joint in mu.joints(["2", "0", "input"])]
             [(5, 2, 4), (5, 4, 3)]
         """
-        overs = list(pairwise(over_each(over, len(layers))))
+        overs = list(pairwise(over_each(over, len(layers := several_layers(layers)))))
         return self._joints(layers, overs, "list layers from the output to the input")
 
     def flow(

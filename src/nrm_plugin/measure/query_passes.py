@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import EventError, StaleMeasureError
+from ..errors import EventError, StaleMeasureError, StorageError, brief
 from ..events.event import Event
 from ..model.autocast import exact
 from ..recording.passes import Cost
@@ -56,6 +56,18 @@ class QueryPasses:
     _start: Tensor
     _max_memory: int | None
     _totals_once: Totals | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises for copy, pickle, torch.save and multiprocessing.
+
+        Raises:
+            StorageError: Always.
+        """
+        raise StorageError(
+            "a measure cannot be copied or stored: it holds one run of the model in the memory of this process. Store "
+            "what it answers, as in torch.save(measure.marginal(measure.layers), path), or take it again from the "
+            "inputs and the target. For a data set, nrm_plugin.dataset.sweep stores answers."
+        )
 
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)
@@ -134,7 +146,7 @@ class QueryPasses:
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):
             if not self._is_below(below.place, above):
-                raise EventError(f"{lower!r} is not below {upper!r}; {remedy}.")
+                raise EventError(f"{brief(lower)} is not below {brief(upper)}; {remedy}.")
         totals = self._pass([above for above, _ in pairs])
         matrices, self.cost = joint_matrices(totals, pairs, groups, self._max_memory)
         return matrices

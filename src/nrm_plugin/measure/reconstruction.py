@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zennit.composites import DeconvNet, GuidedBackprop
 from zennit.core import Composite
 
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..events.event import All, Atom, Event
 from ..imports import warn_deprecated
 from .located_events import mask_of
@@ -102,7 +102,7 @@ def reconstruct(
     Source: Zeiler and Fergus (ECCV 2014), Springenberg et al. (ICLR workshop 2015); walks are ours.
     """
     if method not in COMPOSITES:
-        raise ValueError(f"method={method!r} is unknown; choose 'deconvnet' or 'guided_backprop'.")
+        raise ValueError(f"method={brief(method)} is unknown; choose 'deconvnet' or 'guided_backprop'.")
     atoms = _atoms(neurons)
     pixels = images.detach().clone().requires_grad_()
     recorded: list[tuple[str, Tensor, Tensor]] = []

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..kernels.step import Step
+from ..kernels.step import Step, step_of
 from ..model.autocast import SHORT, working_dtype
 from ..model.routing import is_whole, operation, written
 from .indexed_routes import IndexedRoute, indexed_route
@@ -289,8 +289,7 @@ def _edges(node: Any) -> list[tuple[Any, int]]:
 
 def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
     edges = tuple(Buffer(position[below], number) if below in position else None for below, number in _edges(node))
-    step = getattr(node, "step", None)
-    step = step if isinstance(step, Step) else None
+    step = step_of(node)
     leaf = getattr(node, "variable", None)
     outputs = node._input_metadata if step is None else node._input_metadata[:1]  # others of a Function are not read
     shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in outputs), strict=True)

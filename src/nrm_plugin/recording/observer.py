@@ -16,7 +16,7 @@ from ..kernels.step import Step
 from ..model.routing import written
 from .audit import check_covered
 from .module_outputs import tensors_of
-from .taps import INPUT, Item, Label, Observed, module_names, name_of
+from .taps import INPUT, OUTPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
@@ -50,8 +50,14 @@ class Observer:
         self._calls: dict[nn.Module, int] = {}
         self._started: Tensor | None = None
 
-    def watch(self, stack: ExitStack) -> None:
-        """Installs hooks: input taps before a step detaches its input, output taps after it links its output."""
+    def watch(self, model: nn.Module, stack: ExitStack) -> None:
+        """Installs hooks: input taps before a step detaches its input, output taps after it links its output.
+
+        Args:
+            model: The model, with the modules that canonizers added.
+            stack: Removes the hooks.
+        """
+        self.modules = module_names(model)
         for module, name in self.modules.items():
             if _step_hook(module) is not None and module._modules:
                 self.containers.append(name)
@@ -154,7 +160,7 @@ class Observer:
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
         """Stores the tensor at which the measure starts, protected from later writes by the model."""
         wanted = self._wanted
-        if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name, label.side):
+        if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name or OUTPUT, label.side):
             return
         if (wanted.call or 0) == label.call and wanted.item in (None, label.item) and self._started is None:
             with not_recorded():

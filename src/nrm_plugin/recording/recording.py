@@ -13,7 +13,7 @@ from ..composites import Normalized
 from ..events.event import Atom
 from ..kernels.forward_state import forward_pass
 from ..model.autocast import asked_for, exact, layers_in
-from ..model.checks import check_model, check_module
+from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Output, explained_output
 from .graph import Graph
@@ -62,7 +62,13 @@ class Recording:
             around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
             check_model(model, call.tensors)
             device = (*call.tensors, *indices)[0].device
-            for block in (preserved(model), forward_pass(observer), torch.enable_grad(), _precision(device)):
+            for block in (
+                preserved(model),
+                forward_pass(observer),
+                torch.enable_grad(),
+                _precision(device),
+                check_drawn(model, device),
+            ):
                 around.enter_context(block)
             for tensor in (*model.parameters(), *model.buffers()):
                 if tensor.is_leaf:  # a computed buffer is a constant by its history
@@ -70,7 +76,7 @@ class Recording:
             passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
             with ExitStack() as stack:
                 stack.enter_context(composite.context(model))
-                observer.watch(stack)
+                observer.watch(model, stack)
                 with call.checked_ids(lambda: observer.has_lookups):
                     returned = call.run(model, passed)
         self.fingerprint = Fingerprint(model)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import HookedContainerError, UnknownLayerError, unknown_layer
+from ..errors import HookedContainerError, UnknownLayerError, brief, unknown_layer
 from .graph import Graph
 from .places import Buffer, Edge, Place
 
@@ -290,11 +290,11 @@ class Taps:
             elif item == 0 and items == [None]:
                 item = None
             elif items == [None]:
-                raise UnknownLayerError(f"the {side} of {name!r} is one tensor, so omit item=; got item={item!r}.")
+                raise UnknownLayerError(f"the {side} of {name!r} is one tensor, so omit item=; got item={brief(item)}.")
             else:
                 raise UnknownLayerError(
                     f"the {side} of {name!r} has {len(items)} tensors: say which by item=, one of "
-                    f"{', '.join(map(repr, items))}; got {item!r}."
+                    f"{', '.join(map(repr, items))}; got {brief(item)}."
                 )
         return self._labelled[Label(name, side, call, item)]
 
