@@ -1,4 +1,4 @@
-"""The canonizer that gives functions their kernels while a model runs."""
+"""The canonizer that assigns kernels to functions while a model runs."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .recurrent import packs_in
 
 
 class Interception(Canonizer):
-    """Gives functions the kernels of the registry while a model runs.
+    """A canonizer that assigns the kernels of the registry to functions while a model runs.
 
-    ``Normalized`` applies it by itself; a plain Zennit composite can use it alone:
+    ``Normalized`` applies it automatically; a plain Zennit composite can use it as well:
     ``EpsilonPlusFlat(canonizers=[Interception()])``.
 
     Args:
-        composite: Its rules apply to functions that are modules too; None for default kernels.
-        normalization: What happens to the residual of a function's kernel.
+        composite: The composite with the rules of functions that have an equivalent module; None for default kernels.
+        normalization: Treatment of the residual of a function's kernel.
         sums: ``"absolute"`` (also called ``"ratio"``, after arXiv 2407.09115) or ``"signed"``.
-        uncovered: ``"gradient"`` for the plain gradient where the composite gives a layer no rule.
-        fuse: Receives every new step of a layer, to fuse it with its neighbours.
+        uncovered: ``"gradient"`` for the plain gradient of layers without a rule.
+        fuse: A function that receives every new step of a layer, to fuse it with adjacent steps.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
 
     Examples:
@@ -70,7 +70,7 @@ class Interception(Canonizer):
         self._weights: list[list[nn.Parameter]] = []
 
     def copy(self) -> Interception:
-        """Another interception with the same settings."""
+        """Returns a new interception with the same settings."""
         return Interception(self.composite, self.normalization, self.sums, self.uncovered, self.fuse, self.attention)
 
     def apply(self, root_module: nn.Module) -> list[Interception]:
@@ -80,7 +80,7 @@ class Interception(Canonizer):
         return [instance]
 
     def register(self, root_module: nn.Module) -> None:
-        """Installs hooks: on the root to start and stop the mode, on every module to know which one is running."""
+        """Installs hooks on the root to start and stop the mode, and on every module to track the running module."""
         paths = {module: name for name, module in root_module.named_modules()}
         enter, leave = self._enter_hook(paths), self._leave_hook()
         start = self._start_hook(root_module)
@@ -98,7 +98,7 @@ class Interception(Canonizer):
         while self._modes:  # torch runs no hook after a KeyboardInterrupt
             self._stop()
 
-    # Hooks are closures and not methods: a deep copy of the model must not copy the interception along.
+    # Hooks are closures instead of methods, so that a deep copy of the model does not copy the interception.
 
     def _start_hook(self, root_module: nn.Module) -> Callable[..., None]:
         settings = self._settings_on(root_module)
@@ -153,7 +153,7 @@ class Interception(Canonizer):
         return Settings(rules, self.normalization, self.sums, self.fuse, self.attention)
 
     def _start(self, root_module: nn.Module, settings: Settings) -> None:
-        # Weights are constants; with requires_grad they would count as tensors that carry relevance.
+        # Weights are constants; with requires_grad, they would be treated as tensors that carry relevance.
         weights = [weight for weight in root_module.parameters() if weight.requires_grad and weight.is_leaf]
         for weight in weights:
             weight.requires_grad_(False)

@@ -154,7 +154,7 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def map_items(output: Any, change: Callable[[Any], Any]) -> Any:
-    """What a function returned with each of several items changed."""
+    """Applies a function to the output of a call, or to each item of several outputs."""
     return type(output)([change(item) for item in output]) if isinstance(output, (list, tuple)) else change(output)
 
 

@@ -1,6 +1,6 @@
-"""How an interception handles the call of a function: by the first of an ordered list of handlers that applies.
+"""The handlers of an intercepted call, tried in order; the first handler that applies is used.
 
-A handler returns what the function returns to the model, or ``NOT_HANDLED``.
+A handler returns the return value of the call, or ``NOT_HANDLED``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ METADATA = frozenset("requires_grad detach backward register_hook retain_grad is
 
 @dataclass(frozen=True)
 class Handler:
-    """One way to handle a call.
+    """A handler of intercepted calls.
 
     Attributes:
-        name: What it is for.
-        reason: Why such calls are handled in this way.
-        run: Returns what the function returns, or ``NOT_HANDLED``.
+        name: The kind of call.
+        reason: The reason for this handling.
+        run: A function that returns the return value of the call, or ``NOT_HANDLED``.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Handler:
 
 
 def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    """What the first handler that applies returns; the last one always does."""
+    """Returns the result of the first handler that applies; the last handler always applies."""
     for handler in HANDLERS:
         result = handler.run(call, forward_pass)
         if result is not NOT_HANDLED:
@@ -144,7 +144,7 @@ def _decomposition(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 def _python_function(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     body = python_body(call.function)
-    # A method of torch.Tensor that calls the one of its base class is observed under its own name again.
+    # A method of torch.Tensor that calls the method of its base class is observed again under its own name.
     if body is None or call.function in forward_pass.decomposing:
         return NOT_HANDLED
     forward_pass.decomposing.append(call.function)
@@ -181,7 +181,7 @@ HANDLERS: tuple[Handler, ...] = (
         "route or unknown", "autograd records routes; anything else raises when relevance arrives", _route_or_unknown
     ),
 )
-"""In order of precedence."""
+"""The handlers in order of precedence."""
 
 
 __all__ = ["HANDLERS", "NOT_HANDLED", "Handler", "handle"]

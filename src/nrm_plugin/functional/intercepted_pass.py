@@ -1,4 +1,4 @@
-"""One forward pass under interception: how a call of a function becomes a step of the measure."""
+"""One forward pass under interception, in which calls of functions become steps of the measure."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, unco
 from .weighted_functions import LAYERS, channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
-"""Routes that are not taps."""
+"""Routes without a tap."""
 
 
 class InterceptedPass:
-    """What is known of one forward pass of a model under interception.
+    """The state of one forward pass of a model under interception.
 
     Args:
-        settings: What all steps of functions depend on.
-        intercepting: Entered by code whose own function calls are to be intercepted.
+        settings: The settings of all steps of functions.
+        intercepting: Returns a context in which function calls of this package are intercepted.
 
     Attributes:
         gates: The tensors that are gates.
         complex_tensors: Complex tensors as expressions in real ones.
         custom_calls: The calls of ``autograd.Function`` classes.
-        module_paths: Paths of the modules that are running, outermost first.
-        packs: Orders of the packed sequences that modules received.
-        decomposing: The functions written in Python that are running by their bodies.
+        module_paths: Paths of the running modules, outermost first.
+        packs: Orders of the packed sequences passed to modules.
+        decomposing: The functions that are currently replaced by their Python bodies.
     """
 
     def __init__(self, settings: Settings, intercepting: AbstractContextManager[Any]) -> None:
@@ -67,13 +67,13 @@ class InterceptedPass:
 
     @property
     def path(self) -> str:
-        """Path of the module that is running."""
+        """The path of the running module."""
         return self.module_paths[-1] if self.module_paths else ""
 
     # -- functions with a kernel ------------------------------------------------------------------------------------
 
     def step(self, observed: ObservedCall, factory: KernelFactory) -> Any:
-        """Runs a function that has a kernel; its output is a step."""
+        """Runs a function with a kernel; the output is the output of a step."""
         self._check_covered(observed)
         if listener() is not None:  # a context of the composite may run in any mode, a measure may not
             check_function(observed.name.base, observed.args, observed.kwargs, self.path)
@@ -83,7 +83,7 @@ class InterceptedPass:
             return self.complex_step(observed)
         output = output.detach()
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
-            output = output.clone()  # some operations return their input; a step's output has memory of its own
+            output = output.clone()  # some operations return their input, but a step's output has its own memory
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
         rule = "sum" if call.name in ("add", "sub", "rsub") and len(call.inputs) > 1 else call.name
         rows = factory.__module__.startswith(f"{__package__}.") and keeps_rows(call, output)
@@ -120,7 +120,7 @@ class InterceptedPass:
         layer: LayerCall | None = None,
         rows: bool = False,
     ) -> Tensor:
-        """The output of a call as that of a step, which the listener is notified of."""
+        """Returns the output of a call as the output of a step, and notifies the listener."""
         path, number = self._numbered(call.name)
         normalization = self.settings.normalization
         step: Step
@@ -141,7 +141,7 @@ class InterceptedPass:
         return linked
 
     def _numbered(self, name: str) -> tuple[str, int]:
-        """Path of a function in the module that is running, and the number of this call of it."""
+        """The path of a function in the running module, and the number of the call."""
         path = f"{self.path}.{name}" if self.path else name
         self._call_counts[path] = self._call_counts.get(path, -1) + 1
         return path, self._call_counts[path]
@@ -149,7 +149,7 @@ class InterceptedPass:
     # -- functions without a kernel ---------------------------------------------------------------------------------
 
     def route_or_unknown(self, observed: ObservedCall) -> Any:
-        """Runs a function without a kernel; unless autograd recorded routes alone, its output is an unknown step."""
+        """Runs a function without a kernel; its output is an unknown step unless autograd recorded only routes."""
         output = observed.run()
         tensors = [
             item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)
@@ -197,7 +197,7 @@ class InterceptedPass:
         return self._linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
 
     def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor]) -> Any:
-        """One item that a function without a kernel returned, as a step that raises when relevance arrives."""
+        """Returns one output of a function without a kernel as a step that raises when relevance arrives."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or not output.requires_grad:
             return output
         where = f"{call.name!r} in {call.path or 'the model'!r} ({source_line()})"
@@ -223,11 +223,11 @@ class InterceptedPass:
 
     @property
     def follows_ids(self) -> bool:
-        """Whether there are ids to follow in what a function of constants returns."""
+        """Whether there are ids to track in the results of functions of constants."""
         return self._ids is not None and self._ids.are_known
 
     def with_ids(self, call: ObservedCall, result: Any) -> Any:
-        """What a function returns; rows that ids among the inputs select are inputs."""
+        """Returns the result of a call, in which rows selected by ids among the inputs are inputs."""
         if self._ids is None:
             return result
         return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))
@@ -242,9 +242,9 @@ class InterceptedPass:
     # -- modules ----------------------------------------------------------------------------------------------------
 
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """The output of a module as a step, if it maps each element on its own by functions that no mode sees.
+        """Returns the output of a module as a step, if the module is elementwise by functions that no mode observes.
 
-        Such are activations with an ``autograd.Function`` of their own, or written in TorchScript. None for any other.
+        Examples are activations with their own ``autograd.Function``, or in TorchScript. None for other modules.
         """
         if is_inside_step():
             return None
@@ -267,7 +267,7 @@ class InterceptedPass:
 
 
 def written(observed: ObservedCall, result: Any) -> Any:
-    """A result, written to the target of the call if it has one."""
+    """Writes a result to the target of the call if there is one, and returns it."""
     return result if observed.target is None else write(observed.target, result)
 
 
