@@ -92,15 +92,15 @@ def null_event() -> None:
 
 
 def unknown_operation() -> None:
-    class Spectrum(nn.Module):
+    class Phase(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a = nn.Linear(4, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.fft.rfft(self.a(x)).abs()
+            return torch.fft.rfft(self.a(x)).angle()
 
-    RelevanceMeasure(Spectrum().eval(), X, 1).marginal("input")
+    RelevanceMeasure(Phase().eval(), X, 1).marginal("input")
 
 
 class Overriding(Epsilon):

@@ -10,8 +10,10 @@ from zennit.attribution import Attributor
 from zennit.core import Composite
 
 from ..composites import Uncovered, normalize
+from ..events.event import Atom
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
+from ..model.inputs_and_outputs import Output
 
 
 class NRMAttributor(Attributor):
@@ -22,7 +24,7 @@ class NRMAttributor(Attributor):
         composite: A Zennit composite; None for the default of this package.
         attr_output: The start of the measure, as in Zennit: a tensor in the shape of the output, or a function of the
             output; by default the output itself.
-        residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        residual, gain_limit, uncovered, output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Examples:
         >>> import torch
@@ -44,7 +46,11 @@ class NRMAttributor(Attributor):
         residual: Residual | None = None,
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
+        *,
+        output: Output | Atom | None = None,
+        batched: bool = True,
     ) -> None:
+        self.output, self.batched = output, batched
         super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
 
     def __enter__(self) -> NRMAttributor:
@@ -71,5 +77,12 @@ class NRMAttributor(Attributor):
             >>> torch.allclose(mu.output, output.mean(1))
             True
         """
-        measure = RelevanceMeasure(self.model, input, start=attr_output_fn, composite=self.composite)
+        measure = RelevanceMeasure(
+            self.model,
+            input,
+            start=attr_output_fn,
+            composite=self.composite,
+            output=self.output,
+            batched=self.batched,
+        )
         return measure.outputs, measure

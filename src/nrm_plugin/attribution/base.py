@@ -81,6 +81,11 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
     return value if unit == "measure" else value * output.reshape(-1, *(1,) * (value.ndim - 1))
 
 
+def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
+    """Relevance ``(N, …)``, without the dimension of samples if the inputs have none."""
+    return values if measure._recording.samples.batched else values.squeeze(0)
+
+
 def input_taps(measure: RelevanceMeasure) -> list[Atom]:
     """The taps of the inputs on which the explained output depends."""
     try:
@@ -92,7 +97,7 @@ def input_taps(measure: RelevanceMeasure) -> list[Atom]:
 def input_relevance(
     measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
 ) -> list[Tensor]:
-    """Returns the marginals of all inputs, which are zero for inputs on which the explained output does not depend.
+    """Returns the marginals of all inputs, in their shapes; zero for inputs on which the output does not depend.
 
     Raises:
         InputError: The output depends on the inputs only by rows that the model looks up.
@@ -106,7 +111,8 @@ def input_relevance(
             f"to the rows that are looked up, LayerNRM(model, {measure.layers[0]!r}).attribute(…)."
         )
     marginals = measure.marginal(known, given=given, joint=joint)
-    return [marginals[tap] if tap in marginals else torch.zeros_like(x) for tap, x in zip(taps, inputs, strict=True)]
+    pairs = zip(taps, inputs, strict=True)
+    return [as_tensor(measure, marginals[tap]) if tap in marginals else torch.zeros_like(x) for tap, x in pairs]
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from ..composites import Uncovered, normalize
-from ..events.event import Event
+from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.checks import check_module
+from ..model.inputs_and_outputs import Output
 from ..model.targets import sample_sums
 from ..recording.coverage import coverage
 from .base import (
@@ -41,6 +42,8 @@ class NRM(GradientAttribution):
         model: The network; ``torch.nn.DataParallel`` is unwrapped and runs on one device.
         composite: A Zennit composite; None for the default of this package.
         residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`. With ``batched=False`` attributions have the shape
+            of the tensors, and deltas and sinks one entry.
 
     Raises:
         InputError: ``model`` is a function, not a module, so its layers cannot be recorded.
@@ -59,10 +62,13 @@ class NRM(GradientAttribution):
         residual: Residual | None = None,
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
+        *,
+        output: Output | Atom | None = None,
+        batched: bool = True,
     ) -> None:
         check_module(model)
         super().__init__(model)
-        self.model = model
+        self.model, self.output, self.batched = model, output, batched
         self.composite = normalize(composite, residual, gain_limit, uncovered)
 
     @overload
@@ -164,6 +170,8 @@ class NRM(GradientAttribution):
                 target,
                 composite=self.composite,
                 additional_forward_args=additional_forward_args,
+                output=self.output,
+                batched=self.batched,
             )
 
     def attribute_future(self) -> None:
@@ -212,8 +220,8 @@ class NRM(GradientAttribution):
             tensor([0.2500])
         """
         parts = attributions if isinstance(attributions, tuple) else (attributions,)
-        total = torch.stack([sample_sums(part) for part in parts]).sum(0)
-        return output.flatten() - accounted - total
+        sums = [sample_sums(part if self.batched else part.unsqueeze(0)) for part in parts]
+        return output.flatten() - accounted - torch.stack(sums).sum(0)
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -232,8 +240,10 @@ class NRM(GradientAttribution):
 
     def _report(self, inputs: tuple[Tensor, ...], additional_forward_args: Any, verbose: bool) -> None:
         if verbose:
+            output = None if isinstance(self.output, Atom) else self.output
+            model, args = self._unwrapped(), additional_forward_args
             with torch.enable_grad():
-                print(coverage(self._unwrapped(), inputs, self.composite, additional_forward_args))
+                print(coverage(model, inputs, self.composite, args, output=output, batched=self.batched))
 
     def _in_form(
         self, measure: RelevanceMeasure, output: Tensor, inputs: tuple[Tensor, ...], was_tuple: bool, request: Request

@@ -9,10 +9,21 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from ..composites import Uncovered
-from ..events.event import Event, Side
+from ..events.event import Atom, Event, Side
 from ..kernels.normalization import Residual
 from ..measure.layer_taps import layer_list
-from .base import Layer, Unit, as_tuple, check_device_ids, convergence_delta, in_unit, log_usage, with_optional
+from ..model.inputs_and_outputs import Output
+from .base import (
+    Layer,
+    Unit,
+    as_tensor,
+    as_tuple,
+    check_device_ids,
+    convergence_delta,
+    in_unit,
+    log_usage,
+    with_optional,
+)
 from .inputs import NRM
 
 
@@ -24,7 +35,7 @@ class LayerNRM(NRM, LayerAttribution):
         layer: A module, its name or ``at(…)``, a list of layers (in one pass), or None for every layer of the
             measure.
         device_ids: Accepted as in Captum's layer methods, but ignored, since the model runs on one device.
-        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+        composite, residual, gain_limit, uncovered, output, batched: As in :class:`NRM`.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -44,9 +55,12 @@ class LayerNRM(NRM, LayerAttribution):
         residual: Residual | None = None,
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
+        *,
+        output: Output | Atom | None = None,
+        batched: bool = True,
     ) -> None:
         check_device_ids(device_ids)
-        NRM.__init__(self, model, composite, residual, gain_limit, uncovered)
+        NRM.__init__(self, model, composite, residual, gain_limit, uncovered, output=output, batched=batched)
         LayerAttribution.__init__(self, model, layer, device_ids)
 
     @log_usage()
@@ -65,6 +79,9 @@ class LayerNRM(NRM, LayerAttribution):
         return_sink: bool = False,
     ) -> Any:
         """Computes the relevance of each neuron of the layers.
+
+        The samples come first, also where the layer has them in another dimension, as in time-first or windowed layers:
+        the shape is that of :meth:`~nrm_plugin.RelevanceMeasure.shape`.
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integers have no relevance, but the selected
@@ -104,10 +121,13 @@ class LayerNRM(NRM, LayerAttribution):
         def scaled(value: Tensor) -> Tensor:
             return in_unit(value, measure.output, unit)
 
+        def of_tensor(tap: Atom) -> Tensor:
+            return as_tensor(measure, scaled(marginals[tap]))
+
         def in_form(values: list[Any]) -> Any:
             return values[0] if is_one else values
 
-        relevance = [tuple(scaled(marginals[tap]) for tap in group) for group in taps]
+        relevance = [tuple(of_tensor(tap) for tap in group) for group in taps]
         attributions = in_form([parts[0] if len(parts) == 1 else parts for parts in relevance])
         delta = sink = None
         if return_convergence_delta:

@@ -28,7 +28,7 @@ class NeuronNRM(NRM, NeuronAttribution):
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
         layer: A module, its name or ``at(…)``.
         device_ids: Accepted as in Captum's neuron methods, but ignored, since the model runs on one device.
-        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+        composite, residual, gain_limit, uncovered, batched: As in :class:`NRM`.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -46,9 +46,11 @@ class NeuronNRM(NRM, NeuronAttribution):
         residual: Residual | None = None,
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
+        *,
+        batched: bool = True,
     ) -> None:
         check_device_ids(device_ids)
-        NRM.__init__(self, model, composite, residual, gain_limit, uncovered)
+        NRM.__init__(self, model, composite, residual, gain_limit, uncovered, batched=batched)
         NeuronAttribution.__init__(self, model, layer, device_ids)
 
     @log_usage()
@@ -71,7 +73,7 @@ class NeuronNRM(NRM, NeuronAttribution):
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             neuron_selector: As in Captum: an index, a tuple of indices and slices, or a function of the layer's output
-                that returns one number per sample. Several neurons are weighted by their activations.
+                ``(N, …)`` that returns one number per sample. Several neurons are weighted by their activations.
             additional_forward_args: Further arguments of the model.
             attribute_to_neuron_input: Whether to select among the inputs of the layer instead of its outputs.
             verbose: Whether to print the rule of every step.
@@ -112,6 +114,7 @@ class NeuronNRM(NRM, NeuronAttribution):
                 output=layer if isinstance(layer, Atom) else at(layer, side=side),
                 composite=self.composite,
                 additional_forward_args=additional_forward_args,
+                batched=self.batched,
             )
         request = Request(given, joint, unit, return_convergence_delta, return_sink)
         return self._in_form(measure, neurons.activation, formatted, was_tuple, request)

@@ -95,7 +95,7 @@ class Evaluation:
                 f"a batch of {len(sample)} samples has inputs of {mu.batch}; the first dimension must be the batch."
             )
         explained = mu.outputs
-        activations = {atom: _activation(atom, outputs, inputs, explained) for atom in self.needed.activations}
+        activations = {atom: _activation(atom, outputs, inputs, mu) for atom in self.needed.activations}
         results = QueryResults(mu, self.needed, activations)
         dtype = np.float64 if self.is_double else np.float32
         values = {query.name: results.of(query).cpu().numpy().astype(dtype, copy=False) for query in self.queries}
@@ -214,9 +214,9 @@ def _classes(targets: Any, count: int) -> NDArray[np.int32]:
     return numbers.reshape(-1).expand(count).numpy().copy()
 
 
-def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, model_output: Tensor) -> Tensor:
+def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, mu: RelevanceMeasure) -> Tensor:
     if atom.layer == "output":
-        return model_output
+        return mu.outputs
     if atom.layer == "input" and isinstance(inputs, Tensor):
         return inputs
     call = atom.call or 0
@@ -228,7 +228,7 @@ def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, model
     value = calls[call] if atom.item is None else calls[call][atom.item]
     if not isinstance(value, Tensor):
         raise SweepError(f"{atom} is not a single tensor. Select one of its tensors: at(layer, item=…).")
-    return value
+    return mu._in_form(atom, value)
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)

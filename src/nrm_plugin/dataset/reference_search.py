@@ -175,7 +175,13 @@ class _Search:
             scaled = values if self.unit == "measure" else values * scale.view(-1, *(1,) * (values.ndim - 1))
             self._rank(layer, "relevance", *self._scores(scaled, mu.channel_dim(layer)), samples, targets)
         for layer, values in activations.items():
-            self._rank(layer, "activation", *self._scores(values, mu.channel_dim(layer)), samples, targets)
+            self._rank(
+                layer,
+                "activation",
+                *self._scores(mu._tap(layer).layout.unfold(values), mu.channel_dim(layer)),
+                samples,
+                targets,
+            )
         if self.events:
             masses = mu(list(self.events.values())).T * scale[:, None]
             self._rank(EVENTS, "relevance", masses, None, samples, targets)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
-from ..kernels.forward_state import before_writing, write
+from ..kernels.forward_state import before_writing, note_untracked, write
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
 from .intercepted_pass import InterceptedPass, written
@@ -22,6 +23,8 @@ from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, w
 from .weighted_functions import LAYERS
 
 NOT_HANDLED: Final = object()
+_LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
+"""Functions that return values of a tensor as Python objects."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
 
 
@@ -45,8 +48,18 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     for handler in HANDLERS:
         result = handler.run(call, forward_pass)
         if result is not NOT_HANDLED:
+            if call.inputs and _leaves_the_graph(call, result):
+                note_untracked()
             return result
     raise AssertionError("the last handler applies to every call")
+
+
+def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
+    """Whether a function of computed values returned values that autograd does not follow."""
+    items = result if isinstance(result, (list, tuple)) else (result,)
+    if not all(isinstance(item, Tensor) for item in items):
+        return call.name.base in _LEAVING
+    return not all(item.requires_grad for item in items)
 
 
 def _metadata(call: ObservedCall, forward_pass: InterceptedPass) -> Any:

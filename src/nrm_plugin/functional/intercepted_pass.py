@@ -29,6 +29,7 @@ from .gates import Gates
 from .ids import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
+from .row_functions import keeps_rows
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
 from .weighted_functions import LAYERS, channel_dim, layer_call
 
@@ -85,7 +86,8 @@ class InterceptedPass:
             output = output.clone()  # some operations return their input, but a step's output has its own memory
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
         rule = "sum" if call.name in ("add", "sub", "rsub") and len(call.inputs) > 1 else call.name
-        linked = self._linked(call, output, lambda: factory(call), rule, observed.inputs, layer)
+        rows = factory.__module__.startswith(f"{__package__}.") and keeps_rows(call, output)
+        linked = self._linked(call, output, lambda: factory(call), rule, observed.inputs, layer, rows)
         self.gates.tag_result(call.name, observed.inputs, linked, observed.has_constants)
         return written(observed, linked)
 
@@ -116,6 +118,7 @@ class InterceptedPass:
         rule: str,
         inputs: Sequence[Tensor],
         layer: LayerCall | None = None,
+        rows: bool = False,
     ) -> Tensor:
         """Returns the output of a call as the output of a step, and notifies the listener."""
         path, number = self._numbered(call.name)
@@ -125,7 +128,7 @@ class InterceptedPass:
             step = FunctionStep(path, output, build, normalization, rule)
         else:
             step = LayerStep(layer, output, normalization, path, rule)
-        step.call, step.attention = number, layout(call, output)
+        step.call, step.attention, step.keeps_rows = number, layout(call, output), rows
         if isinstance(step, LayerStep) and self.settings.fuse is not None:
             with not_recorded():
                 self.settings.fuse(step, inputs[0])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.forward_state import before_writing, constants_detached, is_foreign, is_inside_step
+from ..kernels.forward_state import before_writing, constants_detached, is_foreign, is_inside_step, note_untracked
 from .function_call import Settings
 from .handlers import handle
 from .intercepted_pass import InterceptedPass
@@ -37,6 +37,8 @@ class InterceptionMode(TorchFunctionMode):
     ) -> Any:
         kwargs, forward_pass = kwargs or {}, self.forward_pass
         if is_inside_step() or not torch.is_grad_enabled():
+            if not is_inside_step():
+                note_untracked()
             run = func if is_inside_step() else self._inside_custom_function(func)
             result = run(*args, **kwargs)
             if not forward_pass.follows_ids:

@@ -101,7 +101,7 @@ def _foreign_owner(function: Any) -> str | None:
     if owner.startswith("torch._ops."):  # custom operators; those of torch are in aten
         space = owner.removeprefix("torch._ops.")
         return None if space in _OPERATORS else space
-    return None if owner.partition(".")[0] in ("torch", "nrm_plugin") else owner
+    return None if owner.partition(".")[0] in ("torch", "nrm_plugin", "_operator") else owner
 
 
 def kernel_of(*names: str) -> Callable[[Function], Function]:

@@ -118,6 +118,9 @@ class Listener(Protocol):
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """Called when a function returns a tensor that carries relevance."""
 
+    def on_untracked(self) -> None:
+        """Called when values are computed from the inputs that autograd does not follow, such as an order."""
+
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""
 
@@ -175,6 +178,12 @@ def _is_subclass(value: object) -> bool:
 def listener() -> Listener | None:
     """The listener of the forward pass of this thread."""
     return RUNNING.listener
+
+
+def note_untracked() -> None:
+    """Notifies the listener that the model computed values from its inputs that autograd does not follow."""
+    if RUNNING.listener is not None:
+        RUNNING.listener.on_untracked()
 
 
 def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:

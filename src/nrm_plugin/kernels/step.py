@@ -39,6 +39,7 @@ class Step(ABC):
         is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
         uses: Known number of readers of the output.
         attention: Layout of heads and tokens, if the step multiplies attention weights and values.
+        keeps_rows: Whether each row of the output is known to depend on the same row of the inputs alone.
     """
 
     def __init__(self, name: str, output: Tensor, normalization: Normalization, rule: str) -> None:
@@ -47,6 +48,7 @@ class Step(ABC):
         self.rule = rule
         self.uses = 1
         self.attention: Any = None
+        self.keeps_rows = False
         self.shape = output.shape
         self._like = shape_like(output)
         self.dtype = self._like.dtype

@@ -32,13 +32,14 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
 
 def _event(atom: Attended, step: Step, recording: Recording) -> Event:
     layout: Layout = step.attention
-    shape = recording.samples.lifted(step.shape)
+    shape = step.shape
     mask = torch.ones(shape, dtype=torch.bool)
     if atom.heads is not None:
         mask &= _of_heads(atom, atom.heads, step, shape, recording)
     if atom.queries is not None:
         mask &= _along(shape, layout.queries, _chosen(atom, "token", atom.queries, shape[layout.queries]))
-    above = at(step.name, call=step.call)[_shortened(mask)]
+    (output,) = recording.taps.find(step.name, "output", step.call)
+    above = at(step.name, call=step.call)[_shortened(output.layout.unfold(mask))]
     if atom.keys is None:
         return above
     below: list[Event] = []
@@ -46,8 +47,9 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
     for number, dim in layout.keys:
         tap = at(step.name, "input", step.call, None if single else number)
         (place,) = recording.taps.find(tap.layer, tap.side, tap.call, tap.item)
-        chosen = _chosen(atom, "token", atom.keys, place.shape[dim])
-        below.append(tap[_shortened(_along(place.shape, dim, chosen).expand(place.shape))])
+        size = place.tensor_shape
+        chosen = _chosen(atom, "token", atom.keys, size[dim])
+        below.append(tap[_shortened(place.layout.unfold(_along(size, dim, chosen).expand(size)))])
     return All((above, below[0] if len(below) == 1 else Any_(tuple(below))))
 
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..errors import CancellationError, EventError, NullEventError, brief, samples
 from ..events.event import Event
-from ..recording.recording import Recording
-from ..recording.taps import Tap
 
 MIN_RATIO = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Smallest ``|μ(B)|`` by which a conditional divides, relative to the variation of ``B``."""
@@ -84,7 +82,6 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
         )
 
 
-def divided(recording: Recording, values: Tensor, mass: Tensor, tap: Tap) -> Tensor:
-    """Relevance at a tap, ``(N, *shape)``, divided by one number per sample, ``(N,)``; zeros remain zeros."""
-    quotient = values / recording.samples.spread(mass, tap.place, tap.shape)
-    return torch.where(values == 0, 0.0, quotient) if recording.samples.is_needed else quotient
+def divided(values: Tensor, mass: Tensor) -> Tensor:
+    """Relevance at a tap, ``(N, *shape)``, divided by one number for each sample, ``(N,)``."""
+    return values / mass.reshape(-1, *(1,) * (values.ndim - 1))

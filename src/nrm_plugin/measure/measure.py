@@ -99,9 +99,9 @@ class RelevanceMeasure(QueryPasses):
         self.composite = normalize(composite, residual, gain_limit, uncovered)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
         self._recording = Recording(model, call, self.composite, output)
-        outputs = self._recording.samples.with_samples(self._recording.output.detach())
+        outputs = self._recording.unfolded()
         vector = start_vector(outputs, chosen_target(target, self.outputs, batched), start)
-        self._start = self._recording.samples.without_samples(normalized(vector))
+        self._start = self._recording.started(normalized(vector))
         self._output = sample_sums(vector * outputs) / sample_sums(vector)
         self.cost = Cost()
 
@@ -123,7 +123,7 @@ class RelevanceMeasure(QueryPasses):
             >>> torch.equal(mu.outputs[:, 1], mu.output)
             True
         """
-        return self._recording.output.detach().clone()
+        return self._recording.outputs()
 
     @property
     def output(self) -> Tensor:
@@ -146,7 +146,7 @@ class RelevanceMeasure(QueryPasses):
         return self._recording.samples.count
 
     def shape(self, layer: Layer) -> torch.Size:
-        """Shape of a tap, ``(N, …)``.
+        """Shape of a tap, ``(N, …)``: ``(N, T, C)`` also of ``(T, N, C)``, ``(N, W, L, C)`` of ``(N·W, L, C)``.
 
         Examples:
             >>> mu.shape("1")

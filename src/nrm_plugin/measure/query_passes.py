@@ -72,6 +72,10 @@ class QueryPasses:
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)
 
+    def _in_form(self, layer: Layer, values: Tensor) -> Tensor:
+        """Values of the tensor of a layer, as the model has them, in the form ``(N, …)``."""
+        return values if self._recording.samples.is_plain else self._tap(layer).layout.unfold(values)
+
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
         return is_below(self._recording, place, tap)
 
@@ -138,7 +142,7 @@ class QueryPasses:
         below = Conditionals(diagram, [tap.place for tap in taps.values()], diagram.roots, self._start)
         self.cost = below.cost
         values = {name: below.value(tap.place, diagram.roots[0]).clone() for name, tap in taps.items()}
-        return {name: self._recording.samples.with_samples(value) for name, value in values.items()}
+        return {name: taps[name].layout.unfold(value) for name, value in values.items()}
 
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
         """Joint relevance of all pairs of consecutive layers, ``(N, K_upper, K_lower)`` each."""

@@ -20,6 +20,7 @@ from zennit.core import Composite
 from ..errors import EventError, brief
 from ..events.event import All, Atom, Event
 from ..imports import warn_deprecated
+from ..recording.layout import Layout
 from .located_events import mask_of
 
 Method = Literal["deconvnet", "guided_backprop"]
@@ -139,7 +140,7 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
         for layer, atom in atoms.items():
 
             def hook(module: nn.Module, args: Any, output: Tensor, layer: str = layer, atom: Atom = atom) -> Tensor:
-                mask = mask_of(atom, output.shape, 1).to(output.device).expand(output.shape)
+                mask = mask_of(atom, output.shape, 1, Layout(0, len(output))).to(output.device).expand(output.shape)
                 own = output.clone()  # the next activation may work in place
                 if own.requires_grad:
                     own.register_hook(lambda relevance: relevance * mask)  # type: ignore[no-untyped-call]

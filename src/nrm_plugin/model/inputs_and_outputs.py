@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
 """The choice of an output: a key or attribute, a position, or a function of the model's return value."""
 
+Change = Callable[[Tensor], Tensor]
+"""What replaces a tensor."""
 FORMATS = (torch.float32, torch.float64, *SHORT)
 """Dtypes of inputs and outputs; relevance is in float32 or float64."""
 
@@ -90,6 +93,28 @@ class Call:
         """The number of samples."""
         return len(next(iter((*self.tensors, *self.indices.values())))) if self.batched else 1
 
+    def changed(self, change: Change, others: Change = lambda tensor: tensor) -> Call:
+        """The same call with other values of the inputs.
+
+        Args:
+            change: Returns what replaces an input, integers as well.
+            others: Returns what replaces a tensor among the further arguments.
+        """
+        call = copy.copy(self)
+        new = {id(tensor): change(tensor) for tensor in (*self.tensors, *self.indices.values())}
+
+        def replaced(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return new[id(value)] if id(value) in new else others(value)
+
+        call.tensors = tuple(replaced(tensor) for tensor in self.tensors)
+        call.indices = {key: replaced(value) for key, value in self.indices.items()}
+        call._positional = tuple(replaced(value) for value in self._positional)
+        call._args = tuple(replaced(value) for value in self._args)
+        call._kwargs = {key: replaced(value) for key, value in self._kwargs.items()}
+        return call
+
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool]) -> Iterator[None]:
         """Raises :class:`InputError` if the model, run inside this context, looked up none of the integers.
@@ -133,7 +158,7 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
     Raises:
         InputError: The chosen tensor does not exist, or several tensors are returned and none is chosen.
     """
-    tensor = _chosen(returned, output)
+    tensor = chosen_output(returned, output)
     if not isinstance(tensor, Tensor):
         raise InputError(f"output={brief(output)} is {type(tensor).__name__}, a measure starts at one tensor (N, …).")
     if batched and tensor.ndim == 0:
@@ -173,7 +198,8 @@ def _remedy_for_output(tensor: Tensor) -> str:
     return "Make the model return its scores, not indices of classes or decisions."
 
 
-def _chosen(returned: Any, output: Output | None) -> Any:
+def chosen_output(returned: Any, output: Output | None) -> Any:
+    """Returns the tensor at which a measure starts, unchecked."""
     choices = _choices(returned)
     if output is None:
         tensors = [value for value in choices.values() if isinstance(value, Tensor)]
@@ -293,4 +319,14 @@ def _infinite(tensor: Tensor) -> str:
     return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 
-__all__ = ["EXPLAINED", "Call", "Inputs", "Output", "check_inputs", "explained_output", "is_index"]
+__all__ = [
+    "EXPLAINED",
+    "Call",
+    "Change",
+    "Inputs",
+    "Output",
+    "check_inputs",
+    "chosen_output",
+    "explained_output",
+    "is_index",
+]

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PURE = 1e-3
+"""Share of the mass of a slice that may be of other samples, by rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -16,13 +19,13 @@ class Layout:
     dropped.
 
     Attributes:
-        dim: The dimension.
+        dim: The dimension; None for a tensor that is one sample as a whole, which gets a first dimension of size 1.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices of the dimension that belong to one sample.
         order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
     """
 
-    dim: int
+    dim: int | None
     count: int
     parts: int = 1
     order: Tensor | None = None
@@ -34,18 +37,41 @@ class Layout:
 
     def shape(self, shape: torch.Size) -> torch.Size:
         """The shape in the form ``(N, …)`` of a tensor with this shape."""
+        if self.is_plain:
+            return shape
+        if self.dim is None:
+            return torch.Size((1, *shape))
         inner = [*shape[: self.dim], *([self.parts] if self.parts > 1 else []), *shape[self.dim + 1 :]]
         return torch.Size((self.count, *inner))
 
     def channel_dim(self, dim: int, ndim: int) -> int:
         """The channel dimension in the form ``(N, …)``, given that of the tensor with its ``ndim`` dimensions."""
-        dim %= ndim
-        return dim + 1 if self.parts > 1 or dim < self.dim else dim
+        if self.is_plain:
+            return dim
+        dim %= max(ndim, 1)
+        if dim == self.dim and self.parts == 1:
+            return -1  # not a dimension of channels, but that of the samples
+        return dim + 1 if self.dim is None or self.parts > 1 or dim < self.dim else dim
+
+    def inner_of_parts(self, inner: torch.Size) -> torch.Size:
+        """The shape ``inner`` of a sample without the dimension of its parts."""
+        if self.dim is None or self.parts == 1:
+            return inner
+        return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
+
+    def in_all_parts(self, values: Tensor) -> Tensor:
+        """Values without the dimension of the parts, repeated for each of them."""
+        if self.dim is None or self.parts == 1:
+            return values.clone()
+        repeated = values.unsqueeze(self.dim)
+        return repeated.expand(*values.shape[: self.dim], self.parts, *values.shape[self.dim :]).clone()
 
     def unfold(self, values: Tensor, lead: int = 0) -> Tensor:
         """Converts values to the form ``(N, …)``; the first ``lead`` dimensions are not changed."""
         if self.is_plain:
             return values
+        if self.dim is None:
+            return values.unsqueeze(lead)
         dim = self.dim + lead
         if self.order is not None:
             values = values.index_select(dim, self.order.to(values.device))
@@ -57,6 +83,8 @@ class Layout:
         """The inverse of :meth:`unfold`; a leading dimension of size 1, for all samples, is expanded."""
         if self.is_plain:
             return values
+        if self.dim is None:
+            return values.squeeze(lead)
         dim = self.dim + lead
         if values.shape[lead] != self.count:
             values = values.expand(*values.shape[:lead], self.count, *values.shape[lead + 1 :])
@@ -66,31 +94,72 @@ class Layout:
         return values if self.order is None else values.index_select(dim, self.order.argsort().to(values.device))
 
 
-def layout_of(labels: Tensor, count: int) -> Layout | None:
+def layout_of(labels: Tensor, count: int, mass: Tensor | None = None) -> Layout | None:
     """The layout of a tensor, given the sample of each entry.
 
     Args:
         labels: The sample of each entry; -1 if unknown, because no relevance arrives there.
         count: Number of samples.
+        mass: Weight of each entry; those of almost no weight do not decide. All have the same by default.
 
     Returns:
-        The layout; None if no dimension holds the samples in equal parts.
+        The layout, by the dimension of which most slices are known; None if no dimension holds the samples in equal
+        parts.
     """
+    exact = _best_layout(labels, count, None)
+    return exact if exact is not None or mass is None else _best_layout(labels, count, mass)
+
+
+def _best_layout(labels: Tensor, count: int, mass: Tensor | None) -> Layout | None:
+    best: tuple[float, Layout] | None = None
     for dim in range(labels.ndim):
         size = labels.shape[dim]
-        if size % count:
+        known = _samples_of_slices(labels, dim, count, mass) if size % count == 0 else None
+        complete = None if known is None else _completed(known, count)
+        if known is None or complete is None:
             continue
-        slices = labels.movedim(dim, 0).reshape(size, -1)
-        known = slices.amax(1)
-        # All known entries of a slice belong to one sample.
-        if bool(((slices != known[:, None]) & (slices >= 0)).any()):
-            continue
-        complete = _completed(known, count)
-        if complete is not None:
+        share = float((known >= 0).double().mean())
+        if best is None or share > best[0]:
             order = torch.argsort(complete, stable=True)
             is_sorted = torch.equal(order, torch.arange(size, device=order.device))
-            return Layout(dim, count, size // count, None if is_sorted else order)
+            best = share, Layout(dim, count, size // count, None if is_sorted else order)
+        if share == 1:
+            break
+    return None if best is None else best[1]
+
+
+def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
+    """The layout of a tensor of one sample, given the shape that it has for two; None if no dimension doubles."""
+    if len(shape) != len(shape_of_two):
+        return None
+    changed = [dim for dim, (one, two) in enumerate(zip(shape, shape_of_two, strict=True)) if one != two]
+    if len(changed) != 1 or shape_of_two[changed[0]] != 2 * shape[changed[0]]:
+        return None
+    return Layout(changed[0], 1, shape[changed[0]])
+
+
+def unreached(shape: torch.Size, count: int) -> Layout | None:
+    """A layout for a tensor to which no relevance passes: a dimension of the size of the batch, or a multiple of it."""
+    for parts in (1, None):
+        for dim, size in enumerate(shape):
+            if size == count * (parts or size // count) and size:
+                return Layout(dim, count, size // count)
     return None
+
+
+def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None) -> Tensor | None:
+    """The sample of each slice along a dimension, -1 where it is unknown; None if a slice holds several."""
+    size = labels.shape[dim]
+    flat = labels.movedim(dim, 0).reshape(size, -1)
+    if mass is None:
+        known = flat.amax(1)
+        return None if bool(((flat != known[:, None]) & (flat >= 0)).any()) else known
+    weights = mass.movedim(dim, 0).reshape(size, -1) * (flat >= 0)
+    sums = weights.new_zeros(size, count).scatter_add_(1, flat.clamp(min=0).long(), weights)
+    most, known = sums.max(1)
+    total = sums.sum(1)
+    known = torch.where(most > 0, known, -1)
+    return None if bool((total - most > PURE * total).any()) else known
 
 
 def _completed(labels: Tensor, count: int) -> Tensor | None:
@@ -108,4 +177,4 @@ def _completed(labels: Tensor, count: int) -> Tensor | None:
     return None
 
 
-__all__ = ["Layout", "layout_of"]
+__all__ = ["Layout", "doubled", "layout_of", "unreached"]

@@ -25,7 +25,6 @@ class Observer:
     Args:
         model: The model.
         indices: Integer inputs; relevance ends at the rows that an integer input selects.
-        batched: Whether the inputs have a dimension of samples.
         wanted: The tap inside the model at which the measure is to start; None for the output of the model.
 
     Attributes:
@@ -36,17 +35,18 @@ class Observer:
         indices: The integers among the inputs.
         inputs: The leaves of its other inputs.
         has_lookups: Whether ids were looked up.
+        has_untracked: Whether the model computed values from its inputs that autograd does not follow.
     """
 
-    def __init__(self, model: nn.Module, indices: list[Tensor], batched: bool, wanted: Atom | None) -> None:
+    def __init__(self, model: nn.Module, indices: list[Tensor], wanted: Atom | None) -> None:
         self.modules: Mapping[nn.Module, str] = module_names(model)
         self.containers: list[str] = []
         self.observed: list[Observed] = []
         self.leaves: list[Tensor] = []
         self._leaves: set[int] = set()
-        self.has_lookups = False
+        self.has_lookups = self.has_untracked = False
         self.indices, self.inputs = indices, list[Tensor]()
-        self._batched, self._wanted = batched, wanted
+        self._wanted = wanted
         self._calls: dict[nn.Module, int] = {}
         self._started: Tensor | None = None
 
@@ -83,8 +83,6 @@ class Observer:
         self._keep_start(label, tensor)
         if label.name and tensor.grad_fn is not None and tensor.is_floating_point():
             node, number = written(tensor.grad_fn, tensor.output_nr)
-            if not self._batched and channel_dim is not None and channel_dim > 0:
-                channel_dim += 1
             self.observed.append(Observed(label, node, number, tensor.shape, channel_dim))
 
     def inner_output(self, output: Atom) -> Tensor:
@@ -118,6 +116,10 @@ class Observer:
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """Stores the output of a function."""
         self.see(Label(name, "output", call, None), output, channel_dim)
+
+    def on_untracked(self) -> None:
+        """Notes that such values exist; they may depend on several samples."""
+        self.has_untracked = True
 
     @without_torch_function
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
@@ -183,12 +185,25 @@ def _step_hook(module: nn.Module) -> StepHook | None:
     return None
 
 
+_OVER_FEATURES = (
+    nn.Linear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Embedding,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+"""Layers whose output has the channels in its last dimension."""
+
+
 def _channel_dim(module: nn.Module) -> int | None:
     """The channel dimension: the last dimension for layers over features, 1 for layers over images."""
     own: int | None = getattr(type(module), "nrm_channel_dim", None)
     if own is not None:
         return own
-    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)):
+    if isinstance(module, _OVER_FEATURES):
         return -1
     kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd)
     return 1 if isinstance(module, kinds) else None

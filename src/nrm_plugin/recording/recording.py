@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,19 @@ from ..kernels.forward_state import forward_pass
 from ..model.autocast import asked_for, exact, layers_in
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
-from ..model.inputs_and_outputs import Call, Output, explained_output
+from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from .graph import Graph
+from .independence import find_samples
 from .observer import Observer
 from .samples import Samples
 from .structure import Structure
 from .taps import OUTPUT, Label, Taps
 
 _RECORDING = threading.RLock()
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Recording:
@@ -55,9 +61,10 @@ class Recording:
         output: Output | Atom | None = None,
     ) -> None:
         check_module(model)
+        self._rerun = Rerun(model, call, composite, output)
         indices = list(call.indices.values())
         inner = output if isinstance(output, Atom) else None
-        observer = Observer(model, indices, call.batched, inner)
+        observer = Observer(model, indices, inner)
         with ExitStack() as around:
             around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
             check_model(model, call.tensors)
@@ -82,9 +89,32 @@ class Recording:
         self.fingerprint = Fingerprint(model)
         if isinstance(output, Atom):
             returned, output = observer.inner_output(output), None
-        self.output: Tensor = explained_output(returned, output, call.batch, call.batched)
+        self.output: Tensor = explained_output(returned, output, call.batch, call.batched and inner is None)
         observer.see(Label(OUTPUT, "output", 0, None), self.output)
-        self.structure = Structure(observer, self.output, call.batch, call.batched)
+        two = self._rerun.shapes_of_two
+        self.structure = Structure(observer, self.output, call.batch, call.batched, two, inner is None)
+
+    def started(self, relevance: Tensor) -> Tensor:
+        """Relevance of the outputs in the form ``(N, …)`` as relevance of the output.
+
+        Also finds the samples in each tensor, if there are several that are not known to be its rows.
+
+        Raises:
+            FoldingError: A sample depends on others, or the kernel of a layer does.
+        """
+        start = self.samples.layout(self.graph.output).fold(relevance)
+        if self.samples.count > 1 and not self.samples.is_plain:
+            find_samples(self, start, self._rerun)
+        del self._rerun
+        return start
+
+    def unfolded(self) -> Tensor:
+        """The output in the form ``(N, …)``, detached."""
+        return self.samples.layout(self.graph.output).unfold(self.output.detach())
+
+    def outputs(self) -> Tensor:
+        """A copy of the output in the form ``(N, …)``; without ``batched``, in the shape that the model returned."""
+        return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
     def graph(self) -> Graph:
@@ -100,6 +130,62 @@ class Recording:
     def samples(self) -> Samples:
         """The samples of each tensor."""
         return self.structure.samples
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """Further runs of the model of a recording, without hooks, to find out how it treats samples.
+
+    Attributes:
+        model, call, composite, output: As in :class:`Recording`.
+    """
+
+    model: nn.Module
+    call: Call
+    composite: Normalized
+    output: Output | Atom | None
+
+    def recording(self, change: Change, others: Change = _unchanged) -> Recording:
+        """A recording on changed inputs."""
+        with _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
+            return Recording(self.model, self.call.changed(change, others), self.composite, self.output)
+
+    def outputs(self, change: Change) -> Tensor:
+        """The output on changed inputs."""
+        if isinstance(self.output, Atom):
+            return self.recording(change).output.detach()
+        call = self.call.changed(change)
+        with ExitStack() as around:
+            around.enter_context(_RECORDING)
+            device = (*call.tensors, *call.indices.values())[0].device
+            for block in (_without_hooks(self.model), forward_pass(None), torch.no_grad(), _precision(device)):
+                around.enter_context(block)
+            output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
+            return output
+
+    def shapes_of_two(self) -> dict[Hashable, torch.Size]:
+        """The shape of each labelled tensor for the one sample twice; none if the model takes no two samples."""
+
+        def twice(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor, tensor])
+
+        def twice_if_one(tensor: Tensor) -> Tensor:
+            return twice(tensor) if tensor.shape[:1] == (1,) else tensor
+
+        for others in (_unchanged, twice_if_one):
+            with suppress(Exception):  # a model that is written for one sample may raise any
+                return self.recording(twice, others).taps.tensor_shapes()
+        return {}
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """The model without hooks, which would take what they see for values of the user's inputs."""
+    with preserved(model):
+        for module in model.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        yield
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class LayerChain:
     def propagate(self, level: int, vectors: Tensor) -> Tensor:
         """Propagates relevance ``(K, n_m)`` of one layer to the next layer, ``(K, n_{m+1})``."""
         upper, lower = self.taps[level : level + 2]
-        rows = {number: row.view(upper.shape) for number, row in enumerate(vectors)}
+        rows = {number: row.view(upper.tensor_shape) for number, row in enumerate(vectors)}
         return propagated(self.recording, upper, lower, rows)[0].flatten(1)
 
     def collect(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
@@ -75,7 +75,7 @@ class LayerChain:
         With ``bound``, the result is at least the sum with absolute values of the kernel.
         """
         upper, lower = self.taps[level : level + 2]
-        rows = values.view(len(values), *lower.shape)
+        rows = values.view(len(values), *lower.tensor_shape)
         collected, _ = push(self.recording.graph, lower.place, upper.place, rows, bound)
         if collected is None:
             return self.mu._start.new_zeros(len(values), len(self.labels[level]))
