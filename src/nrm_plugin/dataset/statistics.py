@@ -69,7 +69,7 @@ class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unuse
         return values, labels.long()
 
     def compute(self) -> Moments:
-        """Number of samples, mean and variance so far, over all processes."""
+        """Returns number of samples, mean and variance so far, over all processes."""
         result = moments(self.moments, self.correction)
         return result if self.classes is not None else Moments(*(part[0] for part in result))
 
