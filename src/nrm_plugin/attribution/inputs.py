@@ -229,7 +229,7 @@ class NRM(GradientAttribution):
         return self.model.module if isinstance(self.model, WRAPPERS) else self.model
 
     def _layer(self, layer: Any) -> Any:
-        """A layer of the given model as a layer of the model without its ``DataParallel`` wrapper."""
+        """Translates a layer of the given model to a layer of the model without its ``DataParallel`` wrapper."""
         if not isinstance(self.model, WRAPPERS):
             return layer
         if layer is self.model:

@@ -102,7 +102,7 @@ class Listener(Protocol):
     """An object that is notified of the steps and functions of a forward pass.
 
     Attributes:
-        indices: The integers among the inputs; the model is called with these very objects.
+        indices: The integers among the inputs, as the objects that are passed to the model.
         inputs: The leaves of the other inputs.
     """
 
@@ -119,7 +119,7 @@ class Listener(Protocol):
         """Called when a function returns a tensor that carries relevance."""
 
     def on_untracked(self) -> None:
-        """Called when values are computed from the inputs that autograd does not follow, such as an order."""
+        """Called when the model computes values from the inputs that autograd does not track, such as an order."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""
@@ -134,7 +134,7 @@ def is_inside_step() -> bool:
 
 
 def is_in_module_step() -> bool:
-    """Whether a module runs as a step, or recording is paused: what is computed now is not in the graph."""
+    """Whether a module runs as a step, or recording is paused, so that results are not in the graph."""
     return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
@@ -181,7 +181,7 @@ def listener() -> Listener | None:
 
 
 def note_untracked() -> None:
-    """Notifies the listener that the model computed values from its inputs that autograd does not follow."""
+    """Notifies the listener that the model computed values from its inputs that autograd does not track."""
     if RUNNING.listener is not None:
         RUNNING.listener.on_untracked()
 
@@ -191,12 +191,12 @@ def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
 
     Examples are a parameter stored in a list or closure, and an initial state; for relevance they are constants. The
     model is called with copies of its inputs, so every leaf is foreign, and so is every tensor computed earlier.
-    Without a listener, the caller may read relevance at any leaf but parameters that are not among the inputs.
+    Without a listener, the caller may read relevance at any leaf, except parameters that are not among the inputs.
 
     Args:
         tensor: Any tensor.
-        is_exact: Also detect tensors computed in another thread, whose autograd nodes are numbered separately. This
-            matters for functions of several tensors, and is slower.
+        is_exact: Whether to detect tensors computed in another thread, where autograd nodes are numbered separately.
+            The exact test matters for functions of several tensors, and is slower.
     """
     if not tensor.requires_grad:
         return False

@@ -107,5 +107,5 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 
 def shape_like(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and device that needs no memory, of the dtype in which relevance is computed there."""
+    """A tensor of the same shape and device without memory, with the dtype of relevance at this tensor."""
     return tensor.detach().new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

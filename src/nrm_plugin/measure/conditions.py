@@ -83,5 +83,5 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
 
 def divided(values: Tensor, mass: Tensor) -> Tensor:
-    """Relevance at a tap, ``(N, *shape)``, divided by one number for each sample, ``(N,)``."""
+    """Divides relevance at a tap, ``(N, *shape)``, by one number per sample, ``(N,)``."""
     return values / mass.reshape(-1, *(1,) * (values.ndim - 1))
