@@ -148,7 +148,7 @@ class Normalized(Composite):
             raise
 
     def remove(self) -> None:
-        """Removes hooks and canonizers, in reverse order: each canonizer restores what it found."""
+        """Removes hooks and canonizers in reverse order, so that each canonizer restores the previous state."""
         self.handles.reverse()
         set_once: set[tuple[nn.Module, str]] = set()
         for handle in self.handles:
@@ -380,7 +380,7 @@ class NRMRelative(Normalized):
     The composite conserves relevance up to a factor, so condition the measure on survival, ``given=~ABSORBED``.
 
     Args:
-        layer_map: Rules that take precedence over those of the composite, as in Zennit.
+        layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
         uncovered: As in :class:`~nrm_plugin.Normalized`.
 

@@ -151,7 +151,7 @@ class NRM(GradientAttribution):
     def measure(
         self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None
     ) -> RelevanceMeasure:
-        """Returns the measure of which the attributions are marginals, for queries of sinks, joints and conditionals.
+        """Returns the measure behind the attributions, for queries of sinks, joints and conditionals.
 
         Args:
             inputs: As in :meth:`attribute`.

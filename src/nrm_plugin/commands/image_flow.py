@@ -115,7 +115,7 @@ def explain_flow(
 
 
 def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions) -> ImageFlow:
-    """Computes the flow of relevance for one image; arguments and errors are those of :func:`explain_flow`."""
+    """Computes the flow of relevance for one image; see :func:`explain_flow` for arguments and errors."""
     inputs = loaded.preprocessing(image.image).to(request.device)
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, request.layers)

@@ -32,7 +32,7 @@ PROBE_BATCH = 8
 
 
 class IndexableDataset(Protocol):
-    """A data set whose samples can be read by index."""
+    """A data set with samples that can be read by index."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 

@@ -53,7 +53,7 @@ class References:
         targets: Explained classes, ``(K, k)``; -1 if unknown.
         positions: Positions of the largest value in the group, as flat (row-major) indices, ``(K, k)``; -1 if unknown.
         target: The class to which the references are restricted; None for all.
-        layer: The layer with these channels, if the name is that of a query.
+        layer: The layer with these channels, if ``name`` is the name of a query.
     """
 
     name: str

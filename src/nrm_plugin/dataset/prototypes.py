@@ -128,7 +128,7 @@ def find_prototypes(
     covariance: Covariance = "diag",
     seed: int = 0,
 ) -> Prototypes:
-    """Clusters explanations, such as those of one class.
+    """Clusters explanations, such as the explanations of one class.
 
     Vectors are divided by the square root of their mean variance, so that the constant that scikit-learn adds to
     variances is small in comparison.

@@ -122,7 +122,7 @@ def write_shard(
 
 
 def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Writes a file of safetensors, whose own error does not tell a full disk from an invalid tensor.
+    """Writes a safetensors file, with errors that distinguish a full disk from an invalid tensor.
 
     Raises:
         OSError: The file cannot be written.

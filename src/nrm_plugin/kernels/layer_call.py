@@ -45,7 +45,7 @@ class LayerCall:
         name: Layer name, for messages.
         saved_output: The output, if the rule reads it and fusion did not change the layer; else None.
         image: The output without bias, if the hook recorded it.
-        precision: The dtype in which the layer multiplies by its weight, if it is less precise than that of the input.
+        precision: The dtype in which the layer multiplies by its weight, if it is less precise than the input.
     """
 
     rule: Hook

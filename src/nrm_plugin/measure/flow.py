@@ -151,7 +151,7 @@ def _shown(
         layer: The layer.
         tap: Its tap.
         groups: All groups of its neurons.
-        masses: Mass of each group, followed by that of the neurons without a group if there are any.
+        masses: Mass of each group, followed by the mass of the neurons without a group if there are any.
         thresholds: Which groups are shown.
         number: The sample.
     """

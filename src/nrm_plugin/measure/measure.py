@@ -418,7 +418,7 @@ class RelevanceMeasure(QueryPasses):
             layers: The layers, in any order; of each two, one must be below the other.
             over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or
                 a dictionary of these by the name of the layer; layers that are not in the dictionary have channels.
-            top: Number of shown groups per layer, those of largest absolute mass; None for no limit. The other neurons
+            top: Number of shown groups per layer, by absolute mass; None for no limit. The other neurons
                 form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
             coverage: Show the fewest groups of each layer that hold this share of its absolute mass, such as 0.9.

@@ -38,7 +38,7 @@ class Call:
 
     Args:
         inputs: One tensor, a tuple of tensors, or a mapping that is passed by keyword. In a mapping, relevance flows to
-            floating point tensors; masks and numbers are passed as they are. For integers, relevance flows to the rows
+            floating point tensors; masks and numbers are passed unchanged. For integers, relevance flows to the rows
             that they select where the model looks them up; in a mapping, only if the mapping has no floating point
             tensor, and not under a keyword that contains "mask".
         args: Further positional arguments: a tuple, or a single argument.

@@ -183,7 +183,7 @@ class Marks:
 
     Attributes:
         below_vertex: The marks below each vertex.
-        below_edge: The marks below each edge of each vertex, including those of the edge itself and its buffer.
+        below_edge: The marks below each edge of each vertex, including the marks of the edge itself and its buffer.
     """
 
     below_vertex: list[int]

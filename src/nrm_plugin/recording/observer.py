@@ -20,7 +20,7 @@ from .taps import INPUT, OUTPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
-    """Hooks around those of the composite, and the tensors that they collect.
+    """Hooks around the hooks of the composite, and the tensors that they collect.
 
     Args:
         model: The model.
@@ -195,7 +195,7 @@ _OVER_FEATURES = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-"""Layers whose output has the channels in its last dimension."""
+"""Layers with channels in the last dimension of the output."""
 
 
 def _channel_dim(module: nn.Module) -> int | None:

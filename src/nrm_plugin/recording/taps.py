@@ -353,7 +353,7 @@ def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
 
 
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Gives taps with unknown channels those of the nearest tap of the same shape, else of the same rank."""
+    """Copies unknown channel dimensions from the nearest tap of the same shape, else of the same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
         if tap.tensor_channel_dim:
