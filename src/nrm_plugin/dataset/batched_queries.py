@@ -84,7 +84,7 @@ class QueryResults:
 
     Args:
         mu: The measure.
-        needed: What the queries need from it.
+        needed: The requirements of the queries.
         activations: Activations of the required layers, ``(N, *shape)`` each.
     """
 

@@ -63,7 +63,7 @@ class RunningModule:
     """A module with a rule that is running.
 
     Attributes:
-        hook: Its hook.
+        hook: The hook of the module.
         module: The module.
         call: The record of the call by the hook; None if the call is not a step.
     """

@@ -75,7 +75,7 @@ def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
 
 
 def _times(product: Tensor, factor: Tensor) -> Tensor:
-    """``product * factor``, in place if the product was just computed and owns its memory."""
+    """Computes ``product * factor``, in place if the product was just computed and owns its memory."""
     if torch.is_grad_enabled() or not all(product.stride()):
         return product * factor
     return product.mul_(factor)

@@ -53,8 +53,8 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
     Args:
         event: The condition.
-        mass: Its mass, ``(N,)``.
-        variation: Its variation, ``(N,)``.
+        mass: Mass of the event, ``(N,)``.
+        variation: Variation of the event, ``(N,)``.
         min_ratio: Smallest ``|mass|`` relative to the variation; None for the default of the dtype.
 
     Raises:

@@ -34,7 +34,7 @@ class Weighted(nn.Module):
         bias_dim: The dimension of the output to which the bias belongs.
         groups: Number of groups of a convolution.
         is_transposed: Whether the first dimension of the weight indexes input channels.
-        padding_mode: How a convolution pads its input, as in torch.
+        padding_mode: Padding mode of a convolution, as in torch.
         twin: The layer of torch with the same function apart from its parameters; None if torch has no such layer.
     """
 

@@ -1,8 +1,8 @@
 """Layers in reduced precision, as under ``torch.autocast``, with totals in float32.
 
 Only products with a weight run in reduced precision: the layer itself and the two maps of each branch of its rule.
-Relevance, column sums, gains and all sums keep the dtype of the inputs. Where the model itself computes in a short
-format, they are in float32, and so are all products of its kernels.
+Relevance, column sums, gains and all sums keep the dtype of the inputs. If the model itself computes in a shorter
+format than float32, they and all products of its kernels are in float32.
 
 Source: ours.
 """
