@@ -49,9 +49,9 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 class Normalized(Composite):
     """A Zennit composite with normalized rules: all relevance is propagated or absorbed by a sink.
 
-    It is used like any other composite: in a context, in an attributor, or nested in ``MixedComposite``. The gradient of
-    an output in its context is relevance under the normalized kernels. With ``create_graph=True``, this relevance can be
-    differentiated with respect to the start vector; derivatives with respect to inputs and weights raise
+    It is used like any other composite: in a context, in an attributor, or nested in ``MixedComposite``. The gradient
+    of an output in its context is relevance under the normalized kernels. With ``create_graph=True``, this relevance
+    can be differentiated with respect to the start vector; derivatives with respect to inputs and weights raise
     ``UnsupportedOperationError``. In a context, any leaf that requires a gradient receives relevance, except for
     parameters; in a measure, only the inputs do, and all other tensors are constants.
 
