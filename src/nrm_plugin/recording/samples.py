@@ -8,6 +8,7 @@ tensor as samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ BITS = 4
 """Number of bits of a sample number that one relevance vector encodes, as factors of 1 to 2¹⁵."""
 RATIO = 1e-3
 """Smallest deviation of a binary logarithm from an integer for which an entry belongs to several samples."""
+RANGE = 40
+"""Exponent to base two of the largest and the smallest max|R| that a pass of encoded relevance computes with."""
 MIXED = 1e-3
 """Smallest share of Σ|R| in such entries for which a tensor mixes samples; smaller shares are rounding errors."""
 
@@ -211,6 +214,15 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
     return vectors
 
 
+def _in_range(vectors: Vectors[int]) -> Vectors[int]:
+    """Vectors with the same ratios, scaled by a power of two where stabilizers absorbed nearly all relevance."""
+    largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
+    if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
+        return vectors
+    factor = 2.0 ** min(-math.floor(math.log2(largest)), 120)  # no more than float32 holds
+    return {shift: vector * factor for shift, vector in vectors.items()}
+
+
 @dataclass(frozen=True)
 class _Labels:
     """The sample of each entry of a tensor, as identified by the factors between vectors.
@@ -230,14 +242,14 @@ class _Labels:
         plain = vectors[-1]
         mass = plain.abs()
         labels = torch.zeros(plain.shape, dtype=torch.int32, device=plain.device)
-        is_pure = mass > torch.finfo(plain.dtype).tiny * 2**24
+        is_pure = is_known = mass > torch.finfo(plain.dtype).tiny * 2**24  # below, the ratio is rounded
         for shift, vector in vectors.items():
             if shift >= 0:
                 exponent = (vector / plain).log2_()  # nan if the signs differ
                 power = exponent.round()
-                is_pure &= exponent.sub_(power).abs_() <= RATIO
+                is_pure = is_pure & (exponent.sub_(power).abs_() <= RATIO)
                 labels += power.nan_to_num_(0.0, 0.0, 0.0).to(torch.int32) << shift
-        are_mixed = bool((mass * ~is_pure).sum() > MIXED * mass.sum())
+        are_mixed = bool((mass * (is_known & ~is_pure)).sum() > MIXED * mass.sum())
         return cls(torch.where(is_pure & (labels < count), labels, -1), mass, are_mixed)
 
     @property
@@ -257,6 +269,7 @@ class _Finder:
         self._last: tuple[Buffer, Tensor] | None = None
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[int]) -> Vectors[int]:
+        vectors = _in_range(vectors)
         if self.samples.graph.vertices[buffer.vertex].leaf is not None:
             self.leaves[buffer.vertex] = vectors[-1]
         if self._last is not None and vectors[-1].is_set_to(self._last[1]):  # a step passed it through unchanged
