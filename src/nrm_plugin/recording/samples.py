@@ -160,10 +160,11 @@ class Samples:
         """
         vectors = _encoded(start, self.layout(self.graph.output), start.shape, self.count)
         finder = _Finder(self)
-        cost = pull(self.graph, [(self.graph.output, vectors)], finder)
-        self._layouts.update(finder.layouts)
-        self._labels, self.leaves = finder.labels, finder.leaves
-        return cost
+        try:
+            return pull(self.graph, [(self.graph.output, vectors)], finder)
+        finally:  # above an operation without a kernel, samples are found
+            self._layouts.update(finder.layouts)
+            self._labels, self.leaves = finder.labels, finder.leaves
 
     # -- sums over samples ------------------------------------------------------------------------------------
 
