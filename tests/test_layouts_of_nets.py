@@ -304,7 +304,7 @@ THRESHOLDS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", THRESHOLDS)
 @pytest.mark.parametrize("seed", range(4))
 def test_samples_that_depend_on_each_other_by_a_threshold_raise(name, seed):
-    """A slight change of other samples crosses no threshold, and two thirds of the branches were not noticed."""
+    """A slight change of other samples crosses few thresholds, and most branches were not noticed."""
     torch.manual_seed(seed)
     net, x = Rows(THRESHOLDS[name]).eval(), torch.randn(4, 3)
     with pytest.raises(FoldingError):
