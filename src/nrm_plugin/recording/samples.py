@@ -177,6 +177,8 @@ class Samples:
         if place is None:
             return None
         labels = self._labels.get(self.buffer(place))
+        if labels is None and not bool(tensor.any()):  # also where no dimension has the samples, as in constants
+            return tensor.new_zeros(self.count)
         if labels is None:
             return sample_sums(self.layout(place).unfold(tensor))
         if bool(((labels < 0) & (tensor != 0)).any()):
