@@ -175,6 +175,16 @@ KINDS: dict[str, Kind] = {
     "checkpoint": Kind(
         lambda: Calls(through(lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=False)))
     ),
+    "reentrant checkpoint": Kind(
+        lambda: Calls(through(lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=True))),
+        None,
+        errors.UnsupportedOperationError,
+    ),
+    "vmap": Kind(lambda: Calls(through(torch.vmap(torch.sigmoid))), None, errors.UnsupportedOperationError),
+    "state that requires a gradient": Kind(
+        lambda: Calls(lambda s, x: s.b(s.a(x).relu() + torch.full((6,), 2.0).requires_grad_())),
+        lambda: Calls(through(lambda h: h + torch.full((6,), 2.0))),
+    ),
     "scripted": Kind(lambda: torch.jit.trace(Calls(plain), torch.randn(3, 4)), None, errors.ModelStateError),
 }
 
@@ -224,13 +234,10 @@ def by_sweep(kind: Kind, folder: Path) -> Tensor:
 ENTRIES = [by_measure, by_inputs, by_layer, by_neuron, by_joint, by_attributor, by_context, by_sweep]
 
 
-CONSTANTS = ("layers in a list", "constant that requires a gradient")
 ROWS = [
     (kind, entry)
     for kind in KINDS
     for entry in ENTRIES
-    # In a context, every tensor that requires a gradient carries relevance, and nothing audits the graph, as in Zennit.
-    if entry is not by_context or kind not in (*CONSTANTS, "own function named as torch's")
 ]
 
 

@@ -51,9 +51,11 @@ class Normalized(Composite):
 
         Used like any other composite: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an
     output in its context is relevance under the normalized kernels. With ``create_graph=True`` this relevance can be
-    differentiated by the start vector; by inputs and weights it raises ``UnsupportedOperationError``. In a context,
-    any leaf that requires a gradient takes relevance, except for parameters; a measure knows its inputs, and everything
-    else is a constant.
+    differentiated by the start vector; by inputs and weights it raises ``UnsupportedOperationError``. In a context as
+    in a measure, relevance raises ``UnsupportedOperationError`` where it reaches an operation without a kernel, and
+    parameters are constants, as are tensors that the model makes when an input requires a gradient. A measure knows
+    its inputs, and everything else is a constant; a context does not: a leaf from before the call that requires a
+    gradient takes relevance, as in Zennit.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.
@@ -104,7 +106,7 @@ class Normalized(Composite):
         self.attention = attention
         kept = [canonizer for canonizer in composite.canonizers if not isinstance(canonizer, FuseBatchNorm)]
         self._fuse = fuse if len(kept) < len(composite.canonizers) else None
-        functions = Interception(composite, self.normalization, sums, uncovered, self._fuse, attention)
+        functions = Interception(composite, self.normalization, sums, uncovered, self._fuse, attention, audited=True)
         super().__init__(module_map=self.mapping, canonizers=[*kept, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
