@@ -49,13 +49,13 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 class Normalized(Composite):
     """A Zennit composite with normalized rules: all relevance is propagated or absorbed by a sink.
 
-        Used like any other composite: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an
-    output in its context is relevance under the normalized kernels. With ``create_graph=True`` this relevance can be
-    differentiated by the start vector; by inputs and weights it raises ``UnsupportedOperationError``. In a context as
-    in a measure, relevance raises ``UnsupportedOperationError`` where it reaches an operation without a kernel, and
-    parameters are constants, as are tensors that the model makes when an input requires a gradient. A measure knows
-    its inputs, and everything else is a constant; a context does not: a leaf from before the call that requires a
-    gradient takes relevance, as in Zennit.
+    It is used like any other composite: in a context, in an attributor, or nested in ``MixedComposite``. The gradient
+    of an output in its context is relevance under the normalized kernels. With ``create_graph=True``, this relevance
+    can be differentiated with respect to the start vector; derivatives with respect to inputs and weights raise
+    ``UnsupportedOperationError``, as does relevance at an operation without a kernel. In a measure, only the inputs
+    receive relevance, and all other tensors are constants. In a context, leaves that require a gradient and existed
+    before the call receive relevance as well, except for parameters; leaves that the model creates are constants if an
+    input requires a gradient.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.
@@ -150,7 +150,7 @@ class Normalized(Composite):
             raise
 
     def remove(self) -> None:
-        """Removes hooks and canonizers, in reverse order: each canonizer restores what it found."""
+        """Removes hooks and canonizers in reverse order, so that each canonizer restores the previous state."""
         self.handles.reverse()
         set_once: set[tuple[nn.Module, str]] = set()
         for handle in self.handles:
@@ -283,7 +283,7 @@ class NRMAbsolute(LayerMapComposite):
     """The rule Absolute in all layers: no walk is negative, so the variation is 1 at every tap.
 
     Args:
-            layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
+        layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
 
@@ -382,7 +382,7 @@ class NRMRelative(Normalized):
     The composite conserves relevance up to a factor, so condition the measure on survival, ``given=~ABSORBED``.
 
     Args:
-        layer_map: Rules that take precedence over those of the composite, as in Zennit.
+        layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
         uncovered: As in :class:`~nrm_plugin.Normalized`.
 

@@ -38,7 +38,7 @@ class UnknownLayerError(NRMError, KeyError):
 
 
 class HookedContainerError(UnknownLayerError):
-    """The tap is inside a container whose rule treats it as a single step."""
+    """The tap is inside a container that has a rule and is a single step."""
 
 
 class EventError(NRMError, ValueError):
@@ -74,7 +74,7 @@ class UncoveredLayerError(UnsupportedOperationError):
 
 
 class StorageError(NRMError, TypeError):
-    """A measure cannot be copied or stored; what it answers can."""
+    """A measure cannot be copied or stored; the results of its queries can."""
 
 
 class FoldingError(NRMError, ValueError):
@@ -113,15 +113,15 @@ def samples(flags: Sequence[bool]) -> str:
 
 
 SHOWN = 8
-"""Entries of a collection that a message shows."""
+"""Number of entries of a collection that a message shows."""
 
 
 def brief(value: object, length: int = 120) -> str:
-    """A value as a message shows it: its repr where that is short, else its class, shape or first entries.
+    """Returns a value as text for a message: its repr if short, else its class, shape or first entries.
 
     Args:
-        value: Anything that a user may pass.
-        length: Characters, at most.
+        value: Any value from the user.
+        length: Largest number of characters.
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from zennit.composites import NameMapComposite
+from zennit.rules import ZPlus
 
 from nrm_plugin import ABSORBED, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.errors import FoldingError
@@ -144,3 +146,28 @@ def test_nets_that_keep_the_samples_in_their_rows_pay_nothing():
     mu = RelevanceMeasure(net, torch.randn(2, 1, 4, 4), 1)
     mu.marginal("input")
     assert mu.cost.steps == 3
+
+
+class TimeFirstOfSmallActivations(nn.Module):
+    """Time first, with activations so small that the stabilizer of each layer absorbs nearly all relevance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5, bias=False) for _ in range(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.transpose(0, 1) * 1e-8
+        for layer in self.layers:
+            y = layer(y).relu()
+        return y.mean(0)
+
+
+def test_samples_are_found_where_stabilizers_absorb_nearly_all_relevance():
+    torch.manual_seed(1)
+    model, x = TimeFirstOfSmallActivations().eval(), torch.randn(3, 4, 5)
+    composite = NameMapComposite([([f"layers.{k}" for k in range(9)], ZPlus(stabilizer=1e-2))])
+    batch = RelevanceMeasure(model, x, 1, composite=composite)
+    single = [RelevanceMeasure(model, x[k : k + 1], 1, composite=composite) for k in range(3)]
+    for layer in ("layers.0", "layers.4", "layers.8"):
+        alone = torch.cat([mu.marginal(layer) for mu in single])
+        torch.testing.assert_close(batch.marginal(layer), alone, rtol=1e-4, atol=0.0)

@@ -29,7 +29,7 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
-    """Inputs as a tuple, and whether they were one."""
+    """Returns inputs as a tuple, and whether they were a tuple."""
     given = tuple(inputs) if isinstance(inputs, list) else inputs
     if not isinstance(given, (Tensor, tuple)):
         raise InputError(f"inputs is {brief(given)}, expected a tensor of shape (N, …), or a tuple of such tensors.")
@@ -82,7 +82,7 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
 
 
 def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
-    """Relevance ``(N, …)``, without the dimension of samples if the inputs have none."""
+    """Returns relevance ``(N, …)``, without the batch dimension if the inputs have none."""
     return values if measure._recording.samples.batched else values.squeeze(0)
 
 

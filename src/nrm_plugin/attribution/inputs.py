@@ -151,7 +151,7 @@ class NRM(GradientAttribution):
     def measure(
         self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None
     ) -> RelevanceMeasure:
-        """Returns the measure of which the attributions are marginals, for queries of sinks, joints and conditionals.
+        """Returns the measure behind the attributions, for queries of sinks, joints and conditionals.
 
         Args:
             inputs: As in :meth:`attribute`.
@@ -229,7 +229,7 @@ class NRM(GradientAttribution):
         return self.model.module if isinstance(self.model, WRAPPERS) else self.model
 
     def _layer(self, layer: Any) -> Any:
-        """A layer of the given model as a layer of the model without its ``DataParallel`` wrapper."""
+        """Translates a layer of the given model to a layer of the model without its ``DataParallel`` wrapper."""
         if not isinstance(self.model, WRAPPERS):
             return layer
         if layer is self.model:

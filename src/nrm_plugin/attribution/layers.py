@@ -80,8 +80,8 @@ class LayerNRM(NRM, LayerAttribution):
     ) -> Any:
         """Computes the relevance of each neuron of the layers.
 
-        The samples come first, also where the layer has them in another dimension, as in time-first or windowed layers:
-        the shape is that of :meth:`~nrm_plugin.RelevanceMeasure.shape`.
+        The samples are the first dimension, even if they are another dimension of the layer, as in time-first or
+        windowed layers; see :meth:`~nrm_plugin.RelevanceMeasure.shape`.
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integers have no relevance, but the selected

@@ -1,4 +1,4 @@
-"""What the commands that read a stored sweep share."""
+"""Common functions of the commands that read a stored sweep."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .output_files import check_folder
 from .resolved_options import one_line_warnings
 
 ERROR = 1
-"""Exit status of a command that an error stopped, as opposed to options that do not fit."""
+"""Exit status of a command that is stopped by an error other than invalid options."""
 
 
 def read_stored(options: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
-    """Runs a command that reads a sweep; damaged files have another exit status than options that do not fit."""
+    """Runs a command that reads a sweep; damaged files have a different exit status than invalid options."""
     with one_line_warnings():
         check_folder(options.out)
         try:

@@ -1,9 +1,9 @@
-r"""The kernel of functions of complex numbers between real tensors: that of a linear layer with a constant matrix.
+r"""The kernel of complex functions between real tensors, as a linear layer with a constant matrix.
 
 .. math:: y = M x + b, \qquad \text{for instance } M = \mathrm{Re}(F_s) \otimes \mathrm{Re}(F_h) - \dots
 
-The matrix is read off the functions themselves, on unit vectors. Dimensions along which they do the same for each
-position, such as samples and channels, are found first and left out of it.
+The matrix is computed by applying the functions to unit vectors. Dimensions along which the functions are the same for
+each position, such as samples and channels, are found first and excluded from the matrix.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -24,18 +24,18 @@ from .function_call import FunctionCall
 from .unsupported import UnknownKernel, uncovered_layer_error
 
 ENTRIES = 1 << 26
-"""Entries of the largest matrix that is stored."""
+"""Number of entries of the largest stored matrix."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A tensor as ``(samples, positions, features)``, and back.
+    """The conversion of a tensor to ``(samples, positions, features)``, and back.
 
     Attributes:
         shape: Shape of the tensor.
-        order: Its dimensions: those of samples and positions, then the others.
-        folded: How many dimensions are samples or positions.
-        has_samples: Whether the first of these is that of the samples.
+        order: Dimensions of the tensor, sorted: samples and positions first, then all others.
+        folded: Number of dimensions that are samples or positions.
+        has_samples: Whether the first of these dimensions is the samples.
     """
 
     shape: torch.Size
@@ -45,11 +45,11 @@ class Layout:
 
     @property
     def features(self) -> int:
-        """Number of features at each position."""
+        """The number of features at each position."""
         return math.prod(self.shape[dim] for dim in self.order[self.folded :])
 
     def fold(self, tensor: Tensor) -> Tensor:
-        """``(K, *shape)`` to ``(K, samples, positions, features)``."""
+        """Converts ``(K, *shape)`` to ``(K, samples, positions, features)``."""
         sizes = [self.shape[dim] for dim in self.order]
         samples = sizes[0] if self.has_samples else 1
         positions = math.prod(sizes[self.has_samples : self.folded])
@@ -57,14 +57,14 @@ class Layout:
         return moved.reshape(len(tensor), samples, positions, self.features)
 
     def unfold(self, tensor: Tensor) -> Tensor:
-        """The inverse."""
+        """Converts back, as the inverse of :meth:`fold`."""
         sizes = [self.shape[dim] for dim in self.order]
         inverse = [self.order.index(dim) + 1 for dim in range(len(self.order))]
         return tensor.reshape(len(tensor), *sizes).permute(0, *inverse)
 
 
 class FoldedKernel(Kernel):
-    """The kernel of a layer over the features of several tensors together.
+    """The kernel of a layer over the concatenated features of several tensors.
 
     Args:
         inner: The kernel of the layer, with one input.
@@ -95,7 +95,7 @@ class FoldedKernel(Kernel):
 
 
 def complex_kernel(call: FunctionCall) -> Kernel:
-    """The kernel of a call whose function is affine in all of its inputs together."""
+    """Returns the kernel of a call of a function that is jointly affine in all of its inputs."""
     with torch.no_grad():
         probe = _Probe(call)
         if not probe.is_affine():
@@ -126,14 +126,14 @@ def _layout(shape: torch.Size, first: list[int], pairs: list[tuple[int, int]]) -
 
 
 def _smallest(bias: Tensor) -> Tensor | None:
-    """A bias without the leading dimensions along which it is constant; None if it is zero."""
+    """Returns a bias without the leading dimensions along which it is constant; None if it is zero."""
     while bias.ndim > 1 and bool((bias == bias[:1]).all()):
         bias = bias[0]
     return bias if bool(bias.any()) else None
 
 
 class _Probe:
-    """A function of several tensors, applied to chosen ones.
+    """A function of several tensors, evaluated at chosen tensors.
 
     Args:
         call: A call of the function.
@@ -147,7 +147,7 @@ class _Probe:
         self._generator = torch.Generator().manual_seed(0)
 
     def linear(self, values: list[Tensor]) -> Tensor:
-        """The function without its offset."""
+        """Evaluates the function without its offset."""
         result: Tensor = self.run(*(value.contiguous() for value in values)) - self.offset
         return result
 
@@ -155,7 +155,7 @@ class _Probe:
         return torch.randn(like.shape, generator=self._generator, dtype=torch.float64).to(like)
 
     def is_affine(self) -> bool:
-        """Whether superposition holds, tried at the values of the call and at random ones of that size."""
+        """Whether superposition holds, tested at the values of the call and at random values of the same size."""
         other = [self._random(value) * value.abs().mean().clamp(min=1e-6) for value in self.values]
         for first in (list(self.values), [self._random(value) for value in other]):
             both = self.linear([one - 2 * two for one, two in zip(first, other, strict=True)])
@@ -168,9 +168,9 @@ class _Probe:
         return bool(((one - other).abs() <= self.tolerance * max(scale, 1e-30)).all())
 
     def shared_dimensions(self) -> list[tuple[int, int]]:
-        """Pairs of a dimension of all inputs and one of the output along which the function is the same everywhere.
+        """Finds pairs of a dimension of all inputs and a dimension of the output along which the function is constant.
 
-        Such a function commutes with all matrices along these dimensions; two random ones generate them all.
+        Such a function commutes with all matrices along these dimensions, which two random matrices generate.
         """
         ranks = {value.ndim for value in self.values}
         pairs: list[tuple[int, int]] = []
@@ -194,7 +194,7 @@ class _Probe:
         return True
 
     def matrix(self, inputs: list[Layout], output: Layout) -> Tensor:
-        """``(out, in)`` over the features; each position carries another unit vector."""
+        """Computes the matrix ``(out, in)`` over the features, with one unit vector per position."""
         columns = []
         for number, layout in enumerate(inputs):
             like = layout.fold(self.values[number].unsqueeze(0))
@@ -209,11 +209,11 @@ class _Probe:
                 columns.append(images[: len(units)])
         weight = torch.cat(columns).T.contiguous()
         rounding = 4 * torch.finfo(weight.dtype).eps * weight.abs().max()
-        return torch.where(weight.abs() <= rounding, 0.0, weight)  # zeros of sines would have shares of their own
+        return torch.where(weight.abs() <= rounding, 0.0, weight)  # zeros with rounding errors would have shares
 
 
 def _along(matrix: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """A matrix applied along one dimension."""
+    """Applies a matrix along one dimension."""
     return (tensor.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
 
 

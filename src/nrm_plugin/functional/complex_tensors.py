@@ -1,7 +1,7 @@
-"""Complex tensors of a forward pass: they are not taps, but expressions in the real tensors that they depend on.
+"""Complex tensors of a forward pass, which are not taps, but expressions in the real tensors on which they depend.
 
-The functions between real tensors and real tensors form one step. An expression is evaluated again on other real
-tensors to read the kernel of that step.
+All functions from real tensors through complex tensors to real tensors form one step. The kernel of the step is read
+by evaluating the expression on other real tensors.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .observed_call import ObservedCall
 
 @dataclass(frozen=True, eq=False)
 class RealSource:
-    """A real tensor that complex ones depend on.
+    """A real tensor on which complex tensors depend.
 
     Attributes:
         tensor: The tensor, with its history.
-        saved: Its values.
-        version: How often it had been written to.
+        saved: The values of the tensor.
+        version: Version counter of the tensor.
     """
 
     tensor: Tensor
@@ -33,22 +33,22 @@ class RealSource:
 
     @property
     def is_overwritten(self) -> bool:
-        """Whether the history of the tensor is that of later values."""
+        """Whether the tensor was overwritten, so that its history belongs to later values."""
         return self.tensor._version != self.version
 
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """What a function returned, as a function of real sources.
+    """The result of a function, as a function of real sources.
 
     Attributes:
         name: The first function that returned a complex tensor.
         function: The function.
-        args: Its arguments, with sources and expressions in place of tensors that depend on the inputs of the model.
-        kwargs: Its keyword arguments, likewise.
-        sources: The real sources of all arguments, each once.
-        item: Number of the tensor among those that the function returned; None for a single one.
-        writes: Whether the function writes to its first argument, which is the result then.
+        args: Arguments, with sources and expressions in place of tensors that depend on the inputs of the model.
+        kwargs: Keyword arguments, in the same form.
+        sources: The real sources of all arguments, without repetition.
+        item: Number of the tensor among several outputs; None for a single output.
+        writes: Whether the function writes to its first argument, which is then the result.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Expression:
     writes: bool = False
 
     def on(self, values: Sequence[Tensor]) -> Any:
-        """The expression with other values of its sources."""
+        """Evaluates the expression with other values of its sources."""
         return self._value(dict(zip(map(id, self.sources), values, strict=True)))
 
     def _value(self, known: dict[int, Any]) -> Any:
@@ -82,14 +82,14 @@ class ComplexTensors:
     _sources: dict[int, RealSource] = field(default_factory=dict)  # by identity of the tensor
 
     def are_among(self, arguments: Iterable[Any]) -> bool:
-        """Whether there are complex tensors of this pass among some arguments."""
+        """Whether some arguments are complex tensors of this pass."""
         return any(self._expression_of(tensor) is not None for tensor in _tensors_in(arguments))
 
     def expression(self, call: ObservedCall) -> Expression:
-        """What a call will return, to be made before it runs."""
+        """Returns the expression of the result of a call; to be called before the call runs."""
         written = call.overwritten
         args = tuple(self._template(value) for value in call.args)
-        if written is not None and args[0] is written:  # a constant so far
+        if written is not None and args[0] is written:  # a constant before this call
             args = (written.detach().clone(), *args[1:])
         kwargs = {key: self._template(value) for key, value in call.kwargs.items()}
         parts = list(_parts_in((args, tuple(kwargs.values()))))
@@ -101,7 +101,7 @@ class ComplexTensors:
         return Expression(name, call.function, args, kwargs, tuple(sources.values()), writes=writes)
 
     def remember(self, tensor: Tensor, expression: Expression) -> Tensor:
-        """Stores the expression of a complex tensor; returns the tensor."""
+        """Stores the expression of a complex tensor, and returns the tensor."""
         if tensor.is_complex() and tensor.grad_fn is not None:
             self._expressions[tensor.grad_fn] = expression
         return tensor

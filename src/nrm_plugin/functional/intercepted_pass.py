@@ -46,7 +46,7 @@ class InterceptedPass:
 
     Attributes:
         gates: The tensors that are gates.
-        complex_tensors: Complex tensors as expressions in real ones.
+        complex_tensors: Complex tensors as expressions in real tensors.
         custom_calls: The calls of ``autograd.Function`` classes.
         module_paths: Paths of the running modules, outermost first.
         packs: Orders of the packed sequences passed to modules.
@@ -167,7 +167,7 @@ class InterceptedPass:
         return map_items(output, lambda item: self._unknown_step(call, item, observed.inputs))
 
     def complex_step(self, observed: ObservedCall) -> Any:
-        """Runs a function that takes or returns complex tensors; a real output is a step from the real sources."""
+        """Runs a function with complex arguments or results; a real output is a step with real sources as inputs."""
         expression = self.complex_tensors.expression(observed)
         output = observed.run()
         if expression.writes and isinstance(observed.overwritten, Tensor):
@@ -178,7 +178,7 @@ class InterceptedPass:
         return type(output)([self._of_complex(item, one) for item, one in zip(output, items, strict=True)])
 
     def _of_complex(self, output: Any, expression: Expression) -> Any:
-        """One item that a function of complex tensors returned."""
+        """Processes one output of a function of complex tensors."""
         if not isinstance(output, Tensor) or not output.requires_grad:
             return output
         if output.is_complex():

@@ -60,7 +60,7 @@ _SYNONYMS = {
 _NAMESPACES = ("special_", "linalg_")
 """Name prefixes of functions in namespaces of torch."""
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
-"""Namespaces of operators that are known by name."""
+"""Namespaces of operators that are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
 """Functions with other arguments than the function of the same name outside the namespace."""
 
@@ -96,9 +96,9 @@ def name_of(function: Any) -> FunctionName:
 
 
 def _foreign_owner(function: Any) -> str | None:
-    """The namespace of a function that is not torch's, which may have the name of one; None for torch's own."""
+    """The namespace of a function outside torch, which may share the name of a torch function; None for torch."""
     owner = str(getattr(function, "__module__", None) or "torch")
-    if owner.startswith("torch._ops."):  # custom operators; those of torch are in aten
+    if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
         space = owner.removeprefix("torch._ops.")
         return None if space in _OPERATORS else space
     return None if owner.partition(".")[0] in ("torch", "nrm_plugin", "_operator") else owner

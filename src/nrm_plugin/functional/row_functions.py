@@ -1,4 +1,4 @@
-"""Which calls of functions map each row of their inputs to the same row of their output, whatever the values are."""
+"""Calls of functions that map each row of their inputs to the same row of their output, for any values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .function_call import FunctionCall, Slot
 _ALONG = {"softmax": 1, "softmin": 1, "log_softmax": 1, "mean": 1, "sum": 1, "cumsum": 1, "logsumexp": 1} | {
     "vector_norm": 2
 }
-"""Functions that join entries along a dimension, and the position of that argument."""
+"""Functions that join entries along a dimension, with the position of the argument ``dim``."""
 _ELEMENTWISE = frozenset([*ACTIVATIONS, *ELEMENTWISE, "div", "add", "sub", "rsub", "mul", "hypot", "logaddexp"]) | {
     "maximum",
     "minimum",
@@ -24,7 +24,7 @@ _POOLS = frozenset(POOLS) - {*_ALONG, "grid_sample", "roi_align", "fold", "col2i
 
 
 def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
-    """Whether each row of the output depends on the same row of each input alone, and propagates relevance to it."""
+    """Whether each row of the output depends only on the same row of each input, and propagates relevance to it."""
     values, name = call.values, call.name
     if not output.ndim or any(value.shape[:1] != output.shape[:1] for value in values):
         return False
@@ -36,7 +36,7 @@ def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
     if name in _ALONG:
         return len(values) == 1 and _is_inner(call.argument(_ALONG[name], "dim"), values[0].ndim)
     if any(value.ndim != output.ndim for value in values):
-        return False  # broadcast, so that its rows are along another dimension of the output
+        return False  # broadcast, so that rows of the input are another dimension of the output
     if name == FUSED:
         return output.ndim > 2
     if name in ("layer_norm", "native_layer_norm", "rms_norm"):
@@ -48,7 +48,7 @@ def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
 
 
 def _is_product_of_rows(call: FunctionCall, output: Tensor) -> bool:
-    """Whether rows are not contracted: rows times a constant, or one product for each row."""
+    """Whether a product does not contract rows: rows times a constant, or one product per row."""
     dims = [value.ndim for value in call.values]
     first, second = call.argument(0, "input"), call.argument(1, "other")
     if isinstance(first, Slot) and isinstance(second, Tensor) and second.ndim <= 2:
@@ -57,7 +57,7 @@ def _is_product_of_rows(call: FunctionCall, output: Tensor) -> bool:
 
 
 def _is_inner(dim: Any, dims: int) -> bool:
-    """Whether dimensions are given, and none of them is the first one."""
+    """Whether dimensions are given and exclude the first."""
     stored = dim if isinstance(dim, (tuple, list)) else [dim]
     return bool(stored) and all(isinstance(one, int) and one % dims != 0 for one in stored)
 

@@ -63,7 +63,7 @@ class RunningModule:
     """A module with a rule that is running.
 
     Attributes:
-        hook: Its hook.
+        hook: The hook of the module.
         module: The module.
         call: The record of the call by the hook; None if the call is not a step.
     """
@@ -104,7 +104,7 @@ class Listener(Protocol):
     """An object that is notified of the steps and functions of a forward pass.
 
     Attributes:
-        indices: The integers among the inputs; the model is called with these very objects.
+        indices: The integers among the inputs, as the objects that are passed to the model.
         inputs: The leaves of the other inputs.
     """
 
@@ -121,7 +121,7 @@ class Listener(Protocol):
         """Called when a function returns a tensor that carries relevance."""
 
     def on_untracked(self) -> None:
-        """Called when values are computed from the inputs that autograd does not follow, such as an order."""
+        """Called when the model computes values from the inputs that autograd does not track, such as an order."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""
@@ -136,7 +136,7 @@ def is_inside_step() -> bool:
 
 
 def is_in_module_step() -> bool:
-    """Whether a module runs as a step, or recording is paused: what is computed now is not in the graph."""
+    """Whether a module runs as a step, or recording is paused, so that results are not in the graph."""
     return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
@@ -183,7 +183,7 @@ def listener() -> Listener | None:
 
 
 def note_untracked() -> None:
-    """Notifies the listener that the model computed values from its inputs that autograd does not follow."""
+    """Notifies the listener that the model computed values from its inputs that autograd does not track."""
     if RUNNING.listener is not None:
         RUNNING.listener.on_untracked()
 
@@ -193,13 +193,13 @@ def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
 
     Examples are a parameter stored in a list or closure, and an initial state; for relevance they are constants. The
     model is called with copies of its inputs, so every leaf is foreign, and so is every tensor computed earlier.
-    Without a listener, the caller may read relevance at any leaf but parameters that are not among the inputs, and
+    Without a listener, the caller may read relevance at any leaf, except parameters that are not among the inputs, and
     leaves that the model makes although it is called with inputs that require a gradient.
 
     Args:
         tensor: Any tensor.
-        is_exact: Also detect tensors computed in another thread, whose autograd nodes are numbered separately. This
-            matters for functions of several tensors, and is slower.
+        is_exact: Whether to detect tensors computed in another thread, where autograd nodes are numbered separately.
+            The exact test matters for functions of several tensors, and is slower.
     """
     if not tensor.requires_grad:
         return False

@@ -152,7 +152,7 @@ class StepHook(Hook):
                 stacklevel=2,
             )
         passed = {key: _detached(module, tensor) for key, tensor in computed.items()}
-        if _has_backward_hooks(module):  # the module gets its input with its history, so that they see its relevance
+        if _has_backward_hooks(module):  # the input keeps its history, so that the hooks receive its relevance
             passed = {key: tensor if key == 0 else passed[key] for key, tensor in computed.items()}
         replaced = _replaced(args, kwargs, passed)
         call = self._open_call(module, args, kwargs, computed, passed)
@@ -271,7 +271,7 @@ def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
 
 
 def _has_backward_hooks(module: nn.Module) -> bool:
-    """Whether the user has full backward hooks that will see relevance: in a context, not in a measure."""
+    """Whether the user has registered full backward hooks that receive relevance, in a context but not in a measure."""
     every = nn.modules.module
     hooks = module._backward_hooks or module._backward_pre_hooks
     every_hooks = every._global_backward_hooks or every._global_backward_pre_hooks

@@ -213,19 +213,19 @@ def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def link_in_place(step: Step, tensor: Tensor) -> Tensor:
-    """A tensor that was written to in place, with the step as its history."""
+    """Returns a tensor that was written to in place, with the step as its history."""
     result: Tensor = LinkInPlace.apply(step, [_origin_of(tensor)], tensor)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 
 def step_of(node: Any) -> Step | None:
-    """The step of an autograd node; a user's ``autograd.Function`` may store something else under that name."""
+    """The step of an autograd node. A user's ``autograd.Function`` may store another object under the same name."""
     step = getattr(node, "step", None)
     return step if isinstance(step, Step) else None
 
 
 def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
-    """Relevance at each input, which depends on relevance at the output, and on inputs and weights as an origin."""
+    """Returns relevance at each input, which depends on relevance at the output, and on the origin of the kernel."""
     with exact(relevance.device):
         parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
     rows = tuple(part.squeeze(0) for part in parts)
@@ -236,14 +236,14 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
-    """The origin of a kernel that is computed from these inputs; None in a measure, which differentiates nothing."""
+    """The origin of a kernel computed from the given inputs; None in a measure, where relevance has no gradient."""
     return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
 class Origin(torch.autograd.Function):
-    """A zero that depends on tensors, and whose gradient raises: a kernel is a constant for autograd.
+    """A zero that depends on tensors and raises when differentiated, since a kernel is a constant for autograd.
 
-    Added to relevance, it makes the gradient of relevance raise where it would be zero or partial.
+    It is added to relevance, so that the gradient of relevance raises where it would be zero or partial.
     """
 
     generate_vmap_rule = True

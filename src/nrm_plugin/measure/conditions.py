@@ -53,8 +53,8 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
     Args:
         event: The condition.
-        mass: Its mass, ``(N,)``.
-        variation: Its variation, ``(N,)``.
+        mass: Mass of the event, ``(N,)``.
+        variation: Variation of the event, ``(N,)``.
         min_ratio: Smallest ``|mass|`` relative to the variation; None for the default of the dtype.
 
     Raises:
@@ -83,5 +83,5 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
 
 def divided(values: Tensor, mass: Tensor) -> Tensor:
-    """Relevance at a tap, ``(N, *shape)``, divided by one number for each sample, ``(N,)``."""
+    """Divides relevance at a tap, ``(N, *shape)``, by one number per sample, ``(N,)``."""
     return values / mass.reshape(-1, *(1,) * (values.ndim - 1))

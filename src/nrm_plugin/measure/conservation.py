@@ -73,14 +73,14 @@ def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:
 
 
 def tap_variation(totals: Totals, tap: Tap) -> Tensor:
-    """``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``."""
+    """Computes ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``."""
     recording = totals.recording
     crossing = checked(recording, totals.absolute.get(tap.place), "the tap") if is_reached(recording, tap) else 0
     return crossing + absorbed(totals, [tap], absolute=True) + bypassing(totals, tap).abs()
 
 
 def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
-    """``Σ_w |μ(w)|``, ``(N,)``.
+    """Computes ``Σ_w |μ(w)|``, ``(N,)``.
 
     Args:
         absolute: Totals of a pass of absolute values.

@@ -149,10 +149,10 @@ def _shown(
     Args:
         mu: The measure.
         layer: The layer.
-        tap: Its tap.
+        tap: The tap of the layer.
         groups: All groups of its neurons.
-        masses: Mass of each group, followed by that of the neurons without a group if there are any.
-        thresholds: Which groups are shown.
+        masses: Mass of each group, followed by the mass of the neurons without a group if there are any.
+        thresholds: The thresholds that select the shown groups.
         number: The sample.
     """
     outside, masses = float(masses[groups.count :].sum()), masses[: groups.count]

@@ -33,16 +33,16 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
 
 
 def layer_list(layers: Any) -> tuple[list[Any], bool]:
-    """One layer, or several in any collection, as a list, and whether it is one."""
+    """Returns one layer, or several layers in any collection, as a list, and whether it is a single layer."""
     is_one = isinstance(layers, (str, nn.Module, Event, Tensor)) or not isinstance(layers, Iterable)
     return ([layers] if is_one else list(layers)), is_one
 
 
 def several_layers(layers: Any) -> list[Any]:
-    """The same where several layers are needed.
+    """Returns several layers in any collection as a list.
 
     Raises:
-        EventError: It is one layer.
+        EventError: A single layer is given.
     """
     found, is_one = layer_list(layers)
     if is_one:

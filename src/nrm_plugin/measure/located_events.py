@@ -97,16 +97,16 @@ class Locator:
 
 
 def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> Tensor:
-    """The neurons of an atom in the form ``(N, …)``, boolean; one row where they are the same for all samples.
+    """Returns a mask of the neurons of an atom in the form ``(N, …)``; one row if it is the same for all samples.
 
-    An index selects along the dimensions of the tensor but that of the samples. Where windows, heads or views share
-    this one, it selects in all of them; a mask may have a dimension for them.
+    An index selects along all dimensions of the tensor except the samples. If windows, heads or views share the
+    dimension of the samples, the index selects in all of them; a mask may have a dimension for them.
 
     Args:
         atom: The atom.
         shape: Shape of the tensor.
-        channel_dim: Dimension of the channels in it.
-        layout: Its layout.
+        channel_dim: Dimension of the channels in the tensor.
+        layout: Layout of the tensor.
 
     Raises:
         EventError: The index does not fit the tap.

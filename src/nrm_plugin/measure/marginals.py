@@ -39,7 +39,7 @@ def _copied(values: Tensor) -> Tensor:
 def event_maps(
     recording: Recording, results: Sequence[EventResult], taps: Sequence[Tap], is_given: bool
 ) -> list[Tensor]:
-    """``μ(j & event)`` of each tap, or ``μ(j given event)``, ``(E, N, *shape)``.
+    """Returns ``μ(j & event)`` of each tap, or ``μ(j given event)``, ``(E, N, *shape)``.
 
     Args:
         recording: The recording.

@@ -42,7 +42,7 @@ class RelevanceMeasure(QueryPasses):
     Args:
         model: The network, in evaluation mode.
         inputs: ``(N, …)``, a tuple of such tensors, or a mapping that is passed by keyword; of a mapping, only floating
-            point tensors carry relevance. Of integers, the rows that they select do.
+            point tensors carry relevance; for integers, the selected rows do.
         target: Output to explain, in Captum's forms (int, tuple, list, tensor), or a function that returns one of these
             for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``; None for a single output.
         composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` composite
@@ -146,7 +146,7 @@ class RelevanceMeasure(QueryPasses):
         return self._recording.samples.count
 
     def shape(self, layer: Layer) -> torch.Size:
-        """Shape of a tap, ``(N, …)``: ``(N, T, C)`` also of ``(T, N, C)``, ``(N, W, L, C)`` of ``(N·W, L, C)``.
+        """Shape of a tap, ``(N, …)``, such as ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
 
         Examples:
             >>> mu.shape("1")
@@ -418,7 +418,7 @@ class RelevanceMeasure(QueryPasses):
             layers: The layers, in any order; of each two, one must be below the other.
             over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or
                 a dictionary of these by the name of the layer; layers that are not in the dictionary have channels.
-            top: Number of shown groups per layer, those of largest absolute mass; None for no limit. The other neurons
+            top: Number of shown groups per layer, by absolute mass; None for no limit. The other neurons
                 form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
             coverage: Show the fewest groups of each layer that hold this share of its absolute mass, such as 0.9.

@@ -58,7 +58,7 @@ class QueryPasses:
     _totals_once: Totals | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raises for copy, pickle, torch.save and multiprocessing.
+        """Raises an error for copy, pickle, torch.save and multiprocessing.
 
         Raises:
             StorageError: Always.
@@ -73,7 +73,7 @@ class QueryPasses:
         return tap_of(self._recording, layer)
 
     def _in_form(self, layer: Layer, values: Tensor) -> Tensor:
-        """Values of the tensor of a layer, as the model has them, in the form ``(N, …)``."""
+        """Converts values from the layout of a layer in the model to the form ``(N, …)``."""
         return values if self._recording.samples.is_plain else self._tap(layer).layout.unfold(values)
 
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:

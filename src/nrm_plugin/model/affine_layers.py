@@ -34,7 +34,7 @@ class Weighted(nn.Module):
         bias_dim: The dimension of the output to which the bias belongs.
         groups: Number of groups of a convolution.
         is_transposed: Whether the first dimension of the weight indexes input channels.
-        padding_mode: How a convolution pads its input, as in torch.
+        padding_mode: Padding mode of a convolution, as in torch.
         twin: The layer of torch with the same function apart from its parameters; None if torch has no such layer.
     """
 
@@ -94,7 +94,7 @@ def twin_of(module: nn.Module) -> nn.Module:
 
 
 def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of one of these classes and runs as they do: no subclass or canonizer overrides forward."""
+    """Whether a module is of one of the given classes, and no subclass or canonizer overrides its forward."""
     own = "forward" in module.__dict__
     return not own and any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 

@@ -1,8 +1,8 @@
 """Layers in reduced precision, as under ``torch.autocast``, with totals in float32.
 
 Only products with a weight run in reduced precision: the layer itself and the two maps of each branch of its rule.
-Relevance, column sums, gains and all sums keep the dtype of the inputs. Where the model itself computes in a short
-format, they are in float32, and so are all products of its kernels.
+Relevance, column sums, gains and all sums keep the dtype of the inputs. If the model itself computes in a shorter
+format than float32, they and all products of its kernels are in float32.
 
 Source: ours.
 """
@@ -21,21 +21,21 @@ from torch.overrides import TorchFunctionMode
 from .linear_maps import LinearMap
 
 SHORT = (torch.bfloat16, torch.float16)
-"""Formats shorter than float32 in which a model may compute."""
+"""Formats shorter than float32 that a model may use."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of relevance at a tensor of this dtype: float32 for shorter formats."""
+    """Returns the dtype of relevance at a tensor of the given dtype: float32 for shorter formats."""
     return torch.float32 if dtype in SHORT else dtype
 
 
 def is_short(tensor: Tensor) -> bool:
-    """Whether the model computed this tensor in a format shorter than float32."""
+    """Whether the model computed a tensor in a format shorter than float32."""
     return tensor.dtype in SHORT
 
 
 class InFloat32(TorchFunctionMode):
-    """Computes in float32 what was written for shorter formats: functions read their arguments in float32."""
+    """A mode in which functions of tensors in shorter formats read their arguments in float32."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,7 +50,7 @@ class InFloat32(TorchFunctionMode):
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _METADATA = frozenset("__get__ size stride numel dim data_ptr untyped_storage is_floating_point is_set_to".split())
-"""Functions that read no values; of the attributes, only the dtype depends on the format."""
+"""Functions that read no values, so that only the attribute dtype depends on the format."""
 _SHORTENING: dict[Any, Callable[..., Any]] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
 
 

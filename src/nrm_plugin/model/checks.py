@@ -16,7 +16,7 @@ from zennit.core import BasicHook, Hook
 from ..errors import GradModeError, InputError, ModelStateError, UnsupportedRuleError
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
-"""By package a layer that is random in training mode, and the attribute with the probability."""
+"""Layers that are random in training mode, by package, with the attribute that holds the drop rate."""
 
 MODES = {
     "batch_norm": 5,
@@ -67,7 +67,7 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
 
 @contextmanager
 def check_drawn(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Raises :class:`ModelStateError` if a model in training mode draws random numbers meanwhile, in any layer."""
+    """Context that raises :class:`ModelStateError` if a model in training mode draws random numbers in any layer."""
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     before = _random_state(device) if training else None
     yield
@@ -132,7 +132,7 @@ def check_hookable(model: nn.Module) -> None:
 
 
 def check_untransformed(values: Iterable[Any]) -> None:
-    """Raises :class:`GradModeError` for tensors inside a transform of ``torch.func``, to which hooks are blind."""
+    """Raises :class:`GradModeError` for tensors inside a transform of ``torch.func``, which bypasses hooks."""
     if any(isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values):
         raise GradModeError(
             "a tensor is inside a transform of torch.func (vmap, grad, jacrev, …), which replaces autograd. Call the "
@@ -141,7 +141,7 @@ def check_untransformed(values: Iterable[Any]) -> None:
 
 
 class Uncompiled:
-    """Lets modules compiled in place by ``module.compile()`` run as they are, with the hooks of their layers."""
+    """Context in which modules compiled by ``module.compile()`` run without compilation, with hooks of their layers."""
 
     def __init__(self, model: nn.Module) -> None:
         attributes = [module.__dict__ for module in model.modules()]
@@ -150,7 +150,7 @@ class Uncompiled:
             item["_compiled_call_impl"] = None
 
     def remove(self) -> None:
-        """Lets them run compiled again."""
+        """Restores compilation."""
         for item, compiled in self._compiled:
             item["_compiled_call_impl"] = compiled
 
@@ -161,7 +161,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
             f"{_layer(name, module)} is TorchScript, whose layers take no hooks. Pass the Python module that it was "
             "compiled from."
         )
-    compiler = sys.modules.get("torch._dynamo.eval_frame")  # imported by whoever compiled the model
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # imported if the model was compiled
     if compiler is not None and isinstance(module, compiler.OptimizedModule):
         raise ModelStateError(
             f"{_layer(name, module)} was made by torch.compile, which bypasses the hooks of its layers. Pass the "

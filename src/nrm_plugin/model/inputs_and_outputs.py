@@ -19,7 +19,7 @@ Output = str | int | Callable[[Any], Tensor]
 """The choice of an output: a key or attribute, a position, or a function of the model's return value."""
 
 Change = Callable[[Tensor], Tensor]
-"""What replaces a tensor."""
+"""A function from a tensor to its replacement."""
 FORMATS = (torch.float32, torch.float64, *SHORT)
 """Dtypes of inputs and outputs; relevance is in float32 or float64."""
 
@@ -38,7 +38,7 @@ class Call:
 
     Args:
         inputs: One tensor, a tuple of tensors, or a mapping that is passed by keyword. In a mapping, relevance flows to
-            floating point tensors; masks and numbers are passed as they are. For integers, relevance flows to the rows
+            floating point tensors; masks and numbers are passed unchanged. For integers, relevance flows to the rows
             that they select where the model looks them up; in a mapping, only if the mapping has no floating point
             tensor, and not under a keyword that contains "mask".
         args: Further positional arguments: a tuple, or a single argument.
@@ -94,11 +94,11 @@ class Call:
         return len(next(iter((*self.tensors, *self.indices.values())))) if self.batched else 1
 
     def changed(self, change: Change, others: Change = lambda tensor: tensor) -> Call:
-        """The same call with other values of the inputs.
+        """Returns the same call with other values of the inputs.
 
         Args:
-            change: Returns what replaces an input, integers as well.
-            others: Returns what replaces a tensor among the further arguments.
+            change: A function from an input, including integers, to its replacement.
+            others: A function from a tensor among the further arguments to its replacement.
         """
         call = copy.copy(self)
         new = {id(tensor): change(tensor) for tensor in (*self.tensors, *self.indices.values())}
@@ -117,14 +117,14 @@ class Call:
 
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool]) -> Iterator[None]:
-        """Raises :class:`InputError` if the model, run inside this context, looked up none of the integers.
+        """Context that raises :class:`InputError` if the model, run inside, looks up none of the integers.
 
         Args:
-            are_looked_up: Whether it did, called afterwards.
+            are_looked_up: A function that returns, after the run, whether integers were looked up.
         """
         try:
             yield
-        except RuntimeError as error:  # of a layer that multiplies integers
+        except RuntimeError as error:  # raised by a layer that multiplies integers
             if self.indices and not isinstance(error, NRMError) and not are_looked_up():
                 raise self._not_looked_up() from error
             raise
@@ -294,7 +294,7 @@ def is_index(value: Any) -> bool:
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Whether an input that is passed by keyword is one of ids; masks are integers as well, in transformers."""
+    """Whether an input passed by keyword holds ids, since masks in transformers are integers as well."""
     return is_index(value) and "mask" not in key
 
 

@@ -102,9 +102,9 @@ def is_whole(node: Node) -> bool:
 
 
 def written(node: Any, number: int) -> tuple[Any, int]:
-    """Output ``number`` of a node, or the tensor that overwrote all of it in place.
+    """Returns output ``number`` of a node, or the tensor that overwrote all of this output in place.
 
-    Without the node that torch adds around a module with a full backward hook: it returns what it receives.
+    The node that torch adds around a module with a full backward hook is skipped, since it is an identity.
     """
     while node is not None and (name := operation(node)) in ("Copy", "BackwardHookFunction"):
         if name != "Copy":

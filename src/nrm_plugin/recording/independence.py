@@ -1,8 +1,8 @@
-"""Whether the samples of a batch depend on each other: in the forward pass, in the relevance, or in a rule.
+"""Tests of whether the samples of a batch depend on each other: in the forward pass, in relevance, or in a rule.
 
-What is not proven by the operations alone is tried. Relevance of single samples is followed through the graph; and
-the model runs again with other values of some samples, which must change neither the outputs of the others nor,
-where a rule is not known, their relevance.
+If the operations do not prove independence, it is tested. Relevance of single samples is tracked through the graph, and
+the model runs again with other values of some samples, which must change neither the outputs of the other samples nor,
+if a rule is not known, their relevance.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .sample_rows import rules_are_known
 from .samples import Samples
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Change of outputs, relative to the largest, from which on one sample depends on another."""
+"""Smallest change of outputs, relative to the largest output, that indicates a dependence between samples."""
 TOLERANCE_OF_SHORT = 3e-2
-"""The same in bfloat16 and float16."""
+"""Tolerance in bfloat16 and float16."""
 TOLERANCE_OF_RULES = 1e-3
-"""The same of the relevance of the inputs."""
+"""Tolerance for the relevance of the inputs."""
 SCALE = 0.75
-"""Factor of the values that replace those of other samples, so that equal samples are changed as well."""
+"""Factor of replacement values, which are taken from other samples, so that equal samples are changed as well."""
 
 
 class Run(Protocol):
-    """What is read of a recording."""
+    """Interface of a recording."""
 
     output: Tensor
 
@@ -43,7 +43,7 @@ class Run(Protocol):
 
 
 class Rerun(Protocol):
-    """Further runs of its model, on changed inputs."""
+    """Interface of further runs of the model on changed inputs."""
 
     def recording(self, change: Change) -> Run: ...
     def outputs(self, change: Change) -> Tensor: ...
@@ -55,7 +55,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
     Args:
         recording: The recording.
         start: Relevance of the outputs.
-        rerun: Runs its model again.
+        rerun: Runs the model of the recording again.
 
     Raises:
         FoldingError: The samples depend on each other.
@@ -67,7 +67,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
             recording.samples.find(noise)
         except FoldingError:
             raise
-        except NRMError:  # an operation without a kernel, which the explained outputs need not depend on
+        except NRMError:  # an operation without a kernel, on which the explained outputs may not depend
             noise = noise * (start != 0)
             recording.samples.find(noise)
     _check_rows_of_inputs(recording.samples)
@@ -79,7 +79,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
 
 
 def _subsets(count: int) -> Iterator[Tensor]:
-    """Samples to be changed: every second one, the first half, and the complements."""
+    """Yields sets of samples to change: every second sample, the first half, and the complements."""
     numbers = torch.arange(count)
     sets = [numbers % 2 == 0, numbers % 2 == 1]
     if count > 2:
@@ -95,7 +95,7 @@ def _check_rows_of_inputs(samples: Samples) -> None:
 
 
 def _check_outputs(recording: Run, chosen: Tensor, rerun: Rerun) -> None:
-    """Raises if outputs of the other samples depend on the inputs of those that are chosen."""
+    """Raises if outputs of other samples depend on the inputs of the chosen samples."""
     try:
         other = rerun.outputs(lambda tensor: changed(tensor, chosen))
     except Exception:
@@ -119,7 +119,7 @@ def _has_changed(recording: Run, output: Tensor, other: Tensor, rows: Tensor) ->
 
 
 def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun) -> None:
-    """Raises if relevance of the other samples depends on the inputs of those that are chosen."""
+    """Raises if relevance of other samples depends on the inputs of the chosen samples."""
     try:
         other = rerun.recording(lambda tensor: changed(tensor, chosen))
     except Exception:
@@ -139,7 +139,7 @@ def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun
 
 
 def changed(tensor: Tensor, chosen: Tensor) -> Tensor:
-    """Inputs in which the chosen samples have values of others, in another order, so that they remain possible."""
+    """Replaces the chosen samples by values of other samples, in another order, so that inputs remain valid."""
     inner = list(range(1, tensor.ndim))
     other = tensor.detach().roll(1, 0).flip(inner) if inner else tensor.detach().roll(1, 0)
     if other.is_floating_point():

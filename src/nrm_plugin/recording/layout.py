@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PURE = 1e-3
-"""Share of the mass of a slice that may be of other samples, by rounding."""
+"""Largest share of the mass of a slice that may belong to other samples, due to rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class Layout:
     dropped.
 
     Attributes:
-        dim: The dimension; None for a tensor that is one sample as a whole, which gets a first dimension of size 1.
+        dim: The dimension; None for a tensor that is a single sample, to which a first dimension of size 1 is added.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices of the dimension that belong to one sample.
         order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
@@ -36,7 +36,7 @@ class Layout:
         return self.dim == 0 and self.parts == 1 and self.order is None
 
     def shape(self, shape: torch.Size) -> torch.Size:
-        """The shape in the form ``(N, …)`` of a tensor with this shape."""
+        """Converts the shape of a tensor to the form ``(N, …)``."""
         if self.is_plain:
             return shape
         if self.dim is None:
@@ -45,22 +45,22 @@ class Layout:
         return torch.Size((self.count, *inner))
 
     def channel_dim(self, dim: int, ndim: int) -> int:
-        """The channel dimension in the form ``(N, …)``, given that of the tensor with its ``ndim`` dimensions."""
+        """Converts the channel dimension of a tensor with ``ndim`` dimensions to the form ``(N, …)``."""
         if self.is_plain:
             return dim
         dim %= max(ndim, 1)
         if dim == self.dim and self.parts == 1:
-            return -1  # not a dimension of channels, but that of the samples
+            return -1  # the dimension of the samples, not of channels
         return dim + 1 if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
     def inner_of_parts(self, inner: torch.Size) -> torch.Size:
-        """The shape ``inner`` of a sample without the dimension of its parts."""
+        """Removes the dimension of the parts from the shape ``inner`` of a sample."""
         if self.dim is None or self.parts == 1:
             return inner
         return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
 
     def in_all_parts(self, values: Tensor) -> Tensor:
-        """Values without the dimension of the parts, repeated for each of them."""
+        """Repeats values without the dimension of the parts for each part."""
         if self.dim is None or self.parts == 1:
             return values.clone()
         repeated = values.unsqueeze(self.dim)
@@ -80,7 +80,7 @@ class Layout:
         return values.movedim(dim, lead)
 
     def fold(self, values: Tensor, lead: int = 0) -> Tensor:
-        """The inverse of :meth:`unfold`; a leading dimension of size 1, for all samples, is expanded."""
+        """Converts back, as the inverse of :meth:`unfold`; a first dimension of size 1 is expanded to all samples."""
         if self.is_plain:
             return values
         if self.dim is None:
@@ -95,16 +95,15 @@ class Layout:
 
 
 def layout_of(labels: Tensor, count: int, mass: Tensor | None = None) -> Layout | None:
-    """The layout of a tensor, given the sample of each entry.
+    """Returns the layout of a tensor, given the sample of each entry.
 
     Args:
         labels: The sample of each entry; -1 if unknown, because no relevance arrives there.
         count: Number of samples.
-        mass: Weight of each entry; those of almost no weight do not decide. All have the same by default.
+        mass: Weight of each entry, by default equal; entries of negligible weight are ignored.
 
     Returns:
-        The layout, by the dimension of which most slices are known; None if no dimension holds the samples in equal
-        parts.
+        The layout, by the dimension with most known slices; None if no dimension holds the samples in equal parts.
     """
     exact = _best_layout(labels, count, None)
     return exact if exact is not None or mass is None else _best_layout(labels, count, mass)
@@ -129,7 +128,7 @@ def _best_layout(labels: Tensor, count: int, mass: Tensor | None) -> Layout | No
 
 
 def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
-    """The layout of a tensor of one sample, given the shape that it has for two; None if no dimension doubles."""
+    """Returns the layout of a tensor of one sample, given its shape for two samples; None if no dimension doubles."""
     if len(shape) != len(shape_of_two):
         return None
     changed = [dim for dim, (one, two) in enumerate(zip(shape, shape_of_two, strict=True)) if one != two]
@@ -139,7 +138,7 @@ def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
 
 
 def unreached(shape: torch.Size, count: int) -> Layout | None:
-    """A layout for a tensor to which no relevance passes: a dimension of the size of the batch, or a multiple of it."""
+    """Returns a layout for a tensor without relevance, by a dimension with a multiple of the batch size."""
     for parts in (1, None):
         for dim, size in enumerate(shape):
             if size == count * (parts or size // count) and size:
@@ -148,7 +147,7 @@ def unreached(shape: torch.Size, count: int) -> Layout | None:
 
 
 def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None) -> Tensor | None:
-    """The sample of each slice along a dimension, -1 where it is unknown; None if a slice holds several."""
+    """Returns the sample of each slice along a dimension, -1 if unknown; None if a slice holds several samples."""
     size = labels.shape[dim]
     flat = labels.movedim(dim, 0).reshape(size, -1)
     if mass is None:

@@ -20,7 +20,7 @@ from .taps import INPUT, OUTPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
-    """Hooks around those of the composite, and the tensors that they collect.
+    """Hooks around the hooks of the composite, and the tensors that they collect.
 
     Args:
         model: The model.
@@ -33,9 +33,9 @@ class Observer:
         observed: Every labelled tensor that depends on the inputs.
         leaves: The tensors at which relevance ends.
         indices: The integers among the inputs.
-        inputs: The leaves of its other inputs.
+        inputs: The leaves of the other inputs.
         has_lookups: Whether ids were looked up.
-        has_untracked: Whether the model computed values from its inputs that autograd does not follow.
+        has_untracked: Whether the model computed values from its inputs that autograd does not track.
     """
 
     def __init__(self, model: nn.Module, indices: list[Tensor], wanted: Atom | None) -> None:
@@ -55,7 +55,7 @@ class Observer:
 
         Args:
             model: The model, with the modules that canonizers added.
-            stack: Removes the hooks.
+            stack: The stack that removes the hooks.
         """
         self.modules = module_names(model)
         for module, name in self.modules.items():
@@ -72,7 +72,7 @@ class Observer:
         return passed
 
     def _end(self, tensor: Tensor) -> Tensor:
-        """A tensor with the same values at which walks end."""
+        """Returns a tensor with the same values at which walks end."""
         leaf = tensor.detach().requires_grad_()
         self.leaves.append(leaf)
         self._leaves.add(id(leaf))
@@ -104,7 +104,7 @@ class Observer:
     # -- called while the model runs --------------------------------------------------------------------------
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
-        """Whether this is one of the leaves."""
+        """Whether a tensor is one of the leaves."""
         return id(tensor) in self._leaves
 
     def on_step(self, module: nn.Module | None, step: Step) -> None:
@@ -118,7 +118,7 @@ class Observer:
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     def on_untracked(self) -> None:
-        """Notes that such values exist; they may depend on several samples."""
+        """Records that such values exist, since they may depend on several samples."""
         self.has_untracked = True
 
     @without_torch_function
@@ -195,7 +195,7 @@ _OVER_FEATURES = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-"""Layers whose output has the channels in its last dimension."""
+"""Layers with channels in the last dimension of the output."""
 
 
 def _channel_dim(module: nn.Module) -> int | None:

@@ -95,12 +95,12 @@ class Recording:
         self.structure = Structure(observer, self.output, call.batch, call.batched, two, inner is None)
 
     def started(self, relevance: Tensor) -> Tensor:
-        """Relevance of the outputs in the form ``(N, …)`` as relevance of the output.
+        """Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
 
-        Also finds the samples in each tensor, if there are several that are not known to be its rows.
+        The method also finds the samples in each tensor, if there are several that are not known to be its rows.
 
         Raises:
-            FoldingError: A sample depends on others, or the kernel of a layer does.
+            FoldingError: A sample, or the kernel of a layer at a sample, depends on other samples.
         """
         start = self.samples.layout(self.graph.output).fold(relevance)
         if self.samples.count > 1 and not self.samples.is_plain:
@@ -134,7 +134,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Further runs of the model of a recording, without hooks, to find out how it treats samples.
+    """Further runs of the model of a recording, without hooks, to test the treatment of samples.
 
     Attributes:
         model, call, composite, output: As in :class:`Recording`.
@@ -146,12 +146,12 @@ class Rerun:
     output: Output | Atom | None
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
-        """A recording on changed inputs."""
+        """Returns a recording on changed inputs."""
         with _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
             return Recording(self.model, self.call.changed(change, others), self.composite, self.output)
 
     def outputs(self, change: Change) -> Tensor:
-        """The output on changed inputs."""
+        """Returns the output on changed inputs."""
         if isinstance(self.output, Atom):
             return self.recording(change).output.detach()
         call = self.call.changed(change)
@@ -164,7 +164,7 @@ class Rerun:
             return output
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
-        """The shape of each labelled tensor for the one sample twice; none if the model takes no two samples."""
+        """Returns the shape of each labelled tensor for the sample twice; empty if the model rejects two samples."""
 
         def twice(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor])
@@ -180,7 +180,7 @@ class Rerun:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """The model without hooks, which would take what they see for values of the user's inputs."""
+    """Context in which the model has no hooks, since the user's hooks expect values of the user's inputs."""
     with preserved(model):
         for module in model.modules():
             module._forward_hooks.clear()

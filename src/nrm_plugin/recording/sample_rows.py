@@ -1,6 +1,6 @@
-"""Which operations keep the samples in the rows of a tensor, whatever its values are.
+"""Operations that keep the samples in the rows of a tensor for any values.
 
-What is not proven here is tried: see :mod:`~nrm_plugin.recording.samples`.
+All other operations are tested on values: see :mod:`~nrm_plugin.recording.samples`.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ _FREE = frozenset(
     replicationpad1d replicationpad2d replicationpad3d upsamplenearest1d upsamplenearest2d upsamplenearest3d lift
     """.split()
 )
-"""Routes that keep rows in rows, if their inputs and outputs have as many."""
+"""Routes that keep rows in rows if inputs and outputs have the same number of rows."""
 _ALONG = frozenset(
     """
     select slice cat stack split splitwithsizes unsafesplit unsafesplitwithsizes chunk unbind unsqueeze squeeze
     indexselect gather sort topk max min amax amin median nanmedian mode kthvalue cummax cummin unfold
     """.split()
 )
-"""Routes that keep rows in rows, if they work along other dimensions than the first."""
+"""Routes that keep rows in rows if they operate along other dimensions than the first."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
-"""Modules of ``torch.nn.modules`` whose layers have no weights between rows."""
+"""Modules of ``torch.nn.modules`` with layers that have no weights between rows."""
 
 
 def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) -> bool:
-    """Whether the first dimension of every tensor is proven to hold the samples, apart from each other.
+    """Whether the first dimension of every tensor is proven to hold independent samples.
 
     Args:
         graph: The graph.
         count: Number of samples.
-        looked_up: Leaves that are embeddings of inputs, which the model may have transposed before.
+        looked_up: Leaves that are embeddings of inputs, which the model may have transposed before the lookup.
     """
     if any(count in leaf.shape[1:-1] for leaf in looked_up):
         return False
@@ -52,7 +52,7 @@ def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) ->
 
 
 def vertices_of_rows(graph: Graph, count: int, ends: Set[int]) -> set[int]:
-    """The vertices that are proven to have the samples in their rows, given some at the ends of the graph."""
+    """Returns the vertices that are proven to have samples as rows, given such vertices at the ends of the graph."""
     keeping = [_has_rows(vertex, count) and _keeps_rows(graph, vertex) for vertex in graph.vertices]
     proven = set(ends)
     for number, vertex in enumerate(graph.vertices):  # down from the output
@@ -71,7 +71,7 @@ def _has_rows(vertex: Vertex, count: int) -> bool:
 
 
 def rules_are_known(graph: Graph) -> bool:
-    """Whether the rules of all layers are known to treat rows apart: those of Zennit and of this package."""
+    """Whether all layers have rules of Zennit or of this package, which are known to treat rows independently."""
     return all(
         is_known_linear(vertex.step.layer_call.rule) for vertex in graph.vertices if isinstance(vertex.step, LayerStep)
     )
@@ -85,7 +85,7 @@ def _keeps_rows(graph: Graph, vertex: Vertex) -> bool:
 
 
 def _is_layer_of_rows(call: LayerCall) -> bool:
-    """Whether a layer of torch maps each row of its input on its own."""
+    """Whether a layer of torch maps each row of its input independently."""
     kind, dims = type(call.module), call.input.ndim
     path = kind.__module__.removeprefix("torch.nn.modules.")
     if dims < 2:
@@ -118,7 +118,7 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
     source = next((len(graph.shape(edge)) for edge in vertex.edges if edge is not None), dims)
     if name in _ALONG:
         saved = getattr(node, "_saved_dim", getattr(node, "_saved_dimension", None))
-        # Along the first dimension, tensors with N rows are taken as they are, or joined to more rows.
+        # Along the first dimension, tensors with N rows are used unchanged, or joined to more rows.
         is_whole = name in ("slice", "cat", "split", "splitwithsizes")
         return is_whole or _are_inner(saved, dims if name in ("stack", "unsqueeze") else source)
     if name == "transpose":
@@ -131,7 +131,7 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
 
 
 def _are_inner(saved: Any, dims: int) -> bool:
-    """Whether dimensions are known, as autograd stores them, and none of them is the first one."""
+    """Whether dimensions, as stored by autograd, are known and exclude the first."""
     if saved is None:
         return False
     stored = list(saved) if isinstance(saved, (tuple, list)) else [saved]
@@ -139,13 +139,13 @@ def _are_inner(saved: Any, dims: int) -> bool:
 
 
 def _is_index_of_rows(indices: Sequence[Tensor | None]) -> bool:
-    """Whether rows are not indexed, and remain first."""
+    """Whether an index leaves the rows unchanged in the first dimension."""
     used = [number for number, index in enumerate(indices) if index is not None]
     return bool(used) and used[0] > 0 and used[-1] - used[0] == len(used) - 1
 
 
 def _signed(number: Any) -> int:
-    """A dimension as autograd stores it: negative ones modulo 2⁶⁴."""
+    """Converts a dimension as stored by autograd, where negative numbers are modulo 2⁶⁴."""
     return int(number) - (1 << 64) if int(number) >= 1 << 63 else int(number)
 
 

@@ -1,13 +1,14 @@
-"""The samples of a batch: where they are in each tensor of a recording.
+"""The positions of the samples of a batch in each tensor of a recording.
 
-The first dimension of a tensor need not be the batch. Attention over windows folds windows into it, other layers put
-time or heads first. No layout is assumed: relevance of the samples is scaled at the output by powers of two, one for
-each sample, and the factor by which an entry changes is that of its sample. No other module reads the first dimension
-of a tensor as samples.
+The first dimension of a tensor need not be the batch. Attention over windows folds windows into it, and other layers
+have time or heads first. No layout is assumed: relevance of the samples is scaled at the output by a power of two per
+sample, and the factor by which an entry changes identifies its sample. No other module treats the first dimension of a
+tensor as samples.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
@@ -22,11 +23,13 @@ from .passes import Cost, Vectors, pull, push
 from .places import Buffer, Edge, Place, Sink
 
 BITS = 4
-"""Bits of the number of a sample that one relevance vector encodes, as factors of 1 to 2¹⁵."""
+"""Number of bits of a sample number that one relevance vector encodes, as factors of 1 to 2¹⁵."""
 RATIO = 1e-3
-"""Deviation of a logarithm to base two from an integer from which on an entry belongs to several samples."""
+"""Smallest deviation of a binary logarithm from an integer for which an entry belongs to several samples."""
+RANGE = 40
+"""Exponent to base two of the largest and the smallest max|R| that a pass of encoded relevance computes with."""
 MIXED = 1e-3
-"""Share of Σ|R| in such entries from which on a tensor mixes samples; below it, they are rounding errors."""
+"""Smallest share of Σ|R| in such entries for which a tensor mixes samples; smaller shares are rounding errors."""
 
 
 class Samples:
@@ -35,17 +38,17 @@ class Samples:
     Args:
         graph: The graph.
         count: Number of samples.
-        batched: Whether the inputs have a dimension of samples; if not, all of their entries are one sample.
-        is_plain: Whether the samples are known to be the rows of every tensor, apart from each other.
-        shapes_of_two: Returns the shape of each labelled tensor for two samples; called once, for one sample whose
-            dimension is not known.
+        batched: Whether the inputs have a batch dimension; otherwise, all entries are one sample.
+        is_plain: Whether the samples are known to be independent rows of every tensor.
+        shapes_of_two: A function that returns the shape of each labelled tensor for two samples; called once, if the
+            dimension of a single sample is unknown.
 
     Attributes:
         leaves: Relevance of the inputs for the vector that :meth:`find` propagated, by vertex.
         output_has_rows: Whether the rows of the output are the samples, as for the output of a model.
-        inputs: The vertices of the inputs of the model, whose rows are the samples.
+        inputs: The vertices of the inputs of the model, which have samples as rows.
         labels: The labels of each tensor.
-        rows: For one sample, the vertices that are proven to have it in their rows.
+        rows: For a single sample, the vertices that are proven to have samples as rows.
     """
 
     def __init__(
@@ -71,10 +74,10 @@ class Samples:
     # -- layouts ----------------------------------------------------------------------------------------------
 
     def layout(self, place: Place | Sink) -> Layout:
-        """How a tensor is brought into the form ``(N, …)``.
+        """Returns the layout that converts a tensor to the form ``(N, …)``.
 
         Raises:
-            FoldingError: No dimension holds the samples, in equal parts.
+            FoldingError: No dimension holds the samples in equal parts.
         """
         if self.is_plain:
             return self._plain
@@ -118,7 +121,7 @@ class Samples:
         return found or (self._plain if shape[:1] == (1,) else self._whole)
 
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
-        """The layout of a tensor to which no relevance passes: that of the nearest one of its shape."""
+        """The layout of a tensor without relevance: the layout of the nearest tensor of the same shape."""
         shape = self.graph.shape(buffer)
         same = [
             other for other, layout in self._layouts.items() if layout is not None and self.graph.shape(other) == shape
@@ -128,7 +131,7 @@ class Samples:
         return unreached(shape, self.count)
 
     def _of_output(self) -> Layout | None:
-        """The layout of the tensor that the measure starts at, inside of the model: by values of the inputs."""
+        """The layout of a tensor inside the model at which the measure starts, by values of the inputs."""
         generator = torch.Generator().manual_seed(0)
         for vertex in sorted(self.inputs):
             leaf = self.graph.vertices[vertex].leaf
@@ -142,15 +145,24 @@ class Samples:
             labels = _Labels.of(dict(zip(vectors, values, strict=True)), self.count)
             if labels.are_known and not labels.are_mixed:
                 return layout_of(labels.samples, self.count, labels.mass)
+        self._raise_if_unsupported()
         return None
+
+    def _raise_if_unsupported(self) -> None:
+        """Raises if an operation without a kernel is the reason why values of the inputs do not arrive."""
+        vertex, number = self.graph.vertices[self.graph.output.vertex], self.graph.output.number
+        metadata = vertex.node._input_metadata[number]
+        ones = torch.ones(metadata.shape, dtype=vertex.dtypes[number], device=metadata.device)
+        with torch.inference_mode(False), torch.no_grad():
+            pull(self.graph, [(self.graph.output, {-1: ones})], _Finder(self))
 
     # -- finding them -----------------------------------------------------------------------------------------
 
     def find(self, start: Tensor) -> Cost:
-        """Finds the layout of each tensor, by one pass with one vector, and one more for each 4 bits of N.
+        """Finds the layout of each tensor in one pass, with one vector, and one more per 4 bits of N.
 
         Args:
-            start: Relevance of the outputs, positive where there may be any.
+            start: Relevance of the outputs, positive wherever it may be nonzero.
 
         Raises:
             FoldingError: The entries of a tensor belong to several samples.
@@ -165,7 +177,7 @@ class Samples:
     # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Sums over the entries of each sample at a place, ``(N,)``; None where the samples are unknown."""
+        """Sums over the entries of each sample at a place, ``(N,)``; None if the samples are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
         if self.is_plain:
@@ -192,7 +204,7 @@ class Samples:
         return sums
 
     def error(self, what: str) -> FoldingError:
-        """The error for entries that cannot be assigned to one sample."""
+        """Returns the error for entries that cannot be assigned to one sample."""
         return FoldingError(
             f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} samples, "
             "or no dimension holds the samples in equal parts. Take the measure of one sample at a time, or pass "
@@ -201,7 +213,7 @@ class Samples:
 
 
 def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> Vectors[int]:
-    """Values, under the key -1, and with those of each sample scaled by a power of two, one key for each 4 bits."""
+    """Returns values, under the key -1, and values scaled by a power of two per sample, with a key per 4 bits."""
     form = layout.shape(shape)
     rows = torch.arange(count, device=values.device).reshape(-1, *(1,) * (len(form) - 1))
     vectors: Vectors[int] = {-1: values}
@@ -211,12 +223,21 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
     return vectors
 
 
+def _in_range(vectors: Vectors[int]) -> Vectors[int]:
+    """Vectors with the same ratios, scaled by a power of two where stabilizers absorbed nearly all relevance."""
+    largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
+    if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
+        return vectors
+    factor = 2.0 ** min(-math.floor(math.log2(largest)), 120)  # no more than float32 holds
+    return {shift: vector * factor for shift, vector in vectors.items()}
+
+
 @dataclass(frozen=True)
 class _Labels:
-    """The sample of each entry of a tensor, read off the factors by which vectors differ.
+    """The sample of each entry of a tensor, as identified by the factors between vectors.
 
     Attributes:
-        samples: The samples, -1 where no relevance arrives.
+        samples: The samples; -1 where no relevance arrives.
         mass: ``|R|`` of each entry.
         are_mixed: Whether entries belong to several samples.
     """
@@ -230,14 +251,14 @@ class _Labels:
         plain = vectors[-1]
         mass = plain.abs()
         labels = torch.zeros(plain.shape, dtype=torch.int32, device=plain.device)
-        is_pure = mass > torch.finfo(plain.dtype).tiny * 2**24
+        is_pure = is_known = mass > torch.finfo(plain.dtype).tiny * 2**24  # below, the ratio is rounded
         for shift, vector in vectors.items():
             if shift >= 0:
-                exponent = (vector / plain).log2_()  # nan where the signs differ
+                exponent = (vector / plain).log2_()  # nan if the signs differ
                 power = exponent.round()
-                is_pure &= exponent.sub_(power).abs_() <= RATIO
+                is_pure = is_pure & (exponent.sub_(power).abs_() <= RATIO)
                 labels += power.nan_to_num_(0.0, 0.0, 0.0).to(torch.int32) << shift
-        are_mixed = bool((mass * ~is_pure).sum() > MIXED * mass.sum())
+        are_mixed = bool((mass * (is_known & ~is_pure)).sum() > MIXED * mass.sum())
         return cls(torch.where(is_pure & (labels < count), labels, -1), mass, are_mixed)
 
     @property
@@ -257,9 +278,10 @@ class _Finder:
         self._last: tuple[Buffer, Tensor] | None = None
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[int]) -> Vectors[int]:
+        vectors = _in_range(vectors)
         if self.samples.graph.vertices[buffer.vertex].leaf is not None:
             self.leaves[buffer.vertex] = vectors[-1]
-        if self._last is not None and vectors[-1].is_set_to(self._last[1]):  # a step passed it on unchanged
+        if self._last is not None and vectors[-1].is_set_to(self._last[1]):  # a step passed it through unchanged
             self._copy(self._last[0], buffer)
             return vectors
         self._last = buffer, vectors[-1]

@@ -24,7 +24,7 @@ class Structure:
         count: Number of samples.
         batched: Whether the inputs have a dimension of samples.
         shapes_of_two: As in :class:`~nrm_plugin.recording.samples.Samples`.
-        output_has_rows: As in it.
+        output_has_rows: As in :class:`~nrm_plugin.recording.samples.Samples`.
 
     Raises:
         InputError: The output depends on none of the inputs.

@@ -18,19 +18,19 @@ from .samples import Samples
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
-"""Children that have the name of an input or output of the whole model, and how they are spelled instead."""
+"""Replacement names for child modules with the name of an input or output of the whole model."""
 
 Item = int | str
-"""Position of a tensor in a tuple, or its key."""
+"""Position or key of a tensor in a container."""
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """The name of each module as a tap: the one in ``named_modules()``, with a dot in front of a reserved one."""
+    """The name of each module as a tap: its name in ``named_modules()``, with a dot before reserved names."""
     return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
 
 
 class Nested(str):
-    """The key of a tensor in a container inside of what a module returned: ``"features.0"``, ``"1.0"``."""
+    """The key of a tensor in a nested container of a module's output, such as ``"features.0"`` or ``"1.0"``."""
 
     __slots__ = ()
 
@@ -60,10 +60,10 @@ class Tap:
     """One tensor of the computation.
 
     Attributes:
-        place: Where it is in the graph.
-        tensor_shape: Shape of the tensor as the model has it.
+        place: The place in the graph.
+        tensor_shape: Shape of the tensor in the model.
         samples: The samples of the recording.
-        names: All its names.
+        names: All names of the tap.
         tensor_channel_dim: The dimension of the channels in the tensor.
     """
 
@@ -75,12 +75,12 @@ class Tap:
 
     @property
     def layout(self) -> Layout:
-        """How its tensor is brought into the form ``(N, …)``."""
+        """The layout that converts the tensor to the form ``(N, …)``."""
         return self.samples.layout(self.place)
 
     @property
     def shape(self) -> torch.Size:
-        """Its shape in the form ``(N, …)``, whichever dimension of the tensor holds the samples."""
+        """The shape in the form ``(N, …)``, for any dimension of the samples in the tensor."""
         return self.layout.shape(self.tensor_shape)
 
     @property
@@ -185,7 +185,7 @@ class Taps:
         self._labelled.setdefault(label, tap)
 
     def tensor_shapes(self) -> dict[Hashable, torch.Size]:
-        """The shape of each labelled tensor as the model has it."""
+        """The shape of each labelled tensor in the model."""
         return {label: tap.tensor_shape for label, tap in self._labelled.items()}
 
     # -- names ------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """The items of the tensors that a layer returned or was called with, except nested ones; ``[None]`` for one."""
+        """The items of the inputs or outputs of a layer, except nested items; ``[None]`` for a single tensor."""
         if isinstance(layer, str):
             layer, item = self._split_item(layer, side)
             if item is not None:
@@ -274,7 +274,7 @@ class Taps:
         return (layer, int(number)) if colon and number.isdecimal() and not self.calls_of(name, side) else (name, None)
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
-        """The name of a layer, and those of its calls that ``call`` selects."""
+        """The name of a layer, and the calls of the layer that ``call`` selects."""
         name = self.name_of(layer)
         if call is None:
             name, call = self._split_call(name, side)
@@ -343,17 +343,17 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """The tensors that are not nested in a container, which a layer stands for; all if each is."""
+    """The items that are not nested in a container, to which a layer refers; all items if all are nested."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 
 def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
-    """A position or key as in a name; a key that looks like a position of the same layer is quoted."""
+    """The text of a position or key in a name; a key that looks like a position of the same layer is quoted."""
     return repr(item) if sum(str(other) == str(item) for other in items) > 1 else str(item)
 
 
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Gives taps with unknown channels those of the nearest tap of the same shape, else of the same rank."""
+    """Copies unknown channel dimensions from the nearest tap of the same shape, else of the same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
         if tap.tensor_channel_dim:

@@ -124,7 +124,7 @@ class BestFirstSearch:
             self._expand(part)
 
     def _most_promising(self) -> list[Prefix]:
-        """The prefix with the largest bound, and those of the same length that follow it."""
+        """Removes and returns the prefix with the largest bound, and the next prefixes of the same length."""
         chosen = [heapq.heappop(self.prefixes)]
         depth, threshold = len(chosen[0].groups), self._threshold()
         while self.prefixes and len(chosen) < self._batch(depth):

@@ -35,8 +35,8 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
     same size are comparable.
 
     Args:
-        full: ``(N, …)``.
-        restricted: The same shape.
+        full: Values of the full measure, ``(N, …)``.
+        restricted: Values of the restricted measure, of the same shape.
 
     Examples:
         >>> mse(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.0]]))
@@ -54,8 +54,8 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
     tensor, or with opposite signs, contributes 200, regardless of its magnitude.
 
     Args:
-        full: ``(N, …)``.
-        restricted: The same shape.
+        full: Values of the full measure, ``(N, …)``.
+        restricted: Values of the restricted measure, of the same shape.
 
     Examples:
         >>> smape(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]))
