@@ -94,7 +94,7 @@ def raise_on_arrival(outputs: Iterable[Tensor], first_node: int) -> None:
         if node is None or node in visited or node._sequence_nr() < first_node:
             continue
         visited.add(node)
-        stack += [below for below, _ in node.next_functions]  # type: ignore[misc]
+        stack += [below for below, _ in node.next_functions]
         is_custom = isinstance(node, BackwardCFunction) and not _is_checkpoint(node)  # has a step, or raises already
         if not is_custom and not is_known(node):
             node.register_prehook(_raising(unknown_node_error(node)))

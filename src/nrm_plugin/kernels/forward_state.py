@@ -238,7 +238,9 @@ def known_leaves(values: tuple[Any, ...]) -> set[int]:
 def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
     """Notes the leaves among the result and the arguments of a function that are not known, so that it made them."""
     made = RUNNING.made
-    for value in values if made is not None else ():
+    if made is None:
+        return
+    for value in values:
         if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is None and id(value) not in known:
             made[id(value)] = value  # stored, since the identity of a freed tensor may be reused
 
@@ -257,7 +259,7 @@ def constants_detached(value: Any, is_exact: bool = False) -> Any:
 def next_node() -> int:
     """The number of the next autograd node of this thread."""
     with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.enable_grad():
-        return torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr, no-any-return]
+        return torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
 @contextmanager
