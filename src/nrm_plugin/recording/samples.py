@@ -145,7 +145,16 @@ class Samples:
             labels = _Labels.of(dict(zip(vectors, values, strict=True)), self.count)
             if labels.are_known and not labels.are_mixed:
                 return layout_of(labels.samples, self.count, labels.mass)
+        self._raise_if_unsupported()
         return None
+
+    def _raise_if_unsupported(self) -> None:
+        """Raises if an operation without a kernel is the reason why values of the inputs do not arrive."""
+        vertex, number = self.graph.vertices[self.graph.output.vertex], self.graph.output.number
+        metadata = vertex.node._input_metadata[number]
+        ones = torch.ones(metadata.shape, dtype=vertex.dtypes[number], device=metadata.device)
+        with torch.inference_mode(False), torch.no_grad():
+            pull(self.graph, [(self.graph.output, {-1: ones})], _Finder(self))
 
     # -- finding them -----------------------------------------------------------------------------------------
 
