@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,12 @@ FILES: dict[str, tuple[Callable[[str], object], str]] = {
                    "52 entries of squeezenet1_1 are missing (features.0.weight, features.0.bias"),
     "part.pth": (lambda path: torch.save({"features.0.weight": torch.zeros(1)}, path),
                  "51 entries of squeezenet1_1 are"),
+    "page.pth": (lambda path: Path(path).write_text("<!DOCTYPE html><p>404"), "a page of HTML"),
+    "pointer.safetensors": (lambda path: Path(path).write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    "script.pt": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(1, 1)), path), "a TorchScript model"),
+    "net.onnx": (lambda path: Path(path).write_bytes(b"\x08\x07\x12\x07pytorch"), "an ONNX model"),
+    "llm.bin": (lambda path: Path(path).write_bytes(b"GGUF\x03" + bytes(99)), "GGUF"),
+    "photos.zip": (lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "a"), "a zip archive without weights"),
     "plain.pkl": (lambda path: Path(path).write_bytes(pickle.dumps({"a": 1})), "was not written by torch.save"),
 }  # fmt: skip
 

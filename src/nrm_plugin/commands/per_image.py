@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,13 @@ from ..dataset.images import ImageError, LoadedImage, check_image_file, load_ima
 from ..errors import ModelStateError, NRMError, UnsupportedOperationError, UnsupportedRuleError
 from . import messages
 from .composite_names import CompositeError
+from .failures import FAILED, errors
 from .model_loading import LoadedModel
-from .output_files import check_folder
+from .output_files import OutputError, check_folder
 from .request import Request, RequestError, check_device
 from .resolved_options import model_of, one_line_warnings, request_of
 
-COMMON = (RequestError, CompositeError, ModelStateError, UnsupportedOperationError, UnsupportedRuleError)
+COMMON = (OutputError, RequestError, CompositeError, ModelStateError, UnsupportedOperationError, UnsupportedRuleError)
 """Errors that every other image would cause as well."""
 
 
@@ -94,7 +94,7 @@ def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
 def print_problems(problems: list[str], command: str) -> int:
     """Prints what was not possible; returns the exit status."""
     if problems:
-        print(f"\nnrm-plugin {command}: {len(problems)} failed:", file=sys.stderr)
+        print(f"\nnrm-plugin {command}: {len(problems)} failed:", file=errors())
     for problem in problems:
-        print(f"  {' '.join(problem.split())}", file=sys.stderr)
-    return 1 if problems else 0
+        print(f"  {' '.join(problem.split())}", file=errors())
+    return FAILED if problems else 0

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..composites import normalize
-from ..dataset.crops import Crop, crops
+from tqdm import tqdm
+
+from ..composites import Normalized, normalize
+from ..dataset.crops import Crop, IndexableDataset, crops
 from ..dataset.examples import References, is_of_channels, references
 from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.images import shown
@@ -153,16 +155,42 @@ def _crops(options: argparse.Namespace, listing: Listing, loaded: LoadedModel, r
     rules = composite_of(request.composite, loaded.preprocessing.bounds(next(loaded.model.parameters())))
     normalized = normalize(rules, request.residual, request.gain_limit, None)
     _check_same(listing.sweep, loaded, request, data, digest(described(normalized.composite)))
+    images = sum(len(listing.references.of(group)[: options.k]) for group in listing.groups)
+    with tqdm(total=images, desc="references", unit="image", disable=options.quiet, dynamic_ncols=True) as bar:
+        return _cropped(options, listing, loaded, Watched(data, bar), query.layers[0], normalized)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A data set that moves a bar with each sample that is read."""
+
+    data: Any
+    bar: Any
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.data[index]
+        self.bar.update()
+        return sample
+
+
+def _cropped(
+    options: argparse.Namespace,
+    listing: Listing,
+    loaded: LoadedModel,
+    data: IndexableDataset,
+    layer: str,
+    composite: Normalized,
+) -> Rows:
     return crops(
         loaded.model,
         data,
         listing.references,
         listing.groups,
         options.k,
-        layer=query.layers[0],
+        layer=layer,
         whole=options.whole,
         to_image=lambda image: loaded.preprocessing.inverse(image[None]),
-        composite=normalized,
+        composite=composite,
     )
 
 

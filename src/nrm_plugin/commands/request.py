@@ -15,6 +15,7 @@ from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from .composite_names import composite_of
 from .event_syntax import Condition
+from .failures import is_out_of_memory
 from .model_loading import LoadedModel
 from .options import CHANNELS
 
@@ -140,7 +141,7 @@ class failures_of_the_model:  # noqa: N801  (a context manager)
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, NRMError):
+        if isinstance(error, Exception) and not isinstance(error, NRMError) and not is_out_of_memory(error):
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             shape = "×".join(map(str, self._shape))
             raise RequestError(

@@ -18,7 +18,7 @@ from ..plots.flow import flow_figure
 from ..plots.flow_html import save_sankey
 from . import messages
 from .image_flow import has_page, print_missing_page
-from .output_files import json_stem, save_figure, short, versions, write_json
+from .output_files import json_stem, save_figure, short, versions, write_json, writing
 from .request import RequestError, target_of
 from .resolved_options import class_names
 
@@ -112,7 +112,7 @@ def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes:
     stem = json_stem(options.out, name, ends, set(), settings)
     numbers, figure, *page = [options.out / f"{stem}-{end}" for end in ends]
     heading = f"{short(name)}: mean flow of relevance{classes.title('for')}"
-    title = heading.replace("$", r"\$")
+    title = short(name) + heading.removeprefix(short(name)).replace("$", r"\$")
     if classes.target is None or classes.minus is None:
         drawn = flow_figure(graph, title, options.dark)
     else:
@@ -121,5 +121,6 @@ def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes:
     save_figure(drawn, figure, options.dark)
     write_json(numbers, graph.to_dict() | {"settings": settings, "versions": versions()})
     for path in page:
-        save_sankey(graph, path, heading)
+        with writing(path) as temporary:
+            save_sankey(graph, temporary, heading.replace(r"\$", "$"))
     return [figure, numbers, *page]

@@ -19,14 +19,14 @@ from ..errors import EventError, NRMError, UnknownLayerError
 from . import messages
 from .composite_names import composite_of
 from .event_syntax import parse
+from .failures import FAILED, INTERRUPTED, errors, line
 from .model_loading import LoadedModel
 from .request import Request, check_device, target_of
 from .resolved_options import model_of, one_line_warnings, request_of
-from .stored_results import ERROR
 from .sweep_data import SAMPLES, data_of
 
-SKIPPED, INTERRUPTED = 3, 130
-"""Exit statuses: complete except for skipped samples; interrupted."""
+SKIPPED = 3
+"""Exit status: complete except for skipped samples."""
 LISTED = 20
 """Skipped samples that are printed."""
 
@@ -52,10 +52,10 @@ def sweep_data(options: argparse.Namespace) -> int:
         except (SettingsError, UnknownLayerError, EventError):
             raise  # the options are at fault
         except (NRMError, OSError) as error:
-            print(f"nrm-plugin sweep: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return ERROR
+            print(line(error, options), file=errors())
+            return FAILED
         except KeyboardInterrupt:
-            print(f"interrupted; {shown(options.out)} is consistent. The same command continues.", file=sys.stderr)
+            print(f"interrupted; {shown(options.out)} is consistent. The same command continues.", file=errors())
             return INTERRUPTED
     print(summary(stored))
     return print_skipped(stored)
@@ -98,6 +98,7 @@ def _swept(
             residual=request.residual,
             gain_limit=request.gain_limit,
             batch_size=options.batch_size,
+            shard=options.shard_size,
             num_workers=options.workers,
             on_error=options.on_error,
             retry_failed=options.retry_failed,
@@ -130,9 +131,9 @@ def print_skipped(stored: Sweep) -> int:
     if not failed:
         return 0
     were = "1 sample was" if len(failed) == 1 else f"{len(failed)} samples were"
-    print(f"\nnrm-plugin sweep: {were} skipped:", file=sys.stderr)
+    print(f"\nnrm-plugin sweep: {were} skipped:", file=errors())
     for entry in failed[:LISTED]:
-        print(f"  sample {entry['sample']}: {shown(entry['why'])}", file=sys.stderr)
+        print(f"  sample {entry['sample']}: {shown(entry['why'])}", file=errors())
     if len(failed) > LISTED:
-        print(f"  and {len(failed) - LISTED} more, listed in {stored.path / 'manifest.json'}", file=sys.stderr)
+        print(f"  and {len(failed) - LISTED} more, listed in {stored.path / 'manifest.json'}", file=errors())
     return SKIPPED

@@ -5,19 +5,23 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .atomic_files import write_bytes
-from .images import load_image, shown
+from .images import is_image, load_image, shown
 from .preprocessing import Preprocessing
 from .sweep_layout import SweepError
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-"""Extensions of the files that are read."""
+"""Files with these extensions are images, even if they turn out to be damaged; of other files the content decides."""
+
+NAMED = 5
+"""Files left out that a message names."""
 
 
 class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
@@ -34,6 +38,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         paths: The files in order.
+        left_out: The other files, and folders that cannot be read or link to a folder that contains them.
         labels: Their classes.
         fingerprint: Hash of names and labels.
 
@@ -45,12 +50,11 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         if not folder.is_dir():
             raise SweepError(f"the folder {shown(folder)} does not exist.")
         self.folder, self.preprocess = folder, preprocess
-        images = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-        self.paths = sorted(images, key=lambda path: path.relative_to(folder).as_posix())
+        found = sorted(_files(folder), key=lambda path: path.relative_to(folder).as_posix())
+        self.paths = [path for path in found if _is_image(path)]
+        self.left_out = sorted(set(found) - set(self.paths))
         if not self.paths:
-            raise SweepError(
-                f"no images in {shown(folder)}; extensions that are read: {', '.join(sorted(EXTENSIONS))}."
-            )
+            raise SweepError(f"no images in {shown(folder)}. {self.note()}".strip())
         parts_of_paths = [path.relative_to(folder).parts for path in self.paths]
         names = sorted({parts[0] for parts in parts_of_paths if len(parts) > 1})
         classes = _classes(names, categories)
@@ -63,6 +67,14 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.preprocess(load_image(self.paths[index]).image)[0], self.labels[index]
 
+    def note(self) -> str:
+        """The files that were left out, in one sentence; empty if there are none."""
+        names = [shown(path.relative_to(self.folder).as_posix()) for path in self.left_out[:NAMED]]
+        more = len(self.left_out) - len(names)
+        listed = ", ".join([*names, *([f"and {more} more"] if more else [])])
+        count = "1 file is" if len(self.left_out) == 1 else f"{len(self.left_out)} files are"
+        return f"{count} not readable as images and left out: {listed}." if names else ""
+
     def _csv(self) -> bytes:
         text = io.StringIO()
         rows = csv.writer(text)
@@ -74,6 +86,28 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     def write_list(self, path: Path) -> None:
         """Writes the file and label of each sample as CSV."""
         write_bytes(path, self._csv())
+
+
+def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Everything in a folder but its folders, whose content follows unless they are links to a folder above."""
+    real = os.path.realpath(folder)
+    try:
+        entries = [] if real in above else list(os.scandir(folder))
+    except OSError:
+        entries = []
+        above |= {real}
+    if real in above:
+        yield folder
+    for entry in entries:
+        path = folder / entry.name
+        if path.is_dir():
+            yield from _files(path, above | {real})
+        else:
+            yield path
+
+
+def _is_image(path: Path) -> bool:
+    return path.is_file() and (path.suffix.lower() in EXTENSIONS or is_image(path))
 
 
 def _classes(names: Sequence[str], categories: Sequence[str]) -> dict[str, int]:
