@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.options import joined
@@ -63,9 +62,6 @@ def test_wrong_options_are_reported_in_one_line(
     assert words in fails(capsys, *USAGE[command], *options)
 
 
-OUT = {"a file": Path.touch, "inside a file": lambda path: path.touch()}
-
-
 @pytest.mark.parametrize("command", ["explain", "flow", "sweep", "references"])
 def test_a_file_instead_of_a_folder_for_results(command: str, fast: Path, capsys: pytest.CaptureFixture[str]):
     Path("photos").mkdir()
@@ -83,7 +79,6 @@ def test_a_result_that_cannot_be_written(
     target: str, number: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """No truncated file remains, and the message names the file of the result, not the image."""
-    original = os.fsync
     replace = Path.replace
 
     def full(self: Path, to: Path) -> Path:
@@ -98,7 +93,6 @@ def test_a_result_that_cannot_be_written(
     assert "cannot write out/china-" in error[0]
     assert os.strerror(number) in error[0]
     assert not [path for path in Path("out").iterdir() if path.suffix in (f".{target}", ".tmp")]
-    assert os.fsync is original
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
@@ -183,4 +177,3 @@ def test_signals_are_as_before(fast: Path):
     before = signal.getsignal(signal.SIGINT)
     status("layers", *NET)
     assert signal.getsignal(signal.SIGINT) is before
-    assert torch.is_grad_enabled()

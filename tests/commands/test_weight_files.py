@@ -20,6 +20,13 @@ def _pickled(path: str) -> None:
     torch.save(nn.Linear(1, 1), path)
 
 
+def _scripted(path: str) -> None:
+    """The names in an archive that torch.jit.save writes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("net/data.pkl", "net/code/__torch__.py", "net/constants.pkl"):
+            archive.writestr(name, b"")
+
+
 FILES: dict[str, tuple[Callable[[str], object], str]] = {
     "gone.pth": (lambda path: None, "the file gone.pth does not exist"),
     "folder": (os.mkdir, "folder is a folder"),
@@ -34,8 +41,9 @@ FILES: dict[str, tuple[Callable[[str], object], str]] = {
     "part.pth": (lambda path: torch.save({"features.0.weight": torch.zeros(1)}, path),
                  "51 entries of squeezenet1_1 are"),
     "page.pth": (lambda path: Path(path).write_text("<!DOCTYPE html><p>404"), "a page of HTML"),
-    "pointer.safetensors": (lambda path: Path(path).write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
-    "script.pt": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(1, 1)), path), "a TorchScript model"),
+    "pointer.safetensors": (lambda path: Path(path).write_text("version https://git-lfs.github.com/spec/v1"),
+                            "git lfs pull"),
+    "script.pt": (_scripted, "a TorchScript model"),
     "net.onnx": (lambda path: Path(path).write_bytes(b"\x08\x07\x12\x07pytorch"), "an ONNX model"),
     "llm.bin": (lambda path: Path(path).write_bytes(b"GGUF\x03" + bytes(99)), "GGUF"),
     "photos.zip": (lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "a"), "a zip archive without weights"),
