@@ -5,14 +5,17 @@ Covers: nrm_plugin.recording.graph, nrm_plugin.kernels.forward_state.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from zennit.composites import EpsilonPlus
+from zennit.core import Composite
 
-from nrm_plugin import NRM, LayerNRM, RelevanceMeasure, at
+from nrm_plugin import NRM, LayerNRM, Normalized, NRMDefault, RelevanceMeasure, at
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -120,3 +123,133 @@ def test_further_arguments_are_constants() -> None:
             for tensor in (y, extra)
         )
         assert torch.equal(plain, other)
+
+
+def computed_in_another_thread(tensor: Tensor) -> Tensor:
+    """Autograd numbers the nodes of each thread; these numbers are larger than those of this thread."""
+    results: list[Tensor] = []
+
+    def compute() -> None:
+        for _ in range(3000):
+            result = tensor.clone().requires_grad_() * 1.0
+        results.append(result)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+@pytest.mark.parametrize("name", ["weight of F.linear", "matrix product", "shift", "difference", "scale", "stack"])
+def test_what_another_thread_computed_is_a_constant(name: str) -> None:
+    function, extra = FUNCTIONS[name]
+    foreign = computed_in_another_thread(extra)
+    plain, other = (RelevanceMeasure(Net(function, tensor).eval(), X, 1) for tensor in (extra, foreign))
+    assert other.layers == plain.layers
+    for layer in plain.layers:
+        assert torch.equal(other.marginal(layer), plain.marginal(layer)), layer
+
+
+@pytest.mark.parametrize("kind", ["plain", "leaf", "computed before"])
+def test_buffers_are_constants(kind: str) -> None:
+    net = Net(lambda h, w: h, X).eval()
+    scale = drawn(5)
+    buffer = scale.clone().requires_grad_(kind != "plain")
+    net.register_buffer("scale", buffer * 1 if kind == "computed before" else buffer)
+    net.function = lambda h, w: h * net.scale + net.scale
+    expected = RelevanceMeasure(Net(lambda h, w: h * scale + scale, X).eval(), X, 1)
+    mu = RelevanceMeasure(net, X, 1)
+    assert mu.layers == expected.layers
+    assert torch.equal(mu.marginal("input"), expected.marginal("input"))
+    assert net.scale.requires_grad == (kind != "plain")
+
+
+def test_weights_that_parameters_generate_are_those_of_a_layer() -> None:
+    """A hypernetwork in the forward pass, a weight computed before, and a parametrized weight with its cache."""
+    torch.manual_seed(4)
+    generator, code = nn.Linear(2, 25).double(), nn.Parameter(drawn(2))
+    weight = generator(code).view(5, 5)
+    expected = RelevanceMeasure(Net(lambda h, w: functional.linear(h, w), weight.detach()).eval(), X, 1)
+    inside = Net(lambda h, w: functional.linear(h, generator(code).view(5, 5)), X)
+    inside.generator, inside.code = generator, code
+    before = Net(lambda h, w: functional.linear(h, w), weight)
+    for net in (inside, before):
+        assert torch.allclose(RelevanceMeasure(net.eval(), X, 1).marginal("input"), expected.marginal("input"))
+    net = Net(lambda h, w: h, X).eval()
+    expected = RelevanceMeasure(net, X, 1)
+    nn.utils.parametrizations.weight_norm(net.a)
+    with nn.utils.parametrize.cached():
+        net(X)
+        assert torch.allclose(RelevanceMeasure(net, X, 1).marginal("input"), expected.marginal("input"))
+
+
+class Pair(nn.Module):
+    """Two inputs, the first of which it may overwrite."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.o, self.in_place = nn.Linear(6, 5).double(), nn.Linear(5, 3).double(), in_place
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.mul_(2).relu_() if self.in_place else torch.relu(x * 2)
+        return self.o(torch.relu(self.a(x) + self.a(y) * 0.5))
+
+
+def test_each_input_is_its_own_whatever_memory_it_shares() -> None:
+    both = torch.cat([X, X], 1)
+    expected = RelevanceMeasure(Pair().eval(), (X.clone(), X.clone()), 1)
+    history = X.clone().requires_grad_() * 1.0
+    for inputs in ((X, X), (both[:, :6], both[:, 6:]), (history, history)):
+        for in_place in (False, True):
+            before = inputs[0].detach().clone()
+            mu = RelevanceMeasure(Pair(in_place).eval(), inputs, 1)
+            for name in ("input[0]", "input[1]"):
+                assert torch.allclose(mu.marginal(name), expected.marginal(name), atol=1e-12), (name, in_place)
+            assert torch.equal(inputs[0], before)
+    assert not torch.allclose(expected.marginal("input[0]"), expected.marginal("input[1]"))
+
+
+def test_learned_queries_and_class_tokens_absorb() -> None:
+    class Detector(nn.Module):
+        def __init__(self, grad: bool) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.a, self.o = nn.Linear(6, 5).double(), nn.Linear(5, 3).double()
+            self.queries = [drawn(3, 5).requires_grad_(grad)]
+            self.token = [drawn(1, 5).requires_grad_(grad)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            queries = self.queries[0][None].expand(len(x), -1, -1)
+            memory = torch.cat([self.token[0].expand(len(x), 1, -1), self.a(x)[:, None]], 1)
+            return self.o(functional.scaled_dot_product_attention(queries, memory, memory).mean(1))
+
+    plain, other = (RelevanceMeasure(Detector(grad).eval(), X, 1) for grad in (False, True))
+    assert torch.equal(other.marginal("input"), plain.marginal("input"))
+    assert torch.equal(other.sink("input", kind="constants"), plain.sink("input", kind="constants"))
+    assert float(plain.sink("input", kind="constants").abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("composite", [EpsilonPlus, NRMDefault])
+def test_parameters_outside_of_the_model_are_constants_in_a_context(composite: type[Composite]) -> None:
+    """Zennit's hooks know no inputs, so a parameter among the inputs, or any other leaf, has relevance."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8).double(), nn.ReLU(), nn.Linear(8, 3).double()]
+
+    class Listed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in layers:
+                x = layer(x)
+            return x
+
+    def relevance(model: nn.Module, x: Tensor, by_keyword: bool = False) -> Tensor:
+        with Normalized(composite()).context(model.eval()) as modified:
+            output = modified(x=x) if by_keyword else modified(x)
+            return torch.autograd.grad(output[:, 1].sum(), x)[0]
+
+    expected = relevance(nn.Sequential(*layers), X.clone().requires_grad_())
+    assert torch.allclose(relevance(Listed(), X.clone().requires_grad_()), expected, atol=1e-12)
+    optimized = nn.Parameter(X.clone())
+    assert torch.allclose(relevance(Listed(), optimized), expected, atol=1e-12)
+    assert torch.allclose(relevance(Listed(), optimized, by_keyword=True), expected, atol=1e-12)
+    assert all(parameter.requires_grad for layer in layers for parameter in layer.parameters())

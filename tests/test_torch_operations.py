@@ -96,7 +96,6 @@ UNSUPPORTED = {
     "segment_reduce prod",
     "segment_reduce initial",
     "scatter multiply",
-    "cdist",
     "inverse",
     "determinant",
     "prod",

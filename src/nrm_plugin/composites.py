@@ -49,7 +49,8 @@ class Normalized(Composite):
     """A Zennit composite whose rules are normalized: all relevance is propagated or absorbed by a sink.
 
     Used like any other composite: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an
-    output in its context is relevance under the normalized kernels.
+    output in its context is relevance under the normalized kernels. There any leaf that requires a gradient takes
+    relevance, except for parameters; a measure knows its inputs, and everything else is a constant.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.

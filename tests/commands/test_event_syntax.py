@@ -24,6 +24,9 @@ from nrm_plugin.commands.event_syntax import ConditionError, parse
         ("~(a&b)", ~(at("a") & at("b"))),
         ("~a&b", ~at("a") & at("b")),
         ("~ABSORBED & a", ~ABSORBED & at("a")),
+        ("'body[0]'[3]", at("body[0]").channel([3])),
+        ("~'b[x[1]]' & \"a | b\"[2]", ~at("b[x[1]]") & at("a | b").channel([2])),
+        ("'ABSORBED' | .input[1]", at("ABSORBED") | at(".input").channel([1])),
     ],
 )  # fmt: skip
 def test_text_is_the_event_of_python(text: str, event):

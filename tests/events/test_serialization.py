@@ -18,6 +18,7 @@ from nrm_plugin.events.serialization import event_from_json, event_to_json
     [
         at("a", side="input", call=1)[3] & ~at("b", item="key").channel([0, 2]) | ABSORBED,
         at("a").head(2).pair(5, [0, 1]),
+        at(".input", item="0") & at("a b/c:1[x[1]]", item=0) & at("a", item="features.0"),
         at("a")[torch.tensor([[True, False]])],
         at("a")[torch.empty(0, dtype=torch.int64)],
         at("a")[torch.arange(40)],

@@ -155,9 +155,16 @@ def test_a_product_passes_all_relevance_to_the_signal(name):
     check(columns(op, inputs), expected)
 
 
-def test_a_maximum_of_equal_values_is_split_in_half():
-    (first, second) = columns(torch.maximum, [A, A.clone()])
+@pytest.mark.parametrize("op", [torch.maximum, torch.max, torch.Tensor.min, torch.fmin])
+def test_a_maximum_of_equal_values_is_split_in_half(op):
+    (first, second) = columns(op, [A, A.clone()])
     check([first, second], [eye(6) / 2, eye(6) / 2])
+
+
+@pytest.mark.parametrize("op", [torch.maximum, torch.max, lambda a, k: a.max(other=k), lambda a, k: torch.min(k, a)])
+def test_a_constant_of_a_maximum_is_a_threshold_as_in_relu(op):
+    assert 0 < int((A > K).sum()) < 6
+    check(columns(lambda a: op(a, K), [A]), [eye(6)])
 
 
 POSITIVE = A.abs() + 0.1

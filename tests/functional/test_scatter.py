@@ -82,7 +82,7 @@ ONTO_ZEROS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "scatter_reduce_ mean with zeros": (lambda m: m.new_zeros(4, 2).scatter_reduce_(0, WIDE, m, "mean"), sum_shares()),
     "index_reduce mean": (lambda m: ZEROS.index_reduce(0, INTO, m, "mean", include_self=False), sum_shares()),
     "segment_reduce": (
-        lambda m: torch.segment_reduce(m[[0, 2, 4, 1, 3]], "mean", lengths=torch.tensor([3, 0, 1, 1])),
+        lambda m: torch.segment_reduce(m[[0, 2, 4, 1, 3]], "mean", lengths=torch.tensor([3, 0, 1, 1])).nan_to_num(),
         sum_shares(),
     ),
     "segment_reduce by offsets": (
@@ -136,6 +136,91 @@ def test_values_of_nodes_and_messages_split_the_relevance_of_their_sum(name):
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=SUM_FLOOR)
     assert not constants.any()
+
+
+TIED = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [0.0, 1.0]]).double()
+RIVALS = torch.tensor([[0.0, 2.0], [3.0, 3.0], [1.0, -1.0], [-1.0, 0.0]]).double()
+
+
+def shares_of_ties(best: Callable[[list[float]], float], own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Equal shares of the messages, and of the values of the nodes where they compete, that attain the extremum."""
+    messages, nodes = torch.zeros(4, 2, 5, 2).double(), torch.zeros(4, 2).double()
+    for n in range(4):
+        for f in range(2):
+            members = [e for e in range(5) if INTO[e] == n]
+            values = [float(TIED[e, f]) for e in members] + ([] if own is None else [float(own[n, f])])
+            if not values:
+                nodes[n, f] = 1
+                continue
+            share = 1 / values.count(best(values))
+            nodes[n, f] = share if own is not None and float(own[n, f]) == best(values) else 0
+            for e in members:
+                messages[n, f, e, f] = share if float(TIED[e, f]) == best(values) else 0
+    return messages.reshape(8, 10), nodes.reshape(8)
+
+
+SORTED = [0, 2, 4, 1, 3]  # messages by node
+TIES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]]] = {
+    "scatter_reduce amax": (
+        lambda m, x: m.new_zeros(4, 2).scatter_reduce(0, WIDE, m, "amax", include_self=False),
+        shares_of_ties(max, None),
+    ),
+    "scatter_reduce_ amin": (
+        lambda m, x: m.new_zeros(4, 2).scatter_reduce_(-2, WIDE, m, "amin", include_self=False),
+        shares_of_ties(min, None),
+    ),
+    "index_reduce amax": (
+        lambda m, x: ZEROS.index_reduce(0, INTO, m, "amax", include_self=False),
+        shares_of_ties(max, None),
+    ),
+    "index_reduce_ amin with rivals": (
+        lambda m, x: RIVALS.clone().index_reduce_(0, INTO, m, "amin"),
+        shares_of_ties(min, RIVALS),
+    ),
+    "segment_reduce max": (
+        lambda m, x: torch.segment_reduce(m[SORTED], "max", lengths=torch.tensor([3, 0, 1, 1])).clamp(min=-9),
+        shares_of_ties(max, None),
+    ),
+    "torch.sparse.mm amin": (
+        lambda m, x: torch.sparse.mm(COO.bool().double().to_sparse_csr(), m, "amin"),
+        shares_of_ties(min, None),
+    ),
+    "along features": (
+        lambda m, x: m.new_zeros(2, 4).scatter_reduce(1, WIDE.T, m.T, "amax", include_self=False).T,
+        shares_of_ties(max, None),
+    ),
+    "amax with rivals": (lambda m, x: RIVALS.scatter_reduce(0, WIDE, m, "amax"), shares_of_ties(max, RIVALS)),
+    "amin with zeros": (lambda m, x: m.new_zeros(4, 2).scatter_reduce(0, WIDE, m, "amin"), shares_of_ties(min, ZEROS)),
+    "amax with nodes": (lambda m, x: x.scatter_reduce(0, WIDE, m, "amax"), shares_of_ties(max, RIVALS)),
+    "amin with nodes": (lambda m, x: (1 * x).index_reduce_(0, INTO, m, "amin"), shares_of_ties(min, RIVALS)),
+    "amax without nodes": (
+        lambda m, x: x.scatter_reduce(0, WIDE, m, "amax", include_self=False),
+        shares_of_ties(max, None),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:index_reduce")
+@pytest.mark.parametrize("name", TIES)
+def test_messages_that_attain_an_extremum_have_equal_parts_and_values_left_out_have_none(name: str) -> None:
+    op, (messages, nodes) = TIES[name]
+    (of_messages, of_nodes), constants = rows(Apply(op), (TIED, RIVALS))
+    torch.testing.assert_close(of_messages, messages, rtol=0, atol=1e-12)
+    torch.testing.assert_close(of_nodes.sum(1) + constants, nodes, rtol=0, atol=1e-12)
+    assert bool(of_nodes.any()) == name.endswith("nodes")
+
+
+def test_a_segment_without_members_is_what_torch_returns_for_it():
+    lengths = torch.tensor([2, 0, 3])
+    for how in ("max", "min", "mean", "sum"):
+        mu = RelevanceMeasure(
+            Apply(lambda m, how=how: torch.segment_reduce(m, how, lengths=lengths).nan_to_num(7, 8, 9)),
+            M,
+            (0, 1),
+            batched=False,
+        )
+        expected = torch.segment_reduce(M, how, lengths=lengths).nan_to_num(7, 8, 9)
+        torch.testing.assert_close(mu.outputs, expected)
 
 
 PLACES = torch.tensor([3, 0])

@@ -5,14 +5,22 @@ Covers: nrm_plugin.measure.layer_taps.
 
 from __future__ import annotations
 
+import json
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from zennit.composites import NameMapComposite
 from zennit.rules import Epsilon, Pass
 
-from nrm_plugin import RelevanceMeasure, at
+from nrm_plugin import LayerNRM, RelevanceMeasure, at
 from nrm_plugin.errors import EventError, HookedContainerError, UnknownLayerError
+from nrm_plugin.events.serialization import event_from_json, event_to_json
+from nrm_plugin.recording.module_outputs import module_outputs
 from tests.error_cases import MeasuredNet, build, error_cases
 
 
@@ -100,3 +108,136 @@ def test_events_on_layers_of_another_model_raise(measured):
         mu(at("conv")[2])
     with measured.raises(EventError, "at('input')[0, 4]", "(1, 4, 4)", model=other):
         mu(at("input")[0, 4])
+
+
+class Of(nn.Module):
+    """A function of a model's own parts."""
+
+    def __init__(self, function: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(self, *args)
+
+
+def linear(inputs: int, outputs: int, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(inputs, outputs).double()
+
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def same_at_all_names(mu: RelevanceMeasure) -> None:
+    """Every name in the list is that of a tap with its share of relevance, also in an event that was stored as JSON."""
+    assert len(set(mu.layers)) == len(mu.layers)
+    maps = mu.marginal(mu.layers)
+    assert list(maps) == mu.layers
+    for name in mu.layers:
+        event = event_from_json(json.loads(json.dumps(event_to_json(at(name)))))
+        assert torch.allclose(mu(event), maps[name].flatten(1).sum(1)), name
+        assert torch.allclose(mu(event) + mu.sink(name) + mu.bypass(name), torch.ones(3).double()), name
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_children_named_input_and_output_have_taps_of_their_own(nested: bool) -> None:
+    def run(parts: nn.Module, x: Tensor) -> Tensor:
+        children = dict(parts.named_children())
+        first, second, last = children.values()
+        return last(torch.relu(second(torch.relu(first(x)))))
+
+    def net(*names: str) -> nn.Module:
+        layers = [linear(4, 5), linear(5, 6, 1), linear(6, 2, 2)]
+        parts = [nn.Sequential(layer) if nested else layer for layer in layers]
+        return Of(run, **dict(zip(names, parts, strict=True))).eval()
+
+    plain, reserved = net("a", "b", "c"), net("input", "output", "c")
+    expected, mu = RelevanceMeasure(plain, X, 1), RelevanceMeasure(reserved, X, 1)
+    same_at_all_names(mu)
+    spelled = {"a": ".input", "b": ".output"}
+    assert [spelled.get(name, name) for name in expected.layers if "." not in name] == [
+        name for name in mu.layers if "." not in name[1:]
+    ]
+    for name, other in {**spelled, "input": "input", "output": "output", "c": "c"}.items():
+        assert torch.equal(mu.marginal(other), expected.marginal(name)), name
+        assert torch.equal(mu.sink(other), expected.sink(name))
+    for side in ("input", "output"):
+        assert torch.equal(mu(at(reserved.input, side=side)[1:3]), expected(at("a", side=side)[1:3]))
+    if not nested:
+        assert torch.equal(mu(at(reserved.input, side="sink")), expected(at("a", side="sink")))
+    assert LayerNRM(reserved, reserved.output).attribute(X, target=1).shape == (3, 6)
+    inner = RelevanceMeasure(reserved, X, start=torch.ones_like, output=at(reserved.output))
+    assert inner.outputs.shape == (3, 6)
+    with module_outputs(reserved, [".input"]) as outputs:
+        reserved(X)
+    assert torch.equal(outputs[".input"][0], reserved.input(X))
+
+
+KEYS = {
+    "digits": {"0": 1, "pool": 2},
+    "numbers": {0: 1, 1: 2},
+    "a number and its digits": {0: 1, "0": 2},
+    "brackets": {"x[1]": 1, "x": 2, "y[": 3, "]": 4},
+    "dots, spaces, slashes and colons": {"a.b": 1, "a b": 2, "a/b": 3, "a:0": 4, "": 5},
+    "quotes": {"'a'": 1, '"a"': 2},
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("calls", [1, 2])
+def test_every_key_of_a_mapping_is_reached_by_its_name(name: str, calls: int) -> None:
+    keys = KEYS[name]
+    body = Of(lambda s, x: {key: s.a(x) * factor for key, factor in keys.items()}, a=linear(4, 4))
+
+    def run(s: nn.Module, x: Tensor) -> Tensor:
+        for _ in range(calls):
+            returned = s.get_submodule("body")(x)
+            x = torch.relu(sum(part / factor for part, factor in zip(returned.values(), keys.values(), strict=True)))
+        return s.o(x)
+
+    mu = RelevanceMeasure(Of(run, body=body, o=linear(4, 2, 1)).eval(), X, 1)
+    same_at_all_names(mu)
+    for call in range(calls):
+        shares = [mu(at("body", call=call, item=key)) for key in keys]
+        expected = [mu(at("body.mul", call=call * len(keys) + number)) for number in range(len(keys))]
+        assert torch.equal(torch.stack(shares), torch.stack(expected))
+
+
+@pytest.mark.parametrize("key", ["0", "x[1]", "a b", "a/b", "a:0", "[", "]", "conv[0]:1"])
+def test_modules_with_unusual_names_are_reached(key: str) -> None:
+    parts = nn.ModuleDict({key: linear(4, 4), "other": linear(4, 4, 1)})
+    net = Of(lambda s, x: s.o(torch.relu(s.parts[key](x)) + s.parts["other"](x)), parts=parts, o=linear(4, 2, 2)).eval()
+    mu = RelevanceMeasure(net, X, 1)
+    same_at_all_names(mu)
+    assert torch.equal(mu.marginal(f"parts.{key}"), mu.marginal(parts[key]))
+
+
+@dataclass
+class Features:
+    low: Tensor
+    high: list[Tensor]
+
+
+Point = namedtuple("Point", "x y")
+
+NESTED: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], list[Tensor]], list[Any]]] = {
+    "dataclass": (lambda a, b: Features(a, [b]), lambda r: [r.low, r.high[0]], ["low", "high.0"]),
+    "namedtuple": (lambda a, b: Point(a, b), lambda r: [r.x, r.y], [0, 1]),
+    "mapping of lists": (lambda a, b: {"p": [a, b]}, lambda r: r["p"], ["p.0", "p.1"]),
+    "tuple in a tuple": (lambda a, b: (a, (b, None)), lambda r: [r[0], r[1][0]], [None, "1.0"]),
+    "list of mappings": (lambda a, b: [{"0": a}, {"0": b}], lambda r: [r[0]["0"], r[1]["0"]], ["0.0", "1.0"]),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_tensors_in_nested_containers_are_taps(name: str) -> None:
+    packed, unpacked, items = NESTED[name]
+    body = Of(lambda s, x: packed(s.a(x), s.b(x)), a=linear(4, 4), b=linear(4, 4, 1))
+    net = Of(lambda s, x: s.o(sum(unpacked(s.get_submodule("body")(x)))), body=body, o=linear(4, 2, 2)).eval()
+    mu = RelevanceMeasure(net, X, 1)
+    same_at_all_names(mu)
+    for item, layer in zip(items, ("body.a", "body.b"), strict=True):
+        assert torch.equal(mu.marginal(at("body", item=item)), mu.marginal(layer)), item

@@ -87,11 +87,20 @@ def input_taps(measure: RelevanceMeasure) -> list[Atom]:
 def input_relevance(
     measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
 ) -> list[Tensor]:
-    """Marginals of all inputs; zeros for those that the explained output does not depend on."""
+    """Marginals of all inputs; zeros for those that the explained output does not depend on.
+
+    Raises:
+        InputError: It depends on none of them but by rows that the model looks up.
+    """
     taps = [at("input")] if len(inputs) == 1 else [at("input", item=item) for item in range(len(inputs))]
     recorded = set(input_taps(measure))
     known = [tap for tap in taps if tap in recorded]
-    marginals = measure.marginal(known, given=given, joint=joint) if known else {}
+    if not known:
+        raise InputError(
+            "the inputs have no relevance: the model converts them to integers, and looks up rows by these. Attribute "
+            f"to the rows that are looked up, LayerNRM(model, {measure.layers[0]!r}).attribute(…)."
+        )
+    marginals = measure.marginal(known, given=given, joint=joint)
     return [marginals[tap] if tap in marginals else torch.zeros_like(x) for tap, x in zip(taps, inputs, strict=True)]
 
 

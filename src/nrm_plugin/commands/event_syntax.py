@@ -3,6 +3,7 @@
 - ``union``: one or more ``intersection``, separated by ``|``
 - ``intersection``: one or more ``part``, separated by ``&``
 - ``part``: ``~ part``, ``( union )``, ``ABSORBED``, ``layer``, or ``layer[channels]``
+- ``layer``: a name as the command ``layers`` lists it; with spaces, signs or brackets in quotes, ``'body[0]'[3]``
 - ``channels``: numbers and ranges such as ``10:20``, separated by commas
 """
 
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from ..errors import NRMError
 from ..events.event import ABSORBED, Event, at
 
-TOKEN = re.compile(r"\s*(?:(?P<sign>[&|~()])|(?P<atom>[^\s&|~()\[\]]+)\s*(?P<bracket>\[[^\[\]]*\]?)?)")
+NAME = r"""'[^']+'|"[^"]+"|[^\s&|~()\[\]]+"""
+TOKEN = re.compile(rf"\s*(?:(?P<sign>[&|~()])|(?P<atom>{NAME})\s*(?P<bracket>\[[^\[\]]*\]?)?)")
 NUMBER = re.compile(r"\d{1,6}")
 RANGE = re.compile(r"(\d{1,6})\s*:\s*(\d{1,6})")
 DEEPEST = 50
@@ -127,6 +129,7 @@ class _Reader:
     def _event(self, name: str, bracket: str | None) -> Event:
         if name == "ABSORBED" and bracket is None:
             return ABSORBED
+        name = name[1:-1] if name[0] in "'\"" and name[-1] == name[0] else name
         self.layers.append(name)
         if bracket is None:
             return at(name)

@@ -1,6 +1,6 @@
 """Events: sets of walks, written as formulas over the neurons that a walk crosses.
 
-Also their decision diagrams, and their form in JSON.
+The package also holds decision diagrams of events, and events as JSON.
 Imports: errors.
 """
 

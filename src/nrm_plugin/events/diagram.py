@@ -1,8 +1,8 @@
 """Events as ordered decision diagrams over taps.
 
-A walk crosses the taps from the output down, and each crossing answers the atoms of that tap. A node of the diagram is
-what remains to be decided, so the number of nodes alive at a tap is the number of relevance vectors that a pass has to
-propagate: the width. A formula whose disjunctive form has exponential size can have width 2.
+A walk crosses the taps from the output down, and each crossing decides the atoms of that tap. A node of the diagram is
+the formula that remains to be decided, so a pass propagates one relevance vector per live node of a tap: the width of
+the diagram. A formula whose disjunctive form has exponential size can have width 2.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ FALSE, TRUE = 0, 1
 
 @dataclass
 class Diagram:
-    """Reduced ordered decision diagrams with shared nodes, one root for each event.
+    """Reduced ordered decision diagrams with shared nodes, with one root per event.
 
-    Variables are numbered in the order in which a walk crosses them; ``levels[v]`` is the tap of variable ``v``.
-    Nodes are numbered too: 0 is false, 1 is true.
+    Variables are numbered in the order in which a walk crosses them; ``levels[v]`` is the tap of variable ``v``. Nodes
+    are numbers as well: 0 is false, 1 is true.
     """
 
     levels: Sequence[int]
@@ -45,17 +45,17 @@ class Diagram:
         return self._make(variables[event], FALSE, TRUE)
 
     def level(self, node: int) -> int:
-        """The tap at which the node is decided next; past every tap for true and false."""
+        """The next tap that decides atoms of the node; true and false have a level after all taps."""
         variable = self._nodes[node][0]
         return self.levels[variable] if variable < len(self.levels) else max(self.levels, default=-1) + 1
 
     def step(self, node: int, level: int, answers: int) -> int:
-        """The node that remains after a walk has crossed tap ``level`` with these answers.
+        """The node that remains after a walk has crossed tap ``level`` with the given answers.
 
         Args:
-            node: The node before.
-            level: The tap that is crossed; atoms of taps above it that were not crossed are false.
-            answers: Bit ``v`` is the answer to variable ``v``.
+            node: The node before the crossing.
+            level: The crossed tap; atoms of higher taps that were not crossed are false.
+            answers: Bit set of the variables that are true.
         """
         while node > TRUE and self.level(node) <= level:
             variable, low, high = self._nodes[node]
@@ -82,7 +82,7 @@ class Diagram:
         return variables
 
     def width(self, roots: Sequence[int]) -> int:
-        """The largest number of undecided nodes that are alive at one tap, over all the roots."""
+        """The largest number of undecided nodes that are live at one tap, for all roots together."""
         alive: dict[int, set[int]] = {}
         for root in roots:
             stack, seen = [root], set()

@@ -19,7 +19,7 @@ SIDES: tuple[Side, ...] = ("input", "output", "sink")
 
 
 class Event:
-    """A set of walks; ``&``, ``|``, ``~`` and ``-`` make new ones.
+    """A set of walks; ``&``, ``|``, ``~`` and ``-`` combine events.
 
     Laws (checked by the tests): ``mu(a | b) + mu(a & b) == mu(a) + mu(b)``, ``mu(a) + mu(~a) == 1``,
     ``a - b == a & ~b``.
@@ -75,7 +75,7 @@ class Event:
         raise NotImplementedError
 
     def mapped(self, replace: Callable[[Event], Event]) -> Event:
-        """The same formula over other events: each atom is replaced by what ``replace`` returns for it.
+        """Returns the formula with each atom replaced by the result of ``replace``.
 
         Examples:
             >>> (at("conv")[3] & ~at("fc")).mapped(lambda atom: atom | at("skip"))
@@ -144,7 +144,7 @@ class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
 
 @dataclass(frozen=True, repr=False)
 class Not(Event):
-    """The walks that do not belong to the part, including those that bypass it or were absorbed above."""
+    """The walks that do not belong to the part, including those that bypass it or are absorbed above it."""
 
     part: Event
 
@@ -163,7 +163,7 @@ class Not(Event):
 
 @dataclass(frozen=True, repr=False)
 class Absorbed(Event):
-    """The walks that end in the sink of any step, whether residual or constant."""
+    """The walks that end in the sink of any step, residual or constant."""
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         yield self
@@ -185,11 +185,11 @@ def _name(layer: str | nn.Module) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Atom(Event):
-    """The walk crosses one tap in one of the indexed neurons (in any neuron where nothing is indexed).
+    """The walks that cross a tap in one of the indexed neurons, or in any neuron without an index.
 
-    Created by :func:`at`. ``side="output"`` is the tensor that the module returned, ``side="input"`` its input (only
-    the walks through this call, not those through other readers of the tensor), ``side="sink"`` the walks absorbed in
-    this step at these neurons of its output.
+    Created by :func:`at`. ``side="output"`` is the tensor that the module returned. ``side="input"`` is its input, and
+    selects only the walks through this call, not those through other readers of the tensor. ``side="sink"`` selects the
+    walks absorbed in this step at the indexed neurons of its output.
     """
 
     layer: str | nn.Module
@@ -206,20 +206,20 @@ class Atom(Event):
         return Atom(self.layer, self.side, self.call, self.item, Index(key_of(value), value))
 
     def channel(self, index: Any) -> Atom:
-        """The neurons of one or several channels: dimension 1 of ``(N, C, …)``, the last one of token layouts."""
+        """The neurons of one or several channels: dimension 1 of ``(N, C, …)``, the last dimension for tokens."""
         atom = self[index]
         return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
 
     def head(self, index: Any) -> Attended:
-        """The walk goes through one or several heads of the attention in this layer."""
+        """The walks through one or several heads of the attention in this layer."""
         return Attended(self).head(index)
 
     def token(self, index: Any) -> Attended:
-        """The walk goes through what the attention in this layer writes to these tokens."""
+        """The walks through the output of the attention in this layer at the given tokens."""
         return Attended(self).token(index)
 
     def pair(self, query: Any, key: Any) -> Attended:
-        """The walk goes through the attention of a query token to a key token."""
+        """The walks through the attention from a query token to a key token."""
         return Attended(self).pair(query, key)
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
@@ -228,7 +228,7 @@ class Atom(Event):
     def __str__(self) -> str:
         extras = [] if self.side == "output" else [f"side={self.side!r}"]
         extras += [] if self.call is None else [f"call={self.call!r}"]
-        extras += [] if self.item is None else [f"item={self.item}"]
+        extras += [] if self.item is None else [f"item={self.item!r}"]
         text = f"at({', '.join([_name(self.layer), *extras])})"
         if self.index is None:
             return text
@@ -238,11 +238,11 @@ class Atom(Event):
 
 @dataclass(frozen=True, repr=False)
 class Attended(Event):
-    """The walk goes through the attention of a layer, in some heads, from some query tokens to some key tokens.
+    """The walks through the attention of a layer, in some heads, from some query tokens to some key tokens.
 
-    Created by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which can be chained. The layer is a module in
-    which attention is computed once, whether fused or written with products and a softmax, or the tap of that operation
-    itself. None stands for all of a kind.
+    Created by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which can be chained. The layer is a module that
+    computes attention once, whether fused or written with products and a softmax, or the tap of that operation itself.
+    None stands for all heads, queries or keys.
     """
 
     atom: Atom
@@ -258,15 +258,15 @@ class Attended(Event):
             )
 
     def head(self, index: Any) -> Attended:
-        """The same in one or several heads: an int, a slice, a list or a boolean mask."""
+        """Restricts the event to one or several heads: an int, a slice, a list or a boolean mask."""
         return replace(self, heads=self._chosen("head", self.heads, index))
 
     def token(self, index: Any) -> Attended:
-        """The same at one or several query tokens."""
+        """Restricts the event to one or several query tokens."""
         return replace(self, queries=self._chosen("token", self.queries, index))
 
     def pair(self, query: Any, key: Any) -> Attended:
-        """The same from some query tokens to some key tokens."""
+        """Restricts the event to some query tokens and some key tokens."""
         return replace(self.token(query), keys=self._chosen("pair", self.keys, key))
 
     def _chosen(self, what: str, known: Index | None, value: Any) -> Index:
@@ -298,14 +298,15 @@ def at(
     """Neurons of one tap, to be indexed: ``at("features.28")[3]`` is the event that a walk crosses channel 3.
 
     Args:
-        layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"``, or the module itself.
+        layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"`` of the whole model, or the module
+            itself. Children of these two names are ``".input"`` and ``".output"``.
         side: ``"output"``, ``"input"`` or ``"sink"``.
-        call: Which call of a module that is called several times; ``"any"`` for at least one of them.
-        item: Which tensor of a tuple or list.
+        call: Number of the call of a module that is called several times; ``"any"`` for at least one of the calls.
+        item: Position, key or field of the tensor in a tuple, mapping or dataclass; ``"features.0"`` in nested ones.
 
     Returns:
-        The event that a walk crosses the tap at all; index it with ints, slices, lists, tuples or a boolean mask
-        over the dimensions after the batch (or over all, one mask for each sample).
+        The event that a walk crosses the tap in any neuron. It is indexed with ints, slices, lists, tuples or a boolean
+        mask over the dimensions after the batch (or over all dimensions, with one mask per sample).
 
     Raises:
         EventError: An argument is invalid.

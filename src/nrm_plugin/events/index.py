@@ -1,4 +1,4 @@
-"""Indices of neurons: what stands in the brackets of ``at(layer)[…]``, checked, and as text."""
+"""Indices of neurons, as in the brackets of ``at(layer)[…]``: checks, equality, and text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Index:
-    """The index of ``at(layer)[…]``; equal if it holds the same numbers."""
+    """The index of ``at(layer)[…]``; two indices are equal if they hold the same numbers."""
 
     key: Hashable
     value: Any
@@ -43,7 +43,7 @@ def key_of(value: Any) -> Hashable:
 
 
 def checked_index(atom: object, value: Any) -> Any:
-    """An index as ints, slices, ellipses, integer or boolean tensors, and tuples of them."""
+    """Returns an index that consists of ints, slices, ellipses, integer or boolean tensors, and tuples of these."""
     if isinstance(value, tuple):
         if sum(item is Ellipsis for item in value) > 1:
             raise EventError(f"{atom}[…]: an index holds at most one `...`.")
@@ -74,7 +74,7 @@ def _checked_slice(atom: object, value: slice) -> slice:
 
 
 def _checked_tensor(atom: object, value: Any) -> Tensor:
-    """Integers or a mask, on the CPU."""
+    """Returns an index as a tensor of integers or booleans on the CPU."""
     if isinstance(value, list):
         kinds = {isinstance(item, bool) for item in value}
         if len(kinds) > 1:
@@ -103,7 +103,7 @@ def _checked_tensor(atom: object, value: Any) -> Tensor:
 
 
 def shown_in_call(value: Any) -> str:
-    """An index as an argument, with slices written without colons."""
+    """The text of an index as an argument, with slices written without colons."""
     if not isinstance(value, slice):
         return show(value)
     bounds = [value.start, value.stop] + ([] if value.step is None else [value.step])
@@ -111,7 +111,7 @@ def shown_in_call(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """The value of an index as it is written in brackets."""
+    """The text of an index as written in brackets."""
     if isinstance(value, tuple):
         return ", ".join(show(item) for item in value)
     if isinstance(value, slice):

@@ -1,6 +1,6 @@
 """Events as JSON and back, for files that record queries. No text is evaluated.
 
-- ``{"at": "features.28", "index": [3, 7], "channel": true}``, with ``side``, ``call`` and ``item`` if they are given
+- ``{"at": "features.28", "index": [3, 7], "channel": true}``, with ``side``, ``call`` and ``item`` if given
 - ``{"attention": "blocks.3.attn", "heads": 2, "queries": 5, "keys": 0}``, where all but the first are optional
 - ``{"all": […]}``, ``{"any": […]}``, ``{"not": …}`` and ``{"absorbed": true}``
 """
@@ -18,7 +18,7 @@ from .event import ABSORBED, SIDES, Absorbed, All, Any_, Atom, Attended, Event, 
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
-    """An event as JSON; :func:`event_from_json` restores an equal one.
+    """Returns an event as JSON, from which :func:`event_from_json` restores an equal event.
 
     Args:
         event: The event, with layers given by name.
@@ -56,13 +56,13 @@ def event_to_json(event: Event) -> dict[str, Any]:
 
 
 def event_from_json(data: Any) -> Event:
-    """The event that :func:`event_to_json` wrote.
+    """Restores an event from the JSON of :func:`event_to_json`.
 
     Args:
         data: The parsed JSON.
 
     Raises:
-        EventError: It is not an event.
+        EventError: The data are not an event.
 
     Examples:
         >>> event_from_json({"any": [{"at": "conv", "index": 3}, {"absorbed": True}]})

@@ -4,7 +4,16 @@ Imports: errors, model, rules, kernels.
 """
 
 from ..kernels.base import Kernel
-from . import averaging, decompositions, elementwise, reductions, scatter  # noqa: F401  (register what they hold)
+from . import (  # noqa: F401  (register what they hold)
+    averaging,
+    decompositions,
+    distances,
+    elementwise,
+    linear_algebra,
+    reductions,
+    scatter,
+    sequences,
+)
 from .canonizer import Interception
 from .function_call import FunctionCall
 from .function_kernels import BroadcastKernel, SplitKernel

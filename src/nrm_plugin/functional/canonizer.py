@@ -11,13 +11,15 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from ..errors import ModelStateError
-from ..kernels.forward_state import leave_mode
+from ..kernels.forward_state import RUNNING, leave_mode
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
 from .attention import ATTENTIONS
 from .composite_rules import CompositeRules, NoRules
+from .custom_functions import attach_steps
 from .function_call import Settings
+from .ids import tensors_in
 from .interception_mode import InterceptionMode
 from .recurrent import packs_in
 
@@ -80,7 +82,8 @@ class Interception(Canonizer):
         """Installs hooks: on the root to start and stop the mode, on every module to know which one is running."""
         paths = {module: name for name, module in root_module.named_modules()}
         enter, leave = self._enter_hook(paths), self._leave_hook()
-        self._handles.append(root_module.register_forward_pre_hook(self._start_hook(root_module), prepend=True))
+        start = self._start_hook(root_module)
+        self._handles.append(root_module.register_forward_pre_hook(start, prepend=True, with_kwargs=True))
         for module in paths:
             self._handles.append(module.register_forward_pre_hook(enter))
             self._handles.append(module.register_forward_hook(leave, with_kwargs=True))
@@ -99,13 +102,15 @@ class Interception(Canonizer):
     def _start_hook(self, root_module: nn.Module) -> Callable[..., None]:
         settings = self._settings_on(root_module)
 
-        def start(module: nn.Module, args: Any) -> None:
+        def start(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if module is not root_module:
                 raise ModelStateError(
                     f"this {type(module).__name__} is a copy that was made in the context of a composite, with its "
                     "hooks. Copy the model outside of the context."
                 )
             if self.active:
+                given = tensors_in((*args, *kwargs.values()))
+                RUNNING.given = frozenset(id(tensor) for tensor in given if isinstance(tensor, nn.Parameter))
                 self._start(root_module, settings)
 
         return start
@@ -131,7 +136,12 @@ class Interception(Canonizer):
         return leave
 
     def _stop_hook(self) -> Callable[..., None]:
-        return lambda module, args, output: self._stop()
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            if self._modes and output is not None:  # without an output the module raised
+                attach_steps(output, self._modes[-1].forward_pass.custom_calls)
+            self._stop()
+
+        return stop
 
     # -- the mode of one forward pass -------------------------------------------------------------------------------
 

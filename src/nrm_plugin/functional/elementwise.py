@@ -55,7 +55,7 @@ ELEMENTWISE = (
     "sqrt rsqrt neg clamp clamp_min clamp_max abs log log2 log10 log1p square reciprocal erf sin cos sinh cosh tan "
     "atan asinh nan_to_num round floor ceil trunc frac sign logit normalize rdiv rpow stochastic_depth fmod remainder "
     "log_sigmoid erfc erfcx erfinv sinc deg2rad rad2deg lgamma digamma atanh acosh acos asin i0 i0e i1 i1e ndtr ndtri "
-    "log_ndtr"
+    "log_ndtr polygamma renorm ldexp"
 ).split()
 
 

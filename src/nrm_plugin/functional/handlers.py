@@ -117,7 +117,8 @@ def _decomposition(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     if decomposition is None:
         return NOT_HANDLED
     with forward_pass.intercepting:
-        return written(call, decomposition(*call.args, **call.kwargs))
+        result = decomposition(*call.args, **call.kwargs)
+    return NOT_HANDLED if result is NotImplemented else written(call, result)
 
 
 def _python_function(call: ObservedCall, forward_pass: InterceptedPass) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import Saved, is_inside_step, listener, not_recorded, write
+from ..kernels.forward_state import Saved, is_in_module_step, is_inside_step, listener, not_recorded, write
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
 from ..kernels.step import FunctionStep, Step, link
@@ -19,9 +20,11 @@ from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import layout
 from .complex_tensors import ComplexTensors, RealSources, map_items
+from .custom_functions import CustomCalls
 from .function_call import CallInput, FunctionCall, Settings
 from .function_kernels import BroadcastKernel
 from .gates import Gates
+from .ids import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
@@ -45,6 +48,7 @@ class InterceptedPass:
     Attributes:
         gates: The tensors that are gates.
         complex_tensors: The real sources of complex tensors.
+        custom_calls: The calls of ``autograd.Function`` classes.
         module_paths: Paths of the modules that are running, outermost first.
         packs: Orders of the packed sequences that modules received.
         decomposing: The functions written in Python that are running by their bodies.
@@ -54,10 +58,13 @@ class InterceptedPass:
         self.settings, self.intercepting = settings, intercepting
         self.gates = Gates()
         self.complex_tensors = ComplexTensors()
+        self.custom_calls = CustomCalls()
         self.module_paths: list[str] = []
         self.packs: list[tuple[Tensor, Tensor]] = []
         self.decomposing: list[Callable[..., Any]] = []
         self._call_counts: dict[str, int] = {}
+        listening = listener()
+        self._ids = None if listening is None else Ids(listening.indices, listening.inputs)
 
     @property
     def path(self) -> str:
@@ -187,6 +194,26 @@ class InterceptedPass:
             return
         path, number = self._numbered(name)
         listening.on_function(path, number, output, None)
+
+    # -- ids among the inputs ---------------------------------------------------------------------------------------
+
+    @property
+    def follows_ids(self) -> bool:
+        """Whether there are ids to follow in what a function of constants returns."""
+        return self._ids is not None and self._ids.are_known
+
+    def with_ids(self, call: ObservedCall, result: Any) -> Any:
+        """What a function returns; rows that ids among the inputs select are inputs."""
+        if self._ids is None:
+            return result
+        return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))
+
+    def _looked_up(self, call: ObservedCall, rows: Tensor) -> Tensor:
+        path, number = self._numbered(call.name.base)
+        listening = listener()
+        assert listening is not None, "only a listener has ids"
+        with torch.enable_grad():
+            return written(call, listening.on_lookup(path, number, rows))  # type: ignore[no-any-return]
 
     # -- modules ----------------------------------------------------------------------------------------------------
 

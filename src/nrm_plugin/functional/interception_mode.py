@@ -10,13 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.forward_state import constants_detached, is_inside_step
+from ..kernels.forward_state import before_writing, constants_detached, is_foreign, is_inside_step
 from .function_call import Settings
 from .handlers import handle
 from .intercepted_pass import InterceptedPass
 from .observed_call import ObservedCall
+from .registry import name_of
 
 
 class InterceptionMode(TorchFunctionMode):
@@ -33,13 +35,34 @@ class InterceptionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, forward_pass = kwargs or {}, self.forward_pass
         if is_inside_step() or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            run = func if is_inside_step() else self._inside_custom_function(func)
+            result = run(*args, **kwargs)
+            if not forward_pass.follows_ids:
+                return result
+            return forward_pass.with_ids(ObservedCall.of(func, args, kwargs, forward_pass.path), result)
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the tensor itself
             args = constants_detached(args)
             kwargs = {key: constants_detached(value) for key, value in kwargs.items()}
-        return handle(ObservedCall.of(func, args, kwargs, self.forward_pass.path), self.forward_pass)
+        call = ObservedCall.of(func, args, kwargs, forward_pass.path)
+        if len(call.inputs) > 1 and any(is_foreign(tensor, is_exact=True) for tensor in call.inputs):
+            args = constants_detached(args, is_exact=True)
+            kwargs = {key: constants_detached(value, is_exact=True) for key, value in kwargs.items()}
+            call = ObservedCall.of(func, args, kwargs, forward_pass.path)
+        return forward_pass.with_ids(call, handle(call, forward_pass))
+
+    def _inside_custom_function(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that runs without gradients, as in the forward of an ``autograd.Function``."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.forward_pass.custom_calls.observe(func, args)
+            name = name_of(func)
+            if args and isinstance(args[0], Tensor) and (name.in_place or name.base == "setitem"):
+                before_writing(args[0])
+            return func(*args, **kwargs)
+
+        return run
 
 
 __all__ = ["InterceptionMode"]

@@ -47,7 +47,7 @@ class ObservedCall:
         inputs: list[Tensor] = []
         slots = tuple(_with_slots(value, inputs) for value in args)
         keyword_slots = {key: _with_slots(value, inputs) for key, value in kwargs.items() if key != "out"}
-        name = _relu_or(name_of(function), args, kwargs)
+        name = _as_called(name_of(function), args, kwargs)
         return cls(function, name, args, kwargs, tuple(inputs), slots, keyword_slots, path)
 
     def run(self) -> Any:
@@ -106,8 +106,14 @@ def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
     return value
 
 
-def _relu_or(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionName:
-    """``x.clamp(min=0)`` is another spelling of ReLU."""
+def _as_called(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionName:
+    """The name of what a function does with these arguments, where another function does the same.
+
+    ``x.clamp(min=0)`` is another spelling of ReLU, and ``x.max(y)`` of a maximum.
+    """
+    if name.base in ("max", "min"):
+        is_pair = isinstance(args[1] if len(args) > 1 else kwargs.get("other"), Tensor)
+        return FunctionName(f"{name.base}imum", name.in_place) if is_pair else name
     if name.base not in ("clamp", "clamp_min"):
         return name
     least = args[1] if len(args) > 1 else kwargs.get("min")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from zennit.rules import Norm
 
@@ -19,6 +20,7 @@ from ..kernels.rule_reader import read_rule_at
 from ..model.affine_layers import Weighted, Weightless
 from ..rules import Absolute
 from .averaging import pooling
+from .einsum_notation import Einsum, read_einsum
 from .elementwise import STABILIZER
 from .function_call import FunctionCall, Slot
 from .function_kernels import EqualPartsKernel, SingleInputKernel
@@ -78,7 +80,9 @@ def contraction(call: FunctionCall) -> Kernel:
 
 def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kernel:
     """The shares of the entries of one factor of a product, the others held constant."""
-    values = [value.abs() for value in call.values] if isinstance(rule, Absolute) else call.values
+    values = call.values
+    if isinstance(rule, Absolute):  # of the magnitude of each product, also of its constant factors
+        values, call = [value.abs() for value in values], _changed(call, constants_of(call), Tensor.abs)
 
     def run(source: Tensor) -> Tensor:
         return call.run(*[source if other == number else value for other, value in enumerate(values)])  # type: ignore[no-any-return]
@@ -109,14 +113,14 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
     constants = constants_of(call)
     if not constants:  # einsum of one tensor sums and transposes
         return pooling(call)
+    if len(constants) > 1:
+        call = _with_one_constant(call)
+        constants = constants_of(call)
     constant = constants[0]
     matrix = matrix_of(call, constant)
 
     def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        factor = matrix.restore(weight)
-        args = tuple(_replaced(value, constant, factor) for value in call.args)
-        kwargs = {key: _replaced(value, constant, factor) for key, value in call.kwargs.items()}
-        return dataclasses.replace(call, args=args, kwargs=kwargs).run(source)  # type: ignore[no-any-return]
+        return _changed(call, [constant], lambda _: matrix.restore(weight)).run(source)  # type: ignore[no-any-return]
 
     like = nn.Linear(1, 1, device="meta")
     if matrix.is_layer:
@@ -124,6 +128,29 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
     # Not a layer's kernel to others: no channel matrix can be read off weights that meet inputs in another way.
     kernel = kernel_of_layer(call, run, matrix.weight, None, like, padding_mode="computed")
     return SingleInputKernel(kernel, 0, call.shapes)
+
+
+def _with_one_constant(call: FunctionCall) -> FunctionCall:
+    """``einsum`` with the product of its constants in place of several."""
+    read = read_einsum(call.args, lambda one: call.values[0].ndim if isinstance(one, Slot) else one.ndim)
+    pairs = list(zip(read.subscripts, read.operands, strict=True))
+    signal = next(pair for pair in pairs if isinstance(pair[1], Slot))
+    fixed = [pair for pair in pairs if pair is not signal]
+    shared = set(signal[0] + read.output)
+    kept = "".join(dict.fromkeys(letter for own, _ in fixed for letter in own if letter in shared))
+    product = torch.einsum(",".join(own for own, _ in fixed) + f"->{kept}", *(factor for _, factor in fixed))
+    merged = Einsum((signal[0], kept), read.output, (signal[1], product))
+    return dataclasses.replace(call, args=merged.arguments, kwargs={})
+
+
+def _changed(call: FunctionCall, constants: list[Tensor], change: Callable[[Tensor], Tensor]) -> FunctionCall:
+    """A call with other values of some of its constants."""
+    for constant in constants:
+        factor = change(constant)
+        args = tuple(_replaced(value, constant, factor) for value in call.args)
+        kwargs = {key: _replaced(value, constant, factor) for key, value in call.kwargs.items()}
+        call = dataclasses.replace(call, args=args, kwargs=kwargs)
+    return call
 
 
 def matrix_of(call: FunctionCall, constant: Tensor) -> ConstantMatrix:

@@ -62,16 +62,23 @@ def log_add_exp(call: FunctionCall) -> Kernel:
 
 @kernel_of("vector_norm")
 def vector_norm(call: FunctionCall) -> Kernel:
-    r"""By Euler's theorem on homogeneous functions: :math:`T_i = |x_i|^p / \sum_j |x_j|^p`."""
+    r"""By Euler's theorem on homogeneous functions: :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
+
+    The norm of order ∞ (-∞) is the largest (smallest) magnitude, and propagates to the entries that have it.
+    """
     value, order, dims = call.values[0], call.argument(1, "ord", 2), call.argument(2, "dim")
-    if not 0 < float(order) < math.inf:
-        return UnknownKernel(UnsupportedOperationError(_ORDER.format(order=order)), call.shapes)
     size = value.abs()
+    if abs(float(order)) == math.inf:
+        axes = () if dims is None else dims
+        extreme = size.amax(axes, keepdim=True) if float(order) > 0 else size.amin(axes, keepdim=True)
+        return _proportional((size == extreme).to(size.dtype), dims)
+    if not float(order) > 0:
+        return UnknownKernel(UnsupportedOperationError(_ORDER.format(order=order)), call.shapes)
     return _proportional((size / size.max().clamp(min=1e-30)) ** float(order), dims)
 
 
 _ORDER = (
-    "relevance arrived at a norm of order {order}, which has no kernel: only positive, finite orders have one. Use "
+    "relevance arrived at a norm of order {order}, which has no kernel: only positive orders and -inf have one. Use "
     "such an order, or decorate a function with nrm_plugin.register_kernel(torch.linalg.vector_norm)."
 )
 

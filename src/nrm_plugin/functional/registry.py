@@ -59,6 +59,8 @@ _SYNONYMS = {
 }
 _NAMESPACES = ("special_", "linalg_")
 """Prefixes of functions in namespaces of torch."""
+_DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
+"""Functions that do not take the arguments of the function of that name outside of the namespace."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def name_of(function: Any) -> FunctionName:
     elif name.endswith("_"):
         name, in_place = name.rstrip("_"), True
     for prefix in _NAMESPACES:
-        name = name.removeprefix(prefix)
+        name = name if name in _DIFFERENT else name.removeprefix(prefix)
     return FunctionName(_SYNONYMS.get(name, name), in_place)
 
 

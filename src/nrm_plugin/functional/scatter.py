@@ -5,8 +5,8 @@ pooling; in this package's composites
 
 .. math:: T_{en} = \frac{|m_e|}{\sum_{e' \to n} |m_{e'}|}.
 
-A maximum passes all relevance to the largest message. A sparse matrix is an adjacency, so its product is such a sum,
-and not a layer.
+A maximum passes all relevance to the largest message, in equal parts among ties. A sparse matrix is an adjacency, so
+its product is such a sum, and not a layer.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -14,6 +14,7 @@ Source: docs/measure.md (operations without a module).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,9 +24,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
+from ..kernels.forward_state import not_recorded
 from .averaging import rule_of_averages
 from .function_call import FunctionCall
-from .function_kernels import RouteKernel
 from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 # -- sums into nodes --------------------------------------------------------------------------------------------------
@@ -63,20 +64,53 @@ def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.S
 
 
 @_intercepted_as("scatter_reduce")
-def scatter_extremum(source: Tensor, dim: int, index: Tensor, shape: torch.Size, reduce: str) -> Tensor:
-    """The largest (smallest) of the entries instead of their sum; zero for an empty group."""
-    return source.new_zeros(shape).scatter_reduce(dim, index, source, reduce, include_self=False)
+def scatter_extremum(
+    source: Tensor, own: Tensor | None, dim: int, index: Tensor, shape: torch.Size, how: str
+) -> Tensor:
+    """The largest (smallest) of the entries instead of their sum; zero for an empty group.
+
+    ``own`` holds one more entry for each group, ``how`` is ``"amax"`` or ``"amin"``.
+    """
+    target = source.new_zeros(shape) if own is None else own
+    return target.scatter_reduce(dim, index, source, how, include_self=own is not None)
+
+
+class ExtremumKernel(Kernel):
+    """Passes the relevance of each extremum to the entries that attain it, in equal parts.
+
+    autograd does so as well, but also counts the values that ``include_self=False`` leaves out.
+
+    Args:
+        dim, index: The group of each entry.
+        share: Share of each entry in its group.
+        own: Share of the further entry of each group, if there is one.
+    """
+
+    is_stochastic = True  # groups without members are replaced by constants afterwards
+
+    def __init__(self, dim: int, index: Tensor, share: Tensor, own: Tensor | None) -> None:
+        self.dim, self.index, self.share, self.own = dim % max(1, index.ndim), index, share, own
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        index = self.index.expand(len(relevance), *self.index.shape)
+        part = relevance.gather(self.dim + 1, index) * self.share
+        return (part,) if self.own is None else (part, relevance * self.own)
+
+    pull_absolute = pull
+
+
+def _extremum_kernel(call: FunctionCall) -> Kernel:
+    source, *others = call.values
+    _, _, dim, index, shape, _ = call.args
+    extremum = call.run(*call.values)
+    hits = (source == extremum.gather(dim, index)).to(source.dtype)
+    own = (others[0] == extremum).to(source.dtype) if others else source.new_zeros(shape)
+    count = own.scatter_add(dim, index, hits).clamp(min=1)
+    return ExtremumKernel(dim, index, hits / count.gather(dim, index), own / count if others else None)
 
 
 def _sum_kernel(call: FunctionCall) -> Kernel:
     return call.by_rule(rule_of_averages(call))
-
-
-def _extremum_kernel(call: FunctionCall) -> Kernel:
-    kernel = call.route()
-    assert isinstance(kernel, RouteKernel)
-    kernel.is_stochastic = True  # groups without members are replaced by constants afterwards
-    return kernel
 
 
 KERNELS_BY_FUNCTION[index_add_to_zeros] = KERNELS_BY_FUNCTION[scatter_add_to_zeros] = _sum_kernel
@@ -142,15 +176,20 @@ def _scatter_reduce(
             return torch.where(counts > 0, mean, input)
         total = _sum_with_constant(input, total, counts)
         return total if reduce == "sum" else total / (counts + 1)
-    extremum = scatter_extremum(source, dim, index, input.shape, reduce)
-    values = input.detach()
-    wins = (extremum.detach() > values) if reduce == "amax" else (extremum.detach() < values)
-    return torch.where(((counts > 0) & wins) if include_self else counts > 0, extremum, input)
+    if include_self:
+        if not source.numel():
+            return input
+        own = input if input.requires_grad else _rival(input, source)
+        return scatter_extremum(source, own, dim, index, input.shape, reduce)
+    return torch.where(counts > 0, scatter_extremum(source, None, dim, index, input.shape, reduce), input)
 
 
 def _rival(constant: Tensor, signal: Tensor) -> Tensor:
     """A constant that competes with a signal: relevance of the outputs that it wins is absorbed there."""
-    return torch.where(torch.zeros((), dtype=torch.bool, device=signal.device), signal.flatten()[:1].sum(), constant)
+    if not signal.numel():
+        return constant
+    with not_recorded():  # routes, which autograd records
+        return torch.where(torch.zeros((), dtype=torch.bool, device=signal.device), signal.flatten()[0], constant)
 
 
 _PRODUCTS = (
@@ -190,8 +229,13 @@ def _segment_reduce(
     number = torch.repeat_interleave(torch.arange(len(lengths), device=data.device), lengths)
     shape = list(data.shape)
     shape[axis] = len(lengths)
+    empty = data.detach().new_full(shape, _EMPTY.get(reduce, 0.0))
     reduce = {"max": "amax", "min": "amin"}.get(reduce, reduce)
-    return _index_reduce(data.detach().new_zeros(shape), axis, number, data, reduce, include_self=False)
+    return _index_reduce(empty, axis, number, data, reduce, include_self=False)
+
+
+_EMPTY = {"max": -math.inf, "min": math.inf, "mean": math.nan}
+"""What ``segment_reduce`` returns for a segment without members."""
 
 
 # -- writes by index --------------------------------------------------------------------------------------------------

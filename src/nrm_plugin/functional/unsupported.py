@@ -11,7 +11,7 @@ from ..errors import UncoveredLayerError
 from ..kernels.base import Kernel
 from ..model.routing import is_route_node
 
-MASKS = 6
+MASKS = 10
 
 
 class UnknownKernel(Kernel):
@@ -63,13 +63,13 @@ def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: boo
 def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tensor) -> bool:
     """Whether a function maps each element on its own, tested by changing half of the elements at a time.
 
-    Each mask separates half of all pairs of elements, so the chance of missing one that depends on another is 1/64.
+    Each mask separates half of all pairs of elements, so the chance of missing one that depends on another is 1/1024.
     """
     other = 1 - 2 * source
     changed = run(other.clone())
     number = torch.arange(source.numel(), device=source.device).reshape(source.shape)
     for bit in range(MASKS):
-        mask = (number * 0x9E3779B1 >> (25 + bit)) % 2 == 0  # Fibonacci hashing: as good as random, and repeatable
+        mask = (number * 0x9E3779B1 >> (22 + bit)) % 2 == 0  # Fibonacci hashing: as good as random, and repeatable
         mixed = run(torch.where(mask, source, other))
         if not torch.allclose(mixed, torch.where(mask, output, changed), rtol=1e-5, atol=1e-7, equal_nan=True):
             return False

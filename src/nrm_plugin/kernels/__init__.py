@@ -1,5 +1,5 @@
-"""Kernels: what one call of a layer does to relevance, as a normalized linear map.
+"""Kernels: the propagation of relevance through one call of a layer, as a normalized linear map.
 
-Reads Zennit's rules as kernels, and makes each call of a module a step of the computation graph.
+The package reads Zennit's rules as kernels, and makes each call of a module a step of the computation graph.
 Imports: errors, model, rules.
 """

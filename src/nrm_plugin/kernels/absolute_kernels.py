@@ -1,4 +1,4 @@
-r"""Kernels of absolute values, :math:`\sum_j |T_{ij}| R_j`: in closed form from branches, else column by column."""
+r"""Kernels of absolute values, :math:`\sum_j |T_{ij}| R_j`, in closed form from branches or else column by column."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ DENSE_LIMIT = 4096
 
 
 def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
-    r"""``Σ_j |T_ij| R_j`` from the columns of ``T``, formed a chunk at a time.
+    r"""``Σ_j |T_ij| R_j`` from the columns of ``T``, which are formed in chunks.
 
     Args:
         kernel: Any kernel that does not mix samples.
         relevance: ``(K, N, *out)``.
-        chunk: Columns formed at a time.
+        chunk: Number of columns per chunk.
 
     Returns:
-        ``(K, N, *in)`` for each input.
+        One tensor ``(K, N, *in)`` per input.
 
     Raises:
         NRMError: The output has more than ``DENSE_LIMIT`` entries per sample.
@@ -57,11 +57,11 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 def closed_absolute(
     branches: list[Branch], layer: WeightedLayer | None, like: Tensor, relevance: Tensor
 ) -> Tensor | None:
-    """``Σ_j |T_ij| R_j`` of branches; None without a closed form.
+    """``Σ_j |T_ij| R_j`` from the branches of a rule; None if there is no closed form.
 
     Args:
         branches: All branches of a rule.
-        layer: The layer that they modify; None for a module without weights.
+        layer: The layer that the branches modify; None for a module without weights.
         like: A tensor in the shape of the input, ``(N, *in)``.
         relevance: ``(K, N, *out)``.
 
@@ -89,10 +89,10 @@ class _Term:
 
 
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
-    r"""Terms such that each entry of the kernel belongs to exactly one; None without such terms.
+    r"""Terms such that each entry of the kernel belongs to exactly one term; None if there are no such terms.
 
-    On the positive weights, and on the negative ones, the modified weights of a rule are multiples of the weight.
-    Branches with the same factor are added first (ZBox), the others must not overlap.
+    On the positive and on the negative weights, the modified weights of a rule are multiples of the weight. Branches
+    with the same factor are added first (ZBox); the other branches must not overlap.
     """
     terms = []
     for sign in (None,) if layer is None else (1.0, -1.0):
@@ -117,7 +117,7 @@ def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: T
 
 
 def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
-    """λ with ``modified = λ weight`` on the weights of one sign; None if they are not proportional."""
+    """The factor λ with ``modified = λ weight`` on the weights of one sign; None if they are not proportional."""
     chosen = (weight * sign) > 0
     here, there = weight[chosen], modified[chosen]
     if here.numel() == 0:
@@ -128,7 +128,7 @@ def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
 
 
 def _down(layer: WeightedLayer, like: Tensor, sign: float) -> Callable[[Tensor], Tensor]:
-    """Transpose of the layer with the absolute values of its weights of one sign."""
+    """The transpose of the layer, with the absolute values of its weights of one sign."""
     leaf = like.detach().requires_grad_()
     with torch.enable_grad():
         image = layer.rerun(leaf, (layer.weight * sign).clamp(min=0))
@@ -144,10 +144,10 @@ def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _from_patches(branches: list[Branch], layer: WeightedLayer, relevance: Tensor) -> Tensor:
-    """``Σ_j |T_ij| R_j`` from the patches that the outputs read, one channel after the other; for any branches."""
+    """``Σ_j |T_ij| R_j`` for any branches, from the patches that the outputs read, one channel at a time."""
     like, weight = branches[0].input.detach(), layer.weight
     size = weight[0].numel()
-    # As a weight, it selects what an output channel reads, entry by entry.
+    # As a weight, it selects the entries that an output channel reads.
     selection = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *weight.shape[1:])
     selection = selection.repeat(layer.groups, *(1,) * (selection.ndim - 1))
     channel = -1 if weight.ndim == 2 else 1

@@ -1,9 +1,9 @@
-r"""Kernels: what one call of a module or function does to relevance, as a linear map.
+r"""Kernels: the propagation of relevance through one call of a module or function, as a linear map.
 
 .. math:: R_i = \sum_j T_{ij} R_j, \qquad c_j = \sum_i T_{ij}
 
-Shapes: the output of the call is ``(N, *out)``. Relevance at the output is ``(K, N, *out)`` for ``K`` vectors at a
-time, relevance at an input ``(K, N, *in)``, one tensor for each input of the call.
+Shapes: the output of the call is ``(N, *out)``. The relevance of ``K`` vectors is ``(K, N, *out)`` at the output and
+``(K, N, *in)`` at an input, with one tensor per input of the call.
 
 Source: docs/measure.md, "One step".
 """
@@ -20,7 +20,7 @@ class Kernel(ABC):
     """The linear map of one call, before normalization."""
 
     is_stochastic = False
-    """True when every column sums to one exactly, so that there is neither gain nor sink."""
+    """Whether every column sums exactly to one, so that there is neither gain nor sink."""
 
     @abstractmethod
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
@@ -28,7 +28,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        r"""The same with :math:`|T_{ij}|`."""
+        r"""Propagates relevance with :math:`|T_{ij}|` in place of :math:`T_{ij}`."""
 
     def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         r"""The transpose, :math:`\sum_i T_{ij} v_i`.
@@ -44,22 +44,22 @@ class Kernel(ABC):
         with torch.inference_mode(False), torch.enable_grad():
             seed = first.new_zeros((1, *shape)).requires_grad_()
             parts = zip(self.pull(seed), values, strict=True)
-            # Zeros at a gate depend on nothing.
+            # Zeros at a gate do not depend on the relevance.
             pairs = [(part, value) for part, value in parts if value is not None and part.requires_grad]
             if not pairs:
                 return first.new_zeros((len(first), *shape))
             return vjp([part for part, _ in pairs], seed, [value.unsqueeze(1) for _, value in pairs])[0].squeeze(1)
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""An upper bound of :math:`\sum_i |T_{ij}| v_i` for values ``v >= 0``; here the sum itself.
+        r"""An upper bound of :math:`\sum_i |T_{ij}| v_i` for values ``v >= 0``; by default the sum itself.
 
-        Args and return value as in :meth:`push`.
+        Arguments and return value are those of :meth:`push`.
         """
         first = next(value for value in values if value is not None)
         with torch.inference_mode(False), torch.enable_grad():
             seed = first.new_zeros((1, *shape)).requires_grad_()
             parts = zip(self.pull_absolute(seed), values, strict=True)
-            # Where all branches are zero, so is the relevance at the inputs, and it depends on nothing.
+            # If all branches are zero, the relevance at the inputs is zero and has no history.
             pairs = [(part.squeeze(0), v) for part, v in parts if v is not None and part.requires_grad]
             if not pairs:
                 return first.new_zeros((len(first), *shape))
@@ -70,18 +70,18 @@ class Kernel(ABC):
         return torch.cat(rows)
 
     def complete_for(self, relevance: Tensor | None) -> bool:
-        """Reads the parts of a rule that act on this relevance only (None for any relevance).
+        """Reads the parts of a rule that are not read yet and act on this relevance; None stands for any relevance.
 
         Returns:
-            Whether that changed the column sums.
+            Whether the column sums changed.
         """
         return False
 
     def column_sum(self, like: Tensor) -> Tensor:
-        """``c`` in the shape of the output ``like``: the transpose applied to ones."""
+        """The column sums ``c``, in the shape of the output ``like``: the transpose applied to ones."""
         with torch.inference_mode(False), torch.enable_grad():
             seed = torch.zeros_like(like).unsqueeze(0).requires_grad_()
-            totals = [part.sum() for part in self.pull(seed) if part.requires_grad]  # zeros at a gate depend on nothing
+            totals = [part.sum() for part in self.pull(seed) if part.requires_grad]  # zeros at a gate have no history
             if not totals:
                 return torch.zeros_like(like)
             (column,) = torch.autograd.grad(totals, seed)

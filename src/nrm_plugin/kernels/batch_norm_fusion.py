@@ -1,14 +1,14 @@
-r"""Batch-norm fusion: the kernels of a layer and of the batch normalization next to it become one.
+r"""Batch-norm fusion: a layer and an adjacent batch normalization have one common kernel.
 
-Kernels are read from shells, so the model is not changed. With :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}` and
-:math:`h = \beta - g \mu`, so that ``BN(x) = g x + h``:
+Kernels are read from copies of the layers, so the model is not changed. With
+:math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`h = \beta - g \mu`, so that ``BN(x) = g x + h``:
 
 - layer → BN: :math:`W' = g W`, :math:`b' = g b + h`;
 - BN → layer: :math:`W' = W g`, :math:`b' = b + W * h`, which depends on the position if the layer pads with zeros;
-- BN → ReLU → layer: :math:`\mathrm{ReLU}(g x + h) = g\,(\mathrm{clip}(x) - t)` with :math:`t = -h / g`, the clip from
+- BN → ReLU → layer: :math:`\mathrm{ReLU}(g x + h) = g\,(\mathrm{clip}(x) - t)` with :math:`t = -h / g`, clipped from
   below at ``t`` where ``g > 0`` and from above where ``g < 0``; :math:`W' = W g`, :math:`b' = b - W * (g t)`.
 
-The batch normalization itself then passes relevance through. Neighbouring layers are read from the executed graph.
+The batch normalization itself then passes relevance through. Adjacent layers are found in the executed graph.
 
 Source: arXiv 2002.11018 for fusion; the border and the clipped form are textbook algebra.
 """
@@ -35,14 +35,14 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 
 def fuse(step: LayerStep, source: Tensor) -> None:
-    """Prepares the fusion of a new step with the steps of its input, where one of the three forms applies.
+    """Prepares the fusion of a new step with the steps of its input, if one of the three forms applies.
 
-    The kernels are fused when the kernel of the layer is built, since only then all readers of the layer are known. A
-    batch normalization goes into the layer below it if nothing else reads that layer, else into the layer above.
+    Fusion takes place when the kernel of the layer is built, since only then all readers of the layer are known. A
+    batch normalization is fused into the layer below if nothing else reads that layer, else into the layer above.
 
     Args:
-        step: The step.
-        source: Its input, in the autograd graph.
+        step: The new step.
+        source: The input of the step, in the autograd graph.
     """
     below = _producer(source.grad_fn)
     if below is None:
@@ -60,7 +60,7 @@ def fuse(step: LayerStep, source: Tensor) -> None:
 
 
 def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, second: LayerStep) -> Callable[[], None]:
-    """A fold for the time when the kernel is built. It holds weak references, since a step holds its folds."""
+    """Defers a fold until the kernel is built. The fold holds weak references, since steps hold their folds."""
     references = weakref.ref(first), weakref.ref(second)
 
     def run() -> None:
@@ -72,7 +72,7 @@ def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, secon
 
 
 def _producer(node: Any) -> Step | None:
-    """The step that made a tensor, through views (flattening is one) and in-place writes."""
+    """The step that computed a tensor, followed through views (such as flattening) and in-place writes."""
     step = getattr(source_of(node), "step", None)
     return step if isinstance(step, Step) else None
 
@@ -82,7 +82,7 @@ def _input_node(node: Any) -> Any:
 
 
 def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
-    """``(g, h)`` of a batch normalization in evaluation mode with the rule Pass; None for anything else."""
+    """``(g, h)`` of a batch normalization in evaluation mode with the rule Pass; None for other steps."""
     norm = step.layer_call.module
     if type(step.layer_call.rule) is not Pass or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return None
@@ -107,14 +107,14 @@ def _is_relu(step: Step) -> bool:
 
 
 def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
-    """``(groups, is transposed, is dense)``."""
+    """The number of groups of a layer, and whether the layer is transposed and dense."""
     if isinstance(module, Weighted):
         return module.groups, module.is_transposed, module.bias_dim == -1
     return int(getattr(module, "groups", 1)), isinstance(module, _CONVOLUTIONS[3:]), isinstance(module, nn.Linear)
 
 
 def _fits_output(norm: LayerStep, layer: LayerStep) -> bool:
-    """Whether a batch normalization has one entry for each channel that a layer returns."""
+    """Whether a batch normalization has one entry per output channel of a layer."""
     affine = _affine(norm)
     if affine is None or not _is_weighted(layer) or len(layer.shape) < 2:
         return False
@@ -123,7 +123,7 @@ def _fits_output(norm: LayerStep, layer: LayerStep) -> bool:
 
 
 def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
-    """Layer → BN."""
+    """Fuses layer → BN."""
     affine = _affine(norm)
     if affine is None or not norm.is_identity:
         return
@@ -142,7 +142,7 @@ def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
 
 
 def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
-    """BN → layer, or BN → ReLU → layer; the layer then reads the input of the batch normalization."""
+    """Fuses BN → layer, or BN → ReLU → layer; the layer then reads the input of the batch normalization."""
     affine = _affine(norm)
     if affine is None or norm.is_identity:
         return
@@ -170,7 +170,7 @@ def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
 
 
 def _clipped(raw: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """``clip(x)`` and ``-g t`` of the form ``ReLU(g x + h) = g (clip(x) - t)``.
+    """Returns ``clip(x)`` and ``-g t`` of the form ``ReLU(g x + h) = g (clip(x) - t)``.
 
     Where ``g = 0`` the channel is the constant ``max(h, 0)``, and ``clip(x)`` is set to zero.
     """
@@ -192,15 +192,15 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _without_bias(call: LayerCall, source: Tensor) -> Tensor:
-    """The output of the layer at another input, without bias."""
+    """The output of the layer without bias, at another input."""
     with torch.no_grad():
         return rerun_without_bias(call.module, call.run)(source, _weight(call.module))
 
 
 def _scaled(weight: Tensor, scale: Tensor, groups: int, along_input: bool, transposed: bool) -> Tensor:
-    """The weight with one factor for each input or output channel.
+    """Multiplies the weight by one factor per input or output channel.
 
-    A convolution has ``(out, in / groups, …)``, a transposed one ``(in, out / groups, …)``.
+    A convolution has a weight ``(out, in / groups, …)``, a transposed convolution ``(in, out / groups, …)``.
     """
     rest = (1,) * (weight.ndim - 2)
     if along_input == transposed:

@@ -11,14 +11,14 @@ from .rule_branch_kernel import BranchKernel
 
 
 def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
-    r"""Channel × channel joint relevance across one step.
+    r"""Joint relevance of all channel pairs across one step.
 
     .. math:: J_{noi} = \sum_k \sum_\tau W_k[o,i,\tau]\; \frac{\partial}{\partial W_k[o,i,\tau]}
               \langle \mathrm{branch}_k(\rho_k in_k),\, m_k(1) \odot R \rangle_n
 
     Args:
         kernel: The kernel of the step.
-        relevance: ``(N, *out)``, already multiplied by the gain.
+        relevance: Relevance at the output, ``(N, *out)``, already multiplied by the gain.
 
     Returns:
         ``(N, K_out, K_in)``, zero between channels of different groups.
@@ -52,7 +52,7 @@ def _weight_gradient(layer: WeightedLayer, branch: Branch, source: Tensor, relev
 
 
 def _over_all_channels(layer: WeightedLayer, edges: Tensor) -> Tensor:
-    """``(N, rows, columns of one group)`` to ``(N, K_out, K_in)`` with zeros between groups."""
+    """Expands ``(N, rows, columns of one group)`` to ``(N, K_out, K_in)``, with zeros between groups."""
     samples, rows, inner = edges.shape
     per_group = rows // layer.groups
     full = edges.new_zeros(samples, layer.groups, per_group, layer.groups, inner)

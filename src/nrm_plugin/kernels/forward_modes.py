@@ -1,4 +1,4 @@
-"""Modes in which a module with a rule runs: same output, but without needless copies, or with its weight recorded."""
+"""Torch function modes for modules with a rule, with the same output: they avoid copies or record the weight."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .layer_call import Image, reads_image
 
 
 class SeparateBias(TorchFunctionMode):
-    """Runs a layer without its bias and adds that afterwards: the kernel reads the output without bias.
+    """Runs a layer without its bias and adds the bias afterwards, because the kernel reads the output without bias.
 
     Args:
         layer: A linear or convolutional layer of torch.
 
     Attributes:
-        image: The output without bias; None until the layer ran.
+        image: The output without bias; None until the layer has run.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -67,7 +67,7 @@ Mode = SeparateBias | OutOfPlace | WeightRecorder
 
 
 def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
-    """The mode for a module with this rule; None to run it as it is."""
+    """The mode for a module with this rule; None if the module runs without a mode."""
     if is_affine(module) and (reads_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
         return SeparateBias(module)
     if is_own_layer(module) and is_by_modifiers(rule):
@@ -76,7 +76,7 @@ def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
 
 
 def seen_image(mode: Mode | None, rule: Hook) -> Image | None:
-    """The output without bias that a mode saw, if the rule reads it."""
+    """The output without bias that a mode recorded, if the rule reads it."""
     if not isinstance(mode, SeparateBias) or mode.image is None or not reads_image(rule):
         return None
     image, weight = mode.image
@@ -87,10 +87,10 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, n
 
 
 def is_torch_activation(module: nn.Module) -> bool:
-    """Whether a module is one of torch's activations, its forward not overridden."""
+    """Whether a module is an activation of torch whose forward is not overridden."""
     return any(type(module).forward is kind.forward for kind in _ACTIVATIONS) and "forward" not in module.__dict__
 
 
 def writes_in_place(module: nn.Module) -> bool:
-    """Whether a module may write to its input: all may but torch's affine layers, and those with ``inplace=False``."""
+    """Whether a module may write to its input, as all but torch's affine layers and modules with ``inplace=False``."""
     return not is_affine(module) and getattr(module, "inplace", True) is not False

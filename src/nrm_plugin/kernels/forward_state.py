@@ -17,11 +17,11 @@ from zennit.core import Hook
 
 
 class Saved:
-    """A tensor that a step needs when relevance arrives; its values survive later in-place operations.
+    """A tensor that a step needs when relevance arrives; its values are protected from later in-place operations.
 
     Args:
         tensor: The tensor.
-        values: Whether its values have to survive; if not, an in-place operation makes no copy.
+        values: Whether its values are needed; if not, an in-place operation makes no copy.
     """
 
     def __init__(self, tensor: Tensor, values: bool = True) -> None:
@@ -52,7 +52,7 @@ def write(target: Tensor, result: Tensor) -> Tensor:
     try:
         return target.copy_(result)
     except RuntimeError:
-        # Autograd rejects leaves and what chunk, split and unbind return, so no model was trained that way. The values
+        # Autograd rejects leaves and outputs of chunk, split and unbind, so no model was trained that way. The values
         # are right for every reader, the history only for readers of the returned tensor.
         target.data.copy_(result.detach())
         return result
@@ -65,7 +65,7 @@ class RunningModule:
     Attributes:
         hook: Its hook.
         module: The module.
-        call: What the hook keeps of the call; None if the call is not a step.
+        call: The record of the call by the hook; None if the call is not a step.
     """
 
     hook: Hook
@@ -78,10 +78,12 @@ class _Running(threading.local):
 
     Attributes:
         modules: The modules with a rule that are running, outermost first: operations inside them are not steps.
-        pauses: How many blocks of :func:`not_recorded` are open.
-        saved: What steps saved, by address in memory.
-        listener: Is notified of every step and tap.
-        first_node: Number of the first autograd node of this pass; None if any tensor may carry relevance.
+        pauses: Number of open contexts of :func:`not_recorded`.
+        saved: The tensors that steps saved, by address in memory.
+        listener: The object that is notified of every step and tap.
+        first_node: Number of the first autograd node of this pass; None without a listener.
+        given: Identities of the parameters that the model was called with, without a listener.
+        depending: For each autograd node seen in this pass, whether it depends on an input of the model.
     """
 
     def __init__(self) -> None:
@@ -90,24 +92,45 @@ class _Running(threading.local):
         self.saved: dict[int, list[weakref.ref[Saved]]] = {}
         self.listener: Listener | None = None
         self.first_node: int | None = None
+        self.given: frozenset[int] = frozenset()
+        self.depending: dict[Any, bool] = {}
 
 
 class Listener(Protocol):
-    """Is notified of what happens in a forward pass."""
+    """An object that is notified of the steps and functions of a forward pass.
+
+    Attributes:
+        indices: The integers among the inputs; the model is called with these very objects.
+        inputs: The leaves of the other inputs.
+    """
+
+    indices: list[Tensor]
+    inputs: list[Tensor]
+
+    def is_leaf(self, tensor: Tensor | None) -> bool:
+        """Whether relevance ends at a leaf: an input, or rows that ids selected."""
 
     def on_step(self, module: nn.Module | None, step: Any) -> None:
-        """A step of a module, or of a function."""
+        """Called for each step of a module or function."""
 
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
-        """A function returned a tensor that carries relevance."""
+        """Called when a function returns a tensor that carries relevance."""
+
+    def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
+        """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""
 
 
 RUNNING = _Running()
 
 
 def is_inside_step() -> bool:
-    """Whether operations are not recorded now: inside a module with a rule, or where recording is paused."""
+    """Whether operations are currently not recorded, inside a module with a rule or while recording is paused."""
     return RUNNING.pauses > 0 or bool(RUNNING.modules)
+
+
+def is_in_module_step() -> bool:
+    """Whether a module runs as a step, or recording is paused: what is computed now is not in the graph."""
+    return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
 @contextmanager
@@ -125,9 +148,9 @@ P = ParamSpec("P")
 
 
 def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
-    """A hook whose own operations bypass ``__torch_function__``, which costs more than most of them.
+    """Decorates a hook so that its own operations bypass ``__torch_function__``, which costs more than most of them.
 
-    Unless an argument is of a subclass of tensor, which needs it.
+    The decorator has no effect if an argument belongs to a subclass of tensor, which needs ``__torch_function__``.
     """
 
     @functools.wraps(hook)
@@ -152,23 +175,50 @@ def listener() -> Listener | None:
     return RUNNING.listener
 
 
-def is_foreign(tensor: Tensor) -> bool:
+def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
     """Whether a tensor requires a gradient although the model did not compute it from its inputs in this pass.
 
-    Such as a parameter stored in a list or closure, or an initial state: for relevance it is a constant. The model is
-    called with copies of its inputs, so every leaf is foreign, and so is what was computed before.
+    Examples are a parameter stored in a list or closure, and an initial state; for relevance they are constants. The
+    model is called with copies of its inputs, so every leaf is foreign, and so is every tensor computed earlier.
+    Without a listener, the caller may read relevance at any leaf but parameters that are not among the inputs.
+
+    Args:
+        tensor: Any tensor.
+        is_exact: Also detect tensors computed in another thread, whose autograd nodes are numbered separately. This
+            matters for functions of several tensors, and is slower.
     """
-    if RUNNING.first_node is None or not tensor.requires_grad:
+    if not tensor.requires_grad:
         return False
-    return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < RUNNING.first_node
+    node = tensor.grad_fn
+    if RUNNING.first_node is None:
+        return node is None and isinstance(tensor, nn.Parameter) and id(tensor) not in RUNNING.given
+    if node is None or node._sequence_nr() < RUNNING.first_node:
+        return True
+    return is_exact and not _depends_on_inputs(node)
 
 
-def constants_detached(value: Any) -> Any:
-    """An argument of a function with all foreign tensors detached; the same object without any."""
+def _depends_on_inputs(node: Any) -> bool:
+    """Whether an autograd node depends on an input; each node is visited once in a pass."""
+    listening, known, stack = RUNNING.listener, RUNNING.depending, [node]
+    assert listening is not None, "without one the inputs are not known"
+    while stack:
+        below = [other for other, _ in stack[-1].next_functions if other is not None] if stack[-1] not in known else []
+        unknown = [other for other in below if other not in known]
+        if unknown:
+            stack += unknown
+            continue
+        last = stack.pop()
+        if last not in known:
+            known[last] = any(known[other] for other in below) or listening.is_leaf(getattr(last, "variable", None))
+    return known[node]
+
+
+def constants_detached(value: Any, is_exact: bool = False) -> Any:
+    """Detaches all foreign tensors in an argument of a function; returns the same object if there are none."""
     if isinstance(value, Tensor):
-        return value.detach() if is_foreign(value) else value
+        return value.detach() if is_foreign(value, is_exact) else value
     if type(value) in (list, tuple):
-        items = [constants_detached(item) for item in value]
+        items = [constants_detached(item, is_exact) for item in value]
         is_same = all(new is old for new, old in zip(items, value, strict=True))
         return value if is_same else type(value)(items)
     return value
@@ -176,17 +226,18 @@ def constants_detached(value: Any) -> Any:
 
 @contextmanager
 def forward_pass(listener: Listener | None) -> Iterator[None]:
-    """A fresh state for one forward pass, so that a pass that raised leaves nothing behind.
+    """Provides a fresh state for one forward pass, so that a pass that raises leaves nothing behind.
 
     Args:
-        listener: Is notified of every step; the model is then called with copies of its inputs, made in this context.
+        listener: The object notified of every step; the model must be called with copies of its inputs made inside this
+            context. None for a pass without recording.
     """
     outer = dict(RUNNING.__dict__)
     first_node = None
     if listener is not None:
         with torch.inference_mode(False), torch.enable_grad():
             first_node = torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
-    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, first_node=first_node)
+    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, first_node=first_node, depending={})
     try:
         yield
     finally:
@@ -194,6 +245,6 @@ def forward_pass(listener: Listener | None) -> Iterator[None]:
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
-    """Exits a mode of this thread, after the modes inside of it that an interrupt left open."""
+    """Exits a mode of this thread, and first any inner modes that an interrupt left open."""
     while mode in (stack := _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         stack[-1].__exit__(None, None, None)

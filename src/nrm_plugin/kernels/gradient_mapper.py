@@ -1,4 +1,4 @@
-r"""The gradient mapper of a rule as factors :math:`m_k(1)`, in closed form or by applying it to ones."""
+r"""The gradient mapper of a rule as factors :math:`m_k(1)`, in closed form or by application to ones."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Mapper:
     """A mapper that multiplies the relevance of each branch entry by entry.
 
     Attributes:
-        leaders: For each branch the first one with the same factor.
-        factors: Outputs of all branches, and the leaders for which factors are requested, to these factors.
+        leaders: For each branch, the first branch with the same factor.
+        factors: Function from the outputs of all branches and the requested leaders to the factors of these leaders.
         is_local: Whether each entry of a factor depends on the same entry of the outputs only.
     """
 
@@ -31,7 +31,7 @@ class Mapper:
 
 
 def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], like: Tensor) -> Mapper | None:
-    """The mapper of any rule; None if it does not multiply entry by entry.
+    """The mapper of any rule; None if the rule's mapper does not multiply entry by entry.
 
     Args:
         rule: The rule.
@@ -56,13 +56,13 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
 
 
 def mapped(rule: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-    """What the mapper of a rule makes of relevance, for each branch."""
+    """Applies the mapper of a rule to relevance; returns one tensor per branch."""
     result = rule.gradient_mapper(relevance, outputs)
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
-    """Whether the mapper multiplies relevance by a factor for each entry."""
+    """Whether the mapper multiplies each entry of the relevance by a factor."""
     like = outputs[0]
     probe = torch.linspace(-1, 2, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape)
     factors = mapped(rule, torch.ones_like(like), outputs)
@@ -74,12 +74,12 @@ def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
 
 
 def _is_local(rule: BasicHook, outputs: list[Tensor], factors: list[Tensor]) -> bool:
-    """Whether the factors stay the same without the other entries; with a stabilizer scaled by the layer they do not.
+    """Whether the factors do not depend on other entries, as they do if a stabilizer is scaled by the whole layer.
 
     Args:
         rule: The rule.
         outputs: The outputs of all branches at a few entries.
-        factors: The factors there, from outputs with more entries.
+        factors: The factors of these entries, computed from outputs with more entries.
     """
     return all(
         torch.allclose(here, there, rtol=1e-6, atol=0, equal_nan=True)

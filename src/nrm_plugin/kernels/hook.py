@@ -1,7 +1,7 @@
-"""The hook that makes each call of a module a step.
+"""The hook that turns each call of a module into a step.
 
-A module runs on a detached input, and its output is linked to that input: the module's own backward never runs, and
-each call of a reused module has its own kernel.
+A module runs on a detached input, and its output is linked to the original input. The module's own backward never runs,
+and each call of a reused module has its own kernel.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class OpenCall:
 
     Attributes:
         source: The input, in the autograd graph.
-        passed: The detached tensor that the module got instead.
-        version: How often that had been written to.
-        saved_input: The input, safe from later writes.
+        passed: The detached tensor that was passed to the module instead.
+        version: The version counter of ``passed`` before the call.
+        saved_input: The input, protected from later writes.
         run: Runs the module on another first input.
-        run_again: Runs it on the arguments it was called with.
-        mode: The mode that it runs in.
+        run_again: Runs the module again on its original arguments.
+        mode: The torch function mode in which the module runs.
         in_place: Whether the module may overwrite its input.
     """
 
@@ -74,7 +74,7 @@ class OpenCall:
 
     @property
     def wrote(self) -> bool:
-        """Whether the module operates in place: without its copy, it would have overwritten its input."""
+        """Whether the module operates in place, so that it would have overwritten its input if that were not copied."""
         return isinstance(self.mode, OutOfPlace) or self.passed._version != self.version
 
 
@@ -83,10 +83,10 @@ class StepHook(Hook):
 
     Args:
         rule: The hook that the composite maps the module to.
-        normalization: How columns are normalized.
+        normalization: The normalization of columns.
         name: Layer name, for messages.
         checked: Rules that are known to be linear, shared by all copies.
-        fuse: Called with every new step and its input, to fuse it with its neighbours.
+        fuse: Function that is called with every new step and its input, to fuse the step with its neighbours.
     """
 
     def __init__(
@@ -109,19 +109,19 @@ class StepHook(Hook):
         return StepHook(self.rule, self.normalization, self.name, self._checked, self.fuse)
 
     def register(self, module: nn.Module) -> RemovableHandleList:
-        """Registers the hook; the handles remove it."""
+        """Registers the hook; returns the handles that remove it."""
         return RemovableHandleList(
             [
                 RemovableHandle(self),
                 module.register_forward_pre_hook(self.enter, with_kwargs=True),
-                # Called even if the module raised: otherwise what follows would count as being inside of it. And before
-                # other hooks: those that mask or keep relevance at the output, as in zennit-crp, need the linked one.
+                # Called even if the module raised, since later calls would otherwise count as inside of it, and before
+                # other hooks, since those that mask or store relevance, as in zennit-crp, need the linked output.
                 module.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
             ]
         )
 
     def remove(self) -> None:
-        """Forgets the calls that never returned: after a keyboard interrupt torch runs no hook."""
+        """Forgets the calls that never returned, since torch runs no hooks after a keyboard interrupt."""
         super().remove()
         for running in RUNNING.modules:
             if running.hook is self and running.call is not None and running.call.mode is not None:
@@ -133,6 +133,10 @@ class StepHook(Hook):
         """Forward pre-hook: detaches the arguments of the module."""
         floating = _floating(args, kwargs)
         computed = {key: tensor for key, tensor in floating.items() if tensor.requires_grad and not is_foreign(tensor)}
+        if len(computed) > 1:
+            computed = {key: tensor for key, tensor in computed.items() if not is_foreign(tensor, is_exact=True)}
+        if self.active and not computed and not is_inside_step() and _has_ids():
+            return None  # the functions inside are constants, or look up ids
         if not self.active or not computed or is_inside_step():
             RUNNING.modules.append(RunningModule(self, module, None))
             return None
@@ -140,7 +144,7 @@ class StepHook(Hook):
         if asked_for(device) is not None:
             raise InputError(autocast_outside(self.name, type(module).__name__))
         if len(computed) > 1 and is_own_layer(module):
-            return None  # the functions inside are steps with its rule, each with its own input
+            return None  # the functions inside are steps with the rule of the module, each with its own input
         if len(computed) > 1:
             warnings.warn(
                 f"layer {self.name!r} ({type(module).__name__}) has a rule and {len(computed)} inputs that depend on "
@@ -186,7 +190,7 @@ class StepHook(Hook):
         )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook: links the output of the module to its input; without an output the module raised."""
+        """Forward hook: links the output of the module to its input; the output is None if the module raised."""
         call = self._last_call(module)
         if call is not None and call.mode is not None:
             call.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -212,7 +216,7 @@ class StepHook(Hook):
         return self._linked(call, step, output)
 
     def _last_call(self, module: nn.Module) -> OpenCall | None:
-        """The call that returns, which is closed together with those inside it that never returned."""
+        """Closes and returns the last call of the module, and closes the calls inside it that never returned."""
         modules = RUNNING.modules
         for number in range(len(modules) - 1, -1, -1):
             if modules[number].hook is self and modules[number].module is module:
@@ -228,11 +232,11 @@ class StepHook(Hook):
         return LayerStep(layer_call, output, self.normalization)
 
     def _check_rule(self, step: LayerStep) -> None:
-        """Raises unless the rule is known to be linear; tries that at its first call."""
+        """Raises unless the rule is linear, which is tested at its first call if it is unknown."""
         if self.rule not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), not_recorded():
                 check_linear(step.kernel, step.layer_call)
-            step.forget_kernel()  # fusion may change the layer yet
+            step.forget_kernel()  # fusion may still change the layer
         self._checked.add(self.rule)
 
     @without_torch_function
@@ -245,8 +249,14 @@ class StepHook(Hook):
         return _written_back(call, linked) if call.wrote else linked
 
 
+def _has_ids() -> bool:
+    """Whether there are integers among the inputs, which any module may look up."""
+    listening = listener()
+    return listening is not None and bool(listening.indices)
+
+
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
-    """A shell of the module and how to run it; of a subclass of a layer as a function of the weight it computed."""
+    """A copy of the module and a function that runs it; a custom layer becomes a function of the weight it computed."""
     shell = shared_copy(module)
     if isinstance(call.mode, WeightRecorder):
         with not_recorded():
@@ -257,19 +267,19 @@ def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
 
 
 def _is_free(tensor: Tensor) -> bool:
-    """Whether a tensor may be overwritten: neither a view nor a leaf, and not saved by a step."""
+    """Whether a tensor may be overwritten, because it is neither a view nor a leaf and no step saved it."""
     return tensor._base is None and not tensor.is_leaf and not is_saved(tensor)
 
 
 def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
-    """Writes to the input what the module wrote to it, for later readers such as a skip connection."""
+    """Repeats the module's in-place write on the original input, for later readers such as a skip connection."""
     source, passed = call.source, call.passed
     is_result = isinstance(call.mode, OutOfPlace) or passed.data_ptr() == linked.data_ptr()
     with not_recorded():
         if is_result and passed.shape == linked.shape:
             return write(source, linked)
         before_writing(source)
-        source.data.copy_(passed)  # an intermediate result: where its relevance belongs is not known
+        source.data.copy_(passed)  # an intermediate result, whose relevance is unknown
     return linked
 
 
@@ -282,7 +292,7 @@ def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
 def _replaced(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Arguments
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments in which some tensors are replaced by others."""
+    """Replaces some tensors among the arguments of a module."""
     positional = tuple(tensors.get(position, value) for position, value in enumerate(args))
     return positional, {key: tensors.get(key, value) for key, value in kwargs.items()}
 

@@ -1,4 +1,4 @@
-"""One call of a layer: what the hook saw, and what the reader of its rule needs."""
+"""One call of a layer, as recorded by the hook for the reader of its rule."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 from zennit.core import Hook
 from zennit.rules import Epsilon, Gamma
 
-from ..model.autocast import current
+from ..model.autocast import current, working_dtype
 from ..rules import Absolute, ConservingEpsilon, Relative
 from .forward_state import Saved
 from .known_rules import LINEAR_RULES
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a module on another first input, its other arguments as they were."""
+"""Runs a module on another first input, with its other arguments unchanged."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """What a layer returned without its bias.
+    """The output of a layer without its bias.
 
     Attributes:
         saved: The output without bias, ``(N, *out)``.
-        weight: The weight that the layer multiplied with.
+        weight: The weight by which the layer multiplied.
     """
 
     saved: Saved
@@ -38,14 +38,14 @@ class LayerCall:
 
     Attributes:
         rule: The rule.
-        module: A shell of the layer, which may be written to.
-        run: Runs the layer on its first input.
-        saved_input: That input, ``(N, *in)``.
+        module: A copy of the layer that may be modified.
+        run: Function that runs a module on a first input.
+        saved_input: The first input, ``(N, *in)``.
         like: A tensor without memory in the shape of the output, ``(N, *out)``.
         name: Layer name, for messages.
         saved_output: The output, if the rule reads it and fusion did not change the layer; else None.
-        image: The output without bias, where the hook saw it.
-        precision: The format in which the layer multiplies by its weight, if it is shorter than that of the input.
+        image: The output without bias, if the hook recorded it.
+        precision: The dtype in which the layer multiplies by its weight, if it is less precise than that of the input.
     """
 
     rule: Hook
@@ -69,9 +69,9 @@ class LayerCall:
         name: str,
         image: Image | None = None,
     ) -> LayerCall:
-        """The call that returned this output; only what the rule reads is saved."""
+        """Makes the record of a call from its output; only tensors that the rule reads are saved."""
         saved_output = Saved(output) if _reads_output(rule) else None
-        # Not the output itself: linked to a step, it would keep the step alive, and the step the output.
+        # Not the output itself, which is linked to a step: output and step would keep each other alive.
         return cls(rule, module, run, saved_input, shape_like(output), name, saved_output, image)
 
     @property
@@ -91,12 +91,12 @@ class LayerCall:
 
 
 def reads_image(rule: Hook) -> bool:
-    """Whether a rule runs the unmodified layer on its unmodified input, so that the hook already has the image."""
+    """Whether a rule needs the unmodified layer at its unmodified input, whose image the hook already has."""
     return type(rule) in (Epsilon, ConservingEpsilon)
 
 
 def _reads_output(rule: Hook) -> bool:
-    """Whether a rule may read the values of the unmodified output, not only those of its own modified layers."""
+    """Whether a rule may read the unmodified output, in addition to the outputs of its modified layers."""
     return type(rule) not in (*LINEAR_RULES, Absolute, ConservingEpsilon, Relative) or type(rule) is Gamma
 
 
@@ -107,5 +107,5 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 
 def shape_like(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, dtype and device that needs no memory."""
-    return tensor.detach().new_empty(()).expand(tensor.shape)
+    """A tensor of the same shape and device that needs no memory, of the dtype in which relevance is computed there."""
+    return tensor.detach().new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BatchNormWarning
+from ..model.autocast import is_short
 from .base import Kernel
 from .forward_state import Saved
 from .layer_call import Image, LayerCall
@@ -23,15 +24,15 @@ class LayerStep(Step):
 
     Args:
         layer_call: The call.
-        output: What it returned, ``(N, *out)``.
-        normalization: How columns are normalized.
-        name: Name of the step; by default that of the layer.
-        rule: Name of the operation; by default that of the rule.
+        output: The output of the call, ``(N, *out)``.
+        normalization: The normalization of columns.
+        name: Name of the step; by default the name of the layer.
+        rule: Name of the operation; by default the name of the rule.
 
     Attributes:
-        layer_call: The call, with the parameters and the input that fusion gave to it.
-        folds: What fusion does to the call before the kernel is built.
-        norms: The batch normalizations that read what the layer returned.
+        layer_call: The call, with the parameters and the input set by fusion.
+        folds: Functions by which fusion changes the call before the kernel is built.
+        norms: The batch normalizations that read the output of the layer.
         layer_below: For a batch normalization, the step of the layer whose output it reads.
         has_dense_norm: Whether a dense layer and a batch normalization were fused in this step.
     """
@@ -46,6 +47,7 @@ class LayerStep(Step):
     ) -> None:
         super().__init__(name or layer_call.name, output, normalization, rule or type(layer_call.rule).__name__)
         self.layer_call = layer_call
+        self.is_short = self.is_short or is_short(layer_call.input)
         self.folds: list[Callable[[], None]] = []
         self.norms: list[LayerStep] = []
         self.layer_below: LayerStep | None = None
@@ -55,21 +57,21 @@ class LayerStep(Step):
         while self.folds:
             self.folds.pop(0)()
         call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # needed once
-        # The column sums of a dense layer with a batch normalization are checked, so its kernel has them.
+        # The column sums of a dense layer with a batch normalization are checked, so its kernel must have them.
         return read_rule(call, None if self.has_dense_norm else self._normalization)
 
     @property
     def is_identity(self) -> bool:
-        """Whether this is a batch normalization fused into the layer below: nothing else reads that layer."""
+        """Whether this is a batch normalization that was fused into the layer below, which has no other reader."""
         return self.layer_below is not None and self.layer_below.uses <= 1 and len(self.layer_below.norms) == 1
 
     def set_parameters(self, weight: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
-        """Gives the shell of the layer other parameters, with which its output is not that of the model.
+        """Changes the parameters of the copied layer, so that its output differs from that of the model.
 
         Args:
             weight: The weight.
             bias: The bias.
-            factor: The factor that this applies to the output without bias, if known.
+            factor: The factor by which the output without bias changes, if known.
         """
         call = self.layer_call
         call.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
@@ -78,11 +80,11 @@ class LayerStep(Step):
         if call.image is not None and factor is not None:
             with torch.no_grad():
                 scaled = call.image.saved.tensor * factor
-            image = Image(Saved(scaled, values=False), weight)  # the model has run, so nothing is written any more
+            image = Image(Saved(scaled, values=False), weight)  # no more writes, since the model has run
         self.layer_call = replace(call, saved_output=None, image=image)
 
     def set_input(self, source: Tensor) -> None:
-        """Gives the layer another input."""
+        """Changes the input of the layer."""
         self.layer_call = replace(self.layer_call, saved_input=Saved(source, values=False))
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
@@ -98,4 +100,4 @@ class LayerStep(Step):
 
 
 Fuse = Callable[[LayerStep, Tensor], None]
-"""Prepares the fusion of a new step with the steps of its input; called with the step and that input."""
+"""Function of a new step and its input that prepares the fusion of the step with the steps of its input."""

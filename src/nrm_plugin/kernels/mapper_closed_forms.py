@@ -1,8 +1,8 @@
 r"""Factors of known rules in closed form: :math:`m_k(1)` from the outputs of the branches, in few operations.
 
-Applying a rule's mapper to ones works for any rule. But the mappers of Zennit's rules compute each denominator once for
-every branch and compare floats to find signs, which takes longer than the arithmetic of the layer. The stabilizer here
-is that of the rule.
+Applying a rule's mapper to ones works for any rule, but the mappers of Zennit's rules compute each denominator once per
+branch and compare floats to find signs, which takes longer than the arithmetic of the layer. The stabilizer is that of
+the rule.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _LEADERS: dict[type, tuple[int, ...]] = {
 }
 
 _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
-"""By the gradient mapper, which all copies of a rule share."""
+"""Known mappers, by the rule's gradient mapper, which all copies of a rule share."""
 
 
 def closed_mapper(rule: BasicHook) -> Mapper | None:
-    """The mapper of a known rule in closed form, compared once with the rule's own; None for any other rule."""
+    """The mapper of a known rule in closed form, compared once with the rule's own mapper; None for other rules."""
     if type(rule) not in _LEADERS:
         return None
     own = rule.gradient_mapper
@@ -49,7 +49,7 @@ def closed_mapper(rule: BasicHook) -> Mapper | None:
 
 
 def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
-    """Whether both give the same factors for some outputs, zeros and negative ones among them."""
+    """Whether mapper and rule give the same factors for some outputs, including zeros and negative values."""
     count = len(rule.input_modifiers)
     numbers = torch.sin(torch.arange(1.0, 1 + 24 * count, dtype=torch.float64) ** 2).reshape(count, 2, 3, 4)
     numbers[:, 0, 0] = 0
@@ -107,7 +107,7 @@ def _inverse(stabilizer: object) -> Callable[[Tensor], Tensor] | None:
     epsilon = float(stabilizer.epsilon)
 
     def inverse(z: Tensor) -> Tensor:
-        raised = z + 0.0  # a zero of negative sign counts as positive, as in Zennit
+        raised = z + 0.0  # negative zero counts as positive, as in Zennit
         return raised.add_(torch.copysign(z.new_tensor(epsilon), raised)).reciprocal_()
 
     return inverse

@@ -22,7 +22,7 @@ from .layer_call import LayerCall, Run
 from .modifier_probes import is_zero
 
 LARGE = 1 << 22
-"""Entries of a linear layer from which on its modified weight is computed block by block."""
+"""Number of weights from which on the modified weight of a linear layer is computed block by block."""
 
 
 @dataclass
@@ -30,9 +30,9 @@ class ModifiedLayer:
     """One modified layer and its output at its modified input.
 
     Attributes:
-        image: The output without bias; a scalar where all entries are the same.
+        image: The output without bias; a scalar if all entries are the same.
         bias: The bias, in a shape that broadcasts.
-        maps: The linear map; None where the input is zero or only the output is needed.
+        maps: The linear map; None if the input is zero or only the output is needed.
         weight: Computes the modified weight.
         is_own: Whether nothing else reads the image.
     """
@@ -52,18 +52,18 @@ class ModifiedLayer:
         return image + bias if self.image.ndim or bool(self.image) else bias
 
     def memory(self, like: Tensor) -> Tensor:
-        """Memory for a factor of this shape: that of the image, if nothing else reads it."""
+        """Memory for a factor of this shape: the memory of the image, if nothing else reads it."""
         if not all(self.image.stride()) or self.image.shape != like.shape:
             return torch.empty_like(like)
         return self.image if self.is_own else torch.empty_like(self.image)
 
 
 def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: float) -> ModifiedLayer:
-    """A layer with modified parameters at a modified input.
+    """Runs a layer with modified parameters at a modified input.
 
     Args:
         call: The call of the unmodified layer.
-        modify: Modifies its parameters.
+        modify: Modifies the parameters.
         source: The modified input, ``(N, *in)``.
         sign: Sign of the branch; if 0, only the output is needed.
     """
@@ -74,7 +74,7 @@ def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: floa
 
 
 def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float) -> ModifiedLayer:
-    """Runs without bias, since subtracting the bias from the output loses digits."""
+    """Runs a modified layer without bias, since subtracting the bias from the output loses digits."""
     bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
     is_unmodified = source is call.input and _share_memory(modified._parameters, call.module._parameters)
     if sign == 0 and call.is_output_known and is_unmodified:
@@ -95,7 +95,7 @@ def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float)
         return ModifiedLayer(image, added, maps, lambda: matrix, is_own=True)
     seen = call.image
     if seen is not None and source is call.input and matrix.data_ptr() == seen.weight.data_ptr():
-        # Without a bias the image is what the layer returned, which others read.
+        # Without a bias the image is the output of the layer, which others read.
         return ModifiedLayer(seen.saved.tensor, added, explicit, lambda: matrix, is_own=bias is not None)
     image = explicit.up(source.unsqueeze(0)).squeeze(0)
     return ModifiedLayer(image, added, explicit, lambda: matrix, is_own=True)
@@ -110,7 +110,7 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """The format in which the layer multiplies, if it is shorter than that of the inputs."""
+    """The dtype in which the layer multiplies, if it is less precise than that of the inputs."""
     return call.precision if source.dtype == torch.float32 else None
 
 
@@ -127,7 +127,7 @@ def _is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
 
 
 def _by_blocks(call: LayerCall, modify: ParamMod, source: Tensor) -> ModifiedLayer:
-    """The modified weight is never in memory as a whole."""
+    """Runs a modified linear layer in blocks, so that the modified weight is never in memory as a whole."""
     weight = call.module._parameters["weight"]
     assert weight is not None
     matrix = weight.detach()
@@ -159,10 +159,10 @@ def _share_memory(some: dict[str, Any], others: dict[str, Any]) -> bool:
 
 
 def rerun_without_bias(module: nn.Module, run: Run) -> Callable[[Tensor, Tensor], Tensor]:
-    """``(input, weight) -> output`` of a layer without its bias."""
+    """Returns a function ``(input, weight) -> output`` that runs a layer without its bias."""
 
     def rerun(source: Tensor, weight: Tensor) -> Tensor:
-        shell = shared_copy(module)  # a new one each time, for several threads may run it
+        shell = shared_copy(module)  # a new copy each time, since several threads may run it
         shell.__dict__["_parameters"].update(weight=weight, bias=None)
         return run(shell, source)
 

@@ -1,4 +1,4 @@
-"""What the input modifiers and the reducer of a rule do, determined by applying them to a few numbers."""
+"""Form of the input modifiers and the reducer of a rule, determined by applying them to a few numbers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from zennit.rules import ZBox
 from .known_rules import is_known_linear
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}
-"""Signs of the branches of known rules, which are the same for all instances."""
+"""Signs of the branches of known rules, by type, since all instances have the same signs."""
 
 
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
-    """The modified inputs; equal ones share memory: after a ReLU the positive part is the input itself."""
+    """The modified inputs; equal inputs share memory, such as an input after a ReLU and its positive part."""
     known, sources = [inputs], []
-    # The bounds of ZBox may have the shape of an image, which no probe has, and are not parts of the input.
+    # The bounds of ZBox may have the shape of an image, unlike any probe, and are not parts of the input.
     positive = is_known_linear(rule) and not isinstance(rule, ZBox) and _is_positive(inputs)
     for modifier in rule.input_modifiers:
         part = _part(modifier, inputs) if positive else ""
@@ -33,7 +33,7 @@ def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
 
 
 def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
-    """Whether a modifier of a built-in rule takes the positive part of its input, or the negative one, or neither."""
+    """Whether a modifier of a built-in rule takes the positive part of its input, the negative part, or neither."""
     probe = inputs.new_tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
     modified = modifier(probe)
     if modified.shape != probe.shape:
@@ -44,7 +44,7 @@ def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
 
 
 def _is_positive(source: Tensor) -> bool:
-    """Whether no entry is negative; a minimum is faster than a comparison of all entries."""
+    """Whether no entry is negative; a minimum is faster than comparing all entries."""
     return source.numel() == 0 or bool(source.amin() >= 0)
 
 
@@ -57,7 +57,7 @@ def is_zero(source: Tensor) -> bool:
 
 
 def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
-    """``ρ`` of each branch if the reducer is ``Σ ρ_k in_k g_k``, or on inputs of ones ``Σ ρ_k g_k``; else None."""
+    """The signs ``ρ_k`` if the reducer is ``Σ ρ_k in_k g_k``, or for inputs of ones ``Σ ρ_k g_k``; else None."""
     signs = _KNOWN_SIGNS.get(type(rule))
     if signs is None:
         signs = _tried_signs(rule, sources)
@@ -69,7 +69,7 @@ def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
 def _tried_signs(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
     count = len(sources)
     shape = (2,) * max(sources[0].ndim, 1)
-    # Numbers without a pattern, but not random: inside of torch.vmap, where a kernel may be read, none can be drawn.
+    # Numbers without a pattern, but not random: a kernel may be read inside torch.vmap, where none can be drawn.
     numbers = torch.arange(1, 2 * count * 2 ** len(shape) + 1, dtype=torch.float64)
     noise = (3 * torch.sin(numbers**2)).to(sources[0]).reshape(2, count, *shape)
     inputs, gradients = list(noise[0]), list(noise[1])
@@ -81,7 +81,7 @@ def _tried_signs(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | No
         ]
         reduced = rule.reducer(inputs, gradients)
     except (RuntimeError, IndexError, ValueError, TypeError):
-        return None  # a reducer that needs the true shapes; it is called as it is
+        return None  # a reducer that needs the true shapes; it is called unchanged
     signs = [float(unit.flatten()[0]) for unit in units]
     if any(bool((unit != unit.flatten()[0]).any()) for unit in units):
         return None

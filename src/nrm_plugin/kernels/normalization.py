@@ -1,4 +1,4 @@
-r"""Normalization of a kernel: the gain of each column, and the deficit that goes to the sink.
+r"""Normalization of a kernel: the gain of each column, and the deficit that the sink absorbs.
 
 .. math:: \tilde T_{ij} = g(c_j)\, T_{ij}, \qquad \tilde T_{\mathrm{sink}, j} = 1 - g(c_j)\, c_j
 
@@ -23,12 +23,12 @@ RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
 
 
 def gain(column_sum: Tensor, limit: float) -> Tensor:
-    r"""Factor by which a column is rescaled so that less of it is absorbed.
+    r"""The factor by which a column is rescaled to reduce the absorbed share.
 
     .. math::
         g(c) = \begin{cases} 1/c & c \ge 1/G \\ 1 + (G-1)\,G\,c & 0 < c < 1/G \\ 1 & c \le 0 \end{cases}
 
-    Continuous, between 1 and ``G`` where ``c <= 1``, and never negative.
+    The gain is continuous, between 1 and ``G`` where ``c <= 1``, and never negative.
 
     Args:
         column_sum: ``c``, any shape.
@@ -42,7 +42,7 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
     restored = column_sum.clamp(min=torch.finfo(column_sum.dtype).tiny).reciprocal_()
     if not math.isfinite(limit):
         return restored.masked_fill_(column_sum < least_restored(column_sum.dtype, limit), 1)
-    # The gain is the smaller of both lines; a minimum is cheaper than a comparison and a selection.
+    # The gain is the minimum of both lines, which is cheaper than a comparison and a selection.
     return torch.minimum(restored, column_sum.clamp(min=0).mul_((limit - 1) * limit).add_(1), out=restored)
 
 
@@ -52,7 +52,7 @@ def least_restored(dtype: torch.dtype, limit: float) -> float:
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """``1 - g c``, the share of each column that goes to the sink; exactly 0 where the gain raises the sum to one."""
+    """``1 - g c``, the share of each column that the sink absorbs; exactly 0 where the gain raises the sum to one."""
     share = 1 - factor * column_sum
     return share.mul_(column_sum < least_restored(column_sum.dtype, limit))
 
@@ -62,8 +62,8 @@ class Scaling:
     """Gain and deficit of columns.
 
     Attributes:
-        gain: ``g(c)``; None for one everywhere.
-        deficit: ``1 - g(c) c``; None for zero everywhere.
+        gain: ``g(c)``; None if all gains are one.
+        deficit: ``1 - g(c) c``; None if all deficits are zero.
     """
 
     gain: Tensor | None = None
@@ -72,11 +72,11 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Normalization:
-    """How the columns of a kernel are normalized.
+    """The normalization of the columns of a kernel.
 
     Attributes:
-        residual: ``"redistribute"`` multiplies each column by its gain and absorbs only what is still missing to one;
-            ``"sink"`` leaves the rule as it is and absorbs all relevance that it does not propagate.
+        residual: ``"redistribute"`` multiplies each column by its gain and absorbs only the remaining deficit;
+            ``"sink"`` does not change the rule, and absorbs all relevance that the rule does not propagate.
         gain_limit: Largest gain ``G``, at least 1.
     """
 
@@ -95,7 +95,7 @@ class Normalization:
         if self.residual == "sink":
             return Scaling(deficit=1 - column_sum)
         limit = float(self.gain_limit)
-        # On a CPU only: on other devices reading the smallest sum would wait for the device.
+        # On a CPU only, since reading the smallest sum would synchronize with other devices.
         if (
             column_sum.device.type == "cpu"
             and column_sum.numel()
@@ -106,7 +106,7 @@ class Normalization:
         return Scaling(factor, deficit(column_sum, factor, limit))
 
     def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
-        """The same, block by block on a CPU."""
+        """Gain and deficit as in :meth:`scaling`, computed block by block on a CPU."""
         if column_sum.device.type != "cpu":
             return self.scaling(column_sum)
         factor, share = None, None
@@ -122,11 +122,11 @@ class Normalization:
 
 
 class Columns(ABC):
-    """What is known of the columns of a kernel that was read as branches."""
+    """The columns of a kernel that was read as branches."""
 
     @abstractmethod
     def joined(self, other: Self) -> Self:
-        """The columns after further branches were read, where each column has branches of one of both kinds."""
+        """Joins the columns of disjoint groups of branches; each column has branches of one group only."""
 
     @abstractmethod
     def sums(self, like: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Deficit(Columns):
     """Columns of a normalized kernel.
 
     Attributes:
-        share: Share of each column that goes to the sink, ``(N, *out)``; None for zero everywhere.
+        share: Share of each column that the sink absorbs, ``(N, *out)``; None if all shares are zero.
     """
 
     share: Tensor | None
@@ -163,7 +163,7 @@ class Deficit(Columns):
     def joined(self, other: Self) -> Self:
         if self.share is None or other.share is None:
             return type(self)(None)
-        return type(self)(self.share + other.share - 1)  # the branches of one kind have a deficit of 1 in all others
+        return type(self)(self.share + other.share - 1)  # branches have a deficit of 1 in the columns of other groups
 
     def sums(self, like: Tensor) -> Tensor:
         return torch.ones_like(like) if self.share is None else 1 - self.share

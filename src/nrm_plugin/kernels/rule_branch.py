@@ -1,4 +1,4 @@
-"""Branches: the terms of a rule on an affine layer, each with a modified input and a modified layer."""
+"""Branches of a rule on an affine layer: its terms, each with a modified input and a modified layer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Branch:
 
     Attributes:
         input: ``in_k``, ``(N, *in)``.
-        factor: ``m_k(1)``, ``(N, *out)``; in a normalized kernel multiplied by the gain.
+        factor: ``m_k(1)``, ``(N, *out)``, multiplied by the gain in a normalized kernel.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         maps: :math:`J_k` and its transpose.
-        modified: Computes the modified weight; None for a module without weights.
+        modified: Function that computes the modified weight; None for a module without weights.
     """
 
     input: Tensor
@@ -32,16 +32,16 @@ class Branch:
 
     @property
     def weight(self) -> Tensor:
-        """The modified weight, of a module that has one."""
+        """The modified weight; the module must have weights."""
         assert self.modified is not None
         return self.modified()
 
     def pull(self, relevance: Tensor) -> Tensor:
-        """Propagates relevance, ``(K, N, *out)`` to ``(K, N, *in)``."""
+        """Propagates relevance from ``(K, N, *out)`` to ``(K, N, *in)``."""
         return _signed(self.sign, _times(self.maps.down(self.factor * relevance), self.input))
 
     def push(self, values: Tensor) -> Tensor:
-        """The transpose."""
+        """The transpose of :meth:`pull`."""
         return _signed(self.sign, self.factor * self.maps.up(self.input * values))
 
 
@@ -50,11 +50,11 @@ class WeightedLayer:
     """The unmodified layer whose weight the branches of a rule modify.
 
     Attributes:
-        weight: Its weight.
-        rerun: ``(input, weight) -> output`` of the layer without its bias.
-        is_injective: Whether each input entry acts on each output entry through one weight only (false where padding
-            repeats entries), so that absolute values may be taken factor by factor.
-        groups: Groups of a convolution.
+        weight: The weight of the layer.
+        rerun: Function ``(input, weight) -> output`` that runs the layer without its bias.
+        is_injective: Whether each input entry acts on each output entry through one weight only, so that absolute
+            values may be taken factor by factor; false if padding repeats entries.
+        groups: Number of groups of a convolution.
         is_transposed: Whether the first dimension of the weight is that of the input channels.
     """
 
@@ -66,7 +66,7 @@ class WeightedLayer:
 
 
 def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
-    """What branches with the same factor propagate; for the few channels of an image all in one convolution."""
+    """Propagates relevance through branches with the same factor, if possible in one convolution."""
     down = side_by_side([branch.maps for branch in branches]) if len(branches) > 1 else None
     if down is None:
         return functools.reduce(torch.add, (branch.pull(relevance) for branch in branches))
@@ -75,7 +75,7 @@ def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
 
 
 def _times(product: Tensor, factor: Tensor) -> Tensor:
-    """``product * factor``, in place if the first was just computed and owns its memory."""
+    """``product * factor``, in place if the product was just computed and owns its memory."""
     if torch.is_grad_enabled() or not all(product.stride()):
         return product * factor
     return product.mul_(factor)

@@ -14,22 +14,22 @@ from .normalization import Columns
 from .rule_branch import Branch, WeightedLayer, pull_together
 
 ReadBranches = tuple[list[Branch], Columns]
-"""Branches whose sign and input are not zero, and what is known of their columns."""
+"""The branches with nonzero sign and input, and their columns."""
 
 
 class BranchKernel(Kernel):
-    r"""A rule on an affine module, in the form in which Zennit writes rules.
+    r"""The kernel of a rule on an affine module, in Zennit's form of rules.
 
     .. math:: R = \sum_k \rho_k\, in_k \odot J_k^\top (m_k(1) \odot R'), \qquad
               c = \sum_k \rho_k\, m_k(1) \odot J_k in_k
 
     Args:
-        branches: The branches that were read, and their columns: :class:`ColumnSums`, or a :class:`Deficit` where the
+        branches: The branches that were read, and their columns: :class:`ColumnSums`, or a :class:`Deficit` if the
             factors include the gain, so that this is the normalized kernel.
         like: A tensor in the shape of the input, ``(N, *in)``.
         layer: The layer that the branches modify; None for a module without weights.
-        read_others: Reads the other branches, which act only where the factors of the first ones are zero (γ at
-            negative outputs); called when relevance arrives there.
+        read_others: Reads the other branches, which act only on outputs at which the factors of the first branches are
+            zero (γ at negative outputs); called when relevance arrives at such outputs.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class BranchKernel(Kernel):
         return (functools.reduce(torch.add, parts),)
 
     def _by_factor(self) -> list[list[Branch]]:
-        """Groups of branches with the same factor."""
+        """Groups the branches with the same factor."""
         groups: dict[int, list[Branch]] = {}
         for branch in self.branches:
             groups.setdefault(id(branch.factor), []).append(branch)
@@ -86,10 +86,10 @@ class BranchKernel(Kernel):
         return functools.reduce(torch.add, parts) if parts else value.new_zeros((len(value), *shape))
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""At least :math:`\sum_i |T_{ij}| v_i`: absolute values of each branch, so that branches do not cancel.
+        r"""An upper bound of :math:`\sum_i |T_{ij}| v_i`: the sum of the absolute values of all branches.
 
-        Exact if each entry of the kernel is in one branch only, as for all rules of Zennit but ZBox, and padding
-        repeats no entries.
+        The bound is exact if each entry of the kernel is in one branch only, as for all rules of Zennit but ZBox, and
+        padding repeats no entries.
         """
         if self.layer is None:
             return super().push_bound(values, shape)

@@ -1,4 +1,4 @@
-"""Reading a rule on one call of an affine layer as branches, the form in which Zennit writes rules."""
+"""Reads a rule on one call of an affine layer as branches, Zennit's form of rules."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .rule_branch import Branch, WeightedLayer
 from .rule_branch_kernel import BranchKernel, ReadBranches
 
 _SEPARATE: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
-"""Groups of branches that act on disjoint outputs: γ has a pair for positive outputs and one for negative ones."""
+"""Groups of branches that act on disjoint outputs: γ has one pair for positive and one for negative outputs."""
 
 
 def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization | None) -> BranchKernel | None:
-    """The rule as branches; None if the layer is not affine or the rule has another form.
+    """Reads a rule as a kernel of branches; None if the layer is not affine or the rule has another form.
 
     Args:
-        call: The call.
-        rule: Its rule, written with modifiers.
-        normalization: The normalization, if the factors are to include the gain.
+        call: The call of the layer.
+        rule: The rule, written with modifiers.
+        normalization: The normalization if the factors should include the gain, else None.
     """
     if not is_affine(call.module):
         return None
@@ -80,14 +80,14 @@ class _BranchReader:
     signs: list[float]
 
     def certain(self, chosen: tuple[int, ...]) -> ReadBranches:
-        """Branches of a rule that is readable, because others of its branches were read."""
+        """Reads branches of a rule that is known to be readable, because other branches were read before."""
         branches = self.read(chosen)
         assert branches is not None
         return branches
 
     @torch.no_grad()
     def read(self, chosen: tuple[int, ...]) -> ReadBranches | None:
-        """The branches of these numbers; None if the rule has another form."""
+        """Reads the branches with these numbers; None if the rule has another form."""
         if not all(self._is_identity(modifier) for modifier in self.rule.output_modifiers):
             return None
         layers = self._modified_layers(chosen)
@@ -115,7 +115,7 @@ class _BranchReader:
         return modifier(probe) is probe
 
     def _modified_layers(self, chosen: tuple[int, ...]) -> list[ModifiedLayer]:
-        """The modified layers of the chosen branches and of those that only the mapper reads; else placeholders."""
+        """The modified layers of the chosen branches and of those that only the mapper reads, and placeholders."""
         return [
             modified_layer(self.call, ParamMod.ensure(modifier), source, sign)
             if k in chosen or sign == 0
@@ -134,8 +134,8 @@ class _BranchReader:
     ) -> Iterator[_ColumnBlock]:
         """Factors and column sums block by block.
 
-        A rule divides, takes signs and compares in a dozen operations, which are faster in the cache. A factor is zero
-        where its denominator is zero: that column is dead.
+        A rule takes a dozen elementwise operations, which are faster in the cache. A factor is zero where its
+        denominator is zero: that column is dead.
         """
         output = self.call.output
         distinct = tuple(dict.fromkeys(leaders.values()))
@@ -162,8 +162,8 @@ class _ColumnBlock:
 
     Attributes:
         at: The block of ``(N, *out)``.
-        factors: ``m_k(1)`` there, by number of the first branch that has this factor.
-        column_sum: ``c`` there.
+        factors: ``m_k(1)`` in the block, by number of the first branch with this factor.
+        column_sum: ``c`` in the block.
     """
 
     at: Block
@@ -172,7 +172,7 @@ class _ColumnBlock:
 
 
 def _leaders(mapper: Mapper, numbers: list[int]) -> dict[int, int]:
-    """For each of some branches the first of them that has the same factor."""
+    """For each of the numbered branches, the first of them with the same factor."""
     return {k: next(other for other in numbers if mapper.leaders[other] == mapper.leaders[k]) for k in numbers}
 
 

@@ -1,7 +1,7 @@
-"""Reading a Zennit rule on one call of a module as a kernel.
+"""Reads a Zennit rule on one call of a module as a kernel.
 
-Three forms, tried in this order: the identity (``Pass``), branches on an affine module (every built-in rule), and
-otherwise the function that propagates relevance; differentiating it gives its column sums.
+Three forms are tried in this order: the identity (``Pass``), branches on an affine module (every built-in rule), and
+the function that propagates relevance, whose derivative gives the column sums.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .vjp_kernel import VjpKernel
 
 
 class PlainGradient(Hook):
-    """The rule of a layer that a composite leaves uncovered, as Zennit treats it: the plain gradient."""
+    """The rule of layers that a composite does not cover: the plain gradient, as in Zennit."""
 
 
 def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Kernel:
-    """The kernel of a rule at one call.
+    """Reads the kernel of a rule at one call.
 
     Args:
         call: The call.
-        normalization: The normalization of its columns; the kernel includes the gain where that saves work.
+        normalization: The normalization of the columns; the kernel includes the gain if this saves work.
 
     Raises:
         UnsupportedRuleError: The rule changes how the module runs, or has none of the three forms.
@@ -55,17 +55,20 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
 
 
 def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Kernel:
-    """The kernel of a rule on a module at an input, which no hook has seen.
+    """Reads the kernel of a rule on a module at an input, without a recorded call.
 
     Args:
         rule: The rule; it is copied.
-        module: The module, such as :class:`~nrm_plugin.model.affine_layers.Weightless`; it may be written to.
-        inputs: Its input, ``(N, *in)``.
+        module: The module, such as :class:`~nrm_plugin.model.affine_layers.Weightless`; it may be modified.
+        inputs: The input of the module, ``(N, *in)``.
         name: Layer name, for messages.
     """
     with torch.no_grad():
         output = module.forward(inputs)
-    saved = Saved(inputs, values=False), Saved(output, values=False)  # no forward pass runs that could write to them
+    saved = (
+        Saved(inputs, values=False),
+        Saved(output, values=False),
+    )  # no forward pass is running that could write to them
     return read_rule(LayerCall(rule.copy(), module, forward, saved[0], shape_like(output), name, saved[1]))
 
 
@@ -73,7 +76,7 @@ def check_linear(kernel: Kernel, call: LayerCall) -> None:
     """Raises unless the rule is linear in the relevance.
 
     Raises:
-        NonlinearRuleError: With the rule and the layer.
+        NonlinearRuleError: The rule is not linear; the message names the rule and the layer.
     """
     if not is_linear_in_relevance(kernel, call.like[:1].expand_as(call.like)):
         raise NonlinearRuleError(
@@ -84,7 +87,7 @@ def check_linear(kernel: Kernel, call: LayerCall) -> None:
 
 
 def is_linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
-    """Whether ``pull`` is linear, tried on random relevance of both signs in the shape of ``like``."""
+    """Whether ``pull`` is linear, tested on random relevance of both signs in the shape of ``like``."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((2, *like.shape), generator=generator, dtype=like.dtype).to(like.device)
     first, second = noise[:1], noise[1:]
@@ -111,7 +114,7 @@ def _identity(call: LayerCall) -> IdentityKernel:
 
 
 def _by_modifiers(call: LayerCall, rule: BasicHook) -> VjpKernel:
-    """Any rule written with modifiers, on any module."""
+    """The kernel of any rule written with modifiers, on any module."""
     sources = [modifier(call.input).detach().requires_grad_() for modifier in rule.input_modifiers]
     outputs = []
     with torch.enable_grad():
@@ -139,7 +142,7 @@ def _plain_gradient(call: LayerCall) -> VjpKernel:
 
 
 def _by_backward(call: LayerCall) -> VjpKernel:
-    """A rule with a ``backward`` of its own; it may read the plain gradient and what its ``forward`` stored."""
+    """The kernel of a rule with its own ``backward``, which may read the plain gradient and its own state."""
     rule, module, inputs, output = call.rule, call.module, call.input, call.output
     if not call.is_output_known:
         with torch.no_grad():
@@ -162,5 +165,5 @@ def _by_backward(call: LayerCall) -> VjpKernel:
 
 
 def _takes_kwargs(rule: Hook) -> bool:
-    """Zennit 1 passes ``(module, args, kwargs, output)`` to hooks not written for ``(module, input, output)``."""
+    """Whether a rule takes ``(module, args, kwargs, output)``, as Zennit 1 passes, not ``(module, input, output)``."""
     return len(inspect.signature(rule.forward).parameters) == 4

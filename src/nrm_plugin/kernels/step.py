@@ -1,6 +1,6 @@
 """Steps: one call of one module or function, linked into the autograd graph as its normalized kernel.
 
-The gradient that ``torch.autograd`` then computes is relevance.
+The gradient that ``torch.autograd`` computes is then the relevance.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import functools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..model.autocast import exact
+from ..model.autocast import InFloat32, exact, is_short
 from .base import Kernel
 from .forward_state import not_recorded
 from .layer_call import shape_like
@@ -27,14 +28,16 @@ class Step(ABC):
 
     Args:
         name: Name of the layer or function.
-        output: What the call returned, ``(N, *out)``.
-        normalization: How columns are normalized.
+        output: The output of the call, ``(N, *out)``.
+        normalization: The normalization of columns.
         rule: Name of the rule or operation.
 
     Attributes:
-        call: Which call of the module or function this is.
-        uses: How often its output is read, as far as is known.
-        attention: Where heads and tokens are, if it multiplies attention weights and values.
+        call: Number of the call of the module or function.
+        dtype: The dtype of relevance at the output.
+        is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
+        uses: Known number of readers of the output.
+        attention: Layout of heads and tokens, if the step multiplies attention weights and values.
     """
 
     def __init__(self, name: str, output: Tensor, normalization: Normalization, rule: str) -> None:
@@ -45,27 +48,29 @@ class Step(ABC):
         self.attention: Any = None
         self.shape = output.shape
         self._like = shape_like(output)
+        self.dtype = self._like.dtype
+        self.is_short = is_short(output)
         self._normalization = normalization
         self._lock = threading.RLock()
 
     @abstractmethod
     def _build(self) -> Kernel:
-        """The kernel; called when relevance first arrives."""
+        """Builds the kernel, when relevance first arrives."""
 
     @functools.cached_property
     def kernel(self) -> Kernel:
-        """The kernel of the rule, normalized already if its columns are a :class:`Deficit`."""
-        with self._lock, torch.inference_mode(False), not_recorded():
+        """The kernel of the rule, already normalized if its columns are a :class:`Deficit`."""
+        with self._lock, torch.inference_mode(False), not_recorded(), self._arithmetic():
             return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
 
     def forget_kernel(self) -> None:
-        """Drops the kernel, since the layer was changed by fusion."""
+        """Drops the kernel, which fusion may have invalidated."""
         self.__dict__.pop("kernel", None)
         self.__dict__.pop("_scaling", None)
 
     @functools.cached_property
     def _scaling(self) -> Scaling:
-        """What is to be done to the columns of the kernel."""
+        """Gain and deficit of the columns of the kernel."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             kernel = self.kernel
             if kernel.is_stochastic:
@@ -78,31 +83,33 @@ class Step(ABC):
         return self._normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
-        """Gain and deficit wherever this relevance is not zero; None stands for any relevance."""
+        """Gain and deficit at all entries where this relevance is not zero; None stands for any relevance."""
         kernel = self.kernel
-        with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad():
+        with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
             if kernel.complete_for(relevance):
                 self.__dict__.pop("_scaling", None)
             return self._scaling
 
     def gain_for(self, relevance: Tensor) -> Tensor | None:
-        """``g(c)`` wherever relevance ``(K, N, *out)`` arrives; None for one everywhere."""
+        """``g(c)`` at all entries where relevance ``(K, N, *out)`` arrives; None if all gains are one."""
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Propagates relevance ``(K, N, *out)``.
 
         Returns:
-            Relevance at each input, ``(K, N, *in)``, and the share that is absorbed, ``(N, *out)``: None for zero, and
-            any number where no relevance arrives.
+            Relevance at each input, ``(K, N, *in)``, in any dtype, and the absorbed share, ``(N, *out)``: None for
+            zero; arbitrary at entries where no relevance arrives.
         """
         scaling = self._scaling_for(relevance)
-        return self.kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
+        with self._arithmetic():
+            return self.kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
 
     def pull_absolute(self, mass: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        r"""The same with :math:`|\tilde T_{ij}|`, for absolute masses of walks."""
+        r"""Propagates with :math:`|\tilde T_{ij}|`, for absolute masses of walks; otherwise as :meth:`pull`."""
         scaling = self._scaling_for(mass)
-        parts = self.kernel.pull_absolute(_scaled(mass, scaling.gain))
+        with self._arithmetic():
+            parts = self.kernel.pull_absolute(_scaled(mass, scaling.gain))
         return parts, None if scaling.deficit is None else scaling.deficit.abs()
 
     def push(self, values: tuple[Tensor | None, ...], absorbed: Tensor | None) -> Tensor | None:
@@ -116,19 +123,28 @@ class Step(ABC):
             Values at the output, ``(K, N, *out)``; None for zeros.
         """
         scaling = self._scaling_for(None)
-        result = None
+        result, values = None, self._converted(values)
         if any(value is not None for value in values):
-            result = _scaled(self.kernel.push(values, self.shape).detach(), scaling.gain)
+            with self._arithmetic():
+                result = _scaled(self.kernel.push(values, self.shape).detach(), scaling.gain)
         if absorbed is not None and scaling.deficit is not None:
             sunk = absorbed * scaling.deficit
             result = sunk if result is None else result + sunk
-        return result
+        return result if result is None else result.to(self.dtype)
 
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
         """An upper bound of the transpose of :meth:`pull_absolute`, with zeros at the sink."""
         scaling = self._scaling_for(None)  # also completes the kernel
-        bound = self.kernel.push_bound(values, self.shape).detach()
-        return bound if scaling.gain is None else bound * scaling.gain.abs()
+        with self._arithmetic():
+            bound = self.kernel.push_bound(self._converted(values), self.shape).detach()
+        return (bound if scaling.gain is None else bound * scaling.gain.abs()).to(self.dtype)
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        return InFloat32() if self.is_short else nullcontext()
+
+    def _converted(self, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Values at the inputs in the dtype of the output, where the transpose of the kernel starts."""
+        return tuple(value if value is None else value.to(self.dtype) for value in values)
 
 
 def _scaled(relevance: Tensor, gain: Tensor | None) -> Tensor:
@@ -140,10 +156,10 @@ class FunctionStep(Step):
 
     Args:
         name, output, normalization, rule: As in :class:`Step`.
-        build: Makes the kernel.
+        build: Function that makes the kernel.
 
     Attributes:
-        unsupported_call: The call, if the function has no kernel.
+        unsupported_call: The call if the function has no kernel, else None.
     """
 
     def __init__(
@@ -162,25 +178,26 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Tensor], *inputs: Tensor) -> Tensor:
-        # The output comes in a list: as an argument it would be a view, which no in-place operation may change.
+        # The output is passed in a list: as an argument it would be a view, which no in-place operation may change.
         ctx.step = step
         return holder.pop()
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         with exact(relevance.device):
-            parts, _ = ctx.step.pull(relevance.unsqueeze(0))
+            parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
         return None, None, *(part.squeeze(0) for part in parts)
 
 
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The output, with the step as its history."""
+    """Returns the output with the step as its history."""
+    step.is_short = step.is_short or any(is_short(tensor) for tensor in inputs)
     result: Tensor = Link.apply(step, [output], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 
 class LinkInPlace(torch.autograd.Function):
-    """Joins a tensor that was written to in place to what it was before; the gradient is relevance."""
+    """Joins a tensor that was modified in place to its earlier state; the gradient is relevance."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, tensor: Tensor) -> Tensor:
@@ -191,5 +208,5 @@ class LinkInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         with exact(relevance.device):
-            ((part,), _) = ctx.step.pull(relevance.unsqueeze(0))
+            ((part,), _) = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
         return None, part.squeeze(0)

@@ -105,7 +105,7 @@ def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
     own = [step for step in known if step.name == name]
     if own:
         return [step for step in own if step.call in calls]
-    inside = [step for step in known if name == OUTPUT or step.name.startswith(f"{name}.")]
+    inside = [step for step in known if name == OUTPUT or step.name.startswith(f"{name.removeprefix('.')}.")]
     of_calls = recording.taps.calls_of(name)
     if len(inside) == len(of_calls):
         return [inside[of_calls.index(call)] for call in calls]

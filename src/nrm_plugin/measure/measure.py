@@ -42,7 +42,7 @@ class RelevanceMeasure(QueryPasses):
     Args:
         model: The network, in evaluation mode.
         inputs: ``(N, …)``, a tuple of such tensors, or a mapping that is passed by keyword; of a mapping, only floating
-            point tensors carry relevance.
+            point tensors carry relevance. Of integers, the rows that they select do.
         target: Output to explain, in Captum's forms (int, tuple, list, tensor), or a function that returns one of these
             for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``; None for a single output.
         composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` composite

@@ -1,7 +1,8 @@
 """Layers in reduced precision, as ``torch.autocast`` runs them, with totals in float32.
 
 Only products with a weight run in reduced precision: the layer itself and the two maps of each branch of its rule.
-Relevance, column sums, gains and all sums keep the dtype of the inputs.
+Relevance, column sums, gains and all sums keep the dtype of the inputs. Where the model itself computes in a short
+format, they are in float32, and so are all products of its kernels.
 
 Source: ours.
 """
@@ -9,13 +10,56 @@ Source: ours.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .linear_maps import LinearMap
+
+SHORT = (torch.bfloat16, torch.float16)
+"""Formats shorter than float32 in which a model may compute."""
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of relevance at a tensor of this dtype: float32 for shorter formats."""
+    return torch.float32 if dtype in SHORT else dtype
+
+
+def is_short(tensor: Tensor) -> bool:
+    """Whether the model computed this tensor in a format shorter than float32."""
+    return tensor.dtype in SHORT
+
+
+class InFloat32(TorchFunctionMode):
+    """Computes in float32 what was written for shorter formats: functions read their arguments in float32."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _DTYPE:
+            return working_dtype(func(*args))
+        if getattr(func, "__name__", "") in _METADATA:
+            return func(*args, **(kwargs or {}))
+        values = {key: _in_float32(value) for key, value in (kwargs or {}).items()}
+        return _SHORTENING.get(func, func)(*_in_float32(args), **values)
+
+
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_METADATA = frozenset("__get__ size stride numel dim data_ptr untyped_storage is_floating_point is_set_to".split())
+"""Functions that read no values; of the attributes, only the dtype depends on the format."""
+_SHORTENING: dict[Any, Callable[..., Any]] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(working_dtype(value.dtype)) if is_short(value) else value
+    if isinstance(value, torch.dtype):
+        return working_dtype(value)
+    return type(value)(_in_float32(item) for item in value) if type(value) in (list, tuple) else value
 
 
 class _Current(threading.local):
@@ -46,7 +90,7 @@ def asked_for(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     dtype = torch.get_autocast_dtype(device.type)
-    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+    return dtype if dtype in SHORT else None
 
 
 @contextmanager
@@ -106,4 +150,15 @@ def _restored(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
     return restored if scale is None else restored.mul_(scale)
 
 
-__all__ = ["asked_for", "current", "exact", "layers_in", "lowered", "shortened"]
+__all__ = [
+    "SHORT",
+    "InFloat32",
+    "asked_for",
+    "current",
+    "exact",
+    "is_short",
+    "layers_in",
+    "lowered",
+    "shortened",
+    "working_dtype",
+]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import GradModeError, InputError, samples
+from ..errors import GradModeError, InputError, NRMError, samples
+from .autocast import SHORT
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
 """Which output: a key or attribute, a position, or a function of what the model returned."""
+
+FORMATS = (torch.float32, torch.float64, *SHORT)
+"""Dtypes of inputs and outputs; relevance is in float32 or float64."""
 
 EXPLAINED = ("logits", "out")
 """Keys of a dictionary of outputs that are explained by default, as in transformers and torchvision."""
@@ -29,8 +34,9 @@ class Call:
 
     Args:
         inputs: One tensor, a tuple of tensors, or a mapping that is passed by keyword. In a mapping, relevance flows to
-            floating point tensors; masks and numbers are passed as they are. For integers, relevance flows to the
-            embeddings that look them up; in a mapping only if it has no floating point tensor.
+            floating point tensors; masks and numbers are passed as they are. For integers, relevance flows to the rows
+            that they select where the model looks them up; in a mapping only if it has no floating point tensor, and
+            not under a keyword with "mask" in it.
         args: Further positional arguments; a tuple of them, or one.
         kwargs: Further keyword arguments.
         batched: Whether the first dimension of the inputs is the batch; if not, all inputs together are one sample.
@@ -38,7 +44,8 @@ class Call:
     Attributes:
         tensors: The tensors to which relevance flows, ``(N, …)`` each; no batch dimension without ``batched``.
         items: Their keywords, or their positions if there are several, or None for a single one.
-        indices: Inputs of integers, by keyword or position, or None for a single one.
+        indices: Inputs of integers, by keyword or position, or None for a single one: copies that the model is called
+            with, and that it may overwrite.
 
     Raises:
         InputError: Inputs that cannot be explained.
@@ -56,13 +63,13 @@ class Call:
         self.items: list[str] | list[int] | list[None]
         if isinstance(inputs, Mapping):
             given = {key: value for key, value in inputs.items() if _is_explained(value)}
-            self.indices = {} if given else {key: value for key, value in inputs.items() if is_index(value)}
+            self.indices = {} if given else {key: value.clone() for key, value in inputs.items() if _is_id(key, value)}
             if not given and not self.indices:
                 raise InputError(_none_floating(inputs))
             doubled = inputs.keys() & self._kwargs.keys()
             if doubled:
                 raise InputError(f"{sorted(doubled)} are given both in the inputs and in additional_forward_kwargs.")
-            self._kwargs.update({key: value for key, value in inputs.items() if key not in given})
+            self._kwargs.update({key: value for key, value in inputs.items() if key not in given} | self.indices)
             self.items = self._keywords = list(given)
             self.tensors = tuple(given.values())
             check_inputs([*self.tensors, *self.indices.values()], [*given, *self.indices], batched)
@@ -72,7 +79,7 @@ class Call:
             check_inputs(self._positional, names, batched)
             named = list(zip(names, self._positional, strict=True))
             self.items = [name for name, tensor in named if not is_index(tensor)]
-            self.indices = {name: tensor for name, tensor in named if is_index(tensor)}
+            self.indices = {name: tensor.clone() for name, tensor in named if is_index(tensor)}
             self.tensors = tuple(tensor for tensor in self._positional if not is_index(tensor))
 
     @property
@@ -80,20 +87,33 @@ class Call:
         """Number of samples."""
         return len(next(iter((*self.tensors, *self.indices.values())))) if self.batched else 1
 
-    def check_looked_up(self, has_embedding: bool) -> None:
-        """Raises :class:`InputError` for inputs of integers if the model has no embedding to look them up."""
-        if not self.indices or has_embedding:
-            return
+    @contextmanager
+    def checked_ids(self, are_looked_up: Callable[[], bool]) -> Iterator[None]:
+        """Raises :class:`InputError` if the model, run inside this context, looked up none of the integers.
+
+        Args:
+            are_looked_up: Whether it did, called afterwards.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # of a layer that multiplies integers
+            if self.indices and not isinstance(error, NRMError) and not are_looked_up():
+                raise self._not_looked_up() from error
+            raise
+        if self.indices and not are_looked_up():
+            raise self._not_looked_up()
+
+    def _not_looked_up(self) -> InputError:
         if self._keywords is not None:
-            raise InputError(_none_floating(self.indices))
+            return InputError(_none_floating(self.indices))
         item, tensor = next(iter(self.indices.items()))
-        raise InputError(f"{'the input' if item is None else f'input {item!r}'} {_not_floating(tensor)}")
+        return InputError(f"{'the input' if item is None else f'input {item!r}'} {_not_floating(tensor)}")
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """The model's return value for other values of the tensors."""
         if self._keywords is None:
-            explained = iter(tensors)
-            values = [tensor if is_index(tensor) else next(explained) for tensor in self._positional]
+            explained, indices = iter(tensors), iter(self.indices.values())
+            values = [next(indices if is_index(tensor) else explained) for tensor in self._positional]
             return model(*values, *self._args, **self._kwargs)
         return model(*self._args, **dict(zip(self._keywords, tensors, strict=True)), **self._kwargs)
 
@@ -119,10 +139,10 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
             "dimension must be the batch, since every sample has its own measure. A single sample needs a batch "
             "of one, `inputs.unsqueeze(0)`, or batched=False, which takes a whole graph or sequence as one sample."
         )
-    if tensor.numel() == 0 or tensor.dtype not in (torch.float32, torch.float64):
+    if tensor.numel() == 0 or tensor.dtype not in FORMATS:
         raise InputError(
             f"the explained output has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; a measure starts at real "
-            "numbers in float32 or float64. Make the model return its scores."
+            "numbers in float32 or float64, or shorter ones in bfloat16 or float16. Make the model return its scores."
         )
     if tensor.grad_fn is None:
         raise InputError(NOT_JOINED)
@@ -198,7 +218,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
             raise InputError(f"{what} is {type(tensor).__name__}, expected a tensor of shape (N, …).")
         if tensor.is_complex() or not (tensor.is_floating_point() or is_index(tensor)):
             raise InputError(f"{what} {_not_floating(tensor)}")
-        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+        if tensor.is_floating_point() and tensor.dtype not in FORMATS:
             raise InputError(
                 f"{what} has dtype {tensor.dtype}, in which sums over walks lose precision. "
                 "Use float32 or float64 (`model.float()`, `inputs.float()`)."
@@ -227,6 +247,11 @@ def is_index(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
 
 
+def _is_id(key: str, value: Any) -> bool:
+    """Whether an input that is passed by keyword is one of ids; masks are integers as well, in transformers."""
+    return is_index(value) and "mask" not in key
+
+
 def _none_floating(inputs: Mapping[Any, Any]) -> str:
     listed = ", ".join(f"{key!r} ({_kind(value)})" for key, value in inputs.items())
     return (
@@ -237,8 +262,9 @@ def _none_floating(inputs: Mapping[Any, Any]) -> str:
 
 def _not_floating(tensor: Tensor) -> str:
     return (
-        f"has dtype {tensor.dtype}; relevance needs real floating point inputs, or integers that an nn.Embedding looks "
-        "up. Convert with `.float()`, or pass the output of the embedding."
+        f"has dtype {tensor.dtype}; relevance needs real floating point inputs, or integers that an nn.Embedding or an "
+        "index looks up. Convert with `.float()` (ids with `.long()`), or pass the output of the embedding. Masks, "
+        "lengths and graphs belong into additional_forward_args."
     )
 
 

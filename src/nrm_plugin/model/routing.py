@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from torch import nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 _MODULES = (
@@ -74,7 +75,12 @@ def is_route(module: nn.Module) -> bool:
 
 
 def operation(node: Node) -> str:
-    """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``."""
+    """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``.
+
+    An ``autograd.Function`` of a model may have the name of an operation of torch, but is another operation.
+    """
+    if isinstance(node, BackwardCFunction):
+        return f"autograd.Function {node.name().removesuffix('Backward')}"
     name = node.name().rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TargetError, samples
+from .autocast import working_dtype
 
 MIN_TOTAL = 1e-6
 """Smallest |Σ s| in units of Σ|s| for which a start vector has a measure."""
@@ -60,7 +61,7 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
-    """The unnormalized start ``s``, shape of the output ``(N, …)``.
+    """The unnormalized start ``s``, shape of the output ``(N, …)``, in float32 or float64.
 
     Args:
         output: The model's output.
@@ -72,6 +73,7 @@ def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tenso
     Raises:
         TargetError: Both are given, or do not fit.
     """
+    output = output.to(working_dtype(output.dtype))
     if start is not None:
         if target is not None:
             raise TargetError("give target= or start=, not both: a target is the start vector of one output.")

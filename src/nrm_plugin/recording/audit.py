@@ -1,4 +1,4 @@
-"""Audit: every operation between the inputs and the output is a step or a known route, or an error names it."""
+"""Audit of a recording: every operation between inputs and output must be a step or a known route."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .taps import INPUT, OUTPUT, Observed
 
 
 def check_joined(graph: Graph, leaves: Sequence[Tensor]) -> None:
-    """Raises :class:`InputError` if the output depends on none of the inputs: its graph then ends at other leaves."""
+    """Raises :class:`InputError` if the output depends on no input, so that its graph ends at other leaves."""
     if not any(vertex.leaf is leaf for vertex in graph.vertices for leaf in leaves):
         raise InputError(NOT_JOINED)
 
@@ -24,7 +24,7 @@ def check_joined(graph: Graph, leaves: Sequence[Tensor]) -> None:
 def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
     """Raises :class:`UnsupportedOperationError` for a vertex that is neither a step nor a known route.
 
-    Such a vertex would give a wrong number without notice.
+    Such a vertex would silently give a wrong number.
     """
     for vertex in graph.vertices:
         if vertex.step is None and not is_route_node(vertex.node):
@@ -32,8 +32,8 @@ def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
                 f"relevance would pass the operation {operation(vertex.node)} (autograd node "
                 f"{vertex.node.name()}{_near(vertex.node, observed)}), which has no kernel: it is neither a step nor a "
                 "0/1 route, for it is computed with complex numbers, in place, in a script or in an "
-                "autograd.Function. Give the module that does so a rule in the composite's layer_map: "
-                "zennit.rules.Epsilon() where it is linear, Pass() where it maps each element on its own."
+                "autograd.Function. Do so in a module of its own, and give that module a rule in the composite's "
+                "layer_map: zennit.rules.Epsilon() where it is linear, Pass() where it maps each element on its own."
             )
 
 

@@ -21,11 +21,11 @@ from .recording import Recording
 
 @dataclass(frozen=True)
 class Row:
-    """One step.
+    """One row of the coverage: a step with its rule or kernel.
 
     Attributes:
         name: Layer name, or module path and function.
-        call: The number of the call.
+        call: Number of the call.
         operation: Module type or function.
         rule: The rule of the composite, or the kernel of the function.
         shape: Shape of the output.
@@ -46,7 +46,7 @@ class Coverage:
 
     Attributes:
         rows: The steps.
-        constants: Operations that join constants to computed values, where mass can be absorbed.
+        constants: Operations that join constants to computed values, so that mass can be absorbed.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -110,7 +110,7 @@ def coverage(
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:
-        InputError, ModelStateError, GradModeError: As when a measure is taken.
+        InputError, ModelStateError, GradModeError: As for :class:`~nrm_plugin.RelevanceMeasure`.
 
     Examples:
         >>> print(coverage(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3)))
@@ -121,7 +121,9 @@ def coverage(
     """
     plain = composite.composite if isinstance(composite, Normalized) else composite
     canonized = Normalized(NRMDefault() if plain is None else plain, uncovered="gradient")
-    canonized.uncovered = "error"  # functions on weights without a rule are reported, not raised; modules as always
+    canonized.uncovered = (
+        "error"  # reports functions on weights without a rule instead of raising; modules are unaffected
+    )
     call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
     recording = Recording(model, call, canonized, output)
     steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
@@ -157,7 +159,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Layers that share a parameter with an earlier one."""
+    """The layers that share a parameter with an earlier layer, and its name."""
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, module in model.named_modules():

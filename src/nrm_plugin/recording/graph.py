@@ -1,7 +1,7 @@
-"""The graph of one recording: vertices are autograd nodes, buffers their outputs, edges the tensors that they read.
+"""The graph of a recording: vertices are autograd nodes, buffers are their outputs, edges the tensors that they read.
 
 A step is a vertex whose node carries a :class:`~nrm_plugin.kernels.step.Step`; every other vertex is a 0/1 route that
-autograd computes by itself. Vertices are numbered in the order in which a walk crosses them, output first.
+autograd computes itself. Vertices are numbered in the order in which a walk crosses them, output first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ import torch
 from torch import Tensor
 
 from ..kernels.step import Step
+from ..model.autocast import SHORT, working_dtype
 from ..model.routing import is_whole, operation, written
+from .indexed_routes import IndexedRoute, indexed_route
 from .places import Buffer, Edge, Place
+
+_IN_ANY_FORMAT = frozenset(
+    """
+    Alias View ReshapeAlias UnsafeView Transpose Permute T Squeeze Unsqueeze Expand Select Slice Split SplitWithSizes
+    Unbind Clone Cat Stack Where MaskedFill Maximum Minimum Amax Amin AccumulateGrad
+    """.split()
+)
+"""Routes by which autograd passes relevance in float32, whatever the format of the tensors."""
 
 _WITH_CONSTANTS = frozenset(
     [
@@ -42,45 +52,64 @@ _WITH_CONSTANTS = frozenset(
 
 @dataclass
 class Vertex:
-    """One autograd node.
+    """One autograd node in the graph of a recording.
 
     Attributes:
-        node: The node.
-        step: The step, or None for a route.
-        edges: Where each input comes from; None for a constant.
+        node: The autograd node.
+        step: The step; None for a route.
+        edges: The buffer that each input reads; None for a constant.
         shapes: Shape of each output.
-        leaf: The leaf tensor, at the end of the graph.
+        dtypes: The dtype of relevance at each output.
+        arriving: The dtype of relevance at each input; None for a constant.
+        is_short: Whether the vertex is a route from or to a tensor in a format shorter than float32.
+        leaf: The leaf tensor if the vertex is an end of the graph; else None.
     """
 
     node: Any
     step: Step | None
     edges: tuple[Buffer | None, ...]
     shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    arriving: tuple[torch.dtype | None, ...]
+    is_short: bool = False
     leaf: Tensor | None = None
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
-        """Relevance ``(K, *shape)`` at the outputs to each edge, and the share that is absorbed, a tensor or None."""
+        """Propagates relevance ``(K, *shape)`` from outputs to edges; also returns the absorbed share or None.
+
+        The relevance of each tensor has the dtype of that tensor.
+        """
         if self.step is not None:
             (single,) = relevance
             assert single is not None
             parts, residual = (self.step.pull_absolute if absolute else self.step.pull)(single)
-            return list(parts), residual
+            return self._converted(parts), residual
+        if self.index is not None:
+            return self._converted(self.index.pull(relevance)), None
         count = next(len(item) for item in relevance if item is not None)
         rows = [self._route([item if item is None else item[k] for item in relevance]) for k in range(count)]
-        return _columns(rows), None
+        return self._converted(_columns(rows)), None
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
-        """The transpose of :meth:`pull`; ``absorbed`` holds the values at the sink, for each output."""
+        """The transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
         if self.step is not None:
             return [self.step.push(tuple(values), absorbed[0])]
         known = [value for value in values if value is not None]
         if not known:
             return [None] * len(self.shapes)
+        if self.index is not None:
+            rows_of = self.index.push(values)
+            return [row.to(dtype) for row, dtype in zip(rows_of, self.dtypes, strict=True)]
         with torch.inference_mode(False), torch.enable_grad():
-            seeds = [known[0].new_zeros(shape).requires_grad_() for shape in self.shapes]
+            seeds = self._seeds(known[0])
             parts = self._route(list(seeds))
-            pairs = [(p, v) for p, v in zip(parts, values, strict=True) if v is not None and _carries(p)]
+            # Called directly, a node does not sum over the dimensions in which an input was broadcast.
+            pairs = [
+                (part.sum_to_size(value.shape[1:]), value.to(part.dtype))
+                for part, value in zip(parts, values, strict=True)
+                if value is not None and _carries(part)
+            ]
             if not pairs:
                 return [None] * len(self.shapes)
             rows = [
@@ -89,23 +118,53 @@ class Vertex:
             ]
         return _columns(rows)
 
+    def _converted(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [
+            part if part is None or dtype in (None, part.dtype) else part.to(dtype)
+            for part, dtype in zip(parts, self.arriving, strict=True)
+        ]
+
+    def _seeds(self, like: Tensor) -> list[Tensor]:
+        """Zeros at each output, to be differentiated, on the device of another tensor."""
+        return [
+            like.new_zeros(shape, dtype=dtype).requires_grad_()
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+
+    @functools.cached_property
+    def index(self) -> IndexedRoute | None:
+        """The route as an index, if autograd would round relevance to a short format or reject it in float32."""
+        if not self.is_short or operation(self.node) in _IN_ANY_FORMAT:
+            return None
+        device = self.node._input_metadata[0].device
+        seeds = [
+            torch.zeros(shape, dtype=m.dtype, device=device)
+            for shape, m in zip(self.shapes, self.node._input_metadata, strict=True)
+        ]
+        return indexed_route(self._route, seeds, [edge is not None for edge in self.edges])
+
     def _route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
         parts = self.node(*relevance)
         return list(parts) if isinstance(parts, (tuple, list)) else [parts]
 
     @property
     def may_hold_constants(self) -> bool:
-        """Whether this is a route that can join constants to what it routes."""
+        """Whether the vertex is a route that can join constants to computed values."""
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self, like: Tensor) -> tuple[Tensor, ...] | None:
-        """For each output, 1 where an entry comes from a constant, else 0; None where none does."""
+        """For each output, 1 at the entries that come from constants and 0 elsewhere; None without such entries."""
         if not self.may_hold_constants:
             return None
+        if self.index is not None:
+            shares = tuple(
+                (origin == 0).to(dtype) for origin, dtype in zip(self.index.origins, self.dtypes, strict=True)
+            )
+            return shares if any(bool(share.any()) for share in shares) else None
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
-                seeds = [like.new_zeros(shape).requires_grad_() for shape in self.shapes]
-                # Called directly, some nodes return a gradient for their constants as well.
+                seeds = self._seeds(like)
+                # When called directly, some nodes return a gradient for their constants as well.
                 parts = zip(self._route(list(seeds)), self.edges, strict=True)
                 totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
                 columns = (
@@ -124,7 +183,7 @@ class Marks:
 
     Attributes:
         below_vertex: The marks below each vertex.
-        below_edge: The marks below each edge of each vertex, with those on the edge and on the buffer it leads to.
+        below_edge: The marks below each edge of each vertex, including those of the edge itself and its buffer.
     """
 
     below_vertex: list[int]
@@ -132,11 +191,11 @@ class Marks:
 
 
 class Graph:
-    """Everything between an output tensor and the leaves that it depends on.
+    """The autograd graph between an output tensor and the leaves that it depends on.
 
     Args:
-        output: The tensor; it has a history.
-        leaves: Where relevance ends: the inputs. Everything that depends on none of them is a constant.
+        output: The output tensor; it must have a history.
+        leaves: The inputs, at which relevance ends. A tensor that depends on none of them is a constant.
     """
 
     def __init__(self, output: Tensor, leaves: Sequence[Tensor]) -> None:
@@ -149,7 +208,7 @@ class Graph:
         self.output = Buffer(0, number)
 
     def _count_uses(self) -> None:
-        """Counts how often each tensor is read, also through views of all of it."""
+        """Counts how often each tensor is read, directly or through views of the whole tensor."""
         uses = [0] * len(self.vertices)
         for index, vertex in enumerate(self.vertices):
             for edge in vertex.edges:
@@ -165,7 +224,7 @@ class Graph:
         return self.vertices[buffer.vertex].shapes[buffer.number]
 
     def marks_below(self, marks: Mapping[Place, int]) -> Marks:
-        """Which marked places a walk can still cross, as bit sets.
+        """The marked places that a walk can still cross, as bit sets.
 
         Args:
             marks: The bits of each marked place.
@@ -189,14 +248,14 @@ def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _columns(rows: list[Any]) -> list[Tensor | None]:
-    """One row for each vector to one stack for each edge."""
+    """Transposes rows per vector to stacks per edge."""
     if len(rows) == 1:
         return [None if part is None else part.unsqueeze(0) for part in rows[0]]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _in_walk_order(root: Any) -> list[Any]:
-    """Depth-first, without recursion: every node before the nodes that it propagates relevance to."""
+    """Sorts nodes so that each node precedes the nodes to which it propagates relevance (depth first, no recursion)."""
     order: list[Any] = []
     seen = {root}
     stack = [(root, iter(_edges(root)))]
@@ -214,7 +273,7 @@ def _in_walk_order(root: Any) -> list[Any]:
 
 
 def _depending(nodes: list[Any], leaves: Sequence[Tensor]) -> list[Any]:
-    """The nodes from which at least one of the leaves is reached, and the first one in any case."""
+    """The nodes that depend on at least one of the leaves, and always the first node."""
     inputs = {id(leaf) for leaf in leaves}
     depending: set[Any] = set()
     for node in reversed(nodes):
@@ -224,7 +283,7 @@ def _depending(nodes: list[Any], leaves: Sequence[Tensor]) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """The nodes that a node reads from, and which output; a write to a whole tensor is not a vertex of its own."""
+    """The nodes that a node reads, each with the number of the output; writes to whole tensors are not vertices."""
     return [written(below, number) for below, number in node.next_functions]
 
 
@@ -233,7 +292,15 @@ def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
     step = getattr(node, "step", None)
     step = step if isinstance(step, Step) else None
     leaf = getattr(node, "variable", None)
-    shapes = (step.shape,) if step is not None else tuple(torch.Size(m.shape) for m in node._input_metadata)
-    if leaf is not None:
-        shapes = (leaf.shape,)
-    return Vertex(node, step, edges, shapes, leaf)
+    shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in node._input_metadata), strict=True)
+    below = [lower._input_metadata[number].dtype if lower in position else None for lower, number in _edges(node)]
+    return Vertex(
+        node,
+        step,
+        edges,
+        shapes,
+        tuple(working_dtype(one) for one in formats),
+        tuple(None if one is None else working_dtype(one) for one in below),
+        step is None and any(one in SHORT for one in (*formats, *below)),
+        leaf,
+    )

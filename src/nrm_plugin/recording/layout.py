@@ -1,4 +1,4 @@
-"""Layouts: how a tensor is brought into the form ``(N, …)``, one row per sample, and back."""
+"""Layouts: conversion of tensors to the form ``(N, …)``, with one row per sample, and back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 class Layout:
     """The dimension of a tensor that holds the samples, alone or together with windows, heads or views.
 
-    A dimension of size ``N · W`` becomes two: the samples in front, and ``W`` in its place. ``W = 1`` is dropped.
+    A dimension of size ``N · W`` is split in two: the samples come first, and ``W`` remains in place. ``W = 1`` is
+    dropped.
 
     Attributes:
         dim: The dimension.
         count: Number of samples ``N``.
-        parts: ``W``, how many slices of the dimension belong to one sample.
-        order: Slices sorted by sample, ``(N · W,)``; None if they are sorted already.
+        parts: ``W``, the number of slices of the dimension that belong to one sample.
+        order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
     """
 
     dim: int
@@ -32,17 +33,17 @@ class Layout:
         return self.dim == 0 and self.parts == 1 and self.order is None
 
     def shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of a tensor of this shape in the form ``(N, …)``."""
+        """The shape in the form ``(N, …)`` of a tensor with this shape."""
         inner = [*shape[: self.dim], *([self.parts] if self.parts > 1 else []), *shape[self.dim + 1 :]]
         return torch.Size((self.count, *inner))
 
     def channel_dim(self, dim: int, ndim: int) -> int:
-        """The dimension of the channels in the form ``(N, …)``, given that of a tensor with ``ndim`` dimensions."""
+        """The channel dimension in the form ``(N, …)``, given that of the tensor with its ``ndim`` dimensions."""
         dim %= ndim
         return dim + 1 if self.parts > 1 or dim < self.dim else dim
 
     def unfold(self, values: Tensor, lead: int = 0) -> Tensor:
-        """Values in the form ``(N, …)``, after ``lead`` leading dimensions that stay."""
+        """Converts values to the form ``(N, …)``; the first ``lead`` dimensions are not changed."""
         if self.is_plain:
             return values
         dim = self.dim + lead
@@ -69,7 +70,7 @@ def layout_of(labels: Tensor, count: int) -> Layout | None:
     """The layout of a tensor, given the sample of each entry.
 
     Args:
-        labels: The sample of each entry, -1 where it is unknown, since no relevance arrives there.
+        labels: The sample of each entry; -1 if unknown, because no relevance arrives there.
         count: Number of samples.
 
     Returns:
@@ -93,7 +94,7 @@ def layout_of(labels: Tensor, count: int) -> Layout | None:
 
 
 def _completed(labels: Tensor, count: int) -> Tensor | None:
-    """One label for each slice of a dimension: those that are known, and the pattern that fits them for the others."""
+    """Fills in the unknown labels of slices by the pattern that fits the known labels."""
     size = len(labels)
     parts = size // count
     if bool((labels >= 0).all()):

@@ -1,8 +1,9 @@
-"""Copies of what modules return while a model runs, also in the forward pass that a measure records."""
+"""Copies of the outputs of modules while a model runs, also in the forward pass that a measure records."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,20 +11,21 @@ from torch import Tensor, nn
 
 from ..errors import UnknownLayerError, unknown_layer
 from ..kernels.forward_state import without_torch_function
+from .taps import Nested, module_names
 
 
 @contextmanager
 def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """While it lasts, copies what each module returns: one entry for each call, tensors detached.
+    """Copies the outputs of modules inside this context: one entry per call, with detached tensors.
 
     Args:
         model: The network; the hooks are removed at the end.
-        layers: Names of its modules.
+        layers: Names of modules.
 
     Raises:
         UnknownLayerError: No module has this name.
     """
-    modules = dict(model.named_modules())
+    modules = {name: module for module, name in module_names(model).items()}
     outputs: dict[str, list[Any]] = {layer: [] for layer in layers}
     with ExitStack() as stack:
         for layer, calls in outputs.items():
@@ -38,9 +40,33 @@ def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
         yield outputs
 
 
+def tensors_of(output: Any) -> dict[int | str, Tensor]:
+    """The tensors that a module returned, by position in a tuple, key of a mapping or field of a dataclass.
+
+    Those in containers inside of it have keys joined by dots, as :class:`Nested`.
+    """
+    tensors: dict[int | str, Tensor] = {}
+    for key, value in _entries(output).items():
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        else:
+            tensors |= {Nested(f"{key}.{inner}"): tensor for inner, tensor in tensors_of(value).items()}
+    return tensors
+
+
+def _entries(output: Any) -> dict[Any, Any]:
+    if isinstance(output, Mapping):
+        return {key if isinstance(key, (int, str)) else str(key): value for key, value in output.items()}
+    if isinstance(output, (tuple, list)):
+        return dict(enumerate(output))
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return {}
+
+
 def _copied(output: Any) -> Any:
     if isinstance(output, Tensor):
-        return output.detach().clone()  # a later in-place activation may overwrite it
+        return output.detach().clone()  # a later in-place activation may overwrite the output
     if isinstance(output, (list, tuple)):
         return [_copied(item) for item in output]
     return {key: _copied(item) for key, item in output.items()} if isinstance(output, dict) else output

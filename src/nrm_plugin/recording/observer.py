@@ -1,4 +1,4 @@
-"""Observes one forward pass: the tensors that modules read and return, and where relevance starts and ends."""
+"""Observation of one forward pass: the tensors that modules read and return, and the start and ends of relevance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import EventError, UnknownLayerError, unknown_layer
@@ -16,33 +15,38 @@ from ..kernels.hook import StepHook
 from ..kernels.step import Step
 from ..model.routing import written
 from .audit import check_covered
-from .taps import INPUT, Item, Label, Observed, name_of
-
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+from .module_outputs import tensors_of
+from .taps import INPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
-    """Hooks around those of the composite, and what they collect.
+    """Hooks around those of the composite, and the tensors that they collect.
 
     Args:
         model: The model.
-        indices: Inputs of integers; where an embedding looks one up, relevance ends at its output.
+        indices: Integer inputs; relevance ends at the rows that an integer input selects.
         batched: Whether the inputs have a dimension of samples.
-        wanted: The tap at which the measure is to start, if it is inside the model.
+        wanted: The tap inside the model at which the measure is to start; None for the output of the model.
 
     Attributes:
         modules: Name of each module.
         containers: Names of modules with children that have a rule themselves.
         observed: Every labelled tensor that depends on the inputs.
-        leaves: Where relevance ends.
+        leaves: The tensors at which relevance ends.
+        indices: The integers among the inputs.
+        inputs: The leaves of its other inputs.
+        has_lookups: Whether ids were looked up.
     """
 
     def __init__(self, model: nn.Module, indices: list[Tensor], batched: bool, wanted: Atom | None) -> None:
-        self.modules: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
+        self.modules: Mapping[nn.Module, str] = module_names(model)
         self.containers: list[str] = []
         self.observed: list[Observed] = []
         self.leaves: list[Tensor] = []
-        self._indices, self._batched, self._wanted = indices, batched, wanted
+        self._leaves: set[int] = set()
+        self.has_lookups = False
+        self.indices, self.inputs = indices, list[Tensor]()
+        self._batched, self._wanted = batched, wanted
         self._calls: dict[nn.Module, int] = {}
         self._started: Tensor | None = None
 
@@ -55,15 +59,21 @@ class Observer:
             stack.callback(module.register_forward_hook(self._leave).remove)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """A leaf with the values of an input, and the tensor to call the model with in its place."""
-        leaf = tensor.detach().requires_grad_()
-        self.leaves.append(leaf)
-        passed: Tensor = leaf.clone()
+        """Makes a leaf with the values of an input, and returns the tensor that replaces the input in the call."""
+        passed = self._end(tensor)
+        self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
         return passed
 
+    def _end(self, tensor: Tensor) -> Tensor:
+        """A tensor with the same values at which walks end."""
+        leaf = tensor.detach().requires_grad_()
+        self.leaves.append(leaf)
+        self._leaves.add(id(leaf))
+        return leaf.clone()
+
     def see(self, label: Label, tensor: Tensor, channel_dim: int | None = None) -> None:
-        """Keeps a labelled tensor, if it depends on the inputs."""
+        """Stores a labelled tensor if it depends on the inputs."""
         self._keep_start(label, tensor)
         if label.name and tensor.grad_fn is not None and tensor.is_floating_point():
             node, number = written(tensor.grad_fn, tensor.output_nr)
@@ -75,8 +85,8 @@ class Observer:
         """The tensor inside the model at which the measure starts.
 
         Raises:
-            EventError: It is not a whole tap.
-            UnknownLayerError: The forward pass has no such tap.
+            EventError: ``output`` is not a whole tap.
+            UnknownLayerError: The forward pass has no tap of this name.
         """
         if output.index is not None or output.side == "sink" or output.call == "any":
             raise EventError(
@@ -89,15 +99,28 @@ class Observer:
 
     # -- called while the model runs --------------------------------------------------------------------------
 
+    def is_leaf(self, tensor: Tensor | None) -> bool:
+        """Whether this is one of the leaves."""
+        return id(tensor) in self._leaves
+
     def on_step(self, module: nn.Module | None, step: Step) -> None:
-        """Numbers the step of a module; that of a function has its number already."""
+        """Numbers the step of a module; the step of a function already has a number."""
         if module is not None:
-            step.call = self._calls[module] - 1
+            step.name, step.call = self.modules.get(module, step.name), self._calls[module] - 1
 
     @without_torch_function
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
-        """The output of a function."""
+        """Stores the output of a function."""
         self.see(Label(name, "output", call, None), output, channel_dim)
+
+    @without_torch_function
+    def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
+        """Makes the rows that ids select a leaf, at which relevance ends as at any other input."""
+        self.has_lookups = True
+        with not_recorded():
+            passed = self._end(rows)
+        self.see(Label(name, "output", call, None), passed, -1)
+        return passed
 
     @without_torch_function
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,36 +140,19 @@ class Observer:
         return args, kwargs
 
     @without_torch_function
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name, call = self.modules[module], self._calls[module] - 1
         dim = _channel_dim(module)
-        if isinstance(module, EMBEDDINGS) and self._is_input(args[0] if args else None):
-            return self._looked_up(Label(name, "output", call, None), output, dim)
         if isinstance(output, Tensor):
             self.see(Label(name, "output", call, None), output, dim)
             if not module._modules and _step_hook(module) is None:
                 check_covered(module, name, args, output)
-            return None
-        for item, value in _entries(output).items():
-            if isinstance(value, Tensor):
-                self.see(Label(name, "output", call, item), value, dim)
-        return None
-
-    def _looked_up(self, label: Label, output: Tensor, dim: int | None) -> Tensor:
-        """Embeddings of an input: relevance ends here, as at any other input."""
-        leaf = output.detach().requires_grad_()
-        self.leaves.append(leaf)
-        with not_recorded():
-            passed: Tensor = leaf.clone()
-        self.see(label, passed, dim)
-        return passed
-
-    def _is_input(self, index: Any) -> bool:
-        """Whether an embedding looks up one of the inputs: by value, since models reshape, convert and pad them."""
-        return isinstance(index, Tensor) and any(_is_same(index, given.to(index.device)) for given in self._indices)
+            return
+        for item, value in tensors_of(output).items():
+            self.see(Label(name, "output", call, item), value, dim)
 
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
-        """Keeps the tensor at which the measure is to start, safe from later writes of the model."""
+        """Stores the tensor at which the measure starts, protected from later writes by the model."""
         wanted = self._wanted
         if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name, label.side):
             return
@@ -156,16 +162,10 @@ class Observer:
 
 
 def _own_view(value: Any) -> Any:
-    """A separate view of a tensor for each call, so that its tap holds only the walks through this call."""
+    """Returns a separate view of a tensor for each call, so that its tap holds only the walks through this call."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)
-
-
-def _entries(output: Any) -> Mapping[Any, Any]:
-    if isinstance(output, Mapping):
-        return output
-    return dict(enumerate(output)) if isinstance(output, (tuple, list)) else {}
 
 
 def _step_hook(module: nn.Module) -> StepHook | None:
@@ -177,21 +177,8 @@ def _step_hook(module: nn.Module) -> StepHook | None:
     return None
 
 
-def _is_same(index: Tensor, given: Tensor) -> bool:
-    """Whether one holds the numbers of the other, or those padded at one end with one other number."""
-    if index.numel() == given.numel():
-        return torch.equal(index.flatten(), given.flatten().to(index.dtype))
-    if index.ndim < 2 or index.shape[:-1] != given.shape[:-1] or index.shape[-1] < given.shape[-1]:
-        return False
-    length = given.shape[-1]
-    for own, rest in ((index[..., :length], index[..., length:]), (index[..., -length:], index[..., :-length])):
-        if torch.equal(own, given.to(index.dtype)) and bool((rest == rest.flatten()[0]).all()):
-            return True
-    return False
-
-
 def _channel_dim(module: nn.Module) -> int | None:
-    """The dimension of the channels: the last one for layers over features, 1 for layers over images."""
+    """The channel dimension: the last dimension for layers over features, 1 for layers over images."""
     own: int | None = getattr(type(module), "nrm_channel_dim", None)
     if own is not None:
         return own
@@ -201,4 +188,4 @@ def _channel_dim(module: nn.Module) -> int | None:
     return 1 if isinstance(module, kinds) else None
 
 
-__all__ = ["EMBEDDINGS", "Observer"]
+__all__ = ["Observer"]

@@ -1,7 +1,7 @@
 """Passes over the graph of a recording: relevance down to the inputs, values up to the output.
 
-Both propagate several vectors together, each under its own key, and let a visitor change them where a walk crosses a
-tap. Events are not known here.
+Both kinds of passes propagate several vectors together, each under its own key. In a downward pass a visitor may change
+the vectors at each tap. Passes do not depend on events.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Vectors = dict[Key, Tensor]
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of passes: kernels applied, and relevance vectors propagated through them (several share a kernel)."""
+    """The cost of passes: numbers of applied kernels and of propagated relevance vectors (several share a kernel)."""
 
     steps: int = 0
     vectors: int = 0
@@ -35,13 +35,13 @@ class Visitor(Protocol[Key]):
     """Callbacks of a downward pass. Every vector has the shape of its tensor."""
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[Key]) -> Vectors[Key]:
-        """All relevance of one tensor has arrived; returns what is propagated further."""
+        """Called when all relevance of a tensor has arrived; returns the relevance to propagate further."""
 
     def at_edge(self, edge: Edge, vectors: Vectors[Key]) -> Vectors[Key]:
-        """One vertex passes relevance down one of its edges; returns what is propagated further."""
+        """Called when a vertex passes relevance down an edge; returns the relevance to propagate further."""
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[Key], share: Tensor) -> None:
-        """A vertex absorbs this share of what arrived at its output ``number``.
+        """Called when a vertex absorbs a share of the relevance that arrived at its output ``number``.
 
         ``kind`` is ``"residual"`` or ``"constants"``.
         """
@@ -50,13 +50,13 @@ class Visitor(Protocol[Key]):
 def pull(
     graph: Graph, start: Iterable[tuple[Buffer, Vectors[Key]]], visitor: Visitor[Key], absolute: bool = False
 ) -> Cost:
-    """One downward pass.
+    """Runs one downward pass.
 
     Args:
         graph: The graph of a recording.
-        start: Relevance to start from, at one or several buffers.
-        visitor: Receives, and may change, every vector.
-        absolute: Use kernels of absolute values.
+        start: The relevance at the start of the pass, for one or several buffers.
+        visitor: Receives every vector, and may change it.
+        absolute: Whether to use kernels of absolute values.
 
     Returns:
         The cost.
@@ -113,17 +113,17 @@ def _add(total: Vectors[Key], vectors: Vectors[Key]) -> None:
 
 
 def push(graph: Graph, lower: Place, upper: Place, values: Tensor, bound: bool = False) -> tuple[Tensor | None, Cost]:
-    """One upward pass: from values at the neurons of a tap to what the walks from each neuron of a tap above collect.
+    """Runs one upward pass, from values at the neurons of a tap to sums over the walks from neurons of a higher tap.
 
     Args:
         graph: The graph of a recording.
-        lower: Where the values are.
-        upper: Where they are wanted.
-        values: ``(K, N, *shape)`` of the lower tap.
-        bound: Use kernels without sign, at least as large as the absolute values; for non-negative values.
+        lower: The tap of the given values.
+        upper: The tap of the returned values.
+        values: The values at the lower tap, ``(K, N, *shape)``.
+        bound: Whether to use upper bounds of the absolute kernels; requires non-negative values.
 
     Returns:
-        ``(K, N, *shape)`` of the upper tap, None for zeros, and the cost.
+        The values at the upper tap, ``(K, N, *shape)`` or None for zeros, and the cost.
     """
     known: dict[Buffer, Tensor | None] = {}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Output ``number`` of a vertex: one tensor."""
+    """Output ``number`` of a vertex, which is one tensor."""
 
     vertex: int
     number: int
@@ -20,7 +20,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Input ``number`` of a vertex: the relevance that this vertex alone propagates to the tensor that it reads."""
+    """Input ``number`` of a vertex; its relevance is the part of the read tensor that comes from this vertex alone."""
 
     vertex: int
     number: int
@@ -33,12 +33,12 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Sink:
-    """What a vertex absorbs."""
+    """The relevance that a vertex absorbs."""
 
     vertex: int
 
 
 Place = Buffer | Edge
-"""Where a tap is."""
+"""The place of a tap."""
 
 __all__ = ["Buffer", "Edge", "Place", "Sink"]

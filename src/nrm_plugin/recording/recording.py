@@ -17,7 +17,7 @@ from ..model.checks import check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Output, explained_output
 from .graph import Graph
-from .observer import EMBEDDINGS, Observer
+from .observer import Observer
 from .samples import Samples
 from .structure import Structure
 from .taps import OUTPUT, Label, Taps
@@ -30,21 +30,21 @@ class Recording:
 
     Args:
         model: Any module.
-        call: How to call it.
+        call: The call of the model.
         composite: Rules and normalization.
-        output: The output that the measure starts at, if there is a choice; or a tap inside the model.
+        output: The output at which the measure starts, if there are several; or a tap inside the model.
 
     Attributes:
-        structure: Graph, taps and samples: what does not depend on values.
+        structure: Graph, taps and samples, which do not depend on values.
         output: The output, with its history.
-        fingerprint: State of the weights when they were used.
+        fingerprint: State of the weights during the forward pass.
 
     Raises:
         InputError: A measure cannot start at this output.
-        ModelStateError: Training mode, or hooks of another composite.
-        GradModeError: Gradients are off.
-        UncoveredLayerError: A layer without a rule.
-        UnsupportedOperationError: An operation without a kernel.
+        ModelStateError: The model is in training mode, or has hooks of another composite.
+        GradModeError: Gradients are disabled.
+        UncoveredLayerError: A layer has no rule.
+        UnsupportedOperationError: An operation has no kernel.
     """
 
     def __init__(
@@ -59,19 +59,20 @@ class Recording:
         inner = output if isinstance(output, Atom) else None
         observer = Observer(model, indices, call.batched, inner)
         with ExitStack() as around:
-            around.enter_context(_RECORDING)  # another thread may be recording this model: its hooks are on it then
-            call.check_looked_up(any(isinstance(module, EMBEDDINGS) for module in model.modules()))
+            around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
             check_model(model, call.tensors)
             device = (*call.tensors, *indices)[0].device
             for block in (preserved(model), forward_pass(observer), torch.enable_grad(), _precision(device)):
                 around.enter_context(block)
             for tensor in (*model.parameters(), *model.buffers()):
-                tensor.requires_grad_(False)
+                if tensor.is_leaf:  # a computed buffer is a constant by its history
+                    tensor.requires_grad_(False)
             passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
             with ExitStack() as stack:
                 stack.enter_context(composite.context(model))
                 observer.watch(stack)
-                returned = call.run(model, passed)
+                with call.checked_ids(lambda: observer.has_lookups):
+                    returned = call.run(model, passed)
         self.fingerprint = Fingerprint(model)
         if isinstance(output, Atom):
             returned, output = observer.inner_output(output), None
@@ -97,7 +98,7 @@ class Recording:
 
 @contextmanager
 def _precision(device: torch.device) -> Iterator[None]:
-    """Layers in the short format that autocast asks for, everything else in float32 or float64."""
+    """Runs layers in the reduced precision of autocast, and all other operations in float32 or float64."""
     with layers_in(asked_for(device)), exact(device):
         yield
 

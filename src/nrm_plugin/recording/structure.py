@@ -1,4 +1,4 @@
-"""The structure of a recording: everything that does not depend on values and is therefore determined only once."""
+"""The structure of a recording, which does not depend on values and is determined only once."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Structure:
     """Graph, taps and samples of one forward pass, audited.
 
     Args:
-        observer: What was observed in the forward pass.
-        output: Where the measure starts.
+        observer: The observer of the forward pass.
+        output: The tensor at which the measure starts.
         count: Number of samples.
         batched: Whether the inputs have a dimension of samples.
 
     Raises:
         InputError: The output depends on none of the inputs.
-        UnsupportedOperationError: An operation without a kernel lies between them.
+        UnsupportedOperationError: An operation between inputs and output has no kernel.
     """
 
     def __init__(self, observer: Observer, output: Tensor, count: int, batched: bool) -> None:

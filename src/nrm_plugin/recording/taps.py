@@ -1,4 +1,4 @@
-"""Taps: the tensors of a recording at which relevance is read, and how they are looked up by layer name."""
+"""Taps: the tensors of a recording at which relevance is read, and their lookup by layer name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,26 @@ from .graph import Graph
 from .places import Buffer, Edge, Place
 
 INPUT, OUTPUT = "input", "output"
+RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
+"""Children that have the name of an input or output of the whole model, and how they are spelled instead."""
 
 Item = int | str
-"""Which tensor of several: its position in a tuple, or its key."""
+"""Position of a tensor in a tuple, or its key."""
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """The name of each module as a tap: the one in ``named_modules()``, with a dot in front of a reserved one."""
+    return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
+
+
+class Nested(str):
+    """The key of a tensor in a container inside of what a module returned: ``"features.0"``, ``"1.0"``."""
+
+    __slots__ = ()
 
 
 class Label(NamedTuple):
-    """What names a tensor: a layer, the side of it, which of its calls, and which of several tensors."""
+    """The label of a tensor: layer, side of the layer, number of the call, and item if there are several tensors."""
 
     name: str
     side: str
@@ -31,7 +44,7 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Observed:
-    """A labelled tensor of the forward pass, by its place in the autograd graph."""
+    """A labelled tensor of the forward pass, given by its place in the autograd graph."""
 
     label: Label
     node: Any
@@ -45,9 +58,9 @@ class Tap:
     """One tensor of the computation.
 
     Attributes:
-        place: Where it is in the graph.
-        shape: ``(N, …)``; ``(1, …)`` before the shape of the tensor if the inputs have no dimension of samples.
-        names: All its names.
+        place: Its place in the graph.
+        shape: ``(N, …)``; if the inputs have no dimension of samples, 1 followed by the shape of the tensor.
+        names: All names of the tap.
         channel_dim: The dimension of the channels.
     """
 
@@ -63,10 +76,10 @@ class Tap:
 
 
 def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """The name of a layer given by name or as a module; that of the model itself is ``"output"``.
+    """The name of a layer, given by name or as a module; the name of the model itself is ``"output"``.
 
     Raises:
-        UnknownLayerError: It is a module of another model.
+        UnknownLayerError: The module belongs to another model.
     """
     if isinstance(layer, str):
         return layer
@@ -90,8 +103,8 @@ class Taps:
 
     Attributes:
         all: All taps.
-        index: Position of each place in it.
-        marks: Bit ``k`` stands for tap ``k``: which taps lie below each vertex and edge.
+        index: Position in ``all``, by place.
+        marks: The taps below each vertex and edge, as bit sets; bit ``k`` stands for tap ``k``.
     """
 
     def __init__(
@@ -159,21 +172,23 @@ class Taps:
 
     def _names_of(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):
-            if any(name.startswith(f"{other}.") for other in tap.names):
-                continue  # the function inside a layer that returns the same tensor: an alias of no use
+            if any(name.startswith(f"{other.removeprefix('.')}.") for other in tap.names):
+                continue  # a function inside a layer that returns the same tensor: a useless alias
             calls = self.calls_of(name)
             for call in calls:
                 items = self._items(name, "output", call)
                 for item in items:
                     if self._labelled.get(Label(name, "output", call, item)) is tap:
-                        yield name + (f":{call}" if len(calls) > 1 else "") + (f"[{item}]" if len(items) > 1 else "")
+                        is_alone = _outer(items) == [item]
+                        bracket = "" if is_alone else f"[{_shown(item, items)}]"
+                        yield name + (f":{call}" if len(calls) > 1 else "") + bracket
 
     def name_of(self, layer: str | nn.Module) -> str:
         """The name of a layer given by name or as a module."""
         return name_of(layer, self.modules)
 
     def name_at(self, vertex: int) -> str:
-        """A name for a vertex: of its step, else of its tap, else of the nearest tap above it."""
+        """A name for a vertex: the name of its step, else of its tap, else of the nearest tap above."""
         step = self.graph.vertices[vertex].step
         if step is not None:
             several = sum(name == step.name for name, _ in self._sinks) > 1
@@ -196,7 +211,7 @@ class Taps:
         """The taps of a layer name, side, call and item; several for ``call="any"``.
 
         Raises:
-            UnknownLayerError: No such tap; the message lists near names.
+            UnknownLayerError: No tap fits; the message lists similar names.
         """
         if isinstance(layer, str):
             layer, own = self._split_item(layer, side)
@@ -205,27 +220,39 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """The tensors that a layer returned, or was called with: ``[None]`` for a single one."""
+        """The items of the tensors that a layer returned or was called with, except nested ones; ``[None]`` for one."""
         if isinstance(layer, str):
             layer, item = self._split_item(layer, side)
             if item is not None:
                 return [item]
         name, calls = self.called(layer, side, call)
-        return self._items(name, side, calls[0])
+        return _outer(self._items(name, side, calls[0]))
 
     def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
-        """``"lstm[0]"``, as in :attr:`layers`, to layer and item."""
-        stem, bracket, item = name.removesuffix("]").rpartition("[")
-        if not bracket or not name.endswith("]") or self.calls_of(name, side):
+        """Splits a name such as ``"lstm[0]"``, as in :attr:`layers`; names and keys may contain brackets themselves."""
+        if not name.endswith("]") or self.calls_of(name, side):
             return name, None
-        return stem, int(item) if item.isdigit() else item
+        for place in (place for place, sign in enumerate(name) if sign == "["):
+            stem, text = name[:place], name[place + 1 : -1]
+            layer, call = self._split_call(stem, side)
+            for number in self.calls_of(layer, side) if call is None else [call]:
+                items = self._items(layer, side, number)
+                for item in items:
+                    if item is not None and _shown(item, items) == text:
+                        return stem, item
+        stem, _, text = name[:-1].rpartition("[")
+        return (stem, int(text) if text.isdigit() else text) if stem else (name, None)
+
+    def _split_call(self, name: str, side: str) -> tuple[str, int | None]:
+        """Splits a name such as ``"relu:1"`` into layer and number of the call."""
+        layer, colon, number = name.rpartition(":")
+        return (layer, int(number)) if colon and number.isdecimal() and not self.calls_of(name, side) else (name, None)
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
-        """The name of a layer, and the calls of it that ``call`` selects."""
+        """The name of a layer, and those of its calls that ``call`` selects."""
         name = self.name_of(layer)
-        if call is None and ":" in name and name.rpartition(":")[2].isdigit() and not self.calls_of(name, side):
-            name, _, number = name.rpartition(":")
-            call = int(number)
+        if call is None:
+            name, call = self._split_call(name, side)
         calls = self.calls_of(name, side)
         if not calls:
             raise self._missing(name, side)
@@ -237,7 +264,7 @@ class Taps:
         return name, _selected(name, calls, call)
 
     def find_sinks(self, layer: str | nn.Module, call: Any = None) -> list[int]:
-        """The vertices of the steps of a layer, whose sinks ``at(layer, side="sink")`` stands for.
+        """The vertices of the steps of a layer, whose sinks are selected by ``at(layer, side="sink")``.
 
         Raises:
             UnknownLayerError: The layer is not a step and therefore absorbs nothing.
@@ -258,8 +285,8 @@ class Taps:
     def _item(self, name: str, side: str, call: int, item: Item | None) -> Tap:
         items = self._items(name, side, call)
         if item not in items:
-            if item is None and len(items) == 1:
-                item = items[0]
+            if item is None and len(_outer(items)) == 1:
+                (item,) = _outer(items)
             elif item == 0 and items == [None]:
                 item = None
             elif items == [None]:
@@ -290,8 +317,18 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
     return selected
 
 
+def _outer(items: Sequence[Item | None]) -> list[Item | None]:
+    """The tensors that are not nested in a container, which a layer stands for; all if each is."""
+    return [item for item in items if not isinstance(item, Nested)] or list(items)
+
+
+def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
+    """A position or key as in a name; a key that looks like a position of the same layer is quoted."""
+    return repr(item) if sum(str(other) == str(item) for other in items) > 1 else str(item)
+
+
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Assigns taps without a layout that of the nearest tap of the same shape, else of the same rank."""
+    """Gives taps with unknown channels those of the nearest tap of the same shape, else of the same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
         if tap.channel_dim:
@@ -308,4 +345,4 @@ def _infer_channels(taps: Sequence[Tap], default: int) -> None:
         taps[number].channel_dim = dim
 
 
-__all__ = ["INPUT", "OUTPUT", "Item", "Label", "Observed", "Tap", "Taps", "name_of"]
+__all__ = ["INPUT", "OUTPUT", "Item", "Label", "Nested", "Observed", "Tap", "Taps", "module_names", "name_of"]

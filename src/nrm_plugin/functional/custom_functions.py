@@ -1,0 +1,298 @@
+"""The ``autograd.Function`` classes of a model, which no mode observes: recognized in autograd's graph after the pass.
+
+A function that maps each element on its own passes relevance as an activation does, through a step that is attached to
+its node. Two tests have to agree: no entry of its backward, taken at the values of the pass, connects two elements, and
+no element of what it returns changes with another element. The second test needs the arguments of the call; they are
+read off the frame of ``Function.apply`` while the function runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from ..errors import UnsupportedOperationError
+from ..kernels.base import Kernel
+from ..kernels.forward_state import RUNNING, not_recorded
+from ..kernels.normalization import Normalization
+from ..kernels.step import FunctionStep
+from ..model.autocast import exact
+from .function_kernels import BroadcastKernel
+from .registry import name_of
+from .unsupported import UnknownKernel, is_elementwise
+
+PROBES = 8
+"""Vectors to which the backward of a function is applied."""
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_HOSTS = ("torch.", "zennit.", "nrm_plugin.")
+"""Modules whose functions are either steps already or have backwards that must not be probed, as checkpoints."""
+
+
+@dataclass(frozen=True, eq=False)
+class CustomCall:
+    """One call of ``Function.apply``.
+
+    Attributes:
+        function: The class.
+        args: Its arguments.
+    """
+
+    function: type[torch.autograd.Function]
+    args: tuple[Any, ...]
+
+    def run(self, source: Tensor, number: int) -> Any:
+        """The function with another tensor for one of its arguments."""
+        args = [source if index == number else _own(value) for index, value in enumerate(self.args)]
+        return self.function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def _own(value: Any) -> Any:
+    """A copy of a tensor, which the function may overwrite."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+@dataclass
+class CustomCalls:
+    """The calls of one forward pass.
+
+    Attributes:
+        calls: In order.
+    """
+
+    calls: list[CustomCall] = field(default_factory=list)
+
+    def observe(self, function: Any, args: tuple[Any, ...]) -> None:
+        """Notes the ``autograd.Function`` that calls this function of torch, if one does.
+
+        Raises:
+            UnsupportedOperationError: It writes to a part of a computed tensor; autograd hides its node then.
+        """
+        frame = _frame_of_apply(sys._getframe(1))
+        if frame is None or str(frame.f_locals["cls"].__module__).startswith(_HOSTS):
+            return
+        found = frame.f_locals["args"]
+        if not self.calls or self.calls[-1].args is not found:
+            self.calls.append(CustomCall(frame.f_locals["cls"], found))
+        if _writes_to_part(function, args):
+            name = frame.f_locals["cls"].__qualname__
+            raise UnsupportedOperationError(
+                f"the autograd.Function {name!r} writes in place to a part of a computed tensor, of which autograd "
+                f"keeps no node of its own. Pass a copy: {name}.apply(part.clone())."
+            )
+
+    def of(self, node: Any) -> list[CustomCall]:
+        """The calls that may have made a node: those of its class whose inputs are its inputs."""
+        below = {id(edge[0]) for edge in node.next_functions if edge[0] is not None}
+        same = [call for call in self.calls if call.function is type(node)._forward_cls]
+        return [call for call in same if {id(item.grad_fn) for item in _tensors(call.args)} & below]
+
+
+def _writes_to_part(function: Any, args: tuple[Any, ...]) -> bool:
+    target = args[0] if args and name_of(function).in_place else None
+    return isinstance(target, Tensor) and target._base is not None and target.requires_grad
+
+
+def _frame_of_apply(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and frame.f_code is not _APPLY:
+        frame = frame.f_back
+    return frame
+
+
+def _tensors(args: Iterable[Any]) -> list[Tensor]:
+    return [value for value in args if isinstance(value, Tensor)]
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def attach_steps(output: Any, calls: CustomCalls) -> None:
+    """Makes every custom function between the inputs of a model and its output a step.
+
+    Args:
+        output: What the model returned.
+        calls: The calls that were noted while it ran.
+    """
+    for node, numbers in _custom_nodes(output).items():
+        with not_recorded(), torch.no_grad():
+            if numbers == {0}:
+                _attach(node, _kernel_of(node, calls))
+            else:
+                _reject(node)
+
+
+def _custom_nodes(output: Any) -> dict[Any, set[int]]:
+    """The nodes of custom functions below an output, and the numbers of their outputs that are read."""
+    found: dict[Any, set[int]] = {}
+    edges = [(tensor.grad_fn, tensor.output_nr) for tensor in _tensors_in(output)]
+    visited: set[Any] = set()
+    while edges:
+        node, number = edges.pop()
+        if isinstance(node, BackwardCFunction) and not hasattr(node, "step") and not _is_of_host(node):
+            found.setdefault(node, set()).add(number)
+        if node is not None and node not in visited:
+            visited.add(node)
+            edges += node.next_functions
+    return found
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(tuple(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif is_dataclass(value):
+        yield from _tensors_in([getattr(value, item.name) for item in fields(value)])
+
+
+def _is_of_host(node: Any) -> bool:
+    return str(type(node)._forward_cls.__module__).startswith(_HOSTS)
+
+
+def _attach(node: Any, kernel: Kernel) -> None:
+    """A step at a node; where autograd runs the node itself, its gradient becomes the relevance of the step."""
+    output = _like(node, 0)
+    step = FunctionStep(type(node)._forward_cls.__name__, output, lambda: kernel, Normalization("sink"), "elementwise")
+    step.unsupported_call = node.name() if isinstance(kernel, UnknownKernel) else None
+    node.step = step
+
+    def replace(below: tuple[Any, ...], above: tuple[Any, ...]) -> tuple[Any, ...]:
+        with exact(above[0].device):
+            parts, _ = step.pull(above[0].unsqueeze(0))
+        return tuple(None if old is None else part[0] for old, part in zip(below, parts, strict=True))
+
+    node.register_hook(replace)
+
+
+def _reject(node: Any) -> None:
+    """Raises where autograd propagates relevance through a function of several outputs; an audit finds it as well."""
+    error = _error(node, "returns several tensors that are used, or another one than the first")
+
+    def check(below: tuple[Any, ...], above: tuple[Any, ...]) -> None:
+        if any(part is not None and bool(part.any()) for part in above):
+            raise error
+
+    node.register_hook(check)
+
+
+def _like(node: Any, number: int) -> Tensor:
+    """A tensor without memory in the shape of an output of a node."""
+    seen = node._input_metadata[number]
+    return torch.empty((), dtype=seen.dtype, device=seen.device).expand(seen.shape)
+
+
+# -- which functions are elementwise ----------------------------------------------------------------------------------
+
+
+def _kernel_of(node: Any, calls: CustomCalls) -> Kernel:
+    shapes = [_shape_below(*edge) for edge in node.next_functions]
+    live = [number for number, edge in enumerate(node.next_functions) if _carries(edge[0])]
+    fault = _signature_fault(node, shapes, live) or _mixing_fault(node, live[0], calls.of(node))
+    if not fault:
+        return BroadcastKernel(shapes, live[0])
+    return UnknownKernel(_error(node, fault), shapes)
+
+
+def _error(node: Any, fault: str) -> UnsupportedOperationError:
+    return UnsupportedOperationError(_ERROR.format(name=type(node)._forward_cls.__qualname__, fault=fault))
+
+
+def _shape_below(node: Any, number: int) -> torch.Size:
+    if node is None:
+        return torch.Size()
+    return node.variable.shape if hasattr(node, "variable") else torch.Size(node._input_metadata[number].shape)
+
+
+def _carries(node: Any) -> bool:
+    """Whether a tensor with this node may carry relevance: not if it was there before the pass."""
+    if node is None or RUNNING.first_node is None:
+        return node is not None
+    return not hasattr(node, "variable") and node._sequence_nr() >= RUNNING.first_node
+
+
+def _signature_fault(node: Any, shapes: list[torch.Size], live: list[int]) -> str:
+    if len(live) != 1:
+        return f"has {len(live)} inputs that carry relevance"
+    given, returned = tuple(shapes[live[0]]), tuple(node._input_metadata[0].shape)
+    return "" if given == returned else f"turns shape {given} into {returned}"
+
+
+def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
+    """Why a function of one tensor is not known to map each element on its own."""
+    try:
+        slope = _slope(node, live)
+    except (NotImplementedError, AssertionError) as error:  # made to predict only
+        fault = "" if calls else f"has a backward that raises {type(error).__name__}"
+    except Exception as error:
+        fault = f"has a backward that raises {type(error).__name__}: {error}"
+    else:
+        fault = "" if slope is not None else "mixes elements, or has a backward that is not linear"
+        if slope is not None and not calls and not bool(slope.any()):
+            fault = "has a derivative that is zero everywhere"
+    return fault or next(filter(None, (_forward_fault(node, call) for call in calls)), "")
+
+
+def _slope(node: Any, live: int) -> Tensor | None:
+    """The diagonal of the Jacobian by the backward of a function; None if the Jacobian is not diagonal.
+
+    Probes are powers of two of either sign: multiplied by such, the products of a diagonal have no rounding error.
+    """
+    like = _like(node, 0)
+    generator = torch.Generator().manual_seed(0)
+    zeros = [torch.zeros_like(_like(node, number)) for number in range(1, len(node._input_metadata))]
+    slope: Tensor | None = None
+    for _ in range(PROBES):
+        power = torch.randint(-1, 2, like.shape, generator=generator)
+        sign = 2 * torch.randint(2, like.shape, generator=generator) - 1
+        probe = (sign * 2.0**power).to(like)
+        product = _at_edge(node, node.apply(probe, *zeros), live)
+        if product is None or product.shape != like.shape:
+            return None
+        slope = product / probe if slope is None else slope
+        rounding = 4 * torch.finfo(like.dtype).eps
+        if not torch.allclose(product, slope * probe, rtol=rounding, atol=1e-30, equal_nan=True):
+            return None
+    return slope
+
+
+def _at_edge(node: Any, products: Any, live: int) -> Tensor | None:
+    """What a backward returned for one edge: edges are the tensors among the arguments, in order."""
+    parts = products if isinstance(products, tuple) else (products,)
+    needed = [part for part, is_needed in zip(parts, node.needs_input_grad, strict=False) if is_needed]
+    rank = sum(edge[0] is not None for edge in node.next_functions[:live])
+    found: Tensor | None = needed[rank] if rank < len(needed) else None
+    return found
+
+
+def _forward_fault(node: Any, call: CustomCall) -> str:
+    below = {id(edge[0]) for edge in node.next_functions if edge[0] is not None}
+    flags = [isinstance(value, Tensor) and id(value.grad_fn) in below for value in call.args]
+    number = flags.index(True)
+
+    def run(values: Tensor) -> Tensor:
+        result = call.run(values, number)
+        first: Tensor = result[0] if isinstance(result, tuple) else result
+        return first
+
+    point = call.args[number].detach().clone()
+    is_diagonal = is_elementwise(run, point, run(point.clone()))
+    return "" if is_diagonal else "mixes elements: what it returns at one of them changes with another"
+
+
+_ERROR = (
+    "relevance arrived at the autograd.Function {name!r}, which has no kernel: it {fault}. Call it in a module of its "
+    "own, whose forward is `return {name}.apply(x)`, and give that module a rule in the composite's layer_map: "
+    "zennit.rules.Pass() to pass relevance element by element, as through a softmax, zennit.rules.Epsilon() if the "
+    "function is linear. A rule passes relevance to the first input."
+)
+
+__all__ = ["CustomCall", "CustomCalls", "attach_steps"]

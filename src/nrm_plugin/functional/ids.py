@@ -1,0 +1,193 @@
+"""Ids: integers among the inputs, followed by identity to where the model looks them up.
+
+Integers have no relevance, the rows that they select have it: walks end there, as at any other input. Equal numbers
+from elsewhere, such as positions, select constants.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.step import FunctionStep
+from ..model.routing import is_route_node
+from .observed_call import ObservedCall
+
+
+class Kind(enum.IntEnum):
+    """What an integer tensor, or a floating-point tensor without relevance, holds; of several arguments the largest."""
+
+    STRUCTURE = 1
+    """Comparisons, positions and counts of ids: masks, degrees. A constant."""
+    IDS = 2
+    """Ids, or numbers computed from each of them: shifted, hashed, joined with others."""
+    ONE_HOT = 3
+    """Integers that select rows in a product. In floating point they are where walks end."""
+
+
+LOOKUPS = frozenset("embedding embedding_bag getitem index index_select gather take take_along_dim".split())
+_ELEMENTS = frozenset("gather take take_along_dim embedding embedding_bag".split())
+"""Lookups of single elements, or of rows of a matrix in any case."""
+_STRUCTURAL = frozenset(
+    "argmax argmin argsort nonzero argwhere count_nonzero bincount histc scatter_add scatter_reduce index_add "
+    "index_put index_fill index_reduce".split()
+)
+"""Functions of integers that return where or how often these occur."""
+_OF_FIRST = frozenset("expand_as view_as reshape_as type_as to resize_as".split())
+"""Functions that read only the shape or type of further arguments."""
+_CONVERSIONS = frozenset("long int short to type".split())
+_ELEMENTWISE = frozenset("round floor ceil trunc clamp add sub rsub mul div neg abs relu".split())
+
+
+class Ids:
+    """The ids of one forward pass.
+
+    Args:
+        given: The integers among the inputs; the model is called with these very objects.
+        inputs: The leaves of the other inputs, which the model may convert to ids.
+    """
+
+    def __init__(self, given: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
+        # With the tensor: the identity of one that is freed may be that of another.
+        self._marked: dict[int, tuple[Tensor, Kind]] = {}
+        self._inputs = {id(leaf) for leaf in inputs}
+        for tensor in given:
+            self._mark(tensor, Kind.IDS)
+
+    @property
+    def are_known(self) -> bool:
+        """Whether there are ids to follow."""
+        return bool(self._marked)
+
+    def kind(self, tensor: Tensor) -> Kind | None:
+        """What a tensor holds; None if it does not depend on ids, or carries relevance."""
+        known = self._marked.get(id(tensor))
+        return None if known is None else known[1]
+
+    def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
+        """What a function returns: with an end of walks in place of rows that ids select.
+
+        Args:
+            call: The call of the function.
+            result: What it returned.
+            looked_up: Returns the end of walks; None where none can be, as inside of a step.
+        """
+        if call.inputs and call.name.base in _CONVERSIONS and self._is_converted(call, result):
+            self._mark(result, Kind.IDS)
+            return result
+        if not self._marked:
+            return result
+        kind = self._kind_of_arguments(call)
+        if kind is None:
+            return result
+        if call.name.base == "setitem":
+            value = call.args[2]
+            kind = self.kind(value) if isinstance(value, Tensor) else None
+            self._mark_written(call.args[0], kind or Kind.STRUCTURE)
+            return result
+        if isinstance(result, (tuple, list)):
+            indices = getattr(result, "indices", None)
+            items = [item if item is indices else self._followed(call, kind, item, looked_up) for item in result]
+            is_same = all(new is old for new, old in zip(items, result, strict=True))
+            return result if is_same else type(result)(items)
+        return self._followed(call, kind, result, looked_up)
+
+    def _followed(self, call: ObservedCall, kind: Kind, item: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
+        if not isinstance(item, Tensor) or item.is_complex() or item.requires_grad:
+            return item
+        is_one_hot = self._is_one_hot(call)
+        is_constant = item.is_floating_point() and not call.inputs
+        if is_constant and looked_up and (kind is Kind.ONE_HOT or is_one_hot or self._is_lookup(call)):
+            return looked_up(item)
+        kind = _kind_of_result(call, Kind.ONE_HOT if is_one_hot else kind, item)
+        is_written = bool(call.args) and item is call.args[0]
+        (self._mark_written if is_written else self._mark)(item, kind)
+        return item
+
+    def _kind_of_arguments(self, call: ObservedCall) -> Kind | None:
+        name = call.name.base
+        if name.endswith("_like") or name.startswith("new_"):
+            return None
+        arguments = call.args[:1] if name in _OF_FIRST else (*call.args, *call.kwargs.values())
+        kinds = (self.kind(tensor) for tensor in tensors_in(arguments))
+        return max((kind for kind in kinds if kind is not None), default=None)
+
+    def _is_lookup(self, call: ObservedCall) -> bool:
+        """Whether ids select entries, or rows of a matrix, of a constant table; a larger part of it is a weight."""
+        name, arguments = call.name.base, list(tensors_in((*call.args, *call.kwargs.values())))
+        tables = [tensor for tensor in arguments if tensor.is_floating_point()]
+        are_selected = any(self.kind(tensor) is Kind.IDS for tensor in arguments if not tensor.is_floating_point())
+        if name not in LOOKUPS or not are_selected or not tables or self.kind(tables[0]) is not None:
+            return False
+        return name in _ELEMENTS or tables[0].ndim - _selected_dims(call) <= 1
+
+    def _is_one_hot(self, call: ObservedCall) -> bool:
+        """Whether a function writes a number where ids point to: not along the samples, or the nodes of a graph."""
+        index = call.argument(2, "index") if call.name.base == "scatter" else call.argument(0, "input")
+        if call.name.base not in ("one_hot", "scatter") or not isinstance(index, Tensor):
+            return False
+        along = call.argument(1, "dim") if call.name.base == "scatter" else None
+        return self.kind(index) is Kind.IDS and (along is None or along % index.ndim > 0)
+
+    def _is_converted(self, call: ObservedCall, result: Any) -> bool:
+        """Whether a function converts entries of the inputs, perhaps shifted or rounded, to integers."""
+        if not isinstance(result, Tensor) or result.is_floating_point() or result.is_complex():
+            return False
+        return _is_elementwise_of(call.inputs[0], self._inputs)
+
+    def _mark(self, tensor: Tensor, kind: Kind) -> None:
+        if not tensor.requires_grad:
+            self._marked[id(tensor)] = tensor, kind
+
+    def _mark_written(self, tensor: Tensor, kind: Kind) -> None:
+        """Marks a tensor that ids were written to, and the one that it is a view of."""
+        for item in (tensor, tensor._base):
+            if item is not None:
+                self._mark(item, max(kind, self.kind(item) or kind))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def _kind_of_result(call: ObservedCall, kind: Kind, result: Tensor) -> Kind:
+    return Kind.STRUCTURE if result.dtype is torch.bool or call.name.base in _STRUCTURAL else kind
+
+
+def _selected_dims(call: ObservedCall) -> int:
+    """How many dimensions of a table an index selects from."""
+    if call.name.base == "index_select":
+        return 1
+    index = call.args[1] if len(call.args) > 1 else None
+    entries = index if isinstance(index, (list, tuple)) else [index]
+    dims = (entry.ndim if isinstance(entry, Tensor) and entry.dtype is torch.bool else 1 for entry in entries)
+    return sum(dim for dim, entry in zip(dims, entries, strict=True) if isinstance(entry, (int, Tensor)))
+
+
+def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
+    """Whether a tensor is computed from these leaves alone, by routes and elementwise functions."""
+    stack: list[Any] = [tensor.grad_fn]
+    visited: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        step, leaf = getattr(node, "step", None), getattr(node, "variable", None)
+        is_elementwise = isinstance(step, FunctionStep) and step.name.rpartition(".")[2] in _ELEMENTWISE
+        if not (is_route_node(node) or is_elementwise) or (leaf is not None and id(leaf) not in leaves):
+            return False
+        stack += [below for below, _ in node.next_functions]
+    return bool(visited)
+
+
+__all__ = ["Ids", "Kind", "tensors_in"]

@@ -1,0 +1,97 @@
+"""0/1 routes in formats shorter than float32, read as indices.
+
+autograd would round relevance to the format of the tensors, or reject relevance in float32. Which entry each entry was
+copied from is known exactly in any format, however.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Parts = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class IndexedRoute:
+    """A route as an index into the entries of its inputs.
+
+    Attributes:
+        origins: For each output, the number of the entry that each entry was copied from; 0 for constants.
+        shapes: Shape of each input; None for a constant.
+    """
+
+    origins: tuple[Tensor, ...]
+    shapes: tuple[torch.Size | None, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of entries of all inputs."""
+        return sum(shape.numel() for shape in self.shapes if shape is not None)
+
+    def pull(self, relevance: Sequence[Tensor | None]) -> Parts:
+        """Relevance ``(K, *shape)`` at each output to each input."""
+        like = next(item for item in relevance if item is not None)
+        total = like.new_zeros(len(like), self.size + 1)
+        for origin, item in zip(self.origins, relevance, strict=True):
+            if item is not None:
+                total.index_add_(1, origin.flatten(), item.reshape(len(like), -1).to(total.dtype))
+        sizes = [0 if shape is None else shape.numel() for shape in self.shapes]
+        entries = torch.split(total[:, 1:], sizes, 1)
+        return [
+            None if shape is None else part.reshape(len(like), *shape)
+            for part, shape in zip(entries, self.shapes, strict=True)
+        ]
+
+    def push(self, values: Sequence[Tensor | None]) -> list[Tensor]:
+        """The transpose."""
+        like = next(value for value in values if value is not None)
+        entries = [like.new_zeros(len(like), 1)]
+        for shape, value in zip(self.shapes, values, strict=True):
+            if shape is not None:
+                entries.append(
+                    like.new_zeros(len(like), shape.numel()) if value is None else value.reshape(len(like), -1)
+                )
+        joined = torch.cat(entries, 1)
+        return [joined[:, origin.flatten()].reshape(len(like), *origin.shape) for origin in self.origins]
+
+
+def indexed_route(
+    route: Callable[[Parts], Parts], seeds: list[Tensor], is_input: Sequence[bool]
+) -> IndexedRoute | None:
+    """A route as an index; None where an entry was copied from several, such as ties.
+
+    The transpose is applied to each binary digit of the numbers of the entries.
+
+    Args:
+        route: Relevance at the outputs to relevance at the inputs.
+        seeds: Zeros at each output, in the format of that output.
+        is_input: Which of the inputs depend on the input of the model.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [seed.requires_grad_() for seed in seeds]
+        parts = [
+            part if known and part is not None and part.requires_grad else None
+            for part, known in zip(route(list(leaves)), is_input, strict=True)
+        ]
+        inputs = [part for part in parts if part is not None]
+        numbers = torch.arange(1, 1 + sum(part.numel() for part in inputs), device=seeds[0].device)
+        pieces = [
+            piece.reshape(part.shape)
+            for piece, part in zip(torch.split(numbers, [part.numel() for part in inputs]), inputs, strict=True)
+        ]
+        origins = [torch.zeros(seed.shape, dtype=torch.long, device=seed.device) for seed in seeds]
+        for bit in range(len(numbers).bit_length()):
+            digits = [(piece >> bit & 1).to(part) for piece, part in zip(pieces, inputs, strict=True)]
+            rows = torch.autograd.grad(inputs, leaves, digits, True, allow_unused=True, materialize_grads=True)
+            for origin, row in zip(origins, rows, strict=True):
+                if bool(((row != 0) & (row != 1)).any()):
+                    return None
+                origin += row.long() << bit
+    return IndexedRoute(tuple(origins), tuple(None if part is None else part.shape for part in parts))
+
+
+__all__ = ["IndexedRoute", "indexed_route"]
