@@ -60,7 +60,7 @@ def photos(tmp_path, monkeypatch):
 
 
 def run(*more, data="photos", layers=("3", "0"), out="swept"):
-    options = ["--model", "nets.py:make", "--size", "16", "--batch-size", "4", "--out", out, "--quiet"]
+    options = ["--model", "nets.py:make", "--size", "16", "--batch-size", "4", "--out", out]
     return main(["sweep", data, *options, "--layers", *layers, *more])
 
 
