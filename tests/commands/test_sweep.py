@@ -145,7 +145,7 @@ def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, caps
 )
 def test_options_that_do_not_fit_exit_with_2(given, says, photos, capsys):
     more = given.pop("more", [])
-    assert run(*more, **given) == 2
+    assert run(*more, "--quiet", **given) == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
