@@ -90,7 +90,7 @@ def throughput(name: str, rounds: int) -> dict[str, Any]:
             assert sweep(net, data, queries_of(layers), folder, **options).is_complete
 
     def loaded() -> None:
-        plan = ShardPlan(count, BATCH, SHARD // BATCH)
+        plan = ShardPlan(count, BATCH, SHARD)
         order = [batch for shard in range(plan.shards) for batch in plan.batches(shard)]
         assert sum(len(loaded.samples) for loaded in load_batches(data_source(data, BATCH, 0), order, 0)) == count
 

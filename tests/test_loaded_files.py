@@ -41,7 +41,7 @@ from nrm_plugin.dataset.sweep_layout import ShardError
 from nrm_plugin.measure.flow import FlowError, FlowGraph
 from nrm_plugin.measure.flow_heat_maps import flow_maps
 from nrm_plugin.plots.flow_html import sankey, sankey_figure
-from tests.dataset.sweep_nets import OPTIONS, Data, net
+from tests.dataset.sweep_nets import OPTIONS, Data, net, write_sums
 
 MAP = Maps("input", over="position")
 MARGINAL = Marginal("4").name
@@ -184,6 +184,7 @@ def test_pickles_in_parquet_metadata_do_not_run(swept: Path, tmp_path: Path):
         for group in groups:
             writer.write_table(group.cast(schema), row_group_size=len(group))
         writer.add_key_value_metadata({"nrm-plugin": metadata[b"nrm-plugin"]})
+    write_sums(path)
     assert b"arrow.py_extension_type" in base64.b64decode(parquet.read_metadata(path).metadata[b"ARROW:schema"])
     assert Sweep.open(swept).rows().to_pylist() == before
     assert not (tmp_path / "mark").exists()
@@ -260,6 +261,7 @@ def test_no_memory_is_allocated_for_rows_that_a_shard_lacks(swept: Path):
         for group in groups:
             writer.write_table(group, row_group_size=len(group))
         writer.add_key_value_metadata({"nrm-plugin": json.dumps(listed)})
+    write_sums(path)
     with pytest.raises(ShardError, match=r"64 rows, which differs from its footer"):
         Sweep.open(swept).rows()
 
@@ -285,7 +287,8 @@ def test_names_in_a_sweep_are_not_paths(tmp_path: Path, capsys):
     assert "sample 3" in printed
     assert files_below(tmp_path) == {
         "a/b/s/manifest.json", "a/b/s/samples.csv", "a/b/s/rows/part-0000-000000.parquet",
-        "a/b/s/maps/part-0000-000000.safetensors", "a/b/s/by-query/0000.parquet",
+        "a/b/s/maps/part-0000-000000.safetensors", "a/b/s/by-query/0000.parquet", "a/b/s/by-query/_sums.json",
+        "a/b/s/rows/_part-0000-000000.json", "a/b/s/locks/begin", "a/b/s/locks/rank-0000",
         "a/b/o/.._.._.._outside__2J-references.json",
     }  # fmt: skip
     (entry,) = json.loads(next((home / "o").iterdir()).read_text())["references"]

@@ -6,6 +6,7 @@ Covers: nrm_plugin.commands.sweep_data, nrm_plugin.commands.sweep_run.
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from pathlib import Path
 
@@ -181,7 +182,10 @@ def test_folders_named_as_classes_of_the_model_have_their_indices(photos):
     prepare = preprocessing(size=16)
     known = PreprocessedImageFolder(photos, prepare, ["fish", "Dogs", "cats"])
     assert known.labels == [2] * 5 + [1] * 5
-    assert PreprocessedImageFolder(photos, prepare, ["fish", "dogs"]).labels == [0] * 5 + [1] * 5
+    assert PreprocessedImageFolder(photos, prepare).labels == [0] * 5 + [1] * 5
+    assert PreprocessedImageFolder(photos, prepare, ["class 1", "class 2"]).labels == [0] * 5 + [1] * 5
+    assert PreprocessedImageFolder(photos, prepare, ["fish", "dogs"]).labels == [-1] * 5 + [1] * 5
+    assert PreprocessedImageFolder(photos, prepare, ["a", "b", "c"]).labels == [-1] * 10
     assert PreprocessedImageFolder(photos / "cats", prepare).labels == [-1] * 5
     assert known[0][0].shape == (3, 16, 16)
 
@@ -206,3 +210,97 @@ def test_of_many_failures_the_first_are_listed(tmp_path, capsys):
     assert sweep_run.summary(stored) == f"7 samples, 0 queries in {tmp_path}"
     line = sweep_run.summary(Sweep(tmp_path, Manifest({}, "", (), "running")))
     assert line == f"This process has finished; others are still writing to {tmp_path}."
+
+
+def edited(path, before, after):
+    text = Path(path).read_text()
+    assert before in text
+    Path(path).write_text(text.replace(before, after))
+
+
+def other_pixels(path):
+    image = Image.open(path)
+    image.putpixel((10, 10), (0, 0, 255))
+    image.save(path)
+
+
+OWN_CLASS = """class Net(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def make"""
+PREPARED = {
+    "mean": (lambda: ["--mean", "0.1,0.1,0.1"], "preparation.mean (was [0.485, 0.456, 0.406], now [0.1, 0.1, 0.1])"),
+    "std": (lambda: ["--std", "0.5,0.5,0.5"], "preparation.std"),
+    "size": (lambda: ["--size", "20"], "preparation.resize (was 16, now 20); preparation.size (was 16, now 20)"),
+    "pixels": (lambda: other_pixels("photos/cats/3.png"), "the data changed: sample 1 differs"),
+    "forward code": (lambda: edited("nets.py", "super().forward(x)", "2 * super().forward(x)"), "model.code.nets.Net"),
+    "a file more": (lambda: other_copy(), "data"),
+}
+
+
+def other_copy():
+    Path("photos/dogs/11.png").write_bytes(Path("photos/dogs/4.png").read_bytes())
+
+
+@pytest.mark.parametrize("name", PREPARED)
+@pytest.mark.parametrize("state", ["partial", "finished"])
+def test_a_change_is_refused_by_name(name, state, photos, capsys):
+    edited("nets.py", "return nn.Sequential(", "return Net(")
+    edited("nets.py", "def make", OWN_CLASS)
+    image, whole = Path("photos/dogs/4.png"), Path("photos/dogs/4.png").read_bytes()
+    if state == "partial":
+        image.write_bytes(whole[:90])
+        assert run("--shard-size", "4", "--on-error", "raise") == 1
+        image.write_bytes(whole)
+        assert Sweep.open("swept").manifest.state == "interrupted"
+    else:
+        assert run("--shard-size", "4") == 0
+    change, says = PREPARED[name]
+    capsys.readouterr()
+    options = change() or []
+    sys.modules.pop("nets", None)
+    assert run(*options) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_files_that_were_only_touched_are_no_change(photos):
+    assert run() == 0
+    os.utime("photos/cats/3.png", (1, 1))
+    assert run() == 0
+
+
+def test_folders_that_are_not_classes_are_named_if_labels_are_explained(photos, capsys):
+    Path("names.txt").write_text("dogs\ncat\nfish\nbirds\n")
+    options = ("--classes", "names.txt")
+    assert run(*options, "--target", "label") == 2
+    printed = capsys.readouterr().err
+    assert "not classes of the model: the subfolders cats (near 'cat') of photos" in printed
+    assert run(*options) == 0
+    assert Sweep.open("swept").manifest.samples == 10
+    Path("names.txt").write_text("fish\ncats\nbirds\ndogs\n")
+    assert run(*options, "--target", "label", out="labelled") == 0
+    assert Sweep.open("labelled").samples()["target"].to_pylist() == [1] * 5 + [3] * 5
+
+
+@pytest.mark.parametrize("data", ["photos", "nets.py:data"])
+@pytest.mark.parametrize("count", [3, 5])
+def test_class_names_must_be_as_many_as_outputs(count, data, photos, capsys):
+    Path("names.txt").write_text("".join(f"class {number}\n" for number in range(count)))
+    assert run("--classes", "names.txt", data=data) == 2
+    assert f"there are {count} class names, but nets.py:make has 4 outputs" in capsys.readouterr().err
+    command = ["explain", "photos/cats/1.png", "--model", "nets.py:make", "--size", "16", "--classes", "names.txt"]
+    assert main([*command, "--out", "explained"]) != 0
+    assert f"there are {count} class names" in capsys.readouterr().err
+
+
+def test_references_are_not_drawn_from_changed_images(photos, capsys):
+    assert run() == 0
+    command = ["references", "swept", "--query", "3", "--model", "nets.py:make", "--data", "photos", "--k", "2"]
+    assert main([*command, "--size", "20"]) == 2
+    assert "the preprocessing is not that of the sweep: resize (was 16, now 20)" in capsys.readouterr().err
+    for path in Path("photos").rglob("*.png"):
+        other_pixels(path)
+    assert main([*command, "--size", "16"]) == 2
+    assert "the data changed" in capsys.readouterr().err

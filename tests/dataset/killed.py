@@ -65,8 +65,8 @@ def main() -> None:
         folder, draw, killed = Path(sys.argv[1]) / where, random.Random(seed), 0
         folder.mkdir()
         while killed < kills:
-            at = None if where == "time" else (where, draw.randint(1, 9))
-            if forked(folder, at, draw.uniform(0.02, 0.35) if where == "time" else None):
+            at = None if where == "time" else (where, draw.randint(1, 14))
+            if forked(folder, at, draw.uniform(0.02, 0.5) if where == "time" else None):
                 break
             killed += 1
         assert forked(folder)

@@ -27,6 +27,7 @@ from nrm_plugin.dataset import (
     Sweep,
     Variation,
 )
+from nrm_plugin.dataset.checksums import Segments, row_group_ends, to_bytes
 
 EVENT = at("2").channel([1, 2])
 QUERIES = [Marginal("4"), Joint("4", "2"), EventMass(EVENT), Sink("4"), Maps("input", over="position")]
@@ -104,6 +105,14 @@ class Data(Dataset):
             os.kill(os.getpid(), signal.SIGKILL)
         noise = torch.randn(()) * random.random() if self.is_noisy else 0.0
         return self.x[index] + noise, index % 4
+
+
+def write_sums(path: Path) -> None:
+    """Writes the checksums of a shard that a test has forged."""
+    ends = row_group_ends(parquet.read_metadata(path))
+    maps = path.parents[1] / "maps" / f"{path.stem}.safetensors"
+    sums = {"rows": Segments.of(path, ends).to_json(), "maps": Segments.of(maps).to_json() if maps.exists() else None}
+    path.with_name(f"_{path.stem}.json").write_bytes(to_bytes(sums))
 
 
 def contents(folder):

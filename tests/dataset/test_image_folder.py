@@ -43,13 +43,14 @@ def test_images_are_known_by_their_content(tmp_path: Path):
 
 def test_other_files_are_counted_and_named(tmp_path: Path):
     _save(tmp_path / "x" / "a.png")
-    for number in range(7):
+    for number in range(10):
         (tmp_path / f"{number}.csv").write_text("1,2")
     (tmp_path / "broken.jpg").write_text("an image by its name is a failed sample, not left out")
     data = _folder(tmp_path)
     assert [path.name for path in data.paths] == ["broken.jpg", "a.png"]
     assert data.note() == (
-        "7 files are not readable as images and left out: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, and 2 more."
+        "10 files are not readable as images and left out: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, 5.csv, 6.csv, 7.csv, "
+        "and 2 more."
     )
 
 

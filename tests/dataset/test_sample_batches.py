@@ -44,7 +44,9 @@ def test_an_iterable_data_set_is_read_again_and_resumes(tmp_path, uninterrupted)
     stored = sweep(net(), Stream(), QUERIES, tmp_path, **OPTIONS)
     assert stored.manifest.samples == 50
     assert contents(tmp_path) == uninterrupted
-    assert sweep(net(), Stream(stop=0), QUERIES, tmp_path, **OPTIONS).is_complete
+    assert sweep(net(), Stream(), QUERIES, tmp_path, **OPTIONS).is_complete
+    with pytest.raises(SweepError, match="the data set now ends after 24 samples"):
+        sweep(net(), Stream(24), QUERIES, tmp_path, **OPTIONS)
 
 
 @pytest.mark.slow

@@ -30,7 +30,6 @@ CHANGES = {
         {"queries": [Marginal("2"), *QUERIES[1:]]},
         r"queries.marginal\(4\) \(removed\); queries.marginal\(2\) \(added\)",
     ),
-    "batch size": ({"batch_size": 8}, r"batch_size \(was 4, now 8\)"),
     "seed": ({"seed": 1}, r"seed \(was 0, now 1\)"),
     "target": ({"target": "label"}, "target"),
     "composite": ({"composite": EpsilonPlusFlat()}, "composite.name"),

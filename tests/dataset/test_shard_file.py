@@ -9,7 +9,7 @@ import pytest
 
 from nrm_plugin.dataset import Sweep, SweepError, sweep
 from nrm_plugin.dataset.sweep_layout import ShardError
-from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net
+from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net, write_sums
 
 
 def test_a_flipped_bit_is_detected(tmp_path):
@@ -35,5 +35,6 @@ def test_a_shard_with_row_groups_that_its_footer_does_not_list_raises(swept):
     with parquet.ParquetWriter(path, table.schema) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({"nrm-plugin": json.dumps({**info, "chunks": [*info["chunks"], ["x", 0, 0]]})})
+    write_sums(path)
     with pytest.raises(ShardError, match="its row groups differ from those listed in its footer"):
         Sweep.open(swept).rows()

@@ -11,12 +11,14 @@ import platform
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from nrm_plugin.dataset import Marginal, Sweep, SweepError, sweep
+from nrm_plugin.dataset import Maps, Marginal, Sweep, SweepError, sweep
+from tests.conftest import slow_but
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, contents, net
 
 
@@ -53,20 +55,53 @@ def test_a_full_disk_leaves_a_readable_sweep(tmp_path, uninterrupted, monkeypatc
     assert contents(tmp_path) == uninterrupted
 
 
-def test_a_truncated_file_is_not_a_shard(tmp_path):
+@contextmanager
+def largest_file(size):
+    """A disk on which no file can become larger, as the operating system enforces it."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    (tmp_path / "rows").mkdir()
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, before[1]))
-        with pytest.raises(SweepError, match="cannot be written"):
-            sweep(net(), Data(), [Marginal("2", "neuron")], tmp_path, **OPTIONS)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("query", [Marginal("2", "neuron"), Maps("2")], ids=["rows", "maps"])
+def test_a_truncated_file_is_not_a_shard(query, tmp_path):
+    with pytest.raises(SweepError, match=r"shard 0 cannot be written to .*File too large"), largest_file(3_900):
+        sweep(net(), Data(), [query], tmp_path, **OPTIONS)
     assert Sweep.open(tmp_path).shards == []
-    assert not list(tmp_path.rglob("*.parquet"))
+    assert [path for path in tmp_path.rglob("*") if path.suffix in (".parquet", ".safetensors", ".tmp")] == []
+    assert sweep(net(), Data(), [query], tmp_path, **OPTIONS).is_complete
+
+
+@pytest.mark.parametrize("at", slow_but([1, 2, 3, 4, 5, 8, 12, 17, 29], 5, 29))
+def test_a_disk_that_is_full_at_any_write_leaves_nothing_wrong(at, tmp_path, uninterrupted, monkeypatch):
+    """Whatever file does not fit: rows, maps, checksums, index or manifest."""
+    original, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) >= at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SweepError, match="No space left"):
+            sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS)
+    assert not list(tmp_path.rglob(".*"))
+    if (tmp_path / "manifest.json").exists():
+        stored = Sweep.open(tmp_path)
+        values = {
+            (row["query"], row["group"], row["lower"], row["sample"]): row["value"] for row in stored.rows().to_pylist()
+        }
+        assert values.items() <= {key: row[2] for key, row in uninterrupted[0].items()}.items()
+    assert sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS).is_complete
+    assert contents(tmp_path) == uninterrupted
 
 
 def test_the_rows_of_a_shard_are_sorted_so_that_readers_skip_row_groups(begun):

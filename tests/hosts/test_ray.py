@@ -5,7 +5,10 @@ Covers: nrm_plugin.dataset.ray_engine.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -86,3 +89,19 @@ def test_map_batches_returns_the_same_rows(uninterrupted):
     }
     assert values == expected
     assert len(rows) == len(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("nodes", "change"), [(2, "remove"), (1, "replace")])
+def test_a_node_that_is_killed_or_added_changes_no_rows(nodes, change, tmp_path):
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(root / "tests/hosts/ray_nodes.py"), str(tmp_path / "nodes"), str(nodes), change]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout.splitlines()[-1])["before"]) < 30
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sweep(net(), Data(60), QUERIES, tmp_path / "one", batch_size=2, shard=2, progress=False)
+    torch.set_num_threads(threads)
+    assert contents(tmp_path / "nodes") == contents(tmp_path / "one")

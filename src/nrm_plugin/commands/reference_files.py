@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from ..composites import Normalized, normalize
-from ..dataset.crops import Crop, IndexableDataset, crops
+from ..composites import normalize
+from ..dataset.content_check import check_samples, contents_to_compare
+from ..dataset.crops import Crop, crops
 from ..dataset.examples import References, is_of_channels, references
 from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.images import shown
 from ..dataset.reference_plots import MOST, reference_figure
-from ..dataset.settings import described, digest, model_fingerprint
+from ..dataset.sample_batches import data_source
+from ..dataset.settings import described, differences, digest, is_same_model
 from ..dataset.stored_sweep import Sweep
 from ..plots.ribbons import percent
 from .composite_names import composite_of
 from .model_loading import LoadedModel
 from .output_files import json_stem, name_part, save_figure, short, versions, write_json
-from .request import Request, RequestError, check_device, target_of
+from .request import Request, RequestError, check_class_names, check_device, output_count, target_of
 from .resolved_options import model_of, request_of
 from .sweep_data import SAMPLES, data_of
 
@@ -152,52 +152,29 @@ def _crops(options: argparse.Namespace, listing: Listing, loaded: LoadedModel, r
         )
     data = data_of(options.data, loaded)
     loaded.model.to(device)
+    check_class_names(loaded, output_count(loaded) or len(loaded.categories))
     rules = composite_of(request.composite, loaded.preprocessing.bounds(next(loaded.model.parameters())))
     normalized = normalize(rules, request.residual, request.gain_limit, None)
     _check_same(listing.sweep, loaded, request, data, digest(described(normalized.composite)))
-    images = sum(len(listing.references.of(group)[: options.k]) for group in listing.groups)
-    with tqdm(total=images, desc="references", unit="image", disable=options.quiet, dynamic_ncols=True) as bar:
-        return _cropped(options, listing, loaded, Watched(data, bar), query.layers[0], normalized)
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A data set that moves a bar with each sample that is read."""
-
-    data: Any
-    bar: Any
-
-    def __getitem__(self, index: int) -> Any:
-        sample = self.data[index]
-        self.bar.update()
-        return sample
-
-
-def _cropped(
-    options: argparse.Namespace,
-    listing: Listing,
-    loaded: LoadedModel,
-    data: IndexableDataset,
-    layer: str,
-    composite: Normalized,
-) -> Rows:
+    _check_images(listing, data)
     return crops(
         loaded.model,
         data,
         listing.references,
         listing.groups,
         options.k,
-        layer=layer,
+        layer=query.layers[0],
         whole=options.whole,
         to_image=lambda image: loaded.preprocessing.inverse(image[None]),
-        composite=composite,
+        composite=normalized,
+        show_progress=sys.stderr.isatty(),
     )
 
 
 def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, composite: str) -> None:
     """Raises :class:`RequestError` unless model, rules and data are those of the sweep."""
     settings = sweep.manifest.settings
-    if settings["model"] != model_fingerprint(loaded.model):
+    if not is_same_model(settings, loaded.model):
         raise RequestError(f"{shown(loaded.name)} (weights: {loaded.weights}) is not the model of the sweep.")
     is_other = settings["composite"]["settings"] != composite
     gain_limit = "inf" if request.gain_limit == math.inf else request.gain_limit
@@ -208,6 +185,26 @@ def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, 
         )
     if isinstance(data, PreprocessedImageFolder) and settings.get("data") != data.fingerprint:
         raise RequestError(f"the images in {shown(data.folder)} are not those of the sweep.")
+    before, now = settings.get("preparation"), data_source(data, None, None).preparation
+    if before is not None and before != now:
+        raise RequestError(
+            f"the preprocessing is not that of the sweep: {'; '.join(differences(before, now))}. Give the same --size, "
+            "--mean and --std."
+        )
+
+
+def _check_images(listing: Listing, data: Any) -> None:
+    """Compares the samples that are shown with those of the sweep.
+
+    Raises:
+        SettingsError: They have changed.
+    """
+    source, seed = data_source(data, None, None), listing.sweep.manifest.settings["seed"]
+    if source.count is not None:
+        shown_samples = {sample for group in listing.groups for sample in listing.references.of(group)}
+        contents = contents_to_compare(source, listing.sweep.shards)
+        contents = {sample: content for sample, content in contents.items() if sample in shown_samples}
+        check_samples(listing.sweep.path, source, contents, seed)
 
 
 # -- files ----------------------------------------------------------------------------------------------------------

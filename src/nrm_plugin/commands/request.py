@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,35 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
             f"the output of {loaded.name} has shape {tuple(outputs.shape)}, but a classifier is needed, "
             "with one output for each class. Wrap the model in a module that reduces its output to these."
         )
+    check_class_names(loaded, outputs.numel())
     return int(outputs.argmax()) if requested is None else target_of(requested, loaded.categories, outputs.numel())
+
+
+def check_class_names(loaded: LoadedModel, count: int) -> None:
+    """Raises :class:`RequestError` unless there are no class names or as many as outputs: others would be shifted."""
+    if len(loaded.categories) not in (0, count):
+        raise RequestError(
+            f"there are {len(loaded.categories)} class names, but {loaded.name} has {count} outputs. --classes takes a "
+            "file with one name on each line, in the order of the outputs."
+        )
+
+
+def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
+    """Number of outputs for one sample; None if the model does not take it, or is not a classifier.
+
+    Args:
+        loaded: The model.
+        inputs: Inputs of one sample, by default a black image.
+    """
+    parameter = next(loaded.model.parameters(), torch.empty(0))
+    size = loaded.preprocessing.size
+    black = parameter.new_zeros(1, len(loaded.preprocessing.mean), size, size)
+    try:
+        with torch.no_grad():
+            outputs = loaded.model(black if inputs is None else inputs.to(parameter))
+        return int(outputs.shape[1]) if outputs.ndim == 2 else None
+    except Exception:  # whatever the model raises for such inputs; the sweep itself reports it
+        return None
 
 
 def target_of(requested: str, categories: Sequence[str], count: int) -> int:

@@ -26,6 +26,7 @@ files
   samples.csv            the file of each sample, for a folder of images
   rows/, by-query/       the numbers as Parquet: in order of computation; sorted by query, group and value
   maps/                  with --heat-maps: safetensors
+  locks/                 empty files that running processes lock
 
 exit status: 0 complete; 1 stopped by an error; 2 nothing done because of the options; 3 complete except for skipped
 samples, which are listed; 130 interrupted. In every case the stored results can be read."""

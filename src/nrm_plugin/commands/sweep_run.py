@@ -8,6 +8,8 @@ import sys
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from ..dataset.evaluation import Target
 from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.images import shown
@@ -21,7 +23,7 @@ from .composite_names import composite_of
 from .event_syntax import parse
 from .failures import FAILED, INTERRUPTED, errors, line
 from .model_loading import LoadedModel
-from .request import Request, check_device, target_of
+from .request import Request, check_class_names, check_device, output_count, target_of
 from .resolved_options import model_of, one_line_warnings, request_of
 from .sweep_data import SAMPLES, data_of
 
@@ -46,6 +48,7 @@ def sweep_data(options: argparse.Namespace) -> int:
         data = data_of(options.data, loaded)
         target = _target(options.target, loaded)
         loaded.model.to(device)
+        _check_classes(loaded, data, target)
         print(messages.heading(loaded, request), flush=True)
         try:
             stored = _swept(options, loaded, request, data, queries, target)
@@ -80,6 +83,31 @@ def _target(text: str, loaded: LoadedModel) -> Target:
     if text == "label":
         return "label"
     return target_of(text, loaded.categories, len(loaded.categories) or sys.maxsize)
+
+
+def _check_classes(loaded: LoadedModel, data: Any, target: Target) -> None:
+    """Checks the names of the classes and, if they are explained, the labels of a folder.
+
+    Raises:
+        RequestError: There are not as many names as outputs.
+        SweepError: Images have no label.
+    """
+    if target == "label" and isinstance(data, PreprocessedImageFolder):
+        data.check_labels()
+    if loaded.categories:
+        count = output_count(loaded, _first_inputs(data))
+        check_class_names(loaded, len(loaded.categories) if count is None else count)
+
+
+def _first_inputs(data: Any) -> Any:
+    """The inputs of the first sample of the user's data set; None for a folder of images."""
+    if isinstance(data, PreprocessedImageFolder) or not hasattr(data, "__getitem__"):
+        return None
+    with contextlib.suppress(Exception):  # whatever the user's data set raises; the sweep itself reports it
+        sample = data[0]
+        first = sample[0] if isinstance(sample, (list, tuple)) else sample
+        return torch.as_tensor(first)[None]
+    return None
 
 
 def _swept(

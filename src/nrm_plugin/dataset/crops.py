@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
+from tqdm import tqdm
 from zennit.core import Composite
 
 from ..composites import Uncovered, normalize
@@ -76,6 +77,7 @@ def crops(
     residual: Residual | None = None,
     gain_limit: float | None = None,
     uncovered: Uncovered | None = None,
+    show_progress: bool = False,
 ) -> dict[int | str, list[Crop]]:
     r"""Crops of reference examples, with their conditional heat maps.
 
@@ -98,6 +100,7 @@ def crops(
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        show_progress: Show a progress bar.
 
     Returns:
         Crops of each group, in decreasing order.
@@ -120,7 +123,7 @@ def crops(
     layer = layer or references.layer or references.name
     fields = _ReceptiveFields(model, layer, whole or events is not None)
     result: dict[int | str, list[Crop]] = {}
-    for group in references.groups if groups is None else groups:
+    for group in tqdm(references.groups if groups is None else groups, disable=not show_progress, unit="group"):
         row, samples = references.row(group), references.of(group)[:k]
         result[group] = []
         if not samples:

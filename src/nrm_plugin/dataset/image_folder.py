@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,17 +21,17 @@ from .sweep_layout import SweepError
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 """Files with these extensions are images, even if they turn out to be damaged; of other files the content decides."""
-
-NAMED = 5
-"""Files left out that a message names."""
+MAX_LISTED = 8
+"""Number of subfolders or files that a message lists."""
 
 
 class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     """The images in a folder and its subfolders, sorted by name, as inputs of a model with labels.
 
-    Each top-level subfolder is a class: the class of the model with its name if all subfolders have one, otherwise its
-    index among the subfolders. Images outside the subfolders have the label -1. torchvision's ``ImageFolder`` requires
-    a subfolder for each class, and does not know the classes of the model.
+    Each top-level subfolder is a class: the class of the model with its name. Subfolders of which none has such a name
+    are the classes in sorted order, if the names of the classes are unknown or there are as many. Images in any other
+    subfolder and outside of all have the label -1. torchvision's ``ImageFolder`` requires a subfolder for each class,
+    and does not know the classes of the model.
 
     Args:
         folder: The folder.
@@ -40,6 +42,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         paths: The files in order.
         left_out: The other files, and folders that cannot be read or link to a folder that contains them.
         labels: Their classes.
+        unknown: Subfolders that are not classes of the model.
         fingerprint: Hash of names and labels.
 
     Raises:
@@ -49,7 +52,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:
         if not folder.is_dir():
             raise SweepError(f"the folder {shown(folder)} does not exist.")
-        self.folder, self.preprocess = folder, preprocess
+        self.folder, self.preprocess, self.categories = folder, preprocess, tuple(categories)
         found = sorted(_files(folder), key=lambda path: path.relative_to(folder).as_posix())
         self.paths = [path for path in found if _is_image(path)]
         self.left_out = sorted(set(found) - set(self.paths))
@@ -58,7 +61,8 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         parts_of_paths = [path.relative_to(folder).parts for path in self.paths]
         names = sorted({parts[0] for parts in parts_of_paths if len(parts) > 1})
         classes = _classes(names, categories)
-        self.labels = [classes[parts[0]] if len(parts) > 1 else -1 for parts in parts_of_paths]
+        self.unknown = [name for name in names if name not in classes]
+        self.labels = [classes.get(parts[0], -1) if len(parts) > 1 else -1 for parts in parts_of_paths]
         self.fingerprint = hashlib.blake2b(self._csv(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
@@ -69,11 +73,38 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     def note(self) -> str:
         """The files that were left out, in one sentence; empty if there are none."""
-        names = [shown(path.relative_to(self.folder).as_posix()) for path in self.left_out[:NAMED]]
+        names = [shown(path.relative_to(self.folder).as_posix()) for path in self.left_out[:MAX_LISTED]]
         more = len(self.left_out) - len(names)
         listed = ", ".join([*names, *([f"and {more} more"] if more else [])])
         count = "1 file is" if len(self.left_out) == 1 else f"{len(self.left_out)} files are"
         return f"{count} not readable as images and left out: {listed}." if names else ""
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """How images become inputs."""
+        return self.preprocess.settings
+
+    def stamp(self, index: int) -> str:
+        """Size and time of modification of a file; if both are as before, it is taken to be unchanged."""
+        try:
+            status = self.paths[index].stat()
+        except OSError:
+            return "missing"
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    def check_labels(self) -> None:
+        """Raises :class:`SweepError` if images have no label, because their subfolder is not a class of the model."""
+        if self.unknown:
+            listed = ", ".join(shown(name) + self._near(name) for name in self.unknown[:MAX_LISTED])
+            more = f" and {len(self.unknown) - MAX_LISTED} more" if len(self.unknown) > MAX_LISTED else ""
+            raise SweepError(
+                f"not classes of the model: the subfolders {listed}{more} of {shown(self.folder)}, so their images "
+                f"have no label. Rename them to the names of classes; the model has {len(self.categories)}."
+            )
+
+    def _near(self, name: str) -> str:
+        near = difflib.get_close_matches(name.casefold(), [known.casefold() for known in self.categories], 1)
+        return f" (near {near[0]!r})" if near else ""
 
     def _csv(self) -> bytes:
         text = io.StringIO()
@@ -113,7 +144,7 @@ def _is_image(path: Path) -> bool:
 def _classes(names: Sequence[str], categories: Sequence[str]) -> dict[str, int]:
     folded = [name.casefold() for name in categories]
     known = {name: folded.index(name.casefold()) for name in names if folded.count(name.casefold()) == 1}
-    if len(known) == len(names):
+    if known or (categories and len(categories) != len(names)):
         return known
     return {name: index for index, name in enumerate(names)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 
@@ -19,10 +18,11 @@ class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
         total: Number of samples; None if it is unknown.
         done: Samples that are already stored.
         is_shown: Whether there is a bar.
+        what: What is done, if it is not the evaluation.
     """
 
-    def __init__(self, total: int | None, done: int, is_shown: bool) -> None:
-        super().__init__(total=total, initial=done, unit="sample", disable=not is_shown, dynamic_ncols=True)
+    def __init__(self, total: int | None, done: int, is_shown: bool, what: str | None = None) -> None:
+        super().__init__(desc=what, total=total, initial=done, unit="sample", disable=not is_shown, dynamic_ncols=True)
 
     def update(self, n: float | None = 1) -> bool | None:
         """Adds samples and refreshes the memory."""
@@ -32,8 +32,15 @@ class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
         return is_refreshed
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds now, or its peak if the system does not report the current value."""
+def resident() -> int | None:
+    """Bytes of memory that this process holds now, or its peak if the system does not report the current value.
+
+    None on systems without the module ``resource``, such as Windows.
+    """
+    try:
+        import resource
+    except ImportError:
+        return None
     if STATM.exists():
         return int(STATM.read_text().split()[1]) * resource.getpagesize()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -42,7 +49,8 @@ def resident() -> int:
 
 def memory() -> str:
     """Memory of this process, and of the accelerator if it is used, as text."""
-    text = f"{resident() / 2**30:.1f} GiB"
+    held = resident()
+    text = "unknown" if held is None else f"{held / 2**30:.1f} GiB"
     if torch.cuda.is_available() and torch.cuda.memory_allocated():
         text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     return text

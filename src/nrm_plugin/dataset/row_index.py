@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import extra
-from .atomic_files import sync
+from .atomic_files import sync, write_bytes
+from .checksums import Segments, read_sums, row_group_ends, to_bytes
 from .shard_file import Shard
 from .stored_sweep import Sweep
-from .sweep_layout import BY_QUERY, SCALAR, QueryInfo, ShardError, arrow, schema
+from .sweep_layout import BY_QUERY, SCALAR, SUMS, QueryInfo, ShardError, arrow, path_inside, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,6 +45,7 @@ def write_index(sweep: Sweep) -> Path:
     unfinished = sweep.path / f".{BY_QUERY}.{platform.node()}.{os.getpid()}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
+    sums: dict[str, Any] = {"settings": sweep.manifest.fingerprint}
     try:
         parquet = extra("pyarrow.parquet", "dataset")
         for number, info in enumerate(sweep.queries.values()):
@@ -54,9 +56,15 @@ def write_index(sweep: Sweep) -> Path:
             with parquet.ParquetWriter(
                 unfinished / name, layout, compression="zstd", use_dictionary=CODED, write_page_checksum=True
             ) as writer:
+                groups: list[tuple[int, int]] = []
                 for table, size in _sorted(sweep.shards, info, layout):
                     writer.write_table(table, row_group_size=size)
+                    group = table["group"].to_numpy()
+                    groups += [(int(group[k]), int(group[k : k + size][-1])) for k in range(0, len(group), size)]
             sync(unfinished / name)
+            ends = row_group_ends(parquet.read_metadata(unfinished / name))
+            sums[name] = Segments.of(unfinished / name, ends).to_json() | {"groups": groups}
+        write_bytes(unfinished / SUMS, to_bytes(sums))
         try:
             unfinished.rename(target)
         except OSError:
@@ -70,6 +78,19 @@ def write_index(sweep: Sweep) -> Path:
 def remove_index(folder: Path) -> None:
     """Removes the index of a folder if it exists."""
     shutil.rmtree(folder / BY_QUERY, ignore_errors=True)
+
+
+def is_intact(sweep: Sweep) -> bool:
+    """Whether there is an index of this sweep, without damage."""
+    try:
+        sums = read_sums(path_inside(sweep.path, f"{BY_QUERY}/{SUMS}")) or {}
+        if sums.pop("settings", None) != sweep.manifest.fingerprint:
+            return False
+        for name, entries in sums.items():
+            Segments.from_json(entries).check(path_inside(sweep.path, f"{BY_QUERY}/{name}"))
+    except (ShardError, OSError, KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _sorted(shards: Sequence[Shard], info: QueryInfo, layout: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
@@ -120,4 +141,4 @@ def _table(columns: dict[str, Any], info: QueryInfo, first: int, layout: pa.Sche
     return pa.table(arrays, schema=layout)
 
 
-__all__ = ["remove_index", "write_index"]
+__all__ = ["is_intact", "remove_index", "write_index"]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from zennit.core import Composite
 
@@ -18,33 +17,29 @@ from ..composites import normalize
 from ..events.event import Atom
 from ..kernels.normalization import Residual
 from ..model.inputs_and_outputs import Output
-from .evaluation import Evaluation, Target, Unpack, check_target, device_of
+from .content_check import check_samples, contents_to_compare
+from .descriptions import digest
+from .evaluation import Evaluation, Target, Unpack, check_target
+from .processes import FolderLocks, ProcessRank
 from .progress import Progress
 from .queries import Query, check_queries
-from .row_index import remove_index, write_index
+from .row_index import is_intact, remove_index, write_index
 from .sample_batches import ShardPlan, data_source
-from .settings import differences, digest, settings_of
-from .shard_writer import remove_unfinished
+from .settings import settings_of
 from .stored_sweep import Sweep
 from .sweep_job import OnProgress, SweepJob
 from .sweep_layout import (
-    BY_QUERY,
-    MANIFEST,
-    MAPS,
     ROWS,
     Manifest,
     OnError,
-    SettingsError,
     SweepError,
     arrow,
-    path_inside,
 )
+from .sweep_start import begin
 
 Engine = Literal["local", "ray"]
 SHARD = 256
 """Samples per shard."""
-MAX_LISTED = 8
-"""Number of differences that a message lists."""
 
 
 def sweep(
@@ -78,10 +73,12 @@ def sweep(
 
     Args:
         model: The network, in evaluation mode and on its device.
-        data: A data set with a length, whose samples are numbered by their index; a string attribute ``fingerprint``
-            identifies its content. Of a ``DataLoader``, the data set is read in the order of its indices, whatever the
-            sampler. An ``IterableDataset`` is numbered in iteration order; to resume, it is read again from the
-            beginning and must yield the same samples in the same order.
+        data: A data set with a length, whose samples are numbered by their index. When a sweep is resumed, its samples
+            are read again and compared by hash, except those for which a method ``stamp(index)`` of the data set
+            returns the same as before; a string attribute ``fingerprint`` is compared instead if there is no such
+            method. Of a ``DataLoader``, the data set is read in the order of its indices, whatever the sampler. An
+            ``IterableDataset`` is numbered in iteration order; to resume, it is read again from the beginning and must
+            yield the same samples in the same order.
         queries: The queries, such as ``[Marginal("features.28"), Sink("features.28")]``.
         out: Folder for the results, created if missing.
         target: The explained target: ``"prediction"``, ``"label"``, the index of a class, a function that returns the
@@ -92,9 +89,11 @@ def sweep(
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
         unpack: Returns inputs and labels of a batch; by default a batch is inputs, ``(inputs, labels)``, or a mapping
             with ``"label"`` or ``"labels"``.
-        batch_size: Samples per batch; by default that of the loader, or 16.
+        batch_size: Samples per batch; by default that of the loader, or 16. A sweep can be resumed with another
+            number, which changes results only by rounding.
         num_workers: Processes that read samples; by default those of the loader, or none.
-        shard: Samples per shard, rounded up to whole batches: at most these are lost if a process is killed.
+        shard: Samples per shard, rounded up to whole batches: at most these are lost if a process is killed. A sweep
+            that is resumed keeps its shards.
         seed: Seed from which the random state of each sample is derived.
         resume: False raises if the folder contains a sweep.
         retry_failed: Evaluate shards with failed samples again.
@@ -109,8 +108,8 @@ def sweep(
         The stored sweep; complete unless other processes are still running.
 
     Raises:
-        SweepError: The folder contains a sweep with different settings, which the message lists; or a sample or shard
-            fails.
+        SweepError: The folder contains a sweep with different settings or samples, which the message lists; another
+            process writes to it; or a sample or shard fails.
         NRMError: The measure fails for this model and composite, or a query does not fit the model.
         MissingExtraError: pyarrow or Ray is not installed.
     """
@@ -121,7 +120,9 @@ def sweep(
     source = data_source(data, batch_size, num_workers)
     options = engine_options or {}
     shard_batches = max(1, -(-shard // max(1, source.batch_size)))
-    plan = None if source.count is None else ShardPlan(source.count, source.batch_size, shard_batches)
+    plan = None
+    if source.count is not None:
+        plan = ShardPlan(source.count, source.batch_size, source.batch_size * shard_batches)
     process = ProcessRank.current() if engine == "local" else ProcessRank(0, 1)
     if plan is None and (process.world_size > 1 or engine == "ray"):
         raise SweepError(
@@ -130,13 +131,14 @@ def sweep(
     device = "cuda" if options.get("num_gpus") else None
     settings = settings_of(evaluation, source, shard_batches, seed, unpack, device)
     job = SweepJob(evaluation, source, plan, shard_batches, Path(out), digest(settings), on_error, seed, {})
-    _begin(job, settings, resume, process)
-    with _recording_interruption(job.folder):
-        count = _run(job, process, engine, options, retry_failed, progress)
-        process.barrier()
-        if count is not None:
-            complete(job.folder, count, index)
-        process.barrier()
+    with FolderLocks(job.folder, process) as locks:
+        job = begin(job, settings, resume, locks)
+        with _recording_interruption(job.folder):
+            count = _run(job, process, engine, options, retry_failed, progress)
+            process.barrier()
+            if count is not None:
+                complete(job.folder, count, index)
+            process.barrier()
     return Sweep.open(job.folder, on_error)
 
 
@@ -148,93 +150,6 @@ def _check_options(engine: str, on_error: str, shard: Any, target: Any) -> None:
     if isinstance(shard, bool) or not isinstance(shard, int) or shard < 1:
         raise SweepError(f"shard={shard!r} must be a positive number of samples.")
     check_target(target)
-
-
-@dataclass(frozen=True)
-class ProcessRank:
-    """This process among those that share a sweep.
-
-    Attributes:
-        rank: Its rank.
-        world_size: Number of processes.
-    """
-
-    rank: int
-    world_size: int
-
-    @classmethod
-    def current(cls) -> ProcessRank:
-        """From ``torch.distributed`` or the environment of ``torchrun``; by default the only process."""
-        if _is_initialized():
-            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        return cls(0, 1)
-
-    def barrier(self) -> None:
-        """Waits for the other processes, if ``torch.distributed`` is initialized."""
-        if self.world_size > 1 and _is_initialized():
-            torch.distributed.barrier()
-
-
-def _is_initialized() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-# -- start ----------------------------------------------------------------------------------------------------------
-
-
-def _begin(job: SweepJob, settings: dict[str, Any], resume: bool, process: ProcessRank) -> None:
-    """Creates the folder, or checks that it contains the same sweep.
-
-    Raises:
-        SweepError: The folder contains a different sweep or cannot be written to.
-    """
-    folder = job.folder
-    try:
-        for name in (ROWS, MAPS):
-            path_inside(folder, name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SweepError(f"cannot write to {folder}: {error.strerror or error}. Choose another folder.") from error
-    has_shards = any((folder / ROWS).glob("part-*"))
-    if (folder / MANIFEST).exists() and has_shards:
-        stored = Manifest.read(folder)
-        if not resume and process.rank == 0:
-            raise SettingsError(
-                f"{folder} already contains a sweep. Set resume=True to resume it, or choose another folder."
-            )
-        _check_same(folder, stored.settings, settings)
-    elif has_shards:
-        raise SweepError(f"{folder} contains shards, but no {MANIFEST} that describes them. Choose another folder.")
-    else:
-        _write(folder, _first_manifest(job, settings))
-    remove_unfinished(folder)
-
-
-def _first_manifest(job: SweepJob, settings: dict[str, Any]) -> Manifest:
-    return Manifest(
-        settings,
-        job.fingerprint,
-        tuple(query.info() for query in job.evaluation.queries),
-        samples=job.source.count,
-        value=job.value,
-        environment={"threads": torch.get_num_threads(), "device": _device_name(device_of(job.evaluation.model))},
-    )
-
-
-def _check_same(folder: Path, stored: Any, settings: dict[str, Any]) -> None:
-    # Tuples become lists in a file.
-    changed = differences(stored, json.loads(json.dumps(settings)))
-    if changed:
-        more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
-        raise SettingsError(
-            f"{folder} contains a sweep with different settings: {'; '.join(changed[:MAX_LISTED])}{more}. Choose "
-            "another folder, or restore these settings."
-        )
 
 
 def _write(folder: Path, manifest: Manifest) -> None:
@@ -256,15 +171,17 @@ def _run(
     progress: bool,
 ) -> int | None:
     """Evaluates the missing shards of this process; returns the number of samples once no shard is missing."""
-    done = job.done(retry_failed)
     if job.plan is None:
-        manifest = Manifest.read(job.folder)
-        if manifest.state == "complete" and not job.damaged and not retry_failed:
+        manifest, done = Manifest.read(job.folder), job.done(retry_failed, of=range(sys.maxsize))
+        if manifest.state == "complete" and not job.damaged and not retry_failed and not job.source.is_hashed:
             return manifest.samples
         _mark_running(job.folder)
         with Progress(None, 0, progress) as bar:
             return job.run_stream(done, bar.update)
     own = range(process.rank, job.plan.shards, process.world_size)
+    done = job.done(retry_failed, own)
+    stored = contents_to_compare(job.source, [shard for number, shard in done.items() if number in own])
+    check_samples(job.folder, job.source, stored, job.seed, job.on_error, progress)
     missing = [number for number in own if number not in done]
     if missing:
         _mark_running(job.folder)
@@ -327,14 +244,16 @@ def complete(folder: Path, count: int, index: bool) -> None:
         index: Whether to sort.
     """
     manifest = summarized(folder)
-    if manifest.state == "complete" and ((folder / BY_QUERY).exists() or not index):
+    is_indexed = is_intact(Sweep(folder, manifest))
+    if manifest.state == "complete" and (is_indexed or not index):
         return
     used = {shard.path for shard in Sweep(folder, manifest).shards}
     for path in (folder / ROWS).glob("part-*.parquet"):
         if path not in used:  # a shard that two processes wrote
             path.unlink()
-    if index and not (folder / BY_QUERY).exists():
+    if index and not is_indexed:
         try:
+            remove_index(folder)
             write_index(Sweep(folder, manifest))
         except OSError as error:
             raise SweepError(
@@ -344,4 +263,4 @@ def complete(folder: Path, count: int, index: bool) -> None:
     _write(folder, replace(manifest, state="complete", samples=count))
 
 
-__all__ = ["Engine", "ProcessRank", "complete", "sweep"]
+__all__ = ["Engine", "complete", "sweep"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
+from .descriptions import content_hash, described
 from .sweep_layout import SweepError
 
 BATCH = 16
@@ -47,11 +49,13 @@ class LoadedBatch:
         samples: Indices of its samples.
         batch: The collated samples; None if none could be read.
         failed: Samples that could not be read.
+        content: Hash of each sample that was read.
     """
 
     samples: list[int]
     batch: Any
     failed: list[FailedSample] = field(default_factory=list)
+    content: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,27 @@ class DataSource:
     def count(self) -> int | None:
         """Number of samples; None for an iterable data set."""
         return None if self.loader is not None else len(self.data)
+
+    @property
+    def preparation(self) -> Any:
+        """How the data set prepares samples, if it tells."""
+        preparation = getattr(self.data, "preparation", None)
+        try:
+            return json.loads(json.dumps(preparation))
+        except (TypeError, ValueError):  # an object, such as a transform
+            return described(preparation)
+
+    def stamps(self, first: int, last: int) -> list[str]:
+        """What the data set tells of samples without reading them; empty if it tells nothing."""
+        stamp = getattr(self.data, "stamp", None)
+        return [str(stamp(index)) for index in range(first, last + 1)] if callable(stamp) else []
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether samples are identified by their content: they have stamps, or the data set has no fingerprint."""
+        return callable(getattr(self.data, "stamp", None)) or not isinstance(
+            getattr(self.data, "fingerprint", None), str
+        )
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
@@ -138,25 +163,26 @@ def _dataset_source(data: Any, batch_size: int, num_workers: int, options: Mappi
 class ShardPlan:
     """The assignment of samples to batches, and of batches to shards.
 
+    The shards do not depend on the batch size, so that a sweep can be resumed with another one.
+
     Attributes:
         count: Number of samples.
-        batch_size: Samples per batch; the last batch may be smaller.
-        shard_batches: Batches per shard.
+        batch_size: Samples per batch; the last batch of a shard may be smaller.
+        shard_size: Samples per shard.
     """
 
     count: int
     batch_size: int
-    shard_batches: int
+    shard_size: int
 
     @property
     def shards(self) -> int:
         """Number of shards."""
-        return math.ceil(self.count / (self.batch_size * self.shard_batches))
+        return math.ceil(self.count / self.shard_size)
 
     def range(self, shard: int) -> tuple[int, int]:
         """First and last sample of a shard."""
-        size = self.batch_size * self.shard_batches
-        return shard * size, min(self.count, (shard + 1) * size) - 1
+        return shard * self.shard_size, min(self.count, (shard + 1) * self.shard_size) - 1
 
     def size(self, shard: int) -> int:
         """Number of samples in a shard."""
@@ -175,25 +201,27 @@ class ShardPlan:
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
-class IndexedDataset(Dataset[tuple[int, Any]]):
-    """A data set that returns the index of each sample with it, and a :class:`FailedSample` if reading it fails.
+class IndexedDataset(Dataset[tuple[int, Any, str]]):
+    """A data set that returns each sample with its index and hash, or a :class:`FailedSample` if reading it fails.
 
     Each sample is read with its own random state, so that random transforms are the same in every run.
 
     Args:
         data: The data set.
         seed: Seed of the random states.
+        is_hashed: Whether samples are hashed; otherwise the hash is empty.
     """
 
-    def __init__(self, data: Any, seed: int) -> None:
-        self.data, self.seed = data, seed
+    def __init__(self, data: Any, seed: int, is_hashed: bool = False) -> None:
+        self.data, self.seed, self.is_hashed = data, seed, is_hashed
 
-    def __getitem__(self, index: int) -> tuple[int, Any]:
+    def __getitem__(self, index: int) -> tuple[int, Any, str]:
         with seeded(self.seed, index):
             try:
-                return index, self.data[index]
+                sample = self.data[index]
+                return index, sample, content_hash(sample) if self.is_hashed else ""
             except Exception as error:  # whatever the user's data set raises
-                return index, FailedSample(index, one_line(error))
+                return index, FailedSample(index, one_line(error)), ""
 
 
 @contextmanager
@@ -222,13 +250,15 @@ class FaultTolerantCollate:
 
     collate: Callable[[list[Any]], Any]
 
-    def __call__(self, samples: Sequence[tuple[int, Any]]) -> LoadedBatch:
-        failed = [sample for _, sample in samples if isinstance(sample, FailedSample)]
-        read = [(index, sample) for index, sample in samples if not isinstance(sample, FailedSample)]
+    def __call__(self, samples: Sequence[tuple[int, Any, str]]) -> LoadedBatch:
+        failed = [sample for _, sample, _ in samples if isinstance(sample, FailedSample)]
+        read = [(index, sample) for index, sample, _ in samples if not isinstance(sample, FailedSample)]
+        content = {index: text for index, _, text in samples}
         if not read:
             return LoadedBatch([], None, failed)
         try:
-            return LoadedBatch([index for index, _ in read], self.collate([sample for _, sample in read]), failed)
+            batch = self.collate([sample for _, sample in read])
+            return LoadedBatch([index for index, _ in read], batch, failed, content)
         except Exception as error:  # samples of different sizes, or an error of the user's function
             why = one_line(error)
         structures = [str(structure(sample)) for _, sample in read]
@@ -237,8 +267,8 @@ class FaultTolerantCollate:
                for (index, _), own in zip(read, structures, strict=True) if own != usual]  # fmt: skip
         if not odd:
             return LoadedBatch([], None, [*failed, *(FailedSample(index, why) for index, _ in read)])
-        rest = self([pair for pair, own in zip(read, structures, strict=True) if own == usual])
-        return LoadedBatch(rest.samples, rest.batch, [*failed, *odd, *rest.failed])
+        rest = self([(*pair, content[pair[0]]) for pair, own in zip(read, structures, strict=True) if own == usual])
+        return LoadedBatch(rest.samples, rest.batch, [*failed, *odd, *rest.failed], rest.content)
 
 
 def structure(sample: Any) -> Any:
@@ -261,7 +291,7 @@ def load_batches(source: DataSource, batches: Sequence[list[int]], seed: int) ->
     """Reads batches of a data set in this order, ahead of time if there are workers."""
     options = {key: value for key, value in source.options.items() if key != "collate_fn"}
     loader: Iterable[LoadedBatch] = DataLoader(
-        IndexedDataset(source.data, seed),
+        IndexedDataset(source.data, seed, source.is_hashed),
         batch_sampler=batches,
         num_workers=source.num_workers,
         collate_fn=FaultTolerantCollate(source.collate),
@@ -273,7 +303,7 @@ def load_batches(source: DataSource, batches: Sequence[list[int]], seed: int) ->
 
 def reload(source: DataSource, samples: Sequence[int], seed: int) -> LoadedBatch:
     """Reads samples again, as one batch."""
-    indexed = IndexedDataset(source.data, seed)
+    indexed = IndexedDataset(source.data, seed, source.is_hashed)
     return FaultTolerantCollate(source.collate)([indexed[index] for index in samples])
 
 

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
-import types
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from ..composites import Normalized
-from ..imports import stored_path
+from .descriptions import described, digest
 from .evaluation import Evaluation, Unpack, device_of, dtype_of
+from .model_identity import model_fingerprint
 from .sample_batches import DataSource
+from .sweep_layout import SettingsError
 
-PACKAGES = ("nrm-plugin", "torch", "zennit")
-MAX_DEPTH = 12
-"""Depth at which the description of nested objects stops."""
+PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
+RECORDED = 2
+"""Settings say what identifies model and data since this version of their content."""
+NOT_COMPARED = ("batch_size", "shard_batches")
+"""Settings that say how samples were batched, which changes numbers only by rounding."""
+MAX_LISTED = 8
+"""Number of differences that a message lists."""
+
+
+class SettingsWarning(UserWarning):
+    """A sweep of a former version is continued, whose settings do not identify the model's code and the data."""
 
 
 def settings_of(
@@ -45,6 +55,7 @@ def settings_of(
     model, composite, target = evaluation.model, evaluation.composite, evaluation.target
     rules, fingerprint = composite.normalization, getattr(source.data, "fingerprint", None)
     return {
+        "recorded": RECORDED,
         "versions": {**{name: version(name) for name in PACKAGES}, "python": platform.python_version_tuple()[1]},
         "model": model_fingerprint(model),
         "composite": {"name": readable(composite), "settings": digest(described(composite.composite))},
@@ -54,9 +65,10 @@ def settings_of(
         "target": target if isinstance(target, (str, int, type(None))) else described(target),
         "unpack": described(unpack),
         "output": described(evaluation.output),
-        "collate": described(source.options.get("collate_fn")),
+        "collate": None if source.collate is default_collate else described(source.collate),
         "samples": source.count,
         "data": fingerprint if isinstance(fingerprint, str) else None,
+        "preparation": source.preparation,
         "batch_size": source.batch_size,
         "shard_batches": shard_batches,
         "seed": seed,
@@ -71,9 +83,51 @@ def settings_of(
     }
 
 
-def digest(settings: Any) -> str:
-    """Hash of a JSON value."""
-    return _hash(json.dumps(settings, sort_keys=True).encode())
+def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Compares the settings of a sweep with those of a call.
+
+    Args:
+        folder: The folder of the sweep.
+        stored: Its settings. Those that a former version did not record are not compared, with a warning.
+        settings: The settings of the call.
+
+    Raises:
+        SettingsError: They differ; the message names the differences.
+    """
+    now = json.loads(json.dumps(settings))  # tuples become lists in a file
+    if "recorded" not in stored:
+        now = _as_recorded_before(stored, now)
+        warnings.warn(
+            f"the sweep in {folder} was begun by a former version, which did not record the code of the model, the "
+            "preprocessing and the content of the data. They are not compared.",
+            SettingsWarning,
+            stacklevel=4,
+        )
+    ignored = NOT_COMPARED if now["samples"] is not None else ()
+    before, after = ({key: one[key] for key in one if key not in ignored} for one in (stored, now))
+    changed = differences(before, after)
+    if changed:
+        more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
+        raise SettingsError(
+            f"{folder} contains a sweep with different settings: {'; '.join(changed[:MAX_LISTED])}{more}. Choose "
+            "another folder, delete this one, or restore these settings."
+        )
+
+
+def _as_recorded_before(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in now.items() if key not in ("recorded", "preparation")}
+    for name in ("versions", "model"):
+        kept[name] = {key: value for key, value in now[name].items() if key in stored.get(name, {})}
+    if now["collate"] is None and stored["collate"] == json.loads(json.dumps(described(default_collate))):
+        kept["collate"] = stored["collate"]
+    return kept
+
+
+def is_same_model(stored: Mapping[str, Any], model: torch.nn.Module) -> bool:
+    """Whether settings name this model; those of a former version do not identify its code."""
+    now: dict[str, Any] = json.loads(json.dumps(model_fingerprint(model)))
+    before: dict[str, Any] = stored["model"]
+    return {key: value for key, value in now.items() if key in before} == before
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -84,20 +138,12 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         return [line for part in parts for line in part]
     if old == new:
         return []
-    if name.startswith("queries.") and None in (old, new):
+    if name.startswith(("queries.", "model.code.", "model.attributes.")) and None in (old, new):
         return [f"{name} ({'added' if old is None else 'removed'})"]
     texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
-    is_short = all(len(text) <= 60 for text in texts) and not name.startswith("model")
+    is_hash = name.startswith("model") and not name.startswith("model.attributes")
+    is_short = all(len(text) <= 60 for text in texts) and not is_hash and not name.startswith("model.attributes.(")
     return [f"{name} (was {texts[0]}, now {texts[1]})" if is_short else name]
-
-
-def model_fingerprint(model: nn.Module) -> dict[str, str]:
-    """Hashes of the structure of a model and of its parameters and buffers."""
-    content = hashlib.blake2b(digest_size=16)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        content.update(_bytes(tensor))
-    return {"class": type(model).__name__, "structure": _hash(repr(model).encode()), "tensors": content.hexdigest()}
 
 
 def readable(composite: Normalized) -> str:
@@ -105,75 +151,14 @@ def readable(composite: Normalized) -> str:
     return f"Normalized({type(composite.composite).__name__})"
 
 
-def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
-    """The state of an object as JSON: equal for objects that behave the same, also across processes.
-
-    A function is described by its name, code, defaults and closure, a tensor by its hash. Classes and functions of this
-    package keep the module path that stored sweeps have (:func:`~nrm_plugin.imports.stored_path`).
-    """
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return repr(value)
-    if id(value) in seen or depth > MAX_DEPTH:
-        return "…"
-    inner = (depth + 1, (*seen, id(value)))
-    if isinstance(value, Tensor):
-        return {"tensor": [str(value.dtype), list(value.shape), _hash(_bytes(value))]}
-    if isinstance(value, type):
-        return _name(value)
-    if isinstance(value, Mapping):
-        return {str(key): described(item, *inner) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [described(item, *inner) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(json.dumps(described(item, *inner)) for item in value)
-    if isinstance(value, types.MethodType):
-        return [described(value.__func__, *inner), described(value.__self__, *inner)]
-    if isinstance(value, types.FunctionType):
-        return _function(value, *inner)
-    return {described(type(value)): _state(value, *inner)}
-
-
-def _function(value: types.FunctionType, depth: int, seen: tuple[int, ...]) -> Any:
-    cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    code = f"{value.__code__.co_code.hex()} {[item for item in value.__code__.co_consts if _is_plain(item)]}"
-    state = described([cells, value.__defaults__, value.__kwdefaults__], depth, seen)
-    return {"function": _name(value), "code": _hash(code.encode()), "around": state}
-
-
-def _name(value: type | types.FunctionType) -> str:
-    return f"{stored_path(value.__module__)}.{value.__qualname__}"
-
-
-def _state(value: Any, depth: int, seen: tuple[int, ...]) -> Any:
-    state = getattr(value, "__dict__", None)
-    if state is None:
-        return getattr(value, "__name__", "")
-    # What a hook holds while it is registered is not a setting.
-    transient = ("handles", "hook_refs", "stored_tensors", "__weakref__")
-    return {key: described(item, depth, seen) for key, item in sorted(state.items()) if key not in transient}
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float, str, bool, type(None)))
-
-
-def _bytes(tensor: Tensor) -> Any:
-    dense = tensor.detach()
-    dense = dense.to_dense() if dense.layout != torch.strided else dense
-    return dense.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if dense.numel() else b""
-
-
-def _hash(content: Any) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-__all__ = ["described", "differences", "digest", "model_fingerprint", "readable", "settings_of"]
+__all__ = [
+    "SettingsWarning",
+    "check_same",
+    "described",
+    "differences",
+    "digest",
+    "is_same_model",
+    "model_fingerprint",
+    "readable",
+    "settings_of",
+]

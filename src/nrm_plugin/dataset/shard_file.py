@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import extra
+from .checksums import Segments, read_sums
 from .sweep_layout import KEY, MAPS, PART, ROWS, ShardError, arrow, path_inside, schema
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class Shard:
         groups: Groups of each query, as in :class:`~nrm_plugin.dataset.QueryInfo`.
         chunks: ``(query, first group, last group)`` of each row group of the file.
         value: ``"float"`` or ``"double"``.
+        content, stamps: What identifies each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`; empty
+            for a sweep of a former version.
+        sums: Checksums of the rows; None for a sweep of a former version.
+        map_sums: Checksums of the maps.
     """
 
     path: Path
@@ -45,10 +50,14 @@ class Shard:
     groups: Mapping[str, tuple[int, ...]]
     chunks: tuple[tuple[str, int, int], ...]
     value: str
+    content: tuple[str, ...] = ()
+    stamps: tuple[str, ...] = ()
+    sums: Segments | None = None
+    map_sums: Segments | None = None
 
     @classmethod
     def read(cls, path: Path) -> Shard:
-        """Reads the footer of a file.
+        """Reads the footer of a file, and compares it with its checksum.
 
         Raises:
             ShardError: The file is damaged.
@@ -56,9 +65,18 @@ class Shard:
         parquet = extra("pyarrow.parquet", "dataset")
         path_inside(path.parent.parent, f"{ROWS}/{path.name}")
         match = PART.fullmatch(path.name)
+        sums_path = path_inside(path.parent.parent, f"{ROWS}/_{path.stem}.json")
+        sums = read_sums(sums_path)
         try:
+            rows_sums, map_sums = (_segments(sums, name) for name in ("rows", "maps"))
+            if rows_sums is not None:
+                rows_sums.check(path, [len(rows_sums.ends) - 1])
             metadata = parquet.read_metadata(path)
             info = json.loads(metadata.metadata[KEY])
+            if rows_sums is None and info.get("has_sums"):
+                raise ValueError(f"its checksums {sums_path.name} are missing")
+            if match is not None and info.get("number", int(match[2])) != int(match[2]):
+                raise ValueError(f"it contains shard {info['number']}")
             if match is None or metadata.num_row_groups != len(info["chunks"]):
                 raise ValueError("its row groups differ from those listed in its footer")
             rows = sum(math.prod(info["groups"][name]) for name in {name for name, *_ in info["chunks"]})
@@ -76,11 +94,30 @@ class Shard:
                 {name: tuple(groups) for name, groups in info["groups"].items()},
                 tuple((name, first, last) for name, first, last in info["chunks"]),
                 info["value"],
+                tuple(info.get("content", ())),
+                tuple(info.get("stamps", ())),
+                rows_sums,
+                map_sums,
             )
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            if isinstance(error, FileNotFoundError):
+            if isinstance(error, (FileNotFoundError, ShardError)):
                 raise
             raise ShardError(f"{path} is damaged: {error}.") from error
+
+    def check_content(self) -> None:
+        """Compares every byte with the checksums; raises :class:`ShardError` if a file is damaged."""
+        if self.sums is not None:
+            self.sums.check(self.path)
+        if self.map_sums is not None:
+            self.check_map_content()
+
+    def check_map_content(self) -> None:
+        """Raises :class:`ShardError` if the file of maps is missing or differs from its checksum."""
+        try:
+            if self.map_sums is not None:
+                self.map_sums.check(self.maps)
+        except OSError as error:
+            raise ShardError(f"{self.maps} is damaged: {error}.") from error
 
     def check_settings(self, fingerprint: str) -> None:
         """Raises :class:`ShardError` if the shard belongs to a sweep with other settings."""
@@ -127,6 +164,8 @@ class Shard:
         names = list(schema().names if columns is None else columns)
         read = list(dict.fromkeys([*names, *([] if groups is None else ["group"])]))
         try:
+            if self.sums is not None:
+                self.sums.check(self.path, chosen)
             with parquet.ParquetFile(self.path, page_checksum_verification=True) as file:
                 # Some versions of pyarrow fail to read an empty list of row groups.
                 table = file.read_row_groups(chosen, columns=read) if chosen else file.schema_arrow.empty_table()
@@ -139,6 +178,10 @@ class Shard:
             is_inside = compute.and_(compute.greater_equal(group, groups[0]), compute.less_equal(group, groups[1]))
             table = table.filter(is_inside)
         return table.select(names).replace_schema_metadata(None)
+
+
+def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
+    return None if sums is None or sums[name] is None else Segments.from_json(sums[name])
 
 
 def shards_in(folder: Path) -> dict[int, Path]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from ..errors import extra
-from .atomic_files import AtomicFile
+from .atomic_files import AtomicFile, write_bytes
+from .checksums import Segments, row_group_ends, to_bytes
 from .evaluation import BatchResults
 from .queries import Maps, Query
 from .sample_batches import FailedSample
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 16
 """Largest number of rows in a row group, unless a single group of neurons has more."""
+OS_ERROR = re.compile(r"(?:code:|os error) (\d+)")
+"""An error of the operating system in a message of safetensors."""
 CODED = ["query", "group", "lower", "target", "prediction", "sample"]
 """Columns with few distinct values, which are dictionary-encoded."""
 
@@ -41,6 +46,9 @@ class ShardInfo:
         failed: Samples without rows.
         replaces: Damaged files that the shard replaces.
         value: ``"float"`` or ``"double"``.
+        content: Hash of each sample from the first to the last, empty for a failed one; of each batch for an iterable
+            data set.
+        stamps: What the data set tells of each sample without reading it.
     """
 
     settings: str
@@ -49,6 +57,8 @@ class ShardInfo:
     failed: Sequence[FailedSample]
     replaces: Sequence[dict[str, str]]
     value: str
+    content: Sequence[str] = ()
+    stamps: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The description as JSON, failed samples by index."""
@@ -83,30 +93,47 @@ def write_shard(
         OSError: The disk is full or not writable.
         SweepError: The groups of a query differ between batches.
     """
+    parquet = extra("pyarrow.parquet", "dataset")
     ordered = sorted(queries, key=lambda query: query.name)
     results = concatenated(batches, ordered)
     name = shard_name(rank, number)
+    sums: dict[str, Any] = {"maps": None}
     maps = {query.name: results.values[query.name] for query in ordered if isinstance(query, Maps) and batches}
     if maps:
         samples: dict[str, Any] = {"sample": results.sample, "target": results.target, "prediction": results.prediction}
         with AtomicFile(folder / MAPS / f"{name}.safetensors") as path:
-            safetensors.numpy.save_file({**samples, **maps}, path)
+            _save_tensors({**samples, **maps}, path)
+            sums["maps"] = Segments.of(path).to_json()
     names = [query.name for query in ordered if not isinstance(query, Maps)]
-    parquet = extra("pyarrow.parquet", "dataset")
-    with (
-        AtomicFile(folder / ROWS / f"{name}.parquet") as path,
-        parquet.ParquetWriter(
+    with AtomicFile(folder / ROWS / f"{name}.parquet") as path:
+        with parquet.ParquetWriter(
             path, schema(info.value), compression="zstd", use_dictionary=CODED, write_page_checksum=True
-        ) as writer,
-    ):
-        chunks: list[tuple[str, int, int]] = []
-        for query in names if len(results.sample) else ():
-            for first, table in tables(results, query, names, info.value):
-                chunks.append((query, first, int(table["group"][-1].as_py())))
-                writer.write_table(table, row_group_size=max(1, len(table)))
-        groups = {query.name: list(results.values[query.name].shape[1:]) for query in ordered} if batches else {}
-        entries = {**info.to_json(), "groups": groups, "chunks": chunks}
-        writer.add_key_value_metadata({KEY: json.dumps(entries)})
+        ) as writer:
+            chunks: list[tuple[str, int, int]] = []
+            for query in names if len(results.sample) else ():
+                for first, table in tables(results, query, names, info.value):
+                    chunks.append((query, first, int(table["group"][-1].as_py())))
+                    writer.write_table(table, row_group_size=max(1, len(table)))
+            groups = {query.name: list(results.values[query.name].shape[1:]) for query in ordered} if batches else {}
+            entries = {**info.to_json(), "number": number, "has_sums": True, "groups": groups, "chunks": chunks}
+            writer.add_key_value_metadata({KEY: json.dumps(entries)})
+        sums["rows"] = Segments.of(path, row_group_ends(parquet.read_metadata(path))).to_json()
+        write_bytes(folder / ROWS / f"_{name}.json", to_bytes(sums))
+
+
+def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Writes a file of safetensors, whose own error does not tell a full disk from an invalid tensor.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    try:
+        safetensors.numpy.save_file(dict(tensors), path)
+    except SafetensorError as error:
+        found = OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> BatchResults:

@@ -15,10 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import extra
+from .checksums import Segments, read_sums
 from .shard_file import Shard, shards_in
 from .sweep_layout import (
     BY_QUERY,
+    ROWS,
     SCALAR,
+    SUMS,
     Manifest,
     OnError,
     QueryInfo,
@@ -45,6 +48,7 @@ class Sweep:
     def __init__(self, path: Path, manifest: Manifest, on_error: OnError = "raise") -> None:
         self.path, self.manifest, self.on_error = path, manifest, on_error
         self.bad_shards: list[Mapping[str, Any]] = []
+        self._checked_maps: set[Path] = set()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], on_error: OnError = "raise") -> Sweep:
@@ -89,16 +93,29 @@ class Sweep:
         Raises:
             ShardError: A file is damaged or belongs to another sweep.
         """
-        shards = []
+        shards: list[Shard] = []
         for path in shards_in(self.path).values():
             try:
                 shard = Shard.read(path)
                 shard.check_settings(self.manifest.fingerprint)
+                if shards and shard.first <= shards[-1].last:
+                    raise ShardError(f"{path} repeats samples of {shards[-1].path.name}.")
             except ShardError as error:
                 self._skip(path, error)
             else:
                 shards.append(shard)
+        if self.is_complete and not self.bad_shards:
+            self._check_coverage(shards)
         return shards
+
+    def _check_coverage(self, shards: Sequence[Shard]) -> None:
+        """Reports samples that no shard of a complete sweep contains."""
+        expected = 0
+        for first, last in (*((shard.first, shard.last) for shard in shards), (self.manifest.samples or 0, 0)):
+            if first != expected:
+                name = self.path / ROWS
+                self._skip(name, ShardError(f"{name} is incomplete: samples {expected} to {first - 1} are missing."))
+            expected = last + 1
 
     def _skip(self, path: Path, error: ShardError) -> None:
         if self.on_error == "raise":
@@ -205,15 +222,27 @@ class Sweep:
 
     def _group_rows(self, info: QueryInfo, group: int) -> pa.Table:
         path = path_inside(self.path, f"{BY_QUERY}/{list(self.queries).index(info.name):04}.parquet")
-        if not path.exists():
-            return self.rows(info.name, group)
-        pa, parquet = arrow(), extra("pyarrow.parquet", "dataset")
         try:
-            return parquet.read_table(path, filters=[("group", "==", group)])
-        except (OSError, pa.ArrowException) as error:
+            sums = read_sums(path_inside(self.path, f"{BY_QUERY}/{SUMS}"))
+            if sums is None or path.name not in sums:
+                return self.rows(info.name, group)
+            return self._indexed(path, sums, group)
+        except (OSError, KeyError, TypeError, ValueError, arrow().ArrowException) as error:
             raise ShardError(
-                f"{path} is damaged: {error}. Delete the folder {BY_QUERY} to read the shards instead."
+                f"{path} is damaged: {error}. Delete the folder {BY_QUERY} to read the shards instead, or resume the "
+                "sweep to write it again."
             ) from error
+
+    def _indexed(self, path: Path, sums: Mapping[str, Any], group: int) -> pa.Table:
+        compute, parquet = extra("pyarrow.compute", "dataset"), extra("pyarrow.parquet", "dataset")
+        if sums["settings"] != self.manifest.fingerprint:
+            raise ShardError("it belongs to another sweep, with different settings")
+        segments = Segments.from_json(sums[path.name])
+        chosen = [k for k, (first, last) in enumerate(sums[path.name]["groups"]) if first <= group <= last]
+        segments.check(path, [*chosen, len(segments.ends) - 1])
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read_row_groups(chosen) if chosen else file.schema_arrow.empty_table()
+        return table.filter(compute.equal(table["group"], group))
 
     def maps(self, query: str, samples: Collection[int]) -> Tensor:
         """Stored maps of some samples, ``(len(samples), *shape)``.
@@ -245,6 +274,9 @@ class Sweep:
         path = shard.path
         try:
             path = shard.maps
+            if path not in self._checked_maps:
+                shard.check_map_content()
+                self._checked_maps.add(path)
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in names}
         except ShardError as error:

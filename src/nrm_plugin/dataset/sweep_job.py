@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from .descriptions import content_hash
 from .evaluation import BatchResults, Evaluation, is_due_to_samples
 from .queries import Maps
 from .sample_batches import (
@@ -21,7 +22,7 @@ from .sample_batches import (
 )
 from .shard_file import Shard, shards_in
 from .shard_writer import ShardInfo, write_shard
-from .sweep_layout import OnError, ShardError, SweepError
+from .sweep_layout import OnError, SettingsError, ShardError, SweepError
 
 OnProgress = Callable[[int], object]
 """Is called with the number of samples that were evaluated."""
@@ -64,11 +65,12 @@ class SweepJob:
 
     # -- existing shards ----------------------------------------------------------------------------------------------
 
-    def done(self, retry_failed: bool = False) -> dict[int, Shard]:
+    def done(self, retry_failed: bool = False, of: Container[int] = ()) -> dict[int, Shard]:
         """The shards that need not be evaluated, by number; sets damaged files aside.
 
         Args:
             retry_failed: Remove shards with failed samples, so that they are evaluated again.
+            of: Shards of which every byte is compared with its checksum, not only the description.
 
         Raises:
             ShardError: A file is damaged, and ``on_error`` is ``"raise"``.
@@ -77,6 +79,8 @@ class SweepJob:
         for number, path in shards_in(self.folder).items():
             try:
                 shard = self._checked(path)
+                if number in of:
+                    shard.check_content()
             except ShardError as error:
                 if self.on_error == "raise":
                     raise ShardError(
@@ -137,8 +141,10 @@ class SweepJob:
         while batch := list(islice(batches, self.shard_batches)):
             loaded, first = [], sample
             for part in batch:
-                loaded.append(LoadedBatch(list(range(sample, sample + batch_length(part))), part))
-                sample = loaded[-1].samples[-1] + 1
+                samples = list(range(sample, sample + batch_length(part)))
+                content = content_hash(part) if self.source.is_hashed else ""
+                loaded.append(LoadedBatch(samples, part, content={samples[0]: content}))
+                sample = samples[-1] + 1
             if number not in done:
                 self._evaluate_shard(number, 0, iter(loaded), first, on_progress)
             elif (done[number].first, done[number].last) != (first, sample - 1):
@@ -148,25 +154,43 @@ class SweepJob:
                     "in the same order."
                 )
             else:
+                self._check_batches(done[number], loaded)
                 on_progress(sample - first)
             number += 1
+        if missing := [shard for shard in done if shard >= number]:
+            raise SettingsError(
+                f"the data set now ends after {sample} samples, but {self.folder} contains shard {missing[0]}. To "
+                "resume, it must yield the same samples in the same order."
+            )
         return sample
+
+    def _check_batches(self, shard: Shard, loaded: Sequence[LoadedBatch]) -> None:
+        now = [text for part in loaded for text in part.content.values()]
+        for part, before, text in zip(loaded, shard.content, now, strict=False):
+            if before != text:
+                raise changed_samples(self.folder, part.samples)
 
     def _evaluate_shard(
         self, number: int, rank: int, batches: Iterable[LoadedBatch], first: int, on_progress: OnProgress
     ) -> None:
         results: list[BatchResults] = []
         failed: list[FailedSample] = []
+        content: dict[int, str] = {}
+        stamps = self.source.stamps(first, self.plan.range(number)[1]) if self.plan is not None else []
         last = first - 1
         for loaded in batches:
             result, failures = self._evaluated(loaded)
             results += [] if result is None else [result]
             failed += failures
             size = len(loaded.samples) + len(loaded.failed)
+            content |= loaded.content
             last += size
             on_progress(size)
         replaced = [self.damaged[number]] if number in self.damaged else []
-        info = ShardInfo(self.fingerprint, first, last, failed, replaced, self.value)
+        lost = {failure.sample for failure in failed}
+        numbers = range(first, last + 1) if self.plan is not None else content
+        hashes = ["" if index in lost else content.get(index, "") for index in numbers] if content else []
+        info = ShardInfo(self.fingerprint, first, last, failed, replaced, self.value, hashes, stamps)
         try:
             write_shard(self.folder, rank, number, self.evaluation.queries, results, info)
         except OSError as error:
@@ -215,6 +239,16 @@ class SweepJob:
             yield FailedSample(sample, one_line(error))
 
 
+def changed_samples(folder: Path, samples: Sequence[int]) -> SettingsError:
+    """The error of samples that are not those that a sweep has stored."""
+    more = "" if len(samples) == 1 else f" and {len(samples) - 1} more"
+    return SettingsError(
+        f"the data changed: sample {samples[0]}{more} differs from the one that {folder} contains results of. Choose "
+        "another folder, delete this one, or restore the data. A data set that returns other values at every reading "
+        "needs a string attribute fingerprint, which is compared instead."
+    )
+
+
 def _sample_error(what: str, why: str) -> SampleError:
     return SampleError(
         f"{what}: {why.rstrip('.')}. All shards before are stored. Fix this and run the same sweep again, or skip such "
@@ -222,4 +256,4 @@ def _sample_error(what: str, why: str) -> SampleError:
     )
 
 
-__all__ = ["OnProgress", "SampleError", "SweepJob"]
+__all__ = ["OnProgress", "SampleError", "SweepJob", "changed_samples"]

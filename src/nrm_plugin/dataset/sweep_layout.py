@@ -5,12 +5,16 @@
 - ``maps/part-RRRR-NNNNNN.safetensors``: tensors of the same samples, if there are queries for maps
 - ``by-query/NNNN.parquet``: the rows of one query, sorted by group and decreasing value; written when the sweep is
   complete, and not for joint matrices
+- ``rows/_part-RRRR-NNNNNN.json``, ``by-query/_sums.json``: checksums of these files; readers of Parquet ignore names
+  that start with an underscore
+- ``locks/``: empty files that running processes lock
 
 A shard is identified by its number, whichever rank wrote it. Files whose names start with a dot are incomplete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,11 +30,16 @@ if TYPE_CHECKING:
 
 FORMAT = "nrm-plugin sweep 1"
 MANIFEST, ROWS, MAPS, BY_QUERY = "manifest.json", "rows", "maps", "by-query"
+LOCKS = "locks"
+SUMS = "_sums.json"
+"""Checksums of the index."""
 PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
 KEY = b"nrm-plugin"
 """Key of the metadata of a Parquet file under which the description of the shard is stored as JSON."""
 SCALAR = -1
 """``group`` of a query with one number per sample, and ``lower`` of a query without a lower layer."""
+
+REBUILT = "The same sweep with on_error='skip' writes it again; the stored rows are kept."
 
 State = Literal["running", "interrupted", "complete"]
 OnError = Literal["raise", "skip"]
@@ -46,6 +55,10 @@ class SettingsError(SweepError):
 
 class ShardError(SweepError):
     """A file of a sweep is damaged or belongs to another sweep."""
+
+
+class ManifestError(ShardError):
+    """The manifest of a sweep is damaged or was edited."""
 
 
 def arrow() -> Any:
@@ -143,9 +156,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes the manifest of a folder, in one step."""
-        write_bytes(
-            folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False).encode()
-        )
+        entries = {"format": FORMAT, **asdict(self)}
+        entries["checksum"] = json_checksum(entries)
+        write_bytes(folder / MANIFEST, json.dumps(entries, indent=1, ensure_ascii=False).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -157,8 +170,12 @@ class Manifest:
         path = path_inside(folder, MANIFEST)
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
-            if entries.pop("format") != FORMAT:
+            checksum = entries.pop("checksum", None)  # former versions stored none
+            if entries["format"] != FORMAT:
                 raise SweepError(f"{path} has a different format; this version of the package reads {FORMAT!r}.")
+            if checksum is not None and checksum != json_checksum(entries):
+                raise ManifestError(f"{path} is damaged or was edited: its checksum differs. {REBUILT}")
+            del entries["format"]
             queries = tuple(
                 QueryInfo(**{**query, "layers": tuple(query["layers"]), "groups": _shape(query["groups"])})
                 for query in entries.pop("queries")
@@ -170,7 +187,15 @@ class Manifest:
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             if isinstance(error, SweepError):
                 raise
-            raise SweepError(f"{path} is damaged and cannot be read as the manifest of a sweep: {error!r}.") from error
+            raise ManifestError(
+                f"{path} is damaged and cannot be read as the manifest of a sweep: {error!r}. {REBUILT}"
+            ) from error
+
+
+def json_checksum(entries: Mapping[str, Any]) -> str:
+    """Hash of a JSON object, whatever the order of its keys."""
+    normal = json.loads(json.dumps(entries))  # tuples become lists, and keys become text
+    return hashlib.blake2b(json.dumps(normal, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _shape(groups: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -193,6 +218,7 @@ def path_inside(folder: Path, name: str) -> Path:
 
 __all__ = [
     "Manifest",
+    "ManifestError",
     "OnError",
     "QueryInfo",
     "SettingsError",
@@ -200,6 +226,7 @@ __all__ = [
     "State",
     "SweepError",
     "arrow",
+    "json_checksum",
     "path_inside",
     "schema",
 ]

@@ -1,0 +1,126 @@
+"""Checksums of stored files: every byte belongs to one segment, which is compared before its content is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .sweep_layout import ShardError, json_checksum
+
+BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The consecutive parts of a file, with a hash of each.
+
+    Attributes:
+        ends: Offset of the end of each part; the last one is the size of the file.
+        hashes: Hash of the bytes of each part.
+    """
+
+    ends: tuple[int, ...]
+    hashes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, path: Path, ends: Sequence[int] = ()) -> Segments:
+        """The segments of a file.
+
+        Args:
+            path: The file.
+            ends: Ends of the parts, without the end of the file.
+        """
+        edges = (*ends, path.stat().st_size)
+        return cls(edges, tuple(_hashes(path, pairwise((0, *edges)))))
+
+    @classmethod
+    def from_json(cls, entries: Mapping[str, Any]) -> Segments:
+        """The segments that :meth:`to_json` returned."""
+        ends, hashes = tuple(entries["ends"]), tuple(entries["hashes"])
+        if not ends or len(ends) != len(hashes):
+            raise ValueError("its checksums are incomplete")
+        return cls(ends, hashes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The segments as JSON."""
+        return {"ends": list(self.ends), "hashes": list(self.hashes)}
+
+    def check(self, path: Path, numbers: Iterable[int] | None = None) -> None:
+        """Compares parts of a file with their hashes.
+
+        Args:
+            path: The file.
+            numbers: The parts; None for all.
+
+        Raises:
+            ShardError: A part differs, or the file has another size.
+        """
+        size = path.stat().st_size
+        if size != self.ends[-1]:
+            raise ShardError(f"{path} is damaged: it has {size} bytes, and had {self.ends[-1]} when it was written.")
+        starts = (0, *self.ends)
+        chosen = range(len(self.ends)) if numbers is None else list(numbers)
+        parts = ((starts[number], self.ends[number]) for number in chosen)
+        for number, found in zip(chosen, _hashes(path, parts), strict=True):
+            if found != self.hashes[number]:
+                raise ShardError(
+                    f"{path} is damaged: its bytes {starts[number]} to {self.ends[number]} differ from their checksum."
+                )
+
+
+def _hashes(path: Path, parts: Iterable[tuple[int, int]]) -> Iterable[str]:
+    with path.open("rb") as file:
+        for start, end in parts:
+            content, left = hashlib.blake2b(digest_size=16), end - start
+            file.seek(start)
+            while left > 0 and (block := file.read(min(BLOCK, left))):
+                content.update(block)
+                left -= len(block)
+            yield content.hexdigest()
+
+
+def row_group_ends(metadata: Any) -> list[int]:
+    """Offsets at which the row groups of a Parquet file end; what follows the last one is its footer."""
+    ends = []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        ends.append(max(_end(group.column(column)) for column in range(group.num_columns)))
+    return ends
+
+
+def _end(column: Any) -> int:
+    starts = [start for start in (column.dictionary_page_offset, column.data_page_offset) if start]
+    return int(min(starts) + column.total_compressed_size)
+
+
+def to_bytes(entries: Mapping[str, Any]) -> bytes:
+    """A file of checksums, with one of its own."""
+    return json.dumps({**entries, "checksum": json_checksum(entries)}).encode()
+
+
+def read_sums(path: Path) -> dict[str, Any] | None:
+    """The content of a file of checksums; None if there is none.
+
+    Raises:
+        ShardError: It is damaged.
+    """
+    try:
+        entries = json.loads(path.read_bytes())
+        if not isinstance(entries, dict):
+            raise TypeError("it is not a JSON object")
+        if entries.pop("checksum", None) != json_checksum(entries):
+            raise ValueError("its own checksum differs")
+        return entries
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise ShardError(f"{path} is damaged: {error}.") from error
+
+
+__all__ = ["Segments", "read_sums", "row_group_ends", "to_bytes"]

@@ -1,0 +1,318 @@
+"""Objects as JSON that is equal for objects that behave the same, with the code of the user's functions and classes.
+
+Code of installed packages is identified by their version, all other code by its bytecode and by what it refers to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import hashlib
+import importlib.metadata
+import json
+import pickle
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..imports import PACKAGE, stored_path
+
+MAX_DEPTH = 12
+"""Depth at which the description of nested objects stops."""
+TRANSIENT = ("handles", "hook_refs", "stored_tensors", "__weakref__")
+"""What a hook holds while it is registered is not a setting."""
+PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, bytes, range, slice, Path, np.generic)
+"""Types whose objects are described by their text."""
+NOT_BEHAVIOUR = {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__qualname__", "__slots__",
+                 "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}  # fmt: skip
+"""Entries of a class that do not change what it does."""
+
+Function = types.FunctionType
+
+
+def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
+    """The state of an object as JSON: equal for objects that behave the same, also across processes.
+
+    A function is described by its name, code, defaults and closure, a tensor by its hash. Classes and functions of this
+    package keep the module path that stored sweeps have (:func:`~nrm_plugin.imports.stored_path`).
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return f"{type(value).__name__}.{value.name}" if isinstance(value, enum.Enum) else value
+    if isinstance(value, float):
+        return repr(value)
+    if id(value) in seen or depth > MAX_DEPTH:
+        return "…"
+    inner = (depth + 1, (*seen, id(value)))
+    if isinstance(value, (Tensor, np.ndarray)):
+        return _array(value)
+    if isinstance(value, type):
+        return _name(value)
+    if isinstance(value, Mapping):
+        return {_key(key): described(item, *inner) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(item, *inner) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(described(item, *inner)) for item in value)
+    if isinstance(value, types.MethodType):
+        return [described(value.__func__, *inner), described(value.__self__, *inner)]
+    if isinstance(value, Function):
+        return _function(value, *inner)
+    if isinstance(value, functools.partial):
+        return [described(part, *inner) for part in (value.func, value.args, value.keywords)]
+    if isinstance(value, (*PLAIN, enum.Enum)):
+        return f"{type(value).__name__} {value!r}" if isinstance(value, bytes) else f"{type(value).__name__} {value}"
+    return {_name(type(value)): _state(value, *inner), **_code_entry(type(value))}
+
+
+def digest(settings: Any) -> str:
+    """Hash of a JSON value."""
+    return hashed(json.dumps(settings, sort_keys=True).encode())
+
+
+def hashed(content: Any) -> str:
+    """Hash of bytes."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The values of a tensor as bytes."""
+    dense = tensor.detach()
+    dense = dense.to_dense() if dense.layout != torch.strided else dense
+    return dense.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if dense.numel() else b""
+
+
+def content_hash(sample: Any) -> str:
+    """Hash of a sample as a data set returns it: of its tensors, arrays, images, numbers and texts."""
+    return digest(_content(sample))
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _content(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_content(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str, Tensor, np.ndarray, *PLAIN)):
+        return described(value)
+    if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):  # such as an image of Pillow
+        return _array(np.asarray(value))
+    try:
+        return hashed(pickle.dumps(value, protocol=4))
+    except Exception:  # whatever the user's class raises
+        return described(value)
+
+
+def _array(value: Tensor | np.ndarray[Any, Any]) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        plain = value.dequantize() if value.is_quantized else value
+        return {"tensor": [str(value.dtype), list(value.shape), hashed(tensor_bytes(plain.resolve_conj()))]}
+    if value.dtype.hasobject:
+        return {"array": [str(value.dtype), described(value.tolist())]}
+    return {"array": [str(value.dtype), list(value.shape), hashed(np.ascontiguousarray(value).tobytes())]}
+
+
+def _key(key: Any) -> str:
+    return str(key) if isinstance(key, (str, int, float, bool, tuple, type(None))) else json.dumps(described(key))
+
+
+def _name(value: type | Function) -> str:
+    return f"{stored_path(value.__module__)}.{value.__qualname__}"
+
+
+def _function(value: Function, depth: int, seen: tuple[int, ...]) -> Any:
+    cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    state = described([cells, value.__defaults__, value.__kwdefaults__], depth, seen)
+    if not is_installed(value):
+        return {"function": _name(value), "code": user_code(value), "around": state}
+    code = f"{value.__code__.co_code.hex()} {[item for item in value.__code__.co_consts if _is_plain(item)]}"
+    return {"function": _name(value), "code": hashed(code.encode()), "around": state}
+
+
+def _state(value: Any, depth: int, seen: tuple[int, ...]) -> Any:
+    state = getattr(value, "__dict__", None)
+    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+    if state is None and not slots:
+        return getattr(value, "__name__", "")
+    items = sorted({**slots, **(state or {})}.items())
+    return {key: described(item, depth, seen) for key, item in items if key not in TRANSIENT}
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        names = [slots] if isinstance(slots, str) else slots
+        yield from (name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bool, type(None)))
+
+
+# -- code -----------------------------------------------------------------------------------------------------------
+
+
+def is_installed(value: type | Function) -> bool:
+    """Whether a class or function belongs to Python or an installed package, so that a version identifies its code."""
+    return _is_installed(value.__module__ or "builtins")
+
+
+@functools.cache
+def _is_installed(name: str) -> bool:
+    top = name.partition(".")[0]
+    if top == PACKAGE or top in sys.stdlib_module_names - {"__main__"} or top in sys.builtin_module_names:
+        return True
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        return False
+    path = Path(file).resolve()
+    if {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(sysconfig.get_path("stdlib")):
+        return True
+    return top in _distributions() and any(
+        path.is_relative_to(Path(str(importlib.metadata.distribution(one).locate_file(top))).resolve())
+        for one in _distributions()[top]
+    )
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
+def package_version(module: str) -> str:
+    """The version of the package of a module, ``"?"`` if it has none."""
+    top = module.partition(".")[0]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(top)
+    with contextlib.suppress(KeyError):  # slower
+        return importlib.metadata.version(_distributions()[top][0])
+    return str(getattr(sys.modules.get(top), "__version__", "?"))
+
+
+def user_code(value: type | Function) -> dict[str, str]:
+    """Hashes of the code of a class or function, and of the user's functions, classes and constants it refers to."""
+    found: dict[str, str] = {}
+    _visit(value, found, set())
+    return dict(sorted(found.items()))
+
+
+def _code_entry(kind: type) -> dict[str, Any]:
+    return {} if is_installed(kind) else {"code": digest(user_code(kind))}
+
+
+def _visit(value: Any, found: dict[str, str], seen: set[int]) -> None:
+    """Adds the code of a class or function of the user, and of what it refers to."""
+    value = _unwrapped(value)
+    if not isinstance(value, (type, Function)) or id(value) in seen or is_installed(value):
+        return
+    seen.add(id(value))
+    if isinstance(value, type):
+        _visit_class(value, found, seen)
+        return
+    wrapped = getattr(value, "__wrapped__", None)
+    if wrapped is not None:
+        _visit(wrapped, found, seen)
+    cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    constants: dict[str, Any] = {}
+    for name, item in _referenced(value):
+        _visit_or_note(name, item, constants, found, seen)
+    for number, item in enumerate([*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]):
+        _visit_or_note(f"around {number}", item, constants, found, seen)
+    _add(found, _name(value), [_code(value.__code__, value.__doc__), constants])
+
+
+def _visit_class(kind: type, found: dict[str, str], seen: set[int]) -> None:
+    constants: dict[str, Any] = {"bases": [_name(base) for base in kind.__bases__]}
+    for base in kind.__bases__:
+        _visit(base, found, seen)
+    for name, item in vars(kind).items():
+        if name not in NOT_BEHAVIOUR and not name.startswith("_abc_"):
+            _visit_or_note(name, item, constants, found, seen)
+    _add(found, _name(kind), constants)
+
+
+def _add(found: dict[str, str], name: str, content: Any) -> None:
+    own = digest(content)
+    found[name] = own if name not in found else digest(sorted([found[name], own]))
+
+
+def _visit_or_note(name: str, item: Any, constants: dict[str, Any], found: dict[str, str], seen: set[int]) -> None:
+    if isinstance(item, property):
+        for part in (item.fget, item.fset):
+            _visit(part, found, seen)
+        return
+    inner = _unwrapped(item)
+    if isinstance(inner, (type, Function)):
+        constants[name] = _name(inner)
+        _visit(inner, found, seen)
+    elif not isinstance(item, types.ModuleType):
+        constants[name] = _constant(item)
+        _visit(type(item), found, seen)
+
+
+def _constant(item: Any) -> Any:
+    """A value that code refers to; of objects of installed packages, such as loggers, only data are described."""
+    data = (bool, int, float, str, type(None), Tensor, np.ndarray, list, tuple, dict, set, frozenset, functools.partial)
+    is_data = isinstance(item, (*data, *PLAIN, enum.Enum)) or not is_installed(type(item))
+    return described(item, MAX_DEPTH // 2) if is_data else _name(type(item))
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, (staticmethod, classmethod, types.MethodType)):
+        return value.__func__
+    if isinstance(value, functools.cached_property):
+        return value.func
+    return value
+
+
+def _referenced(function: Function) -> Iterator[tuple[str, Any]]:
+    """The global names that a function uses, and names in the user's modules that it uses."""
+    names = sorted(set(_names(function.__code__)))
+    for name in names:
+        item = function.__globals__.get(name)
+        if isinstance(item, types.ModuleType):
+            if not _is_installed(item.__name__):
+                yield from ((f"{name}.{inner}", vars(item)[inner]) for inner in names if inner in vars(item))
+        elif name in function.__globals__:
+            yield name, item
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for item in code.co_consts:
+        if isinstance(item, types.CodeType):
+            yield from _names(item)
+
+
+def _code(code: types.CodeType, doc: str | None = None) -> Any:
+    """Instructions, names and constants, without line numbers and docstring."""
+    constants = [
+        _code(item) if isinstance(item, types.CodeType) else sorted(map(repr, item)) if isinstance(item, frozenset)
+        else repr(None if item == doc else item) for item in code.co_consts
+    ]  # fmt: skip
+    return [code.co_code.hex(), list(code.co_names), list(code.co_freevars), code.co_argcount, constants]
+
+
+__all__ = [
+    "content_hash",
+    "described",
+    "digest",
+    "hashed",
+    "is_installed",
+    "package_version",
+    "tensor_bytes",
+    "user_code",
+]

@@ -1,0 +1,110 @@
+"""The processes of a sweep: their ranks, and locks that keep others out of its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from .sweep_layout import LOCKS, SweepError, path_inside
+
+PATIENCE = 60.0
+"""Seconds to wait for a process that creates or checks the manifest."""
+
+
+@dataclass(frozen=True)
+class ProcessRank:
+    """This process among those that share a sweep.
+
+    Attributes:
+        rank: Its rank.
+        world_size: Number of processes.
+    """
+
+    rank: int
+    world_size: int
+
+    @classmethod
+    def current(cls) -> ProcessRank:
+        """From ``torch.distributed`` or the environment of ``torchrun``; by default the only process."""
+        if _is_initialized():
+            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return cls(0, 1)
+
+    def barrier(self) -> None:
+        """Waits for the other processes, if ``torch.distributed`` is initialized."""
+        if self.world_size > 1 and _is_initialized():
+            torch.distributed.barrier()
+
+
+def _is_initialized() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@dataclass(frozen=True)
+class FolderLocks:
+    """Locks on the folder of a sweep: one for each rank, held until its process ends, and one for the manifest.
+
+    They are locks of the operating system, which it releases however a process ends. The files stay: a process that
+    removed one could lock a file that another one has just replaced.
+
+    Attributes:
+        folder: The folder.
+        process: This process.
+    """
+
+    folder: Path
+    process: ProcessRank
+    held: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> FolderLocks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.held.close()
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Holds the lock for the manifest, and takes that of this rank, which is kept after the context ends.
+
+        Raises:
+            SweepError: Another process writes to the folder with the same rank, or locks are not supported.
+        """
+        try:
+            path_inside(self.folder, LOCKS).mkdir(parents=True, exist_ok=True)
+            with self._lock("begin", PATIENCE):
+                self.held.enter_context(self._lock(self._name(self.process.rank)))
+                yield
+        except Timeout as error:
+            raise SweepError(
+                f"another process writes to {self.folder}. Wait for it to end, or choose another folder. Processes "
+                "that share a sweep are started by torchrun."
+            ) from error
+
+    def are_others_running(self) -> bool:
+        """Whether another rank holds its lock."""
+        for path in (self.folder / LOCKS).glob("rank-*"):
+            if path.name != self._name(self.process.rank):
+                try:
+                    with self._lock(path.name):
+                        pass
+                except Timeout:
+                    return True
+        return False
+
+    @staticmethod
+    def _name(rank: int) -> str:
+        return f"rank-{rank:04}"
+
+    def _lock(self, name: str, patience: float = 0.0) -> FileLock:
+        return FileLock(path_inside(self.folder, f"{LOCKS}/{name}"), timeout=patience, thread_local=False)
+
+
+__all__ = ["FolderLocks", "ProcessRank"]
