@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ class Classes:
     def of(cls, options: argparse.Namespace) -> Classes:
         """As given by the options."""
         categories = class_names(options.classes) if options.classes else []
-        count = len(categories) or sys.maxsize
+        count = len(categories) or None
         given = (options.target, options.minus)
         target, minus = (None if text is None else target_of(text, categories, count) for text in given)
         return cls(target, minus, categories)
@@ -70,6 +69,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
         raise RequestError("--minus compares two classes: give the other one by --target.")
     sweep = Sweep.open(options.sweep)
     classes = Classes.of(options)
+    _check_names(sweep, classes.categories)
     graph = mean_flow(sweep, options.layers, classes, options.top, options.coverage)
     print(f"{shown(sweep.path)}: mean flow{classes.title('of')}")
     for line in messages.layers(graph):
@@ -78,6 +78,18 @@ def print_mean_flow(options: argparse.Namespace) -> int:
         print(line)
     print_missing_page()
     return 0
+
+
+def _check_names(sweep: Sweep, categories: Sequence[str]) -> None:
+    """Raises :class:`RequestError` unless there are as many names as outputs, as far as the sweep knows these."""
+    for query in sweep.queries.values():
+        groups = query.groups or ()
+        for layer, count in zip(query.layers, groups, strict=False):
+            if layer == "output" and len(categories) not in (0, count):
+                raise RequestError(
+                    f"there are {len(categories)} class names, but the model of the sweep has {count} outputs. "
+                    "--classes takes a file with one name on each line, in the order of the outputs."
+                )
 
 
 def mean_flow(
@@ -106,6 +118,7 @@ def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes:
     settings = {
         "sweep": sweep.manifest.fingerprint, "layers": list(options.layers), "target": classes.target,
         "minus": classes.minus, "top": options.top, "coverage": options.coverage, "dark": options.dark,
+        **({"classes": list(classes.categories)} if classes.categories else {}),
     }  # fmt: skip
     name = sweep.path.resolve().name
     ends = ["flow.json", "flow.png", *(["flow.html"] if has_page() else [])]

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -46,9 +46,8 @@ def sweep_data(options: argparse.Namespace) -> int:
         queries = queries_of(options)
         loaded = model_of(options, options.weights)
         data = data_of(options.data, loaded)
-        target = _target(options.target, loaded)
         loaded.model.to(device)
-        _check_classes(loaded, data, target)
+        target = _target(options.target, loaded, data)
         print(messages.heading(loaded, request), flush=True)
         try:
             stored = _swept(options, loaded, request, data, queries, target)
@@ -77,26 +76,21 @@ def queries_of(options: argparse.Namespace) -> list[Query]:
     return [*queries, *(EventMass(condition.event, name=condition.text) for condition in conditions)]
 
 
-def _target(text: str, loaded: LoadedModel) -> Target:
-    if text == "prediction":
-        return "prediction"
-    if text == "label":
-        return "label"
-    return target_of(text, loaded.categories, len(loaded.categories) or sys.maxsize)
-
-
-def _check_classes(loaded: LoadedModel, data: Any, target: Target) -> None:
-    """Checks the names of the classes and, if they are explained, the labels of a folder.
+def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
+    """The explained target; checks the names of the classes and, if they are explained, the labels of a folder.
 
     Raises:
-        RequestError: There are not as many names as outputs.
+        RequestError: There are not as many names as outputs, or no such class.
         SweepError: Images have no label.
     """
-    if target == "label" and isinstance(data, PreprocessedImageFolder):
+    is_class = text not in ("prediction", "label")
+    if text == "label" and isinstance(data, PreprocessedImageFolder):
         data.check_labels()
-    if loaded.categories:
-        count = output_count(loaded, _first_inputs(data))
-        check_class_names(loaded, len(loaded.categories) if count is None else count)
+    count = output_count(loaded, _first_inputs(data)) if is_class or loaded.categories else None
+    if count is not None:
+        check_class_names(loaded, count)
+    known = count or len(loaded.categories) or None
+    return target_of(text, loaded.categories, known) if is_class else cast(Target, text)
 
 
 def _first_inputs(data: Any) -> Any:
@@ -122,7 +116,7 @@ def _swept(
             queries,
             options.out,
             target=target,
-            composite=composite_of(request.composite, loaded.preprocessing.bounds(next(loaded.model.parameters()))),
+            composite=composite_of(request.composite, loaded.preprocessing.bounds(loaded.parameter)),
             residual=request.residual,
             gain_limit=request.gain_limit,
             batch_size=options.batch_size,
