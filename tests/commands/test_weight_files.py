@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, squeezenet1_1
 
 from tests.commands.shell import fails
 
@@ -31,7 +31,11 @@ FILES: dict[str, tuple[Callable[[str], object], str]] = {
     "gone.pth": (lambda path: None, "the file gone.pth does not exist"),
     "folder": (os.mkdir, "folder is a folder"),
     "model.pth": (_pickled, "torch.save(model.state_dict(), FILE)"),
-    "text.pth": (lambda path: Path(path).write_text("text"), "cannot be read as weights"),
+    "text.pth": (lambda path: Path(path).write_text("text"), "neither torch.save nor safetensors wrote it"),
+    "export.pt2": (lambda path: zipfile.ZipFile(path, "w").writestr("net/archive_format", "pt2"), "torch.export"),
+    "cut.pth": (lambda path: Path(path).write_bytes(b"PK\x03\x04" + bytes(99)), "cut off or damaged"),
+    "int.pth": (lambda path: torch.save({k: v.to(torch.int8) for k, v in squeezenet1_1().state_dict().items()}, path),
+                "are not real numbers (features.0.weight torch.int8"),
     "empty.pt": (lambda path: Path(path).touch(), "cannot be read as weights"),
     "text.safetensors": (lambda path: Path(path).write_text("text" * 9), "cannot be read as weights"),
     "list.pth": (lambda path: torch.save([1, 2], path), "holds a list"),

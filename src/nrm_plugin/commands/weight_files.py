@@ -70,7 +70,9 @@ def read_state(path: Path) -> State:
             "Save the state dict alone: torch.save(model.state_dict(), FILE)."
         ) from error
     except Exception as error:  # a file of another kind may raise anything
-        raise WeightsError(f"{name} cannot be read as weights: {_first_line(error)}") from error
+        is_of_torch = head.startswith((b"PK", b"\x80")) or head[8:9] == b"{"
+        reason = _first_line(error).rstrip(".") if is_of_torch else "neither torch.save nor safetensors wrote it"
+        raise WeightsError(f"{name} cannot be read as weights: {reason}.") from error
     return _state(content, name)
 
 
@@ -108,6 +110,10 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
 
 def _other_kind(head: bytes, entries: Sequence[str], suffix: str) -> str:
     """What a file without a state dict is, by its content, and what to do; empty if it may hold one."""
+    if any(entry.endswith("/archive_format") for entry in entries):
+        return "a program of torch.export; save its weights: torch.save(torch.export.load(FILE).state_dict, OTHER)"
+    if head.startswith(b"PK\x03\x04") and not entries:
+        return "cut off or damaged; copy or download it again"
     if entries and not any(entry.endswith("data.pkl") for entry in entries):
         return "a zip archive without weights; unpack it, and pass the file in it"
     if any(entry.endswith("constants.pkl") for entry in entries):
@@ -190,11 +196,13 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if missing or unexpected or shapes:
+    kinds = [key for key in own if key in state and own[key].is_floating_point() and not state[key].is_floating_point()]
+    if missing or unexpected or shapes or kinds:
         differences = [
             _summary(f"of {name} are missing", missing),
             _summary("of the file are unknown", unexpected),
             _summary("have other shapes", [f"{key} {_sizes(state[key])} for {_sizes(own[key])}" for key in shapes]),
+            _summary("are not real numbers", [f"{key} {state[key].dtype}" for key in kinds]),
         ]
         raise WeightsError(
             f"{where} does not hold the weights of {name}: {'; '.join(filter(None, differences))}. "
