@@ -394,3 +394,16 @@ def test_the_examples_of_the_help_parse(capsys: pytest.CaptureFixture[str]):
     assert len(examples) == 7
     for line in examples:
         parser().parse_args(shlex.split(line)[1:])
+
+
+def test_an_image_that_the_model_rejects_does_not_stop_the_others(fast: Path, capsys: pytest.CaptureFixture[str]):
+    with Path("own_nets.py").open("a") as file:
+        file.write("\n\nclass Bright(Net):\n    def forward(self, x):\n        assert x.mean() > -1.5, 'dark'\n"
+                   "        return super().forward(x)\n")  # fmt: skip
+    Image.new("RGB", (40, 40)).save("dark.png")
+    Image.new("RGB", (40, 40), "white").save("white.png")
+    explain("china.png", "dark.png", "white.png", "--model", "own_nets:Bright", "--size", "32", code=1)
+    error = capsys.readouterr().err
+    assert "1 failed" in error
+    assert "dark.png: own_nets:Bright fails on an input" in error
+    assert Path("nrm-explained/white-relevance.png").exists()

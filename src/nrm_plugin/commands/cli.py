@@ -50,7 +50,8 @@ class Parser(argparse.ArgumentParser):
             self.description, self.epilog, self._command = module.DESCRIPTION, module.EXAMPLES, ""
             module.add_arguments(self)
             self.set_defaults(run=module.run)
-            self.add_argument("--quiet", action="store_true", help="print nothing but errors")
+            self.add_argument("--quiet", action="store_true",
+                              help="print only errors and failed images; no results, warnings or progress")  # fmt: skip
             self.add_argument("--debug", action="store_true", help="print the traceback of an error")
             args = joined(args)
         return super().parse_known_args(args, namespace)
@@ -91,13 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             parser().parse_args(argv, options)
             with quiet(options.quiet):
-                status: int = options.run(options)
-                return status
+                return _status(options)
         except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (Exception, KeyboardInterrupt) as error:
             return _ended(error, options, bool(interrupts))
+
+
+def _status(options: argparse.Namespace) -> int:
+    try:
+        status: int = options.run(options)
+        return status
+    except SystemExit as error:  # of the user's model or data, as the parser has finished
+        raise RuntimeError(f"sys.exit({error.code!r}) was called") from error
 
 
 def _ended(error: BaseException, options: argparse.Namespace, is_interrupted: bool) -> int:
@@ -106,6 +114,7 @@ def _ended(error: BaseException, options: argparse.Namespace, is_interrupted: bo
         traceback.print_exception(error, file=sys.stderr)
     if is_interrupted or isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
+        exec("")
         return INTERRUPTED
     print(line(error, options), file=sys.stderr)
     is_of_options = isinstance(error, (NRMError, OSError)) and not is_out_of_memory(error)

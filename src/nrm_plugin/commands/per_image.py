@@ -18,7 +18,7 @@ from .request import Request, RequestError, check_device
 from .resolved_options import model_of, one_line_warnings, request_of
 
 COMMON = (OutputError, RequestError, CompositeError, ModelStateError, UnsupportedOperationError, UnsupportedRuleError)
-"""Errors that every other image would cause as well."""
+"""Errors that every other image would cause as well, unless one has been explained."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,20 @@ def explain_each(options: argparse.Namespace, explain: Explain) -> int:
             loaded.model.to(device)
             print(messages.heading(loaded, request))
             taken: set[str] = set()
+            common: tuple[type[Exception], ...] = COMMON
             for path in images:
-                printed = _explained(path, lambda image: explain(loaded, image, request, options.out, taken))
+                printed = _explained(path, common, lambda image: explain(loaded, image, request, options.out, taken))
+                common = (OutputError,) if printed.lines else common
                 for line in ("", *printed.lines) if printed.lines else ():
                     print(line, flush=True)
                 problems += printed.problems
     return print_problems(problems, options.name)
 
 
-def _explained(path: Path, explain: Callable[[LoadedImage], Printed]) -> Printed:
+def _explained(path: Path, common: tuple[type[Exception], ...], explain: Callable[[LoadedImage], Printed]) -> Printed:
     try:
         return explain(load_image(path))
-    except COMMON:
+    except common:
         raise
     except (NRMError, OSError) as error:
         text = str(error) if isinstance(error, NRMError) else f"{error.strerror or error}"

@@ -23,6 +23,8 @@ def data_of(name: str, loaded: LoadedModel) -> Any:
         ModelError: No such module, file or name.
         SweepError: No such folder, or calling the function failed.
     """
+    if not name:
+        raise SweepError("the name of the folder or data set is empty.")
     if ":" not in name or Path(name).exists():
         folder = PreprocessedImageFolder(Path(name), loaded.preprocessing, loaded.categories)
         if folder.left_out:
