@@ -5,6 +5,7 @@ Covers: nrm_plugin.dataset.preprocessing.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,22 @@ def test_other_files_are_counted_and_named(tmp_path: Path):
         "10 files are not readable as images and left out: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, 5.csv, 6.csv, 7.csv, "
         "and 2 more."
     )
+
+
+def test_a_subfolder_that_cannot_be_read_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without its images, the classes of the other subfolders would have other numbers."""
+    for name in ("cat", "dog", "owl"):
+        _save(tmp_path / name / "a.png")
+    plain = os.scandir
+
+    def denied(path):
+        if Path(path).name == "cat":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(SweepError, match=r"cannot read the folder .*cat: Permission denied"):
+        _folder(tmp_path)
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path):

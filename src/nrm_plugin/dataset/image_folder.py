@@ -40,18 +40,19 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         paths: The files in order.
-        left_out: The other files, and folders that cannot be read or link to a folder that contains them.
+        left_out: The other files, and links to a folder that contains them.
         labels: Their classes.
         unknown: Subfolders that are not classes of the model.
         fingerprint: Hash of names and labels.
 
     Raises:
-        SweepError: The folder does not exist or contains no images.
+        SweepError: The folder does not exist or contains no images, or a subfolder cannot be read.
     """
 
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:
         if not folder.is_dir():
-            raise SweepError(f"the folder {shown(folder)} does not exist.")
+            is_file, name = folder.exists(), shown(folder)
+            raise SweepError(f"{name} is not a folder." if is_file else f"the folder {name} does not exist.")
         self.folder, self.preprocess, self.categories = folder, preprocess, tuple(categories)
         found = sorted(_files(folder), key=lambda path: path.relative_to(folder).as_posix())
         self.paths = [path for path in found if _is_image(path)]
@@ -122,13 +123,13 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Everything in a folder but its folders, whose content follows unless they are links to a folder above."""
     real = os.path.realpath(folder)
-    try:
-        entries = [] if real in above else list(os.scandir(folder))
-    except OSError:
-        entries = []
-        above |= {real}
     if real in above:
         yield folder
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:  # without its images, the classes would be numbered differently
+        raise SweepError(f"cannot read the folder {shown(folder)}: {error.strerror or error}.") from error
     for entry in entries:
         path = folder / entry.name
         if path.is_dir():
