@@ -179,7 +179,7 @@ A = at("conv")[0]
     ("unknown", lambda net, x: LayerNRM(net, "con").attribute(x, target=1), UnknownLayerError, "'con'", "'conv'"),
     ("another", lambda net, x: LayerNRM(net, nn.ReLU()).attribute(x, target=1), UnknownLayerError, "ReLU"),
     ("number", lambda net, x: LayerNRM(net, 3).attribute(x, target=1), EventError, "a name", "got int: 3"),
-    ("tuple", lambda net, x: LayerNRM(net, ("conv", "pool")).attribute(x, target=1), EventError, "in a list"),
+    ("nested", lambda net, x: LayerNRM(net, [("conv", "pool")]).attribute(x, target=1), EventError, "in a list"),
     ("reused", lambda net, x: LayerNRM(net, net.lin).attribute(x, target=1), UnknownLayerError, "2 times", "call="),
     ("no target", lambda net, x: NRM(net).attribute(x), TargetError, "target=", "5 entries"),
     ("unit", lambda net, x: NRM(net).attribute(x, target=1, unit="%"), ValueError, "unit='%'", "'output' or 'measure'"),

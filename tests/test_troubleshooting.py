@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -16,7 +17,7 @@ from zennit.composites import GuidedBackprop, LayerMapComposite, NameMapComposit
 from zennit.rules import Epsilon, Pass
 from zennit.types import Linear
 
-from nrm_plugin import FuseBatchNorm, NRMEpsilonPlus, RelevanceMeasure, at, errors
+from nrm_plugin import FuseBatchNorm, Normalized, NRMDefault, NRMEpsilonPlus, RelevanceMeasure, at, errors
 from nrm_plugin.measure import event_masses
 
 PAGE = (Path(__file__).parents[1] / "docs/troubleshooting.md").read_text()
@@ -52,6 +53,13 @@ def without_gradients() -> None:
         RelevanceMeasure(chain(), X, 1)
 
 
+def differentiated() -> None:
+    x = X.clone().requires_grad_()
+    with Normalized(NRMDefault()).context(chain()) as hooked:
+        (relevance,) = torch.autograd.grad(hooked(x)[:, 1].sum(), x, create_graph=True)
+    relevance.sum().backward()
+
+
 def in_training() -> None:
     RelevanceMeasure(nn.Sequential(nn.Linear(4, 5), nn.Dropout(), nn.Linear(5, 3)), X, 1)
 
@@ -84,15 +92,15 @@ def null_event() -> None:
 
 
 def unknown_operation() -> None:
-    class Spectrum(nn.Module):
+    class Phase(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a = nn.Linear(4, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.fft.rfft(self.a(x)).abs()
+            return torch.fft.rfft(self.a(x)).angle()
 
-    RelevanceMeasure(Spectrum().eval(), X, 1).marginal("input")
+    RelevanceMeasure(Phase().eval(), X, 1).marginal("input")
 
 
 class Overriding(Epsilon):
@@ -144,6 +152,7 @@ CAUSES: dict[str, Callable[..., object]] = {
     "GradModeError": without_gradients,
     "ModelStateError": in_training,
     "StaleMeasureError": stale,
+    "StorageError": lambda: copy.deepcopy(RelevanceMeasure(chain(), X, 1)),
     "UnknownLayerError": lambda: RelevanceMeasure(chain(), X, 1).marginal("2 "),
     "HookedContainerError": container,
     "EventError": lambda: RelevanceMeasure(chain(), X, 1)(at("0")[9]),
@@ -160,6 +169,7 @@ CAUSES: dict[str, Callable[..., object]] = {
 OTHERS: dict[str, list[Callable[..., object]]] = {
     "TargetError": [lambda: RelevanceMeasure(chain(), X)],
     "ModelStateError": [in_a_context],
+    "UnsupportedOperationError": [differentiated],
 }
 
 

@@ -1,4 +1,4 @@
-"""``python -m nrm_plugin`` is the command ``nrm-plugin``."""
+"""Runs the command ``nrm-plugin`` as ``python -m nrm_plugin``."""
 
 import sys
 

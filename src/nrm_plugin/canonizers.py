@@ -14,7 +14,7 @@ from .functional import Interception
 class FuseBatchNorm(Canonizer):
     """Fuses batch normalization into the adjacent layers, without modifying the model.
 
-    For use as a canonizer in a ``Normalized`` composite (``RelevanceMeasure`` normalizes its composite itself):
+    The canonizer requires a ``Normalized`` composite (``RelevanceMeasure`` normalizes its composite):
     ``EpsilonPlusFlat(canonizers=[FuseBatchNorm()])``. Adjacent layers are found while the model runs, so neither the
     order of attributes nor the form of the forward pass matters.
 
@@ -29,7 +29,7 @@ class FuseBatchNorm(Canonizer):
     """
 
     def apply(self, root_module: nn.Module) -> list[Any]:
-        """Raises: a plain Zennit composite runs the model's own weights.
+        """Raises an error, since a plain Zennit composite uses the model's own weights.
 
         Raises:
             NRMError: Always.
@@ -41,10 +41,10 @@ class FuseBatchNorm(Canonizer):
         )
 
     def register(self) -> None:
-        """Nothing to register."""
+        """Does nothing, since there is nothing to register."""
 
     def remove(self) -> None:
-        """Nothing to remove."""
+        """Does nothing, since there is nothing to remove."""
 
 
 __all__ = ["FuseBatchNorm", "Interception"]

@@ -1,4 +1,4 @@
-"""Composites: any Zennit composite with normalized rules, and the composites of this package."""
+"""The normalization of any Zennit composite, and the composites of this package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
 from torch import nn
+from zennit.canonizers import AttributeCanonizer
 from zennit.composites import (
     COMPOSITES,
     EpsilonAlpha2Beta1,
@@ -26,14 +27,14 @@ from zennit.rules import Flat, Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
 from .canonizers import FuseBatchNorm
-from .errors import NRMError
+from .errors import NRMError, brief
 from .functional import Interception
 from .functional.attention import Attention
 from .kernels.batch_norm_fusion import fuse
 from .kernels.hook import StepHook
 from .kernels.normalization import Normalization, Residual
 from .kernels.rule_reader import PlainGradient
-from .model.checks import check_unhooked, check_unpatched
+from .model.checks import Uncompiled, check_hookable, check_unhooked, check_unpatched
 from .model.routing import is_route
 from .rules import Absolute, ConservingEpsilon, Relative
 
@@ -42,23 +43,25 @@ Sums = Literal["absolute", "ratio", "signed"]
 
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Modules that run as loops; the linear maps inside have the rule of the module."""
+"""Modules that run as loops; the rule of the module applies to the linear maps inside."""
 
 
 class Normalized(Composite):
-    """A Zennit composite whose rules are normalized: all relevance is propagated or absorbed by a sink.
+    """A Zennit composite with normalized rules: all relevance is propagated or absorbed by a sink.
 
-    Used like any other composite: in a context, in an attributor, nested in ``MixedComposite``. The gradient of an
-    output in its context is relevance under the normalized kernels. There any leaf that requires a gradient takes
-    relevance, except for parameters; a measure knows its inputs, and everything else is a constant.
+    It is used like any other composite: in a context, in an attributor, or nested in ``MixedComposite``. The gradient
+    of an output in its context is relevance under the normalized kernels. With ``create_graph=True``, this relevance
+    can be differentiated with respect to the start vector; derivatives with respect to inputs and weights raise
+    ``UnsupportedOperationError``. In a context, any leaf that requires a gradient receives relevance, except for
+    parameters; in a measure, only the inputs do, and all other tensors are constants.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.
         residual: ``"redistribute"`` or ``"sink"``.
         gain_limit: Largest gain ``G`` of a column.
-        sums: How ``a + b`` distributes relevance: ``"absolute"`` (also called ``"ratio"``) or ``"signed"``.
-        uncovered: A layer without a rule is an ``"error"`` when a measure is taken, or has its plain ``"gradient"``,
-            as in Zennit.
+        sums: Distribution of relevance in ``a + b``: ``"absolute"`` (also called ``"ratio"``) or ``"signed"``.
+        uncovered: Treatment of layers without a rule: ``"error"`` when a measure is constructed, or the plain
+            ``"gradient"``, as in Zennit.
         attention: ``"value"`` propagates all relevance to the values, with the attention weights as constants;
             ``"halves"`` propagates half of it to the weights, and through softmax to queries and keys, by the rules of
             AttnLRP.
@@ -92,7 +95,7 @@ class Normalized(Composite):
                 "the composite inside it, with the settings you want: Normalized(composite.composite, …)."
             )
         if uncovered not in ("error", "gradient"):
-            raise ValueError(f"uncovered={uncovered!r} is unknown; choose 'error' or 'gradient'.")
+            raise ValueError(f"uncovered={brief(uncovered)} is unknown; choose 'error' or 'gradient'.")
         self.composite = composite
         self.normalization = Normalization(residual, gain_limit)
         self.uncovered = uncovered
@@ -105,7 +108,7 @@ class Normalized(Composite):
         super().__init__(module_map=self.mapping, canonizers=[*kept, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
-        """The hook of a module; None if the module is not a step.
+        """Returns the hook of a module; None if the module is not a step.
 
         Examples:
             >>> from zennit.composites import EpsilonPlus
@@ -123,27 +126,44 @@ class Normalized(Composite):
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
     def _made_of_functions(self) -> tuple[type[nn.Module], ...]:
-        """Modules whose functions are the steps, although Zennit counts the modules as activations."""
+        """The modules with functions as steps, although Zennit treats these modules as activations."""
         return (nn.MultiheadAttention, nn.Softmax) if self.attention == "halves" else (nn.MultiheadAttention,)
 
     def register(self, module: nn.Module) -> None:
-        """Hooks a module, as in Zennit.
+        """Registers hooks on a module, as in Zennit.
 
         Raises:
-            ModelStateError: The module has hooks of another composite; one of the two would silently have no effect.
+            ModelStateError: The module has hooks of another composite, so one of the two would silently have no effect.
             UnsupportedRuleError: Another package has patched Zennit.
         """
         self.remove()
         check_unpatched()
+        check_hookable(module)
         check_unhooked(module, "Leave the context of that composite first, or call its remove().")
-        super().register(module)
+        try:
+            super().register(module)
+            self.handles.append(Uncompiled(module))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Removes hooks and canonizers in reverse order, so that each canonizer restores the previous state."""
+        self.handles.reverse()
+        set_once: set[tuple[nn.Module, str]] = set()
+        for handle in self.handles:
+            if isinstance(handle, AttributeCanonizer):  # deletes attributes, which is possible once
+                keys = [key for key in handle.attribute_keys if (handle.module, key) not in set_once]
+                set_once.update((handle.module, key) for key in keys)
+                handle.attribute_keys = keys
+        super().remove()
 
     @contextmanager
     def inactive(self) -> Iterator[Normalized]:
-        """Forward passes inside this context are those of the plain model, and so are their gradients.
+        """Context in which forward passes and their gradients are those of the plain model.
 
-        Outputs computed before still propagate relevance, unlike in Zennit: a step never runs the backward of its
-        module.
+        Outputs computed before the context still propagate relevance, unlike in Zennit, since a step never runs the
+        backward pass of its module.
 
         Examples:
             >>> rules, net, x = Normalized(NRMDefault()), nn.Linear(3, 1), torch.randn(5, 3, requires_grad=True)
@@ -164,15 +184,15 @@ class Normalized(Composite):
 
 
 def check_composite(composite: Any) -> None:
-    """Raises :class:`TypeError` unless this is an instance of a Zennit composite."""
+    """Raises :class:`TypeError` unless ``composite`` is an instance of a Zennit composite."""
     if isinstance(composite, Composite):
         return
     what, remedy = type(composite).__name__, "Pass an instance, such as EpsilonPlusFlat()."
     if isinstance(composite, type):
         what, remedy = f"the class {composite.__name__}", f"Pass an instance: {composite.__name__}()."
     elif isinstance(composite, str):
-        what = f"the name {composite!r}"
-        remedy = f"Pass an instance: zennit.composites.COMPOSITES[{composite!r}]()."
+        what = f"the name {brief(composite)}"
+        remedy = f"Pass an instance: zennit.composites.COMPOSITES[{brief(composite)}]()."
     elif isinstance(composite, Hook):
         what = f"the rule {what}"
         remedy = f"Map it to layers: LayerMapComposite([(torch.nn.Linear, {type(composite).__name__}())])."
@@ -185,13 +205,13 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _is_compound_norm(module: nn.Module) -> bool:
-    """Whether a batch normalization includes more, such as an activation; then its parts are the steps."""
+    """Whether a batch normalization includes other operations, such as an activation, so that its parts are steps."""
     norm = nn.modules.batchnorm._BatchNorm
     return isinstance(module, norm) and type(module).forward is not norm.forward
 
 
 def register(name: str) -> Any:
-    """Registers a composite class under a name in Zennit; raises if the name is taken, which Zennit does not."""
+    """Registers a composite class under a name in Zennit. Raises if the name is taken, unlike Zennit."""
 
     def decorate(composite: type[Composite]) -> type[Composite]:
         known = COMPOSITES.get(name)
@@ -217,14 +237,14 @@ class Depthwise(metaclass=_Depthwise):
 
 @register("nrm_default")
 class NRMDefault(SpecialFirstLayerMapComposite):
-    """The default: Flat on the first convolution, :class:`~nrm_plugin.rules.ConservingEpsilon` on other linear layers.
+    """The default: Flat in the first convolution, :class:`~nrm_plugin.rules.ConservingEpsilon` in other linear layers.
 
-    Depthwise convolutions, sums and average pooling have the rule :class:`~nrm_plugin.rules.Absolute`. Every column
+    The rule of depthwise convolutions, sums and average pooling is :class:`~nrm_plugin.rules.Absolute`. Every column
     sums to one, so that only constants absorb relevance.
 
     Args:
-        epsilon: ε of :class:`~nrm_plugin.rules.ConservingEpsilon`.
-        layer_map, first_map: Rules that take precedence over those of the composite, as in Zennit.
+        epsilon: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`.
+        layer_map, first_map: Rules that take precedence over the rules of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
 
@@ -258,10 +278,10 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
 @register("nrm_absolute")
 class NRMAbsolute(LayerMapComposite):
-    """The rule Absolute everywhere: no walk is negative, so the variation is 1 at every tap.
+    """The rule Absolute in all layers: no walk is negative, so the variation is 1 at every tap.
 
     Args:
-        layer_map: Rules that take precedence over those of the composite, as in Zennit.
+        layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
 
@@ -283,11 +303,11 @@ class NRMAbsolute(LayerMapComposite):
 
 
 class Named(Normalized):
-    """A composite of Zennit, normalized, as a class.
+    """A class of composites that normalize a composite of Zennit.
 
     Args:
         residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.
-        rules: Arguments of Zennit's composite.
+        rules: Arguments of Zennit's composite, by keyword.
 
     Attributes:
         rules: Zennit's composite.
@@ -355,12 +375,12 @@ class NRMExcitationBackprop(Named):
 
 @register("nrm_relative")
 class NRMRelative(Normalized):
-    """The rule Relative on all layers with weights and on average pooling, Absolute where skip connections join.
+    """The rule Relative in all layers with weights and in average pooling, and Absolute in sums of skip connections.
 
-    It conserves relevance up to a factor, so condition its measure on survival, ``given=~ABSORBED``.
+    The composite conserves relevance up to a factor, so condition the measure on survival, ``given=~ABSORBED``.
 
     Args:
-        layer_map: Rules that take precedence over those of the composite, as in Zennit.
+        layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
         canonizers: As in Zennit; None for batch-norm fusion.
         uncovered: As in :class:`~nrm_plugin.Normalized`.
 
@@ -396,10 +416,10 @@ class NRMRelative(Normalized):
 def normalize(
     composite: Composite | None, residual: Residual | None, gain_limit: float | None, uncovered: Uncovered | None
 ) -> Normalized:
-    """A normalized composite of these settings.
+    """Returns a normalized composite with the given settings.
 
     Raises:
-        TypeError: The composite is normalized and settings are given as well.
+        TypeError: The composite is already normalized, and settings are given as well.
     """
     settings = {"residual": residual, "gain_limit": gain_limit, "uncovered": uncovered}
     given = {key: value for key, value in settings.items() if value is not None}
@@ -408,7 +428,7 @@ def normalize(
             raise TypeError(
                 f"the composite is Normalized and brings its own settings, but {', '.join(given)} "
                 f"{'is' if len(given) == 1 else 'are'} given too. Say it in one place: "
-                f"Normalized(composite, {', '.join(f'{key}={value!r}' for key, value in given.items())})."
+                f"Normalized(composite, {', '.join(f'{key}={brief(value)}' for key, value in given.items())})."
             )
         return composite
     if composite is not None:

@@ -1,10 +1,11 @@
-"""Exception types. A message names the argument or layer, what it got, why that is an error and how to fix it."""
+"""Exception types. Messages name the argument or layer, the given value, the cause of the error, and a remedy."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from types import ModuleType
 
 
@@ -13,11 +14,11 @@ class NRMError(Exception):
 
 
 class InputError(NRMError, ValueError):
-    """Invalid inputs: empty, non-finite, or of a wrong type, dtype or device."""
+    """The inputs are invalid: empty, non-finite, or of a wrong type, dtype or device."""
 
 
 class TargetError(NRMError, ValueError):
-    """A target or start vector that does not match the output of the model."""
+    """A target or start vector does not match the output of the model."""
 
 
 class GradModeError(NRMError, RuntimeError):
@@ -29,7 +30,7 @@ class ModelStateError(NRMError, RuntimeError):
 
 
 class UnknownLayerError(NRMError, KeyError):
-    """The measure has no tap of that name."""
+    """The measure has no tap of the given name."""
 
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which would escape the line breaks of the message.
@@ -37,19 +38,19 @@ class UnknownLayerError(NRMError, KeyError):
 
 
 class HookedContainerError(UnknownLayerError):
-    """The tap is inside a container whose rule treats it as a single step."""
+    """The tap is inside a container that has a rule and is a single step."""
 
 
 class EventError(NRMError, ValueError):
-    """An event that does not match its tap: an index out of range, a mask of the wrong shape."""
+    """An event does not match its tap: an index is out of range, or a mask has the wrong shape."""
 
 
 class NullEventError(NRMError, ZeroDivisionError):
-    """Conditioning on an event that contains no walk with non-zero mass."""
+    """The event of a condition contains no walk with non-zero mass."""
 
 
 class CancellationError(NRMError, ZeroDivisionError):
-    """Conditioning on an event whose positive and negative mass cancels."""
+    """Positive and negative mass cancels in the event of a condition."""
 
 
 class StaleMeasureError(NRMError, RuntimeError):
@@ -57,11 +58,11 @@ class StaleMeasureError(NRMError, RuntimeError):
 
 
 class UnsupportedRuleError(NRMError, TypeError):
-    """A rule that cannot be expressed as a linear kernel on its module."""
+    """A rule cannot be expressed as a linear kernel on its module."""
 
 
 class NonlinearRuleError(UnsupportedRuleError):
-    """A rule that is not linear in the relevance it propagates (deconvnet, guided backpropagation)."""
+    """A rule is not linear in the propagated relevance (deconvnet, guided backpropagation)."""
 
 
 class UnsupportedOperationError(NRMError, TypeError):
@@ -70,6 +71,10 @@ class UnsupportedOperationError(NRMError, TypeError):
 
 class UncoveredLayerError(UnsupportedOperationError):
     """The composite assigns no rule to a layer that does more than route its input."""
+
+
+class StorageError(NRMError, TypeError):
+    """A measure cannot be copied or stored; the results of its queries can."""
 
 
 class FoldingError(NRMError, ValueError):
@@ -89,26 +94,65 @@ class MemoryBudgetWarning(UserWarning):
 
 
 def unknown_layer(name: str, known: Iterable[str]) -> str:
-    """Message for the name of a tap that does not exist, with similar names."""
+    """The message for an unknown tap name, with similar names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     listing = ", ".join(repr(item) for item in (near or names[:8]))
     return (
-        f"no tap named {name!r} in this measure. "
+        f"no tap named {brief(name)} in this measure. "
         f"{'Near names' if near else 'Some of its taps'}: {listing}. "
         "`measure.layers` lists all of them; a module that the forward pass never called has no tap."
     )
 
 
 def samples(flags: Sequence[bool]) -> str:
-    """The indices of the samples whose flag is set, as text: ``samples 0, 3``."""
+    """The indices of the flagged samples as text: ``samples 0, 3``."""
     indices = [str(index) for index, flag in enumerate(flags) if flag]
     more = ", …" if len(indices) > 10 else ""
     return f"sample{'s' if len(indices) != 1 else ''} {', '.join(indices[:10])}{more}"
 
 
+SHOWN = 8
+"""Number of entries of a collection that a message shows."""
+
+
+def brief(value: object, length: int = 120) -> str:
+    """Returns a value as text for a message: its repr if short, else its class, shape or first entries.
+
+    Args:
+        value: Any value from the user.
+        length: Largest number of characters.
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"<{type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}>"
+    if hasattr(value, "named_modules"):
+        return f"<{type(value).__name__}>"
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        return _brief_entries(value, length)
+    text = " ".join(repr(value).split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _brief_entries(values: Collection[object], length: int) -> str:
+    first, entry = list(islice(values, SHOWN)), max(16, length // 2)
+    if isinstance(values, dict):
+        shown = [f"{brief(key, entry)}: {brief(values[key], entry)}" for key in first]
+    else:
+        shown = [brief(item, entry) for item in first]
+    text = ", ".join(shown)
+    rest = len(values) - len(first)
+    opening, closing = (
+        ("[", "]") if isinstance(values, list) else ("(", ")") if isinstance(values, tuple) else ("{", "}")
+    )
+    text = text if len(text) <= 2 * length else f"{text[: 2 * length - 1]}…"
+    comma = "," if isinstance(values, tuple) and len(values) == 1 else ""
+    return f"{opening}{text}{comma}{f', … {rest} more' if rest > 0 else ''}{closing}"
+
+
 def autocast_outside(name: str, kind: str) -> str:
-    """Message for a layer under torch.autocast, around a model whose relevance is propagated by Zennit's hooks."""
+    """The message for a layer under torch.autocast when Zennit's hooks propagate the relevance of the model."""
     return (
         f"layer {name!r} ({kind}) runs under torch.autocast, which would propagate relevance in half precision, "
         "too coarse for its sums. Call the model outside of torch.autocast, or construct a RelevanceMeasure inside it: "
@@ -117,10 +161,10 @@ def autocast_outside(name: str, kind: str) -> str:
 
 
 def extra(module: str, name: str) -> ModuleType:
-    """An optional dependency.
+    """Imports an optional dependency.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: The dependency is not installed.
     """
     try:
         return importlib.import_module(module)

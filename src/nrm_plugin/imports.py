@@ -1,6 +1,6 @@
 """Import hooks: deprecated module paths, and the registration of this package's composites with Zennit.
 
-Nothing here imports torch, so that ``nrm-plugin --version`` starts fast.
+This module does not import torch, so that ``nrm-plugin --version`` starts fast.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ MOVED = {
     "sankey": "plots.flow_html",
     "text_plots": "plots.text",
 }
-"""Current module by deprecated path, both inside the package."""
+"""The current module for each deprecated path; both are relative to the package."""
 STORED = {
     "events.event": "events",
     "functional.canonizer": "functional.interception",
     "kernels.batch_norm_fusion": "fusion",
     "kernels.normalization": "steps",
 } | {present: former for former, present in MOVED.items()}
-"""Path under which the settings of stored sweeps name a definition, if it is not its current one."""
+"""The module path in the settings of stored sweeps, for each module with a different current path."""
 REGISTRY = "zennit.composites"
 
 
@@ -50,7 +50,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
     Args:
         what: The deprecated name, as the user writes it.
-        instead: Its replacement.
+        instead: The replacement.
         stacklevel: As in :func:`warnings.warn`, counted from the caller of this function.
     """
     message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."
@@ -58,10 +58,10 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a function that also takes keyword arguments by their former names, with a warning.
+    """Decorates a function to accept keyword arguments by their former names, with a warning.
 
     Args:
-        names: The present names, by the former names.
+        names: The current names, by former name.
     """
 
     def decorated(function: Callable[P, R]) -> Callable[P, R]:
@@ -78,13 +78,13 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def stored_path(module: str) -> str:
-    """The path of a module in the settings of stored sweeps, which remain resumable after a module has moved."""
+    """Returns the path of a module in the settings of stored sweeps, which stay resumable after a module has moved."""
     package, _, name = module.partition(".")
     return f"{package}.{STORED[name]}" if package == PACKAGE and name in STORED else module
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports modules by deprecated paths, and registers composites once Zennit's registry is imported."""
+    """An importer for modules by deprecated paths, which also registers composites with Zennit's registry."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -100,7 +100,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Copies the names of the replacing module."""
+        """Copies the names of the replacement module."""
         path = f"{PACKAGE}.{MOVED[module.__name__.partition('.')[2]]}"
         warn_deprecated(f"the module {module.__name__}", path)
         replacement = importlib.import_module(path)
@@ -119,8 +119,8 @@ _DEPTH = _Depth()
 def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
     """Wraps a module spec so that importing Zennit's registry also imports this package's composites.
 
-    This waits for the outermost import, because until then modules of this package that import Zennit are only partly
-    initialized.
+    Registration waits for the outermost import, because until then modules of this package that import Zennit are only
+    partly initialized.
     """
     if spec is not None and spec.loader is not None:
         execute = spec.loader.exec_module
@@ -139,7 +139,7 @@ def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> impo
 
 
 class _Package(types.ModuleType):
-    """Prevents a deprecated module from replacing the public function of the same name (``coverage``)."""
+    """A package that prevents a deprecated module from replacing a public function of the same name (``coverage``)."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, types.ModuleType) and name in MOVED):
@@ -147,7 +147,7 @@ class _Package(types.ModuleType):
 
 
 def install() -> None:
-    """Adds the finder once, and registers the composites if Zennit's registry is already imported."""
+    """Adds the finder, once, and registers the composites if Zennit's registry is already imported."""
     sys.modules[PACKAGE].__class__ = _Package
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())

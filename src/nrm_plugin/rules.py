@@ -18,14 +18,14 @@ class Absolute(BasicHook):
 
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
 
-    Never negative, so that walks do not cancel; the bias has no share. On modules without weights (average pooling,
-    sums) the shares are those of the absolute inputs. If all inputs of a neuron are zero, the weights alone determine
-    the shares, so that no column is dead.
+    The shares are never negative, so that walks do not cancel; the bias has no share. On modules without weights
+    (average pooling, sums), relevance is distributed in proportion to absolute inputs. If all inputs of a neuron are
+    zero, the weights alone determine the shares, so that no column is zero.
 
     Args:
-        stabilizer: Added to the denominator, or a callable, as in Zennit's rules.
+        stabilizer: A number added to the denominator, or a callable, as in Zennit's rules.
         zero_params: Names of further parameters to set to zero, as in Zennit's rules.
-        floor: Added to every absolute input, in units of the mean absolute input of the sample.
+        floor: A number added to every absolute input, in units of the mean absolute input of the sample.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -55,22 +55,22 @@ class Absolute(BasicHook):
 
 
 class ConservingEpsilon(BasicHook):
-    r"""LRP-ε whose ε absorbs nothing: its share goes to the inputs, in proportion to their absolute values.
+    r"""LRP-ε without absorption: the share of ε is distributed to the inputs in proportion to their absolute values.
 
     .. math:: T_{ij} = \frac{\sigma_j a_i w_{ij} + \varepsilon_j |a_i| / \sum_{i'} |a_{i'}|}{|z_j| + \varepsilon_j},
               \qquad \varepsilon_j = \max(0,\; \varepsilon\, m_j - |z_j|)
 
     with :math:`z_j = \sum_i a_i w_{ij}`, its sign :math:`\sigma_j`, and :math:`m_j = \bar w_j \sum_i |a_i|`, where
-    :math:`\bar w_j` is the mean of :math:`|w|` over the weights of the output channel. So this is LRP-0 without bias
-    wherever :math:`|z_j| \ge \varepsilon\, m_j`, and no denominator is smaller than :math:`\varepsilon\, m_j`. Every
-    column sums to one. If all inputs of a neuron are zero, they get equal shares. On modules without weights, such as
+    :math:`\bar w_j` is the mean of :math:`|w|` over the weights of the output channel. The rule equals LRP-0 without
+    bias if :math:`|z_j| \ge \varepsilon\, m_j`, and no denominator is smaller than :math:`\varepsilon\, m_j`. Every
+    column sums to one. If all inputs of a neuron are zero, their shares are equal. On modules without weights, such as
     average pooling, :math:`m_j` is the output of the module at :math:`|a_i|`.
 
     Args:
-        epsilon: ε; 0 is LRP-0 without bias.
-        stabilizer: Added to the denominator, or a callable, as in Zennit's rules.
+        epsilon: The parameter ε; 0 gives LRP-0 without bias.
+        stabilizer: A number added to the denominator, or a callable, as in Zennit's rules.
         zero_params: Names of further parameters to set to zero, as in Zennit's rules.
-        floor: Lower bound of the :math:`|a_i|`, in units of their mean over the sample.
+        floor: Lower bound of :math:`|a_i|`, in units of its mean over the sample.
 
     Raises:
         ValueError: ``epsilon`` is negative.
@@ -113,16 +113,17 @@ class ConservingEpsilon(BasicHook):
 
 
 class Relative(BasicHook):
-    r"""Relative contributions: one factor for each layer, instead of one denominator for each neuron.
+    r"""Relative contributions: one factor per layer, in place of one denominator per neuron.
 
     .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
               \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
 
     The sums run over the neurons of the layer, for each sample. Relevance in proportion to :math:`|z_j|` is conserved;
-    other relevance is conserved up to a factor, so take the measure given survival: ``residual="sink"``, as in
-    :class:`~nrm_plugin.NRMRelative`, and ``given=~ABSORBED``. There :math:`\lambda` cancels along a chain; where
-    branches join it makes them comparable. The rule has no parameters and divides by no small number: inputs and sums
-    are in units of the largest of their layer. A layer whose outputs are all zero propagates nothing.
+    other relevance is conserved up to a factor. Use the measure conditional on survival: ``residual="sink"``, as in
+    :class:`~nrm_plugin.NRMRelative`, and ``given=~ABSORBED``. In this measure, :math:`\lambda` cancels along a chain,
+    and makes branches comparable where they join. The rule has no parameters and divides by no small number, since
+    inputs and sums are in units of the largest value in their layer. A layer with only zero outputs propagates no
+    relevance.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -147,7 +148,7 @@ class Relative(BasicHook):
         )
 
     def copy(self) -> Relative:
-        """A new instance."""
+        """Returns a new instance."""
         return type(self)()
 
 
@@ -162,7 +163,7 @@ def _in_units(source: Tensor) -> Tensor:
 
 
 def _factor(z: Tensor) -> Tensor:
-    r""":math:`\sum |z_j| / \sum z_j^2` of each sample; 0 where all are zero."""
+    r"""Computes :math:`\sum |z_j| / \sum z_j^2` of each sample; 0 if all :math:`z_j` are zero."""
     unit, dims = _largest(z), tuple(range(1, z.ndim)) or (0,)
     sums = z.abs() / unit
     squares = sums.square().sum(dims, keepdim=True)
@@ -174,7 +175,7 @@ def _kept(parameter: Tensor, name: str) -> Tensor:
 
 
 class EvenMod(ParamMod):
-    """Replaces the weights of each output channel by their mean absolute value, stored once.
+    """A parameter modifier that replaces the weights of each output channel by their mean absolute value, stored once.
 
     Args:
         zero_params: Names of parameters to set to zero.
@@ -184,21 +185,21 @@ class EvenMod(ParamMod):
         super().__init__(_evened(0), zero_params=zero_params)
 
     def __call__(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
-        """The module with its weights replaced."""
+        """Context in which the weights of the module are replaced."""
         is_transposed = isinstance(module, ConvolutionTranspose) or getattr(module, "is_transposed", False)
         modifier = ParamMod(_evened(int(is_transposed)), zero_params=self.zero_params)
         return modifier(module)  # type: ignore[no-any-return]
 
 
 def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
-    """Modifier of a weight whose output channels are along this dimension."""
+    """Returns the modifier of a weight with output channels along dimension ``outputs``."""
 
     def even(parameter: Tensor, name: str) -> Tensor:
         others = [dim for dim in range(parameter.ndim) if dim != outputs]
         if not others:
             return parameter.abs()
-        # Piece by piece, in the cache: many networks have most of their weights in the classifier. All pieces share one
-        # buffer, since the allocator would otherwise fragment memory with the sums in between.
+        # The mean is computed in pieces that fit into the cache, since the classifier of many networks is large. All
+        # pieces share one buffer, since the allocator would otherwise fragment memory with the sums in between.
         width = max(1, (1 << 17) * parameter.shape[outputs] // parameter.numel())
         total = parameter.new_empty([1 if dim in others else size for dim, size in enumerate(parameter.shape)])
         memory = torch.empty_like(parameter.narrow(outputs, 0, min(width, parameter.shape[outputs])))
@@ -213,10 +214,10 @@ def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """The floor of each sample, ``(N, 1, …)``, always positive."""
+    """The floor of each sample, ``(N, 1, …)``, which is always positive."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
-    return (floor * mean).clamp(min=1e-15)  # well above the stabilizers, so that a sample of zeros has shares too
+    return (floor * mean).clamp(min=1e-15)  # well above the stabilizers, so that a sample of zeros has shares as well
 
 
 def _absolute(parameter: Tensor, name: str) -> Tensor:

@@ -1,3 +1,3 @@
-"""The version, in its only place: packages are built with it."""
+"""The version of the package, defined only here."""
 
 __version__ = "0.1.0"

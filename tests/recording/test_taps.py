@@ -176,6 +176,13 @@ def test_children_named_input_and_output_have_taps_of_their_own(nested: bool) ->
     assert torch.equal(outputs[".input"][0], reserved.input(X))
 
 
+def test_the_function_that_a_child_named_input_returns_is_no_second_name() -> None:
+    net = Of(
+        lambda s, x: s.o(s.input(x)), input=Of(lambda s, x: s.a(x).sin(), a=linear(4, 5)), o=linear(5, 2, 1)
+    ).eval()
+    assert RelevanceMeasure(net, X, 1).layers == ["input", "input.a", ".input", "o", "output"]
+
+
 KEYS = {
     "digits": {"0": 1, "pool": 2},
     "numbers": {0: 1, 1: 2},

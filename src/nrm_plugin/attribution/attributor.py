@@ -10,19 +10,21 @@ from zennit.attribution import Attributor
 from zennit.core import Composite
 
 from ..composites import Uncovered, normalize
+from ..events.event import Atom
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
+from ..model.inputs_and_outputs import Output
 
 
 class NRMAttributor(Attributor):
-    """Returns the output of the model and the measure; Zennit's attributors return the output and a heat map.
+    """A Zennit attributor that returns the output of the model and the measure, in place of a heat map.
 
     Args:
         model: The network, in evaluation mode.
         composite: A Zennit composite; None for the default of this package.
-        attr_output: Where the measure starts, as in Zennit: a tensor in the shape of the output, or a function of it;
-            by default the output itself.
-        residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        attr_output: The start of the measure, as in Zennit: a tensor in the shape of the output, or a function of the
+            output; by default the output itself.
+        residual, gain_limit, uncovered, output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Examples:
         >>> import torch
@@ -44,21 +46,25 @@ class NRMAttributor(Attributor):
         residual: Residual | None = None,
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
+        *,
+        output: Output | Atom | None = None,
+        batched: bool = True,
     ) -> None:
+        self.output, self.batched = output, batched
         super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
 
     def __enter__(self) -> NRMAttributor:
-        """Registers no hooks: the measure does so while it runs the model."""
+        """Does not register hooks, since the measure registers hooks while it runs the model."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Removes nothing: no hooks were registered."""
+        """Does nothing, since no hooks were registered."""
 
     def forward(self, input: Any, attr_output_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, RelevanceMeasure]:
-        """The output ``(N, …)`` and the measure that starts at a function of it.
+        """Returns the output ``(N, …)`` and the measure that starts at a function of the output.
 
         Args:
-            input: ``(N, …)``, or any other inputs of :class:`~nrm_plugin.RelevanceMeasure`.
+            input: Inputs ``(N, …)``, or any other inputs of :class:`~nrm_plugin.RelevanceMeasure`.
             attr_output_fn: Function from the output to the start vector.
 
         Raises:
@@ -71,5 +77,12 @@ class NRMAttributor(Attributor):
             >>> torch.allclose(mu.output, output.mean(1))
             True
         """
-        measure = RelevanceMeasure(self.model, input, start=attr_output_fn, composite=self.composite)
+        measure = RelevanceMeasure(
+            self.model,
+            input,
+            start=attr_output_fn,
+            composite=self.composite,
+            output=self.output,
+            batched=self.batched,
+        )
         return measure.outputs, measure

@@ -1,6 +1,6 @@
-"""What the Captum classes share: Captum's forms of inputs, units, and convergence deltas.
+"""Common functions of the Captum classes: Captum's forms of inputs, units, and convergence deltas.
 
-Captum's private helpers are imported here only, since they move between its versions.
+Only this module imports Captum's private helpers, since their place differs between Captum's versions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from ..errors import InputError, UnknownLayerError
+from ..errors import InputError, UnknownLayerError, brief
 from ..events.event import Atom, Event, at
 from ..measure.measure import RelevanceMeasure
 from ..model.inputs_and_outputs import is_index
@@ -24,21 +24,26 @@ from ..model.targets import sample_sums
 
 Unit = Literal["output", "measure"]
 Layer = nn.Module | str | Atom
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""Wrappers of a model, which runs on one device instead."""
 
 
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
-    """Inputs as a tuple, and whether they were one."""
-    return _format_tensor_into_tuples(inputs), isinstance(inputs, tuple)
+    """Returns inputs as a tuple, and whether they were a tuple."""
+    given = tuple(inputs) if isinstance(inputs, list) else inputs
+    if not isinstance(given, (Tensor, tuple)):
+        raise InputError(f"inputs is {brief(given)}, expected a tensor of shape (N, …), or a tuple of such tensors.")
+    return _format_tensor_into_tuples(given), isinstance(given, tuple)
 
 
 def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
-    """A tuple for a tuple, a tensor for a tensor."""
+    """Returns the values as a tuple if the inputs were a tuple, else the single value."""
     return _format_output(was_tuple, values)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What ``attribute`` returns for the inputs; the fields are its arguments of the same meaning."""
+    """The arguments of ``attribute`` that select the returned values; the fields have the meaning of the arguments."""
 
     given: Event | None
     joint: Event | None
@@ -48,7 +53,7 @@ class Request:
 
 
 def check_device_ids(device_ids: Any) -> None:
-    """Raises :class:`TypeError` for a composite in the place of ``device_ids``."""
+    """Raises :class:`TypeError` if ``device_ids`` is a composite."""
     if isinstance(device_ids, Composite):
         raise TypeError(
             "the third argument is device_ids, as in Captum's layer and neuron methods; name the composite: "
@@ -57,7 +62,7 @@ def check_device_ids(device_ids: Any) -> None:
 
 
 def check_floating(inputs: tuple[Tensor, ...]) -> None:
-    """Raises :class:`InputError` for indices, such as tokens: only the embeddings that they select have relevance."""
+    """Raises :class:`InputError` for integer inputs, such as tokens: only the selected embeddings have relevance."""
     if any(is_index(value) for value in inputs):
         raise InputError(
             "an input has an integer dtype, and integers have no relevance. Attribute to its embedding, "
@@ -66,18 +71,23 @@ def check_floating(inputs: tuple[Tensor, ...]) -> None:
 
 
 def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
-    """Relevance ``(N, …)`` in units of the explained output ``(N,)``, or of the measure.
+    """Converts relevance ``(N, …)`` to units of the explained output ``(N,)``, or of the measure.
 
     Raises:
-        ValueError: An unknown unit.
+        ValueError: The unit is unknown.
     """
     if unit not in ("output", "measure"):
-        raise ValueError(f"unit={unit!r} is unknown; choose 'output' or 'measure'.")
+        raise ValueError(f"unit={brief(unit)} is unknown; choose 'output' or 'measure'.")
     return value if unit == "measure" else value * output.reshape(-1, *(1,) * (value.ndim - 1))
 
 
+def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
+    """Returns relevance ``(N, …)``, without the batch dimension if the inputs have none."""
+    return values if measure._recording.samples.batched else values.squeeze(0)
+
+
 def input_taps(measure: RelevanceMeasure) -> list[Atom]:
-    """The taps of the inputs that the explained output depends on."""
+    """The taps of the inputs on which the explained output depends."""
     try:
         return measure.taps_of("input")
     except UnknownLayerError:
@@ -87,10 +97,10 @@ def input_taps(measure: RelevanceMeasure) -> list[Atom]:
 def input_relevance(
     measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
 ) -> list[Tensor]:
-    """Marginals of all inputs; zeros for those that the explained output does not depend on.
+    """Returns the marginals of all inputs, in their shapes; zero for inputs on which the output does not depend.
 
     Raises:
-        InputError: It depends on none of them but by rows that the model looks up.
+        InputError: The output depends on the inputs only by rows that the model looks up.
     """
     taps = [at("input")] if len(inputs) == 1 else [at("input", item=item) for item in range(len(inputs))]
     recorded = set(input_taps(measure))
@@ -101,11 +111,12 @@ def input_relevance(
             f"to the rows that are looked up, LayerNRM(model, {measure.layers[0]!r}).attribute(…)."
         )
     marginals = measure.marginal(known, given=given, joint=joint)
-    return [marginals[tap] if tap in marginals else torch.zeros_like(x) for tap, x in zip(taps, inputs, strict=True)]
+    pairs = zip(taps, inputs, strict=True)
+    return [as_tensor(measure, marginals[tap]) if tap in marginals else torch.zeros_like(x) for tap, x in pairs]
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """One minus mass, sink and bypass of the tensors of one layer, ``(N,)``."""
+    """Returns one minus mass, sink and bypass of the tensors of one layer, ``(N,)``."""
     if len(taps) == 1:
         (tap,) = taps
         return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)
@@ -115,7 +126,7 @@ def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
 
 
 def with_optional(attributions: Any, delta: Any | None, sink: Any | None) -> Any:
-    """Attributions alone, or a tuple of them with the delta and the sink that are not None."""
+    """Returns the attributions, in a tuple with the delta and the sink if these are not None."""
     parts = [attributions, *(part for part in (delta, sink) if part is not None)]
     return parts[0] if len(parts) == 1 else tuple(parts)
 

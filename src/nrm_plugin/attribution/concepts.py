@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from ..composites import Uncovered, normalize
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..events.event import Event, at
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
-from .base import Layer, Unit, in_unit
+from .base import WRAPPERS, Layer, Unit, in_unit
 
 Condition = Mapping[str, Any]
 OUTPUT = "y"
@@ -24,13 +24,13 @@ OUTPUT = "y"
 
 
 def condition_event(condition: Condition) -> Event | None:
-    """The event of a condition: walks that cross one of the given channels in every named layer.
+    """Returns the event of a condition: the walks that cross one of the given channels in every named layer.
 
     Args:
         condition: Layer names and their channels, as in ``{"features.28": [3], "y": [281]}``; ``"y"`` is ignored.
 
     Returns:
-        The event; None if no layer is named, which is satisfied by all walks.
+        The event; None if no layer is named, so that all walks satisfy the condition.
 
     Raises:
         EventError: The condition is not a mapping, or its channels are not a list of numbers.
@@ -50,8 +50,8 @@ def condition_event(condition: Condition) -> Event | None:
 class ConceptNRM:
     """Relevance under conditions in the format of zennit-crp's ``CondAttribution``.
 
-    Walks that bypass a layer of the condition, such as by a skip connection, do not satisfy it. Conditions may name
-    different layers, in any order. Each sample is run once for all conditions on the same outputs.
+    Walks that bypass a layer of the condition, for example through a skip connection, do not satisfy it. Conditions may
+    name different layers, in any order. All conditions on the same outputs share one run of each sample.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
@@ -72,7 +72,7 @@ class ConceptNRM:
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
     ) -> None:
-        self.model = model.module if isinstance(model, nn.DataParallel) else model
+        self.model = model.module if isinstance(model, WRAPPERS) else model
         self.composite = normalize(composite, residual, gain_limit, uncovered)
 
     def attribute(
@@ -84,23 +84,24 @@ class ConceptNRM:
         conditional: bool = False,
         unit: Unit = "output",
     ) -> Tensor:
-        """Relevance of each neuron of a layer under each condition.
+        """Computes the relevance of each neuron of a layer under each condition.
 
         Args:
-            inputs: ``(N, …)``, or a tuple of such tensors.
+            inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             conditions: Mappings from layer names to channels, and from ``"y"`` to the explained outputs. Every
-                condition is applied to every sample. Several outputs start with their values, as in zennit-crp.
-            layer: The layer whose relevance is returned: a name, module or ``at(…)``.
+                condition is applied to every sample. Several outputs are weighted by their values, as in zennit-crp.
+            layer: The layer of the returned relevance: a name, module or ``at(…)``.
             additional_forward_args: Further arguments of the model.
-            conditional: Divide by the mass of the condition, ``μ(j | condition)``; else ``μ(j & condition)``.
-            unit: ``"output"``: in units of the explained outputs, as in zennit-crp's heat maps before their sum over
-                channels; ``"measure"``: relative to the total of these outputs.
+            conditional: Whether to divide by the mass of the condition: ``μ(j | condition)`` instead of
+                ``μ(j & condition)``.
+            unit: ``"output"`` for units of the explained outputs, as in zennit-crp's heat maps before their sum over
+                channels; ``"measure"`` for relevance relative to the total of these outputs.
 
         Returns:
-            ``(conditions, N, *shape)``.
+            Relevance ``(conditions, N, *shape)``.
 
         Raises:
-            EventError: No condition, or an invalid one.
+            EventError: No condition is given, or a condition is invalid.
             UnknownLayerError: No layer has this name.
 
         Examples:
@@ -140,7 +141,7 @@ class ConceptNRM:
 
 
 def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """1 for the chosen outputs, ``(N, K)``; None for all of them."""
+    """The mask of the chosen outputs, ``(N, K)``; ``chosen`` is None for all outputs."""
     if chosen is None:
         return torch.ones_like(outputs)
     out_of_range = [number for number in chosen if not -outputs.shape[1] <= number < outputs.shape[1]]
@@ -152,7 +153,7 @@ def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
 
 
 def _start(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """The start vector of some outputs, each with its value; of a single output, with mass 1."""
+    """The start vector of the chosen outputs, weighted by their values; a single output has mass 1."""
     mask = _mask(chosen, outputs)
     return mask if bool(mask.flatten(1).sum(1).eq(1).all()) else mask * outputs
 
@@ -165,8 +166,8 @@ def _numbers(layer: str, ids: Any) -> list[int]:
     numbers = ids.tolist() if hasattr(ids, "tolist") else ids
     numbers = [numbers] if isinstance(numbers, int) and not isinstance(numbers, bool) else numbers
     if not isinstance(numbers, (list, tuple, range)):
-        raise EventError(f"the condition on {layer!r} is {ids!r}; give a list of channel numbers.")
+        raise EventError(f"the condition on {brief(layer)} is {brief(ids)}; give a list of channel numbers.")
     try:
         return [operator.index(number) for number in numbers]
     except TypeError as error:
-        raise EventError(f"the condition on {layer!r} is {ids!r}; give a list of channel numbers.") from error
+        raise EventError(f"the condition on {brief(layer)} is {brief(ids)}; give a list of channel numbers.") from error

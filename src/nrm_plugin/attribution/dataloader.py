@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import brief
 from .inputs import NRM
 from .neurons import NeuronNRM
 
@@ -16,16 +17,16 @@ Reduce = Literal["mean", "sum"]
 
 
 class DataLoaderNRM:
-    """Attributions of this package over the batches of a data loader.
+    """A wrapper that applies an attribution method of this package to the batches of a data loader.
 
     Captum's ``DataLoaderAttribution`` requires the exact type ``FeatureAblation``, since it ablates features of the
-    whole data set. Relevance takes one pass for each batch, hence this separate class, with Captum's input roles.
+    whole data set. Relevance requires one pass per batch, hence this separate class, with Captum's input roles.
 
     Args:
         attr_method: An :class:`~nrm_plugin.NRM`, :class:`~nrm_plugin.LayerNRM` or :class:`~nrm_plugin.NeuronNRM`.
 
     Raises:
-        TypeError: ``attr_method`` is another method.
+        TypeError: ``attr_method`` is not a supported method.
 
     Examples:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -55,23 +56,23 @@ class DataLoaderNRM:
         show_progress: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Attributions of all samples, or their sum or mean over samples.
+        """Computes attributions of all samples, or their sum or mean over samples.
 
         Args:
-            dataloader: Yields batches: tensors, or tuples or lists whose parts have roles.
+            dataloader: An iterable of batches: tensors, or tuples or lists of parts with roles.
             input_roles: As in Captum's ``InputRole``: 0 for explained inputs, 1 for further arguments of the model, 2
-                for parts that are not passed to the model. None: all parts are explained.
-            target: As in ``attr_method.attribute``, or a function from the batch to it; not for ``NeuronNRM``, which
-                takes a ``neuron_selector=``.
+                for parts that are not passed to the model. None if all parts are explained.
+            target: As in ``attr_method.attribute``, or a function from the batch to the target; not for ``NeuronNRM``,
+                which takes a ``neuron_selector=``.
             reduce: None concatenates the samples; ``"sum"`` and ``"mean"`` accumulate them batch by batch.
-            show_progress: Show a progress bar.
+            show_progress: Whether to show a progress bar.
             kwargs: Further arguments of ``attr_method.attribute``.
 
         Returns:
-            The result of ``attr_method.attribute`` for all samples, without their dimension if reduced.
+            The result of ``attr_method.attribute`` for all samples, without the batch dimension if reduced.
 
         Raises:
-            ValueError: An unknown ``reduce`` or role, or an empty data loader.
+            ValueError: ``reduce`` or a role is unknown, or the data loader is empty.
 
         Examples:
             >>> net = torch.nn.Linear(3, 2)
@@ -82,7 +83,7 @@ class DataLoaderNRM:
             (torch.Size([6, 3]), True)
         """
         if reduce not in (None, "mean", "sum"):
-            raise ValueError(f"reduce={reduce!r} is unknown; choose None, 'sum' or 'mean'.")
+            raise ValueError(f"reduce={brief(reduce)} is unknown; choose None, 'sum' or 'mean'.")
         rows: list[list[Tensor]] = []
         attributions, samples = None, 0
         for batch in tqdm(dataloader, disable=not show_progress):
@@ -107,7 +108,7 @@ class DataLoaderNRM:
 
 
 def _by_role(batch: Any, roles: tuple[int, ...] | None) -> tuple[Any, tuple[Any, ...] | None]:
-    """The explained inputs of a batch, in its form, and the further arguments of the model."""
+    """Returns the explained inputs in the form of the batch, and the further arguments of the model."""
     if isinstance(batch, Tensor):
         if roles not in (None, (0,)):
             raise ValueError(f"input_roles={roles} has {len(roles)} roles, but a batch is a single tensor.")
@@ -133,5 +134,5 @@ def _leaves(form: Any) -> Iterator[Tensor]:
 
 
 def _like(form: Any, parts: Iterator[Tensor]) -> Any:
-    """The tensors in the nested tuples and lists of ``form``."""
+    """Arranges tensors in the nested tuples and lists of ``form``."""
     return next(parts) if isinstance(form, Tensor) else type(form)(_like(part, parts) for part in form)

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from ..composites import Uncovered, normalize
-from ..events.event import Event
+from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.checks import check_module
+from ..model.inputs_and_outputs import Output
 from ..model.targets import sample_sums
 from ..recording.coverage import coverage
 from .base import (
+    WRAPPERS,
     Request,
     Unit,
     as_given,
@@ -40,9 +42,11 @@ class NRM(GradientAttribution):
         model: The network; ``torch.nn.DataParallel`` is unwrapped and runs on one device.
         composite: A Zennit composite; None for the default of this package.
         residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`. With ``batched=False`` attributions have the shape
+            of the tensors, and deltas and sinks one entry.
 
     Raises:
-        InputError: ``model`` is a function, not a module: its layers cannot be recorded.
+        InputError: ``model`` is a function, not a module, so its layers cannot be recorded.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -58,10 +62,13 @@ class NRM(GradientAttribution):
         residual: Residual | None = None,
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
+        *,
+        output: Output | Atom | None = None,
+        batched: bool = True,
     ) -> None:
         check_module(model)
         super().__init__(model)
-        self.model = model
+        self.model, self.output, self.batched = model, output, batched
         self.composite = normalize(composite, residual, gain_limit, uncovered)
 
     @overload
@@ -106,24 +113,25 @@ class NRM(GradientAttribution):
         unit: Unit = "output",
         return_sink: bool = False,
     ) -> Any:
-        """Relevance of each input entry.
+        """Computes the relevance of each input entry.
 
         Args:
-            inputs: ``(N, …)``, or a tuple of such tensors.
-            target: Output to explain, in Captum's forms: an int or a tensor with one int for all samples, a list or
-                tensor with one int for each sample; for outputs with more dimensions a tuple, or a list of tuples; None
-                if a sample has a single output.
-            additional_forward_args: Further arguments of the model, one or a tuple of them; they get no relevance.
-            return_convergence_delta: Also return the convergence delta, ``(N,)``: the explained output minus
-                attributions, sink and bypass. It is 0 up to rounding.
-            verbose: Print the rule of every step.
+            inputs: Inputs ``(N, …)``, or a tuple of such tensors.
+            target: Output to explain, in Captum's forms: an int or a tensor with one int for all samples, or a list or
+                tensor with one int per sample; for outputs with more dimensions, a tuple or a list of tuples; None if
+                a sample has a single output.
+            additional_forward_args: Further arguments of the model: a single argument or a tuple, without relevance.
+            return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
+                attributions, sink and bypass, which is 0 up to rounding.
+            verbose: Whether to print the rule of every step.
             given: Event on which relevance is conditional.
             joint: Event with which relevance is joint.
-            unit: ``"output"``: relevance, sink and bypass of a sample sum to the explained output; ``"measure"``: to 1.
-            return_sink: Also return the absorbed relevance, ``(N,)``, in the same unit.
+            unit: ``"output"`` if relevance, sink and bypass of a sample sum to the explained output, ``"measure"`` if
+                they sum to 1.
+            return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.
 
         Returns:
-            Attributions in the form of the inputs; with the delta and the sink, if requested, in a tuple.
+            Attributions in the form of the inputs; if requested, in a tuple with the delta and the sink.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -143,7 +151,7 @@ class NRM(GradientAttribution):
     def measure(
         self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None
     ) -> RelevanceMeasure:
-        """The measure that the attributions are marginals of, for further queries: sinks, joints, conditionals.
+        """Returns the measure behind the attributions, for queries of sinks, joints and conditionals.
 
         Args:
             inputs: As in :meth:`attribute`.
@@ -162,10 +170,12 @@ class NRM(GradientAttribution):
                 target,
                 composite=self.composite,
                 additional_forward_args=additional_forward_args,
+                output=self.output,
+                batched=self.batched,
             )
 
     def attribute_future(self) -> None:
-        """Not available, as in Captum's LRP.
+        """Raises an error: the method is not available, as in Captum's LRP.
 
         Raises:
             NotImplementedError: Always.
@@ -179,7 +189,7 @@ class NRM(GradientAttribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """True: relevance is a contribution, not a sensitivity.
+        """True, since relevance is a contribution, not a sensitivity.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).multiplies_by_inputs
@@ -188,7 +198,7 @@ class NRM(GradientAttribution):
         return True
 
     def has_convergence_delta(self) -> bool:
-        """True: sink and bypass are accounted for.
+        """Returns True, since sink and bypass are accounted for.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).has_convergence_delta()
@@ -197,7 +207,7 @@ class NRM(GradientAttribution):
         return True
 
     def compute_convergence_delta(self, attributions: Any, output: Tensor, accounted: Tensor | float = 0.0) -> Tensor:
-        """``output - accounted - Σ attributions``, ``(N,)``, as in Captum's LRP.
+        """Computes ``output - accounted - Σ attributions``, ``(N,)``, as in Captum's LRP.
 
         Args:
             attributions: A tensor or tuple of tensors, ``(N, …)``.
@@ -210,17 +220,17 @@ class NRM(GradientAttribution):
             tensor([0.2500])
         """
         parts = attributions if isinstance(attributions, tuple) else (attributions,)
-        total = torch.stack([sample_sums(part) for part in parts]).sum(0)
-        return output.flatten() - accounted - total
+        sums = [sample_sums(part if self.batched else part.unsqueeze(0)) for part in parts]
+        return output.flatten() - accounted - torch.stack(sums).sum(0)
 
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _unwrapped(self) -> nn.Module:
-        return self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        return self.model.module if isinstance(self.model, WRAPPERS) else self.model
 
     def _layer(self, layer: Any) -> Any:
-        """A layer of the given model as a layer of the model without its ``DataParallel`` wrapper."""
-        if not isinstance(self.model, nn.DataParallel):
+        """Translates a layer of the given model to a layer of the model without its ``DataParallel`` wrapper."""
+        if not isinstance(self.model, WRAPPERS):
             return layer
         if layer is self.model:
             return self.model.module
@@ -230,13 +240,15 @@ class NRM(GradientAttribution):
 
     def _report(self, inputs: tuple[Tensor, ...], additional_forward_args: Any, verbose: bool) -> None:
         if verbose:
+            output = None if isinstance(self.output, Atom) else self.output
+            model, args = self._unwrapped(), additional_forward_args
             with torch.enable_grad():
-                print(coverage(self._unwrapped(), inputs, self.composite, additional_forward_args))
+                print(coverage(model, inputs, self.composite, args, output=output, batched=self.batched))
 
     def _in_form(
         self, measure: RelevanceMeasure, output: Tensor, inputs: tuple[Tensor, ...], was_tuple: bool, request: Request
     ) -> Any:
-        """Relevance of the inputs in Captum's form, with the delta and the sink if requested."""
+        """Returns the relevance of the inputs in Captum's form, with the delta and the sink if requested."""
         relevance = input_relevance(measure, inputs, request.given, request.joint)
         attributions = as_given(tuple(in_unit(part, output, request.unit) for part in relevance), was_tuple)
         taps = input_taps(measure)

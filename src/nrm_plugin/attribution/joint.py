@@ -8,19 +8,21 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from ..composites import Uncovered
+from ..events.event import Atom
 from ..kernels.normalization import Residual
+from ..model.inputs_and_outputs import Output
 from .base import Layer, Unit, as_tuple, in_unit
 from .inputs import NRM
 
 
 class JointNRM:
-    """Joint relevance of the channels, or neurons, of two layers.
+    """Joint relevance of the channels or neurons of two layers, with Captum's arguments.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
-        upper: The layer nearer to the output, a module, its name or ``at(…)``.
-        lower: A layer below it.
-        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+        upper: The layer nearer to the output: a module, its name or ``at(…)``.
+        lower: A layer below the upper layer.
+        composite, residual, gain_limit, uncovered, output, batched: As in :class:`NRM`.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(20, 10))
@@ -37,9 +39,12 @@ class JointNRM:
         residual: Residual | None = None,
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
+        *,
+        output: Output | Atom | None = None,
+        batched: bool = True,
     ) -> None:
         self.upper, self.lower = upper, lower
-        self._inputs = NRM(model, composite, residual, gain_limit, uncovered)
+        self._inputs = NRM(model, composite, residual, gain_limit, uncovered, output=output, batched=batched)
 
     def attribute(
         self,
@@ -49,17 +54,17 @@ class JointNRM:
         over: str = "channel",
         unit: Unit = "output",
     ) -> Tensor:
-        """The joint relevance of each pair.
+        """Computes the joint relevance of each pair of channels or neurons.
 
         Args:
-            inputs: ``(N, …)``, or a tuple of such tensors.
+            inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             target: Output to explain, in Captum's forms; see :meth:`NRM.attribute`.
             additional_forward_args: Further arguments of the model.
             over: ``"channel"`` or ``"neuron"``.
-            unit: ``"output"``, multiplied by the explained output, or ``"measure"``.
+            unit: ``"output"`` to multiply by the explained output, or ``"measure"``.
 
         Returns:
-            ``(N, upper, lower)``.
+            Joint relevance ``(N, upper, lower)``, with ``N = 1`` for ``batched=False``.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

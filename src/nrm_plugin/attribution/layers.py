@@ -9,9 +9,21 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from ..composites import Uncovered
-from ..events.event import Event, Side
+from ..events.event import Atom, Event, Side
 from ..kernels.normalization import Residual
-from .base import Layer, Unit, as_tuple, check_device_ids, convergence_delta, in_unit, log_usage, with_optional
+from ..measure.layer_taps import layer_list
+from ..model.inputs_and_outputs import Output
+from .base import (
+    Layer,
+    Unit,
+    as_tensor,
+    as_tuple,
+    check_device_ids,
+    convergence_delta,
+    in_unit,
+    log_usage,
+    with_optional,
+)
 from .inputs import NRM
 
 
@@ -20,10 +32,10 @@ class LayerNRM(NRM, LayerAttribution):
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
-        layer: A module, its name or ``at(…)``, a list of them (one pass for all), or None for every layer of the
+        layer: A module, its name or ``at(…)``, a list of layers (in one pass), or None for every layer of the
             measure.
-        device_ids: Accepted as in Captum's layer methods, and ignored: the model runs on one device.
-        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+        device_ids: Accepted as in Captum's layer methods, but ignored, since the model runs on one device.
+        composite, residual, gain_limit, uncovered, output, batched: As in :class:`NRM`.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -43,9 +55,12 @@ class LayerNRM(NRM, LayerAttribution):
         residual: Residual | None = None,
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
+        *,
+        output: Output | Atom | None = None,
+        batched: bool = True,
     ) -> None:
         check_device_ids(device_ids)
-        NRM.__init__(self, model, composite, residual, gain_limit, uncovered)
+        NRM.__init__(self, model, composite, residual, gain_limit, uncovered, output=output, batched=batched)
         LayerAttribution.__init__(self, model, layer, device_ids)
 
     @log_usage()
@@ -63,24 +78,27 @@ class LayerNRM(NRM, LayerAttribution):
         unit: Unit = "output",
         return_sink: bool = False,
     ) -> Any:
-        """Relevance of each neuron of the layers.
+        """Computes the relevance of each neuron of the layers.
+
+        The samples are the first dimension, even if they are another dimension of the layer, as in time-first or
+        windowed layers; see :meth:`~nrm_plugin.RelevanceMeasure.shape`.
 
         Args:
-            inputs: ``(N, …)``, or a tuple of such tensors. Integers get no relevance, the embeddings that they select
-                do.
+            inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integers have no relevance, but the selected
+                embeddings do.
             target: Output to explain, in Captum's forms; see :meth:`NRM.attribute`.
             additional_forward_args: Further arguments of the model.
-            return_convergence_delta: Also return the convergence delta of each layer, ``(N,)``.
-            attribute_to_layer_input: Relevance at the input of the layers instead of their output.
-            verbose: Print the rule of every step.
+            return_convergence_delta: Whether to also return the convergence delta of each layer, ``(N,)``.
+            attribute_to_layer_input: Whether to return the relevance of the inputs of the layers instead of outputs.
+            verbose: Whether to print the rule of every step.
             given: Event on which relevance is conditional.
             joint: Event with which relevance is joint.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
-            return_sink: Also return the relevance absorbed above each layer, ``(N,)``.
+            return_sink: Whether to also return the relevance absorbed above each layer, ``(N,)``.
 
         Returns:
-            A tensor for a layer (a tuple for a layer with several), a list for a list of layers or for all layers; with
-            the deltas and the sinks, if requested, in a tuple.
+            A tensor for a single layer (a tuple if the layer returns several), or a list for several layers; if
+            requested, in a tuple with the deltas and the sinks.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -96,16 +114,20 @@ class LayerNRM(NRM, LayerAttribution):
         measure = self.measure(formatted, target, additional_forward_args)
         layers = measure.layers if self.layer is None else self.layer
         side: Side = "input" if attribute_to_layer_input else "output"
-        taps = [measure.taps_of(self._layer(layer), side) for layer in _as_list(layers)]
+        several, is_one = layer_list(layers)
+        taps = [measure.taps_of(self._layer(layer), side) for layer in several]
         marginals = measure.marginal([tap for group in taps for tap in group], given=given, joint=joint)
 
         def scaled(value: Tensor) -> Tensor:
             return in_unit(value, measure.output, unit)
 
-        def in_form(values: list[Any]) -> Any:
-            return values if isinstance(layers, list) else values[0]
+        def of_tensor(tap: Atom) -> Tensor:
+            return as_tensor(measure, scaled(marginals[tap]))
 
-        relevance = [tuple(scaled(marginals[tap]) for tap in group) for group in taps]
+        def in_form(values: list[Any]) -> Any:
+            return values[0] if is_one else values
+
+        relevance = [tuple(of_tensor(tap) for tap in group) for group in taps]
         attributions = in_form([parts[0] if len(parts) == 1 else parts for parts in relevance])
         delta = sink = None
         if return_convergence_delta:
@@ -113,7 +135,3 @@ class LayerNRM(NRM, LayerAttribution):
         if return_sink:
             sink = in_form([scaled(measure.sink_above(group)) for group in taps])
         return with_optional(attributions, delta, sink)
-
-
-def _as_list(layers: Any) -> list[Any]:
-    return layers if isinstance(layers, list) else [layers]

@@ -27,8 +27,8 @@ class NeuronNRM(NRM, NeuronAttribution):
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
         layer: A module, its name or ``at(…)``.
-        device_ids: Accepted as in Captum's neuron methods, and ignored: the model runs on one device.
-        composite, residual, gain_limit, uncovered: As in :class:`NRM`.
+        device_ids: Accepted as in Captum's neuron methods, but ignored, since the model runs on one device.
+        composite, residual, gain_limit, uncovered, batched: As in :class:`NRM`.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -46,9 +46,11 @@ class NeuronNRM(NRM, NeuronAttribution):
         residual: Residual | None = None,
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
+        *,
+        batched: bool = True,
     ) -> None:
         check_device_ids(device_ids)
-        NRM.__init__(self, model, composite, residual, gain_limit, uncovered)
+        NRM.__init__(self, model, composite, residual, gain_limit, uncovered, batched=batched)
         NeuronAttribution.__init__(self, model, layer, device_ids)
 
     @log_usage()
@@ -66,23 +68,24 @@ class NeuronNRM(NRM, NeuronAttribution):
         return_convergence_delta: bool = False,
         return_sink: bool = False,
     ) -> Any:
-        """Relevance of each input entry for the selected neurons.
+        """Computes the relevance of each input entry for the selected neurons.
 
         Args:
-            inputs: ``(N, …)``, or a tuple of such tensors.
+            inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             neuron_selector: As in Captum: an index, a tuple of indices and slices, or a function of the layer's output
-                that returns one number for each sample. Several neurons start with their activations.
+                ``(N, …)`` that returns one number per sample. Several neurons are weighted by their activations.
             additional_forward_args: Further arguments of the model.
-            attribute_to_neuron_input: Select among the inputs of the layer instead of its outputs.
-            verbose: Print the rule of every step.
+            attribute_to_neuron_input: Whether to select among the inputs of the layer instead of its outputs.
+            verbose: Whether to print the rule of every step.
             given: Event on which relevance is conditional.
             joint: Event with which relevance is joint.
-            unit: ``"output"``: relevance, sink and bypass sum to the activation of the neurons; ``"measure"``: to 1.
-            return_convergence_delta: Also return the convergence delta, ``(N,)``.
-            return_sink: Also return the absorbed relevance, ``(N,)``.
+            unit: ``"output"`` if relevance, sink and bypass sum to the activation of the neurons, ``"measure"`` if to
+                1.
+            return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
+            return_sink: Whether to also return the absorbed relevance, ``(N,)``.
 
         Returns:
-            Attributions in the form of the inputs; with the delta and the sink, if requested, in a tuple.
+            Attributions in the form of the inputs; if requested, in a tuple with the delta and the sink.
 
         Raises:
             TargetError: The selector does not fit the layer, or the selected activations cancel.
@@ -111,6 +114,7 @@ class NeuronNRM(NRM, NeuronAttribution):
                 output=layer if isinstance(layer, Atom) else at(layer, side=side),
                 composite=self.composite,
                 additional_forward_args=additional_forward_args,
+                batched=self.batched,
             )
         request = Request(given, joint, unit, return_convergence_delta, return_sink)
         return self._in_form(measure, neurons.activation, formatted, was_tuple, request)

@@ -1,4 +1,4 @@
-"""A model as it is built by name, before its preprocessing is chosen."""
+"""Models built by name, before their preprocessing is chosen."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ SEED = 0
 
 
 class ModelError(NRMError, ValueError):
-    """No model has this name, or it cannot be built."""
+    """No model has the given name, or the model cannot be built."""
 
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model and what belongs to its weights.
+    """A model, and the metadata of its weights.
 
     Attributes:
         model: The model.
-        weights: Where its weights are from.
+        weights: Origin of the weights.
         transforms: torchvision's preset of the preprocessing.
-        categories: Class names, empty if they are not known.
-        notes: What the user should know.
+        categories: Class names; empty if unknown.
+        notes: Messages to the user.
     """
 
     model: nn.Module
@@ -40,7 +40,7 @@ class BuiltModel:
 
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
-    """Random weights that are the same in every call; the caller's random state is left as it was."""
+    """Context in which random weights are the same in every call; the caller's random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         yield

@@ -1,6 +1,6 @@
-"""The command ``nrm-plugin``: a table of its commands. The module of a command is imported when it is chosen.
+"""The command ``nrm-plugin``, with a table of its commands. The module of a command is imported when it is run.
 
-Neither this module nor the arguments of a command import torch, so that ``--help`` and ``--version`` answer at once.
+Neither this module nor the arguments of a command import torch, so that ``--help`` and ``--version`` are fast.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors in one line, without the usage. The parser of a command adds its arguments when it is chosen."""
+    """A parser that reports errors in one line, without the usage, and adds a command's arguments when it is chosen."""
 
     def __init__(self, command: str = "", **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
         self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Adds the arguments of the command, then parses; the parser of all commands calls this when it is chosen."""
+        """Adds the arguments of the command and parses; called by the parser of all commands."""
         if self._command:
             module: Any = importlib.import_module(f".{self._command}", __package__)
             self.description, self.epilog, self._command = module.DESCRIPTION, module.EXAMPLES, ""
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """The parser of all commands."""
+    """Returns the parser of all commands."""
     root = Parser(prog="nrm-plugin", description="The normalized relevance measure of neural networks.", epilog=EPILOG)
     root.add_argument("--version", action="version", version=f"nrm-plugin {__version__}")
     commands = root.add_subparsers(dest="name", metavar="COMMAND", required=True)
@@ -77,16 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: Arguments; those of the process by default.
+        argv: The arguments; by default the arguments of the process.
 
     Returns:
         The exit status: 0; 1 if some images could not be explained, or an error stopped the command; 2 if
         the options do not allow the command to run,
-        with one line on stderr that says why; 130 after an interrupt.
+        with the reason in one line on stderr; 130 after an interrupt.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # file names may hold characters that a terminal cannot encode
+            stream.reconfigure(errors="replace")  # file names may contain characters that a terminal cannot encode
     with remembered_interrupts() as interrupts:
         options = argparse.Namespace(debug=False)
         try:
@@ -114,6 +114,7 @@ def _ended(error: BaseException, options: argparse.Namespace, is_interrupted: bo
         traceback.print_exception(error, file=sys.stderr)
     if is_interrupted or isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
+        # CPython ends by the signal instead of the status if it last stopped code in a string, such as a dataclass.
         exec("")
         return INTERRUPTED
     print(line(error, options), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Zennit's composites by their names in its registry."""
+"""Zennit's composites, by their names in Zennit's registry."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from zennit.composites import COMPOSITES
 from zennit.core import Composite
 
-from ..composites import Normalized  # registers ours as well
+from ..composites import Normalized  # registers the composites of this package as well
 from ..errors import NRMError
 
 
 class CompositeError(NRMError, ValueError):
-    """No composite has this name, or the composite needs more arguments than a shell can give."""
+    """No composite has the given name, or the composite needs arguments that have no option."""
 
 
 def composite_names() -> list[str]:
-    """All composites except the normalized forms of others."""
+    """Returns the names of all composites except normalized forms of other composites."""
     return sorted(name for name, kind in COMPOSITES.items() if _plain(kind) is kind)
 
 
@@ -32,14 +32,14 @@ def check_composite_name(name: str) -> None:
 
 
 def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
-    """A composite by its name.
+    """Returns a composite by name.
 
     Args:
-        name: In Zennit's registry.
+        name: Name in Zennit's registry.
         bounds: Lowest and highest inputs, ``(1, C, 1, 1)`` each, for composites with a box rule.
 
     Raises:
-        CompositeError: No such name, or the composite needs other arguments.
+        CompositeError: The name is unknown, or the composite needs other arguments.
     """
     check_composite_name(name)
     kind = _plain(COMPOSITES[name])
@@ -58,5 +58,5 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
 
 
 def _plain(kind: type[Composite]) -> type[Composite]:
-    """The composite whose normalized form is in the registry; the commands normalize every composite."""
+    """Returns the original of a normalized composite in the registry, since the commands normalize every composite."""
     return getattr(kind, "rules", kind) if issubclass(kind, Normalized) else kind

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _table(report: Report) -> Iterator[str]:
-    """One line for each layer, means over the digits."""
+    """Yields one line per layer, with means over the digits."""
     count = len(report.samples)
     mean = f", mean over these {count} digits" if count > 1 else ""
     names = _columns(report.rows)
@@ -76,7 +76,7 @@ def _table(report: Report) -> Iterator[str]:
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """Names of the columns; bypass only if there is any."""
+    """Returns the names of the columns; bypass only if it is nonzero."""
     return [name for name in COLUMNS if name != "bypass" or any(bool(row.bypass.any()) for row in rows)]
 
 

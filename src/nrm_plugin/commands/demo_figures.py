@@ -1,4 +1,4 @@
-"""Figures of the demo. ``docs/images/demo.png`` is the ``6-joint.png`` that ``nrm-plugin demo`` writes."""
+"""Figures of the demo. ``docs/images/demo.png`` is ``6-joint.png`` as written by ``nrm-plugin demo``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHANNELS, CONDITIONS, PATCHES = 6, 7, 4
 
 
 def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> list[Path]:
-    """Three figures of one digit: joint relevance of two layers, pixels, channels.
+    """Writes three figures of one digit: joint relevance of two layers, pixels, channels.
 
     Args:
         model: The network.
@@ -51,7 +51,7 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> l
 
 
 def _channels(mu: RelevanceMeasure, image: Tensor, heading: str) -> Figure:
-    """Conditional heat maps of the most relevant channels."""
+    """Draws conditional heat maps of the most relevant channels."""
     mass = mu.marginal(UPPER, over="channel")[0]
     top = mass.abs().argsort(descending=True, stable=True)[:CONDITIONS].tolist()
     maps = mu.marginal("input", given=[at(UPPER).channel(channel) for channel in top])[:, 0].sum(1)
@@ -60,13 +60,13 @@ def _channels(mu: RelevanceMeasure, image: Tensor, heading: str) -> Figure:
 
 
 def save_budgets(rows: Sequence[Row], samples: Sequence[Sample], images: Tensor, composite: str, out: Path) -> Path:
-    """One figure with the relevance of each layer for every digit.
+    """Writes a figure with the relevance of each layer for every digit.
 
     Args:
         rows: The layers, ``(N,)`` each.
         samples: ``N`` digits.
         images: ``(N, 1, 16, 16)``.
-        composite: Its name.
+        composite: Name of the composite.
         out: Folder.
     """
 
@@ -96,7 +96,7 @@ def _classified(sample: Sample) -> str:
 
 
 def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> list[Path]:
-    """The flow of one digit from patches of the image to the predicted class; a page as well if plotly is installed.
+    """Writes the flow of one digit from image patches to the predicted class; also a page if plotly is installed.
 
     Args:
         model: The network.

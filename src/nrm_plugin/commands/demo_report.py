@@ -1,4 +1,4 @@
-"""The demo: held-out digits explained with the embedded network, as numbers of each layer and as figures."""
+"""The demo: explanations of held-out digits by the embedded network, as numbers per layer and as figures."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Report:
     Attributes:
         samples: The digits.
         accuracy: Fraction of all held-out digits that the network classifies correctly.
-        rows: One for each of :data:`~nrm_plugin.commands.demo_values.LAYERS`.
-        figures: Files; three for each digit, then the budgets of all.
+        rows: One row per layer of :data:`~nrm_plugin.commands.demo_values.LAYERS`.
+        figures: Files of figures: three per digit, then the budgets of all digits.
         flow: Figure of the flow of the first digit, and its page if plotly is installed.
         composite: Name of the composite of the rows.
     """
@@ -40,11 +40,11 @@ def demo_report(kinds: Sequence[str], out: Path) -> Report:
     """Explains held-out digits and writes figures.
 
     Args:
-        kinds: ``"0"`` to ``"9"``, or ``"misread"``; a kind that is repeated selects further digits.
+        kinds: ``"0"`` to ``"9"``, or ``"misread"``; a repeated kind selects further digits.
         out: An existing folder.
 
     Raises:
-        DemoError: No kinds, or more digits of a kind than there are.
+        DemoError: No kind is given, or more digits of a kind are requested than exist.
         OSError: A figure cannot be written.
     """
     with _one_thread():
@@ -62,7 +62,7 @@ def demo_report(kinds: Sequence[str], out: Path) -> Report:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread: the tensors of this network are too small to gain from more."""
+    """Context with a single thread, since the tensors of this network are too small for several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The demo's digits and the numbers of each layer, by the measure and by plain Zennit."""
+"""The digits of the demo, and the numbers of each layer by the measure and by plain Zennit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ LAYERS = (
     "classifier.3", "classifier.0", "features.12", "features.10", "features.7", "features.5", "features.2",
     "features.0", "input",
 )  # fmt: skip
-"""Rows of the table, from the output down; the layers between them pass relevance on unchanged."""
+"""Layers of the table, from the output down; layers between them pass relevance through unchanged."""
 TABLE_COMPOSITE = EpsilonPlus
-"""Composite of the table and the budgets: Zennit's own, as our default does not leak. Other figures use the default."""
+"""Composite of the table and the budgets: one of Zennit's, since the default of this package absorbs no relevance.
+Other figures use the default."""
 
 
 class DemoError(NRMError, ValueError):
@@ -30,13 +31,13 @@ class DemoError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out digit.
+    """A held-out digit.
 
     Attributes:
-        name: First part of its file names.
-        index: Among the held-out digits.
-        label: Its class.
-        predicted: The class that the network predicts, which is explained.
+        name: First part of the file names.
+        index: Index among the held-out digits.
+        label: Class of the digit.
+        predicted: The predicted class, which is explained.
     """
 
     name: str
@@ -50,13 +51,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """One layer, ``(N,)`` each, dimensionless.
+    """The numbers of one layer, ``(N,)`` each, dimensionless.
 
     Attributes:
         layer: Name of the tap.
-        plain: Sum of the relevance of plain Zennit, from 1 at the output.
-        mass, sink, bypass: Of the measure; together 1.
-        variation: Of the measure, at least 1.
+        plain: Sum of the relevance of plain Zennit, starting from 1 at the output.
+        mass, sink, bypass: Masses of the measure, with sum 1.
+        variation: Variation of the measure, at least 1.
     """
 
     layer: str
@@ -69,10 +70,10 @@ class Row:
 
 @torch.no_grad()
 def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str]) -> tuple[list[Sample], float]:
-    """The digits of each kind with the most confident predictions, and the accuracy on all digits.
+    """Returns the digits of each kind with the most confident predictions, and the accuracy on all digits.
 
     Raises:
-        DemoError: No kinds, or one that is neither a digit nor ``"misread"``, or more digits of a kind than there are.
+        DemoError: No kind is given, a kind is neither a digit nor ``"misread"``, or a kind has too few digits.
     """
     confidence, predicted = model(images).double().log_softmax(1).max(1)
     samples: list[Sample] = []
@@ -95,7 +96,7 @@ def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str
 
 
 def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[Row]:
-    """Plain Zennit and the measure, both with :data:`TABLE_COMPOSITE`, layer by layer.
+    """Computes plain Zennit's relevance and the measure of each layer, both with :data:`TABLE_COMPOSITE`.
 
     Args:
         model: The network.
@@ -114,13 +115,13 @@ def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[
 def plain_sums(
     model: nn.Module, images: Tensor, target: Sequence[int], composite: Composite, layers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Sum of Zennit's own relevance at each layer, ``(N,)``, from 1 at the target; computed without this package.
+    """Sums Zennit's relevance at each layer, ``(N,)``, starting from 1 at the target, without this package.
 
     Args:
         model: The network.
         images: ``(N, …)``.
         target: Class to explain, one for each image.
-        composite: Rules of all layers.
+        composite: The composite.
         layers: Names of modules, and ``"input"``.
     """
     model = copy.deepcopy(model)  # Zennit 1.0 replaces parameters of the model

@@ -1,9 +1,10 @@
-"""Events written as text: ``features.28[3,7] & ~features.14[5]``. A parser of a small grammar; no code is evaluated.
+"""A parser of events written as text, such as ``features.28[3,7] & ~features.14[5]``. No code is evaluated.
 
 - ``union``: one or more ``intersection``, separated by ``|``
 - ``intersection``: one or more ``part``, separated by ``&``
 - ``part``: ``~ part``, ``( union )``, ``ABSORBED``, ``layer``, or ``layer[channels]``
-- ``layer``: a name as the command ``layers`` lists it; with spaces, signs or brackets in quotes, ``'body[0]'[3]``
+- ``layer``: a name as listed by the command ``layers``; in quotes if it contains spaces, signs or brackets,
+  ``'body[0]'[3]``
 - ``channels``: numbers and ranges such as ``10:20``, separated by commas
 """
 
@@ -23,17 +24,17 @@ DEEPEST = 50
 
 
 class ConditionError(NRMError, ValueError):
-    """Text that is not an event."""
+    """A text is not an event."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """An event and its text.
+    """An event, and its text.
 
     Attributes:
-        text: As it was given.
+        text: The given text.
         event: The event.
-        layers: Names of its layers.
+        layers: Names of the layers of the event.
     """
 
     text: str
@@ -42,14 +43,14 @@ class Condition:
 
 
 def parse(text: str) -> Condition:
-    """The event of a text.
+    """Parses an event.
 
     Args:
         text: Names of layers with channels in brackets, joined by ``&``, ``|``, ``~`` and parentheses. Brackets list
-            channels, as ``at(layer).channel([…])``.
+            channels, as in ``at(layer).channel([…])``.
 
     Raises:
-        ConditionError: The text does not follow the grammar; the message says where.
+        ConditionError: The text does not follow the grammar; the message shows the position.
     """
     reader = _Reader(text)
     event = reader.union()
@@ -79,7 +80,7 @@ class _Reader:
         self._end = token.end() if token else len(self.text)
 
     def fail(self, why: str, got: str = "", place: int | None = None) -> None:
-        """Raises :class:`ConditionError` for the current token, or for another text and place."""
+        """Raises :class:`ConditionError` for the current token, or for another text and position."""
         got = got or self.sign or self.atom or "the end"
         place = self.start if place is None else place
         raise ConditionError(

@@ -1,4 +1,4 @@
-"""The explanation of one image: values of the measure. Nothing is printed or written here."""
+"""The explanation of one image, as values of the measure. This module neither prints nor writes."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One layer.
+    """The explanation of one layer.
 
     Attributes:
-        name: Of the tap.
-        relevance: Of each neuron, without the batch.
-        mass: Of each channel, ``(C,)``.
-        totals: Of the layer.
-        top: The channels of largest absolute mass.
-        heat_maps: Joint relevance of each of these with the pixels, ``(len(top), H, W)``.
+        name: Name of the tap.
+        relevance: Relevance of each neuron, without the batch dimension.
+        mass: Mass of each channel, ``(C,)``.
+        totals: Totals of the layer.
+        top: The channels with the largest absolute mass.
+        heat_maps: Joint relevance of each of these channels with the pixels, ``(len(top), H, W)``.
     """
 
     name: str
@@ -52,13 +52,13 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class ConditionalExplanation:
-    """One condition.
+    """The explanation under one condition.
 
     Attributes:
         condition: The condition.
-        mass: Of the event.
-        relevance: Of the inputs given the event, ``(C, H, W)``; None if the mass is zero or nearly cancels.
-        problem: Why the relevance is undefined.
+        mass: Mass of the event.
+        relevance: Relevance of the inputs given the event, ``(C, H, W)``; None if the mass is zero or nearly cancels.
+        problem: The reason why the relevance is undefined.
     """
 
     condition: Condition
@@ -69,15 +69,15 @@ class ConditionalExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One image; tensors are on the CPU.
+    """The explanation of one image; tensors are on the CPU.
 
     Attributes:
         source: The image file.
         image: The preprocessed image, ``(3, S, S)`` in [0, 1].
-        outputs: Of the model, ``(K,)``.
-        target: The class that is explained.
-        relevance: Of the inputs, ``(C, S, S)``.
-        totals: At the inputs.
+        outputs: Outputs of the model, ``(K,)``.
+        target: The explained class.
+        relevance: Relevance of the inputs, ``(C, S, S)``.
+        totals: Totals at the inputs.
         layers: The requested layers.
         given: The requested conditions.
     """
@@ -93,12 +93,12 @@ class Explanation:
 
 
 def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> Explanation:
-    """The explanation of one image.
+    """Explains one image.
 
     Args:
         loaded: The model, on the device of the request.
         source: The image.
-        request: What to compute.
+        request: The request.
 
     Raises:
         RequestError: Target, layers or conditions do not fit the model, or the model fails.

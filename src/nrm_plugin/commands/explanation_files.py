@@ -1,4 +1,4 @@
-"""The files of one explanation: heat maps as PNG, numbers as safetensors with all settings, channels as CSV."""
+"""Files of one explanation: heat maps as PNG, numbers as safetensors with all settings, channels as CSV."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from .output_files import (
 from .request import Request
 
 CLIPPED = 400
-"""One of this number of pixels may lie beyond the colour scale."""
+"""One in this number of pixels may exceed the colour scale."""
 LONGEST_HEADER = 10**8
-"""Of a safetensors file."""
+"""Largest header size of a safetensors file, in bytes."""
 HEAT_MAP, NUMBERS, GIVEN = "relevance.png", "relevance.safetensors", "given.png"
 
 
@@ -43,16 +43,16 @@ def write(loaded: LoadedModel, request: Request, result: Explanation, out: Path,
 
     Args:
         loaded: The model.
-        request: What was requested.
+        request: The request.
         result: The explanation.
         out: Folder.
-        taken: As in :func:`~nrm_plugin.commands.output_files.free_stem`.
+        taken: Used file names, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
 
     Returns:
-        The files, the heat map first.
+        The files, with the heat map first.
 
     Raises:
-        OSError: They cannot be written.
+        OSError: A file cannot be written.
     """
     about = settings(loaded, request, result)
     conditionals = [given for given in result.given if given.relevance is not None]
@@ -73,7 +73,7 @@ def write(loaded: LoadedModel, request: Request, result: Explanation, out: Path,
 
 
 def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
-    """Without a figure if no channel has any relevance."""
+    """The kinds of files of a layer; no figure if no channel has relevance."""
     return ("png", "csv") if layer.top else ("csv",)
 
 
@@ -81,14 +81,14 @@ def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
 
 
 def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict[str, str]:
-    """Everything that the numbers depend on, as the metadata of their file; lists and dictionaries are JSON."""
+    """Returns all settings that affect the numbers, as metadata of their file; lists and dictionaries are JSON."""
     about = image_settings(loaded, request, result.source.path, result.source.digest, result.target)
     about["given"] = [condition.text for condition in request.given]
     return {key: json.dumps(value) if isinstance(value, list | dict) else str(value) for key, value in about.items()}
 
 
 def tensors(result: Explanation) -> dict[str, Tensor]:
-    """The numbers of an image, by their names in the file."""
+    """Returns the numbers of an image, by their names in the file."""
     number = result.outputs.new_tensor
     named = {
         "image": result.image,
@@ -112,7 +112,7 @@ def tensors(result: Explanation) -> dict[str, Tensor]:
 
 
 def _is_same(path: Path, about: Mapping[str, str]) -> bool:
-    # Reads the header alone; safe_open raises for file names that are not text.
+    # Only the header is read; safe_open raises for file names that are not text.
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -123,13 +123,13 @@ def _is_same(path: Path, about: Mapping[str, str]) -> bool:
 
 
 def _save_tensors(numbers: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
-    # save_file makes files that only their owner can read.
+    # save_file creates files that only their owner can read.
     with writing(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(numbers, about))
 
 
 def _save_table(layer: LayerExplanation, path: Path) -> None:
-    """All channels, those of largest absolute mass first."""
+    """Writes all channels, in descending order of absolute mass."""
     with writing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["channel", "mass"])
@@ -141,9 +141,9 @@ def _save_table(layer: LayerExplanation, path: Path) -> None:
 
 
 def color_limit(maps: Sequence[Tensor]) -> float | None:
-    """The value of the darkest colour for heat maps ``(H, W)``, so that a few extreme pixels do not blank the others.
+    """Chooses the value of the darkest colour for heat maps ``(H, W)``, so that extreme pixels do not hide all others.
 
-    The largest value that no more than one of :data:`CLIPPED` pixels exceeds; None if it is zero.
+    At most one in :data:`CLIPPED` pixels exceeds this value. Returns None if the value is zero.
     """
     values = torch.stack(list(maps)).abs().flatten() if maps else torch.zeros(1)
     inside = values.sort().values[: max(1, len(values) - len(values) // CLIPPED)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from .options import add_computation, add_model, add_out, add_target, fraction, whole_number
 
 MOST_CHANNELS = 40
-"""Of a layer, for which a figure has room; :data:`nrm_plugin.plots.flow.MAX_GROUPS`."""
+"""Largest number of channels of a layer in a figure; equal to :data:`nrm_plugin.plots.flow.MAX_GROUPS`."""
 
 DESCRIPTION = """\
 How does relevance flow between channels? Plots the joint relevance of the channels of several layers as a flow from

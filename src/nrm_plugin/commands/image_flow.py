@@ -44,7 +44,7 @@ def has_page() -> bool:
 
 
 def print_missing_page() -> None:
-    """Prints to stderr why no interactive page was written."""
+    """Prints to stderr the reason why no interactive page was written."""
     if not has_page():
         print(
             "nrm-plugin: note: no HTML page: plotly is not installed (pip install 'nrm-plugin[html]')", file=sys.stderr
@@ -53,13 +53,13 @@ def print_missing_page() -> None:
 
 @dataclass(frozen=True)
 class FlowOptions:
-    """What is shown of a flow.
+    """Options of a flow figure.
 
     Attributes:
         top: Maximum number of channels of a layer.
-        coverage: Fraction of the absolute mass of each layer that its channels must hold; None for no such limit.
+        coverage: Fraction of the absolute mass of each layer that the shown channels must cover; None for no limit.
         patches: Patches of the image along each side.
-        dark: Figures for a dark background.
+        dark: Whether figures are for a dark background.
     """
 
     top: int = 8
@@ -73,11 +73,11 @@ class ImageFlow:
     """The flow for one image.
 
     Attributes:
-        outputs: Of the model, ``(K,)``.
-        target: The class that is explained.
+        outputs: Outputs of the model, ``(K,)``.
+        target: The explained class.
         graph: The flow.
-        heat_maps: Of its nodes.
-        profile: Its layers, compared with plain LRP.
+        heat_maps: Heat maps of the nodes.
+        profile: Profile of the layers, compared with plain LRP.
     """
 
     outputs: Tensor
@@ -95,10 +95,10 @@ def explain_flow(
     Args:
         loaded: The model, on the device of the request.
         image: The image.
-        request: What to compute; its layers are those of the flow.
-        options: What to show.
-        out: Folder that exists.
-        taken: As in :func:`~nrm_plugin.commands.output_files.free_stem`.
+        request: The request, with the layers of the flow.
+        options: Options of the figure.
+        out: An existing folder.
+        taken: Used file names, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
 
     Raises:
         RequestError: Target, layers or patches do not fit the model, or the model fails.
@@ -116,7 +116,7 @@ def explain_flow(
 
 
 def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions) -> ImageFlow:
-    """The flow of relevance for one image; arguments and errors as in :func:`explain_flow`."""
+    """Computes the flow of relevance for one image; see :func:`explain_flow` for arguments and errors."""
     inputs = loaded.preprocessing(image.image).to(request.device)
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, request.layers)
@@ -147,7 +147,7 @@ def _graph(
 
 
 def patch_names(count: int) -> dict[int, str]:
-    """Row and column of each of ``count`` × ``count`` patches."""
+    """Returns names of ``count`` × ``count`` patches by row and column."""
     return {number: "row {}, col {}".format(*divmod(number, count)) for number in range(count**2)}
 
 
@@ -160,7 +160,7 @@ def _write(
     out: Path,
     taken: set[str],
 ) -> list[Path]:
-    """Figure, numbers, profile and page."""
+    """Writes figure, numbers, profile and page."""
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
     ends = ["flow.json", "flow.png", "layers.png", *(["flow.html"] if has_page() else [])]

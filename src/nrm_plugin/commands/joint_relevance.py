@@ -17,7 +17,7 @@ from ..plots.heatmaps import joint as draw_joint
 from ..plots.ribbons import Column, Ribbon, percent
 
 CHUNK = 12
-"""Events in one pass: on VGG16 each takes as much memory as one backward pass."""
+"""Number of events in one pass; on VGG16, each event takes as much memory as one backward pass."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class ChannelJoint:
     .. math:: J_{ab\dots} = \mu(n_{l_1} \in a, n_{l_2} \in b, \dots)
 
     Attributes:
-        layers: Names, the one nearest to the output first.
+        layers: Names of the layers, from the output down.
         channels: The most relevant channels of each layer, in descending order.
-        marginals: Their marginals, ``(K,)`` for each layer.
+        marginals: Marginals of these channels, ``(K,)`` for each layer.
         sizes: Number of channels of each layer.
         values: Joint relevance of one channel in each layer, ``(K, …, K)``, dimensionless.
     """
@@ -41,12 +41,12 @@ class ChannelJoint:
     values: Tensor
 
     def strongest(self, count: int) -> list[tuple[int, ...]]:
-        """Indices into ``values`` of the largest absolute values, in descending order."""
+        """Returns the indices of the largest absolute entries of ``values``, in descending order."""
         order = self.values.abs().flatten().argsort(descending=True, stable=True)[:count]
         return [tuple(map(int, torch.unravel_index(place, self.values.shape))) for place in order]
 
     def event(self, place: Sequence[int]) -> Event:
-        """The walks whose joint relevance is ``values[place]``; a shorter place omits lower layers."""
+        """Returns the event with joint relevance ``values[place]``; a shorter place omits lower layers."""
         first, *rest = (
             at(layer).channel(channels[index])
             for layer, channels, index in zip(self.layers, self.channels, place, strict=False)
@@ -58,16 +58,16 @@ class ChannelJoint:
 
 
 def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> ChannelJoint:
-    """Joint relevance of the ``count`` most relevant channels, by absolute value, of each of several layers.
+    """Computes joint relevance of the ``count`` channels with the largest absolute relevance in each layer.
 
     Args:
         mu: A measure of one sample.
         layers: At least two taps, each above or below the others, in any order.
-        count: Channels of each layer; all if a layer has fewer.
+        count: Number of channels per layer; all channels if a layer has fewer.
 
     Raises:
-        ValueError: Fewer than two layers, a repeated layer, or a measure of several samples.
-        UnknownLayerError: No tap of that name.
+        ValueError: There are fewer than two layers, a layer is repeated, or the measure has several samples.
+        UnknownLayerError: No tap has this name.
     """
     if len(layers) < 2 or len(set(layers)) < len(layers):
         raise ValueError(f"joint relevance needs two or more different layers, got {', '.join(layers) or 'none'}.")
@@ -93,22 +93,22 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
 
 
 def joint_heat_maps(mu: RelevanceMeasure, events: Sequence[Event]) -> Tensor:
-    """``μ(pixel ∩ event)``, summed over colours, ``(E, H, W)``; for a measure of one sample."""
+    """Computes ``μ(pixel ∩ event)``, summed over colours, ``(E, H, W)``, for a measure of one sample."""
     return torch.cat([mu.marginal("input", joint=part)[:, 0].sum(1) for part in _chunks(events)])
 
 
 def joint_figure(
     mu: RelevanceMeasure, image: Tensor, pixels: Tensor, joint: ChannelJoint, marks: int = 4, heading: str = ""
 ) -> Figure:
-    """The image, the flow between channels, and the joint heat maps of the strongest combinations.
+    """Draws the image, the flow between channels, and joint heat maps of the strongest combinations.
 
     Args:
         mu: The measure of ``joint``.
         image: ``(C, H, W)`` with values in [0, 1].
         pixels: Pixel relevance, ``(H, W)``.
         joint: Joint relevance.
-        marks: Number of combinations that are labelled and get a heat map.
-        heading: Above the figure.
+        marks: Number of combinations with a label and a heat map.
+        heading: Title of the figure.
     """
     strongest = joint.strongest(marks)
     names = {place: chr(ord("A") + number) for number, place in enumerate(strongest)}

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def layer_rows(loaded: LoadedModel, composite: str) -> list[tuple[str, ...]]:
-    """Name, shape without the batch, operation, rule and note of every tap; independent of the weights.
+    """Returns name, shape without the batch, operation, rule and note of every tap; independent of the weights.
 
     Raises:
         RequestError: The model fails, or has not as many outputs as there are class names.

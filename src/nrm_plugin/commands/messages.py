@@ -1,4 +1,4 @@
-"""What the commands print. ASCII apart from names, so that every terminal can show it."""
+"""Output of the commands, in ASCII apart from names, so that every terminal can show it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .output_files import class_name
 from .request import Request
 
 BEST = 5
-"""Classes that are listed."""
+"""Number of listed classes."""
 
 
 def heading(loaded: LoadedModel, request: Request) -> str:
-    """Model, rules and device, which are the same for all images of a call."""
+    """Returns a line on model, rules and device, which are the same for all images of a call."""
     limit = f", gain limit {request.gain_limit:g}" if request.residual == "redistribute" else ""
     model = f"{shown(loaded.name)} (weights: {loaded.weights})"
     return f"{model} by {request.composite}, residual {request.residual}{limit}, on {request.device}"
 
 
 def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int) -> Iterator[str]:
-    """The image and its classes."""
+    """Yields the lines on an image and its classes."""
     yield shown(source.path)
     yield from (f"  note: it {note}" for note in source.notes)
     yield from classes(loaded, outputs, target)
 
 
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:
-    """The lines on one explanation."""
+    """Yields the lines on one explanation."""
     yield from image(loaded, result.source, result.outputs, result.target)
     yield f"  relevance {_totals(result.totals, 'at the pixels')}"
     for layer in result.layers:
@@ -49,12 +49,12 @@ def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -
 
 
 def files(paths: Sequence[Path]) -> Iterator[str]:
-    """The files that were written."""
+    """Yields the lines on the written files."""
     yield from (f"  -> {shown(path)}" for path in paths)
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> Iterator[str]:
-    """Rows under their headings, in columns."""
+    """Yields a table: rows under their headings, in columns."""
     lines = [tuple(head), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     for line in lines:
@@ -62,7 +62,7 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> Iterator[str]:
 
 
 def layers(graph: FlowGraph) -> Iterator[str]:
-    """One line for each layer of a flow."""
+    """Yields one line per layer of a flow."""
     for layer in graph.layers:
         mass, groups = sum(layer.masses), len(layer.groups) + layer.others
         parts = [f"{_percent(mass).strip()} in {len(layer.groups)} of {groups} groups"]
@@ -75,7 +75,7 @@ def layers(graph: FlowGraph) -> Iterator[str]:
 
 
 def classes(loaded: LoadedModel, outputs: Tensor, target: int) -> Iterator[str]:
-    """The classes of the largest outputs, and the one that is explained."""
+    """Yields the lines on the classes with the largest outputs, and on the explained class."""
     softmax = torch.softmax(outputs.double(), 0)
     best = outputs.argsort(descending=True, stable=True)[:BEST].tolist()
     listed = best if target in best else [*best, target]

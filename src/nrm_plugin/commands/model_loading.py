@@ -1,4 +1,4 @@
-"""Models by name, ready to be explained: torchvision's with their weights, or the user's own."""
+"""Models by name, ready to be explained: torchvision's models with weights, or the user's own models."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .torchvision_models import DEFAULT, torchvision_model
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to be explained, and what belongs to it.
+    """A model that is ready to be explained, with its preprocessing and metadata.
 
     Attributes:
-        name: As it was given.
-        weights: Where its weights are from.
-        model: In evaluation mode, float32.
-        preprocessing: Turns images into its inputs.
-        categories: Names of its classes, empty if they are not known.
-        notes: What the user should know.
+        name: The given name.
+        weights: Origin of the weights.
+        model: The model in evaluation mode, float32.
+        preprocessing: The conversion of images to inputs.
+        categories: Class names; empty if unknown.
+        notes: Messages to the user.
     """
 
     name: str
@@ -47,20 +47,20 @@ def load(
     std: Sequence[float] | None = None,
     categories: Sequence[str] = (),
 ) -> LoadedModel:
-    """A model by its name.
+    """Loads a model by name.
 
     Args:
-        name: Of a torchvision classification model, or ``package.module:factory`` or ``file.py:factory``.
+        name: Name of a torchvision classification model, or ``package.module:factory`` or ``file.py:factory``.
         weights: Name of torchvision weights, a file, or ``"none"``; None for torchvision's default, or for the weights
             that the user's own factory returns.
         size: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
-        mean: As for ``size``.
-        std: As for ``size``.
-        categories: Class names, instead of those of the weights.
+        mean: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
+        std: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
+        categories: Class names, in place of the class names of the weights.
 
     Raises:
-        ModelError: No such model, or it is not a classifier, or building it failed.
-        WeightsError: No such weights, they could not be downloaded, or they belong to another model.
+        ModelError: The model does not exist, is not a classifier, or cannot be built.
+        WeightsError: The weights do not exist, cannot be downloaded, or belong to another model.
         PreprocessingError: Size, mean and standard deviation fit no image.
     """
     if ":" in name:

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the values they take. Nothing here imports torch."""
+"""Common options of several commands, and types of their values. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 CHANNELS = 7
-"""Channels of a layer that ``explain`` plots by default."""
+"""Default number of channels of a layer that ``explain`` plots."""
 MISCLASSIFIED = "misread"
-"""Kind of digits of the demo."""
+"""Name of the misclassified digits in the demo."""
 PER_CHANNEL = ("--mean", "--std")
 DOWNLOADED = "torchvision's default, downloaded once"
 
 
 def add_model(parser: argparse.ArgumentParser, weights: str = DOWNLOADED, required: bool = True) -> None:
-    """Options for the model and its preprocessing; ``weights`` says which ones it has by default."""
+    """Adds options for the model and its preprocessing; ``weights`` describes the default weights."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=required, metavar="NAME",
                        help="a torchvision classifier such as vgg16; or your own as package.module:factory or "
@@ -39,20 +39,20 @@ def add_model(parser: argparse.ArgumentParser, weights: str = DOWNLOADED, requir
 
 
 def add_target(group: Any) -> None:
-    """The option for the class to explain."""
+    """Adds the option for the class to explain."""
     group.add_argument("--target", metavar="CLASS",
                        help="index or name of the class to explain (default: the predicted class)")  # fmt: skip
 
 
 def add_composite(parser: Any) -> None:
-    """The option for the rules."""
+    """Adds the option for the rules."""
     parser.add_argument("--composite", default="nrm_default", metavar="RULES",
                         help="name of a composite in Zennit's registry, such as nrm_absolute, epsilon_plus_flat or "
                         "epsilon_gamma_box; an unknown name lists them all (default: %(default)s)")  # fmt: skip
 
 
 def add_computation(parser: argparse.ArgumentParser) -> None:
-    """Options for the rules and the device."""
+    """Adds options for the rules and the device."""
     group = parser.add_argument_group("computation")
     add_composite(group)
     group.add_argument("--residual", choices=("redistribute", "sink"), default="redistribute",
@@ -64,7 +64,7 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
 
 
 def add_out(parser: argparse.ArgumentParser, folder: str) -> None:
-    """The option for the folder of the results."""
+    """Adds the option for the folder of the results."""
     parser.add_argument("--out", type=Path, default=Path(folder), metavar="DIR",
                         help="folder for the results; created if missing (default: %(default)s)")  # fmt: skip
 
@@ -73,7 +73,7 @@ def add_out(parser: argparse.ArgumentParser, folder: str) -> None:
 
 
 def whole_number(most: int, what: str = "number", least: int = 1) -> Callable[[str], int]:
-    """A type of argparse: whole numbers from ``least`` to ``most``."""
+    """Returns a type of argparse for integers from ``least`` to ``most``."""
 
     def number(text: str) -> int:
         if text.isascii() and text.isdecimal() and least <= int(text) <= most:
@@ -84,7 +84,7 @@ def whole_number(most: int, what: str = "number", least: int = 1) -> Callable[[s
 
 
 def fraction(text: str) -> float:
-    """A number above 0 and up to 1."""
+    """Parses a number above 0 and up to 1."""
     value = _real(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction above 0 and up to 1, such as 0.9")
@@ -92,7 +92,7 @@ def fraction(text: str) -> float:
 
 
 def gain_limit(text: str) -> float:
-    """A number of at least 1, or infinity."""
+    """Parses a number of at least 1, or infinity."""
     value = _real(text)
     if not value >= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
@@ -118,7 +118,7 @@ def _numbers(text: str) -> list[str]:
 
 
 def channel_values(text: str) -> tuple[float, ...]:
-    """One number, or three for red, green and blue."""
+    """Parses one number, or three for red, green and blue."""
     values = tuple(_real(part) for part in text.replace(",", " ").split())
     if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three, such as 0.5 or 0.485,0.456,0.406")
@@ -126,7 +126,7 @@ def channel_values(text: str) -> tuple[float, ...]:
 
 
 def _real(text: str) -> float:
-    """A number; NaN, which no comparison accepts, if the text is not one."""
+    """Parses a number; returns NaN, which fails every comparison, for any other text."""
     try:
         return float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Files that commands write: names that overwrite nothing, settings, headings that fit, figures."""
+"""Output files of commands: file names that overwrite nothing, settings, headings that fit, figures."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from .weight_files import NONE
 
 PACKAGES = ("nrm-plugin", "torch", "torchvision", "zennit", "captum")
 TITLE = 34
-"""Letters that fit above a heat map."""
+"""Number of letters that fit above a heat map."""
 LETTERS = 21
-"""Letters of a heading for each heat map of a row."""
+"""Number of letters of a heading per heat map in a row."""
 
 _noted: set[str] = set()
 """Letters without a font that a note has named."""
@@ -44,10 +44,10 @@ class OutputError(NRMError, OSError):
 
 
 def check_folder(folder: Path) -> None:
-    """Creates a folder and writes to it, so that a wrong one is reported before anything is computed.
+    """Creates a folder and tests writing to it, so that errors are reported before the computation.
 
     Raises:
-        OSError: It cannot be created or written to.
+        OSError: The folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,14 +62,14 @@ def check_folder(folder: Path) -> None:
 
 
 def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_same: Callable[[Path], bool]) -> str:
-    """The first part of file names, which overwrite nothing but the results of the same query.
+    """Returns the first part of file names that overwrite only results of the same query.
 
     Args:
         out: Folder.
         stem: Preferred first part, such as the name of the image.
-        ends: The other parts, the one with the settings first.
-        taken: Stems that this call has used; the new one is added.
-        is_same: Whether a file with settings is of the same query and may be replaced.
+        ends: The other parts of the file names, starting with the file with the settings.
+        taken: Stems used in this call; the new stem is added.
+        is_same: Returns whether a file with settings belongs to the same query and may be replaced.
     """
     for number in itertools.count(1):
         name = stem if number == 1 else f"{stem}-{number}"
@@ -81,7 +81,7 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
 
 
 def json_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], settings: Mapping[str, Any]) -> str:
-    """As :func:`free_stem` for results with JSON: the same query has the same ``"settings"``."""
+    """Returns :func:`free_stem` for results in JSON, where the same query has the same ``"settings"``."""
     return free_stem(out, stem, ends, taken, lambda path: _stored_settings(path) == json.loads(json.dumps(settings)))
 
 
@@ -93,7 +93,7 @@ def _stored_settings(path: Path) -> object:
 
 
 def name_part(layer: str) -> str:
-    """The name of a layer as a part of a file name on any system."""
+    """Converts the name of a layer to a part of a file name on any system."""
     return re.sub(r"[^\w.\-]", "_", layer)
 
 
@@ -101,7 +101,7 @@ def name_part(layer: str) -> str:
 
 
 def image_settings(loaded: LoadedModel, request: Request, path: Path, digest: str, target: int) -> dict[str, Any]:
-    """Everything about image, model and rules that the numbers depend on."""
+    """Returns all settings of image, model and rules that affect the numbers."""
     return {
         "image": shown(path.name),
         "image_sha256": digest,
@@ -118,7 +118,7 @@ def image_settings(loaded: LoadedModel, request: Request, path: Path, digest: st
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that the numbers depend on, and of Python."""
+    """Returns the versions of Python and of the packages that affect the numbers."""
     return {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
 
 
@@ -126,23 +126,23 @@ def versions() -> dict[str, str]:
 
 
 def class_name(loaded: LoadedModel, index: int) -> str:
-    """Name of a class; empty if it is not known."""
+    """Returns the name of a class; empty if unknown."""
     return shown(loaded.categories[index]) if index < len(loaded.categories) else ""
 
 
 def target_title(loaded: LoadedModel, index: int) -> str:
-    """A class for the heading of a figure."""
+    """Returns the text of a class for the heading of a figure."""
     name = class_name(loaded, index)
     return f"“{short(name)}”" if name else f"class {index}"
 
 
 def weights_title(loaded: LoadedModel) -> str:
-    """A note for the heading of a figure if the weights are random."""
+    """Returns a note for the heading of a figure if the weights are random."""
     return "  (random weights)" if loaded.weights == NONE else ""
 
 
 def short(text: str, length: int = TITLE) -> str:
-    """Text for matplotlib, its middle left out if it is too long, dollar signs escaped."""
+    """Shortens a text for matplotlib in the middle if it is too long, and escapes dollar signs."""
     clean = shown(text)
     half = (length - 1) // 2
     clean = clean if len(clean) <= length else f"{clean[:half]}…{clean[-half:]}"
@@ -150,7 +150,7 @@ def short(text: str, length: int = TITLE) -> str:
 
 
 def wrapped(text: str, width: int = 24) -> str:
-    """Text in at most three lines above a heat map, broken at spaces and commas."""
+    """Wraps a text to at most three lines above a heat map, broken at spaces and commas."""
     lines = [""]
     for word in re.findall(r"[^\s,]*[\s,]*", text):
         if lines[-1] and len(lines[-1] + word.rstrip()) > width:
@@ -161,7 +161,7 @@ def wrapped(text: str, width: int = 24) -> str:
 
 
 def heading_lines(lines: Sequence[str], heat_maps: int) -> str:
-    """Lines broken so that they fit above an image and this number of heat maps."""
+    """Wraps lines to fit above an image and the given number of heat maps."""
     width = LETTERS * (min(3, heat_maps) + 1)
     return "\n".join(textwrap.fill(line, width, break_long_words=True) for line in lines)
 

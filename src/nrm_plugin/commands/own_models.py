@@ -1,4 +1,4 @@
-"""Models and data sets of the user's own: ``package.module:name`` or ``file.py:name``."""
+"""The user's own models and data sets: ``package.module:name`` or ``file.py:name``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .weight_files import NONE, fill, read_state, without_prefixes
 
 
 def imported(name: str, option: str = "--model") -> Any:
-    """The object that ``package.module:name`` or ``file.py:name`` names.
+    """Imports the object named by ``package.module:name`` or ``file.py:name``.
 
     Args:
-        name: Module or file, and a name in it.
-        option: Where it was given, for messages.
+        name: Module or file, and the name of the object in it.
+        option: The option with this name, for messages.
 
     Raises:
-        ModelError: No such module, file or name.
+        ModelError: The module, file or name does not exist.
     """
     module, _, attribute = name.rpartition(":")
     with _importable():
@@ -37,11 +37,11 @@ def imported(name: str, option: str = "--model") -> Any:
 
 
 def own_model(name: str, weights: str | None) -> BuiltModel:
-    """The user's own model: what the name stands for, or what it returns when it is called.
+    """Returns the user's own model: the named object, or the result of calling it.
 
     Args:
         name: As in :func:`imported`.
-        weights: A file, or None or ``"none"`` for those that the model has.
+        weights: A file, or None or ``"none"`` for the weights that the model already has.
 
     Raises:
         ModelError: The model does not exist, or building it failed.
@@ -60,7 +60,7 @@ def own_model(name: str, weights: str | None) -> BuiltModel:
 
 @contextlib.contextmanager
 def _importable() -> Iterator[None]:
-    """Modules of the current folder can be imported, as with ``python -m``."""
+    """Context in which modules of the current folder can be imported, as with ``python -m``."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -144,8 +144,8 @@ def _called(factory: Any, name: str) -> nn.Module:
 
 
 def _one_line(error: Exception) -> str:
-    """An error of the user's code in one line, with file and line."""
-    # The message of a syntax error holds its place; the frames are those of the import system.
+    """Formats an error of the user's code in one line, with file and line number."""
+    # The message of a syntax error contains the position; its frames belong to the import system.
     frames = [] if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return shown(" ".join(f"{type(error).__name__}: {error}".split())) + place

@@ -1,4 +1,4 @@
-"""One command over several images: a file that fails does not stop the others."""
+"""Commands over several images, where a failing file does not stop the others."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .request import Request, RequestError, check_device
 from .resolved_options import model_of, one_line_warnings, request_of
 
 COMMON = (OutputError, RequestError, CompositeError, ModelStateError, UnsupportedOperationError, UnsupportedRuleError)
-"""Errors that every other image would cause as well, unless one has been explained."""
+"""Errors that would occur for every other image as well, unless one has been explained."""
 
 
 @dataclass(frozen=True)
 class Printed:
-    """What a command reports of one image.
+    """The output of a command on one image.
 
     Attributes:
-        lines: On stdout.
-        problems: What was not possible; listed at the end, on stderr.
+        lines: Lines for stdout.
+        problems: Failures, which are listed at the end on stderr.
     """
 
     lines: list[str]
@@ -35,15 +35,15 @@ class Printed:
 
 
 Explain = Callable[[LoadedModel, LoadedImage, Request, Path, set[str]], Printed]
-"""Explains an image and writes files to a folder, under a name that is not in the set; adds the name to it."""
+"""A function that explains an image and writes files to a folder, under an unused name that it adds to the set."""
 
 
 def explain_each(options: argparse.Namespace, explain: Explain) -> int:
-    """Explains the images of a command one by one; the files of each are written before the next is read.
+    """Explains the images of a command one by one; the files of each image are written before the next is read.
 
     Args:
-        options: Of the command.
-        explain: What to do with an image.
+        options: The options of the command.
+        explain: The function to apply to each image.
 
     Returns:
         The exit status: 1 if some images could not be explained.
@@ -56,7 +56,7 @@ def explain_each(options: argparse.Namespace, explain: Explain) -> int:
         check_folder(options.out)
         device = check_device(request.device)
         images, problems = readable(options.images)
-        if images:  # otherwise no model has to be downloaded
+        if images:  # without images, no model is downloaded
             loaded = model_of(options, options.weights)
             loaded.model.to(device)
             print(messages.heading(loaded, request))
@@ -82,7 +82,7 @@ def _explained(path: Path, common: tuple[type[Exception], ...], explain: Callabl
 
 
 def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
-    """The files that exist, each once, and what is wrong with the others."""
+    """Returns the existing files without repetition, and messages on the others."""
     present, problems = [], []
     for path in dict.fromkeys(images):
         try:
@@ -94,7 +94,7 @@ def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 def print_problems(problems: list[str], command: str) -> int:
-    """Prints what was not possible; returns the exit status."""
+    """Prints the failures, and returns the exit status."""
     if problems:
         print(f"\nnrm-plugin {command}: {len(problems)} failed:", file=errors())
     for problem in problems:

@@ -1,4 +1,4 @@
-"""Reference examples of the channels of a stored sweep: list, numbers as JSON, and figure."""
+"""Reference examples of the channels of a stored sweep, as a list, as JSON, and as a figure."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Rows = dict[int | str, list[Crop]]
 
 @dataclass(frozen=True)
 class Listing:
-    """References of the channels that are listed.
+    """The references of the listed channels.
 
     Attributes:
-        sweep: Where they are stored.
-        references: Of all channels of the query.
-        groups: The channels that are listed.
-        files: File names of the samples, empty if the sweep has none.
+        sweep: The sweep with the references.
+        references: References of all channels of the query.
+        groups: The listed channels.
+        files: File names of the samples; empty if the sweep has none.
     """
 
     sweep: Sweep
@@ -50,11 +50,11 @@ class Listing:
     files: list[str]
 
     def file(self, sample: int) -> str | None:
-        """File name of a sample; None if it is not known."""
+        """Returns the file name of a sample; None if unknown."""
         return self.files[sample] if 0 <= sample < len(self.files) else None
 
     def entry(self, group: int | str) -> dict[str, Any]:
-        """The references of one channel, for JSON."""
+        """Returns the references of one channel for JSON."""
         samples = self.references.of(group)
         row = self.references.row(group)
         values = {
@@ -65,7 +65,7 @@ class Listing:
         return {"group": group, "samples": samples, **values, **files}
 
     def line(self, group: int | str) -> str:
-        """The references of one channel, for the terminal."""
+        """Returns the references of one channel for the terminal."""
         entry = self.entry(group)
         cells = [
             f"{self.file(sample) or f'sample {sample}'} ({_value(value, self.references.by)})"
@@ -74,16 +74,16 @@ class Listing:
         return f"  {group}: {', '.join(cells)}"
 
     def title(self, preposition: str = ", of") -> str:
-        """Query, ranking and class."""
+        """Returns a title with query, ranking and class."""
         target = self.references.target
         return f"by {self.references.by}" + ("" if target is None else f"{preposition} class {target}")
 
 
 def print_references(options: argparse.Namespace) -> int:
-    """Prints references and writes their files; returns the exit status.
+    """Prints references, writes their files, and returns the exit status.
 
     Raises:
-        RequestError: Model, rules or data are not those of the sweep, or the class is unknown.
+        RequestError: Model, rules or data differ from the sweep, or the class is unknown.
         NRMError: The sweep lacks the query or the channels.
     """
     if (options.model is None) != (options.data is None):
@@ -116,7 +116,7 @@ def _target(text: str | None, loaded: LoadedModel | None) -> int | None:
 
 
 def _groups(ranked: References, requested: Sequence[int] | None, count: int) -> list[int | str]:
-    """The requested channels, or those with the largest mean of their references."""
+    """Returns the requested channels, or the channels with the largest mean over their references."""
     if requested is None:
         order = ranked.values.nanmean(1).argsort(descending=True, stable=True)[:count].tolist()
         return [ranked.groups[row] for row in order]
@@ -132,7 +132,7 @@ def _value(value: float, by: str) -> str:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """File names of the samples, if the sweep lists them."""
+    """Returns the file names of the samples if the sweep lists them."""
     try:
         with (folder / SAMPLES).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             return [row["file"] for row in csv.DictReader(file)]
@@ -172,7 +172,7 @@ def _crops(options: argparse.Namespace, listing: Listing, loaded: LoadedModel, r
 
 
 def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, composite: str) -> None:
-    """Raises :class:`RequestError` unless model, rules and data are those of the sweep."""
+    """Raises :class:`RequestError` unless model, rules and data are the same as in the sweep."""
     settings = sweep.manifest.settings
     if not is_same_model(settings, loaded.model):
         raise RequestError(f"{shown(loaded.name)} (weights: {loaded.weights}) is not the model of the sweep.")
@@ -194,10 +194,10 @@ def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, 
 
 
 def _check_images(listing: Listing, data: Any) -> None:
-    """Compares the samples that are shown with those of the sweep.
+    """Compares the shown samples with the samples of the sweep.
 
     Raises:
-        SettingsError: They have changed.
+        SettingsError: The samples have changed.
     """
     source, seed = data_source(data, None, None), listing.sweep.manifest.settings["seed"]
     if source.count is not None:

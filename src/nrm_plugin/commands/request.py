@@ -1,4 +1,4 @@
-"""What a command asks of every image: target, layers, conditions, rules, device; and the checks against the model."""
+"""The request of a command: target, layers, conditions, rules and device; and checks against the model."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ INDEX = re.compile(r"\s*[+-]?[0-9]{1,4000}\s*")
 
 
 class RequestError(NRMError, ValueError):
-    """A request that the model does not fit, whatever the image."""
+    """A request does not fit the model, for any image."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compute for every image.
+    """The computation for every image.
 
     Attributes:
         target: Index or name of the class to explain; None for the predicted class.
-        layers: Layers whose channels are listed.
+        layers: Layers with listed channels.
         given: Conditions, with one heat map each.
-        composite: Name in Zennit's registry.
+        composite: Name of the composite in Zennit's registry.
         residual, gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        device: Where to compute.
-        channels: How many channels of a layer get a heat map.
+        device: The device of the computation.
+        channels: Number of channels of a layer with a heat map.
     """
 
     target: str | None = None
@@ -56,7 +56,7 @@ class Request:
 
 
 def check_device(name: str) -> torch.device:
-    """The device of a name.
+    """Returns the device of the given name.
 
     Raises:
         RequestError: This machine has no such device.
@@ -76,15 +76,15 @@ def check_device(name: str) -> torch.device:
 
 
 def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor) -> int:
-    """The class to explain for one image.
+    """Returns the class to explain for one image.
 
     Args:
         loaded: The model.
         requested: Index or name of the class; None for the predicted class.
-        outputs: Of the model, ``(1, K)``, or ``(1,)`` for a single class.
+        outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: The outputs are not those of a classifier, or the class is unknown.
+        RequestError: The model is not a classifier by its outputs, or the class is unknown.
     """
     if outputs.ndim > 2 or outputs.numel() == 0:
         raise RequestError(
@@ -96,7 +96,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
 
 
 def check_class_names(loaded: LoadedModel, count: int) -> None:
-    """Raises :class:`RequestError` unless there are no class names or as many as outputs: others would be shifted."""
+    """Raises :class:`RequestError` unless there are no class names, or as many as outputs."""
     if len(loaded.categories) not in (0, count):
         raise RequestError(
             f"there are {len(loaded.categories)} class names, but {loaded.name} has {count} outputs. --classes takes a "
@@ -105,11 +105,11 @@ def check_class_names(loaded: LoadedModel, count: int) -> None:
 
 
 def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
-    """Number of outputs for one sample; None if the model does not take it, or is not a classifier.
+    """Returns the number of outputs for one sample; None if the model rejects the sample, or is not a classifier.
 
     Args:
         loaded: The model.
-        inputs: Inputs of one sample, by default a black image.
+        inputs: Inputs of one sample; by default a black image.
     """
     parameter = loaded.parameter
     size = loaded.preprocessing.size
@@ -123,15 +123,15 @@ def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
 
 
 def target_of(requested: str, categories: Sequence[str], count: int | None) -> int:
-    """The index of a class.
+    """Returns the index of a class.
 
     Args:
         requested: An index, or a name in upper or lower case.
-        categories: Class names; empty if they are not known.
-        count: Number of classes; None if it is not known.
+        categories: Class names; empty if unknown.
+        count: Number of classes; None if unknown.
 
     Raises:
-        RequestError: No such class; the message lists near names.
+        RequestError: The class is unknown; the message lists near names.
     """
     indices = "" if count is None else f", 0 to {count - 1}"
     if INDEX.fullmatch(requested):
@@ -172,7 +172,7 @@ def _similar_classes(key: str, folded: list[str], categories: Sequence[str]) -> 
 
 
 class failures_of_the_model:  # noqa: N801  (a context manager)
-    """Turns what a model raises on an input into a :class:`RequestError` of one line."""
+    """Context that converts exceptions of the model to a :class:`RequestError` of one line."""
 
     def __init__(self, loaded: LoadedModel, inputs: Tensor) -> None:
         self._name, self._shape = loaded.name, tuple(inputs.shape)
@@ -191,7 +191,7 @@ class failures_of_the_model:  # noqa: N801  (a context manager)
 
 
 def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> RelevanceMeasure:
-    """The measure of one preprocessed image.
+    """Returns the measure of one preprocessed image.
 
     Raises:
         RequestError: The target does not fit, the model fails, or the composite has no rule for one of its layers.

@@ -1,4 +1,4 @@
-"""Options of the shell as objects: the request, the loaded model, class names."""
+"""Conversion of shell options to objects: the request, the loaded model, class names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .request import Request, RequestError
 
 
 def request_of(options: argparse.Namespace) -> Request:
-    """The request of a command.
+    """Returns the request of a command.
 
     Raises:
         RequestError: Two options contradict each other.
-        CompositeError: No composite of that name.
+        CompositeError: No composite has this name.
         ConditionError: An event does not follow the grammar.
     """
     check_composite_name(options.composite)
@@ -41,7 +41,7 @@ def request_of(options: argparse.Namespace) -> Request:
 
 
 def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:
-    """The model with its weights; ``notes`` on it are printed."""
+    """Loads the model with its weights, and prints notes on the model if ``notes``."""
     categories = class_names(options.classes) if options.classes else ()
     loaded = load(options.model, weights, options.size, options.mean, options.std, categories)
     for note in loaded.notes if notes else ():
@@ -50,7 +50,7 @@ def model_of(options: argparse.Namespace, weights: str | None, notes: bool = Tru
 
 
 def class_names(path: Path) -> list[str]:
-    """The class names in a file, one on each line.
+    """Reads the class names in a file, one per line.
 
     Raises:
         RequestError: The file cannot be read, or is not text in UTF-8.
@@ -68,7 +68,7 @@ def class_names(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Prints warnings of the measure without the line of code, which does not help the user of a shell."""
+    """Context in which warnings of the measure are printed without the line of code."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"nrm-plugin: warning: {message}", file=sys.stderr)
         yield

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:
-    """Options for batches, workers, failed samples and machines."""
+    """Adds options for batches, workers, failed samples and machines."""
     group = parser.add_argument_group("execution")
     group.add_argument("--batch-size", type=whole_number(MANY), default=16, metavar="N",
                        help="images in a batch (default: %(default)s)")  # fmt: skip

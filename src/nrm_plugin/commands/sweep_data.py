@@ -1,4 +1,4 @@
-"""The data of a sweep: a folder of images, or a data set of the user's own."""
+"""The data of a sweep: a folder of images, or the user's own data set."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .model_loading import LoadedModel
 from .own_models import imported
 
 SAMPLES = "samples.csv"
-"""File of a sweep with the file names of its samples."""
+"""The file of a sweep that lists the file names of its samples."""
 
 
 def data_of(name: str, loaded: LoadedModel) -> Any:
-    """A folder of images, or the user's own data set.
+    """Returns a folder of images, or the user's own data set.
 
     Raises:
-        ModelError: No such module, file or name.
-        SweepError: No such folder, or calling the function failed.
+        ModelError: The module, file or name does not exist.
+        SweepError: The folder does not exist, or calling the function failed.
     """
     if not name:
         raise SweepError("the name of the folder or data set is empty.")

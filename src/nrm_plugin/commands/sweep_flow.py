@@ -24,12 +24,12 @@ from .resolved_options import class_names
 
 @dataclass(frozen=True)
 class Classes:
-    """Which samples of a sweep are averaged.
+    """The selection of the averaged samples of a sweep.
 
     Attributes:
-        target: Only samples for which this class is explained; None for all.
-        minus: The class whose mean flow is subtracted; None for no difference.
-        categories: Class names, empty if they are not known.
+        target: The explained class of the samples; None for all samples.
+        minus: The class with the mean flow to subtract; None for no difference.
+        categories: Class names; empty if unknown.
     """
 
     target: int | None
@@ -38,7 +38,7 @@ class Classes:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Classes:
-        """As given by the options."""
+        """Returns the selection given by the options."""
         categories = class_names(options.classes) if options.classes else []
         count = len(categories) or None
         given = (options.target, options.minus)
@@ -46,17 +46,17 @@ class Classes:
         return cls(target, minus, categories)
 
     def name(self, target: int) -> str:
-        """Name of a class; its index if the name is not known."""
+        """Returns the name of a class; its index if the name is unknown."""
         return shown(self.categories[target]) if target < len(self.categories) else str(target)
 
     def title(self, preposition: str) -> str:
-        """The classes for a heading; empty if all samples are averaged."""
+        """Returns the classes for a heading; empty if all samples are averaged."""
         first = "" if self.target is None else f" {preposition} class {self.name(self.target)}"
         return first + ("" if self.minus is None else f" minus class {self.name(self.minus)}")
 
 
 def print_mean_flow(options: argparse.Namespace) -> int:
-    """Prints the mean flow of a sweep and writes its files; returns the exit status.
+    """Prints the mean flow of a sweep, writes its files, and returns the exit status.
 
     Raises:
         RequestError: The options contradict each other, or the class is unknown.
@@ -95,7 +95,7 @@ def _check_names(sweep: Sweep, categories: Sequence[str]) -> None:
 def mean_flow(
     sweep: Sweep, layers: Sequence[str], classes: Classes, top: int | None, coverage: float | None
 ) -> FlowGraph:
-    """The mean flow over the samples of a class, or its difference from that of another class."""
+    """Computes the mean flow over the samples of a class, or the difference between two classes."""
     if classes.minus is None:
         return _mean(sweep, layers, classes.target, classes, top=top, coverage=coverage)
     first, second = (_mean(sweep, layers, one, classes, top=None) for one in (classes.target, classes.minus))

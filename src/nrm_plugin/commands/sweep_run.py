@@ -30,14 +30,14 @@ from .sweep_data import SAMPLES, data_of
 SKIPPED = 3
 """Exit status: complete except for skipped samples."""
 LISTED = 20
-"""Skipped samples that are printed."""
+"""Largest number of printed skipped samples."""
 
 
 def sweep_data(options: argparse.Namespace) -> int:
     """Sweeps the data; returns the exit status.
 
     Raises:
-        NRMError: The options do not fit each other, the model or the stored results.
+        NRMError: The options contradict each other, the model or the stored results.
     """
     arrow()  # raises before a model is loaded
     with one_line_warnings():
@@ -52,7 +52,7 @@ def sweep_data(options: argparse.Namespace) -> int:
         try:
             stored = _swept(options, loaded, request, data, queries, target)
         except (SettingsError, UnknownLayerError, EventError):
-            raise  # the options are at fault
+            raise  # caused by the options
         except (NRMError, OSError) as error:
             print(line(error, options), file=errors())
             return FAILED
@@ -64,7 +64,7 @@ def sweep_data(options: argparse.Namespace) -> int:
 
 
 def queries_of(options: argparse.Namespace) -> list[Query]:
-    """The queries that the options select."""
+    """Returns the queries that the options select."""
     layers = list(dict.fromkeys(options.layers))
     queries: list[Query] = []
     for layer in layers:
@@ -94,7 +94,7 @@ def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
 
 
 def _first_inputs(data: Any) -> Any:
-    """The inputs of the first sample of the user's data set; None for a folder of images."""
+    """Returns the inputs of the first sample of the user's data set; None for a folder of images."""
     if isinstance(data, PreprocessedImageFolder) or not hasattr(data, "__getitem__"):
         return None
     with contextlib.suppress(Exception):  # whatever the user's data set raises; the sweep itself reports it
@@ -107,7 +107,7 @@ def _first_inputs(data: Any) -> Any:
 def _swept(
     options: argparse.Namespace, loaded: LoadedModel, request: Request, data: Any, queries: list[Query], target: Target
 ) -> Sweep:
-    """The sweep; the list of the files of its samples is written even if it fails."""
+    """Runs the sweep; the list of sample files is written even if the sweep fails."""
     on_ray = {"concurrency": options.concurrency, "num_gpus": options.gpus} if options.engine == "ray" else None
     try:
         return sweep(
@@ -138,7 +138,7 @@ def _swept(
 
 
 def summary(stored: Sweep) -> str:
-    """One line on what is stored."""
+    """Returns one line on the stored results."""
     if not stored.is_complete:
         return f"This process has finished; others are still writing to {shown(stored.path)}."
     count = (stored.manifest.samples or 0) - len(stored.manifest.failed)
@@ -146,7 +146,7 @@ def summary(stored: Sweep) -> str:
 
 
 def print_skipped(stored: Sweep) -> int:
-    """Prints damaged files and skipped samples; returns the exit status."""
+    """Prints damaged files and skipped samples, and returns the exit status."""
     failed = stored.manifest.failed
     for entry in stored.manifest.bad_shards:
         print(f"nrm-plugin sweep: warning: recomputed a damaged file: {entry['why']}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""torchvision's classifiers by name, with downloaded weights, weights of a file, or random weights."""
+"""torchvision's classifiers by name, with weights that are downloaded, read from a file, or random."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ DEFAULT = "DEFAULT"
 TIMEOUT = 30
 """Seconds without data after which a download fails."""
 FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-"""Environment variables of torch: files may hold tensors only; and its opposite."""
+"""Environment variables of torch that restrict files to tensors, and that disable this restriction."""
 TASKS = {"detection": "object detection", "video": "video", "optical_flow": "optical flow"}
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-"""Names in torchvision's own files for DenseNet, from a time when names could hold dots."""
+"""Old parameter names in torchvision's files for DenseNet, with dots in the names of submodules."""
 
 
 def torchvision_model(name: str, weights: str) -> BuiltModel:
-    """One of torchvision's classifiers.
+    """Returns one of torchvision's classifiers.
 
     Args:
-        name: As in :func:`torchvision.models.list_models`.
+        name: Name in :func:`torchvision.models.list_models`.
         weights: Name of torchvision weights, a file, or ``"none"``.
 
     Raises:
         ModelError: torchvision has no classifier of this name.
-        WeightsError: No such weights, they could not be downloaded, or they belong to another model.
+        WeightsError: The weights do not exist, cannot be downloaded, or belong to another model.
     """
     check_torchvision_name(name)
     available = get_model_weights(name)
@@ -126,7 +126,7 @@ def _downloaded(name: str, weights: WeightsEnum) -> nn.Module:
 
 
 def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
-    """A model with the weights of a file; if it is one of torchvision's files, with its classes and preprocessing."""
+    """Returns a model with the weights of a file, and with classes and preprocessing if it is a torchvision file."""
     state = read_state(path)
     official = next((item for item in available if Path(urlsplit(item.url).path).name == path.name), None)
     if name.startswith("densenet"):
@@ -143,7 +143,7 @@ def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
 
 
 def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any]:
-    """What the builder of a model needs to know of the weights."""
+    """Returns the arguments of a model builder that follow from the weights."""
     arguments: dict[str, Any] = {}
     if name.startswith("vit") and official is not None:
         arguments["image_size"] = official.meta["min_size"][0]
@@ -156,7 +156,7 @@ def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any
 
 
 def _without_storage(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """A model whose weights will be replaced: to draw those of VGG16 takes longer than to read them."""
+    """Builds a model without weights, since drawing random weights for VGG16 takes longer than reading a file."""
     try:
         with torch.device("meta"), _without_warnings():
             return _built(name, **arguments)
@@ -176,7 +176,7 @@ def _timeout() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """By default torch.hub unpickles whatever a file holds, including one that existed before."""
+    """Context in which torch.hub reads only tensors; by default it unpickles any object, even from an existing file."""
     before = {name: os.environ.pop(name, None) for name in FORCED}
     os.environ[FORCED[0]] = "1"
     try:
@@ -188,7 +188,7 @@ def _weights_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Without torchvision's warnings on how a future version will initialize weights."""
+    """Context without torchvision's warnings on weight initialization in future versions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""Files with weights: read without running code in them, and matched to a model."""
+"""Weight files, which are read without running code in them, and matched to a model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..errors import NRMError
 NESTS = ("state_dict", "model_state_dict", "model", "net")
 """Keys of a checkpoint under which training scripts store the state dict."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What wrappers put before every key: data parallel, compilation, training frameworks."""
+"""Key prefixes added by wrappers: data parallel, compilation, training frameworks."""
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NONE = "none"
-"""Instead of a file: no weights are read."""
+"""The value in place of a file for which no weights are read."""
 HEAD = 512
 """Bytes by which a kind of file is recognized."""
 PAGE = "a page of HTML, such as an error of the server; download the file again"
@@ -43,23 +43,23 @@ State = dict[str, Tensor]
 
 
 class WeightsError(NRMError, ValueError):
-    """Weights that cannot be read or downloaded, or belong to another model."""
+    """The weights cannot be read or downloaded, or belong to another model."""
 
 
 def read_state(path: Path) -> State:
-    """The state dict in a file.
+    """Reads the state dict in a file.
 
     Args:
-        path: ``.safetensors``, or what ``torch.save`` wrote: a state dict, or a checkpoint that holds one.
+        path: A ``.safetensors`` file, or a file of ``torch.save`` with a state dict or a checkpoint.
 
     Raises:
-        WeightsError: The file is missing, cannot be read, or holds no state dict.
+        WeightsError: The file is missing, cannot be read, or contains no state dict.
     """
     name = shown(path)
     head = _check_file(path, name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old protocols
+            warnings.simplefilter("ignore")  # warnings on old protocols
             if head[8:9] == b"{" and head[9:10] in b'"} ':
                 content: Any = safetensors.torch.load_file(path)
             else:
@@ -141,7 +141,7 @@ def _state(content: Any, name: str) -> State:
 
 
 def without_prefixes(state: State, model: nn.Module) -> State:
-    """The state under the names of the model, without the prefixes that wrappers add."""
+    """Renames the state to the names of the model, without the prefixes of wrappers."""
     known = model.state_dict().keys()
     stripped = True
     while stripped:
@@ -155,7 +155,7 @@ def without_prefixes(state: State, model: nn.Module) -> State:
 
 
 def classes_of(state: State, model: nn.Module) -> int | None:
-    """Number of classes of the weights, if they differ from the model in nothing else; None otherwise.
+    """Returns the number of classes of the weights if nothing else differs from the model; None otherwise.
 
     Args:
         state: The weights.
@@ -169,13 +169,13 @@ def classes_of(state: State, model: nn.Module) -> int | None:
     if len(counts) != 1:
         return None
     ((_, count, rest_agrees),) = counts
-    # A file can claim more rows than it stores by repeating one of them; a model of that size would be built.
+    # A file can claim more rows than it stores by repeating a row, and a model of that size would be built.
     is_stored = all(state[key].numel() <= _stored(state[key]) for key in differing)
     return int(count[0]) if rest_agrees and count and is_stored else None
 
 
 def _stored(tensor: Tensor) -> int:
-    """How many numbers are stored."""
+    """Returns the number of stored entries."""
     return tensor.untyped_storage().nbytes() // tensor.element_size() if tensor.layout == torch.strided else 0
 
 
@@ -184,12 +184,12 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
 
     Args:
         model: The model.
-        state: Its weights.
-        name: Of the model.
-        where: The file.
+        state: The weights.
+        name: Name of the model.
+        where: The file of the weights.
 
     Raises:
-        WeightsError: They belong to another model; the message summarizes the differences.
+        WeightsError: The weights belong to another model; the message summarizes the differences.
     """
     own = model.state_dict()
     # Checkpoints of old versions of torch lack the counters of batches, which only training reads.

@@ -1,4 +1,4 @@
-"""Activations by which reference samples are ranked: what modules return while a measure is taken of the model."""
+"""Activations for the ranking of reference samples: outputs of modules while a measure runs the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import InputError
 
 
 def single_activations(outputs: Mapping[str, list[Any]]) -> dict[str, Tensor]:
-    """The one tensor that each module returned in the last forward pass; clears the lists.
+    """Returns the single tensor that each module returned in the last forward pass, and clears the lists.
 
     Raises:
         InputError: A module was not called exactly once, or does not return a tensor.

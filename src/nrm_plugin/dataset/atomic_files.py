@@ -1,4 +1,4 @@
-"""Files that are replaced in one step: readers see the old content or the new content, never a part of it."""
+"""Files that are replaced in one step, so that readers see either the old or the new content, never a part of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LONGEST = 100
 
 
 class AtomicFile:
-    """A context that provides a temporary path and renames it when its content is complete and synced to disk.
+    """A context that provides a temporary file and renames it when its content is complete and synced to disk.
 
     Args:
         path: The final path. It is untouched if the context exits with an error.
@@ -26,7 +26,7 @@ class AtomicFile:
         self.temporary = path.with_name(f".{name}.{platform.node()}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
-        self.temporary.unlink(missing_ok=True)  # opening it would follow a link
+        self.temporary.unlink(missing_ok=True)  # opening the file would follow a link
         return self.temporary
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

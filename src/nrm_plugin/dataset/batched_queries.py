@@ -1,4 +1,4 @@
-"""Several queries to one measure, evaluated with as few passes as possible."""
+"""Evaluation of several queries to one measure with as few passes as possible."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from .queries import (
 
 
 class Requirements:
-    """What the queries need from a measure, without repetition.
+    """The quantities that queries need from a measure, without repetition.
 
     Args:
         queries: The queries.
 
     Attributes:
-        marginals: Taps whose marginals are needed.
-        joint_marginals: Taps whose marginals joint with an event are needed, for each event.
-        masses: Events whose mass is needed.
-        joint_matrices: Upper and lower tap, and their groups.
-        activations: Layers whose activations are needed.
+        marginals: Taps with needed marginals.
+        joint_marginals: For each event, taps with needed marginals joint with the event.
+        masses: Events with needed masses.
+        joint_matrices: Upper and lower taps of needed joint matrices, and their groups.
+        activations: Layers with needed activations.
     """
 
     def __init__(self, queries: Iterable[Query]) -> None:
@@ -84,7 +84,7 @@ class QueryResults:
 
     Args:
         mu: The measure.
-        needed: What the queries need from it.
+        needed: The requirements of the queries.
         activations: Activations of the required layers, ``(N, *shape)`` each.
     """
 
@@ -108,7 +108,7 @@ class QueryResults:
                 self.joint_matrices[chain[k], chain[k + 1], over] = joint
 
     def of(self, query: Query) -> Tensor:
-        """The result of one query, ``(N, *groups)``; NaN where a quotient is undefined."""
+        """Returns the result of one query, ``(N, *groups)``; NaN where a quotient is undefined."""
         return METHODS[type(query)](self, query)
 
     # -- one method for each kind of query ----------------------------------------------------------------------------
@@ -171,14 +171,14 @@ class QueryResults:
     # -- groups -------------------------------------------------------------------------------------------------------
 
     def _by_channel(self, values: Tensor, layer: LayerSpec) -> Tensor:
-        """``(N, C, positions)``."""
+        """Reshapes values of a layer to ``(N, C, positions)``."""
         if values.ndim == 1:
             return values[:, None, None]
         moved = values.movedim(self.mu.channel_dim(layer), 1)
         return moved.reshape(*moved.shape[:2], -1)
 
     def _reduced(self, values: Tensor, layer: LayerSpec, over: Over) -> Tensor:
-        """Summed over channels or over positions; the other dimensions remain."""
+        """Sums values over channels or over positions; the other dimensions remain."""
         if values.ndim == 1:
             return values
         channels = self.mu.channel_dim(layer)
@@ -186,7 +186,7 @@ class QueryResults:
         return values.sum(rest) if rest else values
 
     def _summed(self, values: Tensor, layer: LayerSpec, over: Over) -> Tensor:
-        """``(N, groups)``."""
+        """Sums values over groups, to ``(N, groups)``."""
         if isinstance(over, Labels):
             labels = over.tensor.expand(values.shape[1:])
             return by_label(values.flatten(1), labels)
@@ -209,12 +209,12 @@ METHODS: dict[type[Query], Callable[[QueryResults, Any], Tensor]] = {
 
 
 def tap(layer: LayerSpec) -> Atom:
-    """A layer as an event without an index."""
+    """Returns a layer as an event without an index."""
     return layer if isinstance(layer, Atom) else at(layer)
 
 
 def _events_by_taps(marginals: Mapping[Event, Mapping[Atom, None]]) -> dict[tuple[Atom, ...], list[Event]]:
-    """Events with the same taps, which share a pass."""
+    """Groups events with the same taps, which share a pass."""
     events: dict[tuple[Atom, ...], list[Event]] = {}
     for event, layers in marginals.items():
         events.setdefault(tuple(layers), []).append(event)
@@ -222,7 +222,7 @@ def _events_by_taps(marginals: Mapping[Event, Mapping[Atom, None]]) -> dict[tupl
 
 
 def _quotient(numerator: Tensor, denominator: Tensor, is_undefined: Tensor) -> Tensor:
-    """A quotient, NaN where it is undefined."""
+    """Computes a quotient; NaN where it is undefined."""
     return (numerator / denominator).masked_fill(is_undefined, torch.nan)
 
 
@@ -233,7 +233,7 @@ def _with_tensors(over: Any) -> Any:
 
 
 def _chains(matrices: Iterable[tuple[Atom, Atom, Any]]) -> Iterable[tuple[Sequence[Atom], Any]]:
-    """Chains of layers, each below the one before, that contain all pairs."""
+    """Combines pairs of layers to chains in which each layer is below the previous one."""
     remaining = dict.fromkeys(matrices)
     while remaining:
         upper, lower, over = next(iter(remaining))

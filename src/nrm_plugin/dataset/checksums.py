@@ -1,4 +1,4 @@
-"""Checksums of stored files: every byte belongs to one segment, which is compared before its content is used."""
+"""Checksums of stored files. Every byte belongs to a segment, which is verified before its content is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from .sweep_layout import ShardError, json_checksum
 
 BLOCK = 1 << 20
-"""Bytes that are read at a time."""
+"""Number of bytes that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,25 @@ class Segments:
 
     @classmethod
     def of(cls, path: Path, ends: Sequence[int] = ()) -> Segments:
-        """The segments of a file.
+        """Computes the segments of a file.
 
         Args:
             path: The file.
-            ends: Ends of the parts, without the end of the file.
+            ends: Offsets of the ends of the parts, except the end of the file.
         """
         edges = (*ends, path.stat().st_size)
         return cls(edges, tuple(_hashes(path, pairwise((0, *edges)))))
 
     @classmethod
     def from_json(cls, entries: Mapping[str, Any]) -> Segments:
-        """The segments that :meth:`to_json` returned."""
+        """Restores segments from the result of :meth:`to_json`."""
         ends, hashes = tuple(entries["ends"]), tuple(entries["hashes"])
         if not ends or len(ends) != len(hashes):
             raise ValueError("its checksums are incomplete")
         return cls(ends, hashes)
 
     def to_json(self) -> dict[str, Any]:
-        """The segments as JSON."""
+        """Returns the segments as JSON."""
         return {"ends": list(self.ends), "hashes": list(self.hashes)}
 
     def check(self, path: Path, numbers: Iterable[int] | None = None) -> None:
@@ -56,7 +56,7 @@ class Segments:
 
         Args:
             path: The file.
-            numbers: The parts; None for all.
+            numbers: Numbers of the parts; None for all parts.
 
         Raises:
             ShardError: A part differs, or the file has another size.
@@ -86,7 +86,7 @@ def _hashes(path: Path, parts: Iterable[tuple[int, int]]) -> Iterable[str]:
 
 
 def row_group_ends(metadata: Any) -> list[int]:
-    """Offsets at which the row groups of a Parquet file end; what follows the last one is its footer."""
+    """Returns the offsets of the ends of the row groups of a Parquet file; the footer follows the last row group."""
     ends = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -100,15 +100,15 @@ def _end(column: Any) -> int:
 
 
 def to_bytes(entries: Mapping[str, Any]) -> bytes:
-    """A file of checksums, with one of its own."""
+    """Returns the content of a file of checksums, including a checksum of itself."""
     return json.dumps({**entries, "checksum": json_checksum(entries)}).encode()
 
 
 def read_sums(path: Path) -> dict[str, Any] | None:
-    """The content of a file of checksums; None if there is none.
+    """Reads a file of checksums; returns None if the file does not exist.
 
     Raises:
-        ShardError: It is damaged.
+        ShardError: The file is damaged.
     """
     try:
         entries = json.loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""The comparison of the samples of a data set with those that a sweep has stored results of, without the model."""
+"""Comparison of the samples of a data set with the samples of a stored sweep, without the model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .sweep_layout import OnError
 
 
 def contents_to_compare(source: DataSource, shards: Iterable[Shard]) -> dict[int, str]:
-    """The stored hashes of samples, without those that have the same stamp as before.
+    """Returns the stored hashes of samples, except samples with an unchanged stamp.
 
-    Samples that failed, and those of a sweep of a former version, have no hash and are not compared.
+    Failed samples, and samples in a sweep of a former version, have no hash and are not compared.
     """
     contents: dict[int, str] = {}
     for shard in shards:
@@ -37,7 +37,7 @@ def check_samples(
     on_error: OnError = "raise",
     progress: bool = False,
 ) -> None:
-    """Reads samples and compares their hashes with those of a sweep.
+    """Reads samples and compares their hashes with the hashes in a sweep.
 
     Args:
         folder: The folder of the sweep.
@@ -45,7 +45,7 @@ def check_samples(
         contents: The stored hashes, by sample.
         seed: Seed of the random states with which samples are read.
         on_error: ``"skip"`` does not compare samples that can no longer be read.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Raises:
         SettingsError: Samples have changed.
@@ -71,7 +71,7 @@ def check_samples(
 
 
 def _nothing(samples: Sequence[Any]) -> None:
-    """Instead of a batch, which the comparison does not need."""
+    """Returns None in place of a batch, which the comparison does not need."""
 
 
 __all__ = ["check_samples", "contents_to_compare"]

@@ -1,4 +1,4 @@
-"""Crops of reference examples: the receptive field of a channel, and the pixels with relevance."""
+"""Crops of reference examples to the receptive field of a channel, and masks of the pixels with relevance."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ MASK_THRESHOLD = 0.2
 SMOOTHING = 1 / 60
 """Standard deviation of the smoothing, as a share of the longer side of the image."""
 PROBE_BATCH = 8
-"""Positions whose receptive fields are determined together."""
+"""Number of positions for which receptive fields are determined in one batch."""
 
 
 class IndexableDataset(Protocol):
-    """A data set whose samples can be read by index."""
+    """A data set with samples that can be read by index."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Crop:
-    """One reference example.
+    """A cropped reference example.
 
     Attributes:
-        sample: Its index in the data set.
+        sample: Index of the sample in the data set.
         value: Relevance or activation of the group.
         target: The explained class.
-        box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``, the last two
-            exclusive.
+        box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``; bottom and right
+            are exclusive.
         image: The image within the box, ``(C, h, w)``.
         heat: Joint relevance of pixel and group, ``(h, w)``, summed over colour channels.
         mask: The pixels with relevance, ``(h, w)``.
@@ -79,28 +79,28 @@ def crops(
     uncovered: Uncovered | None = None,
     show_progress: bool = False,
 ) -> dict[int | str, list[Crop]]:
-    r"""Crops of reference examples, with their conditional heat maps.
+    r"""Crops reference examples, and computes their conditional heat maps.
 
-    The heat map of a channel is :math:`\mu(\text{pixel} \cap \text{channel})` for the explained target. The mask is
-    where the smoothed heat map exceeds 0.2 times its maximum; for a channel with negative evidence, the sign is
-    reversed.
+    The heat map of a channel is :math:`\mu(\text{pixel} \cap \text{channel})` for the explained target. The mask
+    contains the pixels where the smoothed heat map exceeds 0.2 times its maximum; for a channel with negative evidence,
+    the sign is reversed.
 
     Args:
         model: The network.
         data: The samples by index, as images ``(C, H, W)`` or ``(image, label)``.
         references: The references.
-        groups: Some of their groups; by default all.
+        groups: The selected groups of the references; by default all groups.
         k: Number of crops per group; by default all.
         events: The events, for references of events.
         layer: The layer of the channels, if the references have another name.
-        whole: Return whole images. This skips the determination of receptive fields, which takes most of the time for
-            large networks: about thirty runs of the network in double precision for each distinct position.
-        to_image: Converts an input of the model to an image in [0, 1], such as the inverse of the normalization.
+        whole: Whether to return whole images. This skips receptive fields, which take most of the time for large
+            networks: about thirty runs of the network in double precision for each distinct position.
+        to_image: A function from an input of the model to an image in [0, 1], such as the inverse normalization.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        show_progress: Show a progress bar.
+        show_progress: Whether to show a progress bar.
 
     Returns:
         Crops of each group, in decreasing order.
@@ -161,7 +161,7 @@ def _image(data: IndexableDataset, index: int) -> Tensor:
 
 
 def _peaks(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
-    """The position of the largest relevance of a channel, ``(N,)``."""
+    """Returns the position of the largest relevance of a channel, ``(N,)``."""
     values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group]
     return values.reshape(len(values), -1).argmax(1).cpu()
 
@@ -174,7 +174,7 @@ def _crop(sample: int, value: float, target: int, box: Box, image: Tensor, heat:
 
 
 def relevance_mask(heat: Tensor, share: float) -> Tensor:
-    """The pixels where a smoothed heat map ``(H, W)`` exceeds a share of its maximum; all if nothing is positive."""
+    """Returns the pixels where a smoothed heat map ``(H, W)`` exceeds a share of its maximum, or all pixels."""
     sigma = max(heat.shape) * SMOOTHING
     size = 2 * math.ceil(2 * sigma) + 1
     size = min(size, 2 * min(heat.shape) - 1)
@@ -186,7 +186,7 @@ def relevance_mask(heat: Tensor, share: float) -> Tensor:
 
 
 class _ReceptiveFields:
-    """Receptive fields of positions of a layer, each determined once."""
+    """The receptive fields of positions of a layer, each computed once."""
 
     def __init__(self, model: nn.Module, layer: str, whole: bool) -> None:
         self.model, self.layer, self.whole = model, layer, whole

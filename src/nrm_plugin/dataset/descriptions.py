@@ -1,6 +1,7 @@
-"""Objects as JSON that is equal for objects that behave the same, with the code of the user's functions and classes.
+"""Descriptions of objects as JSON, including user code, which are equal for objects with the same behaviour.
 
-Code of installed packages is identified by their version, all other code by its bytecode and by what it refers to.
+Code of installed packages is identified by the version of the package, and all other code by its bytecode and the
+objects to which it refers.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from ..imports import PACKAGE, stored_path
 MAX_DEPTH = 12
 """Depth at which the description of nested objects stops."""
 TRANSIENT = ("handles", "hook_refs", "stored_tensors", "__weakref__")
-"""What a hook holds while it is registered is not a setting."""
+"""Attributes of a registered hook that are not settings."""
 PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, bytes, range, slice, Path, np.generic)
-"""Types whose objects are described by their text."""
+"""Types with objects that are described by their text."""
 NOT_BEHAVIOUR = {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__qualname__", "__slots__",
                  "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}  # fmt: skip
-"""Entries of a class that do not change what it does."""
+"""Entries of a class that do not change its behaviour."""
 
 Function = types.FunctionType
 
 
 def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
-    """The state of an object as JSON: equal for objects that behave the same, also across processes.
+    """Returns the state of an object as JSON, which is equal for the same behaviour, also across processes.
 
-    A function is described by its name, code, defaults and closure, a tensor by its hash. Classes and functions of this
-    package keep the module path that stored sweeps have (:func:`~nrm_plugin.imports.stored_path`).
+    A function is described by its name, code, defaults and closure, and a tensor by its hash. Classes and functions of
+    this package keep the module path in stored sweeps (:func:`~nrm_plugin.imports.stored_path`).
     """
     if value is None or isinstance(value, (bool, int, str)):
         return f"{type(value).__name__}.{value.name}" if isinstance(value, enum.Enum) else value
@@ -73,24 +74,24 @@ def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
 
 
 def digest(settings: Any) -> str:
-    """Hash of a JSON value."""
+    """Returns the hash of a JSON value."""
     return hashed(json.dumps(settings, sort_keys=True).encode())
 
 
 def hashed(content: Any) -> str:
-    """Hash of bytes."""
+    """Returns the hash of bytes."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """The values of a tensor as bytes."""
+    """Returns the values of a tensor as bytes."""
     dense = tensor.detach()
     dense = dense.to_dense() if dense.layout != torch.strided else dense
     return dense.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if dense.numel() else b""
 
 
 def content_hash(sample: Any) -> str:
-    """Hash of a sample as a data set returns it: of its tensors, arrays, images, numbers and texts."""
+    """Returns the hash of a sample of a data set: of its tensors, arrays, images, numbers and texts."""
     return digest(_content(sample))
 
 
@@ -166,7 +167,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def is_installed(value: type | Function) -> bool:
-    """Whether a class or function belongs to Python or an installed package, so that a version identifies its code."""
+    """Whether a class or function belongs to Python or an installed package, where the version identifies the code."""
     return _is_installed(value.__module__ or "builtins")
 
 
@@ -193,7 +194,7 @@ def _distributions() -> Mapping[str, list[str]]:
 
 
 def package_version(module: str) -> str:
-    """The version of the package of a module, ``"?"`` if it has none."""
+    """Returns the version of the package of a module; ``"?"`` if unknown."""
     top = module.partition(".")[0]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(top)
@@ -203,7 +204,7 @@ def package_version(module: str) -> str:
 
 
 def user_code(value: type | Function) -> dict[str, str]:
-    """Hashes of the code of a class or function, and of the user's functions, classes and constants it refers to."""
+    """Returns hashes of the code of a class or function, and of the user's objects to which it refers."""
     found: dict[str, str] = {}
     _visit(value, found, set())
     return dict(sorted(found.items()))
@@ -214,7 +215,7 @@ def _code_entry(kind: type) -> dict[str, Any]:
 
 
 def _visit(value: Any, found: dict[str, str], seen: set[int]) -> None:
-    """Adds the code of a class or function of the user, and of what it refers to."""
+    """Adds the code of a class or function of the user, and of the objects to which it refers."""
     value = _unwrapped(value)
     if not isinstance(value, (type, Function)) or id(value) in seen or is_installed(value):
         return
@@ -264,7 +265,7 @@ def _visit_or_note(name: str, item: Any, constants: dict[str, Any], found: dict[
 
 
 def _constant(item: Any) -> Any:
-    """A value that code refers to; of objects of installed packages, such as loggers, only data are described."""
+    """Describes a value in code; objects of installed packages, such as loggers, are described only by data."""
     data = (bool, int, float, str, type(None), Tensor, np.ndarray, list, tuple, dict, set, frozenset, functools.partial)
     is_data = isinstance(item, (*data, *PLAIN, enum.Enum)) or not is_installed(type(item))
     return described(item, MAX_DEPTH // 2) if is_data else _name(type(item))
@@ -279,7 +280,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _referenced(function: Function) -> Iterator[tuple[str, Any]]:
-    """The global names that a function uses, and names in the user's modules that it uses."""
+    """Yields the global names, and the names in the user's modules, that a function uses."""
     names = sorted(set(_names(function.__code__)))
     for name in names:
         item = function.__globals__.get(name)
@@ -298,7 +299,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _code(code: types.CodeType, doc: str | None = None) -> Any:
-    """Instructions, names and constants, without line numbers and docstring."""
+    """Describes instructions, names and constants, without line numbers and docstring."""
     constants = [
         _code(item) if isinstance(item, types.CodeType) else sorted(map(repr, item)) if isinstance(item, frozenset)
         else repr(None if item == doc else item) for item in code.co_consts

@@ -1,4 +1,4 @@
-"""The evaluation of a batch: one measure, its targets and predictions, and the results of all queries."""
+"""Evaluation of a batch: one measure, its targets and predictions, and the results of all queries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Target = Literal["prediction", "label"] | int | Callable[[Any], Any] | None
 Unpack = Callable[[Any], tuple[Any, Any]]
 LABELS = ("label", "labels")
 NO_CLASS = -1
-"""Target or prediction of a sample without one."""
+"""Placeholder for a missing target or prediction."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Evaluation:
         self.is_double = dtype_of(model) == torch.float64
 
     def __call__(self, sample: Sequence[int], batch: Any) -> BatchResults:
-        """The results for one batch.
+        """Evaluates one batch.
 
         Args:
-            sample: Indices of its samples in the data set.
+            sample: Indices of the samples in the data set.
             batch: The collated batch.
 
         Raises:
@@ -95,7 +95,7 @@ class Evaluation:
                 f"a batch of {len(sample)} samples has inputs of {mu.batch}; the first dimension must be the batch."
             )
         explained = mu.outputs
-        activations = {atom: _activation(atom, outputs, inputs, explained) for atom in self.needed.activations}
+        activations = {atom: _activation(atom, outputs, inputs, mu) for atom in self.needed.activations}
         results = QueryResults(mu, self.needed, activations)
         dtype = np.float64 if self.is_double else np.float32
         values = {query.name: results.of(query).cpu().numpy().astype(dtype, copy=False) for query in self.queries}
@@ -115,11 +115,11 @@ def check_target(target: Any) -> None:
 
 
 def unpacked(batch: Any) -> tuple[Any, Any]:
-    """Inputs and labels of a batch.
+    """Splits a batch into inputs and labels.
 
     Args:
-        batch: A tensor; ``(inputs, labels)``; or a mapping with the labels under ``label`` or ``labels``, while the
-            other entries are keyword arguments of the model.
+        batch: A tensor; ``(inputs, labels)``; or a mapping with the labels under ``label`` or ``labels``, and keyword
+            arguments of the model in all other entries.
 
     Raises:
         SweepError: The batch is none of these.
@@ -139,7 +139,7 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
-    """Inputs on a device; also inside tuples and mappings."""
+    """Moves inputs to a device, also inside tuples and mappings."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
@@ -158,12 +158,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The floating point type of a model."""
+    """The floating-point dtype of a model."""
     return next((item.dtype for item in _tensors(model) if item.is_floating_point()), torch.get_default_dtype())
 
 
 def batch_target(target: Target, labels: Any, batch: Any) -> Any:
-    """The target of the measure of a batch.
+    """Returns the target of the measure for a batch.
 
     Args:
         target: As in :class:`Evaluation`.
@@ -186,10 +186,10 @@ def batch_target(target: Target, labels: Any, batch: Any) -> Any:
 
 
 def predicted_classes(outputs: Tensor) -> Tensor:
-    """Classes with the largest output, ``(N,)``.
+    """Returns the classes with the largest output, ``(N,)``.
 
     Raises:
-        SweepError: The outputs are not those of a classifier.
+        SweepError: The outputs do not have the form of a classifier.
     """
     if not _has_classes(outputs):
         raise SweepError(
@@ -204,7 +204,7 @@ def _has_classes(outputs: Tensor) -> bool:
 
 
 def _classes(targets: Any, count: int) -> NDArray[np.int32]:
-    """Targets as one class index per sample; a target with several coordinates is not a class."""
+    """Returns targets as one class index per sample; a target with several coordinates is not a class."""
     try:
         numbers = torch.as_tensor(NO_CLASS if targets is None else targets).detach().cpu().to(torch.int32)
     except (TypeError, ValueError, RuntimeError):
@@ -214,9 +214,9 @@ def _classes(targets: Any, count: int) -> NDArray[np.int32]:
     return numbers.reshape(-1).expand(count).numpy().copy()
 
 
-def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, model_output: Tensor) -> Tensor:
+def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, mu: RelevanceMeasure) -> Tensor:
     if atom.layer == "output":
-        return model_output
+        return mu.outputs
     if atom.layer == "input" and isinstance(inputs, Tensor):
         return inputs
     call = atom.call or 0
@@ -228,7 +228,7 @@ def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, model
     value = calls[call] if atom.item is None else calls[call][atom.item]
     if not isinstance(value, Tensor):
         raise SweepError(f"{atom} is not a single tensor. Select one of its tensors: at(layer, item=…).")
-    return value
+    return mu._in_form(atom, value)
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)

@@ -2,8 +2,8 @@ r"""Reference examples: the samples with the largest relevance or activation of 
 
 .. math:: \text{references}(g) = \operatorname{top}_k \mu_n(g)
 
-For the channels of a layer this is relevance maximization (Achtibat et al., 2023). One pass over the data finds them
-(:func:`~nrm_plugin.dataset.reference_search.find_references`), or they are read from a sweep (:func:`references`).
+For the channels of a layer, this is relevance maximization (Achtibat et al., 2023). References are found in one pass
+over the data (:func:`~nrm_plugin.dataset.reference_search.find_references`), or read from a sweep (:func:`references`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class References:
         targets: Explained classes, ``(K, k)``; -1 if unknown.
         positions: Positions of the largest value in the group, as flat (row-major) indices, ``(K, k)``; -1 if unknown.
         target: The class to which the references are restricted; None for all.
-        layer: The layer with these channels, if the name is that of a query.
+        layer: The layer with these channels, if ``name`` is the name of a query.
     """
 
     name: str
@@ -70,7 +70,7 @@ class References:
     def of_ranking(
         cls, name: str, by: By, groups: Sequence[int | str], top: TopSamples, target: int | None
     ) -> References:
-        """The references of a ranking."""
+        """Converts a ranking to references."""
         is_empty = top.samples == NO_SAMPLE
         return cls(
             name,
@@ -84,7 +84,7 @@ class References:
         )
 
     def row(self, group: int | str) -> int:
-        """The row of a group.
+        """Returns the row of a group.
 
         Raises:
             ReferencesError: The group is unknown.
@@ -97,7 +97,7 @@ class References:
         return self.groups.index(group)
 
     def of(self, group: int | str) -> list[int]:
-        """The samples of one group, in decreasing order.
+        """Returns the samples of one group, in decreasing order.
 
         Raises:
             ReferencesError: The group is unknown.
@@ -120,9 +120,9 @@ class FoundReferences:
     """References of several layers and events, over all samples and for each target.
 
     Args:
-        groups: The groups of each layer, by its name.
-        rankings: The ranking for each ``(name, by, target)``; None for all targets.
-        count: Number of samples that were ranked.
+        groups: The groups of each layer, by layer name.
+        rankings: The ranking for each ``(name, by, target)``; target None for all targets.
+        count: Number of ranked samples.
     """
 
     def __init__(
@@ -141,19 +141,19 @@ class FoundReferences:
 
     @property
     def targets(self) -> list[int]:
-        """The targets with their own references."""
+        """Returns the targets that have their own references."""
         return sorted({target for _, _, target in self._rankings if target is not None})
 
     def of(self, name: str = EVENTS, by: By = "relevance", target: int | None = None) -> References:
-        """The references of one layer, or of the events.
+        """Returns the references of one layer, or of the events.
 
         Args:
             name: The layer.
             by: ``"relevance"`` or ``"activation"``.
-            target: Only explanations of this class.
+            target: Restriction to explanations of this class.
 
         Raises:
-            ReferencesError: They were not ranked, or no sample has this target.
+            ReferencesError: The references were not ranked, or no sample has this target.
         """
         top = self._rankings.get((name, by, target))
         if top is not None:
@@ -185,10 +185,10 @@ class FoundReferences:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FoundReferences:
-        """Reads a file that :meth:`save` wrote.
+        """Reads a file written by :meth:`save`.
 
         Raises:
-            ReferencesError: It is not such a file.
+            ReferencesError: The file was not written by :meth:`save`.
         """
         try:
             with safe_open(Path(path), "pt") as file:
@@ -214,10 +214,10 @@ KINDS: dict[By, tuple[str, ...]] = {
     "relevance": ("Marginal", "Joint", "EventMass", "Conditional", "Sink", "Bypass", "Variation"),
     "activation": ("Activation",),
 }
-"""Kinds of queries that samples can be ranked by; the name of a layer selects the first kind."""
+"""Kinds of queries that can rank samples; the name of a layer selects the first kind."""
 
 COLUMNS = ("sample", "target", "group", "lower", "value")
-"""Columns that are read to rank samples."""
+"""Columns used to rank samples."""
 
 
 def references(
@@ -228,18 +228,19 @@ def references(
     by: By = "relevance",
     target: int | None = None,
 ) -> References:
-    """Reference examples from a finished sweep, without the model.
+    """Reads reference examples from a finished sweep, without the model.
 
     Args:
         sweep: The sweep, or its folder.
         query: Name of a query, or of a layer with a query.
-        group: One group; for joint relevance a pair of an upper and a lower group; None for all groups.
-        k: Number of samples for each group.
+        group: One group, or for joint relevance a pair of an upper and a lower group; None for all groups.
+        k: Number of samples per group.
         by: ``"activation"`` for a query of activations.
-        target: Only explanations of this class.
+        target: Restriction to explanations of this class.
 
     Returns:
-        Ties are broken by sample index. Positions are known if the sweep has a ``Peak`` query of the layer.
+        The references. Ties are broken by sample index. Positions are known if the sweep has a ``Peak`` query of the
+        layer.
 
     Raises:
         ReferencesError: The query, group or target is unknown, or the query has maps instead of rows.
@@ -274,13 +275,13 @@ def _ranked_query(sweep: Sweep, name: str, by: By) -> QueryInfo:
 
 
 def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str) -> QueryInfo:
-    """The candidate with a name, or the candidate of a kind, without an event, at the layer with this name.
+    """Finds the query with a given name, or the query of a kind, without an event, at the layer with this name.
 
     Args:
         name: Name of a query or layer.
         candidates: Queries of a sweep.
-        kind: Kind that the name of a layer selects.
-        what: What the candidates have in common, for the message.
+        kind: Kind of query that the name of a layer selects.
+        what: Description of the candidates for the message.
 
     Raises:
         ReferencesError: No candidate has this name.
@@ -294,13 +295,13 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
 
 
 def is_of_channels(query: QueryInfo) -> bool:
-    """Whether its groups are the channels of one layer, and it has no event."""
+    """Whether the groups of a query are the channels of one layer, and the query has no event."""
     by_channel = query.spec.get("over", "channel") == "channel"
     return query.kind in ("Marginal", "Activation") and by_channel and not query.has_event
 
 
 def _rows(sweep: Sweep, info: QueryInfo, group: int | tuple[int, int] | None, k: int, target: int | None) -> pa.Table:
-    """The rows that are ranked, the same number for each group."""
+    """Reads the rows to rank, with the same number of rows per group."""
     sizes = info.groups or ()
     if group is None or (isinstance(group, int) and len(sizes) == 2):
         return sweep.rows(info.name, group, COLUMNS)
@@ -315,7 +316,7 @@ def _rows(sweep: Sweep, info: QueryInfo, group: int | tuple[int, int] | None, k:
 
 
 def _matrices(rows: pa.Table, width: int = 1) -> dict[str, Tensor]:
-    """The columns as ``(groups, samples)``, and ``key``, the number of the group: upper × width + lower."""
+    """Returns columns as ``(groups, samples)``, and ``key``, the group number upper × width + lower."""
     columns = {name: rows[name].to_numpy() for name in COLUMNS}
     key = columns["group"].astype(np.int64).clip(0) * width + columns["lower"].clip(0)
     order, count = np.argsort(key, kind="stable"), len(np.unique(key))

@@ -40,14 +40,14 @@ def mean_flow(
     coverage: float | None = None,
     names: Mapping[str, Names] | None = None,
 ) -> FlowGraph:
-    """The mean flow of all samples of measures.
+    """Computes the mean flow of all samples of measures.
 
     Args:
         measures: A measure, or an iterable of measures of batches.
         layers: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
-        groups: Selected groups of layers, by name; the others form the rest. The joint matrix of two wide layers that
-            are far apart takes a pass for each group.
+        groups: Selected groups by layer name; all other groups form the rest. The joint matrix of two wide layers that
+            are far apart takes one pass per group.
         top: Largest number of groups of a layer, by absolute mean mass; None for all. All groups are computed, because
             the selection depends on the mean.
         min_mass: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, for the mean.
@@ -109,13 +109,13 @@ def _check_groups(layer: str, chosen: Sequence[int], count: int) -> None:
 
 
 def _renumbered(layer: FlowLayer, chosen: Sequence[int], full: Partition) -> FlowLayer:
-    """The layer with the indices and names of its groups in the full partition."""
+    """Renumbers the groups of a layer by their indices and names in the full partition."""
     names = tuple(full.names(group) for group in chosen)
     return replace(layer, groups=tuple(chosen), labels=names, others=full.count - len(chosen))
 
 
 class _MeanMeasure:
-    """The mean of the measures of a batch, with the interface of the measure of one sample.
+    """The mean of the measures of a batch, with the interface of a measure of one sample.
 
     Args:
         mu: The measures of the batch.
@@ -150,11 +150,11 @@ class _MeanMeasure:
 
 
 def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
-    """The weighted mean of graphs with the same groups.
+    """Computes the weighted mean of graphs with the same groups.
 
     Args:
         graphs: The graphs.
-        weights: One for each graph, such as numbers of samples; they are divided by their sum.
+        weights: One weight per graph, such as numbers of samples; weights are divided by their sum.
 
     Raises:
         FlowError: No graphs are given, their groups differ, or weights are negative or all zero.
@@ -173,10 +173,11 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
 
 
 def difference(first: FlowGraph, second: FlowGraph) -> FlowGraph:
-    """The first graph minus the second: signed, and every cut sums to 0.
+    """Subtracts the second graph from the first; the result is signed, and every cut sums to 0.
 
-    For mean flows of two groups of samples it shows in which channels and edges they differ. Compute both with all
-    groups, ``top=None``, and then select those that differ most: ``difference(a, b).smaller(top=8)``.
+    For mean flows of two groups of samples, the result shows the channels and edges in which they differ. Compute both
+    flows with all groups, ``top=None``, and then select the groups that differ most: ``difference(a,
+    b).smaller(top=8)``.
 
     Raises:
         FlowError: The graphs have different groups.

@@ -21,7 +21,7 @@ MOST = 16
 
 
 def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:
-    """Draws the difference of two mean flows as ribbons between bars, the input at the left.
+    """Draws the difference of two mean flows as ribbons between bars, with the input on the left.
 
     Args:
         graph: A :func:`~nrm_plugin.dataset.glocal.difference` with few groups: ``graph.smaller(top=8)``.
@@ -47,7 +47,7 @@ def prototypes_figure(
     dark: bool = False,
     names: Callable[[int], str] = str,
 ) -> Figure:
-    """Draws a row for each prototype: its coverage, the members nearest to its centre, and its most relevant groups.
+    """Draws one row per prototype: its coverage, the members nearest to its centre, and its most relevant groups.
 
     Args:
         prototypes: The prototypes.
@@ -55,8 +55,8 @@ def prototypes_figure(
         k: Number of members per prototype.
         top: Number of groups per prototype.
         heading: Title of the figure.
-        dark: Use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
-        names: Returns the name of a group.
+        dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
+        names: A function that returns the name of a group.
 
     Raises:
         InputError: An image is missing, or there are too many prototypes or members.

@@ -28,20 +28,20 @@ MAX_LISTED = 8
 class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     """The images in a folder and its subfolders, sorted by name, as inputs of a model with labels.
 
-    Each top-level subfolder is a class: the class of the model with its name. Subfolders of which none has such a name
-    are the classes in sorted order, if the names of the classes are unknown or there are as many. Images in any other
-    subfolder and outside of all have the label -1. torchvision's ``ImageFolder`` requires a subfolder for each class,
-    and does not know the classes of the model.
+    Each top-level subfolder is the class of the model with its name. If no subfolder has the name of a class, and the
+    class names are unknown or as many as the subfolders, then the subfolders are the classes in sorted order. Images in
+    any other subfolder, and outside all subfolders, have the label -1. torchvision's ``ImageFolder`` requires a
+    subfolder for each class, and ignores the classes of the model.
 
     Args:
         folder: The folder.
-        preprocess: Converts images to inputs.
-        categories: Names of the classes of the model, if known.
+        preprocess: A function from images to inputs.
+        categories: Class names of the model, if known.
 
     Attributes:
         paths: The files in order.
         left_out: The other files, and links to a folder that contains them.
-        labels: Their classes.
+        labels: The classes of the files.
         unknown: Subfolders that are not classes of the model.
         fingerprint: Hash of names and labels.
 
@@ -82,11 +82,11 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     @property
     def preparation(self) -> dict[str, Any]:
-        """How images become inputs."""
+        """Returns the settings of the conversion of images to inputs."""
         return self.preprocess.settings
 
     def stamp(self, index: int) -> str:
-        """Size and time of modification of a file; if both are as before, it is taken to be unchanged."""
+        """Returns size and modification time of a file, which is considered unchanged if both are the same."""
         try:
             status = self.paths[index].stat()
         except OSError:

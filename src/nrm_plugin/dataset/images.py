@@ -16,15 +16,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import NRMError
 
 LIMIT = 178_956_970
-"""Largest number of pixels that are decoded; the limit of Pillow."""
+"""Largest number of decoded pixels, as in Pillow."""
 LARGE = LIMIT // 2
-"""JPEG files with more pixels are decoded at reduced size, which saves memory."""
+"""Number of pixels above which JPEG files are decoded at reduced size, which saves memory."""
 REDUCED = 2048
 """Smallest side length after reduction; far more than the input size of models."""
 MAX_ASPECT = 200
-"""Largest aspect ratio: resized for a model, the longer side would exhaust the memory."""
+"""Largest aspect ratio, since the longer side of a resized image would exhaust the memory."""
 DARK = 4096
-"""A 16-bit image without larger values probably has 12 bits or fewer."""
+"""Value below which all pixels of a 16-bit image suggest 12 bits or fewer."""
 
 URL = re.compile(r"[a-zA-Z]{2,}:/")
 
@@ -38,13 +38,13 @@ class ImageError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """An image file that was read.
+    """A decoded image file.
 
     Attributes:
         path: The given path.
-        image: Its pixels, in mode RGB and upright.
+        image: The pixels, in mode RGB and upright.
         digest: SHA-256 of the file.
-        notes: Conversions that the user should know of.
+        notes: Conversions to report to the user.
     """
 
     path: Path
@@ -54,13 +54,13 @@ class LoadedImage:
 
 
 def shown(text: object) -> str:
-    """Text that is safe to print: without control characters and undecodable bytes."""
+    """Converts a text to printable form, without control characters and undecodable bytes."""
     clean = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
     return clean.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def load_image(path: Path) -> LoadedImage:
-    """Reads an image file as 8-bit RGB, upright and on a white background; the first image if there are several.
+    """Reads an image file as 8-bit RGB, upright and on a white background; the first image if the file has several.
 
     Args:
         path: PNG, JPEG, WebP, TIFF, GIF, BMP or another format that Pillow reads.
@@ -126,7 +126,7 @@ def check_image_file(path: Path) -> None:
 
 @contextmanager
 def _no_limit() -> Iterator[None]:
-    """Disables the size limit of Pillow; a later check takes into account that JPEG is decoded at reduced size."""
+    """Context without Pillow's size limit; a later check accounts for JPEG files that are decoded at reduced size."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -179,7 +179,7 @@ def _rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
 
 
 def _deep_grey(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    """Greyscale with 16 bits as greyscale with 8; Pillow itself would clip at 255."""
+    """Converts 16-bit greyscale to 8 bits, since Pillow would clip at 255."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):

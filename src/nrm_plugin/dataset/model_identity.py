@@ -1,4 +1,4 @@
-"""What identifies a model: structure, tensors, the code of its modules, and their attributes."""
+"""The identity of a model: structure, tensors, and the code and attributes of its modules."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Hashes of everything in a model that its outputs depend on.
+    """Returns hashes of all parts of a model that affect its outputs.
 
     Returns:
-        ``class``, ``structure`` (the text of the model) and ``tensors`` (parameters and buffers); ``code``: a hash for
-        each class and function of the user, and the versions of the packages of all others; ``attributes``: those of
-        modules of the user's classes by name, and one hash of those of all other modules.
+        A mapping with ``class``, ``structure`` (the text of the model) and ``tensors`` (parameters and buffers);
+        ``code``, with a hash for each class and function of the user, and the versions of all other packages; and
+        ``attributes``, by name for modules of the user's classes, with one hash for all other modules.
     """
     content = hashlib.blake2b(digest_size=16)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -51,11 +51,11 @@ def _code(model: nn.Module) -> dict[str, str]:
 
 
 _GENERATED = (torch.fx.GraphModule, torch.jit.ScriptModule)
-"""Modules whose code is generated."""
+"""Classes of modules with generated code."""
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
-    known: dict[int, Any] = {}  # of objects that modules share, such as a configuration
+    known: dict[int, Any] = {}  # for objects that modules share, such as a configuration
     own: dict[str, Any] = {}
     others: list[Any] = []
     for name, module in model.named_modules():
@@ -79,7 +79,7 @@ def _values(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> Any:
-    """A number or short text as it is, and the hash of anything else."""
+    """Returns a number or short text unchanged, and any other value as a hash."""
     is_short = value is None or isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= 40)
     return value if is_short else digest(value)
 

@@ -1,7 +1,7 @@
 r"""Count, mean and sum of squared deviations of batches of numbers, by class, in double precision.
 
 torchmetrics has means, but no variances by class that are merged across processes. Two sets of numbers are merged
-without cancellation of large sums:
+without cancellation between large sums:
 
 .. math:: n = n_a + n_b, \quad \delta = m_b - m_a, \quad
           m = m_a + \delta \frac{n_b}{n}, \quad
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
     Attributes:
         samples: Numbers of samples, ``(classes,)``; a scalar without classes.
         mean: ``(classes, *groups)``, dimensionless; NaN for a class without samples.
-        variance: The same shape; NaN for a class with too few samples.
+        variance: Variance, of the same shape; NaN for a class with too few samples.
     """
 
     samples: Tensor
@@ -36,15 +36,15 @@ class Moments(NamedTuple):
 
 
 def empty(classes: int, groups: tuple[int, ...]) -> Tensor:
-    """The state before any sample, ``(classes, *groups, 3)``."""
+    """Returns the state without samples, ``(classes, *groups, 3)``."""
     return torch.zeros((classes, *groups, 3), dtype=torch.float64)
 
 
 def of_batch(values: Tensor, target: Tensor, classes: int) -> Tensor:
-    """The state of one batch.
+    """Computes the state of one batch.
 
     Args:
-        values: ``(N, *groups)``.
+        values: Numbers, ``(N, *groups)``.
         target: Class of each sample, ``(N,)``.
         classes: Number of classes.
     """
@@ -71,11 +71,11 @@ def merged(states: Tensor) -> Tensor:
 
 
 def moments(state: Tensor, correction: int = 1) -> Moments:
-    """Count, mean and variance of a state.
+    """Computes count, mean and variance of a state.
 
     Args:
-        state: ``(classes, *groups, 3)``.
-        correction: Subtracted from the count in the denominator of the variance.
+        state: A state, ``(classes, *groups, 3)``.
+        correction: The number subtracted from the count in the denominator of the variance.
     """
     count = state[..., COUNT]
     mean = state[..., MEAN].masked_fill(count == 0, torch.nan)

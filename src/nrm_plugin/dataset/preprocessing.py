@@ -1,4 +1,4 @@
-"""Preprocessing: from images to inputs of a model, and back."""
+"""Preprocessing: conversion of images to inputs of a model, and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PreprocessingError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Converts images to inputs of a model.
+    """A conversion of images to inputs of a model.
 
     Attributes:
         transform: torchvision's preset: resize, center crop, scale to [0, 1], normalize by mean and standard deviation.
@@ -47,7 +47,7 @@ class Preprocessing:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that changes an input."""
+        """Returns all settings that affect an input."""
         return {
             "resize": int(self.transform.resize_size[0]),
             "size": self.size,
@@ -57,17 +57,17 @@ class Preprocessing:
         }
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The input ``(1, C, S, S)`` of an image in mode RGB."""
+        """Converts an image in mode RGB to an input ``(1, C, S, S)``."""
         tensor: Tensor = self.transform(image if len(self.mean) == 3 else image.convert("L"))[None]
         return tensor
 
     def inverse(self, inputs: Tensor) -> Tensor:
-        """The image ``(3, S, S)`` in [0, 1] of an input ``(1, C, S, S)``."""
+        """Converts an input ``(1, C, S, S)`` to an image ``(3, S, S)`` in [0, 1]."""
         mean, std = (inputs.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (inputs[0] * std + mean).clamp(0, 1).expand(3, -1, -1).contiguous()
 
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs for black and white, ``(1, C, 1, 1)`` each, on the device of ``like``."""
+        """Returns the inputs for black and white, ``(1, C, 1, 1)`` each, on the device of ``like``."""
         mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 
@@ -78,14 +78,14 @@ def preprocessing(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Preprocessing:
-    """The preprocessing of torchvision weights, with changes.
+    """Returns the preprocessing of torchvision weights, with changes.
 
     Args:
-        make: ``transforms`` of the weights.
-        size: The shorter side is resized to this, and a square of this size is cropped at the center; None for the
-            value of the weights.
+        make: The ``transforms`` of the weights.
+        size: The length to which the shorter side is resized, and side length of the center crop; None for the value
+            of the weights.
         mean: Mean of each channel: three for RGB, one for greyscale; None for the value of the weights.
-        std: Standard deviation of each channel, likewise.
+        std: Standard deviation of each channel, in the same form.
 
     Raises:
         PreprocessingError: Mean and standard deviation do not both have one or three channels, or a deviation is not

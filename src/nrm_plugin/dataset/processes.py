@@ -1,4 +1,4 @@
-"""The processes of a sweep: their ranks, and locks that keep others out of its folder."""
+"""The processes of a sweep: their ranks, and locks on its folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PATIENCE = 60.0
 
 @dataclass(frozen=True)
 class ProcessRank:
-    """This process among those that share a sweep.
+    """The rank of this process among the processes of a sweep.
 
     Attributes:
-        rank: Its rank.
+        rank: Rank of this process.
         world_size: Number of processes.
     """
 
@@ -31,7 +31,7 @@ class ProcessRank:
 
     @classmethod
     def current(cls) -> ProcessRank:
-        """From ``torch.distributed`` or the environment of ``torchrun``; by default the only process."""
+        """Reads the rank from ``torch.distributed`` or the environment of ``torchrun``; by default a single process."""
         if _is_initialized():
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -50,10 +50,10 @@ def _is_initialized() -> bool:
 
 @dataclass(frozen=True)
 class FolderLocks:
-    """Locks on the folder of a sweep: one for each rank, held until its process ends, and one for the manifest.
+    """Locks on the folder of a sweep: one per rank, held until the process ends, and one for the manifest.
 
-    They are locks of the operating system, which it releases however a process ends. The files stay: a process that
-    removed one could lock a file that another one has just replaced.
+    The operating system releases its locks at the end of a process in any case. Lock files are not removed, since a
+    process could then lock a file that another process has just replaced.
 
     Attributes:
         folder: The folder.
@@ -72,7 +72,7 @@ class FolderLocks:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Holds the lock for the manifest, and takes that of this rank, which is kept after the context ends.
+        """Context that holds the lock of the manifest, and acquires the lock of this rank, which outlasts the context.
 
         Raises:
             SweepError: Another process writes to the folder with the same rank, or locks are not supported.

@@ -12,13 +12,13 @@ STATM = Path("/proc/self/statm")
 
 
 class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
-    """tqdm's bar of samples, which also shows the memory of the process and of the accelerator.
+    """A progress bar of samples that also shows the memory of the process and of the accelerator.
 
     Args:
-        total: Number of samples; None if it is unknown.
-        done: Samples that are already stored.
-        is_shown: Whether there is a bar.
-        what: What is done, if it is not the evaluation.
+        total: Number of samples; None if unknown.
+        done: Number of stored samples.
+        is_shown: Whether the bar is shown.
+        what: Description of the activity, if it is not the evaluation.
     """
 
     def __init__(self, total: int | None, done: int, is_shown: bool, what: str | None = None) -> None:
@@ -33,9 +33,9 @@ class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
 
 
 def resident() -> int | None:
-    """Bytes of memory that this process holds now, or its peak if the system does not report the current value.
+    """Returns the memory of this process in bytes, or its peak if the system does not report the current value.
 
-    None on systems without the module ``resource``, such as Windows.
+    The result is None on systems without the module ``resource``, such as Windows.
     """
     try:
         import resource
@@ -48,7 +48,7 @@ def resident() -> int | None:
 
 
 def memory() -> str:
-    """Memory of this process, and of the accelerator if it is used, as text."""
+    """Returns the memory of this process, and of a used accelerator, as text."""
     held = resident()
     text = "unknown" if held is None else f"{held / 2**30:.1f} GiB"
     if torch.cuda.is_available() and torch.cuda.memory_allocated():

@@ -1,8 +1,8 @@
 """Prototypes: clusters of explanations, such as the typical explanations of a class.
 
 Each explanation is a vector, the relevance of the channels of a layer. A mixture of Gaussians, or k-means, finds
-clusters of similar explanations: a prototype is the centre of a cluster, its members are the samples, and its coverage
-is their share. A new sample is characterized by its nearest prototype and the difference from it.
+clusters of similar explanations: a prototype is the centre of a cluster, its members are the samples in the cluster,
+and its coverage is their share. A new sample is described by its nearest prototype and the difference from it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Nearest:
     """The assignment of a sample to a prototype.
 
     Attributes:
-        prototype: Its prototype.
+        prototype: The nearest prototype.
         distance: Euclidean distance to the centre.
-        difference: Its relevance minus that of the centre, ``(K,)``.
+        difference: Relevance of the sample minus relevance of the centre, ``(K,)``.
         outlying: Share of the fitted samples that fit less well, by likelihood for a mixture and by distance for
             k-means: 0 for a sample that fits worse than all of them.
     """
@@ -43,7 +43,7 @@ class Nearest:
     outlying: float
 
     def strongest(self, top: int = 8) -> list[tuple[int, float]]:
-        """The groups with the largest absolute difference, with their differences."""
+        """Returns the groups with the largest absolute difference, with their differences."""
         order = np.argsort(-np.abs(self.difference), kind="stable")[:top]
         return [(int(group), float(self.difference[group])) for group in order]
 
@@ -74,12 +74,12 @@ class Prototypes:
 
     @property
     def coverage(self) -> Array:
-        """Share of the samples of each prototype, ``(P,)``."""
+        """The share of the samples of each prototype, ``(P,)``."""
         coverage: Array = np.bincount(self.members, minlength=len(self.centres)) / len(self.members)
         return coverage
 
     def of(self, prototype: int) -> list[int]:
-        """The samples of a prototype, by increasing distance to its centre.
+        """Returns the samples of a prototype, by increasing distance to its centre.
 
         Raises:
             InputError: The prototype is unknown.
@@ -91,7 +91,7 @@ class Prototypes:
         return [int(sample) for sample in self.samples[order]]
 
     def strongest(self, prototype: int, top: int = 8) -> list[tuple[int, float]]:
-        """The groups with the largest absolute relevance of a prototype, with their relevance."""
+        """Returns the groups with the largest absolute relevance of a prototype, with their relevance."""
         centre = self.centres[prototype]
         order = np.argsort(-np.abs(centre), kind="stable")[:top]
         return [(int(group), float(centre[group])) for group in order]
@@ -128,7 +128,7 @@ def find_prototypes(
     covariance: Covariance = "diag",
     seed: int = 0,
 ) -> Prototypes:
-    """Clusters explanations, such as those of one class.
+    """Clusters explanations, such as the explanations of one class.
 
     Vectors are divided by the square root of their mean variance, so that the constant that scikit-learn adds to
     variances is small in comparison.
@@ -185,7 +185,7 @@ def _model(method: str, count: int, covariance: str, seed: int) -> Any:
 
 
 def _fits(fitted: Any, scaled: Array) -> Array:
-    """How well each sample fits: log-likelihood, or minus the distance to the nearest centre."""
+    """Computes the fit of each sample: log-likelihood, or minus the distance to the nearest centre."""
     fits: Array = fitted.score_samples(scaled) if hasattr(fitted, "means_") else -fitted.transform(scaled).min(1)
     return fits
 
@@ -200,12 +200,12 @@ def _vectors(values: Tensor | Array) -> Array:
 def vectors_of_sweep(
     sweep: Sweep | str | os.PathLike[str], query: str, target: int | None = None
 ) -> tuple[Array, NDArray[np.int64]]:
-    """Relevance of the groups of a query for each sample of a sweep, without the model.
+    """Reads the relevance of the groups of a query for each sample of a sweep, without the model.
 
     Args:
         sweep: The sweep, or its folder.
-        query: Name of a query with a value for each group, or of a layer with a ``Marginal`` query.
-        target: Only explanations of this class.
+        query: Name of a query with a value per group, or of a layer with a ``Marginal`` query.
+        target: Restriction to explanations of this class.
 
     Returns:
         The vectors, ``(N, K)``, and the sample indices, ``(N,)``.

@@ -1,4 +1,4 @@
-"""The queries of a sweep: small frozen objects with a name that can be stored as JSON."""
+"""The queries of a sweep: small frozen objects with a name, which can be stored as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LayerSpec = str | Atom
 Reduce = Literal["max", "mean", "sum"]
 MIN_RATIO = 1e-3
 MAX_LABEL_BYTES = 1 << 28
-"""Limit for labels that are read from a file; the widest layers of VGG16 need 13 million bytes."""
+"""Size limit of labels that are read from a file; the widest layers of VGG16 need 13 million bytes."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Labels:
 
     Attributes:
         shape: Shape of the labels.
-        data: Their bytes, as int32.
+        data: Bytes of the labels, as int32.
     """
 
     shape: tuple[int, ...]
@@ -38,14 +38,14 @@ class Labels:
 
     @classmethod
     def of(cls, labels: Tensor) -> Labels:
-        """The labels in an integer tensor."""
+        """Converts an integer tensor to labels."""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise SweepError(f"over= takes integer labels, got {labels.dtype}. Use labels.long().")
         return cls(tuple(labels.shape), labels.detach().cpu().int().numpy().tobytes())
 
     @property
     def tensor(self) -> Tensor:
-        """The labels as a tensor."""
+        """Returns the labels as a tensor."""
         return torch.from_numpy(np.frombuffer(self.data, np.int32).copy()).long().reshape(self.shape)
 
 
@@ -57,7 +57,7 @@ class Query:
     """A quantity that is computed for each sample.
 
     Attributes:
-        name: Name of its rows; by default derived from the query.
+        name: Name of the query in the rows; by default derived from the query.
     """
 
     name: str = field(default="", kw_only=True)
@@ -68,7 +68,7 @@ class Query:
             if item.name in ("layer", "upper", "lower"):
                 _check_layer(self, value)
             if item.name in ("event", "given", "joint") and value is not None:
-                event_to_json(value)  # raises if it cannot be stored
+                event_to_json(value)  # raises if the event cannot be stored
             if item.name == "over":
                 object.__setattr__(self, "over", _validated_over(self, value))
         if getattr(self, "given", None) is not None and getattr(self, "joint", None) is not None:
@@ -89,16 +89,16 @@ class Query:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of its layers, the upper one first."""
+        """The names of the layers, from the upper to the lower."""
         names = [item.name for item in fields(self) if item.name in ("layer", "upper", "lower")]
         return tuple(_text(getattr(self, name)) for name in names)
 
     def to_json(self) -> dict[str, Any]:
-        """The query as JSON, which :func:`from_json` reads."""
+        """Returns the query as JSON, which :func:`from_json` reads."""
         return {"kind": type(self).__name__} | {item.name: _to_json(getattr(self, item.name)) for item in fields(self)}
 
     def info(self, groups: Sequence[int] | None = None) -> QueryInfo:
-        """The entry of the query in a manifest."""
+        """Returns the entry of the query in a manifest."""
         shape = None if groups is None else tuple(groups)
         return QueryInfo(self.name, type(self).__name__, self.layers, shape, self.to_json())
 
@@ -124,11 +124,11 @@ class Marginal(Query):
 
 @dataclass(frozen=True)
 class Joint(Query):
-    """``μ(group of the upper layer and group of the lower one)``.
+    """``μ(group of the upper layer and group of the lower layer)`` for all pairs of groups.
 
     Args:
-        upper: The tap that walks cross first, nearer to the output.
-        lower: A tap below it.
+        upper: The tap nearer to the output.
+        lower: A tap below the upper tap.
         over: As in :class:`Marginal`, or a pair for the two layers.
     """
 
@@ -139,7 +139,7 @@ class Joint(Query):
 
 @dataclass(frozen=True)
 class EventMass(Query):
-    """``μ(event)``, or ``μ(event | given)``, one number.
+    """``μ(event)`` or ``μ(event | given)``, one number.
 
     Args:
         event: The event.
@@ -154,13 +154,14 @@ class EventMass(Query):
 
 @dataclass(frozen=True)
 class Conditional(Query):
-    """``μ(event | group)`` for each group of a layer: the share of the group's relevance with the event.
+    """``μ(event | group)`` for each group of a layer: the share of the group's relevance on walks in the event.
 
     Args:
         event: The event.
         layer: Name of a tap, or ``at(…)``.
         over: As in :class:`Marginal`.
-        min_ratio: The value is null if ``|μ(group)|`` is at most this share of the absolute mass of its neurons.
+        min_ratio: Threshold: the value is null if ``|μ(group)|`` is at most this share of the absolute mass of its
+            neurons.
     """
 
     event: Event
@@ -171,21 +172,21 @@ class Conditional(Query):
 
 @dataclass(frozen=True)
 class Sink(Query):
-    """Mass absorbed above a layer, one number."""
+    """The mass absorbed above a layer, one number."""
 
     layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Bypass(Query):
-    """Mass of the walks that bypass a layer, one number."""
+    """The mass of the walks that bypass a layer, one number."""
 
     layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Variation(Query):
-    """Tap variation of a layer, one number."""
+    """The tap variation of a layer, one number."""
 
     layer: LayerSpec
 
@@ -210,7 +211,7 @@ class Activation(Query):
 
 @dataclass(frozen=True)
 class Peak(Query):
-    """Position of the largest relevance or activation of a channel, as a flat (row-major) index.
+    """The position of the largest relevance or activation of a channel, as a flat (row-major) index.
 
     Args:
         layer: Name of a tap, or of a module for activations.
@@ -228,13 +229,13 @@ class Peak(Query):
 
 @dataclass(frozen=True)
 class Maps(Query):
-    """``μ(neuron)`` of a layer as a tensor for each sample, for heat maps; also joint with an event or given an event.
+    """``μ(neuron)`` of a layer as one tensor per sample, such as heat maps, optionally joint with or given an event.
 
     Args:
         layer: Name of a tap.
         joint: As in :class:`Marginal`.
         given: As in :class:`Marginal`; a map without values contains NaN.
-        over: None for every neuron, ``"position"`` for the sum over channels.
+        over: None for every neuron, or ``"position"`` for the sum over channels.
         min_ratio: As in :class:`Marginal`.
     """
 
@@ -252,7 +253,7 @@ QUERIES: dict[str, type[Query]] = {
 
 
 def from_json(data: Any) -> Query:
-    """The query that :meth:`Query.to_json` stored.
+    """Restores a query from the JSON of :meth:`Query.to_json`.
 
     Raises:
         SweepError: The data are not a query.
@@ -268,7 +269,7 @@ def from_json(data: Any) -> Query:
 
 
 def check_queries(queries: Any) -> tuple[Query, ...]:
-    """The queries of a sweep as a tuple.
+    """Checks the queries of a sweep, and returns them as a tuple.
 
     Raises:
         SweepError: No query is given, an object is not a query, or two queries have the same name.

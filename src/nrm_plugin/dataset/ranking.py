@@ -1,4 +1,4 @@
-"""The k samples with the largest values of each group, batch by batch, in memory that does not grow."""
+"""Rankings of the k samples with the largest values of each group, updated batch by batch in constant memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NO_SAMPLE = torch.iinfo(torch.int64).max
-"""Index of an empty entry; sorts behind all samples."""
+"""Index of an empty entry, which is sorted after all samples."""
 
 
 @dataclass
@@ -16,7 +16,7 @@ class TopSamples:
     """The ``k`` samples with the largest values of each row, in decreasing order; ties are broken by sample index.
 
     Attributes:
-        values: ``(…, k)``; minus infinity in empty entries.
+        values: Values, ``(…, k)``; minus infinity in empty entries.
         samples: Indices of the samples.
         targets: Explained classes; -1 if unknown.
         positions: Positions of the largest value within the group; -1 if unknown.
@@ -29,7 +29,7 @@ class TopSamples:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype) -> TopSamples:
-        """Empty entries."""
+        """Returns a ranking with empty entries."""
         return cls(
             torch.full(shape, -torch.inf, dtype=dtype),
             torch.full(shape, NO_SAMPLE),
@@ -39,26 +39,26 @@ class TopSamples:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """All four tensors."""
+        """Returns all four tensors."""
         return self.values, self.samples, self.targets, self.positions
 
     def __getitem__(self, index: int | slice | Tensor | tuple[int | slice | Tensor, ...]) -> TopSamples:
         return TopSamples(*(part[index] for part in self.parts))
 
     def where(self, is_ranked: Tensor) -> TopSamples:
-        """Empty entries where the condition is false."""
+        """Returns a ranking with empty entries where the condition is false."""
         empty = TopSamples.empty((), self.values.dtype)
         pairs = zip(self.parts, empty.parts, strict=True)
         return TopSamples(*(torch.where(is_ranked, part, other) for part, other in pairs))
 
     def joined(self, others: TopSamples, dim: int) -> TopSamples:
-        """Both, concatenated."""
+        """Concatenates two rankings."""
         return TopSamples(*(torch.cat(pair, dim) for pair in zip(self.parts, others.parts, strict=True)))
 
     def merged(self, others: TopSamples) -> TopSamples:
-        """The top ``k`` of both; all dimensions but the last are equal."""
+        """Returns the top ``k`` of two rankings; all dimensions but the last are equal."""
         both = self.joined(others, -1)
-        # Sorted twice, the second time stably: by sample, then by value.
+        # Entries are sorted by sample, and then stably by value.
         order = both.samples.argsort(dim=-1, stable=True)
         by_value = both.values.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
         order = order.gather(-1, by_value[..., : self.values.shape[-1]])
@@ -68,11 +68,11 @@ class TopSamples:
 class Ranking:
     """The samples with the largest values of each group, over all samples and for each target.
 
-    Stores ``k`` samples per group and target.
+    The ranking stores ``k`` samples per group and target.
 
     Args:
         k: Number of samples.
-        by_target: Also rank for each target.
+        by_target: Whether to rank for each target as well.
 
     Examples:
         >>> ranking = Ranking(2)
@@ -90,7 +90,7 @@ class Ranking:
 
     @property
     def targets(self) -> list[int]:
-        """The targets seen so far."""
+        """Returns the targets seen so far."""
         return sorted(self._rows)
 
     def add(
@@ -99,7 +99,7 @@ class Ranking:
         """Merges a batch into the ranking.
 
         Args:
-            values: ``(N, K)``, finite.
+            values: Finite values, ``(N, K)``.
             samples: Unique index of each sample, ``(N,)``.
             targets: Explained class of each sample, ``(N,)``; required to rank by target.
             positions: Positions of the largest value of each group, ``(N, K)``.
@@ -121,7 +121,7 @@ class Ranking:
     def _add_by_target(self, batch: TopSamples, targets: Tensor) -> None:
         groups, present = len(batch.values), torch.unique(targets)
         stored = self._with_rows_for(present, groups, batch.values.dtype)
-        # Samples in rows by target, with as many columns as the most frequent target has samples.
+        # Samples are arranged in rows by target; the most frequent target determines the number of columns.
         row = torch.searchsorted(present, targets)
         order = row.argsort(stable=True)
         counts = row.bincount(minlength=len(present))
@@ -134,7 +134,7 @@ class Ranking:
             part[:, rows] = new
 
     def _with_rows_for(self, present: Tensor, groups: int, dtype: torch.dtype) -> TopSamples:
-        """The rankings by target, extended by empty rows for new targets."""
+        """Returns the rankings by target, extended by empty rows for new targets."""
         new = [int(target) for target in present if int(target) not in self._rows]
         for target in new:
             self._rows[target] = len(self._rows)
@@ -144,10 +144,10 @@ class Ranking:
         return self._by_target
 
     def of(self, target: int | None) -> TopSamples:
-        """The ranking of one target, or over all samples, ``(K, k)``.
+        """Returns the ranking of one target, or over all samples, ``(K, k)``.
 
         Raises:
-            KeyError: No sample of this target was added, or none at all.
+            KeyError: No sample of this target was added, or no sample at all.
         """
         if target is not None and self._by_target is not None:
             return self._by_target[:, self._rows[target]]

@@ -1,4 +1,4 @@
-"""Sweeps on a Ray cluster, and queries as a function of batches for Ray Data and Hugging Face datasets."""
+"""Sweeps on a Ray cluster, and a function of batches for Ray Data and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ INPUTS, LABEL, SAMPLE = "inputs", "label", "sample"
 
 
 class SweepBatches:
-    """Evaluates queries for batches of columns, and returns the rows of a sweep.
+    """A function of batches of columns that evaluates queries, and returns the rows of a sweep.
 
-    For ``ray.data.Dataset.map_batches(SweepBatches, fn_constructor_kwargs={…}, …)`` and for
+    It is used in ``ray.data.Dataset.map_batches(SweepBatches, fn_constructor_kwargs={…}, …)`` and
     ``datasets.Dataset.map(SweepBatches(…), batched=True, with_indices=True, remove_columns=…)``.
 
     Args:
@@ -41,8 +41,9 @@ class SweepBatches:
         residual: As in :func:`~nrm_plugin.dataset.sweep`.
         gain_limit: As in :func:`~nrm_plugin.dataset.sweep`.
         output: As in :func:`~nrm_plugin.dataset.sweep`.
-        unpack: Returns ``(inputs, labels)`` of a batch of columns; by default the columns ``inputs`` and ``label``.
-        device: The device; by default that of the model.
+        unpack: A function from a batch of columns to ``(inputs, labels)``; by default the columns ``inputs`` and
+        ``label``.
+        device: The device; by default the device of the model.
 
     Raises:
         SweepError: A query is for maps, which are not rows.
@@ -73,7 +74,7 @@ class SweepBatches:
         self.evaluation = Evaluation(network, checked, rules, target, unpack or columns, output)
 
     def __call__(self, batch: Mapping[str, Any], indices: Sequence[int] | None = None) -> dict[str, Any]:
-        """The rows of a batch.
+        """Evaluates a batch.
 
         Args:
             batch: Columns, with the sample numbers in ``sample`` unless indices are given.
@@ -100,7 +101,7 @@ class SweepBatches:
 
 
 def _columns(batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
-    """Inputs and labels of a batch of columns; inputs are cast to the model's dtype, since lists carry none."""
+    """Returns inputs and labels of a batch of columns; inputs are cast to the model's dtype, since lists have none."""
     if INPUTS not in batch:
         raise SweepError(
             f"the batch has no column {INPUTS!r}; its columns are {', '.join(batch)}. Pass unpack=, a function that "
@@ -115,7 +116,7 @@ def _columns(batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 class _Worker:
-    """Evaluates shards with one model.
+    """A worker that evaluates shards with one model.
 
     Args:
         job: The sweep.
@@ -131,7 +132,7 @@ class _Worker:
         message = ""
         try:
             self.job.run([int(number) for number in batch["shard"]], 0, samples.append)
-        except NRMError as error:  # raised as an exception, its message would be inside one of Ray
+        except NRMError as error:  # an exception would be wrapped in an exception of Ray
             message = str(error)
         except Exception as error:
             message = "".join(traceback.format_exception(error))
@@ -151,7 +152,7 @@ def run(
     Args:
         job: The sweep, in a folder that all machines can access.
         numbers: The numbers of the shards.
-        on_progress: Is called after each shard.
+        on_progress: A function that is called after each shard.
         concurrency: Number of workers, or minimum and maximum; by default the number of slots.
         num_gpus: GPUs per worker, possibly a fraction.
         num_cpus: CPUs per worker, and threads of its model.

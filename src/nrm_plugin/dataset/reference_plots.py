@@ -1,4 +1,4 @@
-"""The figure of reference examples: one row for each channel."""
+"""Figures of reference examples, with one row per channel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Style = Literal["mask", "plain", "heat", "both"]
 FADED = 0.78
 """Opacity of the veil over pixels without relevance."""
 CELL = 1.15
-"""Side length of an image in inches."""
+"""Side length of an image, in inches."""
 MOST = 16
 """Largest number of rows, and of images in a row, of a figure."""
 
@@ -35,15 +35,15 @@ def reference_figure(
 
     Args:
         rows: Crops of each channel, from :func:`~nrm_plugin.dataset.crops.crops`.
-        style: ``"mask"`` fades pixels without relevance of the channel, ``"plain"`` shows the crops, ``"heat"`` the
-            conditional heat maps over them, ``"both"`` crops with their heat maps below.
+        style: ``"mask"`` fades pixels without relevance of the channel, ``"plain"`` shows the crops, ``"heat"``
+            overlays the conditional heat maps, and ``"both"`` shows crops with heat maps below.
         heading: Title of the figure.
-        dark: Use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
+        dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         labels: Labels of the rows; by default the channel index.
         unit: ``"%"`` if values are shares of relevance; otherwise values are printed as numbers with this suffix.
 
     Raises:
-        InputError: No crops or too many, or the style is unknown.
+        InputError: There are no crops or too many, or the style is unknown.
     """
     if style not in ("mask", "plain", "heat", "both"):
         raise InputError(f"style={style!r} is unknown; choose 'mask', 'plain', 'heat' or 'both'.")

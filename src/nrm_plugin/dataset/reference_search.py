@@ -1,4 +1,4 @@
-"""Relevance maximization: one pass over data that finds the reference examples of channels and events."""
+"""Relevance maximization: search for reference examples of channels and events in one pass over data."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def find_references(
 ) -> FoundReferences:
     r"""Finds the samples with the largest relevance of each channel of layers, in one pass over the data.
 
-    Memory holds ``k`` samples per channel and target, whatever the number of samples. Ties are broken by sample index.
+    Memory is proportional to ``k`` per channel and target, regardless of the number of samples. Ties are broken by
+    sample index.
 
     Args:
         model: The network, in evaluation mode.
@@ -59,24 +60,24 @@ def find_references(
         layers: Names of the layers.
         k: Number of samples per channel.
         by: ``"relevance"``, ``"activation"`` or both; activations are outputs of modules.
-        events: Events, by name, for which samples are ranked by mass.
+        events: Events by name; samples are ranked by the mass of each event.
         target: The explained target: the label, the predicted class, or one class for all samples.
-        unit: ``"measure"``: shares of the total relevance, ``μ``. ``"output"``: the usual LRP score, ``μ`` times the
-            explained output. ``"layer"``: that score divided by the sum of the absolute scores of all channels of the
-            layer, and likewise for activations, which is the default of zennit-crp.
+        unit: ``"measure"`` for shares of the total relevance, ``μ``; ``"output"`` for the usual LRP score, ``μ`` times
+            the explained output; ``"layer"`` for the LRP score divided by the sum of the absolute scores of all
+            channels of the layer, and activations divided in the same way, as is the default of zennit-crp.
         reduce: ``"sum"`` or ``"max"`` over the positions of a channel.
-        per_target: Also rank the samples of each target.
+        per_target: Whether to rank the samples of each target as well.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        batch_size: Samples per batch, if ``data`` is a data set.
-        device: Device of the model; by default that of its parameters.
-        show_progress: Show a progress bar.
+        batch_size: Number of samples per batch, if ``data`` is a data set.
+        device: Device of the model; by default the device of its parameters.
+        show_progress: Whether to show a progress bar.
 
     Raises:
         ReferencesError: The loader shuffles, batches have another form, or neither layers nor events are given.
-        InputError: Invalid arguments.
+        InputError: An argument is invalid.
         TargetError: Targets do not fit the outputs.
         UnknownLayerError: No layer has this name.
 
@@ -103,7 +104,7 @@ def find_references(
 
 
 def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor) -> Tensor:
-    """The explained class of each sample of a classifier, ``(N,)``."""
+    """Returns the explained class of each sample of a classifier, ``(N,)``."""
     if outputs.ndim != 2:
         raise InputError(f"references require a classifier with outputs (N, classes), got {tuple(outputs.shape)}.")
     if target == "label":
@@ -120,7 +121,7 @@ def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor
 
 
 class _Search:
-    """The rankings of all layers and events, batch by batch."""
+    """The rankings of all layers and events, updated batch by batch."""
 
     def __init__(
         self,
@@ -171,18 +172,24 @@ class _Search:
         scale = mu.output if self.unit != "measure" else torch.ones_like(mu.output)
         relevance = mu.marginal(self.layers) if self.layers else {}
         for layer, values in relevance.items():
-            # Scaled before the maximum over positions, because a negative output reverses the order.
+            # Values are scaled before the maximum over positions, because a negative output reverses the order.
             scaled = values if self.unit == "measure" else values * scale.view(-1, *(1,) * (values.ndim - 1))
             self._rank(layer, "relevance", *self._scores(scaled, mu.channel_dim(layer)), samples, targets)
         for layer, values in activations.items():
-            self._rank(layer, "activation", *self._scores(values, mu.channel_dim(layer)), samples, targets)
+            self._rank(
+                layer,
+                "activation",
+                *self._scores(mu._tap(layer).layout.unfold(values), mu.channel_dim(layer)),
+                samples,
+                targets,
+            )
         if self.events:
             masses = mu(list(self.events.values())).T * scale[:, None]
             self._rank(EVENTS, "relevance", masses, None, samples, targets)
         self.count += mu.batch
 
     def _scores(self, values: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-        """The score of each channel, and the position of its largest value; ``(N, C)`` each."""
+        """Returns the score of each channel, and the position of its largest value, ``(N, C)`` each."""
         flat = values.movedim(channel_dim, 1).flatten(2) if values.ndim > 2 else values.unsqueeze(-1)
         largest, positions = flat.max(-1)
         score = flat.sum(-1) if self.reduce == "sum" else largest

@@ -1,4 +1,4 @@
-"""The index of a sweep: the rows of each query sorted by group and value, so that top samples are read quickly."""
+"""The index of a sweep: the rows of each query sorted by group and value, for fast access to top samples."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ CODED = ["query", "group", "lower", "target", "prediction"]
 
 
 def write_index(sweep: Sweep) -> Path:
-    """Writes one file for each query, with the columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
+    """Writes one file per query, with the columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
-    Rows are sorted by group and decreasing value, null values last. Joint matrices are omitted: they have so many rows
-    that sorting may take longer than the measure, and the rows of one group are contiguous in each shard anyway.
+    Rows are sorted by group and decreasing value, with null values last. Joint matrices are omitted, since they have so
+    many rows that sorting may take longer than the measure, and the rows of one group are contiguous in each shard.
 
     Args:
         sweep: A complete sweep.
@@ -68,7 +68,7 @@ def write_index(sweep: Sweep) -> Path:
         try:
             unfinished.rename(target)
         except OSError:
-            if not target.exists():  # otherwise another process wrote the same index
+            if not target.exists():  # else another process has written the same index
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -81,7 +81,7 @@ def remove_index(folder: Path) -> None:
 
 
 def is_intact(sweep: Sweep) -> bool:
-    """Whether there is an index of this sweep, without damage."""
+    """Whether the sweep has an undamaged index."""
     try:
         sums = read_sums(path_inside(sweep.path, f"{BY_QUERY}/{SUMS}")) or {}
         if sums.pop("settings", None) != sweep.manifest.fingerprint:
@@ -94,7 +94,7 @@ def is_intact(sweep: Sweep) -> bool:
 
 
 def _sorted(shards: Sequence[Shard], info: QueryInfo, layout: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
-    """Sorted tables of consecutive groups, with the number of rows of their row groups."""
+    """Yields sorted tables of consecutive groups, with the number of rows per row group."""
     count = max(1, sum(_samples(shard) for shard in shards))
     groups = (*(info.groups or ()), 1)[0]
     step = max(1, MAX_SORTED // count)
@@ -109,7 +109,7 @@ def _samples(shard: Shard) -> int:
 
 
 def _columns(shards: Sequence[Shard], info: QueryInfo, first: int, last: int) -> dict[str, Any] | None:
-    """``value`` as ``(groups, samples)``, and the columns ``(samples,)``; None without rows."""
+    """Reads ``value`` as ``(groups, samples)``, and the columns ``(samples,)``; None without rows."""
     groups = last - first + 1
     parts: dict[str, list[Any]] = {"sample": [], "target": [], "prediction": [], "value": []}
     for shard in shards:

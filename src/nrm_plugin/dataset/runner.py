@@ -1,4 +1,4 @@
-"""Running a sweep: start or resume it, split the shards among processes, and complete it."""
+"""Execution of a sweep: start or resumption, distribution of shards among processes, and completion."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .sweep_start import begin
 
 Engine = Literal["local", "ray"]
 SHARD = 256
-"""Samples per shard."""
+"""Default number of samples per shard."""
 
 
 def sweep(
@@ -68,17 +68,16 @@ def sweep(
 ) -> Sweep:
     """Evaluates queries for every sample of a data set, and stores the results.
 
-    Completed shards remain valid: after a kill, an error or Ctrl-C the same call resumes, and ends with the rows of
-    an uninterrupted sweep. Under ``torchrun`` the shards are divided among the processes.
+    Completed shards remain valid: after a kill, an error or Ctrl-C, the same call resumes the sweep, with the same rows
+    as an uninterrupted sweep. Under ``torchrun`` the shards are divided among the processes.
 
     Args:
         model: The network, in evaluation mode and on its device.
-        data: A data set with a length, whose samples are numbered by their index. When a sweep is resumed, its samples
-            are read again and compared by hash, except those for which a method ``stamp(index)`` of the data set
-            returns the same as before; a string attribute ``fingerprint`` is compared instead if there is no such
-            method. Of a ``DataLoader``, the data set is read in the order of its indices, whatever the sampler. An
-            ``IterableDataset`` is numbered in iteration order; to resume, it is read again from the beginning and must
-            yield the same samples in the same order.
+        data: A data set with a length, with samples numbered by index. When a sweep is resumed, samples are read again
+            and compared by hash, unless a method ``stamp(index)`` of the data set returns an unchanged value; without
+            such a method, a string attribute ``fingerprint`` is compared instead. The data set of a ``DataLoader`` is
+            read in index order, regardless of the sampler. An ``IterableDataset`` is numbered in iteration order; to
+            resume, it is read again from the beginning and must yield the same samples in the same order.
         queries: The queries, such as ``[Marginal("features.28"), Sink("features.28")]``.
         out: Folder for the results, created if missing.
         target: The explained target: ``"prediction"``, ``"label"``, the index of a class, a function that returns the
@@ -87,25 +86,25 @@ def sweep(
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        unpack: Returns inputs and labels of a batch; by default a batch is inputs, ``(inputs, labels)``, or a mapping
-            with ``"label"`` or ``"labels"``.
-        batch_size: Samples per batch; by default that of the loader, or 16. A sweep can be resumed with another
-            number, which changes results only by rounding.
-        num_workers: Processes that read samples; by default those of the loader, or none.
-        shard: Samples per shard, rounded up to whole batches: at most these are lost if a process is killed. A sweep
-            that is resumed keeps its shards.
+        unpack: A function from a batch to inputs and labels; by default a batch is inputs, ``(inputs, labels)``, or a
+            mapping with ``"label"`` or ``"labels"``.
+        batch_size: Number of samples per batch; by default the batch size of the loader, or 16. A sweep can be resumed
+            with another batch size, which changes results only by rounding.
+        num_workers: Number of processes that read samples; by default as in the loader, or none.
+        shard: Number of samples per shard, rounded up to whole batches; at most one shard is lost if a process is
+            killed. A resumed sweep keeps its shards.
         seed: Seed from which the random state of each sample is derived.
-        resume: False raises if the folder contains a sweep.
-        retry_failed: Evaluate shards with failed samples again.
+        resume: Whether to resume a sweep in the folder; if False, an existing sweep is an error.
+        retry_failed: Whether to evaluate shards with failed samples again.
         on_error: ``"raise"`` at the first sample that cannot be read or evaluated and at a damaged file; ``"skip"``
             skips and lists such samples, and evaluates damaged files again.
-        index: Also store the rows sorted by group and value when the sweep is complete, for :meth:`Sweep.top`.
+        index: Whether to also store the rows sorted by group and value at the end, for :meth:`Sweep.top`.
         engine: ``"local"``, or ``"ray"`` for the machines of a Ray cluster.
         engine_options: For Ray: ``concurrency``, and ``num_gpus`` and ``num_cpus`` of each worker.
-        progress: Show a progress bar with rate, remaining time and memory.
+        progress: Whether to show a progress bar with rate, remaining time and memory.
 
     Returns:
-        The stored sweep; complete unless other processes are still running.
+        The stored sweep, which is complete unless other processes are still running.
 
     Raises:
         SweepError: The folder contains a sweep with different settings or samples, which the message lists; another
@@ -170,7 +169,7 @@ def _run(
     retry_failed: bool,
     progress: bool,
 ) -> int | None:
-    """Evaluates the missing shards of this process; returns the number of samples once no shard is missing."""
+    """Evaluates the missing shards of this process; returns the number of samples if no shard is missing, else None."""
     if job.plan is None:
         manifest, done = Manifest.read(job.folder), job.done(retry_failed, of=range(sys.maxsize))
         if manifest.state == "complete" and not job.damaged and not retry_failed and not job.source.is_hashed:
@@ -212,18 +211,18 @@ def _engine(engine: Engine, options: dict[str, Any]) -> Callable[[SweepJob, list
 
 @contextmanager
 def _recording_interruption(folder: Path) -> Iterator[None]:
-    """Sets the state of the manifest to interrupted if an error occurs, with the failures so far."""
+    """Context that sets the state of the manifest to interrupted on an error, with the failures so far."""
     try:
         yield
     except BaseException:
-        # An error here must not replace the first one; the shards store the failures as well.
+        # An error here must not replace the first error; the shards store the failures as well.
         with suppress(Exception):
             _write(folder, replace(summarized(folder), state="interrupted"))
         raise
 
 
 def summarized(folder: Path) -> Manifest:
-    """The manifest with the groups, ranks, failed samples and damaged files that the shards store."""
+    """Returns the manifest with the groups, ranks, failed samples and damaged files stored in the shards."""
     stored = Sweep.open(folder, on_error="skip")
     shards = stored.shards
     return replace(

@@ -1,4 +1,4 @@
-"""Batches of a data set: the same in every run, whichever process reads them, and without samples that fail."""
+"""Batches of a data set without failing samples, which are the same in every run and in every process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .sweep_layout import SweepError
 
 BATCH = 16
 FULL_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler)
-"""Samplers that yield all samples, in some order."""
+"""Samplers that yield all samples, in any order."""
 WORKER_OPTIONS = ("timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
 LOADER_OPTIONS = ("collate_fn", "pin_memory", *WORKER_OPTIONS)
 
@@ -33,8 +33,8 @@ class FailedSample:
     """A sample that could not be read or evaluated.
 
     Attributes:
-        sample: Its index in the data set.
-        why: The error, in one line.
+        sample: Index of the sample in the data set.
+        why: The error in one line.
     """
 
     sample: int
@@ -43,13 +43,13 @@ class FailedSample:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """One batch that was read.
+    """A batch after reading.
 
     Attributes:
-        samples: Indices of its samples.
-        batch: The collated samples; None if none could be read.
+        samples: Indices of the samples.
+        batch: The collated samples; None if no sample could be read.
         failed: Samples that could not be read.
-        content: Hash of each sample that was read.
+        content: Hash of each sample in the batch.
     """
 
     samples: list[int]
@@ -60,12 +60,12 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set with the options for reading it.
+    """A data set, with options for reading.
 
     Attributes:
         data: The data set.
-        batch_size: Samples per batch.
-        num_workers: Processes that read.
+        batch_size: Number of samples per batch.
+        num_workers: Number of processes that read.
         options: Other arguments of ``DataLoader``.
         loader: The loader of an iterable data set.
     """
@@ -78,12 +78,12 @@ class DataSource:
 
     @property
     def count(self) -> int | None:
-        """Number of samples; None for an iterable data set."""
+        """Returns the number of samples; None for an iterable data set."""
         return None if self.loader is not None else len(self.data)
 
     @property
     def preparation(self) -> Any:
-        """How the data set prepares samples, if it tells."""
+        """Returns the description of the preprocessing by the data set, if it provides one."""
         preparation = getattr(self.data, "preparation", None)
         try:
             return json.loads(json.dumps(preparation))
@@ -91,13 +91,13 @@ class DataSource:
             return described(preparation)
 
     def stamps(self, first: int, last: int) -> list[str]:
-        """What the data set tells of samples without reading them; empty if it tells nothing."""
+        """Returns the stamps of samples, which identify samples without reading them; empty if there are none."""
         stamp = getattr(self.data, "stamp", None)
         return [str(stamp(index)) for index in range(first, last + 1)] if callable(stamp) else []
 
     @property
     def is_hashed(self) -> bool:
-        """Whether samples are identified by their content: they have stamps, or the data set has no fingerprint."""
+        """Whether samples are identified by content, which holds if they have stamps or there is no fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )
@@ -109,15 +109,15 @@ class DataSource:
 
 
 def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> DataSource:
-    """The source of a data set or loader.
+    """Returns the source for a data set or loader.
 
     Args:
-        data: A data set, or a loader; its data set is read in index order.
-        batch_size: Samples per batch; by default that of the loader.
-        num_workers: Processes that read; by default those of the loader.
+        data: A data set, or a loader with a data set, which is read in index order.
+        batch_size: Number of samples per batch; by default as in the loader.
+        num_workers: Number of processes that read; by default as in the loader.
 
     Raises:
-        SweepError: It is neither, or the loader yields a subset.
+        SweepError: The object is neither a data set nor a loader, or the loader yields a subset.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -163,7 +163,7 @@ def _dataset_source(data: Any, batch_size: int, num_workers: int, options: Mappi
 class ShardPlan:
     """The assignment of samples to batches, and of batches to shards.
 
-    The shards do not depend on the batch size, so that a sweep can be resumed with another one.
+    The shards do not depend on the batch size, so that a sweep can be resumed with another batch size.
 
     Attributes:
         count: Number of samples.
@@ -181,16 +181,16 @@ class ShardPlan:
         return math.ceil(self.count / self.shard_size)
 
     def range(self, shard: int) -> tuple[int, int]:
-        """First and last sample of a shard."""
+        """Returns the first and last sample of a shard."""
         return shard * self.shard_size, min(self.count, (shard + 1) * self.shard_size) - 1
 
     def size(self, shard: int) -> int:
-        """Number of samples in a shard."""
+        """Returns the number of samples in a shard."""
         first, last = self.range(shard)
         return last - first + 1
 
     def batches(self, shard: int) -> list[list[int]]:
-        """The samples of each batch."""
+        """Returns the samples of each batch."""
         first, last = self.range(shard)
         return [
             list(range(start, min(start + self.batch_size, last + 1)))
@@ -226,7 +226,7 @@ class IndexedDataset(Dataset[tuple[int, Any, str]]):
 
 @contextmanager
 def seeded(seed: int, index: int) -> Iterator[None]:
-    """Sets the random state of one sample, and restores that of the process afterwards."""
+    """Context with the random state of one sample; the random state of the process is restored afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     number = (seed * 1_000_003 + index) % (1 << 32)
     try:
@@ -242,7 +242,7 @@ def seeded(seed: int, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FaultTolerantCollate:
-    """Collates samples, without those that failed or whose structure differs from most.
+    """A collate function that omits failed samples, and samples with a different structure than most.
 
     Attributes:
         collate: The collate function of the loader.
@@ -272,7 +272,7 @@ class FaultTolerantCollate:
 
 
 def structure(sample: Any) -> Any:
-    """Types and shapes of a sample."""
+    """Returns types and shapes of a sample."""
     if isinstance(sample, Mapping):
         return {key: structure(value) for key, value in sample.items()}
     if isinstance(sample, (list, tuple)):
@@ -282,13 +282,13 @@ def structure(sample: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """Type and message of an error in one line."""
+    """Returns type and message of an error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:500]
 
 
 def load_batches(source: DataSource, batches: Sequence[list[int]], seed: int) -> Iterator[LoadedBatch]:
-    """Reads batches of a data set in this order, ahead of time if there are workers."""
+    """Reads batches of a data set in the given order, ahead of time if there are workers."""
     options = {key: value for key, value in source.options.items() if key != "collate_fn"}
     loader: Iterable[LoadedBatch] = DataLoader(
         IndexedDataset(source.data, seed, source.is_hashed),
@@ -308,7 +308,7 @@ def reload(source: DataSource, samples: Sequence[int], seed: int) -> LoadedBatch
 
 
 def batch_length(batch: Any) -> int:
-    """Number of samples in a collated batch."""
+    """Returns the number of samples in a collated batch."""
     if isinstance(batch, Tensor):
         return len(batch)
     parts = list(batch.values()) if isinstance(batch, Mapping) else batch

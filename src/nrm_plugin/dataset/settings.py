@@ -1,4 +1,4 @@
-"""The settings of a sweep: everything that its numbers depend on, as JSON that can be compared."""
+"""The settings of a sweep that affect its numbers, as comparable JSON."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .sweep_layout import SettingsError
 
 PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
 RECORDED = 2
-"""Settings say what identifies model and data since this version of their content."""
+"""Version of the settings since which they identify model and data."""
 NOT_COMPARED = ("batch_size", "shard_batches")
-"""Settings that say how samples were batched, which changes numbers only by rounding."""
+"""Settings of the batching of samples, which affects numbers only by rounding."""
 MAX_LISTED = 8
-"""Number of differences that a message lists."""
+"""Largest number of differences that a message lists."""
 
 
 class SettingsWarning(UserWarning):
-    """A sweep of a former version is continued, whose settings do not identify the model's code and the data."""
+    """A sweep of a former version, with settings that do not identify the model's code and the data, is continued."""
 
 
 def settings_of(
@@ -42,15 +42,15 @@ def settings_of(
     unpack: Unpack | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that changes numbers.
+    """Returns all settings that affect numbers.
 
     Args:
         evaluation: The evaluation of a batch.
         source: The data.
         shard_batches: Batches per shard.
         seed: Seed of the random states with which samples are read.
-        unpack: The user's function, if there is one.
-        device: Type of the device; by default that of the model.
+        unpack: The user's function, or None.
+        device: Type of the device; by default the device of the model.
     """
     model, composite, target = evaluation.model, evaluation.composite, evaluation.target
     rules, fingerprint = composite.normalization, getattr(source.data, "fingerprint", None)
@@ -84,15 +84,15 @@ def settings_of(
 
 
 def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Compares the settings of a sweep with those of a call.
+    """Compares the settings of a sweep with the settings of a call.
 
     Args:
         folder: The folder of the sweep.
-        stored: Its settings. Those that a former version did not record are not compared, with a warning.
+        stored: The stored settings. Settings that a former version did not record are not compared, with a warning.
         settings: The settings of the call.
 
     Raises:
-        SettingsError: They differ; the message names the differences.
+        SettingsError: The settings differ; the message lists the differences.
     """
     now = json.loads(json.dumps(settings))  # tuples become lists in a file
     if "recorded" not in stored:
@@ -124,14 +124,14 @@ def _as_recorded_before(stored: Mapping[str, Any], now: Mapping[str, Any]) -> di
 
 
 def is_same_model(stored: Mapping[str, Any], model: torch.nn.Module) -> bool:
-    """Whether settings name this model; those of a former version do not identify its code."""
+    """Whether settings identify the given model; settings of a former version do not identify its code."""
     now: dict[str, Any] = json.loads(json.dumps(model_fingerprint(model)))
     before: dict[str, Any] = stored["model"]
     return {key: value for key, value in now.items() if key in before} == before
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """The settings that differ, as ``name (was old, now new)``; long values are omitted."""
+    """Returns the settings that differ, as ``name (was old, now new)``; long values are omitted."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = dict.fromkeys([*old, *new])
         parts = [differences(old.get(key), new.get(key), f"{name}.{key}" if name else key) for key in keys]

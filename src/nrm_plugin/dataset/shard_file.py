@@ -1,4 +1,4 @@
-"""Reading a shard: one file of rows and the description in its footer."""
+"""Reading of a shard: a file of rows with a description in its footer."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Shard:
 
     Attributes:
         path: The file.
-        rank, number: Rank of the process that wrote it, and number of the shard.
-        settings: Fingerprint of the settings of its sweep.
+        rank, number: Rank of the process that wrote the shard, and number of the shard.
+        settings: Fingerprint of the settings of the sweep.
         first, last: First and last sample, inclusive.
         failed: Samples of this range without rows, with their errors.
-        replaces: Damaged files that it replaces, with their errors.
+        replaces: Damaged files that the shard replaces, with their errors.
         groups: Groups of each query, as in :class:`~nrm_plugin.dataset.QueryInfo`.
         chunks: ``(query, first group, last group)`` of each row group of the file.
         value: ``"float"`` or ``"double"``.
-        content, stamps: What identifies each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`; empty
+        content, stamps: Hash and stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`; empty
             for a sweep of a former version.
         sums: Checksums of the rows; None for a sweep of a former version.
         map_sums: Checksums of the maps.
@@ -57,7 +57,7 @@ class Shard:
 
     @classmethod
     def read(cls, path: Path) -> Shard:
-        """Reads the footer of a file, and compares it with its checksum.
+        """Reads the footer of a file, and verifies its checksum.
 
         Raises:
             ShardError: The file is damaged.
@@ -105,7 +105,7 @@ class Shard:
             raise ShardError(f"{path} is damaged: {error}.") from error
 
     def check_content(self) -> None:
-        """Compares every byte with the checksums; raises :class:`ShardError` if a file is damaged."""
+        """Verifies every byte by the checksums; raises :class:`ShardError` if a file is damaged."""
         if self.sums is not None:
             self.sums.check(self.path)
         if self.map_sums is not None:
@@ -136,10 +136,10 @@ class Shard:
 
     @property
     def maps(self) -> Path:
-        """The file of its maps.
+        """Returns the file of maps.
 
         Raises:
-            ShardError: It is a link to something outside the folder.
+            ShardError: The file is a link to a path outside the folder.
         """
         return path_inside(self.path.parent.parent, f"{MAPS}/{self.path.stem}.safetensors")
 
@@ -149,7 +149,7 @@ class Shard:
         groups: tuple[int, int] | None = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
-        """Rows of one query and of a range of groups, inclusive; by default all rows.
+        """Reads the rows of one query and of an inclusive range of groups; by default all rows.
 
         Raises:
             ShardError: The file is damaged.
@@ -185,7 +185,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """The files of rows by shard number; if two ranks wrote the same shard, that of the lower rank."""
+    """Returns the files of rows by shard number; of the lower rank if two ranks wrote the same shard."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

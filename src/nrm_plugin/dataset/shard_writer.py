@@ -1,4 +1,4 @@
-"""Writing shards: each file gets its name only when it is complete and synced to disk."""
+"""Writing of shards. Each file is renamed to its final name only when it is complete and synced to disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 16
 """Largest number of rows in a row group, unless a single group of neurons has more."""
 OS_ERROR = re.compile(r"(?:code:|os error) (\d+)")
-"""An error of the operating system in a message of safetensors."""
+"""Pattern of an error of the operating system in a message of safetensors."""
 CODED = ["query", "group", "lower", "target", "prediction", "sample"]
 """Columns with few distinct values, which are dictionary-encoded."""
 
@@ -46,9 +46,9 @@ class ShardInfo:
         failed: Samples without rows.
         replaces: Damaged files that the shard replaces.
         value: ``"float"`` or ``"double"``.
-        content: Hash of each sample from the first to the last, empty for a failed one; of each batch for an iterable
-            data set.
-        stamps: What the data set tells of each sample without reading it.
+        content: Hash of each sample from the first to the last, empty for a failed sample; or of each batch of an
+            iterable data set.
+        stamps: Stamp of each sample, which identifies the sample without reading it.
     """
 
     settings: str
@@ -61,13 +61,13 @@ class ShardInfo:
     stamps: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The description as JSON, failed samples by index."""
+        """Returns the description as JSON, with failed samples by index."""
         failed = sorted(self.failed, key=lambda failure: failure.sample)
         return {**vars(self), "failed": [asdict(failure) for failure in failed]}
 
 
 def shard_name(rank: int, number: int) -> str:
-    """Name of the files of a shard, without the extension."""
+    """Returns the name of the files of a shard, without the extension."""
     return f"part-{rank:04}-{number:06}"
 
 
@@ -79,7 +79,7 @@ def write_shard(
     batches: Sequence[BatchResults],
     info: ShardInfo,
 ) -> None:
-    """Writes the maps and then the rows of a shard, so that a file of rows implies one of maps.
+    """Writes the maps and then the rows of a shard, so that a file of rows implies a file of maps.
 
     Args:
         folder: The folder of the sweep.
@@ -122,7 +122,7 @@ def write_shard(
 
 
 def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Writes a file of safetensors, whose own error does not tell a full disk from an invalid tensor.
+    """Writes a safetensors file, with errors that distinguish a full disk from an invalid tensor.
 
     Raises:
         OSError: The file cannot be written.

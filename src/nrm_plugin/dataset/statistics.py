@@ -69,7 +69,7 @@ class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unuse
         return values, labels.long()
 
     def compute(self) -> Moments:
-        """Number of samples, mean and variance so far, over all processes."""
+        """Returns number of samples, mean and variance so far, over all processes."""
         result = moments(self.moments, self.correction)
         return result if self.classes is not None else Moments(*(part[0] for part in result))
 
@@ -87,14 +87,14 @@ class ClasswiseRelevance(_Relevance):
         groups: Number of groups ``K``, such as the channels of a layer.
         classes: Number of classes; None for all samples together.
         layer: Name of the layer, or ``at(layer)``; only needed to update with measures.
-        over: Its groups, as in :meth:`~nrm_plugin.RelevanceMeasure.marginal`.
-        correction: Subtracted from the count in the denominator of the variance: 1 for the unbiased estimate, 0 for the
-            variance of the samples.
+        over: Groups of the layer, as in :meth:`~nrm_plugin.RelevanceMeasure.marginal`.
+        correction: Number subtracted from the count in the denominator of the variance: 1 for the unbiased estimate, 0
+            for the variance of the samples.
         kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
         MissingExtraError: torchmetrics is not installed.
-        InputError: Invalid numbers of groups or classes.
+        InputError: The number of groups or classes is invalid.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -126,7 +126,7 @@ class ClasswiseRelevance(_Relevance):
             target: Class of each sample, ``(N,)``.
 
         Raises:
-            InputError: The batch does not fit; it is not counted.
+            InputError: The batch does not fit, and is not counted.
         """
         if isinstance(relevance, RelevanceMeasure):
             if self.layer is None:
@@ -154,7 +154,7 @@ class JointRelevance(_Relevance):
 
     Raises:
         MissingExtraError: torchmetrics is not installed.
-        InputError: Invalid numbers of groups or classes.
+        InputError: The number of groups or classes is invalid.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -187,7 +187,7 @@ class JointRelevance(_Relevance):
             target: Class of each sample, ``(N,)``.
 
         Raises:
-            InputError: The batch does not fit; it is not counted.
+            InputError: The batch does not fit, and is not counted.
         """
         if isinstance(relevance, RelevanceMeasure):
             if self.upper is None or self.lower is None:

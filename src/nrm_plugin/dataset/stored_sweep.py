@@ -1,4 +1,4 @@
-"""Reading a sweep, complete or not, without the model."""
+"""Reading of a sweep, complete or not, without the model."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 
 class Sweep:
-    """A stored sweep, complete or not. Opened by :meth:`open`.
+    """A stored sweep, complete or not, as returned by :meth:`open`.
 
     Attributes:
-        path: Its folder.
-        manifest: Its manifest.
+        path: Folder of the sweep.
+        manifest: Manifest of the sweep.
         bad_shards: Files that were skipped because they could not be read.
     """
 
@@ -52,7 +52,7 @@ class Sweep:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], on_error: OnError = "raise") -> Sweep:
-        """The sweep in a folder.
+        """Opens the sweep in a folder.
 
         Args:
             path: The folder.
@@ -109,7 +109,7 @@ class Sweep:
         return shards
 
     def _check_coverage(self, shards: Sequence[Shard]) -> None:
-        """Reports samples that no shard of a complete sweep contains."""
+        """Reports samples that are missing from all shards of a complete sweep."""
         expected = 0
         for first, last in (*((shard.first, shard.last) for shard in shards), (self.manifest.samples or 0, 0)):
             if first != expected:
@@ -128,7 +128,7 @@ class Sweep:
             self.bad_shards.append(entry)
 
     def query(self, name: str) -> QueryInfo:
-        """The query with a name.
+        """Returns the query with the given name.
 
         Raises:
             SweepError: The query is unknown.
@@ -140,12 +140,12 @@ class Sweep:
     def rows(
         self, query: str | None = None, group: int | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """Rows in the order of the shards, within each by query, group, lower group and sample.
+        """Reads rows in the order of the shards, and within a shard by query, group, lower group and sample.
 
         Args:
             query: Name of a query; None for all.
-            group: One of its groups; None for all.
-            columns: Names of columns; None for all of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
+            group: A group of the query; None for all.
+            columns: Names of columns; None for all columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
         Raises:
             SweepError: The query or column is unknown, or a shard is damaged.
@@ -168,7 +168,7 @@ class Sweep:
         return schema(self.manifest.value).empty_table().select(names if columns is None else list(columns))
 
     def samples(self) -> pa.Table:
-        """``sample``, ``target`` and ``prediction`` of all samples that did not fail, by sample."""
+        """Reads ``sample``, ``target`` and ``prediction`` of all samples that did not fail, sorted by sample."""
         pa = arrow()
         with_rows = [query for query in self.queries.values() if not query.is_map and query.groups is not None]
         if with_rows:
@@ -192,15 +192,15 @@ class Sweep:
         target: int | None = None,
         largest: bool = True,
     ) -> pa.Table:
-        """The samples with the largest values of a group, in decreasing order.
+        """Reads the samples with the largest values of a group, in decreasing order.
 
         Args:
             query: Name of a query.
             group: The group; None for a query with one number per sample.
             k: Number of samples.
-            lower: For a joint matrix, only this group of the lower layer.
-            target: Only samples with this target.
-            largest: False for the smallest values, in increasing order.
+            lower: For a joint matrix, restriction to this group of the lower layer.
+            target: Restriction to samples with this target.
+            largest: Whether to return the largest values; if False, the smallest values, in increasing order.
 
         Returns:
             At most ``k`` rows. Ties are broken by sample index, and null values are excluded.
@@ -245,7 +245,7 @@ class Sweep:
         return table.filter(compute.equal(table["group"], group))
 
     def maps(self, query: str, samples: Collection[int]) -> Tensor:
-        """Stored maps of some samples, ``(len(samples), *shape)``.
+        """Reads stored maps of some samples, ``(len(samples), *shape)``.
 
         Args:
             query: Name of a query for maps.

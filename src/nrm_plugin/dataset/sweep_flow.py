@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 
 
 def flow_queries(layers: Sequence[str], over: Mapping[str, Any] | None = None) -> list[Query]:
-    """The queries that a sweep needs for :func:`flow_of_sweep`.
+    """Returns the queries that a sweep needs for :func:`flow_of_sweep`.
 
     Args:
         layers: The layers, from the output to the input.
@@ -53,17 +53,17 @@ def flow_of_sweep(
     coverage: float | None = None,
     names: Mapping[str, Names] | None = None,
 ) -> FlowGraph:
-    """The mean flow of samples of a sweep, without the model.
+    """Computes the mean flow of samples of a sweep, without the model.
 
     The sweep needs the marginals, sink and bypass of each layer and the joint relevance of consecutive layers
-    (:func:`flow_queries`). The mass of walks through a group of one layer and no group of the next is the marginal
-    minus the sum of the joint relevance.
+    (:func:`flow_queries`). The mass of walks through a group of one layer and no group of the next layer is the
+    marginal minus the sum of the joint relevance.
 
     Args:
         sweep: The sweep, or its folder.
         layers: The layers, from the output to the input.
-        target: Only explanations of this class.
-        samples: Only these samples.
+        target: Restriction to explanations of this class.
+        samples: Restriction to these samples.
         top: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         min_mass: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         coverage: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
@@ -98,12 +98,12 @@ def flow_of_sweep(
 
 
 def reduced(graph: FlowGraph, top: int | None, min_mass: float | None, coverage: float | None) -> FlowGraph:
-    """The graph with fewer groups, as in :meth:`FlowGraph.smaller`; unchanged without thresholds."""
+    """Returns the graph with fewer groups, as in :meth:`FlowGraph.smaller`; unchanged without thresholds."""
     return graph if top is min_mass is coverage is None else graph.smaller(top, min_mass, coverage)
 
 
 def _flow_queries_of(sweep: Sweep, layers: Sequence[str]) -> dict[Any, list[QueryInfo]]:
-    """The queries of each layer, and of each pair of consecutive layers."""
+    """Returns the queries of each layer, and of each pair of consecutive layers."""
     queries: dict[Any, list[QueryInfo]] = {}
     missing: list[str] = []
 
@@ -181,7 +181,7 @@ def _layer(name: str, sums: _Sums, queries: Sequence[QueryInfo], names: Names | 
 
 
 def _joint(upper: FlowLayer, lower: FlowLayer, joint: Array) -> Array:
-    """``(K_upper + 2, K_lower + 2)``: marginals minus sums of joint relevance are walks outside the other layer."""
+    """Extends joint relevance to ``(K_upper + 2, K_lower + 2)`` by marginals minus sums, for walks outside a layer."""
     matrix = np.zeros((len(upper.groups) + 2, len(lower.groups) + 2))
     matrix[:-2, :-2] = joint
     matrix[:-2, -1] = np.array(upper.masses) - joint.sum(1)

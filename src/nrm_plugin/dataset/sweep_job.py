@@ -1,4 +1,4 @@
-"""The evaluation of shards: one by one, in any order, by any process."""
+"""Evaluation of shards, one by one, in any order, by any process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .shard_writer import ShardInfo, write_shard
 from .sweep_layout import OnError, SettingsError, ShardError, SweepError
 
 OnProgress = Callable[[int], object]
-"""Is called with the number of samples that were evaluated."""
+"""A function that is called with the number of evaluated samples."""
 
 
 class SampleError(SweepError):
@@ -34,7 +34,7 @@ class SampleError(SweepError):
 
 @dataclass(frozen=True)
 class SweepJob:
-    """Everything that is needed to evaluate any shard of a sweep.
+    """A sweep, with all settings and data to evaluate any of its shards.
 
     Attributes:
         evaluation: The evaluation of a batch.
@@ -60,17 +60,17 @@ class SweepJob:
 
     @property
     def value(self) -> str:
-        """Type of the values."""
+        """The type of the values."""
         return "double" if self.evaluation.is_double else "float"
 
     # -- existing shards ----------------------------------------------------------------------------------------------
 
     def done(self, retry_failed: bool = False, of: Container[int] = ()) -> dict[int, Shard]:
-        """The shards that need not be evaluated, by number; sets damaged files aside.
+        """Returns the shards that need not be evaluated, by number, and sets damaged files aside.
 
         Args:
-            retry_failed: Remove shards with failed samples, so that they are evaluated again.
-            of: Shards of which every byte is compared with its checksum, not only the description.
+            retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.
+            of: Shards in which every byte is verified by its checksum, not only the description.
 
         Raises:
             ShardError: A file is damaged, and ``on_error`` is ``"raise"``.
@@ -114,7 +114,7 @@ class SweepJob:
         Args:
             numbers: The numbers of the shards.
             rank: Rank of this process.
-            on_progress: Is called after each batch.
+            on_progress: A function that is called after each batch.
 
         Raises:
             SampleError: Samples fail, and ``on_error`` is ``"raise"``.
@@ -134,7 +134,7 @@ class SweepJob:
             The number of samples.
 
         Raises:
-            SweepError: A finished shard has another number of samples than the data set now yields for it.
+            SweepError: The number of samples of a finished shard differs from the data set.
         """
         assert self.source.loader is not None
         batches, sample, number = iter(self.source.loader), 0, 0
@@ -215,7 +215,7 @@ class SweepJob:
             return self._without_failing(loaded, error)
 
     def _without_failing(self, loaded: LoadedBatch, error: Exception) -> tuple[BatchResults | None, list[FailedSample]]:
-        """Evaluates each sample separately to find those that fail, and then the others together."""
+        """Evaluates each sample separately to find failing samples, and then all other samples together."""
         failed = [failure for sample in loaded.samples for failure in self._failure_of(sample)]
         indices = {failure.sample for failure in failed}
         remaining = [sample for sample in loaded.samples if sample not in indices]
@@ -240,7 +240,7 @@ class SweepJob:
 
 
 def changed_samples(folder: Path, samples: Sequence[int]) -> SettingsError:
-    """The error of samples that are not those that a sweep has stored."""
+    """Returns the error for samples that differ from the stored samples of a sweep."""
     more = "" if len(samples) == 1 else f" and {len(samples) - 1} more"
     return SettingsError(
         f"the data changed: sample {samples[0]}{more} differs from the one that {folder} contains results of. Choose "

@@ -9,7 +9,8 @@
   that start with an underscore
 - ``locks/``: empty files that running processes lock
 
-A shard is identified by its number, whichever rank wrote it. Files whose names start with a dot are incomplete.
+A shard is identified by its number, regardless of the rank that wrote it. Files with names that start with a dot are
+incomplete.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FORMAT = "nrm-plugin sweep 1"
 MANIFEST, ROWS, MAPS, BY_QUERY = "manifest.json", "rows", "maps", "by-query"
 LOCKS = "locks"
 SUMS = "_sums.json"
-"""Checksums of the index."""
+"""File of the checksums of the index."""
 PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
 KEY = b"nrm-plugin"
 """Key of the metadata of a Parquet file under which the description of the shard is stored as JSON."""
@@ -62,24 +63,24 @@ class ManifestError(ShardError):
 
 
 def arrow() -> Any:
-    """pyarrow, with its Parquet module.
+    """Imports pyarrow with its Parquet module.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: pyarrow is not installed.
     """
     extra("pyarrow.parquet", "dataset")
     return extra("pyarrow", "dataset")
 
 
 def schema(value: str = "float") -> pa.Schema:
-    """The Arrow schema of the result rows.
+    """Returns the Arrow schema of the result rows.
 
-    ``sample`` is the index in the data set; ``target`` the explained class and ``prediction`` the class with the
-    largest output, -1 if undefined; ``group`` the channel, position or label of a layer, and ``lower`` that of the
-    lower layer of a joint matrix, otherwise -1. ``value`` is null if its denominator is zero or almost zero.
+    ``sample`` is the index in the data set; ``target`` is the explained class and ``prediction`` the class with the
+    largest output, -1 if undefined; ``group`` is the channel, position or label of a layer, and ``lower`` the group in
+    the lower layer of a joint matrix, otherwise -1. ``value`` is null if its denominator is zero or almost zero.
 
     Args:
-        value: ``"float"`` or ``"double"``, the precision in which values are stored.
+        value: ``"float"`` or ``"double"``, the precision of stored values.
     """
     pa = arrow()
     return pa.schema(
@@ -97,12 +98,12 @@ def schema(value: str = "float") -> pa.Schema:
 
 @dataclass(frozen=True)
 class QueryInfo:
-    """One query of a sweep, as stored in its manifest.
+    """The entry of a query in the manifest of a sweep.
 
     Attributes:
         name: Unique name in the sweep.
-        kind: Name of its class, such as ``"Marginal"``.
-        layers: Names of its layers, the upper one first; empty for events.
+        kind: Name of the query's class, such as ``"Marginal"``.
+        layers: Names of the layers, from the upper to the lower; empty for events.
         groups: Numbers of groups: ``(C,)``, ``(upper, lower)`` for joint relevance, ``()`` for one number, or the
             shape of a map; None until a shard is written.
         spec: The query as JSON, which ``dataset.queries.from_json`` reads.
@@ -130,7 +131,7 @@ class Manifest:
     """The description of a sweep in its folder.
 
     Attributes:
-        settings: Everything that changes numbers: versions, fingerprint of the model, composite, data, queries. A
+        settings: All settings that affect numbers: versions, fingerprint of the model, composite, data, queries. A
             sweep with different settings is a different sweep.
         fingerprint: Hash of the settings, stored in each shard.
         queries: The queries.
@@ -162,10 +163,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a folder.
+        """Reads the manifest of a folder.
 
         Raises:
-            SweepError: The folder has no manifest, or one of a different format.
+            SweepError: The folder has no manifest, or a manifest of a different format.
         """
         path = path_inside(folder, MANIFEST)
         try:
@@ -193,7 +194,7 @@ class Manifest:
 
 
 def json_checksum(entries: Mapping[str, Any]) -> str:
-    """Hash of a JSON object, whatever the order of its keys."""
+    """Returns the hash of a JSON object, independent of the order of its keys."""
     normal = json.loads(json.dumps(entries))  # tuples become lists, and keys become text
     return hashlib.blake2b(json.dumps(normal, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -203,10 +204,10 @@ def _shape(groups: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """The path of a file in the folder of a sweep, which may come from an untrusted source.
+    """Returns the path of a file in the folder of a sweep, which may have an untrusted source.
 
     Raises:
-        ShardError: It is a link to something outside the folder.
+        ShardError: The file is a link to a path outside the folder.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):

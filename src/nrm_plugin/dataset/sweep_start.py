@@ -1,4 +1,4 @@
-"""The start of a sweep: create its folder, or find in it the sweep to resume."""
+"""The start of a sweep: creation of its folder, or resumption of the sweep in the folder."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def begin(job: SweepJob, settings: dict[str, Any], resume: bool, locks: FolderLo
 
     Args:
         job: The sweep.
-        settings: Its settings.
+        settings: The settings of the sweep.
         resume: Whether the folder may contain a sweep.
-        locks: The locks of the folder; that of this rank is held afterwards.
+        locks: The locks of the folder; the lock of this rank is held afterwards.
 
     Returns:
-        The sweep with shards as they are stored.
+        The sweep with the stored shards.
 
     Raises:
         SweepError: The folder contains a different sweep, is in use or cannot be written to.
@@ -79,10 +79,10 @@ def _resumed_or_new(job: SweepJob, settings: dict[str, Any], resume: bool, locks
 
 
 def _read(folder: Path) -> Manifest:
-    """The manifest; its settings must be those that the shards name by their hash.
+    """Reads the manifest, and checks that its settings have the hash stored in the shards.
 
     Raises:
-        ManifestError: It is missing, damaged or was edited.
+        ManifestError: The manifest is missing, damaged, or was edited.
     """
     if not (folder / MANIFEST).exists():
         raise ManifestError(
@@ -108,7 +108,7 @@ def _first_manifest(job: SweepJob, settings: dict[str, Any]) -> Manifest:
 
 
 def _check_shards(job: SweepJob, settings: dict[str, Any]) -> None:
-    """Raises :class:`SettingsError` unless all readable shards belong to this sweep, whose manifest is lost."""
+    """Raises :class:`SettingsError` unless all readable shards belong to this sweep, after the loss of its manifest."""
     for path in shards_in(job.folder).values():
         try:
             is_of_another = Shard.read(path).settings != job.fingerprint
@@ -122,7 +122,7 @@ def _check_shards(job: SweepJob, settings: dict[str, Any]) -> None:
 
 
 def _with_stored_shards(job: SweepJob, stored: Manifest) -> SweepJob:
-    """The sweep with the shard size and fingerprint of its shards."""
+    """Returns the sweep with the shard size and fingerprint of its shards."""
     size = stored.settings["batch_size"] * stored.settings["shard_batches"]
     plan = None if job.plan is None else replace(job.plan, shard_size=size)
     batches = stored.settings["shard_batches"] if plan is None else job.shard_batches

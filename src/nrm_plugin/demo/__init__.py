@@ -1,4 +1,4 @@
-"""A small trained network and held-out digits, shipped with the package.
+"""A small trained network and held-out digits, included in the package.
 
 Imports: nothing of this package.
 """

@@ -11,7 +11,7 @@ DATA = "digits_test.safetensors"
 
 
 class DigitsVGG(nn.Module):
-    """A small VGG: three blocks of two 3x3 convolutions and max pooling, then two linear layers.
+    """A small VGG: three blocks of two 3x3 convolutions and max pooling, followed by two linear layers.
 
     Taps: ``features.0``, ``.2``, ``.5``, ``.7``, ``.10``, ``.12`` (convolutions), ``classifier.0`` and
     ``.3`` (linear).
@@ -32,10 +32,10 @@ class DigitsVGG(nn.Module):
 
 
 class DigitsCNN(nn.Module):
-    """Another architecture, for comparison: 5x5 kernels, average pooling, one linear layer, no dropout.
+    """A second architecture, for comparison: 5x5 kernels, average pooling, one linear layer, no dropout.
 
-    Its weights are not embedded: train them with ``python -m benchmarks.train_demo --net cnn5`` and read them with
-    ``safetensors.torch.load_model``.
+    The package does not include its weights: train them with ``python -m benchmarks.train_demo --net cnn5`` and read
+    them with ``safetensors.torch.load_model``.
     """
 
     def __init__(self) -> None:
@@ -51,21 +51,21 @@ class DigitsCNN(nn.Module):
 
 
 def enlarge(images: Tensor) -> Tensor:
-    """Digits in the size and range of the networks' inputs.
+    """Converts digits to the size and range of the networks' inputs.
 
     Args:
-        images: ``(N, 8, 8)``, grey levels 0 to 16 of any dtype.
+        images: Digits ``(N, 8, 8)``, grey levels 0 to 16 of any dtype.
 
     Returns:
-        ``(N, 1, 16, 16)``, float32 in [0, 1], interpolated bilinearly.
+        Images ``(N, 1, 16, 16)``, float32 in [0, 1], interpolated bilinearly.
     """
     grey = images.to(torch.float32).unsqueeze(1) / 16
     return nn.functional.interpolate(grey, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def load_model() -> DigitsVGG:
-    """The trained :class:`DigitsVGG` in evaluation mode; the random state is not changed."""
-    # Built without storage, so that no initial weights are drawn from the caller's generator.
+    """Returns the trained :class:`DigitsVGG` in evaluation mode. The random state is not changed."""
+    # The model is built without storage, so that no initial weights are drawn from the caller's generator.
     with torch.device("meta"):
         model = DigitsVGG()
     model.load_state_dict(_embedded(WEIGHTS), strict=True, assign=True)
@@ -73,7 +73,7 @@ def load_model() -> DigitsVGG:
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """Digits held out from training.
+    """Returns the digits that were held out from training.
 
     Returns:
         Images ``(450, 1, 16, 16)``, float32 in [0, 1], and labels ``(450,)``, int64.
@@ -83,12 +83,12 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def _embedded(name: str) -> dict[str, Tensor]:
-    """Tensors of one safetensors file of this package, which may be zipped."""
+    """Reads the tensors of a safetensors file in this package, which may be zipped."""
     return safetensors.torch.load(files("nrm_plugin.demo").joinpath(name).read_bytes())
 
 
 def _vgg_block(channels_in: int, channels_out: int) -> list[nn.Module]:
-    """Two 3x3 convolutions with ReLU, then a max pooling: ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
+    """Two 3x3 convolutions with ReLU and a max pooling, ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
     return [
         nn.Conv2d(channels_in, channels_out, 3, padding=1),
         nn.ReLU(inplace=True),
@@ -99,5 +99,5 @@ def _vgg_block(channels_in: int, channels_out: int) -> list[nn.Module]:
 
 
 def _cnn_block(channels_in: int, channels_out: int) -> list[nn.Module]:
-    """One 5x5 convolution with ReLU, then an average pooling: ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
+    """One 5x5 convolution with ReLU and an average pooling, ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
     return [nn.Conv2d(channels_in, channels_out, 5, padding=2), nn.ReLU(inplace=True), nn.AvgPool2d(2)]

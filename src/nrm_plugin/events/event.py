@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
-from ..errors import EventError
+from ..errors import EventError, brief
 from .index import Index, checked_index, key_of, show, shown_in_call
 
 Side = Literal["input", "output", "sink"]
@@ -226,8 +226,8 @@ class Atom(Event):
         yield self
 
     def __str__(self) -> str:
-        extras = [] if self.side == "output" else [f"side={self.side!r}"]
-        extras += [] if self.call is None else [f"call={self.call!r}"]
+        extras = [] if self.side == "output" else [f"side={brief(self.side)}"]
+        extras += [] if self.call is None else [f"call={brief(self.call)}"]
         extras += [] if self.item is None else [f"item={self.item!r}"]
         text = f"at({', '.join([_name(self.layer), *extras])})"
         if self.index is None:
@@ -320,16 +320,16 @@ def at(
         at('blocks.3.attn').head(2).pair(5, 0)
     """
     if side not in SIDES:
-        raise EventError(f"side={side!r} is unknown; choose one of {', '.join(map(repr, SIDES))}.")
+        raise EventError(f"side={brief(side)} is unknown; choose one of {', '.join(map(repr, SIDES))}.")
     if not isinstance(layer, (str, nn.Module)):
         hint = (
             f" In quotes it is the name of a part of nn.Sequential: {str(layer)!r}." if isinstance(layer, int) else ""
         )
         raise EventError(
-            f"a layer is a name such as 'features.28' or a module, got {type(layer).__name__}: {layer!r}.{hint}"
+            f"a layer is a name such as 'features.28' or a module, got {type(layer).__name__}: {brief(layer)}.{hint}"
         )
     if not (call is None or call == "any" or (isinstance(call, int) and not isinstance(call, bool))):
-        raise EventError(f"call={call!r} is unknown; give the number of the call, from 0, or 'any'.")
+        raise EventError(f"call={brief(call)} is unknown; give the number of the call, from 0, or 'any'.")
     if not (item is None or (isinstance(item, (int, str)) and not isinstance(item, bool))):
-        raise EventError(f"item={item!r} is unknown; give the number or key of one of the tensors of a layer.")
+        raise EventError(f"item={brief(item)} is unknown; give the number or key of one of the tensors of a layer.")
     return Atom(layer, side, call, item)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import EventError
+from ..errors import EventError, brief
 
 SHOWN = 12
 """The most neurons that the text of an event lists."""
@@ -57,7 +57,7 @@ def checked_index(atom: object, value: Any) -> Any:
         return tensor.item() if tensor.ndim == 0 else tensor
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise EventError(f"{atom}[{value!r}]: {_INDEX} Got {type(value).__name__}.")
+    raise EventError(f"{atom}[{brief(value)}]: {_INDEX} Got {type(value).__name__}.")
 
 
 _INDEX = "neurons are indexed by ints, slices, lists and tuples of them, integer tensors or boolean masks."
@@ -78,7 +78,7 @@ def _checked_tensor(atom: object, value: Any) -> Tensor:
     if isinstance(value, list):
         kinds = {isinstance(item, bool) for item in value}
         if len(kinds) > 1:
-            raise EventError(f"{atom}[{value!r}]: a list holds either indices of neurons or booleans, not both.")
+            raise EventError(f"{atom}[{brief(value)}]: a list holds either indices of neurons or booleans, not both.")
     try:
         tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
         tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor

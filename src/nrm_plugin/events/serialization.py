@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import EventError
+from ..errors import EventError, brief
 from .event import ABSORBED, SIDES, Absorbed, All, Any_, Atom, Attended, Event, Not, at
 
 
@@ -44,7 +44,7 @@ def event_to_json(event: Event) -> dict[str, Any]:
         data: dict[str, Any] = {key: _index_to_json(index.value) for key, index in chosen.items() if index is not None}
         return {"attention": atom.pop("at"), **atom, **data}
     if not isinstance(event, Atom):
-        raise EventError(f"expected an event such as at('layer')[3], got {type(event).__name__}: {event!r}.")
+        raise EventError(f"expected an event such as at('layer')[3], got {type(event).__name__}: {brief(event)}.")
     if not isinstance(event.layer, str):
         raise EventError(f"{event} names its layer by a module, which has no form in JSON. Use its name: at('…').")
     data = {"at": event.layer}
@@ -81,10 +81,10 @@ def event_from_json(data: Any) -> Event:
     keys = {"at", "side", "call", "item", "index", "channel"}
     if not isinstance(data, Mapping) or "at" not in data or not data.keys() <= keys:
         raise EventError(
-            f"this is not an event: {data!r}. Events are {{'at': layer, …}}, 'all', 'any', 'not', 'absorbed'."
+            f"this is not an event: {brief(data)}. Events are {{'at': layer, …}}, 'all', 'any', 'not', 'absorbed'."
         )
     if data.get("side", "output") not in SIDES:
-        raise EventError(f"this is not an event: {data!r}, no side named {data['side']!r}.")
+        raise EventError(f"this is not an event: {brief(data)}, no side named {brief(data['side'])}.")
     atom = at(data["at"], data.get("side", "output"), data.get("call"), data.get("item"))
     if "index" not in data:
         return atom
@@ -96,7 +96,7 @@ def _attended_from_json(data: Mapping[str, Any]) -> Attended:
     if not data.keys() <= {"attention", "call", "heads", "queries", "keys"} or (
         "keys" in data and "queries" not in data
     ):
-        raise EventError(f"this is not an event: {data!r}. Attention takes heads, queries, and keys with queries.")
+        raise EventError(f"this is not an event: {brief(data)}. Attention takes heads, queries, and keys with queries.")
     event = Attended(at(data["attention"], call=data.get("call")))
     if "heads" in data:
         event = event.head(_index_from_json(data["heads"]))
@@ -140,7 +140,7 @@ def _index_from_json(data: Any) -> Any:
         return torch.empty(data["empty"], dtype=torch.int64)
     if "numbers" in data and data.get("dtype") in ("int8", "int16", "int32"):
         return torch.tensor(data["numbers"], dtype=getattr(torch, data["dtype"]))
-    raise EventError(f"this is not an index of neurons: {data!r}.")
+    raise EventError(f"this is not an index of neurons: {brief(data)}.")
 
 
 __all__ = ["event_from_json", "event_to_json"]

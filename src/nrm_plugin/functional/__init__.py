@@ -1,4 +1,4 @@
-"""Kernels of functions and operators (``a + b``, attention, ``F.linear``), and the canonizer that gives them to calls.
+"""Kernels of functions and operators (``a + b``, attention, ``F.linear``), and the canonizer that applies them.
 
 Imports: errors, model, rules, kernels.
 """

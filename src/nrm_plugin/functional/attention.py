@@ -1,9 +1,9 @@
-r"""Attention: kernels of the fused function and of softmax, and where heads and tokens are in a product.
+r"""Attention: kernels of the fused function and of softmax, and the dimensions of heads and tokens in a product.
 
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 
-By default the weights ``A`` are constants and all relevance goes to the values. ``attention="halves"`` passes one half
-to the weights, and from there to queries and keys, as AttnLRP (arXiv 2402.05602) does.
+By default the weights ``A`` are constants and all relevance is propagated to the values. ``attention="halves"``
+propagates one half to the weights, and from there to queries and keys, as in AttnLRP (arXiv 2402.05602).
 
 Source: docs/attention.md.
 """
@@ -31,11 +31,11 @@ FUSED = "scaled_dot_product_attention"
 
 @kernel_of(FUSED)
 def fused_attention(call: FunctionCall) -> Kernel:
-    r"""All to the values, by absolute share.
+    r"""Kernel that propagates all relevance to the values, by absolute share.
 
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 
-    The weights are computed by the function itself, which returns ``A`` where the values are the identity matrix: so
+    The weights are computed by the function itself, which returns ``A`` if the values are the identity matrix, so that
     masks, causality and groups of queries have their meaning in torch.
     """
     slot = call.argument(2, "value")
@@ -72,7 +72,7 @@ def decomposed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` as the operations that it consists of."""
+    """Computes ``scaled_dot_product_attention`` by separate operations, each with a kernel."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -93,7 +93,7 @@ def decomposed_attention(
 
 @kernel_of("softmax")
 def softmax(call: FunctionCall) -> Kernel:
-    """The identity per element; with ``attention="halves"`` the rule of AttnLRP."""
+    """Kernel of softmax: the identity per element, or the rule of AttnLRP with ``attention="halves"``."""
     if call.settings.attention != "halves":
         return call.identity()
     dim = call.argument(1, "dim")
@@ -103,13 +103,13 @@ def softmax(call: FunctionCall) -> Kernel:
 
 
 class SoftmaxKernel(Kernel):
-    r"""Softmax by its first-order Taylor expansion; its constant term is a bias.
+    r"""Kernel of softmax by its first-order Taylor expansion, with the constant term as a bias.
 
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 
     Args:
-        source: Scores ``x``; those that a mask set to minus infinity have no share.
-        output: ``s``.
+        source: Scores ``x``; scores that a mask set to minus infinity have no share.
+        output: Output ``s``.
         dim: Dimension along which ``s`` sums to one.
 
     Source: AttnLRP, arXiv 2402.05602, proposition 3.1.
@@ -128,7 +128,7 @@ class SoftmaxKernel(Kernel):
 
 
 def is_decomposed(attention: str, value: Any) -> bool:
-    """Whether the fused function is decomposed: where relevance goes to the weights as well, or to them alone."""
+    """Whether the fused function is decomposed, which is the case if the weights receive relevance."""
     return attention == "halves" or not (isinstance(value, Tensor) and value.requires_grad)
 
 
@@ -137,13 +137,13 @@ def is_decomposed(attention: str, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Dimensions of heads and tokens in a product of attention weights and values.
+    """The dimensions of heads and tokens in a product of attention weights and values.
 
     Attributes:
         shared: Dimensions of the output that weights and values share, from the left, as negative numbers: samples
-            first, heads last; a single one may be either.
+            first, heads last; a single dimension may be either.
         queries: Dimension of the query tokens in the output.
-        keys: For every input that receives relevance, its number and the dimension of the key tokens in it.
+        keys: Number of each input that receives relevance, and the dimension of its key tokens.
     """
 
     shared: tuple[int, ...]
@@ -152,7 +152,7 @@ class Layout:
 
 
 def layout(call: FunctionCall, output: Tensor) -> Layout | None:
-    """The layout of the fused function or of a product with a gate; None for any other call."""
+    """Returns the layout of the fused function or of a product with a gate; None for any other call."""
     if call.name == FUSED:
         value = call.argument(2, "value")
         if not isinstance(value, Slot) or output.ndim < 2:
@@ -190,7 +190,7 @@ def _layout_of_einsum(call: FunctionCall) -> Layout | None:
 
 
 def subscripts_of(call: FunctionCall) -> tuple[str, str, str] | None:
-    """Subscripts of both operands and of the output of an ``einsum``, with letters for the dots; None if implicit."""
+    """Returns the subscripts of both operands and the output of an ``einsum``, without dots; None if implicit."""
     equation = call.args[0]
     if not isinstance(equation, str) or "->" not in equation:
         return None

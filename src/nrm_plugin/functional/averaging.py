@@ -1,4 +1,4 @@
-"""Kernels of averages, sums and interpolations: by the composite's rule of average pooling.
+"""Kernels of averages, sums and interpolations, by the composite's rule of average pooling.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -31,10 +31,10 @@ _BICUBIC_GRID = (
 
 @kernel_of(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """The rule of average pooling; all inputs but the first (points, boxes) receive nothing."""
+    """Kernel by the rule of average pooling; all inputs but the first (points, boxes) receive no relevance."""
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
-        return call.by_rule(PlainGradient())  # copies values, averages nothing
+        return call.by_rule(PlainGradient())  # copies values without averaging
     if call.name == "grid_sample" and call.argument(2, "mode", "bilinear") == "bicubic":
         return UnknownKernel(UnsupportedOperationError(_BICUBIC_GRID), call.shapes)
     rule = Absolute() if _is_sum_of_stack(call) else rule_of_averages(call)
@@ -44,17 +44,17 @@ def pooling(call: FunctionCall) -> Kernel:
 
 
 def rule_of_averages(call: FunctionCall) -> Hook:
-    """The composite's rule of average pooling, else absolute shares."""
+    """Returns the composite's rule of average pooling, or Absolute if it has none."""
     return call.settings.rules.of_module(nn.AvgPool2d(1)) or Absolute()
 
 
 def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
-    r"""Bicubic interpolation :math:`A X B^\top`, whose weights may be negative, as :math:`|A| X |B|^\top`."""
+    r"""Kernel of bicubic interpolation :math:`A X B^\top` with weights of any sign, as :math:`|A| X |B|^\top`."""
     value = call.values[0]
     height, width = value.shape[-2:]
 
     def weights(unit: Tensor) -> Tensor:
-        # One channel for each entry along one dimension, constant along the other, whose weights sum to one.
+        # There is one channel per entry along one dimension, constant along the other, where weights sum to one.
         return call.run(unit.expand(len(unit), height, width).unsqueeze(0))[0].abs()  # type: ignore[no-any-return]
 
     with torch.no_grad():
@@ -64,5 +64,5 @@ def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
 
 
 def _is_sum_of_stack(call: FunctionCall) -> bool:
-    """``torch.stack([a, b]).sum(dim)`` is a sum like ``a + b``."""
+    """Whether a call is ``torch.stack([a, b]).sum(dim)``, which is a sum like ``a + b``."""
     return call.name == "sum" and "Stack" in str(getattr(call.inputs[0].producer, "name", lambda: "")())

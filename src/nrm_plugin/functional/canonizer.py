@@ -1,4 +1,4 @@
-"""The canonizer that gives functions their kernels while a model runs."""
+"""The canonizer that assigns kernels to functions while a model runs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch.utils.hooks import RemovableHandle
 from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
-from ..errors import ModelStateError
+from ..errors import ModelStateError, brief
 from ..kernels.forward_state import RUNNING, leave_mode
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
+from ..model.checks import check_untransformed
 from .attention import ATTENTIONS
 from .composite_rules import CompositeRules, NoRules
 from .custom_functions import attach_steps
@@ -25,17 +26,17 @@ from .recurrent import packs_in
 
 
 class Interception(Canonizer):
-    """Gives functions the kernels of the registry while a model runs.
+    """A canonizer that assigns the kernels of the registry to functions while a model runs.
 
-    ``Normalized`` applies it by itself; a plain Zennit composite can use it alone:
+    ``Normalized`` applies it automatically; a plain Zennit composite can use it as well:
     ``EpsilonPlusFlat(canonizers=[Interception()])``.
 
     Args:
-        composite: Its rules apply to functions that are modules too; None for default kernels.
-        normalization: What happens to the residual of a function's kernel.
+        composite: The composite with the rules of functions that have an equivalent module; None for default kernels.
+        normalization: Treatment of the residual of a function's kernel.
         sums: ``"absolute"`` (also called ``"ratio"``, after arXiv 2407.09115) or ``"signed"``.
-        uncovered: ``"gradient"`` for the plain gradient where the composite gives a layer no rule.
-        fuse: Receives every new step of a layer, to fuse it with its neighbours.
+        uncovered: ``"gradient"`` for the plain gradient of layers without a rule.
+        fuse: A function that receives every new step of a layer, to fuse it with adjacent steps.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
 
     Examples:
@@ -54,9 +55,9 @@ class Interception(Canonizer):
     ) -> None:
         super().__init__()
         if attention not in ATTENTIONS:
-            raise ValueError(f"attention={attention!r} is unknown; choose 'value' or 'halves'.")
+            raise ValueError(f"attention={brief(attention)} is unknown; choose 'value' or 'halves'.")
         if sums not in ("absolute", "ratio", "signed"):
-            raise ValueError(f"sums={sums!r} is unknown; choose 'absolute', 'ratio' or 'signed'.")
+            raise ValueError(f"sums={brief(sums)} is unknown; choose 'absolute', 'ratio' or 'signed'.")
         self.composite = composite
         self.normalization = normalization or Normalization("sink")
         self.sums = "absolute" if sums == "ratio" else sums
@@ -69,7 +70,7 @@ class Interception(Canonizer):
         self._weights: list[list[nn.Parameter]] = []
 
     def copy(self) -> Interception:
-        """Another interception with the same settings."""
+        """Returns a new interception with the same settings."""
         return Interception(self.composite, self.normalization, self.sums, self.uncovered, self.fuse, self.attention)
 
     def apply(self, root_module: nn.Module) -> list[Interception]:
@@ -79,7 +80,7 @@ class Interception(Canonizer):
         return [instance]
 
     def register(self, root_module: nn.Module) -> None:
-        """Installs hooks: on the root to start and stop the mode, on every module to know which one is running."""
+        """Installs hooks on the root to start and stop the mode, and on every module to track the running module."""
         paths = {module: name for name, module in root_module.named_modules()}
         enter, leave = self._enter_hook(paths), self._leave_hook()
         start = self._start_hook(root_module)
@@ -97,7 +98,7 @@ class Interception(Canonizer):
         while self._modes:  # torch runs no hook after a KeyboardInterrupt
             self._stop()
 
-    # Hooks are closures and not methods: a deep copy of the model must not copy the interception along.
+    # Hooks are closures instead of methods, so that a deep copy of the model does not copy the interception.
 
     def _start_hook(self, root_module: nn.Module) -> Callable[..., None]:
         settings = self._settings_on(root_module)
@@ -109,7 +110,8 @@ class Interception(Canonizer):
                     "hooks. Copy the model outside of the context."
                 )
             if self.active:
-                given = tensors_in((*args, *kwargs.values()))
+                given = list(tensors_in((*args, *kwargs.values())))
+                check_untransformed(given)
                 RUNNING.given = frozenset(id(tensor) for tensor in given if isinstance(tensor, nn.Parameter))
                 self._start(root_module, settings)
 
@@ -151,11 +153,12 @@ class Interception(Canonizer):
         return Settings(rules, self.normalization, self.sums, self.fuse, self.attention)
 
     def _start(self, root_module: nn.Module, settings: Settings) -> None:
-        # Weights are constants; with requires_grad they would count as tensors that carry relevance.
+        # Weights are constants; with requires_grad, they would be treated as tensors that carry relevance.
         weights = [weight for weight in root_module.parameters() if weight.requires_grad and weight.is_leaf]
         for weight in weights:
             weight.requires_grad_(False)
         self._weights.append(weights)
+        RUNNING.weights = tuple(weights)
         mode = InterceptionMode(settings)
         self._modes.append(mode)
         mode.__enter__()  # type: ignore[no-untyped-call]
@@ -167,6 +170,7 @@ class Interception(Canonizer):
         mode = self._modes.pop()
         for weight in self._weights.pop():
             weight.requires_grad_(True)
+        RUNNING.weights = tuple(self._weights[-1]) if self._weights else ()
         leave_mode(mode)
 
 

@@ -1,65 +1,161 @@
-"""Complex tensors: they have no kernel, but may feed a gate, which passes no relevance to them.
+"""Complex tensors of a forward pass, which are not taps, but expressions in the real tensors on which they depend.
 
-The functions between real tensors and real tensors form one step, which raises when relevance arrives.
+All functions from real tensors through complex tensors to real tensors form one step. The kernel of the step is read
+by evaluating the expression on other real tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ..errors import UnsupportedOperationError
+from ..kernels.forward_state import Saved
+from .observed_call import ObservedCall
 
-@dataclass(frozen=True)
-class RealSources:
-    """The real tensors that complex ones were computed from.
+
+@dataclass(frozen=True, eq=False)
+class RealSource:
+    """A real tensor on which complex tensors depend.
 
     Attributes:
-        tensors: The real tensors, each once.
-        name: The first function that returned a complex tensor.
+        tensor: The tensor, with its history.
+        saved: The values of the tensor.
+        version: Version counter of the tensor.
     """
 
-    tensors: tuple[Tensor, ...] = ()
-    name: str = ""
+    tensor: Tensor
+    saved: Saved
+    version: int
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether the tensor was overwritten, so that its history belongs to later values."""
+        return self.tensor._version != self.version
 
 
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """The result of a function, as a function of real sources.
+
+    Attributes:
+        name: The first function that returned a complex tensor.
+        function: The function.
+        args: Arguments, with sources and expressions in place of tensors that depend on the inputs of the model.
+        kwargs: Keyword arguments, in the same form.
+        sources: The real sources of all arguments, without repetition.
+        item: Number of the tensor among several outputs; None for a single output.
+        writes: Whether the function writes to its first argument, which is then the result.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sources: tuple[RealSource, ...]
+    item: int | None = None
+    writes: bool = False
+
+    def on(self, values: Sequence[Tensor]) -> Any:
+        """Evaluates the expression with other values of its sources."""
+        return self._value(dict(zip(map(id, self.sources), values, strict=True)))
+
+    def _value(self, known: dict[int, Any]) -> Any:
+        if id(self) not in known:
+            args = _filled(self.args, known)
+            if self.writes:
+                args = (args[0].clone(), *args[1:])
+            result = self.function(*args, **{key: _filled(value, known) for key, value in self.kwargs.items()})
+            result = args[0] if self.writes else result
+            known[id(self)] = result if self.item is None else result[self.item]
+        return known[id(self)]
+
+
+@dataclass
 class ComplexTensors:
-    """The real sources of the complex tensors of a forward pass."""
+    """The expressions of the complex tensors of a forward pass."""
 
-    def __init__(self) -> None:
-        self._sources: dict[Any, RealSources] = {}
+    _expressions: dict[Any, Expression] = field(default_factory=dict)  # by autograd node
+    _sources: dict[int, RealSource] = field(default_factory=dict)  # by identity of the tensor
 
-    def sources_of(self, arguments: Iterable[Any]) -> RealSources:
-        """The real tensors behind the complex ones among some arguments."""
-        tensors: dict[int, Tensor] = {}
-        name = ""
-        for tensor in _complex_in(arguments):
-            sources = self._sources.get(tensor.grad_fn, RealSources())
-            name = name or sources.name
-            tensors.update({id(source): source for source in sources.tensors})
-        return RealSources(tuple(tensors.values()), name)
+    def are_among(self, arguments: Iterable[Any]) -> bool:
+        """Whether some arguments are complex tensors of this pass."""
+        return any(self._expression_of(tensor) is not None for tensor in _tensors_in(arguments))
 
-    def remember(self, output: Any, tensors: Sequence[Tensor], name: str) -> Any:
-        """Stores the sources of complex tensors that a function returned; returns the same output."""
-        for tensor in _complex_in((output,)):
-            self._sources[tensor.grad_fn] = RealSources(tuple(tensors), name)
-        return output
+    def expression(self, call: ObservedCall) -> Expression:
+        """Returns the expression of the result of a call; to be called before the call runs."""
+        written = call.overwritten
+        args = tuple(self._template(value) for value in call.args)
+        if written is not None and args[0] is written:  # a constant before this call
+            args = (written.detach().clone(), *args[1:])
+        kwargs = {key: self._template(value) for key, value in call.kwargs.items()}
+        parts = list(_parts_in((args, tuple(kwargs.values()))))
+        sources: dict[int, RealSource] = {}
+        for part in parts:
+            sources.update({id(one): one for one in (part.sources if isinstance(part, Expression) else (part,))})
+        name = next((part.name for part in parts if isinstance(part, Expression)), call.name.base)
+        writes = written is not None
+        return Expression(name, call.function, args, kwargs, tuple(sources.values()), writes=writes)
+
+    def remember(self, tensor: Tensor, expression: Expression) -> Tensor:
+        """Stores the expression of a complex tensor, and returns the tensor."""
+        if tensor.is_complex() and tensor.grad_fn is not None:
+            self._expressions[tensor.grad_fn] = expression
+        return tensor
+
+    def _expression_of(self, tensor: Tensor) -> Expression | None:
+        return self._expressions.get(tensor.grad_fn) if tensor.is_complex() and tensor.grad_fn is not None else None
+
+    def _template(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.requires_grad and value.is_floating_point():
+                return self._source_of(value)
+            expression = self._expression_of(value)
+            if expression is None and value.is_complex() and value.requires_grad:
+                raise UnsupportedOperationError(
+                    "a complex tensor was written to through a view of a part of it, as in z[0] += y, which has no "
+                    "kernel. Write z[0] = z[0] + y."
+                )
+            return expression or value
+        return type(value)([self._template(item) for item in value]) if type(value) in (list, tuple) else value
+
+    def _source_of(self, tensor: Tensor) -> RealSource:
+        source = self._sources.get(id(tensor))
+        if source is None or source.is_overwritten:
+            source = self._sources[id(tensor)] = RealSource(tensor, Saved(tensor), tensor._version)
+        return source
 
 
-def _complex_in(values: Iterable[Any]) -> Iterator[Tensor]:
+def _filled(value: Any, known: dict[int, Any]) -> Any:
+    if isinstance(value, RealSource):
+        return known[id(value)]
+    if isinstance(value, Expression):
+        return value._value(known)
+    return type(value)([_filled(item, known) for item in value]) if type(value) in (list, tuple) else value
+
+
+def _parts_in(values: Iterable[Any]) -> Iterator[Expression | RealSource]:
+    for value in values:
+        if isinstance(value, (Expression, RealSource)):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _parts_in(value)
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
-            if value.is_complex() and value.grad_fn is not None:
-                yield value
+            yield value
         elif isinstance(value, (list, tuple)):
-            yield from _complex_in(value)
+            yield from _tensors_in(value)
 
 
 def map_items(output: Any, change: Callable[[Any], Any]) -> Any:
-    """What a function returned with each of several items changed."""
+    """Applies a function to the output of a call, or to each item of several outputs."""
     return type(output)([change(item) for item in output]) if isinstance(output, (list, tuple)) else change(output)
 
 
-__all__ = ["ComplexTensors", "RealSources", "map_items"]
+__all__ = ["ComplexTensors", "Expression", "RealSource", "map_items"]

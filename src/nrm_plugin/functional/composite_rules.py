@@ -1,4 +1,4 @@
-"""Which rule a composite gives to a function: that of the module of the same kind, or of the owner of its weight."""
+"""The rule of a function in a composite: the rule of the equivalent module, or of the module that owns its weight."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from ..rules import Absolute
 
 
 class RuleLookup(Protocol):
-    """Looks up rules."""
+    """Interface to look up rules."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """The rule of a module of this kind."""
+        """Returns the rule of a module of the given kind."""
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """The rule of the module that owns a weight, else of a module like this one."""
+        """Returns the rule of the module that owns a weight, else of a module of the kind of ``like``."""
 
 
 class NoRules:
-    """Without a composite: every function has its default kernel."""
+    """Lookup without a composite, where every function has its default kernel."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """None."""
+        """Returns None."""
         return None
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Absolute shares."""
+        """Returns the rule Absolute."""
         return Absolute()
 
 
 class CompositeRules:
-    """The rules of a composite on a model.
+    """The rules that a composite assigns to a model.
 
     Args:
         composite: The composite.
-        model: The model, whose modules own the weights.
-        uncovered: The rule of a layer to which the composite gives none.
+        model: The model with the modules that own the weights.
+        uncovered: The rule of layers without a rule in the composite.
     """
 
     def __init__(self, composite: Composite, model: nn.Module, uncovered: Hook | None = None) -> None:
@@ -49,9 +49,9 @@ class CompositeRules:
         self._by_memory: dict[int, tuple[nn.Module, Hook | None]] = {}
         self._by_kind: dict[type[nn.Module], Hook | None] = {}
         for name, module in model.named_modules():
-            # Looked up for every module in order, so that the rule of the first layer goes to the first layer.
+            # Rules are looked up for every module in order, so that the first layer has the rule of first layers.
             rule = composite.module_map(self._ctx, name, module)
-            if isinstance(module, nn.MultiheadAttention):  # an activation for Zennit; its weights are linear layers
+            if isinstance(module, nn.MultiheadAttention):  # an activation in Zennit, but its weights are linear layers
                 rule = None
             for parameter in module._parameters.values():
                 if parameter is not None:
@@ -59,14 +59,14 @@ class CompositeRules:
                     self._by_memory.setdefault(parameter.untyped_storage().data_ptr(), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """The rule of a module of this kind that comes after all modules of the model."""
+        """Returns the rule of a module of the given kind, as if it came after all modules of the model."""
         kind = type(module)
         if kind not in self._by_kind:
             self._by_kind[kind] = self._composite.module_map(self._ctx, "", module)
         return self._by_kind[kind]
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """By identity, then by memory (a slice of a weight), then by kind (a computed weight)."""
+        """Looks up the owner by identity, then by memory (a slice of a weight), then by kind (a computed weight)."""
         memory = weight.untyped_storage().data_ptr()
         owner, rule = self._by_weight.get(id(weight)) or self._by_memory.get(memory) or (None, None)
         if rule is None and not isinstance(owner, type(like)):

@@ -1,9 +1,9 @@
-"""The ``autograd.Function`` classes of a model, which no mode observes: recognized in autograd's graph after the pass.
+"""The ``autograd.Function`` classes of a model, found in autograd's graph after the pass, since no mode observes them.
 
-A function that maps each element on its own passes relevance as an activation does, through a step that is attached to
-its node. Two tests have to agree: no entry of its backward, taken at the values of the pass, connects two elements, and
-no element of what it returns changes with another element. The second test needs the arguments of the call; they are
-read off the frame of ``Function.apply`` while the function runs.
+An elementwise function propagates relevance like an activation, through a step that is attached to its node. Two tests
+have to agree: no entry of the function's Jacobian, computed by its backward at the values of the pass, connects two
+elements, and no element of its output changes with another element. The second test requires the arguments of the call,
+which are read from the frame of ``Function.apply`` while the function runs.
 """
 
 from __future__ import annotations
@@ -29,50 +29,50 @@ from .registry import name_of
 from .unsupported import UnknownKernel, is_elementwise
 
 PROBES = 8
-"""Vectors to which the backward of a function is applied."""
+"""Number of vectors to which the backward of a function is applied."""
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
-"""Modules whose functions are either steps already or have backwards that must not be probed, as checkpoints."""
+"""Packages with functions that are steps already, or have backwards that must not be probed, such as checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
 class CustomCall:
-    """One call of ``Function.apply``.
+    """A call of ``Function.apply``.
 
     Attributes:
-        function: The class.
-        args: Its arguments.
+        function: The class of the function.
+        args: The arguments of the call.
     """
 
     function: type[torch.autograd.Function]
     args: tuple[Any, ...]
 
     def run(self, source: Tensor, number: int) -> Any:
-        """The function with another tensor for one of its arguments."""
+        """Runs the function with another tensor for one of its arguments."""
         args = [source if index == number else _own(value) for index, value in enumerate(self.args)]
         return self.function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def _own(value: Any) -> Any:
-    """A copy of a tensor, which the function may overwrite."""
+    """Copies a tensor, since the function may overwrite it."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 @dataclass
 class CustomCalls:
-    """The calls of one forward pass.
+    """The calls of ``Function.apply`` in one forward pass.
 
     Attributes:
-        calls: In order.
+        calls: The calls in order.
     """
 
     calls: list[CustomCall] = field(default_factory=list)
 
     def observe(self, function: Any, args: tuple[Any, ...]) -> None:
-        """Notes the ``autograd.Function`` that calls this function of torch, if one does.
+        """Records the ``autograd.Function`` that calls the given function of torch, if there is one.
 
         Raises:
-            UnsupportedOperationError: It writes to a part of a computed tensor; autograd hides its node then.
+            UnsupportedOperationError: It writes to a part of a computed tensor, so that autograd hides its node.
         """
         frame = _frame_of_apply(sys._getframe(1))
         if frame is None or str(frame.f_locals["cls"].__module__).startswith(_HOSTS):
@@ -88,7 +88,7 @@ class CustomCalls:
             )
 
     def of(self, node: Any) -> list[CustomCall]:
-        """The calls that may have made a node: those of its class whose inputs are its inputs."""
+        """Returns the calls that may have created a node: calls of the same class with the same inputs."""
         below = {id(edge[0]) for edge in node.next_functions if edge[0] is not None}
         same = [call for call in self.calls if call.function is type(node)._forward_cls]
         return [call for call in same if {id(item.grad_fn) for item in _tensors(call.args)} & below]
@@ -113,11 +113,11 @@ def _tensors(args: Iterable[Any]) -> list[Tensor]:
 
 
 def attach_steps(output: Any, calls: CustomCalls) -> None:
-    """Makes every custom function between the inputs of a model and its output a step.
+    """Attaches a step to every custom function between the inputs of a model and its output.
 
     Args:
-        output: What the model returned.
-        calls: The calls that were noted while it ran.
+        output: The model's return value.
+        calls: The calls recorded in the forward pass.
     """
     for node, numbers in _custom_nodes(output).items():
         with not_recorded(), torch.no_grad():
@@ -128,7 +128,7 @@ def attach_steps(output: Any, calls: CustomCalls) -> None:
 
 
 def _custom_nodes(output: Any) -> dict[Any, set[int]]:
-    """The nodes of custom functions below an output, and the numbers of their outputs that are read."""
+    """Returns the nodes of custom functions below an output, and the numbers of their used outputs."""
     found: dict[Any, set[int]] = {}
     edges = [(tensor.grad_fn, tensor.output_nr) for tensor in _tensors_in(output)]
     visited: set[Any] = set()
@@ -159,7 +159,7 @@ def _is_of_host(node: Any) -> bool:
 
 
 def _attach(node: Any, kernel: Kernel) -> None:
-    """A step at a node; where autograd runs the node itself, its gradient becomes the relevance of the step."""
+    """Attaches a step to a node. If autograd runs the node, its gradient is replaced by the relevance of the step."""
     output = _like(node, 0)
     step = FunctionStep(type(node)._forward_cls.__name__, output, lambda: kernel, Normalization("sink"), "elementwise")
     step.unsupported_call = node.name() if isinstance(kernel, UnknownKernel) else None
@@ -174,7 +174,7 @@ def _attach(node: Any, kernel: Kernel) -> None:
 
 
 def _reject(node: Any) -> None:
-    """Raises where autograd propagates relevance through a function of several outputs; an audit finds it as well."""
+    """Raises if autograd propagates relevance through a function with several outputs; an audit also detects it."""
     error = _error(node, "returns several tensors that are used, or another one than the first")
 
     def check(below: tuple[Any, ...], above: tuple[Any, ...]) -> None:
@@ -185,7 +185,7 @@ def _reject(node: Any) -> None:
 
 
 def _like(node: Any, number: int) -> Tensor:
-    """A tensor without memory in the shape of an output of a node."""
+    """A tensor without memory that has the shape of an output of a node."""
     seen = node._input_metadata[number]
     return torch.empty((), dtype=seen.dtype, device=seen.device).expand(seen.shape)
 
@@ -213,7 +213,7 @@ def _shape_below(node: Any, number: int) -> torch.Size:
 
 
 def _carries(node: Any) -> bool:
-    """Whether a tensor with this node may carry relevance: not if it was there before the pass."""
+    """Whether a tensor with the given node may carry relevance, which excludes tensors from before the pass."""
     if node is None or RUNNING.first_node is None:
         return node is not None
     return not hasattr(node, "variable") and node._sequence_nr() >= RUNNING.first_node
@@ -227,10 +227,10 @@ def _signature_fault(node: Any, shapes: list[torch.Size], live: list[int]) -> st
 
 
 def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
-    """Why a function of one tensor is not known to map each element on its own."""
+    """The reason why a function of one tensor is not known to be elementwise."""
     try:
         slope = _slope(node, live)
-    except (NotImplementedError, AssertionError) as error:  # made to predict only
+    except (NotImplementedError, AssertionError) as error:  # written for inference only
         fault = "" if calls else f"has a backward that raises {type(error).__name__}"
     except Exception as error:
         fault = f"has a backward that raises {type(error).__name__}: {error}"
@@ -242,9 +242,9 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """The diagonal of the Jacobian by the backward of a function; None if the Jacobian is not diagonal.
+    """Computes the diagonal of the Jacobian by the backward of a function; None if the Jacobian is not diagonal.
 
-    Probes are powers of two of either sign: multiplied by such, the products of a diagonal have no rounding error.
+    Probes are powers of two of either sign, with which the products of a diagonal have no rounding error.
     """
     like = _like(node, 0)
     generator = torch.Generator().manual_seed(0)
@@ -265,7 +265,7 @@ def _slope(node: Any, live: int) -> Tensor | None:
 
 
 def _at_edge(node: Any, products: Any, live: int) -> Tensor | None:
-    """What a backward returned for one edge: edges are the tensors among the arguments, in order."""
+    """Returns the result of a backward for one edge; edges are the tensors among the arguments, in order."""
     parts = products if isinstance(products, tuple) else (products,)
     needed = [part for part, is_needed in zip(parts, node.needs_input_grad, strict=False) if is_needed]
     rank = sum(edge[0] is not None for edge in node.next_functions[:live])

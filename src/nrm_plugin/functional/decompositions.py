@@ -1,4 +1,4 @@
-"""Functions that consist of others that have kernels, written out in Python."""
+"""Functions written out in Python as compositions of functions with kernels."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 
 @decomposition_of("addmm")
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     is_layer = mat1.requires_grad and not (mat2.requires_grad or input.requires_grad) and beta == alpha == 1
-    if is_layer and input.shape == mat2.shape[1:]:  # then the bias has the part that a rule gives to biases
+    if is_layer and input.shape == mat2.shape[1:]:  # then a rule applies to the bias as in a layer
         return nn.functional.linear(mat1, mat2.T, input)
     return _weighted_sum(input, torch.matmul(mat1, mat2), beta, alpha)
 
@@ -77,7 +77,7 @@ def _addbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, a
 
 def _weighted_sum(input: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
     product = product if alpha == 1 else product * alpha
-    if beta == 0:  # as in torch, the values of the input do not matter then, not even nan
+    if beta == 0:  # as in torch, the input is then ignored, even if it is nan
         return product
     return product + (input if beta == 1 else input * beta)
 
@@ -156,7 +156,7 @@ def _std_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor
 def _mean_of_variance(
     input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any
 ) -> Tensor:
-    """The mean over the dimensions of a variance."""
+    """Computes the mean over the dimensions of a variance."""
     return input.mean(None if isinstance(dim, bool) else dim, keepdim=keepdim)
 
 
@@ -164,14 +164,14 @@ def _mean_of_variance(
 
 
 def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
-    """Whether the model computes the weight or the bias of a layer that is called as a function, and adds a bias."""
+    """Whether a layer is called as a function with a bias, and the model computes the weight or the bias."""
     return bias is not None and (weight.requires_grad or bias.requires_grad)
 
 
 def product_and_bias(
     function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor, *args: Any, **options: Any
 ) -> Tensor:
-    """A layer as a product and a sum, each with a kernel: in one, the bias would be part of the product."""
+    """Computes a layer as a product and a sum, each with a kernel, so that the bias is not part of the product."""
     return function(input, weight, None, *args, **options) + bias.reshape(-1, *(1,) * (weight.ndim - 2))
 
 
@@ -179,7 +179,7 @@ def product_and_bias(
 
 
 def python_body(function: Any) -> Callable[..., Any] | None:
-    """A function of torch that is written in Python, without its own call of the mode; None for any other function."""
+    """Returns the Python body of a function of torch, without its call of the mode; None for any other function."""
     code = getattr(function, "__code__", None)
     checks = [word for word in code.co_names if word.startswith("has_torch_function")] if code is not None else []
     if code is None or not checks:

@@ -1,4 +1,4 @@
-"""The arguments of ``torch.einsum`` in one form: a subscript for each operand, one letter for each dimension."""
+"""The arguments of ``torch.einsum`` in one form: a subscript per operand, with one letter per dimension."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Einsum:
-    """The arguments of one call.
+    """The arguments of one call of ``torch.einsum``.
 
     Attributes:
-        subscripts: Of each operand, without an ellipsis.
+        subscripts: Subscript of each operand, without an ellipsis.
         output: Subscript of the output.
         operands: The operands.
     """
@@ -24,16 +24,16 @@ class Einsum:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """These as arguments of ``torch.einsum``."""
+        """Converts to arguments of ``torch.einsum``."""
         return (f"{','.join(self.subscripts)}->{self.output}", *self.operands)
 
 
 def read_einsum(args: Sequence[Any], rank: Callable[[Any], int]) -> Einsum:
-    """The arguments of a call that are an equation and operands, or operands and lists of numbers.
+    """Reads the arguments of a call: an equation and operands, or operands and lists of numbers.
 
     Args:
-        args: The arguments.
-        rank: The number of dimensions of an operand.
+        args: The arguments of the call.
+        rank: A function that returns the number of dimensions of an operand.
     """
     if isinstance(args[0], str):
         equation, operands = args[0], args[1:]

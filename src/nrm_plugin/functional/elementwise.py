@@ -1,4 +1,4 @@
-"""Kernels of activations, normalization layers and arithmetic, which act element by element.
+"""Kernels of elementwise operations: activations, normalization layers and arithmetic.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -6,7 +6,6 @@ Source: docs/measure.md (operations without a module).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,13 @@ from zennit.core import Stabilizer
 from zennit.rules import Pass
 
 from ..kernels.base import Kernel
+from ..kernels.step import step_of
 from .function_call import CallInput, FunctionCall
 from .function_kernels import SplitKernel, total_of
 from .registry import kernel_of
 
 STABILIZER = 1e-12
-"""Denominator of a signed share that is exactly zero."""
+"""Replacement for a denominator of a signed share that is exactly zero."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -47,7 +47,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "threshold": lambda: nn.Threshold(0.0, 0.0),
     "batch_norm": lambda: nn.BatchNorm2d(1),
 }
-"""Functions that are modules too; they get the rule of that module."""
+"""Functions with an equivalent module, which have the rule of that module."""
 
 ELEMENTWISE = (
     "log_softmax softmin dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d "
@@ -61,20 +61,20 @@ ELEMENTWISE = (
 
 @kernel_of(*ACTIVATIONS)
 def activation(call: FunctionCall) -> Kernel:
-    """The rule of the module of the same name, else the identity."""
+    """Kernel by the rule of the equivalent module, or the identity without a rule."""
     rule = call.settings.rules.of_module(ACTIVATIONS[call.name]())
     return call.identity() if rule is None or type(rule) is Pass else call.by_rule(rule)
 
 
 @kernel_of(*ELEMENTWISE, "div")
 def elementwise(call: FunctionCall) -> Kernel:
-    """All to the same element of the first input; any other input is a gate."""
+    """Kernel that passes all relevance to the same element of the first input; any other input is a gate."""
     return call.identity()
 
 
 @kernel_of("add", "sub", "rsub")
 def addition(call: FunctionCall) -> Kernel:
-    r"""Sums split relevance by absolute contribution; a constant is a bias.
+    r"""Kernel of sums, which splits relevance by absolute contribution; a constant is a bias.
 
     .. math:: T_a = \frac{|a|}{|a| + |b|}
     """
@@ -93,18 +93,18 @@ def _signed_sum(call: FunctionCall, summands: list[Tensor]) -> SplitKernel:
 
 def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> SplitKernel:
     sizes = [_magnitude(summand, item) for summand, item in zip(summands, call.inputs, strict=True)]
-    # Where all are zero, the shares are equal; a search for zeros would take longer than everything else here.
+    # If all summands are zero, the shares are equal; a search for zeros would dominate the run time.
     raised = [size + 1e-30 for size in sizes]
     factor = total_of(raised).reciprocal()
     return SplitKernel([size * factor for size in raised], call.shapes, total_of(sizes), True)
 
 
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
-    """|summand|, or for a summand that is itself a sum and read here only, the sum of its magnitudes.
+    """Returns |summand|; for a summand that is itself a sum with a single reader, the sum of its magnitudes.
 
-    So ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` have the same shares.
+    Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` have the same shares.
     """
-    step: Any = getattr(item.producer, "step", None)
+    step = step_of(item.producer)
     if step is not None and step.uses <= 1 and step.rule == "sum":
         inner = step.kernel.magnitude if isinstance(step.kernel, SplitKernel) else None
         if inner is not None and inner.shape == summand.shape:
@@ -114,7 +114,7 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 
 @kernel_of("mul")
 def product(call: FunctionCall) -> Kernel:
-    """All to the signal; without a known gate to the larger operand, else half to each."""
+    """Kernel of products: all to the signal; without a known gate, to the larger operand, else half to each."""
     if len(call.inputs) == 1:
         return call.identity()
     if call.gates[0] != call.gates[1]:
@@ -125,7 +125,7 @@ def product(call: FunctionCall) -> Kernel:
 
 @kernel_of("maximum", "minimum")
 def extremum(call: FunctionCall) -> Kernel:
-    """All to the larger (smaller) of two; half to each of equal ones."""
+    """Kernel that passes all relevance to the larger (smaller) of two inputs; half to each of equal inputs."""
     if len(call.inputs) == 1:
         return call.identity()
     first, second = call.values
@@ -136,7 +136,7 @@ def extremum(call: FunctionCall) -> Kernel:
 
 @kernel_of("hypot")
 def hypotenuse(call: FunctionCall) -> Kernel:
-    r"""By the squares of the legs of a right triangle: :math:`T_a = a^2 / (a^2 + b^2)`."""
+    r"""Kernel by the squares of the legs of a right triangle, :math:`T_a = a^2 / (a^2 + b^2)`."""
     if len(call.inputs) == 1:
         return call.identity()
     squares = [value.square() for value in call.values]

@@ -1,4 +1,4 @@
-"""One call of a function on tensors that carry relevance, and the kernels that most functions need."""
+"""Calls of functions on tensors that carry relevance, and the kernels of most functions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .function_kernels import BroadcastKernel, RouteKernel, SingleInputKernel, S
 
 @dataclass(frozen=True)
 class Settings:
-    """What the steps of functions depend on in all forward passes of a model.
+    """The settings of the steps of functions in all forward passes of a model.
 
     Attributes:
-        rules: Looks up the composite's rule of a module or weight.
-        normalization: What happens to the residual of a kernel.
-        sums: How sums split relevance: ``"absolute"`` or ``"signed"``.
-        fuse: Receives every new step of a layer, to fuse it with its neighbours.
-        attention: What a product of two tensors passes to attention weights: ``"value"`` for nothing, or ``"halves"``.
+        rules: The lookup of the composite's rule of a module or weight.
+        normalization: Treatment of the residual of a kernel.
+        sums: Distribution of relevance in sums: ``"absolute"`` or ``"signed"``.
+        fuse: A function that receives every new step of a layer, to fuse it with adjacent steps.
+        attention: Relevance of attention weights in a product of two tensors: none with ``"value"``, or ``"halves"``.
     """
 
     rules: RuleLookup = field(default_factory=NoRules)
@@ -41,13 +41,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Slot:
-    """Placeholder for an argument of a call that carries relevance, with its index among those arguments."""
+    """A placeholder for an argument that carries relevance, with its index among these arguments."""
 
     number: int
 
 
 def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """Arguments with tensors in place of slots."""
+    """Replaces slots in arguments by tensors."""
     if isinstance(value, Slot):
         return tensors[value.number]
     if type(value) in (list, tuple):
@@ -57,7 +57,7 @@ def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class CallInput:
-    """A tensor that carries relevance among the arguments of a call.
+    """A tensor among the arguments of a call that carries relevance.
 
     Attributes:
         saved: The tensor.
@@ -72,16 +72,16 @@ class CallInput:
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """One call of a function on tensors that carry relevance, which are its inputs.
+    """A call of a function on tensors that carry relevance, called its inputs.
 
     Attributes:
-        name: Name of the function without marks of its spelling, such as ``"add"``.
+        name: Name of the function in a form common to its variants, such as ``"add"``.
         function: The function.
-        path: Path of the module that called it.
-        args: Its arguments, with a slot in place of each input.
-        kwargs: Its keyword arguments, likewise.
+        path: Path of the module that called the function.
+        args: Positional arguments, with a slot in place of each input.
+        kwargs: Keyword arguments, with a slot in place of each input.
         inputs: The inputs, in order.
-        settings: What all steps of functions depend on.
+        settings: The settings of all steps of functions.
     """
 
     name: str
@@ -94,32 +94,32 @@ class FunctionCall:
 
     @property
     def values(self) -> list[Tensor]:
-        """The inputs, detached, as they were when the function ran, ``(N, …)`` each."""
+        """The detached values of the inputs at the time of the call, ``(N, …)`` each."""
         return [item.saved.tensor for item in self.inputs]
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Shape of each input."""
+        """The shape of each input."""
         return [value.shape for value in self.values]
 
     @property
     def gates(self) -> tuple[bool, ...]:
-        """Which of the inputs are gates."""
+        """Whether each input is a gate."""
         return tuple(item.is_gate for item in self.inputs)
 
     def run(self, *values: Tensor) -> Any:
-        """The function on other inputs; constants and options as they were."""
+        """Runs the function on other inputs, with the same constants and options."""
         keywords = {key: fill(value, values) for key, value in self.kwargs.items()}
         return self.function(*(fill(value, values) for value in self.args), **keywords)
 
     def argument(self, position: int, keyword: str, default: Any = None) -> Any:
-        """One argument by position or keyword; a slot where it is an input."""
+        """Returns an argument by position or keyword; a slot if the argument is an input."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(keyword, default)
 
     # -- kernels that most functions need ---------------------------------------------------------------------------
 
     def identity(self, to: int = 0) -> Kernel:
-        """Relevance passes unchanged to one input, elementwise; the other inputs receive nothing.
+        """Kernel that passes relevance unchanged to one input, elementwise; the other inputs receive none.
 
         Args:
             to: Number of the input. Dimensions in which it was broadcast are summed over.
@@ -127,14 +127,14 @@ class FunctionCall:
         return BroadcastKernel(self.shapes, to)
 
     def split(self, shares: Sequence[Tensor | float]) -> Kernel:
-        r"""Relevance is split among the inputs, elementwise: :math:`R_k = q_k R`.
+        r"""Kernel that splits relevance among the inputs, elementwise, :math:`R_k = q_k R`.
 
         Args:
-            shares: ``q_k`` for each input: numbers, or tensors that broadcast to the output. What they leave of one is
-                the residual, which the composite redistributes or absorbs.
+            shares: ``q_k`` for each input: numbers, or tensors that broadcast to the output. One minus their sum is the
+                residual, which the composite redistributes or absorbs.
 
         Raises:
-            ValueError: The number of shares is not the number of inputs.
+            ValueError: The number of shares differs from the number of inputs.
         """
         if len(shares) != len(self.inputs):
             raise ValueError(
@@ -147,7 +147,7 @@ class FunctionCall:
         return SplitKernel(tensors, self.shapes, None, bool(((total - 1).abs() <= tolerance).all()))
 
     def route(self) -> Kernel:
-        """Relevance passes to the entries that the function copied, by its gradient; for gathers and permutations.
+        """Kernel that passes relevance to the copied entries, by the function's gradient; for gathers and permutations.
 
         Outputs that are not copied from an input have a residual.
         """
@@ -163,12 +163,12 @@ class FunctionCall:
         return RouteKernel(gradient)
 
     def by_rule(self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None) -> Kernel:
-        """A Zennit rule on the function as a layer without weights, for functions that are linear in an input.
+        """Kernel of a Zennit rule on a function that is linear in an input, treated as a layer without weights.
 
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.
-            to: Number of the input that receives relevance; the others are held constant.
-            run: What the rule is applied to instead of the function, as a function of that input.
+            to: Number of the input that receives relevance; the other inputs are constants.
+            run: A function of this input to which the rule is applied instead of the called function.
         """
         values = self.values
 

@@ -1,4 +1,4 @@
-"""Kernels of functions with several inputs, which pass relevance to some of them."""
+"""Kernels of functions with several inputs, of which some receive relevance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernels.vjp_kernel import VjpKernel
 
 
 class BroadcastKernel(Kernel):
-    """Passes all relevance to one of the inputs, summed over the dimensions in which that input was broadcast.
+    """Kernel that passes all relevance to one input, summed over the dimensions in which that input was broadcast.
 
     Args:
         shapes: Shape of each input.
@@ -31,12 +31,12 @@ class BroadcastKernel(Kernel):
 
 
 class SplitKernel(Kernel):
-    r"""Splits relevance among the inputs, elementwise: :math:`T_k = q_k / \sum_k q_k`.
+    r"""Kernel that splits relevance among the inputs, elementwise, :math:`T_k = q_k / \sum_k q_k`.
 
     Args:
-        shares: One for each input, of a shape that broadcasts to the shape of the output.
+        shares: Shares of each input, which broadcast to the shape of the output.
         shapes: Shape of each input.
-        magnitude: Sum of the magnitudes of the summands, for a sum that contains this one.
+        magnitude: Sum of the magnitudes of the summands, for a sum that contains this sum.
         is_stochastic: Whether the shares sum to one exactly.
     """
 
@@ -58,7 +58,7 @@ class SplitKernel(Kernel):
 
 
 class SingleInputKernel(Kernel):
-    """The kernel of one input of a call; the other inputs receive nothing.
+    """The kernel of one input of a call; the other inputs receive no relevance.
 
     Args:
         inner: The kernel of that input.
@@ -84,10 +84,10 @@ class SingleInputKernel(Kernel):
 
 
 class EqualPartsKernel(Kernel):
-    """Equal parts of the relevance by the kernels of some factors of a product; the other factors receive nothing.
+    """Kernel that splits relevance equally among some factors of a product; the other factors receive no relevance.
 
     Args:
-        kernels: By number of the factor.
+        kernels: Kernels by number of the factor.
         shapes: Shape of each factor.
     """
 
@@ -109,11 +109,11 @@ class EqualPartsKernel(Kernel):
 
 
 class RouteKernel(VjpKernel):
-    """Passes the relevance of each output to the entries that it was copied from, split as by autograd among ties.
+    """Kernel that passes the relevance of each output to the copied entries, split among ties as by autograd.
 
     Args:
         function: The gradient of the operation, ``(N, *out)`` to ``(N, *in)`` for each input.
-        is_stochastic: Whether every output is copied from an input; false where constants are joined.
+        is_stochastic: Whether every output is copied from an input, without constants.
     """
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], is_stochastic: bool = False) -> None:
@@ -125,7 +125,7 @@ class RouteKernel(VjpKernel):
 
 
 def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Relevance ``(K, *in)`` of each input, by number; zeros for inputs that receive nothing."""
+    """Returns relevance ``(K, *in)`` of each input, given by number, with zeros for all other inputs."""
     return tuple(
         parts[number] if number in parts else relevance.new_zeros((len(relevance), *shape))
         for number, shape in enumerate(shapes)
@@ -133,13 +133,13 @@ def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[tor
 
 
 def sum_to_shape(relevance: Tensor, shape: torch.Size) -> Tensor:
-    """``(K, *out)`` summed over the dimensions in which an input of this shape was broadcast."""
+    """Sums ``(K, *out)`` over the dimensions in which an input of the given shape was broadcast."""
     lead = relevance.ndim - 1 - len(shape)
     return relevance.sum_to_size((len(relevance), *(1,) * lead, *shape)).reshape(len(relevance), *shape)
 
 
 def total_of(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of tensors."""
+    """Computes the sum of tensors."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part

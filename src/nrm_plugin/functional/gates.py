@@ -1,4 +1,4 @@
-"""Gates: tensors that weigh a signal and carry none themselves, such as attention weights and squeeze factors."""
+"""Gates: tensors that multiply a signal without carrying relevance, such as attention weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kernels.layer_step import LayerStep
+from ..kernels.step import step_of
+from ..model.affine_layers import is_torch_class
 from ..model.routing import is_route_node, written
 
 GATE_FUNCTIONS = frozenset("softmax sigmoid hardsigmoid exp softmin".split())
@@ -19,18 +21,18 @@ PRESERVING = frozenset(
 
 
 class Gates:
-    """Which tensors of one forward pass are gates.
+    """The gates of one forward pass.
 
-    A gate is the output of softmax, sigmoid, hardsigmoid and exp. Reshapes, dropout, products of gates, ``1 - gate``
+    Outputs of softmax, sigmoid, hardsigmoid and exp are gates. Reshapes, dropout, products of gates, ``1 - gate``
     and ``gate / anything`` are gates as well.
     """
 
     def __init__(self) -> None:
-        # By autograd node, not by tensor: a tensor can be overwritten, and a view of a gate is a gate too.
+        # Gates are stored by autograd node, since a tensor can be overwritten, and a view of a gate is a gate as well.
         self._nodes: set[Any] = set()
 
     def tag(self, tensor: Tensor) -> None:
-        """Makes a tensor a gate."""
+        """Marks a tensor as a gate."""
         node, _ = written(tensor.grad_fn, 0)
         if node is not None:
             self._nodes.add(node)
@@ -39,9 +41,9 @@ class Gates:
         """Whether a tensor is a gate, or routed from a single one."""
         node, _ = written(tensor.grad_fn, 0)
         while node is not None and node not in self._nodes:
-            step = getattr(node, "step", None)
+            step = step_of(node)
             if isinstance(step, LayerStep):
-                return isinstance(step.layer_call.module, GATE_MODULES)
+                return is_torch_class(step.layer_call.module, *GATE_MODULES)
             below = [edge for edge in node.next_functions if edge[0] is not None]
             if not is_route_node(node) or len(below) != 1:
                 return False
@@ -49,18 +51,18 @@ class Gates:
         return node is not None
 
     def tag_route(self, inputs: Sequence[Tensor], output: object) -> None:
-        """Tags what a route returned where all of its inputs are gates."""
+        """Marks the output of a route as a gate if all of its inputs are gates."""
         if inputs and all(self.holds(tensor) for tensor in inputs):
             self._tag_all(output)
 
     def tag_result(self, name: str, inputs: Sequence[Tensor], output: object, with_constants: bool) -> None:
-        """Tags what a function returned where it is a gate.
+        """Marks the output of a function as a gate if the function returns a gate.
 
         Args:
             name: Name of the function.
-            inputs: Its arguments that carry relevance.
-            output: What it returned.
-            with_constants: Whether it has further tensors or numbers as arguments.
+            inputs: The arguments that carry relevance.
+            output: The return value of the function.
+            with_constants: Whether there are further tensors or numbers among the arguments.
         """
         flags = [self.holds(tensor) for tensor in inputs]
         is_shifted = name in ("add", "sub") and with_constants

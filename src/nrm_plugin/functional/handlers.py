@@ -1,6 +1,6 @@
-"""How an interception handles the call of a function: by the first of an ordered list of handlers that applies.
+"""The handlers of an intercepted call, tried in order; the first handler that applies is used.
 
-A handler returns what the function returns to the model, or ``NOT_HANDLED``.
+A handler returns the return value of the call, or ``NOT_HANDLED``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..kernels.forward_state import before_writing, write
+import torch
+from torch import Tensor
+
+from ..kernels.forward_state import before_writing, note_untracked, write
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
 from .intercepted_pass import InterceptedPass, written
@@ -20,17 +23,19 @@ from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, w
 from .weighted_functions import LAYERS
 
 NOT_HANDLED: Final = object()
+_LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
+"""Functions that return values of a tensor as Python objects."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
 
 
 @dataclass(frozen=True)
 class Handler:
-    """One way to handle a call.
+    """A handler of intercepted calls.
 
     Attributes:
-        name: What it is for.
-        reason: Why such calls are handled in this way.
-        run: Returns what the function returns, or ``NOT_HANDLED``.
+        name: The kind of call.
+        reason: The reason for this handling.
+        run: A function that returns the return value of the call, or ``NOT_HANDLED``.
     """
 
     name: str
@@ -39,12 +44,22 @@ class Handler:
 
 
 def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    """What the first handler that applies returns; the last one always does."""
+    """Returns the result of the first handler that applies; the last handler always applies."""
     for handler in HANDLERS:
         result = handler.run(call, forward_pass)
         if result is not NOT_HANDLED:
+            if call.inputs and _leaves_the_graph(call, result):
+                note_untracked()
             return result
     raise AssertionError("the last handler applies to every call")
+
+
+def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
+    """Whether a function of computed values returned values that autograd does not follow."""
+    items = result if isinstance(result, (list, tuple)) else (result,)
+    if not all(isinstance(item, Tensor) for item in items):
+        return call.name.base in _LEAVING
+    return not all(item.requires_grad for item in items)
 
 
 def _metadata(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
@@ -67,8 +82,14 @@ def _indexed_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _complex_numbers(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    sources = forward_pass.complex_tensors.sources_of((*call.args, *call.kwargs.values()))
-    return forward_pass.complex_step(call, sources) if sources.tensors else NOT_HANDLED
+    known, written = forward_pass.complex_tensors, call.overwritten
+    if not known.are_among((*call.args, *call.kwargs.values())):
+        if not call.inputs or written is None or not written.is_complex():
+            return NOT_HANDLED
+    elif call.name.base == "abs" and not call.is_in_place:
+        with forward_pass.intercepting:
+            return torch.hypot(call.args[0].real, call.args[0].imag)
+    return forward_pass.complex_step(call)
 
 
 def _constants(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
@@ -123,7 +144,7 @@ def _decomposition(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 def _python_function(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     body = python_body(call.function)
-    # A method of torch.Tensor that calls the one of its base class is observed under its own name again.
+    # A method of torch.Tensor that calls the method of its base class is observed again under its own name.
     if body is None or call.function in forward_pass.decomposing:
         return NOT_HANDLED
     forward_pass.decomposing.append(call.function)
@@ -146,7 +167,7 @@ HANDLERS: tuple[Handler, ...] = (
     Handler("metadata", "no values are computed", _metadata),
     Handler("copy before write", "steps that saved this memory need its former values; never ends", _copy_before_write),
     Handler("indexed write", "positions given by tensors are looked up entry by entry", _indexed_write),
-    Handler("complex numbers", "have no kernel: one unknown step between real tensors", _complex_numbers),
+    Handler("complex numbers", "are not taps: one linear step between real tensors", _complex_numbers),
     Handler("constants", "no relevance passes through them; autograd records what writers copy", _constants),
     Handler("attention", "relevance also goes to the weights: as matrix products and a softmax", _attention),
     Handler("sparse product", "an adjacency: messages that are summed into nodes", _sparse_product),
@@ -160,7 +181,7 @@ HANDLERS: tuple[Handler, ...] = (
         "route or unknown", "autograd records routes; anything else raises when relevance arrives", _route_or_unknown
     ),
 )
-"""In order of precedence."""
+"""The handlers in order of precedence."""
 
 
 __all__ = ["HANDLERS", "NOT_HANDLED", "Handler", "handle"]

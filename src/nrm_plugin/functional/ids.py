@@ -1,7 +1,7 @@
-"""Ids: integers among the inputs, followed by identity to where the model looks them up.
+"""Ids: integers among the inputs, tracked by identity to the lookups of the model.
 
-Integers have no relevance, the rows that they select have it: walks end there, as at any other input. Equal numbers
-from elsewhere, such as positions, select constants.
+Integers have no relevance, but the selected rows do: walks end at these rows, as at any other input. Equal numbers of
+other origin, such as positions, select constants.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from .observed_call import ObservedCall
 
 
 class Kind(enum.IntEnum):
-    """What an integer tensor, or a floating-point tensor without relevance, holds; of several arguments the largest."""
+    """The kind of an integer tensor, or of a float tensor without relevance; the largest of several arguments."""
 
     STRUCTURE = 1
-    """Comparisons, positions and counts of ids: masks, degrees. A constant."""
+    """Comparisons, positions and counts of ids, such as masks and degrees, which are constants."""
     IDS = 2
-    """Ids, or numbers computed from each of them: shifted, hashed, joined with others."""
+    """Ids, or numbers computed from each id: shifted, hashed, or joined with other numbers."""
     ONE_HOT = 3
-    """Integers that select rows in a product. In floating point they are where walks end."""
+    """Integers that select rows in a product. Walks end at their floating-point form."""
 
 
 LOOKUPS = frozenset("embedding embedding_bag getitem index index_select gather take take_along_dim".split())
 _ELEMENTS = frozenset("gather take take_along_dim embedding embedding_bag".split())
-"""Lookups of single elements, or of rows of a matrix in any case."""
+"""Functions that look up single elements, or always rows of a matrix."""
 _STRUCTURAL = frozenset(
     "argmax argmin argsort nonzero argwhere count_nonzero bincount histc scatter_add scatter_reduce index_add "
     "index_put index_fill index_reduce".split()
 )
-"""Functions of integers that return where or how often these occur."""
+"""Functions of integers that return positions or counts."""
 _OF_FIRST = frozenset("expand_as view_as reshape_as type_as to resize_as".split())
-"""Functions that read only the shape or type of further arguments."""
+"""Functions that use only the shape or type of further arguments."""
 _CONVERSIONS = frozenset("long int short to type".split())
 _ELEMENTWISE = frozenset("round floor ceil trunc clamp add sub rsub mul div neg abs relu".split())
 
@@ -47,12 +47,12 @@ class Ids:
     """The ids of one forward pass.
 
     Args:
-        given: The integers among the inputs; the model is called with these very objects.
+        given: The integers among the inputs, as the objects that are passed to the model.
         inputs: The leaves of the other inputs, which the model may convert to ids.
     """
 
     def __init__(self, given: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
-        # With the tensor: the identity of one that is freed may be that of another.
+        # The tensor is stored as well, since the identity of a freed tensor may be reused.
         self._marked: dict[int, tuple[Tensor, Kind]] = {}
         self._inputs = {id(leaf) for leaf in inputs}
         for tensor in given:
@@ -60,21 +60,21 @@ class Ids:
 
     @property
     def are_known(self) -> bool:
-        """Whether there are ids to follow."""
+        """Whether there are ids to track."""
         return bool(self._marked)
 
     def kind(self, tensor: Tensor) -> Kind | None:
-        """What a tensor holds; None if it does not depend on ids, or carries relevance."""
+        """Returns the kind of a tensor; None if it does not depend on ids, or carries relevance."""
         known = self._marked.get(id(tensor))
         return None if known is None else known[1]
 
     def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
-        """What a function returns: with an end of walks in place of rows that ids select.
+        """Returns the result of a call, in which rows selected by ids are replaced by an end of walks.
 
         Args:
             call: The call of the function.
-            result: What it returned.
-            looked_up: Returns the end of walks; None where none can be, as inside of a step.
+            result: The result of the call.
+            looked_up: A function that returns the end of walks; None if there cannot be one, as inside a step.
         """
         if call.inputs and call.name.base in _CONVERSIONS and self._is_converted(call, result):
             self._mark(result, Kind.IDS)
@@ -117,7 +117,7 @@ class Ids:
         return max((kind for kind in kinds if kind is not None), default=None)
 
     def _is_lookup(self, call: ObservedCall) -> bool:
-        """Whether ids select entries, or rows of a matrix, of a constant table; a larger part of it is a weight."""
+        """Whether ids select entries of a constant table, or rows of a matrix; a larger part of a table is a weight."""
         name, arguments = call.name.base, list(tensors_in((*call.args, *call.kwargs.values())))
         tables = [tensor for tensor in arguments if tensor.is_floating_point()]
         are_selected = any(self.kind(tensor) is Kind.IDS for tensor in arguments if not tensor.is_floating_point())
@@ -126,7 +126,7 @@ class Ids:
         return name in _ELEMENTS or tables[0].ndim - _selected_dims(call) <= 1
 
     def _is_one_hot(self, call: ObservedCall) -> bool:
-        """Whether a function writes a number where ids point to: not along the samples, or the nodes of a graph."""
+        """Whether a function writes a number at positions given by ids, not along samples or the nodes of a graph."""
         index = call.argument(2, "index") if call.name.base == "scatter" else call.argument(0, "input")
         if call.name.base not in ("one_hot", "scatter") or not isinstance(index, Tensor):
             return False
@@ -134,7 +134,7 @@ class Ids:
         return self.kind(index) is Kind.IDS and (along is None or along % index.ndim > 0)
 
     def _is_converted(self, call: ObservedCall, result: Any) -> bool:
-        """Whether a function converts entries of the inputs, perhaps shifted or rounded, to integers."""
+        """Whether a function converts entries of the inputs to integers, possibly after a shift or rounding."""
         if not isinstance(result, Tensor) or result.is_floating_point() or result.is_complex():
             return False
         return _is_elementwise_of(call.inputs[0], self._inputs)
@@ -144,14 +144,14 @@ class Ids:
             self._marked[id(tensor)] = tensor, kind
 
     def _mark_written(self, tensor: Tensor, kind: Kind) -> None:
-        """Marks a tensor that ids were written to, and the one that it is a view of."""
+        """Marks a tensor to which ids were written, and its base if it is a view."""
         for item in (tensor, tensor._base):
             if item is not None:
                 self._mark(item, max(kind, self.kind(item) or kind))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists and tuples."""
+    """Yields the tensors in nested lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -164,7 +164,7 @@ def _kind_of_result(call: ObservedCall, kind: Kind, result: Tensor) -> Kind:
 
 
 def _selected_dims(call: ObservedCall) -> int:
-    """How many dimensions of a table an index selects from."""
+    """The number of dimensions of a table from which an index selects."""
     if call.name.base == "index_select":
         return 1
     index = call.args[1] if len(call.args) > 1 else None
@@ -174,7 +174,7 @@ def _selected_dims(call: ObservedCall) -> int:
 
 
 def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
-    """Whether a tensor is computed from these leaves alone, by routes and elementwise functions."""
+    """Whether a tensor is computed only from the given leaves, by routes and elementwise functions."""
     stack: list[Any] = [tensor.grad_fn]
     visited: set[Any] = set()
     while stack:

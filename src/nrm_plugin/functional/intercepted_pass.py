@@ -1,9 +1,10 @@
-"""One forward pass under interception: how a call of a function becomes a step of the measure."""
+"""One forward pass under interception, in which calls of functions become steps of the measure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,39 +20,37 @@ from ..kernels.step import FunctionStep, Step, link
 from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import layout
-from .complex_tensors import ComplexTensors, RealSources, map_items
+from .complex_kernels import complex_kernel
+from .complex_tensors import ComplexTensors, Expression, map_items
 from .custom_functions import CustomCalls
-from .function_call import CallInput, FunctionCall, Settings
+from .function_call import CallInput, FunctionCall, Settings, Slot
 from .function_kernels import BroadcastKernel
 from .gates import Gates
 from .ids import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
+from .row_functions import keeps_rows
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
 from .weighted_functions import LAYERS, channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
-"""Routes that are not taps."""
-_COMPLEX_ADVICE = (
-    "It makes complex numbers, which have no kernel. Where a module turns one real tensor into another, give it a rule "
-    "in the composite's layer_map: zennit.rules.Epsilon() if it is linear."
-)
+"""Routes without a tap."""
 
 
 class InterceptedPass:
-    """What is known of one forward pass of a model under interception.
+    """The state of one forward pass of a model under interception.
 
     Args:
-        settings: What all steps of functions depend on.
-        intercepting: Entered by code whose own function calls are to be intercepted.
+        settings: The settings of all steps of functions.
+        intercepting: Returns a context in which function calls of this package are intercepted.
 
     Attributes:
         gates: The tensors that are gates.
-        complex_tensors: The real sources of complex tensors.
+        complex_tensors: Complex tensors as expressions in real tensors.
         custom_calls: The calls of ``autograd.Function`` classes.
-        module_paths: Paths of the modules that are running, outermost first.
-        packs: Orders of the packed sequences that modules received.
-        decomposing: The functions written in Python that are running by their bodies.
+        module_paths: Paths of the running modules, outermost first.
+        packs: Orders of the packed sequences passed to modules.
+        decomposing: The functions that are currently replaced by their Python bodies.
     """
 
     def __init__(self, settings: Settings, intercepting: AbstractContextManager[Any]) -> None:
@@ -68,26 +67,27 @@ class InterceptedPass:
 
     @property
     def path(self) -> str:
-        """Path of the module that is running."""
+        """The path of the running module."""
         return self.module_paths[-1] if self.module_paths else ""
 
     # -- functions with a kernel ------------------------------------------------------------------------------------
 
     def step(self, observed: ObservedCall, factory: KernelFactory) -> Any:
-        """Runs a function that has a kernel; its output is a step."""
+        """Runs a function with a kernel; the output is the output of a step."""
         self._check_covered(observed)
         if listener() is not None:  # a context of the composite may run in any mode, a measure may not
             check_function(observed.name.base, observed.args, observed.kwargs, self.path)
         call = self._function_call(observed)
         output = call.run(*call.values)
         if not isinstance(output, Tensor) or not output.is_floating_point():
-            return self.complex_tensors.remember(observed.run(), observed.inputs, call.name)
+            return self.complex_step(observed)
         output = output.detach()
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
-            output = output.clone()  # some operations return their input; a step's output has memory of its own
+            output = output.clone()  # some operations return their input, but a step's output has its own memory
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
         rule = "sum" if call.name in ("add", "sub", "rsub") and len(call.inputs) > 1 else call.name
-        linked = self._linked(call, output, lambda: factory(call), rule, observed.inputs, layer)
+        rows = factory.__module__.startswith(f"{__package__}.") and keeps_rows(call, output)
+        linked = self._linked(call, output, lambda: factory(call), rule, observed.inputs, layer, rows)
         self.gates.tag_result(call.name, observed.inputs, linked, observed.has_constants)
         return written(observed, linked)
 
@@ -118,8 +118,9 @@ class InterceptedPass:
         rule: str,
         inputs: Sequence[Tensor],
         layer: LayerCall | None = None,
+        rows: bool = False,
     ) -> Tensor:
-        """The output of a call as that of a step, which the listener is notified of."""
+        """Returns the output of a call as the output of a step, and notifies the listener."""
         path, number = self._numbered(call.name)
         normalization = self.settings.normalization
         step: Step
@@ -127,7 +128,7 @@ class InterceptedPass:
             step = FunctionStep(path, output, build, normalization, rule)
         else:
             step = LayerStep(layer, output, normalization, path, rule)
-        step.call, step.attention = number, layout(call, output)
+        step.call, step.attention, step.keeps_rows = number, layout(call, output), rows
         if isinstance(step, LayerStep) and self.settings.fuse is not None:
             with not_recorded():
                 self.settings.fuse(step, inputs[0])
@@ -140,7 +141,7 @@ class InterceptedPass:
         return linked
 
     def _numbered(self, name: str) -> tuple[str, int]:
-        """Path of a function in the module that is running, and the number of this call of it."""
+        """The path of a function in the running module, and the number of the call."""
         path = f"{self.path}.{name}" if self.path else name
         self._call_counts[path] = self._call_counts.get(path, -1) + 1
         return path, self._call_counts[path]
@@ -148,11 +149,13 @@ class InterceptedPass:
     # -- functions without a kernel ---------------------------------------------------------------------------------
 
     def route_or_unknown(self, observed: ObservedCall) -> Any:
-        """Runs a function without a kernel; unless autograd recorded routes alone, its output is an unknown step."""
+        """Runs a function without a kernel; its output is an unknown step unless autograd recorded only routes."""
         output = observed.run()
         tensors = [
             item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)
         ]
+        if any(tensor.is_complex() for tensor in tensors):
+            return self.complex_step(observed)
         if all(consists_of_routes(tensor, observed.inputs, with_steps=False) for tensor in tensors):
             self.gates.tag_route(observed.inputs, output)
             self._announce_route(observed.name.base, output)
@@ -163,26 +166,47 @@ class InterceptedPass:
         )
         return map_items(output, lambda item: self._unknown_step(call, item, observed.inputs))
 
-    def complex_step(self, observed: ObservedCall, sources: RealSources) -> Any:
-        """Runs a function of complex tensors; a real output is an unknown step from the real sources."""
-        tensors = (*sources.tensors, *observed.inputs)
-        inputs = tuple(CallInput(Saved(tensor, values=False)) for tensor in tensors)
-        call = FunctionCall(sources.name, observed.function, self.path, (), {}, inputs)
-        return map_items(observed.run(), lambda item: self._unknown_step(call, item, tensors, _COMPLEX_ADVICE))
+    def complex_step(self, observed: ObservedCall) -> Any:
+        """Runs a function with complex arguments or results; a real output is a step with real sources as inputs."""
+        expression = self.complex_tensors.expression(observed)
+        output = observed.run()
+        if expression.writes and isinstance(observed.overwritten, Tensor):
+            self.complex_tensors.remember(observed.overwritten, expression)
+        if not isinstance(output, (list, tuple)):
+            return output if expression.writes else self._of_complex(output, expression)
+        items = [replace(expression, item=number) for number in range(len(output))]
+        return type(output)([self._of_complex(item, one) for item, one in zip(output, items, strict=True)])
 
-    def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor], advice: str = "") -> Any:
-        """One item that a function without a kernel returned, as a step that raises when relevance arrives."""
+    def _of_complex(self, output: Any, expression: Expression) -> Any:
+        """Processes one output of a function of complex tensors."""
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return output
+        if output.is_complex():
+            return self.complex_tensors.remember(output, expression)
+        if any(source.is_overwritten for source in expression.sources):
+            raise UnsupportedOperationError(
+                f"{expression.name!r} in {self.path or 'the model'!r} reads a tensor that is overwritten in place "
+                "before its complex numbers are real again, which has no kernel. Write to a copy, x = x + y instead of "
+                "x += y."
+            )
+        inputs = tuple(CallInput(source.saved) for source in expression.sources)
+        slots = tuple(Slot(number) for number in range(len(inputs)))
+        function = _on_values(expression)
+        call = FunctionCall(expression.name, function, self.path, slots, {}, inputs, self.settings)
+        tensors = [source.tensor for source in expression.sources]
+        return self._linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
+
+    def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor]) -> Any:
+        """Returns one output of a function without a kernel as a step that raises when relevance arrives."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or not output.requires_grad:
-            return self.complex_tensors.remember(output, inputs, call.name)
+            return output
         where = f"{call.name!r} in {call.path or 'the model'!r} ({source_line()})"
         if output.layout != torch.strided:
             raise UnsupportedOperationError(
                 f"{where} makes a sparse tensor of computed values, which has no kernel. Keep them dense: gather "
                 "messages by index_select, sum them by index_add."
             )
-        error = UnsupportedOperationError(
-            f"relevance arrived at {where}, which has no kernel. {advice or _advice(call)}"
-        )
+        error = UnsupportedOperationError(f"relevance arrived at {where}, which has no kernel. {_advice(call)}")
         shapes = [tensor.shape for tensor in inputs]
         linked = self._linked(call, output.detach(), lambda: UnknownKernel(error, shapes), call.name, inputs)
         linked.grad_fn.step.unsupported_call = call  # type: ignore[union-attr]  # a Link
@@ -199,11 +223,11 @@ class InterceptedPass:
 
     @property
     def follows_ids(self) -> bool:
-        """Whether there are ids to follow in what a function of constants returns."""
+        """Whether there are ids to track in the results of functions of constants."""
         return self._ids is not None and self._ids.are_known
 
     def with_ids(self, call: ObservedCall, result: Any) -> Any:
-        """What a function returns; rows that ids among the inputs select are inputs."""
+        """Returns the result of a call, in which rows selected by ids among the inputs are inputs."""
         if self._ids is None:
             return result
         return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))
@@ -218,9 +242,9 @@ class InterceptedPass:
     # -- modules ----------------------------------------------------------------------------------------------------
 
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """The output of a module as a step, if it maps each element on its own by functions that no mode sees.
+        """Returns the output of a module as a step, if the module is elementwise by functions that no mode observes.
 
-        Such are activations with an ``autograd.Function`` of their own, or written in TorchScript. None for any other.
+        Examples are activations with their own ``autograd.Function``, or in TorchScript. None for other modules.
         """
         if is_inside_step():
             return None
@@ -243,8 +267,12 @@ class InterceptedPass:
 
 
 def written(observed: ObservedCall, result: Any) -> Any:
-    """A result, written to the target of the call if it has one."""
+    """Writes a result to the target of the call if there is one, and returns it."""
     return result if observed.target is None else write(observed.target, result)
+
+
+def _on_values(expression: Expression) -> Callable[..., Tensor]:
+    return lambda *values: expression.on(values)
 
 
 def _advice(call: FunctionCall) -> str:

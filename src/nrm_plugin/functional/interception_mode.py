@@ -1,7 +1,7 @@
-"""The mode that observes every function that a model calls in one forward pass.
+"""The mode that observes all function calls of a model in one forward pass.
 
-A ``TorchFunctionMode`` sees functions, methods and operators before autograd does. Modules with a rule are steps of
-their own; functions inside them are not observed.
+A ``TorchFunctionMode`` observes functions, methods and operators before autograd does. Modules with a rule are separate
+steps; functions inside them are not observed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.forward_state import before_writing, constants_detached, is_foreign, is_inside_step
+from ..kernels.forward_state import before_writing, constants_detached, is_foreign, is_inside_step, note_untracked
 from .function_call import Settings
 from .handlers import handle
 from .intercepted_pass import InterceptedPass
@@ -22,10 +22,10 @@ from .registry import name_of
 
 
 class InterceptionMode(TorchFunctionMode):
-    """One forward pass under interception.
+    """The mode of one forward pass under interception.
 
     Args:
-        settings: What all steps of functions depend on.
+        settings: The settings of all steps of functions.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -37,12 +37,14 @@ class InterceptionMode(TorchFunctionMode):
     ) -> Any:
         kwargs, forward_pass = kwargs or {}, self.forward_pass
         if is_inside_step() or not torch.is_grad_enabled():
+            if not is_inside_step():
+                note_untracked()
             run = func if is_inside_step() else self._inside_custom_function(func)
             result = run(*args, **kwargs)
             if not forward_pass.follows_ids:
                 return result
             return forward_pass.with_ids(ObservedCall.of(func, args, kwargs, forward_pass.path), result)
-        if getattr(func, "__name__", "") != "__get__":  # attributes are read from the tensor itself
+        if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
             kwargs = {key: constants_detached(value) for key, value in kwargs.items()}
         call = ObservedCall.of(func, args, kwargs, forward_pass.path)
@@ -53,7 +55,7 @@ class InterceptionMode(TorchFunctionMode):
         return forward_pass.with_ids(call, handle(call, forward_pass))
 
     def _inside_custom_function(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that runs without gradients, as in the forward of an ``autograd.Function``."""
+        """Returns a function that runs without gradients, as in the forward of an ``autograd.Function``."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self.forward_pass.custom_calls.observe(func, args)

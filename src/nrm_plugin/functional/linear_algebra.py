@@ -1,7 +1,7 @@
 """Functions of linear algebra, written out as products of matrices and of entries.
 
-The solution of a system with a constant matrix is a product with its inverse, a constant. The inverse of a computed
-matrix has no kernel.
+The solution of a system with a constant matrix is a product with the constant inverse. The inverse of a computed matrix
+has no kernel.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -47,7 +47,7 @@ def _outer(input: Tensor, vec2: Tensor) -> Tensor:
 def _addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     product = vec1.unsqueeze(-1) * vec2
     product = product if alpha == 1 else product * alpha
-    if beta == 0:  # as in torch, the values of the input do not matter then
+    if beta == 0:  # as in torch, the input is then ignored
         return product
     return product + (input if beta == 1 else input * beta)
 
@@ -105,7 +105,7 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Any:
 
 
 def _by_constant(solve: Callable[[Tensor], Tensor], matrix: Tensor, right: Tensor, left: bool = True) -> Any:
-    """A solution that is linear in its right side: a product with that of the unit matrix, where this is a constant."""
+    """Computes a solution that is linear in its right side, as a product with the solution for the unit matrix."""
     if matrix.requires_grad:
         return NotImplemented
     with not_recorded():

@@ -1,4 +1,4 @@
-"""One call of a function as an interception observes it, before it is known how relevance passes through it."""
+"""Calls of functions as observed by an interception, before their kernel is known."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .function_call import Slot
 from .registry import FunctionName, name_of
 
 WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
-"""Functions that write to their first argument or to a copy of it, as autograd records by itself."""
+"""Functions that write to their first argument or to a copy of it, which autograd records."""
 
 
 @dataclass(frozen=True, eq=False)
 class ObservedCall:
-    """One call of a function.
+    """An observed call of a function.
 
     Attributes:
         function: The function.
-        name: Its name.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        inputs: The tensors among them that carry relevance, in order.
-        slots: The arguments with slots in place of the inputs.
-        keyword_slots: The keyword arguments but ``out``, likewise.
-        path: Path of the module that called it.
+        name: Name of the function.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        inputs: The tensors among the arguments that carry relevance, in order.
+        slots: The positional arguments with slots in place of the inputs.
+        keyword_slots: The keyword arguments except ``out``, with slots in place of the inputs.
+        path: Path of the module that called the function.
     """
 
     function: Callable[..., Any]
@@ -43,7 +43,7 @@ class ObservedCall:
 
     @classmethod
     def of(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> ObservedCall:
-        """The call of a function with these arguments."""
+        """Returns the call of a function with the given arguments."""
         inputs: list[Tensor] = []
         slots = tuple(_with_slots(value, inputs) for value in args)
         keyword_slots = {key: _with_slots(value, inputs) for key, value in kwargs.items() if key != "out"}
@@ -51,27 +51,27 @@ class ObservedCall:
         return cls(function, name, args, kwargs, tuple(inputs), slots, keyword_slots, path)
 
     def run(self) -> Any:
-        """What the function returns."""
+        """Runs the function and returns its result."""
         return self.function(*self.args, **self.kwargs)
 
     def argument(self, position: int, keyword: str) -> Any:
-        """One argument by position or keyword; None if it is not given."""
+        """Returns an argument by position or keyword; None if it is not given."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(keyword)
 
     @property
     def is_in_place(self) -> bool:
-        """Whether this spelling writes to its first argument."""
+        """Whether this form of the function writes to its first argument."""
         return self.name.in_place or bool(self.kwargs.get("inplace"))
 
     @property
     def target(self) -> Tensor | None:
-        """The tensor that the result is to be written to; None for a result of its own."""
+        """The tensor to which the result is written; None for a new tensor."""
         target = self.kwargs.get("out", self.args[0] if self.args and self.is_in_place else None)
         return target if isinstance(target, Tensor) else None
 
     @property
     def overwritten(self) -> Tensor | None:
-        """The tensor that this call may write to."""
+        """The tensor to which the call may write."""
         target = self.args[0] if self.args and self.name.base in WRITERS and "out" not in self.kwargs else self.target
         return target if isinstance(target, Tensor) else None
 
@@ -83,10 +83,10 @@ class ObservedCall:
         return len(self.inputs) < count or any(isinstance(value, (int, float)) for value in self.args)
 
     def out_of_place(self) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """The function without its in-place write, and its keyword arguments: on a copy, or with ``inplace=False``."""
+        """Returns function and keyword arguments without the in-place write: on a copy, or with ``inplace=False``."""
         if self.keyword_slots.get("inplace"):
             return self.function, {**self.keyword_slots, "inplace": False}
-        # Not a method: a step that keeps it would keep the tensors of this call alive, and they the step.
+        # It is not a method, since a step that stores it would form a reference cycle with the tensors of this call.
         return (partial(_on_copy, self.function) if self.name.in_place else self.function), self.keyword_slots
 
 
@@ -95,7 +95,7 @@ def _on_copy(function: Callable[..., Any], first: Any, *rest: Any, **options: An
 
 
 def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
-    """An argument with slots in place of the tensors that carry relevance, which are added to the inputs."""
+    """Replaces the tensors that carry relevance in an argument by slots, and adds the tensors to the inputs."""
     if isinstance(value, Tensor):
         if value.requires_grad and value.is_floating_point():
             inputs.append(value)
@@ -107,9 +107,9 @@ def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
 
 
 def _as_called(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionName:
-    """The name of what a function does with these arguments, where another function does the same.
+    """Returns the name of an equivalent function, if there is one for the given arguments, else the given name.
 
-    ``x.clamp(min=0)`` is another spelling of ReLU, and ``x.max(y)`` of a maximum.
+    ``x.clamp(min=0)`` is equivalent to ReLU, and ``x.max(y)`` to a maximum.
     """
     if name.base in ("max", "min"):
         is_pair = isinstance(args[1] if len(args) > 1 else kwargs.get("other"), Tensor)
@@ -123,7 +123,7 @@ def _as_called(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def source_line() -> str:
-    """The line of the model that called the function."""
+    """The source line of the model that called the function."""
     for frame in reversed(traceback.extract_stack()):
         if "/torch/" not in frame.filename and "/nrm_plugin/" not in frame.filename:
             return f"{frame.filename}:{frame.lineno}: {frame.line}"

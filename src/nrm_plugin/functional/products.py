@@ -28,7 +28,7 @@ from .registry import kernel_of
 from .unsupported import UnknownKernel, uncovered_layer_error
 
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``(input, weight, bias) -> output``"""
+"""A function ``(input, weight, bias) -> output``."""
 
 
 def kernel_of_layer(
@@ -40,19 +40,19 @@ def kernel_of_layer(
     bias_dim: int = -1,
     padding_mode: str = "zeros",
 ) -> Kernel:
-    """A function that is affine in its first input and linear in a constant weight, by the rule of a layer.
+    """Kernel of a function that is affine in its first input and linear in a constant weight, by the rule of a layer.
 
     Args:
         call: The call.
         run: The function of input, weight and bias.
-        weight: The weight, with a row for each output.
+        weight: The weight, with one row per output.
         bias: The bias.
-        like: A layer of that kind.
+        like: A layer of the same kind.
         bias_dim: Dimension of the output along which the bias is added.
-        padding_mode: As in convolutions; anything but ``"zeros"`` where an input meets an output through two weights.
+        padding_mode: As in convolutions; not ``"zeros"`` if an input contributes to an output through two weights.
     """
     rule = call.settings.rules.of_weight(weight, like)
-    if rule is None:  # raised in an operator such as @, Python would take it for operands that do not fit
+    if rule is None:  # in an operator such as @, Python would interpret it as unsupported operands
         return UnknownKernel(uncovered_layer_error(call.path, like, call.name), call.shapes)
     shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim, padding_mode=padding_mode)
     kernel = read_rule_at(rule, shell, call.values[0], call.path)
@@ -61,7 +61,7 @@ def kernel_of_layer(
 
 @kernel_of("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
-    """With a constant matrix a linear layer; of computed factors, all to those that are not gates."""
+    """Kernel of a product: a linear layer if a factor is constant, else all to the factors that are not gates."""
     if len(call.inputs) == 1:
         return _contraction_with_constant(call)
     factors = range(len(call.inputs))
@@ -79,9 +79,9 @@ def contraction(call: FunctionCall) -> Kernel:
 
 
 def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kernel:
-    """The shares of the entries of one factor of a product, the others held constant."""
+    """The kernel of one factor of a product, with the other factors as constants."""
     values = call.values
-    if isinstance(rule, Absolute):  # of the magnitude of each product, also of its constant factors
+    if isinstance(rule, Absolute):  # by the magnitude of each product, including its constant factors
         values, call = [value.abs() for value in values], _changed(call, constants_of(call), Tensor.abs)
 
     def run(source: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ class ConstantMatrix:
 
     Attributes:
         weight: The weight, with one row per output.
-        restore: Converts such a weight back to the original factor.
-        is_layer: Whether this is a layer over the last dimension, so that its outputs are channels.
+        restore: A function that converts the weight back to the original factor.
+        is_layer: Whether the product is a layer over the last dimension, so that its outputs are channels.
     """
 
     weight: Tensor
@@ -109,7 +109,7 @@ class ConstantMatrix:
 
 
 def _contraction_with_constant(call: FunctionCall) -> Kernel:
-    """A product with a constant as a linear layer."""
+    """Kernel of a product with a constant, as a linear layer."""
     constants = constants_of(call)
     if not constants:  # einsum of one tensor sums and transposes
         return pooling(call)
@@ -125,13 +125,13 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
     like = nn.Linear(1, 1, device="meta")
     if matrix.is_layer:
         return kernel_of_layer(call, run, matrix.weight, None, like)
-    # Not a layer's kernel to others: no channel matrix can be read off weights that meet inputs in another way.
+    # It is not marked as a layer, since no channel matrix can be read from weights of another layout.
     kernel = kernel_of_layer(call, run, matrix.weight, None, like, padding_mode="computed")
     return SingleInputKernel(kernel, 0, call.shapes)
 
 
 def _with_one_constant(call: FunctionCall) -> FunctionCall:
-    """``einsum`` with the product of its constants in place of several."""
+    """Returns a call of ``einsum`` in which several constants are replaced by their product."""
     read = read_einsum(call.args, lambda one: call.values[0].ndim if isinstance(one, Slot) else one.ndim)
     pairs = list(zip(read.subscripts, read.operands, strict=True))
     signal = next(pair for pair in pairs if isinstance(pair[1], Slot))
@@ -144,7 +144,7 @@ def _with_one_constant(call: FunctionCall) -> FunctionCall:
 
 
 def _changed(call: FunctionCall, constants: list[Tensor], change: Callable[[Tensor], Tensor]) -> FunctionCall:
-    """A call with other values of some of its constants."""
+    """Returns a call with some of its constants changed."""
     for constant in constants:
         factor = change(constant)
         args = tuple(_replaced(value, constant, factor) for value in call.args)
@@ -154,7 +154,7 @@ def _changed(call: FunctionCall, constants: list[Tensor], change: Callable[[Tens
 
 
 def matrix_of(call: FunctionCall, constant: Tensor) -> ConstantMatrix:
-    """The constant factor of a contraction as the weight of a layer."""
+    """Returns the constant factor of a contraction as the weight of a layer."""
     if call.name == "einsum":
         matrix = _matrix_of_einsum(call, constant)
         return ConstantMatrix(constant, lambda weight: weight, False) if matrix is None else matrix
@@ -173,7 +173,7 @@ def matrix_of(call: FunctionCall, constant: Tensor) -> ConstantMatrix:
 
 
 def _matrix_of_einsum(call: FunctionCall, constant: Tensor) -> ConstantMatrix | None:
-    """The same for ``einsum``: the subscripts of the factor that are in the output number its rows."""
+    """Returns the constant factor of ``einsum``; its subscripts that are in the output enumerate the rows."""
     equation, operands = call.args[0], list(call.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])

@@ -1,8 +1,8 @@
 """Recurrent layers as loops of plain operations with known kernels.
 
-torch runs a whole LSTM, GRU or RNN as one fused function. While a measure is recorded, a loop over time runs instead:
-its linear maps have the rule that the composite gives to the layer, or else to linear layers, and sigmoids are gates.
-Inputs and states are ``(N, features)`` at each time; hidden and cell states are taps.
+torch runs a whole LSTM, GRU or RNN as one fused function. While a measure is recorded, a loop over time replaces it:
+its linear maps have the rule that the composite assigns to the layer, or else to linear layers, and sigmoids are gates.
+Inputs and states are ``(N, features)`` at each time step; hidden and cell states are taps.
 
 Source: docs/recurrent-and-graphs.md.
 """
@@ -22,46 +22,46 @@ from ..kernels.forward_state import listener
 
 Weights = Sequence[Tensor]
 State = tuple[Tensor | None, ...]
-"""Hidden state, and for an LSTM the cell state; None for one that is zero from the start."""
+"""The hidden state, and for an LSTM the cell state; None for a zero initial state."""
 
 
 @dataclass
 class Context:
-    """Where in a model a recurrent function runs.
+    """The place in a model where a recurrent function runs.
 
     Attributes:
-        path: Path of the module that called it.
-        packs: For each packed sequence that a module received: its batch sizes, and the rank of each sample by length.
+        path: Path of the module that called the function.
+        packs: Batch sizes of each packed sequence passed to a module, and the rank of each sample by length.
     """
 
     path: str
     packs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def tap(self, name: str, time: int, tensor: Tensor) -> None:
-        """Makes a state a tap."""
+        """Records a state as a tap."""
         listening = listener()
         if listening is not None and tensor.requires_grad:
             listening.on_function(f"{self.path}.{name}" if self.path else name, time, tensor, -1)
 
     def order(self, batch_sizes: Tensor) -> Tensor:
-        """Rank by length of each sample of a packed sequence."""
+        """Returns the rank by length of each sample of a packed sequence."""
         known = next((order for sizes, order in self.packs if sizes is batch_sizes), None)
         return torch.arange(int(batch_sizes[0])) if known is None else known
 
 
 def packs_in(args: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-    """Batch sizes and ranks of the packed sequences among the arguments of a module."""
+    """Returns the batch sizes and ranks of the packed sequences among the arguments of a module."""
     packed = [value for value in args if isinstance(value, PackedSequence)]
     return [(pack.batch_sizes, pack.unsorted_indices) for pack in packed if pack.unsorted_indices is not None]
 
 
 Recurrence = Callable[..., Any]
 RECURRENCES: dict[str, Recurrence] = {}
-"""Loops that run in place of functions, by name; their first argument is the context."""
+"""Loops that replace functions, by name; their first argument is the context."""
 
 
 def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
-    """Registers a loop that runs in place of a function."""
+    """Registers a loop that replaces a function."""
 
     def decorate(body: Recurrence) -> Recurrence:
         RECURRENCES[name] = body
@@ -74,9 +74,10 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """The summand of the hidden state, and a bias that is a summand of its own.
+    """Returns the summand of the hidden state, and the bias if it is a separate summand.
 
-    The bias is separate for an initial state that was given: samples in which it is zero then lose nothing to it.
+    The bias is separate for a user-supplied initial state, so that it absorbs no relevance in samples with a zero
+    state.
     """
     w_hh, b_hh = weights[1], weights[3] if len(weights) > 3 else None
     if h is None:
@@ -95,7 +96,7 @@ def _sum(first: Tensor, *rest: Tensor | None) -> Tensor:
 
 
 def lstm_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State:
-    r"""One step of an LSTM.
+    r"""Computes one step of an LSTM.
 
     .. math:: c' = \sigma(f) \odot c + \sigma(i) \odot \tanh g, \qquad h' = W_{hr}\,(\sigma(o) \odot \tanh c')
 
@@ -112,7 +113,7 @@ def lstm_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> Stat
 
 
 def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State:
-    r"""One step of a GRU; :math:`\sigma(r)` and :math:`\sigma(z)` are gates.
+    r"""Computes one step of a GRU, where :math:`\sigma(r)` and :math:`\sigma(z)` are gates.
 
     .. math:: h' = (1 - \sigma(z)) \odot \tanh(n_x + \sigma(r) \odot n_h) + \sigma(z) \odot h
 
@@ -131,7 +132,7 @@ def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State
 
 
 def rnn_step(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, State, bool, Weights], State]:
-    r"""One step of an Elman net, :math:`h' = \phi(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})`."""
+    r"""Returns the step of an Elman network, :math:`h' = \phi(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})`."""
 
     def step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State:
         return (activation(_sum(_from_input(x, weights), *_from_hidden(state[0], is_given, weights))),)
@@ -149,7 +150,7 @@ CELLS: dict[str, Cell] = {
 
 
 def _started(x: Tensor, state: Sequence[Tensor]) -> tuple[State, bool]:
-    """Initial states, None for zeros, and whether some were given: these join the signal as constants."""
+    """Returns initial states, None for zeros, and whether some are user-supplied (constants that join the signal)."""
     states: list[Tensor | None] = []
     for value in state:
         if value.requires_grad:
@@ -193,7 +194,7 @@ for _kind in CELLS:
 
 @dataclass(frozen=True)
 class _Layers:
-    """The weights and options of a recurrent layer as torch passes them to its function."""
+    """The weights and options of a recurrent layer, as torch passes them to its function."""
 
     kind: str
     params: Sequence[Tensor]
@@ -208,20 +209,20 @@ class _Layers:
         return 2 if self.bidirectional else 1
 
     def weights(self, number: int) -> Weights:
-        """The weights of one layer in one direction."""
+        """Returns the weights of one layer in one direction."""
         size = len(self.params) // (self.num_layers * self.directions)
         return self.params[number * size : (number + 1) * size]
 
     def run(
         self, context: Context, xs: list[Tensor], initial: Sequence[Tensor], lengths: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs by time, and the final states, ``(layers · directions, N, features)`` each.
+        """Returns outputs by time, and the final states, ``(layers · directions, N, features)`` each.
 
         Args:
-            context: Context this runs.
+            context: The place in the model.
             xs: Inputs by time, ``(N, features)`` each.
             initial: Initial states, ``(layers · directions, N, features)`` each.
-            lengths: Length of each sample; None where all are as long as the input.
+            lengths: Length of each sample; None if all samples have the length of the input.
         """
         finals: list[list[Tensor]] = []
         for layer in range(self.num_layers):
@@ -266,14 +267,14 @@ class _Layers:
 
 
 def _of_running(is_running: Tensor, state: State, before: State) -> State:
-    """The new state of the samples that have not ended, the old one of the others."""
+    """Returns the new state of samples that have not ended, and the old state of all others."""
     mask = is_running.unsqueeze(1)
     pairs = zip(state, before, strict=True)
     return tuple(new if new is None or old is None else torch.where(mask, new, old) for new, old in pairs)
 
 
 def _reversed(xs: list[Tensor], lengths: Tensor | None) -> list[Tensor]:
-    """Each sample from its last time to its first."""
+    """Reverses each sample in time."""
     if lengths is None or bool((lengths == len(xs)).all()):
         return xs[::-1]
     stacked, samples = torch.stack(xs), torch.arange(len(lengths), device=lengths.device)
@@ -308,13 +309,13 @@ for _kind in CELLS:
 
 
 class _Packing:
-    """Where the entries of samples are in a packed sequence.
+    """The positions of samples in a packed sequence.
 
-    Its entries are ordered by time, and at each time by sample, longest first. The loop runs on all samples at each
-    time, in the order of the batch, so that the sink of each sample is known.
+    Entries are ordered by time, and at each time by sample, longest first. The loop runs on all samples at each time,
+    in the order of the batch, so that the sink of each sample is known.
 
     Args:
-        batch_sizes: Number of samples that have not ended, at each time.
+        batch_sizes: Number of samples that have not ended at each time.
         order: Rank of each sample by length.
     """
 
@@ -325,23 +326,23 @@ class _Packing:
         self.lengths = (sizes.unsqueeze(0) > order.unsqueeze(1)).sum(1)
 
     def rows(self, data: Tensor) -> list[Tensor]:
-        """``(entries, …)`` to ``(N, …)`` for each time; a sample that has ended repeats its last entry."""
+        """Converts ``(entries, …)`` to ``(N, …)`` for each time; a sample that has ended repeats its last entry."""
         times = [torch.minimum(self.lengths - 1, torch.full_like(self.lengths, t)) for t in range(len(self.offsets))]
         return [data.index_select(0, self.offsets[time] + self.order) for time in times]
 
     def packed(self, rows: list[Tensor]) -> Tensor:
-        """The inverse of :meth:`rows`."""
+        """Converts back, as the inverse of :meth:`rows`."""
         parts = [row.index_select(0, self._running(time)) for time, row in enumerate(rows)]
         return torch.cat(parts)
 
     def _running(self, time: int) -> Tensor:
-        """The samples that have not ended at a time, longest first."""
+        """Returns the samples that have not ended at a time, longest first."""
         return self.inverse[: int((self.lengths > time).sum())]
 
 
 @recurrence_of("_pack_padded_sequence")
 def _pack(context: Context, padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    """Entries of a padded batch ``(T, N, …)``, whose samples are sorted by length, by time."""
+    """Packs the entries of a padded batch ``(T, N, …)`` with samples sorted by length."""
     by_time = padded.transpose(0, 1) if batch_first else padded
     ends = lengths.tolist()
     sizes = [sum(end > time for end in ends) for time in range(max(ends))]
@@ -353,7 +354,7 @@ def _pack(context: Context, padded: Tensor, lengths: Tensor, batch_first: bool) 
 def _pad(
     context: Context, data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total: int
 ) -> tuple[Tensor, Tensor]:
-    """The entries as a padded batch; the padding of a sample is a constant of that sample."""
+    """Pads entries to a batch; the padding of a sample is a constant of that sample."""
     packing = _Packing(batch_sizes, context.order(batch_sizes).to(data.device))
     rows = packing.rows(data)
     rows += [rows[-1]] * (total - len(rows))

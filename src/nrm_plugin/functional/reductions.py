@@ -17,10 +17,10 @@ from .unsupported import UnknownKernel
 
 
 class ReductionKernel(Kernel):
-    """Splits the relevance of each output among the entries that were reduced to it.
+    """Kernel that splits the relevance of each output among the reduced entries.
 
     Args:
-        share: One for each entry of the input; those of one output sum to one.
+        share: Share of each entry of the input; the shares of one output sum to one.
         reduced_shape: Shape of the output with the reduced dimensions as ones.
     """
 
@@ -36,7 +36,7 @@ class ReductionKernel(Kernel):
 
 
 def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
-    """Shares in proportion to sizes; equal ones where all sizes are zero."""
+    """Kernel with shares in proportion to sizes, or equal shares if all sizes are zero."""
     dims = tuple(range(sizes.ndim)) if dims is None or dims == () else dims
     total = sizes.sum(dims, keepdim=True)
     equal = torch.full_like(total, total.numel() / sizes.numel())
@@ -45,14 +45,14 @@ def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
 
 @kernel_of("logsumexp")
 def log_sum_exp(call: FunctionCall) -> Kernel:
-    r"""By softmax, the derivative of the function: :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
+    r"""Kernel of log-sum-exp by its derivative softmax, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
     value, dims = call.values[0], call.argument(1, "dim")
     return _proportional((value - value.amax(dims, keepdim=True)).exp(), dims)
 
 
 @kernel_of("logaddexp", "logaddexp2")
 def log_add_exp(call: FunctionCall) -> Kernel:
-    """Two inputs by softmax; a constant is a bias."""
+    """Kernel of log-add-exp of two inputs by softmax; a constant is a bias."""
     if len(call.inputs) == 1:
         return call.identity()
     factor = math.log(2) if call.name == "logaddexp2" else 1.0
@@ -62,9 +62,9 @@ def log_add_exp(call: FunctionCall) -> Kernel:
 
 @kernel_of("vector_norm")
 def vector_norm(call: FunctionCall) -> Kernel:
-    r"""By Euler's theorem on homogeneous functions: :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
+    r"""Kernel of norms by Euler's theorem on homogeneous functions, :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
 
-    The norm of order ∞ (-∞) is the largest (smallest) magnitude, and propagates to the entries that have it.
+    The norm of order ∞ (-∞) is the largest (smallest) magnitude, and propagates to the entries with this magnitude.
     """
     value, order, dims = call.values[0], call.argument(1, "ord", 2), call.argument(2, "dim")
     size = value.abs()

@@ -1,7 +1,7 @@
-"""What is known of functions by name: the kernels of some, and the decompositions of others into these.
+"""The registry of kernels by function name, and of decompositions into functions with kernels.
 
-A function is looked up by its name without the marks of its spelling: ``torch.add``, ``Tensor.add_``,
-``Tensor.__radd__`` and ``operator.iadd`` on tensors are all ``add``.
+A function is looked up by a name common to all its variants: ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__`` and
+``operator.iadd`` on tensors are all ``add``.
 """
 
 from __future__ import annotations
@@ -58,9 +58,11 @@ _SYNONYMS = {
     "fmin": "minimum",
 }
 _NAMESPACES = ("special_", "linalg_")
-"""Prefixes of functions in namespaces of torch."""
+"""Name prefixes of functions in namespaces of torch."""
+_OPERATORS = ("aten", "prim", "prims", "torchvision")
+"""Namespaces of operators that are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
-"""Functions that do not take the arguments of the function of that name outside of the namespace."""
+"""Functions with other arguments than the function of the same name outside the namespace."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class FunctionName:
     """The name of a function.
 
     Attributes:
-        base: The name without the marks of its spelling.
-        in_place: Whether this spelling writes to its first argument.
+        base: The name common to all variants of the function.
+        in_place: Whether this variant writes to its first argument.
     """
 
     base: str
@@ -77,9 +79,11 @@ class FunctionName:
 
 
 def name_of(function: Any) -> FunctionName:
-    """The name of a function without the marks of its spelling."""
+    """Returns the name of a function."""
     name = str(getattr(function, "__name__", function)).partition(".")[0]
     in_place = False
+    if (owner := _foreign_owner(function)) is not None:
+        return FunctionName(f"{owner}.{name}")
     if name.startswith("__") and name.endswith("__"):
         name = name.strip("_")
         if name[:1] == "i" and name[1:] in _ARITHMETIC:
@@ -91,13 +95,22 @@ def name_of(function: Any) -> FunctionName:
     return FunctionName(_SYNONYMS.get(name, name), in_place)
 
 
+def _foreign_owner(function: Any) -> str | None:
+    """The namespace of a function outside torch, which may share the name of a torch function; None for torch."""
+    owner = str(getattr(function, "__module__", None) or "torch")
+    if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
+        space = owner.removeprefix("torch._ops.")
+        return None if space in _OPERATORS else space
+    return None if owner.partition(".")[0] in ("torch", "nrm_plugin", "_operator") else owner
+
+
 def kernel_of(*names: str) -> Callable[[Function], Function]:
-    """Registers the kernel of functions by their names."""
+    """Registers the kernel of functions by name."""
     return _registering(KERNELS, names)
 
 
 def decomposition_of(*names: str) -> Callable[[Function], Function]:
-    """Registers Python code that replaces functions and consists of operations with kernels."""
+    """Registers Python code that replaces functions by operations with kernels."""
     return _registering(DECOMPOSITIONS, names)
 
 
@@ -111,11 +124,11 @@ def _registering(table: dict[str, Any], names: tuple[str, ...]) -> Callable[[Fun
 
 
 def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory], KernelFactory]:
-    """Gives functions a kernel, or replaces the one that they have.
+    """Registers a kernel for functions, or replaces their kernel.
 
     The decorated function is called when relevance first arrives at a call of one of the functions. It receives the
     :class:`~nrm_plugin.functional.FunctionCall` and returns a kernel with one input for each of ``call.values``, the
-    tensors that carry relevance. Four methods of the call return the kernels that most functions need:
+    tensors that carry relevance. Four methods of the call return the kernels of most functions:
 
     - ``call.identity()``: relevance passes to the first input, elementwise,
     - ``call.split(shares)``: each input receives its share, elementwise,
@@ -126,7 +139,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 
     Args:
         functions: Functions as the model calls them, such as ``torch.add`` or a custom operator. For a function of
-            torch the kernel is that of all its spellings (method, operator, in place).
+            torch, the kernel applies to all its variants (method, operator, in place).
 
     Raises:
         TypeError: An argument is not callable.
@@ -151,13 +164,16 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Whether a function is known by name: its other spellings are other objects."""
+    """Whether a function is looked up by name, since its variants are different objects."""
     module = getattr(function, "__module__", None) or ""
-    return module.startswith("torch") or type(function).__name__ in ("builtin_function_or_method", "method_descriptor")
+    return module.partition(".")[0] in ("torch", "torchvision") or type(function).__name__ in (
+        "builtin_function_or_method",
+        "method_descriptor",
+    )
 
 
 def kernel_factory_of(function: Any, name: FunctionName) -> KernelFactory | None:
-    """What makes the kernel of a function; None for a function without a kernel."""
+    """Returns the factory of the kernel of a function; None for a function without a kernel."""
     try:
         factory = KERNELS_BY_FUNCTION.get(function)
     except TypeError:  # not hashable

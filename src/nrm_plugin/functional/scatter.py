@@ -1,12 +1,12 @@
 r"""Functions of graph networks: gathers, sums into nodes, segments and sparse products.
 
-Messages that are summed into a node split its relevance as the entries of a mean do, by the composite's rule of average
-pooling; in this package's composites
+The relevance of a node is split among the messages that are summed into it as among the entries of a mean, by the
+composite's rule of average pooling; in this package's composites
 
 .. math:: T_{en} = \frac{|m_e|}{\sum_{e' \to n} |m_{e'}|}.
 
-A maximum passes all relevance to the largest message, in equal parts among ties. A sparse matrix is an adjacency, so
-its product is such a sum, and not a layer.
+A maximum passes all relevance to the largest message, in equal parts among ties. A sparse matrix is an adjacency
+matrix, so its product is such a sum, and not a layer.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -33,7 +33,7 @@ from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 
 def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """A function of this module that an interception handles like one of torch, under that name."""
+    """Decorates a function of this module that an interception handles like a function of torch with the given name."""
 
     def decorate(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(body)
@@ -51,7 +51,7 @@ def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[...
 
 @_intercepted_as("index_add")
 def index_add_to_zeros(source: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
-    """``y[index[e]] = Σ source[e]`` along a dimension."""
+    """Computes ``y[index[e]] = Σ source[e]`` along a dimension."""
     shape = list(source.shape)
     shape[dim] = size
     return source.new_zeros(shape).index_add(dim, index, source)
@@ -59,7 +59,7 @@ def index_add_to_zeros(source: Tensor, dim: int, index: Tensor, size: int) -> Te
 
 @_intercepted_as("scatter_add")
 def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.Size) -> Tensor:
-    """The same with an index for every entry."""
+    """Sums entries of ``source`` into zeros, with an index for every entry."""
     return source.new_zeros(shape).scatter_add(dim, index, source)
 
 
@@ -67,23 +67,23 @@ def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.S
 def scatter_extremum(
     source: Tensor, own: Tensor | None, dim: int, index: Tensor, shape: torch.Size, how: str
 ) -> Tensor:
-    """The largest (smallest) of the entries instead of their sum; zero for an empty group.
+    """Computes the largest (smallest) entry of each group; zero for an empty group.
 
-    ``own`` holds one more entry for each group, ``how`` is ``"amax"`` or ``"amin"``.
+    ``own`` holds one further entry per group, and ``how`` is ``"amax"`` or ``"amin"``.
     """
     target = source.new_zeros(shape) if own is None else own
     return target.scatter_reduce(dim, index, source, how, include_self=own is not None)
 
 
 class ExtremumKernel(Kernel):
-    """Passes the relevance of each extremum to the entries that attain it, in equal parts.
+    """Kernel that passes the relevance of each extremum to the entries that attain it, in equal parts.
 
-    autograd does so as well, but also counts the values that ``include_self=False`` leaves out.
+    autograd does so as well, but also counts the values that ``include_self=False`` excludes.
 
     Args:
         dim, index: The group of each entry.
         share: Share of each entry in its group.
-        own: Share of the further entry of each group, if there is one.
+        own: Share of the further entry of each group, or None.
     """
 
     is_stochastic = True  # groups without members are replaced by constants afterwards
@@ -118,7 +118,7 @@ KERNELS_BY_FUNCTION[scatter_extremum] = _extremum_kernel
 
 
 def _sum_with_constant(first: Tensor, added: Tensor, counts: Tensor) -> Tensor:
-    """A sum; where nothing is added to a constant, the output is that constant."""
+    """Computes a sum; if nothing is added to a constant, the output is that constant."""
     if first.requires_grad:
         return first + added
     total = first + added if bool(first.any()) else added
@@ -148,13 +148,13 @@ def _scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
 
 
 def _counts(like: Tensor, dim: int, index: Tensor) -> Tensor:
-    """How many entries an index adds to each position."""
+    """Counts the entries that an index adds to each position."""
     ones = torch.ones(index.shape, dtype=like.dtype, device=like.device)
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device).scatter_add(dim, index, ones)
 
 
 def _cropped(src: Tensor, index: Tensor) -> Tensor:
-    """The entries of a source that an index with fewer entries selects."""
+    """Crops a source to the entries that are used with a smaller index."""
     return src if src.shape == index.shape else src[tuple(slice(size) for size in index.shape)]
 
 
@@ -185,7 +185,7 @@ def _scatter_reduce(
 
 
 def _rival(constant: Tensor, signal: Tensor) -> Tensor:
-    """A constant that competes with a signal: relevance of the outputs that it wins is absorbed there."""
+    """A constant that competes with a signal in a maximum, and absorbs the relevance of the outputs that it attains."""
     if not signal.numel():
         return constant
     with not_recorded():  # routes, which autograd records
@@ -235,14 +235,14 @@ def _segment_reduce(
 
 
 _EMPTY = {"max": -math.inf, "min": math.inf, "mean": math.nan}
-"""What ``segment_reduce`` returns for a segment without members."""
+"""The result of ``segment_reduce`` for a segment without members."""
 
 
 # -- writes by index --------------------------------------------------------------------------------------------------
 
 
 def _lookup(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """A function that only copies, as an index: run on the numbers of the entries, it returns where each came from."""
+    """Runs a function that only copies on the numbers of the entries, which gives the source index of each output."""
     computed = [value for value in (*args, *kwargs.values()) if _carries(value)]
     numbers = _numbers_of(computed)
     with torch.no_grad():
@@ -262,7 +262,7 @@ def _carries(value: Any) -> bool:
 
 
 def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Numbers of the entries of several tensors counts from one, by identity of the tensor."""
+    """Numbers the entries of several tensors, from one; returns the numbers by identity of the tensor."""
     numbers, start = {}, 1
     for tensor in tensors:
         count = torch.arange(start, start + tensor.numel(), dtype=torch.float64, device=tensor.device)
@@ -272,7 +272,7 @@ def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 def _number(value: Any, numbers: dict[int, Tensor]) -> Any:
-    """The numbers of the entries of a computed tensor; zero for a constant."""
+    """Replaces a computed tensor by the numbers of its entries, and a constant by zeros."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return numbers.get(id(value), torch.zeros_like(value, dtype=torch.float64))
     return 0.0 if isinstance(value, float) else value
@@ -319,7 +319,7 @@ def _put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False)
 
 
 def write_at(target: Tensor, index: Any, value: Any, accumulate: bool = False) -> Tensor:
-    """``target[index] = value``, out of place; or ``+=``, where repeated indices add repeatedly."""
+    """Computes ``target[index] = value`` out of place; or ``+=``, where repeated indices add repeatedly."""
     if accumulate:
         positions = torch.arange(target.numel(), device=target.device).reshape(target.shape)[index]
         return _add_at(target, positions.reshape(-1), value.expand(positions.shape))
@@ -340,7 +340,7 @@ def _set_at(target: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def is_indexed_by_tensor(index: Any) -> bool:
-    """Whether an index contains tensors or lists, and not slices and numbers alone."""
+    """Whether an index contains tensors or lists, not only slices and numbers."""
     parts = index if isinstance(index, (tuple, list)) else (index,)
     return any(isinstance(part, list) or (isinstance(part, Tensor) and part.ndim > 0) for part in parts)
 
@@ -361,9 +361,9 @@ def is_sparse_product(args: Sequence[Any]) -> bool:
 
 @decomposition_of("_sparse_mm", "spmm", "smm", "hspmm")
 def sum_of_messages(input: Tensor, mat2: Tensor, reduce: str = "sum") -> Tensor:
-    """``A x`` or ``x A`` with a sparse constant: messages along its entries, summed into nodes.
+    """Computes ``A x`` or ``x A`` with a sparse constant, as messages along its entries that are summed into nodes.
 
-    Needs the memory of all messages; ``A`` may have any sparse layout.
+    The function requires memory for all messages; ``A`` may have any sparse layout.
     """
     matrix, source = (input, mat2) if is_sparse_product([input]) else (mat2, input)
     if matrix.requires_grad or is_sparse_product([source]) or not is_sparse_product([matrix]):

@@ -27,7 +27,7 @@ def _quantile(input: Tensor, q: Any, dim: int | None = None, keepdim: bool = Fal
 def _nanquantile(
     input: Tensor, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
 ) -> Any:
-    """The two sorted entries next to a quantile, weighed by their distance."""
+    """Computes a quantile from the two adjacent sorted entries, weighted by distance."""
     quantiles = torch.as_tensor(q, dtype=input.dtype, device=input.device)
     if quantiles.requires_grad:
         return NotImplemented
@@ -66,7 +66,7 @@ def _cumulative_trapezoid(y: Tensor, x: Tensor | None = None, *, dx: float = 1, 
 
 
 def _trapezoids(y: Tensor, x: Tensor | None, dx: float, dim: int) -> Tensor:
-    """The area between each two neighbouring points."""
+    """Computes the area between each pair of adjacent points."""
     heights = (_after(y, dim) + _before(y, dim)) / 2
     if x is None:
         return heights if dx == 1 else heights * dx
@@ -86,7 +86,7 @@ def _before(x: Tensor, dim: int) -> Tensor:
 
 @decomposition_of("gradient")
 def _gradient(input: Tensor, *, spacing: Any = 1, dim: Any = None, edge_order: int = 1) -> Any:
-    """Central differences, and one-sided ones at both ends."""
+    """Computes central differences, with one-sided differences at both ends."""
     dims = list(range(input.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
     steps = list(spacing) if isinstance(spacing, (list, tuple)) else [spacing] * len(dims)
     if edge_order != 1 or any(isinstance(step, Tensor) for step in steps) or len(steps) != len(dims):

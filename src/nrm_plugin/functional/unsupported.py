@@ -1,4 +1,4 @@
-"""Operations without a kernel: what raises when relevance arrives, and what their inputs and outputs reveal."""
+"""Operations without a kernel: errors when relevance arrives, and tests of their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from torch import Tensor, nn
 
 from ..errors import UncoveredLayerError
 from ..kernels.base import Kernel
+from ..kernels.step import step_of
 from ..model.routing import is_route_node
 
 MASKS = 10
 
 
 class UnknownKernel(Kernel):
-    """An operation without a kernel: raises when relevance arrives, but not for the zeros that a gate receives.
+    """Kernel of an unknown operation, which raises when relevance arrives, but not for the zeros of a gate.
 
     Args:
-        error: What to raise when relevance arrives.
+        error: The error that is raised when relevance arrives.
         shapes: Shape of each input.
     """
 
-    is_stochastic = True  # no walk passes through it, so nothing is normalized
+    is_stochastic = True  # no walk passes through it, so no column is normalized
 
     def __init__(self, error: Exception, shapes: Sequence[torch.Size]) -> None:
         self.error, self.shapes = error, list(shapes)
@@ -41,17 +42,17 @@ class UnknownKernel(Kernel):
     def _arrives(self, relevance: Tensor) -> bool:
         try:
             return bool(relevance.any())
-        except RuntimeError:  # batched gradients reveal no values
+        except RuntimeError:  # values of batched gradients cannot be read
             return True
 
 
 def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: bool = True) -> bool:
-    """Whether autograd recorded nothing but routes (and steps) between some inputs and an output."""
+    """Whether autograd recorded only routes (and steps) between some inputs and an output."""
     visited = {tensor.grad_fn for tensor in inputs}
     stack = [output.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in visited or (with_steps and hasattr(node, "step")):
+        if node is None or node in visited or (with_steps and step_of(node) is not None):
             continue
         if not is_route_node(node):
             return False
@@ -61,15 +62,15 @@ def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: boo
 
 
 def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tensor) -> bool:
-    """Whether a function maps each element on its own, tested by changing half of the elements at a time.
+    """Whether a function is elementwise, tested by changing half of the elements at a time.
 
-    Each mask separates half of all pairs of elements, so the chance of missing one that depends on another is 1/1024.
+    Each mask separates half of all pairs of elements, so the chance of missing a dependence is 1/1024.
     """
     other = 1 - 2 * source
     changed = run(other.clone())
     number = torch.arange(source.numel(), device=source.device).reshape(source.shape)
     for bit in range(MASKS):
-        mask = (number * 0x9E3779B1 >> (22 + bit)) % 2 == 0  # Fibonacci hashing: as good as random, and repeatable
+        mask = (number * 0x9E3779B1 >> (22 + bit)) % 2 == 0  # Fibonacci hashing: like random numbers, but reproducible
         mixed = run(torch.where(mask, source, other))
         if not torch.allclose(mixed, torch.where(mask, output, changed), rtol=1e-5, atol=1e-7, equal_nan=True):
             return False
@@ -77,7 +78,7 @@ def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tens
 
 
 def uncovered_layer_error(path: str, like: nn.Module, name: str) -> UncoveredLayerError:
-    """What to raise for a function on a weight to which the composite gives no rule."""
+    """The error for a function on a weight without a rule in the composite."""
     return UncoveredLayerError(
         f"layer {path!r} ({type(like).__name__}, called as {name}) has no rule in this composite. Zennit would use its "
         "plain gradient, which does not conserve relevance. Map the layer to a rule in the composite's layer_map, or "

@@ -1,4 +1,4 @@
-"""Layers with weights that are called as functions: each gets the rule of the module that owns the weight.
+"""Layers with weights that are called as functions, with the rule of the module that owns the weight.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -30,11 +30,11 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {  # on a device without values, so
     "conv_transpose3d": lambda: nn.ConvTranspose3d(1, 1, 1, device="meta"),
 }
 
-kernel_of(*LAYERS)(contraction)  # for computed weights; with a constant weight, layer_call makes the kernel
+kernel_of(*LAYERS)(contraction)  # for computed weights; with a constant weight, layer_call creates the kernel
 
 
 def layer_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """A layer or batch normalization that is called as a function, as the call of a module; None for anything else."""
+    """Returns a functional layer or batch normalization as the call of a module; None for any other function."""
     if len(call.inputs) != 1 or not isinstance(call.argument(0, "input"), Slot):
         return None
     if call.name == "batch_norm":
@@ -68,7 +68,7 @@ def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
 
 
 def _twin(call: FunctionCall, like: nn.Module) -> nn.Module:
-    """A layer of torch with the options of the call."""
+    """Returns a layer of torch with the options of the call."""
     if isinstance(like, nn.modules.conv._ConvNd):
         dims = len(like.kernel_size)
         options = {
@@ -85,13 +85,13 @@ def _twin(call: FunctionCall, like: nn.Module) -> nn.Module:
 
 
 def _repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """An option of a convolution for each of its dimensions."""
+    """Repeats an option of a convolution for each of its dimensions."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
 
 
 def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """``F.batch_norm`` as a call of ``nn.BatchNorm2d``; None with the statistics of the batch."""
+    """Returns ``F.batch_norm`` as a call of ``nn.BatchNorm2d``; None if it uses the statistics of the batch."""
     # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
     swapped = len(call.args) + len(call.kwargs) > 8
     weight_at, mean_at = (1, 3) if swapped else (3, 1)
@@ -110,7 +110,7 @@ def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
 
 
 def _batch_norm(module: nn.Module, source: Tensor) -> Tensor:
-    """Batch normalization of any rank, by a module for images."""
+    """Applies a batch normalization for images to an input of any rank."""
     assert isinstance(module, nn.BatchNorm2d)
     return nn.functional.batch_norm(
         source, module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps
@@ -119,7 +119,7 @@ def _batch_norm(module: nn.Module, source: Tensor) -> Tensor:
 
 @kernel_of("deform_conv2d")
 def deformable_convolution(call: FunctionCall) -> Kernel:
-    """A convolution that reads its input at computed offsets: by the rule of the module that owns the weight."""
+    """Kernel of a convolution with computed offsets, by the rule of the module that owns the weight."""
     weight, bias, fixed = call.args[1], call.args[4], tuple(call.values[1:])
     if not isinstance(call.args[0], Slot) or isinstance(weight, Slot):
         return UnknownKernel(UnsupportedOperationError(_COMPUTED_WEIGHT), call.shapes)
@@ -130,7 +130,7 @@ def deformable_convolution(call: FunctionCall) -> Kernel:
         result: Tensor = call.function(source, weight, *filled[2:4], none if bias is None else bias, *filled[5:])
         return result
 
-    # Where two points lie between the same pixels, an input meets an output through two weights.
+    # If two points lie between the same pixels, an input contributes to an output through two weights.
     return kernel_of_layer(call, run, weight, bias, nn.Conv2d(1, 1, 1, device="meta"), 1, "computed")
 
 
@@ -142,7 +142,7 @@ _COMPUTED_WEIGHT = (
 
 
 def channel_dim(call: FunctionCall) -> int | None:
-    """Dimension of the channels in the output: the last one of features, 1 of images; None for other functions."""
+    """The dimension of the channels in the output: the last for features, 1 for images; None for other functions."""
     if call.name in LAYERS:
         return -1 if call.name == "linear" else 1
     if call.name in ("matmul", "einsum", "tensordot") and len(call.inputs) == 1:

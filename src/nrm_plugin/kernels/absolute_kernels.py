@@ -19,7 +19,7 @@ DENSE_LIMIT = 4096
 
 
 def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
-    r"""``Σ_j |T_ij| R_j`` from the columns of ``T``, which are formed in chunks.
+    r"""Computes ``Σ_j |T_ij| R_j`` from the columns of ``T``, which are formed in chunks.
 
     Args:
         kernel: Any kernel that does not mix samples.
@@ -57,7 +57,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 def closed_absolute(
     branches: list[Branch], layer: WeightedLayer | None, like: Tensor, relevance: Tensor
 ) -> Tensor | None:
-    """``Σ_j |T_ij| R_j`` from the branches of a rule; None if there is no closed form.
+    """Computes ``Σ_j |T_ij| R_j`` from the branches of a rule; None if there is no closed form.
 
     Args:
         branches: All branches of a rule.
@@ -144,7 +144,7 @@ def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _from_patches(branches: list[Branch], layer: WeightedLayer, relevance: Tensor) -> Tensor:
-    """``Σ_j |T_ij| R_j`` for any branches, from the patches that the outputs read, one channel at a time."""
+    """Computes ``Σ_j |T_ij| R_j`` for any branches, from the patches that the outputs read, one channel at a time."""
     like, weight = branches[0].input.detach(), layer.weight
     size = weight[0].numel()
     # As a weight, it selects the entries that an output channel reads.

@@ -53,7 +53,7 @@ class Kernel(ABC):
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         r"""An upper bound of :math:`\sum_i |T_{ij}| v_i` for values ``v >= 0``; by default the sum itself.
 
-        Arguments and return value are those of :meth:`push`.
+        Arguments and return value are as in :meth:`push`.
         """
         first = next(value for value in values if value is not None)
         with torch.inference_mode(False), torch.enable_grad():

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from zennit.rules import Pass
 
-from ..model.affine_layers import Weighted, is_affine
+from ..model.affine_layers import Weighted, is_affine, is_torch_class
 from ..model.routing import source_of
 from .layer_call import LayerCall
 from .layer_step import LayerStep
 from .modified_layers import rerun_without_bias
-from .step import Step
+from .step import Step, step_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -73,8 +73,7 @@ def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, secon
 
 def _producer(node: Any) -> Step | None:
     """The step that computed a tensor, followed through views (such as flattening) and in-place writes."""
-    step = getattr(source_of(node), "step", None)
-    return step if isinstance(step, Step) else None
+    return step_of(source_of(node))
 
 
 def _input_node(node: Any) -> Any:
@@ -103,7 +102,7 @@ def _is_weighted(step: LayerStep) -> bool:
 def _is_relu(step: Step) -> bool:
     if not isinstance(step, LayerStep):
         return step.rule == "relu"
-    return type(step.layer_call.module) is nn.ReLU and type(step.layer_call.rule) is Pass
+    return is_torch_class(step.layer_call.module, nn.ReLU) and type(step.layer_call.rule) is Pass
 
 
 def _geometry(module: nn.Module) -> tuple[int, bool, bool]:

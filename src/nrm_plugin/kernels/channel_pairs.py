@@ -42,7 +42,7 @@ def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
 
 
 def _weight_gradient(layer: WeightedLayer, branch: Branch, source: Tensor, relevance: Tensor) -> Tensor:
-    """``∂⟨branch(source), relevance⟩ / ∂W`` of one sample."""
+    """Computes ``∂⟨branch(source), relevance⟩ / ∂W`` of one sample."""
     if branch.maps.weight_gradient is not None:
         return branch.maps.weight_gradient(source, relevance)
     with torch.enable_grad():

@@ -87,7 +87,7 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, n
 
 
 def is_torch_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation of torch whose forward is not overridden."""
+    """Whether a module is an activation of torch with torch's own forward."""
     return any(type(module).forward is kind.forward for kind in _ACTIVATIONS) and "forward" not in module.__dict__
 
 

@@ -63,7 +63,7 @@ class RunningModule:
     """A module with a rule that is running.
 
     Attributes:
-        hook: Its hook.
+        hook: The hook of the module.
         module: The module.
         call: The record of the call by the hook; None if the call is not a step.
     """
@@ -81,6 +81,7 @@ class _Running(threading.local):
         pauses: Number of open contexts of :func:`not_recorded`.
         saved: The tensors that steps saved, by address in memory.
         listener: The object that is notified of every step and tap.
+        weights: The parameters of the model that require gradients outside of this pass.
         first_node: Number of the first autograd node of this pass; None without a listener.
         given: Identities of the parameters that the model was called with, without a listener.
         depending: For each autograd node seen in this pass, whether it depends on an input of the model.
@@ -91,6 +92,7 @@ class _Running(threading.local):
         self.pauses = 0
         self.saved: dict[int, list[weakref.ref[Saved]]] = {}
         self.listener: Listener | None = None
+        self.weights: tuple[Tensor, ...] = ()
         self.first_node: int | None = None
         self.given: frozenset[int] = frozenset()
         self.depending: dict[Any, bool] = {}
@@ -100,7 +102,7 @@ class Listener(Protocol):
     """An object that is notified of the steps and functions of a forward pass.
 
     Attributes:
-        indices: The integers among the inputs; the model is called with these very objects.
+        indices: The integers among the inputs, as the objects that are passed to the model.
         inputs: The leaves of the other inputs.
     """
 
@@ -116,6 +118,9 @@ class Listener(Protocol):
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """Called when a function returns a tensor that carries relevance."""
 
+    def on_untracked(self) -> None:
+        """Called when the model computes values from the inputs that autograd does not track, such as an order."""
+
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""
 
@@ -129,7 +134,7 @@ def is_inside_step() -> bool:
 
 
 def is_in_module_step() -> bool:
-    """Whether a module runs as a step, or recording is paused: what is computed now is not in the graph."""
+    """Whether a module runs as a step, or recording is paused, so that results are not in the graph."""
     return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
@@ -175,17 +180,23 @@ def listener() -> Listener | None:
     return RUNNING.listener
 
 
+def note_untracked() -> None:
+    """Notifies the listener that the model computed values from its inputs that autograd does not track."""
+    if RUNNING.listener is not None:
+        RUNNING.listener.on_untracked()
+
+
 def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
     """Whether a tensor requires a gradient although the model did not compute it from its inputs in this pass.
 
     Examples are a parameter stored in a list or closure, and an initial state; for relevance they are constants. The
     model is called with copies of its inputs, so every leaf is foreign, and so is every tensor computed earlier.
-    Without a listener, the caller may read relevance at any leaf but parameters that are not among the inputs.
+    Without a listener, the caller may read relevance at any leaf, except parameters that are not among the inputs.
 
     Args:
         tensor: Any tensor.
-        is_exact: Also detect tensors computed in another thread, whose autograd nodes are numbered separately. This
-            matters for functions of several tensors, and is slower.
+        is_exact: Whether to detect tensors computed in another thread, where autograd nodes are numbered separately.
+            The exact test matters for functions of several tensors, and is slower.
     """
     if not tensor.requires_grad:
         return False
@@ -237,7 +248,8 @@ def forward_pass(listener: Listener | None) -> Iterator[None]:
     if listener is not None:
         with torch.inference_mode(False), torch.enable_grad():
             first_node = torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
-    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, first_node=first_node, depending={})
+    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, weights=())
+    RUNNING.__dict__.update(first_node=first_node, depending={})
     try:
         yield
     finally:

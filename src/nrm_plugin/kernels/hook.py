@@ -10,7 +10,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from .layer_call import LayerCall, Run, forward
 from .layer_step import Fuse, LayerStep
 from .normalization import Normalization
 from .rule_reader import check_linear
-from .step import LinkInPlace, link
+from .step import link, link_in_place
 
 Arguments = dict[int | str, Tensor]
 """Tensors among the arguments of a module, by position or keyword."""
@@ -152,6 +152,8 @@ class StepHook(Hook):
                 stacklevel=2,
             )
         passed = {key: _detached(module, tensor) for key, tensor in computed.items()}
+        if _has_backward_hooks(module):  # the input keeps its history, so that the hooks receive its relevance
+            passed = {key: tensor if key == 0 else passed[key] for key, tensor in computed.items()}
         replaced = _replaced(args, kwargs, passed)
         call = self._open_call(module, args, kwargs, computed, passed)
         RUNNING.modules.append(RunningModule(self, module, call))
@@ -178,6 +180,7 @@ class StepHook(Hook):
 
         needs_values = type(self.rule) is not Pass or not is_torch_activation(module)
         in_place = not needs_values and module.__dict__.get("inplace") is True and _is_free(source)
+        in_place = in_place and passed[key] is not source
         return OpenCall(
             source,
             passed[key],
@@ -196,6 +199,8 @@ class StepHook(Hook):
             call.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if call is None or output is None:
             return None
+        if call.passed is call.source:
+            call = replace(call, source=args[0])  # between both, torch added the node that calls the hooks
         if not isinstance(output, Tensor) and is_own_layer(module):
             return call.run_again()  # on the original arguments: the functions inside are steps with its rule
         if not isinstance(output, Tensor):
@@ -243,8 +248,7 @@ class StepHook(Hook):
     def _linked(self, call: OpenCall, step: LayerStep, output: Tensor) -> Tensor:
         output, source = output.detach(), call.source
         if call.in_place and output.data_ptr() == source.data_ptr() and output.shape == source.shape:
-            written: Tensor = LinkInPlace.apply(step, source)  # type: ignore[no-untyped-call]
-            return written
+            return link_in_place(step, source)
         linked = link(step, output, (source,))
         return _written_back(call, linked) if call.wrote else linked
 
@@ -264,6 +268,15 @@ def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
         if layer is not None:
             return layer, forward
     return shell, call.run
+
+
+def _has_backward_hooks(module: nn.Module) -> bool:
+    """Whether the user has registered full backward hooks that receive relevance, in a context but not in a measure."""
+    every = nn.modules.module
+    hooks = module._backward_hooks or module._backward_pre_hooks
+    every_hooks = every._global_backward_hooks or every._global_backward_pre_hooks
+    keeps_input = is_torch_activation(module) or type(module).forward.__module__.startswith("torch.nn.")
+    return listener() is None and bool(hooks or every_hooks) and keeps_input
 
 
 def _is_free(tensor: Tensor) -> bool:

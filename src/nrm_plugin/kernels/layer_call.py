@@ -45,7 +45,7 @@ class LayerCall:
         name: Layer name, for messages.
         saved_output: The output, if the rule reads it and fusion did not change the layer; else None.
         image: The output without bias, if the hook recorded it.
-        precision: The dtype in which the layer multiplies by its weight, if it is less precise than that of the input.
+        precision: The dtype in which the layer multiplies by its weight, if it is less precise than the input.
     """
 
     rule: Hook
@@ -107,5 +107,5 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 
 def shape_like(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and device that needs no memory, of the dtype in which relevance is computed there."""
+    """A tensor of the same shape and device without memory, with the dtype of relevance at this tensor."""
     return tensor.detach().new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

@@ -66,7 +66,7 @@ class LayerStep(Step):
         return self.layer_below is not None and self.layer_below.uses <= 1 and len(self.layer_below.norms) == 1
 
     def set_parameters(self, weight: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
-        """Changes the parameters of the copied layer, so that its output differs from that of the model.
+        """Changes the parameters of the copied layer, so that its output differs from the layer of the model.
 
         Args:
             weight: The weight.

@@ -110,7 +110,7 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """The dtype in which the layer multiplies, if it is less precise than that of the inputs."""
+    """The dtype in which the layer multiplies, if it is less precise than the dtype of the inputs."""
     return call.precision if source.dtype == torch.float32 else None
 
 

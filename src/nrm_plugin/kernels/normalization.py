@@ -16,6 +16,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from ..errors import brief
 from .cache_blocks import blocks
 
 Residual = Literal["redistribute", "sink"]
@@ -85,10 +86,12 @@ class Normalization:
 
     def __post_init__(self) -> None:
         if self.residual not in RESIDUALS:
-            raise ValueError(f"residual={self.residual!r} is unknown; choose one of {RESIDUALS}.")
+            raise ValueError(f"residual={brief(self.residual)} is unknown; choose one of {RESIDUALS}.")
         is_number = isinstance(self.gain_limit, numbers.Real) and not isinstance(self.gain_limit, bool)
         if not is_number or not self.gain_limit >= 1:
-            raise ValueError(f"gain_limit={self.gain_limit!r} must be a number of at least 1 (math.inf is allowed).")
+            raise ValueError(
+                f"gain_limit={brief(self.gain_limit)} must be a number of at least 1 (math.inf is allowed)."
+            )
 
     def scaling(self, column_sum: Tensor) -> Scaling:
         """Gain and deficit for column sums of any shape."""

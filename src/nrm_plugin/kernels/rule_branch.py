@@ -47,7 +47,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """The unmodified layer whose weight the branches of a rule modify.
+    """The unmodified layer with the weight that the branches of a rule modify.
 
     Attributes:
         weight: The weight of the layer.
@@ -55,7 +55,7 @@ class WeightedLayer:
         is_injective: Whether each input entry acts on each output entry through one weight only, so that absolute
             values may be taken factor by factor; false if padding repeats entries.
         groups: Number of groups of a convolution.
-        is_transposed: Whether the first dimension of the weight is that of the input channels.
+        is_transposed: Whether the first dimension of the weight indexes input channels.
     """
 
     weight: Tensor
@@ -75,7 +75,7 @@ def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
 
 
 def _times(product: Tensor, factor: Tensor) -> Tensor:
-    """``product * factor``, in place if the product was just computed and owns its memory."""
+    """Computes ``product * factor``, in place if the product was just computed and owns its memory."""
     if torch.is_grad_enabled() or not all(product.stride()):
         return product * factor
     return product.mul_(factor)

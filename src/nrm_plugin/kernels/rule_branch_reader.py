@@ -177,7 +177,7 @@ def _leaders(mapper: Mapper, numbers: list[int]) -> dict[int, int]:
 
 
 def _signed_sum(terms: list[tuple[Tensor, Tensor, float]], like: Tensor) -> Tensor:
-    """``Σ_k sign_k factor_k image_k``."""
+    """Computes ``Σ_k sign_k factor_k image_k``."""
     if not terms:
         return torch.zeros_like(like)
     (factor, image, sign), *others = terms

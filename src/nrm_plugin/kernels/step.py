@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedOperationError
 from ..model.autocast import InFloat32, exact, is_short
 from .base import Kernel
-from .forward_state import not_recorded
+from .forward_state import RUNNING, listener, not_recorded
 from .layer_call import shape_like
 from .normalization import Deficit, Normalization, Scaling
 from .rule_branch_kernel import BranchKernel
@@ -38,6 +39,7 @@ class Step(ABC):
         is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
         uses: Known number of readers of the output.
         attention: Layout of heads and tokens, if the step multiplies attention weights and values.
+        keeps_rows: Whether each row of the output is known to depend on the same row of the inputs alone.
     """
 
     def __init__(self, name: str, output: Tensor, normalization: Normalization, rule: str) -> None:
@@ -46,6 +48,7 @@ class Step(ABC):
         self.rule = rule
         self.uses = 1
         self.attention: Any = None
+        self.keeps_rows = False
         self.shape = output.shape
         self._like = shape_like(output)
         self.dtype = self._like.dtype
@@ -177,36 +180,86 @@ class Link(torch.autograd.Function):
     """Joins the output of a step to its inputs; the gradient is relevance."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, holder: list[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
         # The output is passed in a list: as an argument it would be a view, which no in-place operation may change.
-        ctx.step = step
-        return holder.pop()
+        ctx.step, ctx.origin, ctx.weights = step, holder.pop(), RUNNING.weights
+        output: Tensor = holder.pop()
+        return output
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
-        with exact(relevance.device):
-            parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
-        return None, None, *(part.squeeze(0) for part in parts)
-
-
-def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Returns the output with the step as its history."""
-    step.is_short = step.is_short or any(is_short(tensor) for tensor in inputs)
-    result: Tensor = Link.apply(step, [output], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
-    return result
+        return None, None, *_propagated(ctx, relevance)
 
 
 class LinkInPlace(torch.autograd.Function):
     """Joins a tensor that was modified in place to its earlier state; the gradient is relevance."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, step: Step, holder: list[Any], tensor: Tensor) -> Tensor:
         ctx.mark_dirty(tensor)
-        ctx.step = step
+        ctx.step, ctx.origin, ctx.weights = step, holder.pop(), RUNNING.weights
         return tensor
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
-        with exact(relevance.device):
-            ((part,), _) = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
-        return None, part.squeeze(0)
+        return None, None, *_propagated(ctx, relevance)
+
+
+def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Returns the output with the step as its history."""
+    step.is_short = step.is_short or any(is_short(tensor) for tensor in inputs)
+    result: Tensor = Link.apply(step, [output, _origin_of(*inputs)], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
+    return result
+
+
+def link_in_place(step: Step, tensor: Tensor) -> Tensor:
+    """Returns a tensor that was written to in place, with the step as its history."""
+    result: Tensor = LinkInPlace.apply(step, [_origin_of(tensor)], tensor)  # type: ignore[no-untyped-call, unused-ignore]
+    return result
+
+
+def step_of(node: Any) -> Step | None:
+    """The step of an autograd node. A user's ``autograd.Function`` may store another object under the same name."""
+    step = getattr(node, "step", None)
+    return step if isinstance(step, Step) else None
+
+
+def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
+    """Returns relevance at each input, which depends on relevance at the output, and on the origin of the kernel."""
+    with exact(relevance.device):
+        parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
+    rows = tuple(part.squeeze(0) for part in parts)
+    if ctx.origin is None or not torch.is_grad_enabled():  # without create_graph=True
+        return rows
+    origin = Origin.apply(ctx.origin, *ctx.weights)  # type: ignore[no-untyped-call]
+    return tuple(row + origin.to(row.dtype) for row in rows)
+
+
+def _origin_of(*inputs: Tensor) -> Tensor | None:
+    """The origin of a kernel computed from the given inputs; None in a measure, where relevance has no gradient."""
+    return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
+
+
+class Origin(torch.autograd.Function):
+    """A zero that depends on tensors and raises when differentiated, since a kernel is a constant for autograd.
+
+    It is added to relevance, so that the gradient of relevance raises where it would be zero or partial.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> Tensor:
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise UnsupportedOperationError(
+            "relevance under Normalized cannot be differentiated by weights or activations: its kernels are constants, "
+            "so that the gradient would be partial. For relevance in a loss, use the composite without Normalized, "
+            "whose rules Zennit differentiates; detach() the relevance if no gradient is to pass through it."
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, at
 from ..events.index import Index, show
 from ..functional.attention import Layout
@@ -32,13 +32,14 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
 
 def _event(atom: Attended, step: Step, recording: Recording) -> Event:
     layout: Layout = step.attention
-    shape = recording.samples.lifted(step.shape)
+    shape = step.shape
     mask = torch.ones(shape, dtype=torch.bool)
     if atom.heads is not None:
         mask &= _of_heads(atom, atom.heads, step, shape, recording)
     if atom.queries is not None:
         mask &= _along(shape, layout.queries, _chosen(atom, "token", atom.queries, shape[layout.queries]))
-    above = at(step.name, call=step.call)[_shortened(mask)]
+    (output,) = recording.taps.find(step.name, "output", step.call)
+    above = at(step.name, call=step.call)[_shortened(output.layout.unfold(mask))]
     if atom.keys is None:
         return above
     below: list[Event] = []
@@ -46,8 +47,9 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
     for number, dim in layout.keys:
         tap = at(step.name, "input", step.call, None if single else number)
         (place,) = recording.taps.find(tap.layer, tap.side, tap.call, tap.item)
-        chosen = _chosen(atom, "token", atom.keys, place.shape[dim])
-        below.append(tap[_shortened(_along(place.shape, dim, chosen).expand(place.shape))])
+        size = place.tensor_shape
+        chosen = _chosen(atom, "token", atom.keys, size[dim])
+        below.append(tap[_shortened(place.layout.unfold(_along(size, dim, chosen).expand(size)))])
     return All((above, below[0] if len(below) == 1 else Any_(tuple(below))))
 
 
@@ -122,7 +124,7 @@ def _expressions(steps: list[Step], most: int = 8) -> str:
     for step, name, owner in zip(steps, names, owners, strict=True):
         alone = owner and owners.count(owner) == 1
         call = f", call={step.call}" if names.count(name) > 1 else ""
-        texts.append(f"at({owner!r})" if alone else f"at({name!r}{call})")
+        texts.append(f"at({brief(owner)})" if alone else f"at({name!r}{call})")
     return ", ".join(texts[:most]) + (" and more" if len(texts) > most else "")
 
 

@@ -9,10 +9,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..errors import CancellationError, EventError, NullEventError, samples
+from ..errors import CancellationError, EventError, NullEventError, brief, samples
 from ..events.event import Event
-from ..recording.recording import Recording
-from ..recording.taps import Tap
 
 MIN_RATIO = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Smallest ``|μ(B)|`` by which a conditional divides, relative to the variation of ``B``."""
@@ -30,7 +28,7 @@ def check_event(event: object, remedy: str = "") -> None:
     """Raises :class:`EventError` unless the argument is an event."""
     if not isinstance(event, Event):
         raise EventError(
-            f"expected an event such as at('layer')[3], got {type(event).__name__}: {event!r}. {remedy}".rstrip()
+            f"expected an event such as at('layer')[3], got {type(event).__name__}: {brief(event)}. {remedy}".rstrip()
         )
 
 
@@ -55,8 +53,8 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
     Args:
         event: The condition.
-        mass: Its mass, ``(N,)``.
-        variation: Its variation, ``(N,)``.
+        mass: Mass of the event, ``(N,)``.
+        variation: Variation of the event, ``(N,)``.
         min_ratio: Smallest ``|mass|`` relative to the variation; None for the default of the dtype.
 
     Raises:
@@ -66,7 +64,7 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
     """
     ratio = MIN_RATIO[mass.dtype] if min_ratio is None else min_ratio
     if not isinstance(ratio, numbers.Real) or not float(ratio) >= 0:
-        raise ValueError(f"min_ratio={min_ratio!r} is unknown; give a number of at least 0, or None.")
+        raise ValueError(f"min_ratio={brief(min_ratio)} is unknown; give a number of at least 0, or None.")
     is_null = (variation == 0).tolist()
     if any(is_null):
         raise NullEventError(
@@ -84,7 +82,6 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
         )
 
 
-def divided(recording: Recording, values: Tensor, mass: Tensor, tap: Tap) -> Tensor:
-    """Relevance at a tap, ``(N, *shape)``, divided by one number per sample, ``(N,)``; zeros remain zeros."""
-    quotient = values / recording.samples.spread(mass, tap.place, tap.shape)
-    return torch.where(values == 0, 0.0, quotient) if recording.samples.is_needed else quotient
+def divided(values: Tensor, mass: Tensor) -> Tensor:
+    """Divides relevance at a tap, ``(N, *shape)``, by one number per sample, ``(N,)``."""
+    return values / mass.reshape(-1, *(1,) * (values.ndim - 1))

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..errors import brief
 from ..recording.places import Buffer
 from ..recording.recording import Recording
 from ..recording.taps import Tap
@@ -25,7 +26,7 @@ Kind = Literal["residual", "constants"]
 def check_kind(kind: object) -> None:
     """Raises :class:`ValueError` for an unknown kind of sink."""
     if kind not in (None, "residual", "constants"):
-        raise ValueError(f"kind={kind!r} is unknown; choose None, 'residual' or 'constants'.")
+        raise ValueError(f"kind={brief(kind)} is unknown; choose None, 'residual' or 'constants'.")
 
 
 def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, absolute: bool = False) -> Tensor:
@@ -72,14 +73,14 @@ def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:
 
 
 def tap_variation(totals: Totals, tap: Tap) -> Tensor:
-    """``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``."""
+    """Computes ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``."""
     recording = totals.recording
     crossing = checked(recording, totals.absolute.get(tap.place), "the tap") if is_reached(recording, tap) else 0
     return crossing + absorbed(totals, [tap], absolute=True) + bypassing(totals, tap).abs()
 
 
 def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
-    """``Σ_w |μ(w)|``, ``(N,)``.
+    """Computes ``Σ_w |μ(w)|``, ``(N,)``.
 
     Args:
         absolute: Totals of a pass of absolute values.

@@ -54,7 +54,6 @@ class EventPass:
 
     def __init__(self, diagram: DecisionDiagram, start: Tensor, stored: Iterable[Place] = ()) -> None:
         recording = diagram.recording
-        learned = recording.samples.find(start)
         self.diagram, self.recording = diagram, recording
         self.stored = frozenset(stored)
         self.mass = start.new_zeros((len(diagram.roots), recording.samples.count))
@@ -63,7 +62,7 @@ class EventPass:
         self._stored_below = recording.graph.marks_below(dict.fromkeys(self.stored, 1)).below_vertex
         pairs = frozenset(enumerate(diagram.roots))
         self._count_decided(pairs, start)
-        self.cost = learned + pull(recording.graph, [(recording.graph.output, {pairs: start})], self)
+        self.cost = pull(recording.graph, [(recording.graph.output, {pairs: start})], self)
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[Pairs]) -> Vectors[Pairs]:
         return self._undecided(self._cross(buffer, vectors), buffer)
@@ -136,15 +135,15 @@ class EventPass:
         return EventResult(self.mass[event], self.variation[event], [self.map(place, event) for place in places])
 
     def map(self, place: Place, event: int) -> Tensor:
-        """``μ(j & event)`` for every neuron ``j`` of a stored tap."""
+        """Returns ``μ(j & event)`` for every neuron ``j`` of a stored tap, ``(N, *shape)``."""
         tap = self.recording.taps.at(place)
-        total = self.recording.samples.without_samples(self.mass.new_zeros(tap.shape))
+        total = self.mass.new_zeros(tap.tensor_shape)
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}
         below = Conditionals(self.diagram, [place], [node for node in arrived if node > TRUE], self.mass)
         self.cost += below.cost
         for node, vector in arrived.items():
             total = total + vector * below.value(place, node)
-        return self.recording.samples.with_samples(total)
+        return tap.layout.unfold(total)
 
 
 def event_results(

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import brief
 from ..events.event import Atom, Event
 from ..recording.taps import Tap
 from .flow_graph import FlowGraph
 from .flow_nodes import Array, FlowError, FlowLayer
 from .flow_thresholds import TOP, Thresholds
 from .groups import summed
-from .layer_taps import atom_of
+from .layer_taps import atom_of, several_layers
 from .partitions import Names, Partition, partition
 
 
@@ -118,10 +119,10 @@ def flow_graph(
 
 def ordered_taps(mu: Any, layers: Sequence[Any]) -> list[tuple[Any, Tap]]:
     """Sorts layers of a measure from the output down, and pairs each layer with its tap."""
-    order = {name: number for number, name in enumerate(mu.layers)}
-    if all(isinstance(layer, str) and layer in order for layer in layers):
-        layers = sorted(layers, key=lambda layer: -order[layer])
-    return [(layer, mu._tap(layer)) for layer in layers]
+    chosen, order = several_layers(layers), {name: number for number, name in enumerate(mu.layers)}
+    if all(isinstance(layer, str) and layer in order for layer in chosen):
+        chosen.sort(key=lambda layer: -order[layer])
+    return [(layer, mu._tap(layer)) for layer in chosen]
 
 
 def _sample_number(mu: Measure, sample: int | None) -> int:
@@ -129,7 +130,7 @@ def _sample_number(mu: Measure, sample: int | None) -> int:
         raise FlowError(f"a flow is of one sample, and the measure has {mu.batch}: say which by sample=, from 0.")
     number = 0 if sample is None else sample
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < mu.batch:
-        raise FlowError(f"sample={sample!r}: the measure has samples 0 to {mu.batch - 1}.")
+        raise FlowError(f"sample={brief(sample)}: the measure has samples 0 to {mu.batch - 1}.")
     return number
 
 
@@ -148,10 +149,10 @@ def _shown(
     Args:
         mu: The measure.
         layer: The layer.
-        tap: Its tap.
+        tap: The tap of the layer.
         groups: All groups of its neurons.
-        masses: Mass of each group, followed by that of the neurons without a group if there are any.
-        thresholds: Which groups are shown.
+        masses: Mass of each group, followed by the mass of the neurons without a group if there are any.
+        thresholds: The thresholds that select the shown groups.
         number: The sample.
     """
     outside, masses = float(masses[groups.count :].sum()), masses[: groups.count]

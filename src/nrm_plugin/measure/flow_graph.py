@@ -27,7 +27,8 @@ class FlowGraph:
     Attributes:
         layers: The layers, from the output down.
         joints: For each pair of consecutive layers the joint relevance of all nodes, ``(K_upper + 2, K_lower + 2)``:
-            the groups, then rest and off. A row sums to the mass of the upper node, a column to that of the lower node.
+            the groups, then rest and off. A row sums to the mass of the upper node, a column to the mass of the lower
+            node.
         carried: Mass of the walks that cross a shown group in every layer; None if unknown.
 
     Examples:

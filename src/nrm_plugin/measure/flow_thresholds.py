@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, brief
 from .flow_nodes import Array, FlowLayer
 
 TOP = 8
@@ -58,15 +59,15 @@ class Thresholds:
 def check_thresholds(top: int | None, min_mass: float | None, coverage: float | None) -> None:
     """Raises :class:`~nrm_plugin.errors.InputError` for thresholds out of range."""
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
-        raise InputError(f"top={top!r} must be a whole number of at least 1, or None for all groups.")
-    if min_mass is not None and not 0 <= min_mass < math.inf:
-        raise InputError(f"min_mass={min_mass!r} must be a number of at least 0.")
-    if coverage is not None and not 0 < coverage <= 1:
-        raise InputError(f"coverage={coverage!r} must be above 0 and at most 1: 0.9 for 90 %.")
+        raise InputError(f"top={brief(top)} must be a whole number of at least 1, or None for all groups.")
+    if min_mass is not None and not (isinstance(min_mass, Real) and 0 <= min_mass < math.inf):
+        raise InputError(f"min_mass={brief(min_mass)} must be a number of at least 0.")
+    if coverage is not None and not (isinstance(coverage, Real) and 0 < coverage <= 1):
+        raise InputError(f"coverage={brief(coverage)} must be above 0 and at most 1: 0.9 for 90 %.")
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:
-    """The matrix that sums the nodes of a layer to those of the smaller graph, ``(shown + 2, count + 2)``."""
+    """The matrix that sums the nodes of a layer to the nodes of the smaller graph, ``(shown + 2, count + 2)``."""
     sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1

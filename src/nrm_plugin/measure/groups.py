@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..recording.taps import Tap
 
 Over = str | Tensor
@@ -57,7 +57,7 @@ def _own_labels(tap: Tap, over: Tensor) -> Tensor:
 def check_over(over: Any) -> None:
     """Raises unless ``over`` is a kind of group or a tensor."""
     if not isinstance(over, Tensor) and over not in KINDS:
-        raise ValueError(f"over={over!r} is unknown; choose 'channel', 'position', 'neuron', or integer labels.")
+        raise ValueError(f"over={brief(over)} is unknown; choose 'channel', 'position', 'neuron', or integer labels.")
 
 
 def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:

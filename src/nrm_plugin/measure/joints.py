@@ -65,24 +65,24 @@ def joint_matrix(
         ``(N, K_upper, K_lower)``.
     """
     rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
-    relevance = recording.samples.without_samples(relevance)
-    shape = recording.samples.without_samples(relevance.new_empty(()).expand(lower.shape)).shape
+    relevance = upper.layout.fold(relevance)
     down = int(rows.max()) <= int(columns.max())
     spent: list[Cost] = []
 
     def run(groups: Sequence[int]) -> list[Tensor]:
-        labels = (rows if down else columns).to(relevance.device)
+        labels = (rows if down else columns).to(relevance.device).unsqueeze(0)
         if down:
-            vectors = {group: relevance * (labels == group) for group in groups}
+            vectors = {group: relevance * upper.layout.fold(labels == group) for group in groups}
             arrived, cost = propagated(recording, upper, lower, vectors)
-            sums = by_label(recording.samples.with_samples(arrived, 1).flatten(2), columns)
+            sums = by_label(lower.layout.unfold(arrived, 1).flatten(2), columns)
         else:
-            masks = torch.stack([(labels == group).to(relevance).expand(shape) for group in groups])
+            members = [lower.layout.fold((labels == group).to(relevance)) for group in groups]
+            masks = torch.stack([mask.expand(lower.tensor_shape) for mask in members])
             collected, cost = push(recording.graph, lower.place, upper.place, masks)
             values = (
                 relevance.new_zeros((len(groups), *relevance.shape)) if collected is None else collected * relevance
             )
-            sums = by_label(recording.samples.with_samples(values, 1).flatten(2), rows)
+            sums = by_label(upper.layout.unfold(values, 1).flatten(2), rows)
         spent.append(cost)
         return list(sums)
 
@@ -92,11 +92,11 @@ def joint_matrix(
 
 
 def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
-    """The relevance that arrives at the lower tap, ``(K, N, *shape)``."""
+    """The relevance that arrives at the lower tap, ``K`` tensors in the layout of the model."""
     collect = _Collect(lower.place)
     cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
     like = next(iter(vectors.values()))
-    empty = recording.samples.without_samples(like.new_zeros(lower.shape))
+    empty = like.new_zeros(lower.tensor_shape)
     return torch.stack([collect.vectors.get(key, empty) for key in vectors]), cost
 
 
@@ -156,7 +156,7 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
 
 def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
     """The vertices between two taps, if each has one input, one is linear and the others preserve channels."""
-    if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not recording.samples.batched:
+    if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not _are_plain(upper, lower):
         return None
     place, chain, linear = upper.place, [], 0
     while place != lower.place:
@@ -172,6 +172,11 @@ def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
         place = next(edge for edge in vertex.edges if edge is not None)
     have_channels = all(tap.channel_dim % len(tap.shape) == _channels_of(len(tap.shape)) for tap in (upper, lower))
     return chain if linear == 1 and have_channels else None
+
+
+def _are_plain(*taps: Tap) -> bool:
+    """Whether the tensors of taps have the form ``(N, …)``."""
+    return all(tap.layout.is_plain for tap in taps)
 
 
 def _channels_of(dims: int) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..events.event import Atom, Event, Side, at
 from ..recording.places import Buffer, Edge, Sink
 from ..recording.recording import Recording
@@ -27,8 +28,26 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
     if isinstance(layer, Event):
         raise EventError(f"{layer} is an event; a layer is needed here. Use its layer, and joint= or given= for it.")
     if isinstance(layer, (list, tuple)):
-        raise EventError(f"one layer is needed here, got {layer!r}; only marginal() takes several, in a list.")
+        raise EventError(f"one layer is needed here, got {brief(layer)}; only marginal() takes several, in a list.")
     return at(layer, side)
+
+
+def layer_list(layers: Any) -> tuple[list[Any], bool]:
+    """Returns one layer, or several layers in any collection, as a list, and whether it is a single layer."""
+    is_one = isinstance(layers, (str, nn.Module, Event, Tensor)) or not isinstance(layers, Iterable)
+    return ([layers] if is_one else list(layers)), is_one
+
+
+def several_layers(layers: Any) -> list[Any]:
+    """Returns several layers in any collection as a list.
+
+    Raises:
+        EventError: A single layer is given.
+    """
+    found, is_one = layer_list(layers)
+    if is_one:
+        raise EventError(f"several layers are needed here, in a list, got {brief(layers)}.")
+    return found
 
 
 def tap_of(recording: Recording, layer: Layer) -> Tap:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import EventError
 from ..events.event import Absorbed, Any_, Atom, Attended, Event
+from ..recording.layout import Layout
 from ..recording.places import Buffer, Edge, Sink
 from ..recording.recording import Recording
 from .attention_events import plain
@@ -65,12 +66,12 @@ class Locator:
         if isinstance(atom, Attended):
             return self(plain(atom, self._recording))
         assert isinstance(atom, Atom)
-        samples = self._recording.samples
-        parts = tuple(
-            self._shared(place, samples.without_samples(mask_of(atom, shape, dim)))
-            for place, shape, dim in self._places(atom)
-        )
-        return parts[0] if len(parts) == 1 else Any_(parts)
+        parts = []
+        for place, shape, dim in self._places(atom):
+            layout = self._recording.samples.layout(place)
+            mask = mask_of(atom, shape, dim, layout)
+            parts.append(self._shared(place, mask if layout.is_plain else layout.fold(mask)))
+        return parts[0] if len(parts) == 1 else Any_(tuple(parts))
 
     def _places(self, atom: Atom) -> list[tuple[Buffer | Edge | Sink, torch.Size, int]]:
         """The places of an atom, each with the shape and the channel dimension of the tensor there."""
@@ -78,13 +79,13 @@ class Locator:
         if atom.side == "sink":
             return [self._sink(vertex) for vertex in taps.find_sinks(atom.layer, atom.call)]
         selected = taps.find(atom.layer, atom.side, atom.call, atom.item)
-        return [(tap.place, tap.shape, tap.channel_dim) for tap in selected]
+        return [(tap.place, tap.tensor_shape, tap.tensor_channel_dim) for tap in selected]
 
     def _sink(self, vertex: int) -> tuple[Sink, torch.Size, int]:
         output, samples, taps = Buffer(vertex, 0), self._recording.samples, self._recording.taps
         usual = 1 if samples.batched else -1
-        channel_dim = taps.at(output).channel_dim if output in taps.index else usual
-        return Sink(vertex), samples.lifted(self._recording.graph.shape(output)), channel_dim
+        channel_dim = taps.at(output).tensor_channel_dim if output in taps.index else usual
+        return Sink(vertex), self._recording.graph.shape(output), channel_dim
 
     def _shared(self, place: Buffer | Edge | Sink, mask: Tensor) -> Located:
         known = self.at.setdefault(place, [])
@@ -95,12 +96,22 @@ class Locator:
         return known[-1]
 
 
-def mask_of(atom: Atom, shape: torch.Size, channel_dim: int) -> Tensor:
-    """The neurons of an atom, boolean, ``(1, *shape[1:])`` or ``(N, *shape[1:])``.
+def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> Tensor:
+    """Returns a mask of the neurons of an atom in the form ``(N, …)``; one row if it is the same for all samples.
+
+    An index selects along all dimensions of the tensor except the samples. If windows, heads or views share the
+    dimension of the samples, the index selects in all of them; a mask may have a dimension for them.
+
+    Args:
+        atom: The atom.
+        shape: Shape of the tensor.
+        channel_dim: Dimension of the channels in the tensor.
+        layout: Layout of the tensor.
 
     Raises:
         EventError: The index does not fit the tap.
     """
+    channel_dim, shape = layout.channel_dim(channel_dim, len(shape)), layout.shape(shape)
     inner = torch.Size(shape[1:])
     if atom.index is None:
         return torch.ones((1, *inner), dtype=torch.bool)
@@ -110,6 +121,8 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int) -> Tensor:
     if isinstance(value, Tensor) and value.dtype == torch.bool:
         if value.shape == inner:
             return value.clone().unsqueeze(0)
+        if value.shape == layout.inner_of_parts(inner):
+            return layout.in_all_parts(value).unsqueeze(0)
         if value.shape == shape:
             return value.clone()
         raise EventError(
@@ -117,7 +130,7 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int) -> Tensor:
             f"{tuple(inner)}, with one mask for each of the {shape[0]} samples {tuple(shape)}. For a mask over "
             "channels use `at(layer).channel(mask)`."
         )
-    return _selected(atom, inner).unsqueeze(0)
+    return layout.in_all_parts(_selected(atom, layout.inner_of_parts(inner))).unsqueeze(0)
 
 
 def _channels(atom: Atom, shape: torch.Size, channel_dim: int) -> Tensor:

@@ -39,7 +39,7 @@ def _copied(values: Tensor) -> Tensor:
 def event_maps(
     recording: Recording, results: Sequence[EventResult], taps: Sequence[Tap], is_given: bool
 ) -> list[Tensor]:
-    """``μ(j & event)`` of each tap, or ``μ(j given event)``, ``(E, N, *shape)``.
+    """Returns ``μ(j & event)`` of each tap, or ``μ(j given event)``, ``(E, N, *shape)``.
 
     Args:
         recording: The recording.
@@ -49,9 +49,6 @@ def event_maps(
     """
     stacks = []
     for number, tap in enumerate(taps):
-        rows = [
-            divided(recording, result.maps[number], result.mass, tap) if is_given else result.maps[number]
-            for result in results
-        ]
+        rows = [divided(result.maps[number], result.mass) if is_given else result.maps[number] for result in results]
         stacks.append(torch.stack(rows) if rows else recording.output.new_zeros((0, *tap.shape)))
     return stacks

@@ -16,5 +16,5 @@ def masked(vector: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def add_to(vectors: dict[Key, Tensor], key: Key, vector: Tensor) -> None:
-    """Adds a vector to the one stored under a key."""
+    """Adds a vector to the vector stored under a key."""
     vectors[key] = vectors[key] + vector if key in vectors else vector

@@ -24,7 +24,7 @@ from .description import explanation
 from .flow import flow_graph, ordered_taps
 from .flow_graph import TOP, FlowGraph
 from .groups import Over, over_each
-from .layer_taps import Layer, taps_of
+from .layer_taps import Layer, layer_list, several_layers, taps_of
 from .memory import check_memory
 from .partitions import Names
 from .query_passes import QueryPasses, query
@@ -37,12 +37,12 @@ class RelevanceMeasure(QueryPasses):
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
               \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
 
-    The model runs once and is left unchanged; all queries are answered from the recording.
+    The model runs once and is left unchanged; queries are answered from the recording. Results have no gradient.
 
     Args:
         model: The network, in evaluation mode.
         inputs: ``(N, …)``, a tuple of such tensors, or a mapping that is passed by keyword; of a mapping, only floating
-            point tensors carry relevance. Of integers, the rows that they select do.
+            point tensors carry relevance; for integers, the selected rows do.
         target: Output to explain, in Captum's forms (int, tuple, list, tensor), or a function that returns one of these
             for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``; None for a single output.
         composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` composite
@@ -99,9 +99,9 @@ class RelevanceMeasure(QueryPasses):
         self.composite = normalize(composite, residual, gain_limit, uncovered)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
         self._recording = Recording(model, call, self.composite, output)
-        outputs = self._recording.samples.with_samples(self._recording.output.detach())
+        outputs = self._recording.unfolded()
         vector = start_vector(outputs, chosen_target(target, self.outputs, batched), start)
-        self._start = self._recording.samples.without_samples(normalized(vector))
+        self._start = self._recording.started(normalized(vector))
         self._output = sample_sums(vector * outputs) / sample_sums(vector)
         self.cost = Cost()
 
@@ -123,7 +123,7 @@ class RelevanceMeasure(QueryPasses):
             >>> torch.equal(mu.outputs[:, 1], mu.output)
             True
         """
-        return self._recording.output.detach().clone()
+        return self._recording.outputs()
 
     @property
     def output(self) -> Tensor:
@@ -146,7 +146,7 @@ class RelevanceMeasure(QueryPasses):
         return self._recording.samples.count
 
     def shape(self, layer: Layer) -> torch.Size:
-        """Shape of a tap, ``(N, …)``.
+        """Shape of a tap, ``(N, …)``, such as ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
 
         Examples:
             >>> mu.shape("1")
@@ -230,9 +230,9 @@ class RelevanceMeasure(QueryPasses):
 
         Source: docs/measure.md.
         """
-        layers = layer if isinstance(layer, list) else [layer]
+        layers, is_one = layer_list(layer)
         maps = self._maps([self._tap(item) for item in layers], over, given, joint, min_ratio)
-        return dict(zip(layers, maps, strict=True)) if isinstance(layer, list) else maps[0]
+        return maps[0] if is_one else dict(zip(layers, maps, strict=True))
 
     @query
     def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
@@ -398,7 +398,7 @@ class RelevanceMeasure(QueryPasses):
             >>> [tuple(joint.shape) for joint in mu.joints(["2", "0", "input"])]
             [(5, 2, 4), (5, 4, 3)]
         """
-        overs = list(pairwise(over_each(over, len(layers))))
+        overs = list(pairwise(over_each(over, len(layers := several_layers(layers)))))
         return self._joints(layers, overs, "list layers from the output to the input")
 
     def flow(
@@ -418,7 +418,7 @@ class RelevanceMeasure(QueryPasses):
             layers: The layers, in any order; of each two, one must be below the other.
             over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or
                 a dictionary of these by the name of the layer; layers that are not in the dictionary have channels.
-            top: Number of shown groups per layer, those of largest absolute mass; None for no limit. The other neurons
+            top: Number of shown groups per layer, by absolute mass; None for no limit. The other neurons
                 form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
             coverage: Show the fewest groups of each layer that hold this share of its absolute mass, such as 0.9.

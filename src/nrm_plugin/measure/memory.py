@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from ..errors import InputError, MemoryBudgetWarning
+from ..errors import InputError, MemoryBudgetWarning, brief
 from ..recording.places import Place
 from ..recording.recording import Recording
 
@@ -35,7 +35,7 @@ def check_memory(max_memory: object) -> int | None:
         return None
     is_number = isinstance(max_memory, numbers.Real) and not isinstance(max_memory, bool)
     if not is_number or not 0 < float(max_memory) < math.inf:  # type: ignore[arg-type]
-        raise InputError(f"max_memory={max_memory!r} must be a positive number of bytes, or None.")
+        raise InputError(f"max_memory={brief(max_memory)} must be a positive number of bytes, or None.")
     return int(max_memory)  # type: ignore[call-overload, no-any-return]
 
 

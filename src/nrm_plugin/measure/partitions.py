@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import EventError, InputError
+from ..errors import EventError, InputError, brief
 from ..recording.taps import Tap
 from .groups import Over, check_over, labels_of
 
@@ -70,20 +70,24 @@ def _region_labels(tap: Tap, masks: Regions) -> Tensor:
     inner = tap.shape[1:]
     labels = torch.full(inner, len(masks), dtype=torch.long)
     if not masks:
-        raise EventError(f"over= of {name!r} names no region. Give at least one mask.")
+        raise EventError(f"over= of {brief(name)} names no region. Give at least one mask.")
     for number, (key, mask) in enumerate(masks.items()):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise EventError(f"the region {key!r} of {name!r} must be a boolean tensor, one entry for each neuron.")
+            raise EventError(
+                f"the region {brief(key)} of {brief(name)} must be a boolean tensor, one entry for each neuron."
+            )
         try:
             region = mask.detach().cpu().expand(inner)
         except RuntimeError:
             raise EventError(
-                f"the region {key!r} of shape {tuple(mask.shape)} does not broadcast to the neurons of {name!r}, "
-                f"{tuple(inner)}."
+                f"the region {brief(key)} of shape {tuple(mask.shape)} does not broadcast to the neurons of "
+                f"{brief(name)}, {tuple(inner)}."
             ) from None
         taken = labels[region] < len(masks)
         if bool(taken.any()):
-            raise EventError(f"the region {key!r} of {name!r} shares {int(taken.sum())} neurons with one before it.")
+            raise EventError(
+                f"the region {brief(key)} of {brief(name)} shares {int(taken.sum())} neurons with one before it."
+            )
         labels[region] = number
     return labels
 

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import EventError, StaleMeasureError
+from ..errors import EventError, StaleMeasureError, StorageError, brief
 from ..events.event import Event
 from ..model.autocast import exact
 from ..recording.passes import Cost
@@ -57,8 +57,24 @@ class QueryPasses:
     _max_memory: int | None
     _totals_once: Totals | None = None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises an error for copy, pickle, torch.save and multiprocessing.
+
+        Raises:
+            StorageError: Always.
+        """
+        raise StorageError(
+            "a measure cannot be copied or stored: it holds one run of the model in the memory of this process. Store "
+            "what it answers, as in torch.save(measure.marginal(measure.layers), path), or take it again from the "
+            "inputs and the target. For a data set, nrm_plugin.dataset.sweep stores answers."
+        )
+
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)
+
+    def _in_form(self, layer: Layer, values: Tensor) -> Tensor:
+        """Converts values from the layout of a layer in the model to the form ``(N, …)``."""
+        return values if self._recording.samples.is_plain else self._tap(layer).layout.unfold(values)
 
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
         return is_below(self._recording, place, tap)
@@ -126,7 +142,7 @@ class QueryPasses:
         below = Conditionals(diagram, [tap.place for tap in taps.values()], diagram.roots, self._start)
         self.cost = below.cost
         values = {name: below.value(tap.place, diagram.roots[0]).clone() for name, tap in taps.items()}
-        return {name: self._recording.samples.with_samples(value) for name, value in values.items()}
+        return {name: taps[name].layout.unfold(value) for name, value in values.items()}
 
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
         """Joint relevance of all pairs of consecutive layers, ``(N, K_upper, K_lower)`` each."""
@@ -134,7 +150,7 @@ class QueryPasses:
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):
             if not self._is_below(below.place, above):
-                raise EventError(f"{lower!r} is not below {upper!r}; {remedy}.")
+                raise EventError(f"{brief(lower)} is not below {brief(upper)}; {remedy}.")
         totals = self._pass([above for above, _ in pairs])
         matrices, self.cost = joint_matrices(totals, pairs, groups, self._max_memory)
         return matrices

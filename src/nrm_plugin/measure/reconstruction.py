@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from zennit.composites import DeconvNet, GuidedBackprop
 from zennit.core import Composite
 
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..events.event import All, Atom, Event
 from ..imports import warn_deprecated
+from ..recording.layout import Layout
 from .located_events import mask_of
 
 Method = Literal["deconvnet", "guided_backprop"]
@@ -102,7 +103,7 @@ def reconstruct(
     Source: Zeiler and Fergus (ECCV 2014), Springenberg et al. (ICLR workshop 2015); walks are ours.
     """
     if method not in COMPOSITES:
-        raise ValueError(f"method={method!r} is unknown; choose 'deconvnet' or 'guided_backprop'.")
+        raise ValueError(f"method={brief(method)} is unknown; choose 'deconvnet' or 'guided_backprop'.")
     atoms = _atoms(neurons)
     pixels = images.detach().clone().requires_grad_()
     recorded: list[tuple[str, Tensor, Tensor]] = []
@@ -139,7 +140,7 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
         for layer, atom in atoms.items():
 
             def hook(module: nn.Module, args: Any, output: Tensor, layer: str = layer, atom: Atom = atom) -> Tensor:
-                mask = mask_of(atom, output.shape, 1).to(output.device).expand(output.shape)
+                mask = mask_of(atom, output.shape, 1, Layout(0, len(output))).to(output.device).expand(output.shape)
                 own = output.clone()  # the next activation may work in place
                 if own.requires_grad:
                     own.register_hook(lambda relevance: relevance * mask)  # type: ignore[no-untyped-call]

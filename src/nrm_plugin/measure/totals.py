@@ -74,7 +74,7 @@ class Totals:
         if place in self.recording.taps.index:
             self.mass[place], self.absolute[place] = self._sums(vector, place)
         if place in self.stored:
-            self.maps[place] = self.recording.samples.with_samples(vector)
+            self.maps[place] = self.recording.samples.layout(place).unfold(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
         """Σ and Σ|·| of a vector, computed once for all steps that do not change the vector."""
@@ -86,19 +86,13 @@ class Totals:
     def _sum(self, vector: Tensor, place: Place) -> Tensor | None:
         return self.recording.samples.sums(vector, place)
 
-    def _has_sample_rows(self, vector: Tensor) -> bool:
-        """Whether the rows of a tensor are the samples."""
-        return self.recording.samples.count == 1 or (vector.ndim > 0 and len(vector) == self.recording.samples.count)
-
     def _sum_pair(
         self, vector: Tensor, place: Place, share: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Σ and Σ|·| of relevance, or of a share of the relevance, for each sample."""
-        if self.recording.samples.is_needed:
+        if self.recording.samples.count > 1 and not self.recording.samples.is_plain:
             values = vector if share is None else vector * share
             return self._sum(values, place), self._sum(values.abs(), place)
-        if not self._has_sample_rows(vector):
-            return None, None
         if share is None:
             return self._sum(vector, place), self._norm(vector)
         total = vector.new_zeros(self.recording.samples.count)
@@ -129,7 +123,6 @@ def pass_totals(recording: Recording, start: Tensor, stored: Iterable[Place] = (
         stored: Taps whose relevance is stored.
         absolute: Whether to use kernels of absolute values.
     """
-    learned = recording.samples.find(start)
     result = Totals(recording, start, frozenset(stored))
-    result.cost = learned + pull(recording.graph, [(recording.graph.output, {"": start})], result, absolute)
+    result.cost = pull(recording.graph, [(recording.graph.output, {"": start})], result, absolute)
     return result

@@ -1,5 +1,5 @@
-"""Facts about the model: its layers, its inputs and outputs, and how it is run without being changed.
+"""The user's model: its layers, its inputs and outputs, and its execution without changes.
 
-No relevance is computed here.
+This package computes no relevance.
 Imports: errors.
 """

@@ -1,4 +1,4 @@
-"""Affine layers: those of torch, and functions as modules with or without weights."""
+"""Affine layers: layers of torch, and functions wrapped as modules with or without weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from zennit.layer import Sum
 
 
 class Weightless(nn.Module):
-    """A function of one tensor as a module without weights; it must be linear in that tensor.
+    """A module without weights that applies a linear function to one tensor.
 
     Args:
-        function: ``(N, *in)`` to ``(N, *out)``.
+        function: A linear map from ``(N, *in)`` to ``(N, *out)``.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -20,22 +20,22 @@ class Weightless(nn.Module):
         self.function = function
 
     def forward(self, source: Tensor) -> Tensor:
-        """The function."""
+        """Applies the function."""
         return self.function(source)
 
 
 class Weighted(nn.Module):
-    """A function of a tensor, a weight and a bias as a module that has them.
+    """A module that holds a weight and a bias, and applies a function of them to a tensor.
 
     Args:
-        function: ``(source, weight, bias or None)`` to the output; linear in source and in weight, bias added.
+        function: Maps ``(source, weight, bias or None)`` to the output; linear in source and weight, plus the bias.
         weight: The weight.
-        bias: The bias, if there is one.
-        bias_dim: The dimension of the output along which the bias lies.
-        groups: Groups of a convolution.
-        is_transposed: Whether the first dimension of the weight is that of the input channels.
-        padding_mode: How a convolution pads its input, as in torch.
-        twin: The layer of torch that computes the same function, its parameters aside; None if torch has none.
+        bias: The bias, or None.
+        bias_dim: The dimension of the output to which the bias belongs.
+        groups: Number of groups of a convolution.
+        is_transposed: Whether the first dimension of the weight indexes input channels.
+        padding_mode: Padding mode of a convolution, as in torch.
+        twin: The layer of torch with the same function apart from its parameters; None if torch has no such layer.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Weighted(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, source: Tensor) -> Tensor:
-        """The function with the current weight and bias."""
+        """Applies the function with the current weight and bias."""
         bias = self._parameters["bias"]
         return self.function(source, self.weight, bias)
 
@@ -89,12 +89,18 @@ WEIGHTLESS = (
 
 
 def twin_of(module: nn.Module) -> nn.Module:
-    """The layer of torch that computes the same as a functional layer, its parameters aside; else the module itself."""
+    """Returns the layer of torch with the same function as a functional layer; else the module itself."""
     return module.__dict__.get("twin") or module
 
 
+def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of one of the given classes, and no subclass or canonizer overrides its forward."""
+    own = "forward" in module.__dict__
+    return not own and any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+
 def is_affine(module: nn.Module) -> bool:
-    """Whether the module is an affine layer of torch whose forward neither a subclass nor a canonizer overrides."""
+    """Whether the module is an affine layer of torch, with a forward that no subclass or canonizer overrides."""
     if "forward" in module.__dict__ or module._modules:
         return False
     kinds = [kind for kind in (*WEIGHTED, *WEIGHTLESS) if isinstance(module, kind)]
@@ -104,10 +110,10 @@ def is_affine(module: nn.Module) -> bool:
 
 
 def broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
-    """A bias in a shape that broadcasts over the output of its layer."""
+    """Reshapes a bias so that it broadcasts over the output of its layer."""
     last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
-    if last or bias.ndim > 1:  # a bias that depends on the position comes in the shape of the output
+    if last or bias.ndim > 1:  # a bias that depends on the position has the shape of the output
         return bias
-    # From the dimensions of the layer, not of the output, which may lack the batch.
+    # The layer determines the dimensions, since the output may lack the batch.
     spatial = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else image.ndim - 2
     return bias.reshape(-1, *(1,) * spatial)

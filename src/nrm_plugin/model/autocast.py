@@ -1,8 +1,8 @@
-"""Layers in reduced precision, as ``torch.autocast`` runs them, with totals in float32.
+"""Layers in reduced precision, as under ``torch.autocast``, with totals in float32.
 
 Only products with a weight run in reduced precision: the layer itself and the two maps of each branch of its rule.
-Relevance, column sums, gains and all sums keep the dtype of the inputs. Where the model itself computes in a short
-format, they are in float32, and so are all products of its kernels.
+Relevance, column sums, gains and all sums keep the dtype of the inputs. If the model itself computes in a shorter
+format than float32, they and all products of its kernels are in float32.
 
 Source: ours.
 """
@@ -21,21 +21,21 @@ from torch.overrides import TorchFunctionMode
 from .linear_maps import LinearMap
 
 SHORT = (torch.bfloat16, torch.float16)
-"""Formats shorter than float32 in which a model may compute."""
+"""Formats shorter than float32 that a model may use."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of relevance at a tensor of this dtype: float32 for shorter formats."""
+    """Returns the dtype of relevance at a tensor of the given dtype: float32 for shorter formats."""
     return torch.float32 if dtype in SHORT else dtype
 
 
 def is_short(tensor: Tensor) -> bool:
-    """Whether the model computed this tensor in a format shorter than float32."""
+    """Whether the model computed a tensor in a format shorter than float32."""
     return tensor.dtype in SHORT
 
 
 class InFloat32(TorchFunctionMode):
-    """Computes in float32 what was written for shorter formats: functions read their arguments in float32."""
+    """A mode in which functions of tensors in shorter formats read their arguments in float32."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,7 +50,7 @@ class InFloat32(TorchFunctionMode):
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _METADATA = frozenset("__get__ size stride numel dim data_ptr untyped_storage is_floating_point is_set_to".split())
-"""Functions that read no values; of the attributes, only the dtype depends on the format."""
+"""Functions that read no values, so that only the attribute dtype depends on the format."""
 _SHORTENING: dict[Any, Callable[..., Any]] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
 
 
@@ -71,13 +71,13 @@ _CURRENT = _Current()
 
 
 def current() -> torch.dtype | None:
-    """The dtype in which layers run now; None for that of their inputs."""
+    """The current dtype for layers; None if layers run in the dtype of their inputs."""
     return _CURRENT.dtype
 
 
 @contextmanager
 def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Runs layers with a weight in this dtype."""
+    """Context in which layers with a weight run in the given dtype."""
     outer, _CURRENT.dtype = _CURRENT.dtype, dtype
     try:
         yield
@@ -86,7 +86,7 @@ def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def asked_for(device: torch.device) -> torch.dtype | None:
-    """The dtype of the surrounding ``torch.autocast``; None outside of one."""
+    """The dtype of the surrounding ``torch.autocast``; None without autocast."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     dtype = torch.get_autocast_dtype(device.type)
@@ -95,7 +95,7 @@ def asked_for(device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Switches off a surrounding ``torch.autocast``."""
+    """Context in which a surrounding ``torch.autocast`` is disabled."""
     if not torch.amp.is_autocast_available(device.type):
         yield
         return
@@ -104,9 +104,9 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Values in reduced precision, and the scale by which they were divided; None for one.
+    """Returns values in reduced precision, and the scale by which they were divided (None for 1).
 
-    Relevance is far smaller than the smallest float16. The scale is a power of two, so that scaling back is exact.
+    Relevance can be far smaller than the smallest float16. The scale is a power of two, so scaling back is exact.
     """
     if dtype is not torch.float16 or not values.numel():
         return values.to(dtype), None
@@ -116,14 +116,14 @@ def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
 
 
 def lowered(maps: LinearMap, dtype: torch.dtype) -> LinearMap:
-    """Maps whose products run in reduced precision.
+    """Returns maps that compute their products in reduced precision.
 
     Args:
-        maps: LinearMap of a weight in that dtype.
-        dtype: The dtype.
+        maps: The maps of a weight in reduced precision.
+        dtype: The dtype of the weight.
 
     Returns:
-        Maps that take and return values of any other dtype.
+        Maps with arguments and results of any other dtype.
     """
 
     def down(relevance: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""Checks of a model before it is measured: its class, device, dtype, values and training mode."""
+"""Checks of a model before recording: its class, device, dtype, values and training mode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,15 +13,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 from zennit.core import BasicHook, Hook
 
-from ..errors import InputError, ModelStateError, UnsupportedRuleError
+from ..errors import GradModeError, InputError, ModelStateError, UnsupportedRuleError
 
-RANDOM: dict[str, float | str] = {
-    "RReLU": 1.0,
-    "MultiheadAttention": "dropout",
-    "StochasticDepth": "p",
-    "DropPath": "drop_prob",
-}
-"""Layers other than dropout that are random in training mode, and the attribute with the probability."""
+RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
+"""Layers that are random in training mode, by package, with the attribute that holds the drop rate."""
 
 MODES = {
     "batch_norm": 5,
@@ -27,11 +24,11 @@ MODES = {
     **dict.fromkeys("dropout alpha_dropout feature_dropout feature_alpha_dropout".split(), 2),
     **dict.fromkeys("dropout1d dropout2d dropout3d".split(), 2),
 }
-"""Functions that are random, or mix samples, in training mode, and the position of the argument ``training``."""
+"""Functions that are random or mix samples in training mode, with the position of the argument ``training``."""
 
 
 def check_module(model: Any) -> None:
-    """Raises :class:`InputError` unless this is a module, whose layers can be hooked."""
+    """Raises :class:`InputError` unless the model is a module with layers that can be hooked."""
     if isinstance(model, nn.Module):
         return
     what, remedy = f"{type(model).__name__}", "For a function, wrap it in a module that holds its layers."
@@ -45,10 +42,11 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
 
     Raises:
         InputError: The model is on another device or of another dtype than the inputs.
-        ModelStateError: It is in training mode, hooked by a composite, compiled, or without proper weights.
+        ModelStateError: The model is in training mode, hooked by a composite, compiled, or has invalid weights.
     """
+    check_untransformed(tensors)
+    check_hookable(model)
     for name, module in model.named_modules():
-        _check_kind(name, module)
         _check_mode(name, module)
     check_unhooked(model, "Take the measure outside of `composite.context(model)`, and pass it by `composite=`.")
     for name, parameter in model.named_parameters():
@@ -67,6 +65,24 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
             )
 
 
+@contextmanager
+def check_drawn(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context that raises :class:`ModelStateError` if a model in training mode draws random numbers in any layer."""
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    before = _random_state(device) if training else None
+    yield
+    if before is not None and not torch.equal(before, _random_state(device)):
+        listed = ", ".join(map(repr, training[:3])) + (", …" if len(training) > 3 else "")
+        raise ModelStateError(
+            f"the model draws random numbers, and modules of it are in training mode ({listed}), so the measure would "
+            "be that of a random network. Call `model.eval()`."
+        )
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
 def check_unhooked(model: nn.Module, remedy: str) -> None:
     """Raises :class:`ModelStateError` if a layer has hooks of a composite, since two composites would interfere."""
     for name, module in model.named_modules():
@@ -76,9 +92,9 @@ def check_unhooked(model: nn.Module, remedy: str) -> None:
 
 
 def check_unpatched() -> None:
-    """Raises :class:`UnsupportedRuleError` if another package replaced how Zennit propagates relevance.
+    """Raises :class:`UnsupportedRuleError` if another package has replaced Zennit's relevance propagation.
 
-    LXT's ``monkey_patch_zennit`` does so for the whole process, permanently.
+    LXT's ``monkey_patch_zennit`` replaces it permanently for the whole process.
     """
     for method in (BasicHook.forward, BasicHook.backward):
         if method.__module__ != "zennit.core":
@@ -91,7 +107,7 @@ def check_unpatched() -> None:
 
 
 def check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
-    """Raises :class:`ModelStateError` if a function is called in training mode, as for the module of the same name."""
+    """Raises :class:`ModelStateError` if a function is called in training mode, as for the equivalent module."""
     if name not in MODES:
         return
     at = MODES[name]
@@ -109,16 +125,52 @@ def _layer(name: str, module: nn.Module) -> str:
     return f"layer {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
 
 
+def check_hookable(model: nn.Module) -> None:
+    """Raises :class:`ModelStateError` for modules that run without the hooks of their layers."""
+    for name, module in model.named_modules():
+        _check_kind(name, module)
+
+
+def check_untransformed(values: Iterable[Any]) -> None:
+    """Raises :class:`GradModeError` for tensors inside a transform of ``torch.func``, which bypasses hooks."""
+    if any(isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values):
+        raise GradModeError(
+            "a tensor is inside a transform of torch.func (vmap, grad, jacrev, …), which replaces autograd. Call the "
+            "model outside of it: a batch takes the place of vmap, torch.autograd.grad that of torch.func.grad."
+        )
+
+
+class Uncompiled:
+    """Context in which modules compiled by ``module.compile()`` run without compilation, with hooks of their layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        attributes = [module.__dict__ for module in model.modules()]
+        self._compiled = [(item, item["_compiled_call_impl"]) for item in attributes if item.get("_compiled_call_impl")]
+        for item, _ in self._compiled:
+            item["_compiled_call_impl"] = None
+
+    def remove(self) -> None:
+        """Restores compilation."""
+        for item, compiled in self._compiled:
+            item["_compiled_call_impl"] = compiled
+
+
 def _check_kind(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelStateError(
             f"{_layer(name, module)} is TorchScript, whose layers take no hooks. Pass the Python module that it was "
             "compiled from."
         )
-    if type(module).__name__ == "OptimizedModule":
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # imported if the model was compiled
+    if compiler is not None and isinstance(module, compiler.OptimizedModule):
         raise ModelStateError(
             f"{_layer(name, module)} was made by torch.compile, which bypasses the hooks of its layers. Pass the "
             "model before compilation, `compiled._orig_mod`."
+        )
+    if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+        raise ModelStateError(
+            f"the forward of {_layer(name, module)} was replaced by torch.compile, which bypasses the hooks of its "
+            "layers. Restore it: `del module.forward`."
         )
 
 
@@ -142,7 +194,7 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
 
 
 _FINITE: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
-"""Version and address of parameters known to be finite, since reading all weights costs a part of a pass."""
+"""Version and address of parameters known to be finite, which avoids reading all weights again."""
 
 
 def _check_mode(name: str, module: nn.Module) -> None:
@@ -166,8 +218,25 @@ def _randomness(module: nn.Module) -> float:
         return float(module.p)
     if isinstance(module, nn.RNNBase):
         return float(module.dropout) if module.num_layers > 1 else 0.0
-    amount = RANDOM.get(type(module).__name__, 0.0)
-    return float(getattr(module, amount, None) or 0.0) if isinstance(amount, str) else float(amount)
+    if isinstance(module, nn.MultiheadAttention):
+        return float(module.dropout)
+    if isinstance(module, nn.RReLU):
+        return 1.0
+    for kind in type(module).__mro__:
+        name, attribute = RANDOM.get(kind.__module__.partition(".")[0], ("", ""))
+        if kind.__name__ == name:
+            return float(getattr(module, attribute, None) or 0.0)
+    return 0.0
 
 
-__all__ = ["check_function", "check_model", "check_module", "check_unhooked", "check_unpatched"]
+__all__ = [
+    "Uncompiled",
+    "check_drawn",
+    "check_function",
+    "check_hookable",
+    "check_model",
+    "check_module",
+    "check_unhooked",
+    "check_unpatched",
+    "check_untransformed",
+]

@@ -1,7 +1,7 @@
-"""Subclasses of torch's layers that override forward, for example to pad to the same size or to standardize weights.
+"""Subclasses of torch's layers with their own forward, for example with "same" padding or weight standardization.
 
 A rule modifies the weight by which a layer multiplies. If a subclass computes this weight from its parameter, modifying
-the parameter would be another rule: the weights of Flat, all ones, would be zeros after standardization.
+the parameter would give a different rule: the weights of Flat, all ones, would become zeros by standardization.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _TOLERANCE = 1e-3
 
 
 def is_own_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch with an overridden forward."""
+    """Whether a module is a layer of torch with its own forward."""
     return isinstance(module, _KINDS) and not is_affine(module)
 
 
 class WeightRecorder(TorchFunctionMode):
-    """Records the weight and bias with which a layer calls the function of torch that it consists of."""
+    """A mode that records the weight and bias that a layer passes to its function of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class WeightRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def layer(self, module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], source: Tensor) -> Weighted | None:
-        """The module as a function of the weight by which it multiplied; None if it is not affine.
+        """Returns the module as a function of the recorded weight; None if the module is not affine.
 
         Args:
             module: A copy of the module.
-            call: Runs it.
-            source: Its input.
+            call: Runs a copy on an input.
+            source: The input of the module.
         """
         if len(self.calls) != 1:
             return None
@@ -81,7 +81,7 @@ class WeightRecorder(TorchFunctionMode):
 
 
 class _Substituted(TorchFunctionMode):
-    """Makes a layer multiply by another weight and add another bias."""
+    """A mode in which a layer multiplies by another weight and adds another bias."""
 
     def __init__(self, function: Any, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keyw
 
 
 def _is_affine(function: Callable[[Tensor], Tensor], source: Tensor) -> bool:
-    """Whether ``f(-2 x) = 3 f(0) - 2 f(x)``, which fails for an activation inside or a weight that depends on ``x``."""
+    """Whether ``f(-2 x) = 3 f(0) - 2 f(x)``; false for an inner activation or a weight that depends on ``x``."""
     image, constant, other = function(source), function(torch.zeros_like(source)), function(-2 * source)
     size = torch.maximum(image.abs().max(), constant.abs().max())
     return bool((other - 3 * constant + 2 * image).abs().max() <= _TOLERANCE * size)

@@ -1,4 +1,4 @@
-"""Guards the user's model: everything that a recording touches is restored, later changes of weights are noticed."""
+"""Protection of the user's model: recordings restore its state, and later changes of weights are detected."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restores, at the end, everything that a recording may touch.
+    """Context that restores at its end all state that a recording may change.
 
-    Attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``), buffers, training mode
-    and random state. Nothing is written that did not change.
+    The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
+    buffers, training mode and random state. State that has not changed is not written.
     """
     modules = [(module, _state(module)) for module in model.modules()]
     parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
@@ -36,7 +36,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
-"""Attributes of a module, and the contents of those that are non-empty dictionaries."""
+"""Attributes of a module, and the contents of the non-empty dictionaries among them."""
 
 
 def _state(module: nn.Module) -> _State:
@@ -54,7 +54,7 @@ def _restore(module: nn.Module, state: _State) -> None:
     for key, value in before.items():
         if attributes.get(key) is not value or key not in attributes:
             attributes[key] = value
-        # The same dictionary object, since handles of the user's own hooks refer to it.
+        # The dictionary object stays the same, since handles of the user's own hooks refer to it.
         if value.__class__ in _DICTS and not _is_same(value, contents.get(key, {})):
             value.clear()
             value.update(contents.get(key, {}))
@@ -69,7 +69,7 @@ def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 
 def _address(tensor: Tensor) -> int:
-    """The address of a tensor in memory; of a sparse one, that of its values."""
+    """The address of a tensor in memory; for a sparse tensor, the address of its values."""
     return _stored(tensor).data_ptr()
 
 
@@ -82,10 +82,10 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 class Fingerprint:
-    """Notices in-place changes of parameters and buffers, by version counter and by a sample of their entries.
+    """A detector of in-place changes of parameters and buffers, by version counter and by a sample of their entries.
 
-    The sample also detects writes through ``parameter.data``, which do not change the version counter, unless they
-    spare every sampled entry; small tensors are sampled as a whole.
+    Writes through ``parameter.data`` do not change the version counter; they are detected if they change a sampled
+    entry. Small tensors are sampled completely.
     """
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
@@ -95,7 +95,7 @@ class Fingerprint:
             entry = flat[:: max(1, -(-flat.numel() // entries))]
             is_view = flat.data_ptr() == _address(tensor) and flat.numel() > 0
             sample = entry.clone()
-            # Flattening a non-contiguous tensor makes a copy, which would not change with it.
+            # Flattening a non-contiguous tensor returns a copy, in which later changes are not visible.
             place = entry if is_view and not bool((sample != sample).any()) else torch.empty(0)
             self._seen.append((name, tensor, (tensor._version, _address(tensor)), place, sample))
         self._entries = entries
@@ -110,7 +110,7 @@ class Fingerprint:
         ]
 
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Both samples without nan, which never compares equal."""
+        """Returns both samples without nan, since nan never compares equal."""
         flat = _stored(tensor.detach()).flatten()
         entries = flat[:: max(1, -(-flat.numel() // self._entries))]
         return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)

@@ -1,7 +1,8 @@
-"""Inputs and outputs: how a model is called, and at which of its outputs a measure starts."""
+"""Inputs and outputs: the call of a model, and the choice of the output at which a measure starts."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import GradModeError, InputError, NRMError, samples
+from ..errors import GradModeError, InputError, NRMError, brief, samples
 from .autocast import SHORT
+from .checks import check_untransformed
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
-"""Which output: a key or attribute, a position, or a function of what the model returned."""
+"""The choice of an output: a key or attribute, a position, or a function of the model's return value."""
 
+Change = Callable[[Tensor], Tensor]
+"""A function from a tensor to its replacement."""
 FORMATS = (torch.float32, torch.float64, *SHORT)
 """Dtypes of inputs and outputs; relevance is in float32 or float64."""
 
 EXPLAINED = ("logits", "out")
-"""Keys of a dictionary of outputs that are explained by default, as in transformers and torchvision."""
+"""Default keys in a dictionary of outputs, as used by transformers and torchvision."""
 
 
 NOT_JOINED = (
@@ -30,25 +34,25 @@ NOT_JOINED = (
 
 
 class Call:
-    """One call of a model: the tensors to which relevance flows, and all other arguments.
+    """A call of a model: the tensors to which relevance flows, and all other arguments.
 
     Args:
         inputs: One tensor, a tuple of tensors, or a mapping that is passed by keyword. In a mapping, relevance flows to
-            floating point tensors; masks and numbers are passed as they are. For integers, relevance flows to the rows
-            that they select where the model looks them up; in a mapping only if it has no floating point tensor, and
-            not under a keyword with "mask" in it.
-        args: Further positional arguments; a tuple of them, or one.
+            floating point tensors; masks and numbers are passed unchanged. For integers, relevance flows to the rows
+            that they select where the model looks them up; in a mapping, only if the mapping has no floating point
+            tensor, and not under a keyword that contains "mask".
+        args: Further positional arguments: a tuple, or a single argument.
         kwargs: Further keyword arguments.
-        batched: Whether the first dimension of the inputs is the batch; if not, all inputs together are one sample.
+        batched: Whether the first dimension of the inputs is the batch; otherwise, all inputs together are one sample.
 
     Attributes:
-        tensors: The tensors to which relevance flows, ``(N, …)`` each; no batch dimension without ``batched``.
-        items: Their keywords, or their positions if there are several, or None for a single one.
-        indices: Inputs of integers, by keyword or position, or None for a single one: copies that the model is called
-            with, and that it may overwrite.
+        tensors: The tensors to which relevance flows, ``(N, …)`` each, or ``(…)`` if not ``batched``.
+        items: Keyword or position of each tensor; None for a single positional tensor.
+        indices: Copies of integer inputs, by keyword or position (None for a single positional input). The model is
+            called with these copies and may overwrite them.
 
     Raises:
-        InputError: Inputs that cannot be explained.
+        InputError: The inputs cannot be explained.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class Call:
     ) -> None:
         self.batched = batched
         self._args = args if isinstance(args, tuple) else () if args is None else (args,)
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise InputError(f"additional_forward_kwargs is {brief(kwargs)}, expected a mapping of keyword arguments.")
         self._kwargs = dict(kwargs or {})
         self._keywords: list[str] | None = None
         self._positional: tuple[Any, ...] = ()
@@ -84,19 +90,41 @@ class Call:
 
     @property
     def batch(self) -> int:
-        """Number of samples."""
+        """The number of samples."""
         return len(next(iter((*self.tensors, *self.indices.values())))) if self.batched else 1
+
+    def changed(self, change: Change, others: Change = lambda tensor: tensor) -> Call:
+        """Returns the same call with other values of the inputs.
+
+        Args:
+            change: A function from an input, including integers, to its replacement.
+            others: A function from a tensor among the further arguments to its replacement.
+        """
+        call = copy.copy(self)
+        new = {id(tensor): change(tensor) for tensor in (*self.tensors, *self.indices.values())}
+
+        def replaced(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return new[id(value)] if id(value) in new else others(value)
+
+        call.tensors = tuple(replaced(tensor) for tensor in self.tensors)
+        call.indices = {key: replaced(value) for key, value in self.indices.items()}
+        call._positional = tuple(replaced(value) for value in self._positional)
+        call._args = tuple(replaced(value) for value in self._args)
+        call._kwargs = {key: replaced(value) for key, value in self._kwargs.items()}
+        return call
 
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool]) -> Iterator[None]:
-        """Raises :class:`InputError` if the model, run inside this context, looked up none of the integers.
+        """Context that raises :class:`InputError` if the model, run inside, looks up none of the integers.
 
         Args:
-            are_looked_up: Whether it did, called afterwards.
+            are_looked_up: A function that returns, after the run, whether integers were looked up.
         """
         try:
             yield
-        except RuntimeError as error:  # of a layer that multiplies integers
+        except RuntimeError as error:  # raised by a layer that multiplies integers
             if self.indices and not isinstance(error, NRMError) and not are_looked_up():
                 raise self._not_looked_up() from error
             raise
@@ -110,7 +138,7 @@ class Call:
         return InputError(f"{'the input' if item is None else f'input {item!r}'} {_not_floating(tensor)}")
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """The model's return value for other values of the tensors."""
+        """Calls the model with other values of the tensors and returns its return value."""
         if self._keywords is None:
             explained, indices = iter(tensors), iter(self.indices.values())
             values = [next(indices if is_index(tensor) else explained) for tensor in self._positional]
@@ -119,21 +147,27 @@ class Call:
 
 
 def explained_output(returned: Any, output: Output | None, batch: int, batched: bool = True) -> Tensor:
-    """The tensor ``(N, …)`` that a measure starts at.
+    """Returns the tensor ``(N, …)`` at which a measure starts.
 
     Args:
         returned: The model's return value.
-        output: Which of its tensors; None if there is only one.
+        output: The choice of a tensor; None if only one tensor is returned.
         batch: Number of samples.
         batched: Whether the first dimension is the batch.
 
     Raises:
-        InputError: No such tensor, or several and no choice.
+        InputError: The chosen tensor does not exist, or several tensors are returned and none is chosen.
     """
-    tensor = _chosen(returned, output)
+    tensor = chosen_output(returned, output)
     if not isinstance(tensor, Tensor):
-        raise InputError(f"output={output!r} is {type(tensor).__name__}, a measure starts at one tensor (N, …).")
-    if batched and (tensor.ndim == 0 or len(tensor) != batch):
+        raise InputError(f"output={brief(output)} is {type(tensor).__name__}, a measure starts at one tensor (N, …).")
+    if batched and tensor.ndim == 0:
+        raise InputError(
+            f"the model returned one number for {batch} samples; its output must have the shape (N,) or (N, …), here "
+            f"({batch}, …), since every sample has its own measure. Keep the dimension of samples in the output: "
+            "`output.sum(1)` instead of `output.sum()`, `output.reshape(len(x))`. A loss over a batch has no measure."
+        )
+    if batched and len(tensor) != batch:
         raise InputError(
             f"the model maps {batch} inputs to an output of shape {tuple(tensor.shape)}; its first "
             "dimension must be the batch, since every sample has its own measure. A single sample needs a batch "
@@ -142,7 +176,7 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
     if tensor.numel() == 0 or tensor.dtype not in FORMATS:
         raise InputError(
             f"the explained output has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; a measure starts at real "
-            "numbers in float32 or float64, or shorter ones in bfloat16 or float16. Make the model return its scores."
+            f"numbers in float32 or float64, or shorter ones in bfloat16 or float16. {_remedy_for_output(tensor)}"
         )
     if tensor.grad_fn is None:
         raise InputError(NOT_JOINED)
@@ -154,7 +188,18 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
     return tensor
 
 
-def _chosen(returned: Any, output: Output | None) -> Any:
+def _remedy_for_output(tensor: Tensor) -> str:
+    if tensor.numel() == 0:
+        return "It has no entries."
+    if tensor.is_complex():
+        return "Make the model return a real part or a magnitude."
+    if tensor.is_floating_point():
+        return "Half precision is too coarse for sums over walks: use `model.float()`, and no `.half()` in its forward."
+    return "Make the model return its scores, not indices of classes or decisions."
+
+
+def chosen_output(returned: Any, output: Output | None) -> Any:
+    """Returns the tensor at which a measure starts, unchecked."""
     choices = _choices(returned)
     if output is None:
         tensors = [value for value in choices.values() if isinstance(value, Tensor)]
@@ -178,7 +223,7 @@ def _chosen(returned: Any, output: Output | None) -> Any:
     if isinstance(output, str) and hasattr(returned, output):
         return getattr(returned, output)
     raise InputError(
-        f"output={output!r} is not in the model's return value, a {type(returned).__name__}{_items(choices)}."
+        f"output={brief(output)} is not in the model's return value, a {type(returned).__name__}{_items(choices)}."
     )
 
 
@@ -189,7 +234,7 @@ def _choices(returned: Any) -> dict[Any, Any]:
 
 
 def _items(choices: dict[Any, Any]) -> str:
-    return f" of {', '.join(f'{key!r} ({_kind(value)})' for key, value in choices.items())}" if choices else ""
+    return f" of {', '.join(f'{brief(key)} ({_kind(value)})' for key, value in choices.items())}" if choices else ""
 
 
 def _kind(value: Any) -> str:
@@ -203,7 +248,7 @@ def _is_explained(value: Any) -> bool:
 
 
 def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batched: bool = True) -> None:
-    """Raises :class:`InputError` unless these inputs can be explained."""
+    """Raises :class:`InputError` unless the inputs can be explained."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
         raise GradModeError(
@@ -212,6 +257,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
         )
     if not tensors:
         raise InputError("no input was given: inputs is empty. Pass a tensor, or a tuple of tensors.")
+    check_untransformed(tensors)
     for item, tensor in zip(items, tensors, strict=True):
         what = "the input" if item is None else f"input {item!r}"
         if not isinstance(tensor, Tensor):
@@ -243,17 +289,17 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
 
 
 def is_index(value: Any) -> bool:
-    """Whether this is a tensor of integers that an embedding could look up."""
+    """Whether a value is a tensor of integers that an embedding could look up."""
     return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Whether an input that is passed by keyword is one of ids; masks are integers as well, in transformers."""
+    """Whether an input passed by keyword holds ids, since masks in transformers are integers as well."""
     return is_index(value) and "mask" not in key
 
 
 def _none_floating(inputs: Mapping[Any, Any]) -> str:
-    listed = ", ".join(f"{key!r} ({_kind(value)})" for key, value in inputs.items())
+    listed = ", ".join(f"{brief(key)} ({_kind(value)})" for key, value in inputs.items())
     return (
         "none of the inputs is a floating point tensor, to which relevance could flow; got "
         f"{listed or 'an empty mapping'}. Convert with `.float()`, or pass embeddings."
@@ -269,8 +315,18 @@ def _not_floating(tensor: Tensor) -> str:
 
 
 def _infinite(tensor: Tensor) -> str:
-    """The samples that are not finite."""
+    """The text that lists the samples with infinite or nan entries."""
     return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 
-__all__ = ["EXPLAINED", "Call", "Inputs", "Output", "check_inputs", "explained_output", "is_index"]
+__all__ = [
+    "EXPLAINED",
+    "Call",
+    "Change",
+    "Inputs",
+    "Output",
+    "check_inputs",
+    "chosen_output",
+    "explained_output",
+    "is_index",
+]

@@ -1,6 +1,6 @@
-"""The linear map of one affine layer and its transpose, for many vectors at once.
+"""The linear map of one affine layer and its transpose, for batches of vectors.
 
-``up`` maps ``(K, N, *in)`` to ``(K, N, *out)``, ``down`` is its transpose. Neither includes a bias.
+``up`` maps ``(K, N, *in)`` to ``(K, N, *out)``, and ``down`` is its transpose. Neither map includes a bias.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class LinearMap(NamedTuple):
     """A linear map, its transpose, and its derivative with respect to the weight.
 
     Attributes:
-        down: ``(K, N, *out)`` to ``(K, N, *in)``.
-        up: ``(K, N, *in)`` to ``(K, N, *out)``.
-        weight_gradient: Input ``(1, *in)`` and relevance ``(1, *out)`` to the gradient of their product with respect to
-            the weight; None without a closed form.
+        down: Maps ``(K, N, *out)`` to ``(K, N, *in)``.
+        up: Maps ``(K, N, *in)`` to ``(K, N, *out)``.
+        weight_gradient: Maps an input ``(1, *in)`` and relevance ``(1, *out)`` to the gradient of their product with
+            respect to the weight; None without a closed form.
         convolution: Weight, options and input shape, if the layer is a convolution.
     """
 
@@ -42,15 +42,15 @@ _CONVOLUTIONS: dict[Any, int] = {
 
 
 def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearMap:
-    """Maps of a linear layer whose modified weight is computed in blocks and never stored as a whole.
+    """Maps of a linear layer that compute the modified weight in blocks and never store it as a whole.
 
-    In many nets the weights of the classifier are larger than everything else, and a copy for each rule would take more
-    time than the layer itself.
+    In many networks most weights belong to the classifier, and a copy for each rule would take more time than the layer
+    itself.
 
     Args:
         weight: ``(out, in)``.
         modify: The elementwise modification of a rule.
-        entries: Entries of the weight in one block.
+        entries: Number of entries of the weight in one block.
     """
     rows = max(1, entries // weight.shape[1])
     starts = range(0, weight.shape[0], rows)
@@ -66,12 +66,12 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
 
 
 def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
-    """Maps of a layer of torch by the operations it consists of; None for padding modes other than zeros.
+    """Maps of a layer of torch, computed by torch's functions; None for padding modes other than zeros.
 
     Args:
-        module: A linear or convolutional layer whose forward is torch's own.
+        module: A linear or convolutional layer with torch's own forward.
         weight: The weight to use.
-        inputs: A tensor of the shape of its input.
+        inputs: A tensor of the shape of the layer's input.
     """
     if type(module).forward is nn.Linear.forward:
         if _is_even(weight):
@@ -89,7 +89,7 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
 
 
 def _is_even(weight: Tensor) -> bool:
-    """Whether each output channel has one value for all its weights, as one value in memory."""
+    """Whether all weights of an output channel are the same stored value."""
     inner = [stride for stride, size in zip(weight.stride()[1:], weight.shape[1:], strict=True) if size > 1]
     return weight.stride(0) != 0 and bool(inner) and not any(inner)
 
@@ -105,7 +105,7 @@ def _linear_maps(weight: Tensor) -> LinearMap:
 
 
 def _times(values: Tensor, matrix: Tensor) -> Tensor:
-    """``values @ matrix`` in one product; torch multiplies a transposed batch row by row."""
+    """Computes ``values @ matrix`` as one product, since torch multiplies a transposed batch row by row."""
     product = values.reshape(-1, values.shape[-1]) @ matrix
     return product.reshape(*values.shape[:-1], matrix.shape[1])
 
@@ -124,7 +124,7 @@ def _even_linear_maps(weight: Tensor) -> LinearMap:
 
 
 def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> LinearMap:
-    """Sums the channels of a group and convolves the sum with a window of ones."""
+    """Maps of a convolution with equal weights: the sum over the channels of a group, convolved with ones."""
     groups = options[-1]
     ones = weight.new_ones(groups, 1, *weight.shape[2:])
     per_group = weight.shape[0] // groups
@@ -151,7 +151,9 @@ def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torc
 def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> LinearMap:
     def down(relevance: Tensor) -> Tensor:
         flat = relevance.reshape(-1, *relevance.shape[2:])
-        like = relevance.new_empty((len(flat), *shape))  # only its shape is read; expanded it would be copied
+        like = relevance.new_empty(
+            (len(flat), *shape)
+        )  # only its shape is read, and an expanded tensor would be copied
         wanted = [True, False, False]
         product, _, _ = torch.ops.aten.convolution_backward(flat, like, weight, None, *options, wanted)
         return product.reshape(*relevance.shape[:2], *shape)  # type: ignore[no-any-return]
@@ -173,9 +175,9 @@ FEW = 16
 
 
 def side_by_side(maps: list[LinearMap]) -> Map | None:
-    """Several transposed maps of the same outputs as one, ``(K, N, *out)`` to ``(K, N, B, *in)``.
+    """Combines ``B`` transposed maps of the same outputs, ``(K, N, *out)`` to ``(K, N, B, *in)``.
 
-    None unless all are convolutions with few input channels and the same options.
+    Returns None unless all maps are convolutions with few input channels and the same options.
     """
     known = [one.convolution for one in maps if one.convolution is not None]
     if len(known) < len(maps):
@@ -196,7 +198,7 @@ def side_by_side(maps: list[LinearMap]) -> Map | None:
 
 
 def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
-    """Stride, padding, dilation, transposed, output padding and groups, in the order of aten's arguments."""
+    """Stride, padding, dilation, transposed, output padding and groups, in the order of the arguments in aten."""
     if module.padding_mode != "zeros":
         return None
     transposed = issubclass(kind, nn.modules.conv._ConvTransposeNd)
@@ -216,11 +218,11 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
 
 
 def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
-    """Maps and image of any linear function by its own derivative.
+    """Maps and image of any linear function, by automatic differentiation.
 
     Args:
-        run: ``(N, *in)`` to ``(N, *out)``.
-        inputs: The point at which it is differentiated, ``(N, *in)``.
+        run: The function, from ``(N, *in)`` to ``(N, *out)``.
+        inputs: The point of differentiation, ``(N, *in)``.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = inputs.detach().requires_grad_()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.nn.modules._functions import BackwardHookFunction
 
 _MODULES = (
     nn.Identity,
@@ -63,24 +64,25 @@ _NODES = frozenset(
     PixelShuffle PixelUnshuffle ChannelShuffle Im2Col Tril Triu UpsampleNearest1D UpsampleNearest2D
     UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D CopySlices Copy
     Unfold Take TakeAlongDim Contiguous Detach AccumulateGrad Swapaxes LiftFresh Lift
-    DiagEmbed Median NanMedian Kthvalue Mode Cummax Cummin Aminmax
+    DiagEmbed Median NanMedian Kthvalue Mode Cummax Cummin Aminmax BackwardHookFunction
     """.lower().split()
 )
 _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
 
 
 def is_route(module: nn.Module) -> bool:
-    """Whether a module only routes (dropout is checked to be inactive elsewhere)."""
+    """Whether a module is a 0/1 route. Another check ensures that dropout is inactive."""
     return isinstance(module, _MODULES) or (isinstance(module, nn.Upsample) and module.mode.startswith("nearest"))
 
 
 def operation(node: Node) -> str:
-    """Name of the operation of an autograd node: ``MaxPool2DWithIndicesBackward0`` to ``MaxPool2DWithIndices``.
+    """The operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward0``.
 
-    An ``autograd.Function`` of a model may have the name of an operation of torch, but is another operation.
+    An ``autograd.Function`` of a model may have the name of an operation of torch, but is a different operation.
     """
     if isinstance(node, BackwardCFunction):
-        return f"autograd.Function {node.name().removesuffix('Backward')}"
+        kind = type(node)._forward_cls
+        return "BackwardHookFunction" if kind is BackwardHookFunction else f"autograd.Function {kind.__name__}"
     name = node.name().rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name
@@ -91,17 +93,23 @@ def is_route_node(node: Node) -> bool:
     return operation(node).lower() in _NODES
 
 
-_WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias"])
+_WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias", "Clone"])
 
 
 def is_whole(node: Node) -> bool:
-    """Whether a node is a view of all entries of a tensor."""
+    """Whether a node is a view or copy of all entries of a tensor."""
     return operation(node) in _WHOLE
 
 
 def written(node: Any, number: int) -> tuple[Any, int]:
-    """Output ``number`` of a node, or the tensor that overwrote all of it in place."""
-    while node is not None and operation(node) == "Copy":
+    """Returns output ``number`` of a node, or the tensor that overwrote all of this output in place.
+
+    The node that torch adds around a module with a full backward hook is skipped, since it is an identity.
+    """
+    while node is not None and (name := operation(node)) in ("Copy", "BackwardHookFunction"):
+        if name != "Copy":
+            node, number = node.next_functions[number]
+            continue
         below, place = node.next_functions[-1]  # the first is the overwritten tensor
         if below is None or below._input_metadata[place].shape != node._input_metadata[0].shape:
             break
@@ -110,7 +118,7 @@ def written(node: Any, number: int) -> tuple[Any, int]:
 
 
 def source_of(node: Any) -> Any:
-    """The node that computed the entries of a tensor, through whole views and in-place writes."""
+    """The node that computed the entries of a tensor, followed through whole views and in-place writes."""
     node, _ = written(node, 0)
     while node is not None and is_whole(node):
         node, _ = written(*node.next_functions[0])

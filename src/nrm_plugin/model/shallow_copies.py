@@ -1,4 +1,4 @@
-"""Copies of the user's modules that share their tensors, so that the modules themselves are never modified."""
+"""Copies of the user's modules with shared tensors, so that the modules themselves are never modified."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _HOOK_DICTS = (
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module that shares its tensors, with its own dictionaries and without hooks.
+    """Returns a copy of a module with the same tensors, with its own dictionaries and without hooks.
 
-    Zennit's ``ParamMod`` temporarily writes modified parameters into the module; into such a copy it may. A shallow
-    copy does not suffice, since it shares the dictionary of parameters.
+    Zennit's ``ParamMod`` temporarily writes modified parameters into a module, which is safe for such a copy. A
+    shallow copy does not suffice, since it shares the dictionary of parameters.
     """
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
     copy: nn.Module = kind.__new__(kind)
@@ -37,7 +37,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
     _compute_parametrized(copy, module)
     forward = copy.__dict__.get("forward")
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
-        # A canonizer bound a method to the module; bound to the copy, it reads the parameters of the copy.
+        # A method that a canonizer bound to the module is bound to the copy, to read the parameters of the copy.
         copy.__dict__["forward"] = types.MethodType(forward.__func__, copy)
     return copy
 
@@ -48,7 +48,7 @@ def _compute_parametrized(copy: nn.Module, module: nn.Module) -> None:
         del copy._modules["parametrizations"]
         for name in module.parametrizations:  # type: ignore[union-attr]
             copy._parameters[name] = _shared(getattr(module, name))
-    for name in ("weight", "bias"):  # torch's older weight and spectral norms store it as an attribute
+    for name in ("weight", "bias"):  # torch's older weight and spectral norms store the computed weight as an attribute
         if isinstance(copy.__dict__.get(name), Tensor):
             copy._parameters[name] = _shared(copy.__dict__.pop(name))
 

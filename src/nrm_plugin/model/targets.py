@@ -1,4 +1,4 @@
-"""Start of a measure: targets and start vectors as signed laws of the output neurons.
+"""Start of a measure: targets and start vectors, normalized to a signed measure of the output neurons.
 
 Source: docs/measure.md.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import TargetError, samples
+from ..errors import TargetError, brief, samples
 from .autocast import working_dtype
 
 MIN_TOTAL = 1e-6
@@ -20,38 +20,38 @@ MIN_TOTAL = 1e-6
 
 
 def sample_sums(tensor: Tensor) -> Tensor:
-    """``(N, …)`` summed over everything but the batch; also for ``(N,)``, which ``flatten(1)`` rejects."""
+    """Sums ``(N, …)`` over all dimensions but the batch; also for ``(N,)``, which ``flatten(1)`` rejects."""
     return tensor.reshape(len(tensor), -1).sum(1)
 
 
 def sample_norms(tensor: Tensor) -> Tensor:
-    """The absolute values of ``(N, …)`` summed over everything but the batch."""
+    """Sums the absolute values of ``(N, …)`` over all dimensions but the batch."""
     if tensor.device.type != "cpu":
         return sample_sums(tensor.abs())
     flat = tensor.reshape(len(tensor), -1)
-    # Parts that fit into the processor's cache.
+    # Each part fits into the processor's cache.
     parts = [part.abs().sum(1) for part in torch.split(flat, max(1, (1 << 16) // len(flat)), 1)]
     return functools.reduce(torch.add, parts) if parts else flat.new_zeros(len(flat))
 
 
 def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
-    """The target, also where it is a function of the outputs.
+    """Returns the target, after evaluation on the outputs if it is a function.
 
     Args:
-        target: As :func:`start_vector` takes it, or a function that returns this for the outputs.
-        outputs: As the model returned them.
-        batched: Whether their first dimension is the samples. If not, the target may name a class alone where the
-            output is one row of scores, ``(1, C)``, for a whole graph.
+        target: A target of :func:`start_vector`, or a function from the outputs to such a target.
+        outputs: The model's outputs.
+        batched: Whether the first dimension of the outputs is the batch. If not, the target may name a class alone if
+            the output is one row of scores, ``(1, C)``, for a whole graph.
 
     Raises:
-        TargetError: The function returned something else.
+        TargetError: The function did not return a target.
     """
     if callable(target):
         target = target(outputs)
         is_target = target is None or isinstance(target, (int, tuple, list)) or hasattr(target, "__array__")
         if not is_target:
             raise TargetError(
-                f"target= is a function of the outputs and returned {type(target).__name__}: {target!r}. It must "
+                f"target= is a function of the outputs and returned {type(target).__name__}: {brief(target)}. It must "
                 "return a target: an int, a tuple of ints, or a list or tensor of one for each sample."
             )
     if batched or outputs.ndim != 2 or len(outputs) != 1:
@@ -61,17 +61,17 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
-    """The unnormalized start ``s``, shape of the output ``(N, …)``, in float32 or float64.
+    """Returns the unnormalized start vector ``s``, of the shape of the output, ``(N, …)``, in float32 or float64.
 
     Args:
-        output: The model's output.
+        output: The model's output, ``(N, …)``.
         target: As in Captum: None for one output per sample, an int or a tuple for all samples, or a list or tensor
-            with one of them for each sample.
-        start: A signed vector over the outputs instead, ``(N, …)`` or without the batch, or a function that returns it
-            for the outputs.
+            with one entry per sample.
+        start: In place of a target, a signed vector over the outputs, ``(N, …)`` or without the batch, or a function
+            from the outputs to this vector.
 
     Raises:
-        TargetError: Both are given, or do not fit.
+        TargetError: Both are given, or the target or start does not fit the output.
     """
     output = output.to(working_dtype(output.dtype))
     if start is not None:
@@ -82,10 +82,10 @@ def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tenso
 
 
 def normalized(start: Tensor) -> Tensor:
-    r""":math:`\mu(n_L = k) = s_k / \sum s` for every sample.
+    r"""Normalizes a start vector per sample, :math:`\mu(n_L = k) = s_k / \sum s`.
 
     Raises:
-        TargetError: A sample whose entries cancel or are all zero.
+        TargetError: The entries of a sample cancel or are all zero.
     """
     total, absolute = sample_sums(start), sample_sums(start.abs())
     bad = total.abs() <= MIN_TOTAL * absolute
@@ -98,7 +98,7 @@ def normalized(start: Tensor) -> Tensor:
 
 
 class Neurons:
-    """The start vector for one of Captum's neuron selectors.
+    """The start vector of one of Captum's neuron selectors.
 
     Args:
         selector: The selector.
@@ -112,7 +112,7 @@ class Neurons:
         self.activation = torch.empty(0)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """The start vector over the outputs ``(N, …)`` of a layer."""
+        """Returns the start vector for the outputs ``(N, …)`` of a layer."""
         slope = self._slope(values)
         self.activation = (slope * values).flatten(1).sum(1)
         if bool((slope != 0).flatten(1).sum(1).le(1).all()):
@@ -122,7 +122,7 @@ class Neurons:
         return torch.where(silent, slope, start)
 
     def _slope(self, values: Tensor) -> Tensor:
-        """Weight of each neuron."""
+        """The weight of each neuron in the sum of activations."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()
@@ -134,7 +134,7 @@ class Neurons:
         shape = tuple(values.shape)
         if len(index) != values.ndim - 1 or not all(_is_index(entry) for entry in index):
             raise TargetError(
-                f"neuron_selector={self.selector!r} does not select neurons of a layer of shape {shape}: give "
+                f"neuron_selector={brief(self.selector)} does not select neurons of a layer of shape {shape}: give "
                 f"{values.ndim - 1} ints or slices, or a function of the layer's output."
             )
         slope = torch.zeros_like(values)
@@ -142,7 +142,7 @@ class Neurons:
             slope[(slice(None), *index)] = 1
         except IndexError as error:
             raise TargetError(
-                f"neuron_selector={self.selector!r} is out of range for a layer of shape {shape}."
+                f"neuron_selector={brief(self.selector)} is out of range for a layer of shape {shape}."
             ) from error
         return slope
 
@@ -232,7 +232,7 @@ def _indices(target: Any, batch: int) -> list[tuple[int, ...]]:
 
 
 def _integers(target: Any) -> Any:
-    """Tensors and arrays as Python numbers."""
+    """Converts tensors and arrays to Python numbers."""
     try:
         tensor = torch.as_tensor(target)
     except TypeError as error:
@@ -251,4 +251,4 @@ def _tuple(entry: Any) -> tuple[int, ...]:
         return tuple(operator.index(number) for number in entry)
     except TypeError:
         shown = entry[0] if len(entry) == 1 else entry
-        raise TargetError(f"target {shown!r} is not made of integers. {_FORMS}") from None
+        raise TargetError(f"target {brief(shown)} is not made of integers. {_FORMS}") from None

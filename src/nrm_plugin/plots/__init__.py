@@ -1,4 +1,4 @@
-"""Plots of heat maps, flows, layer profiles and coloured text; they compute no relevance.
+"""Plots of heat maps, flows, layer profiles and coloured text. This package computes no relevance.
 
 Imports: errors, measure.
 """

@@ -1,4 +1,4 @@
-"""Figures of a flow graph, and of the profile of its layers."""
+"""Figures of flow graphs and of layer profiles."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .heatmaps import DIVERGING, Budget, draw_budget
 from .ribbons import DARK, INK, LIGHT, Column, Palette, Ribbon, draw_flow, percent, rows_scale
 
 MAX_GROUPS = 40
-"""Groups of one layer that a figure has room for."""
+"""Largest number of groups of one layer in a figure."""
 THUMBNAILS_PER_ROW, MAX_THUMBNAILS = 4, 12
-"""Of one layer."""
+"""Numbers of thumbnails of one layer."""
 THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH = 0.72, 0.22
 """Height of a row of thumbnails in inches, and width of a thumbnail as a share of the distance between two layers."""
 NEGLIGIBLE = 1e-6
-"""Relevance of edges, rest and off nodes that is not drawn: rounding."""
+"""Relevance below which edges, rest nodes and off nodes are not drawn, since it is rounding error."""
 KINDS = {"group": "", "rest": "other", "off": "off"}
 STRENGTH = {"group": 0.45, "rest": 0.2, "off": 0.25}
 
 
 def drawn_nodes(layer: FlowLayer) -> list[tuple[int, FlowNode]]:
-    """The nodes of a layer that are drawn, each with its row in the joint relevance.
+    """Returns the nodes of a layer to be drawn, each with its row in the joint relevance.
 
     Raises:
-        FlowError: The layer shows more groups than there is room for.
+        FlowError: The layer has too many groups for a figure.
     """
     if len(layer.groups) > MAX_GROUPS:
         raise FlowError(
@@ -46,20 +46,20 @@ def drawn_nodes(layer: FlowLayer) -> list[tuple[int, FlowNode]]:
 
 
 def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: NodeMaps | None = None) -> Figure:
-    """A flow graph as ribbons between bars, with the input on the left; heights are relevance.
+    """Draws a flow graph as ribbons between bars, with the input on the left; heights are relevance.
 
-    Red is positive and blue negative, in shades that colour-blind readers can distinguish; grey is the rest of a layer,
-    orange the relevance that is absorbed above it or bypasses it.
+    Red is positive and blue negative, in shades that colour-blind readers can distinguish. Grey is the rest of a layer,
+    and orange the relevance that is absorbed above the layer or bypasses it.
 
     Args:
         graph: The graph.
         heading: Title of the figure.
-        dark: Colours for a dark background; save it with ``facecolor=figure.get_facecolor()``.
-        maps: Heat maps of its nodes, of :func:`~nrm_plugin.measure.flow_maps`; those of the most relevant groups are
-            drawn below their layer, each on its own scale.
+        dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`; the maps of the most relevant groups
+            are drawn below their layer, each on its own scale.
 
     Raises:
-        FlowError: A layer shows more groups than there is room for.
+        FlowError: A layer has too many groups for a figure.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -92,7 +92,7 @@ def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: N
     axes = figure.add_subplot()
     draw_flow(axes, columns, ribbons, palette, scale)
     low, high = axes.get_ylim()
-    step = THUMBNAIL_HEIGHT * (high - low) / height  # of a row of thumbnails, in data coordinates
+    step = THUMBNAIL_HEIGHT * (high - low) / height  # height of a row of thumbnails, in data coordinates
     axes.set_ylim(low - rows * step, high)
     for number, column in enumerate(thumbnails):
         _draw_maps(axes, number, low, step, column, palette)
@@ -124,7 +124,7 @@ def _draw_maps(
 
 
 def layer_note(layer: FlowLayer) -> str:
-    """Number and mass of the groups of a layer that are shown, such as ``3 of 6: 80%``."""
+    """The number and mass of the shown groups of a layer, such as ``3 of 6: 80%``."""
     if not layer.groups:
         return "no relevance crosses it"
     return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(sum(layer.masses))}"
@@ -149,12 +149,12 @@ def _short(text: str, length: int = 24) -> str:
 
 
 def profile_figure(rows: Sequence[ProfileRow], heading: str = "", dark: bool = False) -> Figure:
-    """Mass, sink and bypass of each layer as stacked bars, and its variation; the output is at the top.
+    """Draws mass, sink and bypass of each layer as stacked bars, and its variation; the output is at the top.
 
     Args:
         rows: Rows of :func:`~nrm_plugin.measure.layer_profile.profile`.
         heading: Title of the figure.
-        dark: Colours for a dark background; save it with ``facecolor=figure.get_facecolor()``.
+        dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
     """
     palette = DARK if dark else LIGHT
     figure = Figure(figsize=(8.2, 1.5 + 0.26 * len(rows)), layout="constrained")

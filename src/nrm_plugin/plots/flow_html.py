@@ -1,4 +1,4 @@
-"""A flow graph as a plotly figure, and as one HTML file with plotly's script inside, which needs no network."""
+"""Flow graphs as plotly figures, and as self-contained HTML files that include plotly's script."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .ribbons import DARK, Palette, percent
 BOTH = Palette(positive="#d6453d", negative="#3d8bd4")
 """Colours that are visible on light and on dark backgrounds."""
 MARGIN = 0.02
-"""Share of the width that is left free at each side: plotly moves nodes that are at 0 or 1."""
+"""Share of the width that is left free on each side, since plotly moves nodes at 0 and 1."""
 NODE, PAD, THUMBNAIL = 32, 14, 56
-"""Pixels: average height of a node, distance between two nodes, and size of a thumbnail, which adds to the distance."""
+"""Average height of a node, distance between two nodes, and size of a thumbnail (added to the distance), in pixels."""
 EDGES = {"l": 20, "r": 20, "t": 170, "b": 20}
-"""Pixels around the drawing."""
+"""Margins around the drawing, in pixels."""
 HELP = (
     "The input is on the left. The height of a node is its relevance, the width of a ribbon the joint relevance of its "
     "two nodes.<br>Red is positive, blue negative; grey is the rest of a layer, orange the relevance that does not "
@@ -41,16 +41,16 @@ if (matchMedia("(prefers-color-scheme: dark)").matches) {
 
 
 def sankey(graph: FlowGraph, heading: str = "Flow of relevance", maps: NodeMaps | None = None) -> str:
-    """The text of an HTML file: hovering over a node shows its mass, over a ribbon its joint and conditional relevance.
+    """Returns an HTML page. Hovering over a node shows its mass; over a ribbon, its joint and conditional relevance.
 
     Args:
         graph: The graph.
         heading: Title of the page.
-        maps: Heat maps of its nodes, of :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails next to the nodes.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails next to the nodes.
 
     Raises:
         MissingExtraError: plotly is not installed.
-        FlowError: A layer shows more groups than there is room for.
+        FlowError: A layer has too many groups for a figure.
     """
     config = {"displayModeBar": False, "responsive": True}
     page: str = sankey_figure(graph, heading, maps).to_html(config, include_plotlyjs=True, post_script=SCRIPT)
@@ -60,14 +60,14 @@ def sankey(graph: FlowGraph, heading: str = "Flow of relevance", maps: NodeMaps 
 def save_sankey(
     graph: FlowGraph, path: str | Path, heading: str = "Flow of relevance", maps: NodeMaps | None = None
 ) -> Path:
-    """Writes :func:`sankey` to a file; returns its path."""
+    """Writes the page of :func:`sankey` to a file, and returns its path."""
     path = Path(path)
     path.write_text(sankey(graph, heading, maps), encoding="utf-8")
     return path
 
 
 def sankey_figure(graph: FlowGraph, heading: str = "Flow of relevance", maps: NodeMaps | None = None) -> Any:
-    """The plotly figure of :func:`sankey`."""
+    """Returns the plotly figure of :func:`sankey`."""
     objects = extra("plotly.graph_objects", "html")
     maps = maps or {}
     columns = [[node for _, node in drawn_nodes(layer)] for layer in graph.layers[::-1]]
@@ -120,7 +120,7 @@ def _links(graph: FlowGraph, nodes: Sequence[FlowNode]) -> Iterator[dict[str, An
 
 
 def _sizes(links: Sequence[dict[str, Any]], count: int) -> NDArray[np.float64]:
-    """The relevance that plotly draws for each node: the larger sum of widths of its two sides."""
+    """The relevance that plotly draws for each node: the larger of the sums of widths on both sides."""
     sides = np.zeros((2, count))
     for link in links:
         sides[0, link["source"]] += link["value"]
@@ -132,15 +132,15 @@ def _sizes(links: Sequence[dict[str, Any]], count: int) -> NDArray[np.float64]:
 def _places(
     columns: Sequence[Sequence[FlowNode]], sizes: NDArray[np.float64], height: float, pad: float
 ) -> list[tuple[float, float]]:
-    """Centres of the nodes in shares of the drawing, from the left and from the top; columns are centred.
+    """Computes the centres of the nodes in shares of the drawing, from the left and from the top; columns are centred.
 
-    Plotly draws nodes as high as the fullest column allows.
+    Plotly scales the heights of nodes such that the fullest column fits.
     """
     parts = np.split(sizes, np.cumsum([len(column) for column in columns])[:-1])
     unit = min((height - pad * (len(part) - 1)) / max(part.sum(), 1e-12) for part in parts if len(part))
     places = []
     for column, part in enumerate(parts):
-        bottoms = np.cumsum(part * unit + pad)  # of the nodes, each with the distance to the next
+        bottoms = np.cumsum(part * unit + pad)  # bottoms of the nodes, each with the distance to the next
         top = (height - bottoms[-1] + pad) / 2 if len(part) else 0
         centres = (top + bottoms - pad - part * unit / 2) / height
         places += [(_x(column, len(columns)), float(y)) for y in centres.clip(0.001, 0.999)]
@@ -169,7 +169,7 @@ def _layer_heading(graph: FlowGraph, column: int) -> dict[str, Any]:
 
 
 def _thumbnail(values: NDArray[np.float64], place: tuple[float, float], size: float) -> dict[str, Any]:
-    """An image at the left of a node; at the right, outside the drawing, in the last column."""
+    """An image on the left of a node, or on the right, outside the drawing, for the last column."""
     small = thumbnail(values)
     limit = float(np.abs(small).max()) or 1.0
     colors = matplotlib.colormaps[DIVERGING](0.5 + 0.5 * small / limit, bytes=True)[..., :3]
@@ -199,7 +199,7 @@ def _name(node: FlowNode) -> str:
 
 
 def _hover_text(edge: FlowEdge) -> str:
-    """Joint relevance, and the conditional relevance of each node whose mass can be a divisor."""
+    """The text of the joint relevance, and of the conditional relevance given each node with sufficient mass."""
     upper, lower = _name(edge.upper), _name(edge.lower)
     lines = [f"{upper} → {lower}", f"joint relevance {percent(edge.mass)}"]
     if abs(edge.upper.mass) > NEGLIGIBLE:

@@ -37,8 +37,8 @@ class Budget:
 
     Attributes:
         title: Name of the sample.
-        mass, sink, bypass: One number for each layer; the three sum to 1.
-        reference: Another sum that is marked at each layer, such as that of plain Zennit.
+        mass, sink, bypass: One number per layer; the three sum to 1.
+        reference: Further sums, marked at each layer, such as the sums of plain Zennit.
         image: ``(C, H, W)``, drawn next to the title.
     """
 
@@ -51,7 +51,7 @@ class Budget:
 
 
 def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None) -> Path:
-    """Writes a figure at 150 dots per inch on a background colour; returns the path.
+    """Writes a figure at 150 dots per inch on a background colour, and returns the path.
 
     Args:
         figure: The figure.
@@ -70,13 +70,13 @@ def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = No
 
 
 def heat_map(values: Values, title: str = "", image: Values | None = None, limit: float | None = None) -> Figure:
-    """A signed heat map with a colour bar.
+    """Draws a signed heat map with a colour bar.
 
     Args:
         values: ``(H, W)``, dimensionless.
         title: Title of the heat map.
-        image: ``(C, H, W)``, shown faintly below it for orientation.
-        limit: Absolute value of the darkest colours; the largest one by default.
+        image: Image ``(C, H, W)``, shown faintly below the map for orientation.
+        limit: Absolute value of the darkest colours; by default the largest absolute value.
     """
     figure = _figure(4.3, 3.6)
     axes = figure.add_subplot()
@@ -93,14 +93,14 @@ def image_and_heat_map(
     heading: str = "",
     limit: float | None = None,
 ) -> Figure:
-    """An image and its signed heat map, side by side.
+    """Draws an image and its signed heat map, side by side.
 
     Args:
-        image: ``(C, H, W)`` with values in [0, 1], one channel or three.
-        values: ``(H, W)``, dimensionless.
+        image: Image ``(C, H, W)`` with values in [0, 1], and one or three channels.
+        values: Heat map ``(H, W)``, dimensionless.
         titles: Titles of the image and of the heat map.
         heading: Title of the figure.
-        limit: Absolute value of the darkest colours; the largest one by default.
+        limit: Absolute value of the darkest colours; by default the largest absolute value.
     """
     figure = _figure(7.2, 3.6 + 0.3 * bool(heading))
     _heading(figure, heading)
@@ -121,15 +121,15 @@ def heat_maps(
     columns: int = 4,
     limit: float | None = None,
 ) -> Figure:
-    """A grid of signed heat maps on a common colour scale.
+    """Draws a grid of signed heat maps on a common colour scale.
 
     Args:
-        maps: ``(H, W)`` each, dimensionless.
-        titles: One title for each map.
+        maps: Heat maps ``(H, W)``, dimensionless.
+        titles: One title per map.
         heading: Title of the figure.
-        image: ``(C, H, W)``, shown as the first image, and faintly below the maps.
+        image: Image ``(C, H, W)``, shown before the maps, and faintly below each map.
         columns: Number of columns.
-        limit: Absolute value of the darkest colours; the largest one of all maps by default.
+        limit: Absolute value of the darkest colours; by default the largest absolute value of all maps.
     """
     count = len(maps) + (image is not None)
     rows, across = math.ceil(count / columns), min(columns, count)
@@ -140,7 +140,7 @@ def heat_maps(
 
 
 def flow(columns: Sequence[Column], ribbons: Sequence[Ribbon], heading: str = "") -> Figure:
-    """Joint relevance of the nodes of two or more layers as ribbons between bars.
+    """Draws joint relevance of the nodes of two or more layers as ribbons between bars.
 
     Args:
         columns: The layers, from left to right.
@@ -162,15 +162,15 @@ def joint(
     titles: Sequence[str],
     heading: str = "",
 ) -> Figure:
-    """Joint relevance of layers: image and heat map, the flow between channels, and joint heat maps.
+    """Draws an image and its heat map, the flow between channels, and joint heat maps.
 
     Args:
-        image: ``(C, H, W)`` with values in [0, 1].
+        image: Image ``(C, H, W)`` with values in [0, 1].
         marginal: Heat map of the image, ``(H, W)``, with its own colour bar.
         columns: As in :func:`flow`.
         ribbons: As in :func:`flow`.
         maps: Joint heat maps, ``(H, W)`` each, on a common colour scale with one colour bar.
-        titles: One title for each of them.
+        titles: One title per joint heat map.
         heading: Title of the figure.
     """
     across = math.ceil(len(maps) / 2)
@@ -191,11 +191,11 @@ def joint(
 
 
 def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "", reference: str = "") -> Figure:
-    """Mass, sink and bypass of every layer as stacked bars, one panel for each sample.
+    """Draws mass, sink and bypass of every layer as stacked bars, with one panel per sample.
 
     Args:
-        layers: Names, from the output to the input.
-        samples: One for each panel.
+        layers: Names of the layers, from the output to the input.
+        samples: The samples, one per panel.
         heading: Title of the figure.
         reference: Name of the marked sums in the legend.
     """
@@ -210,7 +210,7 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
     for axes in list(grid.flat)[len(samples) :]:
         axes.set_axis_off()
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    # matplotlib lists the line first; as the reference it should be last.
+    # matplotlib lists the line first, but the reference should be the last entry.
     order = sorted(range(len(labels)), key=lambda place: labels[place] == reference)
     handles, labels = [handles[place] for place in order], [labels[place] for place in order]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
@@ -221,7 +221,7 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
 
 
 def draw_image(axes: Axes, image: Values) -> AxesImage:
-    """An image ``(C, H, W)`` with values in [0, 1]: one channel as dark on light, three as colours."""
+    """Draws an image ``(C, H, W)`` with values in [0, 1]: one channel as dark on light, three channels as colours."""
     pixels = _array(image)
     _no_ticks(axes)
     if len(pixels) == 1:
@@ -230,9 +230,9 @@ def draw_image(axes: Axes, image: Values) -> AxesImage:
 
 
 def draw_heat_map(axes: Axes, values: Values, image: Values | None = None, limit: float | None = None) -> AxesImage:
-    """A signed heat map ``(H, W)``, white at zero, with symmetric limits.
+    """Draws a signed heat map ``(H, W)``, white at zero, with symmetric limits.
 
-    An image with one channel is shown as an outline, one with three channels in grey below the colours.
+    An image with one channel is shown as an outline, and an image with three channels in grey below the colours.
     """
     pixels = _array(values)
     bound = _bound([pixels]) if limit is None else limit
@@ -257,7 +257,7 @@ def draw_grid(
     show_image: bool = False,
     limit: float | None = None,
 ) -> None:
-    """Heat maps ``(H, W)`` on a common colour scale, row by row, with a colour bar on the right."""
+    """Draws heat maps ``(H, W)`` on a common colour scale, row by row, with a colour bar on the right."""
     count = len(maps) + show_image
     grid = figure.subplots(math.ceil(count / columns), min(columns, count), squeeze=False)
     places = list(grid.flat)
@@ -275,7 +275,7 @@ def draw_grid(
 
 
 def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: str = "") -> None:
-    """Stacked bars of one sample, with the output at the top; diamonds mark the reference of each layer."""
+    """Draws the stacked bars of one sample, with the output at the top; diamonds mark the reference of each layer."""
     places = np.arange(len(layers))
     right, left = np.zeros(len(layers)), np.zeros(len(layers))
     for label, color, values in (
@@ -297,10 +297,10 @@ def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: st
     axes.tick_params(length=0, labelsize=8.5, colors=INK)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.set_title(budget.title, fontsize=10, color=INK, y=1.035)  # else it would be moved above the image
+    axes.set_title(budget.title, fontsize=10, color=INK, y=1.035)  # without y, it would be moved above the image
     if budget.image is not None:
         inset = axes.inset_axes((0.0, 1.01, 0.14, 0.14))
-        inset.set_in_layout(False)  # next to the title, which has room already
+        inset.set_in_layout(False)  # next to the title, where the layout has space already
         draw_image(inset, budget.image)
 
 
@@ -325,7 +325,7 @@ def _array(values: Values) -> Array:
 
 
 def _bound(maps: Sequence[Array]) -> float:
-    """The largest absolute value, or 1 if all are zero."""
+    """The largest absolute value, or 1 if all values are zero."""
     return max((float(np.abs(values).max(initial=0)) for values in maps), default=0) or 1.0
 
 
@@ -343,11 +343,11 @@ def _no_ticks(axes: Axes) -> None:
 
 
 def _outline(axes: Axes, ink: Array) -> None:
-    """The contour of the dark pixels, closed also at the border."""
+    """Draws the contour of the dark pixels, which is closed at the border as well."""
     if ink.min() < ink.max():
         height, width = ink.shape
-        # The border of the image is half a pixel outside the outer centres. Up to it pixels are repeated; beyond it
-        # everything is light.
+        # The border of the image is half a pixel outside the outer pixel centres. Pixels are repeated up to the
+        # border; beyond it, all pixels are light.
         padded = np.pad(np.pad(ink, 1, mode="edge"), 1, constant_values=ink.min())
         rows = np.array([-0.5, -0.499, *range(height), height - 0.501, height - 0.5])
         columns = np.array([-0.5, -0.499, *range(width), width - 0.501, width - 0.5])
@@ -357,7 +357,7 @@ def _outline(axes: Axes, ink: Array) -> None:
 
 def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: bool = False) -> None:
     limit = drawn.get_clim()[1] or 1.0
-    # Without the transparency of the image, by which the bar would be blank at zero.
+    # The bar has no transparency, unlike the image, since it would be blank at zero.
     shown = ScalarMappable(drawn.norm, drawn.cmap)
     extend = "both" if is_cut else "neither"
     bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=28, extend=extend, extendfrac=0.03)
@@ -367,7 +367,7 @@ def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: b
     scale = 10.0**exponent if exponent < -2 else 1.0
     if scale < 1:
         bar.ax.set_title(f"$10^{{{exponent}}}$ %", fontsize=8.5, color=INK)
-    # Rounded first: the tick at zero may be 1e-19.
+    # Values are rounded first, since the tick at zero may be 1e-19.
     unit = "" if scale < 1 else "%"
     bar.formatter = FuncFormatter(lambda value, _: f"{round(100 * value / scale, 6):g}{unit}".replace("-", "−"))
     bar.update_ticks()

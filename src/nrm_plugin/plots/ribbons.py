@@ -23,11 +23,11 @@ class Palette:
     """Colours of a plot.
 
     Attributes:
-        positive, negative: Relevance; red and blue in shades that colour-blind readers can distinguish.
-        ink, pale: Text.
-        paper: Background.
-        other: The rest of a layer, in none of the shown groups.
-        off: Walks that do not cross a layer.
+        positive, negative: Colours of relevance, red and blue in shades that colour-blind readers can distinguish.
+        ink, pale: Colours of text.
+        paper: Colour of the background.
+        other: Colour of the rest of a layer, outside all shown groups.
+        off: Colour of walks that do not cross a layer.
     """
 
     positive: str = POSITIVE
@@ -39,7 +39,7 @@ class Palette:
     off: str = "#e69f00"
 
     def of(self, value: float) -> str:
-        """The colour of a relevance."""
+        """Returns the colour of a relevance."""
         return self.positive if value >= 0 else self.negative
 
 
@@ -59,11 +59,11 @@ class Column:
     """One layer of a flow plot.
 
     Attributes:
-        name: Heading.
+        name: Heading of the column.
         note: Second, smaller line of the heading.
-        labels: One for each node, from top to bottom.
-        marginals: Relevance of each node; the height of its bar.
-        kinds: For each node ``""``, ``"other"`` or ``"off"``, the names of their colours; all ``""`` by default.
+        labels: Label of each node, from top to bottom.
+        marginals: Relevance of each node, drawn as the height of its bar.
+        kinds: Kind of each node, which selects its colour: ``""`` (default), ``"other"`` or ``"off"``.
     """
 
     name: str
@@ -79,11 +79,11 @@ class Ribbon:
 
     Attributes:
         nodes: Position of the node in each column.
-        value: Joint relevance; the width of the ribbon.
-        mark: A short name, with which the ribbon is drawn opaque; empty for a pale ribbon.
-        start: Number of its first column.
-        kind: As in :class:`Column`.
-        strength: Opacity without a mark.
+        value: Joint relevance, drawn as the width of the ribbon.
+        mark: A short name, for an opaque ribbon; empty for a pale ribbon.
+        start: Number of the first column of the ribbon.
+        kind: Kind of the ribbon, as for the nodes of :class:`Column`.
+        strength: Opacity of a ribbon without a mark.
     """
 
     nodes: tuple[int, ...]
@@ -94,12 +94,12 @@ class Ribbon:
     strength: float = 0.13
 
     def node(self, column: int) -> int | None:
-        """The node that it crosses in a column; None outside its columns."""
+        """Returns the node that the ribbon crosses in a column; None outside its columns."""
         return self.nodes[column - self.start] if 0 <= column - self.start < len(self.nodes) else None
 
 
 def percent(value: float) -> str:
-    """A share of the total relevance with two significant digits: 0.0468 is ``4.7%``."""
+    """Formats a share of the total relevance with two significant digits: 0.0468 is ``4.7%``."""
     points = 100 * value
     if points == 0:
         return "0%"
@@ -109,7 +109,7 @@ def percent(value: float) -> str:
 
 
 def rows_scale(columns: Sequence[Column]) -> float:
-    """Factor on the height of labels at which the longest column fits; the figure has to be higher by its inverse."""
+    """The factor on the height of labels with which the longest column fits. Figures are enlarged by its inverse."""
     longest = max((len(column.labels) for column in columns), default=0)
     return min(1.0, 0.9 / max(longest * (ROW + GAP), 1e-12))
 
@@ -121,13 +121,13 @@ def draw_flow(
     palette: Palette = LIGHT,
     scale: float = 1.0,
 ) -> None:
-    """Bars with the height of the relevance of a node, ribbons with the width of the joint relevance, on one scale.
+    """Draws nodes as bars with relevance as height, and ribbons with joint relevance as width, on one scale.
 
     Args:
-        axes: The axes.
+        axes: The matplotlib axes.
         columns: The layers, from left to right.
-        ribbons: Joint relevance of one node in each column, or in some consecutive ones.
-        palette: Colours.
+        ribbons: Joint relevance of one node in each column, or in some consecutive columns.
+        palette: Colours of the plot.
         scale: Factor on the height of text, for axes higher than 5 inches.
     """
     axes.set_xlim(-0.33, len(columns) - 0.67)
@@ -151,12 +151,12 @@ def draw_flow(
 
 
 def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Height of each node of a column: that of its bar, or of its ribbons if these cancel to less."""
+    """The height of each node of a column: the height of its bar, or of its ribbons if these cancel."""
     return [max(abs(value), *_stacks(number, node, ribbons)) for node, value in enumerate(column.marginals)]
 
 
 def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Total width of the ribbons stacked at a node, one value per column in which ribbons start."""
+    """The total width of the ribbons stacked at a node, one value per column in which ribbons start."""
     widths: dict[int, float] = {}
     for ribbon in ribbons:
         if ribbon.node(number) == node:
@@ -165,18 +165,18 @@ def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
 
 
 def _unit(extents: Sequence[float], scale: float) -> float:
-    """Height of a relevance of 1 at which a column, with room for its labels, has height 1."""
+    """The height per unit of relevance at which a column, with space for its labels, has height 1."""
     low, high = 0.0, 1.0 / max(sum(extents), 1e-12)
     for _ in range(50):
         middle = (low + high) / 2
         filled = sum(max(ROW * scale, extent * middle) + GAP * scale for extent in extents)
         low, high = (middle, high) if filled <= 1 else (low, middle)
-    # Too many labels for the height: they overlap, but the bars are still drawn.
+    # With too many labels for the height, labels overlap, but the bars are still drawn.
     return low or 0.5 / max(sum(extents), 1e-12)
 
 
 def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]:
-    """Heights of the centres of the nodes, from the top, with even spacing."""
+    """The heights of the centres of the nodes, from the top, with even spacing."""
     rows = [max(ROW * scale, extent * unit) for extent in extents]
     space = (1 - sum(rows)) / max(len(rows), 1)
     ends = np.cumsum([row + space for row in rows])
@@ -184,7 +184,7 @@ def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]
 
 
 def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float, scale: float) -> int:
-    """1; if all ribbons are hairlines, a round number by which they are widened as far as their nodes have room."""
+    """Returns a round factor that widens the ribbons within the space of their nodes if all are hairlines, else 1."""
     widest = max((abs(one.value) for one in ribbons), default=0) * unit
     if widest == 0 or widest >= VISIBLE:
         return 1
@@ -199,7 +199,7 @@ def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit:
 
 
 def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float) -> list[list[float]]:
-    """Heights at which each ribbon crosses its columns: stacked at every node in the order of their other ends."""
+    """The heights at which each ribbon crosses its columns, stacked at every node in the order of the other ends."""
     lanes = [[0.0] * len(one.nodes) for one in ribbons]
     starts = sorted({one.start for one in ribbons})
     for number, heights in enumerate(centers):
@@ -217,7 +217,7 @@ def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: 
 
 
 def _height(lane: Sequence[float], x: float) -> float:
-    """Height of a ribbon at ``x``: the cubic of :func:`_draw_ribbon`, solved for its parameter."""
+    """The height of a ribbon at ``x``: the cubic of :func:`_draw_ribbon`, solved for its parameter."""
     left = min(int(x), len(lane) - 2)
     steps = np.linspace(0, 1, 64)
     across = 1.5 * steps * (1 - steps) + steps**3
@@ -278,9 +278,9 @@ def _draw_column(
 
 
 def _draw_marks(axes: Axes, marked: Sequence[tuple[Ribbon, list[float]]]) -> None:
-    """Each mark is placed where its ribbon is farthest from the other marked ribbons and marks."""
+    """Draws each mark where its ribbon is farthest from the other marked ribbons and marks."""
     placed: list[tuple[float, float]] = []
-    # Labels of all columns but the first are on the right of their bars.
+    # Labels are on the right of the bars, except in the first column.
     places = [left + x for left in range(len(marked[0][1]) - 1 if marked else 0) for x in np.linspace(0.27, 0.85, 25)]
     for ribbon, lane in marked:
         best = (-1.0, 0.0, 0.0)
@@ -300,7 +300,7 @@ def _draw_marks(axes: Axes, marked: Sequence[tuple[Ribbon, list[float]]]) -> Non
 def _draw_key(
     axes: Axes, columns: Sequence[Column], ribbons: Sequence[Ribbon], factor: int, palette: Palette, scale: float
 ) -> None:
-    """The meaning of heights and colours; of colours only if both are visible."""
+    """Draws a legend of heights and, if both signs are visible, of colours."""
     values = [*(value for column in columns for value in column.marginals), *(one.value for one in ribbons)]
     both = min(max(values, default=0), -min(values, default=0)) > 0.02 * max(map(abs, values), default=0)
     text = f"height: relevance{f', ribbons widened {factor} times' if factor > 1 else ''}"

@@ -20,7 +20,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, brief
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Values = Tensor | np.ndarray | Sequence[float]
@@ -31,7 +31,7 @@ OPENING = ("Ġ", "▁")
 """Prefixes of a token that begins a word."""
 BREAKS = {"Ċ": "↵", "\n": "↵", "\t": "→"}
 LINE, LETTER, FONT = 1.9, 0.602, 10.5
-"""Height of a line and width of a letter in font sizes; font size in points."""
+"""Height of a line and width of a letter in units of the font size, and font size in points."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Word:
     """A displayed token.
 
     Attributes:
-        text: Its letters.
-        value: Its relevance.
-        is_spaced: Whether a space precedes it.
-        is_special: Whether it is not text, such as padding.
+        text: Letters of the token.
+        value: Relevance of the token.
+        is_spaced: Whether a space precedes the token.
+        is_special: Whether the token is not text, such as padding.
     """
 
     text: str
@@ -62,18 +62,18 @@ def text_figure(
     heading: str = "",
     dark: bool = False,
 ) -> Figure:
-    """Draws text with tokens coloured by relevance; several maps are stacked, on a common scale.
+    """Draws text with tokens coloured by relevance; several maps are stacked on a common scale.
 
     Args:
         tokens: Tokens of a tokenizer; ``Ġ`` and ``▁`` begin a word and ``##`` continues one. Without any of these
             prefixes, each token is a word.
-        values: Relevance, ``(tokens,)``, or ``(maps, tokens)``, such as one map for each head.
-        titles: One title for each map.
-        special: Tokens that are not text, such as ``tokenizer.all_special_tokens``: drawn in italics, with a frame.
-        limit: Absolute relevance of the strongest colours; the largest one by default.
+        values: Relevance, ``(tokens,)``, or ``(maps, tokens)``, such as one map per head.
+        titles: One title per map.
+        special: Tokens that are not text, such as ``tokenizer.all_special_tokens``, drawn in italics with a frame.
+        limit: Absolute relevance of the strongest colours; by default the largest absolute value.
         width: Width in inches; longer lines are broken.
         heading: Title of the figure.
-        dark: Colours for a dark background; save it with ``facecolor=figure.get_facecolor()``.
+        dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
 
     Raises:
         InputError: Tokens, values and titles do not match.
@@ -112,7 +112,7 @@ def text_html(
     limit: float | None = None,
     heading: str = "",
 ) -> str:
-    """The same as an HTML fragment for a page or a notebook, without scripts; dark if the browser prefers dark pages.
+    """Returns coloured text as an HTML fragment without scripts, which follows the browser's light or dark mode.
 
     Args:
         tokens: As in :func:`text_figure`.
@@ -161,9 +161,9 @@ def _checked(
     if not np.isfinite(rows).all():
         raise InputError("values have nan or inf entries, which have no colour; give finite values.")
     if isinstance(titles, str) or len(titles) != len(rows):
-        raise InputError(f"titles={titles!r}: give a list of one title for each of the {len(rows)} maps.")
+        raise InputError(f"titles={brief(titles)}: give a list of one title for each of the {len(rows)} maps.")
     if limit is not None and not limit > 0:
-        raise InputError(f"limit={limit!r}: give a positive number, the relevance of the strongest colours.")
+        raise InputError(f"limit={brief(limit)}: give a positive number, the relevance of the strongest colours.")
     strongest = float(np.abs(rows).max())
     bound = float(limit) if limit is not None else strongest or 1.0
     return [_words(tokens, row, special) for row in rows], bound, strongest > bound
@@ -188,12 +188,12 @@ def _words(tokens: Sequence[str], values: np.ndarray, special: Collection[str]) 
 
 
 def _cells(text: str) -> int:
-    """Width in letters; East Asian wide letters count twice."""
+    """The width of a text in letters; East Asian wide letters count twice."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def _lines(words: Sequence[Word], columns: int) -> list[list[tuple[float, Word]]]:
-    """Words with their first columns, line by line; a word longer than a line is broken."""
+    """Splits words into lines, with the first column of each word; a word longer than a line is broken."""
     lines: list[list[tuple[float, Word]]] = [[]]
     at = 0.0
     for word in words:
@@ -220,7 +220,7 @@ def _broken(word: Word, columns: int) -> list[Word]:
 
 
 def shade(value: float, palette: Palette) -> tuple[float, float, float]:
-    """Background colour of a token for a value between -1 and 1; that of the paper at zero."""
+    """The background colour of a token for a value between -1 and 1; the colour of the paper at zero."""
     strength = min(abs(value), 1.0)
     pairs = zip(to_rgb(palette.paper), to_rgb(palette.of(value)), strict=True)
     red, green, blue = (paper + strength * (color - paper) for paper, color in pairs)
@@ -228,13 +228,13 @@ def shade(value: float, palette: Palette) -> tuple[float, float, float]:
 
 
 def ink_on(color: tuple[float, float, float]) -> str:
-    """Black or white, whichever has more contrast to a colour."""
+    """Returns black or white, whichever has more contrast to a colour."""
     bright = luminance(color)
     return "#000000" if (bright + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
 def luminance(color: tuple[float, float, float]) -> float:
-    """Relative luminance as defined by the Web Content Accessibility Guidelines."""
+    """The relative luminance of a colour, as defined by the Web Content Accessibility Guidelines."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -258,7 +258,7 @@ def _draw(axes: Axes, lines: list[list[tuple[float, Word]]], columns: int, bound
                 mutation_aspect=0.3,
             )
             axes.add_patch(box)
-            # No mathtext: a dollar sign is an ordinary token.
+            # Mathtext is disabled, since a dollar sign is an ordinary token.
             axes.text(
                 column + cells / 2, row + 0.53, word.text, ha="center", va="center", fontsize=FONT, color=ink_on(color),
                 family="monospace", style="italic" if word.is_special else "normal", parse_math=False,

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import InputError, UncoveredLayerError, UnsupportedOperationError
-from ..kernels.step import Step
+from ..kernels.step import step_of
 from ..model.inputs_and_outputs import NOT_JOINED
 from ..model.routing import is_route_node, operation
 from .graph import Graph
@@ -28,6 +29,12 @@ def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
     """
     for vertex in graph.vertices:
         if vertex.step is None and not is_route_node(vertex.node):
+            if getattr(type(vertex.node), "_forward_cls", None) is CheckpointFunction:
+                raise UnsupportedOperationError(
+                    f"torch.utils.checkpoint with use_reentrant=True{_near(vertex.node, observed)} runs layers without "
+                    "gradients, so no relevance passes through them. Use use_reentrant=False, or switch checkpointing "
+                    "off, as with `model.gradient_checkpointing_disable()`."
+                )
             raise UnsupportedOperationError(
                 f"relevance would pass the operation {operation(vertex.node)} (autograd node "
                 f"{vertex.node.name()}{_near(vertex.node, observed)}), which has no kernel: it is neither a step nor a "
@@ -48,7 +55,7 @@ def check_covered(module: nn.Module, name: str, args: tuple[Any, ...], output: T
     stack = [output.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in visited or isinstance(getattr(node, "step", None), Step):
+        if node is None or node in visited or step_of(node) is not None:
             continue
         if not is_route_node(node):
             raise UncoveredLayerError(

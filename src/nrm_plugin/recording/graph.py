@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..kernels.step import Step
+from ..kernels.step import Step, step_of
 from ..model.autocast import SHORT, working_dtype
 from ..model.routing import is_whole, operation, written
 from .indexed_routes import IndexedRoute, indexed_route
@@ -27,7 +27,7 @@ _IN_ANY_FORMAT = frozenset(
     Unbind Clone Cat Stack Where MaskedFill Maximum Minimum Amax Amin AccumulateGrad
     """.split()
 )
-"""Routes by which autograd passes relevance in float32, whatever the format of the tensors."""
+"""Routes by which autograd passes relevance in float32, regardless of the format of the tensors."""
 
 _WITH_CONSTANTS = frozenset(
     [
@@ -125,7 +125,7 @@ class Vertex:
         ]
 
     def _seeds(self, like: Tensor) -> list[Tensor]:
-        """Zeros at each output, to be differentiated, on the device of another tensor."""
+        """Differentiable zeros at each output, on the device of another tensor."""
         return [
             like.new_zeros(shape, dtype=dtype).requires_grad_()
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
@@ -183,7 +183,7 @@ class Marks:
 
     Attributes:
         below_vertex: The marks below each vertex.
-        below_edge: The marks below each edge of each vertex, including those of the edge itself and its buffer.
+        below_edge: The marks below each edge of each vertex, including the marks of the edge itself and its buffer.
     """
 
     below_vertex: list[int]
@@ -289,10 +289,10 @@ def _edges(node: Any) -> list[tuple[Any, int]]:
 
 def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
     edges = tuple(Buffer(position[below], number) if below in position else None for below, number in _edges(node))
-    step = getattr(node, "step", None)
-    step = step if isinstance(step, Step) else None
+    step = step_of(node)
     leaf = getattr(node, "variable", None)
-    shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in node._input_metadata), strict=True)
+    outputs = node._input_metadata if step is None else node._input_metadata[:1]  # others of a Function are unused
+    shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in outputs), strict=True)
     below = [lower._input_metadata[number].dtype if lower in position else None for lower, number in _edges(node)]
     return Vertex(
         node,

@@ -1,7 +1,7 @@
 """0/1 routes in formats shorter than float32, read as indices.
 
-autograd would round relevance to the format of the tensors, or reject relevance in float32. Which entry each entry was
-copied from is known exactly in any format, however.
+autograd would round relevance to the format of the tensors, or reject relevance in float32. The index of the entry from
+which each entry was copied is exact in any format.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class IndexedRoute:
     """A route as an index into the entries of its inputs.
 
     Attributes:
-        origins: For each output, the number of the entry that each entry was copied from; 0 for constants.
+        origins: For each entry of each output, the number of the copied entry; 0 for constants.
         shapes: Shape of each input; None for a constant.
     """
 
@@ -29,11 +29,11 @@ class IndexedRoute:
 
     @property
     def size(self) -> int:
-        """Number of entries of all inputs."""
+        """The number of entries of all inputs."""
         return sum(shape.numel() for shape in self.shapes if shape is not None)
 
     def pull(self, relevance: Sequence[Tensor | None]) -> Parts:
-        """Relevance ``(K, *shape)`` at each output to each input."""
+        """Propagates relevance ``(K, *shape)`` from outputs to inputs."""
         like = next(item for item in relevance if item is not None)
         total = like.new_zeros(len(like), self.size + 1)
         for origin, item in zip(self.origins, relevance, strict=True):
@@ -47,7 +47,7 @@ class IndexedRoute:
         ]
 
     def push(self, values: Sequence[Tensor | None]) -> list[Tensor]:
-        """The transpose."""
+        """Applies the transpose of :meth:`pull`."""
         like = next(value for value in values if value is not None)
         entries = [like.new_zeros(len(like), 1)]
         for shape, value in zip(self.shapes, values, strict=True):
@@ -62,14 +62,14 @@ class IndexedRoute:
 def indexed_route(
     route: Callable[[Parts], Parts], seeds: list[Tensor], is_input: Sequence[bool]
 ) -> IndexedRoute | None:
-    """A route as an index; None where an entry was copied from several, such as ties.
+    """Reads a route as an index; None if an entry was copied from several entries, as for ties.
 
     The transpose is applied to each binary digit of the numbers of the entries.
 
     Args:
-        route: Relevance at the outputs to relevance at the inputs.
-        seeds: Zeros at each output, in the format of that output.
-        is_input: Which of the inputs depend on the input of the model.
+        route: The map from relevance at the outputs to relevance at the inputs.
+        seeds: Zeros at each output, in the format of the output.
+        is_input: Whether each input depends on the input of the model.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [seed.requires_grad_() for seed in seeds]

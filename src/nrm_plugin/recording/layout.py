@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PURE = 1e-3
+"""Largest share of the mass of a slice that may belong to other samples, due to rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -16,13 +19,13 @@ class Layout:
     dropped.
 
     Attributes:
-        dim: The dimension.
+        dim: The dimension; None for a tensor that is a single sample, to which a first dimension of size 1 is added.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices of the dimension that belong to one sample.
         order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
     """
 
-    dim: int
+    dim: int | None
     count: int
     parts: int = 1
     order: Tensor | None = None
@@ -33,19 +36,42 @@ class Layout:
         return self.dim == 0 and self.parts == 1 and self.order is None
 
     def shape(self, shape: torch.Size) -> torch.Size:
-        """The shape in the form ``(N, …)`` of a tensor with this shape."""
+        """Converts the shape of a tensor to the form ``(N, …)``."""
+        if self.is_plain:
+            return shape
+        if self.dim is None:
+            return torch.Size((1, *shape))
         inner = [*shape[: self.dim], *([self.parts] if self.parts > 1 else []), *shape[self.dim + 1 :]]
         return torch.Size((self.count, *inner))
 
     def channel_dim(self, dim: int, ndim: int) -> int:
-        """The channel dimension in the form ``(N, …)``, given that of the tensor with its ``ndim`` dimensions."""
-        dim %= ndim
-        return dim + 1 if self.parts > 1 or dim < self.dim else dim
+        """Converts the channel dimension of a tensor with ``ndim`` dimensions to the form ``(N, …)``."""
+        if self.is_plain:
+            return dim
+        dim %= max(ndim, 1)
+        if dim == self.dim and self.parts == 1:
+            return -1  # the dimension of the samples, not of channels
+        return dim + 1 if self.dim is None or self.parts > 1 or dim < self.dim else dim
+
+    def inner_of_parts(self, inner: torch.Size) -> torch.Size:
+        """Removes the dimension of the parts from the shape ``inner`` of a sample."""
+        if self.dim is None or self.parts == 1:
+            return inner
+        return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
+
+    def in_all_parts(self, values: Tensor) -> Tensor:
+        """Repeats values without the dimension of the parts for each part."""
+        if self.dim is None or self.parts == 1:
+            return values.clone()
+        repeated = values.unsqueeze(self.dim)
+        return repeated.expand(*values.shape[: self.dim], self.parts, *values.shape[self.dim :]).clone()
 
     def unfold(self, values: Tensor, lead: int = 0) -> Tensor:
         """Converts values to the form ``(N, …)``; the first ``lead`` dimensions are not changed."""
         if self.is_plain:
             return values
+        if self.dim is None:
+            return values.unsqueeze(lead)
         dim = self.dim + lead
         if self.order is not None:
             values = values.index_select(dim, self.order.to(values.device))
@@ -54,9 +80,11 @@ class Layout:
         return values.movedim(dim, lead)
 
     def fold(self, values: Tensor, lead: int = 0) -> Tensor:
-        """The inverse of :meth:`unfold`; a leading dimension of size 1, for all samples, is expanded."""
+        """Converts back, as the inverse of :meth:`unfold`; a first dimension of size 1 is expanded to all samples."""
         if self.is_plain:
             return values
+        if self.dim is None:
+            return values.squeeze(lead)
         dim = self.dim + lead
         if values.shape[lead] != self.count:
             values = values.expand(*values.shape[:lead], self.count, *values.shape[lead + 1 :])
@@ -66,31 +94,71 @@ class Layout:
         return values if self.order is None else values.index_select(dim, self.order.argsort().to(values.device))
 
 
-def layout_of(labels: Tensor, count: int) -> Layout | None:
-    """The layout of a tensor, given the sample of each entry.
+def layout_of(labels: Tensor, count: int, mass: Tensor | None = None) -> Layout | None:
+    """Returns the layout of a tensor, given the sample of each entry.
 
     Args:
         labels: The sample of each entry; -1 if unknown, because no relevance arrives there.
         count: Number of samples.
+        mass: Weight of each entry, by default equal; entries of negligible weight are ignored.
 
     Returns:
-        The layout; None if no dimension holds the samples in equal parts.
+        The layout, by the dimension with most known slices; None if no dimension holds the samples in equal parts.
     """
+    exact = _best_layout(labels, count, None)
+    return exact if exact is not None or mass is None else _best_layout(labels, count, mass)
+
+
+def _best_layout(labels: Tensor, count: int, mass: Tensor | None) -> Layout | None:
+    best: tuple[float, Layout] | None = None
     for dim in range(labels.ndim):
         size = labels.shape[dim]
-        if size % count:
+        known = _samples_of_slices(labels, dim, count, mass) if size % count == 0 else None
+        complete = None if known is None else _completed(known, count)
+        if known is None or complete is None:
             continue
-        slices = labels.movedim(dim, 0).reshape(size, -1)
-        known = slices.amax(1)
-        # All known entries of a slice belong to one sample.
-        if bool(((slices != known[:, None]) & (slices >= 0)).any()):
-            continue
-        complete = _completed(known, count)
-        if complete is not None:
+        share = float((known >= 0).double().mean())
+        if best is None or share > best[0]:
             order = torch.argsort(complete, stable=True)
             is_sorted = torch.equal(order, torch.arange(size, device=order.device))
-            return Layout(dim, count, size // count, None if is_sorted else order)
+            best = share, Layout(dim, count, size // count, None if is_sorted else order)
+        if share == 1:
+            break
+    return None if best is None else best[1]
+
+
+def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
+    """Returns the layout of a tensor of one sample, given its shape for two samples; None if no dimension doubles."""
+    if len(shape) != len(shape_of_two):
+        return None
+    changed = [dim for dim, (one, two) in enumerate(zip(shape, shape_of_two, strict=True)) if one != two]
+    if len(changed) != 1 or shape_of_two[changed[0]] != 2 * shape[changed[0]]:
+        return None
+    return Layout(changed[0], 1, shape[changed[0]])
+
+
+def unreached(shape: torch.Size, count: int) -> Layout | None:
+    """Returns a layout for a tensor without relevance, by a dimension with a multiple of the batch size."""
+    for parts in (1, None):
+        for dim, size in enumerate(shape):
+            if size == count * (parts or size // count) and size:
+                return Layout(dim, count, size // count)
     return None
+
+
+def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None) -> Tensor | None:
+    """Returns the sample of each slice along a dimension, -1 if unknown; None if a slice holds several samples."""
+    size = labels.shape[dim]
+    flat = labels.movedim(dim, 0).reshape(size, -1)
+    if mass is None:
+        known = flat.amax(1)
+        return None if bool(((flat != known[:, None]) & (flat >= 0)).any()) else known
+    weights = mass.movedim(dim, 0).reshape(size, -1) * (flat >= 0)
+    sums = weights.new_zeros(size, count).scatter_add_(1, flat.clamp(min=0).long(), weights)
+    most, known = sums.max(1)
+    total = sums.sum(1)
+    known = torch.where(most > 0, known, -1)
+    return None if bool((total - most > PURE * total).any()) else known
 
 
 def _completed(labels: Tensor, count: int) -> Tensor | None:
@@ -108,4 +176,4 @@ def _completed(labels: Tensor, count: int) -> Tensor | None:
     return None
 
 
-__all__ = ["Layout", "layout_of"]
+__all__ = ["Layout", "doubled", "layout_of", "unreached"]

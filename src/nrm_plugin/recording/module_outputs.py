@@ -41,9 +41,9 @@ def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
 
 
 def tensors_of(output: Any) -> dict[int | str, Tensor]:
-    """The tensors that a module returned, by position in a tuple, key of a mapping or field of a dataclass.
+    """Returns the tensors in the output of a module, by position in a tuple, key of a mapping or field of a dataclass.
 
-    Those in containers inside of it have keys joined by dots, as :class:`Nested`.
+    Tensors in nested containers have keys joined by dots, as :class:`Nested`.
     """
     tensors: dict[int | str, Tensor] = {}
     for key, value in _entries(output).items():

@@ -16,16 +16,15 @@ from ..kernels.step import Step
 from ..model.routing import written
 from .audit import check_covered
 from .module_outputs import tensors_of
-from .taps import INPUT, Item, Label, Observed, module_names, name_of
+from .taps import INPUT, OUTPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
-    """Hooks around those of the composite, and the tensors that they collect.
+    """Hooks around the hooks of the composite, and the tensors that they collect.
 
     Args:
         model: The model.
         indices: Integer inputs; relevance ends at the rows that an integer input selects.
-        batched: Whether the inputs have a dimension of samples.
         wanted: The tap inside the model at which the measure is to start; None for the output of the model.
 
     Attributes:
@@ -34,24 +33,31 @@ class Observer:
         observed: Every labelled tensor that depends on the inputs.
         leaves: The tensors at which relevance ends.
         indices: The integers among the inputs.
-        inputs: The leaves of its other inputs.
+        inputs: The leaves of the other inputs.
         has_lookups: Whether ids were looked up.
+        has_untracked: Whether the model computed values from its inputs that autograd does not track.
     """
 
-    def __init__(self, model: nn.Module, indices: list[Tensor], batched: bool, wanted: Atom | None) -> None:
+    def __init__(self, model: nn.Module, indices: list[Tensor], wanted: Atom | None) -> None:
         self.modules: Mapping[nn.Module, str] = module_names(model)
         self.containers: list[str] = []
         self.observed: list[Observed] = []
         self.leaves: list[Tensor] = []
         self._leaves: set[int] = set()
-        self.has_lookups = False
+        self.has_lookups = self.has_untracked = False
         self.indices, self.inputs = indices, list[Tensor]()
-        self._batched, self._wanted = batched, wanted
+        self._wanted = wanted
         self._calls: dict[nn.Module, int] = {}
         self._started: Tensor | None = None
 
-    def watch(self, stack: ExitStack) -> None:
-        """Installs hooks: input taps before a step detaches its input, output taps after it links its output."""
+    def watch(self, model: nn.Module, stack: ExitStack) -> None:
+        """Installs hooks: input taps before a step detaches its input, output taps after it links its output.
+
+        Args:
+            model: The model, with the modules that canonizers added.
+            stack: The stack that removes the hooks.
+        """
+        self.modules = module_names(model)
         for module, name in self.modules.items():
             if _step_hook(module) is not None and module._modules:
                 self.containers.append(name)
@@ -66,7 +72,7 @@ class Observer:
         return passed
 
     def _end(self, tensor: Tensor) -> Tensor:
-        """A tensor with the same values at which walks end."""
+        """Returns a tensor with the same values at which walks end."""
         leaf = tensor.detach().requires_grad_()
         self.leaves.append(leaf)
         self._leaves.add(id(leaf))
@@ -77,8 +83,6 @@ class Observer:
         self._keep_start(label, tensor)
         if label.name and tensor.grad_fn is not None and tensor.is_floating_point():
             node, number = written(tensor.grad_fn, tensor.output_nr)
-            if not self._batched and channel_dim is not None and channel_dim > 0:
-                channel_dim += 1
             self.observed.append(Observed(label, node, number, tensor.shape, channel_dim))
 
     def inner_output(self, output: Atom) -> Tensor:
@@ -100,7 +104,7 @@ class Observer:
     # -- called while the model runs --------------------------------------------------------------------------
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
-        """Whether this is one of the leaves."""
+        """Whether a tensor is one of the leaves."""
         return id(tensor) in self._leaves
 
     def on_step(self, module: nn.Module | None, step: Step) -> None:
@@ -112,6 +116,10 @@ class Observer:
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """Stores the output of a function."""
         self.see(Label(name, "output", call, None), output, channel_dim)
+
+    def on_untracked(self) -> None:
+        """Records that such values exist, since they may depend on several samples."""
+        self.has_untracked = True
 
     @without_torch_function
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
@@ -154,7 +162,7 @@ class Observer:
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
         """Stores the tensor at which the measure starts, protected from later writes by the model."""
         wanted = self._wanted
-        if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name, label.side):
+        if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name or OUTPUT, label.side):
             return
         if (wanted.call or 0) == label.call and wanted.item in (None, label.item) and self._started is None:
             with not_recorded():
@@ -177,12 +185,25 @@ def _step_hook(module: nn.Module) -> StepHook | None:
     return None
 
 
+_OVER_FEATURES = (
+    nn.Linear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Embedding,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+"""Layers with channels in the last dimension of the output."""
+
+
 def _channel_dim(module: nn.Module) -> int | None:
     """The channel dimension: the last dimension for layers over features, 1 for layers over images."""
     own: int | None = getattr(type(module), "nrm_channel_dim", None)
     if own is not None:
         return own
-    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)):
+    if isinstance(module, _OVER_FEATURES):
         return -1
     kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd)
     return 1 if isinstance(module, kinds) else None

@@ -20,7 +20,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Input ``number`` of a vertex; its relevance is the part of the read tensor that comes from this vertex alone."""
+    """Input ``number`` of a vertex; its relevance is the part of the read tensor from this vertex only."""
 
     vertex: int
     number: int

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,21 @@ from ..composites import Normalized
 from ..events.event import Atom
 from ..kernels.forward_state import forward_pass
 from ..model.autocast import asked_for, exact, layers_in
-from ..model.checks import check_model, check_module
+from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
-from ..model.inputs_and_outputs import Call, Output, explained_output
+from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from .graph import Graph
+from .independence import find_samples
 from .observer import Observer
 from .samples import Samples
 from .structure import Structure
 from .taps import OUTPUT, Label, Taps
 
 _RECORDING = threading.RLock()
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Recording:
@@ -55,14 +61,21 @@ class Recording:
         output: Output | Atom | None = None,
     ) -> None:
         check_module(model)
+        self._rerun = Rerun(model, call, composite, output)
         indices = list(call.indices.values())
         inner = output if isinstance(output, Atom) else None
-        observer = Observer(model, indices, call.batched, inner)
+        observer = Observer(model, indices, inner)
         with ExitStack() as around:
             around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
             check_model(model, call.tensors)
             device = (*call.tensors, *indices)[0].device
-            for block in (preserved(model), forward_pass(observer), torch.enable_grad(), _precision(device)):
+            for block in (
+                preserved(model),
+                forward_pass(observer),
+                torch.enable_grad(),
+                _precision(device),
+                check_drawn(model, device),
+            ):
                 around.enter_context(block)
             for tensor in (*model.parameters(), *model.buffers()):
                 if tensor.is_leaf:  # a computed buffer is a constant by its history
@@ -70,15 +83,38 @@ class Recording:
             passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
             with ExitStack() as stack:
                 stack.enter_context(composite.context(model))
-                observer.watch(stack)
+                observer.watch(model, stack)
                 with call.checked_ids(lambda: observer.has_lookups):
                     returned = call.run(model, passed)
         self.fingerprint = Fingerprint(model)
         if isinstance(output, Atom):
             returned, output = observer.inner_output(output), None
-        self.output: Tensor = explained_output(returned, output, call.batch, call.batched)
+        self.output: Tensor = explained_output(returned, output, call.batch, call.batched and inner is None)
         observer.see(Label(OUTPUT, "output", 0, None), self.output)
-        self.structure = Structure(observer, self.output, call.batch, call.batched)
+        two = self._rerun.shapes_of_two
+        self.structure = Structure(observer, self.output, call.batch, call.batched, two, inner is None)
+
+    def started(self, relevance: Tensor) -> Tensor:
+        """Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
+
+        The method also finds the samples in each tensor, if there are several that are not known to be its rows.
+
+        Raises:
+            FoldingError: A sample, or the kernel of a layer at a sample, depends on other samples.
+        """
+        start = self.samples.layout(self.graph.output).fold(relevance)
+        if self.samples.count > 1 and not self.samples.is_plain:
+            find_samples(self, start, self._rerun)
+        del self._rerun
+        return start
+
+    def unfolded(self) -> Tensor:
+        """The output in the form ``(N, …)``, detached."""
+        return self.samples.layout(self.graph.output).unfold(self.output.detach())
+
+    def outputs(self) -> Tensor:
+        """A copy of the output in the form ``(N, …)``; without ``batched``, in the shape that the model returned."""
+        return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
     def graph(self) -> Graph:
@@ -94,6 +130,62 @@ class Recording:
     def samples(self) -> Samples:
         """The samples of each tensor."""
         return self.structure.samples
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """Further runs of the model of a recording, without hooks, to test the treatment of samples.
+
+    Attributes:
+        model, call, composite, output: As in :class:`Recording`.
+    """
+
+    model: nn.Module
+    call: Call
+    composite: Normalized
+    output: Output | Atom | None
+
+    def recording(self, change: Change, others: Change = _unchanged) -> Recording:
+        """Returns a recording on changed inputs."""
+        with _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
+            return Recording(self.model, self.call.changed(change, others), self.composite, self.output)
+
+    def outputs(self, change: Change) -> Tensor:
+        """Returns the output on changed inputs."""
+        if isinstance(self.output, Atom):
+            return self.recording(change).output.detach()
+        call = self.call.changed(change)
+        with ExitStack() as around:
+            around.enter_context(_RECORDING)
+            device = (*call.tensors, *call.indices.values())[0].device
+            for block in (_without_hooks(self.model), forward_pass(None), torch.no_grad(), _precision(device)):
+                around.enter_context(block)
+            output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
+            return output
+
+    def shapes_of_two(self) -> dict[Hashable, torch.Size]:
+        """Returns the shape of each labelled tensor for the sample twice; empty if the model rejects two samples."""
+
+        def twice(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor, tensor])
+
+        def twice_if_one(tensor: Tensor) -> Tensor:
+            return twice(tensor) if tensor.shape[:1] == (1,) else tensor
+
+        for others in (_unchanged, twice_if_one):
+            with suppress(Exception):  # a model that is written for one sample may raise any
+                return self.recording(twice, others).taps.tensor_shapes()
+        return {}
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Context in which the model has no hooks, since the user's hooks expect values of the user's inputs."""
+    with preserved(model):
+        for module in model.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        yield
 
 
 @contextmanager

@@ -1,96 +1,183 @@
-"""The samples of a batch: where they are in each tensor of a recording.
+"""The positions of the samples of a batch in each tensor of a recording.
 
-The first dimension of a tensor need not be the batch. Attention over windows folds windows into it, other layers put
-time or heads first. No layout is assumed: if the relevance of some samples is negated at the output, the entries that
-change their sign belong to them. No other module reads the first dimension of a tensor as samples.
+The first dimension of a tensor need not be the batch. Attention over windows folds windows into it, and other layers
+have time or heads first. No layout is assumed: relevance of the samples is scaled at the output by a power of two per
+sample, and the factor by which an entry changes identifies its sample. No other module treats the first dimension of a
+tensor as samples.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import FoldingError
-from ..model.routing import operation
 from ..model.targets import sample_sums
 from .graph import Graph
-from .passes import Cost, Vectors, pull
+from .layout import Layout, doubled, layout_of, unreached
+from .passes import Cost, Vectors, pull, push
 from .places import Buffer, Edge, Place, Sink
 
-MIXED = 1e-4
-"""Relative change of Σ|R| above which the entries of a tensor mix samples."""
+BITS = 4
+"""Number of bits of a sample number that one relevance vector encodes, as factors of 1 to 2¹⁵."""
+RATIO = 1e-3
+"""Smallest deviation of a binary logarithm from an integer for which an entry belongs to several samples."""
+RANGE = 40
+"""Exponent to base two of the largest and the smallest max|R| that a pass of encoded relevance computes with."""
+MIXED = 1e-3
+"""Smallest share of Σ|R| in such entries for which a tensor mixes samples; smaller shares are rounding errors."""
 
 
 class Samples:
-    """The samples of a recording, and the sample of each entry of its tensors.
+    """The samples of a recording, and the layout of each of its tensors.
 
     Args:
         graph: The graph.
         count: Number of samples.
-        batched: Whether the inputs have a dimension of samples; if not, all of their entries are one sample.
+        batched: Whether the inputs have a batch dimension; otherwise, all entries are one sample.
+        is_plain: Whether the samples are known to be independent rows of every tensor.
+        shapes_of_two: A function that returns the shape of each labelled tensor for two samples; called once, if the
+            dimension of a single sample is unknown.
 
     Attributes:
-        is_needed: Whether some tensor may not have the samples in its rows.
+        leaves: Relevance of the inputs for the vector that :meth:`find` propagated, by vertex.
+        output_has_rows: Whether the rows of the output are the samples, as for the output of a model.
+        inputs: The vertices of the inputs of the model, which have samples as rows.
+        labels: The labels of each tensor.
+        rows: For a single sample, the vertices that are proven to have samples as rows.
     """
 
-    def __init__(self, graph: Graph, count: int, batched: bool) -> None:
-        self.graph, self.count, self.batched = graph, count, batched
-        self.is_needed = count > 1 and any(
-            list(shape[:1]) != [count] or _moves_rows(vertex) for vertex in graph.vertices for shape in vertex.shapes
-        )
-        self._labels: dict[Buffer, Tensor | None] | None = None
+    def __init__(
+        self,
+        graph: Graph,
+        count: int,
+        batched: bool,
+        is_plain: bool,
+        shapes_of_two: Callable[[], Mapping[Hashable, torch.Size]] = dict,
+    ) -> None:
+        self.graph, self.count, self.batched, self.is_plain = graph, count, batched, is_plain
+        self.leaves: dict[int, Tensor] = {}
+        self.output_has_rows = True
+        self.inputs: set[int] = set()
+        self.rows: set[int] = set()
+        self._plain, self._whole = Layout(0, count), Layout(None, 1)
+        self.labels: dict[Buffer, list[Hashable]] = {}
+        self._run_two = shapes_of_two if batched and count == 1 and not is_plain else dict
+        self._shapes_of_two: Mapping[Hashable, torch.Size] | None = None
+        self._layouts: dict[Buffer, Layout | None] = {}
+        self._labels: dict[Buffer, Tensor] = {}
 
-    # -- the dimension of samples -----------------------------------------------------------------------------
+    # -- layouts ----------------------------------------------------------------------------------------------
 
-    def lifted(self, shape: torch.Size) -> torch.Size:
-        """The shape of a tensor with a dimension of samples, which it lacks if the inputs have none."""
-        return shape if self.batched else torch.Size((1, *shape))
+    def layout(self, place: Place | Sink) -> Layout:
+        """Returns the layout that converts a tensor to the form ``(N, …)``.
 
-    def with_samples(self, values: Tensor, dim: int = 0) -> Tensor:
-        """Values of a tensor with the dimension of samples of :meth:`lifted`."""
-        return values if self.batched else values.unsqueeze(dim)
+        Raises:
+            FoldingError: No dimension holds the samples in equal parts.
+        """
+        if self.is_plain:
+            return self._plain
+        if not self.batched:
+            return self._whole
+        buffer = self.buffer(place)
+        if buffer not in self._layouts:
+            self._layouts[buffer] = self._looked_up(buffer)
+        layout = self._layouts[buffer]
+        if layout is None:
+            raise self.error(f"a tensor of shape {tuple(self.graph.shape(buffer))}")
+        return layout
 
-    def without_samples(self, values: Tensor) -> Tensor:
-        """The inverse of :meth:`with_samples`."""
-        return values if self.batched else values.squeeze(0)
+    def buffer(self, place: Place | Sink) -> Buffer:
+        """The tensor at a place."""
+        if isinstance(place, Buffer):
+            return place
+        if isinstance(place, Sink):
+            return Buffer(place.vertex, 0)
+        buffer = self.graph.vertices[place.vertex].edges[place.number]
+        assert buffer is not None
+        return buffer
 
-    # -- the sample of an entry -------------------------------------------------------------------------------
+    def _looked_up(self, buffer: Buffer) -> Layout | None:
+        if self.count == 1:
+            return self._of_one(buffer)
+        if buffer != self.graph.output:
+            return self._of_unreached(buffer)
+        return self._plain if self.output_has_rows else self._of_output()
+
+    def _of_one(self, buffer: Buffer) -> Layout:
+        """The layout of a tensor of one sample: the dimension that doubles with two samples."""
+        shape = self.graph.shape(buffer)
+        if buffer.vertex in self.rows:
+            return self._plain
+        if self._shapes_of_two is None:
+            self._shapes_of_two, self._run_two = self._run_two(), dict
+        shapes = [self._shapes_of_two[label] for label in self.labels.get(buffer, ()) if label in self._shapes_of_two]
+        layouts = [doubled(shape, other) for other in shapes]
+        found = next((layout for layout in layouts if layout is not None), None)
+        return found or (self._plain if shape[:1] == (1,) else self._whole)
+
+    def _of_unreached(self, buffer: Buffer) -> Layout | None:
+        """The layout of a tensor without relevance: the layout of the nearest tensor of the same shape."""
+        shape = self.graph.shape(buffer)
+        same = [
+            other for other, layout in self._layouts.items() if layout is not None and self.graph.shape(other) == shape
+        ]
+        if same:
+            return self._layouts[min(same, key=lambda other: abs(other.vertex - buffer.vertex))]
+        return unreached(shape, self.count)
+
+    def _of_output(self) -> Layout | None:
+        """The layout of a tensor inside the model at which the measure starts, by values of the inputs."""
+        generator = torch.Generator().manual_seed(0)
+        for vertex in sorted(self.inputs):
+            leaf = self.graph.vertices[vertex].leaf
+            assert leaf is not None
+            noise = torch.rand(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device) + 0.5
+            vectors = _encoded(noise, self._plain, leaf.shape, self.count)
+            with torch.inference_mode(False), torch.no_grad():
+                values, _ = push(self.graph, Buffer(vertex, 0), self.graph.output, torch.stack(list(vectors.values())))
+            if values is None:
+                continue
+            labels = _Labels.of(dict(zip(vectors, values, strict=True)), self.count)
+            if labels.are_known and not labels.are_mixed:
+                return layout_of(labels.samples, self.count, labels.mass)
+        return None
+
+    # -- finding them -----------------------------------------------------------------------------------------
 
     def find(self, start: Tensor) -> Cost:
-        """Finds the sample of each entry, once: one pass from the start vector for each bit of N, and one more."""
-        cost = Cost()
-        if not self.is_needed or self._labels is not None:
-            return cost
-        signs = _Signs(self.count)
-        samples = torch.arange(self.count, device=start.device).reshape(-1, *(1,) * (start.ndim - 1))
-        for bit in (None, *range((self.count - 1).bit_length())):
-            signs.bit = bit
-            negated = start if bit is None else torch.where((samples >> bit) % 2 == 1, -start, start)
-            cost += pull(self.graph, [(self.graph.output, {"": negated})], signs)
-        self._labels = {buffer: self._labels_from(buffer, signs) for buffer in signs.first}
+        """Finds the layout of each tensor in one pass, with one vector, and one more per 4 bits of N.
+
+        Args:
+            start: Relevance of the outputs, positive wherever it may be nonzero.
+
+        Raises:
+            FoldingError: The entries of a tensor belong to several samples.
+        """
+        vectors = _encoded(start, self.layout(self.graph.output), start.shape, self.count)
+        finder = _Finder(self)
+        cost = pull(self.graph, [(self.graph.output, vectors)], finder)
+        self._layouts.update(finder.layouts)
+        self._labels, self.leaves = finder.labels, finder.leaves
         return cost
 
-    def _labels_from(self, buffer: Buffer, signs: _Signs) -> Tensor | None:
-        """A label for each entry, -1 if unknown; None where the rows are the samples."""
-        label = signs.labels[buffer]
-        if buffer in signs.mixed:
-            return torch.full_like(label, -1)
-        label = torch.where(signs.first[buffer] == 0, -1, label)
-        if len(label) == self.count if label.ndim else False:
-            rows = torch.arange(self.count, device=label.device).reshape(-1, *(1,) * (label.ndim - 1))
-            if bool(((label == rows) | (label == -1)).all()):
-                return None
-        return label
+    # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Sums over the entries of each sample at a place, ``(N,)``; None where the samples are unknown."""
+        """Sums over the entries of each sample at a place, ``(N,)``; None if the samples are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
-        labels = self._labels_at(place)
+        if self.is_plain:
+            return sample_sums(tensor)
+        if place is None:
+            return None
+        labels = self._labels.get(self.buffer(place))
         if labels is None:
-            return sample_sums(tensor) if tensor.ndim and len(tensor) == self.count else None
+            return sample_sums(self.layout(place).unfold(tensor))
         if bool(((labels < 0) & (tensor != 0)).any()):
             return None
         total = tensor.new_zeros(self.count)
@@ -107,79 +194,108 @@ class Samples:
             raise self.error(what)
         return sums
 
-    def spread(self, values: Tensor, place: Place, shape: torch.Size) -> Tensor:
-        """One value per sample, ``(N,)``, at every entry of a tensor of this shape; nan where the sample is unknown."""
-        labels = self._labels_at(place)
-        if labels is None:
-            return values.reshape(-1, *(1,) * (len(shape) - 1))
-        return torch.where(labels < 0, torch.nan, values[labels.clamp(min=0).long()])
-
     def error(self, what: str) -> FoldingError:
-        """The error for sums over entries of unknown samples."""
+        """Returns the error for entries that cannot be assigned to one sample."""
         return FoldingError(
-            f"the entries of {what} cannot be assigned to samples: its first dimension is not the batch of "
-            f"{self.count}, or its entries belong to several samples. Take the measure of one sample at a time."
+            f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} samples, "
+            "or no dimension holds the samples in equal parts. Take the measure of one sample at a time, or pass "
+            "batched=False, which takes the whole batch as one sample."
         )
 
-    def _labels_at(self, place: Place | None) -> Tensor | None:
-        if self._labels is None or place is None:
-            return None
-        buffer = place if isinstance(place, Buffer) else self.graph.vertices[place.vertex].edges[place.number]
-        if buffer is None:
-            return None
-        if buffer not in self._labels:  # no relevance arrives there
-            return torch.full(self.graph.shape(buffer), -1)
-        return self._labels[buffer]
+
+def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> Vectors[int]:
+    """Returns values, under the key -1, and values scaled by a power of two per sample, with a key per 4 bits."""
+    form = layout.shape(shape)
+    rows = torch.arange(count, device=values.device).reshape(-1, *(1,) * (len(form) - 1))
+    vectors: Vectors[int] = {-1: values}
+    for shift in range(0, (count - 1).bit_length(), BITS):
+        factor = (2.0 ** ((rows >> shift) % (1 << BITS))).to(values.dtype)
+        vectors[shift] = values * layout.fold(factor.expand(form))
+    return vectors
 
 
-class _Signs:
-    """Collects the entries that change their sign in a pass in which the relevance of some samples was negated."""
+def _in_range(vectors: Vectors[int]) -> Vectors[int]:
+    """Vectors with the same ratios, scaled by a power of two where stabilizers absorbed nearly all relevance."""
+    largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
+    if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
+        return vectors
+    factor = 2.0 ** min(-math.floor(math.log2(largest)), 120)  # no more than float32 holds
+    return {shift: vector * factor for shift, vector in vectors.items()}
 
-    def __init__(self, batch: int) -> None:
-        self.kind = torch.int16 if batch < 1 << 15 else torch.int64
-        self.bit: int | None = None
-        self.first: dict[Buffer, Tensor] = {}
+
+@dataclass(frozen=True)
+class _Labels:
+    """The sample of each entry of a tensor, as identified by the factors between vectors.
+
+    Attributes:
+        samples: The samples; -1 where no relevance arrives.
+        mass: ``|R|`` of each entry.
+        are_mixed: Whether entries belong to several samples.
+    """
+
+    samples: Tensor
+    mass: Tensor
+    are_mixed: bool
+
+    @classmethod
+    def of(cls, vectors: Vectors[int], count: int) -> _Labels:
+        plain = vectors[-1]
+        mass = plain.abs()
+        labels = torch.zeros(plain.shape, dtype=torch.int32, device=plain.device)
+        is_pure = is_known = mass > torch.finfo(plain.dtype).tiny * 2**24  # below, the ratio is rounded
+        for shift, vector in vectors.items():
+            if shift >= 0:
+                exponent = (vector / plain).log2_()  # nan if the signs differ
+                power = exponent.round()
+                is_pure = is_pure & (exponent.sub_(power).abs_() <= RATIO)
+                labels += power.nan_to_num_(0.0, 0.0, 0.0).to(torch.int32) << shift
+        are_mixed = bool((mass * (is_known & ~is_pure)).sum() > MIXED * mass.sum())
+        return cls(torch.where(is_pure & (labels < count), labels, -1), mass, are_mixed)
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the sample of any entry is known."""
+        return bool((self.samples >= 0).any())
+
+
+class _Finder:
+    """Finds the layout of each tensor in a pass of encoded relevance."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self.layouts: dict[Buffer, Layout | None] = {}
         self.labels: dict[Buffer, Tensor] = {}
-        self.mixed: set[Buffer] = set()
-        self._size: dict[Buffer, Tensor] = {}
+        self.leaves: dict[int, Tensor] = {}
+        self._last: tuple[Buffer, Tensor] | None = None
 
-    def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
-        (vector,) = vectors.values()
-        sign, size = vector.sign().to(torch.int8), vector.abs().sum()
-        if self.bit is None:
-            self.first[buffer], self._size[buffer] = sign, size
-            self.labels[buffer] = torch.zeros(vector.shape, dtype=self.kind, device=vector.device)
+    def at_buffer(self, buffer: Buffer, vectors: Vectors[int]) -> Vectors[int]:
+        vectors = _in_range(vectors)
+        if self.samples.graph.vertices[buffer.vertex].leaf is not None:
+            self.leaves[buffer.vertex] = vectors[-1]
+        if self._last is not None and vectors[-1].is_set_to(self._last[1]):  # a step passed it through unchanged
+            self._copy(self._last[0], buffer)
             return vectors
-        if buffer in self.first:
-            self.labels[buffer] += (sign != self.first[buffer]).to(self.kind) << self.bit
-            if bool((size - self._size[buffer]).abs() > MIXED * self._size[buffer]):
-                self.mixed.add(buffer)
+        self._last = buffer, vectors[-1]
+        labels = _Labels.of(vectors, self.samples.count)
+        if labels.are_mixed:
+            raise self.samples.error(f"a tensor of shape {tuple(labels.mass.shape)}")
+        if labels.are_known:
+            layout = self.layouts[buffer] = layout_of(labels.samples, self.samples.count, labels.mass)
+            if layout is None:
+                self.labels[buffer] = labels.samples
         return vectors
 
-    def at_edge(self, edge: Edge, vectors: Vectors[str]) -> Vectors[str]:
+    def _copy(self, known: Buffer, buffer: Buffer) -> None:
+        if known in self.layouts:
+            self.layouts[buffer] = self.layouts[known]
+        if known in self.labels:
+            self.labels[buffer] = self.labels[known]
+
+    def at_edge(self, edge: Edge, vectors: Vectors[int]) -> Vectors[int]:
         return vectors
 
-    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
+    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[int], share: Tensor) -> None:
         pass
-
-
-def _moves_rows(vertex: Any) -> bool:
-    """Whether a vertex may reorder the rows of a tensor."""
-    node = vertex.node
-    if vertex.step is not None:
-        return vertex.step.rule in ("einsum", "tensordot")
-    name = operation(node)
-    ndim = len(vertex.shapes[0])
-    if name == "Transpose":
-        return 0 in (_dim(node._saved_dim0, ndim), _dim(node._saved_dim1, ndim))
-    if name == "Permute":
-        return _dim(node._saved_dims[0], ndim) != 0
-    return name in ("T", "Movedim", "Swapaxes", "Roll", "Flip", "Index", "IndexSelect", "Gather", "Sort", "AsStrided")
-
-
-def _dim(number: int, ndim: int) -> int:
-    """A dimension as autograd stores it, negative ones modulo 2⁶⁴."""
-    return (number - (1 << 64) if number >= 1 << 63 else number) % ndim
 
 
 __all__ = ["Samples"]

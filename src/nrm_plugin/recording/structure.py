@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Mapping
+
+import torch
 from torch import Tensor
 
 from .audit import check_joined, check_known
 from .graph import Graph
 from .observer import Observer
+from .sample_rows import all_keep_rows, vertices_of_rows
 from .samples import Samples
 from .taps import Taps
 
@@ -19,18 +23,38 @@ class Structure:
         output: The tensor at which the measure starts.
         count: Number of samples.
         batched: Whether the inputs have a dimension of samples.
+        shapes_of_two: As in :class:`~nrm_plugin.recording.samples.Samples`.
+        output_has_rows: As in :class:`~nrm_plugin.recording.samples.Samples`.
 
     Raises:
         InputError: The output depends on none of the inputs.
         UnsupportedOperationError: An operation between inputs and output has no kernel.
     """
 
-    def __init__(self, observer: Observer, output: Tensor, count: int, batched: bool) -> None:
+    def __init__(
+        self,
+        observer: Observer,
+        output: Tensor,
+        count: int,
+        batched: bool,
+        shapes_of_two: Callable[[], Mapping[Hashable, torch.Size]],
+        output_has_rows: bool,
+    ) -> None:
         self.graph = Graph(output, observer.leaves)
         check_joined(self.graph, observer.leaves)
         check_known(self.graph, observer.observed)
-        self.samples = Samples(self.graph, count, batched)
-        self.taps = Taps(self.graph, observer.observed, observer.modules, observer.containers, batched)
+        may_mix = observer.has_untracked and count > 1
+        inputs = {id(leaf) for leaf in observer.inputs}
+        looked_up = [leaf for leaf in observer.leaves if id(leaf) not in inputs]
+        is_plain = batched and not may_mix and all_keep_rows(self.graph, count, looked_up)
+        self.samples = Samples(self.graph, count, batched, is_plain, shapes_of_two)
+        if not is_plain:
+            leaves = {n: vertex.leaf for n, vertex in enumerate(self.graph.vertices) if vertex.leaf is not None}
+            self.samples.inputs = {number for number, leaf in leaves.items() if id(leaf) in inputs}
+            self.samples.output_has_rows = output_has_rows
+            ends = self.samples.inputs | ({self.graph.output.vertex} if output_has_rows else set())
+            self.samples.rows = vertices_of_rows(self.graph, count, ends) if count == 1 else set()
+        self.taps = Taps(self.graph, observer.observed, observer.modules, observer.containers, self.samples)
 
 
 __all__ = ["Structure"]

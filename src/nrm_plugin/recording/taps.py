@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..errors import HookedContainerError, UnknownLayerError, unknown_layer
+from ..errors import HookedContainerError, UnknownLayerError, brief, unknown_layer
 from .graph import Graph
+from .layout import Layout
 from .places import Buffer, Edge, Place
+from .samples import Samples
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
-"""Children that have the name of an input or output of the whole model, and how they are spelled instead."""
+"""Replacement names for child modules with the name of an input or output of the whole model."""
 
 Item = int | str
-"""Position of a tensor in a tuple, or its key."""
+"""Position or key of a tensor in a container."""
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """The name of each module as a tap: the one in ``named_modules()``, with a dot in front of a reserved one."""
+    """The name of each module as a tap: its name in ``named_modules()``, with a dot before reserved names."""
     return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
 
 
 class Nested(str):
-    """The key of a tensor in a container inside of what a module returned: ``"features.0"``, ``"1.0"``."""
+    """The key of a tensor in a nested container of a module's output, such as ``"features.0"`` or ``"1.0"``."""
 
     __slots__ = ()
 
@@ -58,16 +60,33 @@ class Tap:
     """One tensor of the computation.
 
     Attributes:
-        place: Its place in the graph.
-        shape: ``(N, …)``; if the inputs have no dimension of samples, 1 followed by the shape of the tensor.
+        place: The place in the graph.
+        tensor_shape: Shape of the tensor in the model.
+        samples: The samples of the recording.
         names: All names of the tap.
-        channel_dim: The dimension of the channels.
+        tensor_channel_dim: The dimension of the channels in the tensor.
     """
 
     place: Place
-    shape: torch.Size
+    tensor_shape: torch.Size
+    samples: Samples
     names: list[str] = field(default_factory=list)
-    channel_dim: int = 1
+    tensor_channel_dim: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that converts the tensor to the form ``(N, …)``."""
+        return self.samples.layout(self.place)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape in the form ``(N, …)``, for any dimension of the samples in the tensor."""
+        return self.layout.shape(self.tensor_shape)
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of the channels in the form ``(N, …)``."""
+        return self.layout.channel_dim(self.tensor_channel_dim, len(self.tensor_shape))
 
     @property
     def order(self) -> tuple[int, int]:
@@ -99,7 +118,7 @@ class Taps:
         observed: The labelled tensors, in execution order.
         modules: Name of each module.
         containers: Names of modules with children that have a rule themselves; nothing inside them is a tap.
-        batched: Whether the inputs have a dimension of samples.
+        samples: The samples of the recording.
 
     Attributes:
         all: All taps.
@@ -113,17 +132,19 @@ class Taps:
         observed: Sequence[Observed],
         modules: Mapping[nn.Module, str],
         containers: Sequence[str],
-        batched: bool,
+        samples: Samples,
     ) -> None:
-        self.graph, self.modules, self._containers, self._batched = graph, modules, containers, batched
+        self.graph, self.modules, self._containers, self._samples = graph, modules, containers, samples
         self._labelled: dict[Label, Tap] = {}
         self.all = self._collected(observed)
+        for label, tap in self._labelled.items():
+            samples.labels.setdefault(samples.buffer(tap.place), []).append(label)
         self._items_of: dict[tuple[str, str], dict[int, list[Item | None]]] = {}
         for label in self._labelled:
             self._items_of.setdefault((label.name, label.side), {}).setdefault(label.call, []).append(label.item)
         self.index: dict[Place, int] = {tap.place: number for number, tap in enumerate(self.all)}
         self._sinks = {(v.step.name, v.step.call): n for n, v in enumerate(graph.vertices) if v.step is not None}
-        _infer_channels(self.all, 1 if batched else -1)
+        _infer_channels(self.all, 1 if samples.batched else -1)
         self.marks = graph.marks_below({place: 1 << number for place, number in self.index.items()})
 
     def __iter__(self) -> Iterator[Tap]:
@@ -156,12 +177,16 @@ class Taps:
     def _add(
         self, taps: dict[Place, Tap], place: Place, shape: torch.Size, label: Label, channel_dim: int | None
     ) -> None:
-        tap = taps.setdefault(place, Tap(place, shape if self._batched else torch.Size((1, *shape)), channel_dim=0))
+        tap = taps.setdefault(place, Tap(place, shape, self._samples, tensor_channel_dim=0))
         if label.side == "output" and label.name not in tap.names:
             tap.names.append(label.name)
         if channel_dim is not None:
-            tap.channel_dim = channel_dim
+            tap.tensor_channel_dim = channel_dim
         self._labelled.setdefault(label, tap)
+
+    def tensor_shapes(self) -> dict[Hashable, torch.Size]:
+        """The shape of each labelled tensor in the model."""
+        return {label: tap.tensor_shape for label, tap in self._labelled.items()}
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -220,7 +245,7 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """The items of the tensors that a layer returned or was called with, except nested ones; ``[None]`` for one."""
+        """The items of the inputs or outputs of a layer, except nested items; ``[None]`` for a single tensor."""
         if isinstance(layer, str):
             layer, item = self._split_item(layer, side)
             if item is not None:
@@ -249,7 +274,7 @@ class Taps:
         return (layer, int(number)) if colon and number.isdecimal() and not self.calls_of(name, side) else (name, None)
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
-        """The name of a layer, and those of its calls that ``call`` selects."""
+        """The name of a layer, and the calls of the layer that ``call`` selects."""
         name = self.name_of(layer)
         if call is None:
             name, call = self._split_call(name, side)
@@ -290,11 +315,11 @@ class Taps:
             elif item == 0 and items == [None]:
                 item = None
             elif items == [None]:
-                raise UnknownLayerError(f"the {side} of {name!r} is one tensor, so omit item=; got item={item!r}.")
+                raise UnknownLayerError(f"the {side} of {name!r} is one tensor, so omit item=; got item={brief(item)}.")
             else:
                 raise UnknownLayerError(
                     f"the {side} of {name!r} has {len(items)} tensors: say which by item=, one of "
-                    f"{', '.join(map(repr, items))}; got {item!r}."
+                    f"{', '.join(map(repr, items))}; got {brief(item)}."
                 )
         return self._labelled[Label(name, side, call, item)]
 
@@ -318,31 +343,31 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """The tensors that are not nested in a container, which a layer stands for; all if each is."""
+    """The items that are not nested in a container, to which a layer refers; all items if all are nested."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 
 def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
-    """A position or key as in a name; a key that looks like a position of the same layer is quoted."""
+    """The text of a position or key in a name; a key that looks like a position of the same layer is quoted."""
     return repr(item) if sum(str(other) == str(item) for other in items) > 1 else str(item)
 
 
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Gives taps with unknown channels those of the nearest tap of the same shape, else of the same rank."""
+    """Copies unknown channel dimensions from the nearest tap of the same shape, else of the same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
-        if tap.channel_dim:
-            for key in (tuple(tap.shape), len(tap.shape)):
+        if tap.tensor_channel_dim:
+            for key in (tuple(tap.tensor_shape), len(tap.tensor_shape)):
                 known.setdefault(key, []).append(number)
     inferred = {}
     for number, tap in enumerate(taps):
-        if not tap.channel_dim:
-            same = known.get(tuple(tap.shape), known.get(len(tap.shape), []))
+        if not tap.tensor_channel_dim:
+            same = known.get(tuple(tap.tensor_shape), known.get(len(tap.tensor_shape), []))
             at = bisect.bisect(same, number)
-            near = [(abs(other - number), taps[other].channel_dim) for other in same[max(0, at - 1) : at + 1]]
-            inferred[number] = min(near, default=(0, default))[1] % max(len(tap.shape), 2)
+            near = [(abs(other - number), taps[other].tensor_channel_dim) for other in same[max(0, at - 1) : at + 1]]
+            inferred[number] = min(near, default=(0, default))[1] % max(len(tap.tensor_shape), 2)
     for number, dim in inferred.items():
-        taps[number].channel_dim = dim
+        taps[number].tensor_channel_dim = dim
 
 
 __all__ = ["INPUT", "OUTPUT", "Item", "Label", "Nested", "Observed", "Tap", "Taps", "module_names", "name_of"]

@@ -1,4 +1,4 @@
-"""Search for the walks, sets of neurons and subspaces with the most relevance; restriction to them, and ablation.
+"""Search for the walks, sets of neurons and subspaces with the most relevance; restriction, and ablation.
 
 Imports: errors, imports, events, kernels, functional, recording, measure.
 """

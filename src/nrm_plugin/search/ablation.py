@@ -1,4 +1,4 @@
-"""What is left of a prediction when neurons are ablated: their activations are replaced while the model runs."""
+"""Ablation of neurons: their activations are replaced while the model runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..recording.module_outputs import module_outputs
 
 Fill = Literal["zero", "mean", "resample"]
@@ -20,19 +20,19 @@ FILLS: tuple[Fill, ...] = ("zero", "mean", "resample")
 def ablation(
     model: nn.Module, kept: Mapping[str, Tensor], fill: Fill = "zero", reference: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """In this context the activations of all neurons that are not kept are replaced.
+    """Context in which the activations of all neurons that are not kept are replaced.
 
     Args:
-        model: The network; its hooks are removed at the end.
-        kept: For each module, by name, a mask of its output, ``(C,)``, ``(N, C)``, ``(*shape)`` or ``(N, *shape)``;
+        model: The network; the hooks are removed at the end.
+        kept: Masks of outputs by module name, ``(C,)``, ``(N, C)``, ``(*shape)`` or ``(N, *shape)``;
             channels are dimension 1.
-        fill: ``"zero"``, ``"mean"`` of the reference activations, or ``"resample"``: sample ``n`` gets those of the
-            reference sample ``n`` modulo the number of reference samples.
+        fill: ``"zero"``, ``"mean"`` of the reference activations, or ``"resample"``: sample ``n`` receives the
+            activations of reference sample ``n`` modulo the number of reference samples.
         reference: Activations of each module on reference samples, from :func:`activations`; required unless ``fill``
             is ``"zero"``.
 
     Raises:
-        ValueError: An unknown fill, or one that requires a reference and has none.
+        ValueError: The fill is unknown, or requires a reference that is not given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -42,9 +42,9 @@ def ablation(
         True
     """
     if fill not in FILLS:
-        raise ValueError(f"fill={fill!r} is unknown; choose one of {', '.join(map(repr, FILLS))}.")
+        raise ValueError(f"fill={brief(fill)} is unknown; choose one of {', '.join(map(repr, FILLS))}.")
     if fill != "zero" and any(layer not in (reference or {}) for layer in kept):
-        raise ValueError(f"fill={fill!r} needs reference=, as activations(model, samples, layers) returns it.")
+        raise ValueError(f"fill={brief(fill)} needs reference=, as activations(model, samples, layers) returns it.")
     with ExitStack() as stack:
         for layer, mask in kept.items():
             replacement = None if fill == "zero" or reference is None else reference[layer]
@@ -70,7 +70,7 @@ def _replacing(mask: Tensor, fill: Fill, reference: Tensor | None) -> Callable[.
 
 
 def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """The output of each module, ``(N, *shape)``, in one forward pass; of a reused module, that of its last call.
+    """Returns the output of each module, ``(N, *shape)``, from one forward pass; for a reused module, of its last call.
 
     Raises:
         UnknownLayerError: No module has this name.
@@ -86,5 +86,5 @@ def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[st
     for layer, calls in outputs.items():
         if not calls or not isinstance(calls[-1], Tensor):
             why = "does not return a tensor" if calls else "was not called"
-            raise InputError(f"{layer!r} {why}, so it has no activations.")
+            raise InputError(f"{brief(layer)} {why}, so it has no activations.")
     return {layer: calls[-1] for layer, calls in outputs.items()}

@@ -14,9 +14,9 @@ from .bounds import CompletionBounds, now
 from .layer_chain import LayerChain
 
 BATCH = 8
-"""Prefixes that are propagated in one pass."""
+"""Number of prefixes that are propagated in one pass."""
 SHARE_OF_BOUNDS = 0.6
-"""Part of the budget that the bounds may take."""
+"""Share of the time budget for the computation of the bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Prefix:
     """The upper part of a walk, to be completed by the layers below.
 
     Attributes:
-        groups: One group in each layer of the prefix.
+        groups: The number of one group in each layer of the prefix.
         bound: Upper bound on the absolute mass of any completion.
         number: Creation index.
         mass: Absolute joint relevance of the groups.
@@ -39,30 +39,30 @@ class Prefix:
     relevance: Tensor
 
     def __lt__(self, other: Prefix) -> bool:
-        """A heap has the largest bound first."""
+        """Orders a heap by bound, with the largest first."""
         return (-self.bound, self.number) < (-other.bound, other.number)
 
 
 @dataclass(frozen=True)
 class CompleteWalk:
-    """One group in every layer, and its signed joint relevance."""
+    """One group in every layer, and the signed joint relevance of these groups."""
 
     groups: tuple[int, ...]
     mass: float
 
     def __lt__(self, other: CompleteWalk) -> bool:
-        """A heap has the smallest absolute mass first."""
+        """Orders a heap by absolute mass, with the smallest first."""
         return (abs(self.mass), self.groups) < (abs(other.mass), other.groups)
 
 
 class BestFirstSearch:
-    """A heap of open prefixes, and one of the best complete walks.
+    """A best-first search with a heap of open prefixes and a heap of the best complete walks.
 
     Args:
         chain: The layers and their groups.
         k: Number of walks.
         begin: Time at which the budget starts.
-        budget: Seconds.
+        budget: Time limit in seconds.
         expansions: Number of prefixes after which the search stops.
     """
 
@@ -87,9 +87,9 @@ class BestFirstSearch:
         return sorted(self.best, key=lambda walk: -abs(walk.mass))
 
     def run(self) -> None:
-        """Searches until all walks are certified, or the budget is spent."""
+        """Searches until all walks are certified, or the budget is exhausted."""
         self._add_continuations((), self.chain.first())
-        for width in (1, 2 * math.isqrt(self.k)):  # a first walk early, then those of a greedy search
+        for width in (1, 2 * math.isqrt(self.k)):  # an early first walk, then the walks of a greedy search
             for depth in range(1, self.chain.last + 1):
                 self._expand_largest(depth, width)
         while self.prefixes and self.prefixes[0].bound > self._threshold() and not self._is_over():
@@ -124,7 +124,7 @@ class BestFirstSearch:
             self._expand(part)
 
     def _most_promising(self) -> list[Prefix]:
-        """The prefix with the largest bound, and those of the same length that follow it."""
+        """Removes and returns the prefix with the largest bound, and the next prefixes of the same length."""
         chosen = [heapq.heappop(self.prefixes)]
         depth, threshold = len(chosen[0].groups), self._threshold()
         while self.prefixes and len(chosen) < self._batch(depth):

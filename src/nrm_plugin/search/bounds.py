@@ -17,21 +17,21 @@ from ..measure.memory import DEFAULT
 from .layer_chain import LayerChain
 
 MIN_ROWS = 16
-"""Rows of a table that are computed even after the deadline."""
+"""Number of rows of a table that are computed even after the deadline."""
 OVERTIME = 0.5
-"""Share of its time that a table may exceed it by, estimated from its first rows."""
+"""Accepted overrun of a table, as a share of its time, estimated from its first rows."""
 NEGLIGIBLE = 1e-4
-"""Share of negative mass up to which a segment counts as one with non-negative kernels."""
+"""Largest share of negative mass for which the kernels of a segment are treated as non-negative."""
 
 
 def now() -> float:
-    """The clock of all budgets, in seconds."""
+    """Returns the time of the clock for all budgets, in seconds."""
     return time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Lumps:
-    """Groups of a layer, some of them merged: no group carries more than its lump.
+    """Groups of a layer, some of which are merged; no group carries more than its lump.
 
     Attributes:
         labels: Lump of each neuron, ``(n,)``.
@@ -43,13 +43,13 @@ class Lumps:
 
 
 class CompletionBounds:
-    """For each layer, what share of its relevance the best groups below can carry; computed from the input up.
+    """Upper bounds, for each layer, on the share of relevance that groups below can carry; computed from the input up.
 
-    If time is too short for one pass for each group, the groups with the smallest marginals are merged.
+    If the time does not suffice for one pass per group, the groups with the smallest marginals are merged.
 
     Args:
         chain: The layers.
-        deadline: Time of :func:`now` after which the coarsest bounds are taken.
+        deadline: Time of :func:`now` after which the coarsest bounds are used.
 
     Attributes:
         exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the last layer but one, ``(groups, n)``; None
@@ -69,7 +69,7 @@ class CompletionBounds:
             self._add(level)
 
     def of_groups(self, level: int, relevance: Tensor) -> Tensor:
-        """Bounds on ``|μ|`` of all walks that continue a prefix through each group of a layer, ``(groups,)``."""
+        """Returns bounds on ``|μ|`` of the walks that continue a prefix through each group, ``(groups,)``."""
         size = relevance.abs()
         bounds = self.chain.sums(level, size * self.completions[level])
         table = self.tables[level]
@@ -77,7 +77,7 @@ class CompletionBounds:
 
     def _add(self, level: int) -> None:
         chain, below = self.chain, self.completions[0]
-        until = now() + (self.deadline - now()) / min(2, level + 1)  # the bounds above depend on those below
+        until = now() + (self.deadline - now()) / min(2, level + 1)  # upper bounds depend on lower ones
         if level == chain.last - 1:
             groups = Lumps(chain.labels[level + 1], chain.counts[level + 1])
             self.exact = self._table(level, groups, bound=False, until=until)
@@ -86,7 +86,7 @@ class CompletionBounds:
                 return
         begin = now()
         total = chain.collect(level, below.unsqueeze(0), bound=True)
-        # Twice the negative part of each column: it is added where a signed pass replaces one of absolute values.
+        # Twice the negative part of each column is added if a signed pass replaces a pass of absolute values.
         negative = (total - chain.collect(level, below.unsqueeze(0))).clamp(min=0)
         is_signed_enough = bool((negative <= NEGLIGIBLE * total).all())
         affordable = (until - now()) / max(1e-9, (now() - begin) / 2)
@@ -103,7 +103,7 @@ class CompletionBounds:
         self.tables.insert(0, table)
 
     def _lumps(self, level: int, affordable: float) -> Lumps:
-        """About so many lumps of the next layer's groups; half of them are single groups."""
+        """Merges the groups of the next layer to about ``affordable`` lumps, half of which are single groups."""
         labels, count = self.chain.labels[level + 1], self.chain.counts[level + 1]
         if max(affordable, MIN_ROWS) >= count:
             return Lumps(labels, count)
@@ -115,7 +115,7 @@ class CompletionBounds:
         return Lumps(lumps[labels], min(count, 2 * single))
 
     def _table(self, level: int, lumps: Lumps, bound: bool, until: float) -> Tensor | None:
-        """``Σ_{i' ∈ g} T_{i'i} h(i')`` of the lumps of the next layer, ``(count, n_m)``; None if too costly."""
+        """Computes ``Σ_{i' ∈ g} T_{i'i} h(i')`` per lump of the next layer, ``(count, n_m)``; None if too costly."""
         chain, values = self.chain, self.completions[0]
         size = lumps.count * len(chain.labels[level]) * values.element_size()
         has_deadline = lumps.count > MIN_ROWS

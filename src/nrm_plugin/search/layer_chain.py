@@ -1,4 +1,4 @@
-"""Several layers, each below the one before, with their neurons in groups: what the searches propagate through."""
+"""Chains of layers, from the output to the input, with grouped neurons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..errors import EventError
+from ..errors import EventError, brief
 from ..events.event import Atom, Event, at
 from ..measure.groups import Over, check_over, labels_of
 from ..measure.joints import propagated
@@ -20,26 +20,28 @@ from ..recording.passes import push
 
 
 class LayerChain:
-    """Layers from the output to the input, and the groups of their neurons; all tensors are flat.
+    """Layers from the output to the input, and the groups of their neurons; all tensors are flattened.
 
     Args:
         mu: A measure of one sample.
-        layers: Taps, each below the one before.
-        over: What a group is, one kind or one for each layer.
+        layers: Taps, each below the previous one.
+        over: The kind of group, the same for all layers or one per layer.
 
     Attributes:
-        labels: Group of each neuron, ``(n_m,)`` for each layer.
-        counts: Number of groups of each layer.
-        widths: Vectors that fit into memory on the way to the next layer.
+        labels: The group of each neuron, ``(n_m,)`` for each layer.
+        counts: The number of groups of each layer.
+        widths: The number of vectors that fit into memory on the way to the next layer.
 
     Raises:
-        ValueError: No layer, or another number of kinds than of layers.
-        EventError: A layer is not below the one before.
+        ValueError: No layer is given, or the number of kinds differs from the number of layers.
+        EventError: A layer is not below the previous one.
     """
 
     def __init__(self, mu: RelevanceMeasure, layers: Sequence[Layer], over: Over | Sequence[Over]) -> None:
         if isinstance(layers, str) or not len(layers):
-            raise ValueError(f"layers={layers!r}: give a list of one or more layers, from the output to the input.")
+            raise ValueError(
+                f"layers={brief(layers)}: give a list of one or more layers, from the output to the input."
+            )
         self.mu, self.recording = mu, mu._recording
         self.taps = [mu._tap(layer) for layer in layers]
         for (above, below), names in zip(itertools.pairwise(self.taps), itertools.pairwise(layers), strict=True):
@@ -62,38 +64,38 @@ class LayerChain:
         return self.mu.marginal(self.atoms[0]).flatten()
 
     def propagate(self, level: int, vectors: Tensor) -> Tensor:
-        """Relevance ``(K, n_m)`` of one layer propagated to the next, ``(K, n_{m+1})``."""
+        """Propagates relevance ``(K, n_m)`` of one layer to the next layer, ``(K, n_{m+1})``."""
         upper, lower = self.taps[level : level + 2]
-        rows = {number: row.view(upper.shape) for number, row in enumerate(vectors)}
+        rows = {number: row.view(upper.tensor_shape) for number, row in enumerate(vectors)}
         return propagated(self.recording, upper, lower, rows)[0].flatten(1)
 
     def collect(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
         r"""The transpose of `propagate`, :math:`\sum_{i'} \tilde T_{i'i} v(i')`: ``(K, n_{m+1})`` to ``(K, n_m)``.
 
-        With ``bound`` it is at least the same sum with absolute values of the kernel.
+        With ``bound``, the result is at least the sum with absolute values of the kernel.
         """
         upper, lower = self.taps[level : level + 2]
-        rows = values.view(len(values), *lower.shape)
+        rows = values.view(len(values), *lower.tensor_shape)
         collected, _ = push(self.recording.graph, lower.place, upper.place, rows, bound)
         if collected is None:
             return self.mu._start.new_zeros(len(values), len(self.labels[level]))
         return collected.flatten(1)
 
     def sums(self, level: int, values: Tensor) -> Tensor:
-        """``(…, n_m)`` summed over each group, ``(…, groups)``."""
+        """Sums ``(…, n_m)`` over each group, to ``(…, groups)``."""
         total = values.new_zeros((*values.shape[:-1], self.counts[level]))
         return total.index_add_(-1, self.labels[level], values)
 
     def shaped_labels(self) -> tuple[Tensor, ...]:
-        """:attr:`labels` in the shapes of the layers."""
+        """The :attr:`labels` in the shapes of the layers."""
         return tuple(labels.reshape(tap.shape[1:]) for labels, tap in zip(self.labels, self.taps, strict=True))
 
 
 def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
-    """What a group is, for each of several layers.
+    """Returns the kind of group for each of several layers.
 
     Raises:
-        ValueError: An unknown kind, or another number of kinds.
+        ValueError: A kind is unknown, or the number of kinds does not fit.
     """
     kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
     if len(kinds) != count:
@@ -104,12 +106,12 @@ def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
 
 
 def intersection(events: Sequence[Event]) -> Event:
-    """The walks that are in all of one or more events."""
+    """The walks that belong to all of one or more events."""
     return functools.reduce(operator.and_, events)
 
 
 def check_one_sample(mu: RelevanceMeasure) -> None:
-    """Raises unless the measure is of one sample."""
+    """Raises unless the measure has exactly one sample."""
     if mu.batch != 1:
         raise ValueError(
             f"relevant walks differ between samples, and the measure has {mu.batch}: take a measure of one sample."
@@ -117,6 +119,6 @@ def check_one_sample(mu: RelevanceMeasure) -> None:
 
 
 def check_count(value: object, name: str) -> None:
-    """Raises unless a value is a whole number of at least 1."""
+    """Raises unless a value is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        raise ValueError(f"{name}={brief(value)} must be a whole number of at least 1.")

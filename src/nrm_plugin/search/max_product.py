@@ -1,4 +1,4 @@
-"""The walks of single neurons with the largest mass, by max-product, where no kernel is negative."""
+"""The walks of single neurons with the largest mass, by max-product, for non-negative kernels."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class NeuronPath:
     """The upper part of a walk of single neurons.
 
     Attributes:
-        place: Where it ends so far.
-        neuron: Flat index of the neuron there.
-        mass: Product of the start vector and the kernel entries so far.
-        bound: Mass of its best completion, exact up to rounding.
-        number: In the order of creation.
-        neurons: Flat index of the neuron at every named tap on the way, from the output to the input.
+        place: The tensor at which the path ends.
+        neuron: Flat index of the last neuron, in this tensor.
+        mass: Product of the entry of the start vector and the kernel entries of the path.
+        bound: Mass of the best completion, exact up to rounding.
+        number: Creation index.
+        neurons: Flat index of the neuron at every named tap of the path, from the output to the input.
     """
 
     place: Buffer
@@ -40,21 +40,21 @@ class NeuronPath:
     neurons: Mapping[Place, int]
 
     def __lt__(self, other: NeuronPath) -> bool:
-        """A heap has the largest bound first."""
+        """Orders a heap by bound, with the largest first."""
         return (-self.bound, self.number) < (-other.bound, other.number)
 
 
 class MaxProduct:
-    r"""The largest mass that continues each neuron to an input, by one pass from the inputs to the output.
+    r"""The largest mass of a continuation from each neuron to an input, by one pass from the inputs to the output.
 
     .. math:: V(i) = 1 \text{ at inputs}, \qquad V(j) = \max_i \tilde T_{ij} V(i)
 
     Args:
-        mu: A measure of one sample.
+        mu: A measure with one sample.
 
     Attributes:
-        completions: :math:`V` of each tensor, flat.
-        names: First name of each tap that has one.
+        completions: :math:`V` of each tensor, flattened.
+        names: The first name of each named tap.
 
     Raises:
         NRMError: The start vector or a kernel has negative entries.
@@ -77,7 +77,7 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """The ``k`` walks with the largest mass, the largest first; fewer where fewer have a mass, or time is over."""
+        """Returns the ``k`` walks with the largest mass, or fewer if fewer walks have mass or time runs out."""
         output = self.graph.output
         prefixes = self._continuations(None, output, self.start, k)
         heapq.heapify(prefixes)
@@ -98,11 +98,11 @@ class MaxProduct:
         return complete
 
     def crossed_taps(self, paths: Sequence[NeuronPath]) -> list[Tap]:
-        """The named taps that one of the paths crosses, from the output to the input."""
+        """Returns the named taps that at least one path crosses, from the output to the input."""
         return [tap for tap in self.recording.taps.all if any(tap.place in path.neurons for path in paths)]
 
     def _continuations(self, path: NeuronPath | None, place: Buffer, masses: Tensor, k: int) -> list[NeuronPath]:
-        """A path continued by the neurons of a tensor: the best ``k``, and the next one for the bound on all others."""
+        """Returns the best ``k`` continuations of a path in a tensor, and one more that bounds all others."""
         bounds, chosen = (masses * self.completions[place]).topk(min(len(masses), k + 1))
         crossed = {} if path is None else path.neurons
         paths = []
@@ -127,13 +127,13 @@ class MaxProduct:
         return best
 
     def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:
-        """Columns of the kernel below a tensor, ``(K, in)`` for each tensor that it leads to."""
+        """Yields columns of the kernel below a tensor, ``(K, in)`` for each input tensor of the step."""
         vertex = self.graph.vertices[place.vertex]
         shape = vertex.shapes[place.number]
         unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))
         unit_vectors[range(len(neurons)), neurons] = 1
         arriving: list[Tensor | None] = [None] * len(vertex.shapes)
-        if vertex.step is None:  # autograd's nodes need a gradient of their first output
+        if vertex.step is None:  # nodes of autograd require a gradient of their first output
             arriving[0] = self.start.new_zeros((len(neurons), *vertex.shapes[0]))
         arriving[place.number] = unit_vectors.view(len(neurons), *shape)
         parts, _ = vertex.pull(arriving)

@@ -1,4 +1,4 @@
-"""Deprecated: the single best walk of neurons, which ``top_walks(mu, k=1, over="neuron")`` returns."""
+"""Deprecated: the best walk of single neurons, replaced by ``top_walks(mu, k=1, over="neuron")``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class NeuronWalk:
     """The walk of single neurons with the largest mass; deprecated with :func:`best_walk`.
 
     Attributes:
-        mass: Its mass.
-        neurons: For each named tap that it crosses, from the output to the input, the index of its neuron.
+        mass: The mass of the walk.
+        neurons: Index of the neuron at each named tap that the walk crosses, from the output to the input.
 
     Examples:
         >>> NeuronWalk(0.5, {"1": (3,)}).neurons["1"]
@@ -30,15 +30,15 @@ class NeuronWalk:
 
 
 def best_walk(mu: RelevanceMeasure, chunk: int = 256) -> NeuronWalk:
-    """Deprecated: use ``top_walks(mu, k=1, over="neuron")``, its mass and :meth:`TopWalks.neurons`.
+    """Returns the best walk; deprecated, use ``top_walks(mu, k=1, over="neuron")`` and :meth:`TopWalks.neurons`.
 
     Args:
-        mu: A measure of one sample, with no negative kernels.
-        chunk: Ignored; the ``max_memory`` of the measure limits what is held at once.
+        mu: A measure with one sample and non-negative kernels.
+        chunk: Ignored; the ``max_memory`` of the measure limits the memory.
 
     Raises:
-        ValueError: Several samples.
-        NRMError: A kernel is negative, or all relevance is absorbed.
+        ValueError: The measure has several samples.
+        NRMError: A kernel has negative entries, or all relevance is absorbed.
 
     Examples:
         >>> import warnings

@@ -1,8 +1,8 @@
-r"""Selection of neurons, and what is left of an explanation without the others.
+r"""Selection of neurons, and the error of an explanation restricted to them.
 
-The restricted measure is that of the walks through kept neurons at every chosen layer. MSE and SMAPE of heat maps and
-of layer masses compare it with the full measure. Neurons are selected by backward elimination of those with the
-smallest joint relevance; ours, after the neuron selection of arXiv 2412.05686.
+The measure is restricted to walks through kept neurons at every chosen layer. MSE and SMAPE of heat maps and of
+layer masses compare it with the full measure. Neurons are selected by backward elimination: the neurons with the
+smallest joint relevance are eliminated first. The method is ours, after the neuron selection of arXiv 2412.05686.
 
 Source: docs/critical-paths.md.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..events.event import Event, at
 from ..measure.groups import Over, by_label, labels_of
 from ..measure.measure import RelevanceMeasure
@@ -27,15 +27,16 @@ METRICS: tuple[Metric, ...] = ("mse", "smape")
 
 
 def mse(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Mean squared error of each sample, ``(N,)``.
+    r"""Returns the mean squared error of each sample, ``(N,)``.
 
     .. math:: \frac 1 n \sum_i (r_i - \hat r_i)^2
 
-    Zero exactly where all values are equal. Its unit is relevance squared: compare it between maps of the same size.
+    The error is zero if and only if all values are equal. Its unit is relevance squared, so only errors of maps of the
+    same size are comparable.
 
     Args:
-        full: ``(N, …)``.
-        restricted: The same shape.
+        full: Values of the full measure, ``(N, …)``.
+        restricted: Values of the restricted measure, of the same shape.
 
     Examples:
         >>> mse(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.0]]))
@@ -45,16 +46,16 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
 
 def smape(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Symmetric mean absolute percentage error of each sample, ``(N,)``, from 0 to 200.
+    r"""Returns the symmetric mean absolute percentage error of each sample, ``(N,)``, from 0 to 200.
 
     .. math:: \frac{100}{n} \sum_i \frac{|r_i - \hat r_i|}{(|r_i| + |\hat r_i|) / 2}
 
-    A neuron that is zero in both contributes 0 and counts in :math:`n`; one that is zero in only one of them, or has
-    opposite signs, contributes 200, however small it is.
+    A neuron with value zero in both tensors contributes 0 and counts in :math:`n`. A neuron with value zero in only one
+    tensor, or with opposite signs, contributes 200, regardless of its magnitude.
 
     Args:
-        full: ``(N, …)``.
-        restricted: The same shape.
+        full: Values of the full measure, ``(N, …)``.
+        restricted: Values of the restricted measure, of the same shape.
 
     Examples:
         >>> smape(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]))
@@ -67,14 +68,14 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Restriction:
-    """The measure of the walks through kept neurons, compared with that of all walks.
+    """The measure restricted to the walks through kept neurons, compared with the full measure.
 
     Attributes:
-        heat_map: ``μ(pixel and kept)``.
-        mass: ``μ(kept)``, ``(N,)``: mass of the walks through kept neurons at every chosen layer.
+        heat_map: ``μ(pixel and kept)``, ``(N, …)``.
+        mass: ``μ(kept)``, ``(N,)``, the mass of the walks through kept neurons at every chosen layer.
         mse: Mean squared error of the heat map, ``(N,)``.
-        smape: Its symmetric mean absolute percentage error, ``(N,)``.
-        layers: For each chosen layer, MSE and SMAPE of the masses of its channels, ``(N,)`` each.
+        smape: Symmetric mean absolute percentage error of the heat map, ``(N,)``.
+        layers: MSE and SMAPE of the channel masses of each chosen layer, ``(N,)`` each.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -94,13 +95,13 @@ class Restriction:
 def restriction(
     mu: RelevanceMeasure, kept: Mapping[str, Tensor], at_layer: str = "input", over: Over = "neuron"
 ) -> Restriction:
-    r"""Heat map and layer masses of the walks that cross a kept neuron in every layer, and their errors.
+    r"""Computes heat map and layer masses of the walks that cross a kept neuron in every layer, and their errors.
 
     .. math:: \hat r_i = \mu(n_0 = i \wedge n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L)
 
     Args:
         mu: The measure.
-        kept: For each layer a mask over its channels ``(C,)`` or ``(N, C)``, or over its neurons, ``(*shape)`` or
+        kept: For each layer, a mask over its channels, ``(C,)`` or ``(N, C)``, or over its neurons, ``(*shape)`` or
             ``(N, *shape)``.
         at_layer: The layer of the heat map.
         over: Groups over which the heat map is summed before the comparison.
@@ -115,7 +116,7 @@ def restriction(
         >>> torch.allclose(restricted.heat_map.sum(1), restricted.mass, atol=1e-5)
         True
 
-    Source: ours; for one common factor, ``heat_map / mass`` is the pruned relevance of arXiv 2404.14271.
+    Source: ours; ``heat_map / mass`` is the pruned relevance of arXiv 2404.14271 up to a common factor.
     """
     masks = {layer: neuron_mask(mu, layer, mask) for layer, mask in kept.items()}
     event = kept_event(masks)
@@ -132,15 +133,17 @@ def restriction(
 
 
 def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
-    """A mask over channels or neurons as a mask over neurons, ``(N, *shape)``.
+    """Expands a mask over channels or neurons to a mask over neurons, ``(N, *shape)``.
 
     Raises:
-        InputError: It is not boolean, or fits neither.
+        InputError: The mask is not boolean, or fits neither channels nor neurons.
     """
     tap = mu._tap(layer)
     shape, inner = torch.Size(tap.shape), torch.Size(tap.shape[1:])
     if mask.dtype != torch.bool:
-        raise InputError(f"the mask of {layer!r} has dtype {mask.dtype}; give a boolean mask, true for kept neurons.")
+        raise InputError(
+            f"the mask of {brief(layer)} has dtype {mask.dtype}; give a boolean mask, true for kept neurons."
+        )
     if mask.shape in (shape, inner):
         return mask.expand(shape)
     channels = shape[tap.channel_dim]
@@ -148,8 +151,8 @@ def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
         labels = labels_of(tap, "channel").to(mask.device)
         return mask.expand(shape[0], channels)[:, labels]
     raise InputError(
-        f"the mask of {layer!r} has shape {tuple(mask.shape)}; give one over its {channels} channels or its neurons "
-        f"{tuple(inner)}, with or without a first dimension of {shape[0]} samples."
+        f"the mask of {brief(layer)} has shape {tuple(mask.shape)}; give one over its {channels} channels or its "
+        f"neurons {tuple(inner)}, with or without a first dimension of {shape[0]} samples."
     )
 
 
@@ -157,7 +160,7 @@ def kept_event(masks: Mapping[str, Tensor]) -> Event:
     """The walks that cross a kept neuron in every layer.
 
     Raises:
-        InputError: No layer.
+        InputError: No layer is given.
     """
     if not masks:
         raise InputError("no layer was given; give a mask of kept neurons for at least one.")
@@ -166,12 +169,12 @@ def kept_event(masks: Mapping[str, Tensor]) -> Event:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Errors for one number of kept groups.
+    """The errors for one number of kept groups.
 
     Attributes:
         count: Number of groups kept in all chosen layers together.
         mse: Mean squared error of the heat map of the input, ``(N,)``.
-        smape: Its symmetric mean absolute percentage error, ``(N,)``.
+        smape: Symmetric mean absolute percentage error of the heat map, ``(N,)``.
         mass: Joint relevance of the kept groups, ``(N,)``.
 
     Examples:
@@ -187,12 +190,12 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Selection:
-    """Kept groups of each sample.
+    """The kept groups of each sample.
 
     Attributes:
-        kept: For each layer a mask, ``(N, groups)``.
+        kept: Mask of the kept groups of each layer, ``(N, groups)``.
         count: Number of groups kept in all layers together, ``(N,)``.
-        order: Rank of each group, 0 for the one that is eliminated last: ``(N, all groups)``, layer after layer.
+        order: Rank of each group, ``(N, all groups)``, layer after layer; 0 for the group that is eliminated last.
         curve: Errors for several numbers of kept groups, from many to few.
         event: The walks that cross a kept neuron in every layer.
 
@@ -222,25 +225,25 @@ def select_neurons(
 ) -> Selection:
     r"""Selects the groups of neurons that preserve the explanation best.
 
-    Backward elimination. In each round every group :math:`g` of every layer gets its joint relevance with the kept
-    groups of the other layers, :math:`\mu(n_l \in g \wedge n_{l_1} \in S_1 \wedge \dots)`, which is what the heat map
-    loses without it, and the groups with the smallest absolute values are eliminated. Each layer keeps at least one
-    group. Groups are selected for each sample, for all samples in the same passes.
+    Groups are selected by backward elimination. Each round computes the joint relevance of every group :math:`g` of
+    every layer with the kept groups of the other layers, :math:`\mu(n_l \in g \wedge n_{l_1} \in S_1 \wedge \dots)`,
+    which the heat map would lose without the group, and eliminates the groups with the smallest absolute values. Each
+    layer keeps at least one group. Groups are selected per sample, for all samples in the same passes.
 
-    With ``error`` the number of groups is then found by bisection along the order of elimination: the smallest of these
-    nested sets. With non-negative kernels the error grows with every elimination; with signed ones a smaller set of
-    this order may exist. Whether a smaller set outside this order exists is not tested.
+    With ``error``, the smallest of these nested sets is then found by bisection along the order of elimination. With
+    non-negative kernels the error grows with every elimination; with signed kernels, a smaller set in this order may
+    exist. Sets outside this order are not tested.
 
     Args:
         mu: The measure.
-        layers: One or more layers, restricted together; their order does not matter.
+        layers: One or more layers, restricted jointly, in any order.
         budget: Number of groups to keep, in all layers together.
         error: ``{"mse": limit}`` or ``{"smape": limit}`` for the heat map of the input.
-        over: What a group is: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list of one for each layer.
-        rounds: Number of times that joint relevance is recomputed; more rounds are slower and select better.
+        over: The kind of group: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer.
+        rounds: Number of rounds; more rounds take longer and select better.
 
     Raises:
-        ValueError: Neither or both of ``budget`` and ``error``, or a budget below one group for each layer.
+        ValueError: Neither or both of ``budget`` and ``error`` are given, or the budget is below one group per layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -266,12 +269,13 @@ def _check_limits(pool: _GroupPool, budget: int | None, error: Mapping[Metric, f
         raise ValueError("give either budget= or error=: how many groups are kept, or which error is allowed.")
     if budget is not None and not len(pool.layers) <= budget <= pool.size:
         raise ValueError(
-            f"budget={budget!r}: keep at least one group of each layer ({len(pool.layers)}), and at most {pool.size}."
+            f"budget={brief(budget)}: keep at least one group of each layer ({len(pool.layers)}), and at most "
+            f"{pool.size}."
         )
     if error is not None and (len(error) != 1 or next(iter(error)) not in METRICS):
         raise ValueError(f"error={dict(error)!r}: give one of {{'mse': limit}} and {{'smape': limit}}.")
     if rounds < 1:
-        raise ValueError(f"rounds={rounds!r} must be at least 1.")
+        raise ValueError(f"rounds={brief(rounds)} must be at least 1.")
 
 
 class _GroupPool:
@@ -279,7 +283,7 @@ class _GroupPool:
 
     def __init__(self, mu: RelevanceMeasure, layers: Sequence[str], over: Over | Sequence[Over]) -> None:
         if isinstance(layers, str) or not len(layers) or len(set(layers)) < len(layers):
-            raise ValueError(f"layers={layers!r}: give a list of one or more different layers.")
+            raise ValueError(f"layers={brief(layers)}: give a list of one or more different layers.")
         self.mu, self.layers = mu, list(layers)
         kinds = kinds_of_groups(over, len(self.layers))
         taps = [mu._tap(layer) for layer in self.layers]
@@ -289,15 +293,15 @@ class _GroupPool:
         self.full = mu.marginal("input")
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """``(N, all groups)`` by layer, ``(N, groups)`` each."""
+        """Splits ``(N, all groups)`` by layer, to ``(N, groups)`` each."""
         return dict(zip(self.layers, torch.split(flat, self.counts, 1), strict=True))
 
     def masks(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Masks over groups as masks over neurons, ``(N, *shape)``."""
+        """Expands masks over groups to masks over neurons, ``(N, *shape)``."""
         return {layer: kept[layer][:, labels] for layer, labels in zip(self.layers, self.labels, strict=True)}
 
     def joint(self, kept: Tensor) -> tuple[Tensor, CurvePoint]:
-        """Joint relevance of each group with the kept ones, ``(N, all groups)``, and the errors of the kept ones."""
+        """Joint relevance of each group with the kept groups, ``(N, all groups)``, and errors of the kept groups."""
         event = kept_event(self.masks(self.split(kept)))
         marginals = self.mu.marginal([*self.layers, "input"], joint=event)
         groups = zip(self.layers, self.labels, strict=True)
@@ -309,7 +313,7 @@ class _GroupPool:
 
 
 def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list[CurvePoint]]:
-    """Rank of each group in the order of elimination, where the last ``last`` are ranked at once, and the curve."""
+    """Ranks groups in the order of elimination, the best ``last`` groups in one round; also returns the curve."""
     schedule = [round(pool.size * (last / pool.size) ** (step / rounds)) for step in range(1, rounds + 1)]
     kept = torch.ones((pool.mu.batch, pool.size), dtype=torch.bool, device=pool.full.device)
     order = torch.zeros_like(kept, dtype=torch.long)
@@ -326,7 +330,7 @@ def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list
 
 
 def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
-    """Kept groups by absolute joint relevance, after the largest group of each layer, which is never eliminated."""
+    """Sorts kept groups by absolute joint relevance; the largest group of each layer precedes all others."""
     score = joint.abs().masked_fill(~kept, -1)
     for part in torch.split(score, pool.counts, 1):
         part.scatter_(1, part.argmax(1, keepdim=True), torch.inf)
@@ -334,7 +338,7 @@ def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
 
 
 def _smallest_counts(pool: _GroupPool, order: Tensor, metric: Metric, limit: float) -> Tensor:
-    """The smallest number of groups of each sample whose heat map has at most this error, ``(N,)``."""
+    """Returns, per sample, the smallest number of groups for which the error is within the limit, ``(N,)``."""
     low = torch.full((len(order),), len(pool.layers), device=order.device)
     high = torch.full_like(low, pool.size)
     while bool((low < high).any()):

@@ -1,4 +1,4 @@
-"""Search for sets of groups, one set in each of several layers, with the largest joint relevance."""
+"""Search for sets of groups, one set per layer, with the largest joint relevance."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import brief
 from ..events.event import Event
 from ..measure.groups import Over
 from ..measure.layer_taps import Layer
@@ -17,12 +18,12 @@ from ..measure.measure import RelevanceMeasure
 from .layer_chain import LayerChain, check_one_sample, intersection
 
 MAX_COMBINATIONS = 200_000
-"""Number of combinations that an exact search tries at most."""
+"""The largest number of combinations for an exact search."""
 
 
 @dataclass(frozen=True)
 class TopSets:
-    """Sets of groups, one in each layer, and what the walks through all of them carry.
+    """Sets of groups, one per layer, and the mass of the walks through all sets.
 
     Attributes:
         layers: Names of the layers, from the output to the input.
@@ -51,24 +52,26 @@ def top_sets(
     over: Over | Sequence[Over] = "channel",
     exact: bool = False,
 ) -> TopSets:
-    r"""Sets of ``size`` groups in each layer whose joint relevance is large.
+    r"""Searches for sets of ``size`` groups in each layer with large joint relevance.
 
     .. math:: \max_{S_1, \dots, S_L} \mu(n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L), \qquad |S_m| = s_m
 
-    Greedy coordinate ascent: from the output to the input, each layer takes the groups with the largest joint relevance
-    given the choice in the others, until nothing changes; one pass for each choice. Every choice is optimal given the
-    others, but the whole need not be. ``exact=True`` tries all sets of all layers but the last, whose best set follows.
+    The search is greedy coordinate ascent: from the output to the input, the set of each layer is replaced by the
+    groups with the largest joint relevance given the sets of the other layers, in one pass per layer, until no set
+    changes. Each set is optimal given the others, but the combination need not be. ``exact=True`` tries all sets of all
+    layers but the last; the best set of the last layer follows from them.
 
     Args:
         mu: A measure of one sample.
-        layers: Taps, each below the one before.
-        size: Number of groups in each layer, one for all or one for each.
-        over: What a group is, as for :func:`top_walks`.
-        exact: Try all combinations.
+        layers: Taps, each below the previous one.
+        size: Number of groups per layer, the same for all layers or one per layer.
+        over: The kind of group, as in :func:`top_walks`.
+        exact: Whether to try all combinations.
 
     Raises:
-        ValueError: Several samples, a size that is not between 1 and the number of groups, or too many combinations.
-        EventError: A layer is not below the one before.
+        ValueError: The measure has several samples, a size is not between 1 and the number of groups, or there are
+            too many combinations.
+        EventError: A layer is not below the previous one.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -84,7 +87,7 @@ def top_sets(
     chain = LayerChain(mu, layers, over)
     sizes = [size] * len(layers) if isinstance(size, int) else list(size)
     if len(sizes) != len(chain.taps) or not all(1 <= s <= n for s, n in zip(sizes, chain.counts, strict=True)):
-        raise ValueError(f"size={size!r}: give one number for each layer, from 1 to {chain.counts}.")
+        raise ValueError(f"size={brief(size)}: give one number for each layer, from 1 to {chain.counts}.")
     chosen = _exact_sets(chain, sizes) if exact else _greedy_sets(chain, sizes)
     event = _sets_event(chain, chosen)
     groups = tuple(tuple(sorted(part)) for part in chosen if part is not None)
@@ -125,7 +128,7 @@ def _exact_sets(chain: LayerChain, sizes: list[int]) -> list[list[int] | None]:
 
 
 def _all_walks(chain: LayerChain) -> Tensor:
-    """``μ(g_1, …, g_L)`` of all groups, from one vector for each combination above the last layer."""
+    """Computes ``μ(g_1, …, g_L)`` of all groups, from one vector per combination above the last layer."""
     with torch.inference_mode(False), torch.no_grad():
         vectors = chain.first().unsqueeze(0)
         for level in range(chain.last):

@@ -1,4 +1,4 @@
-r"""Relevant subspaces of a layer: fitted on a batch, then a tap that is queried like any other.
+r"""Relevant subspaces of a layer, fitted on a batch, and queried as taps.
 
 The relevance of a layer is written as activation times context, :math:`R_i = a_i c_i`. Orthonormal directions
 :math:`U_k` decompose it into parts, one for each subspace:
@@ -6,7 +6,7 @@ The relevance of a layer is written as activation times context, :math:`R_i = a_
 .. math:: R^{(k)}_i = a_i\, (U_k U_k^\top c)_i, \qquad \sum_k R^{(k)}_i = R_i, \qquad
           \sum_i R^{(k)}_i = (U_k^\top a)^\top (U_k^\top c)
 
-which is what LRP-0 propagates through a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts
+These parts are the result of LRP-0 in a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts
 this layer with one neuron for each pair of subspace and neuron, so that no activation of a direction is a divisor. The
 parts as a tap of the measure, and the rest, are ours.
 
@@ -25,21 +25,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..errors import InputError, UnknownLayerError
+from ..errors import InputError, UnknownLayerError, brief
 from ..functional import FunctionCall, register_kernel
 from ..kernels.base import Kernel
 
 FLOOR = 1e-4
-"""Share of the largest activation of a sample below which a neuron has no context. Rules that assign relevance to
+"""Share of the largest activation of a sample below which a neuron has no context, since rules that assign relevance to
 nearly silent neurons would make the context arbitrarily large."""
 
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    r"""Orthogonal subspaces of the channels of a layer, and their complement, the rest.
+    r"""Orthogonal subspaces of the channels of a layer, and their complement (the rest).
 
     Attributes:
-        basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, its columns orthonormal.
+        basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, with orthonormal columns.
         sizes: Number of columns of each subspace; their sum is ``d``.
         dim: Dimension of the channels in the layer's output: 1 for feature maps and vectors, -1 for tokens.
 
@@ -73,7 +73,7 @@ class Subspaces:
         return len(self.sizes)
 
     def parts(self, values: Tensor) -> Tensor:
-        r"""Projections :math:`U_k U_k^\top a` and the remainder, ``(N, …)`` to ``(N, K + 1, …)``.
+        r"""Returns the projections :math:`U_k U_k^\top a` and the remainder, ``(N, …)`` to ``(N, K + 1, …)``.
 
         Examples:
             >>> Subspaces(torch.eye(2)[:, :1], (1,)).parts(torch.tensor([[3.0, 4.0]]))
@@ -84,14 +84,15 @@ class Subspaces:
         return torch.stack([*projected, values - sum(projected[1:], projected[0])], 1)
 
     def split(self, values: Tensor, relevance: Tensor) -> Tensor:
-        r"""The parts of the relevance of a layer, ``(…, N, *shape)`` to ``(…, N, K + 1, *shape)``; they sum to it.
+        r"""Splits the relevance of a layer into parts that sum to it, ``(…, N, *shape)`` to ``(…, N, K + 1, *shape)``.
 
-        The last part is the rest: the relevance of directions in no subspace, and all relevance of silent neurons,
-        whose activation is at most 1e-4 of the largest one of the sample, and which have no context :math:`c = R / a`.
+        The last part is the rest: the relevance of directions outside all subspaces, and all relevance of silent
+        neurons. A neuron is silent, and has no context :math:`c = R / a`, if its activation is at most 1e-4 of the
+        largest activation of the sample.
 
         Args:
             values: Activations, ``(N, *shape)``.
-            relevance: Of the same neurons.
+            relevance: Relevance of the same neurons, ``(…, N, *shape)``.
 
         Examples:
             >>> parts = Subspaces(torch.eye(4)[:, :3], (1, 2)).split(torch.ones(5, 4), torch.rand(5, 4))
@@ -105,7 +106,7 @@ class Subspaces:
         return torch.stack([*(part * values for part in projected), rest], -values.ndim)
 
     def _split_absolute(self, values: Tensor, mass: Tensor) -> Tensor:
-        """The same with absolute values of the kernel, for non-negative masses."""
+        """Splits non-negative masses with absolute values of the kernel."""
         inverse, silent = _inverse(values)
         context = mass * inverse.abs()
         whole = torch.eye(len(self.basis), dtype=values.dtype, device=values.device)
@@ -124,7 +125,7 @@ class Subspaces:
         return [self._along(values, columns @ columns.T, dims) for columns in self._columns(values)]
 
     def _along(self, values: Tensor, matrix: Tensor, dims: int) -> Tensor:
-        """A matrix applied to the channels of the last ``dims`` dimensions."""
+        """Applies a matrix to the channels of the last ``dims`` dimensions."""
         at = self.dim % dims - dims
         if values.shape[at] != len(matrix):
             raise InputError(
@@ -135,7 +136,7 @@ class Subspaces:
 
 
 def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``1 / a`` of neurons with a context, else zero; and 1 for neurons without, else zero."""
+    """Returns ``1 / a`` for neurons with a context, else zero; and 1 for neurons without context, else zero."""
     size = values.abs()
     silent = size <= FLOOR * size.flatten(1).amax(1).view(-1, *(1,) * (values.ndim - 1))
     return torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, values)), silent.to(values)
@@ -145,7 +146,7 @@ def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int = 1) -> Subspaces:
-    r"""Principal relevant component analysis: the directions with the most relevance over a batch.
+    r"""Finds the directions with the most relevance over a batch (principal relevant component analysis).
 
     .. math:: \max_{U^\top U = I} \mathrm E[(U^\top a)^\top (U^\top c)]
 
@@ -155,11 +156,11 @@ def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int
     Args:
         values: Activations of a layer, ``(N, …)``.
         relevance: Relevance of the same neurons, such as ``mu.marginal(layer)``.
-        sizes: Number of directions of each subspace, the leading ones first; a single number for one subspace.
+        sizes: Number of directions of each subspace, leading directions first; a single number for one subspace.
         dim: Dimension of the channels.
 
     Raises:
-        InputError: The tensors differ in shape, or have fewer channels than there are directions.
+        InputError: The tensors differ in shape, or have fewer channels than directions.
 
     Examples:
         >>> prca(torch.rand(10, 4, 3, 3), torch.rand(10, 4, 3, 3), [1, 1]).basis.shape
@@ -183,13 +184,13 @@ def drsa(
     restarts: int = 3,
     seed: int = 0,
 ) -> Subspaces:
-    r"""Disentangled relevant subspace analysis: subspaces that are relevant for different samples.
+    r"""Finds subspaces that are relevant for different samples (disentangled relevant subspace analysis).
 
     .. math:: \max_{U^\top U = I} \; M^{1/2}_k\, M^2_n \big[ \max(0, (U_k^\top a_n)^\top (U_k^\top c_n)) \big]
 
-    with power means :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}`: that over samples favours few large values, that
-    over subspaces favours that all are used. Projected gradient ascent with orthonormal columns. The step size, which
-    decreases to zero, and the choice of the best of several starts are ours.
+    with power means :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}`: the mean over samples favours few large values, and
+    the mean over subspaces favours the use of all subspaces. The optimization is projected gradient ascent with
+    orthonormal columns. The step size, which decreases to zero, and the choice of the best of several starts are ours.
 
     Args:
         values: Activations of a layer, ``(N, …)``.
@@ -201,7 +202,7 @@ def drsa(
         seed: Seed of the starts.
 
     Raises:
-        InputError: As for :func:`prca`.
+        InputError: The tensors differ in shape, or have fewer channels than directions.
 
     Examples:
         >>> drsa(torch.rand(10, 4), torch.rand(10, 4), [2, 2], steps=5).sizes
@@ -236,16 +237,16 @@ def _ascent(a: Tensor, c: Tensor, sizes: tuple[int, ...], basis: Tensor, steps: 
 
 
 def disentanglement(a: Tensor, c: Tensor, basis: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The objective of :func:`drsa` for activations and contexts ``(n, C)``."""
+    """Computes the objective of :func:`drsa` for activations and contexts ``(n, C)``."""
     products = (a @ basis) * (c @ basis)
     relevance = torch.stack([part.sum(1) for part in torch.split(products, list(sizes), 1)], 1)
-    over_samples = (relevance.clamp(min=0).square().mean(0) + 1e-24).sqrt()  # a root has no gradient at zero
+    over_samples = (relevance.clamp(min=0).square().mean(0) + 1e-24).sqrt()  # the root has no finite gradient at zero
     objective: Tensor = over_samples.sqrt().mean().square()
     return objective
 
 
 def _nearest(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns."""
+    """Returns the nearest matrix with orthonormal columns."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     nearest: Tensor = left @ right
     return nearest
@@ -271,7 +272,7 @@ def _vectors(values: Tensor, relevance: Tensor, dim: int) -> tuple[Tensor, Tenso
 def _sizes(sizes: int | Sequence[int], channels: int) -> tuple[int, ...]:
     wanted = (sizes,) if isinstance(sizes, int) else tuple(sizes)
     if not wanted or min(wanted) < 1 or sum(wanted) > channels:
-        raise InputError(f"sizes={sizes!r}: give at least 1 for each subspace, and together at most {channels}.")
+        raise InputError(f"sizes={brief(sizes)}: give at least 1 for each subspace, and together at most {channels}.")
     return wanted
 
 
@@ -279,16 +280,16 @@ def _sizes(sizes: int | Sequence[int], channels: int) -> tuple[int, ...]:
 
 
 def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.Module:
-    """A model with the same weights and outputs, in which the subspaces of some layers are taps.
+    """Returns a model with the same weights and outputs in which the subspaces of some layers are taps.
 
     A layer ``"conv"`` is replaced by ``"conv.layer"``, the layer itself, and ``"conv.subspaces"``,
-    ``(N, K + 1, *shape)``, with one channel for each subspace and the last one for the rest. The tap ``"conv"`` is
-    still the output of the layer. Composites that map rules to names have to use ``"conv.layer"``. Parameters are
-    shared, and the given model is not changed.
+    ``(N, K + 1, *shape)``, with one channel per subspace and a last channel for the rest. The tap ``"conv"`` is still
+    the output of the layer. Composites that map names to rules must use ``"conv.layer"``. Parameters are shared, and
+    the given model is not changed.
 
     Args:
         model: The network.
-        subspaces: Subspaces of layers that return one tensor, by name of the layer.
+        subspaces: Subspaces by name of the layer; each layer must return a single tensor.
 
     Raises:
         UnknownLayerError: The model has no such layer.
@@ -308,15 +309,15 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
     for name in subspaces:
         if not name or name not in known:
             raise UnknownLayerError(
-                f"no layer named {name!r} to decompose into subspaces; model.named_modules() lists them."
+                f"no layer named {brief(name)} to decompose into subspaces; model.named_modules() lists them."
             )
         if any(other != name and other.startswith(f"{name}.") for other in subspaces):
-            raise InputError(f"{name!r} holds another layer with subspaces; give subspaces of one of them.")
+            raise InputError(f"{brief(name)} holds another layer with subspaces; give subspaces of one of them.")
     return _replaced(model, subspaces, "")
 
 
 def _replaced(module: nn.Module, subspaces: Mapping[str, Subspaces], path: str) -> nn.Module:
-    """A copy of the modules that contain the layers; all other modules are shared."""
+    """Copies the modules that contain the layers; all other modules are shared."""
     copied = module.__class__.__new__(module.__class__)
     copied.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
     for name, child in module._modules.items():
@@ -329,7 +330,7 @@ def _replaced(module: nn.Module, subspaces: Mapping[str, Subspaces], path: str) 
 
 
 class _WithSubspaces(nn.Module):
-    """A layer, the parts of its output in the subspaces, and their sum."""
+    """A layer that computes the parts of another layer's output in the subspaces, and returns their sum."""
 
     def __init__(self, layer: nn.Module, subspaces: Subspaces) -> None:
         super().__init__()
@@ -354,7 +355,7 @@ class _Parts(nn.Module):
 
 
 def subspace_parts(values: Tensor, subspaces: Subspaces) -> Tensor:
-    """:meth:`Subspaces.parts`, as a function that the measure records as a step."""
+    """Applies :meth:`Subspaces.parts`, as a function that the measure records as a step."""
     if has_torch_function((values,)):
         parts: Tensor = handle_torch_function(subspace_parts, (values,), values, subspaces)
         return parts
@@ -362,7 +363,7 @@ def subspace_parts(values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
-    """The sum of all parts: ``values``, bit for bit."""
+    """Returns the sum of all parts, which is ``values`` bit for bit."""
     if has_torch_function((parts, values)):
         total: Tensor = handle_torch_function(subspace_sum, (parts, values), parts, values, subspaces)
         return total
@@ -370,7 +371,7 @@ def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 class _PartsKernel(Kernel):
-    """The parts of a neuron pass all of their relevance to the neuron."""
+    """A kernel in which the parts of a neuron pass all of their relevance to the neuron."""
 
     is_stochastic = True
 
@@ -384,7 +385,7 @@ class _PartsKernel(Kernel):
 
 
 class _SumKernel(Kernel):
-    """:meth:`Subspaces.split`; no relevance bypasses the parts."""
+    """The kernel of :meth:`Subspaces.split`; no relevance bypasses the parts."""
 
     is_stochastic = True
 

@@ -1,7 +1,8 @@
-r"""The walks that carry the most relevance, over groups of neurons in chosen layers or over single neurons in all.
+r"""The walks with the most relevance, over groups of neurons in chosen layers or single neurons in all layers.
 
-A *group walk* is one group of neurons in each of several layers; its mass is the joint relevance of those groups. The
-search and its bound are ours, after the relevant walk search of Xiong et al. (ICML 2023) for single neurons.
+A *group walk* consists of one group of neurons in each of several layers; its mass is the joint relevance of these
+groups. The search and its bound are ours, after the relevant walk search of Xiong et al. (ICML 2023) for single
+neurons.
 
 Source: docs/critical-paths.md.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import brief
 from ..events.event import Atom, Event, at
 from ..measure.groups import Over
 from ..measure.layer_taps import Layer
@@ -26,13 +28,13 @@ from .max_product import MaxProduct
 
 @dataclass(frozen=True)
 class GroupWalk:
-    """One group in each layer, and what the walks through all of them carry.
+    """One group in each layer, and the mass of the walks through all groups.
 
     Attributes:
-        groups: Number of the channel (position, neuron, label) in each layer, from the output to the input; None where
-            a walk of single neurons does not cross the layer.
+        groups: Number of the channel (position, neuron, label) in each layer, from the output to the input; None for
+            layers that a walk of single neurons does not cross.
         mass: Joint relevance, signed.
-        certified: Whether no walk that is not returned can carry more, by absolute value.
+        certified: Whether every walk that is not returned provably has at most the same absolute mass.
 
     Examples:
         >>> GroupWalk((3, 0), 0.5, True).groups
@@ -50,10 +52,10 @@ class TopWalks:
 
     Attributes:
         layers: The layers, from the output to the input.
-        walks: The walks of largest absolute mass, the largest first.
-        missed: No walk that is not among ``walks`` carries more than this, by absolute value.
+        walks: The walks with the largest absolute mass, in descending order.
+        missed: Upper bound on the absolute mass of every walk that is not in ``walks``.
         expanded: Number of prefixes that were propagated to the next layer.
-        seconds: Time taken.
+        seconds: Duration of the search, in seconds.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -73,7 +75,7 @@ class TopWalks:
 
     @property
     def certified(self) -> int:
-        """Number of walks that are proven to be among the largest.
+        """The number of walks that are proven to be among the largest.
 
         Examples:
             >>> TopWalks(("1",), (GroupWalk((3,), 0.5, True), GroupWalk((0,), 0.1, False)), 0.2, 1, 0.0).certified
@@ -83,7 +85,7 @@ class TopWalks:
 
     @property
     def mass(self) -> float:
-        """Mass of all returned walks together; they are disjoint.
+        """The total mass of all returned walks, which are disjoint.
 
         Examples:
             >>> TopWalks(("1",), (GroupWalk((3,), 0.5, True), GroupWalk((0,), 0.25, False)), 0.3, 1, 0.0).mass
@@ -92,7 +94,7 @@ class TopWalks:
         return sum(walk.mass for walk in self.walks)
 
     def event(self, number: int) -> Event:
-        """One of the walks as an event.
+        """Returns one of the walks as an event.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -104,7 +106,7 @@ class TopWalks:
         return intersection([~atom if group is None else atom[labels == group] for atom, labels, group in parts])
 
     def neurons(self, number: int) -> dict[str, tuple[int, ...]]:
-        """The index, such as (channel, row, column), of a single neuron in each layer that a walk crosses.
+        """Returns the index of a neuron, such as (channel, row, column), for each layer that a walk crosses.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -124,41 +126,42 @@ def top_walks(
     budget: float = 60.0,
     expansions: int | None = None,
 ) -> TopWalks:
-    r"""The ``k`` walks over groups that carry the most, by absolute value, and a bound on all others.
+    r"""Returns the ``k`` group walks with the largest absolute mass, and a bound on all other walks.
 
     .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
-    Best-first search: the prefix with the largest bound on its completions is propagated to the next layer,
+    In a best-first search, the prefix with the largest bound on its completions is propagated to the next layer,
 
     .. math:: |\mu(g_1, \dots, g_L)| \le \sum_{i \in g_m} |r_m(i)|\, h_m(i), \qquad
               h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
     where :math:`r_m` is the relevance of the prefix and :math:`\tilde T` the kernel of all steps between two layers.
-    Where memory allows, the maximum is taken outside the sum, which gives a smaller bound. First, and then in
-    alternation, the prefixes with the largest mass are propagated, as in a greedy search, so that a search that is
-    stopped early has good walks. It may be stopped at any time: masses are exact, and the bound holds, up to rounding.
+    If memory allows, the maximum is taken outside the sum, which gives a smaller bound. At first, and then in
+    alternation, the prefixes with the largest mass are propagated, as in a greedy search, so that good walks are found
+    early. The search may be stopped at any time: masses are exact, and the bound holds, up to rounding.
 
-    Without ``layers`` a walk is one of single neurons, along one path through the whole network. If no kernel is
+    Without ``layers``, walks consist of single neurons along one path through the whole network. If no kernel is
     negative, as with :class:`~nrm_plugin.composites.NRMAbsolute`, max-product finds the largest walks exactly:
 
     .. math:: V(i) = 1 \text{ at inputs}, \; V(j) = \max_i \tilde T_{ij} V(i), \; \max_w \mu(w) = \max_k \mu(k) V(k)
 
-    This forms the kernel of every step column by column, as many vectors as the step has outputs: seconds for small
-    networks, hours for VGG16.
+    Max-product computes the kernel of every step column by column, with one vector per output of the step, which takes
+    seconds for small networks and hours for VGG16.
 
     Args:
         mu: A measure of one sample.
-        layers: One or more taps, each below the one before; None, with ``over="neuron"``, for all taps.
+        layers: One or more taps, each below the previous one; None, with ``over="neuron"``, for all taps.
         k: Number of walks.
-        over: ``"channel"``, ``"position"``, ``"neuron"`` or labels; a list of them for each layer.
+        over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer.
         budget: Seconds after which the search stops; ``math.inf`` for a proven answer. The passes that compute the
             bounds may take longer; without ``layers`` they are always completed.
         expansions: Number of prefixes after which the search stops, for a reproducible result.
 
     Raises:
-        ValueError: Several samples, no layer, ``k`` below 1, or no ``layers`` without ``over="neuron"``.
-        EventError: A layer is not below the one before.
-        NRMError: No ``layers`` and a negative kernel, where the best walk does not consist of best parts.
+        ValueError: The measure has several samples, no layer is given, ``k`` is below 1, or ``layers`` is None without
+            ``over="neuron"``.
+        EventError: A layer is not below the previous one.
+        NRMError: ``layers`` is None and a kernel has negative entries, so that max-product does not apply.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -192,7 +195,9 @@ def _neuron_walks(
     mu: RelevanceMeasure, k: int, over: object, begin: float, budget: float, expansions: int | None
 ) -> TopWalks:
     if over != "neuron":
-        raise ValueError(f"over={over!r} needs layers=; without layers a walk is of single neurons: over='neuron'.")
+        raise ValueError(
+            f"over={brief(over)} needs layers=; without layers a walk is of single neurons: over='neuron'."
+        )
     search = MaxProduct(mu)
     paths = search.walks(k, begin + budget, expansions)
     taps = search.crossed_taps(paths)

@@ -1,0 +1,152 @@
+"""Operations that keep the samples in the rows of a tensor for any values.
+
+All other operations are tested on values: see :mod:`~nrm_plugin.recording.samples`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.known_rules import is_known_linear
+from ..kernels.layer_call import LayerCall
+from ..kernels.layer_step import LayerStep
+from ..model.routing import operation
+from .graph import Graph, Vertex
+
+_FREE = frozenset(
+    """
+    alias view unsafeview reshapealias clone tocopy contiguous detach accumulategrad expand where maskedfill maximum
+    minimum maxpool1d maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d
+    fractionalmaxpool2d fractionalmaxpool3d pixelshuffle pixelunshuffle reflectionpad1d reflectionpad2d reflectionpad3d
+    replicationpad1d replicationpad2d replicationpad3d upsamplenearest1d upsamplenearest2d upsamplenearest3d lift
+    """.split()
+)
+"""Routes that keep rows in rows if inputs and outputs have the same number of rows."""
+_ALONG = frozenset(
+    """
+    select slice cat stack split splitwithsizes unsafesplit unsafesplitwithsizes chunk unbind unsqueeze squeeze
+    indexselect gather sort topk max min amax amin median nanmedian mode kthvalue cummax cummin unfold
+    """.split()
+)
+"""Routes that keep rows in rows if they operate along other dimensions than the first."""
+_SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
+_FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
+"""Modules of ``torch.nn.modules`` with layers that have no weights between rows."""
+
+
+def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) -> bool:
+    """Whether the first dimension of every tensor is proven to hold independent samples.
+
+    Args:
+        graph: The graph.
+        count: Number of samples.
+        looked_up: Leaves that are embeddings of inputs, which the model may have transposed before the lookup.
+    """
+    if any(count in leaf.shape[1:-1] for leaf in looked_up):
+        return False
+    return all(_has_rows(vertex, count) and _keeps_rows(graph, vertex) for vertex in graph.vertices)
+
+
+def vertices_of_rows(graph: Graph, count: int, ends: Set[int]) -> set[int]:
+    """Returns the vertices that are proven to have samples as rows, given such vertices at the ends of the graph."""
+    keeping = [_has_rows(vertex, count) and _keeps_rows(graph, vertex) for vertex in graph.vertices]
+    proven = set(ends)
+    for number, vertex in enumerate(graph.vertices):  # down from the output
+        below = [edge.vertex for edge in vertex.edges if edge is not None]
+        if number in proven and keeping[number]:
+            proven.update(other for other in below if _has_rows(graph.vertices[other], count))
+    for number in range(len(graph.vertices) - 1, -1, -1):  # up from the inputs
+        below = [edge.vertex for edge in graph.vertices[number].edges if edge is not None]
+        if keeping[number] and below and proven.issuperset(below):
+            proven.add(number)
+    return proven
+
+
+def _has_rows(vertex: Vertex, count: int) -> bool:
+    return all(list(shape[:1]) == [count] for shape in vertex.shapes)
+
+
+def rules_are_known(graph: Graph) -> bool:
+    """Whether all layers have rules of Zennit or of this package, which are known to treat rows independently."""
+    return all(
+        is_known_linear(vertex.step.layer_call.rule) for vertex in graph.vertices if isinstance(vertex.step, LayerStep)
+    )
+
+
+def _keeps_rows(graph: Graph, vertex: Vertex) -> bool:
+    step = vertex.step
+    if isinstance(step, LayerStep):
+        return is_known_linear(step.layer_call.rule) and _is_layer_of_rows(step.layer_call)
+    return _is_route_of_rows(graph, vertex) if step is None else step.keeps_rows
+
+
+def _is_layer_of_rows(call: LayerCall) -> bool:
+    """Whether a layer of torch maps each row of its input independently."""
+    kind, dims = type(call.module), call.input.ndim
+    path = kind.__module__.removeprefix("torch.nn.modules.")
+    if dims < 2:
+        return path == "activation" and not isinstance(call.module, (*_SOFTMAX, nn.GLU, nn.MultiheadAttention))
+    if isinstance(call.module, (*_SOFTMAX, nn.GLU)):
+        dim = call.module.dim
+        return dim is not None and int(dim) % dims != 0
+    if isinstance(call.module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(call.module.normalized_shape) < dims
+    if isinstance(call.module, nn.modules.conv._ConvNd):
+        return dims == len(call.module.kernel_size) + 2
+    if kind.__module__ == "zennit.layer":
+        return int(getattr(call.module, "dim", 0)) % dims != 0
+    is_linear = path == "linear" and isinstance(call.module, (nn.Linear, nn.Identity))
+    return is_linear or (path in _FAMILIES and not isinstance(call.module, nn.MultiheadAttention))
+
+
+def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
+    node, name, dims = vertex.node, operation(vertex.node).lower(), len(vertex.shapes[0])
+    if name in _FREE:
+        sources = [len(graph.shape(edge)) for edge in vertex.edges if edge is not None]
+        return "view" in name or name == "reshapealias" or all(size == dims for size in sources)
+    if name == "copyslices":  # an in-place operation on a view of a whole tensor
+        whole = all(graph.shape(edge) == vertex.shapes[0] for edge in vertex.edges if edge is not None)
+        return whole and (len(vertex.shapes[0]) < 2 or vertex.shapes[0][0] not in vertex.shapes[0][1:])
+    if name == "asstrided":
+        like = torch.empty(vertex.shapes[0], device="meta")
+        is_whole = node._saved_size == tuple(like.shape) and node._saved_stride == like.stride()
+        return is_whole and all(graph.shape(edge) == like.shape for edge in vertex.edges if edge is not None)
+    source = next((len(graph.shape(edge)) for edge in vertex.edges if edge is not None), dims)
+    if name in _ALONG:
+        saved = getattr(node, "_saved_dim", getattr(node, "_saved_dimension", None))
+        # Along the first dimension, tensors with N rows are used unchanged, or joined to more rows.
+        is_whole = name in ("slice", "cat", "split", "splitwithsizes")
+        return is_whole or _are_inner(saved, dims if name in ("stack", "unsqueeze") else source)
+    if name == "transpose":
+        return _are_inner((node._saved_dim0, node._saved_dim1), dims)
+    if name == "permute":
+        return _signed(node._saved_dims[0]) % dims == 0
+    if name == "constantpadnd":
+        return len(node._saved_pad) < 2 * dims or not any(node._saved_pad[-2:])
+    return name == "index" and _is_index_of_rows(node._saved_indices)
+
+
+def _are_inner(saved: Any, dims: int) -> bool:
+    """Whether dimensions, as stored by autograd, are known and exclude the first."""
+    if saved is None:
+        return False
+    stored = list(saved) if isinstance(saved, (tuple, list)) else [saved]
+    return bool(stored) and all(_signed(dim) % dims != 0 for dim in stored)
+
+
+def _is_index_of_rows(indices: Sequence[Tensor | None]) -> bool:
+    """Whether an index leaves the rows unchanged in the first dimension."""
+    used = [number for number, index in enumerate(indices) if index is not None]
+    return bool(used) and used[0] > 0 and used[-1] - used[0] == len(used) - 1
+
+
+def _signed(number: Any) -> int:
+    """Converts a dimension as stored by autograd, where negative numbers are modulo 2⁶⁴."""
+    return int(number) - (1 << 64) if int(number) >= 1 << 63 else int(number)
+
+
+__all__ = ["all_keep_rows", "rules_are_known", "vertices_of_rows"]
