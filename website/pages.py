@@ -69,8 +69,8 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         "Errors and warnings",
         {
             "errors": """NRMError InputError TargetError GradModeError ModelStateError UnknownLayerError
-            HookedContainerError StorageError EventError NullEventError CancellationError StaleMeasureError UnsupportedRuleError
-            NonlinearRuleError UnsupportedOperationError UncoveredLayerError FoldingError MissingExtraError
+            HookedContainerError StorageError EventError NullEventError CancellationError StaleMeasureError
+            UnsupportedRuleError NonlinearRuleError UnsupportedOperationError UncoveredLayerError FoldingError MissingExtraError
             BatchNormWarning MemoryBudgetWarning"""
         },
     ),

@@ -2,7 +2,10 @@
 
 import sys
 
-from .commands.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from .commands.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the command could start
+        sys.exit(130)

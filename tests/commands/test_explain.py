@@ -273,13 +273,18 @@ def test_an_unwritable_folder_is_reported_before_a_model_is_loaded(
     assert "--out DIR" in line
 
 
-def test_a_full_disk_is_reported_for_each_image(here: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_full_disk_stops_the_command_and_leaves_no_file(here: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     def full(figure, path, *_):
+        path.write_bytes(b"a part")
         raise OSError(28, "No space left on device", str(path))
 
+    Image.new("RGB", (8, 8)).save("second.png")
     monkeypatch.setattr("nrm_plugin.commands.output_files.save", full)
-    explain("china.png", *OWN, code=1)
-    assert "china.png: No space left on device" in capsys.readouterr().err
+    explain("china.png", "second.png", *OWN, code=1)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot write nrm-explained/china-relevance.png: No space left on device. Make room" in error
+    assert list(Path("nrm-explained").iterdir()) == []
 
 
 GREY_NET = ("--model", "own_nets:Cancelling", "--size", "4", "--mean", "0", "--std", "1", "--composite", "epsilon_plus")
@@ -389,3 +394,16 @@ def test_the_examples_of_the_help_parse(capsys: pytest.CaptureFixture[str]):
     assert len(examples) == 7
     for line in examples:
         parser().parse_args(shlex.split(line)[1:])
+
+
+def test_an_image_that_the_model_rejects_does_not_stop_the_others(fast: Path, capsys: pytest.CaptureFixture[str]):
+    with Path("own_nets.py").open("a") as file:
+        file.write("\n\nclass Bright(Net):\n    def forward(self, x):\n        assert x.mean() > -1.5, 'dark'\n"
+                   "        return super().forward(x)\n")  # fmt: skip
+    Image.new("RGB", (40, 40)).save("dark.png")
+    Image.new("RGB", (40, 40), "white").save("white.png")
+    explain("china.png", "dark.png", "white.png", "--model", "own_nets:Bright", "--size", "32", code=1)
+    error = capsys.readouterr().err
+    assert "1 failed" in error
+    assert "dark.png: own_nets:Bright fails on an input" in error
+    assert Path("nrm-explained/white-relevance.png").exists()

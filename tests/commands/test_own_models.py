@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from nrm_plugin.commands.built_model import ModelError
+from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.model_loading import load
 from nrm_plugin.commands.own_models import imported
 from tests.commands.shell import NETS, OWN, PHOTO, SIZE, explain, fails, own_net, prepared, result
@@ -71,3 +72,16 @@ def test_errors_in_a_module_are_reported_with_their_line(tmp_path: Path, monkeyp
     for name in ("broken_nets.py:make", "broken_nets:make"):
         with pytest.raises(ModelError, match=r"importing broken_nets\S* failed: ZeroDivisionError.*line 2\)"):
             imported(name)
+
+
+def test_a_script_that_ends_the_program_is_reported(here: Path, capsys: pytest.CaptureFixture[str]):
+    Path("script.py").write_text("import sys\nsys.exit('no GPU')\n")
+    for name in ("script.py:make", "script:make"):
+        assert f"importing {name[:-5]} ended by sys.exit('no GPU')" in fails(capsys, "layers", "--model", name)
+
+
+def test_a_model_that_ends_the_program_is_an_error(here: Path, capsys: pytest.CaptureFixture[str]):
+    with Path("own_nets.py").open("a") as file:
+        file.write("\n\nclass Quits(Net):\n    def forward(self, x):\n        raise SystemExit(0)\n")
+    assert main(["layers", "--model", "own_nets:Quits"]) == 1
+    assert "sys.exit(0) was called" in capsys.readouterr().err

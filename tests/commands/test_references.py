@@ -34,6 +34,7 @@ def swept(tmp_path_factory):
         Image.fromarray((image[0] * 255).round().byte().numpy()).convert("RGB").save(path)
     command = ["sweep", str(folder / "digits"), *MODEL, "--layers", *LAYERS, "--joint", "--activations", "--quiet"]
     assert main([*command, "--target", "label", "--out", str(folder / "swept")]) == 0
+    (folder / "names.txt").write_text("zero\none\n")
     return folder
 
 
@@ -145,6 +146,8 @@ def test_the_mean_flow_is_plotted(capsys, tmp_path):
             ["references", "swept", "--query", "sink(features.7)", *MODEL, "--data", "digits"],
             "not a query of the channels",
         ),
+        (["references", "swept", "--query", "features.7", "--target", "9" * 20], "is out of range"),
+        (["flow", "--from", "swept", "--layers", "output", "features.12", "--classes", "names.txt"], "has 10 outputs"),
         (["flow", "--layers", "output"], "required: IMAGE, --model"),
         (["flow", "--from", "swept", "a.png", "--layers", "output"], "takes no IMAGE"),
         (["flow", "--from", "swept", "--layers", "output", "features.12", "--minus", "3"], "the other one by --target"),

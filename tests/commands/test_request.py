@@ -38,6 +38,27 @@ def test_a_model_with_one_output_has_one_class(here: Path):
         explanation(replace(loaded, model=models[1]), image, Request("1"))
 
 
+@pytest.mark.parametrize("command", [["explain", "china.png"], ["flow", "china.png", "--layers", "input", "output"],
+                                     ["layers"], ["sweep", "photos", "--layers", "0"]])  # fmt: skip
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_class_names_must_be_as_many_as_outputs(command: list[str], count: int, fast: Path, capsys):
+    """Otherwise the names would be those of other classes."""
+    Path("names.txt").write_text("\n".join("abcde"[:count]))
+    Path("photos").mkdir()
+    Path("china.png").rename("photos/china.png")
+    Path("china.png").symlink_to("photos/china.png")
+    line = fails(capsys, *command, *OWN, "--classes", "names.txt")
+    assert f"there are {count} class names, but own_nets:make has 4 outputs" in line
+
+
+def test_without_the_number_of_classes_no_range_is_given():
+    assert target_of("5", (), None) == 5
+    with pytest.raises(RequestError, match="Give the index, or a file with the names"):
+        target_of("cat", (), None)
+    with pytest.raises(RequestError, match="out of range: the indices of classes start at 0"):
+        target_of("-1", (), None)
+
+
 def test_a_name_beyond_the_classes_of_the_model_is_rejected():
     with pytest.raises(RequestError, match="'owl' is class 2, but the model has only 2 classes"):
         target_of("owl", ["cat", "dog", "owl"], 2)

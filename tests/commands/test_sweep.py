@@ -6,14 +6,17 @@ Covers: nrm_plugin.commands.sweep_data, nrm_plugin.commands.sweep_run.
 from __future__ import annotations
 
 import csv
-import functools
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.dataset
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from nrm_plugin import RelevanceMeasure, at
 from nrm_plugin.commands import sweep_run
@@ -61,9 +64,21 @@ def photos(tmp_path, monkeypatch):
     return Path("photos")
 
 
-def run(*more, data="photos", layers=("3", "0"), out="swept"):
-    options = ["--model", "nets.py:make", "--size", "16", "--batch-size", "4", "--out", out, "--quiet"]
+def run(*more, data="photos", layers=("3", "0"), out="swept", batch="4"):
+    options = ["--model", "nets.py:make", "--size", "16", "--batch-size", batch, "--out", out]
     return main(["sweep", data, *options, "--layers", *layers, *more])
+
+
+def stop_at(patch, number):
+    """Ctrl-C while a sample is read."""
+    plain = PreprocessedImageFolder.__getitem__
+
+    def stopped(self, index):
+        if index == number:
+            raise KeyboardInterrupt
+        return plain(self, index)
+
+    patch.setattr(folders.PreprocessedImageFolder, "__getitem__", stopped)
 
 
 def test_a_folder_is_swept_and_the_numbers_are_those_of_the_measure(photos, capsys):
@@ -115,15 +130,8 @@ def test_unreadable_images_are_listed_and_can_be_retried(photos, capsys):
 
 
 def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, capsys, monkeypatch):
-    plain = PreprocessedImageFolder.__getitem__
-
-    def stopped(self, index):
-        if index == 9:
-            raise KeyboardInterrupt
-        return plain(self, index)
-
     with monkeypatch.context() as patch:
-        patch.setattr(folders.PreprocessedImageFolder, "__getitem__", stopped)
+        stop_at(patch, 9)
         assert run() == 130
     assert "The same command continues" in capsys.readouterr().err
     assert Sweep.open("swept").manifest.state == "interrupted"
@@ -132,14 +140,40 @@ def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, caps
     assert Sweep.open("swept").is_complete
 
 
+@pytest.mark.parametrize(("batch", "shard"), [("2", "4"), ("3", "4"), ("32", "4"), ("1", "3"), ("4", "256")])
+def test_a_stopped_sweep_continues_with_another_batch_size(batch, shard, photos, monkeypatch):
+    """Batches change float32 values by rounding only; shards keep their size, whatever the option."""
+    assert run("--shard-size", "4", "--joint", out="whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        assert run("--shard-size", "4", "--joint") == 130
+    kept = Path("swept/rows/part-0000-000000.parquet").read_bytes()
+    assert run("--shard-size", shard, "--joint", batch=batch) == 0
+    assert Path("swept/rows/part-0000-000000.parquet").read_bytes() == kept
+    order = [(key, "ascending") for key in ("query", "sample", "group", "lower")]
+    tables = [pyarrow.dataset.dataset(f"{out}/rows").to_table() for out in ("whole", "swept")]
+    whole, resumed = (pyarrow.table(one.to_pydict()).sort_by(order) for one in tables)
+    assert resumed.drop_columns(["value"]).equals(whole.drop_columns(["value"]))
+    values = [torch.tensor(table["value"].to_pylist()) for table in (resumed, whole)]
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
+    names = {path.name for path in Path("whole/rows").glob("part-*")}
+    assert {path.name for path in Path("swept/rows").glob("part-*")} == names
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"layers": ["nothing"]}, "no tap named 'nothing'"),
         ({"layers": ["0", "3"], "more": ["--joint"]}, "not below"),
         ({"more": ["--event", "3[1"]}, "is not an event"),
-        ({"more": ["--target", "9x"]}, "class names of these weights are not known"),
+        ({"more": ["--target", "9x"]}, "are not known. Give the index, 0 to 3, or a file"),
+        ({"more": ["--target", "4"]}, "--target 4 is out of range: the model has 4 classes, 0 to 3"),
+        ({"more": ["--target=-1"]}, "--target -1 is out of range"),
+        ({"more": ["--target", "+-1"]}, "is a name, but"),
+        ({"more": ["--target", "9" * 30]}, "is out of range"),
         ({"data": "nowhere"}, "the folder nowhere does not exist"),
+        ({"data": "nets.py"}, "nets.py is not a folder"),
+        ({"data": ""}, "the name of the folder or data set is empty"),
         ({"data": "nets.py:missing"}, "has no 'missing'"),
         ({"data": "nets.py:broken"}, "no such disk"),
         ({"more": ["--residual", "sink", "--gain-limit", "3"]}, "no meaning"),
@@ -147,11 +181,17 @@ def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, caps
 )
 def test_options_that_do_not_fit_exit_with_2(given, says, photos, capsys):
     more = given.pop("more", [])
-    assert run(*more, **given) == 2
+    assert run(*more, "--quiet", **given) == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
     assert run() == 0  # the mistake left nothing in the folder
+
+
+def test_a_model_without_parameters_is_swept(photos):
+    edited("nets.py", "def make", "class Plain(nn.Module):\n    def forward(self, x):\n"
+           "        return x.flatten(1)[:, :4] * 2\n\n\ndef make")  # fmt: skip
+    assert main(["sweep", "photos", "--model", "nets.py:Plain", "--size", "16", "--layers", "input"]) == 0
 
 
 def test_results_of_other_queries_are_not_mixed(photos, capsys):
@@ -247,18 +287,17 @@ def other_copy():
 
 @pytest.mark.parametrize("name", PREPARED)
 @pytest.mark.parametrize("state", ["partial", "finished"])
-def test_a_change_is_refused_by_name(name, state, photos, capsys, monkeypatch):
-    monkeypatch.setattr(sweep_run, "sweep", functools.partial(sweep_run.sweep, shard=4))
+def test_a_change_is_refused_by_name(name, state, photos, capsys):
     edited("nets.py", "return nn.Sequential(", "return Net(")
     edited("nets.py", "def make", OWN_CLASS)
     image, whole = Path("photos/dogs/4.png"), Path("photos/dogs/4.png").read_bytes()
     if state == "partial":
         image.write_bytes(whole[:90])
-        assert run("--on-error", "raise") == 1
+        assert run("--shard-size", "4", "--on-error", "raise") == 1
         image.write_bytes(whole)
         assert Sweep.open("swept").manifest.state == "interrupted"
     else:
-        assert run() == 0
+        assert run("--shard-size", "4") == 0
     change, says = PREPARED[name]
     capsys.readouterr()
     options = change() or []
@@ -306,3 +345,38 @@ def test_references_are_not_drawn_from_changed_images(photos, capsys):
         other_pixels(path)
     assert main([*command, "--size", "16"]) == 2
     assert "the data changed" in capsys.readouterr().err
+
+
+HOSTILE = {
+    "cmyk.jpg": lambda image: (image.convert("CMYK"), {}),
+    "deep.png": lambda image: (Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), {}),
+    "rotated.jpg": lambda image: (image, {"exif": _turned()}),
+    "frames.gif": lambda image: (image, {"save_all": True, "append_images": [image.rotate(90)]}),
+    "palette.png": lambda image: (image.convert("P", colors=9), {"transparency": 4}),
+}
+
+
+def _turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def test_explain_and_sweep_read_hostile_files_alike(photos):
+    image = Image.effect_noise((24, 18), 90).convert("RGB")
+    image.paste((255, 0, 0), (0, 0, 9, 9))
+    for name, make in HOSTILE.items():
+        other, options = make(image)
+        Path("hostile").mkdir(exist_ok=True)
+        other.save(f"hostile/{name}", **options)
+    assert run("--heat-maps", data="hostile") == 0
+    listed = [row["file"] for row in csv.DictReader(Path("swept/samples.csv").read_text().splitlines())]
+    assert sorted(listed) == sorted(HOSTILE)
+    maps = Sweep.open("swept").maps("maps(input, over=position)", range(len(listed)))
+    model = ["--model", "nets.py:make", "--size", "16", "--out", "explained"]
+    assert main(["explain", *(f"hostile/{name}" for name in listed), *model]) == 0
+    for name, swept in zip(listed, maps, strict=True):
+        explained = load_file(f"explained/{Path(name).stem}-relevance.safetensors")["relevance"].sum(0)
+        torch.testing.assert_close(swept, explained, rtol=1e-4, atol=1e-6)
+        assert swept.abs().max() > 0
+    assert len({tuple(one.flatten().tolist()) for one in maps}) == len(listed)

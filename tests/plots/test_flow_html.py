@@ -24,6 +24,7 @@ from nrm_plugin import FlowGraph, RelevanceMeasure
 from nrm_plugin.errors import MissingExtraError
 from nrm_plugin.measure.flow_graph import FlowError
 from nrm_plugin.measure.flow_heat_maps import flow_maps
+from nrm_plugin.plots import flow_html
 from nrm_plugin.plots.flow import drawn_nodes
 from nrm_plugin.plots.flow_html import sankey, sankey_figure, save_sankey
 from nrm_plugin.plots.ribbons import percent
@@ -230,3 +231,8 @@ def test_pages_of_too_wide_layers_raise():
     with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a figure has room for 40\. Show fewer"):
         sankey(graph)
     assert len(sankey(graph.smaller(top=5))) < 6_000_000
+
+
+def test_quotation_marks_stay_as_they_are():
+    """plotly decodes &amp;, &lt; and &gt;, but would show the entity of a quotation mark."""
+    assert flow_html._escaped('"it\'s" <b> & 猫') == '"it\'s" &lt;b&gt; &amp; 猫'

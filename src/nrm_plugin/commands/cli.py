@@ -12,11 +12,14 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import NRMError
 from ..version import __version__
+from .failures import FAILED, INTERRUPTED, is_out_of_memory, line, quiet, remembered_interrupts
+from .options import joined
 
 COMMANDS = {
     "demo": "explain held-out digits with an embedded network",
@@ -47,6 +50,10 @@ class Parser(argparse.ArgumentParser):
             self.description, self.epilog, self._command = module.DESCRIPTION, module.EXAMPLES, ""
             module.add_arguments(self)
             self.set_defaults(run=module.run)
+            self.add_argument("--quiet", action="store_true",
+                              help="print only errors and failed images; no results, warnings or progress")  # fmt: skip
+            self.add_argument("--debug", action="store_true", help="print the traceback of an error")
+            args = joined(args)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -73,24 +80,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; by default the arguments of the process.
 
     Returns:
-        The exit status: 0; 1 if only some images could be explained; 2 if the options do not allow the command to run,
+        The exit status: 0; 1 if some images could not be explained, or an error stopped the command; 2 if
+        the options do not allow the command to run,
         with the reason in one line on stderr; 130 after an interrupt.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # file names may contain characters that a terminal cannot encode
-    options = parser().parse_args(argv)
+    with remembered_interrupts() as interrupts:
+        options = argparse.Namespace(debug=False)
+        try:
+            parser().parse_args(argv, options)
+            with quiet(options.quiet):
+                return _status(options)
+        except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (Exception, KeyboardInterrupt) as error:
+            return _ended(error, options, bool(interrupts))
+
+
+def _status(options: argparse.Namespace) -> int:
     try:
         status: int = options.run(options)
-    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (NRMError, OSError) as error:
-        from ..dataset.images import shown
+        return status
+    except SystemExit as error:  # of the user's model or data, as the parser has finished
+        raise RuntimeError(f"sys.exit({error.code!r}) was called") from error
 
-        print(f"nrm-plugin {options.name}: error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+
+def _ended(error: BaseException, options: argparse.Namespace, is_interrupted: bool) -> int:
+    """Prints why a command has ended; returns the exit status."""
+    if options.debug:
+        traceback.print_exception(error, file=sys.stderr)
+    if is_interrupted or isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        return 130
-    return status
+        # CPython ends by the signal instead of the status if it last stopped code in a string, such as a dataclass.
+        exec("")
+        return INTERRUPTED
+    print(line(error, options), file=sys.stderr)
+    is_of_options = isinstance(error, (NRMError, OSError)) and not is_out_of_memory(error)
+    return 2 if is_of_options and type(error).__name__ != "OutputError" else FAILED

@@ -14,11 +14,12 @@ from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, patches
 from ..plots.flow import flow_figure
 from ..plots.flow_html import save_sankey
-from ..plots.heatmaps import Budget, budgets, heat_maps, image_and_heat_map, save
+from ..plots.heatmaps import Budget, budgets, heat_maps, image_and_heat_map
 from ..plots.ribbons import percent
 from .demo_values import Row, Sample
 from .image_flow import has_page, patch_names
 from .joint_relevance import joint_figure, joint_relevance
+from .output_files import save_figure, writing
 
 UPPER, LOWER = "features.12", "features.7"
 CHANNELS, CONDITIONS, PATCHES = 6, 7, 4
@@ -43,7 +44,10 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> l
         "pixels": image_and_heat_map(image, relevance, ("image", f"relevance for “{sample.predicted}”"), title),
         "channels": _channels(mu, image, f"{title}. Relevance given a channel of {UPPER}"),
     }
-    return [save(figure, out / f"{sample.name}-{kind}.png") for kind, figure in figures.items()]
+    files = {out / f"{sample.name}-{kind}.png": figure for kind, figure in figures.items()}
+    for path, figure in files.items():
+        save_figure(figure, path)
+    return list(files)
 
 
 def _channels(mu: RelevanceMeasure, image: Tensor, heading: str) -> Figure:
@@ -81,7 +85,9 @@ def save_budgets(rows: Sequence[Row], samples: Sequence[Sample], images: Tensor,
         for number, sample in enumerate(samples)
     ]
     heading = f"Relevance of each layer with {composite}, from the output down"
-    return save(budgets([row.layer for row in rows], panels, heading, "plain Zennit"), out / "budgets.png")
+    path = out / "budgets.png"
+    save_figure(budgets([row.layer for row in rows], panels, heading, "plain Zennit"), path)
+    return path
 
 
 def _classified(sample: Sample) -> str:
@@ -104,7 +110,9 @@ def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> lis
     graph = mu.flow(["input", LOWER, UPPER, "output"], over, top=CHANNELS, names=names)
     maps = flow_maps(mu, graph, over)
     heading = f"{str(sample).capitalize()}. How relevance flows"
-    files = [save(flow_figure(graph, heading, maps=maps), out / f"{sample.name}-flow.png")]
-    if has_page():
-        files.append(save_sankey(graph, out / f"{sample.name}-flow.html", heading, maps))
+    files = [out / f"{sample.name}-flow.{kind}" for kind in ("png", *(["html"] if has_page() else []))]
+    save_figure(flow_figure(graph, heading, maps=maps), files[0])
+    for path in files[1:]:
+        with writing(path) as temporary:
+            save_sankey(graph, temporary, heading, maps)
     return files

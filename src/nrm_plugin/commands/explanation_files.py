@@ -27,6 +27,7 @@ from .output_files import (
     versions,
     weights_title,
     wrapped,
+    writing,
 )
 from .request import Request
 
@@ -123,12 +124,13 @@ def _is_same(path: Path, about: Mapping[str, str]) -> bool:
 
 def _save_tensors(numbers: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
     # save_file creates files that only their owner can read.
-    path.write_bytes(safetensors.torch.save(numbers, about))
+    with writing(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(numbers, about))
 
 
 def _save_table(layer: LayerExplanation, path: Path) -> None:
     """Writes all channels, in descending order of absolute mass."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with writing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["channel", "mass"])
         for channel in layer.mass.abs().argsort(descending=True, stable=True).tolist():

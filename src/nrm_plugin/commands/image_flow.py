@@ -32,6 +32,7 @@ from .output_files import (
     versions,
     weights_title,
     write_json,
+    writing,
 )
 from .per_image import Printed
 from .request import Request, RequestError, check_layers, explained_class, measure_of
@@ -173,5 +174,6 @@ def _write(
     more = {"settings": settings, "device": request.device, "versions": versions()}
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
     for path in page:
-        save_sankey(flow.graph, path, heading.replace(r"\$", "$"), flow.heat_maps)
+        with writing(path) as temporary:
+            save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), flow.heat_maps)
     return [figure, numbers, layers, *page]

@@ -45,14 +45,14 @@ def layer_rows(loaded: LoadedModel, composite: str) -> list[tuple[str, ...]]:
     """Returns name, shape without the batch, operation, rule and note of every tap; independent of the weights.
 
     Raises:
-        RequestError: The model fails.
+        RequestError: The model fails, or has not as many outputs as there are class names.
     """
     import torch
 
     from ..measure.measure import RelevanceMeasure
     from ..recording.coverage import coverage
     from .composite_names import composite_of
-    from .request import failures_of_the_model
+    from .request import check_class_names, failures_of_the_model
 
     preprocessing = loaded.preprocessing
     inputs = torch.zeros(1, len(preprocessing.mean), preprocessing.size, preprocessing.size)
@@ -60,6 +60,8 @@ def layer_rows(loaded: LoadedModel, composite: str) -> list[tuple[str, ...]]:
     with failures_of_the_model(loaded, inputs):
         mu = RelevanceMeasure(loaded.model, inputs, start=torch.ones_like, composite=rules, uncovered="gradient")
         covered = coverage(loaded.model, inputs, rules).rows
+    if mu.outputs.ndim == 2:
+        check_class_names(loaded, mu.outputs.shape[1])
     steps = {f"{row.name}:{row.call}": row for row in covered} | {row.name: row for row in covered if not row.call}
     rows: list[tuple[str, ...]] = []
     for name in mu.layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ CHANNELS = 7
 """Default number of channels of a layer that ``explain`` plots."""
 MISCLASSIFIED = "misread"
 """Name of the misclassified digits in the demo."""
+PER_CHANNEL = ("--mean", "--std")
 DOWNLOADED = "torchvision's default, downloaded once"
 
 
@@ -98,11 +99,29 @@ def gain_limit(text: str) -> float:
     return value
 
 
+def joined(words: Sequence[str]) -> list[str]:
+    """Arguments in which the numbers after ``--mean`` or ``--std`` are one word, separated by spaces or by commas."""
+    result: list[str] = []
+    for word in words:
+        name, _, values = (result[-1] if result else "").partition("=")
+        if name in PER_CHANNEL and _numbers(word):
+            result[-1] = f"{name}={','.join([*_numbers(values), *_numbers(word)])}"
+        else:
+            result.append(word)
+    return result
+
+
+def _numbers(text: str) -> list[str]:
+    """The numbers of a text; none if there is anything else in it."""
+    parts = text.replace(",", " ").split()
+    return parts if not any(math.isnan(_real(part)) for part in parts) else []
+
+
 def channel_values(text: str) -> tuple[float, ...]:
     """Parses one number, or three for red, green and blue."""
-    values = tuple(_real(part) for part in text.split(","))
+    values = tuple(_real(part) for part in text.replace(",", " ").split())
     if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three numbers separated by commas")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three, such as 0.5 or 0.485,0.456,0.406")
     return values
 
 

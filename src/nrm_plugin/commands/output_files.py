@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import platform
 import re
+import sys
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..dataset.atomic_files import AtomicFile
 from ..dataset.images import shown
+from ..errors import NRMError
+from ..plots.fonts import use_installed_fonts
 from ..plots.heatmaps import save
 from ..plots.ribbons import DARK, LIGHT
 from .model_loading import LoadedModel
@@ -29,6 +34,13 @@ TITLE = 34
 """Number of letters that fit above a heat map."""
 LETTERS = 21
 """Number of letters of a heading per heat map in a row."""
+
+_noted: set[str] = set()
+"""Letters without a font that a note has named."""
+
+
+class OutputError(NRMError, OSError):
+    """A result cannot be written; nothing is left of its file."""
 
 
 def check_folder(folder: Path) -> None:
@@ -154,16 +166,46 @@ def heading_lines(lines: Sequence[str], heat_maps: int) -> str:
     return "\n".join(textwrap.fill(line, width, break_long_words=True) for line in lines)
 
 
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes the file in one step, once it is complete.
+
+    Raises:
+        OutputError: It cannot be written; the file is as it was.
+    """
+    try:
+        with AtomicFile(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {shown(path)}: {error.strerror or error}. Make room or allow writing there, or give another "
+            "folder by --out DIR."
+        ) from error
+
+
 # -- figures --------------------------------------------------------------------------------------------------------
 
 
 def save_figure(figure: Figure, path: Path, dark: bool = False) -> None:
-    """Writes a figure; letters that are missing in the font become boxes, without a warning."""
-    with warnings.catch_warnings():
+    """Writes a figure; a note names letters that no installed font has, which become boxes."""
+    missing = {letter for letter in use_installed_fonts(figure) if letter not in _noted}
+    if missing:
+        _noted.update(missing)
+        print(
+            f"nrm-plugin: note: no installed font has {' '.join(sorted(missing))}: boxes replace them in figures. "
+            "Install one, such as Noto Sans CJK; text, JSON and HTML are complete.",
+            file=sys.stderr,
+        )
+    with writing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        save(figure, path, (DARK if dark else LIGHT).paper)
+        save(figure, temporary, (DARK if dark else LIGHT).paper, path.suffix.removeprefix("."))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON in one line, without NaN."""
-    path.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, allow_nan=False)
+    with writing(path) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")

@@ -84,6 +84,11 @@ def _module(module: str, name: str, option: str) -> Any:
                 "where it can be imported, or give the file: file.py:factory."
             ) from error
         raise ModelError(f"importing {module} failed: {_one_line(error)}") from error
+    except SystemExit as error:
+        raise ModelError(
+            f"importing {module} ended by sys.exit({error.code!r}). Let a script call its main function only under "
+            "if __name__ == '__main__'."
+        ) from error
     except Exception as error:  # whatever the user's code raises
         raise ModelError(f"importing {module} failed: {_one_line(error)}") from error
 

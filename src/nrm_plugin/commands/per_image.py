@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,14 @@ from ..dataset.images import ImageError, LoadedImage, check_image_file, load_ima
 from ..errors import ModelStateError, NRMError, UnsupportedOperationError, UnsupportedRuleError
 from . import messages
 from .composite_names import CompositeError
+from .failures import FAILED, errors
 from .model_loading import LoadedModel
-from .output_files import check_folder
+from .output_files import OutputError, check_folder
 from .request import Request, RequestError, check_device
 from .resolved_options import model_of, one_line_warnings, request_of
 
-COMMON = (RequestError, CompositeError, ModelStateError, UnsupportedOperationError, UnsupportedRuleError)
-"""Errors that would occur for every other image as well."""
+COMMON = (OutputError, RequestError, CompositeError, ModelStateError, UnsupportedOperationError, UnsupportedRuleError)
+"""Errors that would occur for every other image as well, unless one has been explained."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,20 @@ def explain_each(options: argparse.Namespace, explain: Explain) -> int:
             loaded.model.to(device)
             print(messages.heading(loaded, request))
             taken: set[str] = set()
+            common: tuple[type[Exception], ...] = COMMON
             for path in images:
-                printed = _explained(path, lambda image: explain(loaded, image, request, options.out, taken))
+                printed = _explained(path, common, lambda image: explain(loaded, image, request, options.out, taken))
+                common = (OutputError,) if printed.lines else common
                 for line in ("", *printed.lines) if printed.lines else ():
                     print(line, flush=True)
                 problems += printed.problems
     return print_problems(problems, options.name)
 
 
-def _explained(path: Path, explain: Callable[[LoadedImage], Printed]) -> Printed:
+def _explained(path: Path, common: tuple[type[Exception], ...], explain: Callable[[LoadedImage], Printed]) -> Printed:
     try:
         return explain(load_image(path))
-    except COMMON:
+    except common:
         raise
     except (NRMError, OSError) as error:
         text = str(error) if isinstance(error, NRMError) else f"{error.strerror or error}"
@@ -94,7 +96,7 @@ def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
 def print_problems(problems: list[str], command: str) -> int:
     """Prints the failures, and returns the exit status."""
     if problems:
-        print(f"\nnrm-plugin {command}: {len(problems)} failed:", file=sys.stderr)
+        print(f"\nnrm-plugin {command}: {len(problems)} failed:", file=errors())
     for problem in problems:
-        print(f"  {' '.join(problem.split())}", file=sys.stderr)
-    return 1 if problems else 0
+        print(f"  {' '.join(problem.split())}", file=errors())
+    return FAILED if problems else 0

@@ -25,7 +25,7 @@ from ..plots.ribbons import percent
 from .composite_names import composite_of
 from .model_loading import LoadedModel
 from .output_files import json_stem, name_part, save_figure, short, versions, write_json
-from .request import Request, RequestError, check_class_names, check_device, output_count, target_of
+from .request import INDEX, Request, RequestError, check_class_names, check_device, output_count, target_of
 from .resolved_options import model_of, request_of
 from .sweep_data import SAMPLES, data_of
 
@@ -109,10 +109,10 @@ def _target(text: str | None, loaded: LoadedModel | None) -> int | None:
     if text is None:
         return None
     if loaded is not None:
-        return target_of(text, loaded.categories, len(loaded.categories) or sys.maxsize)
-    if not text.isascii() or not text.isdecimal():
+        return target_of(text, loaded.categories, len(loaded.categories) or None)
+    if not INDEX.fullmatch(text):
         raise RequestError(f"--target {text!r}: without --model, give the index of the class.")
-    return int(text)
+    return target_of(text, (), None)
 
 
 def _groups(ranked: References, requested: Sequence[int] | None, count: int) -> list[int | str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,14 @@ from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from .composite_names import composite_of
 from .event_syntax import Condition
+from .failures import is_out_of_memory
 from .model_loading import LoadedModel
 from .options import CHANNELS
+
+MOST_CLASSES = 2**31
+"""Indices of classes are stored in 32 bits."""
+INDEX = re.compile(r"\s*[+-]?[0-9]{1,4000}\s*")
+"""The index of a class, as opposed to a name."""
 
 
 class RequestError(NRMError, ValueError):
@@ -104,7 +111,7 @@ def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
         loaded: The model.
         inputs: Inputs of one sample; by default a black image.
     """
-    parameter = next(loaded.model.parameters(), torch.empty(0))
+    parameter = loaded.parameter
     size = loaded.preprocessing.size
     black = parameter.new_zeros(1, len(loaded.preprocessing.mean), size, size)
     try:
@@ -115,45 +122,50 @@ def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
         return None
 
 
-def target_of(requested: str, categories: Sequence[str], count: int) -> int:
+def target_of(requested: str, categories: Sequence[str], count: int | None) -> int:
     """Returns the index of a class.
 
     Args:
         requested: An index, or a name in upper or lower case.
         categories: Class names; empty if unknown.
-        count: Number of classes.
+        count: Number of classes; None if unknown.
 
     Raises:
         RequestError: The class is unknown; the message lists near names.
     """
-    if requested.strip().lstrip("+-").isdecimal():
+    indices = "" if count is None else f", 0 to {count - 1}"
+    if INDEX.fullmatch(requested):
         index = int(requested)
-        if not 0 <= index < count:
-            raise RequestError(f"--target {index} is out of range: the model has {count} classes, 0 to {count - 1}.")
+        if not 0 <= index < (MOST_CLASSES if count is None else count):
+            raise RequestError(
+                f"--target {index} is out of range: the indices of classes start at 0."
+                if count is None
+                else f"--target {index} is out of range: the model has {count} classes{indices}."
+            )
         return index
     if not categories:
         raise RequestError(
             f"--target {requested!r} is a name, but the class names of these weights are not known. Give the "
-            f"index, 0 to {count - 1}, or a file with the names, one on each line: --classes FILE."
+            f"index{indices}, or a file with the names, one on each line: --classes FILE."
         )
     folded = [name.casefold() for name in categories]
     key = " ".join(requested.casefold().split())
     matches = [index for index, name in enumerate(folded) if name == key]
     if len(matches) > 1:
         raise RequestError(f"--target {requested!r} is the name of {len(matches)} classes. Give the index: {matches}.")
-    if matches and matches[0] >= count:
+    if matches and count is not None and matches[0] >= count:
         raise RequestError(f"--target {requested!r} is class {matches[0]}, but the model has only {count} classes.")
     if matches:
         return matches[0]
-    raise RequestError(f"no class named {requested!r}. {_similar_classes(key, folded, categories, count)}")
+    near = _similar_classes(key, folded, categories)
+    hint = f"Near names: {near}." if near else f"Give the name as the model has it, or the index{indices}."
+    raise RequestError(f"no class named {requested!r}. {hint}")
 
 
-def _similar_classes(key: str, folded: list[str], categories: Sequence[str], count: int) -> str:
+def _similar_classes(key: str, folded: list[str], categories: Sequence[str]) -> str:
     containing = [name for name in folded if key and key in name]
     near = list(dict.fromkeys([*containing[:5], *difflib.get_close_matches(key, folded, n=5, cutoff=0.6)]))[:5]
-    if not near:
-        return f"Give the name as the model has it, or the index, 0 to {count - 1}."
-    return f"Near names: {', '.join(f'{categories[folded.index(name)]} ({folded.index(name)})' for name in near)}."
+    return ", ".join(f"{categories[folded.index(name)]} ({folded.index(name)})" for name in near)
 
 
 # -- model ----------------------------------------------------------------------------------------------------------
@@ -169,7 +181,7 @@ class failures_of_the_model:  # noqa: N801  (a context manager)
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, NRMError):
+        if isinstance(error, Exception) and not isinstance(error, NRMError) and not is_out_of_memory(error):
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             shape = "×".join(map(str, self._shape))
             raise RequestError(

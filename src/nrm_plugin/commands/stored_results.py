@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 
-from ..dataset.images import shown
 from ..dataset.sweep_layout import ShardError
+from .failures import FAILED, errors, line
 from .output_files import check_folder
 from .resolved_options import one_line_warnings
-
-ERROR = 1
-"""Exit status of a command that is stopped by an error other than invalid options."""
 
 
 def read_stored(options: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
@@ -22,5 +18,5 @@ def read_stored(options: argparse.Namespace, command: Callable[[argparse.Namespa
         try:
             return command(options)
         except (ShardError, OSError) as error:
-            print(f"nrm-plugin {options.name}: error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
-            return ERROR
+            print(line(error, options), file=errors())
+            return FAILED

@@ -61,6 +61,9 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("execution")
     group.add_argument("--batch-size", type=whole_number(MANY), default=16, metavar="N",
                        help="images in a batch (default: %(default)s)")  # fmt: skip
+    group.add_argument("--shard-size", type=whole_number(MANY), default=256, metavar="N",
+                       help="images in a file of results: at most these are lost if the command is killed (default: "
+                       "%(default)s)")  # fmt: skip
     group.add_argument("--workers", type=whole_number(MANY, least=0), default=0, metavar="N",
                        help="processes that load images (default: %(default)s)")  # fmt: skip
     group.add_argument("--on-error", choices=("skip", "raise"), default="skip",
@@ -71,7 +74,6 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--concurrency", type=whole_number(MANY), metavar="N",
                        help="Ray workers (default: one for each slot)")  # fmt: skip
     group.add_argument("--gpus", type=float, metavar="N", help="GPUs of each Ray worker (default: none)")
-    group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(options: argparse.Namespace) -> int:

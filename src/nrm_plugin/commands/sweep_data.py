@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..dataset.image_folder import PreprocessedImageFolder
+from ..dataset.images import shown
 from ..dataset.sweep_layout import SweepError
 from .model_loading import LoadedModel
 from .own_models import imported
@@ -21,8 +23,13 @@ def data_of(name: str, loaded: LoadedModel) -> Any:
         ModelError: The module, file or name does not exist.
         SweepError: The folder does not exist, or calling the function failed.
     """
+    if not name:
+        raise SweepError("the name of the folder or data set is empty.")
     if ":" not in name or Path(name).exists():
-        return PreprocessedImageFolder(Path(name), loaded.preprocessing, loaded.categories)
+        folder = PreprocessedImageFolder(Path(name), loaded.preprocessing, loaded.categories)
+        if folder.left_out:
+            print(f"nrm-plugin: note: in {shown(name)}, {folder.note()}", file=sys.stderr)
+        return folder
     data = imported(name, "DATASET")
     if hasattr(data, "__getitem__") or not callable(data):
         return data

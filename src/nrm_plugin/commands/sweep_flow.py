@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..plots.flow import flow_figure
 from ..plots.flow_html import save_sankey
 from . import messages
 from .image_flow import has_page, print_missing_page
-from .output_files import json_stem, save_figure, short, versions, write_json
+from .output_files import json_stem, save_figure, short, versions, write_json, writing
 from .request import RequestError, target_of
 from .resolved_options import class_names
 
@@ -41,7 +40,7 @@ class Classes:
     def of(cls, options: argparse.Namespace) -> Classes:
         """Returns the selection given by the options."""
         categories = class_names(options.classes) if options.classes else []
-        count = len(categories) or sys.maxsize
+        count = len(categories) or None
         given = (options.target, options.minus)
         target, minus = (None if text is None else target_of(text, categories, count) for text in given)
         return cls(target, minus, categories)
@@ -70,6 +69,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
         raise RequestError("--minus compares two classes: give the other one by --target.")
     sweep = Sweep.open(options.sweep)
     classes = Classes.of(options)
+    _check_names(sweep, classes.categories)
     graph = mean_flow(sweep, options.layers, classes, options.top, options.coverage)
     print(f"{shown(sweep.path)}: mean flow{classes.title('of')}")
     for line in messages.layers(graph):
@@ -78,6 +78,18 @@ def print_mean_flow(options: argparse.Namespace) -> int:
         print(line)
     print_missing_page()
     return 0
+
+
+def _check_names(sweep: Sweep, categories: Sequence[str]) -> None:
+    """Raises :class:`RequestError` unless there are as many names as outputs, as far as the sweep knows these."""
+    for query in sweep.queries.values():
+        groups = query.groups or ()
+        for layer, count in zip(query.layers, groups, strict=False):
+            if layer == "output" and len(categories) not in (0, count):
+                raise RequestError(
+                    f"there are {len(categories)} class names, but the model of the sweep has {count} outputs. "
+                    "--classes takes a file with one name on each line, in the order of the outputs."
+                )
 
 
 def mean_flow(
@@ -106,13 +118,14 @@ def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes:
     settings = {
         "sweep": sweep.manifest.fingerprint, "layers": list(options.layers), "target": classes.target,
         "minus": classes.minus, "top": options.top, "coverage": options.coverage, "dark": options.dark,
+        **({"classes": list(classes.categories)} if classes.categories else {}),
     }  # fmt: skip
     name = sweep.path.resolve().name
     ends = ["flow.json", "flow.png", *(["flow.html"] if has_page() else [])]
     stem = json_stem(options.out, name, ends, set(), settings)
     numbers, figure, *page = [options.out / f"{stem}-{end}" for end in ends]
     heading = f"{short(name)}: mean flow of relevance{classes.title('for')}"
-    title = heading.replace("$", r"\$")
+    title = short(name) + heading.removeprefix(short(name)).replace("$", r"\$")
     if classes.target is None or classes.minus is None:
         drawn = flow_figure(graph, title, options.dark)
     else:
@@ -121,5 +134,6 @@ def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes:
     save_figure(drawn, figure, options.dark)
     write_json(numbers, graph.to_dict() | {"settings": settings, "versions": versions()})
     for path in page:
-        save_sankey(graph, path, heading)
+        with writing(path) as temporary:
+            save_sankey(graph, temporary, heading.replace(r"\$", "$"))
     return [figure, numbers, *page]

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,14 +21,14 @@ from ..errors import EventError, NRMError, UnknownLayerError
 from . import messages
 from .composite_names import composite_of
 from .event_syntax import parse
+from .failures import FAILED, INTERRUPTED, errors, line
 from .model_loading import LoadedModel
 from .request import Request, check_class_names, check_device, output_count, target_of
 from .resolved_options import model_of, one_line_warnings, request_of
-from .stored_results import ERROR
 from .sweep_data import SAMPLES, data_of
 
-SKIPPED, INTERRUPTED = 3, 130
-"""Exit statuses of sweeps that are complete except for skipped samples, and of interrupted sweeps."""
+SKIPPED = 3
+"""Exit status: complete except for skipped samples."""
 LISTED = 20
 """Largest number of printed skipped samples."""
 
@@ -46,19 +46,18 @@ def sweep_data(options: argparse.Namespace) -> int:
         queries = queries_of(options)
         loaded = model_of(options, options.weights)
         data = data_of(options.data, loaded)
-        target = _target(options.target, loaded)
         loaded.model.to(device)
-        _check_classes(loaded, data, target)
+        target = _target(options.target, loaded, data)
         print(messages.heading(loaded, request), flush=True)
         try:
             stored = _swept(options, loaded, request, data, queries, target)
         except (SettingsError, UnknownLayerError, EventError):
             raise  # caused by the options
         except (NRMError, OSError) as error:
-            print(f"nrm-plugin sweep: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return ERROR
+            print(line(error, options), file=errors())
+            return FAILED
         except KeyboardInterrupt:
-            print(f"interrupted; {shown(options.out)} is consistent. The same command continues.", file=sys.stderr)
+            print(f"interrupted; {shown(options.out)} is consistent. The same command continues.", file=errors())
             return INTERRUPTED
     print(summary(stored))
     return print_skipped(stored)
@@ -77,26 +76,21 @@ def queries_of(options: argparse.Namespace) -> list[Query]:
     return [*queries, *(EventMass(condition.event, name=condition.text) for condition in conditions)]
 
 
-def _target(text: str, loaded: LoadedModel) -> Target:
-    if text == "prediction":
-        return "prediction"
-    if text == "label":
-        return "label"
-    return target_of(text, loaded.categories, len(loaded.categories) or sys.maxsize)
-
-
-def _check_classes(loaded: LoadedModel, data: Any, target: Target) -> None:
-    """Checks the class names and, if labels are explained, the labels of a folder.
+def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
+    """The explained target; checks the names of the classes and, if they are explained, the labels of a folder.
 
     Raises:
-        RequestError: The number of names differs from the number of outputs.
+        RequestError: There are not as many names as outputs, or no such class.
         SweepError: Images have no label.
     """
-    if target == "label" and isinstance(data, PreprocessedImageFolder):
+    is_class = text not in ("prediction", "label")
+    if text == "label" and isinstance(data, PreprocessedImageFolder):
         data.check_labels()
-    if loaded.categories:
-        count = output_count(loaded, _first_inputs(data))
-        check_class_names(loaded, len(loaded.categories) if count is None else count)
+    count = output_count(loaded, _first_inputs(data)) if is_class or loaded.categories else None
+    if count is not None:
+        check_class_names(loaded, count)
+    known = count or len(loaded.categories) or None
+    return target_of(text, loaded.categories, known) if is_class else cast(Target, text)
 
 
 def _first_inputs(data: Any) -> Any:
@@ -126,6 +120,7 @@ def _swept(
             residual=request.residual,
             gain_limit=request.gain_limit,
             batch_size=options.batch_size,
+            shard=options.shard_size,
             num_workers=options.workers,
             on_error=options.on_error,
             retry_failed=options.retry_failed,
@@ -158,9 +153,9 @@ def print_skipped(stored: Sweep) -> int:
     if not failed:
         return 0
     were = "1 sample was" if len(failed) == 1 else f"{len(failed)} samples were"
-    print(f"\nnrm-plugin sweep: {were} skipped:", file=sys.stderr)
+    print(f"\nnrm-plugin sweep: {were} skipped:", file=errors())
     for entry in failed[:LISTED]:
-        print(f"  sample {entry['sample']}: {shown(entry['why'])}", file=sys.stderr)
+        print(f"  sample {entry['sample']}: {shown(entry['why'])}", file=errors())
     if len(failed) > LISTED:
-        print(f"  and {len(failed) - LISTED} more, listed in {stored.path / 'manifest.json'}", file=sys.stderr)
+        print(f"  and {len(failed) - LISTED} more, listed in {stored.path / 'manifest.json'}", file=errors())
     return SKIPPED

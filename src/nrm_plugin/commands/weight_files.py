@@ -24,6 +24,20 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NONE = "none"
 """The value in place of a file for which no weights are read."""
+HEAD = 512
+"""Bytes by which a kind of file is recognized."""
+PAGE = "a page of HTML, such as an error of the server; download the file again"
+KINDS = (
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run: git lfs pull"),
+    (b"gguf", "GGUF, whose weights are quantized; use the state dict of the PyTorch model"),
+    (b"<!doctype html", PAGE),
+    (b"<html", PAGE),
+    (b"<?xml", "XML, such as an error of the server; download the file again"),
+    (b"\x89hdf", "HDF5, such as weights of Keras; save the state dict of a PyTorch model"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it"),
+    (b"\x93numpy", "an array of NumPy; save a state dict: torch.save(model.state_dict(), FILE)"),
+)
+"""How other kinds of files start, in lower case."""
 
 State = dict[str, Tensor]
 
@@ -42,11 +56,11 @@ def read_state(path: Path) -> State:
         WeightsError: The file is missing, cannot be read, or contains no state dict.
     """
     name = shown(path)
-    _check_file(path, name)
+    head = _check_file(path, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings on old protocols
-            if path.suffix == ".safetensors":
+            if head[8:9] == b"{" and head[9:10] in b'"} ':
                 content: Any = safetensors.torch.load_file(path)
             else:
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -56,24 +70,60 @@ def read_state(path: Path) -> State:
             "Save the state dict alone: torch.save(model.state_dict(), FILE)."
         ) from error
     except Exception as error:  # a file of another kind may raise anything
-        raise WeightsError(f"{name} cannot be read as weights: {_first_line(error)}") from error
+        is_of_torch = head.startswith((b"PK", b"\x80")) or head[8:9] == b"{"
+        reason = _first_line(error).rstrip(".") if is_of_torch else "neither torch.save nor safetensors wrote it"
+        raise WeightsError(f"{name} cannot be read as weights: {reason}.") from error
     return _state(content, name)
 
 
-def _check_file(path: Path, name: str) -> None:
+def _check_file(path: Path, name: str) -> bytes:
+    """The first bytes of a file that may hold weights."""
     if not path.is_file():
         what = f"{name} is a folder" if path.is_dir() else f"the file {name} does not exist"
         raise WeightsError(f"{what}. --weights takes a file with a state dict.")
     try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (OSError, zipfile.BadZipFile, NotImplementedError):  # safetensors files, and files of torch before 1.6
-        return
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+    except OSError as error:
+        raise WeightsError(f"{name} cannot be read: {error.strerror or error}.") from error
+    entries = _entries(path)
+    other = _other_kind(head, [entry.filename for entry in entries], path.suffix)
+    if other:
+        raise WeightsError(f"{name} cannot be read as weights: it is {other}.")
+    unpacked = sum(entry.file_size for entry in entries)
     if unpacked > path.stat().st_size:
         raise WeightsError(
             f"{name} is compressed, which torch.save never does, and unpacks to {unpacked / 2**20:.4g} MiB. If you "
             "trust the file, load it and save the state dict again: torch.save(model.state_dict(), FILE)."
         )
+    return head
+
+
+def _entries(path: Path) -> list[zipfile.ZipInfo]:
+    """The files in an archive; none in a file that is not one, such as safetensors, or torch's before 1.6."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except (OSError, zipfile.BadZipFile, NotImplementedError):
+        return []
+
+
+def _other_kind(head: bytes, entries: Sequence[str], suffix: str) -> str:
+    """What a file without a state dict is, by its content, and what to do; empty if it may hold one."""
+    if any(entry.endswith("/archive_format") for entry in entries):
+        return "a program of torch.export; save its weights: torch.save(torch.export.load(FILE).state_dict, OTHER)"
+    if head.startswith(b"PK\x03\x04") and not entries:
+        return "cut off or damaged; copy or download it again"
+    if entries and not any(entry.endswith("data.pkl") for entry in entries):
+        return "a zip archive without weights; unpack it, and pass the file in it"
+    if any(entry.endswith("constants.pkl") for entry in entries):
+        return (
+            "a TorchScript model; save its weights: torch.save(torch.jit.load(FILE).state_dict(), OTHER), and give the "
+            "model by --model"
+        )
+    if suffix == ".onnx" or (b"pytorch" in head[:32] and head[:1] == b"\x08"):
+        return "an ONNX model; save the state dict of the PyTorch model that it was exported from"
+    return next((kind for start, kind in KINDS if head.lstrip().lower().startswith(start)), "" if head else "empty")
 
 
 def _state(content: Any, name: str) -> State:
@@ -146,11 +196,13 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if missing or unexpected or shapes:
+    kinds = [key for key in own if key in state and own[key].is_floating_point() and not state[key].is_floating_point()]
+    if missing or unexpected or shapes or kinds:
         differences = [
             _summary(f"of {name} are missing", missing),
             _summary("of the file are unknown", unexpected),
             _summary("have other shapes", [f"{key} {_sizes(state[key])} for {_sizes(own[key])}" for key in shapes]),
+            _summary("are not real numbers", [f"{key} {state[key].dtype}" for key in kinds]),
         ]
         raise WeightsError(
             f"{where} does not hold the weights of {name}: {'; '.join(filter(None, differences))}. "

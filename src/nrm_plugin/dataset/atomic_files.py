@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from pathlib import Path
+
+LONGEST = 100
+"""Bytes of a name that leave room for the rest of the temporary name, as file systems limit names to 255 bytes."""
 
 
 class AtomicFile:
@@ -16,7 +20,10 @@ class AtomicFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+        name = (
+            path.name if len(os.fsencode(path.name)) <= LONGEST else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+        )
+        self.temporary = path.with_name(f".{name}.{platform.node()}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
         self.temporary.unlink(missing_ok=True)  # opening the file would follow a link

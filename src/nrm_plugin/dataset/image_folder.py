@@ -6,7 +6,8 @@ import csv
 import difflib
 import hashlib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .atomic_files import write_bytes
-from .images import load_image, shown
+from .images import is_image, load_image, shown
 from .preprocessing import Preprocessing
 from .sweep_layout import SweepError
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-"""Extensions of the files that are read."""
+"""Files with these extensions are images, even if they turn out to be damaged; of other files the content decides."""
 MAX_LISTED = 8
-"""Number of subfolders that a message lists."""
+"""Number of subfolders or files that a message lists."""
 
 
 class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
@@ -39,24 +40,25 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         paths: The files in order.
+        left_out: The other files, and links to a folder that contains them.
         labels: The classes of the files.
         unknown: Subfolders that are not classes of the model.
         fingerprint: Hash of names and labels.
 
     Raises:
-        SweepError: The folder does not exist or contains no images.
+        SweepError: The folder does not exist or contains no images, or a subfolder cannot be read.
     """
 
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:
         if not folder.is_dir():
-            raise SweepError(f"the folder {shown(folder)} does not exist.")
+            is_file, name = folder.exists(), shown(folder)
+            raise SweepError(f"{name} is not a folder." if is_file else f"the folder {name} does not exist.")
         self.folder, self.preprocess, self.categories = folder, preprocess, tuple(categories)
-        images = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-        self.paths = sorted(images, key=lambda path: path.relative_to(folder).as_posix())
+        found = sorted(_files(folder), key=lambda path: path.relative_to(folder).as_posix())
+        self.paths = [path for path in found if _is_image(path)]
+        self.left_out = sorted(set(found) - set(self.paths))
         if not self.paths:
-            raise SweepError(
-                f"no images in {shown(folder)}; extensions that are read: {', '.join(sorted(EXTENSIONS))}."
-            )
+            raise SweepError(f"no images in {shown(folder)}. {self.note()}".strip())
         parts_of_paths = [path.relative_to(folder).parts for path in self.paths]
         names = sorted({parts[0] for parts in parts_of_paths if len(parts) > 1})
         classes = _classes(names, categories)
@@ -69,6 +71,14 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.preprocess(load_image(self.paths[index]).image)[0], self.labels[index]
+
+    def note(self) -> str:
+        """The files that were left out, in one sentence; empty if there are none."""
+        names = [shown(path.relative_to(self.folder).as_posix()) for path in self.left_out[:MAX_LISTED]]
+        more = len(self.left_out) - len(names)
+        listed = ", ".join([*names, *([f"and {more} more"] if more else [])])
+        count = "1 file is" if len(self.left_out) == 1 else f"{len(self.left_out)} files are"
+        return f"{count} not readable as images and left out: {listed}." if names else ""
 
     @property
     def preparation(self) -> dict[str, Any]:
@@ -108,6 +118,28 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     def write_list(self, path: Path) -> None:
         """Writes the file and label of each sample as CSV."""
         write_bytes(path, self._csv())
+
+
+def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Everything in a folder but its folders, whose content follows unless they are links to a folder above."""
+    real = os.path.realpath(folder)
+    if real in above:
+        yield folder
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:  # without its images, the classes would be numbered differently
+        raise SweepError(f"cannot read the folder {shown(folder)}: {error.strerror or error}.") from error
+    for entry in entries:
+        path = folder / entry.name
+        if path.is_dir():
+            yield from _files(path, above | {real})
+        else:
+            yield path
+
+
+def _is_image(path: Path) -> bool:
+    return path.is_file() and (path.suffix.lower() in EXTENSIONS or is_image(path))
 
 
 def _classes(names: Sequence[str], categories: Sequence[str]) -> dict[str, int]:

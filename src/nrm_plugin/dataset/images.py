@@ -93,6 +93,15 @@ def load_image(path: Path) -> LoadedImage:
     return LoadedImage(path, image, digest, tuple(notes))
 
 
+def is_image(path: Path) -> bool:
+    """Whether the content of a file, whatever its name, is that of an image; only its header is read."""
+    try:
+        with _no_limit(), Image.open(path):
+            return True
+    except (*DAMAGE, MemoryError):  # UnidentifiedImageError is an OSError
+        return False
+
+
 def check_image_file(path: Path) -> None:
     """Raises :class:`ImageError` unless the path is a readable, non-empty file."""
     name = shown(path)
@@ -195,4 +204,4 @@ def _format_hint(path: Path) -> str:
     return "Pass a PNG, JPEG, WebP, TIFF, GIF or BMP file."
 
 
-__all__ = ["ImageError", "LoadedImage", "check_image_file", "load_image", "shown"]
+__all__ = ["ImageError", "LoadedImage", "check_image_file", "is_image", "load_image", "shown"]

@@ -96,7 +96,8 @@ def preprocessing(
     if len(counts) > 1 or not counts <= {1, 3} or (counts == {1} and None in (mean, std)):
         raise PreprocessingError(
             "--mean and --std take three numbers each for an RGB model, or one each for a greyscale model; "
-            f"got mean {mean} and std {std}."
+            f"got mean {mean} and std {std}. For instance: --mean 0.5,0.5,0.5 --std 0.25,0.25,0.25, "
+            "or --mean 0.5 --std 0.25."
         )
     if std is not None and min(std) <= 0:
         raise PreprocessingError(f"--std must be positive, got {std}.")

@@ -79,7 +79,7 @@ def sankey_figure(graph: FlowGraph, heading: str = "Flow of relevance", maps: No
     drawn = objects.Sankey(
         arrangement="snap",
         node={
-            "label": [html.escape(node.label) for node in nodes],
+            "label": [_escaped(node.label) for node in nodes],
             "color": [_color(node.mass, 1, node) for node in nodes],
             "x": [x for x, _ in places],
             "y": [y for _, y in places],
@@ -152,7 +152,7 @@ def _x(column: int, count: int) -> float:
 
 
 def _title(graph: FlowGraph, heading: str, maps: NodeMaps) -> str:
-    lines = [f"<b style='font-size:20px'>{html.escape(heading)}</b>", HELP]
+    lines = [f"<b style='font-size:20px'>{_escaped(heading)}</b>", HELP]
     if graph.carried is not None and len(graph.layers) > 1:
         lines.append(f"Relevance through shown groups in all layers: {percent(graph.carried)}.")
     if maps:
@@ -163,7 +163,7 @@ def _title(graph: FlowGraph, heading: str, maps: NodeMaps) -> str:
 def _layer_heading(graph: FlowGraph, column: int) -> dict[str, Any]:
     layer, x = graph.layers[::-1][column], _x(column, len(graph.layers))
     anchor = "left" if x <= MARGIN else "right" if x >= 1 - MARGIN else "center"
-    text = f"<b>{html.escape(layer.name)}</b><br><span style='font-size:11px'>{layer_note(layer)}</span>"
+    text = f"<b>{_escaped(layer.name)}</b><br><span style='font-size:11px'>{layer_note(layer)}</span>"
     return {"x": x, "y": 1, "yshift": 48, "xref": "paper", "yref": "paper", "text": text, "showarrow": False,
             "xanchor": anchor, "align": anchor, "yanchor": "top"}  # fmt: skip
 
@@ -189,8 +189,13 @@ def _color(value: float, opacity: float, *nodes: FlowNode) -> str:
     return f"rgba({red},{green},{blue},{opacity})"
 
 
+def _escaped(text: str) -> str:
+    # Quotation marks stay: no text is inside an attribute, and plotly does not know the entity of one.
+    return html.escape(text, quote=False)
+
+
 def _name(node: FlowNode) -> str:
-    return f"{html.escape(node.layer)} <b>{html.escape(node.label)}</b>"
+    return f"{_escaped(node.layer)} <b>{_escaped(node.label)}</b>"
 
 
 def _hover_text(edge: FlowEdge) -> str:

@@ -50,13 +50,19 @@ class Budget:
     image: Values | None = None
 
 
-def save(figure: Figure, path: Path, paper: str = "white") -> Path:
+def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None) -> Path:
     """Writes a figure at 150 dots per inch on a background colour, and returns the path.
+
+    Args:
+        figure: The figure.
+        path: The file.
+        paper: The background.
+        kind: Format, such as ``"png"``; by default the suffix of the file.
 
     Raises:
         OSError: The file cannot be written.
     """
-    figure.savefig(path, dpi=DPI, facecolor=paper)
+    figure.savefig(path, dpi=DPI, facecolor=paper, format=kind)
     return path
 
 

@@ -1,0 +1,86 @@
+"""How a command ends with an error: one line on stderr, also with ``--quiet``, and after Ctrl-C. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TextIO
+
+FAILED, INTERRUPTED = 1, 130
+"""Exit statuses: stopped by an error, as opposed to options that do not fit; interrupted."""
+MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
+"""In the messages of torch, which raises a plain RuntimeError for memory of the CPU."""
+LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
+         "patches": "--patches", "top": "--top", "rows": "--rows", "k": "--k"}  # fmt: skip
+"""Options that need less memory if they are lower, by their attributes."""
+
+_quieted: list[TextIO] = []
+
+
+@contextlib.contextmanager
+def quiet(is_quiet: bool) -> Iterator[None]:
+    """Prints nothing, neither of the command nor of libraries; :func:`errors` is the stream that remains."""
+    if not is_quiet:
+        yield
+        return
+    _quieted.append(sys.stderr)
+    try:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+            yield
+    finally:
+        _quieted.pop()
+
+
+def errors() -> TextIO:
+    """The stream for errors, which ``--quiet`` does not silence."""
+    return _quieted[-1] if _quieted else sys.stderr
+
+
+def line(error: BaseException, options: argparse.Namespace) -> str:
+    """An error in one line."""
+    from ..dataset.images import shown
+    from ..errors import NRMError
+
+    text = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        lower = [option for name, option in LOWER.items() if getattr(options, name, None)]
+        text = f"out of memory: {text[:300] or type(error).__name__}. Lower {' or '.join(lower) or 'the input size'}."
+    elif not isinstance(error, (NRMError, OSError)):
+        text = f"unexpected {type(error).__name__}: {text[:300]} (--debug prints the traceback)"
+    return f"nrm-plugin {options.name}: error: {shown(text)}"
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, in this error or in one that caused it."""
+    if error is None:
+        return False
+    is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    is_of_torch = isinstance(error, RuntimeError) and MEMORY.search(str(error)) is not None
+    return is_memory or is_of_torch or is_out_of_memory(error.__cause__)
+
+
+@contextlib.contextmanager
+def remembered_interrupts() -> Iterator[list[int]]:
+    """The interrupts so far: modules that Ctrl-C stops during their import raise other errors for it."""
+    seen: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,50 @@
+"""Installed fonts for letters that the standard font of a figure lacks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
+
+PLACEHOLDERS = "Last Resort"
+"""A font of matplotlib with a box for every letter."""
+
+
+def use_installed_fonts(figure: Figure) -> str:
+    """Adds fonts to the texts of a figure, so that as few letters as possible become boxes.
+
+    Returns:
+        The letters that no installed font has.
+    """
+    missing = ""
+    for text in figure.findobj(Text):
+        own = letters_of(findfont(text.get_fontproperties()))
+        foreign = {letter for letter in text.get_text() if ord(letter) not in own and letter.isprintable()}
+        fonts = {letter: font_with(letter) for letter in sorted(foreign)}
+        families = [name for name in dict.fromkeys(fonts.values()) if name]
+        if families:
+            text.set_fontfamily([*text.get_fontfamily(), *families])
+        missing += "".join(letter for letter, name in fonts.items() if not name)
+    return "".join(dict.fromkeys(missing))
+
+
+@functools.cache
+def font_with(letter: str) -> str:
+    """Family of an installed font with a letter; empty if there is none."""
+    families: Iterable[tuple[str, str]] = ((font.name, font.fname) for font in fontManager.ttflist)
+    return next((name for name, path in families if PLACEHOLDERS not in name and ord(letter) in letters_of(path)), "")
+
+
+@functools.cache
+def letters_of(path: str) -> frozenset[int]:
+    """Code points of a font; none for a font that matplotlib cannot draw, such as one of coloured bitmaps."""
+    try:
+        font = FT2Font(path)
+        font.set_size(10, 72)
+    except (RuntimeError, OSError):
+        return frozenset()
+    return frozenset(font.get_charmap())
