@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..dataset.preprocessing import Preprocessing, preprocessing
 from .own_models import own_model
@@ -31,6 +32,11 @@ class LoadedModel:
     preprocessing: Preprocessing
     categories: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The inputs for black and white, on the device of the model, which need not have parameters."""
+        return self.preprocessing.bounds(next(self.model.parameters(), torch.empty(0)))
 
 
 def load(
