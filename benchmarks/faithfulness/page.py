@@ -95,7 +95,9 @@ def counts(results: Results) -> str:
     """How often the default composite is better than, tied with and worse than the best other method of a metric."""
     counted: dict[str, Counter[str]] = {}
     for kind, name, _, _, best in compared(results):
-        group = f"{kind}, transformer" if "transformer" in name else f"{kind}, other networks" if kind != "edges" else kind
+        group = (
+            f"{kind}, transformer" if "transformer" in name else f"{kind}, other networks" if kind != "edges" else kind
+        )
         counted.setdefault(group, Counter())[verdict(best["ahead"][best["default"]])] += 1
     counted["all"] = sum(counted.values(), Counter())
     words = ("better", "tied", "worse")

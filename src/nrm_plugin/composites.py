@@ -69,7 +69,7 @@ class Normalized(Composite):
             AttnLRP.
 
     Raises:
-        TypeError: ``composite`` is not a composite, or is already normalized.
+        TypeError: If ``composite`` is not a composite, or is already normalized.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus
@@ -135,8 +135,9 @@ class Normalized(Composite):
         """Registers hooks on a module, as in Zennit.
 
         Raises:
-            ModelStateError: The module has hooks of another composite, so one of the two would silently have no effect.
-            UnsupportedRuleError: Another package has patched Zennit.
+            ModelStateError: If the module has hooks of a different composite, so that one of the two would silently
+                have no effect.
+            UnsupportedRuleError: If another package has patched Zennit.
         """
         self.remove()
         check_unpatched()
@@ -421,7 +422,7 @@ def normalize(
     """Returns a normalized composite with the given settings.
 
     Raises:
-        TypeError: The composite is already normalized, and settings are given as well.
+        TypeError: If settings are passed for a composite that is already normalized.
     """
     settings = {"residual": residual, "gain_limit": gain_limit, "uncovered": uncovered}
     given = {key: value for key, value in settings.items() if value is not None}

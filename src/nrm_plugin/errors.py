@@ -164,7 +164,7 @@ def extra(module: str, name: str) -> ModuleType:
     """Imports an optional dependency.
 
     Raises:
-        MissingExtraError: The dependency is not installed.
+        MissingExtraError: If the dependency is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -73,7 +73,7 @@ class ConservingEpsilon(BasicHook):
         floor: Lower bound of :math:`|a_i|`, in units of its mean over the sample.
 
     Raises:
-        ValueError: ``epsilon`` is negative.
+        ValueError: If ``epsilon`` is negative.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite

@@ -68,7 +68,7 @@ class NRMAttributor(Attributor):
             attr_output_fn: Function from the output to the start vector.
 
         Raises:
-            TargetError: The start vector sums to zero, or does not fit the output.
+            TargetError: If the start vector sums to zero, or does not fit the output.
 
         Examples:
             >>> import torch

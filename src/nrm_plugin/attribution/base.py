@@ -74,7 +74,7 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
     """Converts relevance ``(N, …)`` to units of the explained output ``(N,)``, or of the measure.
 
     Raises:
-        ValueError: The unit is unknown.
+        ValueError: If the unit is unknown.
     """
     if unit not in ("output", "measure"):
         raise ValueError(f"unit={brief(unit)} is unknown; choose 'output' or 'measure'.")
@@ -100,7 +100,7 @@ def input_relevance(
     """Returns the marginals of all inputs, in their shapes; zero for inputs on which the output does not depend.
 
     Raises:
-        InputError: The output depends on the inputs only by rows that the model looks up.
+        InputError: If the output depends on the inputs only through rows that the model looks up.
     """
     taps = [at("input")] if len(inputs) == 1 else [at("input", item=item) for item in range(len(inputs))]
     recorded = set(input_taps(measure))

@@ -34,7 +34,7 @@ def condition_event(condition: Condition) -> Event | None:
         The event; None if no layer is named, so that all walks satisfy the condition.
 
     Raises:
-        EventError: The condition is not a mapping, or its channels are not a list of numbers.
+        EventError: If the condition is not a mapping, or its channels are not a list of numbers.
 
     Examples:
         >>> condition_event({"features.28": [3], "features.14": [5, 8], "y": [281]})
@@ -105,8 +105,8 @@ class ConceptNRM:
             Relevance ``(conditions, N, *shape)``.
 
         Raises:
-            EventError: No condition is given, or a condition is invalid.
-            UnknownLayerError: No layer has this name.
+            EventError: If no condition is given, or a condition is invalid.
+            UnknownLayerError: If no layer has this name.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -26,8 +26,8 @@ class DataLoaderNRM:
         attr_method: An :class:`~nrm_plugin.NRM`, :class:`~nrm_plugin.LayerNRM` or :class:`~nrm_plugin.NeuronNRM`.
 
     Raises:
-        TypeError: ``attr_method`` is not a supported method.
-        InputError: ``attr_method`` has ``batched=False``.
+        TypeError: If ``attr_method`` is not a supported method.
+        InputError: If ``attr_method`` has ``batched=False``.
 
     Examples:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -78,7 +78,7 @@ class DataLoaderNRM:
             The result of ``attr_method.attribute`` for all samples, without the batch dimension if reduced.
 
         Raises:
-            ValueError: ``reduce`` or a role is unknown, or the data loader is empty.
+            ValueError: If ``reduce`` or a role is unknown, or the data loader is empty.
 
         Examples:
             >>> net = torch.nn.Linear(3, 2)

@@ -46,7 +46,7 @@ class NRM(GradientAttribution):
             of the tensors, and deltas and sinks one entry.
 
     Raises:
-        InputError: ``model`` is a function, not a module, so its layers cannot be recorded.
+        InputError: If ``model`` is a function, not a module, so its layers cannot be recorded.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))

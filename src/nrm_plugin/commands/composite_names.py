@@ -39,7 +39,7 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
         bounds: Lowest and highest inputs, ``(1, C, 1, 1)`` each, for composites with a box rule.
 
     Raises:
-        CompositeError: The name is unknown, or the composite needs other arguments.
+        CompositeError: If the name is unknown, or the composite requires different arguments.
     """
     check_composite_name(name)
     kind = _plain(COMPOSITES[name])

@@ -73,7 +73,7 @@ def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str
     """Returns the digits of each kind with the most confident predictions, and the accuracy on all digits.
 
     Raises:
-        DemoError: No kind is given, a kind is neither a digit nor ``"misread"``, or a kind has too few digits.
+        DemoError: If no kind is given, a kind is neither a digit nor ``"misread"``, or a kind has too few digits.
     """
     confidence, predicted = model(images).double().log_softmax(1).max(1)
     samples: list[Sample] = []

@@ -51,7 +51,7 @@ def write(loaded: LoadedModel, request: Request, result: Explanation, out: Path,
         The files, with the heat map first.
 
     Raises:
-        OSError: A file cannot be written.
+        OSError: If a file cannot be written.
     """
     about = settings(loaded, request, result)
     conditionals = [given for given in result.given if given.relevance is not None]

@@ -45,7 +45,7 @@ def layer_rows(loaded: LoadedModel, composite: str) -> list[tuple[str, ...]]:
     """Returns name, shape without the batch, operation, rule and note of every tap; independent of the weights.
 
     Raises:
-        RequestError: The model fails.
+        RequestError: If the model fails.
     """
     import torch
 

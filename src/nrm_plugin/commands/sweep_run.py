@@ -37,7 +37,7 @@ def sweep_data(options: argparse.Namespace) -> int:
     """Sweeps the data; returns the exit status.
 
     Raises:
-        NRMError: The options contradict each other, the model or the stored results.
+        NRMError: If the options contradict each other, the model or the stored results.
     """
     arrow()  # raises before a model is loaded
     with one_line_warnings():
@@ -89,8 +89,8 @@ def _check_classes(loaded: LoadedModel, data: Any, target: Target) -> None:
     """Checks the class names and, if labels are explained, the labels of a folder.
 
     Raises:
-        RequestError: The number of names differs from the number of outputs.
-        SweepError: Images have no label.
+        RequestError: If the number of names differs from the number of outputs.
+        SweepError: If images have no label.
     """
     if target == "label" and isinstance(data, PreprocessedImageFolder):
         data.check_labels()

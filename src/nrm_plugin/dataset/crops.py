@@ -106,8 +106,8 @@ def crops(
         Crops of each group, in decreasing order.
 
     Raises:
-        ReferencesError: A group has no references, or an event is missing.
-        InputError: Samples are not images.
+        ReferencesError: If a group has no references, or an event is missing.
+        InputError: If samples are not images.
 
     Examples:
         >>> from nrm_plugin.dataset.reference_search import find_references

@@ -44,7 +44,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         fingerprint: Hash of names and labels.
 
     Raises:
-        SweepError: The folder does not exist or contains no images.
+        SweepError: If the folder does not exist or contains no images.
     """
 
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:

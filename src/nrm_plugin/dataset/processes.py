@@ -75,7 +75,7 @@ class FolderLocks:
         """Context that holds the lock of the manifest, and acquires the lock of this rank, which outlasts the context.
 
         Raises:
-            SweepError: Another process writes to the folder with the same rank, or locks are not supported.
+            SweepError: If another process writes to the folder with the same rank, or locks are not supported.
         """
         try:
             path_inside(self.folder, LOCKS).mkdir(parents=True, exist_ok=True)

@@ -107,10 +107,10 @@ def sweep(
         The stored sweep, which is complete unless other processes are still running.
 
     Raises:
-        SweepError: The folder contains a sweep with different settings or samples, which the message lists; another
-            process writes to it; or a sample or shard fails.
-        NRMError: The measure fails for this model and composite, or a query does not fit the model.
-        MissingExtraError: pyarrow or Ray is not installed.
+        SweepError: If the folder contains a sweep with different settings or samples (listed in the message), another
+            process writes to the folder, or a sample or shard fails.
+        NRMError: If the measure fails for this model and composite, or a query does not fit the model.
+        MissingExtraError: If pyarrow or Ray is not installed.
     """
     arrow()
     _check_options(engine, on_error, shard, target)

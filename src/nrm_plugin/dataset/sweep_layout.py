@@ -66,7 +66,7 @@ def arrow() -> Any:
     """Imports pyarrow with its Parquet module.
 
     Raises:
-        MissingExtraError: pyarrow is not installed.
+        MissingExtraError: If pyarrow is not installed.
     """
     extra("pyarrow.parquet", "dataset")
     return extra("pyarrow", "dataset")
@@ -166,7 +166,7 @@ class Manifest:
         """Reads the manifest of a folder.
 
         Raises:
-            SweepError: The folder has no manifest, or a manifest of a different format.
+            SweepError: If the folder has no manifest, or a manifest of a different format.
         """
         path = path_inside(folder, MANIFEST)
         try:
@@ -207,7 +207,7 @@ def path_inside(folder: Path, name: str) -> Path:
     """Returns the path of a file in the folder of a sweep, which may have an untrusted source.
 
     Raises:
-        ShardError: The file is a link to a path outside the folder.
+        ShardError: If the file is a link to a path outside the folder.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):

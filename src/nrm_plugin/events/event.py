@@ -309,7 +309,7 @@ def at(
         mask over the dimensions after the batch (or over all dimensions, with one mask per sample).
 
     Raises:
-        EventError: An argument is invalid.
+        EventError: If an argument is invalid.
 
     Examples:
         >>> at("features.28")[3]

@@ -72,7 +72,8 @@ class CustomCalls:
         """Records the ``autograd.Function`` that calls the given function of torch, if there is one.
 
         Raises:
-            UnsupportedOperationError: It writes to a part of a computed tensor, so that autograd hides its node.
+            UnsupportedOperationError: If the function writes to a part of a computed tensor, so that autograd hides its
+                node.
         """
         frame = _frame_of_apply(sys._getframe(1))
         if frame is None or str(frame.f_locals["cls"].__module__).startswith(_HOSTS):

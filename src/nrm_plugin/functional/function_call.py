@@ -134,7 +134,7 @@ class FunctionCall:
                 residual, which the composite redistributes or absorbs.
 
         Raises:
-            ValueError: The number of shares differs from the number of inputs.
+            ValueError: If the number of shares differs from the number of inputs.
         """
         if len(shares) != len(self.inputs):
             raise ValueError(

@@ -30,7 +30,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
         One tensor ``(K, N, *in)`` per input.
 
     Raises:
-        NRMError: The output has more than ``DENSE_LIMIT`` entries per sample.
+        NRMError: If the output has more than ``DENSE_LIMIT`` entries per sample.
     """
     size = math.prod(relevance.shape[2:])
     if size > DENSE_LIMIT:

@@ -24,7 +24,7 @@ def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
         ``(N, K_out, K_in)``, zero between channels of different groups.
 
     Raises:
-        NRMError: The layer has no weights.
+        NRMError: If the layer has no weights.
     """
     layer = kernel.layer
     if layer is None:

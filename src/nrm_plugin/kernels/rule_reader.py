@@ -37,7 +37,7 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
         normalization: The normalization of the columns; the kernel includes the gain if this saves work.
 
     Raises:
-        UnsupportedRuleError: The rule changes how the module runs, or has none of the three forms.
+        UnsupportedRuleError: If the rule changes how the module runs, or is written in none of the three forms.
     """
     rule = call.rule
     if any(overrides(rule, method) for method in ("pre_forward", "post_forward", "pre_backward")):
@@ -76,7 +76,7 @@ def check_linear(kernel: Kernel, call: LayerCall) -> None:
     """Raises unless the rule is linear in the relevance.
 
     Raises:
-        NonlinearRuleError: The rule is not linear; the message names the rule and the layer.
+        NonlinearRuleError: If the rule is not linear; the message names the rule and the layer.
     """
     if not is_linear_in_relevance(kernel, call.like[:1].expand_as(call.like)):
         raise NonlinearRuleError(

@@ -21,8 +21,8 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
     the rule propagates relevance to them, at the key. It does not change heads.
 
     Raises:
-        EventError: The layer computes no attention or several, or has no such head or token.
-        UnknownLayerError: No layer has this name.
+        EventError: If the layer does not compute exactly one attention, or the head or token does not exist.
+        UnknownLayerError: If no layer has this name.
     """
     if not isinstance(atom, Attended):
         return atom

@@ -119,7 +119,7 @@ def checked(recording: Recording, mass: Tensor | None, what: str) -> Tensor:
     """Returns a mass, ``(N,)``, that must be known.
 
     Raises:
-        FoldingError: The mass is None, because the entries of the samples cannot be distinguished.
+        FoldingError: If the mass is None, because the entries of the samples cannot be distinguished.
     """
     if mass is None:
         raise recording.samples.error(what)

@@ -152,7 +152,7 @@ class FlowGraph:
         """Reads a graph from the JSON of :meth:`to_json`, or from the path of a file with this JSON.
 
         Raises:
-            FlowError: The source is not JSON of a flow graph.
+            FlowError: If the source is not JSON of a flow graph.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -178,7 +178,7 @@ class FlowGraph:
         """A ``networkx.DiGraph`` from the output down, with masses as attributes; requires networkx.
 
         Raises:
-            MissingExtraError: networkx is not installed.
+            MissingExtraError: If networkx is not installed.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -200,7 +200,7 @@ class FlowGraph:
         """Writes GraphML, for Gephi, Cytoscape and similar tools, to a path or an open file; requires networkx.
 
         Raises:
-            MissingExtraError: networkx is not installed.
+            MissingExtraError: If networkx is not installed.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -217,7 +217,7 @@ class FlowGraph:
         """Data frames of the nodes and of the edges; requires pandas.
 
         Raises:
-            MissingExtraError: pandas is not installed.
+            MissingExtraError: If pandas is not installed.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

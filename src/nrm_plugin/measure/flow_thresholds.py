@@ -32,7 +32,7 @@ class Thresholds:
             :math:`\sum_{\mathrm{shown}} |\mu| \ge s \sum |\mu|`.
 
     Raises:
-        InputError: A threshold is out of range.
+        InputError: If a threshold is out of range.
     """
 
     top: int | None = None

@@ -22,7 +22,7 @@ def labels_of(tap: Tap, over: Over) -> Tensor:
     """The group of every neuron of a tap, ``tap.shape[1:]``, on the CPU.
 
     Raises:
-        EventError: The labels do not fit the tap.
+        EventError: If the labels do not fit the tap.
     """
     inner = tap.shape[1:]
     if isinstance(over, Tensor):
@@ -64,7 +64,7 @@ def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
     """The groups of each of several layers.
 
     Raises:
-        ValueError: The list has another length.
+        ValueError: If the length of the list differs.
     """
     kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
     if len(kinds) != count:

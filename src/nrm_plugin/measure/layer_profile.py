@@ -41,7 +41,7 @@ def profile(
         sample: The sample.
 
     Raises:
-        InputError: ``plain`` redistributes relevance, or is a measure of another model.
+        InputError: If ``plain`` redistributes relevance, or is a measure of a different model.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

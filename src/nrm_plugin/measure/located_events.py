@@ -50,8 +50,8 @@ class Locator:
         """Returns the same formula over :class:`Located` atoms and ``ABSORBED``.
 
         Raises:
-            EventError: An index does not fit its tap.
-            UnknownLayerError: No tap has this name.
+            EventError: If an index does not fit its tap.
+            UnknownLayerError: If no tap has this name.
         """
         return event.mapped(self._located)
 
@@ -109,7 +109,7 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> 
         layout: Layout of the tensor.
 
     Raises:
-        EventError: The index does not fit the tap.
+        EventError: If the index does not fit the tap.
     """
     channel_dim, shape = layout.channel_dim(channel_dim, len(shape)), layout.shape(shape)
     inner = torch.Size(shape[1:])

@@ -63,9 +63,9 @@ class RelevanceMeasure(QueryPasses):
             further passes. By default 128 MiB on a CPU, where more is slower, else 1 GiB.
 
     Raises:
-        TypeError: Settings were passed in addition to a ``Normalized`` composite.
-        InputError, TargetError, ModelStateError, GradModeError: An argument does not fit.
-        UncoveredLayerError, UnsupportedOperationError, UnsupportedRuleError: The model has no measure with these rules.
+        TypeError: If settings are passed in addition to a ``Normalized`` composite.
+        InputError, TargetError, ModelStateError, GradModeError: If an argument does not fit the model.
+        UncoveredLayerError, UnsupportedOperationError, UnsupportedRuleError: If the rules do not support the model.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -158,7 +158,7 @@ class RelevanceMeasure(QueryPasses):
         """The channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.
 
         Raises:
-            UnknownLayerError: No tap has this name; the message lists similar names.
+            UnknownLayerError: If no tap has this name; the message lists similar names.
 
         Examples:
             >>> mu.channel_dim("1")
@@ -171,7 +171,7 @@ class RelevanceMeasure(QueryPasses):
         """The taps of a layer: one, or one per tensor of a tuple.
 
         Raises:
-            UnknownLayerError: No tap has this name.
+            UnknownLayerError: If no tap has this name.
 
         Examples:
             >>> mu.taps_of("1")
@@ -217,8 +217,8 @@ class RelevanceMeasure(QueryPasses):
             layers. The marginal, the sink above and the bypass of each sample sum to 1.
 
         Raises:
-            UnknownLayerError: No tap has this name; the message lists similar names.
-            NullEventError, CancellationError: The mass of ``given`` is zero, or cancels.
+            UnknownLayerError: If no tap has this name; the message lists similar names.
+            NullEventError, CancellationError: If the mass of ``given`` is zero or cancels.
 
         Examples:
             >>> maps = mu.marginal(["1", "input"])
@@ -327,8 +327,8 @@ class RelevanceMeasure(QueryPasses):
             ``(N,)``, or ``(E, N)`` for a list of ``E`` events.
 
         Raises:
-            NullEventError: No walk with nonzero mass satisfies the condition.
-            CancellationError: The positive and negative walks of the condition cancel.
+            NullEventError: If no walk with nonzero mass satisfies the condition.
+            CancellationError: If the positive and negative walks of the condition cancel.
         """
         events, is_single = event_list(event)
         mass = self._masses(events, given, min_ratio)
@@ -349,7 +349,7 @@ class RelevanceMeasure(QueryPasses):
             layer: The tap; None for all taps above the event, by name.
 
         Raises:
-            EventError: The event names a tap that is not below ``layer``.
+            EventError: If the event names a tap that is not below ``layer``.
 
         Examples:
             >>> below = mu.conditional(at("input")[0], "2")
@@ -370,7 +370,7 @@ class RelevanceMeasure(QueryPasses):
                 pair of these for the upper and the lower tap.
 
         Raises:
-            EventError: ``lower`` is not below ``upper``.
+            EventError: If ``lower`` is not below ``upper``.
 
         Examples:
             >>> joint = mu.joint("2", "0")
@@ -392,7 +392,7 @@ class RelevanceMeasure(QueryPasses):
                 layer.
 
         Raises:
-            EventError: A layer is not below the previous layer.
+            EventError: If a layer is not below the previous layer.
 
         Examples:
             >>> [tuple(joint.shape) for joint in mu.joints(["2", "0", "input"])]
@@ -426,8 +426,8 @@ class RelevanceMeasure(QueryPasses):
             sample: Index of the sample; required if the measure has several.
 
         Raises:
-            FlowError, InputError: Thresholds or sample do not fit.
-            EventError: A layer is not below the previous layer, or groups do not fit.
+            FlowError, InputError: If a threshold is out of range or the sample does not exist.
+            EventError: If a layer is not below the previous layer, or groups do not fit.
 
         Examples:
             >>> graph = mu.flow(["output", "1", "input"], top=2, names={"output": ["cat", "dog"]}, sample=0)

@@ -29,7 +29,7 @@ def check_memory(max_memory: object) -> int | None:
     """A memory budget in bytes; None for the default of the device.
 
     Raises:
-        InputError: ``max_memory`` is not a positive number.
+        InputError: If ``max_memory`` is not a positive number.
     """
     if max_memory is None:
         return None
@@ -67,7 +67,7 @@ def in_chunks(
         what: Name of the items in the progress bar, which appears after some seconds.
 
     Raises:
-        MemoryError: A single item does not fit into memory.
+        MemoryError: If a single item does not fit into memory.
     """
     results: list[Result] = []
     with tqdm(total=len(items), desc=what, delay=5, leave=False, disable=len(items) <= width) as bar:

@@ -103,7 +103,7 @@ def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
         Integers of shape ``size``.
 
     Raises:
-        InputError: There are more patches than pixels, or no patches.
+        InputError: If there are more patches than pixels, or no patches.
 
     Examples:
         >>> patches((4, 4), 2)

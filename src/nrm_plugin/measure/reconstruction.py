@@ -91,8 +91,8 @@ def reconstruct(
             do; else from all selected neurons. Negative activations are set to zero.
 
     Raises:
-        ValueError: The method is unknown.
-        EventError: The event does not consist of outputs of modules, joined by ``&``.
+        ValueError: If the method is unknown.
+        EventError: If the event does not consist of outputs of modules, joined by ``&``.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.ReLU())

@@ -34,7 +34,7 @@ def drawn_nodes(layer: FlowLayer) -> list[tuple[int, FlowNode]]:
     """Returns the nodes of a layer to be drawn, each with its row in the joint relevance.
 
     Raises:
-        FlowError: The layer has too many groups for a figure.
+        FlowError: If the layer has too many groups for a figure.
     """
     if len(layer.groups) > MAX_GROUPS:
         raise FlowError(
@@ -59,7 +59,7 @@ def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: N
             are drawn below their layer, each on its own scale.
 
     Raises:
-        FlowError: A layer has too many groups for a figure.
+        FlowError: If a layer has too many groups for a figure.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

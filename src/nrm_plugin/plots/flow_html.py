@@ -49,8 +49,8 @@ def sankey(graph: FlowGraph, heading: str = "Flow of relevance", maps: NodeMaps 
         maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails next to the nodes.
 
     Raises:
-        MissingExtraError: plotly is not installed.
-        FlowError: A layer has too many groups for a figure.
+        MissingExtraError: If plotly is not installed.
+        FlowError: If a layer has too many groups for a figure.
     """
     config = {"displayModeBar": False, "responsive": True}
     page: str = sankey_figure(graph, heading, maps).to_html(config, include_plotlyjs=True, post_script=SCRIPT)

@@ -54,7 +54,7 @@ def save(figure: Figure, path: Path, paper: str = "white") -> Path:
     """Writes a figure at 150 dots per inch on a background colour, and returns the path.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: If the file cannot be written.
     """
     figure.savefig(path, dpi=DPI, facecolor=paper)
     return path

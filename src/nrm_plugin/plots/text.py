@@ -76,7 +76,7 @@ def text_figure(
         dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
 
     Raises:
-        InputError: Tokens, values and titles do not match.
+        InputError: If tokens, values and titles do not match.
 
     Examples:
         >>> figure = text_figure(["[CLS]", "un", "##kind"], [0.2, -0.1, 0.6], special=["[CLS]"])
@@ -123,7 +123,7 @@ def text_html(
         heading: As in :func:`text_figure`.
 
     Raises:
-        InputError: Tokens, values and titles do not match.
+        InputError: If tokens, values and titles do not match.
 
     Examples:
         >>> page = text_html(["<b>", "good"], [0.1, 0.9])

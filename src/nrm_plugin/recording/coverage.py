@@ -110,7 +110,8 @@ def coverage(
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:
-        InputError, ModelStateError, GradModeError: As for :class:`~nrm_plugin.RelevanceMeasure`.
+        InputError, ModelStateError, GradModeError: If :class:`~nrm_plugin.RelevanceMeasure` raises the error for these
+            arguments.
 
     Examples:
         >>> print(coverage(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3)))

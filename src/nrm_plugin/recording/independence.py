@@ -71,7 +71,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
         rerun: Runs the model of the recording again.
 
     Raises:
-        FoldingError: The samples depend on each other.
+        FoldingError: If the samples depend on each other.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(start.shape, generator=generator, dtype=start.dtype).to(start.device) + 0.5

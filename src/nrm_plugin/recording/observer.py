@@ -89,8 +89,8 @@ class Observer:
         """The tensor inside the model at which the measure starts.
 
         Raises:
-            EventError: ``output`` is not a whole tap.
-            UnknownLayerError: The forward pass has no tap of this name.
+            EventError: If ``output`` selects only part of a tap.
+            UnknownLayerError: If no tap of the forward pass has this name.
         """
         if output.index is not None or output.side == "sink" or output.call == "any":
             raise EventError(

@@ -77,7 +77,7 @@ class Samples:
         """Returns the layout that converts a tensor to the form ``(N, …)``.
 
         Raises:
-            FoldingError: No dimension holds the samples in equal parts.
+            FoldingError: If no dimension holds the samples in equal parts.
         """
         if self.is_plain:
             return self._plain
@@ -165,7 +165,7 @@ class Samples:
             start: Relevance of the outputs, positive wherever it may be nonzero.
 
         Raises:
-            FoldingError: The entries of a tensor belong to several samples.
+            FoldingError: If the entries of a tensor belong to several samples.
         """
         vectors = _encoded(start, self.layout(self.graph.output), start.shape, self.count)
         finder = _Finder(self)
@@ -199,7 +199,7 @@ class Samples:
         """Sums over the entries of each sample, ``(N,)``.
 
         Raises:
-            FoldingError: The samples are unknown.
+            FoldingError: If the samples are unknown.
         """
         sums = self.sums(tensor, place)
         if sums is None:

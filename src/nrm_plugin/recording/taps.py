@@ -98,7 +98,7 @@ def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
     """The name of a layer, given by name or as a module; the name of the model itself is ``"output"``.
 
     Raises:
-        UnknownLayerError: The module belongs to another model.
+        UnknownLayerError: If the module belongs to a different model.
     """
     if isinstance(layer, str):
         return layer
@@ -236,7 +236,7 @@ class Taps:
         """The taps of a layer name, side, call and item; several for ``call="any"``.
 
         Raises:
-            UnknownLayerError: No tap fits; the message lists similar names.
+            UnknownLayerError: If no tap fits; the message lists similar names.
         """
         if isinstance(layer, str):
             layer, own = self._split_item(layer, side)
@@ -292,7 +292,7 @@ class Taps:
         """The vertices of the steps of a layer, whose sinks are selected by ``at(layer, side="sink")``.
 
         Raises:
-            UnknownLayerError: The layer is not a step and therefore absorbs nothing.
+            UnknownLayerError: If the layer is not a step and therefore absorbs nothing.
         """
         name = self.name_of(layer)
         calls = sorted(number for known, number in self._sinks if known == name)

@@ -33,8 +33,8 @@ class LayerChain:
         widths: The number of vectors that fit into memory on the way to the next layer.
 
     Raises:
-        ValueError: No layer is given, or the number of kinds differs from the number of layers.
-        EventError: A layer is not below the previous one.
+        ValueError: If no layer is given, or the number of kinds differs from the number of layers.
+        EventError: If a layer is not below the previous one.
     """
 
     def __init__(self, mu: RelevanceMeasure, layers: Sequence[Layer], over: Over | Sequence[Over]) -> None:
@@ -95,7 +95,7 @@ def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
     """Returns the kind of group for each of several layers.
 
     Raises:
-        ValueError: A kind is unknown, or the number of kinds does not fit.
+        ValueError: If a kind is unknown, or the number of kinds does not fit.
     """
     kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
     if len(kinds) != count:

@@ -37,8 +37,8 @@ def best_walk(mu: RelevanceMeasure, chunk: int = 256) -> NeuronWalk:
         chunk: Ignored; the ``max_memory`` of the measure limits the memory.
 
     Raises:
-        ValueError: The measure has several samples.
-        NRMError: A kernel has negative entries, or all relevance is absorbed.
+        ValueError: If the measure contains several samples.
+        NRMError: If a kernel has negative entries, or all relevance is absorbed.
 
     Examples:
         >>> import warnings

@@ -69,9 +69,9 @@ def top_sets(
         exact: Whether to try all combinations.
 
     Raises:
-        ValueError: The measure has several samples, a size is not between 1 and the number of groups, or there are
-            too many combinations.
-        EventError: A layer is not below the previous one.
+        ValueError: If the measure contains several samples, a size is not between 1 and the number of groups, or there
+            are too many combinations.
+        EventError: If a layer is not below the previous one.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
