@@ -128,7 +128,7 @@ class Normalized(Composite):
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
     def _made_of_functions(self) -> tuple[type[nn.Module], ...]:
-        """The modules with functions as steps, although Zennit treats these modules as activations."""
+        """Returns the modules with functions as steps, although Zennit treats these modules as activations."""
         return (nn.MultiheadAttention, nn.Softmax) if self.attention == "halves" else (nn.MultiheadAttention,)
 
     def register(self, module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from ..model.inputs_and_outputs import Output
 
 
 class NRMAttributor(Attributor):
-    """A Zennit attributor that returns the output of the model and the measure, in place of a heat map.
+    """A Zennit attributor that returns the output of the model and the measure instead of a heat map.
 
     Args:
         model: The network, in evaluation mode.

@@ -1,6 +1,6 @@
 """Common functions of the Captum classes: Captum's forms of inputs, units, and convergence deltas.
 
-Only this module imports Captum's private helpers, since their place differs between Captum's versions.
+Only this module imports Captum's private helpers, since they are in different modules in different versions of Captum.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
 
 
 def input_taps(measure: RelevanceMeasure) -> list[Atom]:
-    """The taps of the inputs on which the explained output depends."""
+    """Returns the taps of the inputs on which the explained output depends."""
     try:
         return measure.taps_of("input")
     except UnknownLayerError:

@@ -146,7 +146,7 @@ class ConceptNRM:
 
 
 def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """The mask of the chosen outputs, ``(N, K)``; ``chosen`` is None for all outputs."""
+    """Returns the mask of the chosen outputs, ``(N, K)``; ``chosen`` is None for all outputs."""
     if chosen is None:
         return torch.ones_like(outputs)
     out_of_range = [number for number in chosen if not -outputs.shape[1] <= number < outputs.shape[1]]
@@ -158,7 +158,7 @@ def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
 
 
 def _start(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """The start vector of the chosen outputs, weighted by their values; a single output has mass 1."""
+    """Returns the start vector of the chosen outputs, weighted by their values; a single output has mass 1."""
     mask = _mask(chosen, outputs)
     return mask if bool(mask.flatten(1).sum(1).eq(1).all()) else mask * outputs
 

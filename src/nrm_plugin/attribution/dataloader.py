@@ -20,7 +20,7 @@ class DataLoaderNRM:
     """A wrapper that applies an attribution method of this package to the batches of a data loader.
 
     Captum's ``DataLoaderAttribution`` requires the exact type ``FeatureAblation``, since it ablates features of the
-    whole data set. Relevance requires one pass per batch, hence this separate class, with Captum's input roles.
+    whole data set. Relevance requires one pass per batch, so this is a separate class. It uses Captum's input roles.
 
     Args:
         attr_method: An :class:`~nrm_plugin.NRM`, :class:`~nrm_plugin.LayerNRM` or :class:`~nrm_plugin.NeuronNRM`.

@@ -152,7 +152,7 @@ class NRM(GradientAttribution):
     def measure(
         self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None
     ) -> RelevanceMeasure:
-        """Returns the measure behind the attributions, for queries of sinks, joints and conditionals.
+        """Returns the measure behind the attributions, for queries of sinks, joint relevance and conditional relevance.
 
         Args:
             inputs: As in :meth:`attribute`.
@@ -190,7 +190,7 @@ class NRM(GradientAttribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """True, since relevance is a contribution, not a sensitivity.
+        """Returns True, because relevance is a contribution and not a sensitivity.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).multiplies_by_inputs

@@ -15,7 +15,7 @@ from ..errors import NRMError
 
 
 class CompositeError(NRMError, ValueError):
-    """No composite has the given name, or the composite needs arguments that have no option."""
+    """Raised if no composite has the given name, or the composite requires arguments that no option sets."""
 
 
 def composite_names() -> list[str]:

@@ -72,7 +72,7 @@ def write(loaded: LoadedModel, request: Request, result: Explanation, out: Path,
 
 
 def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
-    """The kinds of files of a layer; no figure if no channel has relevance."""
+    """Returns the kinds of files of a layer; no figure if no channel has relevance."""
     return ("png", "csv") if layer.top else ("csv",)
 
 

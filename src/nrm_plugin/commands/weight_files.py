@@ -29,7 +29,7 @@ State = dict[str, Tensor]
 
 
 class WeightsError(NRMError, ValueError):
-    """The weights cannot be read or downloaded, or belong to another model."""
+    """Raised if the weights cannot be read or downloaded, or belong to a different model."""
 
 
 def read_state(path: Path) -> State:

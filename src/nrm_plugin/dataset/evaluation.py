@@ -153,12 +153,12 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of a model."""
+    """Returns the device of a model."""
     return next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The floating-point dtype of a model."""
+    """Returns the floating-point dtype of a model."""
     return next((item.dtype for item in _tensors(model) if item.is_floating_point()), torch.get_default_dtype())
 
 

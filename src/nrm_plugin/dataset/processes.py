@@ -89,7 +89,7 @@ class FolderLocks:
             ) from error
 
     def are_others_running(self) -> bool:
-        """Whether another rank holds its lock."""
+        """Whether a different rank holds its lock."""
         for path in (self.folder / LOCKS).glob("rank-*"):
             if path.name != self._name(self.process.rank):
                 try:

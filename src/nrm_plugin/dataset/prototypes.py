@@ -74,7 +74,7 @@ class Prototypes:
 
     @property
     def coverage(self) -> Array:
-        """The share of the samples of each prototype, ``(P,)``."""
+        """The fraction of the samples that belong to each prototype, ``(P,)``."""
         coverage: Array = np.bincount(self.members, minlength=len(self.centres)) / len(self.members)
         return coverage
 

@@ -89,7 +89,7 @@ def sweep(
         unpack: A function from a batch to inputs and labels; by default a batch is inputs, ``(inputs, labels)``, or a
             mapping with ``"label"`` or ``"labels"``.
         batch_size: Number of samples per batch; by default the batch size of the loader, or 16. A sweep can be resumed
-            with another batch size, which changes results only by rounding.
+            with a different batch size, which changes results only by rounding.
         num_workers: Number of processes that read samples; by default as in the loader, or none.
         shard: Number of samples per shard, rounded up to whole batches; at most one shard is lost if a process is
             killed. A resumed sweep keeps its shards.

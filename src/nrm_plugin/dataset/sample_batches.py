@@ -163,7 +163,7 @@ def _dataset_source(data: Any, batch_size: int, num_workers: int, options: Mappi
 class ShardPlan:
     """The assignment of samples to batches, and of batches to shards.
 
-    The shards do not depend on the batch size, so that a sweep can be resumed with another batch size.
+    The shards do not depend on the batch size, so that a sweep can be resumed with a different batch size.
 
     Attributes:
         count: Number of samples.

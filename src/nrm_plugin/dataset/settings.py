@@ -147,7 +147,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def readable(composite: Normalized) -> str:
-    """The name of a composite for messages."""
+    """Returns the name of a composite for messages."""
     return f"Normalized({type(composite.composite).__name__})"
 
 

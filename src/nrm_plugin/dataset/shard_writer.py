@@ -138,7 +138,7 @@ def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> BatchResults:
-    """The batches of a shard as one.
+    """Returns the batches of a shard as one.
 
     Raises:
         SweepError: If the groups of a query differ between batches.

@@ -75,7 +75,7 @@ class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unuse
 
 
 class ClasswiseRelevance(_Relevance):
-    r"""Count, mean and variance, for each class, of the relevance of groups.
+    r"""Count, mean and variance of the relevance of groups, for each class.
 
     .. math:: m_{ck} = \frac{1}{n_c} \sum_{n:\, t_n = c} \mu_n(k), \qquad
               v_{ck} = \frac{1}{n_c - 1} \sum_{n:\, t_n = c} (\mu_n(k) - m_{ck})^2

@@ -29,7 +29,7 @@ OnProgress = Callable[[int], object]
 
 
 class SampleError(SweepError):
-    """Samples cannot be read or evaluated."""
+    """Raised if samples cannot be read or evaluated."""
 
 
 @dataclass(frozen=True)

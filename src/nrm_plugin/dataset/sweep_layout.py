@@ -47,19 +47,19 @@ OnError = Literal["raise", "skip"]
 
 
 class SweepError(NRMError, ValueError):
-    """A sweep cannot be run, resumed or read."""
+    """Raised if a sweep cannot be run, resumed or read."""
 
 
 class SettingsError(SweepError):
-    """The folder contains a sweep with different settings."""
+    """Raised if the folder contains a sweep with different settings."""
 
 
 class ShardError(SweepError):
-    """A file of a sweep is damaged or belongs to another sweep."""
+    """Raised if a file of a sweep is damaged or belongs to a different sweep."""
 
 
 class ManifestError(ShardError):
-    """The manifest of a sweep is damaged or was edited."""
+    """Raised if the manifest of a sweep is damaged or was edited."""
 
 
 def arrow() -> Any:

@@ -211,15 +211,15 @@ class Atom(Event):
         return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
 
     def head(self, index: Any) -> Attended:
-        """The walks through one or several heads of the attention in this layer."""
+        """Returns the walks through one or several heads of the attention in this layer."""
         return Attended(self).head(index)
 
     def token(self, index: Any) -> Attended:
-        """The walks through the output of the attention in this layer at the given tokens."""
+        """Returns the walks through the output of the attention in this layer at the given tokens."""
         return Attended(self).token(index)
 
     def pair(self, query: Any, key: Any) -> Attended:
-        """The walks through the attention from a query token to a key token."""
+        """Returns the walks through the attention from a query token to a key token."""
         return Attended(self).pair(query, key)
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:

@@ -164,7 +164,7 @@ def _kind_of_result(call: ObservedCall, kind: Kind, result: Tensor) -> Kind:
 
 
 def _selected_dims(call: ObservedCall) -> int:
-    """The number of dimensions of a table from which an index selects."""
+    """Returns the number of dimensions of a table from which an index selects."""
     if call.name.base == "index_select":
         return 1
     index = call.args[1] if len(call.args) > 1 else None

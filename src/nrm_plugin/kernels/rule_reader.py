@@ -114,7 +114,7 @@ def _identity(call: LayerCall) -> IdentityKernel:
 
 
 def _by_modifiers(call: LayerCall, rule: BasicHook) -> VjpKernel:
-    """The kernel of any rule written with modifiers, on any module."""
+    """Returns the kernel of any rule written with modifiers, on any module."""
     sources = [modifier(call.input).detach().requires_grad_() for modifier in rule.input_modifiers]
     outputs = []
     with torch.enable_grad():
@@ -142,7 +142,7 @@ def _plain_gradient(call: LayerCall) -> VjpKernel:
 
 
 def _by_backward(call: LayerCall) -> VjpKernel:
-    """The kernel of a rule with its own ``backward``, which may read the plain gradient and its own state."""
+    """Returns the kernel of a rule with its own ``backward``, which may read the plain gradient and its own state."""
     rule, module, inputs, output = call.rule, call.module, call.input, call.output
     if not call.is_output_known:
         with torch.no_grad():

@@ -111,7 +111,7 @@ class FlowGraph:
         return FlowGraph(layers, joints, self.carried if layers == self.layers else None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The graph as nested dictionaries and lists of numbers and strings.
+        """Returns the graph as nested dictionaries and lists of numbers and strings.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -134,7 +134,7 @@ class FlowGraph:
         return {"format": FORMAT, "layers": layers, "joints": joints, "carried": self.carried}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The graph as JSON; also written to a file if a path is given.
+        """Returns the graph as JSON; also written to a file if a path is given.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -175,7 +175,7 @@ class FlowGraph:
         return cls(layers, joints, entries.get("carried"))
 
     def to_networkx(self) -> Any:
-        """A ``networkx.DiGraph`` from the output down, with masses as attributes; requires networkx.
+        """Returns a ``networkx.DiGraph`` from the output down, with masses as attributes; requires networkx.
 
         Raises:
             MissingExtraError: If networkx is not installed.
@@ -214,7 +214,7 @@ class FlowGraph:
         extra("networkx", "graph").write_graphml_xml(self.to_networkx(), path)
 
     def to_pandas(self) -> tuple[Any, Any]:
-        """Data frames of the nodes and of the edges; requires pandas.
+        """Returns data frames of the nodes and of the edges; requires pandas.
 
         Raises:
             MissingExtraError: If pandas is not installed.

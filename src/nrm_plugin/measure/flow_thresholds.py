@@ -77,7 +77,7 @@ def merging(count: int, shown: Sequence[int]) -> Array:
 
 
 def merged(layer: FlowLayer, shown: Sequence[int]) -> FlowLayer:
-    """A layer with fewer groups; the mass of the others is added to the rest."""
+    """Returns a layer with fewer groups; the mass of the others is added to the rest."""
     dropped = [position for position in range(len(layer.groups)) if position not in set(shown)]
     return replace(
         layer,

@@ -51,7 +51,7 @@ def several_layers(layers: Any) -> list[Any]:
 
 
 def tap_of(recording: Recording, layer: Layer) -> Tap:
-    """The tap of a layer.
+    """Returns the tap of a layer.
 
     Raises:
         EventError: If ``layer`` is an event, or names several taps.
@@ -81,7 +81,7 @@ def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[A
 
 
 def is_reached(recording: Recording, tap: Tap) -> bool:
-    """Whether a walk from the output can cross a tap."""
+    """Whether a walk that starts at the output can cross the tap."""
     output = recording.graph.output
     bit = 1 << recording.taps.index[tap.place]
     return tap.place == output or bool(recording.taps.marks.below_vertex[output.vertex] & bit)

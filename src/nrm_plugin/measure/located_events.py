@@ -74,7 +74,7 @@ class Locator:
         return parts[0] if len(parts) == 1 else Any_(tuple(parts))
 
     def _places(self, atom: Atom) -> list[tuple[Buffer | Edge | Sink, torch.Size, int]]:
-        """The places of an atom, each with the shape and the channel dimension of the tensor there."""
+        """Returns the places of an atom, each with the shape and the channel dimension of the tensor there."""
         taps = self._recording.taps
         if atom.side == "sink":
             return [self._sink(vertex) for vertex in taps.find_sinks(atom.layer, atom.call)]

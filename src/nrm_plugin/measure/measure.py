@@ -155,7 +155,7 @@ class RelevanceMeasure(QueryPasses):
         return self._tap(layer).shape
 
     def channel_dim(self, layer: Layer) -> int:
-        """The channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.
+        """Returns the channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.
 
         Raises:
             UnknownLayerError: If no tap has this name; the message lists similar names.
@@ -168,7 +168,7 @@ class RelevanceMeasure(QueryPasses):
         return tap.channel_dim % len(tap.shape)
 
     def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
-        """The taps of a layer: one, or one per tensor of a tuple.
+        """Returns the taps of a layer: one, or one per tensor of a tuple.
 
         Raises:
             UnknownLayerError: If no tap has this name.
@@ -200,7 +200,7 @@ class RelevanceMeasure(QueryPasses):
         joint: Event | Sequence[Event] | None = None,
         min_ratio: float | None = None,
     ) -> Tensor | dict[Any, Tensor]:
-        r"""Mass of the walks through each neuron of one tap.
+        r"""Returns the mass of the walks through each neuron of one tap.
 
         .. math:: \mu(n_l = i) = \mu(\{w : w \text{ crosses } i\})
 
@@ -236,7 +236,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
-        """Mass absorbed above a tap, ``(N,)``.
+        """Returns the mass absorbed above a tap, ``(N,)``.
 
         Args:
             layer: Tap name, module or ``at(…)``.
@@ -252,7 +252,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
-        """Mass absorbed above at least one of several taps, such as the tensors of a tuple, ``(N,)``.
+        """Returns the mass absorbed above at least one of several taps, such as the tensors of a tuple, ``(N,)``.
 
         Examples:
             >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))
@@ -262,7 +262,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def bypass(self, layer: Layer) -> Tensor:
-        """Mass of the walks that reach the input, or a sink elsewhere, without crossing the tap, ``(N,)``.
+        """Returns the mass of the walks that reach the input, or a sink elsewhere, without crossing the tap, ``(N,)``.
 
         Examples:
             >>> mu.bypass("1")
@@ -272,7 +272,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
-        """Mass absorbed in each step that absorbs relevance, ``(N,)``, by the name of the step.
+        """Returns the mass absorbed in each step that absorbs relevance, ``(N,)``, by the name of the step.
 
         Examples:
             >>> leaky = RelevanceMeasure(net, torch.randn(5, 3), 1, residual="sink")
@@ -285,7 +285,7 @@ class RelevanceMeasure(QueryPasses):
     def variation(self, layer: Layer) -> Tensor:
         r"""Tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
 
-        A value above 1 means that the tap has neurons of opposite sign.
+        A value above 1 means that neurons of opposite sign share the tap.
 
         Examples:
             >>> bool((mu.variation("1") >= 0.999).all())
@@ -297,7 +297,7 @@ class RelevanceMeasure(QueryPasses):
     def walk_variation(self, surviving: bool = False) -> Tensor:
         r"""``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``: 1 if and only if no walk is negative.
 
-        It bounds every ``|μ(A)|`` and the rounding error of every sum, and grows with depth for signed rules.
+        The value bounds every ``|μ(A)|`` and the rounding error of every sum; for signed rules, it grows with depth.
 
         Args:
             surviving: Return the variation of the measure conditioned on survival: the sum over walks that reach an
@@ -315,7 +315,7 @@ class RelevanceMeasure(QueryPasses):
     def __call__(
         self, event: Event | Sequence[Event], given: Event | None = None, *, min_ratio: float | None = None
     ) -> Tensor:
-        r"""Mass of an event, ``μ(A)``, or, given a condition, ``μ(A | B) = μ(A & B) / μ(B)``.
+        r"""Returns the mass of an event, ``μ(A)``, or, given a condition, ``μ(A | B) = μ(A & B) / μ(B)``.
 
         Args:
             event: An event, or a list of events, evaluated in one pass.
@@ -381,7 +381,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:
-        """Joint relevance of the channels of all pairs of consecutive layers, ``(N, upper, lower)`` each.
+        """Returns the joint relevance of the channels of all pairs of consecutive layers, ``(N, upper, lower)`` each.
 
         All layers share one pass. If two layers are separated by one linear layer, and otherwise only by operations
         that preserve channels (ReLU, max pooling), all pairs of channels cost one weight gradient.
@@ -412,7 +412,7 @@ class RelevanceMeasure(QueryPasses):
         names: Mapping[str, Names] | None = None,
         sample: int | None = None,
     ) -> FlowGraph:
-        """The flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
+        """Returns the flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
 
         Args:
             layers: The layers, in any order; of each two, one must be below the other.

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 def check_memory(max_memory: object) -> int | None:
-    """A memory budget in bytes; None for the default of the device.
+    """Returns a memory budget in bytes; None for the default of the device.
 
     Raises:
         InputError: If ``max_memory`` is not a positive number.
@@ -40,7 +40,7 @@ def check_memory(max_memory: object) -> int | None:
 
 
 def width_of(recording: Recording, max_memory: int | None, places: Iterable[Place] | None) -> int:
-    """Number of vectors that fit, at least one.
+    """Returns the number of vectors that fit, at least one.
 
     Args:
         recording: The recording.
@@ -58,7 +58,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 def in_chunks(
     items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
 ) -> list[Result]:
-    """Results of ``run`` for all items, at most ``width`` per call; out of memory, the width is halved.
+    """Returns the results of ``run`` for all items, at most ``width`` per call; out of memory, the width is halved.
 
     Args:
         items: The items.

@@ -326,7 +326,7 @@ def _not_floating(tensor: Tensor) -> str:
 
 
 def _infinite(tensor: Tensor) -> str:
-    """The text that lists the samples with infinite or nan entries."""
+    """Returns the text that lists the samples with infinite or nan entries."""
     return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 

@@ -123,7 +123,7 @@ class Neurons:
         return torch.where(silent, slope, start)
 
     def _slope(self, values: Tensor) -> Tensor:
-        """The weight of each neuron in the sum of activations."""
+        """Returns the weight of each neuron in the sum of activations."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()

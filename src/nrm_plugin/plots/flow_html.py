@@ -120,7 +120,7 @@ def _links(graph: FlowGraph, nodes: Sequence[FlowNode]) -> Iterator[dict[str, An
 
 
 def _sizes(links: Sequence[dict[str, Any]], count: int) -> NDArray[np.float64]:
-    """The relevance that plotly draws for each node: the larger of the sums of widths on both sides."""
+    """Returns the relevance that plotly draws for each node: the larger of the sums of widths on both sides."""
     sides = np.zeros((2, count))
     for link in links:
         sides[0, link["source"]] += link["value"]
@@ -169,7 +169,7 @@ def _layer_heading(graph: FlowGraph, column: int) -> dict[str, Any]:
 
 
 def _thumbnail(values: NDArray[np.float64], place: tuple[float, float], size: float) -> dict[str, Any]:
-    """An image on the left of a node, or on the right, outside the drawing, for the last column."""
+    """Returns an image on the left of a node, or on the right, outside the drawing, for the last column."""
     small = thumbnail(values)
     limit = float(np.abs(small).max()) or 1.0
     colors = matplotlib.colormaps[DIVERGING](0.5 + 0.5 * small / limit, bytes=True)[..., :3]

@@ -160,7 +160,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """The layers that share a parameter with an earlier layer, and its name."""
+    """Returns the layers that share a parameter with an earlier layer, and its name."""
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, module in model.named_modules():

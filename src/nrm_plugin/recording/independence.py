@@ -139,7 +139,7 @@ def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Re
 
 
 def _outputs(chosen: Tensor, exchange: Exchange, rerun: Rerun) -> Tensor | None:
-    """The outputs after an exchange; None if the model raises, or if the large values overflow."""
+    """Returns the outputs after an exchange; None if the model raises, or if the large values overflow."""
     try:
         outputs = rerun.outputs(lambda tensor: changed(tensor, chosen, exchange))
     except Exception:

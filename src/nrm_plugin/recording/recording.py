@@ -109,7 +109,7 @@ class Recording:
         return start
 
     def unfolded(self) -> Tensor:
-        """The output in the form ``(N, …)``, detached."""
+        """Returns the output in the form ``(N, …)``, detached."""
         return self.samples.layout(self.graph.output).unfold(self.output.detach())
 
     def outputs(self) -> Tensor:

@@ -60,7 +60,7 @@ class LayerChain:
         ]
 
     def first(self) -> Tensor:
-        """Relevance of the neurons of the first layer, ``(n_0,)``."""
+        """Returns the relevance of the neurons of the first layer, ``(n_0,)``."""
         return self.mu.marginal(self.atoms[0]).flatten()
 
     def propagate(self, level: int, vectors: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class LayerChain:
         return total.index_add_(-1, self.labels[level], values)
 
     def shaped_labels(self) -> tuple[Tensor, ...]:
-        """The :attr:`labels` in the shapes of the layers."""
+        """Returns the :attr:`labels` in the shapes of the layers."""
         return tuple(labels.reshape(tap.shape[1:]) for labels, tap in zip(self.labels, self.taps, strict=True))
 
 
@@ -106,7 +106,7 @@ def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
 
 
 def intersection(events: Sequence[Event]) -> Event:
-    """The walks that belong to all of one or more events."""
+    """Returns the walks that belong to all of one or more events."""
     return functools.reduce(operator.and_, events)
 
 

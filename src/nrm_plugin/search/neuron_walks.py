@@ -1,4 +1,4 @@
-"""Deprecated: the best walk of single neurons, replaced by ``top_walks(mu, k=1, over="neuron")``."""
+"""Deprecated search for the best walk of single neurons, replaced by ``top_walks(mu, k=1, over="neuron")``."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
 
 
 def kept_event(masks: Mapping[str, Tensor]) -> Event:
-    """The walks that cross a kept neuron in every layer.
+    """Returns the walks that cross a kept neuron in every layer.
 
     Raises:
         InputError: If no layer is given.

@@ -69,7 +69,7 @@ class Subspaces:
             )
 
     def __len__(self) -> int:
-        """The number of subspaces, without the rest."""
+        """Returns the number of subspaces, without the rest."""
         return len(self.sizes)
 
     def parts(self, values: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def _rms(vectors: Tensor) -> float:
 
 
 def _vectors(values: Tensor, relevance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Activations and contexts of all samples and positions, ``(n, C)`` each."""
+    """Returns activations and contexts of all samples and positions, ``(n, C)`` each."""
     if values.shape != relevance.shape or values.ndim < 2:
         raise InputError(
             f"activations {tuple(values.shape)} and relevance {tuple(relevance.shape)} must be of the same neurons, "
@@ -330,7 +330,7 @@ def _replaced(module: nn.Module, subspaces: Mapping[str, Subspaces], path: str) 
 
 
 class _WithSubspaces(nn.Module):
-    """A layer that computes the parts of another layer's output in the subspaces, and returns their sum."""
+    """A layer that computes the parts of a given layer's output in the subspaces, and returns their sum."""
 
     def __init__(self, layer: nn.Module, subspaces: Subspaces) -> None:
         super().__init__()
