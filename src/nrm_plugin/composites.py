@@ -49,7 +49,7 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 class Normalized(Composite):
     """A Zennit composite with normalized rules: all relevance is propagated or absorbed by a sink.
 
-    It is used like any other composite: in a context, in an attributor, or nested in ``MixedComposite``. The gradient
+    The composite is used like any other: in a context, in an attributor, or nested in ``MixedComposite``. The gradient
     of an output in its context is relevance under the normalized kernels. With ``create_graph=True``, this relevance
     can be differentiated with respect to the start vector; derivatives with respect to inputs and weights raise
     ``UnsupportedOperationError``, as does relevance at an operation without a kernel. In a measure, only the inputs
@@ -281,7 +281,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
 @register("nrm_absolute")
 class NRMAbsolute(LayerMapComposite):
-    """The rule Absolute in all layers: no walk is negative, so the variation is 1 at every tap.
+    """Composite with the rule Absolute in all layers: no walk is negative, so the variation is 1 at every tap.
 
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
@@ -336,49 +336,49 @@ class Named(Normalized):
 
 @register("nrm_epsilon_plus")
 class NRMEpsilonPlus(Named):
-    """Zennit's ``EpsilonPlus``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``EpsilonPlus``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonPlus
 
 
 @register("nrm_epsilon_plus_flat")
 class NRMEpsilonPlusFlat(Named):
-    """Zennit's ``EpsilonPlusFlat``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``EpsilonPlusFlat``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonPlusFlat
 
 
 @register("nrm_epsilon_alpha2_beta1")
 class NRMEpsilonAlpha2Beta1(Named):
-    """Zennit's ``EpsilonAlpha2Beta1``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``EpsilonAlpha2Beta1``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonAlpha2Beta1
 
 
 @register("nrm_epsilon_alpha2_beta1_flat")
 class NRMEpsilonAlpha2Beta1Flat(Named):
-    """Zennit's ``EpsilonAlpha2Beta1Flat``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``EpsilonAlpha2Beta1Flat``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonAlpha2Beta1Flat
 
 
 @register("nrm_epsilon_gamma_box")
 class NRMEpsilonGammaBox(Named):
-    """Zennit's ``EpsilonGammaBox``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``EpsilonGammaBox``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonGammaBox
 
 
 @register("nrm_excitation_backprop")
 class NRMExcitationBackprop(Named):
-    """Zennit's ``ExcitationBackprop``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``ExcitationBackprop``; its arguments are those of :class:`Named`."""
 
     rules = ExcitationBackprop
 
 
 @register("nrm_relative")
 class NRMRelative(Normalized):
-    """The rule Relative in all layers with weights and in average pooling, and Absolute in sums of skip connections.
+    """Composite with Relative in layers with weights and in average pooling, and Absolute in sums of skip connections.
 
     The composite conserves relevance up to a factor, so condition the measure on survival, ``given=~ABSORBED``.
 

@@ -43,7 +43,7 @@ class NRM(GradientAttribution):
         composite: A Zennit composite; None for the default of this package.
         residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`. With ``batched=False`` attributions have the shape
-            of the tensors, and deltas and sinks one entry.
+            of the tensors, and deltas and sinks contain one entry.
 
     Raises:
         InputError: If ``model`` is a function, not a module, so its layers cannot be recorded.

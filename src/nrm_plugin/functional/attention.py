@@ -108,7 +108,7 @@ class SoftmaxKernel(Kernel):
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 
     Args:
-        source: Scores ``x``; scores that a mask set to minus infinity have no share.
+        source: Scores ``x``; scores that a mask set to minus infinity receive no relevance.
         output: Output ``s``.
         dim: Dimension along which ``s`` sums to one.
 

@@ -102,7 +102,7 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> SplitKernel:
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
     """Returns |summand|; for a summand that is itself a sum with a single reader, the sum of its magnitudes.
 
-    Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` have the same shares.
+    Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` yield the same shares.
     """
     step = step_of(item.producer)
     if step is not None and step.uses <= 1 and step.rule == "sum":

@@ -1,6 +1,6 @@
 """Ids: integers among the inputs, tracked by identity to the lookups of the model.
 
-Integers have no relevance, but the selected rows do: walks end at these rows, as at any other input. Equal numbers of
+Integers receive no relevance, but the selected rows do: walks end at these rows, as at any other input. Equal numbers of
 other origin, such as positions, select constants.
 """
 

@@ -1,4 +1,4 @@
-r"""Batch-norm fusion: a layer and an adjacent batch normalization have one common kernel.
+r"""Batch-norm fusion: a layer and an adjacent batch normalization share one kernel.
 
 Kernels are read from copies of the layers, so the model is not changed. With
 :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`h = \beta - g \mu`, so that ``BN(x) = g x + h``:

@@ -94,7 +94,7 @@ class Normalization:
             )
 
     def scaling(self, column_sum: Tensor) -> Scaling:
-        """Returns gain and deficit for column sums of any shape."""
+        """Returns the gain and the deficit for column sums of any shape."""
         if self.residual == "sink":
             return Scaling(deficit=1 - column_sum)
         limit = float(self.gain_limit)
@@ -109,7 +109,7 @@ class Normalization:
         return Scaling(factor, deficit(column_sum, factor, limit))
 
     def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
-        """Returns gain and deficit as in :meth:`scaling`, computed block by block on a CPU."""
+        """Returns the gain and the deficit as in :meth:`scaling`, computed block by block on a CPU."""
         if column_sum.device.type != "cpu":
             return self.scaling(column_sum)
         factor, share = None, None

@@ -86,7 +86,7 @@ class Step(ABC):
         return self._normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
-        """Returns gain and deficit at all entries where this relevance is not zero; None stands for any relevance."""
+        """Returns the gain and the deficit at all entries where relevance is not zero; None stands for any relevance."""
         kernel = self.kernel
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
             if kernel.complete_for(relevance):
@@ -219,7 +219,7 @@ def link_in_place(step: Step, tensor: Tensor) -> Tensor:
 
 
 def step_of(node: Any) -> Step | None:
-    """The step of an autograd node. A user's ``autograd.Function`` may store a different object under the same name."""
+    """Returns the step of a node. A user's ``autograd.Function`` may store a different object under the same name."""
     step = getattr(node, "step", None)
     return step if isinstance(step, Step) else None
 

@@ -131,7 +131,7 @@ class EventPass:
         self.variation[event] += sums(vector.abs(), "the tap where an event is decided", place)
 
     def result(self, event: int, places: Sequence[Place]) -> EventResult:
-        """Returns mass, variation and maps of one event."""
+        """Returns the mass, variation and maps of one event."""
         return EventResult(self.mass[event], self.variation[event], [self.map(place, event) for place in places])
 
     def map(self, place: Place, event: int) -> Tensor:
@@ -153,7 +153,7 @@ def event_results(
     places: Sequence[Place] = (),
     max_memory: int | None = None,
 ) -> tuple[list[EventResult], Cost]:
-    """Returns mass, variation and maps of each event; one pass computes as many events as fit into memory.
+    """Returns the mass, variation and maps of each event; one pass computes as many events as fit into memory.
 
     Args:
         recording: The recording.

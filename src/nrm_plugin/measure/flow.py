@@ -135,7 +135,7 @@ def _sample_number(mu: Measure, sample: int | None) -> int:
 
 
 def _for_layer(value: Any, layer: Any, default: Any) -> Any:
-    """Returns the value for one layer; a mapping gives values by name, and the other layers have the default."""
+    """Returns the value for one layer; a mapping gives values by name, and the other layers use the default."""
     if value is None:
         return default
     return value.get(layer, default) if isinstance(value, Mapping) else value

@@ -90,7 +90,7 @@ class FlowGraph:
     def smaller(
         self, top: int | None = None, min_mass: float | None = None, coverage: float | None = None
     ) -> FlowGraph:
-        """The graph with fewer groups; the mass of the removed groups is added exactly to the rest of their layer.
+        """Returns the graph with fewer groups; the mass of removed groups is added exactly to the rest of their layer.
 
         Args:
             top: Number of groups of each layer.

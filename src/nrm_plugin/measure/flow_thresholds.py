@@ -67,7 +67,7 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:
-    """The matrix that sums the nodes of a layer to the nodes of the smaller graph, ``(shown + 2, count + 2)``."""
+    """Returns the matrix that sums nodes of a layer to nodes of the smaller graph, ``(shown + 2, count + 2)``."""
     sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1

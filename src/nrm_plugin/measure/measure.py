@@ -46,7 +46,7 @@ class RelevanceMeasure(QueryPasses):
         target: Output to explain, in Captum's forms (int, tuple, list, tensor), or a function that returns one of these
             for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``; None for a single output.
         composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` composite
-            has its own settings.
+            keeps its own settings.
         residual: Treatment of relevance that a rule does not propagate: ``"redistribute"`` (the default) or ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
         start: Signed vector over the outputs, instead of a target, or a function that returns it for the outputs.
@@ -283,7 +283,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def variation(self, layer: Layer) -> Tensor:
-        r"""Tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
+        r"""Returns the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
 
         A value above 1 means that neurons of opposite sign share the tap.
 
@@ -295,9 +295,9 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def walk_variation(self, surviving: bool = False) -> Tensor:
-        r"""``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``: 1 if and only if no walk is negative.
+        r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``; it is 1 if and only if no walk is negative.
 
-        The value bounds every ``|μ(A)|`` and the rounding error of every sum; for signed rules, it grows with depth.
+        The variation bounds every ``|μ(A)|`` and the rounding error of every sum; for signed rules, it grows with depth.
 
         Args:
             surviving: Return the variation of the measure conditioned on survival: the sum over walks that reach an
@@ -340,7 +340,7 @@ class RelevanceMeasure(QueryPasses):
     def conditional(self, event: Event, layer: None = ...) -> dict[str, Tensor]: ...
     @query
     def conditional(self, event: Event, layer: Layer | None = None) -> Tensor | dict[str, Tensor]:
-        """``μ(event given j)`` for every neuron ``j`` of a tap above all taps of the event, ``(N, *shape)``.
+        """Returns ``μ(event given j)`` for every neuron ``j`` of a tap above all taps of the event, ``(N, *shape)``.
 
         The query takes one transposed pass, and is also defined where ``μ(j)`` is zero.
 
@@ -361,7 +361,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def joint(self, upper: Layer, lower: Layer, over: Over | tuple[Over, Over] = "channel") -> Tensor:
-        """Joint relevance of every channel of a tap with every channel of a lower tap, ``(N, upper, lower)``.
+        """Returns the joint relevance of every channel of a tap with every channel of a lower tap, ``(N, upper, lower)``.
 
         Args:
             upper: The tap that walks cross first.

@@ -218,7 +218,7 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
 
 
 def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
-    """Returns maps and image of any linear function, by automatic differentiation.
+    """Returns the maps and the image of any linear function, by automatic differentiation.
 
     Args:
         run: The function, from ``(N, *in)`` to ``(N, *out)``.

@@ -194,7 +194,7 @@ def _name(node: FlowNode) -> str:
 
 
 def _hover_text(edge: FlowEdge) -> str:
-    """The text of the joint relevance, and of the conditional relevance given each node with sufficient mass."""
+    """Returns the text on joint relevance, and on conditional relevance given each node with sufficient mass."""
     upper, lower = _name(edge.upper), _name(edge.lower)
     lines = [f"{upper} → {lower}", f"joint relevance {percent(edge.mass)}"]
     if abs(edge.upper.mass) > NEGLIGIBLE:

@@ -109,7 +109,7 @@ def percent(value: float) -> str:
 
 
 def rows_scale(columns: Sequence[Column]) -> float:
-    """The factor on the height of labels with which the longest column fits. Figures are enlarged by its inverse."""
+    """Returns the factor on the height of labels with which the longest column fits; figures grow by its inverse."""
     longest = max((len(column.labels) for column in columns), default=0)
     return min(1.0, 0.9 / max(longest * (ROW + GAP), 1e-12))
 

@@ -245,7 +245,7 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """The items of the inputs or outputs of a layer, except nested items; ``[None]`` for a single tensor."""
+        """Returns the items of inputs or outputs of a layer, except nested items; ``[None]`` for a single tensor."""
         if isinstance(layer, str):
             layer, item = self._split_item(layer, side)
             if item is not None:

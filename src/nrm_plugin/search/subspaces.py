@@ -257,7 +257,7 @@ def _rms(vectors: Tensor) -> float:
 
 
 def _vectors(values: Tensor, relevance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Returns activations and contexts of all samples and positions, ``(n, C)`` each."""
+    """Returns the activations and contexts of all samples and positions, ``(n, C)`` each."""
     if values.shape != relevance.shape or values.ndim < 2:
         raise InputError(
             f"activations {tuple(values.shape)} and relevance {tuple(relevance.shape)} must be of the same neurons, "
