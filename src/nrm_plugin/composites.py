@@ -49,7 +49,7 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 class Normalized(Composite):
     """A Zennit composite with normalized rules: all relevance is propagated or absorbed by a sink.
 
-    It is used like any other composite: in a context, in an attributor, or nested in ``MixedComposite``. The gradient
+    The composite is used like any other: in a context, in an attributor, or nested in ``MixedComposite``. The gradient
     of an output in its context is relevance under the normalized kernels. With ``create_graph=True``, this relevance
     can be differentiated with respect to the start vector; derivatives with respect to inputs and weights raise
     ``UnsupportedOperationError``, as does relevance at an operation without a kernel. In a measure, only the inputs
@@ -69,7 +69,7 @@ class Normalized(Composite):
             AttnLRP.
 
     Raises:
-        TypeError: ``composite`` is not a composite, or is already normalized.
+        TypeError: If ``composite`` is not a composite, or is already normalized.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus
@@ -128,15 +128,16 @@ class Normalized(Composite):
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
     def _made_of_functions(self) -> tuple[type[nn.Module], ...]:
-        """The modules with functions as steps, although Zennit treats these modules as activations."""
+        """Returns the modules with functions as steps, although Zennit treats these modules as activations."""
         return (nn.MultiheadAttention, nn.Softmax) if self.attention == "halves" else (nn.MultiheadAttention,)
 
     def register(self, module: nn.Module) -> None:
         """Registers hooks on a module, as in Zennit.
 
         Raises:
-            ModelStateError: The module has hooks of another composite, so one of the two would silently have no effect.
-            UnsupportedRuleError: Another package has patched Zennit.
+            ModelStateError: If the module has hooks of a different composite, so that one of the two would silently
+                have no effect.
+            UnsupportedRuleError: If another package has patched Zennit.
         """
         self.remove()
         check_unpatched()
@@ -280,7 +281,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
 @register("nrm_absolute")
 class NRMAbsolute(LayerMapComposite):
-    """The rule Absolute in all layers: no walk is negative, so the variation is 1 at every tap.
+    """Composite with the rule Absolute in all layers: no walk is negative, so the variation is 1 at every tap.
 
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
@@ -335,49 +336,49 @@ class Named(Normalized):
 
 @register("nrm_epsilon_plus")
 class NRMEpsilonPlus(Named):
-    """Zennit's ``EpsilonPlus``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``EpsilonPlus``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonPlus
 
 
 @register("nrm_epsilon_plus_flat")
 class NRMEpsilonPlusFlat(Named):
-    """Zennit's ``EpsilonPlusFlat``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``EpsilonPlusFlat``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonPlusFlat
 
 
 @register("nrm_epsilon_alpha2_beta1")
 class NRMEpsilonAlpha2Beta1(Named):
-    """Zennit's ``EpsilonAlpha2Beta1``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``EpsilonAlpha2Beta1``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonAlpha2Beta1
 
 
 @register("nrm_epsilon_alpha2_beta1_flat")
 class NRMEpsilonAlpha2Beta1Flat(Named):
-    """Zennit's ``EpsilonAlpha2Beta1Flat``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``EpsilonAlpha2Beta1Flat``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonAlpha2Beta1Flat
 
 
 @register("nrm_epsilon_gamma_box")
 class NRMEpsilonGammaBox(Named):
-    """Zennit's ``EpsilonGammaBox``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``EpsilonGammaBox``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonGammaBox
 
 
 @register("nrm_excitation_backprop")
 class NRMExcitationBackprop(Named):
-    """Zennit's ``ExcitationBackprop``, normalized; arguments as in :class:`Named`."""
+    """Normalized version of Zennit\'s ``ExcitationBackprop``; its arguments are those of :class:`Named`."""
 
     rules = ExcitationBackprop
 
 
 @register("nrm_relative")
 class NRMRelative(Normalized):
-    """The rule Relative in all layers with weights and in average pooling, and Absolute in sums of skip connections.
+    """Composite with Relative in layers with weights and in average pooling, and Absolute in sums of skip connections.
 
     The composite conserves relevance up to a factor, so condition the measure on survival, ``given=~ABSORBED``.
 
@@ -421,7 +422,7 @@ def normalize(
     """Returns a normalized composite with the given settings.
 
     Raises:
-        TypeError: The composite is already normalized, and settings are given as well.
+        TypeError: If settings are passed for a composite that is already normalized.
     """
     settings = {"residual": residual, "gain_limit": gain_limit, "uncovered": uncovered}
     given = {key: value for key, value in settings.items() if value is not None}

@@ -14,23 +14,23 @@ class NRMError(Exception):
 
 
 class InputError(NRMError, ValueError):
-    """The inputs are invalid: empty, non-finite, or of a wrong type, dtype or device."""
+    """Raised if inputs are invalid: empty, non-finite, or of a wrong type, dtype or device."""
 
 
 class TargetError(NRMError, ValueError):
-    """A target or start vector does not match the output of the model."""
+    """Raised if a target or start vector does not match the output of the model."""
 
 
 class GradModeError(NRMError, RuntimeError):
-    """A measure was constructed under ``torch.no_grad`` or ``torch.inference_mode``."""
+    """Raised if a measure is constructed under ``torch.no_grad`` or ``torch.inference_mode``."""
 
 
 class ModelStateError(NRMError, RuntimeError):
-    """The model is in a state in which it cannot be recorded (training mode, hooks of another composite)."""
+    """Raised if the state of the model prevents recording it (training mode, hooks of a different composite)."""
 
 
 class UnknownLayerError(NRMError, KeyError):
-    """The measure has no tap of the given name."""
+    """Raised if no tap of the measure has the given name."""
 
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which would escape the line breaks of the message.
@@ -38,63 +38,63 @@ class UnknownLayerError(NRMError, KeyError):
 
 
 class HookedContainerError(UnknownLayerError):
-    """The tap is inside a container that has a rule and is a single step."""
+    """Raised if a tap is inside a container to which a rule is assigned, so that the container is a single step."""
 
 
 class EventError(NRMError, ValueError):
-    """An event does not match its tap: an index is out of range, or a mask has the wrong shape."""
+    """Raised if an event does not match its tap: an index is out of range, or a mask has the wrong shape."""
 
 
 class NullEventError(NRMError, ZeroDivisionError):
-    """The event of a condition contains no walk with non-zero mass."""
+    """Raised if the event of a condition contains no walk with nonzero mass."""
 
 
 class CancellationError(NRMError, ZeroDivisionError):
-    """Positive and negative mass cancels in the event of a condition."""
+    """Raised if positive and negative mass cancel in the event of a condition."""
 
 
 class StaleMeasureError(NRMError, RuntimeError):
-    """A parameter was modified in place after the measure had been constructed."""
+    """Raised if a parameter was modified in place after the measure had been constructed."""
 
 
 class UnsupportedRuleError(NRMError, TypeError):
-    """A rule cannot be expressed as a linear kernel on its module."""
+    """Raised if a rule cannot be expressed as a linear kernel on its module."""
 
 
 class NonlinearRuleError(UnsupportedRuleError):
-    """A rule is not linear in the propagated relevance (deconvnet, guided backpropagation)."""
+    """Raised if a rule is not linear in the propagated relevance (deconvnet, guided backpropagation)."""
 
 
 class UnsupportedOperationError(NRMError, TypeError):
-    """Relevance reached an operation for which no kernel is registered."""
+    """Raised if relevance reaches an operation for which no kernel is registered."""
 
 
 class UncoveredLayerError(UnsupportedOperationError):
-    """The composite assigns no rule to a layer that does more than route its input."""
+    """Raised if the composite assigns no rule to a layer that does more than route its input."""
 
 
 class StorageError(NRMError, TypeError):
-    """A measure cannot be copied or stored; the results of its queries can."""
+    """Raised if a measure is copied or stored; the results of its queries can be."""
 
 
 class FoldingError(NRMError, ValueError):
-    """The first dimension of a tap is not the batch, so its entries cannot be assigned to samples."""
+    """Raised if the first dimension of a tap is not the batch, so that its entries cannot be assigned to samples."""
 
 
 class MissingExtraError(NRMError, ImportError):
-    """An optional dependency is required but not installed."""
+    """Raised if an optional dependency is required but not installed."""
 
 
 class BatchNormWarning(UserWarning):
-    """The bias of a layer fused with its batch normalization absorbs most of the relevance."""
+    """Issued if the bias of a layer fused with its batch normalization absorbs most of the relevance."""
 
 
 class MemoryBudgetWarning(UserWarning):
-    """Memory ran out during a query, which continued in smaller chunks."""
+    """Issued if memory runs out during a query, which then continues in smaller chunks."""
 
 
 def unknown_layer(name: str, known: Iterable[str]) -> str:
-    """The message for an unknown tap name, with similar names."""
+    """Returns the message for an unknown tap name, with similar names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     listing = ", ".join(repr(item) for item in (near or names[:8]))
@@ -106,7 +106,7 @@ def unknown_layer(name: str, known: Iterable[str]) -> str:
 
 
 def samples(flags: Sequence[bool]) -> str:
-    """The indices of the flagged samples as text: ``samples 0, 3``."""
+    """Returns the indices of the flagged samples as text: ``samples 0, 3``."""
     indices = [str(index) for index, flag in enumerate(flags) if flag]
     more = ", …" if len(indices) > 10 else ""
     return f"sample{'s' if len(indices) != 1 else ''} {', '.join(indices[:10])}{more}"
@@ -152,7 +152,7 @@ def _brief_entries(values: Collection[object], length: int) -> str:
 
 
 def autocast_outside(name: str, kind: str) -> str:
-    """The message for a layer under torch.autocast when Zennit's hooks propagate the relevance of the model."""
+    """Returns the message for a layer under torch.autocast when Zennit's hooks propagate the relevance of the model."""
     return (
         f"layer {name!r} ({kind}) runs under torch.autocast, which would propagate relevance in half precision, "
         "too coarse for its sums. Call the model outside of torch.autocast, or construct a RelevanceMeasure inside it: "
@@ -164,7 +164,7 @@ def extra(module: str, name: str) -> ModuleType:
     """Imports an optional dependency.
 
     Raises:
-        MissingExtraError: The dependency is not installed.
+        MissingExtraError: If the dependency is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -18,9 +18,9 @@ class Absolute(BasicHook):
 
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
 
-    The shares are never negative, so that walks do not cancel; the bias has no share. On modules without weights
-    (average pooling, sums), relevance is distributed in proportion to absolute inputs. If all inputs of a neuron are
-    zero, the weights alone determine the shares, so that no column is zero.
+    The shares are never negative, so that walks do not cancel; the bias receives no relevance. On modules without
+    weights (average pooling, sums), relevance is distributed in proportion to absolute inputs. If all inputs of a
+    neuron are zero, the weights alone determine the shares, so that no column is zero.
 
     Args:
         stabilizer: A number added to the denominator, or a callable, as in Zennit's rules.
@@ -55,7 +55,7 @@ class Absolute(BasicHook):
 
 
 class ConservingEpsilon(BasicHook):
-    r"""LRP-ε without absorption: the share of ε is distributed to the inputs in proportion to their absolute values.
+    r"""LRP-ε without absorption: what ε absorbs is distributed to the inputs in proportion to their absolute values.
 
     .. math:: T_{ij} = \frac{\sigma_j a_i w_{ij} + \varepsilon_j |a_i| / \sum_{i'} |a_{i'}|}{|z_j| + \varepsilon_j},
               \qquad \varepsilon_j = \max(0,\; \varepsilon\, m_j - |z_j|)
@@ -73,7 +73,7 @@ class ConservingEpsilon(BasicHook):
         floor: Lower bound of :math:`|a_i|`, in units of its mean over the sample.
 
     Raises:
-        ValueError: ``epsilon`` is negative.
+        ValueError: If ``epsilon`` is negative.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -113,7 +113,7 @@ class ConservingEpsilon(BasicHook):
 
 
 class Relative(BasicHook):
-    r"""Relative contributions: one factor per layer, in place of one denominator per neuron.
+    r"""Rule with relative contributions: one factor per layer replaces the denominators of its neurons.
 
     .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
               \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
@@ -154,7 +154,7 @@ class Relative(BasicHook):
 
 
 def _largest(values: Tensor) -> Tensor:
-    """The largest absolute entry of each sample, ``(N, 1, …)``, clamped to be positive."""
+    """Returns the largest absolute entry of each sample, ``(N, 1, …)``, clamped to be positive."""
     dims = tuple(range(1, values.ndim)) or (0,)
     return values.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
@@ -215,7 +215,7 @@ def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """The floor of each sample, ``(N, 1, …)``, which is always positive."""
+    """Returns the floor of each sample, ``(N, 1, …)``, which is always positive."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
     return (floor * mean).clamp(min=1e-15)  # well above the stabilizers, so that a sample of zeros has shares as well

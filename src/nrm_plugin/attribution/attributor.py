@@ -17,7 +17,7 @@ from ..model.inputs_and_outputs import Output
 
 
 class NRMAttributor(Attributor):
-    """A Zennit attributor that returns the output of the model and the measure, in place of a heat map.
+    """A Zennit attributor that returns the output of the model and the measure instead of a heat map.
 
     Args:
         model: The network, in evaluation mode.
@@ -68,7 +68,7 @@ class NRMAttributor(Attributor):
             attr_output_fn: Function from the output to the start vector.
 
         Raises:
-            TargetError: The start vector sums to zero, or does not fit the output.
+            TargetError: If the start vector sums to zero, or does not fit the output.
 
         Examples:
             >>> import torch

@@ -1,6 +1,6 @@
 """Common functions of the Captum classes: Captum's forms of inputs, units, and convergence deltas.
 
-Only this module imports Captum's private helpers, since their place differs between Captum's versions.
+Only this module imports Captum's private helpers, since they are in different modules in different versions of Captum.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
     """Converts relevance ``(N, …)`` to units of the explained output ``(N,)``, or of the measure.
 
     Raises:
-        ValueError: The unit is unknown.
+        ValueError: If the unit is unknown.
     """
     if unit not in ("output", "measure"):
         raise ValueError(f"unit={brief(unit)} is unknown; choose 'output' or 'measure'.")
@@ -87,7 +87,7 @@ def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
 
 
 def input_taps(measure: RelevanceMeasure) -> list[Atom]:
-    """The taps of the inputs on which the explained output depends."""
+    """Returns the taps of the inputs on which the explained output depends."""
     try:
         return measure.taps_of("input")
     except UnknownLayerError:
@@ -100,7 +100,7 @@ def input_relevance(
     """Returns the marginals of all inputs, in their shapes; zero for inputs on which the output does not depend.
 
     Raises:
-        InputError: The output depends on the inputs only by rows that the model looks up.
+        InputError: If the output depends on the inputs only through rows that the model looks up.
     """
     taps = [at("input")] if len(inputs) == 1 else [at("input", item=item) for item in range(len(inputs))]
     recorded = set(input_taps(measure))

@@ -34,7 +34,7 @@ def condition_event(condition: Condition) -> Event | None:
         The event; None if no layer is named, so that all walks satisfy the condition.
 
     Raises:
-        EventError: The condition is not a mapping, or its channels are not a list of numbers.
+        EventError: If the condition is not a mapping, or its channels are not a list of numbers.
 
     Examples:
         >>> condition_event({"features.28": [3], "features.14": [5, 8], "y": [281]})
@@ -105,8 +105,8 @@ class ConceptNRM:
             Relevance ``(conditions, N, *shape)``.
 
         Raises:
-            EventError: No condition is given, or a condition is invalid.
-            UnknownLayerError: No layer has this name.
+            EventError: If no condition is given, or a condition is invalid.
+            UnknownLayerError: If no layer has this name.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -146,7 +146,7 @@ class ConceptNRM:
 
 
 def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """The mask of the chosen outputs, ``(N, K)``; ``chosen`` is None for all outputs."""
+    """Returns the mask of the chosen outputs, ``(N, K)``; ``chosen`` is None for all outputs."""
     if chosen is None:
         return torch.ones_like(outputs)
     out_of_range = [number for number in chosen if not -outputs.shape[1] <= number < outputs.shape[1]]
@@ -158,7 +158,7 @@ def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
 
 
 def _start(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """The start vector of the chosen outputs, weighted by their values; a single output has mass 1."""
+    """Returns the start vector of the chosen outputs, weighted by their values; a single output has mass 1."""
     mask = _mask(chosen, outputs)
     return mask if bool(mask.flatten(1).sum(1).eq(1).all()) else mask * outputs
 

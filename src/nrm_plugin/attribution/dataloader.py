@@ -20,14 +20,14 @@ class DataLoaderNRM:
     """A wrapper that applies an attribution method of this package to the batches of a data loader.
 
     Captum's ``DataLoaderAttribution`` requires the exact type ``FeatureAblation``, since it ablates features of the
-    whole data set. Relevance requires one pass per batch, hence this separate class, with Captum's input roles.
+    whole data set. Relevance requires one pass per batch, so this is a separate class. It uses Captum's input roles.
 
     Args:
         attr_method: An :class:`~nrm_plugin.NRM`, :class:`~nrm_plugin.LayerNRM` or :class:`~nrm_plugin.NeuronNRM`.
 
     Raises:
-        TypeError: ``attr_method`` is not a supported method.
-        InputError: ``attr_method`` has ``batched=False``.
+        TypeError: If ``attr_method`` is not a supported method.
+        InputError: If ``attr_method`` has ``batched=False``.
 
     Examples:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -78,7 +78,7 @@ class DataLoaderNRM:
             The result of ``attr_method.attribute`` for all samples, without the batch dimension if reduced.
 
         Raises:
-            ValueError: ``reduce`` or a role is unknown, or the data loader is empty.
+            ValueError: If ``reduce`` or a role is unknown, or the data loader is empty.
 
         Examples:
             >>> net = torch.nn.Linear(3, 2)

@@ -43,10 +43,10 @@ class NRM(GradientAttribution):
         composite: A Zennit composite; None for the default of this package.
         residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`. With ``batched=False`` attributions have the shape
-            of the tensors, and deltas and sinks one entry.
+            of the tensors, and deltas and sinks contain one entry.
 
     Raises:
-        InputError: ``model`` is a function, not a module, so its layers cannot be recorded.
+        InputError: If ``model`` is a function, not a module, so its layers cannot be recorded.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -152,7 +152,7 @@ class NRM(GradientAttribution):
     def measure(
         self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None
     ) -> RelevanceMeasure:
-        """Returns the measure behind the attributions, for queries of sinks, joints and conditionals.
+        """Returns the measure behind the attributions, for queries of sinks, joint relevance and conditional relevance.
 
         Args:
             inputs: As in :meth:`attribute`.
@@ -190,7 +190,7 @@ class NRM(GradientAttribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """True, since relevance is a contribution, not a sensitivity.
+        """Returns True, because relevance is a contribution and not a sensitivity.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).multiplies_by_inputs

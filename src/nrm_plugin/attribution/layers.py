@@ -84,7 +84,7 @@ class LayerNRM(NRM, LayerAttribution):
         windowed layers; see :meth:`~nrm_plugin.RelevanceMeasure.shape`.
 
         Args:
-            inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integers have no relevance, but the selected
+            inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integers receive no relevance, but the selected
                 embeddings do.
             target: Output to explain, in Captum's forms; see :meth:`NRM.attribute`.
             additional_forward_args: Further arguments of the model.

@@ -88,7 +88,7 @@ class NeuronNRM(NRM, NeuronAttribution):
             Attributions in the form of the inputs; if requested, in a tuple with the delta and the sink.
 
         Raises:
-            TargetError: The selector does not fit the layer, or the selected activations cancel.
+            TargetError: If the selector does not fit the layer, or the selected activations cancel.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

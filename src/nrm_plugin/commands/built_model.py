@@ -16,7 +16,7 @@ SEED = 0
 
 
 class ModelError(NRMError, ValueError):
-    """No model has the given name, or the model cannot be built."""
+    """Raised if no model has the given name, or the model cannot be built."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..errors import NRMError
 
 
 class CompositeError(NRMError, ValueError):
-    """No composite has the given name, or the composite needs arguments that have no option."""
+    """Raised if no composite has the given name, or the composite requires arguments that no option sets."""
 
 
 def composite_names() -> list[str]:
@@ -39,7 +39,7 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
         bounds: Lowest and highest inputs, ``(1, C, 1, 1)`` each, for composites with a box rule.
 
     Raises:
-        CompositeError: The name is unknown, or the composite needs other arguments.
+        CompositeError: If the name is unknown, or the composite requires different arguments.
     """
     check_composite_name(name)
     kind = _plain(COMPOSITES[name])

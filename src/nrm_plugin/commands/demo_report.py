@@ -44,8 +44,8 @@ def demo_report(kinds: Sequence[str], out: Path) -> Report:
         out: An existing folder.
 
     Raises:
-        DemoError: No kind is given, or more digits of a kind are requested than exist.
-        OSError: A figure cannot be written.
+        DemoError: If no kind is given, or more digits of a kind are requested than exist.
+        OSError: If a figure cannot be written.
     """
     with _one_thread():
         model, (images, labels) = load_model(), load_digits()

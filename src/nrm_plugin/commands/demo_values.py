@@ -26,7 +26,7 @@ Other figures use the default."""
 
 
 class DemoError(NRMError, ValueError):
-    """The test set has no digits of the requested kind."""
+    """Raised if the test set contains no digits of the requested kind."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """The numbers of one layer, ``(N,)`` each, dimensionless.
+    """Per-layer quantities, each a dimensionless tensor of shape ``(N,)``.
 
     Attributes:
         layer: Name of the tap.
         plain: Sum of the relevance of plain Zennit, starting from 1 at the output.
-        mass, sink, bypass: Masses of the measure, with sum 1.
+        mass: Mass that crosses the layer; ``mass + sink + bypass == 1``.
+        sink: Mass that is absorbed above the layer.
+        bypass: Mass that bypasses the layer.
         variation: Variation of the measure, at least 1.
     """
 
@@ -73,7 +75,7 @@ def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str
     """Returns the digits of each kind with the most confident predictions, and the accuracy on all digits.
 
     Raises:
-        DemoError: No kind is given, a kind is neither a digit nor ``"misread"``, or a kind has too few digits.
+        DemoError: If no kind is given, a kind is neither a digit nor ``"misread"``, or a kind has too few digits.
     """
     confidence, predicted = model(images).double().log_softmax(1).max(1)
     samples: list[Sample] = []

@@ -50,7 +50,7 @@ def parse(text: str) -> Condition:
             channels, as in ``at(layer).channel([…])``.
 
     Raises:
-        ConditionError: The text does not follow the grammar; the message shows the position.
+        ConditionError: If the text does not follow the grammar; the message shows the position.
     """
     reader = _Reader(text)
     event = reader.union()
@@ -80,7 +80,7 @@ class _Reader:
         self._end = token.end() if token else len(self.text)
 
     def fail(self, why: str, got: str = "", place: int | None = None) -> None:
-        """Raises :class:`ConditionError` for the current token, or for another text and position."""
+        """Raises :class:`ConditionError` for the current token, or for the given text and position."""
         got = got or self.sign or self.atom or "the end"
         place = self.start if place is None else place
         raise ConditionError(

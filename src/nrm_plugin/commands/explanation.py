@@ -101,8 +101,8 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         request: The request.
 
     Raises:
-        RequestError: Target, layers or conditions do not fit the model, or the model fails.
-        NRMError: The model has no measure with these rules.
+        RequestError: If the target, the layers or the conditions do not fit the model, or the model fails.
+        NRMError: If the model cannot be measured with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
     mu = measure_of(loaded, inputs, request)

@@ -52,7 +52,7 @@ def write(loaded: LoadedModel, request: Request, result: Explanation, out: Path,
         The files, with the heat map first.
 
     Raises:
-        OSError: A file cannot be written.
+        OSError: If a file cannot be written.
     """
     about = settings(loaded, request, result)
     conditionals = [given for given in result.given if given.relevance is not None]
@@ -73,7 +73,7 @@ def write(loaded: LoadedModel, request: Request, result: Explanation, out: Path,
 
 
 def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
-    """The kinds of files of a layer; no figure if no channel has relevance."""
+    """Returns the kinds of files of a layer; no figure if no channel has relevance."""
     return ("png", "csv") if layer.top else ("csv",)
 
 

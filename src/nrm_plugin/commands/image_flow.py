@@ -101,9 +101,9 @@ def explain_flow(
         taken: Used file names, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
 
     Raises:
-        RequestError: Target, layers or patches do not fit the model, or the model fails.
-        NRMError: The model has no measure with these rules.
-        OSError: A file cannot be written.
+        RequestError: If the target, the layers or the patches do not fit the model, or the model fails.
+        NRMError: If the model cannot be measured with these rules.
+        OSError: If a file cannot be written.
     """
     flow = image_flow(loaded, image, request, options)
     files = _write(flow, loaded, image, request, options, out, taken)

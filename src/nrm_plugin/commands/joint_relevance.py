@@ -66,8 +66,8 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
         count: Number of channels per layer; all channels if a layer has fewer.
 
     Raises:
-        ValueError: There are fewer than two layers, a layer is repeated, or the measure has several samples.
-        UnknownLayerError: No tap has this name.
+        ValueError: If fewer than two layers are given, a layer is repeated, or the measure contains several samples.
+        UnknownLayerError: If no tap has this name.
     """
     if len(layers) < 2 or len(set(layers)) < len(layers):
         raise ValueError(f"joint relevance needs two or more different layers, got {', '.join(layers) or 'none'}.")

@@ -64,9 +64,9 @@ def load(
         categories: Class names, in place of the class names of the weights.
 
     Raises:
-        ModelError: The model does not exist, is not a classifier, or cannot be built.
-        WeightsError: The weights do not exist, cannot be downloaded, or belong to another model.
-        PreprocessingError: Size, mean and standard deviation fit no image.
+        ModelError: If the model does not exist, is not a classifier, or cannot be built.
+        WeightsError: If the weights do not exist, cannot be downloaded, or belong to a different model.
+        PreprocessingError: If the size, mean and standard deviation do not fit any image.
     """
     if ":" in name:
         built = own_model(name, weights)

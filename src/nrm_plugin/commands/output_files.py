@@ -47,7 +47,7 @@ def check_folder(folder: Path) -> None:
     """Creates a folder and tests writing to it, so that errors are reported before the computation.
 
     Raises:
-        OSError: The folder cannot be created or written to.
+        OSError: If the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

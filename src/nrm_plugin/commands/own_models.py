@@ -29,7 +29,7 @@ def imported(name: str, option: str = "--model") -> Any:
         option: The option with this name, for messages.
 
     Raises:
-        ModelError: The module, file or name does not exist.
+        ModelError: If the module, file or name does not exist.
     """
     module, _, attribute = name.rpartition(":")
     with _importable():
@@ -44,8 +44,8 @@ def own_model(name: str, weights: str | None) -> BuiltModel:
         weights: A file, or None or ``"none"`` for the weights that the model already has.
 
     Raises:
-        ModelError: The model does not exist, or building it failed.
-        WeightsError: The file does not hold the weights of the model.
+        ModelError: If the model does not exist, or building it failed.
+        WeightsError: If the file does not hold the weights of the model.
     """
     with seeded(), _importable():
         factory = imported(name)

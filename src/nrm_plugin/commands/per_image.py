@@ -49,7 +49,7 @@ def explain_each(options: argparse.Namespace, explain: Explain) -> int:
         The exit status: 1 if some images could not be explained.
 
     Raises:
-        NRMError: No image can be explained with these options.
+        NRMError: If no image can be explained with these options.
     """
     with one_line_warnings():
         request = request_of(options)

@@ -83,8 +83,8 @@ def print_references(options: argparse.Namespace) -> int:
     """Prints references, writes their files, and returns the exit status.
 
     Raises:
-        RequestError: Model, rules or data differ from the sweep, or the class is unknown.
-        NRMError: The sweep lacks the query or the channels.
+        RequestError: If the model, the rules or the data differ from those of the sweep, or the class is unknown.
+        NRMError: If the sweep lacks the query or the channels.
     """
     if (options.model is None) != (options.data is None):
         raise RequestError("a figure requires both --model and --data: the model and the data of the sweep.")
@@ -197,7 +197,7 @@ def _check_images(listing: Listing, data: Any) -> None:
     """Compares the shown samples with the samples of the sweep.
 
     Raises:
-        SettingsError: The samples have changed.
+        SettingsError: If the samples have changed.
     """
     source, seed = data_source(data, None, None), listing.sweep.manifest.settings["seed"]
     if source.count is not None:

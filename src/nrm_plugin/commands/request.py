@@ -59,7 +59,7 @@ def check_device(name: str) -> torch.device:
     """Returns the device of the given name.
 
     Raises:
-        RequestError: This machine has no such device.
+        RequestError: If the device does not exist on this machine.
     """
     try:
         device = torch.device(name)
@@ -84,7 +84,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
         outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: The model is not a classifier by its outputs, or the class is unknown.
+        RequestError: If the outputs of the model are not those of a classifier, or the class is unknown.
     """
     if outputs.ndim > 2 or outputs.numel() == 0:
         raise RequestError(
@@ -131,7 +131,7 @@ def target_of(requested: str, categories: Sequence[str], count: int | None) -> i
         count: Number of classes; None if unknown.
 
     Raises:
-        RequestError: The class is unknown; the message lists near names.
+        RequestError: If the class is unknown; the message lists near names.
     """
     indices = "" if count is None else f", 0 to {count - 1}"
     if INDEX.fullmatch(requested):
@@ -194,7 +194,8 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
     """Returns the measure of one preprocessed image.
 
     Raises:
-        RequestError: The target does not fit, the model fails, or the composite has no rule for one of its layers.
+        RequestError: If the target does not fit the model, the model fails, or the composite has no rule for one of its
+            layers.
     """
 
     def target(outputs: Tensor) -> int | None:

@@ -21,9 +21,9 @@ def request_of(options: argparse.Namespace) -> Request:
     """Returns the request of a command.
 
     Raises:
-        RequestError: Two options contradict each other.
-        CompositeError: No composite has this name.
-        ConditionError: An event does not follow the grammar.
+        RequestError: If two options contradict each other.
+        CompositeError: If no composite has this name.
+        ConditionError: If an event does not follow the grammar.
     """
     check_composite_name(options.composite)
     if options.gain_limit is not None and options.residual == "sink":
@@ -53,7 +53,7 @@ def class_names(path: Path) -> list[str]:
     """Reads the class names in a file, one per line.
 
     Raises:
-        RequestError: The file cannot be read, or is not text in UTF-8.
+        RequestError: If the file cannot be read, or is not text in UTF-8.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

@@ -20,8 +20,8 @@ def data_of(name: str, loaded: LoadedModel) -> Any:
     """Returns a folder of images, or the user's own data set.
 
     Raises:
-        ModelError: The module, file or name does not exist.
-        SweepError: The folder does not exist, or calling the function failed.
+        ModelError: If the module, file or name does not exist.
+        SweepError: If the folder does not exist, or calling the function failed.
     """
     if not name:
         raise SweepError("the name of the folder or data set is empty.")

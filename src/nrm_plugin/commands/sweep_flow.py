@@ -59,8 +59,8 @@ def print_mean_flow(options: argparse.Namespace) -> int:
     """Prints the mean flow of a sweep, writes its files, and returns the exit status.
 
     Raises:
-        RequestError: The options contradict each other, or the class is unknown.
-        FlowError: The sweep lacks the queries of this flow.
+        RequestError: If the options contradict each other, or the class is unknown.
+        FlowError: If the sweep lacks the queries of this flow.
     """
     given = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if value]
     if given:

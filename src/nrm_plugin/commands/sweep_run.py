@@ -37,7 +37,7 @@ def sweep_data(options: argparse.Namespace) -> int:
     """Sweeps the data; returns the exit status.
 
     Raises:
-        NRMError: The options contradict each other, the model or the stored results.
+        NRMError: If the options contradict each other, the model or the stored results.
     """
     arrow()  # raises before a model is loaded
     with one_line_warnings():

@@ -41,8 +41,8 @@ def torchvision_model(name: str, weights: str) -> BuiltModel:
         weights: Name of torchvision weights, a file, or ``"none"``.
 
     Raises:
-        ModelError: torchvision has no classifier of this name.
-        WeightsError: The weights do not exist, cannot be downloaded, or belong to another model.
+        ModelError: If torchvision has no classifier of this name.
+        WeightsError: If the weights do not exist, cannot be downloaded, or belong to a different model.
     """
     check_torchvision_name(name)
     available = get_model_weights(name)

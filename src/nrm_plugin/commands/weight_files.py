@@ -43,7 +43,7 @@ State = dict[str, Tensor]
 
 
 class WeightsError(NRMError, ValueError):
-    """The weights cannot be read or downloaded, or belong to another model."""
+    """Raised if the weights cannot be read or downloaded, or belong to a different model."""
 
 
 def read_state(path: Path) -> State:
@@ -53,7 +53,7 @@ def read_state(path: Path) -> State:
         path: A ``.safetensors`` file, or a file of ``torch.save`` with a state dict or a checkpoint.
 
     Raises:
-        WeightsError: The file is missing, cannot be read, or contains no state dict.
+        WeightsError: If the file is missing, cannot be read, or contains no state dict.
     """
     name = shown(path)
     head = _check_file(path, name)
@@ -189,7 +189,7 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
         where: The file of the weights.
 
     Raises:
-        WeightsError: The weights belong to another model; the message summarizes the differences.
+        WeightsError: If the weights belong to a different model; the message summarizes the differences.
     """
     own = model.state_dict()
     # Checkpoints of old versions of torch lack the counters of batches, which only training reads.

@@ -14,7 +14,7 @@ def single_activations(outputs: Mapping[str, list[Any]]) -> dict[str, Tensor]:
     """Returns the single tensor that each module returned in the last forward pass, and clears the lists.
 
     Raises:
-        InputError: A module was not called exactly once, or does not return a tensor.
+        InputError: If a module was not called exactly once, or does not return a tensor.
     """
     activations = {}
     for layer, calls in outputs.items():

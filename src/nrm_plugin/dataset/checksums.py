@@ -59,7 +59,7 @@ class Segments:
             numbers: Numbers of the parts; None for all parts.
 
         Raises:
-            ShardError: A part differs, or the file has another size.
+            ShardError: If the checksum of a part or the size of the file differs.
         """
         size = path.stat().st_size
         if size != self.ends[-1]:
@@ -108,7 +108,7 @@ def read_sums(path: Path) -> dict[str, Any] | None:
     """Reads a file of checksums; returns None if the file does not exist.
 
     Raises:
-        ShardError: The file is damaged.
+        ShardError: If the file is damaged.
     """
     try:
         entries = json.loads(path.read_bytes())

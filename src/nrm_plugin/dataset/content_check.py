@@ -48,8 +48,8 @@ def check_samples(
         progress: Whether to show a progress bar.
 
     Raises:
-        SettingsError: Samples have changed.
-        SampleError: A sample can no longer be read, and ``on_error`` is ``"raise"``.
+        SettingsError: If samples have changed.
+        SampleError: If a sample can no longer be read, and ``on_error`` is ``"raise"``.
     """
     if not contents:
         return

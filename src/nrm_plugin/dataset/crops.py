@@ -24,9 +24,9 @@ from .evaluation import device_of
 from .examples import References, ReferencesError
 
 MASK_THRESHOLD = 0.2
-"""Threshold of the mask, as a share of the largest value of the smoothed heat map."""
+"""Threshold of the mask, as a fraction of the largest value of the smoothed heat map."""
 SMOOTHING = 1 / 60
-"""Standard deviation of the smoothing, as a share of the longer side of the image."""
+"""Standard deviation of the smoothing, as a fraction of the longer side of the image."""
 PROBE_BATCH = 8
 """Number of positions for which receptive fields are determined in one batch."""
 
@@ -92,7 +92,7 @@ def crops(
         groups: The selected groups of the references; by default all groups.
         k: Number of crops per group; by default all.
         events: The events, for references of events.
-        layer: The layer of the channels, if the references have another name.
+        layer: The layer of the channels, if the references use a different name.
         whole: Whether to return whole images. This skips receptive fields, which take most of the time for large
             networks: about thirty runs of the network in double precision for each distinct position.
         to_image: A function from an input of the model to an image in [0, 1], such as the inverse normalization.
@@ -106,8 +106,8 @@ def crops(
         Crops of each group, in decreasing order.
 
     Raises:
-        ReferencesError: A group has no references, or an event is missing.
-        InputError: Samples are not images.
+        ReferencesError: If a group has no references, or an event is missing.
+        InputError: If samples are not images.
 
     Examples:
         >>> from nrm_plugin.dataset.reference_search import find_references
@@ -174,7 +174,7 @@ def _crop(sample: int, value: float, target: int, box: Box, image: Tensor, heat:
 
 
 def relevance_mask(heat: Tensor, share: float) -> Tensor:
-    """Returns the pixels where a smoothed heat map ``(H, W)`` exceeds a share of its maximum, or all pixels."""
+    """Returns the pixels where a smoothed heat map ``(H, W)`` exceeds a fraction of its maximum, or all pixels."""
     sigma = max(heat.shape) * SMOOTHING
     size = 2 * math.ceil(2 * sigma) + 1
     size = min(size, 2 * min(heat.shape) - 1)

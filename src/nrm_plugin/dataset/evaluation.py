@@ -82,7 +82,7 @@ class Evaluation:
             batch: The collated batch.
 
         Raises:
-            NRMError: The measure fails for these inputs, or a query does not fit the model.
+            NRMError: If the measure fails for these inputs, or a query does not fit the model.
         """
         inputs, labels = self.unpack(batch)
         inputs = moved(inputs, device_of(self.model))
@@ -122,7 +122,7 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
             arguments of the model in all other entries.
 
     Raises:
-        SweepError: The batch is none of these.
+        SweepError: If the batch has none of these forms.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -153,12 +153,12 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of a model."""
+    """Returns the device of a model."""
     return next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The floating-point dtype of a model."""
+    """Returns the floating-point dtype of a model."""
     return next((item.dtype for item in _tensors(model) if item.is_floating_point()), torch.get_default_dtype())
 
 
@@ -171,7 +171,7 @@ def batch_target(target: Target, labels: Any, batch: Any) -> Any:
         batch: The batch, for a target function.
 
     Raises:
-        SweepError: The target is the label, and labels are missing.
+        SweepError: If the target is the label, and labels are missing.
     """
     if target == "prediction":
         return predicted_classes
@@ -189,7 +189,7 @@ def predicted_classes(outputs: Tensor) -> Tensor:
     """Returns the classes with the largest output, ``(N,)``.
 
     Raises:
-        SweepError: The outputs do not have the form of a classifier.
+        SweepError: If the outputs do not have the form of a classifier.
     """
     if not _has_classes(outputs):
         raise SweepError(

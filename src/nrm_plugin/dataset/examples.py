@@ -87,7 +87,7 @@ class References:
         """Returns the row of a group.
 
         Raises:
-            ReferencesError: The group is unknown.
+            ReferencesError: If the group is unknown.
         """
         if group not in self.groups:
             raise ReferencesError(
@@ -100,7 +100,7 @@ class References:
         """Returns the samples of one group, in decreasing order.
 
         Raises:
-            ReferencesError: The group is unknown.
+            ReferencesError: If the group is unknown.
 
         Examples:
             >>> from nrm_plugin.dataset.reference_search import find_references
@@ -153,7 +153,7 @@ class FoundReferences:
             target: Restriction to explanations of this class.
 
         Raises:
-            ReferencesError: The references were not ranked, or no sample has this target.
+            ReferencesError: If the references were not ranked, or no sample has this target.
         """
         top = self._rankings.get((name, by, target))
         if top is not None:
@@ -188,7 +188,7 @@ class FoundReferences:
         """Reads a file written by :meth:`save`.
 
         Raises:
-            ReferencesError: The file was not written by :meth:`save`.
+            ReferencesError: If the file was not written by :meth:`save`.
         """
         try:
             with safe_open(Path(path), "pt") as file:
@@ -243,8 +243,8 @@ def references(
         layer.
 
     Raises:
-        ReferencesError: The query, group or target is unknown, or the query has maps instead of rows.
-        SweepError: The folder holds no sweep, or a file is damaged.
+        ReferencesError: If the query, group or target is unknown, or the query is for maps instead of rows.
+        SweepError: If the folder holds no sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -284,7 +284,7 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
         what: Description of the candidates for the message.
 
     Raises:
-        ReferencesError: No candidate has this name.
+        ReferencesError: If no candidate has this name.
     """
     plain = [query for query in candidates if query.kind == kind and query.layers == (name,) and not query.has_event]
     named = [query for query in candidates if query.name == name] or plain

@@ -58,7 +58,8 @@ def mean_flow(
         The graph; ``carried`` is None if it has fewer groups than were computed.
 
     Raises:
-        FlowError, InputError, EventError: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`; or no measure is given.
+        FlowError, InputError, EventError: If :meth:`~nrm_plugin.RelevanceMeasure.flow` raises the error, or no measure
+            is given.
 
     Examples:
         >>> from nrm_plugin.dataset.glocal import mean_flow
@@ -157,7 +158,7 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
         weights: One weight per graph, such as numbers of samples; weights are divided by their sum.
 
     Raises:
-        FlowError: No graphs are given, their groups differ, or weights are negative or all zero.
+        FlowError: If no graphs are given, their groups differ, or weights are negative or all zero.
 
     Examples:
         >>> from nrm_plugin.dataset.glocal import mixed
@@ -180,7 +181,7 @@ def difference(first: FlowGraph, second: FlowGraph) -> FlowGraph:
     b).smaller(top=8)``.
 
     Raises:
-        FlowError: The graphs have different groups.
+        FlowError: If the graphs have different groups.
 
     Examples:
         >>> from nrm_plugin.dataset.glocal import difference

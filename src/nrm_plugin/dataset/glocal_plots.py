@@ -31,7 +31,7 @@ def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = 
         dark: As in :func:`~nrm_plugin.plots.flow.flow_figure`.
 
     Raises:
-        FlowError: A layer has too many groups.
+        FlowError: If a layer has too many groups.
     """
     legend = f"red: more for {first}, blue: more for {second}".replace("$", r"\$")
     return flow_figure(graph, f"{heading}\n{legend}" if heading else legend, dark)
@@ -59,7 +59,7 @@ def prototypes_figure(
         names: A function that returns the name of a group.
 
     Raises:
-        InputError: An image is missing, or there are too many prototypes or members.
+        InputError: If an image is missing, or there are too many prototypes or members.
     """
     count = len(prototypes.centres)
     if count > MOST or not 1 <= k <= MOST:

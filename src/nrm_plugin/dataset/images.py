@@ -66,7 +66,7 @@ def load_image(path: Path) -> LoadedImage:
         path: PNG, JPEG, WebP, TIFF, GIF, BMP or another format that Pillow reads.
 
     Raises:
-        ImageError: The file does not exist, is not an image, is damaged or too large, or its value range is unknown.
+        ImageError: If the file does not exist, is not an image, is damaged or too large, or its value range is unknown.
     """
     name = shown(path)
     check_image_file(path)

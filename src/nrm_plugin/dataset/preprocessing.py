@@ -88,7 +88,7 @@ def preprocessing(
         std: Standard deviation of each channel, in the same form.
 
     Raises:
-        PreprocessingError: Mean and standard deviation do not both have one or three channels, or a deviation is not
+        PreprocessingError: If mean and standard deviation do not both have one or three channels, or a deviation is not
             positive.
     """
     changes: dict[str, Any] = {} if size is None else {"crop_size": size, "resize_size": size}

@@ -75,7 +75,7 @@ class FolderLocks:
         """Context that holds the lock of the manifest, and acquires the lock of this rank, which outlasts the context.
 
         Raises:
-            SweepError: Another process writes to the folder with the same rank, or locks are not supported.
+            SweepError: If another process writes to the folder with the same rank, or locks are not supported.
         """
         try:
             path_inside(self.folder, LOCKS).mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ class FolderLocks:
             ) from error
 
     def are_others_running(self) -> bool:
-        """Whether another rank holds its lock."""
+        """Whether a different rank holds its lock."""
         for path in (self.folder / LOCKS).glob("rank-*"):
             if path.name != self._name(self.process.rank):
                 try:

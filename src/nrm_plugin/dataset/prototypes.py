@@ -74,7 +74,7 @@ class Prototypes:
 
     @property
     def coverage(self) -> Array:
-        """The share of the samples of each prototype, ``(P,)``."""
+        """The fraction of the samples that belong to each prototype, ``(P,)``."""
         coverage: Array = np.bincount(self.members, minlength=len(self.centres)) / len(self.members)
         return coverage
 
@@ -82,7 +82,7 @@ class Prototypes:
         """Returns the samples of a prototype, by increasing distance to its centre.
 
         Raises:
-            InputError: The prototype is unknown.
+            InputError: If the prototype is unknown.
         """
         if not 0 <= prototype < len(self.centres):
             raise InputError(f"no prototype {prototype}; {len(self.centres)} were found, counted from 0.")
@@ -103,7 +103,7 @@ class Prototypes:
             vectors: Relevance of the same groups, ``(N, K)``.
 
         Raises:
-            InputError: The number of groups differs, or values are not finite.
+            InputError: If the number of groups differs, or values are not finite.
         """
         values = _vectors(vectors)
         if values.shape[1] != self.centres.shape[1]:
@@ -143,8 +143,8 @@ def find_prototypes(
         seed: Seed of the initialization.
 
     Raises:
-        MissingExtraError: scikit-learn is not installed.
-        InputError: There are fewer samples than prototypes, values are not finite, or other arguments are invalid.
+        MissingExtraError: If scikit-learn is not installed.
+        InputError: If there are fewer samples than prototypes, values are not finite, or other arguments are invalid.
 
     Examples:
         >>> from nrm_plugin.dataset.prototypes import find_prototypes
@@ -211,8 +211,8 @@ def vectors_of_sweep(
         The vectors, ``(N, K)``, and the sample indices, ``(N,)``.
 
     Raises:
-        ReferencesError: The query is unknown, no sample has this target, or values of a conditional are undefined.
-        SweepError: The folder holds no sweep, or a file is damaged.
+        ReferencesError: If the query is unknown, no sample has this target, or values of a conditional are undefined.
+        SweepError: If the folder holds no sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     queries = sweep.queries.values()

@@ -256,7 +256,7 @@ def from_json(data: Any) -> Query:
     """Restores a query from the JSON of :meth:`Query.to_json`.
 
     Raises:
-        SweepError: The data are not a query.
+        SweepError: If the data are not a query.
     """
     if not isinstance(data, Mapping) or data.get("kind") not in QUERIES:
         raise SweepError(f"this is not a query: {data!r}. Kinds are {', '.join(QUERIES)}.")
@@ -272,7 +272,7 @@ def check_queries(queries: Any) -> tuple[Query, ...]:
     """Checks the queries of a sweep, and returns them as a tuple.
 
     Raises:
-        SweepError: No query is given, an object is not a query, or two queries have the same name.
+        SweepError: If no query is given, an object is not a query, or two queries have the same name.
     """
     checked = tuple(queries) if isinstance(queries, (list, tuple)) else (queries,)
     for query in checked:

@@ -147,7 +147,7 @@ class Ranking:
         """Returns the ranking of one target, or over all samples, ``(K, k)``.
 
         Raises:
-            KeyError: No sample of this target was added, or no sample at all.
+            KeyError: If no sample of this target was added, or no sample at all.
         """
         if target is not None and self._by_target is not None:
             return self._by_target[:, self._rows[target]]

@@ -46,7 +46,7 @@ class SweepBatches:
         device: The device; by default the device of the model.
 
     Raises:
-        SweepError: A query is for maps, which are not rows.
+        SweepError: If a query is for maps, which are not rows.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class SweepBatches:
             The columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`, of equal length; NaN for undefined values.
 
         Raises:
-            SweepError: The sample numbers are missing.
+            SweepError: If the sample numbers are missing.
         """
         if indices is None and SAMPLE not in batch:
             raise SweepError(
@@ -158,8 +158,8 @@ def run(
         num_cpus: CPUs per worker, and threads of its model.
 
     Raises:
-        MissingExtraError: Ray is not installed.
-        SweepError: As in :meth:`~nrm_plugin.dataset.sweep_job.SweepJob.run`.
+        MissingExtraError: If Ray is not installed.
+        SweepError: If :meth:`~nrm_plugin.dataset.sweep_job.SweepJob.run` raises the error.
     """
     ray, data = extra("ray", "ray"), extra("ray.data", "ray")
     if not ray.is_initialized():

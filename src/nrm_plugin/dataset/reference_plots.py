@@ -43,7 +43,7 @@ def reference_figure(
         unit: ``"%"`` if values are shares of relevance; otherwise values are printed as numbers with this suffix.
 
     Raises:
-        InputError: There are no crops or too many, or the style is unknown.
+        InputError: If there are no crops or too many, or the style is unknown.
     """
     if style not in ("mask", "plain", "heat", "both"):
         raise InputError(f"style={style!r} is unknown; choose 'mask', 'plain', 'heat' or 'both'.")

@@ -76,10 +76,11 @@ def find_references(
         show_progress: Whether to show a progress bar.
 
     Raises:
-        ReferencesError: The loader shuffles, batches have another form, or neither layers nor events are given.
-        InputError: An argument is invalid.
-        TargetError: Targets do not fit the outputs.
-        UnknownLayerError: No layer has this name.
+        ReferencesError: If the loader shuffles, the batches have a different form, or neither layers nor events are
+            given.
+        InputError: If an argument is invalid.
+        TargetError: If targets do not fit the outputs.
+        UnknownLayerError: If no layer has this name.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

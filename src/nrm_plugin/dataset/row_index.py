@@ -39,7 +39,7 @@ def write_index(sweep: Sweep) -> Path:
         sweep: A complete sweep.
 
     Raises:
-        ShardError: A shard is damaged or incomplete.
+        ShardError: If a shard is damaged or incomplete.
     """
     target = sweep.path / BY_QUERY
     unfinished = sweep.path / f".{BY_QUERY}.{platform.node()}.{os.getpid()}.tmp"

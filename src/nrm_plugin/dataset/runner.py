@@ -89,7 +89,7 @@ def sweep(
         unpack: A function from a batch to inputs and labels; by default a batch is inputs, ``(inputs, labels)``, or a
             mapping with ``"label"`` or ``"labels"``.
         batch_size: Number of samples per batch; by default the batch size of the loader, or 16. A sweep can be resumed
-            with another batch size, which changes results only by rounding.
+            with a different batch size, which changes results only by rounding.
         num_workers: Number of processes that read samples; by default as in the loader, or none.
         shard: Number of samples per shard, rounded up to whole batches; at most one shard is lost if a process is
             killed. A resumed sweep keeps its shards.
@@ -107,10 +107,10 @@ def sweep(
         The stored sweep, which is complete unless other processes are still running.
 
     Raises:
-        SweepError: The folder contains a sweep with different settings or samples, which the message lists; another
-            process writes to it; or a sample or shard fails.
-        NRMError: The measure fails for this model and composite, or a query does not fit the model.
-        MissingExtraError: pyarrow or Ray is not installed.
+        SweepError: If the folder contains a sweep with different settings or samples (listed in the message), another
+            process writes to the folder, or a sample or shard fails.
+        NRMError: If the measure fails for this model and composite, or a query does not fit the model.
+        MissingExtraError: If pyarrow or Ray is not installed.
     """
     arrow()
     _check_options(engine, on_error, shard, target)

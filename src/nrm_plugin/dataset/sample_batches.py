@@ -117,7 +117,7 @@ def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> D
         num_workers: Number of processes that read; by default as in the loader.
 
     Raises:
-        SweepError: The object is neither a data set nor a loader, or the loader yields a subset.
+        SweepError: If the object is neither a data set nor a loader, or the loader yields a subset.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -163,7 +163,7 @@ def _dataset_source(data: Any, batch_size: int, num_workers: int, options: Mappi
 class ShardPlan:
     """The assignment of samples to batches, and of batches to shards.
 
-    The shards do not depend on the batch size, so that a sweep can be resumed with another batch size.
+    The shards do not depend on the batch size, so that a sweep can be resumed with a different batch size.
 
     Attributes:
         count: Number of samples.

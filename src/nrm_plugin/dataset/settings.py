@@ -92,7 +92,7 @@ def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, A
         settings: The settings of the call.
 
     Raises:
-        SettingsError: The settings differ; the message lists the differences.
+        SettingsError: If the settings differ; the message lists the differences.
     """
     now = json.loads(json.dumps(settings))  # tuples become lists in a file
     if "recorded" not in stored:
@@ -147,7 +147,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def readable(composite: Normalized) -> str:
-    """The name of a composite for messages."""
+    """Returns the name of a composite for messages."""
     return f"Normalized({type(composite.composite).__name__})"
 
 

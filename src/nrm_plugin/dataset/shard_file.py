@@ -60,7 +60,7 @@ class Shard:
         """Reads the footer of a file, and verifies its checksum.
 
         Raises:
-            ShardError: The file is damaged.
+            ShardError: If the file is damaged.
         """
         parquet = extra("pyarrow.parquet", "dataset")
         path_inside(path.parent.parent, f"{ROWS}/{path.name}")
@@ -139,7 +139,7 @@ class Shard:
         """Returns the file of maps.
 
         Raises:
-            ShardError: The file is a link to a path outside the folder.
+            ShardError: If the file is a link to a path outside the folder.
         """
         return path_inside(self.path.parent.parent, f"{MAPS}/{self.path.stem}.safetensors")
 
@@ -152,7 +152,7 @@ class Shard:
         """Reads the rows of one query and of an inclusive range of groups; by default all rows.
 
         Raises:
-            ShardError: The file is damaged.
+            ShardError: If the file is damaged.
         """
         pa, parquet = arrow(), extra("pyarrow.parquet", "dataset")
         compute = extra("pyarrow.compute", "dataset")

@@ -90,8 +90,8 @@ def write_shard(
         info: The description of the shard.
 
     Raises:
-        OSError: The disk is full or not writable.
-        SweepError: The groups of a query differ between batches.
+        OSError: If the disk is full or not writable.
+        SweepError: If the groups of a query differ between batches.
     """
     parquet = extra("pyarrow.parquet", "dataset")
     ordered = sorted(queries, key=lambda query: query.name)
@@ -125,7 +125,7 @@ def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     """Writes a safetensors file, with errors that distinguish a full disk from an invalid tensor.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: If the file cannot be written.
     """
     try:
         # safetensors writes the memory of an array, whose order is not that of a transposed one.
@@ -138,10 +138,10 @@ def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> BatchResults:
-    """The batches of a shard as one.
+    """Returns the batches of a shard as one.
 
     Raises:
-        SweepError: The groups of a query differ between batches.
+        SweepError: If the groups of a query differ between batches.
     """
     if not batches:
         none = np.empty(0, np.int32)

@@ -75,7 +75,7 @@ class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unuse
 
 
 class ClasswiseRelevance(_Relevance):
-    r"""Count, mean and variance, for each class, of the relevance of groups.
+    r"""Count, mean and variance of the relevance of groups, for each class.
 
     .. math:: m_{ck} = \frac{1}{n_c} \sum_{n:\, t_n = c} \mu_n(k), \qquad
               v_{ck} = \frac{1}{n_c - 1} \sum_{n:\, t_n = c} (\mu_n(k) - m_{ck})^2
@@ -93,8 +93,8 @@ class ClasswiseRelevance(_Relevance):
         kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
-        MissingExtraError: torchmetrics is not installed.
-        InputError: The number of groups or classes is invalid.
+        MissingExtraError: If torchmetrics is not installed.
+        InputError: If the number of groups or classes is invalid.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -126,7 +126,7 @@ class ClasswiseRelevance(_Relevance):
             target: Class of each sample, ``(N,)``.
 
         Raises:
-            InputError: The batch does not fit, and is not counted.
+            InputError: If the batch does not fit, and is not counted.
         """
         if isinstance(relevance, RelevanceMeasure):
             if self.layer is None:
@@ -153,8 +153,8 @@ class JointRelevance(_Relevance):
         kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
-        MissingExtraError: torchmetrics is not installed.
-        InputError: The number of groups or classes is invalid.
+        MissingExtraError: If torchmetrics is not installed.
+        InputError: If the number of groups or classes is invalid.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -187,7 +187,7 @@ class JointRelevance(_Relevance):
             target: Class of each sample, ``(N,)``.
 
         Raises:
-            InputError: The batch does not fit, and is not counted.
+            InputError: If the batch does not fit, and is not counted.
         """
         if isinstance(relevance, RelevanceMeasure):
             if self.upper is None or self.lower is None:

@@ -59,8 +59,8 @@ class Sweep:
             on_error: ``"raise"``, or ``"skip"`` to skip damaged files and list them in ``bad_shards``.
 
         Raises:
-            SweepError: The folder contains no sweep.
-            MissingExtraError: pyarrow is not installed.
+            SweepError: If the folder contains no sweep.
+            MissingExtraError: If pyarrow is not installed.
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r} is unknown; choose 'raise' or 'skip'.")
@@ -91,7 +91,7 @@ class Sweep:
         """The stored shards, by number.
 
         Raises:
-            ShardError: A file is damaged or belongs to another sweep.
+            ShardError: If a file is damaged or belongs to a different sweep.
         """
         shards: list[Shard] = []
         for path in shards_in(self.path).values():
@@ -131,7 +131,7 @@ class Sweep:
         """Returns the query with the given name.
 
         Raises:
-            SweepError: The query is unknown.
+            SweepError: If the query is unknown.
         """
         if name not in self.queries:
             raise SweepError(f"{self.path} has no query {name!r}. It has {', '.join(map(repr, self.queries))}.")
@@ -148,7 +148,7 @@ class Sweep:
             columns: Names of columns; None for all columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
         Raises:
-            SweepError: The query or column is unknown, or a shard is damaged.
+            SweepError: If the query or column is unknown, or a shard is damaged.
         """
         pa = arrow()
         if query is not None:
@@ -206,7 +206,7 @@ class Sweep:
             At most ``k`` rows. Ties are broken by sample index, and null values are excluded.
 
         Raises:
-            SweepError: The query is unknown, or it has no rows.
+            SweepError: If the query is unknown, or it has no rows.
         """
         compute = extra("pyarrow.compute", "dataset")
         info = self.query(query)
@@ -252,7 +252,7 @@ class Sweep:
             samples: The samples, in this order.
 
         Raises:
-            SweepError: No query for maps has this name, or a sample failed or is not evaluated yet.
+            SweepError: If no query for maps has this name, or a sample failed or has not been evaluated yet.
         """
         info = self.query(query)
         if not info.is_map:

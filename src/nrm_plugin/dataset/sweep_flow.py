@@ -70,8 +70,8 @@ def flow_of_sweep(
         names: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
 
     Raises:
-        FlowError: A query or sample is missing, or a cut does not sum to 1.
-        SweepError: The folder holds no sweep, or a file is damaged.
+        FlowError: If a query or sample is missing, or a cut does not sum to 1.
+        SweepError: If the folder holds no sweep, or a file is damaged.
     """
     check_thresholds(top, min_mass, coverage)
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)

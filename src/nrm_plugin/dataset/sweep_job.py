@@ -29,7 +29,7 @@ OnProgress = Callable[[int], object]
 
 
 class SampleError(SweepError):
-    """Samples cannot be read or evaluated."""
+    """Raised if samples cannot be read or evaluated."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class SweepJob:
             of: Shards in which every byte is verified by its checksum, not only the description.
 
         Raises:
-            ShardError: A file is damaged, and ``on_error`` is ``"raise"``.
+            ShardError: If a file is damaged, and ``on_error`` is ``"raise"``.
         """
         shards = {}
         for number, path in shards_in(self.folder).items():
@@ -117,8 +117,8 @@ class SweepJob:
             on_progress: A function that is called after each batch.
 
         Raises:
-            SampleError: Samples fail, and ``on_error`` is ``"raise"``.
-            SweepError: A file cannot be written.
+            SampleError: If samples fail, and ``on_error`` is ``"raise"``.
+            SweepError: If a file cannot be written.
         """
         assert self.plan is not None
         batches = {number: self.plan.batches(number) for number in numbers}
@@ -134,7 +134,7 @@ class SweepJob:
             The number of samples.
 
         Raises:
-            SweepError: The number of samples of a finished shard differs from the data set.
+            SweepError: If the number of samples of a finished shard differs from the data set.
         """
         assert self.source.loader is not None
         batches, sample, number = iter(self.source.loader), 0, 0

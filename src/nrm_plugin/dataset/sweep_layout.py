@@ -47,26 +47,26 @@ OnError = Literal["raise", "skip"]
 
 
 class SweepError(NRMError, ValueError):
-    """A sweep cannot be run, resumed or read."""
+    """Raised if a sweep cannot be run, resumed or read."""
 
 
 class SettingsError(SweepError):
-    """The folder contains a sweep with different settings."""
+    """Raised if the folder contains a sweep with different settings."""
 
 
 class ShardError(SweepError):
-    """A file of a sweep is damaged or belongs to another sweep."""
+    """Raised if a file of a sweep is damaged or belongs to a different sweep."""
 
 
 class ManifestError(ShardError):
-    """The manifest of a sweep is damaged or was edited."""
+    """Raised if the manifest of a sweep is damaged or was edited."""
 
 
 def arrow() -> Any:
     """Imports pyarrow with its Parquet module.
 
     Raises:
-        MissingExtraError: pyarrow is not installed.
+        MissingExtraError: If pyarrow is not installed.
     """
     extra("pyarrow.parquet", "dataset")
     return extra("pyarrow", "dataset")
@@ -166,7 +166,7 @@ class Manifest:
         """Reads the manifest of a folder.
 
         Raises:
-            SweepError: The folder has no manifest, or a manifest of a different format.
+            SweepError: If the folder has no manifest, or a manifest of a different format.
         """
         path = path_inside(folder, MANIFEST)
         try:
@@ -207,7 +207,7 @@ def path_inside(folder: Path, name: str) -> Path:
     """Returns the path of a file in the folder of a sweep, which may have an untrusted source.
 
     Raises:
-        ShardError: The file is a link to a path outside the folder.
+        ShardError: If the file is a link to a path outside the folder.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):

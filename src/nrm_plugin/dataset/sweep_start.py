@@ -42,7 +42,7 @@ def begin(job: SweepJob, settings: dict[str, Any], resume: bool, locks: FolderLo
         The sweep with the stored shards.
 
     Raises:
-        SweepError: The folder contains a different sweep, is in use or cannot be written to.
+        SweepError: If the folder contains a different sweep, is in use or cannot be written to.
     """
     folder = job.folder
     try:
@@ -82,7 +82,7 @@ def _read(folder: Path) -> Manifest:
     """Reads the manifest, and checks that its settings have the hash stored in the shards.
 
     Raises:
-        ManifestError: The manifest is missing, damaged, or was edited.
+        ManifestError: If the manifest is missing, damaged, or was edited.
     """
     if not (folder / MANIFEST).exists():
         raise ManifestError(

@@ -33,7 +33,7 @@ class Diagram:
         self._nodes = [(end, FALSE, FALSE), (end, TRUE, TRUE)]
 
     def build(self, event: Event, variables: Mapping[Event, int]) -> int:
-        """The node of an event, given the variable of each of its atoms."""
+        """Returns the node of an event, given the variable of each of its atoms."""
         if isinstance(event, Not):
             return self._negate(self.build(event.part, variables))
         if isinstance(event, (All, Any_)):
@@ -45,12 +45,12 @@ class Diagram:
         return self._make(variables[event], FALSE, TRUE)
 
     def level(self, node: int) -> int:
-        """The next tap that decides atoms of the node; true and false have a level after all taps."""
+        """Returns the next tap that decides atoms of the node; true and false have a level after all taps."""
         variable = self._nodes[node][0]
         return self.levels[variable] if variable < len(self.levels) else max(self.levels, default=-1) + 1
 
     def step(self, node: int, level: int, answers: int) -> int:
-        """The node that remains after a walk has crossed tap ``level`` with the given answers.
+        """Returns the node that remains after a walk has crossed tap ``level`` with the given answers.
 
         Args:
             node: The node before the crossing.
@@ -67,7 +67,7 @@ class Diagram:
         return node > TRUE and self.level(node) <= level
 
     def variables(self, node: int) -> set[int]:
-        """The variables on which a node still depends."""
+        """Returns the variables on which a node still depends."""
         variables: set[int] = set()
         stack = [node]
         seen = set()
@@ -82,7 +82,7 @@ class Diagram:
         return variables
 
     def width(self, roots: Sequence[int]) -> int:
-        """The largest number of undecided nodes that are live at one tap, for all roots together."""
+        """Returns the largest number of undecided nodes that are live at one tap, for all roots together."""
         alive: dict[int, set[int]] = {}
         for root in roots:
             stack, seen = [root], set()

@@ -206,20 +206,20 @@ class Atom(Event):
         return Atom(self.layer, self.side, self.call, self.item, Index(key_of(value), value))
 
     def channel(self, index: Any) -> Atom:
-        """The neurons of one or several channels: dimension 1 of ``(N, C, …)``, the last dimension for tokens."""
+        """Returns the neurons of channels: dimension 1 of ``(N, C, …)``, or the last dimension for tokens."""
         atom = self[index]
         return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
 
     def head(self, index: Any) -> Attended:
-        """The walks through one or several heads of the attention in this layer."""
+        """Returns the walks through one or several heads of the attention in this layer."""
         return Attended(self).head(index)
 
     def token(self, index: Any) -> Attended:
-        """The walks through the output of the attention in this layer at the given tokens."""
+        """Returns the walks through the output of the attention in this layer at the given tokens."""
         return Attended(self).token(index)
 
     def pair(self, query: Any, key: Any) -> Attended:
-        """The walks through the attention from a query token to a key token."""
+        """Returns the walks through the attention from a query token to a key token."""
         return Attended(self).pair(query, key)
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
@@ -309,7 +309,7 @@ def at(
         mask over the dimensions after the batch (or over all dimensions, with one mask per sample).
 
     Raises:
-        EventError: An argument is invalid.
+        EventError: If an argument is invalid.
 
     Examples:
         >>> at("features.28")[3]

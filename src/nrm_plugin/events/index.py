@@ -32,7 +32,7 @@ class Index:
 
 
 def key_of(value: Any) -> Hashable:
-    """A key that is equal for indices with the same numbers."""
+    """Returns a key that is equal for indices with the same numbers."""
     if isinstance(value, Tensor):
         return ("tensor", str(value.dtype), tuple(value.shape), value.numpy().tobytes())
     if isinstance(value, slice):
@@ -103,7 +103,7 @@ def _checked_tensor(atom: object, value: Any) -> Tensor:
 
 
 def shown_in_call(value: Any) -> str:
-    """The text of an index as an argument, with slices written without colons."""
+    """Returns the text of an index as an argument, with slices written without colons."""
     if not isinstance(value, slice):
         return show(value)
     bounds = [value.start, value.stop] + ([] if value.step is None else [value.step])
@@ -111,7 +111,7 @@ def shown_in_call(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """The text of an index as written in brackets."""
+    """Returns the text of an index as written in brackets."""
     if isinstance(value, tuple):
         return ", ".join(show(item) for item in value)
     if isinstance(value, slice):

@@ -24,7 +24,7 @@ def event_to_json(event: Event) -> dict[str, Any]:
         event: The event, with layers given by name.
 
     Raises:
-        EventError: A layer is given as a module, whose name depends on the model.
+        EventError: If a layer is given as a module, whose name depends on the model.
 
     Examples:
         >>> event_to_json(at("conv").channel([3, 7]) & ~at("fc"))
@@ -62,7 +62,7 @@ def event_from_json(data: Any) -> Event:
         data: The parsed JSON.
 
     Raises:
-        EventError: The data are not an event.
+        EventError: If the data are not an event.
 
     Examples:
         >>> event_from_json({"any": [{"at": "conv", "index": 3}, {"absorbed": True}]})

@@ -31,7 +31,7 @@ FUSED = "scaled_dot_product_attention"
 
 @kernel_of(FUSED)
 def fused_attention(call: FunctionCall) -> Kernel:
-    r"""Kernel that propagates all relevance to the values, by absolute share.
+    r"""Returns a kernel that propagates all relevance to the values, by absolute share.
 
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 
@@ -93,7 +93,7 @@ def decomposed_attention(
 
 @kernel_of("softmax")
 def softmax(call: FunctionCall) -> Kernel:
-    """Kernel of softmax: the identity per element, or the rule of AttnLRP with ``attention="halves"``."""
+    """Returns the kernel of softmax: the identity per element, or the rule of AttnLRP with ``attention="halves"``."""
     if call.settings.attention != "halves":
         return call.identity()
     dim = call.argument(1, "dim")
@@ -108,7 +108,7 @@ class SoftmaxKernel(Kernel):
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 
     Args:
-        source: Scores ``x``; scores that a mask set to minus infinity have no share.
+        source: Scores ``x``; scores that a mask set to minus infinity receive no relevance.
         output: Output ``s``.
         dim: Dimension along which ``s`` sums to one.
 

@@ -21,7 +21,7 @@ class RuleLookup(Protocol):
 
 
 class NoRules:
-    """Lookup without a composite, where every function has its default kernel."""
+    """Lookup without a composite, where every function uses its default kernel."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
         """Returns None."""

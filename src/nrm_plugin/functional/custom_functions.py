@@ -48,7 +48,7 @@ class CustomCall:
     args: tuple[Any, ...]
 
     def run(self, source: Tensor, number: int) -> Any:
-        """Runs the function with another tensor for one of its arguments."""
+        """Runs the function with one of its arguments replaced by a different tensor."""
         args = [source if index == number else _own(value) for index, value in enumerate(self.args)]
         return self.function.apply(*args)  # type: ignore[no-untyped-call]
 
@@ -72,7 +72,8 @@ class CustomCalls:
         """Records the ``autograd.Function`` that calls the given function of torch, if there is one.
 
         Raises:
-            UnsupportedOperationError: It writes to a part of a computed tensor, so that autograd hides its node.
+            UnsupportedOperationError: If the function writes to a part of a computed tensor, so that autograd hides its
+                node.
         """
         frame = _frame_of_apply(sys._getframe(1))
         if frame is None or str(frame.f_locals["cls"].__module__).startswith(_HOSTS):
@@ -186,7 +187,7 @@ def _reject(node: Any) -> None:
 
 
 def _like(node: Any, number: int) -> Tensor:
-    """A tensor without memory that has the shape of an output of a node."""
+    """Returns a tensor without memory that has the shape of an output of a node."""
     seen = node._input_metadata[number]
     return torch.empty((), dtype=seen.dtype, device=seen.device).expand(seen.shape)
 
@@ -228,7 +229,7 @@ def _signature_fault(node: Any, shapes: list[torch.Size], live: list[int]) -> st
 
 
 def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
-    """The reason why a function of one tensor is not known to be elementwise."""
+    """Returns the reason why a function of one tensor is not known to be elementwise."""
     try:
         slope = _slope(node, live)
     except (NotImplementedError, AssertionError) as error:  # written for inference only

@@ -75,7 +75,7 @@ def _matrix_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Computes norms by entries, rows and columns. Norms by singular values have no kernel."""
+    """Computes norms of entries, rows and columns. Norms of singular values do not have a kernel."""
     if ord == "fro":
         return _norm(A, 2, dim, keepdim, dtype=dtype)
     if ord in ("nuc", 2, -2):

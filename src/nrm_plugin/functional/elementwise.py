@@ -61,20 +61,20 @@ ELEMENTWISE = (
 
 @kernel_of(*ACTIVATIONS)
 def activation(call: FunctionCall) -> Kernel:
-    """Kernel by the rule of the equivalent module, or the identity without a rule."""
+    """Returns the kernel by the rule of the equivalent module, or the identity without a rule."""
     rule = call.settings.rules.of_module(ACTIVATIONS[call.name]())
     return call.identity() if rule is None or type(rule) is Pass else call.by_rule(rule)
 
 
 @kernel_of(*ELEMENTWISE, "div")
 def elementwise(call: FunctionCall) -> Kernel:
-    """Kernel that passes all relevance to the same element of the first input; any other input is a gate."""
+    """Returns a kernel that passes all relevance to the same element of the first input; any other input is a gate."""
     return call.identity()
 
 
 @kernel_of("add", "sub", "rsub")
 def addition(call: FunctionCall) -> Kernel:
-    r"""Kernel of sums, which splits relevance by absolute contribution; a constant is a bias.
+    r"""Returns the kernel of sums, which splits relevance by absolute contribution; a constant is a bias.
 
     .. math:: T_a = \frac{|a|}{|a| + |b|}
     """
@@ -102,7 +102,7 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> SplitKernel:
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
     """Returns |summand|; for a summand that is itself a sum with a single reader, the sum of its magnitudes.
 
-    Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` have the same shares.
+    Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` yield the same shares.
     """
     step = step_of(item.producer)
     if step is not None and step.uses <= 1 and step.rule == "sum":
@@ -136,7 +136,7 @@ def extremum(call: FunctionCall) -> Kernel:
 
 @kernel_of("hypot")
 def hypotenuse(call: FunctionCall) -> Kernel:
-    r"""Kernel by the squares of the legs of a right triangle, :math:`T_a = a^2 / (a^2 + b^2)`."""
+    r"""Returns the kernel by the squares of the legs of a right triangle, :math:`T_a = a^2 / (a^2 + b^2)`."""
     if len(call.inputs) == 1:
         return call.identity()
     squares = [value.square() for value in call.values]

@@ -119,7 +119,7 @@ class FunctionCall:
     # -- kernels that most functions need ---------------------------------------------------------------------------
 
     def identity(self, to: int = 0) -> Kernel:
-        """Kernel that passes relevance unchanged to one input, elementwise; the other inputs receive none.
+        """Returns a kernel that passes relevance unchanged to one input, elementwise; the other inputs receive none.
 
         Args:
             to: Number of the input. Dimensions in which it was broadcast are summed over.
@@ -127,14 +127,14 @@ class FunctionCall:
         return BroadcastKernel(self.shapes, to)
 
     def split(self, shares: Sequence[Tensor | float]) -> Kernel:
-        r"""Kernel that splits relevance among the inputs, elementwise, :math:`R_k = q_k R`.
+        r"""Returns a kernel that splits relevance among the inputs, elementwise, :math:`R_k = q_k R`.
 
         Args:
             shares: ``q_k`` for each input: numbers, or tensors that broadcast to the output. One minus their sum is the
                 residual, which the composite redistributes or absorbs.
 
         Raises:
-            ValueError: The number of shares differs from the number of inputs.
+            ValueError: If the number of shares differs from the number of inputs.
         """
         if len(shares) != len(self.inputs):
             raise ValueError(

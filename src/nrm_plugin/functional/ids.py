@@ -1,6 +1,6 @@
 """Ids: integers among the inputs, tracked by identity to the lookups of the model.
 
-Integers have no relevance, but the selected rows do: walks end at these rows, as at any other input. Equal numbers of
+Integers receive no relevance, but the selected rows do: walks end at these rows, as at any other input. Equal numbers of
 other origin, such as positions, select constants.
 """
 
@@ -164,7 +164,7 @@ def _kind_of_result(call: ObservedCall, kind: Kind, result: Tensor) -> Kind:
 
 
 def _selected_dims(call: ObservedCall) -> int:
-    """The number of dimensions of a table from which an index selects."""
+    """Returns the number of dimensions of a table from which an index selects."""
     if call.name.base == "index_select":
         return 1
     index = call.args[1] if len(call.args) > 1 else None

@@ -141,7 +141,7 @@ class InterceptedPass:
         return linked
 
     def _numbered(self, name: str) -> tuple[str, int]:
-        """The path of a function in the running module, and the number of the call."""
+        """Returns the path of a function in the running module, and the number of the call."""
         path = f"{self.path}.{name}" if self.path else name
         self._call_counts[path] = self._call_counts.get(path, -1) + 1
         return path, self._call_counts[path]
@@ -167,7 +167,10 @@ class InterceptedPass:
         return map_items(output, lambda item: self._unknown_step(call, item, observed.inputs))
 
     def complex_step(self, observed: ObservedCall) -> Any:
-        """Runs a function with complex arguments or results; a real output is a step with real sources as inputs."""
+        """Runs a function that has complex arguments or results.
+
+        If its output is real, it is recorded as a step whose inputs are the real tensors behind the complex arguments.
+        """
         expression = self.complex_tensors.expression(observed)
         output = observed.run()
         if expression.writes and isinstance(observed.overwritten, Tensor):

@@ -123,7 +123,7 @@ def _as_called(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def source_line() -> str:
-    """The source line of the model that called the function."""
+    """Returns the source line of the model that called the function."""
     for frame in reversed(traceback.extract_stack()):
         if "/torch/" not in frame.filename and "/nrm_plugin/" not in frame.filename:
             return f"{frame.filename}:{frame.lineno}: {frame.line}"

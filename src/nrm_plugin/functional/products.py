@@ -79,7 +79,7 @@ def contraction(call: FunctionCall) -> Kernel:
 
 
 def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kernel:
-    """The kernel of one factor of a product, with the other factors as constants."""
+    """Returns the kernel of one factor of a product, with the other factors as constants."""
     values = call.values
     if isinstance(rule, Absolute):  # by the magnitude of each product, including its constant factors
         values, call = [value.abs() for value in values], _changed(call, constants_of(call), Tensor.abs)
@@ -109,7 +109,7 @@ class ConstantMatrix:
 
 
 def _contraction_with_constant(call: FunctionCall) -> Kernel:
-    """Kernel of a product with a constant, as a linear layer."""
+    """Returns the kernel of a product with a constant, as a linear layer."""
     constants = constants_of(call)
     if not constants:  # einsum of one tensor sums and transposes
         return pooling(call)
@@ -195,7 +195,7 @@ def _matrix_of_einsum(call: FunctionCall, constant: Tensor) -> ConstantMatrix | 
 
 
 def constants_of(call: FunctionCall) -> list[Tensor]:
-    """The floating-point tensors among the arguments of a call that carry no relevance."""
+    """Returns the floating-point tensors among the arguments of a call that carry no relevance."""
     return [value for value in _tensors_in((*call.args, *call.kwargs.values())) if value.is_floating_point()]
 
 

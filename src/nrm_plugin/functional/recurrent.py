@@ -1,7 +1,7 @@
 """Recurrent layers as loops of plain operations with known kernels.
 
 torch runs a whole LSTM, GRU or RNN as one fused function. While a measure is recorded, a loop over time replaces it:
-its linear maps have the rule that the composite assigns to the layer, or else to linear layers, and sigmoids are gates.
+its linear maps use the rule that the composite assigns to the layer, or else to linear layers, and sigmoids are gates.
 Inputs and states are ``(N, features)`` at each time step; hidden and cell states are taps.
 
 Source: docs/recurrent-and-graphs.md.

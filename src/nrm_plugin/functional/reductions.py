@@ -45,14 +45,14 @@ def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
 
 @kernel_of("logsumexp")
 def log_sum_exp(call: FunctionCall) -> Kernel:
-    r"""Kernel of log-sum-exp by its derivative softmax, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
+    r"""Returns the kernel of log-sum-exp by its derivative softmax, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
     value, dims = call.values[0], call.argument(1, "dim")
     return _proportional((value - value.amax(dims, keepdim=True)).exp(), dims)
 
 
 @kernel_of("logaddexp", "logaddexp2")
 def log_add_exp(call: FunctionCall) -> Kernel:
-    """Kernel of log-add-exp of two inputs by softmax; a constant is a bias."""
+    """Returns the kernel of log-add-exp of two inputs by softmax; a constant is a bias."""
     if len(call.inputs) == 1:
         return call.identity()
     factor = math.log(2) if call.name == "logaddexp2" else 1.0
@@ -62,7 +62,7 @@ def log_add_exp(call: FunctionCall) -> Kernel:
 
 @kernel_of("vector_norm")
 def vector_norm(call: FunctionCall) -> Kernel:
-    r"""Kernel of norms by Euler's theorem on homogeneous functions, :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
+    r"""Returns the kernel of norms by Euler's theorem on homogeneous functions, :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
 
     The norm of order ∞ (-∞) is the largest (smallest) magnitude, and propagates to the entries with this magnitude.
     """

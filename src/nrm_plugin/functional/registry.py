@@ -142,7 +142,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
             torch, the kernel applies to all its variants (method, operator, in place).
 
     Raises:
-        TypeError: An argument is not callable.
+        TypeError: If an argument is not callable.
 
     Example:
         >>> @register_kernel(torch.special.entr)

@@ -119,7 +119,7 @@ def _batch_norm(module: nn.Module, source: Tensor) -> Tensor:
 
 @kernel_of("deform_conv2d")
 def deformable_convolution(call: FunctionCall) -> Kernel:
-    """Kernel of a convolution with computed offsets, by the rule of the module that owns the weight."""
+    """Returns the kernel of a convolution with computed offsets, by the rule of the module that owns the weight."""
     weight, bias, fixed = call.args[1], call.args[4], tuple(call.values[1:])
     if not isinstance(call.args[0], Slot) or isinstance(weight, Slot):
         return UnknownKernel(UnsupportedOperationError(_COMPUTED_WEIGHT), call.shapes)

@@ -30,7 +30,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
         One tensor ``(K, N, *in)`` per input.
 
     Raises:
-        NRMError: The output has more than ``DENSE_LIMIT`` entries per sample.
+        NRMError: If the output has more than ``DENSE_LIMIT`` entries per sample.
     """
     size = math.prod(relevance.shape[2:])
     if size > DENSE_LIMIT:
@@ -89,7 +89,7 @@ class _Term:
 
 
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
-    r"""Terms such that each entry of the kernel belongs to exactly one term; None if there are no such terms.
+    r"""Returns terms such that each entry of the kernel belongs to exactly one term; None if there are no such terms.
 
     On the positive and on the negative weights, the modified weights of a rule are multiples of the weight. Branches
     with the same factor are added first (ZBox); the other branches must not overlap.
@@ -128,7 +128,7 @@ def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
 
 
 def _down(layer: WeightedLayer, like: Tensor, sign: float) -> Callable[[Tensor], Tensor]:
-    """The transpose of the layer, with the absolute values of its weights of one sign."""
+    """Returns the transpose of the layer, with the absolute values of its weights of one sign."""
     leaf = like.detach().requires_grad_()
     with torch.enable_grad():
         image = layer.rerun(leaf, (layer.weight * sign).clamp(min=0))

@@ -31,7 +31,7 @@ class Kernel(ABC):
         r"""Propagates relevance with :math:`|T_{ij}|` in place of :math:`T_{ij}`."""
 
     def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""The transpose, :math:`\sum_i T_{ij} v_i`.
+        r"""Returns the transpose, :math:`\sum_i T_{ij} v_i`.
 
         Args:
             values: ``v`` at each input, ``(K, N, *in)``; None for zeros.
@@ -51,7 +51,7 @@ class Kernel(ABC):
             return vjp([part for part, _ in pairs], seed, [value.unsqueeze(1) for _, value in pairs])[0].squeeze(1)
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""An upper bound of :math:`\sum_i |T_{ij}| v_i` for values ``v >= 0``; by default the sum itself.
+        r"""Returns an upper bound of :math:`\sum_i |T_{ij}| v_i` for values ``v >= 0``; by default the sum itself.
 
         Arguments and return value are as in :meth:`push`.
         """
@@ -78,7 +78,7 @@ class Kernel(ABC):
         return False
 
     def column_sum(self, like: Tensor) -> Tensor:
-        """The column sums ``c``, in the shape of the output ``like``: the transpose applied to ones."""
+        """Returns the column sums ``c``, in the shape of the output ``like``: the transpose applied to ones."""
         with torch.inference_mode(False), torch.enable_grad():
             seed = torch.zeros_like(like).unsqueeze(0).requires_grad_()
             totals = [part.sum() for part in self.pull(seed) if part.requires_grad]  # zeros at a gate have no history
@@ -106,7 +106,7 @@ class IdentityKernel(Kernel):
 
 
 def vjp(images: list[Tensor], inputs: Tensor | list[Tensor], relevance: list[Tensor]) -> tuple[Tensor, ...]:
-    """Vector-Jacobian products for ``K`` vectors in the leading dimension; the graph is retained."""
+    """Returns vector-Jacobian products for ``K`` vectors in the leading dimension; the graph is retained."""
     create = torch.is_grad_enabled()
     if len(relevance[0]) == 1:
         parts = torch.autograd.grad(images, inputs, [item[0] for item in relevance], True, create)

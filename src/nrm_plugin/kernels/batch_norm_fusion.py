@@ -1,4 +1,4 @@
-r"""Batch-norm fusion: a layer and an adjacent batch normalization have one common kernel.
+r"""Batch-norm fusion: a layer and an adjacent batch normalization share one kernel.
 
 Kernels are read from copies of the layers, so the model is not changed. With
 :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`h = \beta - g \mu`, so that ``BN(x) = g x + h``:
@@ -72,7 +72,7 @@ def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, secon
 
 
 def _producer(node: Any) -> Step | None:
-    """The step that computed a tensor, followed through views (such as flattening) and in-place writes."""
+    """Returns the step that computed a tensor, followed through views (such as flattening) and in-place writes."""
     return step_of(source_of(node))
 
 
@@ -106,7 +106,7 @@ def _is_relu(step: Step) -> bool:
 
 
 def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
-    """The number of groups of a layer, and whether the layer is transposed and dense."""
+    """Returns the number of groups of a layer, and whether the layer is transposed and dense."""
     if isinstance(module, Weighted):
         return module.groups, module.is_transposed, module.bias_dim == -1
     return int(getattr(module, "groups", 1)), isinstance(module, _CONVOLUTIONS[3:]), isinstance(module, nn.Linear)
@@ -191,7 +191,7 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _without_bias(call: LayerCall, source: Tensor) -> Tensor:
-    """The output of the layer without bias, at another input."""
+    """Returns the output of the layer without bias, at a different input."""
     with torch.no_grad():
         return rerun_without_bias(call.module, call.run)(source, _weight(call.module))
 

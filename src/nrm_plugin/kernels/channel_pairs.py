@@ -11,7 +11,7 @@ from .rule_branch_kernel import BranchKernel
 
 
 def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
-    r"""Joint relevance of all channel pairs across one step.
+    r"""Returns the joint relevance of all channel pairs across one step.
 
     .. math:: J_{noi} = \sum_k \sum_\tau W_k[o,i,\tau]\; \frac{\partial}{\partial W_k[o,i,\tau]}
               \langle \mathrm{branch}_k(\rho_k in_k),\, m_k(1) \odot R \rangle_n
@@ -24,7 +24,7 @@ def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
         ``(N, K_out, K_in)``, zero between channels of different groups.
 
     Raises:
-        NRMError: The layer has no weights.
+        NRMError: If the layer has no weights.
     """
     layer = kernel.layer
     if layer is None:

@@ -54,7 +54,7 @@ class SeparateBias(TorchFunctionMode):
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Runs an activation out of place, which saves a copy of its input."""
+    """Runs an activation out of place, so that its input need not be copied."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
 
 
 def seen_image(mode: Mode | None, rule: Hook) -> Image | None:
-    """The output without bias that a mode recorded, if the rule reads it."""
+    """Returns the output without bias that a mode recorded, if the rule reads it."""
     if not isinstance(mode, SeparateBias) or mode.image is None or not reads_image(rule):
         return None
     image, weight = mode.image

@@ -178,7 +178,7 @@ def _is_subclass(value: object) -> bool:
 
 
 def listener() -> Listener | None:
-    """The listener of the forward pass of this thread."""
+    """Returns the listener of the forward pass of this thread."""
     return RUNNING.listener
 
 
@@ -231,7 +231,7 @@ def _depends_on_inputs(node: Any) -> bool:
 
 
 def known_leaves(values: tuple[Any, ...]) -> set[int]:
-    """Identities of the tensors in the arguments of a function that require a gradient already."""
+    """Returns the identities of the tensors in the arguments of a function that require a gradient already."""
     return {id(value) for value in values if isinstance(value, Tensor) and value.requires_grad}
 
 
@@ -257,7 +257,7 @@ def constants_detached(value: Any, is_exact: bool = False) -> Any:
 
 
 def next_node() -> int:
-    """The number of the next autograd node of this thread."""
+    """Returns the number of the next autograd node of this thread."""
     with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.enable_grad():
         return torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
 

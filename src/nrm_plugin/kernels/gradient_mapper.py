@@ -31,7 +31,7 @@ class Mapper:
 
 
 def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], like: Tensor) -> Mapper | None:
-    """The mapper of any rule; None if the rule's mapper does not multiply entry by entry.
+    """Returns the mapper of any rule; None if the rule's mapper does not multiply entry by entry.
 
     Args:
         rule: The rule.

@@ -57,7 +57,7 @@ class OpenCall:
         passed: The detached tensor that was passed to the module instead.
         version: The version counter of ``passed`` before the call.
         saved_input: The input, protected from later writes.
-        run: Runs the module on another first input.
+        run: Runs the module on a different first input.
         run_again: Runs the module again on its original arguments.
         mode: The torch function mode in which the module runs.
         in_place: Whether the module may overwrite its input.
@@ -79,7 +79,7 @@ class OpenCall:
 
 
 class StepHook(Hook):
-    """A Zennit hook that turns each call of a module into a step with the rule of another hook.
+    """A Zennit hook that turns each call of a module into a step with the rule of a given hook.
 
     Args:
         rule: The hook that the composite maps the module to.
@@ -105,7 +105,7 @@ class StepHook(Hook):
         self._checked: weakref.WeakSet[Hook] = weakref.WeakSet() if checked is None else checked
 
     def copy(self) -> StepHook:
-        """A hook for another module with the same rule."""
+        """Returns a hook for a different module with the same rule."""
         return StepHook(self.rule, self.normalization, self.name, self._checked, self.fuse)
 
     def register(self, module: nn.Module) -> RemovableHandleList:
@@ -297,7 +297,7 @@ def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
 
 
 def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """The floating-point tensors among the arguments of a module."""
+    """Returns the floating-point tensors among the arguments of a module."""
     items: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     return {key: value for key, value in items if isinstance(value, Tensor) and value.is_floating_point()}
 

@@ -16,7 +16,7 @@ from .forward_state import Saved
 from .known_rules import LINEAR_RULES
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a module on another first input, with its other arguments unchanged."""
+"""Runs a module on a different first input, with its other arguments unchanged."""
 
 
 @dataclass(frozen=True)
@@ -107,5 +107,5 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 
 def shape_like(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and device without memory, with the dtype of relevance at this tensor."""
+    """Returns a tensor of the same shape and device without memory, with the dtype of relevance at this tensor."""
     return tensor.detach().new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

@@ -32,7 +32,7 @@ class LayerStep(Step):
     Attributes:
         layer_call: The call, with the parameters and the input set by fusion.
         folds: Functions by which fusion changes the call before the kernel is built.
-        norms: The batch normalizations that read the output of the layer.
+        norms: The batch normalization layers that read the output of the layer.
         layer_below: For a batch normalization, the step of the layer whose output it reads.
         has_dense_norm: Whether a dense layer and a batch normalization were fused in this step.
     """

@@ -44,7 +44,7 @@ class ModifiedLayer:
     is_own: bool = False
 
     def output(self, at: Block, shape: torch.Size) -> Tensor:
-        """The output with bias at one block of this shape."""
+        """Returns the output with bias at one block of this shape."""
         image = self.image.expand(shape)[at]
         if self.bias is None:
             return image
@@ -110,7 +110,7 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """The dtype in which the layer multiplies, if it is less precise than the dtype of the inputs."""
+    """Returns the dtype in which the layer multiplies, if it is less precise than the dtype of the inputs."""
     return call.precision if source.dtype == torch.float32 else None
 
 

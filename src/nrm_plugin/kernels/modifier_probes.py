@@ -16,7 +16,7 @@ _KNOWN_SIGNS: dict[type, list[float]] = {}
 
 
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
-    """The modified inputs; equal inputs share memory, such as an input after a ReLU and its positive part."""
+    """Returns the modified inputs; equal inputs share memory, such as an input after a ReLU and its positive part."""
     known, sources = [inputs], []
     # The bounds of ZBox may have the shape of an image, unlike any probe, and are not parts of the input.
     positive = is_known_linear(rule) and not isinstance(rule, ZBox) and _is_positive(inputs)

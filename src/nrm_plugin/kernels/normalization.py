@@ -24,7 +24,7 @@ RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
 
 
 def gain(column_sum: Tensor, limit: float) -> Tensor:
-    r"""The factor by which a column is rescaled to reduce the absorbed share.
+    r"""Returns the factor by which a column is rescaled to reduce the absorbed share.
 
     .. math::
         g(c) = \begin{cases} 1/c & c \ge 1/G \\ 1 + (G-1)\,G\,c & 0 < c < 1/G \\ 1 & c \le 0 \end{cases}
@@ -48,7 +48,7 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
 
 
 def least_restored(dtype: torch.dtype, limit: float) -> float:
-    """The smallest column sum that the gain raises to one."""
+    """Returns the smallest column sum that the gain raises to one."""
     return max(1 / limit, torch.finfo(dtype).tiny)
 
 
@@ -94,7 +94,7 @@ class Normalization:
             )
 
     def scaling(self, column_sum: Tensor) -> Scaling:
-        """Gain and deficit for column sums of any shape."""
+        """Returns the gain and the deficit for column sums of any shape."""
         if self.residual == "sink":
             return Scaling(deficit=1 - column_sum)
         limit = float(self.gain_limit)
@@ -109,7 +109,7 @@ class Normalization:
         return Scaling(factor, deficit(column_sum, factor, limit))
 
     def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
-        """Gain and deficit as in :meth:`scaling`, computed block by block on a CPU."""
+        """Returns the gain and the deficit as in :meth:`scaling`, computed block by block on a CPU."""
         if column_sum.device.type != "cpu":
             return self.scaling(column_sum)
         factor, share = None, None
@@ -133,7 +133,7 @@ class Columns(ABC):
 
     @abstractmethod
     def sums(self, like: Tensor) -> Tensor:
-        """The column sums of the kernel, in the shape of ``like``."""
+        """Returns the column sums of the kernel, in the shape of ``like``."""
 
 
 @dataclass(frozen=True)

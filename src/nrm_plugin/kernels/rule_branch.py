@@ -41,7 +41,7 @@ class Branch:
         return _signed(self.sign, _times(self.maps.down(self.factor * relevance), self.input))
 
     def push(self, values: Tensor) -> Tensor:
-        """The transpose of :meth:`pull`."""
+        """Returns the transpose of :meth:`pull`."""
         return _signed(self.sign, self.factor * self.maps.up(self.input * values))
 
 

@@ -37,7 +37,7 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
         normalization: The normalization of the columns; the kernel includes the gain if this saves work.
 
     Raises:
-        UnsupportedRuleError: The rule changes how the module runs, or has none of the three forms.
+        UnsupportedRuleError: If the rule changes how the module runs, or is written in none of the three forms.
     """
     rule = call.rule
     if any(overrides(rule, method) for method in ("pre_forward", "post_forward", "pre_backward")):
@@ -76,7 +76,7 @@ def check_linear(kernel: Kernel, call: LayerCall) -> None:
     """Raises unless the rule is linear in the relevance.
 
     Raises:
-        NonlinearRuleError: The rule is not linear; the message names the rule and the layer.
+        NonlinearRuleError: If the rule is not linear; the message names the rule and the layer.
     """
     if not is_linear_in_relevance(kernel, call.like[:1].expand_as(call.like)):
         raise NonlinearRuleError(
@@ -114,7 +114,7 @@ def _identity(call: LayerCall) -> IdentityKernel:
 
 
 def _by_modifiers(call: LayerCall, rule: BasicHook) -> VjpKernel:
-    """The kernel of any rule written with modifiers, on any module."""
+    """Returns the kernel of any rule written with modifiers, on any module."""
     sources = [modifier(call.input).detach().requires_grad_() for modifier in rule.input_modifiers]
     outputs = []
     with torch.enable_grad():
@@ -142,7 +142,7 @@ def _plain_gradient(call: LayerCall) -> VjpKernel:
 
 
 def _by_backward(call: LayerCall) -> VjpKernel:
-    """The kernel of a rule with its own ``backward``, which may read the plain gradient and its own state."""
+    """Returns the kernel of a rule with its own ``backward``, which may read the plain gradient and its own state."""
     rule, module, inputs, output = call.rule, call.module, call.input, call.output
     if not call.is_output_known:
         with torch.no_grad():

@@ -86,7 +86,7 @@ class Step(ABC):
         return self._normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
-        """Gain and deficit at all entries where this relevance is not zero; None stands for any relevance."""
+        """Returns the gain and the deficit at all entries where relevance is not zero; None stands for any relevance."""
         kernel = self.kernel
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
             if kernel.complete_for(relevance):
@@ -116,7 +116,7 @@ class Step(ABC):
         return parts, None if scaling.deficit is None else scaling.deficit.abs()
 
     def push(self, values: tuple[Tensor | None, ...], absorbed: Tensor | None) -> Tensor | None:
-        """The transpose of :meth:`pull`.
+        """Returns the transpose of :meth:`pull`.
 
         Args:
             values: Values at each input, ``(K, N, *in)``; None for zeros.
@@ -136,7 +136,7 @@ class Step(ABC):
         return result if result is None else result.to(self.dtype)
 
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
-        """An upper bound of the transpose of :meth:`pull_absolute`, with zeros at the sink."""
+        """Returns an upper bound of the transpose of :meth:`pull_absolute`, with zeros at the sink."""
         scaling = self._scaling_for(None)  # also completes the kernel
         with self._arithmetic():
             bound = self.kernel.push_bound(self._converted(values), self.shape).detach()
@@ -146,7 +146,7 @@ class Step(ABC):
         return InFloat32() if self.is_short else nullcontext()
 
     def _converted(self, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Values at the inputs in the dtype of the output, where the transpose of the kernel starts."""
+        """Returns values at the inputs in the dtype of the output, where the transpose of the kernel starts."""
         return tuple(value if value is None else value.to(self.dtype) for value in values)
 
 
@@ -219,7 +219,7 @@ def link_in_place(step: Step, tensor: Tensor) -> Tensor:
 
 
 def step_of(node: Any) -> Step | None:
-    """The step of an autograd node. A user's ``autograd.Function`` may store another object under the same name."""
+    """Returns the step of a node. A user's ``autograd.Function`` may store a different object under the same name."""
     step = getattr(node, "step", None)
     return step if isinstance(step, Step) else None
 

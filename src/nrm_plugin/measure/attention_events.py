@@ -21,8 +21,8 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
     the rule propagates relevance to them, at the key. It does not change heads.
 
     Raises:
-        EventError: The layer computes no attention or several, or has no such head or token.
-        UnknownLayerError: No layer has this name.
+        EventError: If the layer does not compute exactly one attention, or the head or token does not exist.
+        UnknownLayerError: If no layer has this name.
     """
     if not isinstance(atom, Attended):
         return atom
@@ -77,7 +77,7 @@ def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
 
 
 def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
-    """The heads or tokens that an index selects, boolean, ``(count,)``."""
+    """Returns the heads or tokens that an index selects, boolean, ``(count,)``."""
     chosen = torch.zeros(count, dtype=torch.bool)
     try:
         chosen[index.value] = True
@@ -100,7 +100,7 @@ def _shortened(mask: Tensor) -> Tensor:
 
 
 def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
-    """The steps that compute the attention of a layer, one per selected call."""
+    """Returns the steps that compute the attention of a layer, one per selected call."""
     name, calls = recording.taps.called(atom.atom.layer, "output", atom.atom.call)
     steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
     known = [step for step in steps if step.attention is not None]
@@ -118,7 +118,7 @@ def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
 
 
 def _expressions(steps: list[Step], most: int = 8) -> str:
-    """The shortest expression for each step."""
+    """Returns the shortest expression for each step."""
     names, owners = [step.name for step in steps], [_owner(step) for step in steps]
     texts = []
     for step, name, owner in zip(steps, names, owners, strict=True):
@@ -129,7 +129,7 @@ def _expressions(steps: list[Step], most: int = 8) -> str:
 
 
 def _owner(step: Step) -> str:
-    """The module that called the operation."""
+    """Returns the module that called the operation."""
     return step.name.rpartition(".")[0]
 
 

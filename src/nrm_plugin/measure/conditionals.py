@@ -42,7 +42,7 @@ class Conditionals:
             self._push(vertex, sorted(needed[vertex]))
 
     def value(self, place: Place, node: int) -> Tensor:
-        """The values of a diagram node at one of the taps, ``(N, *shape)``."""
+        """Returns the values of a diagram node at one of the taps, ``(N, *shape)``."""
         if isinstance(place, Buffer):
             value, shape = self._after(place, node), self.graph.shape(place)
         else:
@@ -51,7 +51,7 @@ class Conditionals:
         return self.like.new_zeros(shape) if value is None else value
 
     def _read(self, edge: Edge) -> Buffer:
-        """The buffer that an edge reads."""
+        """Returns the buffer that an edge reads."""
         buffer = self.graph.vertices[edge.vertex].edges[edge.number]
         assert buffer is not None
         return buffer
@@ -88,7 +88,7 @@ class Conditionals:
         return [(node, None)] if level is None else self.diagram.cross(node, level)
 
     def _after(self, buffer: Buffer, node: int) -> Tensor | None:
-        """The values of a node after the tap at a buffer has been crossed; None for zero."""
+        """Returns the values of a node after the tap at a buffer has been crossed; None for zero."""
         left = self.diagram.settle(node, buffer.vertex)
         if left <= TRUE:
             return None if left == FALSE else self.like.new_ones(()).expand(self.graph.shape(buffer))

@@ -36,7 +36,7 @@ def event_list(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
     """Returns the events as a list, and whether the argument was a single event.
 
     Raises:
-        EventError: The argument is neither an event nor a sequence of events.
+        EventError: If the argument is neither an event nor a sequence of events.
     """
     if isinstance(event, Event):
         return [event], True
@@ -58,9 +58,9 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
         min_ratio: Smallest ``|mass|`` relative to the variation; None for the default of the dtype.
 
     Raises:
-        NullEventError: The variation of a sample is zero.
-        CancellationError: The mass of a sample is too small.
-        ValueError: ``min_ratio`` is not a number of at least 0.
+        NullEventError: If the variation of a sample is zero.
+        CancellationError: If the mass of a sample is too small.
+        ValueError: If ``min_ratio`` is not a number of at least 0.
     """
     ratio = MIN_RATIO[mass.dtype] if min_ratio is None else min_ratio
     if not isinstance(ratio, numbers.Real) or not float(ratio) >= 0:

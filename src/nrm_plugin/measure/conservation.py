@@ -30,7 +30,7 @@ def check_kind(kind: object) -> None:
 
 
 def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, absolute: bool = False) -> Tensor:
-    """Mass absorbed above at least one of the taps, or the sum of its absolute values, ``(N,)``."""
+    """Returns the mass absorbed above at least one of the taps, or the sum of its absolute values, ``(N,)``."""
     check_kind(kind)
     recording = totals.recording
     bits = 0
@@ -46,7 +46,7 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
 
 
 def bypassing(totals: Totals, tap: Tap) -> Tensor:
-    """Mass of the walks that do not cross a tap and are not absorbed above it, ``(N,)``."""
+    """Returns the mass of the walks that do not cross a tap and are not absorbed above it, ``(N,)``."""
     recording = totals.recording
     if not is_reached(recording, tap):
         return recording.samples.checked_sums(totals.start, "the output", recording.graph.output)
@@ -60,7 +60,7 @@ def bypassing(totals: Totals, tap: Tap) -> Tensor:
 
 
 def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:
-    """Mass absorbed in each step, ``(N,)``, by the name of the step."""
+    """Returns the mass absorbed in each step, ``(N,)``, by the name of the step."""
     check_kind(kind)
     recording = totals.recording
     sinks: dict[str, Tensor] = {}
@@ -95,7 +95,7 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
 
 
 def surviving_mass(totals: Totals) -> Tensor:
-    """Mass of the walks that reach an input, ``(N,)``."""
+    """Returns the mass of the walks that reach an input, ``(N,)``."""
     recording = totals.recording
     ends, total = _last_vertices(recording), totals.start.new_zeros(recording.samples.count)
     for place, mass in totals.mass.items():
@@ -105,7 +105,7 @@ def surviving_mass(totals: Totals) -> Tensor:
 
 
 def _last_vertices(recording: Recording) -> set[int]:
-    """The vertices directly above the leaves, where walks that are not absorbed end."""
+    """Returns the vertices directly above the leaves, where walks that are not absorbed end."""
     vertices = recording.graph.vertices
     leaves = {number for number, vertex in enumerate(vertices) if vertex.leaf is not None}
     return {
@@ -119,7 +119,7 @@ def checked(recording: Recording, mass: Tensor | None, what: str) -> Tensor:
     """Returns a mass, ``(N,)``, that must be known.
 
     Raises:
-        FoldingError: The mass is None, because the entries of the samples cannot be distinguished.
+        FoldingError: If the mass is None, because the entries of the samples cannot be distinguished.
     """
     if mass is None:
         raise recording.samples.error(what)

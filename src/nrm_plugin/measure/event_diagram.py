@@ -61,7 +61,7 @@ class DecisionDiagram:
         return levels
 
     def depends(self, node: int) -> int:
-        """Bit set of the levels on which a node still depends."""
+        """Returns the bit set of the levels on which a node still depends."""
         if node not in self._depends:
             levels = {self.nodes.levels[variable] for variable in self.nodes.variables(node)}
             self._depends[node] = sum(1 << level for level in levels)
@@ -72,11 +72,11 @@ class DecisionDiagram:
         return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
 
     def end(self, node: int) -> int:
-        """The node that remains when a walk ends at a leaf: true or false."""
+        """Returns the node that remains when a walk ends at a leaf: true or false."""
         return self.nodes.step(node, self.absorbed_level, 0)
 
     def cross(self, node: int, level: int) -> Crossing:
-        """The nodes that remain after crossing the tap at a level, each with its mask of neurons."""
+        """Returns the nodes that remain after crossing the tap at a level, each with its mask of neurons."""
         if (node, level) not in self._crossings:
             self._crossings[node, level] = self._cross(node, level)
         return self._crossings[node, level]
@@ -94,7 +94,7 @@ class DecisionDiagram:
         return list(remaining.items())
 
     def absorb(self, node: int, vertex: int) -> Crossing:
-        """The nodes that remain when a walk is absorbed in a vertex: true or false."""
+        """Returns the nodes that remain when a walk is absorbed in a vertex: true or false."""
         answer = 1 << len(self.nodes.levels) - 1
         level = self.levels.get(Sink(vertex))
         crossing = [(node, None)] if level is None else self.cross(node, level)
@@ -112,7 +112,7 @@ def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]
 
 
 def _order(place: Buffer | Edge | Sink) -> tuple[int, int, int]:
-    """Sort key: places in the order in which walks cross them, then sinks."""
+    """Returns a sort key: places in the order in which walks cross them, then sinks."""
     return (1, place.vertex, 0) if isinstance(place, Sink) else (0, *place.order)
 
 

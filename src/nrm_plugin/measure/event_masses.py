@@ -1,4 +1,4 @@
-"""Masses and maps of events by one pass, which decides at each tap which events a walk belongs to."""
+"""Masses and maps of events, computed by one pass that decides at each tap to which events a walk belongs."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class EventPass:
         self.variation[event] += sums(vector.abs(), "the tap where an event is decided", place)
 
     def result(self, event: int, places: Sequence[Place]) -> EventResult:
-        """Mass, variation and maps of one event."""
+        """Returns the mass, variation and maps of one event."""
         return EventResult(self.mass[event], self.variation[event], [self.map(place, event) for place in places])
 
     def map(self, place: Place, event: int) -> Tensor:
@@ -153,7 +153,7 @@ def event_results(
     places: Sequence[Place] = (),
     max_memory: int | None = None,
 ) -> tuple[list[EventResult], Cost]:
-    """Mass, variation and maps of each event; one pass computes as many events as fit into memory.
+    """Returns the mass, variation and maps of each event; one pass computes as many events as fit into memory.
 
     Args:
         recording: The recording.
@@ -176,7 +176,7 @@ def event_results(
 
 
 def _named_places(recording: Recording, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
-    """The places that events and queries name; None if any place may matter, as for sinks."""
+    """Returns the places that events and queries name; None if any place may matter, as for sinks."""
     parts = [part for event in events for atom in event.atoms() for part in plain(atom, recording).atoms()]
     if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
         return None

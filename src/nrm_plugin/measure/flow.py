@@ -84,7 +84,7 @@ def flow_graph(
     names: Mapping[str, Names] | None = None,
     sample: int | None = None,
 ) -> FlowGraph:
-    """The flow of relevance through some layers.
+    """Returns the flow of relevance through some layers.
 
     Args:
         mu: The measure.
@@ -135,7 +135,7 @@ def _sample_number(mu: Measure, sample: int | None) -> int:
 
 
 def _for_layer(value: Any, layer: Any, default: Any) -> Any:
-    """The value for one layer; a mapping gives values by name, and the other layers have the default."""
+    """Returns the value for one layer; a mapping gives values by name, and the other layers use the default."""
     if value is None:
         return default
     return value.get(layer, default) if isinstance(value, Mapping) else value
@@ -144,7 +144,7 @@ def _for_layer(value: Any, layer: Any, default: Any) -> Any:
 def _shown(
     mu: Measure, layer: Any, tap: Tap, groups: Partition, masses: Array, thresholds: Thresholds, number: int
 ) -> _Shown:
-    """A layer with the groups that pass the thresholds.
+    """Returns a layer with the groups that pass the thresholds.
 
     Args:
         mu: The measure.

@@ -90,7 +90,7 @@ class FlowGraph:
     def smaller(
         self, top: int | None = None, min_mass: float | None = None, coverage: float | None = None
     ) -> FlowGraph:
-        """The graph with fewer groups; the mass of the removed groups is added exactly to the rest of their layer.
+        """Returns the graph with fewer groups; the mass of removed groups is added exactly to the rest of their layer.
 
         Args:
             top: Number of groups of each layer.
@@ -111,7 +111,7 @@ class FlowGraph:
         return FlowGraph(layers, joints, self.carried if layers == self.layers else None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The graph as nested dictionaries and lists of numbers and strings.
+        """Returns the graph as nested dictionaries and lists of numbers and strings.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -134,7 +134,7 @@ class FlowGraph:
         return {"format": FORMAT, "layers": layers, "joints": joints, "carried": self.carried}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The graph as JSON; also written to a file if a path is given.
+        """Returns the graph as JSON; also written to a file if a path is given.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -152,7 +152,7 @@ class FlowGraph:
         """Reads a graph from the JSON of :meth:`to_json`, or from the path of a file with this JSON.
 
         Raises:
-            FlowError: The source is not JSON of a flow graph.
+            FlowError: If the source is not JSON of a flow graph.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -175,10 +175,10 @@ class FlowGraph:
         return cls(layers, joints, entries.get("carried"))
 
     def to_networkx(self) -> Any:
-        """A ``networkx.DiGraph`` from the output down, with masses as attributes; requires networkx.
+        """Returns a ``networkx.DiGraph`` from the output down, with masses as attributes; requires networkx.
 
         Raises:
-            MissingExtraError: networkx is not installed.
+            MissingExtraError: If networkx is not installed.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -200,7 +200,7 @@ class FlowGraph:
         """Writes GraphML, for Gephi, Cytoscape and similar tools, to a path or an open file; requires networkx.
 
         Raises:
-            MissingExtraError: networkx is not installed.
+            MissingExtraError: If networkx is not installed.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -214,10 +214,10 @@ class FlowGraph:
         extra("networkx", "graph").write_graphml_xml(self.to_networkx(), path)
 
     def to_pandas(self) -> tuple[Any, Any]:
-        """Data frames of the nodes and of the edges; requires pandas.
+        """Returns data frames of the nodes and of the edges; requires pandas.
 
         Raises:
-            MissingExtraError: pandas is not installed.
+            MissingExtraError: If pandas is not installed.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -24,7 +24,7 @@ SIDE = 96
 def flow_maps(
     mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = "input"
 ) -> dict[str, NDArray[np.float64]]:
-    r"""Conditional heat maps of the groups of a flow graph, :math:`\mu(\text{pixel} \mid \text{group})`.
+    r"""Returns the conditional heat maps of the groups of a flow graph, :math:`\mu(\text{pixel} \mid \text{group})`.
 
     Heat maps are summed over colours and over the slices of a volume; a signal is an image of one row. Inputs without
     positions and the groups of the input itself have no heat maps.

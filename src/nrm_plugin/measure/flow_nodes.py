@@ -16,7 +16,7 @@ NodeKind = Literal["group", "rest", "off"]
 
 
 class FlowError(NRMError, ValueError):
-    """A flow graph that cannot be computed, read or plotted."""
+    """Raised if a flow graph cannot be computed, read or plotted."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Thresholds:
             :math:`\sum_{\mathrm{shown}} |\mu| \ge s \sum |\mu|`.
 
     Raises:
-        InputError: A threshold is out of range.
+        InputError: If a threshold is out of range.
     """
 
     top: int | None = None
@@ -67,7 +67,7 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:
-    """The matrix that sums the nodes of a layer to the nodes of the smaller graph, ``(shown + 2, count + 2)``."""
+    """Returns the matrix that sums nodes of a layer to nodes of the smaller graph, ``(shown + 2, count + 2)``."""
     sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1
@@ -77,7 +77,7 @@ def merging(count: int, shown: Sequence[int]) -> Array:
 
 
 def merged(layer: FlowLayer, shown: Sequence[int]) -> FlowLayer:
-    """A layer with fewer groups; the mass of the others is added to the rest."""
+    """Returns a layer with fewer groups; the mass of the others is added to the rest."""
     dropped = [position for position in range(len(layer.groups)) if position not in set(shown)]
     return replace(
         layer,

@@ -19,10 +19,10 @@ KINDS = ("channel", "position", "neuron")
 
 
 def labels_of(tap: Tap, over: Over) -> Tensor:
-    """The group of every neuron of a tap, ``tap.shape[1:]``, on the CPU.
+    """Returns the group of every neuron of a tap, ``tap.shape[1:]``, on the CPU.
 
     Raises:
-        EventError: The labels do not fit the tap.
+        EventError: If the labels do not fit the tap.
     """
     inner = tap.shape[1:]
     if isinstance(over, Tensor):
@@ -61,10 +61,10 @@ def check_over(over: Any) -> None:
 
 
 def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
-    """The groups of each of several layers.
+    """Returns the groups of each of several layers.
 
     Raises:
-        ValueError: The list has another length.
+        ValueError: If the length of the list differs.
     """
     kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
     if len(kinds) != count:
@@ -73,7 +73,7 @@ def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
 
 
 def pair_of(over: Any) -> tuple[Over, Over]:
-    """The groups of the upper and of the lower tap."""
+    """Returns the groups of the upper and of the lower tap."""
     pair = over if isinstance(over, tuple) and len(over) == 2 else (over, over)
     for one in pair:
         check_over(one)

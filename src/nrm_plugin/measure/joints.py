@@ -27,7 +27,7 @@ from .totals import Totals
 def joint_matrices(
     totals: Totals, pairs: Sequence[tuple[Tap, Tap]], overs: Sequence[tuple[Over, Over]], max_memory: int | None
 ) -> tuple[list[Tensor], Cost]:
-    """The joint relevance of each pair of taps, ``(N, K_upper, K_lower)``.
+    """Returns the joint relevance of each pair of taps, ``(N, K_upper, K_lower)``.
 
     Args:
         totals: A pass that stored the relevance of the upper taps.
@@ -51,7 +51,7 @@ def joint_matrices(
 def joint_matrix(
     recording: Recording, upper: Tap, lower: Tap, relevance: Tensor, over: tuple[Over, Over], width: int
 ) -> tuple[Tensor, Cost]:
-    """The joint relevance of two taps, by partial passes for the groups of the tap with fewer groups.
+    """Returns the joint relevance of two taps, by partial passes for the groups of the tap with fewer groups.
 
     Args:
         recording: The recording.
@@ -92,7 +92,7 @@ def joint_matrix(
 
 
 def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
-    """The relevance that arrives at the lower tap, ``K`` tensors in the layout of the model."""
+    """Returns the relevance that arrives at the lower tap, ``K`` tensors in the layout of the model."""
     collect = _Collect(lower.place)
     cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
     like = next(iter(vectors.values()))
@@ -155,7 +155,7 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
 
 
 def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
-    """The vertices between two taps, if each has one input, one is linear and the others preserve channels."""
+    """Returns the vertices between two taps, if each has one input, one is linear and the others preserve channels."""
     if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not _are_plain(upper, lower):
         return None
     place, chain, linear = upper.place, [], 0

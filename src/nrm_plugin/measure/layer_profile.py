@@ -15,8 +15,10 @@ class ProfileRow:
 
     Attributes:
         layer: Name of the tap.
-        mass, sink, bypass: Mass of the walks that cross the tap, are absorbed above it, and bypass it.
-        variation: Tap variation, at least 1; a value above 1 means that the tap has neurons of opposite sign.
+        mass: Mass of the walks that cross the tap.
+        sink: Mass of the walks that are absorbed above the tap.
+        bypass: Mass of the walks that bypass the tap.
+        variation: Tap variation, at least 1; a value above 1 means that neurons of opposite sign share the tap.
         plain: Sum of plain LRP by the same rules, starting from 1 at the output; None if it was not computed.
     """
 
@@ -31,7 +33,7 @@ class ProfileRow:
 def profile(
     mu: RelevanceMeasure, layers: Sequence[str] | None = None, plain: RelevanceMeasure | None = None, sample: int = 0
 ) -> list[ProfileRow]:
-    """The profile of a measure: one row per layer, from the output down.
+    """Returns the profile of a measure: one row per layer, from the output down.
 
     Args:
         mu: The measure.
@@ -41,7 +43,7 @@ def profile(
         sample: The sample.
 
     Raises:
-        InputError: ``plain`` redistributes relevance, or is a measure of another model.
+        InputError: If ``plain`` redistributes relevance, or is a measure of a different model.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -21,7 +21,7 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
     """Returns a layer as an atom.
 
     Raises:
-        EventError: ``layer`` is an event, or consists of several layers.
+        EventError: If ``layer`` is an event, or consists of several layers.
     """
     if isinstance(layer, Atom):
         return layer
@@ -42,7 +42,7 @@ def several_layers(layers: Any) -> list[Any]:
     """Returns several layers in any collection as a list.
 
     Raises:
-        EventError: A single layer is given.
+        EventError: If a single layer is given.
     """
     found, is_one = layer_list(layers)
     if is_one:
@@ -51,11 +51,11 @@ def several_layers(layers: Any) -> list[Any]:
 
 
 def tap_of(recording: Recording, layer: Layer) -> Tap:
-    """The tap of a layer.
+    """Returns the tap of a layer.
 
     Raises:
-        EventError: ``layer`` is an event, or names several taps.
-        UnknownLayerError: No tap has this name.
+        EventError: If ``layer`` is an event, or names several taps.
+        UnknownLayerError: If no tap has this name.
     """
     atom = atom_of(layer)
     if atom.index is not None:
@@ -70,8 +70,8 @@ def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[A
     """Returns one atom per tensor of a layer.
 
     Raises:
-        EventError: ``layer`` is an event or a sink.
-        UnknownLayerError: No tap has this name.
+        EventError: If ``layer`` is an event or a sink.
+        UnknownLayerError: If no tap has this name.
     """
     atom = atom_of(layer, side)
     if atom.side == "sink":
@@ -81,7 +81,7 @@ def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[A
 
 
 def is_reached(recording: Recording, tap: Tap) -> bool:
-    """Whether a walk from the output can cross a tap."""
+    """Whether a walk that starts at the output can cross the tap."""
     output = recording.graph.output
     bit = 1 << recording.taps.index[tap.place]
     return tap.place == output or bool(recording.taps.marks.below_vertex[output.vertex] & bit)

@@ -50,8 +50,8 @@ class Locator:
         """Returns the same formula over :class:`Located` atoms and ``ABSORBED``.
 
         Raises:
-            EventError: An index does not fit its tap.
-            UnknownLayerError: No tap has this name.
+            EventError: If an index does not fit its tap.
+            UnknownLayerError: If no tap has this name.
         """
         return event.mapped(self._located)
 
@@ -74,7 +74,7 @@ class Locator:
         return parts[0] if len(parts) == 1 else Any_(tuple(parts))
 
     def _places(self, atom: Atom) -> list[tuple[Buffer | Edge | Sink, torch.Size, int]]:
-        """The places of an atom, each with the shape and the channel dimension of the tensor there."""
+        """Returns the places of an atom, each with the shape and the channel dimension of the tensor there."""
         taps = self._recording.taps
         if atom.side == "sink":
             return [self._sink(vertex) for vertex in taps.find_sinks(atom.layer, atom.call)]
@@ -109,7 +109,7 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> 
         layout: Layout of the tensor.
 
     Raises:
-        EventError: The index does not fit the tap.
+        EventError: If the index does not fit the tap.
     """
     channel_dim, shape = layout.channel_dim(channel_dim, len(shape)), layout.shape(shape)
     inner = torch.Size(shape[1:])

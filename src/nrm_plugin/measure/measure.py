@@ -46,7 +46,7 @@ class RelevanceMeasure(QueryPasses):
         target: Output to explain, in Captum's forms (int, tuple, list, tensor), or a function that returns one of these
             for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``; None for a single output.
         composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` composite
-            has its own settings.
+            keeps its own settings.
         residual: Treatment of relevance that a rule does not propagate: ``"redistribute"`` (the default) or ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
         start: Signed vector over the outputs, instead of a target, or a function that returns it for the outputs.
@@ -63,9 +63,9 @@ class RelevanceMeasure(QueryPasses):
             further passes. By default 128 MiB on a CPU, where more is slower, else 1 GiB.
 
     Raises:
-        TypeError: Settings were passed in addition to a ``Normalized`` composite.
-        InputError, TargetError, ModelStateError, GradModeError: An argument does not fit.
-        UncoveredLayerError, UnsupportedOperationError, UnsupportedRuleError: The model has no measure with these rules.
+        TypeError: If settings are passed in addition to a ``Normalized`` composite.
+        InputError, TargetError, ModelStateError, GradModeError: If an argument does not fit the model.
+        UncoveredLayerError, UnsupportedOperationError, UnsupportedRuleError: If the rules do not support the model.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -155,10 +155,10 @@ class RelevanceMeasure(QueryPasses):
         return self._tap(layer).shape
 
     def channel_dim(self, layer: Layer) -> int:
-        """The channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.
+        """Returns the channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.
 
         Raises:
-            UnknownLayerError: No tap has this name; the message lists similar names.
+            UnknownLayerError: If no tap has this name; the message lists similar names.
 
         Examples:
             >>> mu.channel_dim("1")
@@ -168,10 +168,10 @@ class RelevanceMeasure(QueryPasses):
         return tap.channel_dim % len(tap.shape)
 
     def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
-        """The taps of a layer: one, or one per tensor of a tuple.
+        """Returns the taps of a layer: one, or one per tensor of a tuple.
 
         Raises:
-            UnknownLayerError: No tap has this name.
+            UnknownLayerError: If no tap has this name.
 
         Examples:
             >>> mu.taps_of("1")
@@ -200,7 +200,7 @@ class RelevanceMeasure(QueryPasses):
         joint: Event | Sequence[Event] | None = None,
         min_ratio: float | None = None,
     ) -> Tensor | dict[Any, Tensor]:
-        r"""Mass of the walks through each neuron of one tap.
+        r"""Returns the mass of the walks through each neuron of one tap.
 
         .. math:: \mu(n_l = i) = \mu(\{w : w \text{ crosses } i\})
 
@@ -217,8 +217,8 @@ class RelevanceMeasure(QueryPasses):
             layers. The marginal, the sink above and the bypass of each sample sum to 1.
 
         Raises:
-            UnknownLayerError: No tap has this name; the message lists similar names.
-            NullEventError, CancellationError: The mass of ``given`` is zero, or cancels.
+            UnknownLayerError: If no tap has this name; the message lists similar names.
+            NullEventError, CancellationError: If the mass of ``given`` is zero or cancels.
 
         Examples:
             >>> maps = mu.marginal(["1", "input"])
@@ -236,7 +236,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
-        """Mass absorbed above a tap, ``(N,)``.
+        """Returns the mass absorbed above a tap, ``(N,)``.
 
         Args:
             layer: Tap name, module or ``at(…)``.
@@ -252,7 +252,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
-        """Mass absorbed above at least one of several taps, such as the tensors of a tuple, ``(N,)``.
+        """Returns the mass absorbed above at least one of several taps, such as the tensors of a tuple, ``(N,)``.
 
         Examples:
             >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))
@@ -262,7 +262,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def bypass(self, layer: Layer) -> Tensor:
-        """Mass of the walks that reach the input, or a sink elsewhere, without crossing the tap, ``(N,)``.
+        """Returns the mass of the walks that reach the input, or a sink elsewhere, without crossing the tap, ``(N,)``.
 
         Examples:
             >>> mu.bypass("1")
@@ -272,7 +272,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
-        """Mass absorbed in each step that absorbs relevance, ``(N,)``, by the name of the step.
+        """Returns the mass absorbed in each step that absorbs relevance, ``(N,)``, by the name of the step.
 
         Examples:
             >>> leaky = RelevanceMeasure(net, torch.randn(5, 3), 1, residual="sink")
@@ -283,9 +283,9 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def variation(self, layer: Layer) -> Tensor:
-        r"""Tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
+        r"""Returns the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
 
-        A value above 1 means that the tap has neurons of opposite sign.
+        A value above 1 means that neurons of opposite sign share the tap.
 
         Examples:
             >>> bool((mu.variation("1") >= 0.999).all())
@@ -295,9 +295,9 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def walk_variation(self, surviving: bool = False) -> Tensor:
-        r"""``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``: 1 if and only if no walk is negative.
+        r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``; it is 1 if and only if no walk is negative.
 
-        It bounds every ``|μ(A)|`` and the rounding error of every sum, and grows with depth for signed rules.
+        The variation bounds every ``|μ(A)|`` and the rounding error of every sum; for signed rules, it grows with depth.
 
         Args:
             surviving: Return the variation of the measure conditioned on survival: the sum over walks that reach an
@@ -315,7 +315,7 @@ class RelevanceMeasure(QueryPasses):
     def __call__(
         self, event: Event | Sequence[Event], given: Event | None = None, *, min_ratio: float | None = None
     ) -> Tensor:
-        r"""Mass of an event, ``μ(A)``, or, given a condition, ``μ(A | B) = μ(A & B) / μ(B)``.
+        r"""Returns the mass of an event, ``μ(A)``, or, given a condition, ``μ(A | B) = μ(A & B) / μ(B)``.
 
         Args:
             event: An event, or a list of events, evaluated in one pass.
@@ -327,8 +327,8 @@ class RelevanceMeasure(QueryPasses):
             ``(N,)``, or ``(E, N)`` for a list of ``E`` events.
 
         Raises:
-            NullEventError: No walk with nonzero mass satisfies the condition.
-            CancellationError: The positive and negative walks of the condition cancel.
+            NullEventError: If no walk with nonzero mass satisfies the condition.
+            CancellationError: If the positive and negative walks of the condition cancel.
         """
         events, is_single = event_list(event)
         mass = self._masses(events, given, min_ratio)
@@ -340,7 +340,7 @@ class RelevanceMeasure(QueryPasses):
     def conditional(self, event: Event, layer: None = ...) -> dict[str, Tensor]: ...
     @query
     def conditional(self, event: Event, layer: Layer | None = None) -> Tensor | dict[str, Tensor]:
-        """``μ(event given j)`` for every neuron ``j`` of a tap above all taps of the event, ``(N, *shape)``.
+        """Returns ``μ(event given j)`` for every neuron ``j`` of a tap above all taps of the event, ``(N, *shape)``.
 
         The query takes one transposed pass, and is also defined where ``μ(j)`` is zero.
 
@@ -349,7 +349,7 @@ class RelevanceMeasure(QueryPasses):
             layer: The tap; None for all taps above the event, by name.
 
         Raises:
-            EventError: The event names a tap that is not below ``layer``.
+            EventError: If the event names a tap that is not below ``layer``.
 
         Examples:
             >>> below = mu.conditional(at("input")[0], "2")
@@ -361,7 +361,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def joint(self, upper: Layer, lower: Layer, over: Over | tuple[Over, Over] = "channel") -> Tensor:
-        """Joint relevance of every channel of a tap with every channel of a lower tap, ``(N, upper, lower)``.
+        """Returns the joint relevance of every channel of a tap with every channel of a lower tap, ``(N, upper, lower)``.
 
         Args:
             upper: The tap that walks cross first.
@@ -370,7 +370,7 @@ class RelevanceMeasure(QueryPasses):
                 pair of these for the upper and the lower tap.
 
         Raises:
-            EventError: ``lower`` is not below ``upper``.
+            EventError: If ``lower`` is not below ``upper``.
 
         Examples:
             >>> joint = mu.joint("2", "0")
@@ -381,7 +381,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:
-        """Joint relevance of the channels of all pairs of consecutive layers, ``(N, upper, lower)`` each.
+        """Returns the joint relevance of the channels of all pairs of consecutive layers, ``(N, upper, lower)`` each.
 
         All layers share one pass. If two layers are separated by one linear layer, and otherwise only by operations
         that preserve channels (ReLU, max pooling), all pairs of channels cost one weight gradient.
@@ -392,7 +392,7 @@ class RelevanceMeasure(QueryPasses):
                 layer.
 
         Raises:
-            EventError: A layer is not below the previous layer.
+            EventError: If a layer is not below the previous layer.
 
         Examples:
             >>> [tuple(joint.shape) for joint in mu.joints(["2", "0", "input"])]
@@ -412,7 +412,7 @@ class RelevanceMeasure(QueryPasses):
         names: Mapping[str, Names] | None = None,
         sample: int | None = None,
     ) -> FlowGraph:
-        """The flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
+        """Returns the flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
 
         Args:
             layers: The layers, in any order; of each two, one must be below the other.
@@ -426,8 +426,8 @@ class RelevanceMeasure(QueryPasses):
             sample: Index of the sample; required if the measure has several.
 
         Raises:
-            FlowError, InputError: Thresholds or sample do not fit.
-            EventError: A layer is not below the previous layer, or groups do not fit.
+            FlowError, InputError: If a threshold is out of range or the sample does not exist.
+            EventError: If a layer is not below the previous layer, or groups do not fit.
 
         Examples:
             >>> graph = mu.flow(["output", "1", "input"], top=2, names={"output": ["cat", "dog"]}, sample=0)

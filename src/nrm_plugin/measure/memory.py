@@ -26,10 +26,10 @@ Result = TypeVar("Result")
 
 
 def check_memory(max_memory: object) -> int | None:
-    """A memory budget in bytes; None for the default of the device.
+    """Returns a memory budget in bytes; None for the default of the device.
 
     Raises:
-        InputError: ``max_memory`` is not a positive number.
+        InputError: If ``max_memory`` is not a positive number.
     """
     if max_memory is None:
         return None
@@ -40,7 +40,7 @@ def check_memory(max_memory: object) -> int | None:
 
 
 def width_of(recording: Recording, max_memory: int | None, places: Iterable[Place] | None) -> int:
-    """Number of vectors that fit, at least one.
+    """Returns the number of vectors that fit, at least one.
 
     Args:
         recording: The recording.
@@ -58,7 +58,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 def in_chunks(
     items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
 ) -> list[Result]:
-    """Results of ``run`` for all items, at most ``width`` per call; out of memory, the width is halved.
+    """Returns the results of ``run`` for all items, at most ``width`` per call; out of memory, the width is halved.
 
     Args:
         items: The items.
@@ -67,7 +67,7 @@ def in_chunks(
         what: Name of the items in the progress bar, which appears after some seconds.
 
     Raises:
-        MemoryError: A single item does not fit into memory.
+        MemoryError: If a single item does not fit into memory.
     """
     results: list[Result] = []
     with tqdm(total=len(items), desc=what, delay=5, leave=False, disable=len(items) <= width) as bar:

@@ -36,7 +36,7 @@ class Partition:
 
 
 def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
-    """The groups of a tap and their names.
+    """Returns the groups of a tap and their names.
 
     Args:
         tap: The tap.
@@ -53,7 +53,7 @@ def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
 
 
 def _namer(tap: Tap, over: Over, names: Names | None) -> Callable[[int], str]:
-    """A function from the number of a group to its name."""
+    """Returns a function from the number of a group to its name."""
     if names is not None:
         given = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
         return lambda group: given.get(group, str(group))
@@ -93,7 +93,7 @@ def _region_labels(tap: Tap, masks: Regions) -> Tensor:
 
 
 def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
-    """Labels of the patches of an image, for ``over=``: numbered from 0, row by row.
+    """Returns the labels of the patches of an image, for ``over=``: numbered from 0, row by row.
 
     Args:
         size: Size of the image, such as ``(H, W)``, or ``(D, H, W)``.
@@ -103,7 +103,7 @@ def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
         Integers of shape ``size``.
 
     Raises:
-        InputError: There are more patches than pixels, or no patches.
+        InputError: If there are more patches than pixels, or no patches.
 
     Examples:
         >>> patches((4, 4), 2)

@@ -1,4 +1,4 @@
-"""The passes behind the queries of a measure."""
+"""The passes that answer the queries of a measure."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class QueryPasses:
         return is_below(self._recording, place, tap)
 
     def _pass(self, stored: Sequence[Tap] = ()) -> Totals:
-        """A pass that stores the relevance of some taps; its sums answer all later queries for totals."""
+        """Returns a pass that stores the relevance of some taps; its sums answer all later queries for totals."""
         totals = pass_totals(self._recording, self._start, [tap.place for tap in stored])
         self._totals_once = self._totals_once or replace(totals, maps={})
         self.cost = totals.cost
@@ -93,7 +93,7 @@ class QueryPasses:
     def _maps(
         self, taps: list[Tap], over: Over | None, given: Any, joint: Any, min_ratio: float | None
     ) -> list[Tensor]:
-        """The relevance of each tap, restricted to the walks of the events if there are any."""
+        """Returns the relevance of each tap, restricted to the walks of the events if there are any."""
         if given is not None and joint is not None:
             raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
         if given is None and joint is None:
@@ -117,7 +117,7 @@ class QueryPasses:
         return results
 
     def _masses(self, events: Sequence[Event], given: Event | None, min_ratio: float | None) -> Tensor:
-        """Masses of the events, ``(E, N)``."""
+        """Returns the masses of the events, ``(E, N)``."""
         if not events:
             return self._start.new_zeros((0, self._recording.samples.count))
         if given is not None:
@@ -145,7 +145,7 @@ class QueryPasses:
         return {name: taps[name].layout.unfold(value) for name, value in values.items()}
 
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
-        """Joint relevance of all pairs of consecutive layers, ``(N, K_upper, K_lower)`` each."""
+        """Returns the joint relevance of all pairs of consecutive layers, ``(N, K_upper, K_lower)`` each."""
         groups = [pair_of(over) for over in overs]
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):

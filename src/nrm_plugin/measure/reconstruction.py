@@ -60,7 +60,7 @@ class Reconstruction:
 
     @property
     def crops(self) -> list[Tensor]:
-        """Each reconstruction, cropped to its receptive field, ``(C, height, width)``.
+        """The reconstructions, each cropped to its receptive field, ``(C, height, width)``.
 
         Examples:
             >>> Reconstruction(torch.zeros(1, 1, 4, 4), [(0, 0, 4, 2)]).crops[0].shape
@@ -91,8 +91,8 @@ def reconstruct(
             do; else from all selected neurons. Negative activations are set to zero.
 
     Raises:
-        ValueError: The method is unknown.
-        EventError: The event does not consist of outputs of modules, joined by ``&``.
+        ValueError: If the method is unknown.
+        EventError: If the event does not consist of outputs of modules, joined by ``&``.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.ReLU())
@@ -152,7 +152,7 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
 
 
 def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor) -> list[Box]:
-    """The rectangle of pixels on which the selected neurons of a layer may depend, for each sample.
+    """Returns the rectangle of pixels on which the selected neurons of a layer may depend, for each sample.
 
     A bisection sets rows or columns of the image to NaN, to find those that reach the neurons. The result holds for any
     layers, weights and activations, since no operation removes a NaN. A copy of the model runs in double precision on
@@ -187,7 +187,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
 
 
 def _reached(model: nn.Module, images: Tensor, layer: str, mask: Tensor, edges: Tensor) -> Tensor:
-    """Whether NaN up to an edge from the top, left, bottom, right reaches the neurons, ``(N, 4)``."""
+    """Whether neurons become NaN if the image is NaN from its top, left, bottom or right to an edge, ``(N, 4)``."""
     probes = images.detach().unsqueeze(1).repeat(1, 4, 1, 1, 1)
     for probe, (top, left, bottom, right) in zip(probes, edges.tolist(), strict=True):
         probe[0, :, :top] = torch.nan

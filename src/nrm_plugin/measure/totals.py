@@ -49,7 +49,7 @@ class Totals:
     _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def relevance(self, tap: Tap) -> Tensor:
-        """The relevance of a tap in ``stored``, ``(N, *shape)``; zeros if no relevance arrived."""
+        """Returns the relevance of a tap in ``stored``, ``(N, *shape)``; zeros if no relevance arrived."""
         return self.maps[tap.place] if tap.place in self.maps else self.start.new_zeros(tap.shape)
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
@@ -89,7 +89,7 @@ class Totals:
     def _sum_pair(
         self, vector: Tensor, place: Place, share: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Σ and Σ|·| of relevance, or of a share of the relevance, for each sample."""
+        """Sums relevance, or a share of it, and its absolute values for each sample."""
         if self.recording.samples.count > 1 and not self.recording.samples.is_plain:
             values = vector if share is None else vector * share
             return self._sum(values, place), self._sum(values.abs(), place)

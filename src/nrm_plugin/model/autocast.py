@@ -35,7 +35,7 @@ def is_short(tensor: Tensor) -> bool:
 
 
 class InFloat32(TorchFunctionMode):
-    """A mode in which functions of tensors in shorter formats read their arguments in float32."""
+    """Mode in which functions convert arguments in shorter formats to float32."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,7 +71,7 @@ _CURRENT = _Current()
 
 
 def current() -> torch.dtype | None:
-    """The current dtype for layers; None if layers run in the dtype of their inputs."""
+    """Returns the current dtype for layers; None if layers run in the dtype of their inputs."""
     return _CURRENT.dtype
 
 
@@ -86,7 +86,7 @@ def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def asked_for(device: torch.device) -> torch.dtype | None:
-    """The dtype of the surrounding ``torch.autocast``; None without autocast."""
+    """Returns the dtype of the surrounding ``torch.autocast``; None without autocast."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     dtype = torch.get_autocast_dtype(device.type)

@@ -41,8 +41,8 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
     """Raises unless the model can be recorded on these inputs.
 
     Raises:
-        InputError: The model is on another device or of another dtype than the inputs.
-        ModelStateError: The model is in training mode, hooked by a composite, compiled, or has invalid weights.
+        InputError: If the device or dtype of the model differs from that of the inputs.
+        ModelStateError: If the model is in training mode, hooked by a composite, compiled, or has invalid weights.
     """
     check_untransformed(tensors)
     check_hookable(model)

@@ -35,7 +35,7 @@ def is_own_layer(module: nn.Module) -> bool:
 
 
 class WeightRecorder(TorchFunctionMode):
-    """A mode that records the weight and bias that a layer passes to its function of torch."""
+    """Mode that records the weight and bias that a layer passes to its function of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class WeightRecorder(TorchFunctionMode):
 
 
 class _Substituted(TorchFunctionMode):
-    """A mode in which a layer multiplies by another weight and adds another bias."""
+    """Mode in which a layer's weight and bias are replaced by the given ones."""
 
     def __init__(self, function: Any, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

@@ -69,12 +69,12 @@ def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 
 def _address(tensor: Tensor) -> int:
-    """The address of a tensor in memory; for a sparse tensor, the address of its values."""
+    """Returns the address of a tensor in memory; for a sparse tensor, the address of its values."""
     return _stored(tensor).data_ptr()
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    """The stored entries of a tensor."""
+    """Returns the stored entries of a tensor."""
     if tensor.layout == torch.strided:
         return tensor
     values: Tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
@@ -101,7 +101,7 @@ class Fingerprint:
         self._entries = entries
 
     def changed(self) -> list[str]:
-        """Names of the tensors that have changed."""
+        """Returns the names of the tensors that have changed."""
         return [
             name
             for name, tensor, state, place, sample in self._seen

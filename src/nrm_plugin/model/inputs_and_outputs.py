@@ -53,7 +53,7 @@ class Call:
             called with these copies and may overwrite them.
 
     Raises:
-        InputError: The inputs cannot be explained.
+        InputError: If the inputs cannot be explained.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
         batched: Whether the first dimension is the batch.
 
     Raises:
-        InputError: The chosen tensor does not exist, or several tensors are returned and none is chosen.
+        InputError: If the chosen tensor does not exist, or several tensors are returned and none is chosen.
     """
     tensor = chosen_output(returned, output)
     if not isinstance(tensor, Tensor):
@@ -326,7 +326,7 @@ def _not_floating(tensor: Tensor) -> str:
 
 
 def _infinite(tensor: Tensor) -> str:
-    """The text that lists the samples with infinite or nan entries."""
+    """Returns the text that lists the samples with infinite or nan entries."""
     return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 

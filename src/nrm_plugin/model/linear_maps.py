@@ -42,7 +42,7 @@ _CONVOLUTIONS: dict[Any, int] = {
 
 
 def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearMap:
-    """Maps of a linear layer that compute the modified weight in blocks and never store it as a whole.
+    """Returns the maps of a linear layer that compute the modified weight in blocks and never store it as a whole.
 
     In many networks most weights belong to the classifier, and a copy for each rule would take more time than the layer
     itself.
@@ -66,7 +66,7 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
 
 
 def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
-    """Maps of a layer of torch, computed by torch's functions; None for padding modes other than zeros.
+    """Returns the maps of a layer of torch, computed by torch's functions; None for padding modes other than zeros.
 
     Args:
         module: A linear or convolutional layer with torch's own forward.
@@ -218,7 +218,7 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
 
 
 def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
-    """Maps and image of any linear function, by automatic differentiation.
+    """Returns the maps and the image of any linear function, by automatic differentiation.
 
     Args:
         run: The function, from ``(N, *in)`` to ``(N, *out)``.

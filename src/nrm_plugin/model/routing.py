@@ -71,7 +71,10 @@ _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
 
 
 def is_route(module: nn.Module) -> bool:
-    """Whether a module is a 0/1 route. Another check ensures that dropout is inactive."""
+    """Whether a module is a 0/1 route.
+
+    Does not check that dropout is inactive; :func:`~nrm_plugin.model.checks.check_model` does.
+    """
     return isinstance(module, _MODULES) or (isinstance(module, nn.Upsample) and module.mode.startswith("nearest"))
 
 
@@ -118,7 +121,7 @@ def written(node: Any, number: int) -> tuple[Any, int]:
 
 
 def source_of(node: Any) -> Any:
-    """The node that computed the entries of a tensor, followed through whole views and in-place writes."""
+    """Returns the node that computed the entries of a tensor, followed through whole views and in-place writes."""
     node, _ = written(node, 0)
     while node is not None and is_whole(node):
         node, _ = written(*node.next_functions[0])

@@ -45,7 +45,7 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
             the output is one row of scores, ``(1, C)``, for a whole graph.
 
     Raises:
-        TargetError: The function did not return a target.
+        TargetError: If the function did not return a target.
     """
     if callable(target):
         target = target(outputs)
@@ -72,7 +72,7 @@ def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tenso
             from the outputs to this vector.
 
     Raises:
-        TargetError: Both are given, or the target or start does not fit the output.
+        TargetError: If both target and start are given, or one of them does not fit the output.
     """
     output = output.to(working_dtype(output.dtype))
     if start is not None:
@@ -86,7 +86,7 @@ def normalized(start: Tensor) -> Tensor:
     r"""Normalizes a start vector per sample, :math:`\mu(n_L = k) = s_k / \sum s`.
 
     Raises:
-        TargetError: The entries of a sample cancel or are all zero.
+        TargetError: If the entries of a sample cancel or are all zero.
     """
     total, absolute = sample_sums(start), sample_sums(start.abs())
     bad = total.abs() <= MIN_TOTAL * absolute
@@ -123,7 +123,7 @@ class Neurons:
         return torch.where(silent, slope, start)
 
     def _slope(self, values: Tensor) -> Tensor:
-        """The weight of each neuron in the sum of activations."""
+        """Returns the weight of each neuron in the sum of activations."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()

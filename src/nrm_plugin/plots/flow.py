@@ -23,7 +23,7 @@ MAX_GROUPS = 40
 THUMBNAILS_PER_ROW, MAX_THUMBNAILS = 4, 12
 """Numbers of thumbnails of one layer."""
 THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH = 0.72, 0.22
-"""Height of a row of thumbnails in inches, and width of a thumbnail as a share of the distance between two layers."""
+"""Height of a row of thumbnails in inches, and width of a thumbnail as a fraction of the distance between layers."""
 NEGLIGIBLE = 1e-6
 """Relevance below which edges, rest nodes and off nodes are not drawn, since it is rounding error."""
 KINDS = {"group": "", "rest": "other", "off": "off"}
@@ -34,7 +34,7 @@ def drawn_nodes(layer: FlowLayer) -> list[tuple[int, FlowNode]]:
     """Returns the nodes of a layer to be drawn, each with its row in the joint relevance.
 
     Raises:
-        FlowError: The layer has too many groups for a figure.
+        FlowError: If the layer has too many groups for a figure.
     """
     if len(layer.groups) > MAX_GROUPS:
         raise FlowError(
@@ -46,7 +46,7 @@ def drawn_nodes(layer: FlowLayer) -> list[tuple[int, FlowNode]]:
 
 
 def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: NodeMaps | None = None) -> Figure:
-    """Draws a flow graph as ribbons between bars, with the input on the left; heights are relevance.
+    """Draws a flow graph as ribbons between bars, with the input on the left; heights are proportional to relevance.
 
     Red is positive and blue negative, in shades that colour-blind readers can distinguish. Grey is the rest of a layer,
     and orange the relevance that is absorbed above the layer or bypasses it.
@@ -59,7 +59,7 @@ def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: N
             are drawn below their layer, each on its own scale.
 
     Raises:
-        FlowError: A layer has too many groups for a figure.
+        FlowError: If a layer has too many groups for a figure.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -124,7 +124,7 @@ def _draw_maps(
 
 
 def layer_note(layer: FlowLayer) -> str:
-    """The number and mass of the shown groups of a layer, such as ``3 of 6: 80%``."""
+    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%``."""
     if not layer.groups:
         return "no relevance crosses it"
     return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(sum(layer.masses))}"

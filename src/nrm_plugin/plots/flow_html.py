@@ -49,8 +49,8 @@ def sankey(graph: FlowGraph, heading: str = "Flow of relevance", maps: NodeMaps 
         maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails next to the nodes.
 
     Raises:
-        MissingExtraError: plotly is not installed.
-        FlowError: A layer has too many groups for a figure.
+        MissingExtraError: If plotly is not installed.
+        FlowError: If a layer has too many groups for a figure.
     """
     config = {"displayModeBar": False, "responsive": True}
     page: str = sankey_figure(graph, heading, maps).to_html(config, include_plotlyjs=True, post_script=SCRIPT)
@@ -120,7 +120,7 @@ def _links(graph: FlowGraph, nodes: Sequence[FlowNode]) -> Iterator[dict[str, An
 
 
 def _sizes(links: Sequence[dict[str, Any]], count: int) -> NDArray[np.float64]:
-    """The relevance that plotly draws for each node: the larger of the sums of widths on both sides."""
+    """Returns the relevance that plotly draws for each node: the larger of the sums of widths on both sides."""
     sides = np.zeros((2, count))
     for link in links:
         sides[0, link["source"]] += link["value"]
@@ -169,7 +169,7 @@ def _layer_heading(graph: FlowGraph, column: int) -> dict[str, Any]:
 
 
 def _thumbnail(values: NDArray[np.float64], place: tuple[float, float], size: float) -> dict[str, Any]:
-    """An image on the left of a node, or on the right, outside the drawing, for the last column."""
+    """Returns an image on the left of a node, or on the right, outside the drawing, for the last column."""
     small = thumbnail(values)
     limit = float(np.abs(small).max()) or 1.0
     colors = matplotlib.colormaps[DIVERGING](0.5 + 0.5 * small / limit, bytes=True)[..., :3]
@@ -199,7 +199,7 @@ def _name(node: FlowNode) -> str:
 
 
 def _hover_text(edge: FlowEdge) -> str:
-    """The text of the joint relevance, and of the conditional relevance given each node with sufficient mass."""
+    """Returns the text on joint relevance, and on conditional relevance given each node with sufficient mass."""
     upper, lower = _name(edge.upper), _name(edge.lower)
     lines = [f"{upper} → {lower}", f"joint relevance {percent(edge.mass)}"]
     if abs(edge.upper.mass) > NEGLIGIBLE:

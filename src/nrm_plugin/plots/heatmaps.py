@@ -37,7 +37,9 @@ class Budget:
 
     Attributes:
         title: Name of the sample.
-        mass, sink, bypass: One number per layer; the three sum to 1.
+        mass: Mass that crosses each layer.
+        sink: Mass that is absorbed above each layer.
+        bypass: Mass that bypasses each layer; mass, sink and bypass sum to 1.
         reference: Further sums, marked at each layer, such as the sums of plain Zennit.
         image: ``(C, H, W)``, drawn next to the title.
     """
@@ -60,7 +62,7 @@ def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = No
         kind: Format, such as ``"png"``; by default the suffix of the file.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: If the file cannot be written.
     """
     figure.savefig(path, dpi=DPI, facecolor=paper, format=kind)
     return path
@@ -325,7 +327,7 @@ def _array(values: Values) -> Array:
 
 
 def _bound(maps: Sequence[Array]) -> float:
-    """The largest absolute value, or 1 if all values are zero."""
+    """Returns the largest absolute value, or 1 if all values are zero."""
     return max((float(np.abs(values).max(initial=0)) for values in maps), default=0) or 1.0
 
 

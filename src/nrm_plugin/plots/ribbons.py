@@ -49,9 +49,9 @@ DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c",
 ROW, GAP = 0.085, 0.025
 """Height of the label of a node, and distance between two nodes, as shares of the plot."""
 VISIBLE = 0.012
-"""Smallest width at which the widths of ribbons can be distinguished, as a share of the plot."""
+"""Smallest width at which the widths of ribbons can be distinguished, as a fraction of the plot."""
 BAR = 0.022
-"""Half the width of a bar, as a share of the distance between two columns."""
+"""Half the width of a bar, as a fraction of the distance between two columns."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def percent(value: float) -> str:
 
 
 def rows_scale(columns: Sequence[Column]) -> float:
-    """The factor on the height of labels with which the longest column fits. Figures are enlarged by its inverse."""
+    """Returns the factor on the height of labels with which the longest column fits; figures grow by its inverse."""
     longest = max((len(column.labels) for column in columns), default=0)
     return min(1.0, 0.9 / max(longest * (ROW + GAP), 1e-12))
 
@@ -121,7 +121,7 @@ def draw_flow(
     palette: Palette = LIGHT,
     scale: float = 1.0,
 ) -> None:
-    """Draws nodes as bars with relevance as height, and ribbons with joint relevance as width, on one scale.
+    """Draws nodes as bars and joint relevance as ribbons; heights and widths are proportional to relevance.
 
     Args:
         axes: The matplotlib axes.
@@ -151,12 +151,12 @@ def draw_flow(
 
 
 def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[float]:
-    """The height of each node of a column: the height of its bar, or of its ribbons if these cancel."""
+    """Returns the height of each node of a column: the height of its bar, or of its ribbons if these cancel."""
     return [max(abs(value), *_stacks(number, node, ribbons)) for node, value in enumerate(column.marginals)]
 
 
 def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
-    """The total width of the ribbons stacked at a node, one value per column in which ribbons start."""
+    """Returns the total width of the ribbons stacked at a node, one value per column in which ribbons start."""
     widths: dict[int, float] = {}
     for ribbon in ribbons:
         if ribbon.node(number) == node:
@@ -165,7 +165,7 @@ def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
 
 
 def _unit(extents: Sequence[float], scale: float) -> float:
-    """The height per unit of relevance at which a column, with space for its labels, has height 1."""
+    """Returns the height per unit of relevance at which a column, with space for its labels, has height 1."""
     low, high = 0.0, 1.0 / max(sum(extents), 1e-12)
     for _ in range(50):
         middle = (low + high) / 2
@@ -176,7 +176,7 @@ def _unit(extents: Sequence[float], scale: float) -> float:
 
 
 def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]:
-    """The heights of the centres of the nodes, from the top, with even spacing."""
+    """Returns the heights of the centres of the nodes, from the top, with even spacing."""
     rows = [max(ROW * scale, extent * unit) for extent in extents]
     space = (1 - sum(rows)) / max(len(rows), 1)
     ends = np.cumsum([row + space for row in rows])
@@ -217,7 +217,7 @@ def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: 
 
 
 def _height(lane: Sequence[float], x: float) -> float:
-    """The height of a ribbon at ``x``: the cubic of :func:`_draw_ribbon`, solved for its parameter."""
+    """Returns the height of a ribbon at ``x``: the cubic of :func:`_draw_ribbon`, solved for its parameter."""
     left = min(int(x), len(lane) - 2)
     steps = np.linspace(0, 1, 64)
     across = 1.5 * steps * (1 - steps) + steps**3

@@ -76,7 +76,7 @@ def text_figure(
         dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
 
     Raises:
-        InputError: Tokens, values and titles do not match.
+        InputError: If tokens, values and titles do not match.
 
     Examples:
         >>> figure = text_figure(["[CLS]", "un", "##kind"], [0.2, -0.1, 0.6], special=["[CLS]"])
@@ -123,7 +123,7 @@ def text_html(
         heading: As in :func:`text_figure`.
 
     Raises:
-        InputError: Tokens, values and titles do not match.
+        InputError: If tokens, values and titles do not match.
 
     Examples:
         >>> page = text_html(["<b>", "good"], [0.1, 0.9])
@@ -148,7 +148,7 @@ def text_html(
 def _checked(
     tokens: Sequence[str], values: Values, titles: Sequence[str], special: Collection[str], limit: float | None
 ) -> tuple[list[list[Word]], float, bool]:
-    """The words of each map, the relevance of the strongest colours, and whether a value exceeds it."""
+    """Returns the words of each map, the relevance of the strongest colours, and whether a value exceeds it."""
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError("tokens must be a list of strings, as of tokenizer.convert_ids_to_tokens(ids).")
     array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
@@ -188,7 +188,7 @@ def _words(tokens: Sequence[str], values: np.ndarray, special: Collection[str]) 
 
 
 def _cells(text: str) -> int:
-    """The width of a text in letters; East Asian wide letters count twice."""
+    """Returns the width of a text in letters; East Asian wide letters count twice."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
@@ -220,7 +220,7 @@ def _broken(word: Word, columns: int) -> list[Word]:
 
 
 def shade(value: float, palette: Palette) -> tuple[float, float, float]:
-    """The background colour of a token for a value between -1 and 1; the colour of the paper at zero."""
+    """Returns the background colour of a token for a value between -1 and 1; the colour of the paper at zero."""
     strength = min(abs(value), 1.0)
     pairs = zip(to_rgb(palette.paper), to_rgb(palette.of(value)), strict=True)
     red, green, blue = (paper + strength * (color - paper) for paper, color in pairs)
@@ -234,7 +234,7 @@ def ink_on(color: tuple[float, float, float]) -> str:
 
 
 def luminance(color: tuple[float, float, float]) -> float:
-    """The relative luminance of a colour, as defined by the Web Content Accessibility Guidelines."""
+    """Returns the relative luminance of a colour, as defined by the Web Content Accessibility Guidelines."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

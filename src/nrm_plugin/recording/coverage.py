@@ -110,7 +110,8 @@ def coverage(
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:
-        InputError, ModelStateError, GradModeError: As for :class:`~nrm_plugin.RelevanceMeasure`.
+        InputError, ModelStateError, GradModeError: If :class:`~nrm_plugin.RelevanceMeasure` raises the error for these
+            arguments.
 
     Examples:
         >>> print(coverage(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3)))
@@ -159,7 +160,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """The layers that share a parameter with an earlier layer, and its name."""
+    """Returns the layers that share a parameter with an earlier layer, and its name."""
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -92,7 +92,7 @@ class Vertex:
         return self._converted(_columns(rows)), None
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
-        """The transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
+        """Returns the transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
         if self.step is not None:
             return [self.step.push(tuple(values), absorbed[0])]
         known = [value for value in values if value is not None]
@@ -125,7 +125,7 @@ class Vertex:
         ]
 
     def _seeds(self, like: Tensor) -> list[Tensor]:
-        """Differentiable zeros at each output, on the device of another tensor."""
+        """Returns differentiable zeros at each output, on the device of the given tensor."""
         return [
             like.new_zeros(shape, dtype=dtype).requires_grad_()
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
@@ -220,11 +220,11 @@ class Graph:
                 vertex.step.uses = count
 
     def shape(self, buffer: Buffer) -> torch.Size:
-        """Shape of the tensor at a buffer."""
+        """Returns the shape of the tensor at a buffer."""
         return self.vertices[buffer.vertex].shapes[buffer.number]
 
     def marks_below(self, marks: Mapping[Place, int]) -> Marks:
-        """The marked places that a walk can still cross, as bit sets.
+        """Returns the marked places that a walk can still cross, as bit sets.
 
         Args:
             marks: The bits of each marked place.
@@ -243,7 +243,10 @@ class Graph:
 
 
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether the result of a route depends on its argument (a tensor that is overwritten receives zeros)."""
+    """Whether the result of a route depends on its argument.
+
+    If the argument is overwritten, the result does not depend on it, and it receives zero relevance.
+    """
     return part is not None and part.requires_grad
 
 
@@ -273,7 +276,7 @@ def _in_walk_order(root: Any) -> list[Any]:
 
 
 def _depending(nodes: list[Any], leaves: Sequence[Tensor]) -> list[Any]:
-    """The nodes that depend on at least one of the leaves, and always the first node."""
+    """Returns the nodes that depend on at least one of the leaves, and always the first node."""
     inputs = {id(leaf) for leaf in leaves}
     depending: set[Any] = set()
     for node in reversed(nodes):

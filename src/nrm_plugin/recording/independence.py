@@ -71,7 +71,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
         rerun: Runs the model of the recording again.
 
     Raises:
-        FoldingError: The samples depend on each other.
+        FoldingError: If the samples depend on each other.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(start.shape, generator=generator, dtype=start.dtype).to(start.device) + 0.5
@@ -139,7 +139,7 @@ def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Re
 
 
 def _outputs(chosen: Tensor, exchange: Exchange, rerun: Rerun) -> Tensor | None:
-    """The outputs after an exchange; None if the model raises, or if the large values overflow."""
+    """Returns the outputs after an exchange; None if the model raises, or if the large values overflow."""
     try:
         outputs = rerun.outputs(lambda tensor: changed(tensor, chosen, exchange))
     except Exception:

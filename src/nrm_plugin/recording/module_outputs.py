@@ -23,7 +23,7 @@ def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
         layers: Names of modules.
 
     Raises:
-        UnknownLayerError: No module has this name.
+        UnknownLayerError: If no module has this name.
     """
     modules = {name: module for module, name in module_names(model).items()}
     outputs: dict[str, list[Any]] = {layer: [] for layer in layers}

@@ -86,11 +86,11 @@ class Observer:
             self.observed.append(Observed(label, node, number, tensor.shape, channel_dim))
 
     def inner_output(self, output: Atom) -> Tensor:
-        """The tensor inside the model at which the measure starts.
+        """Returns the tensor inside the model at which the measure starts.
 
         Raises:
-            EventError: ``output`` is not a whole tap.
-            UnknownLayerError: The forward pass has no tap of this name.
+            EventError: If ``output`` selects only part of a tap.
+            UnknownLayerError: If no tap of the forward pass has this name.
         """
         if output.index is not None or output.side == "sink" or output.call == "any":
             raise EventError(
@@ -177,7 +177,7 @@ def _own_view(value: Any) -> Any:
 
 
 def _step_hook(module: nn.Module) -> StepHook | None:
-    """The step hook that a composite has registered on a module."""
+    """Returns the step hook that a composite has registered on a module."""
     for hook in module._forward_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, StepHook):
@@ -199,7 +199,7 @@ _OVER_FEATURES = (
 
 
 def _channel_dim(module: nn.Module) -> int | None:
-    """The channel dimension: the last dimension for layers over features, 1 for layers over images."""
+    """Returns the channel dimension: the last dimension for layers over features, 1 for layers over images."""
     own: int | None = getattr(type(module), "nrm_channel_dim", None)
     if own is not None:
         return own

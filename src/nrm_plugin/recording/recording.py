@@ -46,11 +46,11 @@ class Recording:
         fingerprint: State of the weights during the forward pass.
 
     Raises:
-        InputError: A measure cannot start at this output.
-        ModelStateError: The model is in training mode, or has hooks of another composite.
-        GradModeError: Gradients are disabled.
-        UncoveredLayerError: A layer has no rule.
-        UnsupportedOperationError: An operation has no kernel.
+        InputError: If a measure cannot start at this output.
+        ModelStateError: If the model is in training mode, or has hooks of a different composite.
+        GradModeError: If gradients are disabled.
+        UncoveredLayerError: If a layer has no rule.
+        UnsupportedOperationError: If an operation has no kernel.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Recording:
         The method also finds the samples in each tensor, if there are several that are not known to be its rows.
 
         Raises:
-            FoldingError: A sample, or the kernel of a layer at a sample, depends on other samples.
+            FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
         """
         start = self.samples.layout(self.graph.output).fold(relevance)
         if self.samples.count > 1 and not self.samples.is_plain:
@@ -109,7 +109,7 @@ class Recording:
         return start
 
     def unfolded(self) -> Tensor:
-        """The output in the form ``(N, …)``, detached."""
+        """Returns the output in the form ``(N, …)``, detached."""
         return self.samples.layout(self.graph.output).unfold(self.output.detach())
 
     def outputs(self) -> Tensor:

@@ -77,7 +77,7 @@ class Samples:
         """Returns the layout that converts a tensor to the form ``(N, …)``.
 
         Raises:
-            FoldingError: No dimension holds the samples in equal parts.
+            FoldingError: If no dimension holds the samples in equal parts.
         """
         if self.is_plain:
             return self._plain
@@ -92,7 +92,7 @@ class Samples:
         return layout
 
     def buffer(self, place: Place | Sink) -> Buffer:
-        """The tensor at a place."""
+        """Returns the tensor at a place."""
         if isinstance(place, Buffer):
             return place
         if isinstance(place, Sink):
@@ -109,7 +109,7 @@ class Samples:
         return self._plain if self.output_has_rows else self._of_output()
 
     def _of_one(self, buffer: Buffer) -> Layout:
-        """The layout of a tensor of one sample: the dimension that doubles with two samples."""
+        """Returns the layout of a tensor of one sample: the dimension that doubles with two samples."""
         shape = self.graph.shape(buffer)
         if buffer.vertex in self.rows:
             return self._plain
@@ -121,7 +121,7 @@ class Samples:
         return found or (self._plain if shape[:1] == (1,) else self._whole)
 
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
-        """The layout of a tensor without relevance: the layout of the nearest tensor of the same shape."""
+        """Returns the layout of a tensor without relevance: the layout of the nearest tensor of the same shape."""
         shape = self.graph.shape(buffer)
         same = [
             other for other, layout in self._layouts.items() if layout is not None and self.graph.shape(other) == shape
@@ -131,7 +131,7 @@ class Samples:
         return unreached(shape, self.count)
 
     def _of_output(self) -> Layout | None:
-        """The layout of a tensor inside the model at which the measure starts, by values of the inputs."""
+        """Returns the layout of a tensor inside the model at which the measure starts, by values of the inputs."""
         generator = torch.Generator().manual_seed(0)
         for vertex in sorted(self.inputs):
             leaf = self.graph.vertices[vertex].leaf
@@ -165,7 +165,7 @@ class Samples:
             start: Relevance of the outputs, positive wherever it may be nonzero.
 
         Raises:
-            FoldingError: The entries of a tensor belong to several samples.
+            FoldingError: If the entries of a tensor belong to several samples.
         """
         vectors = _encoded(start, self.layout(self.graph.output), start.shape, self.count)
         finder = _Finder(self)
@@ -199,7 +199,7 @@ class Samples:
         """Sums over the entries of each sample, ``(N,)``.
 
         Raises:
-            FoldingError: The samples are unknown.
+            FoldingError: If the samples are unknown.
         """
         sums = self.sums(tensor, place)
         if sums is None:

@@ -27,8 +27,8 @@ class Structure:
         output_has_rows: As in :class:`~nrm_plugin.recording.samples.Samples`.
 
     Raises:
-        InputError: The output depends on none of the inputs.
-        UnsupportedOperationError: An operation between inputs and output has no kernel.
+        InputError: If the output depends on none of the inputs.
+        UnsupportedOperationError: If an operation between inputs and output has no kernel.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ Item = int | str
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """The name of each module as a tap: its name in ``named_modules()``, with a dot before reserved names."""
+    """Returns the name of each module as a tap: its name in ``named_modules()``, with a dot before reserved names."""
     return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
 
 
@@ -95,10 +95,10 @@ class Tap:
 
 
 def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """The name of a layer, given by name or as a module; the name of the model itself is ``"output"``.
+    """Returns the name of a layer, given by name or as a module; the name of the model itself is ``"output"``.
 
     Raises:
-        UnknownLayerError: The module belongs to another model.
+        UnknownLayerError: If the module belongs to a different model.
     """
     if isinstance(layer, str):
         return layer
@@ -154,7 +154,7 @@ class Taps:
         return len(self.all)
 
     def at(self, place: Place) -> Tap:
-        """The tap at a place."""
+        """Returns the tap at a place."""
         return self.all[self.index[place]]
 
     # -- collecting -------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Taps:
         self._labelled.setdefault(label, tap)
 
     def tensor_shapes(self) -> dict[Hashable, torch.Size]:
-        """The shape of each labelled tensor in the model."""
+        """Returns the shape of each labelled tensor in the model."""
         return {label: tap.tensor_shape for label, tap in self._labelled.items()}
 
     # -- names ------------------------------------------------------------------------------------------------
@@ -209,11 +209,11 @@ class Taps:
                         yield name + (f":{call}" if len(calls) > 1 else "") + bracket
 
     def name_of(self, layer: str | nn.Module) -> str:
-        """The name of a layer given by name or as a module."""
+        """Returns the name of a layer given by name or as a module."""
         return name_of(layer, self.modules)
 
     def name_at(self, vertex: int) -> str:
-        """A name for a vertex: the name of its step, else of its tap, else of the nearest tap above."""
+        """Returns a name for a vertex: the name of its step, else of its tap, else of the nearest tap above."""
         step = self.graph.vertices[vertex].step
         if step is not None:
             several = sum(name == step.name for name, _ in self._sinks) > 1
@@ -222,7 +222,7 @@ class Taps:
         return next((tap.names[0] for tap in above if tap.names), "constants")
 
     def calls_of(self, name: str, side: str = "output") -> list[int]:
-        """The calls of a layer that have taps."""
+        """Returns the calls of a layer that have taps."""
         return sorted(self._items_of.get((name, side), ()))
 
     def _items(self, name: str, side: str, call: int) -> list[Item | None]:
@@ -233,10 +233,10 @@ class Taps:
     def find(
         self, layer: str | nn.Module, side: str = "output", call: Any = None, item: Item | None = None
     ) -> list[Tap]:
-        """The taps of a layer name, side, call and item; several for ``call="any"``.
+        """Returns the taps of a layer name, side, call and item; several for ``call="any"``.
 
         Raises:
-            UnknownLayerError: No tap fits; the message lists similar names.
+            UnknownLayerError: If no tap fits; the message lists similar names.
         """
         if isinstance(layer, str):
             layer, own = self._split_item(layer, side)
@@ -245,7 +245,7 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """The items of the inputs or outputs of a layer, except nested items; ``[None]`` for a single tensor."""
+        """Returns the items of inputs or outputs of a layer, except nested items; ``[None]`` for a single tensor."""
         if isinstance(layer, str):
             layer, item = self._split_item(layer, side)
             if item is not None:
@@ -274,7 +274,7 @@ class Taps:
         return (layer, int(number)) if colon and number.isdecimal() and not self.calls_of(name, side) else (name, None)
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
-        """The name of a layer, and the calls of the layer that ``call`` selects."""
+        """Returns the name of a layer, and the calls of the layer that ``call`` selects."""
         name = self.name_of(layer)
         if call is None:
             name, call = self._split_call(name, side)
@@ -289,10 +289,10 @@ class Taps:
         return name, _selected(name, calls, call)
 
     def find_sinks(self, layer: str | nn.Module, call: Any = None) -> list[int]:
-        """The vertices of the steps of a layer, whose sinks are selected by ``at(layer, side="sink")``.
+        """Returns the vertices of the steps of a layer, whose sinks are selected by ``at(layer, side="sink")``.
 
         Raises:
-            UnknownLayerError: The layer is not a step and therefore absorbs nothing.
+            UnknownLayerError: If the layer is not a step and therefore absorbs nothing.
         """
         name = self.name_of(layer)
         calls = sorted(number for known, number in self._sinks if known == name)
@@ -343,12 +343,12 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """The items that are not nested in a container, to which a layer refers; all items if all are nested."""
+    """Returns the items that are not nested in a container, to which a layer refers; all items if all are nested."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 
 def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
-    """The text of a position or key in a name; a key that looks like a position of the same layer is quoted."""
+    """Returns the text of a position or key in a name; a key that looks like a position of the same layer is quoted."""
     return repr(item) if sum(str(other) == str(item) for other in items) > 1 else str(item)
 
 

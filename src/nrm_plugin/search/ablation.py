@@ -32,7 +32,7 @@ def ablation(
             is ``"zero"``.
 
     Raises:
-        ValueError: The fill is unknown, or requires a reference that is not given.
+        ValueError: If the fill is unknown, or requires a reference that is not given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -73,8 +73,8 @@ def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[st
     """Returns the output of each module, ``(N, *shape)``, from one forward pass; for a reused module, of its last call.
 
     Raises:
-        UnknownLayerError: No module has this name.
-        InputError: A module is not called, or does not return a tensor.
+        UnknownLayerError: If no module has this name.
+        InputError: If a module is not called, or does not return a tensor.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -83,7 +83,7 @@ class BestFirstSearch:
         return max(self._dropped, self.prefixes[0].bound if self.prefixes else 0.0)
 
     def largest_first(self) -> list[CompleteWalk]:
-        """The best complete walks."""
+        """Returns the best complete walks."""
         return sorted(self.best, key=lambda walk: -abs(walk.mass))
 
     def run(self) -> None:

@@ -19,7 +19,7 @@ from .layer_chain import LayerChain
 MIN_ROWS = 16
 """Number of rows of a table that are computed even after the deadline."""
 OVERTIME = 0.5
-"""Accepted overrun of a table, as a share of its time, estimated from its first rows."""
+"""Accepted overrun of a table, as a fraction of its time, estimated from its first rows."""
 NEGLIGIBLE = 1e-4
 """Largest share of negative mass for which the kernels of a segment are treated as non-negative."""
 

@@ -33,8 +33,8 @@ class LayerChain:
         widths: The number of vectors that fit into memory on the way to the next layer.
 
     Raises:
-        ValueError: No layer is given, or the number of kinds differs from the number of layers.
-        EventError: A layer is not below the previous one.
+        ValueError: If no layer is given, or the number of kinds differs from the number of layers.
+        EventError: If a layer is not below the previous one.
     """
 
     def __init__(self, mu: RelevanceMeasure, layers: Sequence[Layer], over: Over | Sequence[Over]) -> None:
@@ -60,7 +60,7 @@ class LayerChain:
         ]
 
     def first(self) -> Tensor:
-        """Relevance of the neurons of the first layer, ``(n_0,)``."""
+        """Returns the relevance of the neurons of the first layer, ``(n_0,)``."""
         return self.mu.marginal(self.atoms[0]).flatten()
 
     def propagate(self, level: int, vectors: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class LayerChain:
         return total.index_add_(-1, self.labels[level], values)
 
     def shaped_labels(self) -> tuple[Tensor, ...]:
-        """The :attr:`labels` in the shapes of the layers."""
+        """Returns the :attr:`labels` in the shapes of the layers."""
         return tuple(labels.reshape(tap.shape[1:]) for labels, tap in zip(self.labels, self.taps, strict=True))
 
 
@@ -95,7 +95,7 @@ def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
     """Returns the kind of group for each of several layers.
 
     Raises:
-        ValueError: A kind is unknown, or the number of kinds does not fit.
+        ValueError: If a kind is unknown, or the number of kinds does not fit.
     """
     kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
     if len(kinds) != count:
@@ -106,7 +106,7 @@ def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
 
 
 def intersection(events: Sequence[Event]) -> Event:
-    """The walks that belong to all of one or more events."""
+    """Returns the walks that belong to all of one or more events."""
     return functools.reduce(operator.and_, events)
 
 

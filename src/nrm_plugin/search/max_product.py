@@ -57,7 +57,7 @@ class MaxProduct:
         names: The first name of each named tap.
 
     Raises:
-        NRMError: The start vector or a kernel has negative entries.
+        NRMError: If the start vector or a kernel has negative entries.
     """
 
     def __init__(self, mu: RelevanceMeasure) -> None:

@@ -1,4 +1,4 @@
-"""Deprecated: the best walk of single neurons, replaced by ``top_walks(mu, k=1, over="neuron")``."""
+"""Deprecated search for the best walk of single neurons, replaced by ``top_walks(mu, k=1, over="neuron")``."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def best_walk(mu: RelevanceMeasure, chunk: int = 256) -> NeuronWalk:
         chunk: Ignored; the ``max_memory`` of the measure limits the memory.
 
     Raises:
-        ValueError: The measure has several samples.
-        NRMError: A kernel has negative entries, or all relevance is absorbed.
+        ValueError: If the measure contains several samples.
+        NRMError: If a kernel has negative entries, or all relevance is absorbed.
 
     Examples:
         >>> import warnings

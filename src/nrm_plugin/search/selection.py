@@ -107,7 +107,7 @@ def restriction(
         over: Groups over which the heat map is summed before the comparison.
 
     Raises:
-        InputError: A mask does not fit its layer, or no layer is given.
+        InputError: If a mask does not fit its layer, or no layer is given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -136,7 +136,7 @@ def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
     """Expands a mask over channels or neurons to a mask over neurons, ``(N, *shape)``.
 
     Raises:
-        InputError: The mask is not boolean, or fits neither channels nor neurons.
+        InputError: If the mask is not boolean, or fits neither channels nor neurons.
     """
     tap = mu._tap(layer)
     shape, inner = torch.Size(tap.shape), torch.Size(tap.shape[1:])
@@ -157,10 +157,10 @@ def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
 
 
 def kept_event(masks: Mapping[str, Tensor]) -> Event:
-    """The walks that cross a kept neuron in every layer.
+    """Returns the walks that cross a kept neuron in every layer.
 
     Raises:
-        InputError: No layer is given.
+        InputError: If no layer is given.
     """
     if not masks:
         raise InputError("no layer was given; give a mask of kept neurons for at least one.")
@@ -243,7 +243,8 @@ def select_neurons(
         rounds: Number of rounds; more rounds take longer and select better.
 
     Raises:
-        ValueError: Neither or both of ``budget`` and ``error`` are given, or the budget is below one group per layer.
+        ValueError: If neither or both of ``budget`` and ``error`` are given, or the budget is below one group per
+            layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

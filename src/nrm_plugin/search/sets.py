@@ -69,9 +69,9 @@ def top_sets(
         exact: Whether to try all combinations.
 
     Raises:
-        ValueError: The measure has several samples, a size is not between 1 and the number of groups, or there are
-            too many combinations.
-        EventError: A layer is not below the previous one.
+        ValueError: If the measure contains several samples, a size is not between 1 and the number of groups, or there
+            are too many combinations.
+        EventError: If a layer is not below the previous one.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -128,7 +128,10 @@ def _exact_sets(chain: LayerChain, sizes: list[int]) -> list[list[int] | None]:
 
 
 def _all_walks(chain: LayerChain) -> Tensor:
-    """Computes ``μ(g_1, …, g_L)`` of all groups, from one vector per combination above the last layer."""
+    """Computes ``μ(g_1, …, g_L)`` for every combination of groups.
+
+    One vector is propagated for each combination of groups in the layers above the last.
+    """
     with torch.inference_mode(False), torch.no_grad():
         vectors = chain.first().unsqueeze(0)
         for level in range(chain.last):

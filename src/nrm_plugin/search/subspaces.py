@@ -44,7 +44,7 @@ class Subspaces:
         dim: Dimension of the channels in the layer's output: 1 for feature maps and vectors, -1 for tokens.
 
     Raises:
-        InputError: The columns are not orthonormal, or the sizes do not add up to their number.
+        InputError: If the columns are not orthonormal, or the sizes do not add up to their number.
 
     Examples:
         >>> Subspaces(torch.eye(4)[:, :3], (1, 2)).parts(torch.ones(5, 4)).shape
@@ -69,7 +69,7 @@ class Subspaces:
             )
 
     def __len__(self) -> int:
-        """The number of subspaces, without the rest."""
+        """Returns the number of subspaces, without the rest."""
         return len(self.sizes)
 
     def parts(self, values: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int
         dim: Dimension of the channels.
 
     Raises:
-        InputError: The tensors differ in shape, or have fewer channels than directions.
+        InputError: If the tensors differ in shape, or have fewer channels than directions.
 
     Examples:
         >>> prca(torch.rand(10, 4, 3, 3), torch.rand(10, 4, 3, 3), [1, 1]).basis.shape
@@ -202,7 +202,7 @@ def drsa(
         seed: Seed of the starts.
 
     Raises:
-        InputError: The tensors differ in shape, or have fewer channels than directions.
+        InputError: If the tensors differ in shape, or have fewer channels than directions.
 
     Examples:
         >>> drsa(torch.rand(10, 4), torch.rand(10, 4), [2, 2], steps=5).sizes
@@ -257,7 +257,7 @@ def _rms(vectors: Tensor) -> float:
 
 
 def _vectors(values: Tensor, relevance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Activations and contexts of all samples and positions, ``(n, C)`` each."""
+    """Returns the activations and contexts of all samples and positions, ``(n, C)`` each."""
     if values.shape != relevance.shape or values.ndim < 2:
         raise InputError(
             f"activations {tuple(values.shape)} and relevance {tuple(relevance.shape)} must be of the same neurons, "
@@ -292,8 +292,8 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
         subspaces: Subspaces by name of the layer; each layer must return a single tensor.
 
     Raises:
-        UnknownLayerError: The model has no such layer.
-        InputError: One of the layers contains another.
+        UnknownLayerError: If the model does not contain the layer.
+        InputError: If one of the layers contains another.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -330,7 +330,7 @@ def _replaced(module: nn.Module, subspaces: Mapping[str, Subspaces], path: str) 
 
 
 class _WithSubspaces(nn.Module):
-    """A layer that computes the parts of another layer's output in the subspaces, and returns their sum."""
+    """A layer that computes the parts of a given layer's output in the subspaces, and returns their sum."""
 
     def __init__(self, layer: nn.Module, subspaces: Subspaces) -> None:
         super().__init__()

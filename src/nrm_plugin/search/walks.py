@@ -158,10 +158,10 @@ def top_walks(
         expansions: Number of prefixes after which the search stops, for a reproducible result.
 
     Raises:
-        ValueError: The measure has several samples, no layer is given, ``k`` is below 1, or ``layers`` is None without
-            ``over="neuron"``.
-        EventError: A layer is not below the previous one.
-        NRMError: ``layers`` is None and a kernel has negative entries, so that max-product does not apply.
+        ValueError: If the measure contains several samples, no layer is given, ``k`` is below 1, or ``layers`` is None
+            without ``over="neuron"``.
+        EventError: If a layer is not below the previous one.
+        NRMError: If ``layers`` is None and a kernel has negative entries, so that max-product does not apply.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
