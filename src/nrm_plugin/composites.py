@@ -336,42 +336,42 @@ class Named(Normalized):
 
 @register("nrm_epsilon_plus")
 class NRMEpsilonPlus(Named):
-    """Normalized version of Zennit\'s ``EpsilonPlus``; its arguments are those of :class:`Named`."""
+    """Normalized version of Zennit's ``EpsilonPlus``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonPlus
 
 
 @register("nrm_epsilon_plus_flat")
 class NRMEpsilonPlusFlat(Named):
-    """Normalized version of Zennit\'s ``EpsilonPlusFlat``; its arguments are those of :class:`Named`."""
+    """Normalized version of Zennit's ``EpsilonPlusFlat``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonPlusFlat
 
 
 @register("nrm_epsilon_alpha2_beta1")
 class NRMEpsilonAlpha2Beta1(Named):
-    """Normalized version of Zennit\'s ``EpsilonAlpha2Beta1``; its arguments are those of :class:`Named`."""
+    """Normalized version of Zennit's ``EpsilonAlpha2Beta1``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonAlpha2Beta1
 
 
 @register("nrm_epsilon_alpha2_beta1_flat")
 class NRMEpsilonAlpha2Beta1Flat(Named):
-    """Normalized version of Zennit\'s ``EpsilonAlpha2Beta1Flat``; its arguments are those of :class:`Named`."""
+    """Normalized version of Zennit's ``EpsilonAlpha2Beta1Flat``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonAlpha2Beta1Flat
 
 
 @register("nrm_epsilon_gamma_box")
 class NRMEpsilonGammaBox(Named):
-    """Normalized version of Zennit\'s ``EpsilonGammaBox``; its arguments are those of :class:`Named`."""
+    """Normalized version of Zennit's ``EpsilonGammaBox``; its arguments are those of :class:`Named`."""
 
     rules = EpsilonGammaBox
 
 
 @register("nrm_excitation_backprop")
 class NRMExcitationBackprop(Named):
-    """Normalized version of Zennit\'s ``ExcitationBackprop``; its arguments are those of :class:`Named`."""
+    """Normalized version of Zennit's ``ExcitationBackprop``; its arguments are those of :class:`Named`."""
 
     rules = ExcitationBackprop
 

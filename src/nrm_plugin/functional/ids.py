@@ -1,7 +1,7 @@
 """Ids: integers among the inputs, tracked by identity to the lookups of the model.
 
-Integers receive no relevance, but the selected rows do: walks end at these rows, as at any other input. Equal numbers of
-other origin, such as positions, select constants.
+Integers receive no relevance, but the selected rows do: walks end at these rows, as at any other input. Equal
+numbers of other origin, such as positions, select constants.
 """
 
 from __future__ import annotations

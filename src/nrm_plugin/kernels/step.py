@@ -86,7 +86,7 @@ class Step(ABC):
         return self._normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
-        """Returns the gain and the deficit at all entries where relevance is not zero; None stands for any relevance."""
+        """Returns gain and deficit at all entries where this relevance is not zero; None stands for any relevance."""
         kernel = self.kernel
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
             if kernel.complete_for(relevance):

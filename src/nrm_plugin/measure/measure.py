@@ -297,7 +297,7 @@ class RelevanceMeasure(QueryPasses):
     def walk_variation(self, surviving: bool = False) -> Tensor:
         r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``; it is 1 if and only if no walk is negative.
 
-        The variation bounds every ``|μ(A)|`` and the rounding error of every sum; for signed rules, it grows with depth.
+        The variation bounds every ``|μ(A)|`` and all rounding errors of sums; for signed rules, it grows with depth.
 
         Args:
             surviving: Return the variation of the measure conditioned on survival: the sum over walks that reach an
@@ -361,7 +361,7 @@ class RelevanceMeasure(QueryPasses):
 
     @query
     def joint(self, upper: Layer, lower: Layer, over: Over | tuple[Over, Over] = "channel") -> Tensor:
-        """Returns the joint relevance of every channel of a tap with every channel of a lower tap, ``(N, upper, lower)``.
+        """Returns the joint relevance of each channel of a tap and each channel of a lower tap, ``(N, upper, lower)``.
 
         Args:
             upper: The tap that walks cross first.
