@@ -70,8 +70,8 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         {
             "errors": """NRMError InputError TargetError GradModeError ModelStateError UnknownLayerError
             HookedContainerError StorageError EventError NullEventError CancellationError StaleMeasureError
-            UnsupportedRuleError NonlinearRuleError UnsupportedOperationError UncoveredLayerError FoldingError MissingExtraError
-            BatchNormWarning MemoryBudgetWarning"""
+            UnsupportedRuleError NonlinearRuleError UnsupportedOperationError UncoveredLayerError
+            FoldingError MissingExtraError BatchNormWarning MemoryBudgetWarning"""
         },
     ),
 }
