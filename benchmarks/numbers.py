@@ -165,7 +165,7 @@ def mutants(results: Results) -> str:
 def verdicts(results: Results) -> str:
     """The default composite compared with the best other method of each metric."""
     counted = Counter(verdict(best["ahead"][best["default"]]) for *_, best in compared(results))
-    return ", ".join(f"{word} in {counted[word]}" for word in ("better", "even", "worse"))
+    return ", ".join(f"{word} in {counted[word]}" for word in ("better", "tied", "worse"))
 
 
 def recovered(one: str, other: str) -> Callable[[Results], str]:

@@ -6,22 +6,30 @@ point is a function from a kind to the mass of each input neuron.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from zennit.canonizers import AttributeCanonizer
-from zennit.composites import EpsilonPlus
+from zennit.composites import COMPOSITES, EpsilonPlus
 from zennit.core import Composite
 from zennit.layer import Sum
 
 from nrm_plugin import NRM, JointNRM, LayerNRM, NeuronNRM, Normalized, NRMAttributor, RelevanceMeasure, errors
-from nrm_plugin.dataset import Maps, sweep
+from nrm_plugin.attribution.concepts import ConceptNRM
+from nrm_plugin.attribution.dataloader import DataLoaderNRM
+from nrm_plugin.commands.cli import main
+from nrm_plugin.dataset import Maps, Sweep, sweep
 
 SAMPLES, FEATURES, TARGET = 3, 4, 1
 
@@ -59,7 +67,8 @@ class Kind:
         twin: A model of the same measure in plain operations; None where there is none.
         error: The class of the error of every entry point instead.
         composite: Its rules.
-        samples: Input tensor.
+        x: Input tensor.
+        tap: The tap that is compared.
     """
 
     net: Callable[[], nn.Module]
@@ -67,6 +76,7 @@ class Kind:
     error: type[errors.NRMError] | None = None
     composite: Callable[[], Composite] = EpsilonPlus
     x: Tensor = field(default_factory=lambda: torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
+    tap: str = "input"
 
 
 class Scaled(torch.autograd.Function):
@@ -143,11 +153,67 @@ def with_sum(self: Any, x: Tensor) -> Tensor:
     return self.b(self.join(torch.stack([hidden, self.c(hidden)], -1)))
 
 
-def joining() -> AttributeCanonizer:
+class Joining(EpsilonPlus):
+    """Rules with a canonizer that adds a module."""
+
+    def __init__(self) -> None:
+        super().__init__(canonizers=[AttributeCanonizer(self.attributes)])
+
+    @staticmethod
     def attributes(name: str, module: nn.Module) -> dict[str, Any] | None:
         return {"function": with_sum, "join": Sum()} if isinstance(module, Calls) else None
 
-    return AttributeCanonizer(attributes)
+
+class Recurrent(nn.Module):
+    """A recurrent layer over two times."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.r, self.b, self.first = nn.LSTM(2, 6, batch_first=batch_first), nn.Linear(6, 2), batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 2, 2)
+        return self.b(self.r(x)[0][:, -1] if self.first else self.r(x.transpose(0, 1))[0][-1])
+
+
+class Encoder(nn.Module):
+    """A transformer over two tokens."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(2, 1, 6, batch_first=batch_first)
+        self.r, self.b = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(2, 2)
+        self.first = batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 2, 2)
+        return self.b(self.r(x).mean(1) if self.first else self.r(x.transpose(0, 1)).mean(0))
+
+
+class Words(nn.Module):
+    """A mean of embeddings."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], dim: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.b, self.change, self.dim = nn.Embedding(12, 6), nn.Linear(6, 2), change, dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.b(self.e(self.change(ids)).mean(self.dim))
+
+
+def largest(h: Tensor) -> Tensor:
+    """Largest entry of each group of three, with ties."""
+    groups = torch.tensor([0, 0, 0, 1, 1, 1]).expand_as(h)
+    found = h.new_zeros(len(h), 2).scatter_reduce(1, groups, h.clamp(max=0.2), "amax", include_self=False)
+    return torch.cat([found, found, found], 1)
+
+
+def largest_of_rows(h: Tensor) -> Tensor:
+    found = h.clamp(max=0.2).view(len(h), 2, 3).amax(2)
+    return torch.cat([found, found, found], 1)
 
 
 KINDS: dict[str, Kind] = {
@@ -169,18 +235,42 @@ KINDS: dict[str, Kind] = {
     "canonizer that adds modules": Kind(
         lambda: skip_net(skip),
         lambda: skip_net(with_sum, join=Sum()),
-        composite=lambda: EpsilonPlus(canonizers=[joining()]),
+        composite=Joining,
     ),
     "unsupported operation": Kind(lambda: Calls(through(torch.special.entr)), None, errors.UnsupportedOperationError),
     "checkpoint": Kind(
         lambda: Calls(through(lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=False)))
     ),
+    "reentrant checkpoint": Kind(
+        lambda: Calls(through(lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=True))),
+        None,
+        errors.UnsupportedOperationError,
+    ),
+    "vmap": Kind(lambda: Calls(through(torch.vmap(torch.sigmoid))), None, errors.UnsupportedOperationError),
+    "state that requires a gradient": Kind(
+        lambda: Calls(lambda s, x: s.b(s.a(x).relu() + torch.full((6,), 2.0).requires_grad_())),
+        lambda: Calls(through(lambda h: h + torch.full((6,), 2.0))),
+    ),
+    "samples that mix": Kind(lambda: Calls(through(lambda h: h - h.mean(0))), None, errors.FoldingError),
+    "ids transformed before the lookup": Kind(
+        lambda: Words(lambda ids: (ids + 1).t(), 0),
+        lambda: Words(lambda ids: ids + 1, 1),
+        x=torch.tensor([[0, 3, 1, 10], [7, 7, 2, 5], [9, 0, 4, 4]]),
+        tap="e",
+    ),
+    "largest of a scatter, with ties": Kind(lambda: Calls(through(largest)), lambda: Calls(through(largest_of_rows))),
+    "promotion to double": Kind(
+        lambda: Calls(through(lambda h: (h * torch.full((6,), 2.0, dtype=torch.float64)).float())),
+        lambda: Calls(through(lambda h: h * 2)),
+    ),
+    "recurrent layer with time first": Kind(lambda: Recurrent(False), lambda: Recurrent(True)),
+    "transformer with tokens first": Kind(lambda: Encoder(False), lambda: Encoder(True)),
     "scripted": Kind(lambda: torch.jit.trace(Calls(plain), torch.randn(3, 4)), None, errors.ModelStateError),
 }
 
 
 def by_measure(kind: Kind, folder: Path) -> Tensor:
-    return RelevanceMeasure(kind.net().eval(), kind.x, TARGET, composite=kind.composite()).marginal("input")
+    return RelevanceMeasure(kind.net().eval(), kind.x, TARGET, composite=kind.composite()).marginal(kind.tap)
 
 
 def by_inputs(kind: Kind, folder: Path) -> Tensor:
@@ -190,7 +280,7 @@ def by_inputs(kind: Kind, folder: Path) -> Tensor:
 def by_layer(kind: Kind, folder: Path) -> Tensor:
     method = LayerNRM(kind.net().eval(), composite=kind.composite())
     layers = method.measure(kind.x, TARGET).layers
-    return method.attribute(kind.x, TARGET, unit="measure")[layers.index("input")]
+    return method.attribute(kind.x, TARGET, unit="measure")[layers.index(kind.tap)]
 
 
 def by_neuron(kind: Kind, folder: Path) -> Tensor:
@@ -200,13 +290,13 @@ def by_neuron(kind: Kind, folder: Path) -> Tensor:
 
 def by_joint(kind: Kind, folder: Path) -> Tensor:
     net = kind.net().eval()
-    joint = JointNRM(net, net, "input", kind.composite()).attribute(kind.x, TARGET, over="neuron", unit="measure")
-    return joint.sum(1).view_as(kind.x)
+    joint = JointNRM(net, net, kind.tap, kind.composite()).attribute(kind.x, TARGET, over="neuron", unit="measure")
+    return joint.sum(1)
 
 
 def by_attributor(kind: Kind, folder: Path) -> Tensor:
     with NRMAttributor(kind.net().eval(), kind.composite()) as attributor:
-        return attributor(kind.x, torch.eye(2)[[TARGET] * len(kind.x)])[1].marginal("input")
+        return attributor(kind.x, torch.eye(2)[[TARGET] * len(kind.x)])[1].marginal(kind.tap)
 
 
 def by_context(kind: Kind, folder: Path) -> Tensor:
@@ -217,21 +307,41 @@ def by_context(kind: Kind, folder: Path) -> Tensor:
 
 def by_sweep(kind: Kind, folder: Path) -> Tensor:
     data, settings = TensorDataset(kind.x), {"composite": kind.composite(), "progress": False, "batch_size": 2}
-    found = sweep(kind.net().eval(), data, Maps("input"), folder, target=TARGET, **settings)
-    return found.maps("maps(input)", range(len(kind.x)))
+    found = sweep(kind.net().eval(), data, Maps(kind.tap), folder, target=TARGET, **settings)
+    return found.maps(f"maps({kind.tap})", range(len(kind.x)))
 
 
-ENTRIES = [by_measure, by_inputs, by_layer, by_neuron, by_joint, by_attributor, by_context, by_sweep]
+def by_command(kind: Kind, folder: Path) -> Tensor:
+    """The error is that of the measure if the command prints its message."""
+    code = {"net": kind.net, "data": lambda: TensorDataset(kind.x)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "entry_nets", SimpleNamespace(**code))
+        patch.setitem(COMPOSITES, "entry_rules", kind.composite)
+        errors_of_command = io.StringIO()
+        with contextlib.redirect_stderr(errors_of_command), contextlib.redirect_stdout(io.StringIO()):
+            status = main(["sweep", "entry_nets:data", "--model", "entry_nets:net", "--layers", kind.tap, "--target",
+                           str(TARGET), "--composite", "entry_rules", "--on-error", "raise", "--batch-size", "3",
+                           "--quiet", "--out", str(folder / "swept")])  # fmt: skip
+    if status:
+        with pytest.raises(errors.NRMError) as caught:
+            by_measure(kind, folder)
+        assert str(caught.value).partition("(")[0] in errors_of_command.getvalue()  # without the place in the source
+        raise caught.value
+    rows = (
+        Sweep.open(folder / "swept")
+        .rows(f"marginal({kind.tap})")
+        .sort_by([("sample", "ascending"), ("group", "ascending")])
+    )
+    return torch.tensor(rows["value"].to_pylist())
 
 
-CONSTANTS = ("layers in a list", "constant that requires a gradient")
-ROWS = [
-    (kind, entry)
-    for kind in KINDS
-    for entry in ENTRIES
-    # In a context, every tensor that requires a gradient carries relevance, and nothing audits the graph, as in Zennit.
-    if entry is not by_context or kind not in (*CONSTANTS, "own function named as torch's")
-]
+ENTRIES = [by_measure, by_inputs, by_layer, by_neuron, by_joint, by_attributor, by_context, by_sweep, by_command]
+LEFT_OUT = {
+    "samples that mix": [by_context],  # a context does not know which entries of a tensor are of one sample
+    "ids transformed before the lookup": [by_inputs, by_neuron, by_context, by_command],  # ids are not differentiable
+}
+"""Entry points that cannot answer a kind."""
+ROWS = [(kind, entry) for kind in KINDS for entry in ENTRIES if entry not in LEFT_OUT.get(kind, ())]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -244,5 +354,48 @@ def test_every_entry_point_gives_the_same_answer(kind, entry, tmp_path):
         assert type(caught.value) is case.error
         return
     twin = case.twin().eval()
-    rows = [RelevanceMeasure(twin, row[None], TARGET, composite=EpsilonPlus()).marginal("input") for row in case.x]
-    torch.testing.assert_close(entry(case, tmp_path), torch.cat(rows), rtol=1e-4, atol=1e-5)
+    rows = [RelevanceMeasure(twin, row[None], TARGET, composite=EpsilonPlus()).marginal(case.tap) for row in case.x]
+    expected = torch.cat(rows)
+    torch.testing.assert_close(entry(case, tmp_path).view_as(expected), expected, rtol=1e-4, atol=1e-5)
+
+
+NO_FLAGS = [torch.tensor(True), torch.tensor([1.0, 0.0]), np.array([True, False]), None, 1, "no"]
+
+
+@pytest.mark.parametrize("batched", NO_FLAGS, ids=repr)
+@pytest.mark.parametrize("entry", [RelevanceMeasure, NRM], ids=["measure", "inputs"])
+def test_batched_is_true_or_false(entry, batched):
+    more = (torch.randn(3, 4), TARGET) if entry is RelevanceMeasure else ()
+    with pytest.raises(errors.InputError, match="neither True nor False"):
+        entry(Calls(plain).eval(), *more, batched=batched)
+
+
+NO_SELECTORS = [np.array(1.0), np.array([1.0]), np.array([1, 2]), np.ones(6, bool), (np.array([1]),), slice(0.5, 2)]
+
+
+@pytest.mark.parametrize("selector", NO_SELECTORS, ids=repr)
+def test_neuron_selectors_are_ints_and_slices(selector):
+    net = Calls(plain).eval()
+    with pytest.raises(errors.TargetError, match="neuron_selector="):
+        NeuronNRM(net, net.a).attribute(torch.randn(3, 4), selector)
+
+
+def test_a_data_loader_has_batches_of_samples():
+    with pytest.raises(errors.InputError, match="data loader"):
+        DataLoaderNRM(NRM(Calls(plain), batched=False))
+
+
+def test_a_data_loader_and_concepts_take_an_output():
+    net = Calls(lambda s, x: {"a": s.a(x), "b": s.b(s.a(x).relu())}).eval()
+    x, rows = torch.randn(5, 4), NRM(Calls(plain).eval())
+    expected = torch.cat([rows.attribute(row[None], target=TARGET) for row in x])
+    found = DataLoaderNRM(NRM(net, output="b")).attribute([x[:3], x[3:]], target=TARGET)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ConceptNRM(net, output="b").attribute(x, [{"y": [TARGET]}])[0], expected)
+
+
+def test_a_leaf_from_before_the_call_takes_relevance_in_a_context():
+    x, probe = torch.randn(3, 4, requires_grad=True), torch.zeros(3, 6, requires_grad=True)
+    net = Calls(lambda s, x: s.b(s.a(x).relu() + probe)).eval()
+    with Normalized(EpsilonPlus()).context(net):
+        assert torch.autograd.grad(net(x)[:, TARGET].sum(), probe)[0].shape == (3, 6)

@@ -146,7 +146,7 @@ def test_a_comparison_is_with_the_best_other_method_and_positive_if_ours_is_bett
     for values in scores.values():
         del values["high"]  # as for a metric of a package that is not installed
     assert set(comparison.results(scores, resamples(torch.arange(2)))["methods"]["one"]) == {"low"}
-    assert [verdict(v) for v in ([1, 0.5, 2], [1, -1, 2], [-1, -2, -0.1])] == ["better", "even", "worse"]
+    assert [verdict(v) for v in ([1, 0.5, 2], [1, -1, 2], [-1, -2, -0.1])] == ["better", "tied", "worse"]
 
 
 # -- flipping -------------------------------------------------------------------------------------------------------

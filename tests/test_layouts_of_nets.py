@@ -292,6 +292,75 @@ def test_samples_that_depend_on_each_other_raise(name):
             ask()
 
 
+THRESHOLDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "above the mean": lambda h: h * (h > h.mean()).float(),
+    "where": lambda h: torch.where(h > h.detach().mean(0), h, 0.1 * h),
+    "branch": lambda h: 2 * h if h.mean() > 0.4 else h,
+    "largest row": lambda h: h * (1 + (torch.arange(len(h)) == h.sum(1).argmax()).float()[:, None]),
+    "largest norms": lambda h: h * (1 + torch.zeros(len(h)).index_fill(0, h.norm(dim=1).topk(2)[1], 1.0)[:, None]),
+}
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_samples_that_depend_on_each_other_by_a_threshold_raise(name, seed):
+    """A slight change of other samples crosses few thresholds, and most branches were not noticed."""
+    torch.manual_seed(seed)
+    net, x = Rows(THRESHOLDS[name]).eval(), torch.randn(4, 3)
+    with pytest.raises(FoldingError):
+        RelevanceMeasure(net, x, 1)
+
+
+class Lookup(nn.Module):
+    """Rows of a short table, selected by ids; the gate compares each sample with the batch."""
+
+    def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table, self.head, self.gate = nn.Embedding(6, 4), nn.Linear(4, 2), gate
+        self.seen: list[Tensor] = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.seen.append(ids.detach().clone())
+        return self.head(self.gate(self.table(ids.long()).sum(1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float])
+def test_ids_remain_in_their_range_while_samples_are_exchanged(dtype):
+    torch.manual_seed(0)
+    net, ids = Lookup(lambda h: h.flip(0).flip(0)).eval(), torch.tensor([[0, 1], [5, 5], [2, 3]]).to(dtype)
+    mu, alone = RelevanceMeasure(net, ids, 1), [RelevanceMeasure(net, row[None], 1) for row in ids]
+    assert len(net.seen) > 4  # the exchanges have taken place
+    assert all(bool(((seen >= 0) & (seen < 6)).all()) for seen in net.seen)
+    assert_same(mu.marginal("table"), [one.marginal("table") for one in alone])
+    with pytest.raises(FoldingError):
+        RelevanceMeasure(Lookup(lambda h: h * (h > h.mean()).float()).eval(), ids, 1)
+
+
+def test_a_model_that_checks_the_range_of_its_inputs_has_a_measure():
+    def in_range(x: Tensor) -> Tensor:
+        assert 0 <= float(x.detach().min()) <= float(x.detach().max()) <= 1
+        return x
+
+    torch.manual_seed(0)
+    net, x = Rows(lambda h: h.flip(0).flip(0)), torch.rand(4, 3)
+    ranged = nn.Sequential(Rows(lambda h: h)).eval()
+    ranged[0].forward = lambda x: net(in_range(x))  # type: ignore[method-assign]
+    expected = RelevanceMeasure(net.eval(), x, 1).marginal("input")
+    torch.testing.assert_close(RelevanceMeasure(ranged, x, 1).marginal("input"), expected)
+
+
+def test_a_constant_without_relevance_needs_no_samples():
+    """The zeros that the largest values are written into have no dimension of samples; every query raised."""
+    torch.manual_seed(0)
+    index = torch.tensor([0, 1, 2, 0, 1, 2])
+    net = Rows(lambda h: torch.zeros_like(h).scatter_reduce(1, index.expand(len(h), 6), h, "amax")).double().eval()
+    x = torch.rand(3, 3, dtype=torch.double)
+    mu, alone = RelevanceMeasure(net, x, 1), [RelevanceMeasure(net, row[None], 1) for row in x]
+    for layer in mu.layers:
+        assert_same(mu.marginal(layer), [one.marginal(layer) for one in alone])
+        assert_same(mu.sink(layer), [one.sink(layer) for one in alone])
+
+
 def test_a_gated_neuron_inside_is_refused_too():
     torch.manual_seed(0)
     net = Rows(MIXING["detached mean"], last=nn.Identity()).eval()

@@ -142,8 +142,6 @@ class Returns(nn.Module):
     [
         (lambda h: h.sum(), 1, ("(N,)", "(1, …)", "one number")),
         (lambda h: h.sum(), 2, ("(N,)", "loss", "2 samples")),
-        (lambda h: h.bfloat16(), 2, ("bfloat16", "model.float()")),
-        (lambda h: h.half(), 2, ("float16", "model.float()")),
         (lambda h: h.argmax(1), 2, ("int64", "scores")),
         (lambda h: h[:, :0], 2, ("(2, 0)", "no entries")),
         (lambda h: torch.complex(h, h), 2, ("complex64", "magnitude")),

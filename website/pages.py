@@ -69,7 +69,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         "Errors and warnings",
         {
             "errors": """NRMError InputError TargetError GradModeError ModelStateError UnknownLayerError
-            HookedContainerError EventError NullEventError CancellationError StaleMeasureError UnsupportedRuleError
+            HookedContainerError StorageError EventError NullEventError CancellationError StaleMeasureError UnsupportedRuleError
             NonlinearRuleError UnsupportedOperationError UncoveredLayerError FoldingError MissingExtraError
             BatchNormWarning MemoryBudgetWarning"""
         },

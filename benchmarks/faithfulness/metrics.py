@@ -156,8 +156,8 @@ class Comparison:
 
 
 def verdict(ahead: Sequence[float]) -> str:
-    """Better, even or worse, by the interval of a difference."""
+    """Better, tied or worse, by the interval of a difference."""
     _, low, high = ahead
     if math.isnan(low) or low <= 0 <= high:
-        return "even"
+        return "tied"
     return "better" if low > 0 else "worse"

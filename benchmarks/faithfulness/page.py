@@ -92,13 +92,13 @@ def compared(results: Results) -> Iterator[tuple[str, str, Comparison, str, Resu
 
 
 def counts(results: Results) -> str:
-    """How often the default composite is better than, even with and worse than the best other method of a metric."""
+    """How often the default composite is better than, tied with and worse than the best other method of a metric."""
     counted: dict[str, Counter[str]] = {}
     for kind, name, _, _, best in compared(results):
-        group = f"{kind}, transformer" if "transformer" in name else f"{kind}, other nets" if kind != "edges" else kind
+        group = f"{kind}, transformer" if "transformer" in name else f"{kind}, other networks" if kind != "edges" else kind
         counted.setdefault(group, Counter())[verdict(best["ahead"][best["default"]])] += 1
     counted["all"] = sum(counted.values(), Counter())
-    words = ("better", "even", "worse")
+    words = ("better", "tied", "worse")
     lines = [
         [group, *(str(verdicts[word]) for word in words)] for group, verdicts in sorted(counted.items(), key=_all_last)
     ]
@@ -116,7 +116,7 @@ def verdicts(results: Results) -> str:
         ahead = best["ahead"][best["default"]]
         word = _emphasized(verdict(ahead))
         lines.append([kind, name, key + _arrow(comparison, key), best["other"], _signed(ahead), word])
-    return markdown(["scores of", "net", "metric", "best other", "lead of NRMDefault", ""], lines)
+    return markdown(["scores of", "network", "metric", "best other", "difference of NRMDefault", "verdict"], lines)
 
 
 COMPOSITES = {
@@ -173,11 +173,11 @@ def questions(results: Results) -> dict[str, list[tuple[Results, Comparison, lis
     return {
         "Which edges were planted?": [(result["methods"], planted.EDGES, list(planted.BETTER)) for result in edges],
         "Which channels were planted?": [(planted_channels["methods"], planted.CHANNELS, list(planted.BETTER))],
-        "Which channels affect the output when zeroed, convolutional nets":
+        "Which channels affect the output when zeroed, convolutional networks?":
             nets("latent", latent.COMPARISON, zero, False),
-        "Which channels affect the output when zeroed, transformer": nets("latent", latent.COMPARISON, zero, True),
-        "Which pixels affect the output, convolutional nets": nets("input", pixels.COMPARISON, flips, False),
-        "Which pixels affect the output, transformer": nets("input", pixels.COMPARISON, flips, True),
+        "Which channels affect the output when zeroed, transformer?": nets("latent", latent.COMPARISON, zero, True),
+        "Which pixels affect the output, convolutional networks?": nets("input", pixels.COMPARISON, flips, False),
+        "Which pixels affect the output, transformer?": nets("input", pixels.COMPARISON, flips, True),
     } | {
         question: [net for transformer in (False, True) for net in nets("input", pixels.COMPARISON, keys, transformer)]
         for question, keys in both.items()
@@ -250,9 +250,9 @@ def pairs(results: Results) -> str:
             words = Counter(verdict(ahead) for ahead in values.values())
             most = sorted(values, key=lambda key: -abs(values[key][0]))[:2]
             shown = "; ".join(f"{key}{_arrow(comparison, key)}: {_signed(values[key])}" for key in most)
-            counts = " / ".join(str(words[word]) for word in ("better", "even", "worse"))
+            counts = " / ".join(str(words[word]) for word in ("better", "tied", "worse"))
             lines.append([name, one, other, counts, shown])
-    return markdown(["net", "ours", "compared with", "better / even / worse", "largest differences"], lines)
+    return markdown(["network", "ours", "compared with", "better / tied / worse", "largest differences"], lines)
 
 
 def where(results: Results) -> str:
@@ -265,7 +265,7 @@ def where(results: Results) -> str:
         f"{key}: {clock} s, {own} s" for key, (clock, own) in spent["seconds of clock and processor"].items()
     )
     return (
-        f"{settings['samples']} samples for each net, seed {settings['seed']}, {settings['resamples']} bootstrap "
+        f"{settings['samples']} samples for each network, seed {settings['seed']}, {settings['resamples']} bootstrap "
         f"resamples; {named}; {place['processes']} processes of one thread each, on {place['processor']}. The whole "
         f"command took {spent['seconds']} s of wall time and {spent['seconds of processors']} s of processor time, "
         f"on a shared machine (load {spent['load before']} before and {spent['load after']} after). Wall and processor "
@@ -278,8 +278,8 @@ def agreement(results: Results) -> str:
     differences = [net["differences to Quantus"] for net in results["input"].values()]
     logit, softmax = (max(net[key] for net in differences) for key in ("logit", "softmax"))
     return (
-        f"Pixel flipping was compared with Quantus on the first {pixels.COMPARED} samples of each net: the largest "
-        f"difference of a curve is {logit:.0e} in logits and {softmax:.0e} in softmax outputs.\n"
+        f"Pixel flipping was compared with Quantus on the first {pixels.COMPARED} samples of each network. The "
+        f"largest difference between two curves is {logit:.0e} in logits and {softmax:.0e} in softmax outputs.\n"
     )
 
 

@@ -52,8 +52,10 @@ class Normalized(Composite):
     It is used like any other composite: in a context, in an attributor, or nested in ``MixedComposite``. The gradient
     of an output in its context is relevance under the normalized kernels. With ``create_graph=True``, this relevance
     can be differentiated with respect to the start vector; derivatives with respect to inputs and weights raise
-    ``UnsupportedOperationError``. In a context, any leaf that requires a gradient receives relevance, except for
-    parameters; in a measure, only the inputs do, and all other tensors are constants.
+    ``UnsupportedOperationError``, as does relevance at an operation without a kernel. In a measure, only the inputs
+    receive relevance, and all other tensors are constants. In a context, leaves that require a gradient and existed
+    before the call receive relevance as well, except for parameters; leaves that the model creates are constants if an
+    input requires a gradient.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.
@@ -104,7 +106,7 @@ class Normalized(Composite):
         self.attention = attention
         kept = [canonizer for canonizer in composite.canonizers if not isinstance(canonizer, FuseBatchNorm)]
         self._fuse = fuse if len(kept) < len(composite.canonizers) else None
-        functions = Interception(composite, self.normalization, sums, uncovered, self._fuse, attention)
+        functions = Interception(composite, self.normalization, sums, uncovered, self._fuse, attention, audited=True)
         super().__init__(module_map=self.mapping, canonizers=[*kept, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:

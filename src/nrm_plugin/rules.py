@@ -118,8 +118,9 @@ class Relative(BasicHook):
     .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
               \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
 
-    The sums run over the neurons of the layer, for each sample. Relevance in proportion to :math:`|z_j|` is conserved;
-    other relevance is conserved up to a factor. Use the measure conditional on survival: ``residual="sink"``, as in
+    The sums run over the neurons of the layer, for each sample. Relevance :math:`R_j = c z_j` propagates to a total of
+    :math:`c \sum_j |z_j|`, so that it is conserved if no :math:`z_j` is negative; other relevance is conserved up to a
+    factor. Use the measure conditional on survival: ``residual="sink"``, as in
     :class:`~nrm_plugin.NRMRelative`, and ``given=~ABSORBED``. In this measure, :math:`\lambda` cancels along a chain,
     and makes branches comparable where they join. The rule has no parameters and divides by no small number, since
     inputs and sums are in units of the largest value in their layer. A layer with only zero outputs propagates no

@@ -47,7 +47,6 @@ def measured():
     ("number", lambda mu: mu.marginal(3), EventError, "a name", "or a module", "got int: 3. In quotes", "'3'"),
     ("none", lambda mu: mu.variation(None), EventError, "a name", "got NoneType"),
     ("dict", lambda mu: mu.marginal([{}]), EventError, "a name", "got dict"),
-    ("tuple", lambda mu: mu.marginal(("conv", "pool")), EventError, "('conv', 'pool')", "in a list"),
     ("list", lambda mu: mu.sink(["conv"]), EventError, "one layer is needed", "['conv']"),
     ("at list", lambda mu: at(["conv"]), EventError, "a name", "got list: ['conv']"),
     ("indexed", lambda mu: mu.marginal(at("conv")[0]), EventError, "at('conv')[0] is an event", "or joint="),

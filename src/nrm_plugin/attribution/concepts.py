@@ -13,9 +13,10 @@ from zennit.core import Composite
 
 from ..composites import Uncovered, normalize
 from ..errors import EventError, brief
-from ..events.event import Event, at
+from ..events.event import Atom, Event, at
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
+from ..model.inputs_and_outputs import Output
 from .base import WRAPPERS, Layer, Unit, in_unit
 
 Condition = Mapping[str, Any]
@@ -55,7 +56,7 @@ class ConceptNRM:
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
-        composite, residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        composite, residual, gain_limit, uncovered, output: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(20, 10))
@@ -71,9 +72,12 @@ class ConceptNRM:
         residual: Residual | None = None,
         gain_limit: float | None = None,
         uncovered: Uncovered | None = None,
+        *,
+        output: Output | Atom | None = None,
     ) -> None:
         self.model = model.module if isinstance(model, WRAPPERS) else model
         self.composite = normalize(composite, residual, gain_limit, uncovered)
+        self.output = output
 
     def attribute(
         self,
@@ -127,6 +131,7 @@ class ConceptNRM:
                     self.model,
                     inputs,
                     composite=self.composite,
+                    output=self.output,
                     start=functools.partial(_start, chosen),
                     additional_forward_args=additional_forward_args,
                 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import brief
+from ..errors import InputError, brief
 from .inputs import NRM
 from .neurons import NeuronNRM
 
@@ -27,6 +27,7 @@ class DataLoaderNRM:
 
     Raises:
         TypeError: ``attr_method`` is not a supported method.
+        InputError: ``attr_method`` has ``batched=False``.
 
     Examples:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -44,6 +45,11 @@ class DataLoaderNRM:
             raise TypeError(
                 f"DataLoaderNRM takes NRM, LayerNRM or NeuronNRM, got {type(attr_method).__name__}; for "
                 "FeatureAblation use captum.attr.DataLoaderAttribution."
+            )
+        if not attr_method.batched:
+            raise InputError(
+                "the batches of a data loader consist of samples, but the method has batched=False, which takes all "
+                "inputs together as one sample. Call its attribute for each graph or sequence."
             )
         self.attr_method = attr_method
 

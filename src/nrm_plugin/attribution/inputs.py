@@ -14,7 +14,7 @@ from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.checks import check_module
-from ..model.inputs_and_outputs import Output
+from ..model.inputs_and_outputs import Output, check_batched
 from ..model.targets import sample_sums
 from ..recording.coverage import coverage
 from .base import (
@@ -67,6 +67,7 @@ class NRM(GradientAttribution):
         batched: bool = True,
     ) -> None:
         check_module(model)
+        check_batched(batched)
         super().__init__(model)
         self.model, self.output, self.batched = model, output, batched
         self.composite = normalize(composite, residual, gain_limit, uncovered)

@@ -34,9 +34,9 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
 
     @property
-    def parameter(self) -> Tensor:
-        """A parameter, whose device and dtype are those of the model; an empty tensor if the model has none."""
-        return next(self.model.parameters(), torch.empty(0))
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The inputs for black and white, on the device of the model, which need not have parameters."""
+        return self.preprocessing.bounds(next(self.model.parameters(), torch.empty(0)))
 
 
 def load(

@@ -153,7 +153,7 @@ def _crops(options: argparse.Namespace, listing: Listing, loaded: LoadedModel, r
     data = data_of(options.data, loaded)
     loaded.model.to(device)
     check_class_names(loaded, output_count(loaded) or len(loaded.categories))
-    rules = composite_of(request.composite, loaded.preprocessing.bounds(loaded.parameter))
+    rules = composite_of(request.composite, loaded.bounds)
     normalized = normalize(rules, request.residual, request.gain_limit, None)
     _check_same(listing.sweep, loaded, request, data, digest(described(normalized.composite)))
     _check_images(listing, data)

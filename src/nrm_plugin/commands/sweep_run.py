@@ -116,7 +116,7 @@ def _swept(
             queries,
             options.out,
             target=target,
-            composite=composite_of(request.composite, loaded.preprocessing.bounds(loaded.parameter)),
+            composite=composite_of(request.composite, loaded.bounds),
             residual=request.residual,
             gain_limit=request.gain_limit,
             batch_size=options.batch_size,

@@ -128,7 +128,8 @@ def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
         OSError: The file cannot be written.
     """
     try:
-        safetensors.numpy.save_file(dict(tensors), path)
+        # safetensors writes the memory of an array, whose order is not that of a transposed one.
+        safetensors.numpy.save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, path)
     except SafetensorError as error:
         found = OS_ERROR.search(str(error))
         if found is None:

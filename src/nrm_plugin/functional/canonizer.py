@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from ..errors import ModelStateError, brief
-from ..kernels.forward_state import RUNNING, leave_mode
+from ..kernels.forward_state import RUNNING, leave_mode, listener, next_node
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
 from ..model.checks import check_untransformed
 from .attention import ATTENTIONS
 from .composite_rules import CompositeRules, NoRules
-from .custom_functions import attach_steps
+from .custom_functions import attach_steps, tensors_of
 from .function_call import Settings
-from .ids import tensors_in
 from .interception_mode import InterceptionMode
 from .recurrent import packs_in
+from .unsupported import raise_on_arrival
 
 
 class Interception(Canonizer):
@@ -38,6 +38,7 @@ class Interception(Canonizer):
         uncovered: ``"gradient"`` for the plain gradient of layers without a rule.
         fuse: A function that receives every new step of a layer, to fuse it with adjacent steps.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
+        audited: Whether every layer is a step as well, so that relevance raises at any other operation.
 
     Examples:
         >>> Interception(sums="signed").sums
@@ -52,6 +53,7 @@ class Interception(Canonizer):
         uncovered: str = "error",
         fuse: Fuse | None = None,
         attention: str = "value",
+        audited: bool = False,
     ) -> None:
         super().__init__()
         if attention not in ATTENTIONS:
@@ -64,6 +66,8 @@ class Interception(Canonizer):
         self.uncovered = uncovered
         self.fuse = fuse
         self.attention = attention
+        self.audited = audited
+        self._first_node = 0
         self.active = True
         self._handles: list[RemovableHandle] = []
         self._modes: list[InterceptionMode] = []
@@ -71,7 +75,8 @@ class Interception(Canonizer):
 
     def copy(self) -> Interception:
         """Returns a new interception with the same settings."""
-        return Interception(self.composite, self.normalization, self.sums, self.uncovered, self.fuse, self.attention)
+        settings = (self.composite, self.normalization, self.sums, self.uncovered, self.fuse, self.attention)
+        return Interception(*settings, self.audited)
 
     def apply(self, root_module: nn.Module) -> list[Interception]:
         """Starts to intercept the forward passes of a module."""
@@ -110,9 +115,11 @@ class Interception(Canonizer):
                     "hooks. Copy the model outside of the context."
                 )
             if self.active:
-                given = list(tensors_in((*args, *kwargs.values())))
+                given = list(tensors_of((*args, *kwargs.values())))
                 check_untransformed(given)
                 RUNNING.given = frozenset(id(tensor) for tensor in given if isinstance(tensor, nn.Parameter))
+                if not self._modes:
+                    self._notice(given)
                 self._start(root_module, settings)
 
         return start
@@ -141,6 +148,8 @@ class Interception(Canonizer):
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             if self._modes and output is not None:  # without an output the module raised
                 attach_steps(output, self._modes[-1].forward_pass.custom_calls)
+                if self.audited and listener() is None and len(self._modes) == 1:
+                    raise_on_arrival(tensors_of(output), self._first_node)
             self._stop()
 
         return stop
@@ -151,6 +160,13 @@ class Interception(Canonizer):
         fallback = PlainGradient() if self.uncovered == "gradient" else None
         rules = NoRules() if self.composite is None else CompositeRules(self.composite, root_module, fallback)
         return Settings(rules, self.normalization, self.sums, self.fuse, self.attention)
+
+    def _notice(self, given: Iterable[Tensor]) -> None:
+        """Notes where relevance may end: at inputs that require a gradient; if there are none, at any leaf."""
+        if listener() is not None:
+            return
+        self._first_node = next_node()
+        RUNNING.made = {} if any(tensor.requires_grad for tensor in given) else None
 
     def _start(self, root_module: nn.Module, settings: Settings) -> None:
         # Weights are constants; with requires_grad, they would be treated as tensors that carry relevance.
@@ -171,6 +187,8 @@ class Interception(Canonizer):
         for weight in self._weights.pop():
             weight.requires_grad_(True)
         RUNNING.weights = tuple(self._weights[-1]) if self._weights else ()
+        if not self._modes:
+            RUNNING.made = None
         leave_mode(mode)
 
 

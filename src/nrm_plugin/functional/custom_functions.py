@@ -130,7 +130,7 @@ def attach_steps(output: Any, calls: CustomCalls) -> None:
 def _custom_nodes(output: Any) -> dict[Any, set[int]]:
     """Returns the nodes of custom functions below an output, and the numbers of their used outputs."""
     found: dict[Any, set[int]] = {}
-    edges = [(tensor.grad_fn, tensor.output_nr) for tensor in _tensors_in(output)]
+    edges = [(tensor.grad_fn, tensor.output_nr) for tensor in tensors_of(output)]
     visited: set[Any] = set()
     while edges:
         node, number = edges.pop()
@@ -142,16 +142,17 @@ def _custom_nodes(output: Any) -> dict[Any, set[int]]:
     return found
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested lists, tuples, mappings and data classes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from _tensors_in(tuple(value.values()))
+        yield from tensors_of(tuple(value.values()))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors_in(item)
+            yield from tensors_of(item)
     elif is_dataclass(value):
-        yield from _tensors_in([getattr(value, item.name) for item in fields(value)])
+        yield from tensors_of([getattr(value, item.name) for item in fields(value)])
 
 
 def _is_of_host(node: Any) -> bool:
@@ -295,4 +296,4 @@ _ERROR = (
     "function is linear. A rule passes relevance to the first input."
 )
 
-__all__ = ["CustomCall", "CustomCalls", "attach_steps"]
+__all__ = ["CustomCall", "CustomCalls", "attach_steps", "tensors_of"]

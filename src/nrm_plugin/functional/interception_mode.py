@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.forward_state import before_writing, constants_detached, is_foreign, is_inside_step, note_untracked
+from ..kernels.forward_state import (
+    RUNNING,
+    before_writing,
+    constants_detached,
+    is_foreign,
+    is_inside_step,
+    known_leaves,
+    note_leaves,
+    note_untracked,
+)
 from .function_call import Settings
 from .handlers import handle
 from .intercepted_pass import InterceptedPass
@@ -35,7 +44,15 @@ class InterceptionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs, forward_pass = kwargs or {}, self.forward_pass
+        if RUNNING.made is None:
+            return self._result(func, args, kwargs or {})
+        known = known_leaves(args)
+        result = self._result(func, args, kwargs or {})
+        note_leaves((result, *args[:1]), known)
+        return result
+
+    def _result(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward_pass = self.forward_pass
         if is_inside_step() or not torch.is_grad_enabled():
             if not is_inside_step():
                 note_untracked()

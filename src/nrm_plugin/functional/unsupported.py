@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.utils.checkpoint import CheckpointFunction
 
-from ..errors import UncoveredLayerError
+from ..errors import UncoveredLayerError, UnsupportedOperationError
 from ..kernels.base import Kernel
 from ..kernels.step import step_of
-from ..model.routing import is_route_node
+from ..model.routing import is_route_node, operation
 
 MASKS = 10
 
@@ -29,7 +32,7 @@ class UnknownKernel(Kernel):
         self.error, self.shapes = error, list(shapes)
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        if self._arrives(relevance):
+        if arrives(relevance):
             raise self.error
         return tuple(relevance.new_zeros((len(relevance), *shape)) for shape in self.shapes)
 
@@ -39,11 +42,74 @@ class UnknownKernel(Kernel):
         first = next(value for value in values if value is not None)
         return first.new_zeros((len(first), *shape))
 
-    def _arrives(self, relevance: Tensor) -> bool:
-        try:
-            return bool(relevance.any())
-        except RuntimeError:  # values of batched gradients cannot be read
-            return True
+
+def arrives(relevance: Tensor | None) -> bool:
+    """Whether relevance is not zero everywhere."""
+    try:
+        return relevance is not None and bool(relevance.any())
+    except RuntimeError:  # values of batched gradients cannot be read
+        return True
+
+
+def is_known(node: Any) -> bool:
+    """Whether an autograd node is a step or a known route."""
+    return step_of(node) is not None or is_route_node(node)
+
+
+def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
+    """The error for relevance at an autograd node that is neither a step nor a known route.
+
+    Args:
+        node: The node.
+        where: Its place in the model, such as ``", in 'layer1'"``.
+    """
+    if _is_checkpoint(node):
+        return UnsupportedOperationError(
+            f"torch.utils.checkpoint with use_reentrant=True{where} runs layers without gradients, so no relevance "
+            "passes through them. Use use_reentrant=False, or switch checkpointing off, as with "
+            "`model.gradient_checkpointing_disable()`."
+        )
+    return UnsupportedOperationError(
+        f"relevance would pass the operation {operation(node)} (autograd node {node.name()}{where}), which has no "
+        "kernel: it is neither a step nor a 0/1 route, for it is computed with complex numbers, in place, in a script, "
+        "in an autograd.Function, or inside a transform of torch.func such as vmap. Do so in a module of its own, and "
+        "give that module a rule in the composite's layer_map: zennit.rules.Epsilon() where it is linear, Pass() where "
+        "it maps each element on its own."
+    )
+
+
+def raise_on_arrival(outputs: Iterable[Tensor], first_node: int) -> None:
+    """Makes the backward pass raise where relevance arrives at a node that is neither a step nor a known route.
+
+    This is the audit of a forward pass without a recording.
+
+    Args:
+        outputs: The outputs of the model.
+        first_node: Number of the first autograd node of the forward pass; earlier nodes do not belong to the model.
+    """
+    visited: set[Any] = set()
+    stack = [tensor.grad_fn for tensor in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited or node._sequence_nr() < first_node:
+            continue
+        visited.add(node)
+        stack += [below for below, _ in node.next_functions]
+        is_custom = isinstance(node, BackwardCFunction) and not _is_checkpoint(node)  # has a step, or raises already
+        if not is_custom and not is_known(node):
+            node.register_prehook(_raising(unknown_node_error(node)))
+
+
+def _raising(error: Exception) -> Callable[[Sequence[Tensor | None]], None]:
+    def check(above: Sequence[Tensor | None]) -> None:
+        if any(arrives(relevance) for relevance in above):
+            raise error
+
+    return check
+
+
+def _is_checkpoint(node: Any) -> bool:
+    return getattr(type(node), "_forward_cls", None) is CheckpointFunction
 
 
 def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: bool = True) -> bool:
@@ -86,4 +152,12 @@ def uncovered_layer_error(path: str, like: nn.Module, name: str) -> UncoveredLay
     )
 
 
-__all__ = ["UnknownKernel", "consists_of_routes", "is_elementwise", "uncovered_layer_error"]
+__all__ = [
+    "UnknownKernel",
+    "consists_of_routes",
+    "is_elementwise",
+    "is_known",
+    "raise_on_arrival",
+    "uncovered_layer_error",
+    "unknown_node_error",
+]

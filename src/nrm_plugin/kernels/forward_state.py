@@ -84,6 +84,7 @@ class _Running(threading.local):
         weights: The parameters of the model that require gradients outside of this pass.
         first_node: Number of the first autograd node of this pass; None without a listener.
         given: Identities of the parameters that the model was called with, without a listener.
+        made: Leaves that the model made, by identity; None where they carry relevance.
         depending: For each autograd node seen in this pass, whether it depends on an input of the model.
     """
 
@@ -95,6 +96,7 @@ class _Running(threading.local):
         self.weights: tuple[Tensor, ...] = ()
         self.first_node: int | None = None
         self.given: frozenset[int] = frozenset()
+        self.made: dict[int, Tensor] | None = None
         self.depending: dict[Any, bool] = {}
 
 
@@ -191,7 +193,8 @@ def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
 
     Examples are a parameter stored in a list or closure, and an initial state; for relevance they are constants. The
     model is called with copies of its inputs, so every leaf is foreign, and so is every tensor computed earlier.
-    Without a listener, the caller may read relevance at any leaf, except parameters that are not among the inputs.
+    Without a listener, the caller may read relevance at any leaf, except parameters that are not among the inputs, and
+    leaves that the model makes although it is called with inputs that require a gradient.
 
     Args:
         tensor: Any tensor.
@@ -202,7 +205,10 @@ def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
         return False
     node = tensor.grad_fn
     if RUNNING.first_node is None:
-        return node is None and isinstance(tensor, nn.Parameter) and id(tensor) not in RUNNING.given
+        if node is not None:
+            return False
+        is_weight = isinstance(tensor, nn.Parameter) and id(tensor) not in RUNNING.given
+        return is_weight or (RUNNING.made is not None and id(tensor) in RUNNING.made)
     if node is None or node._sequence_nr() < RUNNING.first_node:
         return True
     return is_exact and not _depends_on_inputs(node)
@@ -224,6 +230,21 @@ def _depends_on_inputs(node: Any) -> bool:
     return known[node]
 
 
+def known_leaves(values: tuple[Any, ...]) -> set[int]:
+    """Identities of the tensors in the arguments of a function that require a gradient already."""
+    return {id(value) for value in values if isinstance(value, Tensor) and value.requires_grad}
+
+
+def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
+    """Notes the leaves among the result and the arguments of a function that are not known, so that it made them."""
+    made = RUNNING.made
+    if made is None:
+        return
+    for value in values:
+        if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is None and id(value) not in known:
+            made[id(value)] = value  # stored, since the identity of a freed tensor may be reused
+
+
 def constants_detached(value: Any, is_exact: bool = False) -> Any:
     """Detaches all foreign tensors in an argument of a function; returns the same object if there are none."""
     if isinstance(value, Tensor):
@@ -233,6 +254,12 @@ def constants_detached(value: Any, is_exact: bool = False) -> Any:
         is_same = all(new is old for new, old in zip(items, value, strict=True))
         return value if is_same else type(value)(items)
     return value
+
+
+def next_node() -> int:
+    """The number of the next autograd node of this thread."""
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.enable_grad():
+        return torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -246,9 +273,8 @@ def forward_pass(listener: Listener | None) -> Iterator[None]:
     outer = dict(RUNNING.__dict__)
     first_node = None
     if listener is not None:
-        with torch.inference_mode(False), torch.enable_grad():
-            first_node = torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
-    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, weights=())
+        first_node = next_node()
+    RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, weights=(), made=None)
     RUNNING.__dict__.update(first_node=first_node, depending={})
     try:
         yield

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +59,7 @@ class Call:
     def __init__(
         self, inputs: Inputs, args: Any = None, kwargs: Mapping[str, Any] | None = None, batched: bool = True
     ) -> None:
+        check_batched(batched)
         self.batched = batched
         self._args = args if isinstance(args, tuple) else () if args is None else (args,)
         if kwargs is not None and not isinstance(kwargs, Mapping):
@@ -245,6 +247,15 @@ def _kind(value: Any) -> str:
 
 def _is_explained(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def check_batched(batched: Any) -> None:
+    """Raises :class:`InputError` unless ``batched`` is True or False."""
+    if not isinstance(batched, (bool, np.bool_)):
+        raise InputError(
+            f"batched={brief(batched)} is neither True nor False: True if the first dimension of the inputs is the "
+            "batch, False if all inputs together are one sample."
+        )
 
 
 def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batched: bool = True) -> None:

@@ -9,6 +9,7 @@ import functools
 import operator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,7 +149,14 @@ class Neurons:
 
 
 def _is_index(entry: Any) -> bool:
-    return isinstance(entry, slice) or (hasattr(entry, "__index__") and not isinstance(entry, (bool, Tensor)))
+    if isinstance(entry, slice):
+        return all(end is None or _is_whole(end) for end in (entry.start, entry.stop, entry.step))
+    return _is_whole(entry)
+
+
+def _is_whole(entry: Any) -> bool:
+    """Whether an entry is an int; arrays have ``__index__`` as well, whatever is in them."""
+    return isinstance(entry, (int, np.integer)) and not isinstance(entry, bool)
 
 
 def _signed(output: Tensor, start: Any) -> Tensor:

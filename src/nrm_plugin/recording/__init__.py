@@ -1,5 +1,5 @@
 """Recording: one run of the model as a graph of steps, and passes of relevance over that graph.
 
 No other package runs a model.
-Imports: errors, events, model, kernels, composites.
+Imports: errors, events, model, kernels, functional, composites.
 """

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
-from ..errors import InputError, UncoveredLayerError, UnsupportedOperationError
+from ..errors import InputError, UncoveredLayerError
+from ..functional.unsupported import unknown_node_error
 from ..kernels.step import step_of
 from ..model.inputs_and_outputs import NOT_JOINED
 from ..model.routing import is_route_node, operation
@@ -29,19 +29,7 @@ def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
     """
     for vertex in graph.vertices:
         if vertex.step is None and not is_route_node(vertex.node):
-            if getattr(type(vertex.node), "_forward_cls", None) is CheckpointFunction:
-                raise UnsupportedOperationError(
-                    f"torch.utils.checkpoint with use_reentrant=True{_near(vertex.node, observed)} runs layers without "
-                    "gradients, so no relevance passes through them. Use use_reentrant=False, or switch checkpointing "
-                    "off, as with `model.gradient_checkpointing_disable()`."
-                )
-            raise UnsupportedOperationError(
-                f"relevance would pass the operation {operation(vertex.node)} (autograd node "
-                f"{vertex.node.name()}{_near(vertex.node, observed)}), which has no kernel: it is neither a step nor a "
-                "0/1 route, for it is computed with complex numbers, in place, in a script or in an "
-                "autograd.Function. Do so in a module of its own, and give that module a rule in the composite's "
-                "layer_map: zennit.rules.Epsilon() where it is linear, Pass() where it maps each element on its own."
-            )
+            raise unknown_node_error(vertex.node, _near(vertex.node, observed))
 
 
 def _near(node: Any, observed: Iterable[Observed]) -> str:

@@ -8,6 +8,7 @@ if a rule is not known, their relevance.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -27,8 +28,20 @@ TOLERANCE_OF_SHORT = 3e-2
 """Tolerance in bfloat16 and float16."""
 TOLERANCE_OF_RULES = 1e-3
 """Tolerance for the relevance of the inputs."""
-SCALE = 0.75
-"""Factor of replacement values, which are taken from other samples, so that equal samples are changed as well."""
+
+
+class Exchange(Enum):
+    """Replacement values for the inputs of chosen samples."""
+
+    OTHERS = "values of other samples, in another order"
+    FAR = "large values, which thresholds notice"
+    OPPOSITE = "large values of the opposite sign"
+    LARGEST = "the largest value of all samples, which remains a valid id"
+    SMALLEST = "the smallest value of all samples"
+
+
+SCALES = {Exchange.OTHERS: 0.75, Exchange.FAR: 16.0, Exchange.OPPOSITE: -16.0}
+"""Factors of the values of other samples; none is one, so that equal samples are changed as well."""
 
 
 class Run(Protocol):
@@ -69,22 +82,41 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
             raise
         except NRMError:  # an operation without a kernel, on which the explained outputs may not depend
             noise = noise * (start != 0)
-            recording.samples.find(noise)
+            if not _is_followed(recording.samples, noise):
+                return  # a query that needs what is below raises the same error
     _check_rows_of_inputs(recording.samples)
     are_known = rules_are_known(recording.graph)
-    for chosen in _subsets(recording.samples.count):
-        _check_outputs(recording, chosen, rerun)
+    for chosen, exchange in _exchanges(recording):
+        _check_outputs(recording, chosen, exchange, rerun)
         if not are_known:
             _check_relevance(recording, noise, chosen, rerun)
 
 
-def _subsets(count: int) -> Iterator[Tensor]:
-    """Yields sets of samples to change: every second sample, the first half, and the complements."""
+def _is_followed(samples: Samples, noise: Tensor) -> bool:
+    """Finds the samples, as far as every operation has a kernel, and returns whether all have one."""
+    try:
+        samples.find(noise)
+    except FoldingError:
+        raise
+    except NRMError:
+        return False
+    return True
+
+
+def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
+    """Yields sets of samples to change, every second sample, the first half, and the complements, and their new values.
+
+    Gates and branches depend on other samples by thresholds, which only large changes cross. Where the model looks up
+    ids, values remain in their range, since an index out of range ends the process on some devices.
+    """
+    count = recording.samples.count
+    ends = {number for number, vertex in enumerate(recording.graph.vertices) if vertex.leaf is not None}
+    are_free = ends <= recording.samples.inputs
     numbers = torch.arange(count)
-    sets = [numbers % 2 == 0, numbers % 2 == 1]
-    if count > 2:
-        sets += [numbers < (count + 1) // 2, numbers >= (count + 1) // 2]
-    yield from sets
+    yield numbers % 2 == 0, Exchange.OTHERS
+    yield numbers % 2 == 1, Exchange.OTHERS
+    yield numbers < (count + 1) // 2, Exchange.FAR if are_free else Exchange.LARGEST
+    yield numbers >= (count + 1) // 2, Exchange.OPPOSITE if are_free else Exchange.SMALLEST
 
 
 def _check_rows_of_inputs(samples: Samples) -> None:
@@ -94,17 +126,25 @@ def _check_rows_of_inputs(samples: Samples) -> None:
             raise samples.error("the input, whose order is not that of the outputs,")
 
 
-def _check_outputs(recording: Run, chosen: Tensor, rerun: Rerun) -> None:
+def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Rerun) -> None:
     """Raises if outputs of other samples depend on the inputs of the chosen samples."""
-    try:
-        other = rerun.outputs(lambda tensor: changed(tensor, chosen))
-    except Exception:
-        return
-    if not _has_changed(recording, recording.output, other, ~chosen):
+    other = _outputs(chosen, exchange, rerun)
+    if other is None and exchange is not Exchange.OTHERS:
+        other = _outputs(chosen, Exchange.OTHERS, rerun)
+    if other is None or not _has_changed(recording, recording.output, other, ~chosen):
         return
     first, second = (rerun.outputs(lambda tensor: tensor) for _ in range(2))
     if _has_changed(recording, first, other, ~chosen) and not _has_changed(recording, first, second, ~chosen):
         raise recording.samples.error("the output, which changes with the inputs of other samples,")
+
+
+def _outputs(chosen: Tensor, exchange: Exchange, rerun: Rerun) -> Tensor | None:
+    """The outputs after an exchange; None if the model raises, or if the large values overflow."""
+    try:
+        outputs = rerun.outputs(lambda tensor: changed(tensor, chosen, exchange))
+    except Exception:
+        return None
+    return outputs if exchange is Exchange.OTHERS or bool(outputs.isfinite().all()) else None
 
 
 def _has_changed(recording: Run, output: Tensor, other: Tensor, rows: Tensor) -> bool:
@@ -138,13 +178,15 @@ def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun
             raise recording.samples.error("the input, whose relevance changes with other samples by a rule,")
 
 
-def changed(tensor: Tensor, chosen: Tensor) -> Tensor:
-    """Replaces the chosen samples by values of other samples, in another order, so that inputs remain valid."""
-    inner = list(range(1, tensor.ndim))
-    other = tensor.detach().roll(1, 0).flip(inner) if inner else tensor.detach().roll(1, 0)
-    if other.is_floating_point():
-        other = other * SCALE
-    return torch.where(chosen.to(tensor.device).reshape(-1, *(1,) * len(inner)), other, tensor.detach())
+def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS) -> Tensor:
+    """Replaces the inputs of the chosen samples, as the exchange says."""
+    plain, inner = tensor.detach(), list(range(1, tensor.ndim))
+    if exchange is Exchange.LARGEST or exchange is Exchange.SMALLEST:
+        other = plain.amax(0, keepdim=True) if exchange is Exchange.LARGEST else plain.amin(0, keepdim=True)
+    else:
+        other = plain.roll(1, 0).flip(inner) if inner else plain.roll(1, 0)
+        other = other * SCALES[exchange] if other.is_floating_point() else other
+    return torch.where(chosen.to(tensor.device).reshape(-1, *(1,) * len(inner)), other, plain)
 
 
 class _Leaves:

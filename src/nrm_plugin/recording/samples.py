@@ -145,7 +145,16 @@ class Samples:
             labels = _Labels.of(dict(zip(vectors, values, strict=True)), self.count)
             if labels.are_known and not labels.are_mixed:
                 return layout_of(labels.samples, self.count, labels.mass)
+        self._raise_if_unsupported()
         return None
+
+    def _raise_if_unsupported(self) -> None:
+        """Raises if an operation without a kernel is the reason why values of the inputs do not arrive."""
+        vertex, number = self.graph.vertices[self.graph.output.vertex], self.graph.output.number
+        metadata = vertex.node._input_metadata[number]
+        ones = torch.ones(metadata.shape, dtype=vertex.dtypes[number], device=metadata.device)
+        with torch.inference_mode(False), torch.no_grad():
+            pull(self.graph, [(self.graph.output, {-1: ones})], _Finder(self))
 
     # -- finding them -----------------------------------------------------------------------------------------
 
@@ -160,10 +169,11 @@ class Samples:
         """
         vectors = _encoded(start, self.layout(self.graph.output), start.shape, self.count)
         finder = _Finder(self)
-        cost = pull(self.graph, [(self.graph.output, vectors)], finder)
-        self._layouts.update(finder.layouts)
-        self._labels, self.leaves = finder.labels, finder.leaves
-        return cost
+        try:
+            return pull(self.graph, [(self.graph.output, vectors)], finder)
+        finally:  # above an operation without a kernel, samples are found
+            self._layouts.update(finder.layouts)
+            self._labels, self.leaves = finder.labels, finder.leaves
 
     # -- sums over samples ------------------------------------------------------------------------------------
 
@@ -176,6 +186,8 @@ class Samples:
         if place is None:
             return None
         labels = self._labels.get(self.buffer(place))
+        if labels is None and not bool(tensor.any()):  # also where no dimension has the samples, as in constants
+            return tensor.new_zeros(self.count)
         if labels is None:
             return sample_sums(self.layout(place).unfold(tensor))
         if bool(((labels < 0) & (tensor != 0)).any()):
