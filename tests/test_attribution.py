@@ -1,6 +1,6 @@
 """The Captum classes return the numbers of the measure in Captum's forms, and work in Captum's tools.
 
-Covers: nrm_plugin.attribution.base, nrm_plugin.attribution.inputs.
+Covers: nrm_plugin.attribution.base, nrm_plugin.attribution.nrm.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 from .attribution.attributor import NRMAttributor
 from .attribution.concepts import ConceptNRM, condition_event
 from .attribution.dataloader import DataLoaderNRM
-from .attribution.inputs import NRM
-from .attribution.joint import JointNRM
-from .attribution.layers import LayerNRM
-from .attribution.neurons import NeuronNRM
+from .attribution.joint_nrm import JointNRM
+from .attribution.layer_nrm import LayerNRM
+from .attribution.neuron_nrm import NeuronNRM
+from .attribution.nrm import NRM
 from .canonizers import FuseBatchNorm
 from .composites import (
     Normalized,

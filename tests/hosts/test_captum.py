@@ -2,8 +2,8 @@
 
 Runs with every version of Captum from 0.7 to 0.9: `make test-hosts` runs it with the older ones.
 
-Covers: nrm_plugin.attribution.dataloader, nrm_plugin.attribution.joint, nrm_plugin.attribution.layers,
-nrm_plugin.attribution.neurons.
+Covers: nrm_plugin.attribution.dataloader, nrm_plugin.attribution.joint_nrm, nrm_plugin.attribution.layer_nrm,
+nrm_plugin.attribution.neuron_nrm.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError, brief
-from .inputs import NRM
-from .neurons import NeuronNRM
+from .neuron_nrm import NeuronNRM
+from .nrm import NRM
 
 Reduce = Literal["mean", "sum"]
 

@@ -16,7 +16,7 @@ from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.targets import Neurons
 from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage
-from .inputs import NRM
+from .nrm import NRM
 
 
 class NeuronNRM(NRM, NeuronAttribution):

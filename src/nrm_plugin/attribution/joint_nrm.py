@@ -12,7 +12,7 @@ from ..events.event import Atom
 from ..kernels.normalization import Residual
 from ..model.inputs_and_outputs import Output
 from .base import Layer, Unit, as_tuple, in_unit
-from .inputs import NRM
+from .nrm import NRM
 
 
 class JointNRM:

@@ -24,7 +24,7 @@ from .base import (
     log_usage,
     with_optional,
 )
-from .inputs import NRM
+from .nrm import NRM
 
 
 class LayerNRM(NRM, LayerAttribution):
