@@ -38,7 +38,8 @@ def both(first, second) -> list[object]:
 @pytest.mark.parametrize("options", [{"target": "label"}, {}], ids=["other settings", "same settings"])
 def test_of_two_sweeps_at_once_one_is_refused(options, tmp_path):
     def call(more):
-        return lambda: sweep(net(), Data(12, wait=0.01), [Marginal("4")], tmp_path / "swept", **OPTIONS, **more)
+        model = net()
+        return lambda: sweep(model, Data(12, wait=0.01), [Marginal("4")], tmp_path / "swept", **OPTIONS, **more)
 
     results = both(call({}), call(options))
     stored = [result for result in results if isinstance(result, Sweep)]

@@ -111,7 +111,7 @@ def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
         loaded: The model.
         inputs: Inputs of one sample; by default a black image.
     """
-    parameter = loaded.parameter
+    parameter = next(loaded.model.parameters(), torch.empty(0))
     size = loaded.preprocessing.size
     black = parameter.new_zeros(1, len(loaded.preprocessing.mean), size, size)
     try:
