@@ -39,12 +39,12 @@ def quiet(is_quiet: bool) -> Iterator[None]:
 
 
 def errors() -> TextIO:
-    """The stream for errors, which ``--quiet`` does not silence."""
+    """Returns the stream for errors, which ``--quiet`` does not silence."""
     return _quieted[-1] if _quieted else sys.stderr
 
 
 def line(error: BaseException, options: argparse.Namespace) -> str:
-    """An error in one line."""
+    """Returns an error in one line."""
     from ..dataset.images import shown
     from ..errors import NRMError
 

@@ -45,7 +45,7 @@ def layer_rows(loaded: LoadedModel, composite: str) -> list[tuple[str, ...]]:
     """Returns name, shape without the batch, operation, rule and note of every tap; independent of the weights.
 
     Raises:
-        RequestError: The model fails, or has not as many outputs as there are class names.
+        RequestError: If the model fails, or the number of outputs differs from the number of class names.
     """
     import torch
 

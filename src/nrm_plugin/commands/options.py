@@ -112,7 +112,7 @@ def joined(words: Sequence[str]) -> list[str]:
 
 
 def _numbers(text: str) -> list[str]:
-    """The numbers of a text; none if there is anything else in it."""
+    """Returns the numbers of a text; none if there is anything else in it."""
     parts = text.replace(",", " ").split()
     return parts if not any(math.isnan(_real(part)) for part in parts) else []
 

@@ -174,7 +174,7 @@ def writing(path: Path) -> Iterator[Path]:
     """A temporary file that becomes the file in one step, once it is complete.
 
     Raises:
-        OutputError: It cannot be written; the file is as it was.
+        OutputError: If the file cannot be written; the file is left unchanged.
     """
     try:
         with AtomicFile(path) as temporary:

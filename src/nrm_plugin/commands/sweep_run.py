@@ -77,11 +77,11 @@ def queries_of(options: argparse.Namespace) -> list[Query]:
 
 
 def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
-    """The explained target; checks the names of the classes and, if they are explained, the labels of a folder.
+    """Returns the explained target; checks the names of the classes and, if they are explained, the labels of a folder.
 
     Raises:
-        RequestError: There are not as many names as outputs, or no such class.
-        SweepError: Images have no label.
+        RequestError: If the number of names differs from the number of outputs, or the class does not exist.
+        SweepError: If images have no label.
     """
     is_class = text not in ("prediction", "label")
     if text == "label" and isinstance(data, PreprocessedImageFolder):

@@ -77,7 +77,7 @@ def read_state(path: Path) -> State:
 
 
 def _check_file(path: Path, name: str) -> bytes:
-    """The first bytes of a file that may hold weights."""
+    """Returns the first bytes of a file that may hold weights."""
     if not path.is_file():
         what = f"{name} is a folder" if path.is_dir() else f"the file {name} does not exist"
         raise WeightsError(f"{what}. --weights takes a file with a state dict.")
@@ -100,7 +100,7 @@ def _check_file(path: Path, name: str) -> bytes:
 
 
 def _entries(path: Path) -> list[zipfile.ZipInfo]:
-    """The files in an archive; none in a file that is not one, such as safetensors, or torch's before 1.6."""
+    """Returns the files in an archive; none in a file that is not one, such as safetensors, or torch's before 1.6."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()

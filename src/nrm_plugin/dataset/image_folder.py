@@ -46,7 +46,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         fingerprint: Hash of names and labels.
 
     Raises:
-        SweepError: The folder does not exist or contains no images, or a subfolder cannot be read.
+        SweepError: If the folder does not exist or contains no images, or a subfolder cannot be read.
     """
 
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:
@@ -73,7 +73,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return self.preprocess(load_image(self.paths[index]).image)[0], self.labels[index]
 
     def note(self) -> str:
-        """The files that were left out, in one sentence; empty if there are none."""
+        """Returns the files that were left out, in one sentence; empty if there are none."""
         names = [shown(path.relative_to(self.folder).as_posix()) for path in self.left_out[:MAX_LISTED]]
         more = len(self.left_out) - len(names)
         listed = ", ".join([*names, *([f"and {more} more"] if more else [])])

@@ -302,7 +302,7 @@ class _GroupPool:
         return {layer: kept[layer][:, labels] for layer, labels in zip(self.layers, self.labels, strict=True)}
 
     def joint(self, kept: Tensor) -> tuple[Tensor, CurvePoint]:
-        """Joint relevance of each group with the kept groups, ``(N, all groups)``, and errors of the kept groups."""
+        """Computes the joint relevance of each group with the kept groups, ``(N, all groups)``, and their errors."""
         event = kept_event(self.masks(self.split(kept)))
         marginals = self.mu.marginal([*self.layers, "input"], joint=event)
         groups = zip(self.layers, self.labels, strict=True)
