@@ -35,7 +35,7 @@ class LoadedModel:
 
     @property
     def parameter(self) -> Tensor:
-        """A parameter, whose device and dtype are those of the model; an empty tensor if the model has none."""
+        """A parameter that has the device and dtype of the model; an empty tensor if there are no parameters."""
         return next(self.model.parameters(), torch.empty(0))
 
     @property

@@ -186,7 +186,7 @@ class Bypass(Query):
 
 @dataclass(frozen=True)
 class Variation(Query):
-    """The tap variation of a layer, one number."""
+    """The tap variation of a layer, a single number per sample."""
 
     layer: LayerSpec
 

@@ -34,7 +34,7 @@ kernel_of(*LAYERS)(contraction)  # for computed weights; with a constant weight,
 
 
 def layer_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """Returns a functional layer or batch normalization as the call of a module; None for any other function."""
+    """Converts a functional call of a layer or batch normalization to a call of a module; None for other functions."""
     if len(call.inputs) != 1 or not isinstance(call.argument(0, "input"), Slot):
         return None
     if call.name == "batch_norm":

@@ -151,7 +151,7 @@ def draw_flow(
 
 
 def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Returns the height of each node of a column: the height of its bar, or of its ribbons if these cancel."""
+    """Returns the height of each node of a column: that of its bar, or of its ribbons if signs cancel in the bar."""
     return [max(abs(value), *_stacks(number, node, ribbons)) for node, value in enumerate(column.marginals)]
 
 

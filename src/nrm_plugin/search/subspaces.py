@@ -317,7 +317,7 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
 
 
 def _replaced(module: nn.Module, subspaces: Mapping[str, Subspaces], path: str) -> nn.Module:
-    """Copies the modules that contain the layers; all other modules are shared."""
+    """Returns a copy of the model with these layers replaced; modules that contain none of them are shared."""
     copied = module.__class__.__new__(module.__class__)
     copied.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
     for name, child in module._modules.items():
