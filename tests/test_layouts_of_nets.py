@@ -26,7 +26,7 @@ from nrm_plugin import (
     at,
     top_walks,
 )
-from nrm_plugin.errors import FoldingError
+from nrm_plugin.errors import FoldingError, InputError
 
 WIDTH, LENGTH, TARGET = 4, 3, 1
 Layout = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -406,8 +406,8 @@ def test_the_whole_batch_as_one_sample():
     joint = JointNRM(net, "first", "input", batched=False).attribute(x, (2, 1))
     assert joint.shape == (1, 6, 3)
     assert NeuronNRM(net, "first", batched=False).attribute(x, (2, 1)).shape == (4, 3)
-    loaded = DataLoaderNRM(NRM(net, batched=False)).attribute([x], target=(2, 1))
-    torch.testing.assert_close(loaded, expected)
+    with pytest.raises(InputError, match="batched=False"):
+        DataLoaderNRM(NRM(net, batched=False)).attribute([x], target=(2, 1))
     start = torch.zeros(4, 2)
     start[2, 1] = 1
     _, attributed = NRMAttributor(net, batched=False)(x, start)

@@ -283,6 +283,25 @@ class Stop(Function):
         return None
 
 
+def once() -> Callable[[Tensor], Tensor]:
+    """A function whose forward fails for any values but the first."""
+    known: list[Tensor] = []
+
+    class Once(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            known.append(x.detach().clone())
+            if not torch.equal(known[0], x):
+                raise RuntimeError("sizes do not match")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    return lambda x: Once.apply(x)
+
+
 OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "two inputs": (lambda x: Two.apply(x, x.relu()), "has 2 inputs that carry relevance"),
     "another shape": (lambda x: mixing(lambda x: x[:, :4])(x).repeat(1, 2), r"turns shape \(3, 8\) into \(3, 4\)"),
@@ -291,6 +310,7 @@ OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         mixing(lambda x: x.clone(), lambda g: g.no_such_method()),
         "has a backward that raises AttributeError",
     ),
+    "a forward for some values alone": (once(), "has a forward that raises RuntimeError"),
 }
 
 

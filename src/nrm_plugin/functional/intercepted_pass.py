@@ -86,7 +86,7 @@ class InterceptedPass:
             output = output.clone()  # some operations return their input, but a step's output has its own memory
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
         rule = "sum" if call.name in ("add", "sub", "rsub") and len(call.inputs) > 1 else call.name
-        rows = factory.__module__.startswith(f"{__package__}.") and keeps_rows(call, output)
+        rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
         linked = self._linked(call, output, lambda: factory(call), rule, observed.inputs, layer, rows)
         self.gates.tag_result(call.name, observed.inputs, linked, observed.has_constants)
         return written(observed, linked)
