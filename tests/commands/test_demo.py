@@ -128,8 +128,8 @@ def test_an_unwritable_folder_is_reported_before_anything_is_computed(
 
 @pytest.mark.slow
 def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    def full(figure, path):
+    def full(figure, path, *args, **kwargs):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(demo_figures, "save", full)
+    monkeypatch.setattr(demo_figures, "save_figure", full)
     assert "No space left on device" in fails(capsys, "demo", "--digits", "1", "--out", str(tmp_path))

@@ -200,7 +200,7 @@ def test_unusual_file_names(name: str, here: Path, capsys: pytest.CaptureFixture
     if code:
         assert "File name too long" in printed.err
         return
-    assert printed.err == ""
+    assert printed.err == "" or "no installed font has" in printed.err
     written = (Path("nrm-explained") / f"{Path(name).stem}-relevance.safetensors").read_bytes()
     metadata = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])["__metadata__"]
     assert metadata["image"].isprintable()

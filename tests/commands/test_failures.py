@@ -150,6 +150,7 @@ def test_an_interrupted_import_ends_without_a_traceback(here: Path):
     """Modules written in C raise an ImportError for the interrupt."""
     code = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs in the background\n"
         "class Interrupting:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'torch':\n"

@@ -114,8 +114,6 @@ def _ended(error: BaseException, options: argparse.Namespace, is_interrupted: bo
         traceback.print_exception(error, file=sys.stderr)
     if is_interrupted or isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        # CPython ends by the signal instead of the status if it last stopped code in a string, such as a dataclass.
-        exec("")
         return INTERRUPTED
     print(line(error, options), file=sys.stderr)
     is_of_options = isinstance(error, (NRMError, OSError)) and not is_out_of_memory(error)
