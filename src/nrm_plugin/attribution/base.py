@@ -28,6 +28,12 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 """Wrappers of a model, which runs on one device instead."""
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model inside of a wrapper, or the model itself."""
+    inner: nn.Module = model.module if isinstance(model, WRAPPERS) else model
+    return inner
+
+
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
     """Returns inputs as a tuple, and whether they were a tuple."""
     given = tuple(inputs) if isinstance(inputs, list) else inputs

@@ -17,7 +17,7 @@ from ..events.event import Atom, Event, at
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.inputs_and_outputs import Output
-from .base import WRAPPERS, Layer, Unit, in_unit
+from .base import Layer, Unit, in_unit, unwrapped
 
 Condition = Mapping[str, Any]
 OUTPUT = "y"
@@ -75,7 +75,7 @@ class ConceptNRM:
         *,
         output: Output | Atom | None = None,
     ) -> None:
-        self.model = model.module if isinstance(model, WRAPPERS) else model
+        self.model = unwrapped(model)
         self.composite = normalize(composite, residual, gain_limit, uncovered)
         self.output = output
 

@@ -15,7 +15,7 @@ from ..events.event import Atom, Event, Side, at
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.targets import Neurons
-from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage
+from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage, unwrapped
 from .nrm import NRM
 
 
@@ -108,7 +108,7 @@ class NeuronNRM(NRM, NeuronAttribution):
         neurons = Neurons(neuron_selector)
         with torch.enable_grad():
             measure = RelevanceMeasure(
-                self._unwrapped(),
+                unwrapped(self.model),
                 formatted,
                 start=neurons,
                 output=layer if isinstance(layer, Atom) else at(layer, side=side),

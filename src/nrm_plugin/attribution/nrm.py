@@ -29,6 +29,7 @@ from .base import (
     input_relevance,
     input_taps,
     log_usage,
+    unwrapped,
     with_optional,
 )
 
@@ -166,7 +167,7 @@ class NRM(GradientAttribution):
         """
         with torch.enable_grad():  # Captum's metrics call attribute under no_grad
             return RelevanceMeasure(
-                self._unwrapped(),
+                unwrapped(self.model),
                 inputs,
                 target,
                 composite=self.composite,
@@ -226,9 +227,6 @@ class NRM(GradientAttribution):
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _unwrapped(self) -> nn.Module:
-        return self.model.module if isinstance(self.model, WRAPPERS) else self.model
-
     def _layer(self, layer: Any) -> Any:
         """Translates a layer of the given model to a layer of the model without its ``DataParallel`` wrapper."""
         if not isinstance(self.model, WRAPPERS):
@@ -242,7 +240,7 @@ class NRM(GradientAttribution):
     def _report(self, inputs: tuple[Tensor, ...], additional_forward_args: Any, verbose: bool) -> None:
         if verbose:
             output = None if isinstance(self.output, Atom) else self.output
-            model, args = self._unwrapped(), additional_forward_args
+            model, args = unwrapped(self.model), additional_forward_args
             with torch.enable_grad():
                 print(coverage(model, inputs, self.composite, args, output=output, batched=self.batched))
 

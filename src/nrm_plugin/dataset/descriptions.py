@@ -99,9 +99,8 @@ def _content(value: Any) -> Any:
         return {str(key): _content(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_content(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str, Tensor, np.ndarray, *PLAIN)):
-        return described(value)
-    if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):  # such as an image of Pillow
+    has_array = hasattr(value, "__array_interface__") or hasattr(value, "__array__")  # such as an image of Pillow
+    if has_array and not isinstance(value, (Tensor, np.ndarray, *PLAIN)):
         return _array(np.asarray(value))
     return described(value)
 

@@ -55,9 +55,8 @@ class InterceptionMode(TorchFunctionMode):
         forward_pass = self.forward_pass
         if is_inside_step() or not torch.is_grad_enabled():
             if not is_inside_step():
-                note_untracked()
-            run = func if is_inside_step() else self._inside_custom_function(func)
-            result = run(*args, **kwargs)
+                self._before_untracked(func, args)
+            result = func(*args, **kwargs)
             if not forward_pass.follows_ids:
                 return result
             return forward_pass.with_ids(ObservedCall.of(func, args, kwargs, forward_pass.path), result)
@@ -71,17 +70,13 @@ class InterceptionMode(TorchFunctionMode):
             call = ObservedCall.of(func, args, kwargs, forward_pass.path)
         return forward_pass.with_ids(call, handle(call, forward_pass))
 
-    def _inside_custom_function(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function that runs without gradients, as in the forward of an ``autograd.Function``."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self.forward_pass.custom_calls.observe(func, args)
-            name = name_of(func)
-            if args and isinstance(args[0], Tensor) and (name.in_place or name.base == "setitem"):
-                before_writing(args[0])
-            return func(*args, **kwargs)
-
-        return run
+    def _before_untracked(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Prepares for a function that runs without gradients, as in the forward of an ``autograd.Function``."""
+        note_untracked()
+        self.forward_pass.custom_calls.observe(func, args)
+        name = name_of(func)
+        if args and isinstance(args[0], Tensor) and (name.in_place or name.base == "setitem"):
+            before_writing(args[0])
 
 
 __all__ = ["InterceptionMode"]

@@ -15,8 +15,8 @@ from ..kernels.channel_pairs import channel_edges
 from ..kernels.rule_branch_kernel import BranchKernel
 from ..model.routing import is_whole, operation
 from ..recording.graph import Vertex
-from ..recording.passes import Cost, Vectors, pull, push
-from ..recording.places import Buffer, Edge, Place, Sink
+from ..recording.passes import Cost, Vectors, Visitor, pull, push
+from ..recording.places import Buffer, Edge, Place
 from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .groups import Over, by_label, labels_of
@@ -216,8 +216,8 @@ class _Collect:
         self.vectors: Vectors[int] = {}
 
 
-class _Prune:
-    """Stops a pass where the lower tap is crossed, or can no longer be reached."""
+class _Prune(Visitor[int]):
+    """Stops a pass where the lower tap is crossed, or can no longer be reached, as by absorbed walks."""
 
     def __init__(self, recording: Recording, lower: Tap, collect: _Collect) -> None:
         self.recording, self.collect = recording, collect
@@ -234,6 +234,3 @@ class _Prune:
             self.collect.vectors = dict(vectors)
             return {}
         return vectors if self.recording.taps.marks.below_edge[edge.vertex][edge.number] & self.bit else {}
-
-    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[int], share: Tensor) -> None:
-        """Does nothing, since absorbed walks do not reach the lower tap."""

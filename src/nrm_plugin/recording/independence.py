@@ -17,8 +17,8 @@ from torch import Tensor
 from ..errors import FoldingError, NRMError
 from ..model.inputs_and_outputs import Change
 from .graph import Graph
-from .passes import Vectors, pull
-from .places import Buffer, Edge, Sink
+from .passes import Vectors, Visitor, pull
+from .places import Buffer
 from .sample_rows import rules_are_known
 from .samples import Samples
 
@@ -76,12 +76,8 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(start.shape, generator=generator, dtype=start.dtype).to(start.device) + 0.5
     with torch.inference_mode(False), torch.no_grad():
-        try:
-            recording.samples.find(noise)
-        except FoldingError:
-            raise
-        except NRMError:  # an operation without a kernel, on which the explained outputs may not depend
-            noise = noise * (start != 0)
+        if not _is_followed(recording.samples, noise):
+            noise = noise * (start != 0)  # the explained outputs may not depend on the operation without a kernel
             if not _is_followed(recording.samples, noise):
                 return  # a query that needs what is below raises the same error
     _check_rows_of_inputs(recording.samples)
@@ -189,7 +185,7 @@ def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS
     return torch.where(chosen.to(tensor.device).reshape(-1, *(1,) * len(inner)), other, plain)
 
 
-class _Leaves:
+class _Leaves(Visitor[str]):
     """The relevance of the inputs."""
 
     def __init__(self, graph: Graph) -> None:
@@ -200,12 +196,6 @@ class _Leaves:
         if self.graph.vertices[buffer.vertex].leaf is not None:
             self.relevance[buffer.vertex] = vectors[""]
         return vectors
-
-    def at_edge(self, edge: Edge, vectors: Vectors[str]) -> Vectors[str]:
-        return vectors
-
-    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
-        pass
 
 
 __all__ = ["changed", "find_samples"]

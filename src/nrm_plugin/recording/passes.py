@@ -32,19 +32,25 @@ class Cost:
 
 
 class Visitor(Protocol[Key]):
-    """Callbacks of a downward pass. Every vector has the shape of its tensor."""
+    """Callbacks of a downward pass, which propagates all relevance unless they are overridden.
+
+    Every vector has the shape of its tensor.
+    """
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[Key]) -> Vectors[Key]:
         """Called when all relevance of a tensor has arrived; returns the relevance to propagate further."""
+        return vectors
 
     def at_edge(self, edge: Edge, vectors: Vectors[Key]) -> Vectors[Key]:
         """Called when a vertex passes relevance down an edge; returns the relevance to propagate further."""
+        return vectors
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[Key], share: Tensor) -> None:
         """Called when a vertex absorbs a share of the relevance that arrived at its output ``number``.
 
         ``kind`` is ``"residual"`` or ``"constants"``.
         """
+        return None  # by default, a visitor has no use for it
 
 
 def pull(

@@ -19,8 +19,8 @@ from ..errors import FoldingError
 from ..model.targets import sample_sums
 from .graph import Graph
 from .layout import Layout, doubled, layout_of, unreached
-from .passes import Cost, Vectors, pull, push
-from .places import Buffer, Edge, Place, Sink
+from .passes import Cost, Vectors, Visitor, pull, push
+from .places import Buffer, Place, Sink
 
 BITS = 4
 """Number of bits of a sample number that one relevance vector encodes, as factors of 1 to 2¹⁵."""
@@ -83,13 +83,16 @@ class Samples:
             return self._plain
         if not self.batched:
             return self._whole
+        layout = self._known(place)
+        if layout is None:
+            raise self.error(f"a tensor of shape {tuple(self.graph.shape(self.buffer(place)))}")
+        return layout
+
+    def _known(self, place: Place | Sink) -> Layout | None:
         buffer = self.buffer(place)
         if buffer not in self._layouts:
             self._layouts[buffer] = self._looked_up(buffer)
-        layout = self._layouts[buffer]
-        if layout is None:
-            raise self.error(f"a tensor of shape {tuple(self.graph.shape(buffer))}")
-        return layout
+        return self._layouts[buffer]
 
     def buffer(self, place: Place | Sink) -> Buffer:
         """Returns the tensor at a place."""
@@ -186,9 +189,9 @@ class Samples:
         if place is None:
             return None
         labels = self._labels.get(self.buffer(place))
-        if labels is None and not bool(tensor.any()):  # also where no dimension has the samples, as in constants
-            return tensor.new_zeros(self.count)
         if labels is None:
+            if self._known(place) is None and not bool(tensor.any()):  # such as a constant, without samples
+                return tensor.new_zeros(self.count)
             return sample_sums(self.layout(place).unfold(tensor))
         if bool(((labels < 0) & (tensor != 0)).any()):
             return None
@@ -270,7 +273,7 @@ class _Labels:
         return bool((self.samples >= 0).any())
 
 
-class _Finder:
+class _Finder(Visitor[int]):
     """Finds the layout of each tensor in a pass of encoded relevance."""
 
     def __init__(self, samples: Samples) -> None:
@@ -302,12 +305,6 @@ class _Finder:
             self.layouts[buffer] = self.layouts[known]
         if known in self.labels:
             self.labels[buffer] = self.labels[known]
-
-    def at_edge(self, edge: Edge, vectors: Vectors[int]) -> Vectors[int]:
-        return vectors
-
-    def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[int], share: Tensor) -> None:
-        pass
 
 
 __all__ = ["Samples"]
