@@ -23,6 +23,7 @@ from .functional.canonizer import Interception
 from .functional.registry import register_kernel
 from .measure.flow_graph import FlowGraph
 from .measure.measure import RelevanceMeasure
+from .plan.plan import Plan
 from .measure.partitions import patches
 from .measure.reconstruction import Reconstruction, reconstruct
 from .recording.coverage import Coverage, coverage
@@ -67,6 +68,7 @@ __all__ = [
     "Normalized",
     "Reconstruction",
     "Relative",
+    "Plan",
     "RelevanceMeasure",
     "Restriction",
     "Selection",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from zennit.core import BasicHook
 
+from ..model.value_reads import audit
 from .cache_blocks import Block, blocks
 from .known_rules import is_known_linear
 
@@ -44,15 +45,17 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
         return None
     corner = tuple(slice(0, 1 if dim < 2 < like.ndim else 4) for dim in range(like.ndim))
     at_corner = outputs(corner)
-    if not is_known_linear(rule) and not _is_elementwise(rule, at_corner):
-        return None
+    with audit():
+        if not is_known_linear(rule) and not _is_elementwise(rule, at_corner):
+            return None
+        is_local = _is_local(rule, at_corner, [factor[corner] for factor in factors])
 
     def by_leader(outputs: list[Tensor], wanted: tuple[int, ...]) -> dict[int, Tensor]:
         mapped_to = mapped(rule, torch.ones_like(outputs[0]), outputs)
         return {leader: mapped_to[leader] for leader in wanted}
 
     leaders = tuple(next(k for k, other in enumerate(factors) if other is factor) for factor in factors)
-    return Mapper(leaders, by_leader, _is_local(rule, at_corner, [factor[corner] for factor in factors]))
+    return Mapper(leaders, by_leader, is_local)
 
 
 def mapped(rule: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from zennit.core import BasicHook
 from zennit.rules import ZBox
 
+from ..model.value_reads import audit, holds
 from .known_rules import is_known_linear
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}
@@ -26,7 +27,7 @@ def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
             sources.append(inputs if part == "positive" else inputs.new_zeros(()).expand(inputs.shape))
             continue
         source = modifier(inputs).detach()
-        same = next((other for other in known if other.shape == source.shape and torch.equal(other, source)), source)
+        same = next((other for other in known if _is_equal(other, source)), source)
         known.append(same)
         sources.append(same)
     return sources
@@ -45,10 +46,19 @@ def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
 
 def _is_positive(source: Tensor) -> bool:
     """Whether no entry is negative; a minimum is faster than comparing all entries."""
-    return source.numel() == 0 or bool(source.amin() >= 0)
+    return source.numel() == 0 or holds("no negative input", lambda: source.amin() >= 0)
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and holds("equal inputs", lambda: torch.equal(one, other))
 
 
 def is_zero(source: Tensor) -> bool:
+    """Whether all entries are zero."""
+    return holds("zero input", lambda: _is_zero(source))
+
+
+def _is_zero(source: Tensor) -> bool:
     """Whether all entries are zero; for most tensors the first few entries decide."""
     few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
     if bool(few.any()):
@@ -60,7 +70,8 @@ def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
     """The signs ``ρ_k`` if the reducer is ``Σ ρ_k in_k g_k``, or for inputs of ones ``Σ ρ_k g_k``; else None."""
     signs = _KNOWN_SIGNS.get(type(rule))
     if signs is None:
-        signs = _tried_signs(rule, sources)
+        with audit():
+            signs = _tried_signs(rule, sources)
         if signs is not None and is_known_linear(rule):
             _KNOWN_SIGNS[type(rule)] = signs
     return signs

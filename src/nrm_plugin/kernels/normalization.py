@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import brief
+from ..model.value_reads import holds
 from .cache_blocks import blocks
 
 Residual = Literal["redistribute", "sink"]
@@ -102,7 +103,7 @@ class Normalization:
         if (
             column_sum.device.type == "cpu"
             and column_sum.numel()
-            and bool(column_sum.amin() >= least_restored(column_sum.dtype, limit))
+            and holds("large column sums", lambda: column_sum.amin() >= least_restored(column_sum.dtype, limit))
         ):
             return Scaling(column_sum.reciprocal())
         factor = gain(column_sum, limit)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..model.value_reads import holds
 from .absolute_kernels import closed_absolute, dense_absolute
 from .base import Kernel
 from .normalization import Columns
@@ -58,7 +59,7 @@ class BranchKernel(Kernel):
             arrived = relevance != 0
             for branch in self.branches:
                 arrived = arrived & (branch.factor == 0)
-            return bool(arrived.any())
+            return not holds("no relevance outside of the branches", lambda: ~arrived.any())
         except RuntimeError:  # tensors inside of torch.vmap have no values
             return True
 

@@ -24,12 +24,12 @@ def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
     for tap in taps:
         values = totals.relevance(tap)
         memory = values.untyped_storage().data_ptr()
-        maps.append(_copied(values) if memory in used else values)
+        maps.append(copied(values) if memory in used else values)
         used.add(memory)
     return maps
 
 
-def _copied(values: Tensor) -> Tensor:
+def copied(values: Tensor) -> Tensor:
     """Copies a tensor, where torch allows it only once the original or the copy is written to."""
     lazily = getattr(torch, "_lazy_clone", None)
     copy: Tensor = values.clone() if lazily is None or values.device.type != "cpu" else lazily(values)

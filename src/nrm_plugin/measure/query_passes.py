@@ -39,7 +39,7 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         args[0]._check_fresh()  # type: ignore[attr-defined]
         with torch.inference_mode(False), torch.no_grad(), exact(args[0]._start.device):  # type: ignore[attr-defined]
-            return method(*args, **kwargs)
+            return args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined]
 
     return wrapped
 
@@ -68,6 +68,10 @@ class QueryPasses:
             "what it answers, as in torch.save(measure.marginal(measure.layers), path), or take it again from the "
             "inputs and the target. For a data set, nrm_plugin.dataset.sweep stores answers."
         )
+
+    def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers a query by the given method of this class."""
+        return method(self, *args, **kwargs)
 
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kernels.step import Step, step_of
 from ..model.autocast import SHORT, working_dtype
 from ..model.routing import is_whole, operation, written
+from ..model.value_reads import holds
 from .indexed_routes import IndexedRoute, indexed_route
 from .places import Buffer, Edge, Place
 
@@ -173,7 +174,8 @@ class Vertex:
                     else [torch.zeros_like(seed) for seed in seeds]
                 )
             shares = tuple(1 - column.detach() for column in columns)
-            self._constant_share = shares if any(bool(share.any()) for share in shares) else ()
+            is_free = all(holds("no constants", lambda share=share: ~share.any()) for share in shares)
+            self._constant_share = () if is_free else shares
         return self._constant_share or None
 
 

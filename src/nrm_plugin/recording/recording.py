@@ -17,6 +17,7 @@ from ..model.autocast import asked_for, exact, layers_in
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
+from ..model.value_reads import audit
 from .graph import Graph
 from .independence import find_samples
 from .observer import Observer
@@ -104,7 +105,8 @@ class Recording:
         """
         start = self.samples.layout(self.graph.output).fold(relevance)
         if self.samples.count > 1 and not self.samples.is_plain:
-            find_samples(self, start, self._rerun)
+            with audit():
+                find_samples(self, start, self._rerun)
         del self._rerun
         return start
 
