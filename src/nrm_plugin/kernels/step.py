@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedOperationError
 from ..model.autocast import InFloat32, exact, is_short
+from ..model.value_reads import repeated
 from .base import Kernel
 from .forward_state import RUNNING, listener, not_recorded
 from .layer_call import shape_like
@@ -63,7 +64,7 @@ class Step(ABC):
     @functools.cached_property
     def kernel(self) -> Kernel:
         """The kernel of the rule, already normalized if its columns are a :class:`Deficit`."""
-        with self._lock, torch.inference_mode(False), not_recorded(), self._arithmetic():
+        with self._lock, torch.inference_mode(False), not_recorded(), repeated(), self._arithmetic():
             return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
 
     def forget_kernel(self) -> None:

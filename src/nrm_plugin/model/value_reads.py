@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class _Active(threading.local):
@@ -47,6 +48,27 @@ def audit() -> Iterator[None]:
 
 
 @contextmanager
+def repeated() -> Iterator[None]:
+    """Context inside an :func:`audit` for computations that are repeated for other inputs."""
+    outer, ACTIVE.audits = ACTIVE.audits, 0
+    try:
+        yield
+    finally:
+        ACTIVE.audits = outer
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Context of computations that only check the model, and of which no result is used otherwise."""
+    outer, ACTIVE.tracer = ACTIVE.tracer, None
+    try:
+        with _disable_current_modes() if outer is not None else nullcontext():
+            yield
+    finally:
+        ACTIVE.tracer = outer
+
+
+@contextmanager
 def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
     """Context in which a trace takes none of the given shortcuts."""
     outer = ACTIVE.avoided
@@ -76,9 +98,10 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
             return False
     ACTIVE.tracer.shortcut = shortcut
     try:
-        return bool(condition())
+        with repeated():
+            return bool(condition())
     finally:
         ACTIVE.tracer.shortcut = ""
 
 
-__all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced"]
+__all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced", "repeated", "untraced"]

@@ -69,6 +69,7 @@ class TracedRecording:
         with self.traced():
             self.recording = Recording(settings.model, call(), settings.composite, settings.output)
             self.outputs = (self.recording.unfolded(), self.recording.outputs())
+        self.obstacle = ""
         self.start: Tensor | None = None
         self.start_number = -1
 
@@ -82,6 +83,8 @@ class TracedRecording:
             self.start_number = self.tracer.placeholder(start)
         with self.traced():
             self.start = self.recording.started(start)
+        if self.tracer is not None and self.tracer.trace.obstacles:
+            self.obstacle = self.tracer.trace.obstacles[0]
 
 
 class _Traced:
@@ -199,13 +202,16 @@ class PlannedMeasure(RelevanceMeasure):
         recorded = self._recorded
         if recorded.start is None:
             recorded.begin(self._unfolded_start)
+        if recorded.obstacle:
+            self._programs.obstacle = recorded.obstacle
+            return self._computed(method, args, kwargs)
+        before = 0 if recorded.tracer is None else len(recorded.tracer.trace.obstacles)
         with recorded.traced():
             answer = self._computed(method, args, kwargs)
         if recorded.tracer is not None:
             outputs = [recorded.tracer.number(tensor) for tensor in recorded.outputs]
-            self._programs.add(
-                key, recorded.tracer, recorded.inputs, outputs, recorded.start_number, answer, self.cost
-            )
+            self._programs.add(key, recorded.tracer, recorded.inputs, outputs, recorded.start_number, answer, self.cost)
+            del recorded.tracer.trace.obstacles[before:]
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:

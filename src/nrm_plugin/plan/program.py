@@ -166,7 +166,10 @@ class _Writer:
         made = set(given)
         for index, one in enumerate(operations):
             call = f"{self._bound(one.function)}({self._arguments(one)})"
-            names = [f"v{n}" if n is not None and (n in last or n in kept) else "_" for n in one.results]
+            names = [
+                f"v{n}" if n is not None and (one.shapes is not None or n in last or n in kept) else "_"
+                for n in one.results
+            ]
             if one.expected is not None:
                 lines.append(f"    checks.append(({call}, {one.expected!r}, {one.origin!r}))")
             elif one.writes and one.results and one.results[0] in one.writes or all(name == "_" for name in names):
@@ -174,7 +177,7 @@ class _Writer:
             else:
                 lines.append(f"    {', '.join(names)}{',' if one.is_sequence else ''} = {call}")
             if one.shapes is not None:
-                lines.append(f"    checks.append((({', '.join(names)},)[0].shape, {self._bound(one.shapes[0])}, {one.origin!r}))")
+                lines.append(f"    checks.append(({names[0]}.shape, {self._bound(one.shapes[0])}, {one.origin!r}))")
             made.update(number for number in one.results if number is not None)
             dead = [f"v{n}" for n in set(one.reads) if last[n] == index and n not in kept and n in made]
             if dead:

@@ -58,6 +58,7 @@ class Programs:
         self.lock = threading.RLock()
         self._programs: OrderedDict[Hashable, QueryProgram] = OrderedDict()
         self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, str] = {}
         self._failures = 0
 
     def find(self, key: Hashable) -> QueryProgram | None:
@@ -72,12 +73,18 @@ class Programs:
     def is_worth(self, key: Hashable, is_certain: bool) -> bool:
         """Whether a query is to be traced: at once if it will be asked of other inputs, else when it is repeated."""
         with self.lock:
-            worth = is_certain or key in self._seen
+            worth = (is_certain or key in self._seen) and key not in self._recorded
             self._seen.add(key)
             return worth and not self.obstacle
 
     def add(
-        self, key: Hashable, tracer: Tracer, inputs: Sequence[int], outputs: Sequence[int], start: int, answer: Any,
+        self,
+        key: Hashable,
+        tracer: Tracer,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        start: int,
+        answer: Any,
         cost: Cost,
     ) -> None:
         """Makes the program of a query from its trace."""
@@ -85,7 +92,8 @@ class Programs:
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             return
         if tracer.trace.obstacles:
-            self.obstacle = tracer.trace.obstacles[0]
+            self._seen.discard(key)
+            self._recorded[key] = tracer.trace.obstacles[0]
             return
         program = Program(tracer.trace, inputs, outputs, start, [tracer.number(leaf) for leaf in leaves])
         with self.lock:
@@ -111,7 +119,10 @@ class Programs:
     def lines(self) -> list[str]:
         """Returns one line for each program."""
         with self.lock:
-            return [f"{key[0]}: {len(one.program.operations)} operations" for key, one in self._programs.items()]  # type: ignore[index]
+            recorded = [f"{key[0]}: recorded every time: {why}" for key, why in self._recorded.items()]  # type: ignore[index]
+            return recorded + [
+                f"{key[0]}: {len(one.program.operations)} operations" for key, one in self._programs.items()
+            ]  # type: ignore[index]
 
     def __len__(self) -> int:
         return len(self._programs)

@@ -229,7 +229,8 @@ class Tracer(TorchDispatchMode):
             if varies:
                 self._varying.add(known)
         shapes = None
-        if varies and _SHAPED_BY_VALUES & set(function.tags) and expected is None:
+        if varies and not ACTIVE.audits and _SHAPED_BY_VALUES & set(function.tags) and expected is None:
+            origin = _line()
             shapes = tuple(item.shape for item in outputs if isinstance(item, Tensor))
         if varies:
             self._varying.update(writes)
@@ -255,7 +256,9 @@ _STATIC = frozenset([torch.ops.aten.is_set_to.default, torch.ops.aten.is_same_si
 def _line() -> str:
     """Returns the line of code that reads a value."""
     frames = [
-        frame for frame in traceback.extract_stack() if not any(part in frame.filename for part in ("/torch/", "plan/trace"))
+        frame
+        for frame in traceback.extract_stack()
+        if not any(part in frame.filename for part in ("/torch/", "plan/trace"))
     ]
     return " < ".join(f"{f.filename.rpartition('/nrm_plugin/')[2]}:{f.lineno}" for f in frames[::-1][:4])
 
@@ -298,7 +301,13 @@ class EscapeWatch(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if name in _ESCAPES and not ACTIVE.audits and args and isinstance(args[0], Tensor) and self._tracer.varies(args[0]):
+        if (
+            name in _ESCAPES
+            and not ACTIVE.audits
+            and args
+            and isinstance(args[0], Tensor)
+            and self._tracer.varies(args[0])
+        ):
             self._tracer.trace.obstacles.append(f"values read by Tensor.{name}()")
         return function(*args, **(kwargs or {}))
 

@@ -17,7 +17,7 @@ from ..model.autocast import asked_for, exact, layers_in
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
-from ..model.value_reads import audit
+from ..model.value_reads import audit, untraced
 from .graph import Graph
 from .independence import find_samples
 from .observer import Observer
@@ -149,7 +149,7 @@ class Rerun:
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Returns a recording on changed inputs."""
-        with _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
+        with untraced(), _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
             return Recording(self.model, self.call.changed(change, others), self.composite, self.output)
 
     def outputs(self, change: Change) -> Tensor:
@@ -160,7 +160,13 @@ class Rerun:
         with ExitStack() as around:
             around.enter_context(_RECORDING)
             device = (*call.tensors, *call.indices.values())[0].device
-            for block in (_without_hooks(self.model), forward_pass(None), torch.no_grad(), _precision(device)):
+            for block in (
+                untraced(),
+                _without_hooks(self.model),
+                forward_pass(None),
+                torch.no_grad(),
+                _precision(device),
+            ):
                 around.enter_context(block)
             output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
             return output
