@@ -203,7 +203,7 @@ def check_composite(composite: Any) -> None:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module has no children."""
+    """Returns whether a module has no children."""
     return not module._modules
 
 

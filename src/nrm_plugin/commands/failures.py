@@ -58,7 +58,7 @@ def line(error: BaseException, options: argparse.Namespace) -> str:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, in this error or in one that caused it."""
+    """Returns whether memory ran out, in this error or in one that caused it."""
     if error is None:
         return False
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM

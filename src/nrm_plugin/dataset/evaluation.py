@@ -236,7 +236,7 @@ SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryErr
 
 
 def is_due_to_samples(error: BaseException) -> bool:
-    """Whether an error may be due to single samples, so that the other samples can be evaluated."""
+    """Returns whether an error may be due to single samples, so that the other samples can be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 

@@ -94,7 +94,7 @@ def load_image(path: Path) -> LoadedImage:
 
 
 def is_image(path: Path) -> bool:
-    """Whether the content of a file, whatever its name, is that of an image; only its header is read."""
+    """Returns whether the content of a file, whatever its name, is that of an image; only its header is read."""
     try:
         with _no_limit(), Image.open(path):
             return True

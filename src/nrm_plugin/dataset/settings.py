@@ -124,7 +124,7 @@ def _as_recorded_before(stored: Mapping[str, Any], now: Mapping[str, Any]) -> di
 
 
 def is_same_model(stored: Mapping[str, Any], model: torch.nn.Module) -> bool:
-    """Whether settings identify the given model; settings of a former version do not identify its code."""
+    """Returns whether settings identify the given model; settings of a former version do not identify its code."""
     now: dict[str, Any] = json.loads(json.dumps(model_fingerprint(model)))
     before: dict[str, Any] = stored["model"]
     return {key: value for key, value in now.items() if key in before} == before

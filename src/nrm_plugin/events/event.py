@@ -66,7 +66,7 @@ class Event:
         )
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
-        """The atoms of the formula, from left to right, with repetitions.
+        """Returns the atoms of the formula, from left to right, with repetitions.
 
         Examples:
             >>> list((at("conv")[3] & ~at("fc")).atoms())

@@ -215,7 +215,7 @@ def _shape_below(node: Any, number: int) -> torch.Size:
 
 
 def _carries(node: Any) -> bool:
-    """Whether a tensor with the given node may carry relevance, which excludes tensors from before the pass."""
+    """Returns whether a tensor with this node may carry relevance; tensors computed before the pass do not."""
     if node is None or RUNNING.first_node is None:
         return node is not None
     return not hasattr(node, "variable") and node._sequence_nr() >= RUNNING.first_node
@@ -229,7 +229,7 @@ def _signature_fault(node: Any, shapes: list[torch.Size], live: list[int]) -> st
 
 
 def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
-    """Returns the reason why a function of one tensor is not known to be elementwise."""
+    """Returns the reason why a function of one tensor cannot be treated as elementwise; None if it can."""
     try:
         slope = _slope(node, live)
     except (NotImplementedError, AssertionError) as error:  # written for inference only
@@ -244,9 +244,9 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """Computes the diagonal of the Jacobian by the backward of a function; None if the Jacobian is not diagonal.
+    """Computes the diagonal of the Jacobian from a function's backward; None if the Jacobian is not diagonal.
 
-    Probes are powers of two of either sign, with which the products of a diagonal have no rounding error.
+    The probes are powers of two of either sign, so that products with a diagonal have no rounding error.
     """
     like = _like(node, 0)
     generator = torch.Generator().manual_seed(0)

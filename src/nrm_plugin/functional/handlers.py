@@ -34,7 +34,7 @@ class Handler:
 
     Attributes:
         name: The kind of call.
-        reason: The reason for this handling.
+        reason: Why calls of this kind are handled separately.
         run: A function that returns the return value of the call, or ``NOT_HANDLED``.
     """
 
@@ -55,7 +55,7 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
-    """Whether a function of computed values returned values that autograd does not follow."""
+    """Returns whether a function of computed values returned values that autograd does not track."""
     items = result if isinstance(result, (list, tuple)) else (result,)
     if not all(isinstance(item, Tensor) for item in items):
         return call.name.base in _LEAVING
@@ -144,7 +144,7 @@ def _decomposition(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 def _python_function(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     body = python_body(call.function)
-    # A method of torch.Tensor that calls the method of its base class is observed again under its own name.
+    # A torch.Tensor method that calls the method of its base class is observed again under its own name.
     if body is None or call.function in forward_pass.decomposing:
         return NOT_HANDLED
     forward_pass.decomposing.append(call.function)

@@ -44,7 +44,7 @@ class Kernel(ABC):
         with torch.inference_mode(False), torch.enable_grad():
             seed = first.new_zeros((1, *shape)).requires_grad_()
             parts = zip(self.pull(seed), values, strict=True)
-            # Zeros at a gate do not depend on the relevance.
+            # The zeros passed to a gate do not depend on the relevance.
             pairs = [(part, value) for part, value in parts if value is not None and part.requires_grad]
             if not pairs:
                 return first.new_zeros((len(first), *shape))
@@ -70,7 +70,7 @@ class Kernel(ABC):
         return torch.cat(rows)
 
     def complete_for(self, relevance: Tensor | None) -> bool:
-        """Reads the parts of a rule that are not read yet and act on this relevance; None stands for any relevance.
+        """Reads the remaining parts of a rule that act on this relevance; None stands for any relevance.
 
         Returns:
             Whether the column sums changed.

@@ -52,7 +52,7 @@ class ModifiedLayer:
         return image + bias if self.image.ndim or bool(self.image) else bias
 
     def memory(self, like: Tensor) -> Tensor:
-        """Memory for a factor of this shape: the memory of the image, if nothing else reads it."""
+        """Returns memory for a factor of this shape: that of the image, if nothing else reads the image."""
         if not all(self.image.stride()) or self.image.shape != like.shape:
             return torch.empty_like(like)
         return self.image if self.is_own else torch.empty_like(self.image)
@@ -110,12 +110,12 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which the layer multiplies, if it is less precise than the dtype of the inputs."""
+    """Returns the dtype in which the layer multiplies; None if it is no less precise than the inputs."""
     return call.precision if source.dtype == torch.float32 else None
 
 
 def _is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
-    """Whether this is a large linear layer and a built-in rule that changes its weight."""
+    """Returns whether to run in blocks: for a large linear layer and a built-in rule that changes its weight."""
     weight = call.module._parameters.get("weight")
     if weight is None or weight.numel() < LARGE or type(twin_of(call.module)).forward is not nn.Linear.forward:
         return False

@@ -1,4 +1,4 @@
-"""Form of the input modifiers and the reducer of a rule, determined by applying them to a few numbers."""
+"""Determines the form of a rule's input modifiers and reducer by applying them to a few numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
 
 
 def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
-    """Whether a modifier of a built-in rule takes the positive part of its input, the negative part, or neither."""
+    """Returns which part of its input a built-in modifier takes: positive, negative, or empty for neither."""
     probe = inputs.new_tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
     modified = modifier(probe)
     if modified.shape != probe.shape:
@@ -44,12 +44,12 @@ def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
 
 
 def _is_positive(source: Tensor) -> bool:
-    """Whether no entry is negative; a minimum is faster than comparing all entries."""
+    """Returns whether all entries are nonnegative; a minimum is faster than comparing all entries."""
     return source.numel() == 0 or bool(source.amin() >= 0)
 
 
 def is_zero(source: Tensor) -> bool:
-    """Whether all entries are zero; for most tensors the first few entries decide."""
+    """Returns whether all entries are zero; for most tensors the first few entries decide."""
     few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
     if bool(few.any()):
         return False
@@ -57,7 +57,7 @@ def is_zero(source: Tensor) -> bool:
 
 
 def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
-    """The signs ``ρ_k`` if the reducer is ``Σ ρ_k in_k g_k``, or for inputs of ones ``Σ ρ_k g_k``; else None."""
+    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k`` (``Σ ρ_k g_k`` for inputs of ones); else None."""
     signs = _KNOWN_SIGNS.get(type(rule))
     if signs is None:
         signs = _tried_signs(rule, sources)

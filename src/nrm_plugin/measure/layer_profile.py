@@ -74,7 +74,7 @@ def profile(
 
 
 def _distinct(mu: RelevanceMeasure) -> list[str]:
-    """All layers, with ``"output"`` in place of the last layer, which is the same tensor."""
+    """Returns all layers, with ``"output"`` in place of the last layer, which is the same tensor."""
     *below, last = mu.layers
     if len(below) > 1 and mu.shape(below[-1]) == mu.shape(last):
         below.pop()

@@ -58,7 +58,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 def in_chunks(
     items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
 ) -> list[Result]:
-    """Returns the results of ``run`` for all items, at most ``width`` per call; out of memory, the width is halved.
+    """Returns the results of ``run`` for all items, at most ``width`` per call; the width is halved if memory runs out.
 
     Args:
         items: The items.

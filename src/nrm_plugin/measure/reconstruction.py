@@ -73,7 +73,7 @@ class Reconstruction:
 def reconstruct(
     model: nn.Module, images: Tensor, neurons: Event, method: Method = "deconvnet", strongest: bool = True
 ) -> Reconstruction:
-    r"""Deconvolution or guided backpropagation from chosen neurons down to the pixels.
+    r"""Reconstructs input patterns by deconvolution or guided backpropagation from chosen neurons.
 
     The activations of the chosen neurons are propagated down: through transposed convolutions, through max pooling to
     the position of the maximum, and through a ReLU by
@@ -187,7 +187,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
 
 
 def _reached(model: nn.Module, images: Tensor, layer: str, mask: Tensor, edges: Tensor) -> Tensor:
-    """Whether neurons become NaN if the image is NaN from its top, left, bottom or right to an edge, ``(N, 4)``."""
+    """Returns whether neurons become NaN if the image is NaN from a side (top, left, bottom, right) to an edge."""
     probes = images.detach().unsqueeze(1).repeat(1, 4, 1, 1, 1)
     for probe, (top, left, bottom, right) in zip(probes, edges.tolist(), strict=True):
         probe[0, :, :top] = torch.nan

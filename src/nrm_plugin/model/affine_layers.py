@@ -94,7 +94,7 @@ def twin_of(module: nn.Module) -> nn.Module:
 
 
 def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of one of the given classes, and no subclass or canonizer overrides its forward."""
+    """Returns whether a module is of one of the given classes, and no subclass or canonizer overrides its forward."""
     own = "forward" in module.__dict__
     return not own and any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 

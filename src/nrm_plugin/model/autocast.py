@@ -30,7 +30,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_short(tensor: Tensor) -> bool:
-    """Whether the model computed a tensor in a format shorter than float32."""
+    """Returns whether the model computed a tensor in a format shorter than float32."""
     return tensor.dtype in SHORT
 
 

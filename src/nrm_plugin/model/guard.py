@@ -61,7 +61,7 @@ def _restore(module: nn.Module, state: _State) -> None:
 
 
 def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    """Whether two dictionaries hold the same objects in the same order."""
+    """Returns whether two dictionaries hold the same objects in the same order."""
     if not one and not other:
         return True
     pairs = zip(one.items(), other.items(), strict=True)

@@ -300,12 +300,12 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
 
 
 def is_index(value: Any) -> bool:
-    """Whether a value is a tensor of integers that an embedding could look up."""
+    """Returns whether a value is a tensor of integers that an embedding could look up."""
     return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Whether an input passed by keyword holds ids, since masks in transformers are integers as well."""
+    """Returns whether an input passed by keyword holds ids, since masks in transformers are integers as well."""
     return is_index(value) and "mask" not in key
 
 

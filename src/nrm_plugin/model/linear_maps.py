@@ -89,7 +89,7 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
 
 
 def _is_even(weight: Tensor) -> bool:
-    """Whether all weights of an output channel are the same stored value."""
+    """Returns whether all weights of an output channel are the same stored value."""
     inner = [stride for stride, size in zip(weight.stride()[1:], weight.shape[1:], strict=True) if size > 1]
     return weight.stride(0) != 0 and bool(inner) and not any(inner)
 

@@ -71,7 +71,7 @@ _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
 
 
 def is_route(module: nn.Module) -> bool:
-    """Whether a module is a 0/1 route.
+    """Returns whether a module is a 0/1 route.
 
     Does not check that dropout is inactive; :func:`~nrm_plugin.model.checks.check_model` does.
     """
@@ -92,7 +92,7 @@ def operation(node: Node) -> str:
 
 
 def is_route_node(node: Node) -> bool:
-    """Whether an autograd node is a known 0/1 route."""
+    """Returns whether an autograd node is a known 0/1 route."""
     return operation(node).lower() in _NODES
 
 
@@ -100,7 +100,7 @@ _WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias", "Clone"])
 
 
 def is_whole(node: Node) -> bool:
-    """Whether a node is a view or copy of all entries of a tensor."""
+    """Returns whether a node is a view or copy of all entries of a tensor."""
     return operation(node) in _WHOLE
 
 

@@ -155,7 +155,7 @@ def _is_index(entry: Any) -> bool:
 
 
 def _is_whole(entry: Any) -> bool:
-    """Whether an entry is an int; arrays have ``__index__`` as well, whatever is in them."""
+    """Returns whether an entry is an int; arrays have ``__index__`` as well, whatever is in them."""
     return isinstance(entry, (int, np.integer)) and not isinstance(entry, bool)
 
 

@@ -332,7 +332,7 @@ def _bound(maps: Sequence[Array]) -> float:
 
 
 def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
-    """Whether a value exceeds the given limit, beyond which all colours are the same."""
+    """Returns whether a value exceeds the given limit, beyond which all colours are the same."""
     return limit is not None and _bound([_array(values) for values in maps]) > limit
 
 

@@ -153,7 +153,7 @@ class Vertex:
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self, like: Tensor) -> tuple[Tensor, ...] | None:
-        """For each output, 1 at the entries that come from constants and 0 elsewhere; None without such entries."""
+        """Returns, for each output, 1 at the entries that are constants and 0 elsewhere; None without constants."""
         if not self.may_hold_constants:
             return None
         if self.index is not None:
@@ -243,7 +243,7 @@ class Graph:
 
 
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether the result of a route depends on its argument.
+    """Returns whether the result of a route depends on its argument.
 
     If the argument is overwritten, the result does not depend on it, and it receives zero relevance.
     """
@@ -251,7 +251,7 @@ def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _columns(rows: list[Any]) -> list[Tensor | None]:
-    """Transposes rows per vector to stacks per edge."""
+    """Stacks the relevance vectors of each edge, given the relevance of all edges for each vector."""
     if len(rows) == 1:
         return [None if part is None else part.unsqueeze(0) for part in rows[0]]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
@@ -286,7 +286,7 @@ def _depending(nodes: list[Any], leaves: Sequence[Tensor]) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """The nodes that a node reads, each with the number of the output; writes to whole tensors are not vertices."""
+    """Returns the nodes that a node reads, with the number of the output; skips writes to whole tensors."""
     return [written(below, number) for below, number in node.next_functions]
 
 

@@ -152,7 +152,7 @@ class Samples:
         return None
 
     def _raise_if_unsupported(self) -> None:
-        """Raises if an operation without a kernel is the reason why values of the inputs do not arrive."""
+        """Raises if values of the inputs do not arrive because an operation has no kernel."""
         vertex, number = self.graph.vertices[self.graph.output.vertex], self.graph.output.number
         metadata = vertex.node._input_metadata[number]
         ones = torch.ones(metadata.shape, dtype=vertex.dtypes[number], device=metadata.device)
@@ -219,7 +219,7 @@ class Samples:
 
 
 def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> Vectors[int]:
-    """Returns values, under the key -1, and values scaled by a power of two per sample, with a key per 4 bits."""
+    """Returns the values (key -1) and, for every 4 bits of the sample number, the values scaled by a power of two."""
     form = layout.shape(shape)
     rows = torch.arange(count, device=values.device).reshape(-1, *(1,) * (len(form) - 1))
     vectors: Vectors[int] = {-1: values}
@@ -230,7 +230,7 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
 
 
 def _in_range(vectors: Vectors[int]) -> Vectors[int]:
-    """Vectors with the same ratios, scaled by a power of two where stabilizers absorbed nearly all relevance."""
+    """Scales all vectors by one power of two if they are tiny, because stabilizers absorbed most relevance, or huge."""
     largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
     if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
         return vectors
@@ -269,7 +269,7 @@ class _Labels:
 
     @property
     def are_known(self) -> bool:
-        """Whether the sample of any entry is known."""
+        """Whether the sample of at least one entry is known."""
         return bool((self.samples >= 0).any())
 
 

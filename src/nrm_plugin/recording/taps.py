@@ -343,7 +343,7 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """Returns the items that are not nested in a container, to which a layer refers; all items if all are nested."""
+    """Returns the items that the name of a layer stands for: those outside of containers, or all if there are none."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 
@@ -353,7 +353,7 @@ def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
 
 
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Copies unknown channel dimensions from the nearest tap of the same shape, else of the same rank."""
+    """Fills in unknown channel dimensions from the nearest tap of the same shape, else of the same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
         if tap.tensor_channel_dim:
