@@ -104,7 +104,7 @@ def _status(options: argparse.Namespace) -> int:
     try:
         status: int = options.run(options)
         return status
-    except SystemExit as error:  # of the user's model or data, as the parser has finished
+    except SystemExit as error:  # raised by the user's model or data, since the parser has finished
         raise RuntimeError(f"sys.exit({error.code!r}) was called") from error
 
 

@@ -103,7 +103,7 @@ def _module_of_file(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        if is_first:  # as after an import that failed
+        if is_first:  # the state after a failed import
             del sys.modules[path.stem]
         raise
     return module

@@ -28,7 +28,7 @@ INDEX = re.compile(r"\s*[+-]?[0-9]{1,4000}\s*")
 
 
 class RequestError(NRMError, ValueError):
-    """A request does not fit the model, for any image."""
+    """Raised if a request does not fit the model, regardless of the image."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
 
 
 def check_class_names(loaded: LoadedModel, count: int) -> None:
-    """Raises :class:`RequestError` unless there are no class names, or as many as outputs."""
+    """Raises :class:`RequestError` if the number of class names, if any, differs from the number of outputs."""
     if len(loaded.categories) not in (0, count):
         raise RequestError(
             f"there are {len(loaded.categories)} class names, but {loaded.name} has {count} outputs. --classes takes a "
@@ -222,7 +222,7 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
 
 
 def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]) -> None:
-    """Raises :class:`RequestError` for a layer that the model does not have, with near names."""
+    """Raises :class:`RequestError` for a layer that the model does not have, with similar names."""
     for name in names:
         calls = [layer for layer in mu.layers if layer.startswith(f"{name}:")]
         if name in mu.layers:

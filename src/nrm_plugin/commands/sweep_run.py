@@ -30,7 +30,7 @@ from .sweep_data import SAMPLES, data_of
 SKIPPED = 3
 """Exit status: complete except for skipped samples."""
 LISTED = 20
-"""Largest number of printed skipped samples."""
+"""Largest number of skipped samples that are printed."""
 
 
 def sweep_data(options: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ DEFAULT = "DEFAULT"
 TIMEOUT = 30
 """Seconds without data after which a download fails."""
 FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-"""Environment variables of torch that restrict files to tensors, and that disable this restriction."""
+"""torch's environment variables that restrict files to tensors, and that lift this restriction."""
 TASKS = {"detection": "object detection", "video": "video", "optical_flow": "optical flow"}
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 """Old parameter names in torchvision's files for DenseNet, with dots in the names of submodules."""
@@ -62,7 +62,7 @@ def torchvision_model(name: str, weights: str) -> BuiltModel:
 
 
 def check_torchvision_name(name: str) -> None:
-    """Raises :class:`ModelError` unless torchvision has a classifier of this name; the message lists near names."""
+    """Raises :class:`ModelError` unless torchvision has a classifier of this name; the message lists similar names."""
     classifiers = list_models(module=torchvision.models)
     if name in classifiers:
         return

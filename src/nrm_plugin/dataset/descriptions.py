@@ -1,4 +1,4 @@
-"""Descriptions of objects as JSON, including user code, which are equal for objects with the same behaviour.
+"""Descriptions of objects, including user code, as JSON that is equal for objects with the same behaviour.
 
 Code of installed packages is identified by the version of the package, and all other code by its bytecode and the
 objects to which it refers.
@@ -99,7 +99,7 @@ def _content(value: Any) -> Any:
         return {str(key): _content(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_content(item) for item in value]
-    has_array = hasattr(value, "__array_interface__") or hasattr(value, "__array__")  # such as an image of Pillow
+    has_array = hasattr(value, "__array_interface__") or hasattr(value, "__array__")  # such as a Pillow image
     if has_array and not isinstance(value, (Tensor, np.ndarray, *PLAIN)):
         return _array(np.asarray(value))
     return described(value)
@@ -162,7 +162,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def is_installed(value: type | Function) -> bool:
-    """Whether a class or function belongs to Python or an installed package, where the version identifies the code."""
+    """Returns whether a class or function is from Python or an installed package, with code identified by version."""
     return _is_installed(value.__module__ or "builtins")
 
 

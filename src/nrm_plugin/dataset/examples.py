@@ -37,7 +37,7 @@ FIELDS = ("values", "samples", "targets", "positions")
 
 
 class ReferencesError(NRMError, ValueError):
-    """Reference examples cannot be found, read or drawn."""
+    """Raised if reference examples cannot be found, read or drawn."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from .preprocessing import Preprocessing
 from .sweep_layout import SweepError
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-"""Files with these extensions are images, even if they turn out to be damaged; of other files the content decides."""
+"""Files with these extensions are images, even if damaged; other files are judged by their content."""
 MAX_LISTED = 8
 """Number of subfolders or files that a message lists."""
 
@@ -121,7 +121,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Everything in a folder but its folders, whose content follows unless they are links to a folder above."""
+    """Yields the files in a folder and its subfolders; a link to a folder above is yielded itself."""
     real = os.path.realpath(folder)
     if real in above:
         yield folder

@@ -132,7 +132,7 @@ class _Worker:
         message = ""
         try:
             self.job.run([int(number) for number in batch["shard"]], 0, samples.append)
-        except NRMError as error:  # an exception would be wrapped in an exception of Ray
+        except NRMError as error:  # Ray would wrap an exception in its own
             message = str(error)
         except Exception as error:
             message = "".join(traceback.format_exception(error))

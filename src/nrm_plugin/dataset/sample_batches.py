@@ -242,7 +242,7 @@ def seeded(seed: int, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FaultTolerantCollate:
-    """A collate function that omits failed samples, and samples with a different structure than most.
+    """A collate function that omits failed samples, and samples that differ in structure from most others.
 
     Attributes:
         collate: The collate function of the loader.

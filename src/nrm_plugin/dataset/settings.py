@@ -23,7 +23,7 @@ from .sweep_layout import SettingsError
 
 PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
 RECORDED = 2
-"""Version of the settings since which they identify model and data."""
+"""First version of the settings that identifies model and data."""
 NOT_COMPARED = ("batch_size", "shard_batches")
 """Settings of the batching of samples, which affects numbers only by rounding."""
 MAX_LISTED = 8
@@ -31,7 +31,7 @@ MAX_LISTED = 8
 
 
 class SettingsWarning(UserWarning):
-    """A sweep of a former version, with settings that do not identify the model's code and the data, is continued."""
+    """Issued if a sweep of a former version is continued, although its settings do not identify code and data."""
 
 
 def settings_of(

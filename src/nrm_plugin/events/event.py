@@ -295,7 +295,7 @@ def at(
     call: int | Literal["any"] | None = None,
     item: int | str | None = None,
 ) -> Atom:
-    """Neurons of one tap, to be indexed: ``at("features.28")[3]`` is the event that a walk crosses channel 3.
+    """Returns the neurons of a tap, to be indexed: ``at("features.28")[3]`` is the event that a walk crosses channel 3.
 
     Args:
         layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"`` of the whole model, or the module

@@ -1,4 +1,4 @@
-"""Kernels of functions with several inputs, of which some receive relevance."""
+"""Kernels of functions with several inputs, where only some inputs receive relevance."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _STRUCTURAL = frozenset(
 )
 """Functions of integers that return positions or counts."""
 _OF_FIRST = frozenset("expand_as view_as reshape_as type_as to resize_as".split())
-"""Functions that use only the shape or type of further arguments."""
+"""Functions that use only the shape or type of their other arguments."""
 _CONVERSIONS = frozenset("long int short to type".split())
 _ELEMENTWISE = frozenset("round floor ceil trunc clamp add sub rsub mul div neg abs relu".split())
 

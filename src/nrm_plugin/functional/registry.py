@@ -62,7 +62,7 @@ _NAMESPACES = ("special_", "linalg_")
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
 """Namespaces of operators that are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
-"""Functions with other arguments than the function of the same name outside the namespace."""
+"""Functions with arguments that differ from those of the function of the same name outside the namespace."""
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ class StepHook(Hook):
         if call is None or output is None:
             return None
         if call.passed is call.source:
-            call = replace(call, source=args[0])  # between both, torch added the node that calls the hooks
+            call = replace(call, source=args[0])  # torch has inserted the node that calls the hooks
         if not isinstance(output, Tensor) and is_own_layer(module):
             return call.run_again()  # on the original arguments: the functions inside are steps with its rule
         if not isinstance(output, Tensor):

@@ -100,4 +100,4 @@ class LayerStep(Step):
 
 
 Fuse = Callable[[LayerStep, Tensor], None]
-"""Function of a new step and its input that prepares the fusion of the step with the steps of its input."""
+"""A function of a new step and its input, which prepares the fusion of the step with the steps of its input."""

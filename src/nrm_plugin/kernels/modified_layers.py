@@ -22,7 +22,7 @@ from .layer_call import LayerCall, Run
 from .modifier_probes import is_zero
 
 LARGE = 1 << 22
-"""Number of weights from which on the modified weight of a linear layer is computed block by block."""
+"""Smallest number of weights for which the modified weight of a linear layer is computed block by block."""
 
 
 @dataclass
@@ -95,7 +95,7 @@ def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float)
         return ModifiedLayer(image, added, maps, lambda: matrix, is_own=True)
     seen = call.image
     if seen is not None and source is call.input and matrix.data_ptr() == seen.weight.data_ptr():
-        # Without a bias the image is the output of the layer, which others read.
+        # Without a bias the image is the output of the layer, which other steps read.
         return ModifiedLayer(seen.saved.tensor, added, explicit, lambda: matrix, is_own=bias is not None)
     image = explicit.up(source.unsqueeze(0)).squeeze(0)
     return ModifiedLayer(image, added, explicit, lambda: matrix, is_own=True)

@@ -69,7 +69,7 @@ def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
 def _tried_signs(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
     count = len(sources)
     shape = (2,) * max(sources[0].ndim, 1)
-    # Numbers without a pattern, but not random: a kernel may be read inside torch.vmap, where none can be drawn.
+    # Fixed numbers without a pattern: a kernel may be read inside torch.vmap, which cannot draw random numbers.
     numbers = torch.arange(1, 2 * count * 2 ** len(shape) + 1, dtype=torch.float64)
     noise = (3 * torch.sin(numbers**2)).to(sources[0]).reshape(2, count, *shape)
     inputs, gradients = list(noise[0]), list(noise[1])

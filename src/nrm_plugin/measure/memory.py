@@ -79,7 +79,7 @@ def in_chunks(
                 if len(chunk) == 1 or not _is_out_of_memory(error):
                     raise
                 chunk_results = []
-            if not chunk_results:  # outside of the handler, which keeps the allocated tensors alive
+            if not chunk_results:  # outside the handler, which keeps the allocated tensors alive
                 width = max(1, len(chunk) // 2)
                 message = f"out of memory with {len(chunk)} at once; retrying with {width}. Pass a smaller max_memory."
                 warnings.warn(message, MemoryBudgetWarning, stacklevel=2)

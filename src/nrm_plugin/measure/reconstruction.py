@@ -141,7 +141,7 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
 
             def hook(module: nn.Module, args: Any, output: Tensor, layer: str = layer, atom: Atom = atom) -> Tensor:
                 mask = mask_of(atom, output.shape, 1, Layout(0, len(output))).to(output.device).expand(output.shape)
-                own = output.clone()  # the next activation may work in place
+                own = output.clone()  # the next activation may operate in place
                 if own.requires_grad:
                     own.register_hook(lambda relevance: relevance * mask)  # type: ignore[no-untyped-call]
                 recorded.append((layer, own, mask))

@@ -100,7 +100,7 @@ class Call:
 
         Args:
             change: A function from an input, including integers, to its replacement.
-            others: A function from a tensor among the further arguments to its replacement.
+            others: A function from a tensor among the other arguments to its replacement.
         """
         call = copy.copy(self)
         new = {id(tensor): change(tensor) for tensor in (*self.tensors, *self.indices.values())}
@@ -119,7 +119,7 @@ class Call:
 
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool]) -> Iterator[None]:
-        """Context that raises :class:`InputError` if the model, run inside, looks up none of the integers.
+        """Context for a run of the model; raises :class:`InputError` if the model looks up none of the integer inputs.
 
         Args:
             are_looked_up: A function that returns, after the run, whether integers were looked up.
@@ -305,7 +305,7 @@ def is_index(value: Any) -> bool:
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Returns whether an input passed by keyword holds ids, since masks in transformers are integers as well."""
+    """Returns whether an input passed by keyword holds ids; the masks of transformers are integers as well."""
     return is_index(value) and "mask" not in key
 
 

@@ -294,7 +294,7 @@ def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
     edges = tuple(Buffer(position[below], number) if below in position else None for below, number in _edges(node))
     step = step_of(node)
     leaf = getattr(node, "variable", None)
-    outputs = node._input_metadata if step is None else node._input_metadata[:1]  # others of a Function are unused
+    outputs = node._input_metadata if step is None else node._input_metadata[:1]  # a Function uses only the first
     shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in outputs), strict=True)
     below = [lower._input_metadata[number].dtype if lower in position else None for lower, number in _edges(node)]
     return Vertex(

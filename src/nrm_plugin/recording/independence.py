@@ -77,9 +77,9 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
     noise = torch.rand(start.shape, generator=generator, dtype=start.dtype).to(start.device) + 0.5
     with torch.inference_mode(False), torch.no_grad():
         if not _is_followed(recording.samples, noise):
-            noise = noise * (start != 0)  # the explained outputs may not depend on the operation without a kernel
+            noise = noise * (start != 0)  # the explained outputs might not depend on the operation without a kernel
             if not _is_followed(recording.samples, noise):
-                return  # a query that needs what is below raises the same error
+                return  # a query of anything below raises the same error
     _check_rows_of_inputs(recording.samples)
     are_known = rules_are_known(recording.graph)
     for chosen, exchange in _exchanges(recording):

@@ -32,7 +32,7 @@ _ALONG = frozenset(
     indexselect gather sort topk max min amax amin median nanmedian mode kthvalue cummax cummin unfold
     """.split()
 )
-"""Routes that keep rows in rows if they operate along other dimensions than the first."""
+"""Routes that keep rows in rows if they operate along dimensions other than the first."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
 """Modules of ``torch.nn.modules`` with layers that have no weights between rows."""

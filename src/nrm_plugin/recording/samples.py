@@ -27,9 +27,9 @@ BITS = 4
 RATIO = 1e-3
 """Smallest deviation of a binary logarithm from an integer for which an entry belongs to several samples."""
 RANGE = 40
-"""Exponent to base two of the largest and the smallest max|R| that a pass of encoded relevance computes with."""
+"""Binary exponent of the largest and the smallest max|R| with which a pass of encoded relevance runs."""
 MIXED = 1e-3
-"""Smallest share of Σ|R| in such entries for which a tensor mixes samples; smaller shares are rounding errors."""
+"""Smallest share of Σ|R| in entries of several samples for which a tensor mixes samples; less is rounding error."""
 
 
 class Samples:
@@ -174,7 +174,7 @@ class Samples:
         finder = _Finder(self)
         try:
             return pull(self.graph, [(self.graph.output, vectors)], finder)
-        finally:  # above an operation without a kernel, samples are found
+        finally:  # the samples above an operation without a kernel are known, even if the pass raises
             self._layouts.update(finder.layouts)
             self._labels, self.leaves = finder.labels, finder.leaves
 
@@ -234,7 +234,7 @@ def _in_range(vectors: Vectors[int]) -> Vectors[int]:
     largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
     if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
         return vectors
-    factor = 2.0 ** min(-math.floor(math.log2(largest)), 120)  # no more than float32 holds
+    factor = 2.0 ** min(-math.floor(math.log2(largest)), 120)  # within the range of float32
     return {shift: vector * factor for shift, vector in vectors.items()}
 
 
