@@ -54,9 +54,9 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
             is_file, name = folder.exists(), shown(folder)
             raise SweepError(f"{name} is not a folder." if is_file else f"the folder {name} does not exist.")
         self.folder, self.preprocess, self.categories = folder, preprocess, tuple(categories)
-        found = sorted(_files(folder), key=lambda path: path.relative_to(folder).as_posix())
-        self.paths = [path for path in found if _is_image(path)]
-        self.left_out = sorted(set(found) - set(self.paths))
+        files = sorted(_files(folder), key=lambda path: path.relative_to(folder).as_posix())
+        self.paths = [path for path in files if _is_image(path)]
+        self.left_out = sorted(set(files) - set(self.paths))
         if not self.paths:
             raise SweepError(f"no images in {shown(folder)}. {self.note()}".strip())
         parts_of_paths = [path.relative_to(folder).parts for path in self.paths]

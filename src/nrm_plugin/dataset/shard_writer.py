@@ -131,10 +131,10 @@ def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
         # safetensors writes the memory of an array, which is in a different order if the array is transposed.
         safetensors.numpy.save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, path)
     except SafetensorError as error:
-        found = OS_ERROR.search(str(error))
-        if found is None:
+        match = OS_ERROR.search(str(error))
+        if match is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
 
 
 def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> BatchResults:

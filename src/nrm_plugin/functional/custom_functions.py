@@ -78,9 +78,9 @@ class CustomCalls:
         frame = _frame_of_apply(sys._getframe(1))
         if frame is None or str(frame.f_locals["cls"].__module__).startswith(_HOSTS):
             return
-        found = frame.f_locals["args"]
-        if not self.calls or self.calls[-1].args is not found:
-            self.calls.append(CustomCall(frame.f_locals["cls"], found))
+        args_of_apply = frame.f_locals["args"]
+        if not self.calls or self.calls[-1].args is not args_of_apply:
+            self.calls.append(CustomCall(frame.f_locals["cls"], args_of_apply))
         if _writes_to_part(function, args):
             name = frame.f_locals["cls"].__qualname__
             raise UnsupportedOperationError(
@@ -130,17 +130,17 @@ def attach_steps(output: Any, calls: CustomCalls) -> None:
 
 def _custom_nodes(output: Any) -> dict[Any, set[int]]:
     """Returns the nodes of custom functions below an output, and the numbers of their used outputs."""
-    found: dict[Any, set[int]] = {}
+    nodes: dict[Any, set[int]] = {}
     edges = [(tensor.grad_fn, tensor.output_nr) for tensor in tensors_of(output)]
     visited: set[Any] = set()
     while edges:
         node, number = edges.pop()
         if isinstance(node, BackwardCFunction) and not hasattr(node, "step") and not _is_of_host(node):
-            found.setdefault(node, set()).add(number)
+            nodes.setdefault(node, set()).add(number)
         if node is not None and node not in visited:
             visited.add(node)
             edges += node.next_functions
-    return found
+    return nodes
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -271,8 +271,8 @@ def _at_edge(node: Any, products: Any, live: int) -> Tensor | None:
     parts = products if isinstance(products, tuple) else (products,)
     needed = [part for part, is_needed in zip(parts, node.needs_input_grad, strict=False) if is_needed]
     rank = sum(edge[0] is not None for edge in node.next_functions[:live])
-    found: Tensor | None = needed[rank] if rank < len(needed) else None
-    return found
+    result: Tensor | None = needed[rank] if rank < len(needed) else None
+    return result
 
 
 def _forward_fault(node: Any, call: CustomCall) -> str:

@@ -1,4 +1,4 @@
-"""The step of a layer, whose call batch-norm fusion may change before the kernel is built."""
+"""The step of a layer; batch-norm fusion may change its call before the kernel is built."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ def several_layers(layers: Any) -> list[Any]:
     Raises:
         EventError: If a single layer is given.
     """
-    found, is_one = layer_list(layers)
+    listed, is_one = layer_list(layers)
     if is_one:
         raise EventError(f"several layers are needed here, in a list, got {brief(layers)}.")
-    return found
+    return listed
 
 
 def tap_of(recording: Recording, layer: Layer) -> Tap:

@@ -120,8 +120,8 @@ class Samples:
             self._shapes_of_two, self._run_two = self._run_two(), dict
         shapes = [self._shapes_of_two[label] for label in self.labels.get(buffer, ()) if label in self._shapes_of_two]
         layouts = [doubled(shape, other) for other in shapes]
-        found = next((layout for layout in layouts if layout is not None), None)
-        return found or (self._plain if shape[:1] == (1,) else self._whole)
+        layout = next((layout for layout in layouts if layout is not None), None)
+        return layout or (self._plain if shape[:1] == (1,) else self._whole)
 
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
         """Returns the layout of a tensor without relevance: the layout of the nearest tensor of the same shape."""
