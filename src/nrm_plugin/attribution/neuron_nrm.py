@@ -79,8 +79,8 @@ class NeuronNRM(NRM, NeuronAttribution):
             verbose: Whether to print the rule of every step.
             given: Event on which relevance is conditional.
             joint: Event with which relevance is joint.
-            unit: ``"output"`` if relevance, sink and bypass sum to the activation of the neurons, ``"measure"`` if to
-                1.
+            unit: ``"output"`` if relevance, sink and bypass sum to the activation of the neurons, ``"measure"`` if
+                they sum to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``.
 

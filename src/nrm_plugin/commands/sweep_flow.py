@@ -81,7 +81,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
 
 
 def _check_names(sweep: Sweep, categories: Sequence[str]) -> None:
-    """Raises :class:`RequestError` if the sweep has a number of outputs and the number of names differs."""
+    """Raises :class:`RequestError` if the number of class names differs from the number of outputs, where known."""
     for query in sweep.queries.values():
         groups = query.groups or ()
         for layer, count in zip(query.layers, groups, strict=False):

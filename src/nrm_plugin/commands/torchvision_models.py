@@ -74,7 +74,7 @@ def check_torchvision_name(name: str) -> None:
             f"--model {shown(name)} is a file. Add the name of the function in it: --model {shown(name)}:NAME."
         )
     near = difflib.get_close_matches(name.lower().replace("-", "_"), classifiers, n=4, cutoff=0.6)
-    hint = f"Near names: {', '.join(near)}. " if near else f"It has {', '.join(classifiers[:6])}, … "
+    hint = f"Similar names: {', '.join(near)}. " if near else f"It has {', '.join(classifiers[:6])}, … "
     raise ModelError(f"torchvision has no classification model {name!r}. {hint}{own}")
 
 

@@ -28,9 +28,9 @@ MAX_LISTED = 8
 class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     """The images in a folder and its subfolders, sorted by name, as inputs of a model with labels.
 
-    Each top-level subfolder is the class of the model with its name. If no subfolder has the name of a class, and the
-    class names are unknown or as many as the subfolders, then the subfolders are the classes in sorted order. Images in
-    any other subfolder, and outside all subfolders, have the label -1. torchvision's ``ImageFolder`` requires a
+    Each top-level subfolder stands for the model's class of the same name. If no subfolder has the name of a class, and
+    class names are unknown or equal in number to the subfolders, the subfolders are the classes in sorted order. Images
+    in any other subfolder, and outside all subfolders, have the label -1. torchvision's ``ImageFolder`` requires a
     subfolder for each class, and ignores the classes of the model.
 
     Args:

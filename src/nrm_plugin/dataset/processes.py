@@ -52,7 +52,7 @@ def _is_initialized() -> bool:
 class FolderLocks:
     """Locks on the folder of a sweep: one per rank, held until the process ends, and one for the manifest.
 
-    The operating system releases its locks at the end of a process in any case. Lock files are not removed, since a
+    The operating system always releases the locks when a process ends. Lock files are not removed, since a
     process could then lock a file that another process has just replaced.
 
     Attributes:

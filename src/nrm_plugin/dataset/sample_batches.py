@@ -83,7 +83,7 @@ class DataSource:
 
     @property
     def preparation(self) -> Any:
-        """Returns the description of the preprocessing by the data set, if it provides one."""
+        """Returns the data set's description of its preprocessing; None if there is none."""
         preparation = getattr(self.data, "preparation", None)
         try:
             return json.loads(json.dumps(preparation))

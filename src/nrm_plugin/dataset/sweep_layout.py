@@ -135,7 +135,7 @@ class Manifest:
             sweep with different settings is a different sweep.
         fingerprint: Hash of the settings, stored in each shard.
         queries: The queries.
-        state: ``"running"`` (also after a kill), ``"interrupted"`` or ``"complete"``.
+        state: ``"running"`` (also if the process was killed), ``"interrupted"`` or ``"complete"``.
         samples: Number of samples; None for an iterable data set until it ends.
         value: ``"float"`` or ``"double"``.
         ranks: Ranks of the processes that wrote shards.

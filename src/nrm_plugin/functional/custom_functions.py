@@ -69,7 +69,7 @@ class CustomCalls:
     calls: list[CustomCall] = field(default_factory=list)
 
     def observe(self, function: Any, args: tuple[Any, ...]) -> None:
-        """Records the ``autograd.Function`` that calls the given function of torch, if there is one.
+        """Records the ``autograd.Function`` that calls the given torch function, if there is one.
 
         Raises:
             UnsupportedOperationError: If the function writes to a part of a computed tensor, so that autograd hides its

@@ -92,5 +92,5 @@ def is_torch_activation(module: nn.Module) -> bool:
 
 
 def writes_in_place(module: nn.Module) -> bool:
-    """Returns whether a module may write to its input; torch's affine layers and ``inplace=False`` rule it out."""
+    """Returns whether a module may write to its input; affine layers and modules with ``inplace=False`` do not."""
     return not is_affine(module) and getattr(module, "inplace", True) is not False

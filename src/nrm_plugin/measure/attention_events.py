@@ -63,7 +63,7 @@ def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recor
     if count is None:
         raise EventError(
             f"{atom}: the heads of {step.name!r} cannot be distinguished from the {recording.samples.count} samples in "
-            f"its dimension of {rows}. Take the measure of one sample."
+            f"its dimension of {rows}. Construct a measure of one sample."
         )
     chosen = _chosen(atom, "head", index, count).repeat(rows // count)
     return _along(shape, shared[0], chosen) if shared else chosen.reshape(())

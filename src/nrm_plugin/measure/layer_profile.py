@@ -52,7 +52,7 @@ def profile(
         ['output', '1', '0', 'input']
     """
     if plain is not None and plain.composite.normalization.residual != "sink":
-        raise InputError("plain= is a measure taken with residual='sink'; this one redistributes.")
+        raise InputError("plain= must be a measure with residual='sink'; this one redistributes.")
     if plain is not None and plain.layers != mu.layers:
         raise InputError("plain= is a measure of another model: its layers are not the same.")
     known = {name: place for place, name in enumerate(mu.layers)}

@@ -209,7 +209,7 @@ class RelevanceMeasure(QueryPasses):
             over: ``"channel"`` sums over all dimensions but samples and channels, ``"position"`` over channels. An
                 integer tensor with a label for every neuron sums over neurons with the same label, ``(N, groups)``.
             given: Condition of ``μ(n_l = i | event)``. A list of events returns one map per event.
-            joint: Event of ``μ(n_l = i and event)``, which is not divided.
+            joint: Event of ``μ(n_l = i and event)``, without division by its mass.
             min_ratio: Smallest ``|μ(event)|``, relative to its variation, by which ``given`` divides.
 
         Returns:

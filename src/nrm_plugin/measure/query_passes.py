@@ -160,5 +160,5 @@ class QueryPasses:
         if changed:
             raise StaleMeasureError(
                 f"{', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''} changed in place since the measure "
-                "was taken, and the measure shares its memory. Take the measure again."
+                "was constructed, and the measure shares its memory. Construct the measure again."
             )

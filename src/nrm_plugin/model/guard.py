@@ -82,7 +82,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 class Fingerprint:
-    """A detector of in-place changes of parameters and buffers, by version counter and by a sample of their entries.
+    """A detector of in-place changes of parameters and buffers, using version counters and a sample of the entries.
 
     Writes through ``parameter.data`` do not change the version counter; they are detected if they change a sampled
     entry. Small tensors are sampled completely.

@@ -263,8 +263,8 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
         raise GradModeError(
-            f"a measure is taken with gradients enabled, but this is called under {mode}. Take the measure outside of "
-            "it; queries may be made anywhere."
+            f"a measure is constructed with gradients enabled, but this is called under {mode}. Construct the measure "
+            "outside the context; queries are allowed anywhere."
         )
     if not tensors:
         raise InputError("no input was given: inputs is empty. Pass a tensor, or a tuple of tensors.")

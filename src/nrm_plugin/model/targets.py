@@ -93,7 +93,7 @@ def normalized(start: Tensor) -> Tensor:
     if bool(bad.any()):
         raise TargetError(
             f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. A difference of "
-            "outputs has no measure: take the measure of each output and subtract the results."
+            "outputs has no measure: construct a measure of each output and subtract the results."
         )
     return start / total.reshape(-1, *(1,) * (start.ndim - 1))
 

@@ -128,7 +128,7 @@ def draw_flow(
         columns: The layers, from left to right.
         ribbons: Joint relevance of one node in each column, or in some consecutive columns.
         palette: Colours of the plot.
-        scale: Factor on the height of text, for axes higher than 5 inches.
+        scale: Factor for the height of text, for axes higher than 5 inches.
     """
     axes.set_xlim(-0.33, len(columns) - 0.67)
     axes.set_ylim(-0.07 * scale, 1 + 0.13 * scale)

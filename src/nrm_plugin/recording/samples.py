@@ -213,8 +213,8 @@ class Samples:
         """Returns the error for entries that cannot be assigned to one sample."""
         return FoldingError(
             f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} samples, "
-            "or no dimension holds the samples in equal parts. Take the measure of one sample at a time, or pass "
-            "batched=False, which takes the whole batch as one sample."
+            "or no dimension holds the samples in equal parts. Measure one sample at a time, or pass "
+            "batched=False, which treats the whole batch as one sample."
         )
 
 

@@ -343,7 +343,7 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """Returns the items that the name of a layer stands for: those outside of containers, or all if there are none."""
+    """Returns the items for which the name of a layer stands: those outside any container, or else all items."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 
