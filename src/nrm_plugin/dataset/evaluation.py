@@ -189,7 +189,7 @@ def predicted_classes(outputs: Tensor) -> Tensor:
     """Returns the classes with the largest output, ``(N,)``.
 
     Raises:
-        SweepError: If the outputs do not have the form of a classifier.
+        SweepError: If the outputs are not those of a classifier.
     """
     if not _has_classes(outputs):
         raise SweepError(

@@ -159,7 +159,7 @@ def run(
 
     Raises:
         MissingExtraError: If Ray is not installed.
-        SweepError: If :meth:`~nrm_plugin.dataset.sweep_job.SweepJob.run` raises the error.
+        SweepError: As raised by :meth:`~nrm_plugin.dataset.sweep_job.SweepJob.run`.
     """
     ray, data = extra("ray", "ray"), extra("ray.data", "ray")
     if not ray.is_initialized():

@@ -171,7 +171,7 @@ class Manifest:
         path = path_inside(folder, MANIFEST)
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
-            checksum = entries.pop("checksum", None)  # former versions stored none
+            checksum = entries.pop("checksum", None)  # earlier versions stored none
             if entries["format"] != FORMAT:
                 raise SweepError(f"{path} has a different format; this version of the package reads {FORMAT!r}.")
             if checksum is not None and checksum != json_checksum(entries):

@@ -2,8 +2,8 @@
 
 An elementwise function propagates relevance like an activation, through a step that is attached to its node. Two tests
 have to agree: no entry of the function's Jacobian, computed by its backward at the values of the pass, connects two
-elements, and no element of its output changes with another element. The second test requires the arguments of the call,
-which are read from the frame of ``Function.apply`` while the function runs.
+elements, and no element of its output changes when another element of the input does. The second test requires the
+arguments of the call, which are read from the frame of ``Function.apply`` while the function runs.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class InterceptedPass:
 
     Args:
         settings: The settings of all steps of functions.
-        intercepting: Returns a context in which function calls of this package are intercepted.
+        intercepting: A function that returns a context in which function calls of this package are intercepted.
 
     Attributes:
         gates: The tensors that are gates.

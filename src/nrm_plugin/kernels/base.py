@@ -31,7 +31,7 @@ class Kernel(ABC):
         r"""Propagates relevance with :math:`|T_{ij}|` in place of :math:`T_{ij}`."""
 
     def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""Returns the transpose, :math:`\sum_i T_{ij} v_i`.
+        r"""Applies the transpose, :math:`\sum_i T_{ij} v_i`.
 
         Args:
             values: ``v`` at each input, ``(K, N, *in)``; None for zeros.
@@ -51,7 +51,7 @@ class Kernel(ABC):
             return vjp([part for part, _ in pairs], seed, [value.unsqueeze(1) for _, value in pairs])[0].squeeze(1)
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""Returns an upper bound of :math:`\sum_i |T_{ij}| v_i` for values ``v >= 0``; by default the sum itself.
+        r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i` for values ``v >= 0``; by default the sum itself.
 
         Arguments and return value are as in :meth:`push`.
         """

@@ -116,7 +116,7 @@ class Step(ABC):
         return parts, None if scaling.deficit is None else scaling.deficit.abs()
 
     def push(self, values: tuple[Tensor | None, ...], absorbed: Tensor | None) -> Tensor | None:
-        """Returns the transpose of :meth:`pull`.
+        """Applies the transpose of :meth:`pull`.
 
         Args:
             values: Values at each input, ``(K, N, *in)``; None for zeros.
@@ -136,7 +136,7 @@ class Step(ABC):
         return result if result is None else result.to(self.dtype)
 
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
-        """Returns an upper bound of the transpose of :meth:`pull_absolute`, with zeros at the sink."""
+        """Returns an upper bound on the transpose of :meth:`pull_absolute`, with zeros at the sink."""
         scaling = self._scaling_for(None)  # also completes the kernel
         with self._arithmetic():
             bound = self.kernel.push_bound(self._converted(values), self.shape).detach()

@@ -199,7 +199,7 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
         layers: Names of the layers, from the output to the input.
         samples: The samples, one per panel.
         heading: Title of the figure.
-        reference: Name of the marked sums in the legend.
+        reference: Legend entry for the marked sums.
     """
     across = min(4, len(samples))
     rows = math.ceil(len(samples) / across)

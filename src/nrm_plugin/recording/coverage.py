@@ -110,7 +110,7 @@ def coverage(
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:
-        InputError, ModelStateError, GradModeError: If :class:`~nrm_plugin.RelevanceMeasure` raises the error for these
+        InputError, ModelStateError, GradModeError: As raised by :class:`~nrm_plugin.RelevanceMeasure` for these
             arguments.
 
     Examples:

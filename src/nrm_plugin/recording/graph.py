@@ -92,7 +92,7 @@ class Vertex:
         return self._converted(_columns(rows)), None
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
-        """Returns the transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
+        """Applies the transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
         if self.step is not None:
             return [self.step.push(tuple(values), absorbed[0])]
         known = [value for value in values if value is not None]

@@ -80,7 +80,7 @@ class Tap:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape in the form ``(N, …)``, for any dimension of the samples in the tensor."""
+        """The shape in the form ``(N, …)``, whichever dimension of the tensor holds the samples."""
         return self.layout.shape(self.tensor_shape)
 
     @property
