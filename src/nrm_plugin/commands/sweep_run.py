@@ -138,7 +138,7 @@ def _swept(
 
 
 def summary(stored: Sweep) -> str:
-    """Returns one line on the stored results."""
+    """Returns one line about the stored results."""
     if not stored.is_complete:
         return f"This process has finished; others are still writing to {shown(stored.path)}."
     count = (stored.manifest.samples or 0) - len(stored.manifest.failed)

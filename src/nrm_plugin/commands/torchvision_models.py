@@ -188,7 +188,7 @@ def _weights_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Context without torchvision's warnings on weight initialization in future versions."""
+    """Context without torchvision's warnings about weight initialization in future versions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""Image files of any format as RGB pixels, with notes on conversions."""
+"""Image files of any format as RGB pixels, with notes about conversions."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def shown(text: object) -> str:
 
 
 def load_image(path: Path) -> LoadedImage:
-    """Reads an image file as 8-bit RGB, upright and on a white background; the first image if the file has several.
+    """Reads an image file as 8-bit RGB, upright and on a white background; reads the first of several images.
 
     Args:
         path: PNG, JPEG, WebP, TIFF, GIF, BMP or another format that Pillow reads.

@@ -206,7 +206,7 @@ class Atom(Event):
         return Atom(self.layer, self.side, self.call, self.item, Index(key_of(value), value))
 
     def channel(self, index: Any) -> Atom:
-        """Returns the neurons of channels: dimension 1 of ``(N, C, …)``, or the last dimension for tokens."""
+        """Returns the neurons of the given channels: dimension 1 of ``(N, C, …)``, or the last dimension for tokens."""
         atom = self[index]
         return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
 

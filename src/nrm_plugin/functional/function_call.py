@@ -72,7 +72,7 @@ class CallInput:
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A call of a function on tensors that carry relevance, called its inputs.
+    """A function call; its *inputs* are the tensors among the arguments that carry relevance.
 
     Attributes:
         name: Name of the function in a form common to its variants, such as ``"add"``.

@@ -61,7 +61,7 @@ def kernel_of_layer(
 
 @kernel_of("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product: that of a linear layer for a constant factor; else gates receive nothing."""
+    """Returns the kernel of a product: a linear layer if a factor is constant, else one without relevance for gates."""
     if len(call.inputs) == 1:
         return _contraction_with_constant(call)
     factors = range(len(call.inputs))

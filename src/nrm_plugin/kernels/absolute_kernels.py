@@ -144,7 +144,7 @@ def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _from_patches(branches: list[Branch], layer: WeightedLayer, relevance: Tensor) -> Tensor:
-    """Computes ``Σ_j |T_ij| R_j`` for any branches, one channel at a time, from the input patches of the outputs."""
+    """Computes ``Σ_j |T_ij| R_j`` for any branches, one channel at a time, from the input patch of each output."""
     like, weight = branches[0].input.detach(), layer.weight
     size = weight[0].numel()
     # Used as a weight, the selection picks the entries that an output channel reads.

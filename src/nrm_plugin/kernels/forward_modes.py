@@ -1,4 +1,4 @@
-"""Torch function modes for modules with a rule; they avoid copies or record the weight, and keep the output."""
+"""Torch function modes for modules with a rule; they avoid copies or record the weight, without changing the output."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class Listener(Protocol):
         """Called when a function returns a tensor that carries relevance."""
 
     def on_untracked(self) -> None:
-        """Called when the model computes values from the inputs that autograd does not track, such as an order."""
+        """Called when values, such as an order, depend on the inputs but are not tracked by autograd."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""
@@ -183,7 +183,7 @@ def listener() -> Listener | None:
 
 
 def note_untracked() -> None:
-    """Notifies the listener that the model computed values from its inputs that autograd does not track."""
+    """Notifies the listener of values that depend on the inputs but are not tracked by autograd."""
     if RUNNING.listener is not None:
         RUNNING.listener.on_untracked()
 

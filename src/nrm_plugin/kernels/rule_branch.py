@@ -1,4 +1,4 @@
-"""Branches of a rule on an affine layer: its terms, each with a modified input and a modified layer."""
+"""Branches of a rule on an affine layer: the terms of the rule, each with a modified input and a modified layer."""
 
 from __future__ import annotations
 

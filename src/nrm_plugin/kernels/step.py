@@ -159,7 +159,7 @@ class FunctionStep(Step):
 
     Args:
         name, output, normalization, rule: As in :class:`Step`.
-        build: Function that makes the kernel.
+        build: A function that builds the kernel.
 
     Attributes:
         unsupported_call: The call if the function has no kernel, else None.

@@ -199,7 +199,7 @@ def _name(node: FlowNode) -> str:
 
 
 def _hover_text(edge: FlowEdge) -> str:
-    """Returns the text on joint relevance, and on conditional relevance given each node with sufficient mass."""
+    """Returns the text about joint relevance, and conditional relevance given each node with sufficient mass."""
     upper, lower = _name(edge.upper), _name(edge.lower)
     lines = [f"{upper} → {lower}", f"joint relevance {percent(edge.mass)}"]
     if abs(edge.upper.mass) > NEGLIGIBLE:

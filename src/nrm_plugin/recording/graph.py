@@ -245,7 +245,7 @@ class Graph:
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
     """Returns whether the result of a route depends on its argument.
 
-    If the argument is overwritten, the result does not depend on it, and it receives zero relevance.
+    If the argument is overwritten, the result does not depend on the argument, which receives zero relevance.
     """
     return part is not None and part.requires_grad
 

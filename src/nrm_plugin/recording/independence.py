@@ -56,7 +56,7 @@ class Run(Protocol):
 
 
 class Rerun(Protocol):
-    """Interface of further runs of the model on changed inputs."""
+    """Interface for running the model again on changed inputs."""
 
     def recording(self, change: Change) -> Run: ...
     def outputs(self, change: Change) -> Tensor: ...

@@ -35,7 +35,7 @@ class Observer:
         indices: The integer inputs.
         inputs: The leaves of the floating-point inputs.
         has_lookups: Whether ids were looked up.
-        has_untracked: Whether the model computed values from its inputs that autograd does not track.
+        has_untracked: Whether some values depend on the inputs but are not tracked by autograd.
     """
 
     def __init__(self, model: nn.Module, indices: list[Tensor], wanted: Atom | None) -> None:
@@ -118,7 +118,7 @@ class Observer:
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     def on_untracked(self) -> None:
-        """Records that the model computed untracked values, which may depend on several samples."""
+        """Records that there are untracked values, which may depend on several samples."""
         self.has_untracked = True
 
     @without_torch_function

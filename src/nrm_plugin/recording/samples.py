@@ -230,7 +230,7 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
 
 
 def _in_range(vectors: Vectors[int]) -> Vectors[int]:
-    """Scales all vectors by one power of two if they are tiny, because stabilizers absorbed most relevance, or huge."""
+    """Scales all vectors by one power of two if values are very small, as where stabilizers absorb, or very large."""
     largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
     if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
         return vectors
