@@ -243,7 +243,7 @@ def references(
         layer.
 
     Raises:
-        ReferencesError: If the query, group or target is unknown, or the query is for maps instead of rows.
+        ReferencesError: If the query, group or target is unknown, or a ``Maps`` query, which has no rows.
         SweepError: If the folder holds no sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)

@@ -35,7 +35,7 @@ class SweepBatches:
 
     Args:
         model: The network in evaluation mode, or a function without arguments that returns it, called once per worker.
-        queries: The queries, without maps.
+        queries: The queries, none of them ``Maps``.
         target: As in :func:`~nrm_plugin.dataset.sweep`.
         composite: As in :func:`~nrm_plugin.dataset.sweep`.
         residual: As in :func:`~nrm_plugin.dataset.sweep`.
@@ -46,7 +46,7 @@ class SweepBatches:
         device: The device; by default the device of the model.
 
     Raises:
-        SweepError: If a query is for maps, which are not rows.
+        SweepError: If there is a ``Maps`` query, which has no rows.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Kernels of averages, sums and interpolations, by the composite's rule of average pooling.
+"""Kernels of averages, sums and interpolations, by the composite's rule for average pooling.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -31,7 +31,7 @@ _BICUBIC_GRID = (
 
 @kernel_of(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """Returns a kernel under the rule of average pooling; inputs after the first (points, boxes) get no relevance."""
+    """Returns a kernel under the rule for average pooling; inputs after the first (points, boxes) get no relevance."""
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
         return call.by_rule(PlainGradient())  # copies values without averaging
@@ -44,7 +44,7 @@ def pooling(call: FunctionCall) -> Kernel:
 
 
 def rule_of_averages(call: FunctionCall) -> Hook:
-    """Returns the composite's rule of average pooling, or Absolute if it has none."""
+    """Returns the composite's rule for average pooling, or Absolute if it has none."""
     return call.settings.rules.of_module(nn.AvgPool2d(1)) or Absolute()
 
 

@@ -1,7 +1,7 @@
 r"""Functions of graph networks: gathers, sums into nodes, segments and sparse products.
 
 The relevance of a node is split among its messages as the relevance of a mean among its entries, by the composite's
-rule of average pooling. In this package's composites
+rule for average pooling. In this package's composites
 
 .. math:: T_{en} = \frac{|m_e|}{\sum_{e' \to n} |m_{e'}|}.
 

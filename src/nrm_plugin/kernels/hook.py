@@ -260,7 +260,7 @@ def _has_ids() -> bool:
 
 
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
-    """Returns a copy of the module and a function that runs it; for a custom layer, the copy has the computed weight."""
+    """Returns a copy of the module and a function that runs it; a custom layer's copy holds the computed weight."""
     shell = shared_copy(module)
     if isinstance(call.mode, WeightRecorder):
         with not_recorded():

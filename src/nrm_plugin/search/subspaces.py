@@ -69,7 +69,7 @@ class Subspaces:
             )
 
     def __len__(self) -> int:
-        """Returns the number of subspaces, without the rest."""
+        """Returns the number of subspaces, excluding the rest."""
         return len(self.sizes)
 
     def parts(self, values: Tensor) -> Tensor:
