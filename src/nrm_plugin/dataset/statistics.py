@@ -1,6 +1,6 @@
 """Mean and variance of relevance over a data set, by class and across processes, as torchmetrics metrics.
 
-They can be used in any loop, ``MetricCollection`` or Lightning module: ``update`` takes a measure or relevance, and
+The metrics can be used in any loop, ``MetricCollection`` or Lightning module: ``update`` takes a measure or relevance, and
 ``compute`` merges the states of several processes.
 """
 

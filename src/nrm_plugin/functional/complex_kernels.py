@@ -194,7 +194,7 @@ class _Probe:
         return True
 
     def matrix(self, inputs: list[Layout], output: Layout) -> Tensor:
-        """Computes the matrix ``(out, in)`` over the features, by one unit vector at each position."""
+        """Computes the matrix ``(out, in)`` over the features, by one unit vector for each position."""
         columns = []
         for number, layout in enumerate(inputs):
             like = layout.fold(self.values[number].unsqueeze(0))
