@@ -30,7 +30,7 @@ _TOLERANCE = 1e-3
 
 
 def is_own_layer(module: nn.Module) -> bool:
-    """Returns whether a module is a subclass of a torch layer with its own forward."""
+    """Returns whether a module is a torch layer with its own forward."""
     return isinstance(module, _KINDS) and not is_affine(module)
 
 
