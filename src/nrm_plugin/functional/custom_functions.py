@@ -229,7 +229,7 @@ def _signature_fault(node: Any, shapes: list[torch.Size], live: list[int]) -> st
 
 
 def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
-    """Returns the reason why a function of one tensor cannot be treated as elementwise; None if it can."""
+    """Returns the reason why a function of one tensor cannot be treated as elementwise; empty if it can."""
     try:
         slope = _slope(node, live)
     except (NotImplementedError, AssertionError) as error:  # written for inference only

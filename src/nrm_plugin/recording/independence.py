@@ -175,7 +175,7 @@ def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun
 
 
 def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS) -> Tensor:
-    """Replaces the inputs of the chosen samples by the values of an exchange."""
+    """Replaces the inputs of the chosen samples with the values of an exchange."""
     plain, inner = tensor.detach(), list(range(1, tensor.ndim))
     if exchange is Exchange.LARGEST or exchange is Exchange.SMALLEST:
         other = plain.amax(0, keepdim=True) if exchange is Exchange.LARGEST else plain.amin(0, keepdim=True)
