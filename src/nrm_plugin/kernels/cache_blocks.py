@@ -24,5 +24,5 @@ def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
 
 
 def whole(like: Tensor) -> Block:
-    """Returns the block of all entries."""
+    """Returns a single block that covers all entries."""
     return tuple(slice(None) for _ in like.shape)

@@ -54,7 +54,7 @@ def least_restored(dtype: torch.dtype, limit: float) -> float:
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """``1 - g c``, the share of each column that the sink absorbs; exactly 0 where the gain raises the sum to one."""
+    """Returns ``1 - g c``, the share of a column that the sink absorbs; exactly 0 where the gain makes the sum 1."""
     share = 1 - factor * column_sum
     return share.mul_(column_sum < least_restored(column_sum.dtype, limit))
 

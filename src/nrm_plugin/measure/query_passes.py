@@ -77,7 +77,7 @@ class QueryPasses:
         return tap_of(self._recording, layer)
 
     def _in_form(self, layer: Layer, values: Tensor) -> Tensor:
-        """Converts values from the layout of a layer in the model to the form ``(N, …)``."""
+        """Converts values from the layout that a layer has in the model to the form ``(N, …)``."""
         return values if self._recording.samples.is_plain else self._tap(layer).layout.unfold(values)
 
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
@@ -135,7 +135,7 @@ class QueryPasses:
         return mass[:-1] / mass[-1]
 
     def _conditionals(self, event: Event, layer: Layer | None) -> dict[str, Tensor]:
-        """``μ(event given j)`` of a layer, under the name ``""``, or of all layers above the event."""
+        """Returns ``μ(event given j)`` of a layer, under the name ``""``, or of all layers above the event."""
         names = {name: name for name in self._recording.taps.layers} if layer is None else {"": layer}
         taps = {name: self._tap(one) for name, one in names.items()}
         check_event(event)
@@ -164,5 +164,5 @@ class QueryPasses:
         if changed:
             raise StaleMeasureError(
                 f"{', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''} changed in place since the measure "
-                "was taken, and the measure shares its memory. Take the measure again."
+                "was constructed, and the measure shares its memory. Construct the measure again."
             )

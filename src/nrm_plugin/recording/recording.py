@@ -98,7 +98,7 @@ class Recording:
     def started(self, relevance: Tensor) -> Tensor:
         """Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
 
-        The method also finds the samples in each tensor, if there are several that are not known to be its rows.
+        The method also locates the samples in each tensor, unless they are known to be its rows or there is only one.
 
         Raises:
             FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
@@ -115,7 +115,7 @@ class Recording:
         return self.samples.layout(self.graph.output).unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
-        """A copy of the output in the form ``(N, …)``; without ``batched``, in the shape that the model returned."""
+        """Returns a copy of the output in the form ``(N, …)``; with ``batched=False``, in the model's own shape."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
@@ -136,7 +136,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Further runs of the model of a recording, without hooks, to test the treatment of samples.
+    """Runs the model of a recording again, without hooks, to test how the model treats samples.
 
     Attributes:
         model, call, composite, output: As in :class:`Recording`.
@@ -172,7 +172,7 @@ class Rerun:
             return output
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
-        """Returns the shape of each labelled tensor for the sample twice; empty if the model rejects two samples."""
+        """Returns the shapes of labelled tensors for two copies of the sample; empty if the model rejects two."""
 
         def twice(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor])
