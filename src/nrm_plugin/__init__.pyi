@@ -23,9 +23,9 @@ from .functional.canonizer import Interception
 from .functional.registry import register_kernel
 from .measure.flow_graph import FlowGraph
 from .measure.measure import RelevanceMeasure
-from .plan.plan import Plan
 from .measure.partitions import patches
 from .measure.reconstruction import Reconstruction, reconstruct
+from .plan.plan import Plan
 from .recording.coverage import Coverage, coverage
 from .rules import Absolute, ConservingEpsilon, Relative
 from .search.ablation import ablation, activations
@@ -66,9 +66,9 @@ __all__ = [
     "NeuronNRM",
     "NeuronWalk",
     "Normalized",
+    "Plan",
     "Reconstruction",
     "Relative",
-    "Plan",
     "RelevanceMeasure",
     "Restriction",
     "Selection",

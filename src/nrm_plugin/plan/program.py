@@ -51,7 +51,7 @@ class Program:
         until = max((made[number] + 1 for number in outputs if number in made), default=0)
         writer = _Writer(self.operations, self.constants, until, trace.memory, {*trace.constants, *trace.placeholders})
         self.source, scope = writer.written(list(inputs), outputs, start, results)
-        exec(compile(self.source, "<plan>", "exec"), scope)  # noqa: S102
+        exec(compile(self.source, "<plan>", "exec"), scope)
         self._forward, self._relevance = scope["forward"], scope["relevance"]
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
@@ -172,7 +172,7 @@ class _Writer:
             ]
             if one.expected is not None:
                 lines.append(f"    checks.append(({call}, {one.expected!r}, {one.origin!r}))")
-            elif one.writes and one.results and one.results[0] in one.writes or all(name == "_" for name in names):
+            elif (one.writes and one.results and one.results[0] in one.writes) or all(name == "_" for name in names):
                 lines.append(f"    {call}")
             else:
                 lines.append(f"    {', '.join(names)}{',' if one.is_sequence else ''} = {call}")

@@ -6,13 +6,12 @@ its place among the operations of that group, and is neither merged nor computed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .trace import Operation, Trace, Value, numbers_in
+from .trace import Operation, Trace, Value
 
 aten = torch.ops.aten
 _SAME = frozenset([aten.detach.default, aten.alias.default, aten.lift_fresh.default])

@@ -6,8 +6,7 @@ A trace is taken below autograd, by a ``TorchDispatchMode``, so that hooks, kern
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
