@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOperationError
-from ..model.autocast import InFloat32, exact, is_short
+from ..model.autocast import InFloat32, exact, is_short, working_dtype
 from .base import Kernel
 from .forward_state import RUNNING, listener, not_recorded
-from .layer_call import shape_like
 from .normalization import Deficit, Normalization, Scaling
 from .rule_branch_kernel import BranchKernel
 
@@ -36,6 +35,7 @@ class Step(ABC):
     Attributes:
         call: Number of the call of the module or function.
         dtype: The dtype of relevance at the output.
+        device: The device of the output.
         is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
         uses: Known number of readers of the output.
         attention: Layout of heads and tokens, if the step multiplies attention weights and values.
@@ -50,8 +50,7 @@ class Step(ABC):
         self.attention: Any = None
         self.keeps_rows = False
         self.shape = output.shape
-        self._like = shape_like(output)
-        self.dtype = self._like.dtype
+        self.dtype, self.device = working_dtype(output.dtype), output.device
         self.is_short = is_short(output)
         self._normalization = normalization
         self._lock = threading.RLock()
@@ -80,7 +79,8 @@ class Step(ABC):
                 return Scaling()
             if isinstance(kernel, BranchKernel) and isinstance(kernel.columns, Deficit):
                 return Scaling(deficit=kernel.columns.share)
-            return self._scaling_of(kernel.column_sum(self._like).detach())
+            like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+            return self._scaling_of(kernel.column_sum(like).detach())
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
         return self._normalization.scaling_by_blocks(column_sum)
