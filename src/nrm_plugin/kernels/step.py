@@ -5,7 +5,6 @@ The gradient that ``torch.autograd`` computes is then the relevance.
 
 from __future__ import annotations
 
-import functools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -53,44 +52,44 @@ class Step(ABC):
         self.dtype, self.device = working_dtype(output.dtype), output.device
         self.is_short = is_short(output)
         self._normalization = normalization
+        self._kernel: Kernel | None = None
+        self._scaling: Scaling | None = None
         self._lock = threading.RLock()
 
     @abstractmethod
     def _build(self) -> Kernel:
         """Builds the kernel, when relevance first arrives."""
 
-    @functools.cached_property
+    @property
     def kernel(self) -> Kernel:
         """The kernel of the rule, already normalized if its columns are a :class:`Deficit`."""
-        with self._lock, torch.inference_mode(False), not_recorded(), self._arithmetic():
-            return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
+        if self._kernel is None:
+            with self._lock, torch.inference_mode(False), not_recorded(), self._arithmetic():
+                self._kernel = self._kernel or self._build()
+        return self._kernel
 
     def forget_kernel(self) -> None:
         """Drops the kernel, which fusion may have invalidated."""
-        self.__dict__.pop("kernel", None)
-        self.__dict__.pop("_scaling", None)
+        self._kernel = self._scaling = None
 
-    @functools.cached_property
-    def _scaling(self) -> Scaling:
-        """Gain and deficit of the columns of the kernel."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            kernel = self.kernel
-            if kernel.is_stochastic:
-                return Scaling()
-            if isinstance(kernel, BranchKernel) and isinstance(kernel.columns, Deficit):
-                return Scaling(deficit=kernel.columns.share)
-            like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
-            return self._scaling_of(kernel.column_sum(like).detach())
+    def _scaling_by(self, kernel: Kernel) -> Scaling:
+        """Computes gain and deficit of the columns of the kernel."""
+        if kernel.is_stochastic:
+            return Scaling()
+        if isinstance(kernel, BranchKernel) and isinstance(kernel.columns, Deficit):
+            return Scaling(deficit=kernel.columns.share)
+        like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+        return self._scaling_of(kernel.column_sum(like).detach())
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
         return self._normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
         """Returns gain and deficit at all entries where this relevance is not zero; None stands for any relevance."""
-        kernel = self.kernel
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
-            if kernel.complete_for(relevance):
-                self.__dict__.pop("_scaling", None)
+            kernel = self._kernel = self._kernel or self._build()
+            if kernel.complete_for(relevance) or self._scaling is None:
+                self._scaling = self._scaling_by(kernel)
             return self._scaling
 
     def gain_for(self, relevance: Tensor) -> Tensor | None:
