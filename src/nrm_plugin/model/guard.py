@@ -89,15 +89,14 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
-        self._seen: list[tuple[str, Tensor, tuple[int, int], Tensor, Tensor]] = []
+        self._seen: list[tuple[str, Tensor, tuple[int, int], Tensor | None, Tensor]] = []
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            address = _address(tensor)
             flat = _stored(tensor.detach()).flatten()
-            entry = flat[:: max(1, -(-flat.numel() // entries))]
-            is_view = flat.data_ptr() == _address(tensor) and flat.numel() > 0
-            sample = entry.clone()
+            place = flat[:: max(1, -(-flat.numel() // entries))] if flat.numel() > entries else flat
             # Flattening a non-contiguous tensor returns a copy, in which later changes are not visible.
-            place = entry if is_view and not bool((sample != sample).any()) else torch.empty(0)
-            self._seen.append((name, tensor, (tensor._version, _address(tensor)), place, sample))
+            is_view = flat.data_ptr() == address and flat.numel() > 0
+            self._seen.append((name, tensor, (tensor._version, address), place if is_view else None, place.clone()))
         self._entries = entries
 
     def changed(self) -> list[str]:
@@ -106,7 +105,7 @@ class Fingerprint:
             name
             for name, tensor, state, place, sample in self._seen
             if (tensor._version, _address(tensor)) != state
-            or not torch.equal(*((place, sample) if place.numel() else self._finite(tensor, sample)))
+            or not ((place is not None and torch.equal(place, sample)) or torch.equal(*self._finite(tensor, sample)))
         ]
 
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
