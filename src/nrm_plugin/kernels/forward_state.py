@@ -162,7 +162,7 @@ def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(hook)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if any(_is_subclass(value) for value in args):
+        if any(map(_is_subclass, args)):
             return hook(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             return hook(*args, **kwargs)
@@ -171,10 +171,12 @@ def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
 
 
 def _is_subclass(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return type(value) is not Tensor and type(value) is not nn.Parameter
-    items = value if type(value) in (list, tuple) else value.values() if type(value) is dict else ()
-    return any(_is_subclass(item) for item in items)  # type: ignore[attr-defined]
+    kind = type(value)
+    if kind is Tensor or kind is nn.Parameter:
+        return False
+    if kind is dict or kind is tuple or kind is list:
+        return any(map(_is_subclass, value.values() if kind is dict else value))  # type: ignore[attr-defined, call-overload]
+    return isinstance(value, Tensor)
 
 
 def listener() -> Listener | None:

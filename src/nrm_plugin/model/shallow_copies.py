@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -31,7 +32,8 @@ def shared_copy(module: nn.Module) -> nn.Module:
     for key in _HOOK_DICTS:
         if key in copy.__dict__:
             copy.__dict__[key] = OrderedDict()
-    copy._parameters = {name: _shared(parameter) for name, parameter in module._parameters.items()}
+    with torch._C.DisableTorchFunction():
+        copy._parameters = {name: _shared(parameter) for name, parameter in module._parameters.items()}
     copy._buffers = dict(module._buffers)
     copy._modules = {name: child and shared_copy(child) for name, child in module._modules.items()}
     _compute_parametrized(copy, module)
