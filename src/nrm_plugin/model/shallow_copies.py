@@ -29,9 +29,8 @@ def shared_copy(module: nn.Module) -> nn.Module:
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
     copy: nn.Module = kind.__new__(kind)
     copy.__dict__ = dict(module.__dict__)
-    for key in _HOOK_DICTS:
-        if key in copy.__dict__:
-            copy.__dict__[key] = OrderedDict()
+    none: OrderedDict[int, object] = OrderedDict()  # one for all kinds, since nobody registers hooks on a copy
+    copy.__dict__.update({key: none for key in _HOOK_DICTS if key in copy.__dict__})
     with torch._C.DisableTorchFunction():
         copy._parameters = {name: _shared(parameter) for name, parameter in module._parameters.items()}
     copy._buffers = dict(module._buffers)
