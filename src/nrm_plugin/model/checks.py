@@ -50,7 +50,7 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
     check_hookable(modules)
     for name, module in modules.items():
         _check_mode(name, module)
-    check_unhooked(modules, "Take the measure outside of `composite.context(model)`, and pass it by `composite=`.")
+    check_unhooked(modules, "Construct the measure outside `composite.context(model)`, and pass `composite=`.")
     own = named_tensors(model)
     for name, parameter in own:
         if isinstance(parameter, nn.Parameter):
