@@ -7,6 +7,7 @@ are exchanged nor the mapper of the rule is applied.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,9 @@ from .modified_layers import is_by_blocks
 from .normalization import Columns, ColumnWriter, Normalization, may_read
 from .rule_branch import Branch
 from .rule_forms import RuleForm, form_of, modified_bias
+
+KEPT = 1 << 16
+"""Largest number of entries up to which a modified input is kept, not computed anew."""
 
 _FORMATS = (torch.float32, torch.float64)
 
@@ -69,9 +73,6 @@ class _Image:
         """Memory for a factor: the memory of the image, if nothing else reads it."""
         return self.values if self.is_own else torch.empty_like(self.values)
 
-    def branch(self, factor: Tensor) -> Branch:
-        return Branch(self.source, factor, 1.0, self.maps, lambda: self.weight)
-
 
 @dataclass(frozen=True)
 class _Reader:
@@ -103,7 +104,24 @@ class _Reader:
         write = self._signed if isinstance(self.rule, Epsilon) else self._positive
         for at in blocks_for(self.call.like):
             write(at, total[at], None if bias is None else bias[at], memory[at])
-        return [image.branch(memory) for image in images], self.writer.columns()
+        pairs = zip(images, self.rule.input_modifiers, strict=False)
+        return [
+            self._branch(image.source, memory, image.maps, image.weight, modify) for image, modify in pairs
+        ], self.writer.columns()
+
+    def _branch(
+        self, source: Tensor, factor: Tensor, maps: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
+    ) -> Branch:
+        """Returns a branch, which computes its modified input anew each time if the input is large."""
+        is_kept = source is self.call.input or source.numel() <= KEPT
+        return Branch(
+            source if is_kept else self.call.input,
+            factor,
+            1.0,
+            maps,
+            lambda: weight,
+            None if is_kept else lambda values: modify(values).detach(),
+        )
 
     def _images(self) -> list[_Image] | None:
         images: list[_Image] = []
@@ -168,7 +186,11 @@ class _Reader:
         for at in blocks_for(like):
             self._conserve(at, image.values[at], sums[at] * means[at], inverse[at], (factor[at], other[at]))
         ones = self.weight.new_ones(()).expand(self.weight.shape)
-        return [image.branch(factor), Branch(size, other, 1.0, windows, lambda: ones)], self.writer.columns()
+        first, second = self.rule.input_modifiers
+        return [
+            self._branch(same, factor, image.maps, self.weight, first),
+            self._branch(size, other, windows, ones, second),
+        ], self.writer.columns()
 
     def _conserve(self, at: Block, image: Tensor, least: Tensor, inverse: Tensor, out: tuple[Tensor, Tensor]) -> None:
         size = image.abs()
