@@ -176,11 +176,14 @@ class FunctionStep(Step):
         self, name: str, output: Tensor, build: Callable[[], Kernel], normalization: Normalization, rule: str = ""
     ) -> None:
         super().__init__(name, output, normalization, rule)
-        self._build_kernel = build
+        self._build_kernel: Callable[[], Kernel] | None = build
         self.unsupported_call: Any = None
 
     def _build(self) -> Kernel:
-        return self._build_kernel()
+        assert self._build_kernel is not None, "the kernel of a function is built once"
+        kernel = self._build_kernel()
+        self._build_kernel = None  # it holds the inputs of the function
+        return kernel
 
 
 class Link(torch.autograd.Function):
