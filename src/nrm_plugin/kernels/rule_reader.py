@@ -15,6 +15,7 @@ from zennit.core import BasicHook, Hook, ParamMod
 from zennit.rules import Pass
 
 from ..errors import NonlinearRuleError, UnsupportedRuleError
+from ..model.value_reads import audit
 from .base import IdentityKernel, Kernel
 from .forward_state import Saved
 from .gradient_mapper import mapped

@@ -18,7 +18,7 @@ from .trace import Operation, Trace, Value
 aten = torch.ops.aten
 
 
-class ValuesDiffer(Exception):
+class ChangedValueError(Exception):
     """A value on which the traced computation depended is different for these inputs.
 
     Attributes:
@@ -140,7 +140,7 @@ _DIRECT: dict[Any, Any] = {
 
 
 def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
-    """Raises :class:`ValuesDiffer` if values are not as expected; values of tensors are read in one transfer."""
+    """Raises :class:`ChangedValueError` if values are not as expected; values of tensors are read in one transfer."""
     tensors = [found for found, _, _ in checks if isinstance(found, Tensor)]
     values = iter(torch.stack([one.double() for one in tensors]).tolist() if tensors else ())
     bad = []
@@ -148,7 +148,7 @@ def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
         if not _is_same(next(values) if isinstance(found, Tensor) else found, expected):
             bad.append(origin)
     if bad:
-        raise ValuesDiffer(bad)
+        raise ChangedValueError(bad)
 
 
 def _is_same(found: Any, expected: Any) -> bool:

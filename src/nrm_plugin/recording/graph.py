@@ -174,8 +174,8 @@ class Vertex:
                     else [torch.zeros_like(seed) for seed in seeds]
                 )
             shares = tuple(1 - column.detach() for column in columns)
-            is_free = all(holds("no constants", lambda share=share: ~share.any()) for share in shares)
-            self._constant_share = () if is_free else shares
+            held = torch.stack([share.any() for share in shares])
+            self._constant_share = () if holds("no constants", lambda: ~held.any()) else shares
         return self._constant_share or None
 
 
