@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+import nrm_plugin
 from benchmarks.cost import __main__ as command
 from benchmarks.cost import lxt_way, page, timing, timm_models, ways
 from benchmarks.cost.nets import NETS, Graph, Net, Recurrent, draw_zeros, settle, tiny
 from benchmarks.cost.page import Figure
+from nrm_plugin import RelevanceMeasure
 
 PLAIN, ZENNIT, RECORDED, PLANNED = ways.PLAIN, ways.ZENNIT, ways.RECORDED, ways.PLANNED
 SMALL = Net(partial(tiny, 4), (16,), all_rules=True)
@@ -151,6 +153,61 @@ def test_results_that_differ_are_not_timed(monkeypatch):
     assert row["faults"]
     assert "ratios" not in row
     assert "differs by 1.0e+00 V" in page.line(row)
+
+
+class StubPlan:
+    """What the benchmark calls of a plan; ``factor`` makes its measures wrong."""
+
+    factor = 1.0
+
+    def __init__(self, model, inputs, *, composite):
+        self.model, self.composite = model, composite
+
+    def __call__(self, inputs, target):
+        mu = RelevanceMeasure(self.model, inputs, target, composite=self.composite)
+        marginal = mu.marginal
+
+        def scaled(layer):
+            found = marginal(layer)
+            return {k: v * self.factor for k, v in found.items()} if isinstance(found, dict) else found * self.factor
+
+        mu.marginal = scaled
+        return mu
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    monkeypatch.setattr(ways, "HAS_PLAN", True)
+    monkeypatch.setattr(nrm_plugin, "Plan", StubPlan, raising=False)
+    monkeypatch.setattr(command, "TAKEN", PLANNED)
+    monkeypatch.setattr(command, "profile", lambda run: None)
+    monkeypatch.setattr(command, "alternated", partial(timing.alternated, seconds=0))
+    monkeypatch.setitem(NETS, "small", SMALL)
+    return monkeypatch
+
+
+def test_a_plan_is_compared_and_timed(plan):
+    row = command.one("small", 1, 1)
+    assert not row["faults"]
+    assert {f"{PLANNED}, {name}, float{bits}" for name in ways.COMPOSITES for bits in (32, 64)} < set(
+        row["differences"]
+    )
+    assert {f"{way}, {name}" for way in (PLANNED, ways.FIRST) for name in ways.COMPOSITES} < set(row["ratios"])
+
+
+def test_a_plan_that_differs_by_more_than_a_millionth_is_not_timed(plan):
+    plan.setattr(StubPlan, "factor", 1 + 3e-6)
+    row = command.one("small", 1, 1)
+    assert "plan, NRMDefault, float64 differs by 3.0e-06 V" in row["faults"]
+    assert "ratios" not in row
+
+
+def test_the_peak_of_a_plan_is_that_of_its_first_and_of_its_second_call(plan):
+    found = command.peak(SMALL, SMALL.made(), "plan, NRMDefault", 2)
+    assert found.keys() == {"first call, NRMDefault", "plan, NRMDefault"}
+    assert 0 <= found["plan, NRMDefault"] < 50
+    for way in (PLAIN, ways.ZENNIT_FIRST, "recorded, NRMDefault"):
+        assert command.peak(SMALL, SMALL.made(), way, 2).keys() == {way}
 
 
 def test_methods_that_lxt_replaces_are_restored():
