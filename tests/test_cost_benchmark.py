@@ -57,16 +57,21 @@ def test_processor_time_does_not_count_waiting():
 
 
 def test_ratios_refer_to_the_plain_gradient_of_the_same_round():
-    clocks = {PLAIN: [(1.0, 2.0), (2.0, 2.0), (4.0, 2.0)], "ours": [(2.0, 2.0), (6.0, 4.0), (4.0, 6.0)]}
+    clocks = {PLAIN: [(1.0, 2.0), (2.0, 2.0), (4.0, 2.0)], "ours": [(2.0, 2.0), (6.0, 4.0), (4.0, 8.0)]}
     found = timing.summary(clocks)
     assert found["seconds"]["ours"] == [4.0, 2.0, 6.0]
     assert found["ratios"]["ours"] == [2.0, 1.0, 3.0]  # 2, 3, 1
-    assert found["wall ratios"]["ours"] == [2.0, 1.0, 3.0]
+    assert found["wall ratios"]["ours"] == [2.0, 1.0, 4.0]
     assert found["ratios"][PLAIN] == [1.0, 1.0, 1.0]
 
 
 def test_shares_of_a_profile():
-    events = [("aten::mul", 300_000.0, 4), ("aten::add", 500_000.0, 2), ("MulBackward0", 900_000.0, 9)]
+    events = [
+        ("aten::mul", 300_000.0, 4),
+        ("aten::add", 500_000.0, 2),
+        ("MulBackward0", 9e5, 9),
+        ("autograd::engine", 9e5, 9),
+    ]
     found = timing.shares(events, took=2.0, repeats=2, top=1)
     assert found == {"seconds": 1.0, "outside operators": 0.6, "calls": 3, "operators": {"aten::add": [0.25, 1]}}
 
@@ -205,7 +210,7 @@ def test_a_plan_that_differs_by_more_than_a_millionth_is_not_timed(plan):
 def test_the_peak_of_a_plan_is_that_of_its_first_and_of_its_second_call(plan):
     found = command.peak(SMALL, SMALL.made(), "plan, NRMDefault", 2)
     assert found.keys() == {"first call, NRMDefault", "plan, NRMDefault"}
-    assert 0 <= found["plan, NRMDefault"] < 50
+    assert all(0 <= peak < 50 for peak in found.values())
     for way in (PLAIN, ways.ZENNIT_FIRST, "recorded, NRMDefault"):
         assert command.peak(SMALL, SMALL.made(), way, 2).keys() == {way}
 
