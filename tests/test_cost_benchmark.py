@@ -293,6 +293,13 @@ def test_a_plan_is_compared_with_the_target_and_a_recorded_measure_stands_for_a_
     assert str(found["plan : Captum"]) == ""
 
 
+def test_there_is_no_target_relative_to_zennit_where_it_has_no_rule():
+    assert ways.without_rule(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU(), nn.Linear(1, 1))) == []
+    assert ways.without_rule(nn.Sequential(nn.LSTM(1, 1), nn.LayerNorm(1), nn.Linear(1, 1))) == ["LSTM", "LayerNorm"]
+    row = {**row_of(zennit=1.0, recorded_NRMDefault=3.0), "without rule": ["LSTM"]}
+    assert str(page.figures(row, "NRMDefault")["plan : Zennit"]) == "3"
+
+
 def test_memory_is_relative_to_the_plain_gradient_and_to_zennit():
     mib = {PLAIN: 10.0, ways.ZENNIT_FIRST: 16.0, "plan, NRMDefault": 18.0, "first call, NRMDefault": 30.0}
     found = page.memory({"net": "VGG16 224", "batch": 1, "MiB": mib}, "NRMDefault")

@@ -52,6 +52,7 @@ from benchmarks.cost.ways import (
     message,
     planned,
     recorded,
+    without_rule,
 )
 from benchmarks.speed import environment
 
@@ -82,6 +83,7 @@ def one(name: str, count: int, rounds: int) -> dict[str, Any]:
     net = net_of(name)
     model, x = net.made(), net.inputs()
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    row["without rule"] = without_rule(model)
     row["differences"] = differences(net, model, x)
     row["faults"] = faults(row["differences"])
     if row["faults"]:  # times of different results are not comparable
@@ -131,6 +133,7 @@ def peak(net: Net, model: nn.Module, way: str, batch: int) -> dict[str, float]:
     plan = planned(net, model, x, COMPOSITES[composite]())
     plan(x, TARGET).marginal("input")
     first = resident()[1] - before
+    x = x.clone()
     reset()
     plan(x, TARGET).marginal("input")
     return {f"{FIRST}, {composite}": round_to(first), way: round_to(resident()[1] - before)}

@@ -58,9 +58,9 @@ class Net:
         settle(model, self.shape)
         return model.eval()
 
-    def inputs(self, batch: int = 1) -> Tensor:
+    def inputs(self, batch: int = 1, seed: int = 1) -> Tensor:
         """Normally distributed inputs."""
-        draw = torch.Generator().manual_seed(1)
+        draw = torch.Generator().manual_seed(seed)
         return torch.randn((batch, *self.shape) if self.is_batched else self.shape, generator=draw)
 
 

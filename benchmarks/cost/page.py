@@ -70,14 +70,15 @@ def figures(row: Row, composite: str) -> dict[str, Figure]:
     """The numbers of one net, number of threads and composite, by column."""
     plan, first = TARGETS.get(row["net"], (None, None))
     planned, called = taken(row, PLANNED, composite), taken(row, FIRST, composite)
+    of_zennit, first_of_zennit = (None, None) if row.get("without rule") else (OF_ZENNIT, FIRST_OF_ZENNIT)
     return {
         "plan": Figure(ratio(row, planned), plan),
         "first call": Figure(ratio(row, called), first),
         "recorded": Figure(ratio(row, f"{RECORDED}, {composite}")),
         "marginals again": Figure(ratio(row, f"{AGAIN}, {composite}")),
         "Zennit": Figure(ratio(row, ZENNIT)),
-        "plan : Zennit": Figure(ratio(row, planned, ZENNIT), OF_ZENNIT),
-        "first call : Zennit": Figure(ratio(row, called, ZENNIT_FIRST), FIRST_OF_ZENNIT),
+        "plan : Zennit": Figure(ratio(row, planned, ZENNIT), of_zennit),
+        "first call : Zennit": Figure(ratio(row, called, ZENNIT_FIRST), first_of_zennit),
         "plan : Captum": Figure(ratio(row, planned, CAPTUM), OF_OTHERS),
         "plan : LXT": Figure(ratio(row, planned, LXT), OF_OTHERS),
     }
