@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import nrm_plugin
 from benchmarks.cost import __main__ as command
 from benchmarks.cost import lxt_way, page, timing, timm_models, ways
 from benchmarks.cost.nets import NETS, Graph, Net, Recurrent, draw_zeros, settle, tiny
@@ -143,8 +142,9 @@ def test_every_computation_runs_and_those_that_cannot_are_reported(monkeypatch):
     monkeypatch.setattr(command, "alternated", partial(timing.alternated, seconds=0))
     row = command.one("small", 1, 1)
     assert not row["faults"]
+    assert not row["not planned"]
     assert set(row["profiles"].values()) <= {"profiled"}
-    ours = {f"{way}, {name}" for way in (RECORDED, ways.AGAIN) for name in ways.COMPOSITES}
+    ours = {f"{way}, {name}" for way in (PLANNED, ways.FIRST, RECORDED, ways.AGAIN) for name in ways.COMPOSITES}
     assert set(row["ratios"]) >= {PLAIN, ZENNIT, ways.ZENNIT_FIRST, ways.CAPTUM} | ours
     assert row["failed"].keys() == {ways.LXT}
     assert json.dumps(row)
@@ -165,10 +165,12 @@ class StubPlan:
 
     factor = 1.0
 
-    def __init__(self, model, inputs, *, composite):
+    def __init__(self, model, inputs, *, composite, batched):
         self.model, self.composite = model, composite
+        self.asked = []
 
     def __call__(self, inputs, target):
+        self.asked.append(inputs)
         mu = RelevanceMeasure(self.model, inputs, target, composite=self.composite)
         marginal = mu.marginal
 
@@ -179,12 +181,13 @@ class StubPlan:
         mu.marginal = scaled
         return mu
 
+    def explain(self):
+        return "recorded every time: a stub"
+
 
 @pytest.fixture
 def plan(monkeypatch):
-    monkeypatch.setattr(ways, "HAS_PLAN", True)
-    monkeypatch.setattr(nrm_plugin, "Plan", StubPlan, raising=False)
-    monkeypatch.setattr(command, "TAKEN", PLANNED)
+    monkeypatch.setattr(ways, "Plan", StubPlan)
     monkeypatch.setattr(command, "profile", lambda run: None)
     monkeypatch.setattr(command, "alternated", partial(timing.alternated, seconds=0))
     monkeypatch.setitem(NETS, "small", SMALL)
@@ -197,7 +200,17 @@ def test_a_plan_is_compared_and_timed(plan):
     assert {f"{PLANNED}, {name}, float{bits}" for name in ways.COMPOSITES for bits in (32, 64)} < set(
         row["differences"]
     )
-    assert {f"{way}, {name}" for way in (PLANNED, ways.FIRST) for name in ways.COMPOSITES} < set(row["ratios"])
+    assert set(row["not planned"]) == set(ways.COMPOSITES)
+    assert "- small, NRMDefault, no plan: recorded every time: a stub" in "- " + "\n- ".join(page.failures([row]))
+
+
+def test_a_plan_has_answered_for_other_inputs_before_it_is_timed(plan):
+    x = SMALL.inputs()
+    made = ways.Ways(SMALL, SMALL.made(), x)
+    made.ours("NRMDefault")
+    (asked,) = made.plans["NRMDefault"].asked
+    assert asked.shape == x.shape
+    assert not (asked == x).any()
 
 
 def test_a_plan_that_differs_by_more_than_a_millionth_is_not_timed(plan):
@@ -282,9 +295,7 @@ def test_a_figure_shows_measured_target_and_miss():
     assert str(Figure(None, 1.6)) == ""
 
 
-def test_a_plan_is_compared_with_the_target_and_a_recorded_measure_stands_for_a_missing_one():
-    row = row_of(zennit=4.0, recorded_NRMDefault=3.0)
-    assert str(page.figures(row, "NRMDefault")["plan"]) == "3 / 1.6 ✗"
+def test_a_plan_is_compared_with_the_target_and_with_other_packages():
     row = row_of(zennit=4.0, recorded_NRMDefault=3.0, plan_NRMDefault=1.5)
     found = page.figures(row, "NRMDefault")
     assert str(found["plan"]) == "1.5 / 1.6"
@@ -296,7 +307,7 @@ def test_a_plan_is_compared_with_the_target_and_a_recorded_measure_stands_for_a_
 def test_there_is_no_target_relative_to_zennit_where_it_has_no_rule():
     assert ways.without_rule(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU(), nn.Linear(1, 1))) == []
     assert ways.without_rule(nn.Sequential(nn.LSTM(1, 1), nn.LayerNorm(1), nn.Linear(1, 1))) == ["LSTM", "LayerNorm"]
-    row = {**row_of(zennit=1.0, recorded_NRMDefault=3.0), "without rule": ["LSTM"]}
+    row = {**row_of(zennit=1.0, plan_NRMDefault=3.0), "without rule": ["LSTM"]}
     assert str(page.figures(row, "NRMDefault")["plan : Zennit"]) == "3"
 
 
@@ -311,16 +322,16 @@ def test_memory_is_relative_to_the_plain_gradient_and_to_zennit():
 
 
 def test_the_tables_list_targets_missed_with_a_profile_and_rows_that_failed():
-    slow = row_of(zennit=4.0, recorded_NRMDefault=3.0, recorded_EpsilonPlusFlat=1.5)
+    slow = row_of(zennit=4.0, plan_NRMDefault=3.0, plan_EpsilonPlusFlat=1.5)
     slow["profiles"] = {"NRMDefault": {"seconds": 1, "outside operators": 0.3, "operators": {"aten::mul": [0.2, 7]}}}
     failed = {"net": "Swin-T", "threads": 1, "failed run": "exit status 3"}
-    peaks = {"net": "VGG16 224", "batch": 8, "MiB": {PLAIN: 10.0, "recorded, NRMDefault": 21.0}, "failed": {}}
-    timm = [row_of(f"timm/net{i}", recorded_NRMDefault=float(i)) for i in (1, 2, 6)]
+    peaks = {"net": "VGG16 224", "batch": 8, "MiB": {PLAIN: 10.0, "plan, NRMDefault": 21.0}, "failed": {}}
+    timm = [row_of(f"timm/net{i}", plan_NRMDefault=float(i)) for i in (1, 2, 6)]
     results = {"environment": {"torch": "2"}, "rows": [failed, slow], "peaks": [peaks], "timm": timm}
     text = page.tables(results)
     assert "| VGG16 224 | EpsilonPlusFlat | 1.5 / 1.6 |" in text
     assert "| VGG16 224 | NRMDefault | 3 / 1.6 ✗ |" in text
-    missed = "plan 3 / 1.6 ✗, first call 3 / 2 ✗, plan : Zennit 0.75 / 0.7 ✗"
+    missed = "plan 3 / 1.6 ✗, plan : Zennit 0.75 / 0.7 ✗"
     assert f"- **VGG16 224, NRMDefault, 1 thread**: {missed}. Outside of operators 30%; `mul` 20% (7 calls)." in text
     assert "- **VGG16 224, NRMDefault, batch 8, peak memory**: plan 2.1 / 2 ✗." in text
     assert "- Swin-T, 1 threads: exit status 3" in text

@@ -39,7 +39,6 @@ from benchmarks.cost.timing import RETURNING, alternated, forked, profile, reset
 from benchmarks.cost.ways import (
     COMPOSITES,
     FIRST,
-    HAS_PLAN,
     PLAIN,
     PLANNED,
     RECORDED,
@@ -58,14 +57,8 @@ from benchmarks.speed import environment
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/cost.json"
-WAYS = [
-    PLAIN,
-    ZENNIT_FIRST,
-    *(f"{way}, {name}" for way in ([RECORDED, PLANNED][: 1 + HAS_PLAN]) for name in COMPOSITES),
-]
+WAYS = [PLAIN, ZENNIT_FIRST, *(f"{way}, {name}" for way in (RECORDED, PLANNED) for name in COMPOSITES)]
 """The computations whose peak memory is measured."""
-TAKEN = PLANNED if HAS_PLAN else RECORDED
-"""The way whose time is profiled: a plan, where the package has one."""
 
 
 def net_of(name: str) -> Net:
@@ -88,11 +81,14 @@ def one(name: str, count: int, rounds: int) -> dict[str, Any]:
     row["faults"] = faults(row["differences"])
     if row["faults"]:  # times of different results are not comparable
         return row
-    work, row["failed"] = Ways(net, model, x).runnable(list(COMPOSITES))
+    ways = Ways(net, model, x)
+    work, row["failed"] = ways.runnable(list(COMPOSITES))
+    explained = {name: plan.explain() for name, plan in ways.plans.items()}
+    row["not planned"] = {name: text for name, text in explained.items() if text.startswith("recorded every time")}
     row |= summary(alternated(work, rounds))
     row["load"] = round_to(os.getloadavg()[0], 2)
     if count == 1:
-        row["profiles"] = {name: profile(work[f"{TAKEN}, {name}"]) for name in COMPOSITES if page.missed(row, name)}
+        row["profiles"] = {name: profile(work[f"{PLANNED}, {name}"]) for name in COMPOSITES if page.missed(row, name)}
     return row
 
 

@@ -60,16 +60,10 @@ def ratio(row: Row, way: str, reference: str = PLAIN) -> float | None:
     return value
 
 
-def taken(row: Row, kind: str, composite: str) -> str:
-    """The plan or its first call; the recorded measure stands for both in results without plans."""
-    way = f"{kind}, {composite}"
-    return way if way in row.get("ratios", row.get("MiB", {})) else f"{RECORDED}, {composite}"
-
-
 def figures(row: Row, composite: str) -> dict[str, Figure]:
     """The numbers of one net, number of threads and composite, by column."""
     plan, first = TARGETS.get(row["net"], (None, None))
-    planned, called = taken(row, PLANNED, composite), taken(row, FIRST, composite)
+    planned, called = f"{PLANNED}, {composite}", f"{FIRST}, {composite}"
     of_zennit, first_of_zennit = (None, None) if row.get("without rule") else (OF_ZENNIT, FIRST_OF_ZENNIT)
     return {
         "plan": Figure(ratio(row, planned), plan),
@@ -96,7 +90,7 @@ def memory(row: Row, composite: str) -> dict[str, Figure]:
     def factor(way: str, reference: str = PLAIN) -> float | None:
         return found[way] / found[reference] if way in found and found.get(reference, 0) > 0 else None
 
-    planned, called = taken(row, PLANNED, composite), taken(row, FIRST, composite)
+    planned, called = f"{PLANNED}, {composite}", f"{FIRST}, {composite}"
     return {
         "gradient, MiB": Figure(found.get(PLAIN)),
         "Zennit": Figure(factor(ZENNIT_FIRST)),
@@ -131,8 +125,6 @@ def tables(results: dict[str, Any]) -> str:
     place = results["environment"]
     rows, parts = results.get("rows", []), list[str]()
     parts.append(", ".join(f"{key} {value}" for key, value in place.items()) + ". ✗: target missed.")
-    if not any(f"{PLANNED}, {name}" in row.get("ratios", {}) for row in rows for name in COMPOSITES):
-        parts.append("No plans were measured: a recorded measure stands in their columns.")
     for count in sorted({row["threads"] for row in rows}):
         of_count = [row for row in usable(rows) if row["threads"] == count]
         parts.append(f"### Time, {count} thread{'s' * (count > 1)}")
@@ -170,12 +162,14 @@ def timm_table(rows: list[Row]) -> str:
 
 
 def failures(rows: list[Row]) -> Iterator[str]:
-    """Rows without times."""
+    """Rows without times, or without a plan."""
     for row in rows:
         if "failed run" in row:
             yield f"{row['net']}, {row['threads']} threads: {row['failed run']}"
         for fault in row.get("faults", []):
             yield f"{row['net']}: {fault}"
+        for composite, text in row.get("not planned", {}).items():
+            yield f"{row['net']}, {composite}, no plan: {text}"
 
 
 def agreement(rows: list[Row]) -> str:
