@@ -18,7 +18,7 @@ from ..errors import NonlinearRuleError, UnsupportedRuleError
 from .base import IdentityKernel, Kernel
 from .forward_state import Saved
 from .gradient_mapper import mapped
-from .known_rules import is_by_modifiers, overrides
+from .known_rules import is_by_modifiers, overrides, own_copy
 from .layer_call import LayerCall, forward, shape_like
 from .normalization import Normalization
 from .rule_branch_reader import branch_kernel
@@ -69,7 +69,7 @@ def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Ke
         Saved(inputs, values=False),
         Saved(output, values=False),
     )  # no forward pass is running that could write to them
-    return read_rule(LayerCall(rule.copy(), module, forward, saved[0], shape_like(output), name, saved[1]))
+    return read_rule(LayerCall(own_copy(rule), module, forward, saved[0], shape_like(output), name, saved[1]))
 
 
 def check_linear(kernel: Kernel, call: LayerCall) -> None:
