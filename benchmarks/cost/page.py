@@ -141,7 +141,8 @@ def tables(results: dict[str, Any]) -> str:
     notes = [*failures(rows), *failures(results.get("timm", []))]
     parts += ["### Targets missed", "\n".join(f"- {text}" for text in misses(results)) or "None."]
     parts += ["### Not measured", "\n".join(f"- {text}" for text in notes) or "Nothing."]
-    parts += ["### Agreement before timing", agreement([*rows, *results.get("timm", [])])]
+    if rows or "timm" in results:
+        parts += ["### Agreement before timing", agreement([*rows, *results.get("timm", [])])]
     return "\n\n".join(parts)
 
 
