@@ -13,6 +13,8 @@ from torch import Tensor
 from .function_call import Slot
 from .registry import FunctionName, name_of
 
+LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
+"""Functions that return values of a tensor as Python objects."""
 WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
 """Functions that write to their first argument or to a copy of it, which autograd records."""
 
@@ -130,4 +132,4 @@ def source_line() -> str:
     return "unknown line"
 
 
-__all__ = ["WRITERS", "ObservedCall", "source_line"]
+__all__ = ["LEAVING", "WRITERS", "ObservedCall", "source_line"]

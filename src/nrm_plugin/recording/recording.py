@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -134,34 +134,48 @@ class Recording:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Further runs of the model of a recording, without hooks, to test the treatment of samples.
+    """Further runs of the model of a recording, to test the treatment of samples.
 
     Attributes:
         model, call, composite, output: As in :class:`Recording`.
+        calls_hooks: Whether the user's hooks are called.
     """
 
     model: nn.Module
     call: Call
     composite: Normalized
     output: Output | Atom | None
+    calls_hooks: bool = False
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether the model has hooks of the user that may change its output."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
+
+    def with_hooks(self) -> Rerun:
+        """Returns the same runs with the user's hooks."""
+        return replace(self, calls_hooks=True)
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Returns a recording on changed inputs."""
-        with _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
+        with self._hooks(), torch.inference_mode(False), torch.enable_grad():
             return Recording(self.model, self.call.changed(change, others), self.composite, self.output)
 
-    def outputs(self, change: Change) -> Tensor:
+    def outputs(self, change: Change, others: Change = _unchanged) -> Tensor:
         """Returns the output on changed inputs."""
         if isinstance(self.output, Atom):
-            return self.recording(change).output.detach()
-        call = self.call.changed(change)
+            return self.recording(change, others).output.detach()
+        call = self.call.changed(change, others)
         with ExitStack() as around:
             around.enter_context(_RECORDING)
             device = (*call.tensors, *call.indices.values())[0].device
-            for block in (_without_hooks(self.model), forward_pass(None), torch.no_grad(), _precision(device)):
+            for block in (self._hooks(), forward_pass(None), torch.no_grad(), _precision(device)):
                 around.enter_context(block)
             output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
             return output
+
+    def _hooks(self) -> AbstractContextManager[None]:
+        return preserved(self.model) if self.calls_hooks else _without_hooks(self.model)
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
         """Returns the shape of each labelled tensor for the sample twice; empty if the model rejects two samples."""
