@@ -1,4 +1,4 @@
-"""Samples that depend on each other by thresholds, branches or hooks raise; other models have the measures of samples."""
+"""Samples that depend on each other by thresholds, ids or hooks raise; others have the measures of single samples."""
 
 from __future__ import annotations
 

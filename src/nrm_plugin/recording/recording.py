@@ -17,6 +17,7 @@ from ..model.autocast import asked_for, exact, layers_in
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
+from ..model.renormalization import TablesUnwritten
 from .graph import Graph
 from .independence import find_samples
 from .observer import Observer
@@ -169,7 +170,7 @@ class Rerun:
         with ExitStack() as around:
             around.enter_context(_RECORDING)
             device = (*call.tensors, *call.indices.values())[0].device
-            for block in (self._hooks(), forward_pass(None), torch.no_grad(), _precision(device)):
+            for block in (self._hooks(), forward_pass(None), torch.no_grad(), _precision(device), TablesUnwritten()):
                 around.enter_context(block)
             output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
             return output
