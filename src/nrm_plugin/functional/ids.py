@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.forward_state import note_untracked
+from ..kernels.forward_state import listener, note_untracked
 from ..kernels.step import FunctionStep
 from ..model.routing import is_route_node
-from .observed_call import LEAVING, ObservedCall
+from .observed_call import LEAVING, ObservedCall, source_line
 
 
 class Kind(enum.IntEnum):
@@ -96,6 +96,9 @@ class Ids:
             return result
         if self._may_join(call, result):
             note_untracked()
+        listening = listener()
+        if kind is Kind.IDS and call.name.base in LEAVING and listening is not None:
+            listening.on_read(f"{call.name.base!r} in {call.path or 'the model'!r} ({source_line()})")
         if call.name.base == "setitem":
             value = call.args[2]
             kind = self.kind(value) if isinstance(value, Tensor) else None

@@ -123,6 +123,9 @@ class Listener(Protocol):
     def on_untracked(self) -> None:
         """Called when the model computes values from the inputs that autograd does not track, such as an order."""
 
+    def on_read(self, where: str) -> None:
+        """Called when the model converts ids to Python or numpy numbers; ``where`` describes the call."""
+
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""
 

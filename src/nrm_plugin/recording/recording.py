@@ -85,7 +85,7 @@ class Recording:
             with ExitStack() as stack:
                 stack.enter_context(composite.context(model))
                 observer.watch(model, stack)
-                with call.checked_ids(lambda: observer.has_lookups):
+                with call.checked_ids(lambda: observer.has_lookups, lambda: observer.read):
                     returned = call.run(model, passed)
         self.fingerprint = Fingerprint(model)
         if isinstance(output, Atom):
