@@ -127,6 +127,7 @@ OF_ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "number of words": lambda h, ids: h / (1 + (ids > 0).sum(1, keepdim=True)),
     "positions": lambda h, ids: h * (1 + (ids > 0).cumsum(1)[:, -1:]),
     "last word": lambda h, ids: h * (1 + ids.argmax(-1)[:, None]),
+    "integers of a mask": lambda h, ids: h * (ids > 0).int().sum(1, keepdim=True),
     "a branch that all samples take": lambda h, ids: h if bool((ids >= 0).all()) else h * 0,
 }
 
@@ -165,6 +166,16 @@ def test_hooks_that_join_samples_raise(layer, hook, entry):
     register(hook)
     with pytest.raises(FoldingError):
         entry(net).attribute(drawn(5), 1)
+
+
+def test_models_that_compute_only_tensors_of_the_graph_do_not_run_on_single_samples():
+    rows: list[int] = []
+    net = Net(lambda h: rows.append(len(h)) or h.flip(0).flip(0)).eval()
+    RelevanceMeasure(net, drawn(5), 1)
+    assert set(rows) == {5}
+    words = Words(lambda h, ids: rows.append(len(h)) or h * (ids > 0).int().sum(1, keepdim=True)).eval()
+    RelevanceMeasure(words, torch.tensor([[0, 3, 1, 10], [7, 7, 2, 5]]), 1)
+    assert rows.count(2) == 1
 
 
 HOOKS_OF_SAMPLES: dict[str, Callable[[nn.Module, Any, Tensor], Any]] = {

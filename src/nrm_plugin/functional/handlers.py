@@ -16,7 +16,7 @@ from ..kernels.forward_state import before_writing, note_untracked, write
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
 from .intercepted_pass import InterceptedPass, written
-from .observed_call import LEAVING, WRITERS, ObservedCall
+from .observed_call import WRITERS, ObservedCall
 from .recurrent import RECURRENCES, Context
 from .registry import KERNELS, kernel_factory_of
 from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, write_at
@@ -56,7 +56,7 @@ def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
     """Whether a function of computed values returned values that autograd does not follow."""
     items = result if isinstance(result, (list, tuple)) else (result,)
     if not all(isinstance(item, Tensor) for item in items):
-        return call.name.base in LEAVING
+        return call.leaves(result)
     return not all(item.requires_grad for item in items)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.forward_state import listener, note_untracked
 from ..kernels.step import FunctionStep
 from ..model.routing import is_route_node
-from .observed_call import LEAVING, ObservedCall, source_line
+from .observed_call import ObservedCall, source_line
 
 
 class Kind(enum.IntEnum):
@@ -97,7 +97,7 @@ class Ids:
         if self._may_join(call, result):
             note_untracked()
         listening = listener()
-        if kind is Kind.IDS and call.name.base in LEAVING and listening is not None:
+        if kind is Kind.IDS and call.leaves(result) and listening is not None:
             listening.on_read(f"{call.name.base!r} in {call.path or 'the model'!r} ({source_line()})")
         if call.name.base == "setitem":
             value = call.args[2]
@@ -113,7 +113,7 @@ class Ids:
 
     def _may_join(self, call: ObservedCall, result: Any) -> bool:
         """Whether a function of ids returns values that may belong to several samples, or Python objects."""
-        if call.name.base in LEAVING:
+        if call.leaves(result):
             return True
         if call.name.base not in _JOINING:
             return False

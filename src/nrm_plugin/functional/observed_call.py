@@ -13,7 +13,7 @@ from torch import Tensor
 from .function_call import Slot
 from .registry import FunctionName, name_of
 
-LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
+_LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
 """Functions that return values of a tensor as Python objects."""
 WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
 """Functions that write to their first argument or to a copy of it, which autograd records."""
@@ -55,6 +55,11 @@ class ObservedCall:
     def run(self) -> Any:
         """Runs the function and returns its result."""
         return self.function(*self.args, **self.kwargs)
+
+    def leaves(self, result: Any) -> bool:
+        """Whether the result holds values of a tensor as Python objects; ``x.int()`` has the name of ``int(x)``."""
+        items = result if isinstance(result, (list, tuple)) else (result,)
+        return self.name.base in _LEAVING and not all(isinstance(item, Tensor) for item in items)
 
     def argument(self, position: int, keyword: str) -> Any:
         """Returns an argument by position or keyword; None if it is not given."""
@@ -132,4 +137,4 @@ def source_line() -> str:
     return "unknown line"
 
 
-__all__ = ["LEAVING", "WRITERS", "ObservedCall", "source_line"]
+__all__ = ["WRITERS", "ObservedCall", "source_line"]

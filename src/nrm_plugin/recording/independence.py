@@ -2,7 +2,7 @@
 
 If the operations do not prove independence, it is tested. Relevance of single samples is tracked through the graph, and
 the model runs again with other values of some samples, which must change neither the outputs of the other samples nor,
-if a rule is not known, their relevance. Finally, the model runs on single samples.
+if a rule is not known, their relevance. If values outside of the graph may join samples, single samples run as well.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
         _check_outputs(recording, chosen, exchange, rerun)
         if not are_known:
             _check_relevance(recording, noise, chosen, rerun)
-    _check_alone(recording, rerun)
+    if recording.samples.may_mix:
+        _check_alone(recording, rerun)
 
 
 def _is_followed(samples: Samples, noise: Tensor) -> bool:
