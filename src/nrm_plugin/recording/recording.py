@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..composites import Normalized
 from ..events.event import Atom
-from ..kernels.forward_state import forward_pass
+from ..kernels.forward_state import before_writing, forward_pass
 from ..model.autocast import asked_for, exact, layers_in
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
@@ -27,6 +27,8 @@ from .structure import Structure
 from .taps import OUTPUT, Label, Taps
 
 _RECORDING = threading.RLock()
+LARGEST_BUFFER = 1 << 16
+"""Number of entries of the largest buffer that is restored after a run that wrote to the buffer."""
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -74,6 +76,7 @@ class Recording:
             for block in (
                 preserved(model),
                 forward_pass(observer),
+                _buffers_kept(model),
                 torch.enable_grad(),
                 _precision(device),
                 check_drawn(model, device),
@@ -176,6 +179,7 @@ class Rerun:
                 untraced(),
                 self._hooks(),
                 forward_pass(None),
+                _buffers_kept(self.model),
                 torch.no_grad(),
                 _precision(device),
                 TablesUnwritten(),
@@ -210,6 +214,30 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         yield
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Context that restores buffers that the model writes in place, such as running averages; large ones are caches."""
+    with untraced():
+        buffers = [buffer for module in model.modules() if not _is_norm(module) for buffer in module._buffers.values()]
+        written = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
+        kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in written.values()]
+    try:
+        yield
+    finally:
+        with untraced(), torch.no_grad():
+            for buffer, version, values in kept:
+                # A write through ``.data`` changes no version; on other devices a comparison would wait for the device.
+                is_written = buffer._version != version or (buffer.is_cpu and not torch.equal(buffer, values))
+                if is_written and buffer.shape == values.shape:
+                    before_writing(buffer)
+                    buffer.copy_(values)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization layer of torch, which does not write its statistics in evaluation mode."""
+    return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
 
 
 @contextmanager
