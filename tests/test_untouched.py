@@ -555,7 +555,7 @@ class Averaging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.a(x).relu()
         self.write(self.average, hidden.detach().mean((0, 1)))
-        return self.b((hidden * (1 + self.average)).mean(1))
+        return self.b((hidden @ self.average.expand(6, 6)).mean(1))
 
 
 WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
