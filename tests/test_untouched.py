@@ -544,18 +544,23 @@ def test_a_model_of_torchvision_is_left_unchanged():
 
 
 class Averaging(nn.Module):
-    """A gate by a running average of its inputs, which it updates in place in each call."""
+    """Multiplies by a running average of products of its features, which it updates in place in each call."""
 
     def __init__(self, write: Callable[[Tensor, Tensor], object]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b, self.write = nn.Linear(4, 6), nn.Linear(6, 3), write
-        self.register_buffer("average", torch.zeros(6))
+        self.register_buffer("average", torch.rand(6, 6))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.a(x).relu()
-        self.write(self.average, hidden.detach().mean((0, 1)))
-        return self.b((hidden @ self.average.expand(6, 6)).mean(1))
+        self.write(self.average, products(hidden))
+        return self.b((hidden @ self.average).mean(1))
+
+
+def products(hidden: Tensor) -> Tensor:
+    rows = hidden.detach().flatten(0, 1)
+    return rows.T @ rows
 
 
 WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
@@ -571,9 +576,7 @@ WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
 def test_buffers_that_the_model_writes_in_place_are_restored(name):
     x = torch.rand(1, 5, 4, generator=torch.Generator().manual_seed(1))
     net, twin = Averaging(WRITES[name]).eval(), Averaging(lambda average, new: None).eval()
-    net.average.fill_(0.25)
-    twin.average.copy_(net.average)
-    WRITES[name](twin.average, twin.a(x).relu().detach().mean((0, 1)))
+    WRITES[name](twin.average, products(twin.a(x).relu()))
     before = net.average.clone()
     mu = RelevanceMeasure(net, x, 1)
     assert torch.equal(net.average, before)
