@@ -1,4 +1,4 @@
-"""Kernels of functions with several inputs, of which some receive relevance."""
+"""Kernels of functions with several inputs, where only some inputs receive relevance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMALLEST = 1e-30
 
 
 class BroadcastKernel(Kernel):
-    """Kernel that passes all relevance to one input, summed over the dimensions in which that input was broadcast.
+    """A kernel that passes all relevance to one input, summed over the dimensions in which that input was broadcast.
 
     Args:
         shapes: Shape of each input.
@@ -35,7 +35,7 @@ class BroadcastKernel(Kernel):
 
 
 class SplitKernel(Kernel):
-    r"""Kernel that splits relevance among the inputs, elementwise, :math:`T_k = q_k / \sum_k q_k`.
+    r"""A kernel that splits relevance among the inputs, elementwise, :math:`T_k = q_k / \sum_k q_k`.
 
     Args:
         shares: Shares of each input, which broadcast to the shape of the output.
@@ -118,7 +118,7 @@ class SingleInputKernel(Kernel):
 
 
 class EqualPartsKernel(Kernel):
-    """Kernel that splits relevance equally among some factors of a product; the other factors receive no relevance.
+    """A kernel that splits relevance equally among some factors of a product; the other factors receive none.
 
     Args:
         kernels: Kernels by number of the factor.
@@ -143,7 +143,7 @@ class EqualPartsKernel(Kernel):
 
 
 class RouteKernel(VjpKernel):
-    """Kernel that passes the relevance of each output to the copied entries, split among ties as by autograd.
+    """A kernel that passes the relevance of each output to the copied entries, split among ties as in autograd.
 
     Args:
         function: The gradient of the operation, ``(N, *out)`` to ``(N, *in)`` for each input.

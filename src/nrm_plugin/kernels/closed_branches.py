@@ -17,11 +17,13 @@ from zennit.rules import Epsilon, ZPlus
 
 from ..model.affine_layers import broadcast, twin_of
 from ..model.linear_maps import LinearMap, explicit_maps, window_maps
+from ..model.value_reads import holds
 from ..rules import ConservingEpsilon, mean_sizes
 from .cache_blocks import Block, blocks_for
 from .layer_call import LayerCall
 from .mapper_closed_forms import inverse_by
 from .modified_layers import is_by_blocks
+from .modifier_probes import is_positive
 from .normalization import Columns, ColumnWriter, Normalization, may_read
 from .rule_branch import Branch
 from .rule_forms import RuleForm, form_of, modified_bias
@@ -126,7 +128,7 @@ class _Reader:
     def _images(self) -> list[_Image] | None:
         images: list[_Image] = []
         for modify_input, modify in zip(self.rule.input_modifiers, self.rule.param_modifiers, strict=True):
-            is_all = isinstance(self.rule, ZPlus) and not images and _is_positive(self.call.input)
+            is_all = isinstance(self.rule, ZPlus) and not images and is_positive(self.call.input)
             source = self.call.input if is_all else modify_input(self.call.input).detach()
             image = self._image(source, modify.modifier(self.weight, "weight"))
             if image is None:
@@ -197,7 +199,8 @@ class _Reader:
         total = torch.maximum(least, size, out=least)
         taken = torch.sub(total, size, out=size)
         eps = self.form.epsilon
-        if may_read(total) and bool(total.amin() >= eps / torch.finfo(total.dtype).eps):  # the sums are one
+        least_safe = eps / torch.finfo(total.dtype).eps
+        if may_read(total) and holds("sums of one", lambda: total.amin() >= least_safe):
             self.writer.gain(at, None)
             scaled = total.reciprocal_()
         else:
@@ -206,8 +209,3 @@ class _Reader:
             scaled = scaled if gain is None else scaled.mul_(gain)
         torch.sign(image, out=out[0]).mul_(scaled)
         torch.mul(taken.mul_(scaled), inverse, out=out[1])
-
-
-def _is_positive(source: Tensor) -> bool:
-    """Whether no entry is negative, so that the other branch of a rule is zero."""
-    return source.numel() == 0 or bool(source.amin() >= 0)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import brief
+from ..model.value_reads import holds
 from .cache_blocks import Block, blocks
 
 Residual = Literal["redistribute", "sink"]
@@ -48,7 +49,7 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
 
 
 def _line(column_sum: Tensor, limit: float) -> Tensor:
-    """``1 + (G - 1) G c``, and 1 for negative ``c``: the gain of columns that are not restored."""
+    """Returns ``1 + (G - 1) G c``, and 1 for negative ``c``: the gain of columns that are not restored."""
     return torch.rsub(column_sum.clamp(min=0), 1, alpha=(1 - limit) * limit)
 
 
@@ -58,7 +59,7 @@ def least_restored(dtype: torch.dtype, limit: float) -> float:
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """``1 - g c``, the share of each column that the sink absorbs; exactly 0 where the gain raises the sum to one."""
+    """Returns ``1 - g c``, the share of a column that the sink absorbs; exactly 0 where the gain makes the sum 1."""
     if not math.isfinite(limit):
         return (1 - factor * column_sum).mul_(column_sum < least_restored(column_sum.dtype, limit))
     # On the line the share falls to zero exactly where the gain restores the column; a comparison takes longer.
@@ -66,7 +67,7 @@ def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether Python may branch on the values of a tensor to save work; on other devices a read synchronizes."""
+    """Returns whether a shortcut may read values: on a CPU, since a read synchronizes with other devices."""
     return tensor.device.type == "cpu" and tensor.numel() > 0
 
 
@@ -110,7 +111,8 @@ class Normalization:
         if self.residual == "sink":
             return Scaling(deficit=1 - column_sum)
         limit = float(self.gain_limit)
-        if may_read(column_sum) and bool(column_sum.amin() >= least_restored(column_sum.dtype, limit)):
+        least = least_restored(column_sum.dtype, limit)
+        if may_read(column_sum) and holds("large column sums", lambda: column_sum.amin() >= least):
             return Scaling(column_sum.reciprocal())
         factor = gain(column_sum, limit)
         return Scaling(factor, deficit(column_sum, factor, limit))
@@ -120,7 +122,7 @@ class Normalization:
         limit = float(self.gain_limit)
         if self.residual == "sink" or not 1 < limit < math.inf or not may_read(image):
             return False
-        return bool(torch.sub(image, added, alpha=1 / (limit - 1)).amin() >= 0)
+        return holds("large images", lambda: torch.sub(image, added, alpha=1 / (limit - 1)).amin() >= 0)
 
     def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
         """Returns the gain and the deficit as in :meth:`scaling`, computed block by block on a CPU."""
