@@ -199,8 +199,8 @@ class _Reader:
         total = torch.maximum(least, size, out=least)
         taken = torch.sub(total, size, out=size)
         eps = self.form.epsilon
-        least_safe = eps / torch.finfo(total.dtype).eps
-        if may_read(total) and holds("sums of one", lambda: total.amin() >= least_safe):
+        least_total = eps / torch.finfo(total.dtype).eps
+        if may_read(total) and holds("sums of one", lambda: total.amin() >= least_total):
             self.writer.gain(at, None)
             scaled = total.reciprocal_()
         else:

@@ -113,4 +113,4 @@ def without_values(call: LayerCall) -> LayerCall:
 
 def shape_like(tensor: Tensor) -> Tensor:
     """Returns a tensor without memory, with the same shape and device and the dtype of relevance at this tensor."""
-    return tensor.detach().new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)
+    return tensor.new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

@@ -93,7 +93,7 @@ class LayerStep(Step):
         self.layer_call = replace(self.layer_call, saved_input=Saved(source, values=False))
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
-        if self.has_dense_norm and float((column_sum < 0.5).double().mean()) > 0.5:
+        if self.has_dense_norm and bool((column_sum < 0.5).double().mean() > 0.5):
             warnings.warn(
                 f"batch normalization was fused with the dense layer {self.name!r}, and its bias takes most of the "
                 "relevance of most of its neurons. Heat maps through such a pair say little about the inputs "

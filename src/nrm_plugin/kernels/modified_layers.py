@@ -115,7 +115,7 @@ def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
 
 
 def is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
-    """Returns whether to run in blocks: for a large linear layer and a built-in rule that changes its weight."""
+    """Returns whether this is a large linear layer and a built-in rule that changes its weight."""
     weight = call.module._parameters.get("weight")
     if weight is None or weight.numel() < LARGE or type(twin_of(call.module)).forward is not nn.Linear.forward:
         return False

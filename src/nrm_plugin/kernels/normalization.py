@@ -49,7 +49,7 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
 
 
 def _line(column_sum: Tensor, limit: float) -> Tensor:
-    """Returns ``1 + (G - 1) G c``, and 1 for negative ``c``: the gain of columns that are not restored."""
+    """``1 + (G - 1) G c``, and 1 for negative ``c``: the gain of columns that are not restored."""
     return torch.rsub(column_sum.clamp(min=0), 1, alpha=(1 - limit) * limit)
 
 
@@ -59,7 +59,7 @@ def least_restored(dtype: torch.dtype, limit: float) -> float:
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """Returns ``1 - g c``, the share of a column that the sink absorbs; exactly 0 where the gain makes the sum 1."""
+    """Returns ``1 - g c``, the share that the sink absorbs; exactly 0 where the gain raises the column sum to one."""
     if not math.isfinite(limit):
         return (1 - factor * column_sum).mul_(column_sum < least_restored(column_sum.dtype, limit))
     # On the line the share falls to zero exactly where the gain restores the column; a comparison takes longer.
@@ -67,7 +67,7 @@ def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Returns whether a shortcut may read values: on a CPU, since a read synchronizes with other devices."""
+    """Returns whether to branch on the values of a tensor to save work; on other devices a read synchronizes."""
     return tensor.device.type == "cpu" and tensor.numel() > 0
 
 
@@ -118,11 +118,11 @@ class Normalization:
         return Scaling(factor, deficit(column_sum, factor, limit))
 
     def restores(self, image: Tensor, added: Tensor | float) -> bool:
-        """Whether the gain raises every column ``image / (image + added)`` to one, both terms being non-negative."""
+        """Returns whether the gain makes all columns ``image / (image + added)`` to one; both terms are nonnegative."""
         limit = float(self.gain_limit)
         if self.residual == "sink" or not 1 < limit < math.inf or not may_read(image):
             return False
-        return holds("large images", lambda: torch.sub(image, added, alpha=1 / (limit - 1)).amin() >= 0)
+        return holds("restored columns", lambda: torch.sub(image, added, alpha=1 / (limit - 1)).amin() >= 0)
 
     def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
         """Returns the gain and the deficit as in :meth:`scaling`, computed block by block on a CPU."""
