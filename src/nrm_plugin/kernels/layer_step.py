@@ -53,12 +53,16 @@ class LayerStep(Step):
         self.layer_below: LayerStep | None = None
         self.has_dense_norm = False
 
-    def _build(self) -> Kernel:
+    def fold(self) -> None:
+        """Fuses the layer with its batch normalization, so that the call is final."""
         while self.folds:
             self.folds.pop(0)()
+
+    def _build(self) -> Kernel:
+        self.fold()
         call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # needed once
         # The column sums of a dense layer with a batch normalization are checked, so its kernel must have them.
-        return read_rule(call, None if self.has_dense_norm else self._normalization)
+        return read_rule(call, None if self.has_dense_norm else self.normalization)
 
     @property
     def is_identity(self) -> bool:

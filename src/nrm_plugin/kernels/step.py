@@ -34,6 +34,7 @@ class Step(ABC):
         rule: Name of the rule or operation.
 
     Attributes:
+        normalization: The normalization of columns.
         call: Number of the call of the module or function.
         dtype: The dtype of relevance at the output.
         is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
@@ -53,7 +54,7 @@ class Step(ABC):
         self._like = shape_like(output)
         self.dtype = self._like.dtype
         self.is_short = is_short(output)
-        self._normalization = normalization
+        self.normalization = normalization
         self._lock = threading.RLock()
 
     @abstractmethod
@@ -83,7 +84,7 @@ class Step(ABC):
             return self._scaling_of(kernel.column_sum(self._like).detach())
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
-        return self._normalization.scaling_by_blocks(column_sum)
+        return self.normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
         """Returns gain and deficit at all entries where this relevance is not zero; None stands for any relevance."""
