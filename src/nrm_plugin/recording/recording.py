@@ -124,7 +124,9 @@ class Recording:
     def _contrasted(self, contrast: Tensor) -> Tensor:
         """Puts one number on top of the outputs, and returns its relevance."""
         top = contrast_top(self.graph, self.samples, self.output, contrast)
+        names = self.taps.output_names()
         self.structure = self._restructured(top)
+        self.taps.fused = names - self.taps.output_names()
         start = torch.ones(top.shape, dtype=top.dtype, device=top.device)
         if self.samples.count > 1 and not self.samples.is_plain:
             with torch.inference_mode(False), torch.no_grad():
