@@ -335,6 +335,8 @@ class RelevanceMeasure(Recorded):
     ) -> FlowGraph:
         """Returns the flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
 
+        All masses are multiplied by :attr:`sign`, which matters if a difference of outputs is negative.
+
         Args:
             layers: The layers, in any order; of each two, one must be below the other.
             over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or

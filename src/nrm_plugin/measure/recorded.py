@@ -55,6 +55,22 @@ class Recorded(QueryPasses):
         return self._output.clone()
 
     @property
+    def sign(self) -> Tensor:
+        """The sign of the explained difference with ``against``, ``(N,)``, else 1.
+
+        A measure times its sign is evidence for the target, also if the compared outputs are ahead. Multiply maps by
+        it before they are drawn or added; flows, sweeps and the commands do.
+
+        Examples:
+            >>> mu.sign
+            tensor([1., 1., 1., 1., 1.])
+            >>> difference = RelevanceMeasure(net, torch.randn(5, 3), target=1, against=0)
+            >>> torch.equal(difference.sign, difference.output.sign())
+            True
+        """
+        return self._output.sign() if self._recording.has_contrast else torch.ones_like(self._output)
+
+    @property
     def batch(self) -> int:
         """Number of samples.
 

@@ -26,8 +26,8 @@ def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = 
         outputs: The outputs, ``(N, …)``; a single sample without a batch is ``(1, …)``.
         target: A target of :func:`~nrm_plugin.model.targets.start_vector`, or a function that returns one.
         against: ``"rest"`` for :math:`s = e_c - \sum_{k \neq c} p_k e_k` with the softmax ``p`` over the other classes,
-            held constant; a target, for the difference of two outputs; or a function of the outputs that returns a
-            target, or, as floating point numbers, all of ``s``, which then takes the place of ``target``.
+            held constant; a target, for the difference of two outputs; or a function of the outputs that returns one of
+            these, or, as floating point numbers, all of ``s``, which then takes the place of ``target``.
         batched: Whether the first dimension of the model's outputs is the batch.
 
     Raises:

@@ -46,6 +46,7 @@ class Recording:
     Attributes:
         structure: Graph, taps and samples, which do not depend on values.
         output: The output, with its history.
+        has_contrast: Whether the measure starts at one number on top of the outputs.
         fingerprint: State of the weights during the forward pass.
 
     Raises:
@@ -64,6 +65,7 @@ class Recording:
         output: Output | Atom | None = None,
     ) -> None:
         check_module(model)
+        self.has_contrast = False
         self._rerun = Rerun(model, call, composite, output)
         indices = list(call.indices.values())
         inner = output if isinstance(output, Atom) else None
@@ -123,6 +125,7 @@ class Recording:
 
     def _contrasted(self, contrast: Tensor) -> Tensor:
         """Puts one number on top of the outputs, and returns its relevance."""
+        self.has_contrast = True
         top = contrast_top(self.graph, self.samples, self.output, contrast)
         names = self.taps.output_names()
         self.structure = self._restructured(top)
