@@ -121,10 +121,10 @@ def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, agains
     over = {"input": patches(image.shape[2:], PATCHES)}
     names: dict[str, Names] = {"input": patch_names(PATCHES), "output": [f"“{digit}”" for digit in range(10)]}
     if against == REST:
-        names["output"] = [_explained(sample, against)]
+        names["output"] = [f"“{sample.predicted}”"]
     graph = mu.flow(["input", LOWER, UPPER, "output"], over, top=CHANNELS, names=names)
     maps = flow_maps(mu, graph, over)
-    heading = f"{str(sample).capitalize()}. How relevance flows"
+    heading = f"{str(sample).capitalize()}. How relevance flows to {_explained(sample, against)}"
     files = [out / f"{sample.name}-flow.{kind}" for kind in ("png", *(["html"] if has_page() else []))]
     save_figure(flow_figure(graph, heading, maps=maps), files[0])
     for path in files[1:]:

@@ -57,7 +57,8 @@ class ConditionalExplanation:
     Attributes:
         condition: The condition.
         mass: Mass of the event.
-        relevance: Relevance of the inputs given the event, ``(C, H, W)``; None if the mass is zero or nearly cancels.
+        relevance: Relevance of the inputs given the event, ``(C, H, W)``, with the sign of the mass if the class is
+            compared with others; None if the mass is zero or nearly cancels.
         problem: The reason why the relevance is undefined.
     """
 
@@ -124,7 +125,7 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         relevance.cpu(),
         _totals(mu, "input", relevance),
         [_layer(mu, name, request.channels) for name in request.layers],
-        [_conditional(mu, condition) for condition in request.given],
+        [_conditional(mu, condition, against) for condition in request.given],
     )
 
 
@@ -144,11 +145,14 @@ def _layer(mu: RelevanceMeasure, name: str, channels: int) -> LayerExplanation:
     return LayerExplanation(name, relevance[0].cpu(), mass.cpu(), totals, top, heat_maps.cpu())
 
 
-def _conditional(mu: RelevanceMeasure, condition: Condition) -> ConditionalExplanation:
+def _conditional(mu: RelevanceMeasure, condition: Condition, against: Against) -> ConditionalExplanation:
     mass = 0.0
     try:
         mass = float(mu.sign * mu(condition.event))
-        return ConditionalExplanation(condition, mass, mu.marginal("input", given=condition.event)[0].cpu())
+        relevance = mu.marginal("input", given=condition.event)[0].cpu()
+        # Evidence for the class is positive, also if the difference, or the condition, is negative.
+        is_against = against is not None and mass < 0
+        return ConditionalExplanation(condition, mass, -relevance if is_against else relevance)
     except NullEventError:
         return ConditionalExplanation(condition, mass, None, "no relevance passes through these walks")
     except CancellationError:

@@ -158,7 +158,8 @@ def _overview(loaded: LoadedModel, result: Explanation) -> Figure:
         numbers += f", bypass {percent(totals.bypass)}"
     left = f"{short(result.source.path.name)}\n{short(loaded.name)}"
     left += ", random weights" if weights_title(loaded) else ""
-    right = f"relevance for {_explained(loaded, result)}\n{numbers}"
+    explained = _explained(loaded, result).replace(" rather than ", "\nrather than ")
+    right = f"relevance for {explained}\n{numbers}"
     pixels = result.relevance.sum(0)
     return image_and_heat_map(result.image, pixels, (left, right), limit=color_limit([pixels]))
 
@@ -183,7 +184,7 @@ def _conditionals(loaded: LoadedModel, result: Explanation, drawn: Sequence[Cond
     titles = [f"given {wrapped(given.condition.text)}\nmass {percent(given.mass)}" for given in drawn]
     limit = color_limit(maps)
     if len(maps) == 1:
-        left = _title(loaded, result).replace(": ", ":\n", 1)
+        left = _title(loaded, result).replace(": ", ":\n", 1).replace(" rather than ", "\nrather than ")
         return image_and_heat_map(result.image, maps[0], (left, titles[0]), limit=limit)
     heading = heading_lines([_title(loaded, result)], len(maps))
     return heat_maps(maps, titles, heading, result.image, limit=limit)

@@ -149,7 +149,7 @@ def _graph(
     names: dict[str, Mapping[int, str]] = {"input": patch_names(count)}
     target, against = explained_class(loaded, request.target, mu.outputs), compared_with(loaded, request, mu.outputs)
     if against is not None:  # the output is one number
-        names["output"] = {0: explained_title(loaded, target, against)}
+        names["output"] = {0: class_name(loaded, target) or f"class {target}"}
     elif any(classes.values()):
         names["output"] = classes
     try:

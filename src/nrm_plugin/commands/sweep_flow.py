@@ -107,7 +107,7 @@ def mean_flow(
 def _mean(sweep: Sweep, layers: Sequence[str], target: int | None, classes: Classes, **limits: Any) -> FlowGraph:
     names = {"output": classes.categories} if classes.categories else None
     if "against" in sweep.manifest.settings:
-        names = {"output": [f"class{_compared(sweep, classes)}"]}
+        names = {"output": ["class" if target is None else classes.name(target)]}
     stored = [query.layers for query in sweep.queries.values() if query.kind == "Joint"]
     is_upwards = len(layers) > 1 and (layers[1], layers[0]) in stored
     downwards = list(layers)[::-1] if is_upwards else list(layers)

@@ -55,6 +55,16 @@ class Recorded(QueryPasses):
         return self._output.clone()
 
     @property
+    def explains_difference(self) -> bool:
+        """Whether the measure explains a difference of outputs, with ``against``.
+
+        Examples:
+            >>> mu.explains_difference
+            False
+        """
+        return self._recording.has_contrast
+
+    @property
     def sign(self) -> Tensor:
         """The sign of the explained difference with ``against``, ``(N,)``, else 1.
 
@@ -68,7 +78,7 @@ class Recorded(QueryPasses):
             >>> torch.equal(difference.sign, difference.output.sign())
             True
         """
-        return self._output.sign() if self._recording.has_contrast else torch.ones_like(self._output)
+        return self._output.sign() if self.explains_difference else torch.ones_like(self._output)
 
     @property
     def batch(self) -> int:
