@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from zennit.core import Composite
 
-from ..errors import HookedContainerError, NRMError, UncoveredLayerError
+from ..errors import HookedContainerError, NRMError, TargetError, UncoveredLayerError
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.contrast import REST
@@ -255,6 +255,9 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
                 residual=request.residual,
                 gain_limit=request.gain_limit,
             )
+    except TargetError as error:
+        remedy = "" if is_alone else " In a command: --against none explains the output of the class alone."
+        raise TargetError(f"{error}{remedy}") from error
     except UncoveredLayerError as error:
         layer = str(error).partition(" has no rule")[0]
         raise RequestError(
