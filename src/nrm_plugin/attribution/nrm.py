@@ -132,8 +132,8 @@ class NRM(GradientAttribution):
             against: Explain the difference of the target from another output, or from ``"rest"``, the other classes;
                 see :class:`~nrm_plugin.RelevanceMeasure`. In the unit ``"output"``, relevance sums to the difference,
                 which may be negative.
-            given: Event on which relevance is conditional.
-            joint: Event with which relevance is joint.
+            given: Event on which relevance is conditioned.
+            joint: Event for joint relevance.
             unit: ``"output"`` if relevance, sink and bypass of a sample sum to the explained output, ``"measure"`` if
                 they sum to 1.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.

@@ -39,7 +39,7 @@ from .request import Against, Request, RequestError, check_layers, compared_with
 
 
 def has_page() -> bool:
-    """Whether an interactive page can be written."""
+    """Returns whether an interactive page can be written."""
     return find_spec("plotly") is not None
 
 

@@ -20,6 +20,7 @@ class Recorded(QueryPasses):
 
     composite: Normalized
     _output: Tensor
+    _is_difference = False
 
     @property
     def layers(self) -> list[str]:
@@ -62,7 +63,7 @@ class Recorded(QueryPasses):
             >>> mu.explains_difference
             False
         """
-        return self._recording.has_contrast
+        return self._is_difference
 
     @property
     def sign(self) -> Tensor:
@@ -91,7 +92,7 @@ class Recorded(QueryPasses):
         return self._recording.samples.count
 
     def shape(self, layer: Layer) -> torch.Size:
-        """Shape of a tap, ``(N, …)``, such as ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
+        """Returns the shape of a tap: ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
 
         Examples:
             >>> mu.shape("1")

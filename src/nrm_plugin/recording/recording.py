@@ -18,6 +18,7 @@ from ..model.autocast import asked_for, exact, layers_in
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
+from ..model.value_reads import audit, untraced
 from .contrast_step import contrast_top
 from .graph import Graph
 from .independence import find_samples
@@ -46,7 +47,6 @@ class Recording:
     Attributes:
         structure: Graph, taps and samples, which do not depend on values.
         output: The output, with its history.
-        has_contrast: Whether the measure starts at one number on top of the outputs.
         fingerprint: State of the weights during the forward pass.
 
     Raises:
@@ -65,7 +65,6 @@ class Recording:
         output: Output | Atom | None = None,
     ) -> None:
         check_module(model)
-        self.has_contrast = False
         self._rerun = Rerun(model, call, composite, output)
         indices = list(call.indices.values())
         inner = output if isinstance(output, Atom) else None
@@ -105,7 +104,7 @@ class Recording:
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         r"""Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
 
-        The method also finds the samples in each tensor, if there are several that are not known to be its rows.
+        The method also locates the samples in each tensor, unless they are known to be its rows or there is only one.
 
         Args:
             relevance: The relevance, ``(N, …)``.
@@ -117,7 +116,8 @@ class Recording:
         """
         start = self._layout.fold(relevance)
         if self.samples.count > 1 and not self.samples.is_plain:
-            find_samples(self, start, self._rerun)
+            with audit():
+                find_samples(self, start, self._rerun)
         if contrast is not None:
             start = self._contrasted(contrast)
         del self._rerun, self._restructured
@@ -125,7 +125,6 @@ class Recording:
 
     def _contrasted(self, contrast: Tensor) -> Tensor:
         """Puts one number on top of the outputs, and returns its relevance."""
-        self.has_contrast = True
         top = contrast_top(self.graph, self.samples, self.output, contrast)
         names = self.taps.output_names()
         self.structure = self._restructured(top)
@@ -146,7 +145,7 @@ class Recording:
         return self._layout.unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
-        """A copy of the output in the form ``(N, …)``; without ``batched``, in the shape that the model returned."""
+        """Returns a copy of the output in the form ``(N, …)``; with ``batched=False``, in the model's own shape."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
@@ -167,7 +166,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Further runs of the model of a recording, without hooks, to test the treatment of samples.
+    """Runs the model of a recording again, without hooks, to test how the model treats samples.
 
     Attributes:
         model, call, composite, output: As in :class:`Recording`.
@@ -180,7 +179,7 @@ class Rerun:
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Returns a recording on changed inputs."""
-        with _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
+        with untraced(), _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
             return Recording(self.model, self.call.changed(change, others), self.composite, self.output)
 
     def outputs(self, change: Change) -> Tensor:
@@ -191,13 +190,19 @@ class Rerun:
         with ExitStack() as around:
             around.enter_context(_RECORDING)
             device = (*call.tensors, *call.indices.values())[0].device
-            for block in (_without_hooks(self.model), forward_pass(None), torch.no_grad(), _precision(device)):
+            for block in (
+                untraced(),
+                _without_hooks(self.model),
+                forward_pass(None),
+                torch.no_grad(),
+                _precision(device),
+            ):
                 around.enter_context(block)
             output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
             return output
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
-        """Returns the shape of each labelled tensor for the sample twice; empty if the model rejects two samples."""
+        """Returns the shapes of labelled tensors for two copies of the sample; empty if the model rejects two."""
 
         def twice(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor])
