@@ -67,6 +67,8 @@ def _channels(mu: RelevanceMeasure, image: Tensor, heading: str) -> Figure:
     mass = mu.marginal(UPPER, over="channel")[0]
     top = mass.abs().argsort(descending=True, stable=True)[:CONDITIONS].tolist()
     maps = mu.marginal("input", given=[at(UPPER).channel(channel) for channel in top])[:, 0].sum(1)
+    if mu.explains_difference:
+        maps = maps * mass[top].sign().reshape(-1, 1, 1)
     titles = [f"channel {channel}  ({percent(float(mass[channel]))})" for channel in top]
     return heat_maps(list(maps), titles, heading, image)
 

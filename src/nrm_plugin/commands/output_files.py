@@ -104,7 +104,6 @@ def image_settings(
     loaded: LoadedModel, request: Request, path: Path, digest: str, target: int, against: Against
 ) -> dict[str, Any]:
     """Returns all settings of image, model and rules that affect the numbers."""
-    compared = {} if against is None else {"against": against}
     return {
         "image": shown(path.name),
         "image_sha256": digest,
@@ -112,7 +111,7 @@ def image_settings(
         "weights": loaded.weights,
         "target": target,
         "target_name": class_name(loaded, target),
-        **compared,
+        "against": NONE if against is None else against,
         "composite": request.composite,
         "residual": request.residual,
         "gain_limit": "inf" if request.gain_limit == math.inf else request.gain_limit,
