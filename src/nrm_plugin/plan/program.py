@@ -15,11 +15,10 @@ from ..model.autocast import exact
 from .simplify import Simplifier
 from .trace import Operation, Trace, Value
 
-
 aten = torch.ops.aten
 
 
-class ValuesDiffer(Exception):
+class ChangedValueError(Exception):
     """A value on which the traced computation depended is different for these inputs.
 
     Attributes:
@@ -52,7 +51,9 @@ class Program:
         self.obstacle = next((reason for one in self.operations if (reason := _obstacle(one, simple.trace))), "")
         made = {number: index for index, one in enumerate(self.operations) for number in one.results}
         until = max((made[number] + 1 for number in outputs if number in made), default=0)
-        writer = _Writer(self.operations, self.constants, until, simple.trace.memory, {*trace.constants, *trace.placeholders})
+        writer = _Writer(
+            self.operations, self.constants, until, simple.trace.memory, {*trace.constants, *trace.placeholders}
+        )
         self.source, scope = writer.written(list(inputs), outputs, start, results)
         exec(compile(self.source, "<plan>", "exec"), scope)
         self._forward, self._relevance = scope["forward"], scope["relevance"]
@@ -139,7 +140,7 @@ _DIRECT: dict[Any, Any] = {
 
 
 def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
-    """Raises :class:`ValuesDiffer` if values are not as expected; values of tensors are read in one transfer."""
+    """Raises :class:`ChangedValueError` if values are not as expected; values of tensors are read in one transfer."""
     tensors = [found for found, _, _ in checks if isinstance(found, Tensor)]
     values = iter(torch.stack([one.double() for one in tensors]).tolist() if tensors else ())
     bad = []
@@ -147,7 +148,7 @@ def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
         if not _is_same(next(values) if isinstance(found, Tensor) else found, expected):
             bad.append(origin)
     if bad:
-        raise ValuesDiffer(bad)
+        raise ChangedValueError(bad)
 
 
 def _is_same(found: Any, expected: Any) -> bool:
