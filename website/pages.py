@@ -86,7 +86,7 @@ NAVIGATION = {
         docs/data-sets docs/references docs/batch-norm docs/relative docs/own-kernel docs/drop-in
         docs/troubleshooting""".split(),
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
-    "Mathematics": "docs/measure docs/special-cases".split(),
+    "Mathematics": "docs/measure docs/differences docs/special-cases".split(),
     "Numbers": """docs/numbers docs/cost docs/speed docs/default-composite docs/faithfulness docs/architectures
         docs/other-packages docs/mutants""".split(),
     "Reference": [f"reference/{page}" for page in REFERENCE],
