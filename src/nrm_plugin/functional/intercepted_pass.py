@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import Saved, is_in_module_step, is_inside_step, listener, not_recorded, write
+from ..kernels.forward_state import (
+    Saved,
+    is_in_module_step,
+    is_inside_step,
+    listener,
+    not_recorded,
+    without_torch_function,
+    write,
+)
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
 from ..kernels.step import FunctionStep, Step, link, step_of
@@ -244,12 +252,15 @@ class InterceptedPass:
 
     # -- modules ----------------------------------------------------------------------------------------------------
 
+    @without_torch_function
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Returns the output of an elementwise module as a step, if no mode observes its functions; None otherwise.
 
         Examples are activations in TorchScript or with their own ``autograd.Function``.
         """
-        if is_inside_step() or not isinstance(output, Tensor) or output.grad_fn is None or step_of(output.grad_fn):
+        if is_inside_step() or not isinstance(output, Tensor):
+            return None
+        if output.grad_fn is None or step_of(output.grad_fn) is not None:
             return None
         observed = ObservedCall.of(module.forward, args, kwargs, self.path)
         if len(observed.inputs) != 1:
