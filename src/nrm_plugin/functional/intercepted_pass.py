@@ -19,6 +19,8 @@ from ..kernels.forward_state import (
     is_inside_step,
     listener,
     not_recorded,
+    protect_weights,
+    protected,
     without_torch_function,
     write,
 )
@@ -105,7 +107,8 @@ class InterceptedPass:
             CallInput(Saved(tensor), self.gates.holds(tensor), source_of(tensor.grad_fn)) for tensor in observed.inputs
         )
         name, path = observed.name.base, self.path
-        return FunctionCall(name, function, path, observed.slots, keyword_slots, inputs, self.settings)
+        slots, keywords = protected(observed.slots), {key: protected(value) for key, value in keyword_slots.items()}
+        return FunctionCall(name, function, path, slots, keywords, inputs, self.settings)
 
     def _check_covered(self, observed: ObservedCall) -> None:
         """Raises unless the composite has a rule for a layer that is called as a function."""
@@ -135,6 +138,7 @@ class InterceptedPass:
         if layer is None:
             step = FunctionStep(path, output, build, normalization, rule)
         else:
+            protect_weights(layer.module)
             step = LayerStep(layer, output, normalization, path, rule)
         step.call, step.attention, step.keeps_rows = number, layout(call, output), rows
         if isinstance(step, LayerStep) and self.settings.fuse is not None:

@@ -23,6 +23,7 @@ from ..kernels.forward_state import (
     note_leaves,
     note_untracked,
 )
+from ..model.renormalization import Tables
 from .function_call import Settings
 from .handlers import handle
 from .intercepted_pass import InterceptedPass
@@ -40,15 +41,17 @@ class InterceptionMode(TorchFunctionMode):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.forward_pass = InterceptedPass(settings, self)
+        self._tables = Tables()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if RUNNING.made is None:
-            return self._result(func, args, kwargs or {})
-        known = known_leaves(args)
-        result = self._result(func, args, kwargs or {})
-        note_leaves((result, *args[:1]), known)
+        args, kwargs = self._tables.passed(func, args, kwargs or {})
+        known = None if RUNNING.made is None else known_leaves(args)
+        result = self._result(func, args, kwargs)
+        if known is not None:
+            note_leaves((result, *args[:1]), known)
+        self._tables.check(args, kwargs, result)
         return result
 
     def _result(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

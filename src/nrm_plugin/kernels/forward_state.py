@@ -27,10 +27,29 @@ class Saved:
     def __init__(self, tensor: Tensor, values: bool = True) -> None:
         self.tensor = tensor.detach()
         if values:
-            self._register(tensor)
+            _protect(tensor, self)
 
-    def _register(self, tensor: Tensor) -> None:
-        RUNNING.saved.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(self))
+
+def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
+    RUNNING.saved.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(holder))
+
+
+def protected(value: Any) -> Any:
+    """Returns an argument of a step, with its constants as own tensors that later in-place operations do not change.
+
+    Parameters are returned unchanged; they keep their values while a model runs.
+    """
+    if type(value) is Tensor and value.layout == torch.strided:
+        own = value.detach()
+        _protect(own, own)
+        return own
+    return type(value)(map(protected, value)) if type(value) in (list, tuple) else value
+
+
+def protect_weights(module: nn.Module) -> None:
+    """Protects the weights of a module that a step has made from later in-place operations on the same memory."""
+    for weight in module.parameters():
+        _protect(weight, weight)
 
 
 def is_saved(tensor: Tensor) -> bool:
@@ -42,7 +61,9 @@ def before_writing(tensor: Tensor) -> None:
     """Copies the tensor for each step that saved its memory; to be called before an in-place operation."""
     for reference in RUNNING.saved.pop(tensor.untyped_storage().data_ptr(), ()):
         saved = reference()
-        if saved is not None:
+        if isinstance(saved, Tensor):
+            saved.data = saved.detach().clone()
+        elif saved is not None:
             saved.tensor = saved.tensor.clone()
 
 
@@ -91,7 +112,7 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.modules: list[RunningModule] = []
         self.pauses = 0
-        self.saved: dict[int, list[weakref.ref[Saved]]] = {}
+        self.saved: dict[int, list[weakref.ref[Saved | Tensor]]] = {}
         self.listener: Listener | None = None
         self.weights: tuple[Tensor, ...] = ()
         self.first_node: int | None = None
@@ -122,6 +143,9 @@ class Listener(Protocol):
 
     def on_untracked(self) -> None:
         """Called when values, such as an order, depend on the inputs but are not tracked by autograd."""
+
+    def on_read(self, where: str) -> None:
+        """Called when the model converts ids to Python or numpy numbers; ``where`` describes the call."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""

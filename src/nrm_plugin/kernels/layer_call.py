@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,11 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
     """Runs a module that has one input."""
     result: Tensor = module.forward(source)
     return result
+
+
+def without_values(call: LayerCall) -> LayerCall:
+    """Returns the record of a call that holds no tensor of its size, for a kernel that reads none."""
+    return replace(call, saved_input=Saved(shape_like(call.input), values=False), saved_output=None, run=forward)
 
 
 def shape_like(tensor: Tensor) -> Tensor:

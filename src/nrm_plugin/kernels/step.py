@@ -72,7 +72,7 @@ class Step(ABC):
     def _built(self) -> Kernel:
         """Builds the kernel unless it is built already; to be called in the contexts of the step."""
         if self._kernel is None:
-            with repeated():
+            with repeated(f"{self.name}:{self.call}"):
                 self._kernel = self._build()
         return self._kernel
 
@@ -176,11 +176,14 @@ class FunctionStep(Step):
         self, name: str, output: Tensor, build: Callable[[], Kernel], normalization: Normalization, rule: str = ""
     ) -> None:
         super().__init__(name, output, normalization, rule)
-        self._build_kernel = build
+        self._build_kernel: Callable[[], Kernel] | None = build
         self.unsupported_call: Any = None
 
     def _build(self) -> Kernel:
-        return self._build_kernel()
+        assert self._build_kernel is not None, "the kernel of a function is built once"
+        kernel = self._build_kernel()
+        self._build_kernel = None  # it holds the inputs of the function
+        return kernel
 
 
 class Link(torch.autograd.Function):

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedOperationError
 from ..kernels.step import Step, step_of
 from ..model.autocast import SHORT, working_dtype
 from ..model.routing import is_whole, operation, written
@@ -145,7 +146,15 @@ class Vertex:
         return indexed_route(self._route, seeds, [edge is not None for edge in self.edges])
 
     def _route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
-        parts = self.node(*relevance)
+        try:
+            parts = self.node(*relevance)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise UnsupportedOperationError(
+                f"the model overwrites an index or a mask of {operation(self.node)!r} in place after the call, so that its "
+                "values are lost to autograd. Write to a copy, `mask = mask & other` instead of `mask &= other`."
+            ) from error
         return list(parts) if isinstance(parts, (tuple, list)) else [parts]
 
     @property
@@ -174,8 +183,8 @@ class Vertex:
                     else [torch.zeros_like(seed) for seed in seeds]
                 )
             shares = tuple(1 - column.detach() for column in columns)
-            is_free = all(holds("no constants", lambda share=share: ~share.any()) for share in shares)
-            self._constant_share = () if is_free else shares
+            held = torch.stack([share.any() for share in shares])
+            self._constant_share = () if holds("no constants", lambda: ~held.any()) else shares
         return self._constant_share or None
 
 

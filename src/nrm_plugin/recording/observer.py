@@ -36,6 +36,7 @@ class Observer:
         inputs: The leaves of the floating-point inputs.
         has_lookups: Whether ids were looked up.
         has_untracked: Whether some values depend on the inputs but are not tracked by autograd.
+        read: Where the model first converted ids to Python or numpy numbers; None if it did not.
     """
 
     def __init__(self, indices: list[Tensor], wanted: Atom | None) -> None:
@@ -45,6 +46,7 @@ class Observer:
         self.leaves: list[Tensor] = []
         self._leaves: set[int] = set()
         self.has_lookups = self.has_untracked = False
+        self.read: str | None = None
         self.indices, self.inputs = indices, list[Tensor]()
         self._wanted = wanted
         self._calls: dict[nn.Module, int] = {}
@@ -122,6 +124,10 @@ class Observer:
     def on_untracked(self) -> None:
         """Records that there are untracked values, which may depend on several samples."""
         self.has_untracked = True
+
+    def on_read(self, where: str) -> None:
+        """Stores where the model converted ids to numbers that are not tensors."""
+        self.read = self.read or where
 
     @without_torch_function
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
