@@ -142,8 +142,9 @@ class Normalized(Composite):
         """
         self.remove()
         check_unpatched()
-        check_hookable(module)
-        check_unhooked(module, "Leave the context of that composite first, or call its remove().")
+        modules = dict(module.named_modules())
+        check_hookable(modules)
+        check_unhooked(modules, "Leave the context of that composite first, or call its remove().")
         try:
             super().register(module)
             self.handles.append(Uncompiled(module))

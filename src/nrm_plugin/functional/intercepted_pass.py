@@ -25,7 +25,7 @@ from ..kernels.forward_state import (
 )
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
-from ..kernels.step import FunctionStep, Step, link
+from ..kernels.step import FunctionStep, Step, link, step_of
 from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import layout
@@ -260,10 +260,10 @@ class InterceptedPass:
 
         Examples are activations in TorchScript or with their own ``autograd.Function``.
         """
-        if is_inside_step():
+        if is_inside_step() or not isinstance(output, Tensor) or output.grad_fn is None or step_of(output.grad_fn):
             return None
         observed = ObservedCall.of(module.forward, args, kwargs, self.path)
-        if len(observed.inputs) != 1 or not isinstance(output, Tensor) or output.grad_fn is None:
+        if len(observed.inputs) != 1:
             return None
         source = observed.inputs[0]
         if output.shape != source.shape or output.data_ptr() == source.data_ptr():

@@ -63,6 +63,8 @@ class InterceptionMode(TorchFunctionMode):
             if not forward_pass.follows_ids:
                 return result
             return forward_pass.with_ids(ObservedCall.of(func, args, kwargs, forward_pass.path), result)
+        if _reads_no_values(func):
+            return func(*args, **kwargs)
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
             kwargs = {key: constants_detached(value) for key, value in kwargs.items()}
@@ -80,6 +82,21 @@ class InterceptionMode(TorchFunctionMode):
         name = name_of(func)
         if args and isinstance(args[0], Tensor) and (name.in_place or name.base == "setitem"):
             before_writing(args[0])
+
+
+_FORMS = frozenset("dim size stride numel nelement element_size is_floating_point is_complex".split())
+"""Methods of a tensor that read its form."""
+_ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".split())
+"""Attributes of a tensor that depend only on its form and place."""
+
+
+def _reads_no_values(func: Callable[..., Any]) -> bool:
+    """Whether a function of torch returns neither a tensor nor values of one, so that there is nothing to observe."""
+    name = getattr(func, "__name__", "")
+    owner = getattr(func, "__self__" if name == "__get__" else "__objclass__", None)
+    if name == "__get__":
+        return getattr(owner, "__name__", "") in _ATTRIBUTES
+    return name in _FORMS and owner is torch._C.TensorBase
 
 
 __all__ = ["InterceptionMode"]

@@ -15,7 +15,7 @@ from ..events.event import Atom
 from ..kernels.forward_state import before_writing, forward_pass
 from ..model.autocast import asked_for, exact, layers_in
 from ..model.checks import check_drawn, check_model, check_module
-from ..model.guard import Fingerprint, preserved
+from ..model.guard import Fingerprint, named_tensors, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from ..model.renormalization import TablesUnwritten
 from ..model.value_reads import audit, untraced
@@ -68,7 +68,7 @@ class Recording:
         self._rerun = Rerun(model, call, composite, output)
         indices = list(call.indices.values())
         inner = output if isinstance(output, Atom) else None
-        observer = Observer(model, indices, inner)
+        observer = Observer(indices, inner)
         with ExitStack() as around:
             around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
             check_model(model, call.tensors)
@@ -82,13 +82,13 @@ class Recording:
                 check_drawn(model, device),
             ):
                 around.enter_context(block)
-            for tensor in (*model.parameters(), *model.buffers()):
+            for _, tensor in named_tensors(model):
                 if tensor.is_leaf:  # a computed buffer is a constant by its history
                     tensor.requires_grad_(False)
-            passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
             with ExitStack() as stack:
                 stack.enter_context(composite.context(model))
                 observer.watch(model, stack)
+                passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
                 with call.checked_ids(lambda: observer.has_lookups, lambda: observer.read):
                     returned = call.run(model, passed)
         self.fingerprint = Fingerprint(model)
