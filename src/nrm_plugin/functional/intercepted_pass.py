@@ -77,7 +77,7 @@ class InterceptedPass:
         self._check_covered(observed)
         if listener() is not None:  # a context of the composite may run in any mode, a measure may not
             check_function(observed.name.base, observed.args, observed.kwargs, self.path)
-        call = self._function_call(observed)
+        call = self.function_call(observed)
         output = call.run(*call.values)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return self.complex_step(observed)
@@ -87,11 +87,12 @@ class InterceptedPass:
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
         rule = "sum" if call.name in ("add", "sub", "rsub") and len(call.inputs) > 1 else call.name
         rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
-        linked = self._linked(call, output, lambda: factory(call), rule, observed.inputs, layer, rows)
+        linked = self.linked(call, output, lambda: factory(call), rule, observed.inputs, layer, rows)
         self.gates.tag_result(call.name, observed.inputs, linked, observed.has_constants)
         return written(observed, linked)
 
-    def _function_call(self, observed: ObservedCall) -> FunctionCall:
+    def function_call(self, observed: ObservedCall) -> FunctionCall:
+        """Returns an observed call with its inputs saved."""
         function, keyword_slots = observed.out_of_place()
         inputs = tuple(
             CallInput(Saved(tensor), self.gates.holds(tensor), source_of(tensor.grad_fn)) for tensor in observed.inputs
@@ -110,7 +111,7 @@ class InterceptedPass:
         if self.settings.rules.of_weight(weight, like) is None:
             raise uncovered_layer_error(self.path, like, observed.name.base)
 
-    def _linked(
+    def linked(
         self,
         call: FunctionCall,
         output: Tensor,
@@ -197,7 +198,7 @@ class InterceptedPass:
         function = _on_values(expression)
         call = FunctionCall(expression.name, function, self.path, slots, {}, inputs, self.settings)
         tensors = [source.tensor for source in expression.sources]
-        return self._linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
+        return self.linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
 
     def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor]) -> Any:
         """Returns one output of a function without a kernel as a step that raises when relevance arrives."""
@@ -211,7 +212,7 @@ class InterceptedPass:
             )
         error = UnsupportedOperationError(f"relevance arrived at {where}, which has no kernel. {_advice(call)}")
         shapes = [tensor.shape for tensor in inputs]
-        linked = self._linked(call, output.detach(), lambda: UnknownKernel(error, shapes), call.name, inputs)
+        linked = self.linked(call, output.detach(), lambda: UnknownKernel(error, shapes), call.name, inputs)
         linked.grad_fn.step.unsupported_call = call  # type: ignore[union-attr]  # a Link
         return linked
 
@@ -266,7 +267,7 @@ class InterceptedPass:
             if not is_elementwise(call.run, source.detach(), output.detach()):
                 return None
         shapes = [output.shape]
-        return self._linked(call, output.detach().clone(), lambda: BroadcastKernel(shapes), "elementwise", (source,))
+        return self.linked(call, output.detach().clone(), lambda: BroadcastKernel(shapes), "elementwise", (source,))
 
 
 def written(observed: ObservedCall, result: Any) -> Any:

@@ -1,0 +1,118 @@
+"""Steps of differences: each call of a function together with the same call in the forward pass of the reference.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..kernels.base import Kernel
+from ..kernels.forward_state import RUNNING, Saved
+from ..kernels.reference_pass import ReferencePass
+from . import secant_maxima, secant_products  # noqa: F401  (register what they hold)
+from .differences import SECANTS, DifferenceCall, SecantFactory
+from .function_call import FunctionCall
+from .function_kernels import BroadcastKernel
+from .intercepted_pass import InterceptedPass, written
+from .observed_call import ObservedCall
+from .registry import KERNELS, KERNELS_BY_FUNCTION, KernelFactory
+from .row_functions import keeps_rows
+from .secants import elementwise
+
+NO_KERNEL: Final = object()
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+def reference_pass() -> ReferencePass | None:
+    """Returns the pass of the reference, if relevance is of a difference; else None."""
+    reference: ReferencePass | None = RUNNING.reference
+    return reference
+
+
+def check_constants(reference: ReferencePass, observed: ObservedCall) -> None:
+    """Raises :class:`DifferenceError` unless the call has the same constants as the call at the reference."""
+    constants: Any = [observed.slots, observed.keyword_slots]
+    if observed.name.base == "where" and len(observed.slots) == 3:
+        constants = _used_by_where(*observed.slots)
+    reference.meet(observed.name.base, observed.path, (), constants)
+
+
+def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
+    """Returns the arguments of ``torch.where`` with zeros where constants are not selected."""
+    kept = [condition]
+    for value, is_used in ((first, True), (second, False)):
+        if isinstance(value, Tensor) and isinstance(condition, Tensor):
+            value = torch.where(condition if is_used else ~condition, value, torch.zeros_like(value))
+        kept.append(value)
+    return kept
+
+
+def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, reference: ReferencePass) -> Any:
+    """Runs a function as a step with the kernel of its differences.
+
+    Returns:
+        The return value of the function, or ``NO_KERNEL``.
+    """
+    factory = _factory_of(observed)
+    if factory is None:
+        return NO_KERNEL
+    call = forward_pass.function_call(observed)
+    returned = call.run(*call.values)
+    output = returned[0] if isinstance(returned, tuple) else returned
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return NO_KERNEL
+    output = output.detach()
+    if any(output.data_ptr() == value.data_ptr() for value in call.values):
+        output = output.clone()
+    linked = linked_difference(forward_pass, reference, call, output, factory, observed.inputs)
+    if isinstance(returned, tuple):
+        return type(returned)((linked, *returned[1:]))
+    return written(observed, linked)
+
+
+def linked_difference(
+    forward_pass: InterceptedPass,
+    reference: ReferencePass,
+    call: FunctionCall,
+    output: Tensor,
+    factory: SecantFactory,
+    inputs: Any,
+) -> Tensor:
+    """Returns the output of a call as the output of a step of differences."""
+    others = reference.meet(call.name, call.path, [*call.values, output])
+    both = DifferenceCall(call, Saved(output), others, reference.is_tangent)
+    rows = str(factory.__module__).startswith(_PACKAGE) and keeps_rows(call, output)
+    return forward_pass.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
+
+
+def _factory_of(observed: ObservedCall) -> SecantFactory | None:
+    """Returns the kernel of differences of a function; of an own operation, its kernel for differences as values."""
+    try:
+        own = KERNELS_BY_FUNCTION.get(observed.function)
+    except TypeError:  # not hashable
+        own = None
+    own = own or KERNELS.get(observed.name.base)
+    if own is not None and not str(own.__module__).startswith(_PACKAGE):
+        return _of_own(own)
+    return SECANTS.get(observed.name.base)
+
+
+def _of_own(own: KernelFactory) -> SecantFactory:
+    def factory(both: DifferenceCall) -> Kernel:
+        inputs = tuple(
+            replace(item, saved=Saved(delta)) for item, delta in zip(both.call.inputs, both.before, strict=True)
+        )
+        kernel = own(replace(both.call, inputs=inputs))
+        if type(kernel) is BroadcastKernel and len(inputs) == 1:
+            return elementwise(both)
+        return kernel
+
+    return factory
+
+
+__all__ = ["NO_KERNEL", "check_constants", "difference_step", "linked_difference", "reference_pass"]
