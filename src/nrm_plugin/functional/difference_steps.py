@@ -11,9 +11,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
 from ..kernels.forward_state import RUNNING, Saved
 from ..kernels.reference_pass import ReferencePass
+from ..model.routing import operation
 from . import secant_maxima, secant_products  # noqa: F401  (register what they hold)
 from .differences import SECANTS, DifferenceCall, SecantFactory
 from .function_call import FunctionCall
@@ -50,6 +52,41 @@ def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
             value = torch.where(condition if is_used else ~condition, value, torch.zeros_like(value))
         kept.append(value)
     return kept
+
+
+def check_route(reference: ReferencePass, observed: ObservedCall, output: Any) -> None:
+    """Raises :class:`DifferenceError` unless a route copies the same entries as at the reference.
+
+    Constant indices are compared before the function runs; here, those that the function computes, such as an order.
+    """
+    items = output if isinstance(output, (list, tuple)) else (output,)
+    nodes = {item.grad_fn for item in items if isinstance(item, Tensor)}
+    known = {tensor.grad_fn for tensor in observed.inputs}
+    while nodes := nodes - known - {None}:
+        known |= nodes
+        for node in nodes:
+            if operation(node).lower() in _BY_VALUE:
+                reference.meet(observed.name.base, observed.path, (), [_indices(node, observed)])
+        nodes = {below for node in nodes for below, _ in node.next_functions}
+
+
+_BY_VALUE = frozenset(
+    "sort topk kthvalue median nanmedian mode cummax cummin max min amax amin maximum minimum aminmax maxpool1d "
+    "maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d fractionalmaxpool2d "
+    "fractionalmaxpool3d".split()
+)
+"""Routes that depend on the values of their inputs."""
+
+
+def _indices(node: Any, observed: ObservedCall) -> Tensor:
+    indices = getattr(node, "_saved_indices", None)
+    if not isinstance(indices, Tensor):
+        raise UnsupportedOperationError(
+            f"{observed.name.base!r} in {observed.path or 'the model'!r} copies entries that depend on their values, "
+            "and has no kernel of differences. Use amax, max(dim), topk or sort, or explain the output without "
+            "reference=."
+        )
+    return indices
 
 
 def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, reference: ReferencePass) -> Any:

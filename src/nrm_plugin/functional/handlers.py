@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels.forward_state import before_writing, note_untracked, write
 from .attention import FUSED, decomposed_attention, is_decomposed
-from .difference_steps import NO_KERNEL, check_constants, difference_step, reference_pass
+from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
 from .intercepted_pass import InterceptedPass, written
 from .observed_call import WRITERS, ObservedCall
@@ -178,7 +178,10 @@ def _in_place(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _route_or_unknown(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    return forward_pass.route_or_unknown(call)
+    result, reference = forward_pass.route_or_unknown(call), reference_pass()
+    if reference is not None:
+        check_route(reference, call, result)
+    return result
 
 
 HANDLERS: tuple[Handler, ...] = (

@@ -145,12 +145,11 @@ _PLACES = (
 def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
     """Returns ``(a - b) / (log a - log b)`` of non-negative numbers, between them; zero if one is zero."""
     high, low = torch.maximum(one, two), torch.minimum(one, two)
-    ratio = torch.where(high > 0, low / torch.where(high > 0, high, 1.0), 1.0)
-    gap = 1 - ratio
-    # log1p is exact where the numbers are close.
-    log = -torch.log1p(-gap.clamp(max=1))
-    mean = torch.where(gap > 0, gap / torch.where(gap > 0, log, 1.0), 1.0)
-    return high * mean
+    is_positive = high > 0
+    gap = torch.where(is_positive, (high - low) / torch.where(is_positive, high, 1.0), 0.0)
+    # log1p is exact where the numbers are close, log where they are far apart.
+    log = -torch.where(gap < 0.5, torch.log1p(-gap), (low / torch.where(is_positive, high, 1.0)).log())
+    return high * torch.where(gap > 0, gap / torch.where(gap > 0, log, 1.0), 1.0)
 
 
 class SoftmaxKernel(MultiplierKernel):

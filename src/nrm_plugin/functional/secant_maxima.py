@@ -138,6 +138,8 @@ _POOLS: dict[str, tuple[Any, int]] = {
     "adaptive_max_pool1d": (nn.functional.adaptive_max_pool1d, 1),
     "adaptive_max_pool2d": (nn.functional.adaptive_max_pool2d, 2),
     "adaptive_max_pool3d": (nn.functional.adaptive_max_pool3d, 3),
+    "fractional_max_pool2d": (nn.functional.fractional_max_pool2d, 2),
+    "fractional_max_pool3d": (nn.functional.fractional_max_pool3d, 3),
 }
 
 
@@ -149,7 +151,7 @@ def pooling(call: DifferenceCall) -> Kernel:
     options = {key: value for key, value in call.call.kwargs.items() if key not in ("input", "self", "return_indices")}
     places = []
     for value in pair:
-        given = call.call.args[1 : 2 if "adaptive" in call.name else 6]
+        given = call.call.args[1 : 2 if "adaptive" in call.name else 4 if "fractional" in call.name else 6]
         _, index = function(value, *given, **options, return_indices=True)
         planes = value.shape[value.ndim - dims :].numel()
         number = torch.arange(value.numel() // planes, device=value.device)
