@@ -18,7 +18,7 @@ class Secants(Normalized):
     """The composite of the measure against a reference: no module has a rule, and each function inside is a step."""
 
     def __init__(self) -> None:
-        super().__init__(Composite(module_map=_no_rule), residual="sink")
+        super().__init__(Composite(module_map=_no_rule), residual="sink", attention="halves")
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
         """Returns None: the functions inside a module are steps."""

@@ -41,11 +41,18 @@ def check_constants(reference: ReferencePass, observed: ObservedCall) -> None:
     constants: Any = [observed.slots, observed.keyword_slots]
     if observed.name.base == "where" and len(observed.slots) == 3:
         constants = _used_by_where(*observed.slots)
+    if observed.name.base in _OVERWRITERS:  # what was in a constant target, maybe nothing, is no argument
+        constants = [observed.slots[1:], observed.keyword_slots]
     reference.meet(observed.name.base, observed.path, (), constants)
+
+
+_OVERWRITERS = frozenset(["copy", "setitem", "index_put"])
 
 
 def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
     """Returns the arguments of ``torch.where`` with zeros where constants are not selected."""
+    if not (isinstance(condition, Tensor) and condition.dtype == torch.bool):  # called as a method
+        condition, first = first, condition
     kept = [condition]
     for value, is_used in ((first, True), (second, False)):
         if isinstance(value, Tensor) and isinstance(condition, Tensor):
@@ -101,12 +108,15 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
     call = forward_pass.function_call(observed)
     returned = call.run(*call.values)
     output = returned[0] if isinstance(returned, tuple) else returned
+    if any(output is item.saved.tensor for item in call.inputs):
+        return NO_KERNEL  # such as a conversion to the same format
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return NO_KERNEL
     output = output.detach()
     if any(output.data_ptr() == value.data_ptr() for value in call.values):
         output = output.clone()
     linked = linked_difference(forward_pass, reference, call, output, factory, observed.inputs)
+    forward_pass.gates.tag_result(call.name, observed.inputs, linked, observed.has_constants)  # for events of heads
     if isinstance(returned, tuple):
         return type(returned)((linked, *returned[1:]))
     return written(observed, linked)

@@ -125,4 +125,11 @@ def product(call: DifferenceCall) -> Kernel:
     return by_slopes(call, [second, first])
 
 
+@secant_of("to", "type", "type_as", "float", "double", "half", "bfloat16")
+def conversion(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of a conversion between formats; the sink absorbs what it rounds."""
+    ratio = call.before[0] / call.after
+    return SplitKernel([ratio], call.shapes, None, False)
+
+
 __all__ = ["averaged_slopes", "by_slopes", "derivative", "secant"]

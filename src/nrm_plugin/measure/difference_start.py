@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TargetError, samples
+from ..functional.differences import LEAST
 from ..model.targets import MIN_TOTAL, sample_sums
 from ..recording.recording import Recording
 
@@ -40,7 +41,8 @@ def difference_start(recording: Recording, vector: Tensor) -> tuple[Tensor, Tens
 
 def _check_different(total: Tensor, parts: Tensor, vector: Tensor, outputs: Tensor) -> None:
     rounding = ROUNDING * torch.finfo(outputs.dtype).eps * sample_sums((vector * outputs).abs())
-    bad = total.abs() <= MIN_TOTAL * sample_sums(parts.abs()) + rounding.to(total.dtype)
+    least = 2 * LEAST[total.dtype] * sample_sums(vector.abs())
+    bad = total.abs() <= MIN_TOTAL * sample_sums(parts.abs()) + rounding.to(total.dtype) + least
     if bool(bad.any()):
         raise TargetError(
             f"the outputs of input and reference do not differ in what is explained ({samples(bad.tolist())}): the "
