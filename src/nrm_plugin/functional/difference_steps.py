@@ -18,13 +18,12 @@ from ..kernels.reference_pass import ReferencePass
 from ..model.routing import operation
 from . import secant_maxima, secant_products  # noqa: F401  (register what they hold)
 from .differences import SECANTS, DifferenceCall, SecantFactory
-from .function_call import FunctionCall
+from .function_call import FunctionCall, Slot
 from .function_kernels import BroadcastKernel
 from .intercepted_pass import InterceptedPass, written
 from .observed_call import ObservedCall
 from .registry import KERNELS, KERNELS_BY_FUNCTION, KernelFactory
-from .row_functions import keeps_rows
-from .secants import elementwise
+from .secants import CONVERSIONS, elementwise
 
 NO_KERNEL: Final = object()
 _PACKAGE = __name__.rpartition(".")[0]
@@ -115,26 +114,11 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
     output = output.detach()
     if any(output.data_ptr() == value.data_ptr() for value in call.values):
         output = output.clone()
-    linked = linked_difference(forward_pass, reference, call, output, factory, observed.inputs)
+    linked = forward_pass.linked_difference(reference, call, output, factory, observed.inputs)
     forward_pass.gates.tag_result(call.name, observed.inputs, linked, observed.has_constants)  # for events of heads
     if isinstance(returned, tuple):
         return type(returned)((linked, *returned[1:]))
     return written(observed, linked)
-
-
-def linked_difference(
-    forward_pass: InterceptedPass,
-    reference: ReferencePass,
-    call: FunctionCall,
-    output: Tensor,
-    factory: SecantFactory,
-    inputs: Any,
-) -> Tensor:
-    """Returns the output of a call as the output of a step of differences."""
-    others = reference.meet(call.name, call.path, [*call.values, output])
-    both = DifferenceCall(call, Saved(output), others, reference.is_tangent)
-    rows = str(factory.__module__).startswith(_PACKAGE) and keeps_rows(call, output)
-    return forward_pass.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
 
 def _factory_of(observed: ObservedCall) -> SecantFactory | None:
@@ -146,6 +130,8 @@ def _factory_of(observed: ObservedCall) -> SecantFactory | None:
     own = own or KERNELS.get(observed.name.base)
     if own is not None and not str(own.__module__).startswith(_PACKAGE):
         return _of_own(own)
+    if observed.name.base in CONVERSIONS and not isinstance(observed.slots[0], Slot):
+        return None  # a constant in the format of a computed tensor
     return SECANTS.get(observed.name.base)
 
 
@@ -162,4 +148,4 @@ def _of_own(own: KernelFactory) -> SecantFactory:
     return factory
 
 
-__all__ = ["NO_KERNEL", "check_constants", "difference_step", "linked_difference", "reference_pass"]
+__all__ = ["NO_KERNEL", "check_constants", "difference_step", "reference_pass"]

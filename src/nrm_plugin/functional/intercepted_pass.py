@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import Saved, is_in_module_step, is_inside_step, listener, not_recorded, write
+from ..kernels.forward_state import RUNNING, Saved, is_in_module_step, is_inside_step, listener, not_recorded, write
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
+from ..kernels.reference_pass import ReferencePass
 from ..kernels.step import FunctionStep, Step, link
 from ..model.checks import check_function
 from ..model.routing import source_of
@@ -23,6 +24,7 @@ from .attention import layout
 from .complex_kernels import complex_kernel
 from .complex_tensors import ComplexTensors, Expression, map_items
 from .custom_functions import CustomCalls
+from .differences import DifferenceCall, SecantFactory
 from .function_call import CallInput, FunctionCall, Settings, Slot
 from .function_kernels import BroadcastKernel
 from .gates import Gates
@@ -30,6 +32,8 @@ from .ids import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
 from .row_functions import keeps_rows
+from .secant_maps import polynomial
+from .secants import elementwise
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
 from .weighted_functions import LAYERS, channel_dim, layer_call
 
@@ -141,6 +145,20 @@ class InterceptedPass:
             listening.on_function(path, number, linked, channel_dim(call))
         return linked
 
+    def linked_difference(
+        self,
+        reference: ReferencePass,
+        call: FunctionCall,
+        output: Tensor,
+        factory: SecantFactory,
+        inputs: Sequence[Tensor],
+    ) -> Tensor:
+        """Returns the output of a call as the output of a step of the difference to a reference."""
+        others = reference.meet(call.name, call.path, [*call.values, output])
+        both = DifferenceCall(call, Saved(output), others, reference.is_tangent)
+        rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
+        return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
+
     def _numbered(self, name: str) -> tuple[str, int]:
         """Returns the path of a function in the running module, and the number of the call."""
         path = f"{self.path}.{name}" if self.path else name
@@ -198,6 +216,8 @@ class InterceptedPass:
         function = _on_values(expression)
         call = FunctionCall(expression.name, function, self.path, slots, {}, inputs, self.settings)
         tensors = [source.tensor for source in expression.sources]
+        if RUNNING.reference is not None:
+            return self.linked_difference(RUNNING.reference, call, output.detach().clone(), polynomial, tensors)
         return self.linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
 
     def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor]) -> Any:
@@ -260,13 +280,15 @@ class InterceptedPass:
             return None
         if consists_of_routes(output, observed.inputs):
             return None
-        inputs = (CallInput(Saved(source, values=False)),)
+        inputs = (CallInput(Saved(source, values=RUNNING.reference is not None)),)
         name = type(module).__name__
         call = FunctionCall(name, module.forward, self.path, observed.slots, observed.keyword_slots, inputs)
         with not_recorded(), torch.no_grad():
             if not is_elementwise(call.run, source.detach(), output.detach()):
                 return None
         shapes = [output.shape]
+        if RUNNING.reference is not None:
+            return self.linked_difference(RUNNING.reference, call, output.detach().clone(), elementwise, (source,))
         return self.linked(call, output.detach().clone(), lambda: BroadcastKernel(shapes), "elementwise", (source,))
 
 

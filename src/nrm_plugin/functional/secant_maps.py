@@ -111,6 +111,22 @@ def _averaged(images: list[tuple[float, Tensor, list[Tensor]]], above: Tensor) -
     return total
 
 
+def polynomial(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of a function of complex numbers, which must be linear, or a product of two inputs."""
+    kernel = PathKernel(call)
+    columns = kernel.column_sum(call.after)
+    scale = torch.finfo(call.after.dtype).eps ** 0.5 * call.outputs[0].abs().amax()
+    if bool(((columns - 1) * call.after).abs().gt(scale).any()) and not call.is_tangent:
+        return UnknownKernel(UnsupportedOperationError(_NOT_LINEAR.format(name=call.name)), call.shapes)
+    return kernel
+
+
+_NOT_LINEAR = (
+    "relevance of a difference arrived at {name!r}, a function of complex numbers that is neither linear nor a product "
+    "of two inputs, and has no kernel of differences. Explain the output without reference=."
+)
+
+
 def _unchanged(call: FunctionCall) -> FunctionCall:
     return call
 
@@ -313,4 +329,4 @@ def _per_channel(weight: object, value: Tensor) -> object:
     return weight.reshape(-1, *(1,) * (value.ndim - 2)) if isinstance(weight, Tensor) else weight
 
 
-__all__ = ["MultiplierKernel", "PathKernel", "exponential_shares", "logarithmic_mean"]
+__all__ = ["MultiplierKernel", "PathKernel", "exponential_shares", "logarithmic_mean", "polynomial"]

@@ -44,7 +44,7 @@ class MaximumKernel(MultiplierKernel):
     def multipliers(self, above: Tensor) -> Multipliers:
         below = above.new_zeros(len(above), self.shape.numel())
         for place, slope in zip(self.places, self.slopes, strict=True):
-            parts = (above * slope).flatten(1)
+            parts = (above * slope).reshape(len(above), -1)
             below = below.index_add(1, place.flatten(), parts)
         return self.spread(below.reshape(len(above), *self.shape))
 

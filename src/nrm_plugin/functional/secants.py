@@ -25,6 +25,8 @@ NOT_ELEMENTWISE = frozenset(
     "log_softmax softmin layer_norm native_layer_norm group_norm rms_norm instance_norm local_response_norm "
     "normalize renorm".split()
 )
+CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
+"""Functions that convert their first argument to another format."""
 CLOSE = 0.7
 """Differences below ``ε ** CLOSE`` times the value have the derivative as slope, with ε the rounding of the format."""
 
@@ -125,11 +127,11 @@ def product(call: DifferenceCall) -> Kernel:
     return by_slopes(call, [second, first])
 
 
-@secant_of("to", "type", "type_as", "float", "double", "half", "bfloat16")
+@secant_of(*CONVERSIONS)
 def conversion(call: DifferenceCall) -> Kernel:
     """Returns the kernel of a conversion between formats; the sink absorbs what it rounds."""
-    ratio = call.before[0] / call.after
-    return SplitKernel([ratio], call.shapes, None, False)
+    shares = [call.before[0] / call.after, *(torch.zeros_like(call.after) for _ in call.shapes[1:])]
+    return SplitKernel(shares, call.shapes, None, False)
 
 
-__all__ = ["averaged_slopes", "by_slopes", "derivative", "secant"]
+__all__ = ["CONVERSIONS", "averaged_slopes", "by_slopes", "derivative", "secant"]
