@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..kernels.forward_state import before_writing, note_untracked, write
 from .attention import FUSED, decomposed_attention, is_decomposed
-from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
+from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass
 from .intercepted_pass import InterceptedPass, written
 from .observed_call import WRITERS, ObservedCall
 from .recurrent import RECURRENCES, Context
@@ -186,7 +186,7 @@ def _route_or_unknown(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 HANDLERS: tuple[Handler, ...] = (
     Handler("metadata", "no values are computed", _metadata),
-    Handler("same as reference", "a difference needs the same masks and indices at both; never ends", _same_as_reference),
+    Handler("same as reference", "masks and indices of a difference are the same; never ends", _same_as_reference),
     Handler("copy before write", "steps that saved this memory need its former values; never ends", _copy_before_write),
     Handler("indexed write", "positions given by tensors are looked up entry by entry", _indexed_write),
     Handler("complex numbers", "are not taps: one linear step between real tensors", _complex_numbers),

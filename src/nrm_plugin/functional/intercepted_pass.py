@@ -32,6 +32,7 @@ from .ids import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
 from .row_functions import keeps_rows
+from .rules_on_differences import has_any_rule
 from .secant_maps import polynomial
 from .secants import elementwise
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
@@ -155,7 +156,8 @@ class InterceptedPass:
     ) -> Tensor:
         """Returns the output of a call as the output of a step of the difference to a reference."""
         others = reference.meet(call.name, call.path, [*call.values, output])
-        both = DifferenceCall(call, Saved(output), others, reference.is_tangent)
+        has_rules = has_any_rule(self.settings.rules)
+        both = DifferenceCall(call, Saved(output), others, reference.is_tangent, has_rules)
         rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 

@@ -107,7 +107,7 @@ class QueryPasses:
         results = self._results(events, taps)
         if is_given:
             for one, result in zip(events, results, strict=True):
-                check_condition(one, result.mass, result.variation, min_ratio)
+                check_condition(one, result.mass, result.variation, min_ratio, self._recording.least)
         maps = event_maps(self._recording, results, taps, is_given)
         return [values[0] for values in maps] if is_single else maps
 
@@ -127,7 +127,7 @@ class QueryPasses:
         mass = torch.stack([result.mass for result in results])
         if given is None:
             return mass
-        check_condition(given, mass[-1], results[-1].variation, min_ratio)
+        check_condition(given, mass[-1], results[-1].variation, min_ratio, self._recording.least)
         return mass[:-1] / mass[-1]
 
     def _conditionals(self, event: Event, layer: Layer | None) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from ..kernels.normalization import Residual
 from ..model.inputs_and_outputs import Call
 from ..model.references import reference_call
 from ..recording.recording import Reference
-from ..secants import Secants
+from ..secants import OnDifferences
 
 Slopes = Literal["secant", "tangent"]
 
@@ -44,8 +44,10 @@ def composite_of(
     reference: Any,
 ) -> Normalized:
     """Returns the composite of a measure: the secants if there is a reference and no other composite."""
-    if reference is None or composite is not None:
+    if reference is None:
         return normalize(composite, residual, gain_limit, uncovered)
+    if composite is not None:
+        return OnDifferences(normalize(composite, residual, gain_limit, uncovered))
     given = {"residual": residual, "gain_limit": gain_limit, "uncovered": uncovered}
     unused = [name for name, value in given.items() if value is not None]
     if unused:
@@ -53,7 +55,7 @@ def composite_of(
             f"{unused[0]}= belongs to the rules of a composite; the slopes to a reference absorb nothing. Leave it "
             "out, or give composite= for rules on differences."
         )
-    return Secants()
+    return OnDifferences()
 
 
 __all__ = ["Slopes", "composite_of", "reference_of"]

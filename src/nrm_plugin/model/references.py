@@ -74,7 +74,8 @@ def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
         raise DifferenceError(f"{what} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)}{one}.")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise DifferenceError(f"{what} has nan or inf entries; a difference to it is not a number.")
-    return value.detach().clone()
+    fitted: Tensor = value.detach().clone()
+    return fitted
 
 
 def _check_apart(inputs: Mapping[Any, Tensor], references: Mapping[Any, Tensor], batched: bool) -> None:

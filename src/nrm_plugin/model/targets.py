@@ -114,7 +114,7 @@ class Neurons:
 
     def __call__(self, values: Tensor) -> Tensor:
         """Returns the start vector for the outputs ``(N, …)`` of a layer."""
-        slope = self._slope(values)
+        slope = self.slope(values)
         self.activation = (slope * values).flatten(1).sum(1)
         if bool((slope != 0).flatten(1).sum(1).le(1).all()):
             return slope  # a single neuron starts with all mass, even if it is not active
@@ -122,7 +122,7 @@ class Neurons:
         silent = (start == 0).flatten(1).all(1).reshape(-1, *(1,) * (values.ndim - 1))
         return torch.where(silent, slope, start)
 
-    def _slope(self, values: Tensor) -> Tensor:
+    def slope(self, values: Tensor) -> Tensor:
         """Returns the weight of each neuron in the sum of activations."""
         if callable(self.selector):
             with torch.enable_grad():

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..composites import Normalized
 from ..events.event import Atom
-from ..functional.differences import difference
+from ..functional.differences import LEAST, difference
 from ..kernels.forward_state import forward_pass
 from ..kernels.reference_pass import ReferencePass
-from ..model.autocast import asked_for, exact, layers_in
+from ..model.autocast import asked_for, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
@@ -105,6 +105,11 @@ class Recording:
     def has_reference(self) -> bool:
         """Whether the measure is of differences."""
         return self._other is not None
+
+    @property
+    def least(self) -> float:
+        """The largest mass that counts as zero: that of neurons without a difference to the reference."""
+        return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
         """The difference of the output to that of the reference, nowhere zero, in the form ``(N, …)``."""
