@@ -92,8 +92,8 @@ class LayerNRM(NRM, LayerAttribution):
             return_convergence_delta: Whether to also return the convergence delta of each layer, ``(N,)``.
             attribute_to_layer_input: Whether to return the relevance of the inputs of the layers instead of outputs.
             verbose: Whether to print the rule of every step.
-            given: Event on which relevance is conditional.
-            joint: Event with which relevance is joint.
+            given: Event on which relevance is conditioned.
+            joint: Event for joint relevance.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
             return_sink: Whether to also return the relevance absorbed above each layer, ``(N,)``.
             baselines: Explain the difference of the output to that of these baselines; see :meth:`NRM.attribute`.

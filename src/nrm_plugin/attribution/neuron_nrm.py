@@ -78,10 +78,10 @@ class NeuronNRM(NRM, NeuronAttribution):
             additional_forward_args: Further arguments of the model.
             attribute_to_neuron_input: Whether to select among the inputs of the layer instead of its outputs.
             verbose: Whether to print the rule of every step.
-            given: Event on which relevance is conditional.
-            joint: Event with which relevance is joint.
-            unit: ``"output"`` if relevance, sink and bypass sum to the activation of the neurons, ``"measure"`` if to
-                1.
+            given: Event on which relevance is conditioned.
+            joint: Event for joint relevance.
+            unit: ``"output"`` if relevance, sink and bypass sum to the activation of the neurons, ``"measure"`` if
+                they sum to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``.
             baselines: Explain the difference of the activations to those at these baselines; see :meth:`NRM.attribute`.

@@ -131,8 +131,8 @@ class NRM(GradientAttribution):
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
                 attributions, sink and bypass, which is 0 up to rounding.
             verbose: Whether to print the rule of every step.
-            given: Event on which relevance is conditional.
-            joint: Event with which relevance is joint.
+            given: Event on which relevance is conditioned.
+            joint: Event for joint relevance.
             unit: ``"output"`` if relevance, sink and bypass of a sample sum to the explained output, ``"measure"`` if
                 they sum to 1.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.

@@ -66,14 +66,16 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
     ratio = MIN_RATIO[mass.dtype] if min_ratio is None else min_ratio
     if not isinstance(ratio, numbers.Real) or not float(ratio) >= 0:
         raise ValueError(f"min_ratio={brief(min_ratio)} is unknown; give a number of at least 0, or None.")
-    is_null = (variation <= least).tolist()
-    if any(is_null):
+    null = variation <= least
+    if bool(null.any()):
+        is_null = null.tolist()
         raise NullEventError(
             f"cannot condition on {event}: no walk with nonzero mass satisfies it ({samples(is_null)}), so μ(· | "
             f"{event}) is 0/0. Condition on an event with nonzero mass; mu(event) returns the mass."
         )
-    is_weak = (mass.abs() <= ratio * variation).tolist()
-    if any(is_weak):
+    weak = mass.abs() <= ratio * variation
+    if bool(weak.any()):
+        is_weak = weak.tolist()
         first = is_weak.index(True)
         anyway = ", or pass min_ratio=0 to divide anyway" if ratio > 0 else ""
         raise CancellationError(

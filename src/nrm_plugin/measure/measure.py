@@ -42,7 +42,7 @@ class RelevanceMeasure(Recorded):
 
     Args:
         model: The network, in evaluation mode.
-        inputs: ``(N, …)``, a tuple of such tensors, or a mapping that is passed by keyword; of a mapping, only floating
+        inputs: ``(N, …)``, a tuple of such tensors, or a mapping that is passed by keyword; in a mapping, only floating
             point tensors carry relevance; for integers, the selected rows do.
         target: Output to explain, in Captum's forms (int, tuple, list, tensor), or a function that returns one of these
             for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``; None for a single output.
@@ -55,14 +55,14 @@ class RelevanceMeasure(Recorded):
             inputs, or one for all samples. Without a composite, every operation has the slope between reference and
             input, and nothing is absorbed; the rules of a composite apply to differences. A start vector may sum to 0.
         slopes: ``"secant"``, or ``"tangent"`` for derivatives at the input, whose error is absorbed.
-        additional_forward_args: Further positional arguments of the model; a tuple of them, or one.
+        additional_forward_args: Further positional arguments of the model; a tuple, or a single argument.
         additional_forward_kwargs: Further keyword arguments.
         output: The tensor to explain if the model returns several: a key, a position, or a function of the returned
             value. By default the only tensor, or ``"logits"``, or ``"out"``. A tap ``at(layer)`` is explained as if it
             were the output of the model.
         batched: False if the first dimension of the inputs does not index samples but the nodes of a graph, or the
-            times of one sequence: all of them are one sample. Events and targets then index tensors as the model has
-            them, ``at("conv1")[node, feature]``, and results have an additional first dimension of size one.
+            time steps of one sequence: together they are one sample. Events and targets then index tensors as in the
+            model, ``at("conv1")[node, feature]``, and results have an additional first dimension of size one.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
         max_memory: Bytes of relevance vectors in one pass, for queries with many events or groups; other vectors take
             further passes. By default 128 MiB on a CPU, where more is slower, else 1 GiB.
@@ -132,7 +132,7 @@ class RelevanceMeasure(Recorded):
             over: ``"channel"`` sums over all dimensions but samples and channels, ``"position"`` over channels. An
                 integer tensor with a label for every neuron sums over neurons with the same label, ``(N, groups)``.
             given: Condition of ``μ(n_l = i | event)``. A list of events returns one map per event.
-            joint: Event of ``μ(n_l = i and event)``, which is not divided.
+            joint: Event of ``μ(n_l = i and event)``, without division by its mass.
             min_ratio: Smallest ``|μ(event)|``, relative to its variation, by which ``given`` divides.
 
         Returns:

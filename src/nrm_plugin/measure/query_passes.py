@@ -39,7 +39,7 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         args[0]._check_fresh()  # type: ignore[attr-defined]
         with torch.inference_mode(False), torch.no_grad(), exact(args[0]._start.device):  # type: ignore[attr-defined]
-            return method(*args, **kwargs)
+            return args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined]
 
     return wrapped
 
@@ -69,11 +69,15 @@ class QueryPasses:
             "inputs and the target. For a data set, nrm_plugin.dataset.sweep stores answers."
         )
 
+    def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers a query by the given method of this class."""
+        return method(self, *args, **kwargs)
+
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)
 
     def _in_form(self, layer: Layer, values: Tensor) -> Tensor:
-        """Converts values from the layout of a layer in the model to the form ``(N, …)``."""
+        """Converts values from the layout that a layer has in the model to the form ``(N, …)``."""
         return values if self._recording.samples.is_plain else self._tap(layer).layout.unfold(values)
 
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
@@ -131,7 +135,7 @@ class QueryPasses:
         return mass[:-1] / mass[-1]
 
     def _conditionals(self, event: Event, layer: Layer | None) -> dict[str, Tensor]:
-        """``μ(event given j)`` of a layer, under the name ``""``, or of all layers above the event."""
+        """Returns ``μ(event given j)`` of a layer, under the name ``""``, or of all layers above the event."""
         names = {name: name for name in self._recording.taps.layers} if layer is None else {"": layer}
         taps = {name: self._tap(one) for name, one in names.items()}
         check_event(event)
@@ -160,5 +164,5 @@ class QueryPasses:
         if changed:
             raise StaleMeasureError(
                 f"{', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''} changed in place since the measure "
-                "was taken, and the measure shares its memory. Take the measure again."
+                "was constructed, and the measure shares its memory. Construct the measure again."
             )

@@ -62,7 +62,7 @@ class Recorded(QueryPasses):
         return self._recording.samples.count
 
     def shape(self, layer: Layer) -> torch.Size:
-        """Shape of a tap, ``(N, …)``, such as ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
+        """Returns the shape of a tap: ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
 
         Examples:
             >>> mu.shape("1")

@@ -19,6 +19,7 @@ from ..model.autocast import asked_for, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
+from ..model.value_reads import audit, untraced
 from .graph import Graph
 from .independence import find_samples
 from .observer import Observer
@@ -82,14 +83,15 @@ class Recording:
     def started(self, relevance: Tensor) -> Tensor:
         """Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
 
-        The method also finds the samples in each tensor, if there are several that are not known to be its rows.
+        The method also locates the samples in each tensor, unless they are known to be its rows or there is only one.
 
         Raises:
             FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
         """
         start = self.samples.layout(self.graph.output).fold(relevance)
         if self.samples.count > 1 and not self.samples.is_plain:
-            find_samples(self, start, self._rerun)
+            with audit():
+                find_samples(self, start, self._rerun)
         del self._rerun
         return start
 
@@ -98,7 +100,7 @@ class Recording:
         return self.samples.layout(self.graph.output).unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
-        """A copy of the output in the form ``(N, …)``; without ``batched``, in the shape that the model returned."""
+        """Returns a copy of the output in the form ``(N, …)``; with ``batched=False``, in the model's own shape."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
@@ -188,7 +190,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Further runs of the model of a recording, without hooks, to test the treatment of samples.
+    """Runs the model of a recording again, without hooks, to test how the model treats samples.
 
     Attributes:
         model, call, composite, output, reference: As in :class:`Recording`.
@@ -202,7 +204,7 @@ class Rerun:
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Returns a recording on changed inputs."""
-        with _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
+        with untraced(), _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
             call = self.call.changed(change, others)
             return Recording(self.model, call, self.composite, self.output, self._changed_reference(change, others))
 
@@ -214,7 +216,13 @@ class Rerun:
         with ExitStack() as around:
             around.enter_context(_RECORDING)
             device = (*call.tensors, *call.indices.values())[0].device
-            for block in (_without_hooks(self.model), forward_pass(None), torch.no_grad(), _precision(device)):
+            for block in (
+                untraced(),
+                _without_hooks(self.model),
+                forward_pass(None),
+                torch.no_grad(),
+                _precision(device),
+            ):
                 around.enter_context(block)
             output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
             return output
@@ -226,7 +234,7 @@ class Rerun:
         return replace(self.reference, call=self.reference.call.changed(change, others))
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
-        """Returns the shape of each labelled tensor for the sample twice; empty if the model rejects two samples."""
+        """Returns the shapes of labelled tensors for two copies of the sample; empty if the model rejects two."""
 
         def twice(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor])
