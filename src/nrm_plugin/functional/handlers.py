@@ -186,7 +186,9 @@ def _route_or_unknown(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 HANDLERS: tuple[Handler, ...] = (
     Handler("metadata", "no values are computed", _metadata),
-    Handler("same as reference", "masks and indices of a difference are the same; the call is passed on", _same_as_reference),
+    Handler(
+        "same as reference", "masks and indices of a difference are the same; the call is passed on", _same_as_reference
+    ),
     Handler(
         "copy before write",
         "steps that saved this memory need its earlier values; the call is passed on",
