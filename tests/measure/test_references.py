@@ -399,3 +399,53 @@ def test_layers_of_captum_take_baselines():
     torch.testing.assert_close(relevance, expected.marginal("1") * expected.output[:, None], **TIGHT)
     torch.testing.assert_close(delta, torch.zeros(3).double(), **TIGHT)
     torch.testing.assert_close(sink, torch.zeros(3).double(), **TIGHT)
+
+
+def test_several_references_are_a_mixture():
+    net, references = convolutional(), [draw(3, 2, 8, 8, seed=seed) for seed in (4, 5, 6)]
+    x, targets = draw(3, 2, 8, 8, seed=3), torch.tensor([0, 1, 2])
+    mu = RelevanceMeasure(net, x, targets, reference=references)
+    each = [RelevanceMeasure(net, x, targets, reference=reference) for reference in references]
+    weights = [one.output / sum(two.output for two in each) for one in each]
+
+    def mixed(query):
+        parts = [query(one) for one in each]
+        return sum(part * w.reshape(-1, *(1,) * (part.ndim - 1)) for part, w in zip(parts, weights, strict=True))
+
+    torch.testing.assert_close(mu.output, sum(one.output for one in each) / 3, **TIGHT)
+    assert (mu.batch, mu.shape("0"), mu.outputs.shape) == (3, (3, 4, 8, 8), (3, 3))
+    queries = [
+        lambda m: m.marginal("input"),
+        lambda m: m.marginal("0", "channel"),
+        lambda m: m.marginal("input", joint=at("4")[2]),
+        lambda m: m(at("4")[1] & at("input")[:, :4]),
+        lambda m: m.joint("4", "0"),
+        lambda m: m.sink("input"),
+        lambda m: m.bypass("0"),
+    ]
+    for query in queries:
+        torch.testing.assert_close(query(mu), mixed(query), **TIGHT)
+    event, condition = at("input")[:, :4], at("4")[1]
+    expected = mixed(lambda m: m(event & condition)) / mixed(lambda m: m(condition))
+    torch.testing.assert_close(mu(event, given=condition, min_ratio=0), expected, rtol=1e-9, atol=0)
+    maps = mu.marginal("input", given=condition, min_ratio=0)
+    torch.testing.assert_close(maps.flatten(1).sum(1), torch.ones(3).double(), rtol=0, atol=1e-10)
+    with pytest.raises(DifferenceError, match="several references"):
+        mu.conditional(event, "4")
+    for reference, settings in (([], {}), ([x[0]], {"batched": False})):
+        with pytest.raises(DifferenceError, match=r"no references|need samples"):
+            RelevanceMeasure(net, x, 0, reference=reference, **settings)
+
+
+def test_a_mixture_repeats_the_further_arguments_of_samples():
+    net = mlp()
+
+    class Masked(nn.Module):
+        def forward(self, x, mask, factor):
+            return net(x * mask) * factor
+
+    mask, factor = draw(3, 4, seed=9), torch.tensor(2.0).double()
+    mu = RelevanceMeasure(Masked(), X, 1, reference=[X0, X0 + 1], additional_forward_args=(mask, factor))
+    expected = 2 * net(X * mask) - net(X0 * mask) - net((X0 + 1) * mask)
+    torch.testing.assert_close(mu.output, expected[:, 1].detach(), **TIGHT)
+    torch.testing.assert_close(mu.marginal("input").sum(1), torch.ones(3).double(), rtol=0, atol=1e-11)

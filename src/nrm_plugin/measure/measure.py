@@ -54,6 +54,7 @@ class RelevanceMeasure(Recorded):
         reference: Explain the difference :math:`\sum_k s_k (f_k(x) - f_k(x^0))` to this reference, in the form of the
             inputs, or one for all samples. Without a composite, every operation has the slope between reference and
             input, and nothing is absorbed; the rules of a composite apply to differences. A start vector may sum to 0.
+            A list of references is the mixture :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
         slopes: ``"secant"``, or ``"tangent"`` for derivatives at the input, whose error is absorbed.
         additional_forward_args: Further positional arguments of the model; a tuple, or a single argument.
         additional_forward_kwargs: Further keyword arguments.
@@ -105,7 +106,8 @@ class RelevanceMeasure(Recorded):
         self._max_memory = check_memory(max_memory)
         self.composite = composite_of(composite, residual, gain_limit, uncovered, reference)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
-        self._recording = Recording(model, call, self.composite, output, reference_of(call, reference, slopes))
+        call, recorded = reference_of(call, reference, slopes)
+        self._recording = Recording(model, call, self.composite, output, recorded)
         self._start, self._output = start_of(self._recording, target, start)
         self.cost = Cost()
 
@@ -171,7 +173,7 @@ class RelevanceMeasure(Recorded):
             >>> torch.allclose(total, torch.ones(5), atol=1e-5)
             True
         """
-        return conservation.absorbed(self._totals, [self._tap(layer)], kind)
+        return self._mixed(conservation.absorbed(self._totals, [self._tap(layer)], kind))
 
     @query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
@@ -181,7 +183,7 @@ class RelevanceMeasure(Recorded):
             >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))
             True
         """
-        return conservation.absorbed(self._totals, [self._tap(tap) for tap in taps])
+        return self._mixed(conservation.absorbed(self._totals, [self._tap(tap) for tap in taps]))
 
     @query
     def bypass(self, layer: Layer) -> Tensor:
@@ -191,7 +193,7 @@ class RelevanceMeasure(Recorded):
             >>> mu.bypass("1")
             tensor([0., 0., 0., 0., 0.])
         """
-        return conservation.bypassing(self._totals, self._tap(layer))
+        return self._mixed(conservation.bypassing(self._totals, self._tap(layer)))
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
@@ -202,7 +204,7 @@ class RelevanceMeasure(Recorded):
             >>> sorted(leaky.sinks())
             ['0', '2']
         """
-        return conservation.step_sinks(self._totals, kind)
+        return {name: self._mixed(mass) for name, mass in conservation.step_sinks(self._totals, kind).items()}
 
     @query
     def variation(self, layer: Layer) -> Tensor:
@@ -214,7 +216,7 @@ class RelevanceMeasure(Recorded):
             >>> bool((mu.variation("1") >= 0.999).all())
             True
         """
-        return conservation.tap_variation(self._totals, self._tap(layer))
+        return self._mixed(conservation.tap_variation(self._totals, self._tap(layer)))
 
     @query
     def walk_variation(self, surviving: bool = False) -> Tensor:
@@ -232,7 +234,7 @@ class RelevanceMeasure(Recorded):
         """
         totals = pass_totals(self._recording, self._start.abs(), absolute=True)
         self.cost = totals.cost
-        return conservation.walk_variation(totals, self._totals if surviving else None)
+        return self._mixed(conservation.walk_variation(totals, self._totals if surviving else None))
 
     @query
     def __call__(

@@ -48,6 +48,7 @@ class Recording:
         structure: Graph, taps and samples, which do not depend on values.
         output: The output, with its history.
         fingerprint: State of the weights during the forward pass.
+        references: Number of references of each sample, each of which is a sample of the recording.
 
     Raises:
         InputError: If a measure cannot start at this output.
@@ -68,6 +69,7 @@ class Recording:
         check_module(model)
         self._rerun = Rerun(model, call, composite, output, reference)
         self._other: Tensor | None = None
+        self.references = 1 if reference is None else reference.count
         followed = None
         if reference is not None:
             followed = ReferencePass(reference.is_tangent)
@@ -182,10 +184,12 @@ class Reference:
     Attributes:
         call: The call of the model with the reference as inputs.
         is_tangent: Whether slopes are derivatives at the input instead of secants.
+        count: Number of references of each sample; the call has this many rows in a row for each.
     """
 
     call: Call
     is_tangent: bool = False
+    count: int = 1
 
 
 @dataclass(frozen=True)
