@@ -126,7 +126,7 @@ class QueryPasses:
     def _mixed(self, values: Tensor) -> Tensor:
         """Sums ``(N · references, …)`` over the references of each sample, if there are several."""
         count = self._recording.references
-        return values if count == 1 else values.unflatten(0, (-1, count)).sum(1)
+        return values if count == 1 else values.reshape(-1, count, *values.shape[1:]).sum(1)
 
     def _masses(self, events: Sequence[Event], given: Event | None, min_ratio: float | None) -> Tensor:
         """Returns the masses of the events, ``(E, N)``."""
