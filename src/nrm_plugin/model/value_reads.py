@@ -21,11 +21,13 @@ class _Active(threading.local):
     Attributes:
         tracer: The trace that is being taken, or None.
         audits: Number of open audits.
+        place: The step whose kernel is being built.
         avoided: Shortcuts that a trace must not take, because their conditions did not hold for other values.
     """
 
     tracer: Any = None
     audits = 0
+    place = ""
     avoided: frozenset[str] = frozenset()
 
 
@@ -48,13 +50,17 @@ def audit() -> Iterator[None]:
 
 
 @contextmanager
-def repeated() -> Iterator[None]:
-    """Context inside an :func:`audit` for computations that are repeated for other inputs."""
-    outer, ACTIVE.audits = ACTIVE.audits, 0
+def repeated(place: str = "") -> Iterator[None]:
+    """Context inside an :func:`audit` for computations that are repeated for other inputs.
+
+    Args:
+        place: Where the computation takes shortcuts.
+    """
+    outer, ACTIVE.audits, ACTIVE.place = (ACTIVE.audits, ACTIVE.place), 0, place or ACTIVE.place
     try:
         yield
     finally:
-        ACTIVE.audits = outer
+        ACTIVE.audits, ACTIVE.place = outer
 
 
 @contextmanager
@@ -91,6 +97,7 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     """
     if not is_traced():
         return bool(condition())
+    shortcut = f"{shortcut} in {ACTIVE.place or 'the graph'}"
     if shortcut in ACTIVE.avoided:
         return False
     with audit():

@@ -107,7 +107,7 @@ class Programs:
     def reject(self, error: ValuesDiffer) -> None:
         """Drops the programs after the values that they depend on were different."""
         with self.lock:
-            names = frozenset(read for read in error.reads if ":" not in read)
+            names = frozenset(read for read in error.reads if " in " in read)
             self.avoided |= names
             if not names:
                 self._failures += 1

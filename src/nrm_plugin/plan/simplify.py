@@ -1,27 +1,30 @@
 """Simplification of traces: what is computed from constants is computed once, and what nobody reads is not computed.
 
-A trace may overwrite tensors. Tensors that share memory form a group; an operation on a group that is overwritten keeps
-its place among the operations of that group, and is neither merged nor computed beforehand.
+A trace may overwrite tensors. Tensors that share memory form a group. Operations keep their order, and an operation on
+a group is merged with another one only if the group was not overwritten in between.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .trace import Operation, Trace, Value
+from .fused_norms import fused
+from .merging import Merger
+from .reshapes import ViewRemover
+from .trace import Operation, Trace, Value, mapped
 
 aten = torch.ops.aten
-_SAME = frozenset([aten.detach.default, aten.alias.default, aten.lift_fresh.default])
-"""Operations that return their first argument."""
-_VIEWS = frozenset(
-    [aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.squeeze.dim, aten.squeeze.default]
+FILLED = frozenset(
+    getattr(aten, name) for name in "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
 )
-_COPIES = frozenset([aten.clone.default, aten._lazy_clone.default, aten.lift_fresh_copy.default])
-_CREATED_CHEAPLY = 1 << 14
-"""Largest number of entries of a tensor without inputs, such as zeros, that is stored rather than made again."""
+"""Operations that read only the shape of their argument."""
+STORED = 1 << 14
+"""Largest number of entries of a filled tensor that is stored, rather than made in each run."""
 
 
 class Simplifier:
@@ -32,178 +35,93 @@ class Simplifier:
         results: The numbers of the tensors that are wanted.
 
     Attributes:
+        trace: A copy of the trace, in which the simplified operations number further tensors.
         operations: The remaining operations, in order.
         constants: The constants that they read, by number.
         results: The numbers of the wanted tensors.
     """
 
     def __init__(self, trace: Trace, results: list[int]) -> None:
-        self.trace = trace
-        self._same: dict[int, int] = {}
-        self._shapes: dict[int, tuple[int, ...]] = {}
+        self.trace = replace(trace, forms=dict(trace.forms), aliases=dict(trace.aliases))
         self.constants: dict[int, Tensor] = dict(trace.constants)
-        operations = self._live(trace.operations, results)
-        self._overwritten = {trace.memory(number) for one in operations for number in one.writes}
-        operations = self._folded(operations)
-        operations = self._merged(operations)
-        self.results = [self._now(number) for number in results]
-        self.operations = self._live(operations, self.results)
+        operations = self._folded(self._live(trace.operations, results))
+        operations, self.results = self._merged(operations, results)
+        operations, self.results = ViewRemover(self.trace).rewritten(operations, self.results)
+        operations, self.results = self._merged(operations, self.results)
+        operations = fused(operations, self.trace, self.constants, self.results)
+        self.operations, self.results = self._merged(operations, self.results)
         read = {number for one in self.operations for number in one.reads} | set(self.results)
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
-    def _now(self, number: int) -> int:
-        while number in self._same:
-            number = self._same[number]
-        return number
-
-    def _is_overwritten(self, number: int) -> bool:
-        return self.trace.memory(number) in self._overwritten
+    def _merged(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
+        merger = Merger(self.trace, self.constants, results)
+        operations, results = merger.merged(operations)
+        return self._live(operations, results), results
 
     def _live(self, operations: list[Operation], results: list[int]) -> list[Operation]:
         """Returns the operations on which the results or a number that the computation read depend."""
-        live = {self.trace.memory(number) for number in results}
+        memory = self.trace.memory
+        live = {memory(number) for number in results}
         kept: list[Operation] = []
         for one in reversed(operations):
-            made = {self.trace.memory(number) for number in (*one.results, *one.writes) if number is not None}
+            made = {memory(number) for number in (*one.results, *one.writes) if number is not None}
             if one.expected is not None or one.shapes is not None or made & live:
                 kept.append(one)
-                live.update(self.trace.memory(number) for number in one.reads)
+                live.update(memory(number) for number in one.reads)
         return kept[::-1]
 
     # -- constants ------------------------------------------------------------------------------------------------
 
     def _folded(self, operations: list[Operation]) -> list[Operation]:
         """Computes what depends on constants only."""
-        varying = set(self.trace.placeholders)
-        groups = {self.trace.memory(number) for number in varying}
-        changed = True
-        marks = [False] * len(operations)
-        while changed:  # an overwritten group varies as a whole, also before it is overwritten
-            changed = False
+        memory = self.trace.memory
+        varying = {memory(number) for number in self.trace.placeholders}
+        marked = [False] * len(operations)
+        is_changed = True
+        while is_changed:  # an overwritten group varies as a whole, also before it is overwritten
+            is_changed = False
             for index, one in enumerate(operations):
-                if marks[index]:
+                read = () if one.function.overloadpacket in FILLED else one.reads
+                results = [memory(number) for number in one.results if number is not None]
+                if marked[index] or not (any(memory(n) in varying for n in read) or any(m in varying for m in results)):
                     continue
-                read = set(one.reads)
-                touched = {self.trace.memory(n) for n in (*read, *(r for r in one.results if r is not None))}
-                if read & varying or touched & groups:
-                    marks[index] = changed = True
-                    varying.update(number for number in one.results if number is not None)
-                    groups.update(self.trace.memory(number) for number in one.writes)
+                marked[index] = True
+                before = len(varying)
+                varying.update(results)
+                varying.update(memory(number) for number in one.writes)
+                is_changed = is_changed or len(varying) > before
+        written = {memory(number) for one in operations for number in one.writes}
         rest = []
-        for varies, one in zip(marks, operations, strict=True):
-            if varies or self._is_cheap(one):
+        for varies, one in zip(marked, operations, strict=True):
+            if varies or self._is_made_each_time(one, written):
                 rest.append(one)
             else:
                 self._compute(one)
         return rest
 
-    def _is_cheap(self, one: Operation) -> bool:
-        """Whether an operation only fills a large tensor, which need not be stored."""
-        return False
+    def _is_made_each_time(self, one: Operation, written: set[int]) -> bool:
+        number = one.results[0] if len(one.results) == 1 else None
+        if one.function.overloadpacket not in FILLED or number is None or self.trace.memory(number) in written:
+            return False
+        return math.prod(self.trace.forms[number][0]) > STORED
 
     def _compute(self, one: Operation) -> None:
-        args, kwargs = self._with_constants(one.args), self._with_constants(one.kwargs)
+        def stored(value: Any) -> Any:
+            return self._stored(value.number) if isinstance(value, Value) else value
+
+        args, kwargs = mapped(stored, (one.args, one.kwargs))
         with torch.no_grad():
             result = one.function(*args, **kwargs)
         for number, item in zip(one.results, result if one.is_sequence else [result], strict=True):
             if number is not None:
                 self.constants[number] = item
 
-    def _with_constants(self, value: Any) -> Any:
-        if isinstance(value, Value):
-            return self.constants[value.number]
-        if isinstance(value, (tuple, list)):
-            return type(value)([self._with_constants(item) for item in value])
-        if isinstance(value, dict):
-            return {key: self._with_constants(item) for key, item in value.items()}
-        return value
-
-    # -- repeated operations --------------------------------------------------------------------------------------
-
-    def _merged(self, operations: list[Operation]) -> list[Operation]:
-        """Drops operations that return one of their arguments, or what another operation has computed before."""
-        known: dict[Any, Operation] = {}
-        rest = []
-        for one in operations:
-            one = self._renamed(one)
-            same = self._same_as(one)
-            if same is not None and one.results[0] is not None:
-                self._same[one.results[0]] = same
-                continue
-            key = None if self._has_effects(one) else _key(one)
-            earlier = known.get(key) if key is not None else None
-            if earlier is not None:
-                for number, other in zip(one.results, earlier.results, strict=True):
-                    if number is not None and other is not None:
-                        self._same[number] = other
-                continue
-            if key is not None:
-                known[key] = one
-            rest.append(one)
-        return rest
-
-    def _renamed(self, one: Operation) -> Operation:
-        def renamed(value: Any) -> Any:
-            if isinstance(value, Value):
-                return Value(self._now(value.number))
-            if isinstance(value, (tuple, list)):
-                return type(value)([renamed(item) for item in value])
-            if isinstance(value, dict):
-                return {key: renamed(item) for key, item in value.items()}
-            return value
-
-        return Operation(
-            one.function,
-            renamed(one.args),
-            renamed(one.kwargs),
-            one.results,
-            one.is_sequence,
-            tuple(self._now(number) for number in one.writes),
-            one.expected,
-            one.shapes,
-            one.origin,
-        )
-
-    def _same_as(self, one: Operation) -> int | None:
-        """Returns the argument that an operation returns, if it does."""
-        if one.function in _SAME:
-            return next(one.reads)
-        if one.function in _COPIES and one.results[0] is not None:
-            source = next(one.reads)
-            is_free = not self._is_overwritten(source) and not self._is_overwritten(one.results[0])
-            return source if is_free and self._has_form_of(one.results[0], source) else None
-        if one.function in _VIEWS and one.results[0] is not None:
-            source = next(one.reads)
-            return source if self._has_form_of(one.results[0], source) else None
-        if one.function == aten._to_copy.default and one.results[0] is not None:
-            source = next(one.reads)
-            is_free = not self._is_overwritten(source) and not self._is_overwritten(one.results[0])
-            return source if is_free and self._has_form_of(one.results[0], source) else None
-        return None
-
-    def _has_form_of(self, one: int, other: int) -> bool:
-        return bool(self.trace.forms[one] == self.trace.forms[other])
-
-    def _has_effects(self, one: Operation) -> bool:
-        return (
-            bool(one.writes)
-            or one.shapes is not None
-            or any(self._is_overwritten(number) for number in (*one.reads, *one.results) if number is not None)
-        )
+    def _stored(self, number: int) -> Tensor:
+        """Returns a constant; for a tensor that varies, a tensor of the same shape without memory."""
+        if number in self.constants:
+            return self.constants[number]
+        shape, _, _, dtype, device = self.trace.forms[number]
+        return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 
-def _key(one: Operation) -> Any:
-    try:
-        key = (one.function, _frozen(one.args), _frozen(one.kwargs))
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return (type(value).__name__, *map(_frozen, value))
-    if isinstance(value, dict):
-        return tuple((key, _frozen(item)) for key, item in sorted(value.items()))
-    return (type(value).__name__, value)
+__all__ = ["Simplifier"]

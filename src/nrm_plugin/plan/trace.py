@@ -72,6 +72,15 @@ def numbers_in(value: Any) -> Iterator[int]:
             yield from numbers_in(item)
 
 
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Applies a function to all items of nested arguments."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([mapped(change, item) for item in value])
+    if isinstance(value, dict):
+        return {key: mapped(change, item) for key, item in value.items()}
+    return change(value)
+
+
 @dataclass
 class Trace:
     """The operations of a computation.
@@ -80,7 +89,7 @@ class Trace:
         operations: The operations, in order.
         constants: Tensors that existed before, by number.
         placeholders: Numbers of the tensors that differ from run to run.
-        forms: Shape, strides and dtype of each tensor.
+        forms: Shape, strides, offset, dtype and device of each tensor.
         aliases: For each tensor, the first tensor whose memory it may share.
         count: Number of tensors.
         obstacles: Reasons why the operations do not describe the computation for other values.
@@ -158,7 +167,7 @@ class Tracer(TorchDispatchMode):
         if known is None:
             return None
         for number, view in known[1]:
-            if view == _view(tensor):
+            if view == _form(tensor):
                 return number
         if any(number in self._varying for number, _ in known[1]):
             self.trace.obstacles.append("a tensor shares memory with computed values in a way that was not traced")
@@ -177,7 +186,7 @@ class Tracer(TorchDispatchMode):
         if memory is not None:
             if memory not in self._memories:
                 self._memories[memory] = (StorageWeakRef(tensor.untyped_storage()), [])
-            self._memories[memory][1].append((number, _view(tensor)))
+            self._memories[memory][1].append((number, _form(tensor)))
         return number
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -268,11 +277,9 @@ def _memory(tensor: Tensor) -> int | None:
 
 
 def _form(tensor: Tensor) -> Any:
-    return tensor.shape, tensor.stride() if tensor.layout == torch.strided else None, tensor.dtype, tensor.device
-
-
-def _view(tensor: Tensor) -> Any:
-    return tensor.storage_offset(), *_form(tensor)
+    if tensor.layout != torch.strided:
+        return tensor.shape, None, 0, tensor.dtype, tensor.device
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
