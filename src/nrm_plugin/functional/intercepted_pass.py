@@ -99,10 +99,13 @@ class InterceptedPass:
     def function_call(self, observed: ObservedCall) -> FunctionCall:
         """Returns an observed call with its inputs saved."""
         function, keyword_slots = observed.out_of_place()
+        name = observed.name.base
+        knows_gates = RUNNING.reference is None or name in ("matmul", "einsum")  # which have heads as events
         inputs = tuple(
-            CallInput(Saved(tensor), self.gates.holds(tensor), source_of(tensor.grad_fn)) for tensor in observed.inputs
+            CallInput(Saved(tensor), knows_gates and self.gates.holds(tensor), source_of(tensor.grad_fn))
+            for tensor in observed.inputs
         )
-        name, path = observed.name.base, self.path
+        path = self.path
         return FunctionCall(name, function, path, observed.slots, keyword_slots, inputs, self.settings)
 
     def _check_covered(self, observed: ObservedCall) -> None:
@@ -157,7 +160,7 @@ class InterceptedPass:
         """Returns the output of a call as the output of a step of the difference to a reference."""
         others = reference.meet(call.name, call.path, [*call.values, output])
         has_rules = has_any_rule(self.settings.rules)
-        both = DifferenceCall(call, Saved(output), others, reference.is_tangent, has_rules)
+        both = DifferenceCall(call, Saved(output), others, reference, has_rules)
         rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
