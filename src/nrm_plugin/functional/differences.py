@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..kernels.base import Kernel
 from ..kernels.forward_state import Saved
-from ..kernels.reference_pass import LEAST, ReferencePass, difference
+from ..kernels.reference_pass import ReferencePass
 from ..model.autocast import working_dtype
 from .function_call import FunctionCall
+
 
 @dataclass(frozen=True)
 class DifferenceCall:
@@ -110,4 +111,4 @@ def secant_of(*names: str) -> Callable[[SecantFactory], SecantFactory]:
     return decorate
 
 
-__all__ = ["SECANTS", "DifferenceCall", "SecantFactory", "difference", "secant_of"]
+__all__ = ["SECANTS", "DifferenceCall", "SecantFactory", "secant_of"]

@@ -16,7 +16,6 @@ from ..errors import DifferenceError
 from ..model.autocast import working_dtype
 from .forward_state import Saved
 
-
 LEAST = {torch.float32: 1e-18, torch.float64: 1e-100}
 """The replacement of a difference that is zero."""
 

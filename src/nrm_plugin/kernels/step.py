@@ -64,7 +64,13 @@ class Step(ABC):
     @functools.cached_property
     def kernel(self) -> Kernel:
         """The kernel of the rule, already normalized if its columns are a :class:`Deficit`."""
-        with self._lock, torch.inference_mode(False), not_recorded(), repeated(f"{self.name}:{self.call}"), self._arithmetic():
+        with (
+            self._lock,
+            torch.inference_mode(False),
+            not_recorded(),
+            repeated(f"{self.name}:{self.call}"),
+            self._arithmetic(),
+        ):
             return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
 
     def forget_kernel(self) -> None:

@@ -16,7 +16,9 @@ CLOSE = 1e-5
 """Largest relative difference of weights that are considered to be the same, computed in different order."""
 
 
-def fused(operations: list[Operation], trace: Trace, constants: dict[int, Tensor], results: list[int]) -> list[Operation]:
+def fused(
+    operations: list[Operation], trace: Trace, constants: dict[int, Tensor], results: list[int]
+) -> list[Operation]:
     """Returns the operations with each batch normalization fused with the convolution that only it reads.
 
     Args:

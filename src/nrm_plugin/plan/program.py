@@ -49,7 +49,9 @@ class Program:
         self.obstacle = next((reason for one in self.operations if (reason := _obstacle(one, simple.trace))), "")
         made = {number: index for index, one in enumerate(self.operations) for number in one.results}
         until = max((made[number] + 1 for number in outputs if number in made), default=0)
-        writer = _Writer(self.operations, self.constants, until, simple.trace.memory, {*trace.constants, *trace.placeholders})
+        writer = _Writer(
+            self.operations, self.constants, until, simple.trace.memory, {*trace.constants, *trace.placeholders}
+        )
         self.source, scope = writer.written(list(inputs), outputs, start, results)
         exec(compile(self.source, "<plan>", "exec"), scope)
         self._forward, self._relevance = scope["forward"], scope["relevance"]

@@ -20,7 +20,8 @@ from .trace import Operation, Trace, Value, mapped
 
 aten = torch.ops.aten
 FILLED = frozenset(
-    getattr(aten, name) for name in "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
+    getattr(aten, name)
+    for name in "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
 )
 """Operations that read only the shape of their argument."""
 STORED = 1 << 14

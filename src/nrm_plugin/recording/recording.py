@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..composites import Normalized
 from ..events.event import Atom
-from ..functional.differences import LEAST, difference
 from ..kernels.forward_state import forward_pass
-from ..kernels.reference_pass import ReferencePass
+from ..kernels.reference_pass import LEAST, ReferencePass, difference
 from ..model.autocast import asked_for, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
