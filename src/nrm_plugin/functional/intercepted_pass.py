@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import RUNNING, Saved, is_in_module_step, is_inside_step, listener, not_recorded, write
+from ..kernels.forward_state import (
+    RUNNING,
+    Saved,
+    is_in_module_step,
+    is_inside_step,
+    listener,
+    not_recorded,
+    protect_weights,
+    protected,
+    write,
+)
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
 from ..kernels.reference_pass import ReferencePass
-from ..kernels.step import FunctionStep, Step, link
+from ..kernels.step import FunctionStep, Step, link, step_of
 from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import layout
@@ -105,8 +115,8 @@ class InterceptedPass:
             CallInput(Saved(tensor), knows_gates and self.gates.holds(tensor), source_of(tensor.grad_fn))
             for tensor in observed.inputs
         )
-        path = self.path
-        return FunctionCall(name, function, path, observed.slots, keyword_slots, inputs, self.settings)
+        slots, keywords = protected(observed.slots), {key: protected(value) for key, value in keyword_slots.items()}
+        return FunctionCall(name, function, self.path, slots, keywords, inputs, self.settings)
 
     def _check_covered(self, observed: ObservedCall) -> None:
         """Raises unless the composite has a rule for a layer that is called as a function."""
@@ -136,6 +146,7 @@ class InterceptedPass:
         if layer is None:
             step = FunctionStep(path, output, build, normalization, rule)
         else:
+            protect_weights(layer.module)
             step = LayerStep(layer, output, normalization, path, rule)
         step.call, step.attention, step.keeps_rows = number, layout(call, output), rows
         if isinstance(step, LayerStep) and self.settings.fuse is not None:
@@ -275,10 +286,10 @@ class InterceptedPass:
 
         Examples are activations in TorchScript or with their own ``autograd.Function``.
         """
-        if is_inside_step():
+        if is_inside_step() or not isinstance(output, Tensor) or output.grad_fn is None or step_of(output.grad_fn):
             return None
         observed = ObservedCall.of(module.forward, args, kwargs, self.path)
-        if len(observed.inputs) != 1 or not isinstance(output, Tensor) or output.grad_fn is None:
+        if len(observed.inputs) != 1:
             return None
         source = observed.inputs[0]
         if output.shape != source.shape or output.data_ptr() == source.data_ptr():

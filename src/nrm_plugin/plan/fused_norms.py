@@ -59,7 +59,9 @@ def fused(
 
 def _folded(values: list[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
     weight, bias, gamma, beta, mean, variance = values
-    assert weight is not None and mean is not None and variance is not None
+    assert weight is not None
+    assert mean is not None
+    assert variance is not None
     scale = torch.rsqrt(variance + eps)
     scale = scale if gamma is None else scale * gamma
     shift = (-mean if bias is None else bias - mean) * scale

@@ -104,7 +104,7 @@ class Simplifier:
         number = one.results[0] if len(one.results) == 1 else None
         if one.function.overloadpacket not in FILLED or number is None or self.trace.memory(number) in written:
             return False
-        return math.prod(self.trace.forms[number][0]) > STORED
+        return bool(math.prod(self.trace.forms[number][0]) > STORED)
 
     def _compute(self, one: Operation) -> None:
         def stored(value: Any) -> Any:
