@@ -196,6 +196,10 @@ def test_a_start_vector_may_sum_to_zero():
     each = [RelevanceMeasure(net, X, target, reference=X0) for target in (0, 1)]
     torch.testing.assert_close(mu.output, each[0].output - each[1].output, **TIGHT)
     parts = [one.marginal("1") * one.output[:, None] for one in each]
+    against = RelevanceMeasure(net, X, 0, against=1, reference=X0)
+    torch.testing.assert_close(against.marginal("1"), mu.marginal("1"), **TIGHT)
+    rest = RelevanceMeasure(net, X, 0, against="rest", reference=[X0, X0 + 1])
+    torch.testing.assert_close(rest.marginal("input").sum(1), torch.ones(3).double(), **TIGHT)
     torch.testing.assert_close(mu.marginal("1") * mu.output[:, None], parts[0] - parts[1], **TIGHT)
 
 
