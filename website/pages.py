@@ -68,7 +68,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
     "errors": (
         "Errors and warnings",
         {
-            "errors": """NRMError InputError TargetError GradModeError ModelStateError UnknownLayerError
+            "errors": """NRMError InputError DifferenceError TargetError GradModeError ModelStateError UnknownLayerError
             HookedContainerError StorageError EventError NullEventError CancellationError StaleMeasureError
             UnsupportedRuleError NonlinearRuleError UnsupportedOperationError UncoveredLayerError
             FoldingError MissingExtraError BatchNormWarning MemoryBudgetWarning"""

@@ -78,6 +78,7 @@ class LayerNRM(NRM, LayerAttribution):
         joint: Event | None = None,
         unit: Unit = "output",
         return_sink: bool = False,
+        baselines: Any = None,
     ) -> Any:
         """Computes the relevance of each neuron of the layers.
 
@@ -97,6 +98,7 @@ class LayerNRM(NRM, LayerAttribution):
             joint: Event for joint relevance.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
             return_sink: Whether to also return the relevance absorbed above each layer, ``(N,)``.
+            baselines: Explain the difference of the output to that of these baselines; see :meth:`NRM.attribute`.
 
         Returns:
             A tensor for a single layer (a tuple if the layer returns several), or a list for several layers; if
@@ -113,7 +115,7 @@ class LayerNRM(NRM, LayerAttribution):
         """
         formatted, _ = as_tuple(inputs)
         self._report(formatted, additional_forward_args, verbose)
-        measure = self.measure(formatted, target, additional_forward_args, against)
+        measure = self.measure(formatted, target, additional_forward_args, against, baselines)
         layers = measure.layers if self.layer is None else self.layer
         side: Side = "input" if attribute_to_layer_input else "output"
         several, is_one = layer_list(layers)

@@ -16,7 +16,7 @@ from ..events.event import Atom, Event, Side, at
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.targets import Neurons
-from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage, unwrapped
+from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage, reference_of, unwrapped
 from .nrm import NRM
 
 
@@ -69,6 +69,7 @@ class NeuronNRM(NRM, NeuronAttribution):
         unit: Unit = "output",
         return_convergence_delta: bool = False,
         return_sink: bool = False,
+        baselines: Any = None,
     ) -> Any:
         """Computes the relevance of each input entry for the selected neurons.
 
@@ -86,6 +87,7 @@ class NeuronNRM(NRM, NeuronAttribution):
                 they sum to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``.
+            baselines: Explain the difference of the activations to those at these baselines; see :meth:`NRM.attribute`.
 
         Returns:
             Attributions in the form of the inputs; if requested, in a tuple with the delta and the sink.
@@ -109,7 +111,7 @@ class NeuronNRM(NRM, NeuronAttribution):
         side: Side = "input" if attribute_to_neuron_input else "output"
         layer = self._layer(self.layer)
         neurons = Neurons(neuron_selector)
-        start: dict[str, Any] = {"start": neurons}
+        start: dict[str, Any] = {"start": neurons if baselines is None else neurons.slope}
         if against is not None:
             start = {"against": functools.partial(_difference, neurons, Neurons(against))}
         with torch.enable_grad():
@@ -118,12 +120,13 @@ class NeuronNRM(NRM, NeuronAttribution):
                 formatted,
                 **start,
                 output=layer if isinstance(layer, Atom) else at(layer, side=side),
-                composite=self.composite,
+                composite=self._composite_for(baselines),
+                reference=reference_of(baselines, formatted),
                 additional_forward_args=additional_forward_args,
                 batched=self.batched,
             )
         request = Request(given, joint, unit, return_convergence_delta, return_sink)
-        explained = neurons.activation if against is None else measure.output
+        explained = neurons.activation if against is None and baselines is None else measure.output
         return self._in_form(measure, explained, formatted, was_tuple, request)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Unpack, overload
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from ..composites import Uncovered, normalize
+from ..composites import Uncovered
 from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..model.inputs_and_outputs import Call, Inputs, Output
@@ -27,6 +27,7 @@ from .memory import check_memory
 from .partitions import Names
 from .query_passes import query
 from .recorded import Recorded
+from .references import Slopes, composite_of, reference_of
 from .start import start_of
 from .totals import pass_totals
 
@@ -54,6 +55,11 @@ class RelevanceMeasure(Recorded):
             by their softmax; another target; or a function of the outputs that returns a target, or the weights of all
             outputs. The weighted outputs form one number :math:`\sum_k s_k f_k`, which may be negative, fused with the
             last layer; the tap ``"output"`` is this number, ``(N, 1)``.
+        reference: Explain the difference :math:`\sum_k s_k (f_k(x) - f_k(x^0))` to this reference, in the form of the
+            inputs, or one for all samples. Without a composite, every operation has the slope between reference and
+            input, and nothing is absorbed; the rules of a composite apply to differences. A start vector may sum to 0.
+            A list of references is the mixture :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
+        slopes: ``"secant"``, or ``"tangent"`` for derivatives at the input, whose error is absorbed.
         additional_forward_args: Further positional arguments of the model; a tuple, or a single argument.
         additional_forward_kwargs: Further keyword arguments.
         output: The tensor to explain if the model returns several: a key, a position, or a function of the returned
@@ -93,6 +99,8 @@ class RelevanceMeasure(Recorded):
         gain_limit: float | None = None,
         start: Any = None,
         against: Any = None,
+        reference: Any = None,
+        slopes: Slopes = "secant",
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
         output: Output | Atom | None = None,
@@ -101,11 +109,12 @@ class RelevanceMeasure(Recorded):
         max_memory: float | None = None,
     ) -> None:
         self._max_memory = check_memory(max_memory)
-        self.composite = normalize(composite, residual, gain_limit, uncovered)
+        self.composite = composite_of(composite, residual, gain_limit, uncovered, reference)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
-        self._recording = Recording(model, call, self.composite, output)
+        call, recorded = reference_of(call, reference, slopes)
+        self._recording = Recording(model, call, self.composite, output, recorded)
         self._start, self._output = start_of(self._recording, target, start, against)
-        self._is_difference = against is not None
+        self._is_difference = against is not None or reference is not None
         self.cost = Cost()
 
     @overload
@@ -170,7 +179,7 @@ class RelevanceMeasure(Recorded):
             >>> torch.allclose(total, torch.ones(5), atol=1e-5)
             True
         """
-        return conservation.absorbed(self._totals, [self._tap(layer)], kind)
+        return self._mixed(conservation.absorbed(self._totals, [self._tap(layer)], kind))
 
     @query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
@@ -180,7 +189,7 @@ class RelevanceMeasure(Recorded):
             >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))
             True
         """
-        return conservation.absorbed(self._totals, [self._tap(tap) for tap in taps])
+        return self._mixed(conservation.absorbed(self._totals, [self._tap(tap) for tap in taps]))
 
     @query
     def bypass(self, layer: Layer) -> Tensor:
@@ -190,7 +199,7 @@ class RelevanceMeasure(Recorded):
             >>> mu.bypass("1")
             tensor([0., 0., 0., 0., 0.])
         """
-        return conservation.bypassing(self._totals, self._tap(layer))
+        return self._mixed(conservation.bypassing(self._totals, self._tap(layer)))
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
@@ -201,7 +210,7 @@ class RelevanceMeasure(Recorded):
             >>> sorted(leaky.sinks())
             ['0', '2']
         """
-        return conservation.step_sinks(self._totals, kind)
+        return {name: self._mixed(mass) for name, mass in conservation.step_sinks(self._totals, kind).items()}
 
     @query
     def variation(self, layer: Layer) -> Tensor:
@@ -213,7 +222,7 @@ class RelevanceMeasure(Recorded):
             >>> bool((mu.variation("1") >= 0.999).all())
             True
         """
-        return conservation.tap_variation(self._totals, self._tap(layer))
+        return self._mixed(conservation.tap_variation(self._totals, self._tap(layer)))
 
     @query
     def walk_variation(self, surviving: bool = False) -> Tensor:
@@ -231,7 +240,7 @@ class RelevanceMeasure(Recorded):
         """
         totals = pass_totals(self._recording, self._start.abs(), absolute=True)
         self.cost = totals.cost
-        return conservation.walk_variation(totals, self._totals if surviving else None)
+        return self._mixed(conservation.walk_variation(totals, self._totals if surviving else None))
 
     @query
     def __call__(
