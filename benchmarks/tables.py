@@ -128,6 +128,23 @@ def selection(results: Results) -> dict[str, str]:
     return tables
 
 
+def circuits(results: Results) -> dict[str, str]:
+    """Scores of edges, by net."""
+    head = (
+        "| score | CMD ↓ | CPR ↑ | CMD, one circuit ↓ | single edges ↑ | single nodes ↑ | passes forward, backward | time |"
+    )
+    tables = {}
+    for name, net in results["nets"].items():
+        rows = []
+        for score, row in net["scores"].items():
+            cells = ["{:.3f} ({:.3f}–{:.3f})".format(*row[key]) for key in ("CMD", "CPR")]
+            cells += [f"{row[key][0]:.3f}" for key in ("CMD, one circuit", "single edges", "single nodes")]
+            forward, backward = results["passes"][score]
+            rows.append([score, *cells, f"{forward}, {backward}", f"{net['time'][score]:.1f}"])
+        tables[name] = grid(head, rows)
+    return tables
+
+
 def flow(results: Results) -> dict[str, str]:
     """A sentence."""
     factor = min(results["seconds"]["flow"]) / min(results["seconds"]["marginals"])
@@ -169,6 +186,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "hugging_face": ("attention.md", hugging_face),
     "recurrent_and_graphs": ("recurrent-and-graphs.md", recurrent_and_graphs),
     "relative": ("relative.md", relative),
+    "circuits": ("circuits.md", circuits),
     "flow": ("flow.md", flow),
     "top_walks": ("critical-paths.md", top_walks),
     "selection": ("critical-paths.md", selection),

@@ -9,7 +9,7 @@ is how circuits are run; ``slopes`` replaces the non-linear operations, which is
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import ClassVar
 
 import torch
 from sklearn.datasets import load_digits
@@ -22,13 +22,19 @@ Wire = Callable[[str, Tensor], Tensor]
 TANGENTS = Tangents()
 
 
+class Read(nn.Identity):
+    """Names the tensor that a step reads; its nodes are the entries of dimension 1."""
+
+    nrm_channel_dim: ClassVar[int] = 1
+
+
 class CircuitNet(nn.Module):
     """A net of steps. ``nodes`` names, for each step, the nodes that it reads, one for each column of its weight."""
 
     def __init__(self, steps: dict[str, nn.Module], nodes: dict[str, list[str]]) -> None:
         super().__init__()
         self.steps, self.nodes = nn.ModuleDict(steps), nodes
-        self.read = nn.ModuleDict({name: nn.Identity() for name in steps})  # names the tensor that a step reads
+        self.read = nn.ModuleDict({name: Read() for name in steps})
 
     def plain(self, name: str, a: Tensor) -> Tensor:
         return self.steps[name](self.read[name](a))
@@ -228,7 +234,7 @@ def digits_net(name: str, steps: int | None) -> tuple[CircuitNet, Callable[..., 
         one, other = one[differ], other[differ]
         return x[one].double(), x[other].double(), y[one], y[other]
 
-    fit(net, batch, steps or 500)
+    fit(net, batch, steps or NETS[name])
     return (ResidualCNN(net) if isinstance(net, Rolled) else net), pairs  # type: ignore[return-value]
 
 
@@ -257,9 +263,9 @@ def twins(draw: torch.Generator, count: int) -> Pairs:
 def recall_net(name: str, steps: int | None) -> tuple[CircuitNet, Callable[..., Pairs]]:
     """A transformer that recalls the value of a key."""
     net = Transformer(KEYS + VALUES, 2 * SHOWN + 1, layers=3, heads=4, width=32)
-    fit(net, lambda: recall(None, 256), steps or 1500)
+    fit(net, lambda: recall(None, 256), steps or NETS[name])
     return net, twins
 
 
-NETS: dict[str, Any] = {"MLP": 500, "CNN": 500, "residual CNN": 500, "transformer": 1500}
+NETS = {"MLP": 500, "CNN": 500, "residual CNN": 500, "transformer": 600}
 """Training steps."""

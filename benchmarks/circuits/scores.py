@@ -1,15 +1,20 @@
-"""Scores of edges. All but those of the package are plain PyTorch: ``⟨multiplier of z_r, W_rs ∗ change of a_s⟩``."""
+"""Scores of edges: ``⟨multiplier of z_r, W_rs ∗ change of a_s⟩``, in plain PyTorch, and joint relevance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from zennit.composites import LayerMapComposite
+from zennit.rules import Epsilon, Norm, Pass
+from zennit.types import Activation, AvgPool, Linear
 
 from benchmarks.circuits.circuit import Edges, Task, Trace, masked, metric, trace
 from benchmarks.circuits.nets import TANGENTS
 from benchmarks.circuits.slopes import RelP, Secants, Tangents
+from nrm_plugin import Normalized, RelevanceMeasure
 
 STEPS = 8
 Multipliers = dict[str, Tensor]
@@ -84,13 +89,56 @@ def chance(task: Task) -> Edges:
     return {name: torch.randn(one.shape, generator=draw, dtype=one.dtype) for name, one in task.edges(0.0).items()}
 
 
-SCORES: dict[str, Callable[[Task], Edges]] = {
-    "secants, plain code": secants,
-    "EAP": attribution_patching,
-    "EAP-IG, 8 steps": integrated_gradients,
-    "EAP-IG, 8 steps, midpoints": lambda task: integrated_gradients(task, 0.5),
-    "RelP": lambda task: attribution_patching(task, RelP()),
-    "RelP, AH-rule": lambda task: attribution_patching(task, RelP(is_frozen=True)),
-    "gradient × activation": gradient_times_activation,
-    "chance": chance,
+# -- joint relevance of this package --------------------------------------------------------------------------------
+
+
+def joints(task: Task, mu: RelevanceMeasure, scale: Tensor) -> Edges:
+    return {name: mu.joint(f"steps.{name}", f"read.{name}") * scale[:, None, None] for name, _ in task.steps}
+
+
+def contrast(task: Task) -> Tensor:
+    """1 for the clean answer, -1 for the corrupted one, ``(N, outputs)``."""
+    _, _, t, u = task.pairs
+    vector = torch.zeros_like(task.corrupted.outputs)
+    return vector.scatter(1, t[:, None], 1.0).scatter(1, u[:, None], -1.0)
+
+
+def reference_measure(task: Task) -> Edges:
+    """The measure against the corrupted input."""
+    clean, corrupted = task.pairs[:2]
+    mu = RelevanceMeasure(task.net, clean, start=contrast(task), reference=corrupted)
+    return joints(task, mu, task.whole - task.empty)
+
+
+def lrp_0(task: Task) -> Edges:
+    """LRP-0 at the clean input; the difference of two logits starts with the value of each."""
+    rules = LayerMapComposite([(Activation, Pass()), (AvgPool, Norm()), (Linear, Epsilon(1e-9))])
+    signs = contrast(task)
+    mu = RelevanceMeasure(
+        task.net, task.pairs[0], start=lambda outputs: signs * outputs, composite=Normalized(rules, residual="sink")
+    )
+    return joints(task, mu, task.whole)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score with the forward and backward passes that it takes for each pair."""
+
+    of: Callable[[Task], Edges]
+    forward: int
+    backward: int
+
+
+REFERENCE, PLAIN = "reference measure", "the same, plain code"
+SCORES = {
+    REFERENCE: Score(reference_measure, 2, 1),
+    PLAIN: Score(secants, 2, 1),
+    "EAP": Score(attribution_patching, 2, 1),
+    "EAP-IG, 8 steps": Score(integrated_gradients, 2 + STEPS, STEPS),
+    "EAP-IG, 8 midpoints": Score(lambda task: integrated_gradients(task, 0.5), 2 + STEPS, STEPS),
+    "RelP": Score(lambda task: attribution_patching(task, RelP()), 2, 1),
+    "RelP, AH-rule": Score(lambda task: attribution_patching(task, RelP(is_frozen=True)), 2, 1),
+    "gradient × activation": Score(gradient_times_activation, 1, 1),
+    "LRP-0": Score(lrp_0, 1, 1),
+    "random": Score(chance, 0, 0),
 }

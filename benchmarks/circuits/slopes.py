@@ -82,10 +82,10 @@ class Secants(Tangents):
         return self._product(centred, self.activation(variance, lambda v: (v + EPS).rsqrt()))
 
     def softmax(self, s: Tensor) -> Tensor:
-        x, x0 = s.detach().chunk(2)
-        shift = twice(torch.maximum(x, x0).amax(-1, keepdim=True))
-        exponentials = self.activation(s - shift, torch.exp)
-        return self._product(exponentials, self.activation(exponentials.sum(-1, keepdim=True), torch.reciprocal))
+        """``exp(s − log Σ exp s)``: secants of both exponentials and of the logarithm."""
+        s = s - twice(torch.maximum(*s.detach().chunk(2)).amax(-1, keepdim=True))
+        total = self.activation(s, torch.exp).sum(-1, keepdim=True)
+        return self.activation(s - self.activation(total, torch.log), torch.exp)
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         value = (a @ b).detach()
