@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.forward_state import before_writing, note_untracked, write
 from .attention import FUSED, decomposed_attention, is_decomposed
+from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
 from .intercepted_pass import InterceptedPass, written
 from .observed_call import WRITERS, ObservedCall
@@ -66,6 +67,21 @@ def _metadata(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     return call.run() if call.name.base in METADATA else NOT_HANDLED
 
 
+def _same_as_reference(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    reference = reference_pass()
+    if reference is not None and call.inputs:
+        check_constants(reference, call)
+    return NOT_HANDLED
+
+
+def _difference(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    reference = reference_pass()
+    if reference is None:
+        return NOT_HANDLED
+    result = difference_step(call, forward_pass, reference)
+    return NOT_HANDLED if result is NO_KERNEL else result
+
+
 def _copy_before_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     if call.overwritten is not None:
         before_writing(call.overwritten)
@@ -97,7 +113,9 @@ def _constants(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _attention(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    if call.name.base != FUSED or not is_decomposed(forward_pass.settings.attention, call.argument(2, "value")):
+    if call.name.base != FUSED:
+        return NOT_HANDLED
+    if reference_pass() is None and not is_decomposed(forward_pass.settings.attention, call.argument(2, "value")):
         return NOT_HANDLED
     with forward_pass.intercepting:
         return decomposed_attention(*call.args, **call.kwargs)
@@ -121,7 +139,7 @@ def _computed_layer(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _kernel(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    factory = kernel_factory_of(call.function, call.name)
+    factory = None if reference_pass() is not None else kernel_factory_of(call.function, call.name)
     return NOT_HANDLED if factory is None else forward_pass.step(call, factory)
 
 
@@ -160,17 +178,22 @@ def _in_place(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _route_or_unknown(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    return forward_pass.route_or_unknown(call)
+    result, reference = forward_pass.route_or_unknown(call), reference_pass()
+    if reference is not None:
+        check_route(reference, call, result)
+    return result
 
 
 HANDLERS: tuple[Handler, ...] = (
     Handler("metadata", "no values are computed", _metadata),
+    Handler("same as reference", "a difference needs the same masks and indices at both; never ends", _same_as_reference),
     Handler("copy before write", "steps that saved this memory need its former values; never ends", _copy_before_write),
     Handler("indexed write", "positions given by tensors are looked up entry by entry", _indexed_write),
     Handler("complex numbers", "are not taps: one linear step between real tensors", _complex_numbers),
     Handler("constants", "no relevance passes through them; autograd records what writers copy", _constants),
     Handler("attention", "relevance also goes to the weights: as matrix products and a softmax", _attention),
     Handler("sparse product", "an adjacency: messages that are summed into nodes", _sparse_product),
+    Handler("difference", "relevance of a difference: a step with secant slopes", _difference),
     Handler("computed layer", "a computed weight or bias: as a product and a sum", _computed_layer),
     Handler("kernel", "the registry has a kernel: a step", _kernel),
     Handler("recurrence", "torch runs all times as one function: as a loop over time", _recurrence),

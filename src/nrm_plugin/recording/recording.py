@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..composites import Normalized
 from ..events.event import Atom
+from ..functional.differences import difference
 from ..kernels.forward_state import forward_pass
+from ..kernels.reference_pass import ReferencePass
 from ..model.autocast import asked_for, exact, layers_in
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
@@ -39,6 +41,7 @@ class Recording:
         call: The call of the model.
         composite: Rules and normalization.
         output: The output at which the measure starts, if there are several; or a tap inside the model.
+        reference: The reference, for a measure of the difference of outputs.
 
     Attributes:
         structure: Graph, taps and samples, which do not depend on values.
@@ -59,40 +62,22 @@ class Recording:
         call: Call,
         composite: Normalized,
         output: Output | Atom | None = None,
+        reference: Reference | None = None,
     ) -> None:
         check_module(model)
-        self._rerun = Rerun(model, call, composite, output)
-        indices = list(call.indices.values())
-        inner = output if isinstance(output, Atom) else None
-        observer = Observer(model, indices, inner)
-        with ExitStack() as around:
-            around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
-            check_model(model, call.tensors)
-            device = (*call.tensors, *indices)[0].device
-            for block in (
-                preserved(model),
-                forward_pass(observer),
-                torch.enable_grad(),
-                _precision(device),
-                check_drawn(model, device),
-            ):
-                around.enter_context(block)
-            for tensor in (*model.parameters(), *model.buffers()):
-                if tensor.is_leaf:  # a computed buffer is a constant by its history
-                    tensor.requires_grad_(False)
-            passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
-            with ExitStack() as stack:
-                stack.enter_context(composite.context(model))
-                observer.watch(model, stack)
-                with call.checked_ids(lambda: observer.has_lookups):
-                    returned = call.run(model, passed)
+        self._rerun = Rerun(model, call, composite, output, reference)
+        self._other: Tensor | None = None
+        followed = None
+        if reference is not None:
+            followed = ReferencePass(reference.is_tangent)
+            other, _ = _run(model, reference.call, composite, output, followed)
+            self._other = other.detach()
+            followed.replay()
+        self.output, observer = _run(model, call, composite, output, followed)
         self.fingerprint = Fingerprint(model)
-        if isinstance(output, Atom):
-            returned, output = observer.inner_output(output), None
-        self.output: Tensor = explained_output(returned, output, call.batch, call.batched and inner is None)
-        observer.see(Label(OUTPUT, "output", 0, None), self.output)
         two = self._rerun.shapes_of_two
-        self.structure = Structure(observer, self.output, call.batch, call.batched, two, inner is None)
+        has_rows = not isinstance(output, Atom)
+        self.structure = Structure(observer, self.output, call.batch, call.batched, two, has_rows)
 
     def started(self, relevance: Tensor) -> Tensor:
         """Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
@@ -117,6 +102,16 @@ class Recording:
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the measure is of differences."""
+        return self._other is not None
+
+    def differences(self) -> Tensor:
+        """The difference of the output to that of the reference, nowhere zero, in the form ``(N, …)``."""
+        assert self._other is not None
+        return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other))
+
+    @property
     def graph(self) -> Graph:
         """The graph of steps and routes."""
         return self.structure.graph
@@ -132,23 +127,79 @@ class Recording:
         return self.structure.samples
 
 
+def _run(
+    model: nn.Module,
+    call: Call,
+    composite: Normalized,
+    output: Output | Atom | None,
+    reference: ReferencePass | None,
+) -> tuple[Tensor, Observer]:
+    """Runs the model under the hooks of the composite; returns the explained output and what was observed."""
+    indices = list(call.indices.values())
+    inner = output if isinstance(output, Atom) else None
+    observer = Observer(model, indices, inner)
+    with ExitStack() as around:
+        around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
+        check_model(model, call.tensors)
+        device = (*call.tensors, *indices)[0].device
+        for block in (
+            preserved(model),
+            forward_pass(observer, reference),
+            torch.enable_grad(),
+            _precision(device),
+            check_drawn(model, device),
+        ):
+            around.enter_context(block)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_leaf:  # a computed buffer is a constant by its history
+                tensor.requires_grad_(False)
+        passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
+        with ExitStack() as stack:
+            stack.enter_context(composite.context(model))
+            observer.watch(model, stack)
+            with call.checked_ids(lambda: observer.has_lookups):
+                returned = call.run(model, passed)
+        if reference is not None:
+            reference.finish()
+    if isinstance(output, Atom):
+        returned, output = observer.inner_output(output), None
+    explained: Tensor = explained_output(returned, output, call.batch, call.batched and inner is None)
+    observer.see(Label(OUTPUT, "output", 0, None), explained)
+    return explained, observer
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference of a measure of differences.
+
+    Attributes:
+        call: The call of the model with the reference as inputs.
+        is_tangent: Whether slopes are derivatives at the input instead of secants.
+    """
+
+    call: Call
+    is_tangent: bool = False
+
+
 @dataclass(frozen=True)
 class Rerun:
     """Further runs of the model of a recording, without hooks, to test the treatment of samples.
 
     Attributes:
-        model, call, composite, output: As in :class:`Recording`.
+        model, call, composite, output, reference: As in :class:`Recording`.
     """
 
     model: nn.Module
     call: Call
     composite: Normalized
     output: Output | Atom | None
+    reference: Reference | None = None
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Returns a recording on changed inputs."""
         with _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
-            return Recording(self.model, self.call.changed(change, others), self.composite, self.output)
+            call = self.call.changed(change, others)
+            return Recording(self.model, call, self.composite, self.output, self._changed_reference(change, others))
 
     def outputs(self, change: Change) -> Tensor:
         """Returns the output on changed inputs."""
@@ -162,6 +213,12 @@ class Rerun:
                 around.enter_context(block)
             output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
             return output
+
+    def _changed_reference(self, change: Change, others: Change) -> Reference | None:
+        """Returns the reference with the same change, so that it has the shape of the changed inputs."""
+        if self.reference is None:
+            return None
+        return replace(self.reference, call=self.reference.call.changed(change, others))
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
         """Returns the shape of each labelled tensor for the sample twice; empty if the model rejects two samples."""

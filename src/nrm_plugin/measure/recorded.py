@@ -1,0 +1,103 @@
+"""What a measure states without a pass: its taps and their shapes, the outputs, and the explained number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..composites import Normalized
+from ..events.event import Atom, Side
+from .layer_taps import Layer, taps_of
+from .query_passes import QueryPasses
+
+
+class Recorded(QueryPasses):
+    """Base class of the measure, which states what is recorded.
+
+    Attributes:
+        composite: Rules and normalization.
+    """
+
+    composite: Normalized
+    _output: Tensor
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the taps, in execution order.
+
+        Examples:
+            >>> mu.layers
+            ['input', '0', '1', '2', 'output']
+        """
+        return self._recording.taps.layers
+
+    @property
+    def outputs(self) -> Tensor:
+        """The explained outputs as the model returned them, detached, ``(N, …)``.
+
+        Examples:
+            >>> torch.equal(mu.outputs[:, 1], mu.output)
+            True
+        """
+        return self._recording.outputs()
+
+    @property
+    def output(self) -> Tensor:
+        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``; the measure times this value is the usual LRP score.
+
+        Examples:
+            >>> mu.output.shape
+            torch.Size([5])
+        """
+        return self._output.clone()
+
+    @property
+    def batch(self) -> int:
+        """Number of samples.
+
+        Examples:
+            >>> mu.batch
+            5
+        """
+        return self._recording.samples.count
+
+    def shape(self, layer: Layer) -> torch.Size:
+        """Shape of a tap, ``(N, …)``, such as ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
+
+        Examples:
+            >>> mu.shape("1")
+            torch.Size([5, 4])
+        """
+        return self._tap(layer).shape
+
+    def channel_dim(self, layer: Layer) -> int:
+        """Returns the channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.
+
+        Raises:
+            UnknownLayerError: If no tap has this name; the message lists similar names.
+
+        Examples:
+            >>> mu.channel_dim("1")
+            1
+        """
+        tap = self._tap(layer)
+        return tap.channel_dim % len(tap.shape)
+
+    def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
+        """Returns the taps of a layer: one, or one per tensor of a tuple.
+
+        Raises:
+            UnknownLayerError: If no tap has this name.
+
+        Examples:
+            >>> mu.taps_of("1")
+            [at('1')]
+        """
+        return taps_of(self._recording, layer, side)
+
+    def __repr__(self) -> str:
+        rules, settings = type(self.composite.composite).__name__, self.composite.normalization
+        return (
+            f"RelevanceMeasure({self.batch} samples, {len(self._recording.taps)} taps, {rules}, "
+            f"residual={settings.residual!r}, gain_limit={settings.gain_limit})"
+        )
