@@ -130,9 +130,7 @@ def selection(results: Results) -> dict[str, str]:
 
 def circuits(results: Results) -> dict[str, str]:
     """Scores of edges, by net."""
-    head = (
-        "| score | CMD ↓ | CPR ↑ | CMD, one circuit ↓ | single edges ↑ | single nodes ↑ | passes forward, backward | time |"
-    )
+    head = "| score | CMD ↓ | CPR ↑ | CMD, one circuit ↓ | edges ↑ | nodes ↑ | passes | time | of edges |"
     tables = {}
     for name, net in results["nets"].items():
         rows = []
@@ -140,7 +138,7 @@ def circuits(results: Results) -> dict[str, str]:
             cells = ["{:.3f} ({:.3f}–{:.3f})".format(*row[key]) for key in ("CMD", "CPR")]
             cells += [f"{row[key][0]:.3f}" for key in ("CMD, one circuit", "single edges", "single nodes")]
             forward, backward = results["passes"][score]
-            rows.append([score, *cells, f"{forward}, {backward}", f"{net['time'][score]:.1f}"])
+            rows.append([score, *cells, f"{forward} + {backward}", *(f"{time:.1f}" for time in net["time"][score])])
         tables[name] = grid(head, rows)
     return tables
 

@@ -21,7 +21,7 @@ from benchmarks import tables
 from benchmarks.circuits import figure, metrics
 from benchmarks.circuits.circuit import Edges, Task, by_step, flat, metric
 from benchmarks.circuits.nets import NETS, TANGENTS, trained
-from benchmarks.circuits.scores import REFERENCE, SCORES, gradients, products
+from benchmarks.circuits.scores import REFERENCE, SCORES
 from benchmarks.default_composite import interval, resamples
 from benchmarks.speed import environment
 
@@ -102,8 +102,8 @@ def summary(parts: dict[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
     return rows
 
 
-def timed(task: Task, repetitions: int) -> dict[str, float]:
-    """Processor time of every score, and of the products with the weights, in plain gradients."""
+def timed(task: Task, repetitions: int) -> dict[str, list[float]]:
+    """Processor time of the passes of every score, and of all its edges for every pair, in plain gradients."""
     clean, corrupted, t, u = (torch.cat([part] * TIMED) for part in task.pairs)
     large = Task.of(task.net, (clean, corrupted, t, u))
 
@@ -111,19 +111,24 @@ def timed(task: Task, repetitions: int) -> dict[str, float]:
         h = large.net.embed(clean).requires_grad_()
         torch.autograd.grad(metric(large.net.body(h, large.net.plain, TANGENTS), large.pairs).sum(), h)
 
-    run, multipliers = gradients(large, large.net.embed(clean))
-    jobs: dict[str, Callable[[], object]] = {
-        "plain gradient": gradient,
-        "products with the weights": lambda: products(large, multipliers, run.read),
-        **{name: (lambda score=score: score.of(large)) for name, score in SCORES.items()},  # type: ignore[misc]
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    passes: dict[str, list[float]] = {name: [] for name in SCORES}
+    edges: dict[str, list[float]] = {name: [] for name in SCORES}
+    plain = []
     for _ in range(repetitions):
-        for name, job in jobs.items():
-            began = time.process_time()
-            job()
-            seconds[name].append(time.process_time() - began)
-    return {name: round(min(spent) / min(seconds["plain gradient"]), 2) for name, spent in seconds.items()}
+        plain.append(min(seconds(gradient)[0] for _ in range(3)))
+        for name, score in SCORES.items():
+            spent, passed = seconds(lambda score=score: score.passes(large))  # type: ignore[misc]
+            passes[name].append(spent)
+            edges[name].append(seconds(lambda passed=passed: passed.edges(large))[0])  # type: ignore[misc]
+    unit = min(plain)
+    return {name: [round(min(passes[name]) / unit, 2), round(min(edges[name]) / unit, 2)] for name in SCORES}
+
+
+def seconds(job: Callable[[], Any]) -> tuple[float, Any]:
+    """Processor time of a call, and its result."""
+    began = time.process_time()
+    result = job()
+    return time.process_time() - began, result
 
 
 def measure(nets: Sequence[str], seeds: int, pairs: int, repetitions: int = REPETITIONS) -> dict[str, Any]:

@@ -82,6 +82,9 @@ def node_effects(task: Task) -> Tensor:
 def node_scores(task: Task, scores: Edges) -> Tensor:
     """Sum of the scores of all edges from a node, ``(N, nodes)``."""
     return torch.stack(
-        [torch.stack([scores[step][:, :, column].sum(1) for step, column in places]).sum(0) for places in nodes(task).values()],
+        [
+            torch.stack([scores[step][:, :, column].sum(1) for step, column in places]).sum(0)
+            for places in nodes(task).values()
+        ],
         1,
     )

@@ -9,6 +9,7 @@ is how circuits are run; ``slopes`` replaces the non-linear operations, which is
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -54,9 +55,7 @@ class MLP(CircuitNet):
     """Edges from neuron to neuron, pixels included."""
 
     def __init__(self, *widths: int) -> None:
-        steps: dict[str, nn.Module] = {
-            f"layer{n}": nn.Linear(i, o) for n, (i, o) in enumerate(zip(widths, widths[1:], strict=False), 1)
-        }
+        steps: dict[str, nn.Module] = {f"layer{n}": nn.Linear(i, o) for n, (i, o) in enumerate(pairwise(widths), 1)}
         super().__init__(steps, {name: columns(name, step.in_features) for name, step in steps.items()})
 
     def body(self, h: Tensor, wire: Wire, slopes: Tangents) -> Tensor:
@@ -70,7 +69,8 @@ class CNN(CircuitNet):
 
     def __init__(self, *widths: int) -> None:
         steps: dict[str, nn.Module] = {
-            f"conv{n}": nn.Conv2d(i, o, 3, padding=1) for n, (i, o) in enumerate(zip((1, *widths), widths, strict=False), 1)
+            f"conv{n}": nn.Conv2d(i, o, 3, padding=1)
+            for n, (i, o) in enumerate(zip((1, *widths), widths, strict=False), 1)
         }
         steps["output"] = nn.Conv2d(widths[-1], 10, 8 // 2 ** (len(widths) - 1))
         super().__init__(steps, {name: columns(name, step.in_channels) for name, step in steps.items()})
@@ -100,7 +100,7 @@ class Rolled(nn.Module):
 
 
 class ResidualCNN(CircuitNet):
-    """The unrolled twin: edges from each channel of each block to each channel of later blocks, and inside of blocks."""
+    """The unrolled twin: edges from the channels of a block to those of later blocks, and inside of blocks."""
 
     def __init__(self, rolled: Rolled) -> None:
         steps: dict[str, nn.Module] = {"stem": rolled.stem}
@@ -139,7 +139,9 @@ class Transformer(CircuitNet):
         self.heads, self.layers = heads, layers
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Parameter(torch.randn(length, width) / 2)
         size = width // heads
-        self.qkv = nn.ParameterList(nn.Parameter(torch.randn(3 * heads, width, size) / width**0.5) for _ in range(layers))
+        self.qkv = nn.ParameterList(
+            nn.Parameter(torch.randn(3 * heads, width, size) / width**0.5) for _ in range(layers)
+        )
         self.out = nn.ParameterList(nn.Parameter(torch.randn(heads, size, width) / width**0.5) for _ in range(layers))
         self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(layers))
         self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers))
@@ -246,7 +248,9 @@ def recall(draw: torch.Generator | None, count: int) -> tuple[Tensor, Tensor]:
     keys = torch.rand(count, KEYS, generator=draw).argsort(1)[:, :SHOWN]
     values = torch.rand(count, VALUES, generator=draw).argsort(1)[:, :SHOWN] + KEYS
     asked = torch.randint(SHOWN, (count, 1), generator=draw)
-    return torch.cat([torch.stack([keys, values], 2).flatten(1), keys.gather(1, asked)], 1), values.gather(1, asked)[:, 0]
+    return torch.cat([torch.stack([keys, values], 2).flatten(1), keys.gather(1, asked)], 1), values.gather(1, asked)[
+        :, 0
+    ]
 
 
 def twins(draw: torch.Generator, count: int) -> Pairs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ def products(task: Task, multipliers: Multipliers, change: dict[str, Tensor]) ->
 def gradients(task: Task, h: Tensor, slopes: Tangents = TANGENTS) -> tuple[Trace, Multipliers]:
     """One forward and one backward pass of the pairs' metric from the input node ``h``."""
     run = trace(task.net, h.detach().requires_grad_(), slopes)
-    multipliers = torch.autograd.grad(metric(run.outputs[: len(task.whole)], task.pairs).sum(), list(run.written.values()))
+    multipliers = torch.autograd.grad(
+        metric(run.outputs[: len(task.whole)], task.pairs).sum(), list(run.written.values())
+    )
     return run, dict(zip(run.written, multipliers, strict=True))
 
 
@@ -46,16 +49,26 @@ def embedded(task: Task) -> tuple[Tensor, Tensor]:
     return task.net.embed(clean), task.net.embed(corrupted)
 
 
-def attribution_patching(task: Task, slopes: Tangents = TANGENTS) -> Edges:
+@dataclass(frozen=True)
+class Slopes:
+    """What the passes of a score yield: multipliers of what the steps write, and changes of what they read."""
+
+    multipliers: Multipliers
+    change: dict[str, Tensor]
+
+    def edges(self, task: Task) -> Edges:
+        return products(task, self.multipliers, self.change)
+
+
+def attribution_patching(task: Task, slopes: Tangents = TANGENTS) -> Slopes:
     """EAP: derivatives at the clean input; with the slopes of RelP, RelP."""
     clean, corrupted = embedded(task)
     run, multipliers = gradients(task, clean, slopes)
     with torch.no_grad():
-        other = trace(task.net, corrupted)
-    return products(task, multipliers, difference(run, other))
+        return Slopes(multipliers, difference(run, trace(task.net, corrupted)))
 
 
-def integrated_gradients(task: Task, offset: float = 1.0) -> Edges:
+def integrated_gradients(task: Task, offset: float = 1.0) -> Slopes:
     """EAP-IG: mean derivatives at ``STEPS`` inputs on the line from clean to corrupted.
 
     Source: arXiv 2403.17806; its code has steps 1 … m of m, ``offset=1``; ``offset=0.5`` is the midpoint rule.
@@ -67,33 +80,45 @@ def integrated_gradients(task: Task, offset: float = 1.0) -> Edges:
     for step in range(STEPS):
         _, multipliers = gradients(task, clean + (step + offset) / STEPS * (corrupted - clean))
         total = {name: total.get(name, 0) + one / STEPS for name, one in multipliers.items()}
-    return products(task, total, change)
+    return Slopes(total, change)
 
 
-def secants(task: Task) -> Edges:
-    """The reference measure, by plain code: one backward pass with secants."""
+def secants(task: Task) -> Slopes:
+    """The measure against a reference, by plain code: one backward pass with secants."""
     run, multipliers = gradients(task, torch.cat(embedded(task)), Secants())
     halves = {name: a.detach().chunk(2) for name, a in run.read.items()}
     first = {name: one.chunk(2)[0] for name, one in multipliers.items()}
-    return products(task, first, {name: x - x0 for name, (x, x0) in halves.items()})
+    return Slopes(first, {name: x - x0 for name, (x, x0) in halves.items()})
 
 
-def gradient_times_activation(task: Task) -> Edges:
+def gradient_times_activation(task: Task) -> Slopes:
     """Derivatives and activations at the clean input."""
     run, multipliers = gradients(task, embedded(task)[0])
-    return products(task, multipliers, run.read)
+    return Slopes(multipliers, run.read)
 
 
-def chance(task: Task) -> Edges:
-    draw = torch.Generator().manual_seed(0)
-    return {name: torch.randn(one.shape, generator=draw, dtype=one.dtype) for name, one in task.edges(0.0).items()}
+@dataclass(frozen=True)
+class Chance:
+    """Normal noise."""
+
+    def edges(self, task: Task) -> Edges:
+        draw = torch.Generator().manual_seed(0)
+        return {name: torch.randn(one.shape, generator=draw, dtype=one.dtype) for name, one in task.edges(0.0).items()}
 
 
 # -- joint relevance of this package --------------------------------------------------------------------------------
 
 
-def joints(task: Task, mu: RelevanceMeasure, scale: Tensor) -> Edges:
-    return {name: mu.joint(f"steps.{name}", f"read.{name}") * scale[:, None, None] for name, _ in task.steps}
+@dataclass(frozen=True)
+class Joints:
+    """A measure with the marginals of all taps, and the number that it explains."""
+
+    mu: RelevanceMeasure
+    explained: Tensor
+
+    def edges(self, task: Task) -> Edges:
+        scale = self.explained[:, None, None]
+        return {name: scale * self.mu.joint(f"steps.{name}", f"read.{name}") for name, _ in task.steps}
 
 
 def contrast(task: Task) -> Tensor:
@@ -103,30 +128,41 @@ def contrast(task: Task) -> Tensor:
     return vector.scatter(1, t[:, None], 1.0).scatter(1, u[:, None], -1.0)
 
 
-def reference_measure(task: Task) -> Edges:
+def reference_measure(task: Task) -> Joints:
     """The measure against the corrupted input."""
     clean, corrupted = task.pairs[:2]
     mu = RelevanceMeasure(task.net, clean, start=contrast(task), reference=corrupted)
-    return joints(task, mu, task.whole - task.empty)
+    mu.marginal(mu.layers)
+    return Joints(mu, task.whole - task.empty)
 
 
-def lrp_0(task: Task) -> Edges:
+def lrp_0(task: Task) -> Joints:
     """LRP-0 at the clean input; the difference of two logits starts with the value of each."""
     rules = LayerMapComposite([(Activation, Pass()), (AvgPool, Norm()), (Linear, Epsilon(1e-9))])
     signs = contrast(task)
     mu = RelevanceMeasure(
         task.net, task.pairs[0], start=lambda outputs: signs * outputs, composite=Normalized(rules, residual="sink")
     )
-    return joints(task, mu, task.whole)
+    mu.marginal(mu.layers)
+    return Joints(mu, task.whole)
+
+
+class Passed(Protocol):
+    """The result of the passes, from which the score of every edge follows."""
+
+    def edges(self, task: Task) -> Edges: ...
 
 
 @dataclass(frozen=True)
 class Score:
     """A score with the forward and backward passes that it takes for each pair."""
 
-    of: Callable[[Task], Edges]
+    passes: Callable[[Task], Passed]
     forward: int
     backward: int
+
+    def of(self, task: Task) -> Edges:
+        return self.passes(task).edges(task)
 
 
 REFERENCE, PLAIN = "reference measure", "the same, plain code"
@@ -140,5 +176,5 @@ SCORES = {
     "RelP, AH-rule": Score(lambda task: attribution_patching(task, RelP(is_frozen=True)), 2, 1),
     "gradient × activation": Score(gradient_times_activation, 1, 1),
     "LRP-0": Score(lrp_0, 1, 1),
-    "random": Score(chance, 0, 0),
+    "random": Score(lambda task: Chance(), 0, 0),
 }
