@@ -129,7 +129,7 @@ def selection(results: Results) -> dict[str, str]:
 
 
 def circuits(results: Results) -> dict[str, str]:
-    """Scores of edges, by net."""
+    """Differences from the reference measure, and scores of edges by net."""
     head = "| score | CMD ↓ | CPR ↑ | CMD, one circuit ↓ | edges ↑ | nodes ↑ | passes | time | of edges |"
     tables = {}
     for name, net in results["nets"].items():
@@ -140,6 +140,17 @@ def circuits(results: Results) -> dict[str, str]:
             forward, backward = results["passes"][score]
             rows.append([score, *cells, f"{forward} + {backward}", *(f"{time:.1f}" for time in net["time"][score])])
         tables[name] = grid(head, rows)
+    nets, key = results["nets"].values(), "CMD minus that of the reference measure"
+    rows = [
+        [score, *("{:+.3f} ({:+.3f} to {:+.3f})".format(*net["scores"][score][key]) for net in nets)]
+        for score in results["passes"]
+        if any(net["scores"][score][key][0] for net in nets)
+    ]
+    kinds = (f"{name}, {net['edges']:,} edges" for name, net in results["nets"].items())
+    tables["differences"] = grid(f"| CMD minus that of the reference measure | {' | '.join(kinds)} |", rows)
+    if "cost" in results:
+        costs = ([job, *(f"{net[job]:.1f}" for net in results["cost"].values())] for job in results["cost"]["vgg16"])
+        tables["cost"] = grid(f"| passes of | {' | '.join(results['cost'])} |", costs)
     return tables
 
 
