@@ -5,19 +5,20 @@ Source: docs/differences.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import TargetError, samples
 from ..kernels.reference_pass import LEAST
 from ..model.targets import MIN_TOTAL, sample_sums
-from ..recording.recording import Recording
 
 ROUNDING = 16
 """Number of rounding errors of the outputs that a difference of outputs must exceed."""
 
 
-def difference_start(recording: Recording, vector: Tensor) -> tuple[Tensor, Tensor]:
+def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
     r"""Starts a measure of differences.
 
     Args:

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..errors import TargetError
 from ..model.contrast import contrast_vector, explained_number
 from ..model.targets import chosen_target, normalized, sample_sums, start_vector
-from ..recording.recording import Recording
 from .difference_start import difference_start
 
 
-def start_of(recording: Recording, target: Any, start: Any, against: Any) -> tuple[Tensor, Tensor]:
+class Outputs(Protocol):
+    """The outputs of a recording, as far as a start depends on them."""
+
+    references: int
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the inputs have a dimension of samples."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the measure is of differences to a reference."""
+
+    def unfolded(self) -> Tensor:
+        """Returns the outputs in the form ``(N, …)``."""
+
+    def outputs(self) -> Tensor:
+        """Returns the outputs in the shape that the model returned."""
+
+    def differences(self) -> Tensor:
+        """Returns the differences of the outputs to those of the reference, ``(N, …)``."""
+
+    def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
+        """Starts the measure, as :meth:`~nrm_plugin.recording.recording.Recording.started`."""
+
+
+def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple[Tensor, Tensor]:
     """Starts a measure.
 
     Args:
@@ -34,7 +59,7 @@ def start_of(recording: Recording, target: Any, start: Any, against: Any) -> tup
             "give start= or against=, not both: against= makes a start vector of target= and the compared outputs. A "
             "function given as against= may return the weights of all outputs."
         )
-    batched, every = recording.samples.batched, recording.references
+    batched, every = recording.is_batched, recording.references
     outputs = recording.unfolded()[::every]
     if against is None:
         vector = start_vector(outputs, chosen_target(target, recording.outputs()[::every], batched), start)

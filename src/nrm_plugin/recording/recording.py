@@ -120,7 +120,7 @@ class Recording:
         self.taps.fused = names - self.taps.output_names()
         start = torch.ones(top.shape, dtype=top.dtype, device=top.device)
         if self.samples.count > 1 and not self.samples.is_plain:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), audit():
                 self.samples.find(start)
         return start
 
@@ -151,6 +151,11 @@ class Recording:
         """The difference of the output to that of the reference, nowhere zero, in the form ``(N, …)``."""
         assert self._other is not None
         return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other))
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the inputs have a dimension of samples."""
+        return self.samples.batched
 
     @property
     def graph(self) -> Graph:
