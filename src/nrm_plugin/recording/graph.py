@@ -152,8 +152,8 @@ class Vertex:
             if "modified by an inplace operation" not in str(error):
                 raise
             raise UnsupportedOperationError(
-                f"the model overwrites an index or a mask of {operation(self.node)!r} in place after the call, so that its "
-                "values are lost to autograd. Write to a copy, `mask = mask & other` instead of `mask &= other`."
+                f"the model overwrites an index or a mask of {operation(self.node)!r} in place after the call, so that "
+                "its values are lost to autograd. Write to a copy, `mask = mask & other` instead of `mask &= other`."
             ) from error
         return list(parts) if isinstance(parts, (tuple, list)) else [parts]
 
