@@ -41,7 +41,8 @@ class InterceptionMode(TorchFunctionMode):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.forward_pass = InterceptedPass(settings, self)
-        self._tables = Tables()
+        RUNNING.renormalized = {}
+        self._tables = Tables(RUNNING.renormalized)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

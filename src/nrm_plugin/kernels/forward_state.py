@@ -107,6 +107,7 @@ class _Running(threading.local):
         given: Identities of the parameters among the inputs of the model, without a listener.
         made: Leaves that the model created, by identity; None if such leaves carry relevance.
         depending: For each autograd node seen in this pass, whether it depends on an input of the model.
+        renormalized: The tables of embeddings that torch would have renormalized in this pass, by identity.
         reference: The pass of the reference, if relevance is of a difference; else None.
     """
 
@@ -120,6 +121,7 @@ class _Running(threading.local):
         self.given: frozenset[int] = frozenset()
         self.made: dict[int, Tensor] | None = None
         self.depending: dict[Any, bool] = {}
+        self.renormalized: dict[int, Tensor] = {}
         self.reference: Any = None
 
 

@@ -21,6 +21,7 @@ from zennit.rules import Pass
 from ..errors import InputError, UnsupportedRuleError, autocast_outside
 from ..model.autocast import asked_for
 from ..model.custom_layers import WeightRecorder, is_own_layer
+from ..model.renormalization import check_unused
 from ..model.shallow_copies import shared_copy
 from .forward_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 from .forward_state import (
@@ -151,6 +152,8 @@ class StepHook(Hook):
                 "the model's input. As in Zennit, its rule propagates all relevance to the first of them.",
                 stacklevel=2,
             )
+        if RUNNING.renormalized:
+            check_unused(RUNNING.renormalized, module._parameters.values())
         passed = {key: _detached(module, tensor) for key, tensor in computed.items()}
         if _has_backward_hooks(module):  # the input keeps its history, so that the hooks receive its relevance
             passed = {key: tensor if key == 0 else passed[key] for key, tensor in computed.items()}

@@ -321,8 +321,9 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Context that restores buffers that the model writes in place, such as running averages; large ones are caches."""
     with untraced():
         buffers = [buffer for module in model.modules() if not _is_norm(module) for buffer in module._buffers.values()]
-        written = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
-        kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in written.values()]
+        small = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
+        dense = [buffer for buffer in small.values() if buffer.layout == torch.strided]
+        kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in dense]
     try:
         yield
     finally:
