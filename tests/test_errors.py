@@ -34,7 +34,7 @@ def test_all_errors_share_one_base_class():
 
 def test_an_unknown_layer_is_reported_with_similar_names_first():
     layers = [f"features.{number}" for number in range(20)]
-    assert "Near names: 'features.9', 'features." in unknown_layer("features.99", layers)
+    assert "Similar names: 'features.9', 'features." in unknown_layer("features.99", layers)
     assert "Some of its taps: 'features.0', 'features.1'" in unknown_layer("zzz", layers)
     assert str(UnknownLayerError("two\nlines")) == "two\nlines"
 

@@ -361,7 +361,7 @@ def test_a_constant_without_relevance_needs_no_samples():
         assert_same(mu.sink(layer), [one.sink(layer) for one in alone])
 
 
-def test_a_gated_neuron_inside_is_refused_too():
+def test_a_gated_neuron_inside_is_rejected_too():
     torch.manual_seed(0)
     net = Rows(MIXING["detached mean"], last=nn.Identity()).eval()
     with pytest.raises(FoldingError):

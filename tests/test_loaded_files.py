@@ -118,7 +118,7 @@ READERS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
     "weights of torchvision": (from_hub, WeightsError),
     "references": (FoundReferences.load, ReferencesError),
     "flow graph": (FlowGraph.from_json, FlowError),
-    "picture": (load_image, ImageError),
+    "image": (load_image, ImageError),
     "names of classes": (class_names, RequestError),
     "manifest": (as_part_of_sweep("manifest.json", Sweep.rows), SweepError),
     "shard": (as_part_of_sweep("rows/*.parquet", Sweep.rows), ShardError),

@@ -25,6 +25,7 @@ from .measure.flow_graph import FlowGraph
 from .measure.measure import RelevanceMeasure
 from .measure.partitions import patches
 from .measure.reconstruction import Reconstruction, reconstruct
+from .plan.plan import Plan
 from .recording.coverage import Coverage, coverage
 from .rules import Absolute, ConservingEpsilon, Relative
 from .search.ablation import ablation, activations
@@ -65,6 +66,7 @@ __all__ = [
     "NeuronNRM",
     "NeuronWalk",
     "Normalized",
+    "Plan",
     "Reconstruction",
     "Relative",
     "RelevanceMeasure",

@@ -155,7 +155,7 @@ class Normalized(Composite):
         self.handles.reverse()
         set_once: set[tuple[nn.Module, str]] = set()
         for handle in self.handles:
-            if isinstance(handle, AttributeCanonizer):  # deletes attributes, which is possible once
+            if isinstance(handle, AttributeCanonizer):  # deletes attributes, which is possible only once
                 keys = [key for key in handle.attribute_keys if (handle.module, key) not in set_once]
                 set_once.update((handle.module, key) for key in keys)
                 handle.attribute_keys = keys
@@ -203,12 +203,12 @@ def check_composite(composite: Any) -> None:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module has no children."""
+    """Returns whether a module has no children."""
     return not module._modules
 
 
 def _is_compound_norm(module: nn.Module) -> bool:
-    """Whether a batch normalization includes other operations, such as an activation, so that its parts are steps."""
+    """Returns whether a batch normalization has other operations, such as an activation; its parts are then steps."""
     norm = nn.modules.batchnorm._BatchNorm
     return isinstance(module, norm) and type(module).forward is not norm.forward
 
@@ -306,7 +306,7 @@ class NRMAbsolute(LayerMapComposite):
 
 
 class Named(Normalized):
-    """A class of composites that normalize a composite of Zennit.
+    """Base class of the normalized versions of Zennit's composites.
 
     Args:
         residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.

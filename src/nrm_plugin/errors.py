@@ -104,7 +104,7 @@ def unknown_layer(name: str, known: Iterable[str]) -> str:
     listing = ", ".join(repr(item) for item in (near or names[:8]))
     return (
         f"no tap named {brief(name)} in this measure. "
-        f"{'Near names' if near else 'Some of its taps'}: {listing}. "
+        f"{'Similar names' if near else 'Some of its taps'}: {listing}. "
         "`measure.layers` lists all of them; a module that the forward pass never called has no tap."
     )
 

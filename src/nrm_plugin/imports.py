@@ -58,7 +58,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a function to accept keyword arguments by their former names, with a warning.
+    """Decorates a function so that it also accepts keyword arguments by their former names, with a warning.
 
     Args:
         names: The current names, by former name.
@@ -84,7 +84,7 @@ def stored_path(module: str) -> str:
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """An importer for modules by deprecated paths, which also registers composites with Zennit's registry."""
+    """An importer that finds modules by deprecated paths, and registers composites with Zennit's registry."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None

@@ -1,4 +1,4 @@
-"""The composite of the measure against a reference, in which every operation has its secant slopes.
+"""The composites of the measure against a reference.
 
 Source: docs/differences.md.
 """
@@ -8,17 +8,31 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from .composites import Normalized
+from .functional import Interception
 from .kernels.hook import StepHook
 
 
-class Secants(Normalized):
-    """The composite of the measure against a reference: no module has a rule, and each function inside is a step."""
+class OnDifferences(Normalized):
+    """A composite of which no module is a step, but each function inside, with the rule of the module on differences.
 
-    def __init__(self) -> None:
-        super().__init__(Composite(module_map=_no_rule), residual="sink", attention="halves")
+    Args:
+        composite: The composite with the rules; None for the secant slopes of every operation.
+    """
+
+    def __init__(self, composite: Normalized | None = None) -> None:
+        self.has_rules = composite is not None
+        given = composite or Normalized(Composite(module_map=_no_rule), residual="sink")
+        settings = given.normalization
+        super().__init__(given.composite, settings.residual, settings.gain_limit, given.uncovered, given.sums, "halves")
+        # Batch normalization is not fused, since its scale is a slope like any other.
+        kept = [canonizer for canonizer in given.canonizers if not isinstance(canonizer, Interception)]
+        functions = Interception(given.composite, settings, given.sums, attention="halves", audited=True)
+        self.canonizers: list[Canonizer] = [*kept, functions]
+        self._fuse = None
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
         """Returns None: the functions inside a module are steps."""
@@ -29,4 +43,4 @@ def _no_rule(ctx: dict[Any, Any], name: str, module: nn.Module) -> None:
     return None
 
 
-__all__ = ["Secants"]
+__all__ = ["OnDifferences"]

@@ -22,7 +22,7 @@ def test_class_names_of_a_file_are_targets(fast: Path, capsys: pytest.CaptureFix
     assert "1 red flower" in capsys.readouterr().out
     assert "[2, 3]" in fails(capsys, "explain", "china.png", *OWN, "--classes", "names.txt", "--target", "cat")
     line = fails(capsys, "explain", "china.png", *OWN, "--classes", "names.txt", "--target", "tempel")
-    assert "Near names: temple (0)" in line
+    assert "Similar names: temple (0)" in line
 
 
 def test_a_model_with_one_output_has_one_class(here: Path):

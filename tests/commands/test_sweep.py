@@ -287,7 +287,7 @@ def other_copy():
 
 @pytest.mark.parametrize("name", PREPARED)
 @pytest.mark.parametrize("state", ["partial", "finished"])
-def test_a_change_is_refused_by_name(name, state, photos, capsys):
+def test_a_change_is_rejected_by_name(name, state, photos, capsys):
     edited("nets.py", "return nn.Sequential(", "return Net(")
     edited("nets.py", "def make", OWN_CLASS)
     image, whole = Path("photos/dogs/4.png"), Path("photos/dogs/4.png").read_bytes()

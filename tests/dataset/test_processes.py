@@ -36,16 +36,16 @@ def both(first, second) -> list[object]:
 
 
 @pytest.mark.parametrize("options", [{"target": "label"}, {}], ids=["other settings", "same settings"])
-def test_of_two_sweeps_at_once_one_is_refused(options, tmp_path):
+def test_of_two_sweeps_at_once_one_is_rejected(options, tmp_path):
     def call(more):
         model = net()
         return lambda: sweep(model, Data(12, wait=0.01), [Marginal("4")], tmp_path / "swept", **OPTIONS, **more)
 
     results = both(call({}), call(options))
     stored = [result for result in results if isinstance(result, Sweep)]
-    (refused,) = (result for result in results if isinstance(result, SweepError))
+    (rejected,) = (result for result in results if isinstance(result, SweepError))
     assert len(stored) == 1
-    assert "another process writes to" in str(refused)
+    assert "another process writes to" in str(rejected)
     assert stored[0].is_complete
     winner = {} if stored[0] is results[0] else options
     sweep(net(), Data(12), [Marginal("4")], tmp_path / "alone", **OPTIONS, **winner)

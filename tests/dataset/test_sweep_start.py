@@ -1,4 +1,4 @@
-"""Every setting of a sweep, partial or finished: the same continues bit-equal, a changed one is refused by name.
+"""Every setting of a sweep, partial or finished: the same continues bit-equal, a changed one is rejected by name.
 
 Covers: nrm_plugin.dataset.model_identity.
 """
@@ -171,13 +171,13 @@ def stored(request: pytest.FixtureRequest, finished: Path, tmp_path: Path) -> Pa
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_is_refused_by_name(name: str, stored: Path) -> None:
+def test_a_change_is_rejected_by_name(name: str, stored: Path) -> None:
     make, message = CHANGES[name]
     before = {path: path.read_bytes() for path in stored.rglob("part-*")}
     with pytest.raises(SettingsError, match=message):
         sweep(out=stored, **OPTIONS, **make())
     assert {path: path.read_bytes() for path in stored.rglob("part-*")} == before
-    sweep(out=stored, **OPTIONS, **given())  # the refusal left nothing behind
+    sweep(out=stored, **OPTIONS, **given())  # the rejected call left nothing behind
 
 
 @pytest.mark.parametrize("name", SAME)

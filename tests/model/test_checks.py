@@ -204,7 +204,7 @@ def test_batch_norm_without_running_statistics_raises(measured):
 
 def test_a_model_with_hooks_of_a_composite_raises(measured):
     for rules in (EpsilonPlus(), Normalized(EpsilonPlus())):
-        with rules.context(measured.net), pytest.raises(ModelStateError, match=r"'conv' .*outside of.*composite="):
+        with rules.context(measured.net), pytest.raises(ModelStateError, match=r"'conv' .*outside .*composite="):
             RelevanceMeasure(measured.net, measured.x, 1)
     with measured.raises(UnknownLayerError, "'con'"):
         measured.mu.marginal("con")

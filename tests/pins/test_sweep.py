@@ -31,7 +31,7 @@ def test_a_stored_sweep_is_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     )
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*")}
     assert len(times) == 2
-    with pytest.warns(settings.SettingsWarning, match="begun by a former version"):
+    with pytest.warns(settings.SettingsWarning, match="begun by an earlier version"):
         sweep(net(), Data(SAMPLES), QUERIES, folder, **OPTIONS)
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*") if path.name in times} == times
     rows = Sweep.open(folder).rows("marginal(4)").to_pylist()

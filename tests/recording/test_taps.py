@@ -30,7 +30,7 @@ def measured():
 
 
 @error_cases(
-    ("near", lambda mu: mu.marginal("con"), UnknownLayerError, "'con'", "Near names: 'conv'", "measure.layers"),
+    ("near", lambda mu: mu.marginal("con"), UnknownLayerError, "'con'", "Similar names: 'conv'", "measure.layers"),
     ("near call", lambda mu: mu.marginal("block.3"), UnknownLayerError, "'block.3'", "'block.0'", "'block.1'"),
     ("far", lambda mu: mu.sink("zzzzz"), UnknownLayerError, "'zzzzz'", "'input', 'conv'", "measure.layers"),
     ("empty", lambda mu: mu.bypass(""), UnknownLayerError, "''", "measure.layers"),

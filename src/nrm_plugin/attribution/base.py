@@ -1,6 +1,6 @@
 """Common functions of the Captum classes: Captum's forms of inputs, units, and convergence deltas.
 
-Only this module imports Captum's private helpers, since they are in different modules in different versions of Captum.
+Only this module imports Captum's private helpers, since their location depends on the version of Captum.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ..model.targets import sample_sums
 Unit = Literal["output", "measure"]
 Layer = nn.Module | str | Atom
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-"""Wrappers of a model, which runs on one device instead."""
+"""Wrappers that are removed from a model, which then runs on one device."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the model inside of a wrapper, or the model itself."""
+    """Returns the model inside a wrapper, or the model itself."""
     inner: nn.Module = model.module if isinstance(model, WRAPPERS) else model
     return inner
 
@@ -49,7 +49,7 @@ def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of ``attribute`` that select the returned values; the fields have the meaning of the arguments."""
+    """The arguments of ``attribute`` that select the returned values; the fields have the same meaning."""
 
     given: Event | None
     joint: Event | None
@@ -74,6 +74,19 @@ def check_floating(inputs: tuple[Tensor, ...]) -> None:
             "an input has an integer dtype, and integers have no relevance. Attribute to its embedding, "
             "LayerNRM(model, model.embedding).attribute(tokens, …), or pass it by additional_forward_args."
         )
+
+
+def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
+    """Returns Captum's baselines, which may be numbers, as the reference of a measure; None for none."""
+    if baselines is None:
+        return None
+    given = tuple(baselines) if isinstance(baselines, (tuple, list)) else (baselines,)
+    if len(given) != len(inputs):
+        raise InputError(f"baselines= has {len(given)} entries for {len(inputs)} inputs; give one for each.")
+    pairs = zip(given, inputs, strict=True)
+    return tuple(
+        torch.full_like(tensor, value) if isinstance(value, (int, float)) else value for value, tensor in pairs
+    )
 
 
 def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:

@@ -53,6 +53,7 @@ class JointNRM:
         additional_forward_args: Any = None,
         over: str = "channel",
         unit: Unit = "output",
+        baselines: Any = None,
     ) -> Tensor:
         """Computes the joint relevance of each pair of channels or neurons.
 
@@ -62,6 +63,7 @@ class JointNRM:
             additional_forward_args: Further arguments of the model.
             over: ``"channel"`` or ``"neuron"``.
             unit: ``"output"`` to multiply by the explained output, or ``"measure"``.
+            baselines: Explain the difference of the output to that of these baselines; see :meth:`NRM.attribute`.
 
         Returns:
             Joint relevance ``(N, upper, lower)``, with ``N = 1`` for ``batched=False``.
@@ -73,6 +75,6 @@ class JointNRM:
             >>> torch.allclose(joint.sum(1), LayerNRM(net, "0").attribute(x, target=1), atol=1e-6)
             True
         """
-        measure = self._inputs.measure(as_tuple(inputs)[0], target, additional_forward_args)
+        measure = self._inputs.measure(as_tuple(inputs)[0], target, additional_forward_args, baselines)
         upper, lower = self._inputs._layer(self.upper), self._inputs._layer(self.lower)
         return in_unit(measure.joint(upper, lower, over), measure.output, unit)

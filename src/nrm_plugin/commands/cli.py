@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Adds the arguments of the command and parses; called by the parser of all commands."""
+        """Adds the arguments of the command and parses them; called by the parser of all commands."""
         if self._command:
             module: Any = importlib.import_module(f".{self._command}", __package__)
             self.description, self.epilog, self._command = module.DESCRIPTION, module.EXAMPLES, ""
@@ -104,7 +104,7 @@ def _status(options: argparse.Namespace) -> int:
     try:
         status: int = options.run(options)
         return status
-    except SystemExit as error:  # of the user's model or data, as the parser has finished
+    except SystemExit as error:  # raised by the user's model or data, since the parser has finished
         raise RuntimeError(f"sys.exit({error.code!r}) was called") from error
 
 

@@ -24,7 +24,7 @@ def composite_names() -> list[str]:
 
 
 def check_composite_name(name: str) -> None:
-    """Raises :class:`CompositeError` unless Zennit's registry knows the name; the message lists near names."""
+    """Raises :class:`CompositeError` unless Zennit's registry knows the name; the message lists similar names."""
     if name not in COMPOSITES:
         near = difflib.get_close_matches(name, COMPOSITES, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""

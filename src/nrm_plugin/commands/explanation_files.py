@@ -81,7 +81,7 @@ def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
 
 
 def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict[str, str]:
-    """Returns all settings that affect the numbers, as metadata of their file; lists and dictionaries are JSON."""
+    """Returns all settings that affect the numbers, as metadata for the file; lists and dictionaries become JSON."""
     about = image_settings(loaded, request, result.source.path, result.source.digest, result.target)
     about["given"] = [condition.text for condition in request.given]
     return {key: json.dumps(value) if isinstance(value, list | dict) else str(value) for key, value in about.items()}

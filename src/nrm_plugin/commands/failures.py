@@ -1,4 +1,4 @@
-"""How a command ends with an error: one line on stderr, also with ``--quiet``, and after Ctrl-C. Imports no torch."""
+"""Errors of commands: one line on stderr, also with ``--quiet`` and after Ctrl-C. The module does not import torch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from typing import TextIO
 
 FAILED, INTERRUPTED = 1, 130
-"""Exit statuses: stopped by an error, as opposed to options that do not fit; interrupted."""
+"""Exit statuses: stopped by an error other than invalid options, and interrupted."""
 MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
-"""In the messages of torch, which raises a plain RuntimeError for memory of the CPU."""
+"""Parts of torch's messages; torch raises a plain RuntimeError if CPU memory is exhausted."""
 LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
          "patches": "--patches", "top": "--top", "rows": "--rows", "k": "--k"}  # fmt: skip
-"""Options that need less memory if they are lower, by their attributes."""
+"""Options with which lower values need less memory, by attribute."""
 
 _quieted: list[TextIO] = []
 
 
 @contextlib.contextmanager
 def quiet(is_quiet: bool) -> Iterator[None]:
-    """Prints nothing, neither of the command nor of libraries; :func:`errors` is the stream that remains."""
+    """Context without output from the command or from libraries, except on the stream of :func:`errors`."""
     if not is_quiet:
         yield
         return
@@ -58,7 +58,7 @@ def line(error: BaseException, options: argparse.Namespace) -> str:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, in this error or in one that caused it."""
+    """Returns whether an error, or one of its causes, was due to exhausted memory."""
     if error is None:
         return False
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -68,7 +68,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def remembered_interrupts() -> Iterator[list[int]]:
-    """The interrupts so far: modules that Ctrl-C stops during their import raise other errors for it."""
+    """Context that records interrupts, since a module interrupted during its import may raise a different error."""
     seen: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

@@ -39,7 +39,7 @@ from .request import Request, RequestError, check_layers, explained_class, measu
 
 
 def has_page() -> bool:
-    """Whether an interactive page can be written."""
+    """Returns whether an interactive page can be written."""
     return find_spec("plotly") is not None
 
 

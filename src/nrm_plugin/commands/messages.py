@@ -20,21 +20,21 @@ BEST = 5
 
 
 def heading(loaded: LoadedModel, request: Request) -> str:
-    """Returns a line on model, rules and device, which are the same for all images of a call."""
+    """Returns a line about model, rules and device, which are the same for all images of a call."""
     limit = f", gain limit {request.gain_limit:g}" if request.residual == "redistribute" else ""
     model = f"{shown(loaded.name)} (weights: {loaded.weights})"
     return f"{model} by {request.composite}, residual {request.residual}{limit}, on {request.device}"
 
 
 def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int) -> Iterator[str]:
-    """Yields the lines on an image and its classes."""
+    """Yields the lines about an image and its classes."""
     yield shown(source.path)
     yield from (f"  note: it {note}" for note in source.notes)
     yield from classes(loaded, outputs, target)
 
 
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:
-    """Yields the lines on one explanation."""
+    """Yields the lines about one explanation."""
     yield from image(loaded, result.source, result.outputs, result.target)
     yield f"  relevance {_totals(result.totals, 'at the pixels')}"
     for layer in result.layers:
@@ -49,7 +49,7 @@ def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -
 
 
 def files(paths: Sequence[Path]) -> Iterator[str]:
-    """Yields the lines on the written files."""
+    """Yields the lines about the written files."""
     yield from (f"  -> {shown(path)}" for path in paths)
 
 
@@ -75,7 +75,7 @@ def layers(graph: FlowGraph) -> Iterator[str]:
 
 
 def classes(loaded: LoadedModel, outputs: Tensor, target: int) -> Iterator[str]:
-    """Yields the lines on the classes with the largest outputs, and on the explained class."""
+    """Yields the lines about the classes with the largest outputs and the explained class."""
     softmax = torch.softmax(outputs.double(), 0)
     best = outputs.argsort(descending=True, stable=True)[:BEST].tolist()
     listed = best if target in best else [*best, target]

@@ -73,7 +73,7 @@ def add_out(parser: argparse.ArgumentParser, folder: str) -> None:
 
 
 def whole_number(most: int, what: str = "number", least: int = 1) -> Callable[[str], int]:
-    """Returns a type of argparse for integers from ``least`` to ``most``."""
+    """Returns an argparse type for integers from ``least`` to ``most``."""
 
     def number(text: str) -> int:
         if text.isascii() and text.isdecimal() and least <= int(text) <= most:
@@ -100,7 +100,7 @@ def gain_limit(text: str) -> float:
 
 
 def joined(words: Sequence[str]) -> list[str]:
-    """Arguments in which the numbers after ``--mean`` or ``--std`` are one word, separated by spaces or by commas."""
+    """Returns the arguments, with numbers after ``--mean`` or ``--std`` that are separated by spaces in one word."""
     result: list[str] = []
     for word in words:
         name, _, values = (result[-1] if result else "").partition("=")
@@ -112,7 +112,7 @@ def joined(words: Sequence[str]) -> list[str]:
 
 
 def _numbers(text: str) -> list[str]:
-    """Returns the numbers of a text; none if there is anything else in it."""
+    """Returns the numbers in a text; none if the text contains anything else."""
     parts = text.replace(",", " ").split()
     return parts if not any(math.isnan(_real(part)) for part in parts) else []
 

@@ -36,11 +36,11 @@ LETTERS = 21
 """Number of letters of a heading per heat map in a row."""
 
 _noted: set[str] = set()
-"""Letters without a font that a note has named."""
+"""Letters without a font that a note has already listed."""
 
 
 class OutputError(NRMError, OSError):
-    """A result cannot be written; nothing is left of its file."""
+    """Raised if a result cannot be written; no partial file remains."""
 
 
 def check_folder(folder: Path) -> None:
@@ -93,7 +93,7 @@ def _stored_settings(path: Path) -> object:
 
 
 def name_part(layer: str) -> str:
-    """Converts the name of a layer to a part of a file name on any system."""
+    """Converts the name of a layer to a part of a file name that is valid on any system."""
     return re.sub(r"[^\w.\-]", "_", layer)
 
 
@@ -171,7 +171,7 @@ def heading_lines(lines: Sequence[str], heat_maps: int) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes the file in one step, once it is complete.
+    """Context with a temporary file that becomes the final file in one step, once it is complete.
 
     Raises:
         OutputError: If the file cannot be written; the file is left unchanged.
@@ -190,7 +190,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Figure, path: Path, dark: bool = False) -> None:
-    """Writes a figure; a note names letters that no installed font has, which become boxes."""
+    """Writes a figure, and prints a note if letters become boxes because no installed font has them."""
     missing = {letter for letter in use_installed_fonts(figure) if letter not in _noted}
     if missing:
         _noted.update(missing)

@@ -26,7 +26,7 @@ def imported(name: str, option: str = "--model") -> Any:
 
     Args:
         name: Module or file, and the name of the object in it.
-        option: The option with this name, for messages.
+        option: The option that gave the name, for messages.
 
     Raises:
         ModelError: If the module, file or name does not exist.
@@ -103,7 +103,7 @@ def _module_of_file(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        if is_first:  # as after an import that failed
+        if is_first:  # the state after a failed import
             del sys.modules[path.stem]
         raise
     return module
@@ -114,7 +114,7 @@ def _attribute(module: Any, attribute: str, name: str, option: str) -> Any:
         return getattr(module, attribute)
     names = [item for item in vars(module) if not item.startswith("_")]
     near = difflib.get_close_matches(attribute, names, n=3, cutoff=0.5)
-    hint = f" Near names: {', '.join(near)}." if near else ""
+    hint = f" Similar names: {', '.join(near)}." if near else ""
     if "(" in attribute:
         hint = " It is called without arguments; if it needs some, name a function that passes them."
     raise ModelError(f"{option} {name}: {module.__name__} has no {attribute!r}.{hint}")

@@ -18,12 +18,12 @@ from .request import Request, RequestError, check_device
 from .resolved_options import model_of, one_line_warnings, request_of
 
 COMMON = (OutputError, RequestError, CompositeError, ModelStateError, UnsupportedOperationError, UnsupportedRuleError)
-"""Errors that would occur for every other image as well, unless one has been explained."""
+"""Errors that would occur for every other image as well, unless an image has already been explained."""
 
 
 @dataclass(frozen=True)
 class Printed:
-    """The output of a command on one image.
+    """The output of a command for one image.
 
     Attributes:
         lines: Lines for stdout.
@@ -82,7 +82,7 @@ def _explained(path: Path, common: tuple[type[Exception], ...], explain: Callabl
 
 
 def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
-    """Returns the existing files without repetition, and messages on the others."""
+    """Returns the readable image files without repetition, and messages about the others."""
     present, problems = [], []
     for path in dict.fromkeys(images):
         try:

@@ -215,7 +215,7 @@ def _write(options: argparse.Namespace, listing: Listing, rows: Rows | None) -> 
     settings = {
         "sweep": listing.sweep.manifest.fingerprint, "query": ranked.name, "by": ranked.by, "target": ranked.target,
         "k": options.k, "groups": list(listing.groups),
-        "picture": None if rows is None else [options.style, options.whole, options.dark],
+        "figure": None if rows is None else [options.style, options.whole, options.dark],
     }  # fmt: skip
     query = listing.sweep.query(ranked.name)
     is_unnamed = query.name == f"{query.kind.lower()}({', '.join(query.layers)})"

@@ -28,7 +28,7 @@ INDEX = re.compile(r"\s*[+-]?[0-9]{1,4000}\s*")
 
 
 class RequestError(NRMError, ValueError):
-    """A request does not fit the model, for any image."""
+    """Raised if a request does not fit the model, regardless of the image."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Request:
 
     Attributes:
         target: Index or name of the class to explain; None for the predicted class.
-        layers: Layers with listed channels.
+        layers: Layers for which channels are listed.
         given: Conditions, with one heat map each.
         composite: Name of the composite in Zennit's registry.
         residual, gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         device: The device of the computation.
-        channels: Number of channels of a layer with a heat map.
+        channels: Number of channels per layer for which heat maps are drawn.
     """
 
     target: str | None = None
@@ -96,7 +96,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
 
 
 def check_class_names(loaded: LoadedModel, count: int) -> None:
-    """Raises :class:`RequestError` unless there are no class names, or as many as outputs."""
+    """Raises :class:`RequestError` if the number of class names, if any, differs from the number of outputs."""
     if len(loaded.categories) not in (0, count):
         raise RequestError(
             f"there are {len(loaded.categories)} class names, but {loaded.name} has {count} outputs. --classes takes a "
@@ -131,7 +131,7 @@ def target_of(requested: str, categories: Sequence[str], count: int | None) -> i
         count: Number of classes; None if unknown.
 
     Raises:
-        RequestError: If the class is unknown; the message lists near names.
+        RequestError: If the class is unknown; the message lists similar names.
     """
     indices = "" if count is None else f", 0 to {count - 1}"
     if INDEX.fullmatch(requested):
@@ -158,7 +158,7 @@ def target_of(requested: str, categories: Sequence[str], count: int | None) -> i
     if matches:
         return matches[0]
     near = _similar_classes(key, folded, categories)
-    hint = f"Near names: {near}." if near else f"Give the name as the model has it, or the index{indices}."
+    hint = f"Similar names: {near}." if near else f"Give the name as the model has it, or the index{indices}."
     raise RequestError(f"no class named {requested!r}. {hint}")
 
 
@@ -222,7 +222,7 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
 
 
 def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]) -> None:
-    """Raises :class:`RequestError` for a layer that the model does not have, with near names."""
+    """Raises :class:`RequestError` for a layer that the model does not have, with similar names."""
     for name in names:
         calls = [layer for layer in mu.layers if layer.startswith(f"{name}:")]
         if name in mu.layers:
@@ -237,7 +237,7 @@ def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]
             # A block that returns the output of its last layer is listed among the taps by the name of that layer.
             modules = [module for module, _ in loaded.model.named_modules() if module]
             near = difflib.get_close_matches(name, dict.fromkeys([*mu.layers, *modules]), n=5, cutoff=0.4)
-            hint = f"Near names: {', '.join(near)}. " if near else ""
+            hint = f"Similar names: {', '.join(near)}. " if near else ""
             raise RequestError(
                 f"{loaded.name} has no layer {name!r}. {hint}To list them: nrm-plugin layers --model {loaded.name}"
             ) from None

@@ -41,7 +41,7 @@ def request_of(options: argparse.Namespace) -> Request:
 
 
 def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:
-    """Loads the model with its weights, and prints notes on the model if ``notes``."""
+    """Loads the model with its weights, and prints notes about the model if ``notes``."""
     categories = class_names(options.classes) if options.classes else ()
     loaded = load(options.model, weights, options.size, options.mean, options.std, categories)
     for note in loaded.notes if notes else ():

@@ -81,7 +81,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
 
 
 def _check_names(sweep: Sweep, categories: Sequence[str]) -> None:
-    """Raises :class:`RequestError` unless there are as many names as outputs, as far as the sweep knows these."""
+    """Raises :class:`RequestError` if the number of class names differs from the number of outputs, where known."""
     for query in sweep.queries.values():
         groups = query.groups or ()
         for layer, count in zip(query.layers, groups, strict=False):

@@ -30,7 +30,7 @@ from .sweep_data import SAMPLES, data_of
 SKIPPED = 3
 """Exit status: complete except for skipped samples."""
 LISTED = 20
-"""Largest number of printed skipped samples."""
+"""Largest number of skipped samples that are printed."""
 
 
 def sweep_data(options: argparse.Namespace) -> int:
@@ -138,7 +138,7 @@ def _swept(
 
 
 def summary(stored: Sweep) -> str:
-    """Returns one line on the stored results."""
+    """Returns one line about the stored results."""
     if not stored.is_complete:
         return f"This process has finished; others are still writing to {shown(stored.path)}."
     count = (stored.manifest.samples or 0) - len(stored.manifest.failed)

@@ -27,7 +27,7 @@ DEFAULT = "DEFAULT"
 TIMEOUT = 30
 """Seconds without data after which a download fails."""
 FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-"""Environment variables of torch that restrict files to tensors, and that disable this restriction."""
+"""torch's environment variables that restrict files to tensors, and that lift this restriction."""
 TASKS = {"detection": "object detection", "video": "video", "optical_flow": "optical flow"}
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 """Old parameter names in torchvision's files for DenseNet, with dots in the names of submodules."""
@@ -62,7 +62,7 @@ def torchvision_model(name: str, weights: str) -> BuiltModel:
 
 
 def check_torchvision_name(name: str) -> None:
-    """Raises :class:`ModelError` unless torchvision has a classifier of this name; the message lists near names."""
+    """Raises :class:`ModelError` unless torchvision has a classifier of this name; the message lists similar names."""
     classifiers = list_models(module=torchvision.models)
     if name in classifiers:
         return
@@ -74,7 +74,7 @@ def check_torchvision_name(name: str) -> None:
             f"--model {shown(name)} is a file. Add the name of the function in it: --model {shown(name)}:NAME."
         )
     near = difflib.get_close_matches(name.lower().replace("-", "_"), classifiers, n=4, cutoff=0.6)
-    hint = f"Near names: {', '.join(near)}. " if near else f"It has {', '.join(classifiers[:6])}, … "
+    hint = f"Similar names: {', '.join(near)}. " if near else f"It has {', '.join(classifiers[:6])}, … "
     raise ModelError(f"torchvision has no classification model {name!r}. {hint}{own}")
 
 
@@ -188,7 +188,7 @@ def _weights_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Context without torchvision's warnings on weight initialization in future versions."""
+    """Context without torchvision's warnings about weight initialization in future versions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -23,9 +23,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 """Key prefixes added by wrappers: data parallel, compilation, training frameworks."""
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NONE = "none"
-"""The value in place of a file for which no weights are read."""
+"""The value that stands for no weights, in place of a file."""
 HEAD = 512
-"""Bytes by which a kind of file is recognized."""
+"""Number of leading bytes by which the kind of a file is recognized."""
 PAGE = "a page of HTML, such as an error of the server; download the file again"
 KINDS = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run: git lfs pull"),
@@ -59,7 +59,7 @@ def read_state(path: Path) -> State:
     head = _check_file(path, name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings on old protocols
+            warnings.simplefilter("ignore")  # warnings about old protocols
             if head[8:9] == b"{" and head[9:10] in b'"} ':
                 content: Any = safetensors.torch.load_file(path)
             else:
@@ -77,7 +77,7 @@ def read_state(path: Path) -> State:
 
 
 def _check_file(path: Path, name: str) -> bytes:
-    """Returns the first bytes of a file that may hold weights."""
+    """Returns the first bytes of a file; raises if the file cannot hold weights."""
     if not path.is_file():
         what = f"{name} is a folder" if path.is_dir() else f"the file {name} does not exist"
         raise WeightsError(f"{what}. --weights takes a file with a state dict.")
@@ -100,7 +100,7 @@ def _check_file(path: Path, name: str) -> bytes:
 
 
 def _entries(path: Path) -> list[zipfile.ZipInfo]:
-    """Returns the files in an archive; none in a file that is not one, such as safetensors, or torch's before 1.6."""
+    """Returns the entries of an archive; empty for other files, such as safetensors or files of torch before 1.6."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
@@ -109,7 +109,7 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _other_kind(head: bytes, entries: Sequence[str], suffix: str) -> str:
-    """What a file without a state dict is, by its content, and what to do; empty if it may hold one."""
+    """Describes a file without a state dict, and what to do with it; empty if the file may hold one."""
     if any(entry.endswith("/archive_format") for entry in entries):
         return "a program of torch.export; save its weights: torch.save(torch.export.load(FILE).state_dict, OTHER)"
     if head.startswith(b"PK\x03\x04") and not entries:
@@ -155,7 +155,7 @@ def without_prefixes(state: State, model: nn.Module) -> State:
 
 
 def classes_of(state: State, model: nn.Module) -> int | None:
-    """Returns the number of classes of the weights if nothing else differs from the model; None otherwise.
+    """Returns the number of classes of the weights if that is the only difference from the model; None otherwise.
 
     Args:
         state: The weights.
@@ -180,7 +180,7 @@ def _stored(tensor: Tensor) -> int:
 
 
 def fill(model: nn.Module, state: State, name: str, where: str) -> None:
-    """Writes weights into a model, which may be without storage.
+    """Writes weights into a model, which may have no storage yet.
 
     Args:
         model: The model.
@@ -192,7 +192,7 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
         WeightsError: If the weights belong to a different model; the message summarizes the differences.
     """
     own = model.state_dict()
-    # Checkpoints of old versions of torch lack the counters of batches, which only training reads.
+    # Checkpoints of old torch versions lack the batch counters, which only training reads.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]

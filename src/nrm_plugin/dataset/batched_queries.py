@@ -30,17 +30,17 @@ from .queries import (
 
 
 class Requirements:
-    """The quantities that queries need from a measure, without repetition.
+    """The distinct quantities that queries need from a measure.
 
     Args:
         queries: The queries.
 
     Attributes:
-        marginals: Taps with needed marginals.
-        joint_marginals: For each event, taps with needed marginals joint with the event.
-        masses: Events with needed masses.
-        joint_matrices: Upper and lower taps of needed joint matrices, and their groups.
-        activations: Layers with needed activations.
+        marginals: Taps for which marginals are needed.
+        joint_marginals: For each event, taps for which marginals joint with the event are needed.
+        masses: Events for which masses are needed.
+        joint_matrices: Upper and lower taps between which joint matrices are needed, and their groups.
+        activations: Layers for which activations are needed.
     """
 
     def __init__(self, queries: Iterable[Query]) -> None:
@@ -233,7 +233,7 @@ def _with_tensors(over: Any) -> Any:
 
 
 def _chains(matrices: Iterable[tuple[Atom, Atom, Any]]) -> Iterable[tuple[Sequence[Atom], Any]]:
-    """Combines pairs of layers to chains in which each layer is below the previous one."""
+    """Combines pairs of layers into chains in which each layer is below the previous one."""
     remaining = dict.fromkeys(matrices)
     while remaining:
         upper, lower, over = next(iter(remaining))

@@ -67,8 +67,8 @@ class Segments:
         starts = (0, *self.ends)
         chosen = range(len(self.ends)) if numbers is None else list(numbers)
         parts = ((starts[number], self.ends[number]) for number in chosen)
-        for number, found in zip(chosen, _hashes(path, parts), strict=True):
-            if found != self.hashes[number]:
+        for number, actual in zip(chosen, _hashes(path, parts), strict=True):
+            if actual != self.hashes[number]:
                 raise ShardError(
                     f"{path} is damaged: its bytes {starts[number]} to {self.ends[number]} differ from their checksum."
                 )

@@ -17,7 +17,7 @@ from .sweep_layout import OnError
 def contents_to_compare(source: DataSource, shards: Iterable[Shard]) -> dict[int, str]:
     """Returns the stored hashes of samples, except samples with an unchanged stamp.
 
-    Failed samples, and samples in a sweep of a former version, have no hash and are not compared.
+    Failed samples, and samples in a sweep from an earlier version, have no hash and are not compared.
     """
     contents: dict[int, str] = {}
     for shard in shards:

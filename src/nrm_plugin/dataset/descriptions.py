@@ -1,4 +1,4 @@
-"""Descriptions of objects as JSON, including user code, which are equal for objects with the same behaviour.
+"""Descriptions of objects, including user code, as JSON that is equal for objects with the same behaviour.
 
 Code of installed packages is identified by the version of the package, and all other code by its bytecode and the
 objects to which it refers.
@@ -99,7 +99,7 @@ def _content(value: Any) -> Any:
         return {str(key): _content(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_content(item) for item in value]
-    has_array = hasattr(value, "__array_interface__") or hasattr(value, "__array__")  # such as an image of Pillow
+    has_array = hasattr(value, "__array_interface__") or hasattr(value, "__array__")  # such as a Pillow image
     if has_array and not isinstance(value, (Tensor, np.ndarray, *PLAIN)):
         return _array(np.asarray(value))
     return described(value)
@@ -162,7 +162,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def is_installed(value: type | Function) -> bool:
-    """Whether a class or function belongs to Python or an installed package, where the version identifies the code."""
+    """Returns whether a class or function is from Python or an installed package, with code identified by version."""
     return _is_installed(value.__module__ or "builtins")
 
 
@@ -200,63 +200,63 @@ def package_version(module: str) -> str:
 
 def user_code(value: type | Function) -> dict[str, str]:
     """Returns hashes of the code of a class or function, and of the user's objects to which it refers."""
-    found: dict[str, str] = {}
-    _visit(value, found, set())
-    return dict(sorted(found.items()))
+    hashes: dict[str, str] = {}
+    _visit(value, hashes, set())
+    return dict(sorted(hashes.items()))
 
 
 def _code_entry(kind: type) -> dict[str, Any]:
     return {} if is_installed(kind) else {"code": digest(user_code(kind))}
 
 
-def _visit(value: Any, found: dict[str, str], seen: set[int]) -> None:
+def _visit(value: Any, hashes: dict[str, str], seen: set[int]) -> None:
     """Adds the code of a class or function of the user, and of the objects to which it refers."""
     value = _unwrapped(value)
     if not isinstance(value, (type, Function)) or id(value) in seen or is_installed(value):
         return
     seen.add(id(value))
     if isinstance(value, type):
-        _visit_class(value, found, seen)
+        _visit_class(value, hashes, seen)
         return
     wrapped = getattr(value, "__wrapped__", None)
     if wrapped is not None:
-        _visit(wrapped, found, seen)
+        _visit(wrapped, hashes, seen)
     cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
     constants: dict[str, Any] = {}
     for name, item in _referenced(value):
-        _visit_or_note(name, item, constants, found, seen)
+        _visit_or_note(name, item, constants, hashes, seen)
     for number, item in enumerate([*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]):
-        _visit_or_note(f"around {number}", item, constants, found, seen)
-    _add(found, _name(value), [_code(value.__code__, value.__doc__), constants])
+        _visit_or_note(f"around {number}", item, constants, hashes, seen)
+    _add(hashes, _name(value), [_code(value.__code__, value.__doc__), constants])
 
 
-def _visit_class(kind: type, found: dict[str, str], seen: set[int]) -> None:
+def _visit_class(kind: type, hashes: dict[str, str], seen: set[int]) -> None:
     constants: dict[str, Any] = {"bases": [_name(base) for base in kind.__bases__]}
     for base in kind.__bases__:
-        _visit(base, found, seen)
+        _visit(base, hashes, seen)
     for name, item in vars(kind).items():
         if name not in NOT_BEHAVIOUR and not name.startswith("_abc_"):
-            _visit_or_note(name, item, constants, found, seen)
-    _add(found, _name(kind), constants)
+            _visit_or_note(name, item, constants, hashes, seen)
+    _add(hashes, _name(kind), constants)
 
 
-def _add(found: dict[str, str], name: str, content: Any) -> None:
+def _add(hashes: dict[str, str], name: str, content: Any) -> None:
     own = digest(content)
-    found[name] = own if name not in found else digest(sorted([found[name], own]))
+    hashes[name] = own if name not in hashes else digest(sorted([hashes[name], own]))
 
 
-def _visit_or_note(name: str, item: Any, constants: dict[str, Any], found: dict[str, str], seen: set[int]) -> None:
+def _visit_or_note(name: str, item: Any, constants: dict[str, Any], hashes: dict[str, str], seen: set[int]) -> None:
     if isinstance(item, property):
         for part in (item.fget, item.fset):
-            _visit(part, found, seen)
+            _visit(part, hashes, seen)
         return
     inner = _unwrapped(item)
     if isinstance(inner, (type, Function)):
         constants[name] = _name(inner)
-        _visit(inner, found, seen)
+        _visit(inner, hashes, seen)
     elif not isinstance(item, types.ModuleType):
         constants[name] = _constant(item)
-        _visit(type(item), found, seen)
+        _visit(type(item), hashes, seen)
 
 
 def _constant(item: Any) -> Any:

@@ -189,7 +189,7 @@ def predicted_classes(outputs: Tensor) -> Tensor:
     """Returns the classes with the largest output, ``(N,)``.
 
     Raises:
-        SweepError: If the outputs do not have the form of a classifier.
+        SweepError: If the outputs are not those of a classifier.
     """
     if not _has_classes(outputs):
         raise SweepError(
@@ -236,7 +236,7 @@ SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryErr
 
 
 def is_due_to_samples(error: BaseException) -> bool:
-    """Whether an error may be due to single samples, so that the other samples can be evaluated."""
+    """Returns whether an error may be due to single samples, so that the other samples can be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 

@@ -37,7 +37,7 @@ FIELDS = ("values", "samples", "targets", "positions")
 
 
 class ReferencesError(NRMError, ValueError):
-    """Reference examples cannot be found, read or drawn."""
+    """Raised if reference examples cannot be found, read or drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +243,7 @@ def references(
         layer.
 
     Raises:
-        ReferencesError: If the query, group or target is unknown, or the query is for maps instead of rows.
+        ReferencesError: If the query, group or target is unknown, or a ``Maps`` query, which has no rows.
         SweepError: If the folder holds no sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
@@ -295,7 +295,7 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
 
 
 def is_of_channels(query: QueryInfo) -> bool:
-    """Whether the groups of a query are the channels of one layer, and the query has no event."""
+    """Returns whether the groups of a query are the channels of one layer, and the query has no event."""
     by_channel = query.spec.get("over", "channel") == "channel"
     return query.kind in ("Marginal", "Activation") and by_channel and not query.has_event
 

@@ -58,7 +58,7 @@ def mean_flow(
         The graph; ``carried`` is None if it has fewer groups than were computed.
 
     Raises:
-        FlowError, InputError, EventError: If :meth:`~nrm_plugin.RelevanceMeasure.flow` raises the error, or no measure
+        FlowError, InputError, EventError: As raised by :meth:`~nrm_plugin.RelevanceMeasure.flow`, or if no measure
             is given.
 
     Examples:

@@ -20,7 +20,7 @@ from .preprocessing import Preprocessing
 from .sweep_layout import SweepError
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-"""Files with these extensions are images, even if they turn out to be damaged; of other files the content decides."""
+"""Files with these extensions are images, even if damaged; other files are judged by their content."""
 MAX_LISTED = 8
 """Number of subfolders or files that a message lists."""
 
@@ -28,9 +28,9 @@ MAX_LISTED = 8
 class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     """The images in a folder and its subfolders, sorted by name, as inputs of a model with labels.
 
-    Each top-level subfolder is the class of the model with its name. If no subfolder has the name of a class, and the
-    class names are unknown or as many as the subfolders, then the subfolders are the classes in sorted order. Images in
-    any other subfolder, and outside all subfolders, have the label -1. torchvision's ``ImageFolder`` requires a
+    Each top-level subfolder stands for the model's class of the same name. If no subfolder has the name of a class, and
+    class names are unknown or equal in number to the subfolders, the subfolders are the classes in sorted order. Images
+    in any other subfolder, and outside all subfolders, have the label -1. torchvision's ``ImageFolder`` requires a
     subfolder for each class, and ignores the classes of the model.
 
     Args:
@@ -54,9 +54,9 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
             is_file, name = folder.exists(), shown(folder)
             raise SweepError(f"{name} is not a folder." if is_file else f"the folder {name} does not exist.")
         self.folder, self.preprocess, self.categories = folder, preprocess, tuple(categories)
-        found = sorted(_files(folder), key=lambda path: path.relative_to(folder).as_posix())
-        self.paths = [path for path in found if _is_image(path)]
-        self.left_out = sorted(set(found) - set(self.paths))
+        files = sorted(_files(folder), key=lambda path: path.relative_to(folder).as_posix())
+        self.paths = [path for path in files if _is_image(path)]
+        self.left_out = sorted(set(files) - set(self.paths))
         if not self.paths:
             raise SweepError(f"no images in {shown(folder)}. {self.note()}".strip())
         parts_of_paths = [path.relative_to(folder).parts for path in self.paths]
@@ -121,7 +121,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Everything in a folder but its folders, whose content follows unless they are links to a folder above."""
+    """Yields the files in a folder and its subfolders; a link to a folder above is yielded itself."""
     real = os.path.realpath(folder)
     if real in above:
         yield folder

@@ -1,4 +1,4 @@
-"""Image files of any format as RGB pixels, with notes on conversions."""
+"""Image files of any format as RGB pixels, with notes about conversions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REDUCED = 2048
 MAX_ASPECT = 200
 """Largest aspect ratio, since the longer side of a resized image would exhaust the memory."""
 DARK = 4096
-"""Value below which all pixels of a 16-bit image suggest 12 bits or fewer."""
+"""A 16-bit image with all pixels below this value is taken to have 12 bits or fewer."""
 
 URL = re.compile(r"[a-zA-Z]{2,}:/")
 
@@ -33,7 +33,7 @@ DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, Index
 
 
 class ImageError(NRMError, ValueError):
-    """A file cannot be read as an image."""
+    """Raised if a file cannot be read as an image."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def shown(text: object) -> str:
 
 
 def load_image(path: Path) -> LoadedImage:
-    """Reads an image file as 8-bit RGB, upright and on a white background; the first image if the file has several.
+    """Reads an image file as 8-bit RGB, upright and on a white background; reads the first of several images.
 
     Args:
         path: PNG, JPEG, WebP, TIFF, GIF, BMP or another format that Pillow reads.
@@ -94,7 +94,7 @@ def load_image(path: Path) -> LoadedImage:
 
 
 def is_image(path: Path) -> bool:
-    """Whether the content of a file, whatever its name, is that of an image; only its header is read."""
+    """Returns whether a file is an image by its header, regardless of its name."""
     try:
         with _no_limit(), Image.open(path):
             return True

@@ -36,7 +36,7 @@ class Moments(NamedTuple):
 
 
 def empty(classes: int, groups: tuple[int, ...]) -> Tensor:
-    """Returns the state without samples, ``(classes, *groups, 3)``."""
+    """Returns the initial state, without samples, ``(classes, *groups, 3)``."""
     return torch.zeros((classes, *groups, 3), dtype=torch.float64)
 
 

@@ -17,7 +17,7 @@ STANDARD: Callable[..., Any] = ResNet18_Weights.IMAGENET1K_V1.transforms
 
 
 class PreprocessingError(NRMError, ValueError):
-    """Invalid settings for preprocessing."""
+    """Raised if settings for preprocessing are invalid."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def _is_initialized() -> bool:
 class FolderLocks:
     """Locks on the folder of a sweep: one per rank, held until the process ends, and one for the manifest.
 
-    The operating system releases its locks at the end of a process in any case. Lock files are not removed, since a
+    The operating system always releases the locks when a process ends. Lock files are not removed, since a
     process could then lock a file that another process has just replaced.
 
     Attributes:
@@ -89,7 +89,7 @@ class FolderLocks:
             ) from error
 
     def are_others_running(self) -> bool:
-        """Whether a different rank holds its lock."""
+        """Returns whether a different rank holds its lock."""
         for path in (self.folder / LOCKS).glob("rank-*"):
             if path.name != self._name(self.process.rank):
                 try:

@@ -1,4 +1,4 @@
-"""The progress bar of a sweep, with the memory in use."""
+"""Progress bar of a sweep, which also shows the memory in use."""
 
 from __future__ import annotations
 

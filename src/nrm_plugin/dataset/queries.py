@@ -234,7 +234,7 @@ class Maps(Query):
     Args:
         layer: Name of a tap.
         joint: As in :class:`Marginal`.
-        given: As in :class:`Marginal`; a map without values contains NaN.
+        given: As in :class:`Marginal`; an undefined map contains NaN.
         over: None for every neuron, or ``"position"`` for the sum over channels.
         min_ratio: As in :class:`Marginal`.
     """

@@ -35,7 +35,7 @@ class SweepBatches:
 
     Args:
         model: The network in evaluation mode, or a function without arguments that returns it, called once per worker.
-        queries: The queries, without maps.
+        queries: The queries, none of them ``Maps``.
         target: As in :func:`~nrm_plugin.dataset.sweep`.
         composite: As in :func:`~nrm_plugin.dataset.sweep`.
         residual: As in :func:`~nrm_plugin.dataset.sweep`.
@@ -46,7 +46,7 @@ class SweepBatches:
         device: The device; by default the device of the model.
 
     Raises:
-        SweepError: If a query is for maps, which are not rows.
+        SweepError: If there is a ``Maps`` query, which has no rows.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class _Worker:
         message = ""
         try:
             self.job.run([int(number) for number in batch["shard"]], 0, samples.append)
-        except NRMError as error:  # an exception would be wrapped in an exception of Ray
+        except NRMError as error:  # Ray would wrap an exception in its own
             message = str(error)
         except Exception as error:
             message = "".join(traceback.format_exception(error))
@@ -159,7 +159,7 @@ def run(
 
     Raises:
         MissingExtraError: If Ray is not installed.
-        SweepError: If :meth:`~nrm_plugin.dataset.sweep_job.SweepJob.run` raises the error.
+        SweepError: As raised by :meth:`~nrm_plugin.dataset.sweep_job.SweepJob.run`.
     """
     ray, data = extra("ray", "ray"), extra("ray.data", "ray")
     if not ray.is_initialized():

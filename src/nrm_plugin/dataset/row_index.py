@@ -81,7 +81,7 @@ def remove_index(folder: Path) -> None:
 
 
 def is_intact(sweep: Sweep) -> bool:
-    """Whether the sweep has an undamaged index."""
+    """Returns whether the sweep has an undamaged index."""
     try:
         sums = read_sums(path_inside(sweep.path, f"{BY_QUERY}/{SUMS}")) or {}
         if sums.pop("settings", None) != sweep.manifest.fingerprint:

@@ -68,8 +68,8 @@ def sweep(
 ) -> Sweep:
     """Evaluates queries for every sample of a data set, and stores the results.
 
-    Completed shards remain valid: after a kill, an error or Ctrl-C, the same call resumes the sweep, with the same rows
-    as an uninterrupted sweep. Under ``torchrun`` the shards are divided among the processes.
+    Completed shards remain valid: if a sweep is killed, fails or is interrupted by Ctrl-C, the same call resumes it and
+    yields the same rows as an uninterrupted sweep. Under ``torchrun`` the shards are divided among the processes.
 
     Args:
         model: The network, in evaluation mode and on its device.

@@ -83,7 +83,7 @@ class DataSource:
 
     @property
     def preparation(self) -> Any:
-        """Returns the description of the preprocessing by the data set, if it provides one."""
+        """Returns the data set's description of its preprocessing; None if there is none."""
         preparation = getattr(self.data, "preparation", None)
         try:
             return json.loads(json.dumps(preparation))
@@ -242,7 +242,7 @@ def seeded(seed: int, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FaultTolerantCollate:
-    """A collate function that omits failed samples, and samples with a different structure than most.
+    """A collate function that omits failed samples, and samples that differ in structure from most others.
 
     Attributes:
         collate: The collate function of the loader.

@@ -23,7 +23,7 @@ from .sweep_layout import SettingsError
 
 PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
 RECORDED = 2
-"""Version of the settings since which they identify model and data."""
+"""First version of the settings that identifies model and data."""
 NOT_COMPARED = ("batch_size", "shard_batches")
 """Settings of the batching of samples, which affects numbers only by rounding."""
 MAX_LISTED = 8
@@ -31,7 +31,7 @@ MAX_LISTED = 8
 
 
 class SettingsWarning(UserWarning):
-    """A sweep of a former version, with settings that do not identify the model's code and the data, is continued."""
+    """Issued if a sweep from an earlier version is continued, although its settings do not identify code and data."""
 
 
 def settings_of(
@@ -88,7 +88,7 @@ def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, A
 
     Args:
         folder: The folder of the sweep.
-        stored: The stored settings. Settings that a former version did not record are not compared, with a warning.
+        stored: The stored settings. Settings that an earlier version did not record are not compared, with a warning.
         settings: The settings of the call.
 
     Raises:
@@ -98,7 +98,7 @@ def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, A
     if "recorded" not in stored:
         now = _as_recorded_before(stored, now)
         warnings.warn(
-            f"the sweep in {folder} was begun by a former version, which did not record the code of the model, the "
+            f"the sweep in {folder} was begun by an earlier version, which did not record the code of the model, the "
             "preprocessing and the content of the data. They are not compared.",
             SettingsWarning,
             stacklevel=4,
@@ -124,7 +124,7 @@ def _as_recorded_before(stored: Mapping[str, Any], now: Mapping[str, Any]) -> di
 
 
 def is_same_model(stored: Mapping[str, Any], model: torch.nn.Module) -> bool:
-    """Whether settings identify the given model; settings of a former version do not identify its code."""
+    """Returns whether settings identify the given model; settings from an earlier version do not identify its code."""
     now: dict[str, Any] = json.loads(json.dumps(model_fingerprint(model)))
     before: dict[str, Any] = stored["model"]
     return {key: value for key, value in now.items() if key in before} == before

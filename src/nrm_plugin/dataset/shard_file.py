@@ -34,8 +34,8 @@ class Shard:
         chunks: ``(query, first group, last group)`` of each row group of the file.
         value: ``"float"`` or ``"double"``.
         content, stamps: Hash and stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`; empty
-            for a sweep of a former version.
-        sums: Checksums of the rows; None for a sweep of a former version.
+            for a sweep from an earlier version.
+        sums: Checksums of the rows; None for a sweep from an earlier version.
         map_sums: Checksums of the maps.
     """
 

@@ -128,13 +128,13 @@ def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
         OSError: If the file cannot be written.
     """
     try:
-        # safetensors writes the memory of an array, whose order is not that of a transposed one.
+        # safetensors writes the memory of an array, which is in a different order if the array is transposed.
         safetensors.numpy.save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, path)
     except SafetensorError as error:
-        found = OS_ERROR.search(str(error))
-        if found is None:
+        match = OS_ERROR.search(str(error))
+        if match is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
 
 
 def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> BatchResults:
@@ -163,7 +163,7 @@ def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> B
 
 
 def tables(results: BatchResults, name: str, names: Sequence[str], value: str) -> Iterator[tuple[int, pa.Table]]:
-    """The rows of one query by group, lower group and sample, in tables of complete groups, with their first group."""
+    """Yields the rows of a query by group, lower group and sample, in tables of whole groups with their first group."""
     values = results.values[name]
     groups = values.shape[1] if values.ndim > 1 else 1
     by_group = np.moveaxis(values.reshape(len(values), groups, -1), 0, 2)
@@ -184,7 +184,7 @@ def _table(
     names: Sequence[str],
     value: str,
 ) -> pa.Table:
-    """Rows of values ``(groups, lower, samples)``."""
+    """Returns the rows for values ``(groups, lower, samples)``."""
     pa = arrow()
     repeats, count = len(groups) * len(lowers), len(results.sample)
     queries = np.full(values.size, names.index(name), np.int32)

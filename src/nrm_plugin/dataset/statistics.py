@@ -1,7 +1,7 @@
-"""Mean and variance of relevance over a data set, by class and across processes, as metrics of torchmetrics.
+"""Mean and variance of relevance over a data set, by class and across processes, as torchmetrics metrics.
 
-They can be used in any loop, ``MetricCollection`` or Lightning module: ``update`` takes a measure or relevance, and
-``compute`` merges the states of several processes.
+The metrics can be used in any loop, ``MetricCollection`` or Lightning module: ``update`` takes a measure or relevance,
+and ``compute`` merges the states of several processes.
 """
 
 from __future__ import annotations

@@ -248,11 +248,11 @@ class Sweep:
         """Reads stored maps of some samples, ``(len(samples), *shape)``.
 
         Args:
-            query: Name of a query for maps.
+            query: Name of a ``Maps`` query.
             samples: The samples, in this order.
 
         Raises:
-            SweepError: If no query for maps has this name, or a sample failed or has not been evaluated yet.
+            SweepError: If no ``Maps`` query has this name, or a sample failed or has not been evaluated yet.
         """
         info = self.query(query)
         if not info.is_map:

@@ -19,7 +19,7 @@ from .sweep_layout import QueryInfo, ShardError
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-3
-"""Largest deviation from 1 of the sum of a cut of a stored sweep."""
+"""Largest deviation from 1 in the sum of a cut of a stored sweep."""
 
 
 def flow_queries(layers: Sequence[str], over: Mapping[str, Any] | None = None) -> list[Query]:

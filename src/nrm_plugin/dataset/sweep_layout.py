@@ -135,7 +135,7 @@ class Manifest:
             sweep with different settings is a different sweep.
         fingerprint: Hash of the settings, stored in each shard.
         queries: The queries.
-        state: ``"running"`` (also after a kill), ``"interrupted"`` or ``"complete"``.
+        state: ``"running"`` (also if the process was killed), ``"interrupted"`` or ``"complete"``.
         samples: Number of samples; None for an iterable data set until it ends.
         value: ``"float"`` or ``"double"``.
         ranks: Ranks of the processes that wrote shards.
@@ -171,7 +171,7 @@ class Manifest:
         path = path_inside(folder, MANIFEST)
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
-            checksum = entries.pop("checksum", None)  # former versions stored none
+            checksum = entries.pop("checksum", None)  # earlier versions stored none
             if entries["format"] != FORMAT:
                 raise SweepError(f"{path} has a different format; this version of the package reads {FORMAT!r}.")
             if checksum is not None and checksum != json_checksum(entries):

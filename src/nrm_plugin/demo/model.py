@@ -88,7 +88,7 @@ def _embedded(name: str) -> dict[str, Tensor]:
 
 
 def _vgg_block(channels_in: int, channels_out: int) -> list[nn.Module]:
-    """Two 3x3 convolutions with ReLU and a max pooling, ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
+    """Returns two 3x3 convolutions with ReLU and a max pooling, ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
     return [
         nn.Conv2d(channels_in, channels_out, 3, padding=1),
         nn.ReLU(inplace=True),
@@ -99,5 +99,5 @@ def _vgg_block(channels_in: int, channels_out: int) -> list[nn.Module]:
 
 
 def _cnn_block(channels_in: int, channels_out: int) -> list[nn.Module]:
-    """One 5x5 convolution with ReLU and an average pooling, ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
+    """Returns a 5x5 convolution with ReLU and an average pooling, ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
     return [nn.Conv2d(channels_in, channels_out, 5, padding=2), nn.ReLU(inplace=True), nn.AvgPool2d(2)]

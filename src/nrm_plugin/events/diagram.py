@@ -63,7 +63,7 @@ class Diagram:
         return node
 
     def is_touched(self, node: int, level: int) -> bool:
-        """Whether crossing tap ``level`` can change the node."""
+        """Returns whether crossing tap ``level`` can change the node."""
         return node > TRUE and self.level(node) <= level
 
     def variables(self, node: int) -> set[int]:

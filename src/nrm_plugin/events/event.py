@@ -66,7 +66,7 @@ class Event:
         )
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
-        """The atoms of the formula, from left to right, with repetitions.
+        """Returns the atoms of the formula, from left to right, with repetitions.
 
         Examples:
             >>> list((at("conv")[3] & ~at("fc")).atoms())
@@ -206,7 +206,7 @@ class Atom(Event):
         return Atom(self.layer, self.side, self.call, self.item, Index(key_of(value), value))
 
     def channel(self, index: Any) -> Atom:
-        """Returns the neurons of channels: dimension 1 of ``(N, C, …)``, or the last dimension for tokens."""
+        """Returns the neurons of the given channels: dimension 1 of ``(N, C, …)``, or the last dimension for tokens."""
         atom = self[index]
         return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
 
@@ -295,7 +295,7 @@ def at(
     call: int | Literal["any"] | None = None,
     item: int | str | None = None,
 ) -> Atom:
-    """Neurons of one tap, to be indexed: ``at("features.28")[3]`` is the event that a walk crosses channel 3.
+    """Returns the neurons of a tap, to be indexed: ``at("features.28")[3]`` is the event that a walk crosses channel 3.
 
     Args:
         layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"`` of the whole model, or the module

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import EventError, brief
 
 SHOWN = 12
-"""The most neurons that the text of an event lists."""
+"""Largest number of neurons that the text of an event lists."""
 
 
 @dataclass(frozen=True)

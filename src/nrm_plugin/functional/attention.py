@@ -36,7 +36,7 @@ def fused_attention(call: FunctionCall) -> Kernel:
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 
     The weights are computed by the function itself, which returns ``A`` if the values are the identity matrix, so that
-    masks, causality and groups of queries have their meaning in torch.
+    masks, causality and groups of queries are treated as in torch.
     """
     slot = call.argument(2, "value")
     if call.argument(4, "dropout_p", 0.0):
@@ -103,7 +103,7 @@ def softmax(call: FunctionCall) -> Kernel:
 
 
 class SoftmaxKernel(Kernel):
-    r"""Kernel of softmax by its first-order Taylor expansion, with the constant term as a bias.
+    r"""The kernel of softmax from its first-order Taylor expansion, with the constant term as a bias.
 
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 
@@ -128,7 +128,7 @@ class SoftmaxKernel(Kernel):
 
 
 def is_decomposed(attention: str, value: Any) -> bool:
-    """Whether the fused function is decomposed, which is the case if the weights receive relevance."""
+    """Returns whether the fused function is decomposed, because the attention weights receive relevance."""
     return attention == "halves" or not (isinstance(value, Tensor) and value.requires_grad)
 
 

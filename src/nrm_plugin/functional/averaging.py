@@ -1,4 +1,4 @@
-"""Kernels of averages, sums and interpolations, by the composite's rule of average pooling.
+"""Kernels of averages, sums and interpolations, by the composite's rule for average pooling.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -31,7 +31,7 @@ _BICUBIC_GRID = (
 
 @kernel_of(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """Kernel by the rule of average pooling; all inputs but the first (points, boxes) receive no relevance."""
+    """Returns a kernel under the rule for average pooling; inputs after the first (points, boxes) get no relevance."""
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
         return call.by_rule(PlainGradient())  # copies values without averaging
@@ -44,12 +44,12 @@ def pooling(call: FunctionCall) -> Kernel:
 
 
 def rule_of_averages(call: FunctionCall) -> Hook:
-    """Returns the composite's rule of average pooling, or Absolute if it has none."""
+    """Returns the composite's rule for average pooling, or Absolute if it has none."""
     return call.settings.rules.of_module(nn.AvgPool2d(1)) or Absolute()
 
 
 def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
-    r"""Kernel of bicubic interpolation :math:`A X B^\top` with weights of any sign, as :math:`|A| X |B|^\top`."""
+    r"""Returns the kernel of bicubic interpolation :math:`A X B^\top` (signed weights) as :math:`|A| X |B|^\top`."""
     value = call.values[0]
     height, width = value.shape[-2:]
 
@@ -64,5 +64,5 @@ def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
 
 
 def _is_sum_of_stack(call: FunctionCall) -> bool:
-    """Whether a call is ``torch.stack([a, b]).sum(dim)``, which is a sum like ``a + b``."""
+    """Returns whether a call is ``torch.stack([a, b]).sum(dim)``, which is a sum like ``a + b``."""
     return call.name == "sum" and "Stack" in str(getattr(call.inputs[0].producer, "name", lambda: "")())

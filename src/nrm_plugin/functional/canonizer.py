@@ -38,7 +38,7 @@ class Interception(Canonizer):
         uncovered: ``"gradient"`` for the plain gradient of layers without a rule.
         fuse: A function that receives every new step of a layer, to fuse it with adjacent steps.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
-        audited: Whether every layer is a step as well, so that relevance raises at any other operation.
+        audited: Whether every layer is also a step, so that any other operation raises when relevance arrives.
 
     Examples:
         >>> Interception(sums="signed").sums
@@ -162,7 +162,7 @@ class Interception(Canonizer):
         return Settings(rules, self.normalization, self.sums, self.fuse, self.attention)
 
     def _notice(self, given: Iterable[Tensor]) -> None:
-        """Notes where relevance may end: at inputs that require a gradient; if there are none, at any leaf."""
+        """Records where relevance may end: at inputs that require a gradient; if there are none, at any leaf."""
         if listener() is not None:
             return
         self._first_node = next_node()

@@ -155,7 +155,7 @@ class _Probe:
         return torch.randn(like.shape, generator=self._generator, dtype=torch.float64).to(like)
 
     def is_affine(self) -> bool:
-        """Whether superposition holds, tested at the values of the call and at random values of the same size."""
+        """Returns whether superposition holds at the values of the call and at random values of the same magnitude."""
         other = [self._random(value) * value.abs().mean().clamp(min=1e-6) for value in self.values]
         for first in (list(self.values), [self._random(value) for value in other]):
             both = self.linear([one - 2 * two for one, two in zip(first, other, strict=True)])
@@ -168,7 +168,7 @@ class _Probe:
         return bool(((one - other).abs() <= self.tolerance * max(scale, 1e-30)).all())
 
     def shared_dimensions(self) -> list[tuple[int, int]]:
-        """Finds pairs of a dimension of all inputs and a dimension of the output along which the function is constant.
+        """Finds pairs of an input and an output dimension along which the function is the same at every position.
 
         Such a function commutes with all matrices along these dimensions, which two random matrices generate.
         """
@@ -194,7 +194,7 @@ class _Probe:
         return True
 
     def matrix(self, inputs: list[Layout], output: Layout) -> Tensor:
-        """Computes the matrix ``(out, in)`` over the features, with one unit vector per position."""
+        """Computes the matrix ``(out, in)`` over the features, by one unit vector for each position."""
         columns = []
         for number, layout in enumerate(inputs):
             like = layout.fold(self.values[number].unsqueeze(0))

@@ -82,7 +82,7 @@ class ComplexTensors:
     _sources: dict[int, RealSource] = field(default_factory=dict)  # by identity of the tensor
 
     def are_among(self, arguments: Iterable[Any]) -> bool:
-        """Whether some arguments are complex tensors of this pass."""
+        """Returns whether some of the arguments are complex tensors of this pass."""
         return any(self._expression_of(tensor) is not None for tensor in _tensors_in(arguments))
 
     def expression(self, call: ObservedCall) -> Expression:

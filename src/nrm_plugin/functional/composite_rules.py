@@ -11,7 +11,7 @@ from ..rules import Absolute
 
 
 class RuleLookup(Protocol):
-    """Interface to look up rules."""
+    """Interface for looking up rules."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
         """Returns the rule of a module of the given kind."""

@@ -2,8 +2,8 @@
 
 An elementwise function propagates relevance like an activation, through a step that is attached to its node. Two tests
 have to agree: no entry of the function's Jacobian, computed by its backward at the values of the pass, connects two
-elements, and no element of its output changes with another element. The second test requires the arguments of the call,
-which are read from the frame of ``Function.apply`` while the function runs.
+elements, and no element of its output changes when another element of the input does. The second test requires the
+arguments of the call, which are read from the frame of ``Function.apply`` while the function runs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class CustomCalls:
     calls: list[CustomCall] = field(default_factory=list)
 
     def observe(self, function: Any, args: tuple[Any, ...]) -> None:
-        """Records the ``autograd.Function`` that calls the given function of torch, if there is one.
+        """Records the ``autograd.Function`` that calls the given torch function, if there is one.
 
         Raises:
             UnsupportedOperationError: If the function writes to a part of a computed tensor, so that autograd hides its
@@ -78,9 +78,9 @@ class CustomCalls:
         frame = _frame_of_apply(sys._getframe(1))
         if frame is None or str(frame.f_locals["cls"].__module__).startswith(_HOSTS):
             return
-        found = frame.f_locals["args"]
-        if not self.calls or self.calls[-1].args is not found:
-            self.calls.append(CustomCall(frame.f_locals["cls"], found))
+        args_of_apply = frame.f_locals["args"]
+        if not self.calls or self.calls[-1].args is not args_of_apply:
+            self.calls.append(CustomCall(frame.f_locals["cls"], args_of_apply))
         if _writes_to_part(function, args):
             name = frame.f_locals["cls"].__qualname__
             raise UnsupportedOperationError(
@@ -130,17 +130,17 @@ def attach_steps(output: Any, calls: CustomCalls) -> None:
 
 def _custom_nodes(output: Any) -> dict[Any, set[int]]:
     """Returns the nodes of custom functions below an output, and the numbers of their used outputs."""
-    found: dict[Any, set[int]] = {}
+    nodes: dict[Any, set[int]] = {}
     edges = [(tensor.grad_fn, tensor.output_nr) for tensor in tensors_of(output)]
     visited: set[Any] = set()
     while edges:
         node, number = edges.pop()
         if isinstance(node, BackwardCFunction) and not hasattr(node, "step") and not _is_of_host(node):
-            found.setdefault(node, set()).add(number)
+            nodes.setdefault(node, set()).add(number)
         if node is not None and node not in visited:
             visited.add(node)
             edges += node.next_functions
-    return found
+    return nodes
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -215,7 +215,7 @@ def _shape_below(node: Any, number: int) -> torch.Size:
 
 
 def _carries(node: Any) -> bool:
-    """Whether a tensor with the given node may carry relevance, which excludes tensors from before the pass."""
+    """Returns whether a tensor with this node may carry relevance; tensors computed before the pass do not."""
     if node is None or RUNNING.first_node is None:
         return node is not None
     return not hasattr(node, "variable") and node._sequence_nr() >= RUNNING.first_node
@@ -229,7 +229,7 @@ def _signature_fault(node: Any, shapes: list[torch.Size], live: list[int]) -> st
 
 
 def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
-    """Returns the reason why a function of one tensor is not known to be elementwise."""
+    """Returns the reason why a function of one tensor cannot be treated as elementwise; empty if it can."""
     try:
         slope = _slope(node, live)
     except (NotImplementedError, AssertionError) as error:  # written for inference only
@@ -244,9 +244,9 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """Computes the diagonal of the Jacobian by the backward of a function; None if the Jacobian is not diagonal.
+    """Computes the diagonal of the Jacobian from a function's backward; None if the Jacobian is not diagonal.
 
-    Probes are powers of two of either sign, with which the products of a diagonal have no rounding error.
+    The probes are powers of two of either sign, so that products with a diagonal have no rounding error.
     """
     like = _like(node, 0)
     generator = torch.Generator().manual_seed(0)
@@ -271,8 +271,8 @@ def _at_edge(node: Any, products: Any, live: int) -> Tensor | None:
     parts = products if isinstance(products, tuple) else (products,)
     needed = [part for part, is_needed in zip(parts, node.needs_input_grad, strict=False) if is_needed]
     rank = sum(edge[0] is not None for edge in node.next_functions[:live])
-    found: Tensor | None = needed[rank] if rank < len(needed) else None
-    return found
+    result: Tensor | None = needed[rank] if rank < len(needed) else None
+    return result
 
 
 def _forward_fault(node: Any, call: CustomCall) -> str:

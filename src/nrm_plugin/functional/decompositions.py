@@ -164,7 +164,7 @@ def _mean_of_variance(
 
 
 def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
-    """Whether a layer is called as a function with a bias, and the model computes the weight or the bias."""
+    """Returns whether a functional layer call has a bias, and the model computes its weight or bias."""
     return bias is not None and (weight.requires_grad or bias.requires_grad)
 
 
@@ -175,11 +175,11 @@ def product_and_bias(
     return function(input, weight, None, *args, **options) + bias.reshape(-1, *(1,) * (weight.ndim - 2))
 
 
-# -- functions of torch that are written in Python -----------------------------------------------------------------
+# -- torch functions that are written in Python --------------------------------------------------------------------
 
 
 def python_body(function: Any) -> Callable[..., Any] | None:
-    """Returns the Python body of a function of torch, without its call of the mode; None for any other function."""
+    """Returns the Python body of a torch function, without its dispatch to modes; None for any other function."""
     code = getattr(function, "__code__", None)
     checks = [word for word in code.co_names if word.startswith("has_torch_function")] if code is not None else []
     if code is None or not checks:

@@ -5,7 +5,6 @@ Source: docs/differences.md.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -13,16 +12,17 @@ from torch import Tensor
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import RUNNING, Saved
+from ..kernels.forward_state import RUNNING
 from ..kernels.reference_pass import ReferencePass
 from ..model.routing import operation
 from . import secant_maxima, secant_products  # noqa: F401  (register what they hold)
 from .differences import SECANTS, DifferenceCall, SecantFactory
-from .function_call import FunctionCall, Slot
+from .function_call import Slot
 from .function_kernels import BroadcastKernel
 from .intercepted_pass import InterceptedPass, written
 from .observed_call import ObservedCall
 from .registry import KERNELS, KERNELS_BY_FUNCTION, KernelFactory
+from .rules_on_differences import has_rule, of_own, ruled
 from .secants import CONVERSIONS, elementwise
 
 NO_KERNEL: Final = object()
@@ -66,8 +66,8 @@ def check_route(reference: ReferencePass, observed: ObservedCall, output: Any) -
     Constant indices are compared before the function runs; here, those that the function computes, such as an order.
     """
     items = output if isinstance(output, (list, tuple)) else (output,)
-    nodes = {item.grad_fn for item in items if isinstance(item, Tensor)}
-    known = {tensor.grad_fn for tensor in observed.inputs}
+    nodes: set[Any] = {item.grad_fn for item in items if isinstance(item, Tensor)}
+    known: set[Any] = {tensor.grad_fn for tensor in observed.inputs}
     while nodes := nodes - known - {None}:
         known |= nodes
         for node in nodes:
@@ -105,6 +105,7 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
     if factory is None:
         return NO_KERNEL
     call = forward_pass.function_call(observed)
+    factory = ruled if factory is SECANTS.get(call.name) and has_rule(call) else factory
     returned = call.run(*call.values)
     output = returned[0] if isinstance(returned, tuple) else returned
     if any(output is item.saved.tensor for item in call.inputs):
@@ -137,13 +138,9 @@ def _factory_of(observed: ObservedCall) -> SecantFactory | None:
 
 def _of_own(own: KernelFactory) -> SecantFactory:
     def factory(both: DifferenceCall) -> Kernel:
-        inputs = tuple(
-            replace(item, saved=Saved(delta)) for item, delta in zip(both.call.inputs, both.before, strict=True)
-        )
-        kernel = own(replace(both.call, inputs=inputs))
-        if type(kernel) is BroadcastKernel and len(inputs) == 1:
-            return elementwise(both)
-        return kernel
+        kernel = of_own(own, both)
+        is_identity = type(kernel) is BroadcastKernel and len(both.shapes) == 1
+        return elementwise(both) if is_identity else kernel
 
     return factory
 

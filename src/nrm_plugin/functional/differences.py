@@ -46,12 +46,19 @@ class DifferenceCall:
         output: Its output.
         references: The inputs and the output of the same call at the reference.
         is_tangent: Whether slopes are derivatives at the input instead of secants.
+        has_rules: Whether layers have rules on differences, which may leave relevance where the difference is zero.
     """
 
     call: FunctionCall
     output: Saved
     references: tuple[Saved, ...]
     is_tangent: bool = False
+    has_rules: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every column of a secant sums to one, so that no column sum is needed."""
+        return not self.is_tangent and not self.has_rules
 
     @property
     def values(self) -> list[Tensor]:

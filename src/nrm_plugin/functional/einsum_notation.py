@@ -24,7 +24,7 @@ class Einsum:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Converts to arguments of ``torch.einsum``."""
+        """Returns the call as arguments of ``torch.einsum``."""
         return (f"{','.join(self.subscripts)}->{self.output}", *self.operands)
 
 

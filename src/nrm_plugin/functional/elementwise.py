@@ -61,7 +61,7 @@ ELEMENTWISE = (
 
 @kernel_of(*ACTIVATIONS)
 def activation(call: FunctionCall) -> Kernel:
-    """Returns the kernel by the rule of the equivalent module, or the identity without a rule."""
+    """Returns the kernel given by the rule of the equivalent module, or the identity if there is no rule."""
     rule = call.settings.rules.of_module(ACTIVATIONS[call.name]())
     return call.identity() if rule is None or type(rule) is Pass else call.by_rule(rule)
 
@@ -100,7 +100,7 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> SplitKernel:
 
 
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
-    """Returns |summand|; for a summand that is itself a sum with a single reader, the sum of its magnitudes.
+    """Returns |summand|; for a summand that is itself a sum read only here, its total magnitude.
 
     Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` yield the same shares.
     """
@@ -114,7 +114,7 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 
 @kernel_of("mul")
 def product(call: FunctionCall) -> Kernel:
-    """Kernel of products: all to the signal; without a known gate, to the larger operand, else half to each."""
+    """Returns the kernel of a product: all to the signal; without a known gate, to the larger tensor, or half each."""
     if len(call.inputs) == 1:
         return call.identity()
     if call.gates[0] != call.gates[1]:
@@ -125,7 +125,7 @@ def product(call: FunctionCall) -> Kernel:
 
 @kernel_of("maximum", "minimum")
 def extremum(call: FunctionCall) -> Kernel:
-    """Kernel that passes all relevance to the larger (smaller) of two inputs; half to each of equal inputs."""
+    """Returns a kernel that passes all relevance to the larger (smaller) input, or half to each if they are equal."""
     if len(call.inputs) == 1:
         return call.identity()
     first, second = call.values
@@ -136,7 +136,7 @@ def extremum(call: FunctionCall) -> Kernel:
 
 @kernel_of("hypot")
 def hypotenuse(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel by the squares of the legs of a right triangle, :math:`T_a = a^2 / (a^2 + b^2)`."""
+    r"""Returns a kernel that splits relevance by the squared legs of a triangle, :math:`T_a = a^2 / (a^2 + b^2)`."""
     if len(call.inputs) == 1:
         return call.identity()
     squares = [value.square() for value in call.values]

@@ -47,7 +47,7 @@ class Slot:
 
 
 def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """Replaces slots in arguments by tensors."""
+    """Replaces the slots in arguments with tensors."""
     if isinstance(value, Slot):
         return tensors[value.number]
     if type(value) in (list, tuple):
@@ -61,7 +61,7 @@ class CallInput:
 
     Attributes:
         saved: The tensor.
-        is_gate: Whether it weighs a signal and receives no relevance in a product.
+        is_gate: Whether the tensor weighs a signal, and receives no relevance in a product.
         producer: The autograd node that computed it.
     """
 
@@ -72,7 +72,7 @@ class CallInput:
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A call of a function on tensors that carry relevance, called its inputs.
+    """A function call; its *inputs* are the tensors among the arguments that carry relevance.
 
     Attributes:
         name: Name of the function in a form common to its variants, such as ``"add"``.
@@ -147,7 +147,7 @@ class FunctionCall:
         return SplitKernel(tensors, self.shapes, None, bool(((total - 1).abs() <= tolerance).all()))
 
     def route(self) -> Kernel:
-        """Kernel that passes relevance to the copied entries, by the function's gradient; for gathers and permutations.
+        """Returns a kernel that passes relevance to the copied entries by the gradient; for gathers and permutations.
 
         Outputs that are not copied from an input have a residual.
         """
@@ -163,7 +163,7 @@ class FunctionCall:
         return RouteKernel(gradient)
 
     def by_rule(self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None) -> Kernel:
-        """Kernel of a Zennit rule on a function that is linear in an input, treated as a layer without weights.
+        """Returns the kernel of a Zennit rule on a function linear in an input, treated as a layer without weights.
 
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.

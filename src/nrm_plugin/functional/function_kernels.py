@@ -1,4 +1,4 @@
-"""Kernels of functions with several inputs, of which some receive relevance."""
+"""Kernels of functions with several inputs, where only some inputs receive relevance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernels.vjp_kernel import VjpKernel
 
 
 class BroadcastKernel(Kernel):
-    """Kernel that passes all relevance to one input, summed over the dimensions in which that input was broadcast.
+    """A kernel that passes all relevance to one input, summed over the dimensions in which that input was broadcast.
 
     Args:
         shapes: Shape of each input.
@@ -31,7 +31,7 @@ class BroadcastKernel(Kernel):
 
 
 class SplitKernel(Kernel):
-    r"""Kernel that splits relevance among the inputs, elementwise, :math:`T_k = q_k / \sum_k q_k`.
+    r"""A kernel that splits relevance among the inputs, elementwise, :math:`T_k = q_k / \sum_k q_k`.
 
     Args:
         shares: Shares of each input, which broadcast to the shape of the output.
@@ -84,7 +84,7 @@ class SingleInputKernel(Kernel):
 
 
 class EqualPartsKernel(Kernel):
-    """Kernel that splits relevance equally among some factors of a product; the other factors receive no relevance.
+    """A kernel that splits relevance equally among some factors of a product; the other factors receive none.
 
     Args:
         kernels: Kernels by number of the factor.
@@ -109,7 +109,7 @@ class EqualPartsKernel(Kernel):
 
 
 class RouteKernel(VjpKernel):
-    """Kernel that passes the relevance of each output to the copied entries, split among ties as by autograd.
+    """A kernel that passes the relevance of each output to the copied entries, split among ties as in autograd.
 
     Args:
         function: The gradient of the operation, ``(N, *out)`` to ``(N, *in)`` for each input.

@@ -38,7 +38,7 @@ class Gates:
             self._nodes.add(node)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a gate, or routed from a single one."""
+        """Returns whether a tensor is a gate, or is routed from a single gate."""
         node, _ = written(tensor.grad_fn, 0)
         while node is not None and node not in self._nodes:
             step = step_of(node)
@@ -56,7 +56,7 @@ class Gates:
             self._tag_all(output)
 
     def tag_result(self, name: str, inputs: Sequence[Tensor], output: object, with_constants: bool) -> None:
-        """Marks the output of a function as a gate if the function returns a gate.
+        """Marks the output as a gate if the function returns a gate for these arguments.
 
         Args:
             name: Name of the function.

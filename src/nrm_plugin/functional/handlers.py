@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..kernels.forward_state import before_writing, note_untracked, write
 from .attention import FUSED, decomposed_attention, is_decomposed
-from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
+from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass
 from .intercepted_pass import InterceptedPass, written
 from .observed_call import WRITERS, ObservedCall
 from .recurrent import RECURRENCES, Context
@@ -35,7 +35,7 @@ class Handler:
 
     Attributes:
         name: The kind of call.
-        reason: The reason for this handling.
+        reason: Why calls of this kind are handled separately.
         run: A function that returns the return value of the call, or ``NOT_HANDLED``.
     """
 
@@ -56,7 +56,7 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
-    """Whether a function of computed values returned values that autograd does not follow."""
+    """Returns whether a function of computed values returned values that autograd does not track."""
     items = result if isinstance(result, (list, tuple)) else (result,)
     if not all(isinstance(item, Tensor) for item in items):
         return call.name.base in _LEAVING
@@ -162,7 +162,7 @@ def _decomposition(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 def _python_function(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     body = python_body(call.function)
-    # A method of torch.Tensor that calls the method of its base class is observed again under its own name.
+    # A torch.Tensor method that calls the method of its base class is observed again under its own name.
     if body is None or call.function in forward_pass.decomposing:
         return NOT_HANDLED
     forward_pass.decomposing.append(call.function)
@@ -186,20 +186,36 @@ def _route_or_unknown(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 HANDLERS: tuple[Handler, ...] = (
     Handler("metadata", "no values are computed", _metadata),
-    Handler("same as reference", "a difference needs the same masks and indices at both; never ends", _same_as_reference),
-    Handler("copy before write", "steps that saved this memory need its former values; never ends", _copy_before_write),
+    Handler(
+        "same as reference", "masks and indices of a difference are the same; the call is passed on", _same_as_reference
+    ),
+    Handler(
+        "copy before write",
+        "steps that saved this memory need its earlier values; the call is passed on",
+        _copy_before_write,
+    ),
     Handler("indexed write", "positions given by tensors are looked up entry by entry", _indexed_write),
-    Handler("complex numbers", "are not taps: one linear step between real tensors", _complex_numbers),
+    Handler(
+        "complex numbers", "complex tensors are not taps: one linear step joins the real tensors", _complex_numbers
+    ),
     Handler("constants", "no relevance passes through them; autograd records what writers copy", _constants),
-    Handler("attention", "relevance also goes to the weights: as matrix products and a softmax", _attention),
-    Handler("sparse product", "an adjacency: messages that are summed into nodes", _sparse_product),
-    Handler("difference", "relevance of a difference: a step with secant slopes", _difference),
-    Handler("computed layer", "a computed weight or bias: as a product and a sum", _computed_layer),
-    Handler("kernel", "the registry has a kernel: a step", _kernel),
-    Handler("recurrence", "torch runs all times as one function: as a loop over time", _recurrence),
-    Handler("decomposition", "consists of functions that have kernels", _decomposition),
-    Handler("python function", "written in Python: the functions that it calls are observed", _python_function),
-    Handler("in place", "unknown and in place: the audit of the recording rejects what is not a route", _in_place),
+    Handler(
+        "attention", "the weights also receive relevance: decomposed into matrix products and a softmax", _attention
+    ),
+    Handler("sparse product", "the matrix is an adjacency matrix: messages are summed into nodes", _sparse_product),
+    Handler("difference", "relevance of a difference: the call becomes a step with secant slopes", _difference),
+    Handler("computed layer", "the weight or bias is computed: decomposed into a product and a sum", _computed_layer),
+    Handler("kernel", "the registry has a kernel: the call becomes a step", _kernel),
+    Handler("recurrence", "torch runs all time steps as one function: replaced by a loop over time", _recurrence),
+    Handler("decomposition", "the function consists of functions that have kernels", _decomposition),
+    Handler(
+        "python function",
+        "the function is written in Python: the functions that it calls are observed",
+        _python_function,
+    ),
+    Handler(
+        "in place", "the function is unknown: the audit of the recording rejects it unless it is a route", _in_place
+    ),
     Handler(
         "route or unknown", "autograd records routes; anything else raises when relevance arrives", _route_or_unknown
     ),

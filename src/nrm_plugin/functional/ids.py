@@ -1,7 +1,7 @@
-"""Ids: integers among the inputs, tracked by identity to the lookups of the model.
+"""Ids: integer inputs, tracked by identity to the lookups of the model.
 
 Integers receive no relevance, but the selected rows do: walks end at these rows, as at any other input. Equal
-numbers of other origin, such as positions, select constants.
+numbers that do not originate from inputs, such as positions, select constants.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .observed_call import ObservedCall
 
 
 class Kind(enum.IntEnum):
-    """The kind of an integer tensor, or of a float tensor without relevance; the largest of several arguments."""
+    """The kind of an integer tensor, or of a float tensor without relevance; the largest among several arguments."""
 
     STRUCTURE = 1
     """Comparisons, positions and counts of ids, such as masks and degrees, which are constants."""
@@ -38,7 +38,7 @@ _STRUCTURAL = frozenset(
 )
 """Functions of integers that return positions or counts."""
 _OF_FIRST = frozenset("expand_as view_as reshape_as type_as to resize_as".split())
-"""Functions that use only the shape or type of further arguments."""
+"""Functions that use only the shape or type of their other arguments."""
 _CONVERSIONS = frozenset("long int short to type".split())
 _ELEMENTWISE = frozenset("round floor ceil trunc clamp add sub rsub mul div neg abs relu".split())
 
@@ -47,8 +47,8 @@ class Ids:
     """The ids of one forward pass.
 
     Args:
-        given: The integers among the inputs, as the objects that are passed to the model.
-        inputs: The leaves of the other inputs, which the model may convert to ids.
+        given: The integer inputs, as the same objects that are passed to the model.
+        inputs: The leaves of the floating-point inputs, which the model may convert to ids.
     """
 
     def __init__(self, given: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
@@ -69,12 +69,12 @@ class Ids:
         return None if known is None else known[1]
 
     def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
-        """Returns the result of a call, in which rows selected by ids are replaced by an end of walks.
+        """Returns the result of a call, with the rows selected by ids replaced by a tensor at which walks end.
 
         Args:
             call: The call of the function.
             result: The result of the call.
-            looked_up: A function that returns the end of walks; None if there cannot be one, as inside a step.
+            looked_up: A function that returns this tensor; None where walks cannot end, as inside a step.
         """
         if call.inputs and call.name.base in _CONVERSIONS and self._is_converted(call, result):
             self._mark(result, Kind.IDS)
@@ -117,7 +117,7 @@ class Ids:
         return max((kind for kind in kinds if kind is not None), default=None)
 
     def _is_lookup(self, call: ObservedCall) -> bool:
-        """Whether ids select entries of a constant table, or rows of a matrix; a larger part of a table is a weight."""
+        """Returns whether ids select entries or rows of a constant table; a table of whole matrices is a weight."""
         name, arguments = call.name.base, list(tensors_in((*call.args, *call.kwargs.values())))
         tables = [tensor for tensor in arguments if tensor.is_floating_point()]
         are_selected = any(self.kind(tensor) is Kind.IDS for tensor in arguments if not tensor.is_floating_point())
@@ -126,7 +126,7 @@ class Ids:
         return name in _ELEMENTS or tables[0].ndim - _selected_dims(call) <= 1
 
     def _is_one_hot(self, call: ObservedCall) -> bool:
-        """Whether a function writes a number at positions given by ids, not along samples or the nodes of a graph."""
+        """Returns whether a function writes a number at positions given by ids, not along samples or graph nodes."""
         index = call.argument(2, "index") if call.name.base == "scatter" else call.argument(0, "input")
         if call.name.base not in ("one_hot", "scatter") or not isinstance(index, Tensor):
             return False
@@ -134,7 +134,7 @@ class Ids:
         return self.kind(index) is Kind.IDS and (along is None or along % index.ndim > 0)
 
     def _is_converted(self, call: ObservedCall, result: Any) -> bool:
-        """Whether a function converts entries of the inputs to integers, possibly after a shift or rounding."""
+        """Returns whether a function converts entries of the inputs to integers, possibly after a shift or rounding."""
         if not isinstance(result, Tensor) or result.is_floating_point() or result.is_complex():
             return False
         return _is_elementwise_of(call.inputs[0], self._inputs)
@@ -164,7 +164,7 @@ def _kind_of_result(call: ObservedCall, kind: Kind, result: Tensor) -> Kind:
 
 
 def _selected_dims(call: ObservedCall) -> int:
-    """Returns the number of dimensions of a table from which an index selects."""
+    """Returns how many dimensions of a table an index selects from."""
     if call.name.base == "index_select":
         return 1
     index = call.args[1] if len(call.args) > 1 else None
@@ -174,7 +174,7 @@ def _selected_dims(call: ObservedCall) -> int:
 
 
 def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
-    """Whether a tensor is computed only from the given leaves, by routes and elementwise functions."""
+    """Returns whether a tensor is computed only from the given leaves, by routes and elementwise functions."""
     stack: list[Any] = [tensor.grad_fn]
     visited: set[Any] = set()
     while stack:

@@ -32,6 +32,7 @@ from .ids import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
 from .row_functions import keeps_rows
+from .rules_on_differences import has_any_rule
 from .secant_maps import polynomial
 from .secants import elementwise
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
@@ -46,7 +47,7 @@ class InterceptedPass:
 
     Args:
         settings: The settings of all steps of functions.
-        intercepting: Returns a context in which function calls of this package are intercepted.
+        intercepting: A function that returns a context in which function calls of this package are intercepted.
 
     Attributes:
         gates: The tensors that are gates.
@@ -77,7 +78,7 @@ class InterceptedPass:
     # -- functions with a kernel ------------------------------------------------------------------------------------
 
     def step(self, observed: ObservedCall, factory: KernelFactory) -> Any:
-        """Runs a function with a kernel; the output is the output of a step."""
+        """Runs a function that has a kernel, and returns the output of its step."""
         self._check_covered(observed)
         if listener() is not None:  # a context of the composite may run in any mode, a measure may not
             check_function(observed.name.base, observed.args, observed.kwargs, self.path)
@@ -155,7 +156,8 @@ class InterceptedPass:
     ) -> Tensor:
         """Returns the output of a call as the output of a step of the difference to a reference."""
         others = reference.meet(call.name, call.path, [*call.values, output])
-        both = DifferenceCall(call, Saved(output), others, reference.is_tangent)
+        has_rules = has_any_rule(self.settings.rules)
+        both = DifferenceCall(call, Saved(output), others, reference.is_tangent, has_rules)
         rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
@@ -247,11 +249,11 @@ class InterceptedPass:
 
     @property
     def follows_ids(self) -> bool:
-        """Whether there are ids to track in the results of functions of constants."""
+        """Whether functions of constants are observed as well, because their results may depend on ids."""
         return self._ids is not None and self._ids.are_known
 
     def with_ids(self, call: ObservedCall, result: Any) -> Any:
-        """Returns the result of a call, in which rows selected by ids among the inputs are inputs."""
+        """Returns the result of a call, with the rows selected by input ids as further inputs."""
         if self._ids is None:
             return result
         return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))
@@ -266,9 +268,9 @@ class InterceptedPass:
     # -- modules ----------------------------------------------------------------------------------------------------
 
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """Returns the output of a module as a step, if the module is elementwise by functions that no mode observes.
+        """Returns the output of an elementwise module as a step, if no mode observes its functions; None otherwise.
 
-        Examples are activations with their own ``autograd.Function``, or in TorchScript. None for other modules.
+        Examples are activations in TorchScript or with their own ``autograd.Function``.
         """
         if is_inside_step():
             return None

@@ -105,7 +105,7 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Any:
 
 
 def _by_constant(solve: Callable[[Tensor], Tensor], matrix: Tensor, right: Tensor, left: bool = True) -> Any:
-    """Computes a solution that is linear in its right side, as a product with the solution for the unit matrix."""
+    """Solves a linear system as a product of the right-hand side and the solution for the identity matrix."""
     if matrix.requires_grad:
         return NotImplemented
     with not_recorded():

@@ -40,7 +40,7 @@ def kernel_of_layer(
     bias_dim: int = -1,
     padding_mode: str = "zeros",
 ) -> Kernel:
-    """Kernel of a function that is affine in its first input and linear in a constant weight, by the rule of a layer.
+    """Returns the kernel, by a layer's rule, of a function affine in its first input and linear in a constant weight.
 
     Args:
         call: The call.
@@ -61,7 +61,7 @@ def kernel_of_layer(
 
 @kernel_of("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
-    """Kernel of a product: a linear layer if a factor is constant, else all to the factors that are not gates."""
+    """Returns the kernel of a product: a linear layer if a factor is constant, else one without relevance for gates."""
     if len(call.inputs) == 1:
         return _contraction_with_constant(call)
     factors = range(len(call.inputs))
@@ -173,7 +173,7 @@ def matrix_of(call: FunctionCall, constant: Tensor) -> ConstantMatrix:
 
 
 def _matrix_of_einsum(call: FunctionCall, constant: Tensor) -> ConstantMatrix | None:
-    """Returns the constant factor of ``einsum``; its subscripts that are in the output enumerate the rows."""
+    """Returns the constant factor of ``einsum`` as a matrix; its subscripts in the output enumerate the rows."""
     equation, operands = call.args[0], list(call.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])

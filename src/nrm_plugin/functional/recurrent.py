@@ -117,8 +117,8 @@ def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State
 
     .. math:: h' = (1 - \sigma(z)) \odot \tanh(n_x + \sigma(r) \odot n_h) + \sigma(z) \odot h
 
-    A gate times a constant is a constant, so :math:`\sigma(r) \odot b_{hn}` is a bias without a state; it has a
-    difference to a reference.
+    A gate times a constant is a constant, so without a hidden state :math:`\sigma(r) \odot b_{hn}` is a bias; it
+    has a difference to a reference.
     """
     (h,) = state
     r_x, z_x, n_x = _from_input(x, weights).chunk(3, -1)
@@ -152,7 +152,7 @@ CELLS: dict[str, Cell] = {
 
 
 def _started(x: Tensor, state: Sequence[Tensor]) -> tuple[State, bool]:
-    """Returns initial states, None for zeros, and whether some are user-supplied (constants that join the signal)."""
+    """Returns the initial states (None for zeros), and whether any is user-supplied (a constant)."""
     states: list[Tensor | None] = []
     for value in state:
         if value.requires_grad:
@@ -356,7 +356,7 @@ def _pack(context: Context, padded: Tensor, lengths: Tensor, batch_first: bool) 
 def _pad(
     context: Context, data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total: int
 ) -> tuple[Tensor, Tensor]:
-    """Pads entries to a batch; the padding of a sample is a constant of that sample."""
+    """Pads packed entries to a batch; the padding is a constant that belongs to its sample."""
     packing = _Packing(batch_sizes, context.order(batch_sizes).to(data.device))
     rows = packing.rows(data)
     rows += [rows[-1]] * (total - len(rows))

@@ -17,7 +17,7 @@ from .unsupported import UnknownKernel
 
 
 class ReductionKernel(Kernel):
-    """Kernel that splits the relevance of each output among the reduced entries.
+    """A kernel that splits the relevance of each output among the reduced entries.
 
     Args:
         share: Share of each entry of the input; the shares of one output sum to one.
@@ -36,7 +36,7 @@ class ReductionKernel(Kernel):
 
 
 def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
-    """Kernel with shares in proportion to sizes, or equal shares if all sizes are zero."""
+    """Returns a kernel with shares in proportion to the sizes, or equal shares if all sizes are zero."""
     dims = tuple(range(sizes.ndim)) if dims is None or dims == () else dims
     total = sizes.sum(dims, keepdim=True)
     equal = torch.full_like(total, total.numel() / sizes.numel())
@@ -45,14 +45,14 @@ def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
 
 @kernel_of("logsumexp")
 def log_sum_exp(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel of log-sum-exp by its derivative softmax, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
+    r"""Returns the kernel of log-sum-exp from its derivative, softmax, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
     value, dims = call.values[0], call.argument(1, "dim")
     return _proportional((value - value.amax(dims, keepdim=True)).exp(), dims)
 
 
 @kernel_of("logaddexp", "logaddexp2")
 def log_add_exp(call: FunctionCall) -> Kernel:
-    """Returns the kernel of log-add-exp of two inputs by softmax; a constant is a bias."""
+    """Returns the kernel of log-add-exp, which splits relevance by softmax; a constant is a bias."""
     if len(call.inputs) == 1:
         return call.identity()
     factor = math.log(2) if call.name == "logaddexp2" else 1.0

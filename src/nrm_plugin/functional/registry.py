@@ -58,11 +58,11 @@ _SYNONYMS = {
     "fmin": "minimum",
 }
 _NAMESPACES = ("special_", "linalg_")
-"""Name prefixes of functions in namespaces of torch."""
+"""Name prefixes of functions in torch's namespaces."""
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
 """Namespaces of operators that are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
-"""Functions with other arguments than the function of the same name outside the namespace."""
+"""Functions with arguments that differ from those of the function of the same name outside the namespace."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def name_of(function: Any) -> FunctionName:
 
 
 def _foreign_owner(function: Any) -> str | None:
-    """The namespace of a function outside torch, which may share the name of a torch function; None for torch."""
+    """Returns the namespace of a function outside torch, which may share a name with torch; None for torch."""
     owner = str(getattr(function, "__module__", None) or "torch")
     if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
         space = owner.removeprefix("torch._ops.")
@@ -164,7 +164,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Whether a function is looked up by name, since its variants are different objects."""
+    """Returns whether a function is looked up by name, since its variants are different objects."""
     module = getattr(function, "__module__", None) or ""
     return module.partition(".")[0] in ("torch", "torchvision") or type(function).__name__ in (
         "builtin_function_or_method",

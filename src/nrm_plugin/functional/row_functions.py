@@ -24,7 +24,7 @@ _POOLS = frozenset(POOLS) - {*_ALONG, "grid_sample", "roi_align", "fold", "col2i
 
 
 def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
-    """Whether each row of the output depends only on the same row of each input, and propagates relevance to it."""
+    """Returns whether each output row depends on, and propagates relevance to, only the same row of each input."""
     values, name = call.values, call.name
     if not output.ndim or any(value.shape[:1] != output.shape[:1] for value in values):
         return False
@@ -48,7 +48,7 @@ def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
 
 
 def _is_product_of_rows(call: FunctionCall, output: Tensor) -> bool:
-    """Whether a product does not contract rows: rows times a constant, or one product per row."""
+    """Returns whether a product keeps rows separate: rows times a constant, or one product per row."""
     dims = [value.ndim for value in call.values]
     first, second = call.argument(0, "input"), call.argument(1, "other")
     if isinstance(first, Slot) and isinstance(second, Tensor) and second.ndim <= 2:
@@ -57,7 +57,7 @@ def _is_product_of_rows(call: FunctionCall, output: Tensor) -> bool:
 
 
 def _is_inner(dim: Any, dims: int) -> bool:
-    """Whether dimensions are given and exclude the first."""
+    """Returns whether dimensions are given and exclude the first one."""
     stored = dim if isinstance(dim, (tuple, list)) else [dim]
     return bool(stored) and all(isinstance(one, int) and one % dims != 0 for one in stored)
 

@@ -1,12 +1,12 @@
 r"""Functions of graph networks: gathers, sums into nodes, segments and sparse products.
 
-The relevance of a node is split among the messages that are summed into it as among the entries of a mean, by the
-composite's rule of average pooling; in this package's composites
+The relevance of a node is split among its messages as the relevance of a mean among its entries, by the composite's
+rule for average pooling. In this package's composites
 
 .. math:: T_{en} = \frac{|m_e|}{\sum_{e' \to n} |m_{e'}|}.
 
-A maximum passes all relevance to the largest message, in equal parts among ties. A sparse matrix is an adjacency
-matrix, so its product is such a sum, and not a layer.
+A maximum passes all relevance to the largest message, in equal parts among ties. A sparse matrix is treated as an
+adjacency matrix, so a product with it is a sum of messages, not a layer.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -33,7 +33,7 @@ from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 
 def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Decorates a function of this module that an interception handles like a function of torch with the given name."""
+    """Decorates a function of this module, which is then intercepted like the torch function of the given name."""
 
     def decorate(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(body)
@@ -69,21 +69,21 @@ def scatter_extremum(
 ) -> Tensor:
     """Computes the largest (smallest) entry of each group; zero for an empty group.
 
-    ``own`` holds one further entry per group, and ``how`` is ``"amax"`` or ``"amin"``.
+    ``own`` holds one additional entry per group, and ``how`` is ``"amax"`` or ``"amin"``.
     """
     target = source.new_zeros(shape) if own is None else own
     return target.scatter_reduce(dim, index, source, how, include_self=own is not None)
 
 
 class ExtremumKernel(Kernel):
-    """Kernel that passes the relevance of each extremum to the entries that attain it, in equal parts.
+    """A kernel that passes the relevance of each extremum to the entries that attain it, in equal parts.
 
     autograd does so as well, but also counts the values that ``include_self=False`` excludes.
 
     Args:
         dim, index: The group of each entry.
         share: Share of each entry in its group.
-        own: Share of the further entry of each group, or None.
+        own: Share of the additional entry of each group, or None.
     """
 
     is_stochastic = True  # groups without members are replaced by constants afterwards
@@ -185,7 +185,7 @@ def _scatter_reduce(
 
 
 def _rival(constant: Tensor, signal: Tensor) -> Tensor:
-    """A constant that competes with a signal in a maximum, and absorbs the relevance of the outputs that it attains."""
+    """Returns a constant that competes with a signal in a maximum, and absorbs the relevance where it wins."""
     if not signal.numel():
         return constant
     with not_recorded():  # routes, which autograd records
@@ -242,7 +242,7 @@ _EMPTY = {"max": -math.inf, "min": math.inf, "mean": math.nan}
 
 
 def _lookup(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Runs a function that only copies on the numbers of the entries, which gives the source index of each output."""
+    """Runs a copying function on numbered entries, to find the source index of each output."""
     computed = [value for value in (*args, *kwargs.values()) if _carries(value)]
     numbers = _numbers_of(computed)
     with torch.no_grad():
@@ -262,7 +262,7 @@ def _carries(value: Any) -> bool:
 
 
 def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Numbers the entries of several tensors, from one; returns the numbers by identity of the tensor."""
+    """Numbers the entries of several tensors, starting at one; returns the numbers by the identity of the tensor."""
     numbers, start = {}, 1
     for tensor in tensors:
         count = torch.arange(start, start + tensor.numel(), dtype=torch.float64, device=tensor.device)
@@ -272,7 +272,7 @@ def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 def _number(value: Any, numbers: dict[int, Tensor]) -> Any:
-    """Replaces a computed tensor by the numbers of its entries, and a constant by zeros."""
+    """Replaces a computed tensor with the numbers of its entries, and a constant with zeros."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return numbers.get(id(value), torch.zeros_like(value, dtype=torch.float64))
     return 0.0 if isinstance(value, float) else value
@@ -319,7 +319,7 @@ def _put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False)
 
 
 def write_at(target: Tensor, index: Any, value: Any, accumulate: bool = False) -> Tensor:
-    """Computes ``target[index] = value`` out of place; or ``+=``, where repeated indices add repeatedly."""
+    """Computes ``target[index] = value`` out of place; or ``+=``, where repeated indices accumulate."""
     if accumulate:
         positions = torch.arange(target.numel(), device=target.device).reshape(target.shape)[index]
         return _add_at(target, positions.reshape(-1), value.expand(positions.shape))
@@ -340,7 +340,7 @@ def _set_at(target: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def is_indexed_by_tensor(index: Any) -> bool:
-    """Whether an index contains tensors or lists, not only slices and numbers."""
+    """Returns whether an index contains tensors or lists, not only slices and numbers."""
     parts = index if isinstance(index, (tuple, list)) else (index,)
     return any(isinstance(part, list) or (isinstance(part, Tensor) and part.ndim > 0) for part in parts)
 
@@ -355,7 +355,7 @@ _REDUCED = (
 
 
 def is_sparse_product(args: Sequence[Any]) -> bool:
-    """Whether one of two factors is a sparse matrix."""
+    """Returns whether one of two factors is a sparse matrix."""
     return any(isinstance(value, Tensor) and value.layout != torch.strided for value in args[:2])
 
 

@@ -34,7 +34,7 @@ class MultiplierKernel(Kernel):
 
     def __init__(self, call: DifferenceCall) -> None:
         self.before, self.after = call.before, call.after
-        self.is_stochastic = not call.is_tangent
+        self.is_stochastic = call.is_exact
 
     @abstractmethod
     def multipliers(self, above: Tensor) -> Multipliers:
@@ -69,9 +69,7 @@ class PathKernel(MultiplierKernel):
             ones; None if such a call is not known.
     """
 
-    def __init__(
-        self, call: DifferenceCall, absolute: Callable[[FunctionCall], FunctionCall] | None = None
-    ) -> None:
+    def __init__(self, call: DifferenceCall, absolute: Callable[[FunctionCall], FunctionCall] | None = None) -> None:
         super().__init__(call)
         self.call, self.absolute = call, absolute
         self._images = self._jacobians(call.call, lambda value: value)
@@ -116,7 +114,7 @@ def polynomial(call: DifferenceCall) -> Kernel:
     kernel = PathKernel(call)
     columns = kernel.column_sum(call.after)
     scale = torch.finfo(call.after.dtype).eps ** 0.5 * call.outputs[0].abs().amax()
-    if bool(((columns - 1) * call.after).abs().gt(scale).any()) and not call.is_tangent:
+    if bool(((columns - 1) * call.after).abs().gt(scale).any()) and call.is_exact:
         return UnknownKernel(UnsupportedOperationError(_NOT_LINEAR.format(name=call.name)), call.shapes)
     return kernel
 
@@ -201,7 +199,7 @@ class SoftmaxKernel(MultiplierKernel):
         return (own * (1 - self.share).abs() + self.share * rest,)
 
 
-def exponential_shares(one: Tensor, two: Tensor, dim: int | Sequence[int]) -> Tensor:
+def exponential_shares(one: Tensor, two: Tensor, dim: int | list[int]) -> Tensor:
     """Returns the slopes of log-sum-exp along dimensions; they are positive and sum to at most one."""
     totals = torch.logsumexp(one, dim, keepdim=True), torch.logsumexp(two, dim, keepdim=True)
     shift = torch.maximum(*totals)
@@ -290,9 +288,7 @@ def layer_norm(call: DifferenceCall) -> Kernel:
     return _norm(call, [-1, math.prod(shape)], weight, float(eps), is_centred)
 
 
-def _norm(
-    call: DifferenceCall, group: Sequence[int], weight: object, eps: float, is_centred: bool = True
-) -> Kernel:
+def _norm(call: DifferenceCall, group: Sequence[int], weight: object, eps: float, is_centred: bool = True) -> Kernel:
     if len(call.values) > 1 or isinstance(weight, Slot):
         return UnknownKernel(UnsupportedOperationError(_COMPUTED.format(name=call.name)), call.shapes)
     assert weight is None or isinstance(weight, Tensor)

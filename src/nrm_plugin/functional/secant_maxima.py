@@ -94,7 +94,7 @@ def extremum(call: DifferenceCall) -> Kernel:
 
 
 def _of_one(call: DifferenceCall) -> Kernel:
-    from .secants import elementwise  # noqa: PLC0415
+    from .secants import elementwise
 
     return elementwise(call)
 

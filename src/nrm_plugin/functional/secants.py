@@ -67,12 +67,14 @@ def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
     """Returns the kernel of an elementwise function with the given slopes, which broadcast to the output."""
     after = call.after.reciprocal()
     shares = [slope * before * after for slope, before in zip(slopes, call.before, strict=True)]
-    return SplitKernel(shares, call.shapes, None, not call.is_tangent)
+    return SplitKernel(shares, call.shapes, None, call.is_exact)
 
 
 @secant_of(*ACTIVATIONS, *(name for name in ELEMENTWISE if name not in NOT_ELEMENTWISE), "div", "hypot")
 def elementwise(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of an elementwise function of one or several tensors."""
+    """Returns the kernel of an elementwise function of one or several tensors; with rules, the identity for one."""
+    if call.has_rules and call.shapes == [call.after.shape]:
+        return call.call.identity()
     if len(call.values) == 1:
         shape = call.after.shape
         pair = call.values[0].expand(shape), call.reference_values[0].expand(shape)

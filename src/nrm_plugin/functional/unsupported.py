@@ -19,7 +19,7 @@ MASKS = 10
 
 
 class UnknownKernel(Kernel):
-    """Kernel of an unknown operation, which raises when relevance arrives, but not for the zeros of a gate.
+    """The kernel of an unknown operation, which raises when relevance arrives, but not for the zeros of a gate.
 
     Args:
         error: The error that is raised when relevance arrives.
@@ -44,7 +44,7 @@ class UnknownKernel(Kernel):
 
 
 def arrives(relevance: Tensor | None) -> bool:
-    """Whether relevance is not zero everywhere."""
+    """Returns whether relevance is nonzero anywhere."""
     try:
         return relevance is not None and bool(relevance.any())
     except RuntimeError:  # values of batched gradients cannot be read
@@ -52,7 +52,7 @@ def arrives(relevance: Tensor | None) -> bool:
 
 
 def is_known(node: Any) -> bool:
-    """Whether an autograd node is a step or a known route."""
+    """Returns whether an autograd node is a step or a known route."""
     return step_of(node) is not None or is_route_node(node)
 
 
@@ -113,7 +113,7 @@ def _is_checkpoint(node: Any) -> bool:
 
 
 def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: bool = True) -> bool:
-    """Whether autograd recorded only routes (and steps) between some inputs and an output."""
+    """Returns whether autograd recorded only routes (and steps) between some inputs and an output."""
     visited = {tensor.grad_fn for tensor in inputs}
     stack = [output.grad_fn]
     while stack:
@@ -128,7 +128,7 @@ def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: boo
 
 
 def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tensor) -> bool:
-    """Whether a function is elementwise, tested by changing half of the elements at a time.
+    """Returns whether a function is elementwise, tested by changing half of the elements at a time.
 
     Each mask separates half of all pairs of elements, so the chance of missing a dependence is 1/1024.
     """

@@ -68,7 +68,7 @@ def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
 
 
 def twin_of_call(call: FunctionCall, like: nn.Module) -> nn.Module:
-    """Returns a layer of torch with the options of the call."""
+    """Returns a torch layer with the options of the call."""
     if isinstance(like, nn.modules.conv._ConvNd):
         dims = len(like.kernel_size)
         options = {
@@ -142,7 +142,7 @@ _COMPUTED_WEIGHT = (
 
 
 def channel_dim(call: FunctionCall) -> int | None:
-    """The dimension of the channels in the output: the last for features, 1 for images; None for other functions."""
+    """Returns the channel dimension of the output: the last for features, 1 for images; None for other functions."""
     if call.name in LAYERS:
         return -1 if call.name == "linear" else 1
     if call.name in ("matmul", "einsum", "tensordot") and len(call.inputs) == 1:

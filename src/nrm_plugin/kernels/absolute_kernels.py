@@ -1,4 +1,4 @@
-r"""Kernels of absolute values, :math:`\sum_j |T_{ij}| R_j`, in closed form from branches or else column by column."""
+r"""Kernels of absolute values, :math:`\sum_j |T_{ij}| R_j`, from the branches of a rule or column by column."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DENSE_LIMIT = 4096
 
 
 def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
-    r"""Computes ``Σ_j |T_ij| R_j`` from the columns of ``T``, which are formed in chunks.
+    r"""Computes ``Σ_j |T_ij| R_j`` from the columns of ``T``, which are computed in chunks.
 
     Args:
         kernel: Any kernel that does not mix samples.
@@ -81,7 +81,7 @@ def closed_absolute(
 
 @dataclass(frozen=True)
 class _Term:
-    r"""A part :math:`a_i |w_{ij}| m_j` of a kernel: ``a``, ``m`` and the transpose of ``|w|``."""
+    r"""One summand :math:`a_i |w_{ij}| m_j` of a kernel: ``a``, ``m`` and the transpose of ``|w|``."""
 
     input: Tensor
     factor: Tensor
@@ -117,7 +117,7 @@ def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: T
 
 
 def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
-    """The factor λ with ``modified = λ weight`` on the weights of one sign; None if they are not proportional."""
+    """Returns λ with ``modified = λ weight`` on the weights of one sign; None if the two are not proportional."""
     chosen = (weight * sign) > 0
     here, there = weight[chosen], modified[chosen]
     if here.numel() == 0:
@@ -128,7 +128,7 @@ def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
 
 
 def _down(layer: WeightedLayer, like: Tensor, sign: float) -> Callable[[Tensor], Tensor]:
-    """Returns the transpose of the layer, with the absolute values of its weights of one sign."""
+    """Returns the transposed layer with only its weights of one sign, as absolute values."""
     leaf = like.detach().requires_grad_()
     with torch.enable_grad():
         image = layer.rerun(leaf, (layer.weight * sign).clamp(min=0))
@@ -144,10 +144,10 @@ def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _from_patches(branches: list[Branch], layer: WeightedLayer, relevance: Tensor) -> Tensor:
-    """Computes ``Σ_j |T_ij| R_j`` for any branches, from the patches that the outputs read, one channel at a time."""
+    """Computes ``Σ_j |T_ij| R_j`` for any branches, one channel at a time, from the input patch of each output."""
     like, weight = branches[0].input.detach(), layer.weight
     size = weight[0].numel()
-    # As a weight, it selects the entries that an output channel reads.
+    # Used as a weight, the selection picks the entries that an output channel reads.
     selection = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *weight.shape[1:])
     selection = selection.repeat(layer.groups, *(1,) * (selection.ndim - 1))
     channel = -1 if weight.ndim == 2 else 1

@@ -31,7 +31,7 @@ class Kernel(ABC):
         r"""Propagates relevance with :math:`|T_{ij}|` in place of :math:`T_{ij}`."""
 
     def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""Returns the transpose, :math:`\sum_i T_{ij} v_i`.
+        r"""Applies the transpose, :math:`\sum_i T_{ij} v_i`.
 
         Args:
             values: ``v`` at each input, ``(K, N, *in)``; None for zeros.
@@ -44,14 +44,14 @@ class Kernel(ABC):
         with torch.inference_mode(False), torch.enable_grad():
             seed = first.new_zeros((1, *shape)).requires_grad_()
             parts = zip(self.pull(seed), values, strict=True)
-            # Zeros at a gate do not depend on the relevance.
+            # The zeros passed to a gate do not depend on the relevance.
             pairs = [(part, value) for part, value in parts if value is not None and part.requires_grad]
             if not pairs:
                 return first.new_zeros((len(first), *shape))
             return vjp([part for part, _ in pairs], seed, [value.unsqueeze(1) for _, value in pairs])[0].squeeze(1)
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""Returns an upper bound of :math:`\sum_i |T_{ij}| v_i` for values ``v >= 0``; by default the sum itself.
+        r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i` for values ``v >= 0``; by default the sum itself.
 
         Arguments and return value are as in :meth:`push`.
         """
@@ -70,7 +70,7 @@ class Kernel(ABC):
         return torch.cat(rows)
 
     def complete_for(self, relevance: Tensor | None) -> bool:
-        """Reads the parts of a rule that are not read yet and act on this relevance; None stands for any relevance.
+        """Reads the remaining parts of a rule that act on this relevance; None stands for any relevance.
 
         Returns:
             Whether the column sums changed.

@@ -10,7 +10,7 @@ Kernels are read from copies of the layers, so the model is not changed. With
 
 The batch normalization itself then passes relevance through. Adjacent layers are found in the executed graph.
 
-Source: arXiv 2002.11018 for fusion; the border and the clipped form are textbook algebra.
+Source: arXiv 2002.11018 for fusion; the padded border and the clipped form follow by elementary algebra.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 def fuse(step: LayerStep, source: Tensor) -> None:
     """Prepares the fusion of a new step with the steps of its input, if one of the three forms applies.
 
-    Fusion takes place when the kernel of the layer is built, since only then all readers of the layer are known. A
+    Fusion takes place when the kernel of the layer is built, since all readers of the layer are known only then. A
     batch normalization is fused into the layer below if nothing else reads that layer, else into the layer above.
 
     Args:
@@ -72,7 +72,7 @@ def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, secon
 
 
 def _producer(node: Any) -> Step | None:
-    """Returns the step that computed a tensor, followed through views (such as flattening) and in-place writes."""
+    """Returns the step that computed a tensor, looking through views (such as flattening) and in-place writes."""
     return step_of(source_of(node))
 
 
@@ -81,7 +81,7 @@ def _input_node(node: Any) -> Any:
 
 
 def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
-    """``(g, h)`` of a batch normalization in evaluation mode with the rule Pass; None for other steps."""
+    """Returns ``(g, h)`` of a batch normalization in evaluation mode with the rule Pass; None for other steps."""
     norm = step.layer_call.module
     if type(step.layer_call.rule) is not Pass or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return None
@@ -106,14 +106,14 @@ def _is_relu(step: Step) -> bool:
 
 
 def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
-    """Returns the number of groups of a layer, and whether the layer is transposed and dense."""
+    """Returns the number of groups of a layer, whether it is transposed, and whether it is dense."""
     if isinstance(module, Weighted):
         return module.groups, module.is_transposed, module.bias_dim == -1
     return int(getattr(module, "groups", 1)), isinstance(module, _CONVOLUTIONS[3:]), isinstance(module, nn.Linear)
 
 
 def _fits_output(norm: LayerStep, layer: LayerStep) -> bool:
-    """Whether a batch normalization has one entry per output channel of a layer."""
+    """Returns whether a batch normalization has one entry per output channel of a layer."""
     affine = _affine(norm)
     if affine is None or not _is_weighted(layer) or len(layer.shape) < 2:
         return False
@@ -191,7 +191,7 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _without_bias(call: LayerCall, source: Tensor) -> Tensor:
-    """Returns the output of the layer without bias, at a different input."""
+    """Returns the output of the layer, without its bias, at a different input."""
     with torch.no_grad():
         return rerun_without_bias(call.module, call.run)(source, _weight(call.module))
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ..model.value_reads import is_traced
+
 Block = tuple[slice, ...]
 
 
 def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
     """Splits ``(N, C, …)`` by sample and dimension 1 into blocks of about ``size`` entries."""
-    if like.numel() <= size or like.ndim < 2:
+    if like.numel() <= size or like.ndim < 2 or is_traced():
         yield whole(like)
         return
     width = max(1, size // max(1, like[0, 0].numel()))
@@ -22,5 +24,5 @@ def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
 
 
 def whole(like: Tensor) -> Block:
-    """Returns the block of all entries."""
+    """Returns a single block that covers all entries."""
     return tuple(slice(None) for _ in like.shape)

@@ -1,4 +1,4 @@
-"""Torch function modes for modules with a rule, with the same output: they avoid copies or record the weight."""
+"""Torch function modes for modules with a rule; they avoid copies or record the weight, without changing the output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SeparateBias(TorchFunctionMode):
     """Runs a layer without its bias and adds the bias afterwards, because the kernel reads the output without bias.
 
     Args:
-        layer: A linear or convolutional layer of torch.
+        layer: One of torch's linear or convolutional layers.
 
     Attributes:
         image: The output without bias; None until the layer has run.
@@ -67,7 +67,7 @@ Mode = SeparateBias | OutOfPlace | WeightRecorder
 
 
 def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
-    """The mode for a module with this rule; None if the module runs without a mode."""
+    """Returns the mode for a module with this rule; None if the module runs without a mode."""
     if is_affine(module) and (reads_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
         return SeparateBias(module)
     if is_own_layer(module) and is_by_modifiers(rule):
@@ -87,10 +87,10 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, n
 
 
 def is_torch_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation of torch with torch's own forward."""
+    """Returns whether a module is a torch activation with an unmodified forward."""
     return any(type(module).forward is kind.forward for kind in _ACTIVATIONS) and "forward" not in module.__dict__
 
 
 def writes_in_place(module: nn.Module) -> bool:
-    """Whether a module may write to its input, as all but torch's affine layers and modules with ``inplace=False``."""
+    """Returns whether a module may write to its input; affine layers and modules with ``inplace=False`` do not."""
     return not is_affine(module) and getattr(module, "inplace", True) is not False

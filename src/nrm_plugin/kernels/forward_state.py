@@ -1,4 +1,4 @@
-"""State of the forward pass of a thread: its listener, the running modules, and the tensors that steps saved."""
+"""Per-thread state of a forward pass: the listener, the running modules, and the tensors saved by steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Saved:
 
 
 def is_saved(tensor: Tensor) -> bool:
-    """Whether a step saved this memory."""
+    """Returns whether a step has saved the tensor at this memory address."""
     return any(saved() is not None for saved in RUNNING.saved.get(tensor.untyped_storage().data_ptr(), ()))
 
 
@@ -60,12 +60,12 @@ def write(target: Tensor, result: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RunningModule:
-    """A module with a rule that is running.
+    """A running module that has a rule.
 
     Attributes:
         hook: The hook of the module.
         module: The module.
-        call: The record of the call by the hook; None if the call is not a step.
+        call: The hook's record of the call; None if the call is not a step.
     """
 
     hook: Hook
@@ -77,14 +77,14 @@ class _Running(threading.local):
     """State of the forward pass of this thread.
 
     Attributes:
-        modules: The modules with a rule that are running, outermost first: operations inside them are not steps.
+        modules: The running modules that have a rule, outermost first; operations inside them are not steps.
         pauses: Number of open contexts of :func:`not_recorded`.
-        saved: The tensors that steps saved, by address in memory.
+        saved: The tensors saved by steps, by memory address.
         listener: The object that is notified of every step and tap.
         weights: The parameters of the model that require gradients outside of this pass.
         first_node: Number of the first autograd node of this pass; None without a listener.
-        given: Identities of the parameters that the model was called with, without a listener.
-        made: Leaves that the model made, by identity; None where they carry relevance.
+        given: Identities of the parameters among the inputs of the model, without a listener.
+        made: Leaves that the model created, by identity; None if such leaves carry relevance.
         depending: For each autograd node seen in this pass, whether it depends on an input of the model.
         reference: The pass of the reference, if relevance is of a difference; else None.
     """
@@ -106,15 +106,15 @@ class Listener(Protocol):
     """An object that is notified of the steps and functions of a forward pass.
 
     Attributes:
-        indices: The integers among the inputs, as the objects that are passed to the model.
-        inputs: The leaves of the other inputs.
+        indices: The integer inputs, as the same objects that are passed to the model.
+        inputs: The leaves of the floating-point inputs.
     """
 
     indices: list[Tensor]
     inputs: list[Tensor]
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
-        """Whether relevance ends at a leaf: an input, or rows that ids selected."""
+        """Returns whether relevance ends at a leaf: an input, or rows that ids selected."""
 
     def on_step(self, module: nn.Module | None, step: Any) -> None:
         """Called for each step of a module or function."""
@@ -123,7 +123,7 @@ class Listener(Protocol):
         """Called when a function returns a tensor that carries relevance."""
 
     def on_untracked(self) -> None:
-        """Called when the model computes values from the inputs that autograd does not track, such as an order."""
+        """Called when values, such as an order, depend on the inputs but are not tracked by autograd."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""
@@ -133,12 +133,12 @@ RUNNING = _Running()
 
 
 def is_inside_step() -> bool:
-    """Whether operations are currently not recorded, inside a module with a rule or while recording is paused."""
+    """Returns whether operations are not recorded now: inside a module with a rule, or while paused."""
     return RUNNING.pauses > 0 or bool(RUNNING.modules)
 
 
 def is_in_module_step() -> bool:
-    """Whether a module runs as a step, or recording is paused, so that results are not in the graph."""
+    """Returns whether a module runs as a step, or recording is paused, so that results are not in the graph."""
     return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
@@ -185,18 +185,18 @@ def listener() -> Listener | None:
 
 
 def note_untracked() -> None:
-    """Notifies the listener that the model computed values from its inputs that autograd does not track."""
+    """Notifies the listener of values that depend on the inputs but are not tracked by autograd."""
     if RUNNING.listener is not None:
         RUNNING.listener.on_untracked()
 
 
 def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
-    """Whether a tensor requires a gradient although the model did not compute it from its inputs in this pass.
+    """Returns whether a tensor requires a gradient although the model did not compute it from its inputs in this pass.
 
     Examples are a parameter stored in a list or closure, and an initial state; for relevance they are constants. The
     model is called with copies of its inputs, so every leaf is foreign, and so is every tensor computed earlier.
     Without a listener, the caller may read relevance at any leaf, except parameters that are not among the inputs, and
-    leaves that the model makes although it is called with inputs that require a gradient.
+    leaves that the model creates although it is called with inputs that require a gradient.
 
     Args:
         tensor: Any tensor.
@@ -217,7 +217,7 @@ def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
 
 
 def _depends_on_inputs(node: Any) -> bool:
-    """Whether an autograd node depends on an input; each node is visited once in a pass."""
+    """Returns whether an autograd node depends on an input; each node is visited once per pass."""
     listening, known, stack = RUNNING.listener, RUNNING.depending, [node]
     assert listening is not None, "without one the inputs are not known"
     while stack:
@@ -233,12 +233,12 @@ def _depends_on_inputs(node: Any) -> bool:
 
 
 def known_leaves(values: tuple[Any, ...]) -> set[int]:
-    """Returns the identities of the tensors in the arguments of a function that require a gradient already."""
+    """Returns the identities of the tensors in a function's arguments that already require a gradient."""
     return {id(value) for value in values if isinstance(value, Tensor) and value.requires_grad}
 
 
 def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
-    """Notes the leaves among the result and the arguments of a function that are not known, so that it made them."""
+    """Records the new leaves in the result and the arguments of a function, which the function has created."""
     made = RUNNING.made
     if made is None:
         return
@@ -286,6 +286,6 @@ def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[N
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
-    """Exits a mode of this thread, and first any inner modes that an interrupt left open."""
+    """Exits a mode of this thread, after any inner modes that an interrupt left open."""
     while mode in (stack := _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         stack[-1].__exit__(None, None, None)

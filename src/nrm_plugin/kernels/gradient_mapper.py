@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from zennit.core import BasicHook
 
+from ..model.value_reads import audit
 from .cache_blocks import Block, blocks
 from .known_rules import is_known_linear
 
@@ -17,12 +18,12 @@ Factors = Callable[[list[Tensor], tuple[int, ...]], dict[int, Tensor]]
 
 @dataclass(frozen=True)
 class Mapper:
-    """A mapper that multiplies the relevance of each branch entry by entry.
+    """A mapper that multiplies the relevance of each branch elementwise.
 
     Attributes:
         leaders: For each branch, the first branch with the same factor.
-        factors: Function from the outputs of all branches and the requested leaders to the factors of these leaders.
-        is_local: Whether each entry of a factor depends on the same entry of the outputs only.
+        factors: A function of the outputs of all branches and the requested leaders; returns the leaders' factors.
+        is_local: Whether each entry of a factor depends only on the same entry of the outputs.
     """
 
     leaders: tuple[int, ...]
@@ -31,7 +32,7 @@ class Mapper:
 
 
 def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], like: Tensor) -> Mapper | None:
-    """Returns the mapper of any rule; None if the rule's mapper does not multiply entry by entry.
+    """Returns the mapper of any rule; None if the rule's mapper is not an elementwise product.
 
     Args:
         rule: The rule.
@@ -44,15 +45,17 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
         return None
     corner = tuple(slice(0, 1 if dim < 2 < like.ndim else 4) for dim in range(like.ndim))
     at_corner = outputs(corner)
-    if not is_known_linear(rule) and not _is_elementwise(rule, at_corner):
-        return None
+    with audit():
+        if not is_known_linear(rule) and not _is_elementwise(rule, at_corner):
+            return None
+        is_local = _is_local(rule, at_corner, [factor[corner] for factor in factors])
 
     def by_leader(outputs: list[Tensor], wanted: tuple[int, ...]) -> dict[int, Tensor]:
         mapped_to = mapped(rule, torch.ones_like(outputs[0]), outputs)
         return {leader: mapped_to[leader] for leader in wanted}
 
     leaders = tuple(next(k for k, other in enumerate(factors) if other is factor) for factor in factors)
-    return Mapper(leaders, by_leader, _is_local(rule, at_corner, [factor[corner] for factor in factors]))
+    return Mapper(leaders, by_leader, is_local)
 
 
 def mapped(rule: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
@@ -62,7 +65,7 @@ def mapped(rule: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Te
 
 
 def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
-    """Whether the mapper multiplies each entry of the relevance by a factor."""
+    """Returns whether the mapper multiplies each entry of the relevance by a factor."""
     like = outputs[0]
     probe = torch.linspace(-1, 2, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape)
     factors = mapped(rule, torch.ones_like(like), outputs)
@@ -74,7 +77,7 @@ def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
 
 
 def _is_local(rule: BasicHook, outputs: list[Tensor], factors: list[Tensor]) -> bool:
-    """Whether the factors do not depend on other entries, as they do if a stabilizer is scaled by the whole layer.
+    """Returns whether each factor depends on its own entry only, unlike with a stabilizer scaled by the whole layer.
 
     Args:
         rule: The rule.

@@ -50,7 +50,7 @@ Arguments = dict[int | str, Tensor]
 
 @dataclass(frozen=True)
 class OpenCall:
-    """A call of a module that is running.
+    """A call of a module that has not returned yet.
 
     Attributes:
         source: The input, in the autograd graph.
@@ -74,7 +74,7 @@ class OpenCall:
 
     @property
     def wrote(self) -> bool:
-        """Whether the module operates in place, so that it would have overwritten its input if that were not copied."""
+        """Whether the module runs in place and would have overwritten its input without a copy."""
         return isinstance(self.mode, OutOfPlace) or self.passed._version != self.version
 
 
@@ -82,7 +82,7 @@ class StepHook(Hook):
     """A Zennit hook that turns each call of a module into a step with the rule of a given hook.
 
     Args:
-        rule: The hook that the composite maps the module to.
+        rule: The hook that the composite assigns to the module.
         normalization: The normalization of columns.
         name: Layer name, for messages.
         checked: Rules that are known to be linear, shared by all copies.
@@ -105,7 +105,7 @@ class StepHook(Hook):
         self._checked: weakref.WeakSet[Hook] = weakref.WeakSet() if checked is None else checked
 
     def copy(self) -> StepHook:
-        """Returns a hook for a different module with the same rule."""
+        """Returns a hook with the same rule for a different module."""
         return StepHook(self.rule, self.normalization, self.name, self._checked, self.fuse)
 
     def register(self, module: nn.Module) -> RemovableHandleList:
@@ -121,7 +121,7 @@ class StepHook(Hook):
         )
 
     def remove(self) -> None:
-        """Forgets the calls that never returned, since torch runs no hooks after a keyboard interrupt."""
+        """Discards the calls that never returned, since torch runs no hooks after a keyboard interrupt."""
         super().remove()
         for running in RUNNING.modules:
             if running.hook is self and running.call is not None and running.call.mode is not None:
@@ -130,7 +130,7 @@ class StepHook(Hook):
 
     @without_torch_function
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: detaches the arguments of the module."""
+        """Detaches the arguments of the module (forward pre-hook)."""
         floating = _floating(args, kwargs)
         computed = {key: tensor for key, tensor in floating.items() if tensor.requires_grad and not is_foreign(tensor)}
         if len(computed) > 1:
@@ -193,14 +193,14 @@ class StepHook(Hook):
         )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook: links the output of the module to its input; the output is None if the module raised."""
+        """Links the output of the module to its input (forward hook); the output is None if the module raised."""
         call = self._last_call(module)
         if call is not None and call.mode is not None:
             call.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if call is None or output is None:
             return None
         if call.passed is call.source:
-            call = replace(call, source=args[0])  # between both, torch added the node that calls the hooks
+            call = replace(call, source=args[0])  # torch has inserted the node that calls the hooks
         if not isinstance(output, Tensor) and is_own_layer(module):
             return call.run_again()  # on the original arguments: the functions inside are steps with its rule
         if not isinstance(output, Tensor):
@@ -237,7 +237,7 @@ class StepHook(Hook):
         return LayerStep(layer_call, output, self.normalization)
 
     def _check_rule(self, step: LayerStep) -> None:
-        """Raises unless the rule is linear, which is tested at its first call if it is unknown."""
+        """Raises unless the rule is linear; an unknown rule is tested at its first call."""
         if self.rule not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), not_recorded():
                 check_linear(step.kernel, step.layer_call)
@@ -254,13 +254,13 @@ class StepHook(Hook):
 
 
 def _has_ids() -> bool:
-    """Whether there are integers among the inputs, which any module may look up."""
+    """Returns whether the model has integer inputs, which any module may use for a lookup."""
     listening = listener()
     return listening is not None and bool(listening.indices)
 
 
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
-    """A copy of the module and a function that runs it; a custom layer becomes a function of the weight it computed."""
+    """Returns a copy of the module and a function that runs it; a custom layer's copy holds the computed weight."""
     shell = shared_copy(module)
     if isinstance(call.mode, WeightRecorder):
         with not_recorded():
@@ -271,7 +271,7 @@ def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
 
 
 def _has_backward_hooks(module: nn.Module) -> bool:
-    """Whether the user has registered full backward hooks that receive relevance, in a context but not in a measure."""
+    """Returns whether the user's full backward hooks receive relevance: in a context, but not in a measure."""
     every = nn.modules.module
     hooks = module._backward_hooks or module._backward_pre_hooks
     every_hooks = every._global_backward_hooks or every._global_backward_pre_hooks
@@ -280,7 +280,7 @@ def _has_backward_hooks(module: nn.Module) -> bool:
 
 
 def _is_free(tensor: Tensor) -> bool:
-    """Whether a tensor may be overwritten, because it is neither a view nor a leaf and no step saved it."""
+    """Returns whether a tensor may be overwritten: it is neither a view nor a leaf, and no step has saved it."""
     return tensor._base is None and not tensor.is_leaf and not is_saved(tensor)
 
 

@@ -1,4 +1,4 @@
-"""Rules of Zennit with a known form: written with modifiers alone, or known to be linear in the relevance."""
+"""Rules of known form: written with Zennit's modifiers alone, or known to be linear in the relevance."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from zennit.core import BasicHook, Hook
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus
 
 LINEAR_RULES = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus)
-"""The rules of Zennit that are linear in the relevance."""
+"""Zennit's rules that are linear in the relevance."""
 
 
 def is_by_modifiers(hook: Hook) -> TypeGuard[BasicHook]:
-    """Whether a rule is written with the modifiers of Zennit's ``BasicHook`` alone."""
+    """Returns whether a rule is written with the modifiers of Zennit's ``BasicHook`` alone."""
     return isinstance(hook, BasicHook) and not overrides(hook, "backward", BasicHook)
 
 
 def is_known_linear(hook: Hook) -> bool:
-    """Whether this rule of Zennit, or of this package, is known to be linear in the relevance."""
+    """Returns whether a rule from Zennit or this package is known to be linear in the relevance."""
     return type(hook) in LINEAR_RULES or type(hook).__module__ == "nrm_plugin.rules"
 
 
 def overrides(hook: Hook, method: str, base: type = Hook) -> bool:
-    """Whether a rule overrides a method."""
+    """Returns whether a rule overrides a method of a base class."""
     return getattr(type(hook), method) is not getattr(base, method)

@@ -69,7 +69,7 @@ class LayerCall:
         name: str,
         image: Image | None = None,
     ) -> LayerCall:
-        """Makes the record of a call from its output; only tensors that the rule reads are saved."""
+        """Creates the record of a call from its output, and saves only the tensors that the rule reads."""
         saved_output = Saved(output) if _reads_output(rule) else None
         # Not the output itself, which is linked to a step: output and step would keep each other alive.
         return cls(rule, module, run, saved_input, shape_like(output), name, saved_output, image)
@@ -91,12 +91,12 @@ class LayerCall:
 
 
 def reads_image(rule: Hook) -> bool:
-    """Whether a rule needs the unmodified layer at its unmodified input, whose image the hook already has."""
+    """Returns whether a rule needs the output without bias of the unmodified layer, which the hook has recorded."""
     return type(rule) in (Epsilon, ConservingEpsilon)
 
 
 def _reads_output(rule: Hook) -> bool:
-    """Whether a rule may read the unmodified output, in addition to the outputs of its modified layers."""
+    """Returns whether a rule may read the unmodified output, in addition to the outputs of its modified layers."""
     return type(rule) not in (*LINEAR_RULES, Absolute, ConservingEpsilon, Relative) or type(rule) is Gamma
 
 
@@ -107,5 +107,5 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 
 def shape_like(tensor: Tensor) -> Tensor:
-    """Returns a tensor of the same shape and device without memory, with the dtype of relevance at this tensor."""
+    """Returns a tensor without memory, with the same shape and device and the dtype of relevance at this tensor."""
     return tensor.detach().new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

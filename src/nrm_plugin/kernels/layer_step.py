@@ -1,4 +1,4 @@
-"""The step of a layer, whose call batch-norm fusion may change before the kernel is built."""
+"""The step of a layer; batch-norm fusion may change its call before the kernel is built."""
 
 from __future__ import annotations
 
@@ -100,4 +100,4 @@ class LayerStep(Step):
 
 
 Fuse = Callable[[LayerStep, Tensor], None]
-"""Function of a new step and its input that prepares the fusion of the step with the steps of its input."""
+"""A function of a new step and its input, which prepares the fusion of the step with the steps of its input."""

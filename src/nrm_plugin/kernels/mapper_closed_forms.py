@@ -37,7 +37,7 @@ _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
 
 
 def closed_mapper(rule: BasicHook) -> Mapper | None:
-    """The mapper of a known rule in closed form, compared once with the rule's own mapper; None for other rules."""
+    """Returns a known rule's mapper in closed form, checked once against its own mapper; None for other rules."""
     if type(rule) not in _LEADERS:
         return None
     own = rule.gradient_mapper
@@ -49,7 +49,7 @@ def closed_mapper(rule: BasicHook) -> Mapper | None:
 
 
 def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
-    """Whether mapper and rule give the same factors for some outputs, including zeros and negative values."""
+    """Returns whether a mapper and a rule agree on the factors of some outputs, among them zero and negative values."""
     count = len(rule.input_modifiers)
     numbers = torch.sin(torch.arange(1.0, 1 + 24 * count, dtype=torch.float64) ** 2).reshape(count, 2, 3, 4)
     numbers[:, 0, 0] = 0
@@ -101,7 +101,7 @@ def _conserving(epsilon: float, inverse: Callable[[Tensor], Tensor]) -> Factors:
 
 
 def _inverse(stabilizer: object) -> Callable[[Tensor], Tensor] | None:
-    """``1 / stabilizer(z)``; None for a stabilizer that is not a constant added to ``|z|``."""
+    """Returns ``1 / stabilizer(z)``; None unless the stabilizer adds a constant to ``|z|``."""
     if not isinstance(stabilizer, Stabilizer) or stabilizer.clip or stabilizer.norm_scale or stabilizer.epsilon < 0:
         return None
     epsilon = float(stabilizer.epsilon)

@@ -22,7 +22,7 @@ from .layer_call import LayerCall, Run
 from .modifier_probes import is_zero
 
 LARGE = 1 << 22
-"""Number of weights from which on the modified weight of a linear layer is computed block by block."""
+"""Smallest number of weights for which the modified weight of a linear layer is computed block by block."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class ModifiedLayer:
         return image + bias if self.image.ndim or bool(self.image) else bias
 
     def memory(self, like: Tensor) -> Tensor:
-        """Memory for a factor of this shape: the memory of the image, if nothing else reads it."""
+        """Returns memory for a factor of this shape: that of the image, if nothing else reads the image."""
         if not all(self.image.stride()) or self.image.shape != like.shape:
             return torch.empty_like(like)
         return self.image if self.is_own else torch.empty_like(self.image)
@@ -95,7 +95,7 @@ def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float)
         return ModifiedLayer(image, added, maps, lambda: matrix, is_own=True)
     seen = call.image
     if seen is not None and source is call.input and matrix.data_ptr() == seen.weight.data_ptr():
-        # Without a bias the image is the output of the layer, which others read.
+        # Without a bias the image is the output of the layer, which other steps read.
         return ModifiedLayer(seen.saved.tensor, added, explicit, lambda: matrix, is_own=bias is not None)
     image = explicit.up(source.unsqueeze(0)).squeeze(0)
     return ModifiedLayer(image, added, explicit, lambda: matrix, is_own=True)
@@ -110,12 +110,12 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which the layer multiplies, if it is less precise than the dtype of the inputs."""
+    """Returns the dtype in which the layer multiplies; None if it is no less precise than the inputs."""
     return call.precision if source.dtype == torch.float32 else None
 
 
 def _is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
-    """Whether this is a large linear layer and a built-in rule that changes its weight."""
+    """Returns whether to run in blocks: for a large linear layer and a built-in rule that changes its weight."""
     weight = call.module._parameters.get("weight")
     if weight is None or weight.numel() < LARGE or type(twin_of(call.module)).forward is not nn.Linear.forward:
         return False

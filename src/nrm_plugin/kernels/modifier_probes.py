@@ -1,4 +1,4 @@
-"""Form of the input modifiers and the reducer of a rule, determined by applying them to a few numbers."""
+"""Determines the form of a rule's input modifiers and reducer by applying them to a few numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from zennit.core import BasicHook
 from zennit.rules import ZBox
 
+from ..model.value_reads import audit, holds
 from .known_rules import is_known_linear
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}
@@ -26,14 +27,14 @@ def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
             sources.append(inputs if part == "positive" else inputs.new_zeros(()).expand(inputs.shape))
             continue
         source = modifier(inputs).detach()
-        same = next((other for other in known if other.shape == source.shape and torch.equal(other, source)), source)
+        same = next((other for other in known if _is_equal(other, source)), source)
         known.append(same)
         sources.append(same)
     return sources
 
 
 def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
-    """Whether a modifier of a built-in rule takes the positive part of its input, the negative part, or neither."""
+    """Returns which part of its input a built-in modifier takes: positive, negative, or empty for neither."""
     probe = inputs.new_tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
     modified = modifier(probe)
     if modified.shape != probe.shape:
@@ -44,12 +45,21 @@ def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
 
 
 def _is_positive(source: Tensor) -> bool:
-    """Whether no entry is negative; a minimum is faster than comparing all entries."""
-    return source.numel() == 0 or bool(source.amin() >= 0)
+    """Returns whether all entries are nonnegative; a minimum is faster than comparing all entries."""
+    return source.numel() == 0 or holds("no negative input", lambda: source.amin() >= 0)
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and holds("equal inputs", lambda: torch.equal(one, other))
 
 
 def is_zero(source: Tensor) -> bool:
-    """Whether all entries are zero; for most tensors the first few entries decide."""
+    """Returns whether all entries are zero."""
+    return holds("zero input", lambda: _is_zero(source))
+
+
+def _is_zero(source: Tensor) -> bool:
+    """Returns whether all entries are zero; for most tensors the first few entries decide."""
     few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
     if bool(few.any()):
         return False
@@ -57,10 +67,11 @@ def is_zero(source: Tensor) -> bool:
 
 
 def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
-    """The signs ``ρ_k`` if the reducer is ``Σ ρ_k in_k g_k``, or for inputs of ones ``Σ ρ_k g_k``; else None."""
+    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k`` (``Σ ρ_k g_k`` for inputs of ones); else None."""
     signs = _KNOWN_SIGNS.get(type(rule))
     if signs is None:
-        signs = _tried_signs(rule, sources)
+        with audit():
+            signs = _tried_signs(rule, sources)
         if signs is not None and is_known_linear(rule):
             _KNOWN_SIGNS[type(rule)] = signs
     return signs
@@ -69,7 +80,7 @@ def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
 def _tried_signs(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
     count = len(sources)
     shape = (2,) * max(sources[0].ndim, 1)
-    # Numbers without a pattern, but not random: a kernel may be read inside torch.vmap, where none can be drawn.
+    # Fixed numbers without a pattern: a kernel may be read inside torch.vmap, which cannot draw random numbers.
     numbers = torch.arange(1, 2 * count * 2 ** len(shape) + 1, dtype=torch.float64)
     noise = (3 * torch.sin(numbers**2)).to(sources[0]).reshape(2, count, *shape)
     inputs, gradients = list(noise[0]), list(noise[1])

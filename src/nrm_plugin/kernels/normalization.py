@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import brief
+from ..model.value_reads import holds
 from .cache_blocks import blocks
 
 Residual = Literal["redistribute", "sink"]
@@ -53,7 +54,7 @@ def least_restored(dtype: torch.dtype, limit: float) -> float:
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """``1 - g c``, the share of each column that the sink absorbs; exactly 0 where the gain raises the sum to one."""
+    """Returns ``1 - g c``, the share of a column that the sink absorbs; exactly 0 where the gain makes the sum 1."""
     share = 1 - factor * column_sum
     return share.mul_(column_sum < least_restored(column_sum.dtype, limit))
 
@@ -102,7 +103,7 @@ class Normalization:
         if (
             column_sum.device.type == "cpu"
             and column_sum.numel()
-            and bool(column_sum.amin() >= least_restored(column_sum.dtype, limit))
+            and holds("large column sums", lambda: column_sum.amin() >= least_restored(column_sum.dtype, limit))
         ):
             return Scaling(column_sum.reciprocal())
         factor = gain(column_sum, limit)

@@ -82,7 +82,7 @@ class ReferencePass:
         return other.tensors
 
     def finish(self) -> None:
-        """Raises :class:`DifferenceError` if the pass of the reference called more functions than that of the inputs."""
+        """Raises :class:`DifferenceError` if the pass of the reference called further functions."""
         if not self._is_replayed:
             return
         if self._number < len(self._calls):
@@ -133,9 +133,9 @@ def _difference_of_tensors(one: Tensor, two: Tensor) -> str:
 
 
 _CONTROL = (
-    "the model takes another path for the reference than for the inputs: it calls {name!r} in {where!r} for the inputs, "
-    "but {found} for the reference. A difference needs the same operations at both. Choose a reference on the same "
-    "path, or explain the output without reference=."
+    "the model takes another path for the reference than for the inputs: it calls {name!r} in {where!r} for the "
+    "inputs, but {found} for the reference. A difference needs the same operations at both. Choose a "
+    "reference on the same path, or explain the output without reference=."
 )
 _SHAPES = (
     "{name!r} in {where!r} has tensors of shape {one} for the inputs, but {two} for the reference. A difference needs "

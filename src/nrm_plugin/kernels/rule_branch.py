@@ -1,4 +1,4 @@
-"""Branches of a rule on an affine layer: its terms, each with a modified input and a modified layer."""
+"""Branches of a rule on an affine layer: the terms of the rule, each with a modified input and a modified layer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Branch:
         return _signed(self.sign, _times(self.maps.down(self.factor * relevance), self.input))
 
     def push(self, values: Tensor) -> Tensor:
-        """Returns the transpose of :meth:`pull`."""
+        """Applies the transpose of :meth:`pull`."""
         return _signed(self.sign, self.factor * self.maps.up(self.input * values))
 
 
@@ -66,7 +66,7 @@ class WeightedLayer:
 
 
 def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
-    """Propagates relevance through branches with the same factor, if possible in one convolution."""
+    """Propagates relevance through branches with the same factor, in a single convolution if possible."""
     down = side_by_side([branch.maps for branch in branches]) if len(branches) > 1 else None
     if down is None:
         return functools.reduce(torch.add, (branch.pull(relevance) for branch in branches))

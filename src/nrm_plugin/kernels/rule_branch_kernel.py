@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..model.value_reads import holds
 from .absolute_kernels import closed_absolute, dense_absolute
 from .base import Kernel
 from .normalization import Columns
@@ -53,12 +54,12 @@ class BranchKernel(Kernel):
         return True
 
     def _is_outside_of_branches(self, relevance: Tensor) -> bool:
-        """Whether relevance arrives where all factors are zero."""
+        """Returns whether relevance arrives where all factors are zero."""
         try:
             arrived = relevance != 0
             for branch in self.branches:
                 arrived = arrived & (branch.factor == 0)
-            return bool(arrived.any())
+            return not holds("no relevance outside of the branches", lambda: ~arrived.any())
         except RuntimeError:  # tensors inside of torch.vmap have no values
             return True
 
@@ -86,9 +87,9 @@ class BranchKernel(Kernel):
         return functools.reduce(torch.add, parts) if parts else value.new_zeros((len(value), *shape))
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""Returns an upper bound of :math:`\sum_i |T_{ij}| v_i`: the sum of the absolute values of all branches.
+        r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i`: the sum of the absolute values of all branches.
 
-        The bound is exact if each entry of the kernel is in one branch only, as for all rules of Zennit but ZBox, and
+        The bound is exact if each entry of the kernel is in one branch only, as for all Zennit rules except ZBox, and
         padding repeats no entries.
         """
         if self.layer is None:

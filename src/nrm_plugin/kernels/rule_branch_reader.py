@@ -115,7 +115,7 @@ class _BranchReader:
         return modifier(probe) is probe
 
     def _modified_layers(self, chosen: tuple[int, ...]) -> list[ModifiedLayer]:
-        """The modified layers of the chosen branches and of those that only the mapper reads, and placeholders."""
+        """Returns the modified layers that are chosen or only read by the mapper, and placeholders for the others."""
         return [
             modified_layer(self.call, ParamMod.ensure(modifier), source, sign)
             if k in chosen or sign == 0
@@ -132,10 +132,10 @@ class _BranchReader:
         leaders: dict[int, int],
         outputs: Callable[[Block], list[Tensor]],
     ) -> Iterator[_ColumnBlock]:
-        """Factors and column sums block by block.
+        """Yields factors and column sums, block by block.
 
-        A rule takes a dozen elementwise operations, which are faster in the cache. A factor is zero where its
-        denominator is zero: that column is dead.
+        A rule takes a dozen elementwise operations, which run faster in the cache. Where its denominator is zero, a
+        factor is zero and the column is dead.
         """
         output = self.call.output
         distinct = tuple(dict.fromkeys(leaders.values()))
@@ -172,7 +172,7 @@ class _ColumnBlock:
 
 
 def _leaders(mapper: Mapper, numbers: list[int]) -> dict[int, int]:
-    """For each of the numbered branches, the first of them with the same factor."""
+    """Returns, for each of the numbered branches, the first branch that has the same factor."""
     return {k: next(other for other in numbers if mapper.leaders[other] == mapper.leaders[k]) for k in numbers}
 
 

@@ -87,7 +87,7 @@ def check_linear(kernel: Kernel, call: LayerCall) -> None:
 
 
 def is_linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
-    """Whether ``pull`` is linear, tested on random relevance of both signs in the shape of ``like``."""
+    """Returns whether ``pull`` is linear, tested on random relevance of both signs in the shape of ``like``."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((2, *like.shape), generator=generator, dtype=like.dtype).to(like.device)
     first, second = noise[:1], noise[1:]
@@ -165,5 +165,5 @@ def _by_backward(call: LayerCall) -> VjpKernel:
 
 
 def _takes_kwargs(rule: Hook) -> bool:
-    """Whether a rule takes ``(module, args, kwargs, output)``, as Zennit 1 passes, not ``(module, input, output)``."""
+    """Returns whether a rule takes ``(module, args, kwargs, output)`` (Zennit 1), not ``(module, input, output)``."""
     return len(inspect.signature(rule.forward).parameters) == 4

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedOperationError
 from ..model.autocast import InFloat32, exact, is_short
+from ..model.value_reads import repeated
 from .base import Kernel
 from .forward_state import RUNNING, listener, not_recorded
 from .layer_call import shape_like
@@ -25,7 +26,7 @@ from .rule_branch_kernel import BranchKernel
 
 
 class Step(ABC):
-    r"""Normalized kernel of one call: :math:`\tilde T_{ij} = g(c_j) T_{ij}`, sink :math:`R_j (1 - g(c_j) c_j)`.
+    r"""The normalized kernel of one call: :math:`\tilde T_{ij} = g(c_j) T_{ij}`, sink :math:`R_j (1 - g(c_j) c_j)`.
 
     Args:
         name: Name of the layer or function.
@@ -37,7 +38,7 @@ class Step(ABC):
         call: Number of the call of the module or function.
         dtype: The dtype of relevance at the output.
         is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
-        uses: Known number of readers of the output.
+        uses: Number of known readers of the output.
         attention: Layout of heads and tokens, if the step multiplies attention weights and values.
         keeps_rows: Whether each row of the output is known to depend on the same row of the inputs alone.
     """
@@ -63,7 +64,7 @@ class Step(ABC):
     @functools.cached_property
     def kernel(self) -> Kernel:
         """The kernel of the rule, already normalized if its columns are a :class:`Deficit`."""
-        with self._lock, torch.inference_mode(False), not_recorded(), self._arithmetic():
+        with self._lock, torch.inference_mode(False), not_recorded(), repeated(f"{self.name}:{self.call}"), self._arithmetic():
             return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
 
     def forget_kernel(self) -> None:
@@ -94,7 +95,7 @@ class Step(ABC):
             return self._scaling
 
     def gain_for(self, relevance: Tensor) -> Tensor | None:
-        """``g(c)`` at all entries where relevance ``(K, N, *out)`` arrives; None if all gains are one."""
+        """Returns ``g(c)`` at all entries where relevance ``(K, N, *out)`` arrives; None if all gains are one."""
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -116,7 +117,7 @@ class Step(ABC):
         return parts, None if scaling.deficit is None else scaling.deficit.abs()
 
     def push(self, values: tuple[Tensor | None, ...], absorbed: Tensor | None) -> Tensor | None:
-        """Returns the transpose of :meth:`pull`.
+        """Applies the transpose of :meth:`pull`.
 
         Args:
             values: Values at each input, ``(K, N, *in)``; None for zeros.
@@ -136,7 +137,7 @@ class Step(ABC):
         return result if result is None else result.to(self.dtype)
 
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
-        """Returns an upper bound of the transpose of :meth:`pull_absolute`, with zeros at the sink."""
+        """Returns an upper bound on the transpose of :meth:`pull_absolute`, with zeros at the sink."""
         scaling = self._scaling_for(None)  # also completes the kernel
         with self._arithmetic():
             bound = self.kernel.push_bound(self._converted(values), self.shape).detach()
@@ -146,7 +147,7 @@ class Step(ABC):
         return InFloat32() if self.is_short else nullcontext()
 
     def _converted(self, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Returns values at the inputs in the dtype of the output, where the transpose of the kernel starts."""
+        """Converts values at the inputs to the dtype of the output."""
         return tuple(value if value is None else value.to(self.dtype) for value in values)
 
 
@@ -159,7 +160,7 @@ class FunctionStep(Step):
 
     Args:
         name, output, normalization, rule: As in :class:`Step`.
-        build: Function that makes the kernel.
+        build: A function that builds the kernel.
 
     Attributes:
         unsupported_call: The call if the function has no kernel, else None.
@@ -181,7 +182,7 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
-        # The output is passed in a list: as an argument it would be a view, which no in-place operation may change.
+        # The output is passed in a list: as an argument it would be a view, which in-place operations must not change.
         ctx.step, ctx.origin, ctx.weights = step, holder.pop(), RUNNING.weights
         output: Tensor = holder.pop()
         return output
@@ -225,7 +226,7 @@ def step_of(node: Any) -> Step | None:
 
 
 def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
-    """Returns relevance at each input, which depends on relevance at the output, and on the origin of the kernel."""
+    """Returns relevance at each input, as a function of relevance at the output and of the origin of the kernel."""
     with exact(relevance.device):
         parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
     rows = tuple(part.squeeze(0) for part in parts)
@@ -236,7 +237,7 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
-    """The origin of a kernel computed from the given inputs; None in a measure, where relevance has no gradient."""
+    """Returns the origin of a kernel computed from these inputs; None in a measure, which has no gradient."""
     return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 

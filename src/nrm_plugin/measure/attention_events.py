@@ -1,4 +1,4 @@
-"""Heads, tokens and pairs of query and key as events over the taps of a recording."""
+"""Heads, tokens and query-key pairs as events over the taps of a recording."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
     """Rewrites an attention event as an event over taps.
 
     A walk through (query, key) crosses the output of the attention at the query, and then the values, or the weights if
-    the rule propagates relevance to them, at the key. It does not change heads.
+    the rule propagates relevance to them, at the key. It stays within one head.
 
     Raises:
         EventError: If the layer does not compute exactly one attention, or the head or token does not exist.
@@ -54,7 +54,7 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
-    """The mask of the selected heads, which have their own dimension or share one with the samples, samples first."""
+    """Returns the mask of the selected heads, in their own dimension or after the samples in a shared dimension."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
     if len(shared) > 1 or (shared and not recording.samples.batched):
@@ -63,7 +63,7 @@ def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recor
     if count is None:
         raise EventError(
             f"{atom}: the heads of {step.name!r} cannot be distinguished from the {recording.samples.count} samples in "
-            f"its dimension of {rows}. Take the measure of one sample."
+            f"its dimension of {rows}. Construct a measure of one sample."
         )
     chosen = _chosen(atom, "head", index, count).repeat(rows // count)
     return _along(shape, shared[0], chosen) if shared else chosen.reshape(())
@@ -77,7 +77,7 @@ def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
 
 
 def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
-    """Returns the heads or tokens that an index selects, boolean, ``(count,)``."""
+    """Returns the heads or tokens that an index selects, as booleans ``(count,)``."""
     chosen = torch.zeros(count, dtype=torch.bool)
     try:
         chosen[index.value] = True
@@ -118,7 +118,7 @@ def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
 
 
 def _expressions(steps: list[Step], most: int = 8) -> str:
-    """Returns the shortest expression for each step."""
+    """Returns the shortest unambiguous ``at(…)`` expression for each step, as a list in text form."""
     names, owners = [step.name for step in steps], [_owner(step) for step in steps]
     texts = []
     for step, name, owner in zip(steps, names, owners, strict=True):

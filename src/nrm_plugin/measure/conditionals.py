@@ -155,5 +155,5 @@ def check_below(diagram: DecisionDiagram, tap: Tap, event: Event, layer: object)
 
 
 def are_below(diagram: DecisionDiagram, tap: Tap) -> bool:
-    """Whether all taps named by the events are below a tap."""
+    """Returns whether all taps named by the events are below a tap."""
     return all(is_below(diagram.recording, key, tap) for key in diagram.levels)

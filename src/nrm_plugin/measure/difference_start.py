@@ -21,22 +21,25 @@ def difference_start(recording: Recording, vector: Tensor) -> tuple[Tensor, Tens
     r"""Starts a measure of differences.
 
     Args:
-        recording: A recording with a reference.
+        recording: A recording with a reference, or with several of each sample.
         vector: The weights ``s`` of the outputs, ``(N, …)``; they may sum to zero.
 
     Returns:
-        The start vector in the layout of the output, and :math:`\sum_k s_k \Delta f_k`, ``(N,)``.
+        The start vector in the layout of the output, and :math:`\sum_k s_k \Delta f_k`, ``(N,)``,
+        the mean over several references.
 
     Raises:
         TargetError: If the weighted differences of a sample are zero, or cancel.
         FoldingError: If a sample depends on other samples.
     """
-    outputs, differences = recording.unfolded(), recording.differences()
-    parts = vector * differences
-    total = sample_sums(parts)
-    _check_different(total, parts, vector, outputs)
-    start = parts / total.reshape(-1, *(1,) * (parts.ndim - 1))
-    return recording.started(start), total
+    count = recording.references
+    outputs, vector = recording.unfolded(), vector.repeat_interleave(count, 0)
+    parts = vector * recording.differences()
+    form = (len(parts) // count, -1)
+    total = sample_sums(parts.reshape(form))
+    _check_different(total, *(values.reshape(form) for values in (parts, vector, outputs)))
+    shape = (-1, *(1,) * (parts.ndim - 1))
+    return recording.started(parts / total.repeat_interleave(count).reshape(shape)), total / count
 
 
 def _check_different(total: Tensor, parts: Tensor, vector: Tensor, outputs: Tensor) -> None:

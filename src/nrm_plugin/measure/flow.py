@@ -89,7 +89,7 @@ def flow_graph(
     Args:
         mu: The measure.
         layers: Layers and their taps, each below the previous layer.
-        over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, like all further arguments.
+        over: This and all further arguments are as in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         top: Largest number of shown groups per layer.
         min_mass: Smallest absolute mass of a shown group.
         coverage: Share of the absolute mass of each layer that is shown.
@@ -175,7 +175,7 @@ def _shown(
 
 
 def _overs(shown: Sequence[_Shown]) -> list[str | Tensor]:
-    """The labels of each layer, or ``"channel"`` if the layer and a neighbour show all channels, to save passes."""
+    """Returns the labels of each layer, or ``"channel"`` if a layer and its neighbour show all, to save passes."""
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):
         neighbours = [*shown[max(0, number - 1) : number], *shown[number + 1 : number + 2]]
@@ -185,7 +185,7 @@ def _overs(shown: Sequence[_Shown]) -> list[str | Tensor]:
 
 
 def _joint(mu: Measure, upper: _Shown, lower: _Shown, matrix: Tensor, number: int) -> Array:
-    """The joint relevance of two layers, ``(K_upper + 2, K_lower + 2)``; each of its four parts is a separate query."""
+    """Returns the joint relevance of two layers, ``(K_upper + 2, K_lower + 2)``, from one query for each quadrant."""
     joint = np.zeros((upper.count + 2, lower.count + 2))
     joint[:-1, :-1] = upper.with_rest(lower.with_rest(matrix).T).T.double().cpu().numpy()
     leaving = mu.marginal(upper.atom, over=upper.labels, joint=~lower.atom)[number]

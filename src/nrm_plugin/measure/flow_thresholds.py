@@ -43,7 +43,7 @@ class Thresholds:
         check_thresholds(self.top, self.min_mass, self.coverage)
 
     def selected(self, masses: Array) -> list[int]:
-        """Indices of the groups to show, given the mass of each."""
+        """Returns the indices of the groups to show, given the mass of each."""
         if self.top is None and self.min_mass is None and self.coverage is None:
             return list(range(len(masses)))
         size = np.abs(masses)

@@ -101,7 +101,7 @@ def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[in
 
 
 def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
-    """Joint relevance of all channel pairs across one linear step, ``(N, K_upper, K_lower)``, by weight gradients.
+    """Returns the joint relevance of all channel pairs across a linear step, ``(N, K_upper, K_lower)``.
 
     Args:
         recording: The recording.
@@ -124,7 +124,7 @@ _KEEPING_CHANNELS = frozenset(
 
 
 def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
-    """Joint relevance of the channels of two taps with one linear step between them, by one weight gradient.
+    """Returns the joint relevance of the channels of two taps around one linear step, by one weight gradient.
 
     All other operations between the taps must preserve channels and propagate all relevance, so that a walk through a
     channel of the step crosses the same channel of the tap. Otherwise the result is None.
@@ -175,7 +175,7 @@ def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
 
 
 def _are_plain(*taps: Tap) -> bool:
-    """Whether the tensors of taps have the form ``(N, …)``."""
+    """Returns whether the tensors of taps have the form ``(N, …)``."""
     return all(tap.layout.is_plain for tap in taps)
 
 
@@ -184,7 +184,7 @@ def _channels_of(dims: int) -> int:
 
 
 def _is_linear(vertex: Vertex, dims: int) -> bool:
-    """Whether this is a convolution, or a linear layer over the last dimension."""
+    """Returns whether this is a convolution, or a linear layer over the last dimension."""
     kernel = None if vertex.step is None else vertex.step.kernel
     if not isinstance(kernel, BranchKernel) or kernel.layer is None:
         return False
@@ -217,7 +217,7 @@ class _Collect:
 
 
 class _Prune(Visitor[int]):
-    """Stops a pass where the lower tap is crossed, or can no longer be reached, as by absorbed walks."""
+    """Stops a pass where the lower tap is crossed or can no longer be reached."""
 
     def __init__(self, recording: Recording, lower: Tap, collect: _Collect) -> None:
         self.recording, self.collect = recording, collect

@@ -19,7 +19,7 @@ class ProfileRow:
         sink: Mass of the walks that are absorbed above the tap.
         bypass: Mass of the walks that bypass the tap.
         variation: Tap variation, at least 1; a value above 1 means that neurons of opposite sign share the tap.
-        plain: Sum of plain LRP by the same rules, starting from 1 at the output; None if it was not computed.
+        plain: Sum of plain LRP with the same rules, starting from 1 at the output; None if it was not computed.
     """
 
     layer: str
@@ -38,7 +38,7 @@ def profile(
     Args:
         mu: The measure.
         layers: Names of taps; all of them by default.
-        plain: A measure of the same model and inputs by the same rules, with ``residual="sink"``: its marginals are the
+        plain: A measure of the same model and inputs with the same rules and ``residual="sink"``: its marginals are the
             relevance of plain LRP, starting from 1 at the output.
         sample: The sample.
 
@@ -52,7 +52,7 @@ def profile(
         ['output', '1', '0', 'input']
     """
     if plain is not None and plain.composite.normalization.residual != "sink":
-        raise InputError("plain= is a measure taken with residual='sink'; this one redistributes.")
+        raise InputError("plain= must be a measure with residual='sink'; this one redistributes.")
     if plain is not None and plain.layers != mu.layers:
         raise InputError("plain= is a measure of another model: its layers are not the same.")
     known = {name: place for place, name in enumerate(mu.layers)}
@@ -74,7 +74,7 @@ def profile(
 
 
 def _distinct(mu: RelevanceMeasure) -> list[str]:
-    """All layers, with ``"output"`` in place of the last layer, which is the same tensor."""
+    """Returns all layers, with ``"output"`` in place of the last layer, which is the same tensor."""
     *below, last = mu.layers
     if len(below) > 1 and mu.shape(below[-1]) == mu.shape(last):
         below.pop()

@@ -44,10 +44,10 @@ def several_layers(layers: Any) -> list[Any]:
     Raises:
         EventError: If a single layer is given.
     """
-    found, is_one = layer_list(layers)
+    listed, is_one = layer_list(layers)
     if is_one:
         raise EventError(f"several layers are needed here, in a list, got {brief(layers)}.")
-    return found
+    return listed
 
 
 def tap_of(recording: Recording, layer: Layer) -> Tap:
@@ -81,14 +81,14 @@ def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[A
 
 
 def is_reached(recording: Recording, tap: Tap) -> bool:
-    """Whether a walk that starts at the output can cross the tap."""
+    """Returns whether a walk that starts at the output can cross the tap."""
     output = recording.graph.output
     bit = 1 << recording.taps.index[tap.place]
     return tap.place == output or bool(recording.taps.marks.below_vertex[output.vertex] & bit)
 
 
 def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> bool:
-    """Whether a walk that has crossed a tap can still cross a place, or be absorbed in a sink."""
+    """Returns whether a walk that has crossed a tap can still cross a place, or be absorbed in a sink."""
     vertex, taps = tap.place.vertex, recording.taps
     if isinstance(place, Sink):
         return place.vertex >= vertex if isinstance(tap.place, Buffer) else place.vertex > vertex

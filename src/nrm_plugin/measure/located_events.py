@@ -32,7 +32,7 @@ class Located(Event):
 
 
 class Locator:
-    """Looks up every atom of events once. Equal masks of one place become one object.
+    """Looks up each atom of the events once. Equal masks at one place become one object.
 
     Args:
         recording: The recording.

@@ -15,22 +15,22 @@ from .totals import Totals
 
 
 def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
-    """``μ(j)`` of each tap, ``(N, *shape)``, each in its own memory.
+    """Returns ``μ(j)`` of each tap, ``(N, *shape)``, each in its own memory.
 
-    In a pass, steps that do not change the relevance share its memory.
+    Within a pass, taps around a step that does not change the relevance share memory.
     """
     used = {totals.start.untyped_storage().data_ptr()}
     maps = []
     for tap in taps:
         values = totals.relevance(tap)
         memory = values.untyped_storage().data_ptr()
-        maps.append(_copied(values) if memory in used else values)
+        maps.append(copied(values) if memory in used else values)
         used.add(memory)
     return maps
 
 
-def _copied(values: Tensor) -> Tensor:
-    """Copies a tensor, where torch allows it only once the original or the copy is written to."""
+def copied(values: Tensor) -> Tensor:
+    """Copies a tensor; where torch supports it, memory is copied only at the first write."""
     lazily = getattr(torch, "_lazy_clone", None)
     copy: Tensor = values.clone() if lazily is None or values.device.type != "cpu" else lazily(values)
     return copy

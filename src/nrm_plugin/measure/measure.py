@@ -42,7 +42,7 @@ class RelevanceMeasure(Recorded):
 
     Args:
         model: The network, in evaluation mode.
-        inputs: ``(N, …)``, a tuple of such tensors, or a mapping that is passed by keyword; of a mapping, only floating
+        inputs: ``(N, …)``, a tuple of such tensors, or a mapping that is passed by keyword; in a mapping, only floating
             point tensors carry relevance; for integers, the selected rows do.
         target: Output to explain, in Captum's forms (int, tuple, list, tensor), or a function that returns one of these
             for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``; None for a single output.
@@ -54,15 +54,16 @@ class RelevanceMeasure(Recorded):
         reference: Explain the difference :math:`\sum_k s_k (f_k(x) - f_k(x^0))` to this reference, in the form of the
             inputs, or one for all samples. Without a composite, every operation has the slope between reference and
             input, and nothing is absorbed; the rules of a composite apply to differences. A start vector may sum to 0.
+            A list of references is the mixture :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
         slopes: ``"secant"``, or ``"tangent"`` for derivatives at the input, whose error is absorbed.
-        additional_forward_args: Further positional arguments of the model; a tuple of them, or one.
+        additional_forward_args: Further positional arguments of the model; a tuple, or a single argument.
         additional_forward_kwargs: Further keyword arguments.
         output: The tensor to explain if the model returns several: a key, a position, or a function of the returned
             value. By default the only tensor, or ``"logits"``, or ``"out"``. A tap ``at(layer)`` is explained as if it
             were the output of the model.
         batched: False if the first dimension of the inputs does not index samples but the nodes of a graph, or the
-            times of one sequence: all of them are one sample. Events and targets then index tensors as the model has
-            them, ``at("conv1")[node, feature]``, and results have an additional first dimension of size one.
+            time steps of one sequence: together they are one sample. Events and targets then index tensors as in the
+            model, ``at("conv1")[node, feature]``, and results have an additional first dimension of size one.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
         max_memory: Bytes of relevance vectors in one pass, for queries with many events or groups; other vectors take
             further passes. By default 128 MiB on a CPU, where more is slower, else 1 GiB.
@@ -105,7 +106,8 @@ class RelevanceMeasure(Recorded):
         self._max_memory = check_memory(max_memory)
         self.composite = composite_of(composite, residual, gain_limit, uncovered, reference)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
-        self._recording = Recording(model, call, self.composite, output, reference_of(call, reference, slopes))
+        call, recorded = reference_of(call, reference, slopes)
+        self._recording = Recording(model, call, self.composite, output, recorded)
         self._start, self._output = start_of(self._recording, target, start)
         self.cost = Cost()
 
@@ -132,7 +134,7 @@ class RelevanceMeasure(Recorded):
             over: ``"channel"`` sums over all dimensions but samples and channels, ``"position"`` over channels. An
                 integer tensor with a label for every neuron sums over neurons with the same label, ``(N, groups)``.
             given: Condition of ``μ(n_l = i | event)``. A list of events returns one map per event.
-            joint: Event of ``μ(n_l = i and event)``, which is not divided.
+            joint: Event of ``μ(n_l = i and event)``, without division by its mass.
             min_ratio: Smallest ``|μ(event)|``, relative to its variation, by which ``given`` divides.
 
         Returns:
@@ -171,7 +173,7 @@ class RelevanceMeasure(Recorded):
             >>> torch.allclose(total, torch.ones(5), atol=1e-5)
             True
         """
-        return conservation.absorbed(self._totals, [self._tap(layer)], kind)
+        return self._mixed(conservation.absorbed(self._totals, [self._tap(layer)], kind))
 
     @query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
@@ -181,7 +183,7 @@ class RelevanceMeasure(Recorded):
             >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))
             True
         """
-        return conservation.absorbed(self._totals, [self._tap(tap) for tap in taps])
+        return self._mixed(conservation.absorbed(self._totals, [self._tap(tap) for tap in taps]))
 
     @query
     def bypass(self, layer: Layer) -> Tensor:
@@ -191,7 +193,7 @@ class RelevanceMeasure(Recorded):
             >>> mu.bypass("1")
             tensor([0., 0., 0., 0., 0.])
         """
-        return conservation.bypassing(self._totals, self._tap(layer))
+        return self._mixed(conservation.bypassing(self._totals, self._tap(layer)))
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
@@ -202,7 +204,7 @@ class RelevanceMeasure(Recorded):
             >>> sorted(leaky.sinks())
             ['0', '2']
         """
-        return conservation.step_sinks(self._totals, kind)
+        return {name: self._mixed(mass) for name, mass in conservation.step_sinks(self._totals, kind).items()}
 
     @query
     def variation(self, layer: Layer) -> Tensor:
@@ -214,7 +216,7 @@ class RelevanceMeasure(Recorded):
             >>> bool((mu.variation("1") >= 0.999).all())
             True
         """
-        return conservation.tap_variation(self._totals, self._tap(layer))
+        return self._mixed(conservation.tap_variation(self._totals, self._tap(layer)))
 
     @query
     def walk_variation(self, surviving: bool = False) -> Tensor:
@@ -232,7 +234,7 @@ class RelevanceMeasure(Recorded):
         """
         totals = pass_totals(self._recording, self._start.abs(), absolute=True)
         self.cost = totals.cost
-        return conservation.walk_variation(totals, self._totals if surviving else None)
+        return self._mixed(conservation.walk_variation(totals, self._totals if surviving else None))
 
     @query
     def __call__(

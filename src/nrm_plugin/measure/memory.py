@@ -58,7 +58,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 def in_chunks(
     items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
 ) -> list[Result]:
-    """Returns the results of ``run`` for all items, at most ``width`` per call; out of memory, the width is halved.
+    """Returns the results of ``run`` for all items, at most ``width`` per call; the width is halved if memory runs out.
 
     Args:
         items: The items.
@@ -79,7 +79,7 @@ def in_chunks(
                 if len(chunk) == 1 or not _is_out_of_memory(error):
                     raise
                 chunk_results = []
-            if not chunk_results:  # outside of the handler, which keeps the allocated tensors alive
+            if not chunk_results:  # outside the handler, which keeps the allocated tensors alive
                 width = max(1, len(chunk) // 2)
                 message = f"out of memory with {len(chunk)} at once; retrying with {width}. Pass a smaller max_memory."
                 warnings.warn(message, MemoryBudgetWarning, stacklevel=2)

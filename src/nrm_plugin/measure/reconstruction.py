@@ -73,7 +73,7 @@ class Reconstruction:
 def reconstruct(
     model: nn.Module, images: Tensor, neurons: Event, method: Method = "deconvnet", strongest: bool = True
 ) -> Reconstruction:
-    r"""Deconvolution or guided backpropagation from chosen neurons down to the pixels.
+    r"""Reconstructs input patterns by deconvolution or guided backpropagation from chosen neurons.
 
     The activations of the chosen neurons are propagated down: through transposed convolutions, through max pooling to
     the position of the maximum, and through a ReLU by
@@ -141,7 +141,7 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
 
             def hook(module: nn.Module, args: Any, output: Tensor, layer: str = layer, atom: Atom = atom) -> Tensor:
                 mask = mask_of(atom, output.shape, 1, Layout(0, len(output))).to(output.device).expand(output.shape)
-                own = output.clone()  # the next activation may work in place
+                own = output.clone()  # the next activation may operate in place
                 if own.requires_grad:
                     own.register_hook(lambda relevance: relevance * mask)  # type: ignore[no-untyped-call]
                 recorded.append((layer, own, mask))
@@ -187,7 +187,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
 
 
 def _reached(model: nn.Module, images: Tensor, layer: str, mask: Tensor, edges: Tensor) -> Tensor:
-    """Whether neurons become NaN if the image is NaN from its top, left, bottom or right to an edge, ``(N, 4)``."""
+    """Returns whether neurons become NaN if the image is NaN from a side (top, left, bottom, right) to an edge."""
     probes = images.detach().unsqueeze(1).repeat(1, 4, 1, 1, 1)
     for probe, (top, left, bottom, right) in zip(probes, edges.tolist(), strict=True):
         probe[0, :, :top] = torch.nan

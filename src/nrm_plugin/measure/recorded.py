@@ -39,7 +39,7 @@ class Recorded(QueryPasses):
             >>> torch.equal(mu.outputs[:, 1], mu.output)
             True
         """
-        return self._recording.outputs()
+        return self._recording.outputs()[:: self._recording.references]
 
     @property
     def output(self) -> Tensor:
@@ -59,16 +59,17 @@ class Recorded(QueryPasses):
             >>> mu.batch
             5
         """
-        return self._recording.samples.count
+        return self._recording.samples.count // self._recording.references
 
     def shape(self, layer: Layer) -> torch.Size:
-        """Shape of a tap, ``(N, …)``, such as ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
+        """Returns the shape of a tap: ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
 
         Examples:
             >>> mu.shape("1")
             torch.Size([5, 4])
         """
-        return self._tap(layer).shape
+        count, *inner = self._tap(layer).shape
+        return torch.Size((count // self._recording.references, *inner))
 
     def channel_dim(self, layer: Layer) -> int:
         """Returns the channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.

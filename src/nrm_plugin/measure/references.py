@@ -10,18 +10,20 @@ from typing import Any, Literal
 from zennit.core import Composite
 
 from ..composites import Normalized, Uncovered, normalize
-from ..errors import brief
+from ..errors import DifferenceError, brief
 from ..kernels.normalization import Residual
 from ..model.inputs_and_outputs import Call
-from ..model.references import reference_call
+from ..model.references import reference_call, repeated, several_calls
 from ..recording.recording import Reference
-from ..secants import Secants
+from ..secants import OnDifferences
 
 Slopes = Literal["secant", "tangent"]
 
 
-def reference_of(call: Call, reference: Any, slopes: Slopes) -> Reference | None:
-    """Returns the reference of a call; None for a measure of outputs.
+def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Reference | None]:
+    """Returns the call to record, and its reference; None for a measure of outputs.
+
+    A list of references is a mixture, of which each is a sample of its own.
 
     Raises:
         DifferenceError: If the reference does not fit the inputs.
@@ -32,8 +34,14 @@ def reference_of(call: Call, reference: Any, slopes: Slopes) -> Reference | None
     if reference is None:
         if slopes != "secant":
             raise ValueError("slopes= belongs to reference=: without one, relevance is of an output, by rules.")
-        return None
-    return Reference(reference_call(call, reference), slopes == "tangent")
+        return call, None
+    is_tangent = slopes == "tangent"
+    if not isinstance(reference, list):
+        return call, Reference(reference_call(call, reference), is_tangent)
+    if not reference:
+        raise DifferenceError("reference=[] is a mixture of no references; give at least one.")
+    count = len(reference)
+    return repeated(call, count), Reference(several_calls(call, reference), is_tangent, count)
 
 
 def composite_of(
@@ -44,8 +52,10 @@ def composite_of(
     reference: Any,
 ) -> Normalized:
     """Returns the composite of a measure: the secants if there is a reference and no other composite."""
-    if reference is None or composite is not None:
+    if reference is None:
         return normalize(composite, residual, gain_limit, uncovered)
+    if composite is not None:
+        return OnDifferences(normalize(composite, residual, gain_limit, uncovered))
     given = {"residual": residual, "gain_limit": gain_limit, "uncovered": uncovered}
     unused = [name for name, value in given.items() if value is not None]
     if unused:
@@ -53,7 +63,7 @@ def composite_of(
             f"{unused[0]}= belongs to the rules of a composite; the slopes to a reference absorb nothing. Leave it "
             "out, or give composite= for rules on differences."
         )
-    return Secants()
+    return OnDifferences()
 
 
 __all__ = ["Slopes", "composite_of", "reference_of"]

@@ -26,8 +26,9 @@ def start_of(recording: Recording, target: Any, start: Any) -> tuple[Tensor, Ten
         TargetError: If an argument does not fit the outputs.
         FoldingError: If a sample depends on other samples.
     """
-    outputs, batched = recording.unfolded(), recording.samples.batched
-    vector = start_vector(outputs, chosen_target(target, recording.outputs(), batched), start)
+    batched, every = recording.samples.batched, recording.references
+    outputs = recording.unfolded()[::every]
+    vector = start_vector(outputs, chosen_target(target, recording.outputs()[::every], batched), start)
     if recording.has_reference:
         return difference_start(recording, vector)
     return recording.started(normalized(vector)), sample_sums(vector * outputs) / sample_sums(vector)

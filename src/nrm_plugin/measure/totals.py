@@ -77,7 +77,7 @@ class Totals:
             self.maps[place] = self.recording.samples.layout(place).unfold(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
-        """Σ and Σ|·| of a vector, computed once for all steps that do not change the vector."""
+        """Returns Σ and Σ|·| of a vector, computed once for all steps that do not change the vector."""
         if self._last is not None and vector.is_set_to(self._last[0]):
             return self._last[1:]
         self._last = (vector, *self._sum_pair(vector, place))

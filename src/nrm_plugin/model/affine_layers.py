@@ -1,4 +1,4 @@
-"""Affine layers: layers of torch, and functions wrapped as modules with or without weights."""
+"""Affine layers: torch's layers, and functions wrapped as modules with or without weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Weighted(nn.Module):
         groups: Number of groups of a convolution.
         is_transposed: Whether the first dimension of the weight indexes input channels.
         padding_mode: Padding mode of a convolution, as in torch.
-        twin: The layer of torch with the same function apart from its parameters; None if torch has no such layer.
+        twin: The torch layer that differs only in its parameters; None if there is no such layer.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ WEIGHTLESS = (
 
 
 def twin_of(module: nn.Module) -> nn.Module:
-    """Returns the layer of torch with the same function as a functional layer; else the module itself."""
+    """Returns the torch layer that is equivalent to a functional layer; any other module is returned unchanged."""
     return module.__dict__.get("twin") or module
 
 
 def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of one of the given classes, and no subclass or canonizer overrides its forward."""
+    """Returns whether a module is of one of the given classes, and no subclass or canonizer overrides its forward."""
     own = "forward" in module.__dict__
     return not own and any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Whether the module is an affine layer of torch, with a forward that no subclass or canonizer overrides."""
+    """Returns whether a module is a torch affine layer, with a forward that no subclass or canonizer overrides."""
     if "forward" in module.__dict__ or module._modules:
         return False
     kinds = [kind for kind in (*WEIGHTED, *WEIGHTLESS) if isinstance(module, kind)]

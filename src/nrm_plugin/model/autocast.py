@@ -2,7 +2,7 @@
 
 Only products with a weight run in reduced precision: the layer itself and the two maps of each branch of its rule.
 Relevance, column sums, gains and all sums keep the dtype of the inputs. If the model itself computes in a shorter
-format than float32, they and all products of its kernels are in float32.
+format than float32, these quantities and all products of kernels are in float32.
 
 Source: ours.
 """
@@ -30,7 +30,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_short(tensor: Tensor) -> bool:
-    """Whether the model computed a tensor in a format shorter than float32."""
+    """Returns whether the model computed a tensor in a format shorter than float32."""
     return tensor.dtype in SHORT
 
 

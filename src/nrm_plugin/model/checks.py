@@ -48,7 +48,7 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
     check_hookable(model)
     for name, module in model.named_modules():
         _check_mode(name, module)
-    check_unhooked(model, "Take the measure outside of `composite.context(model)`, and pass it by `composite=`.")
+    check_unhooked(model, "Construct the measure outside `composite.context(model)`, and pass `composite=`.")
     for name, parameter in model.named_parameters():
         _check_parameter(name, parameter)
     floating = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]

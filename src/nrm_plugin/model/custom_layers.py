@@ -1,7 +1,7 @@
 """Subclasses of torch's layers with their own forward, for example with "same" padding or weight standardization.
 
 A rule modifies the weight by which a layer multiplies. If a subclass computes this weight from its parameter, modifying
-the parameter would give a different rule: the weights of Flat, all ones, would become zeros by standardization.
+the parameter would give a different rule: standardization, for example, turns the all-ones weights of Flat into zeros.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _TOLERANCE = 1e-3
 
 
 def is_own_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch with its own forward."""
+    """Returns whether a module is a torch layer with its own forward."""
     return isinstance(module, _KINDS) and not is_affine(module)
 
 
 class WeightRecorder(TorchFunctionMode):
-    """Mode that records the weight and bias that a layer passes to its function of torch."""
+    """Mode that records the weight and bias that a layer passes to a torch function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keyw
 
 
 def _is_affine(function: Callable[[Tensor], Tensor], source: Tensor) -> bool:
-    """Whether ``f(-2 x) = 3 f(0) - 2 f(x)``; false for an inner activation or a weight that depends on ``x``."""
+    """Returns whether ``f(-2 x) = 3 f(0) - 2 f(x)``, which fails for activations or a weight that depends on ``x``."""
     image, constant, other = function(source), function(torch.zeros_like(source)), function(-2 * source)
     size = torch.maximum(image.abs().max(), constant.abs().max())
     return bool((other - 3 * constant + 2 * image).abs().max() <= _TOLERANCE * size)

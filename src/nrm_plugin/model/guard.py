@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Context that restores at its end all state that a recording may change.
+    """Context that restores, on exit, all state that a recording may change.
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
     buffers, training mode and random state. State that has not changed is not written.
@@ -61,7 +61,7 @@ def _restore(module: nn.Module, state: _State) -> None:
 
 
 def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    """Whether two dictionaries hold the same objects in the same order."""
+    """Returns whether two dictionaries hold the same objects in the same order."""
     if not one and not other:
         return True
     pairs = zip(one.items(), other.items(), strict=True)
@@ -82,7 +82,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 class Fingerprint:
-    """A detector of in-place changes of parameters and buffers, by version counter and by a sample of their entries.
+    """A detector of in-place changes of parameters and buffers, using version counters and a sample of the entries.
 
     Writes through ``parameter.data`` do not change the version counter; they are detected if they change a sampled
     entry. Small tensors are sampled completely.

@@ -100,7 +100,7 @@ class Call:
 
         Args:
             change: A function from an input, including integers, to its replacement.
-            others: A function from a tensor among the further arguments to its replacement.
+            others: A function from a tensor among the other arguments to its replacement.
         """
         call = copy.copy(self)
         new = {id(tensor): change(tensor) for tensor in (*self.tensors, *self.indices.values())}
@@ -119,7 +119,7 @@ class Call:
 
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool]) -> Iterator[None]:
-        """Context that raises :class:`InputError` if the model, run inside, looks up none of the integers.
+        """Context for a run of the model; raises :class:`InputError` if the model looks up none of the integer inputs.
 
         Args:
             are_looked_up: A function that returns, after the run, whether integers were looked up.
@@ -263,8 +263,8 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
         raise GradModeError(
-            f"a measure is taken with gradients enabled, but this is called under {mode}. Take the measure outside of "
-            "it; queries may be made anywhere."
+            f"a measure is constructed with gradients enabled, but this is called under {mode}. Construct the measure "
+            "outside the context; queries are allowed anywhere."
         )
     if not tensors:
         raise InputError("no input was given: inputs is empty. Pass a tensor, or a tuple of tensors.")
@@ -300,12 +300,12 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
 
 
 def is_index(value: Any) -> bool:
-    """Whether a value is a tensor of integers that an embedding could look up."""
+    """Returns whether a value is a tensor of integers that an embedding could look up."""
     return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Whether an input passed by keyword holds ids, since masks in transformers are integers as well."""
+    """Returns whether an input passed by keyword holds ids; the masks of transformers are integers as well."""
     return is_index(value) and "mask" not in key
 
 

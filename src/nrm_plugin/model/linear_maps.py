@@ -66,7 +66,7 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
 
 
 def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
-    """Returns the maps of a layer of torch, computed by torch's functions; None for padding modes other than zeros.
+    """Returns the maps of a torch layer, computed by torch's functions; None for padding modes other than zeros.
 
     Args:
         module: A linear or convolutional layer with torch's own forward.
@@ -89,7 +89,7 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
 
 
 def _is_even(weight: Tensor) -> bool:
-    """Whether all weights of an output channel are the same stored value."""
+    """Returns whether all weights of an output channel are the same stored value."""
     inner = [stride for stride, size in zip(weight.stride()[1:], weight.shape[1:], strict=True) if size > 1]
     return weight.stride(0) != 0 and bool(inner) and not any(inner)
 
@@ -124,7 +124,7 @@ def _even_linear_maps(weight: Tensor) -> LinearMap:
 
 
 def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> LinearMap:
-    """Maps of a convolution with equal weights: the sum over the channels of a group, convolved with ones."""
+    """Returns maps of a convolution with equal weights: the sum over a group's channels, convolved with ones."""
     groups = options[-1]
     ones = weight.new_ones(groups, 1, *weight.shape[2:])
     per_group = weight.shape[0] // groups
@@ -198,7 +198,7 @@ def side_by_side(maps: list[LinearMap]) -> Map | None:
 
 
 def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
-    """Stride, padding, dilation, transposed, output padding and groups, in the order of the arguments in aten."""
+    """Returns stride, padding, dilation, transposed, output padding and groups, in aten's order of arguments."""
     if module.padding_mode != "zeros":
         return None
     transposed = issubclass(kind, nn.modules.conv._ConvTransposeNd)

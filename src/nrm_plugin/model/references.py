@@ -5,7 +5,7 @@ Source: docs/differences.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,28 @@ from torch import Tensor
 
 from ..errors import DifferenceError, brief, samples
 from .inputs_and_outputs import Call, is_index
+
+
+def repeated(call: Call, count: int) -> Call:
+    """Returns a call with every sample several times, once for each reference; also in the further arguments."""
+    if not call.batched:
+        raise DifferenceError("several references need samples, but batched=False takes all inputs as one sample.")
+    size = call.batch
+
+    def repeat(value: Tensor) -> Tensor:
+        return value.repeat_interleave(count, 0) if value.ndim and len(value) == size else value
+
+    return call.changed(repeat, repeat)
+
+
+def several_calls(call: Call, references: Sequence[Any]) -> Call:
+    """Returns one call for several references of each sample, in the order of :func:`repeated`."""
+    calls = [reference_call(call, reference) for reference in references]
+    first = repeated(calls[0], len(calls))
+    together = [*first.tensors, *first.indices.values()]
+    rows = zip(*([*one.tensors, *one.indices.values()] for one in calls), strict=True)
+    joined = {id(old): torch.stack(new, 1).flatten(0, 1) for old, new in zip(together, rows, strict=True)}
+    return first.changed(lambda tensor: joined[id(tensor)])
 
 
 def reference_call(call: Call, reference: Any) -> Call:
@@ -74,7 +96,8 @@ def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
         raise DifferenceError(f"{what} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)}{one}.")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise DifferenceError(f"{what} has nan or inf entries; a difference to it is not a number.")
-    return value.detach().clone()
+    fitted: Tensor = value.detach().clone()
+    return fitted
 
 
 def _check_apart(inputs: Mapping[Any, Tensor], references: Mapping[Any, Tensor], batched: bool) -> None:
@@ -90,4 +113,4 @@ def _check_apart(inputs: Mapping[Any, Tensor], references: Mapping[Any, Tensor],
         )
 
 
-__all__ = ["reference_call"]
+__all__ = ["reference_call", "repeated", "several_calls"]

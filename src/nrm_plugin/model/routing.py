@@ -71,7 +71,7 @@ _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
 
 
 def is_route(module: nn.Module) -> bool:
-    """Whether a module is a 0/1 route.
+    """Returns whether a module is a 0/1 route.
 
     Does not check that dropout is inactive; :func:`~nrm_plugin.model.checks.check_model` does.
     """
@@ -79,9 +79,9 @@ def is_route(module: nn.Module) -> bool:
 
 
 def operation(node: Node) -> str:
-    """The operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward0``.
+    """Returns the operation of an autograd node: ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward0``.
 
-    An ``autograd.Function`` of a model may have the name of an operation of torch, but is a different operation.
+    A model's ``autograd.Function`` may have the same name as a torch operation, but is a different operation.
     """
     if isinstance(node, BackwardCFunction):
         kind = type(node)._forward_cls
@@ -92,7 +92,7 @@ def operation(node: Node) -> str:
 
 
 def is_route_node(node: Node) -> bool:
-    """Whether an autograd node is a known 0/1 route."""
+    """Returns whether an autograd node is a known 0/1 route."""
     return operation(node).lower() in _NODES
 
 
@@ -100,7 +100,7 @@ _WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias", "Clone"])
 
 
 def is_whole(node: Node) -> bool:
-    """Whether a node is a view or copy of all entries of a tensor."""
+    """Returns whether a node is a view or copy of all entries of a tensor."""
     return operation(node) in _WHOLE
 
 
@@ -121,7 +121,7 @@ def written(node: Any, number: int) -> tuple[Any, int]:
 
 
 def source_of(node: Any) -> Any:
-    """Returns the node that computed the entries of a tensor, followed through whole views and in-place writes."""
+    """Returns the node that computed the entries of a tensor, looking through whole views and in-place writes."""
     node, _ = written(node, 0)
     while node is not None and is_whole(node):
         node, _ = written(*node.next_functions[0])

@@ -36,7 +36,7 @@ def sample_norms(tensor: Tensor) -> Tensor:
 
 
 def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
-    """Returns the target, after evaluation on the outputs if it is a function.
+    """Returns the target; a function is first applied to the outputs.
 
     Args:
         target: A target of :func:`start_vector`, or a function from the outputs to such a target.
@@ -93,7 +93,7 @@ def normalized(start: Tensor) -> Tensor:
     if bool(bad.any()):
         raise TargetError(
             f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. A difference of "
-            "outputs has no measure: take the measure of each output and subtract the results."
+            "outputs has no measure: construct a measure of each output and subtract the results."
         )
     return start / total.reshape(-1, *(1,) * (start.ndim - 1))
 
@@ -114,7 +114,7 @@ class Neurons:
 
     def __call__(self, values: Tensor) -> Tensor:
         """Returns the start vector for the outputs ``(N, …)`` of a layer."""
-        slope = self._slope(values)
+        slope = self.slope(values)
         self.activation = (slope * values).flatten(1).sum(1)
         if bool((slope != 0).flatten(1).sum(1).le(1).all()):
             return slope  # a single neuron starts with all mass, even if it is not active
@@ -122,7 +122,7 @@ class Neurons:
         silent = (start == 0).flatten(1).all(1).reshape(-1, *(1,) * (values.ndim - 1))
         return torch.where(silent, slope, start)
 
-    def _slope(self, values: Tensor) -> Tensor:
+    def slope(self, values: Tensor) -> Tensor:
         """Returns the weight of each neuron in the sum of activations."""
         if callable(self.selector):
             with torch.enable_grad():
@@ -155,7 +155,7 @@ def _is_index(entry: Any) -> bool:
 
 
 def _is_whole(entry: Any) -> bool:
-    """Whether an entry is an int; arrays have ``__index__`` as well, whatever is in them."""
+    """Returns whether an entry is an int; arrays have ``__index__`` as well, regardless of their content."""
     return isinstance(entry, (int, np.integer)) and not isinstance(entry, bool)
 
 

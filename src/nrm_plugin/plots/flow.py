@@ -21,7 +21,7 @@ from .ribbons import DARK, INK, LIGHT, Column, Palette, Ribbon, draw_flow, perce
 MAX_GROUPS = 40
 """Largest number of groups of one layer in a figure."""
 THUMBNAILS_PER_ROW, MAX_THUMBNAILS = 4, 12
-"""Numbers of thumbnails of one layer."""
+"""Number of thumbnails of one layer per row, and in total."""
 THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH = 0.72, 0.22
 """Height of a row of thumbnails in inches, and width of a thumbnail as a fraction of the distance between layers."""
 NEGLIGIBLE = 1e-6

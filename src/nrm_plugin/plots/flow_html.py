@@ -22,7 +22,7 @@ from .ribbons import DARK, Palette, percent
 BOTH = Palette(positive="#d6453d", negative="#3d8bd4")
 """Colours that are visible on light and on dark backgrounds."""
 MARGIN = 0.02
-"""Share of the width that is left free on each side, since plotly moves nodes at 0 and 1."""
+"""Fraction of the width that is left free on each side, since plotly moves nodes at 0 and 1."""
 NODE, PAD, THUMBNAIL = 32, 14, 56
 """Average height of a node, distance between two nodes, and size of a thumbnail (added to the distance), in pixels."""
 EDGES = {"l": 20, "r": 20, "t": 170, "b": 20}
@@ -132,7 +132,7 @@ def _sizes(links: Sequence[dict[str, Any]], count: int) -> NDArray[np.float64]:
 def _places(
     columns: Sequence[Sequence[FlowNode]], sizes: NDArray[np.float64], height: float, pad: float
 ) -> list[tuple[float, float]]:
-    """Computes the centres of the nodes in shares of the drawing, from the left and from the top; columns are centred.
+    """Computes the centres of the nodes as fractions of the drawing, from the left and the top; columns are centred.
 
     Plotly scales the heights of nodes such that the fullest column fits.
     """
@@ -169,7 +169,7 @@ def _layer_heading(graph: FlowGraph, column: int) -> dict[str, Any]:
 
 
 def _thumbnail(values: NDArray[np.float64], place: tuple[float, float], size: float) -> dict[str, Any]:
-    """Returns an image on the left of a node, or on the right, outside the drawing, for the last column."""
+    """Returns an image to the left of a node; in the last column, to the right, outside the drawing."""
     small = thumbnail(values)
     limit = float(np.abs(small).max()) or 1.0
     colors = matplotlib.colormaps[DIVERGING](0.5 + 0.5 * small / limit, bytes=True)[..., :3]
@@ -199,7 +199,7 @@ def _name(node: FlowNode) -> str:
 
 
 def _hover_text(edge: FlowEdge) -> str:
-    """Returns the text on joint relevance, and on conditional relevance given each node with sufficient mass."""
+    """Returns the text about joint relevance, and conditional relevance given each node with sufficient mass."""
     upper, lower = _name(edge.upper), _name(edge.lower)
     lines = [f"{upper} → {lower}", f"joint relevance {percent(edge.mass)}"]
     if abs(edge.upper.mass) > NEGLIGIBLE:

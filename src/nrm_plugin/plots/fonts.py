@@ -11,7 +11,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 PLACEHOLDERS = "Last Resort"
-"""A font of matplotlib with a box for every letter."""
+"""A matplotlib font with a box for every letter."""
 
 
 def use_installed_fonts(figure: Figure) -> str:
@@ -34,14 +34,14 @@ def use_installed_fonts(figure: Figure) -> str:
 
 @functools.cache
 def font_with(letter: str) -> str:
-    """Family of an installed font with a letter; empty if there is none."""
+    """Returns the family of an installed font that has a letter; empty if there is none."""
     families: Iterable[tuple[str, str]] = ((font.name, font.fname) for font in fontManager.ttflist)
     return next((name for name, path in families if PLACEHOLDERS not in name and ord(letter) in letters_of(path)), "")
 
 
 @functools.cache
 def letters_of(path: str) -> frozenset[int]:
-    """Code points of a font; none for a font that matplotlib cannot draw, such as one of coloured bitmaps."""
+    """Returns the code points of a font; empty if matplotlib cannot draw the font, as for coloured bitmaps."""
     try:
         font = FT2Font(path)
         font.set_size(10, 72)

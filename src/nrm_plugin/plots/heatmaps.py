@@ -77,7 +77,7 @@ def heat_map(values: Values, title: str = "", image: Values | None = None, limit
     Args:
         values: ``(H, W)``, dimensionless.
         title: Title of the heat map.
-        image: Image ``(C, H, W)``, shown faintly below the map for orientation.
+        image: Image ``(C, H, W)``, shown faintly behind the map for orientation.
         limit: Absolute value of the darkest colours; by default the largest absolute value.
     """
     figure = _figure(4.3, 3.6)
@@ -129,7 +129,7 @@ def heat_maps(
         maps: Heat maps ``(H, W)``, dimensionless.
         titles: One title per map.
         heading: Title of the figure.
-        image: Image ``(C, H, W)``, shown before the maps, and faintly below each map.
+        image: Image ``(C, H, W)``, shown before the maps, and faintly behind each map.
         columns: Number of columns.
         limit: Absolute value of the darkest colours; by default the largest absolute value of all maps.
     """
@@ -199,7 +199,7 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
         layers: Names of the layers, from the output to the input.
         samples: The samples, one per panel.
         heading: Title of the figure.
-        reference: Name of the marked sums in the legend.
+        reference: Legend entry for the marked sums.
     """
     across = min(4, len(samples))
     rows = math.ceil(len(samples) / across)
@@ -234,7 +234,7 @@ def draw_image(axes: Axes, image: Values) -> AxesImage:
 def draw_heat_map(axes: Axes, values: Values, image: Values | None = None, limit: float | None = None) -> AxesImage:
     """Draws a signed heat map ``(H, W)``, white at zero, with symmetric limits.
 
-    An image with one channel is shown as an outline, and an image with three channels in grey below the colours.
+    An image with one channel is shown as an outline, and an image with three channels in grey beneath the colours.
     """
     pixels = _array(values)
     bound = _bound([pixels]) if limit is None else limit
@@ -332,7 +332,7 @@ def _bound(maps: Sequence[Array]) -> float:
 
 
 def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
-    """Whether a value exceeds the given limit, beyond which all colours are the same."""
+    """Returns whether a value exceeds the given limit, beyond which all colours are the same."""
     return limit is not None and _bound([_array(values) for values in maps]) > limit
 
 

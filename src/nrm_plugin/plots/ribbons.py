@@ -47,7 +47,7 @@ LIGHT = Palette()
 DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c", "#f0b73f")
 
 ROW, GAP = 0.085, 0.025
-"""Height of the label of a node, and distance between two nodes, as shares of the plot."""
+"""Height of the label of a node, and distance between two nodes, as fractions of the plot."""
 VISIBLE = 0.012
 """Smallest width at which the widths of ribbons can be distinguished, as a fraction of the plot."""
 BAR = 0.022
@@ -109,7 +109,7 @@ def percent(value: float) -> str:
 
 
 def rows_scale(columns: Sequence[Column]) -> float:
-    """Returns the factor on the height of labels with which the longest column fits; figures grow by its inverse."""
+    """Returns the factor for the height of labels at which the longest column fits; figures grow by its inverse."""
     longest = max((len(column.labels) for column in columns), default=0)
     return min(1.0, 0.9 / max(longest * (ROW + GAP), 1e-12))
 
@@ -128,7 +128,7 @@ def draw_flow(
         columns: The layers, from left to right.
         ribbons: Joint relevance of one node in each column, or in some consecutive columns.
         palette: Colours of the plot.
-        scale: Factor on the height of text, for axes higher than 5 inches.
+        scale: Factor for the height of text, for axes higher than 5 inches.
     """
     axes.set_xlim(-0.33, len(columns) - 0.67)
     axes.set_ylim(-0.07 * scale, 1 + 0.13 * scale)
@@ -199,7 +199,7 @@ def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit:
 
 
 def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float) -> list[list[float]]:
-    """The heights at which each ribbon crosses its columns, stacked at every node in the order of the other ends."""
+    """Returns the heights at which ribbons cross their columns, stacked at a node in the order of the other ends."""
     lanes = [[0.0] * len(one.nodes) for one in ribbons]
     starts = sorted({one.start for one in ribbons})
     for number, heights in enumerate(centers):

@@ -38,7 +38,7 @@ def _near(node: Any, observed: Iterable[Observed]) -> str:
 
 
 def check_covered(module: nn.Module, name: str, args: tuple[Any, ...], output: Tensor) -> None:
-    """Raises :class:`UncoveredLayerError` unless a leaf module without a rule only routes."""
+    """Raises :class:`UncoveredLayerError` if a leaf module without a rule does more than route values."""
     visited = {value.grad_fn for value in args if isinstance(value, Tensor)}
     stack = [output.grad_fn]
     while stack:

@@ -46,7 +46,7 @@ class Coverage:
 
     Attributes:
         rows: The steps.
-        constants: Operations that join constants to computed values, so that mass can be absorbed.
+        constants: Operations that join constants to computed values, where mass can be absorbed.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -110,7 +110,7 @@ def coverage(
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:
-        InputError, ModelStateError, GradModeError: If :class:`~nrm_plugin.RelevanceMeasure` raises the error for these
+        InputError, ModelStateError, GradModeError: As raised by :class:`~nrm_plugin.RelevanceMeasure` for these
             arguments.
 
     Examples:
@@ -160,7 +160,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Returns the layers that share a parameter with an earlier layer, and its name."""
+    """Returns each layer that shares a parameter with an earlier layer, and the name of the earlier layer."""
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kernels.step import Step, step_of
 from ..model.autocast import SHORT, working_dtype
 from ..model.routing import is_whole, operation, written
+from ..model.value_reads import holds
 from .indexed_routes import IndexedRoute, indexed_route
 from .places import Buffer, Edge, Place
 
@@ -92,7 +93,7 @@ class Vertex:
         return self._converted(_columns(rows)), None
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
-        """Returns the transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
+        """Applies the transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
         if self.step is not None:
             return [self.step.push(tuple(values), absorbed[0])]
         known = [value for value in values if value is not None]
@@ -153,7 +154,7 @@ class Vertex:
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self, like: Tensor) -> tuple[Tensor, ...] | None:
-        """For each output, 1 at the entries that come from constants and 0 elsewhere; None without such entries."""
+        """Returns, for each output, 1 at the entries that are constants and 0 elsewhere; None without constants."""
         if not self.may_hold_constants:
             return None
         if self.index is not None:
@@ -173,7 +174,8 @@ class Vertex:
                     else [torch.zeros_like(seed) for seed in seeds]
                 )
             shares = tuple(1 - column.detach() for column in columns)
-            self._constant_share = shares if any(bool(share.any()) for share in shares) else ()
+            is_free = all(holds("no constants", lambda share=share: ~share.any()) for share in shares)
+            self._constant_share = () if is_free else shares
         return self._constant_share or None
 
 
@@ -243,15 +245,15 @@ class Graph:
 
 
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether the result of a route depends on its argument.
+    """Returns whether the result of a route depends on its argument.
 
-    If the argument is overwritten, the result does not depend on it, and it receives zero relevance.
+    If the argument is overwritten, the result does not depend on the argument, which receives zero relevance.
     """
     return part is not None and part.requires_grad
 
 
 def _columns(rows: list[Any]) -> list[Tensor | None]:
-    """Transposes rows per vector to stacks per edge."""
+    """Stacks the relevance vectors of each edge, given the relevance of all edges for each vector."""
     if len(rows) == 1:
         return [None if part is None else part.unsqueeze(0) for part in rows[0]]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
@@ -286,7 +288,7 @@ def _depending(nodes: list[Any], leaves: Sequence[Tensor]) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """The nodes that a node reads, each with the number of the output; writes to whole tensors are not vertices."""
+    """Returns the nodes that a node reads, with the number of the output; skips writes to whole tensors."""
     return [written(below, number) for below, number in node.next_functions]
 
 
@@ -294,7 +296,7 @@ def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
     edges = tuple(Buffer(position[below], number) if below in position else None for below, number in _edges(node))
     step = step_of(node)
     leaf = getattr(node, "variable", None)
-    outputs = node._input_metadata if step is None else node._input_metadata[:1]  # others of a Function are unused
+    outputs = node._input_metadata if step is None else node._input_metadata[:1]  # a Function uses only the first
     shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in outputs), strict=True)
     below = [lower._input_metadata[number].dtype if lower in position else None for lower, number in _edges(node)]
     return Vertex(

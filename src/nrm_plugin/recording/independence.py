@@ -1,8 +1,8 @@
 """Tests of whether the samples of a batch depend on each other: in the forward pass, in relevance, or in a rule.
 
-If the operations do not prove independence, it is tested. Relevance of single samples is tracked through the graph, and
-the model runs again with other values of some samples, which must change neither the outputs of the other samples nor,
-if a rule is not known, their relevance.
+If the operations do not prove independence, it is tested. The relevance of single samples is tracked through the graph,
+and the model runs again with some samples changed. The change must affect neither the outputs of the other samples nor,
+if a rule is unknown, their relevance.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Run(Protocol):
 
 
 class Rerun(Protocol):
-    """Interface of further runs of the model on changed inputs."""
+    """Interface for running the model again on changed inputs."""
 
     def recording(self, change: Change) -> Run: ...
     def outputs(self, change: Change) -> Tensor: ...
 
 
 def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
-    """Finds the samples of each tensor of a recording.
+    """Finds the position of the samples in each tensor of a recording.
 
     Args:
         recording: The recording.
@@ -77,9 +77,9 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
     noise = torch.rand(start.shape, generator=generator, dtype=start.dtype).to(start.device) + 0.5
     with torch.inference_mode(False), torch.no_grad():
         if not _is_followed(recording.samples, noise):
-            noise = noise * (start != 0)  # the explained outputs may not depend on the operation without a kernel
+            noise = noise * (start != 0)  # the explained outputs might not depend on the operation without a kernel
             if not _is_followed(recording.samples, noise):
-                return  # a query that needs what is below raises the same error
+                return  # a query of anything below raises the same error
     _check_rows_of_inputs(recording.samples)
     are_known = rules_are_known(recording.graph)
     for chosen, exchange in _exchanges(recording):
@@ -89,7 +89,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
 
 
 def _is_followed(samples: Samples, noise: Tensor) -> bool:
-    """Finds the samples, as far as every operation has a kernel, and returns whether all have one."""
+    """Finds the samples above any operation without a kernel; returns whether every operation has a kernel."""
     try:
         samples.find(noise)
     except FoldingError:
@@ -100,10 +100,10 @@ def _is_followed(samples: Samples, noise: Tensor) -> bool:
 
 
 def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
-    """Yields sets of samples to change, every second sample, the first half, and the complements, and their new values.
+    """Yields sets of samples to change, and their new values: every second sample, the first half, and the complements.
 
-    Gates and branches depend on other samples by thresholds, which only large changes cross. Where the model looks up
-    ids, values remain in their range, since an index out of range ends the process on some devices.
+    Gates and branches may depend on other samples through thresholds, which only large changes cross. If the model
+    looks up ids, values stay in range, since an index out of range crashes the process on some devices.
     """
     count = recording.samples.count
     ends = {number for number, vertex in enumerate(recording.graph.vertices) if vertex.leaf is not None}
@@ -175,7 +175,7 @@ def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun
 
 
 def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS) -> Tensor:
-    """Replaces the inputs of the chosen samples, as the exchange says."""
+    """Replaces the inputs of the chosen samples with the values of an exchange."""
     plain, inner = tensor.detach(), list(range(1, tensor.ndim))
     if exchange is Exchange.LARGEST or exchange is Exchange.SMALLEST:
         other = plain.amax(0, keepdim=True) if exchange is Exchange.LARGEST else plain.amin(0, keepdim=True)
@@ -186,7 +186,7 @@ def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS
 
 
 class _Leaves(Visitor[str]):
-    """The relevance of the inputs."""
+    """Collects the relevance that arrives at the inputs."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph

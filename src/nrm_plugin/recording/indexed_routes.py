@@ -29,7 +29,7 @@ class IndexedRoute:
 
     @property
     def size(self) -> int:
-        """The number of entries of all inputs."""
+        """The total number of entries of all inputs."""
         return sum(shape.numel() for shape in self.shapes if shape is not None)
 
     def pull(self, relevance: Sequence[Tensor | None]) -> Parts:
@@ -64,7 +64,7 @@ def indexed_route(
 ) -> IndexedRoute | None:
     """Reads a route as an index; None if an entry was copied from several entries, as for ties.
 
-    The transpose is applied to each binary digit of the numbers of the entries.
+    The index is found by applying the transpose to each binary digit of the entry numbers.
 
     Args:
         route: The map from relevance at the outputs to relevance at the inputs.

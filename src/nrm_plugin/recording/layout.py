@@ -60,7 +60,7 @@ class Layout:
         return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
 
     def in_all_parts(self, values: Tensor) -> Tensor:
-        """Repeats values without the dimension of the parts for each part."""
+        """Repeats values for each part, if they lack the dimension of the parts."""
         if self.dim is None or self.parts == 1:
             return values.clone()
         repeated = values.unsqueeze(self.dim)
@@ -103,7 +103,7 @@ def layout_of(labels: Tensor, count: int, mass: Tensor | None = None) -> Layout 
         mass: Weight of each entry, by default equal; entries of negligible weight are ignored.
 
     Returns:
-        The layout, by the dimension with most known slices; None if no dimension holds the samples in equal parts.
+        The layout, along the dimension with the most known slices; None if no dimension divides equally among samples.
     """
     exact = _best_layout(labels, count, None)
     return exact if exact is not None or mass is None else _best_layout(labels, count, mass)
@@ -138,7 +138,7 @@ def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
 
 
 def unreached(shape: torch.Size, count: int) -> Layout | None:
-    """Returns a layout for a tensor without relevance, by a dimension with a multiple of the batch size."""
+    """Returns a layout for a tensor without relevance, along a dimension that is a multiple of the batch size."""
     for parts in (1, None):
         for dim, size in enumerate(shape):
             if size == count * (parts or size // count) and size:

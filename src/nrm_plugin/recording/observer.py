@@ -32,10 +32,10 @@ class Observer:
         containers: Names of modules with children that have a rule themselves.
         observed: Every labelled tensor that depends on the inputs.
         leaves: The tensors at which relevance ends.
-        indices: The integers among the inputs.
-        inputs: The leaves of the other inputs.
+        indices: The integer inputs.
+        inputs: The leaves of the floating-point inputs.
         has_lookups: Whether ids were looked up.
-        has_untracked: Whether the model computed values from its inputs that autograd does not track.
+        has_untracked: Whether some values depend on the inputs but are not tracked by autograd.
     """
 
     def __init__(self, model: nn.Module, indices: list[Tensor], wanted: Atom | None) -> None:
@@ -65,7 +65,7 @@ class Observer:
             stack.callback(module.register_forward_hook(self._leave).remove)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """Makes a leaf with the values of an input, and returns the tensor that replaces the input in the call."""
+        """Creates a leaf with the values of an input, and returns the tensor that replaces the input in the call."""
         passed = self._end(tensor)
         self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
@@ -104,7 +104,7 @@ class Observer:
     # -- called while the model runs --------------------------------------------------------------------------
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
-        """Whether a tensor is one of the leaves."""
+        """Returns whether a tensor is one of the leaves."""
         return id(tensor) in self._leaves
 
     def on_step(self, module: nn.Module | None, step: Step) -> None:
@@ -118,12 +118,12 @@ class Observer:
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     def on_untracked(self) -> None:
-        """Records that such values exist, since they may depend on several samples."""
+        """Records that there are untracked values, which may depend on several samples."""
         self.has_untracked = True
 
     @without_torch_function
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Makes the rows that ids select a leaf, at which relevance ends as at any other input."""
+        """Turns the rows that ids select into a leaf, where relevance ends as at any other input."""
         self.has_lookups = True
         with not_recorded():
             passed = self._end(rows)

@@ -32,7 +32,7 @@ class Cost:
 
 
 class Visitor(Protocol[Key]):
-    """Callbacks of a downward pass, which propagates all relevance unless they are overridden.
+    """Callbacks of a downward pass; by default, all relevance is propagated.
 
     Every vector has the shape of its tensor.
     """
@@ -50,7 +50,7 @@ class Visitor(Protocol[Key]):
 
         ``kind`` is ``"residual"`` or ``"constants"``.
         """
-        return None  # by default, a visitor has no use for it
+        return None  # ignored by default
 
 
 def pull(

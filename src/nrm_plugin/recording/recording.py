@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..composites import Normalized
 from ..events.event import Atom
-from ..functional.differences import difference
+from ..functional.differences import LEAST, difference
 from ..kernels.forward_state import forward_pass
 from ..kernels.reference_pass import ReferencePass
-from ..model.autocast import asked_for, exact, layers_in
+from ..model.autocast import asked_for, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
+from ..model.value_reads import audit, untraced
 from .graph import Graph
 from .independence import find_samples
 from .observer import Observer
@@ -47,6 +48,7 @@ class Recording:
         structure: Graph, taps and samples, which do not depend on values.
         output: The output, with its history.
         fingerprint: State of the weights during the forward pass.
+        references: Number of references of each sample, each of which is a sample of the recording.
 
     Raises:
         InputError: If a measure cannot start at this output.
@@ -67,6 +69,7 @@ class Recording:
         check_module(model)
         self._rerun = Rerun(model, call, composite, output, reference)
         self._other: Tensor | None = None
+        self.references = 1 if reference is None else reference.count
         followed = None
         if reference is not None:
             followed = ReferencePass(reference.is_tangent)
@@ -82,14 +85,15 @@ class Recording:
     def started(self, relevance: Tensor) -> Tensor:
         """Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
 
-        The method also finds the samples in each tensor, if there are several that are not known to be its rows.
+        The method also locates the samples in each tensor, unless they are known to be its rows or there is only one.
 
         Raises:
             FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
         """
         start = self.samples.layout(self.graph.output).fold(relevance)
         if self.samples.count > 1 and not self.samples.is_plain:
-            find_samples(self, start, self._rerun)
+            with audit():
+                find_samples(self, start, self._rerun)
         del self._rerun
         return start
 
@@ -98,13 +102,18 @@ class Recording:
         return self.samples.layout(self.graph.output).unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
-        """A copy of the output in the form ``(N, …)``; without ``batched``, in the shape that the model returned."""
+        """Returns a copy of the output in the form ``(N, …)``; with ``batched=False``, in the model's own shape."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
     def has_reference(self) -> bool:
         """Whether the measure is of differences."""
         return self._other is not None
+
+    @property
+    def least(self) -> float:
+        """The largest mass that counts as zero: that of neurons without a difference to the reference."""
+        return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
         """The difference of the output to that of the reference, nowhere zero, in the form ``(N, …)``."""
@@ -175,15 +184,17 @@ class Reference:
     Attributes:
         call: The call of the model with the reference as inputs.
         is_tangent: Whether slopes are derivatives at the input instead of secants.
+        count: Number of references of each sample; the call has this many rows in a row for each.
     """
 
     call: Call
     is_tangent: bool = False
+    count: int = 1
 
 
 @dataclass(frozen=True)
 class Rerun:
-    """Further runs of the model of a recording, without hooks, to test the treatment of samples.
+    """Runs the model of a recording again, without hooks, to test how the model treats samples.
 
     Attributes:
         model, call, composite, output, reference: As in :class:`Recording`.
@@ -197,7 +208,7 @@ class Rerun:
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Returns a recording on changed inputs."""
-        with _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
+        with untraced(), _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
             call = self.call.changed(change, others)
             return Recording(self.model, call, self.composite, self.output, self._changed_reference(change, others))
 
@@ -209,7 +220,13 @@ class Rerun:
         with ExitStack() as around:
             around.enter_context(_RECORDING)
             device = (*call.tensors, *call.indices.values())[0].device
-            for block in (_without_hooks(self.model), forward_pass(None), torch.no_grad(), _precision(device)):
+            for block in (
+                untraced(),
+                _without_hooks(self.model),
+                forward_pass(None),
+                torch.no_grad(),
+                _precision(device),
+            ):
                 around.enter_context(block)
             output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
             return output
@@ -221,7 +238,7 @@ class Rerun:
         return replace(self.reference, call=self.reference.call.changed(change, others))
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
-        """Returns the shape of each labelled tensor for the sample twice; empty if the model rejects two samples."""
+        """Returns the shapes of labelled tensors for two copies of the sample; empty if the model rejects two."""
 
         def twice(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor])

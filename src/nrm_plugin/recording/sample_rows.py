@@ -32,14 +32,14 @@ _ALONG = frozenset(
     indexselect gather sort topk max min amax amin median nanmedian mode kthvalue cummax cummin unfold
     """.split()
 )
-"""Routes that keep rows in rows if they operate along other dimensions than the first."""
+"""Routes that keep rows in rows if they operate along dimensions other than the first."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
 """Modules of ``torch.nn.modules`` with layers that have no weights between rows."""
 
 
 def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) -> bool:
-    """Whether the first dimension of every tensor is proven to hold independent samples.
+    """Returns whether the first dimension of every tensor is proven to hold independent samples.
 
     Args:
         graph: The graph.
@@ -52,7 +52,7 @@ def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) ->
 
 
 def vertices_of_rows(graph: Graph, count: int, ends: Set[int]) -> set[int]:
-    """Returns the vertices that are proven to have samples as rows, given such vertices at the ends of the graph."""
+    """Returns the vertices proven to have samples as rows, given the inputs and outputs that have samples as rows."""
     keeping = [_has_rows(vertex, count) and _keeps_rows(graph, vertex) for vertex in graph.vertices]
     proven = set(ends)
     for number, vertex in enumerate(graph.vertices):  # down from the output
@@ -71,7 +71,7 @@ def _has_rows(vertex: Vertex, count: int) -> bool:
 
 
 def rules_are_known(graph: Graph) -> bool:
-    """Whether all layers have rules of Zennit or of this package, which are known to treat rows independently."""
+    """Returns whether all rules are from Zennit or this package, and thus known to treat rows independently."""
     return all(
         is_known_linear(vertex.step.layer_call.rule) for vertex in graph.vertices if isinstance(vertex.step, LayerStep)
     )
@@ -85,7 +85,7 @@ def _keeps_rows(graph: Graph, vertex: Vertex) -> bool:
 
 
 def _is_layer_of_rows(call: LayerCall) -> bool:
-    """Whether a layer of torch maps each row of its input independently."""
+    """Returns whether a torch layer maps each row of its input independently."""
     kind, dims = type(call.module), call.input.ndim
     path = kind.__module__.removeprefix("torch.nn.modules.")
     if dims < 2:
@@ -131,7 +131,7 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
 
 
 def _are_inner(saved: Any, dims: int) -> bool:
-    """Whether dimensions, as stored by autograd, are known and exclude the first."""
+    """Returns whether the dimensions stored by autograd are known and exclude the first dimension."""
     if saved is None:
         return False
     stored = list(saved) if isinstance(saved, (tuple, list)) else [saved]
@@ -139,7 +139,7 @@ def _are_inner(saved: Any, dims: int) -> bool:
 
 
 def _is_index_of_rows(indices: Sequence[Tensor | None]) -> bool:
-    """Whether an index leaves the rows unchanged in the first dimension."""
+    """Returns whether an index keeps all rows of the first dimension in order."""
     used = [number for number, index in enumerate(indices) if index is not None]
     return bool(used) and used[0] > 0 and used[-1] - used[0] == len(used) - 1
 

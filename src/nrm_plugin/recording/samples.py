@@ -27,9 +27,9 @@ BITS = 4
 RATIO = 1e-3
 """Smallest deviation of a binary logarithm from an integer for which an entry belongs to several samples."""
 RANGE = 40
-"""Exponent to base two of the largest and the smallest max|R| that a pass of encoded relevance computes with."""
+"""Binary exponent of the largest and the smallest max|R| with which a pass of encoded relevance runs."""
 MIXED = 1e-3
-"""Smallest share of Σ|R| in such entries for which a tensor mixes samples; smaller shares are rounding errors."""
+"""Smallest share of Σ|R| in entries of several samples for which a tensor mixes samples; less is rounding error."""
 
 
 class Samples:
@@ -120,8 +120,8 @@ class Samples:
             self._shapes_of_two, self._run_two = self._run_two(), dict
         shapes = [self._shapes_of_two[label] for label in self.labels.get(buffer, ()) if label in self._shapes_of_two]
         layouts = [doubled(shape, other) for other in shapes]
-        found = next((layout for layout in layouts if layout is not None), None)
-        return found or (self._plain if shape[:1] == (1,) else self._whole)
+        layout = next((layout for layout in layouts if layout is not None), None)
+        return layout or (self._plain if shape[:1] == (1,) else self._whole)
 
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
         """Returns the layout of a tensor without relevance: the layout of the nearest tensor of the same shape."""
@@ -152,7 +152,7 @@ class Samples:
         return None
 
     def _raise_if_unsupported(self) -> None:
-        """Raises if an operation without a kernel is the reason why values of the inputs do not arrive."""
+        """Raises if values of the inputs do not arrive because an operation has no kernel."""
         vertex, number = self.graph.vertices[self.graph.output.vertex], self.graph.output.number
         metadata = vertex.node._input_metadata[number]
         ones = torch.ones(metadata.shape, dtype=vertex.dtypes[number], device=metadata.device)
@@ -174,7 +174,7 @@ class Samples:
         finder = _Finder(self)
         try:
             return pull(self.graph, [(self.graph.output, vectors)], finder)
-        finally:  # above an operation without a kernel, samples are found
+        finally:  # the samples above an operation without a kernel are known, even if the pass raises
             self._layouts.update(finder.layouts)
             self._labels, self.leaves = finder.labels, finder.leaves
 
@@ -213,13 +213,13 @@ class Samples:
         """Returns the error for entries that cannot be assigned to one sample."""
         return FoldingError(
             f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} samples, "
-            "or no dimension holds the samples in equal parts. Take the measure of one sample at a time, or pass "
-            "batched=False, which takes the whole batch as one sample."
+            "or no dimension holds the samples in equal parts. Measure one sample at a time, or pass "
+            "batched=False, which treats the whole batch as one sample."
         )
 
 
 def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> Vectors[int]:
-    """Returns values, under the key -1, and values scaled by a power of two per sample, with a key per 4 bits."""
+    """Returns the values (key -1) and, for every 4 bits of the sample number, the values scaled by a power of two."""
     form = layout.shape(shape)
     rows = torch.arange(count, device=values.device).reshape(-1, *(1,) * (len(form) - 1))
     vectors: Vectors[int] = {-1: values}
@@ -230,11 +230,11 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
 
 
 def _in_range(vectors: Vectors[int]) -> Vectors[int]:
-    """Vectors with the same ratios, scaled by a power of two where stabilizers absorbed nearly all relevance."""
+    """Scales all vectors by one power of two if values are very small, as where stabilizers absorb, or very large."""
     largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
     if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
         return vectors
-    factor = 2.0 ** min(-math.floor(math.log2(largest)), 120)  # no more than float32 holds
+    factor = 2.0 ** min(-math.floor(math.log2(largest)), 120)  # within the range of float32
     return {shift: vector * factor for shift, vector in vectors.items()}
 
 
@@ -269,7 +269,7 @@ class _Labels:
 
     @property
     def are_known(self) -> bool:
-        """Whether the sample of any entry is known."""
+        """Whether the sample of at least one entry is known."""
         return bool((self.samples >= 0).any())
 
 

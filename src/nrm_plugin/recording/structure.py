@@ -16,13 +16,13 @@ from .taps import Taps
 
 
 class Structure:
-    """Graph, taps and samples of one forward pass, audited.
+    """The audited graph, taps and samples of one forward pass.
 
     Args:
         observer: The observer of the forward pass.
         output: The tensor at which the measure starts.
         count: Number of samples.
-        batched: Whether the inputs have a dimension of samples.
+        batched: Whether the inputs have a sample dimension.
         shapes_of_two: As in :class:`~nrm_plugin.recording.samples.Samples`.
         output_has_rows: As in :class:`~nrm_plugin.recording.samples.Samples`.
 

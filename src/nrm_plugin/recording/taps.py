@@ -80,7 +80,7 @@ class Tap:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape in the form ``(N, …)``, for any dimension of the samples in the tensor."""
+        """The shape in the form ``(N, …)``, whichever dimension of the tensor holds the samples."""
         return self.layout.shape(self.tensor_shape)
 
     @property
@@ -343,7 +343,7 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """Returns the items that are not nested in a container, to which a layer refers; all items if all are nested."""
+    """Returns the items for which the name of a layer stands: those outside any container, or else all items."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 
@@ -353,7 +353,7 @@ def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
 
 
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Copies unknown channel dimensions from the nearest tap of the same shape, else of the same rank."""
+    """Fills in unknown channel dimensions from the nearest tap of the same shape, else of the same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
         if tap.tensor_channel_dim:

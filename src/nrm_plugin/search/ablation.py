@@ -70,7 +70,7 @@ def _replacing(mask: Tensor, fill: Fill, reference: Tensor | None) -> Callable[.
 
 
 def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Returns the output of each module, ``(N, *shape)``, from one forward pass; for a reused module, of its last call.
+    """Returns the output of each module, ``(N, *shape)``, from one forward pass; for a reused module, its last output.
 
     Raises:
         UnknownLayerError: If no module has this name.

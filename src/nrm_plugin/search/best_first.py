@@ -98,7 +98,7 @@ class BestFirstSearch:
             self._expand_largest(deepest, BATCH)  # where bounds are loose, the largest masses lead to better walks
 
     def _threshold(self) -> float:
-        """Absolute mass that a walk must exceed to be among the best ``k``."""
+        """Returns the absolute mass that a walk must exceed to be among the best ``k``."""
         return abs(self.best[0].mass) if len(self.best) == self.k else 0.0
 
     def _is_over(self) -> bool:

@@ -25,13 +25,13 @@ NEGLIGIBLE = 1e-4
 
 
 def now() -> float:
-    """Returns the time of the clock for all budgets, in seconds."""
+    """Returns the current time in seconds, by the clock of all budgets."""
     return time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Lumps:
-    """Groups of a layer, some of which are merged; no group carries more than its lump.
+    """The groups of a layer, some of them merged; no group carries more than its lump.
 
     Attributes:
         labels: Lump of each neuron, ``(n,)``.
@@ -52,7 +52,7 @@ class CompletionBounds:
         deadline: Time of :func:`now` after which the coarsest bounds are used.
 
     Attributes:
-        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the last layer but one, ``(groups, n)``; None
+        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the layer above it, ``(groups, n)``; None
             where time or memory did not suffice.
         completions: :math:`h_m` for each layer, ``(n_m,)``.
         tables: The sums before the maximum, ``(groups, n_m)``; None where time or memory did not suffice.
@@ -103,7 +103,7 @@ class CompletionBounds:
         self.tables.insert(0, table)
 
     def _lumps(self, level: int, affordable: float) -> Lumps:
-        """Merges the groups of the next layer to about ``affordable`` lumps, half of which are single groups."""
+        """Merges the groups of the next layer into about ``affordable`` lumps; half of the lumps are single groups."""
         labels, count = self.chain.labels[level + 1], self.chain.counts[level + 1]
         if max(affordable, MIN_ROWS) >= count:
             return Lumps(labels, count)

@@ -30,7 +30,7 @@ class LayerChain:
     Attributes:
         labels: The group of each neuron, ``(n_m,)`` for each layer.
         counts: The number of groups of each layer.
-        widths: The number of vectors that fit into memory on the way to the next layer.
+        widths: The number of vectors that fit into memory while they are propagated to the next layer.
 
     Raises:
         ValueError: If no layer is given, or the number of kinds differs from the number of layers.
@@ -70,7 +70,7 @@ class LayerChain:
         return propagated(self.recording, upper, lower, rows)[0].flatten(1)
 
     def collect(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
-        r"""The transpose of `propagate`, :math:`\sum_{i'} \tilde T_{i'i} v(i')`: ``(K, n_{m+1})`` to ``(K, n_m)``.
+        r"""Applies `propagate` transposed, :math:`\sum_{i'} \tilde T_{i'i} v(i')`: ``(K, n_{m+1})`` to ``(K, n_m)``.
 
         With ``bound``, the result is at least the sum with absolute values of the kernel.
         """
@@ -114,7 +114,7 @@ def check_one_sample(mu: RelevanceMeasure) -> None:
     """Raises unless the measure has exactly one sample."""
     if mu.batch != 1:
         raise ValueError(
-            f"relevant walks differ between samples, and the measure has {mu.batch}: take a measure of one sample."
+            f"relevant walks differ between samples, and the measure has {mu.batch}: construct a measure of one sample."
         )
 
 

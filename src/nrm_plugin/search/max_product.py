@@ -133,7 +133,7 @@ class MaxProduct:
         unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))
         unit_vectors[range(len(neurons)), neurons] = 1
         arriving: list[Tensor | None] = [None] * len(vertex.shapes)
-        if vertex.step is None:  # nodes of autograd require a gradient of their first output
+        if vertex.step is None:  # autograd nodes require a gradient of their first output
             arriving[0] = self.start.new_zeros((len(neurons), *vertex.shapes[0]))
         arriving[place.number] = unit_vectors.view(len(neurons), *shape)
         parts, _ = vertex.pull(arriving)

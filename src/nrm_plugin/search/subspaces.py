@@ -69,7 +69,7 @@ class Subspaces:
             )
 
     def __len__(self) -> int:
-        """Returns the number of subspaces, without the rest."""
+        """Returns the number of subspaces, excluding the rest."""
         return len(self.sizes)
 
     def parts(self, values: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Subspaces:
 
 
 def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``1 / a`` for neurons with a context, else zero; and 1 for neurons without context, else zero."""
+    """Returns ``1 / a`` for neurons with a context (else 0), and an indicator of the neurons without a context."""
     size = values.abs()
     silent = size <= FLOOR * size.flatten(1).amax(1).view(-1, *(1,) * (values.ndim - 1))
     return torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, values)), silent.to(values)
@@ -363,7 +363,7 @@ def subspace_parts(values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
-    """Returns the sum of all parts, which is ``values`` bit for bit."""
+    """Returns the sum of all parts, which equals ``values`` bit for bit."""
     if has_torch_function((parts, values)):
         total: Tensor = handle_torch_function(subspace_sum, (parts, values), parts, values, subspaces)
         return total

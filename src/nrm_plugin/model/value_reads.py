@@ -1,0 +1,114 @@
+"""Reads of values on which a computation depends, and what a trace of the computation must know of them.
+
+A trace repeats the tensor operations of a computation for other values. A truth value that the computation read is then
+computed again and compared, unless the computation did not depend on it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+class _Active(threading.local):
+    """State of this thread.
+
+    Attributes:
+        tracer: The trace that is being taken, or None.
+        audits: Number of open audits.
+        place: The step whose kernel is being built.
+        avoided: Shortcuts that a trace must not take, because their conditions did not hold for other values.
+    """
+
+    tracer: Any = None
+    audits = 0
+    place = ""
+    avoided: frozenset[str] = frozenset()
+
+
+ACTIVE = _Active()
+
+
+def is_traced() -> bool:
+    """Whether the operations of this thread are traced, to be repeated for other values."""
+    return ACTIVE.tracer is not None
+
+
+@contextmanager
+def audit() -> Iterator[None]:
+    """Context for checks of a model or a rule that need not be repeated for other inputs."""
+    ACTIVE.audits += 1
+    try:
+        yield
+    finally:
+        ACTIVE.audits -= 1
+
+
+@contextmanager
+def repeated(place: str = "") -> Iterator[None]:
+    """Context inside an :func:`audit` for computations that are repeated for other inputs.
+
+    Args:
+        place: Where the computation takes shortcuts.
+    """
+    outer, ACTIVE.audits, ACTIVE.place = (ACTIVE.audits, ACTIVE.place), 0, place or ACTIVE.place
+    try:
+        yield
+    finally:
+        ACTIVE.audits, ACTIVE.place = outer
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Context of computations that only check the model, and of which no result is used otherwise."""
+    outer, ACTIVE.tracer = ACTIVE.tracer, None
+    try:
+        with _disable_current_modes() if outer is not None else nullcontext():
+            yield
+    finally:
+        ACTIVE.tracer = outer
+
+
+@contextmanager
+def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
+    """Context in which a trace takes none of the given shortcuts."""
+    outer = ACTIVE.avoided
+    ACTIVE.avoided = shortcuts
+    try:
+        yield
+    finally:
+        ACTIVE.avoided = outer
+
+
+def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
+    """Returns whether a shortcut may be taken: a computation that is valid only under a condition on values.
+
+    If the condition does not hold, the general computation is used, which is valid in any case. A trace therefore
+    depends on the condition only if it holds.
+
+    Args:
+        shortcut: Name of the shortcut.
+        condition: Function that reads the values.
+    """
+    if not is_traced():
+        return bool(condition())
+    shortcut = f"{shortcut} in {ACTIVE.place or 'the graph'}"
+    if shortcut in ACTIVE.avoided:
+        return False
+    with audit():
+        if not condition():
+            return False
+    ACTIVE.tracer.shortcut = shortcut
+    try:
+        with repeated():
+            return bool(condition())
+    finally:
+        ACTIVE.tracer.shortcut = ""
+
+
+__all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced", "repeated", "untraced"]

@@ -1,0 +1,56 @@
+"""Keys: the form of a call or a query, without the values of the tensors of the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ..events.event import Event
+
+_LARGEST = 1 << 20
+"""Largest number of entries of a tensor among the arguments of a query, such as labels of neurons, that is compared."""
+
+
+def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
+    """Returns the form of the arguments of a model, and the tensors among them.
+
+    Raises:
+        TypeError: If an argument cannot be compared.
+    """
+    leaves, form = tree_flatten(values)
+    tensors: list[Tensor] = []
+    key: list[Hashable] = []
+    first: dict[int, int] = {}
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            known = first.setdefault(id(leaf), len(tensors))
+            if known == len(tensors):
+                tensors.append(leaf)
+            key.append((known, leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+        else:
+            key.append(frozen(leaf))
+    modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cpu"))
+    return (form, tuple(key), modes, torch.get_default_dtype()), tensors
+
+
+def frozen(value: Any) -> Hashable:
+    """Returns a hashable equivalent of an argument.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    if value is None or isinstance(value, (bool, int, float, str, Event, nn.Module)):
+        return (type(value).__name__, value)
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, *map(frozen, value))
+    if isinstance(value, dict):
+        return ("dict", *((frozen(key), frozen(item)) for key, item in value.items()))
+    if isinstance(value, Tensor) and value.numel() <= _LARGEST and value.layout == torch.strided:
+        return ("tensor", value.shape, value.dtype, value.device, value.detach().cpu().numpy().tobytes())
+    if isinstance(value, (torch.dtype, torch.device, type)) or isinstance(value, Callable):  # type: ignore[arg-type]
+        return value  # type: ignore[no-any-return]
+    raise TypeError(f"{type(value).__name__} cannot be compared")

@@ -1,0 +1,175 @@
+"""Merging of operations: what was computed before is not computed again, and copies are not made without need."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .trace import Operation, Trace, Value, mapped
+
+aten = torch.ops.aten
+_ALIASES = frozenset([aten.detach.default, aten.alias.default, aten.lift_fresh.default])
+"""Operations that return their first argument."""
+_VIEWS = frozenset(
+    [
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.expand.default,
+        aten.squeeze.dim,
+        aten.squeeze.default,
+        aten.slice.Tensor,
+    ]
+)
+"""Operations that return a view of their first argument, possibly of the same shape."""
+_COPIES = frozenset([aten.clone.default, aten._lazy_clone.default, aten.lift_fresh_copy.default, aten._to_copy.default])
+"""Operations that return a copy of their first argument, possibly in another form."""
+
+
+class Merger:
+    """Merges the operations of a trace.
+
+    Args:
+        trace: The trace.
+        constants: The constants.
+        results: The numbers of the tensors that are wanted.
+    """
+
+    def __init__(self, trace: Trace, constants: dict[int, Tensor], results: list[int]) -> None:
+        self.trace, self.constants, self._results = trace, constants, results
+        self._same: dict[int, int] = {}
+        self._versions: Counter[int] = Counter()
+        self._writes: Counter[int] = Counter()
+        self._sizes: Counter[int] = Counter()
+        self._given = {*trace.constants, *trace.placeholders}
+
+    def merged(self, operations: list[Operation]) -> tuple[list[Operation], list[int]]:
+        """Returns the remaining operations, and the numbers of the results."""
+        memory = self.trace.memory
+        self._writes = Counter(memory(number) for one in operations for number in one.writes)
+        made = {number for one in operations for number in one.results if number is not None}
+        self._sizes = Counter(memory(number) for number in made if not self._is_same_view(number))
+        known: dict[Any, Operation] = {}
+        rest = []
+        for old in operations:
+            one = self._renamed(old)
+            if self._is_settled(one) or self._is_forwarded(one):
+                continue
+            key = self._key(one)
+            earlier = None if key is None else known.get(key)
+            if earlier is not None:
+                self._same |= {
+                    new: first
+                    for new, first in zip(one.results, earlier.results, strict=True)
+                    if new is not None and first is not None
+                }
+                continue
+            if key is not None:
+                known[key] = one
+            for number in one.writes:
+                self._versions[memory(number)] += 1
+            rest.append(one)
+        return rest, [self._now(number) for number in self._results]
+
+    def _is_same_view(self, number: int) -> bool:
+        """Returns whether a tensor is a view of all of another one in the same shape."""
+        root = self.trace.memory(number)
+        return root != number and self.trace.forms[root] == self.trace.forms[number]
+
+    def _now(self, number: int) -> int:
+        while number in self._same:
+            number = self._same[number]
+        return number
+
+    def _renamed(self, one: Operation) -> Operation:
+        def renamed(value: Any) -> Any:
+            return Value(self._now(value.number)) if isinstance(value, Value) else value
+
+        args, kwargs = mapped(renamed, (one.args, one.kwargs))
+        writes = tuple(self._now(number) for number in one.writes)
+        results = tuple(n if n is None or n not in one.writes else self._now(n) for n in one.results)
+        return replace(one, args=args, kwargs=kwargs, writes=writes, results=results)
+
+    def _is_settled(self, one: Operation) -> bool:
+        """Returns whether an operation reads a value that is the same in every run."""
+        if one.expected is None:
+            return False
+        if one.function is aten.equal.default and one.args[0] == one.args[1]:
+            return bool(one.expected)
+        return all(number in self.constants for number in one.reads)
+
+    def _is_forwarded(self, one: Operation) -> bool:
+        """Replaces the result of an operation by its argument, if both are the same."""
+        if one.function is aten.copy_.default:
+            return self._is_moved(one)
+        number = one.results[0] if len(one.results) == 1 else None
+        if number is None or one.writes or one.shapes is not None:
+            return False
+        source = next(one.reads, None)
+        if source is None or not self._is_unchanged(one, source, number):
+            return False
+        self._same[number] = source
+        return True
+
+    def _is_unchanged(self, one: Operation, source: int, number: int) -> bool:
+        if one.function in _ALIASES:
+            return True
+        if self.trace.forms[source] != self.trace.forms[number]:
+            return False
+        if one.function in _VIEWS:
+            return True
+        is_free = not self._is_written_later(source) and not self._is_written_later(number)
+        if one.function in _COPIES:
+            return is_free
+        return one.function is aten.mul.Tensor and is_free and one.args[1] == 1 and not isinstance(one.args[1], Value)
+
+    def _is_moved(self, one: Operation) -> bool:
+        """Replaces a tensor that is completely overwritten by the tensor that is copied to it."""
+        target, source = one.args[0], one.args[1]
+        if not isinstance(source, Value) or self.trace.forms[target.number][:2] != self.trace.forms[source.number][:2]:
+            return False
+        memory = self.trace.memory
+        at = memory(target.number)
+        if at in self._given or at != target.number or memory(source.number) in self._given or source.number in self.constants:
+            return False
+        if self.trace.forms[target.number][3:] != self.trace.forms[source.number][3:] or self._sizes[at] > 1:
+            return False
+        if self._writes[at] - self._versions[at] > 1 or self._is_written_later(source.number):
+            return False
+        self._versions[at] += 1
+        self._same[target.number] = source.number
+        return True
+
+    def _is_written_later(self, number: int) -> bool:
+        memory = self.trace.memory(number)
+        return self._writes[memory] > self._versions[memory]
+
+    def _key(self, one: Operation) -> Any:
+        """Returns what determines the results of an operation; None if it may not be merged."""
+        memory = self.trace.memory
+        if one.writes or one.shapes is not None:
+            return None
+        if any(self._writes[memory(number)] and number not in one.reads for number in one.results if number is not None):
+            if not any(memory(number) == memory(source) for number in one.results if number is not None for source in one.reads):
+                return None
+        versions = tuple(self._versions[memory(number)] for number in one.reads)
+        try:
+            key = (one.function, _frozen(one.args), _frozen(one.kwargs), versions)
+            hash(key)
+        except TypeError:
+            return None
+        return key
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, *map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in sorted(value.items()))
+    return (type(value).__name__, value)
+
+
+__all__ = ["Merger"]

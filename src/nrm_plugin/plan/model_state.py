@@ -1,0 +1,94 @@
+"""The state of a model and a composite on which a plan depends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ENTRIES = 64
+"""Number of entries of each tensor that are compared by value, as writes through ``.data`` change no version."""
+
+
+class ModelState:
+    """A detector of changes of a model, by identity and version of everything that its modules hold.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._modules = [(module, _attributes(module), _held(module)) for module in model.modules()]
+        self._tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._versions = [(tensor._version, tensor.data_ptr()) for _, tensor in self._tensors]
+        self._entries = _entries([tensor for _, tensor in self._tensors])
+        self._values = [torch.cat(views).clone() for views in self._entries]
+
+    def changed(self) -> str:
+        """Returns what has changed, or an empty string."""
+        for module, attributes, _ in self._modules:
+            if _attributes(module) != attributes:
+                return f"module {self._names[id(module)]!r}" if self._names[id(module)] else "the model"
+        for (name, tensor), state in zip(self._tensors, self._versions, strict=True):
+            if (tensor._version, tensor.data_ptr()) != state:
+                return f"{name!r}"
+        for views, values in zip(self._entries, self._values, strict=True):
+            if not torch.equal(torch.cat(views), values):
+                return "a weight"
+        return ""
+
+
+def _attributes(module: nn.Module) -> tuple[Any, ...]:
+    """Identities of the attributes of a module, and of the contents of containers among them."""
+    held = module.__dict__
+    contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ is dict and value]
+    lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]
+    return (tuple(map(id, held.values())), *contents, *lists)
+
+
+def _held(module: nn.Module) -> list[Any]:
+    """The attributes themselves, so that no other object takes their identity."""
+    values = list(module.__dict__.values())
+    return [values, *(list(value.values()) for value in values if value.__class__ is dict)]
+
+
+def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Returns views of a few entries of each floating point tensor, by device and dtype."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point() and tensor.numel():
+            flat = tensor.detach().view(-1)
+            groups.setdefault((tensor.device, tensor.dtype), []).append(flat[:: max(1, -(-flat.numel() // _ENTRIES))])
+    return [views for views in groups.values() if not any(bool(view.isnan().any()) for view in views)]
+
+
+def settings(value: Any, depth: int = 4) -> Any:
+    """Returns the settings of a composite as a nested tuple: attributes of rules, types, numbers and tensors."""
+    if value is None or isinstance(value, (bool, int, float, str, type)):
+        return value
+    if isinstance(value, Tensor):
+        return (id(value), value._version, value.data_ptr())
+    if depth == 0:
+        return id(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(settings(item, depth) for item in value)
+    if isinstance(value, dict):
+        return tuple((settings(key, depth), settings(item, depth)) for key, item in value.items())
+    if type(value).__module__.partition(".")[0] in ("zennit", "nrm_plugin"):
+        return (type(value), tuple((key, settings(item, depth - 1)) for key, item in _own(value)))
+    return id(value)
+
+
+def _own(value: Any) -> Iterator[tuple[str, Any]]:
+    for key, item in getattr(value, "__dict__", {}).items():
+        if key not in _RUNNING:
+            yield key, item
+
+
+_RUNNING = frozenset(["handles", "hook_refs", "stored_tensors", "tensor_handles", "active", "_checked"])
+"""Attributes of composites and hooks that a run of the model changes."""
+
+__all__ = ["ModelState", "settings"]

@@ -1,0 +1,157 @@
+"""The plan of a model: measures of many inputs of the same form, at the price of a gradient or two."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from ..composites import Uncovered, normalize
+from ..errors import StorageError
+from ..events.event import Atom
+from ..kernels.normalization import Residual
+from ..measure.measure import RelevanceMeasure
+from ..measure.memory import check_memory
+from ..model.checks import check_module
+from ..model.inputs_and_outputs import Call, Inputs, Output
+from .keys import call_key
+from .model_state import ModelState, settings
+from .planned_measure import PlannedMeasure, Settings, TracedRecording
+from .programs import Programs
+
+MOST = 8
+"""Largest number of forms of calls for which programs are stored."""
+
+
+class Plan:
+    """Takes measures of a model by programs of tensor operations, without hooks and without autograd.
+
+    What does not depend on the values of the inputs is found once: names, graph, rules, modified and fused weights, and
+    checks. The first query of each kind is recorded and traced; for other inputs of the same shapes it is repeated as a
+    flat list of operations on tensors.
+
+    Args:
+        model: Any module, in evaluation mode.
+        inputs: Inputs like those of later calls, ``(N, …)``.
+        composite, residual, gain_limit, output, batched, uncovered, max_memory: As in
+            :class:`~nrm_plugin.RelevanceMeasure`.
+        additional_forward_args, additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
+
+    Raises:
+        InputError, ModelStateError, UnsupportedOperationError: As in :class:`~nrm_plugin.RelevanceMeasure`.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> plan = Plan(net, torch.randn(5, 3))
+        >>> for x in torch.randn(2, 5, 3):
+        ...     relevance = plan(x, 1).marginal("input")
+        >>> relevance.shape
+        torch.Size([5, 3])
+
+    Source: ours.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        *,
+        composite: Composite | None = None,
+        residual: Residual | None = None,
+        gain_limit: float | None = None,
+        additional_forward_args: Any = None,
+        additional_forward_kwargs: Mapping[str, Any] | None = None,
+        output: Output | Atom | None = None,
+        batched: bool = True,
+        uncovered: Uncovered | None = None,
+        max_memory: float | None = None,
+    ) -> None:
+        check_module(model)
+        self.model = model
+        self._composite = normalize(composite, residual, gain_limit, uncovered)
+        self._output, self._batched, self._max_memory = output, batched, check_memory(max_memory)
+        self._renew()
+        self._first: tuple[Hashable, list[tuple[int, int]], TracedRecording] | None = None
+        key, tensors, call = self._form(inputs, additional_forward_args, additional_forward_kwargs)
+        programs = self._forms[key]
+        avoided = None if programs.obstacle else programs.avoided
+        self._first = (key, _identities(tensors), TracedRecording(self._settings, call, tensors, avoided))
+
+    def __call__(
+        self,
+        inputs: Inputs,
+        target: Any = None,
+        *,
+        start: Any = None,
+        additional_forward_args: Any = None,
+        additional_forward_kwargs: Mapping[str, Any] | None = None,
+    ) -> RelevanceMeasure:
+        """Takes the measure of some inputs. Inputs of a new shape, or a model that has changed, are planned anew.
+
+        Args:
+            inputs, target, start, additional_forward_args, additional_forward_kwargs: As in
+                :class:`~nrm_plugin.RelevanceMeasure`.
+
+        Returns:
+            A measure that answers every query.
+
+        Raises:
+            InputError, ModelStateError, TargetError, UnsupportedOperationError: As in
+                :class:`~nrm_plugin.RelevanceMeasure`.
+        """
+        if self._settings.state.changed() or settings(self._composite) != self._composite_state:
+            self._renew()
+        key, tensors, call = self._form(inputs, additional_forward_args, additional_forward_kwargs)
+        recorded, self._first = self._first, None
+        if recorded is not None and recorded[:2] != (key, _identities(tensors)):
+            recorded = None
+        first = None if recorded is None else recorded[2]
+        return PlannedMeasure(self._settings, self._forms[key], call, tensors, target, start, first)
+
+    def explain(self) -> str:
+        """Says for each form of calls which queries have programs, or why calls are recorded every time."""
+        lines = []
+        for programs in self._forms.values():
+            if programs.obstacle:
+                lines.append(f"recorded every time: {programs.obstacle}")
+            else:
+                lines += [str(line) for line in programs.lines()]
+        return "\n".join(lines) or "nothing is planned yet"
+
+    def _renew(self) -> None:
+        state = ModelState(self.model)
+        self._composite_state = settings(self._composite)
+        self._settings = Settings(self.model, self._composite, self._output, self._batched, self._max_memory, state)
+        self._forms: dict[Hashable, Programs] = {}
+        self._first = None
+
+    def _form(self, inputs: Any, args: Any, kwargs: Any) -> tuple[Hashable, list[Tensor], Any]:
+        """Returns the form of a call, its tensors, and a function that makes the call."""
+        try:
+            key, tensors = call_key((inputs, args, None if kwargs is None else dict(kwargs)))
+        except (TypeError, ValueError):
+            key, tensors = object(), []
+        if key not in self._forms:
+            self._forms[key] = Programs()
+            if not tensors:
+                self._forms[key].obstacle = "an argument of the model cannot be compared"
+            while len(self._forms) > MOST:
+                self._forms.pop(next(iter(self._forms)))
+        return key, tensors, lambda: Call(inputs, args, kwargs, self._batched)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises an error for copy, pickle and multiprocessing.
+
+        Raises:
+            StorageError: Always.
+        """
+        raise StorageError("a plan cannot be copied or stored: it belongs to one model in the memory of this process.")
+
+
+def _identities(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    return [(id(tensor), tensor._version) for tensor in tensors]
+
+
+__all__ = ["Plan"]

@@ -1,0 +1,211 @@
+"""Programs: simplified traces as functions on tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..measure.marginals import copied
+from ..model.autocast import exact
+from .simplify import Simplifier
+from .trace import Operation, Trace, Value
+
+
+class ValuesDiffer(Exception):
+    """A value on which the traced computation depended is different for these inputs.
+
+    Attributes:
+        reads: The lines of code that read these values.
+    """
+
+    def __init__(self, reads: list[str]) -> None:
+        super().__init__(", ".join(reads))
+        self.reads = reads
+
+
+class Program:
+    """A computation in two stages: from inputs to outputs, and from relevance of the outputs to results.
+
+    Args:
+        trace: The trace of both stages.
+        inputs: Numbers of the inputs.
+        outputs: Numbers of the tensors that the first stage returns.
+        start: Number of the relevance of the outputs, with which the second stage begins.
+        results: Numbers of the tensors that the second stage returns.
+    """
+
+    def __init__(
+        self, trace: Trace, inputs: Sequence[int], outputs: Sequence[int], start: int, results: Sequence[int]
+    ) -> None:
+        simple = Simplifier(trace, [*outputs, *results])
+        renamed = simple.results
+        self.operations, self.constants = simple.operations, simple.constants
+        outputs, results = renamed[: len(outputs)], renamed[len(outputs) :]
+        self.obstacle = next((reason for one in self.operations if (reason := _obstacle(one, simple.trace))), "")
+        made = {number: index for index, one in enumerate(self.operations) for number in one.results}
+        until = max((made[number] + 1 for number in outputs if number in made), default=0)
+        writer = _Writer(self.operations, self.constants, until, simple.trace.memory, {*trace.constants, *trace.placeholders})
+        self.source, scope = writer.written(list(inputs), outputs, start, results)
+        exec(compile(self.source, "<plan>", "exec"), scope)
+        self._forward, self._relevance = scope["forward"], scope["relevance"]
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
+        """Runs the first stage; returns the outputs, and the tensors that the second stage needs."""
+        with _plain(inputs[0].device):
+            outputs, state, checks = self._forward(*inputs)
+        _check(checks)
+        return outputs, list(state)
+
+    def relevance(self, state: list[Any], start: Tensor) -> list[Tensor]:
+        """Runs the second stage and empties the state."""
+        with _plain(start.device):
+            results, checks = self._relevance(state, start)
+        _check(checks)
+        return list(results)
+
+
+@contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """Context in which operations run as they are written in a trace, whatever modes the caller is in."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch._C.DisableTorchFunction(),
+        torch.autocast(device.type, enabled=False),
+        exact(device),
+    ):
+        yield
+
+
+def _obstacle(one: Operation, trace: Trace) -> str:
+    """Returns why an operation may not be repeated."""
+    if torch.Tag.nondeterministic_seeded in one.function.tags and not str(one.function).startswith(_DETERMINISTIC):
+        return f"the model draws random numbers ({one.function})"
+    given = {*trace.constants, *trace.placeholders}
+    if any(trace.memory(number) in given for number in one.writes):
+        return f"the model overwrites one of its inputs or weights ({one.function})"
+    return ""
+
+
+_DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
+"""Operations that draw numbers only in training mode, in which no measure is taken."""
+
+
+def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
+    bad = [origin for found, expected, origin in checks if not _is_same(found, expected)]
+    if bad:
+        raise ValuesDiffer(bad)
+
+
+def _is_same(found: Any, expected: Any) -> bool:
+    if isinstance(found, Tensor):
+        found = found.item()
+    return bool(found == expected) or (isinstance(found, float) and math.isnan(found) and math.isnan(expected))
+
+
+class _Writer:
+    """Writes the source of a program."""
+
+    def __init__(
+        self,
+        operations: list[Operation],
+        constants: dict[int, Tensor],
+        until: int,
+        memory: Callable[[int], int],
+        given: set[int],
+    ) -> None:
+        self.memory, self.given = memory, given
+        self.operations, self.constants, self.until = operations, constants, until
+        self.scope: dict[str, Any] = {f"c{number}": value for number, value in constants.items()}
+        self._names: dict[Any, str] = {}
+
+    def written(
+        self, inputs: list[int], outputs: list[int], start: int, results: list[int]
+    ) -> tuple[str, dict[str, Any]]:
+        first, second = self.operations[: self.until], self.operations[self.until :]
+        needed = {number for one in second for number in one.reads} | set(results)
+        known = set(inputs) | {number for one in first for number in one.results if number is not None}
+        passed = sorted(needed & known)
+        lines = [f"def forward({', '.join(f'v{number}' for number in inputs)}):", "    checks = []"]
+        lines += self._body(first, {*outputs, *passed})
+        lines.append(f"    return ({self._tuple(outputs)}), ({self._tuple(passed)}), checks")
+        lines += [f"def relevance(state, v{start}):", "    checks = []"]
+        if passed:
+            lines.append(f"    {self._tuple(passed)} = state")
+        lines.append("    state.clear()")
+        lines += self._body(second, set(results), set(passed) | {start})
+        lines.append(f"    return ({self._separate(results, start)}), checks")
+        return "\n".join(lines), self.scope
+
+    def _separate(self, numbers: Sequence[int], start: int) -> str:
+        """Writes results, each in its own memory."""
+        used = {self.memory(start)}
+        parts = []
+        for number in numbers:
+            text = self._text(Value(number))
+            memory = self.memory(number)
+            shared = memory in used or number in self.constants or memory in self.given
+            parts.append(f"{self._bound(copied)}({text}), " if shared else f"{text}, ")
+            used.add(memory)
+        return "".join(parts)
+
+    def _tuple(self, numbers: Sequence[int]) -> str:
+        return "".join(f"{self._text(Value(number))}, " for number in numbers)
+
+    def _body(self, operations: list[Operation], kept: set[int], given: set[int] = frozenset()) -> list[str]:  # type: ignore[assignment]
+        last: dict[int, int] = {}
+        for index, one in enumerate(operations):
+            for number in one.reads:
+                last[number] = index
+        lines = []
+        made = set(given)
+        for index, one in enumerate(operations):
+            call = f"{self._bound(one.function)}({self._arguments(one)})"
+            names = [
+                f"v{n}" if n is not None and (one.shapes is not None or n in last or n in kept) else "_"
+                for n in one.results
+            ]
+            if one.expected is not None:
+                lines.append(f"    checks.append(({call}, {one.expected!r}, {one.origin!r}))")
+            elif (one.writes and one.results and one.results[0] in one.writes) or all(name == "_" for name in names):
+                lines.append(f"    {call}")
+            else:
+                lines.append(f"    {', '.join(names)}{',' if one.is_sequence else ''} = {call}")
+            if one.shapes is not None:
+                lines.append(f"    checks.append(({names[0]}.shape, {self._bound(one.shapes[0])}, {one.origin!r}))")
+            made.update(number for number in one.results if number is not None)
+            dead = [f"v{n}" for n in set(one.reads) if last[n] == index and n not in kept and n in made]
+            if dead:
+                lines.append(f"    {' = '.join(dead)} = None")
+        return lines
+
+    def _arguments(self, one: Operation) -> str:
+        parts = [self._text(value) for value in one.args]
+        parts += [f"{key}={self._text(value)}" for key, value in one.kwargs.items()]
+        return ", ".join(parts)
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, Value):
+            return f"c{value.number}" if value.number in self.constants else f"v{value.number}"
+        if value is None or isinstance(value, (bool, int)):
+            return repr(value)
+        if isinstance(value, (list, tuple)) and any(True for item in value):
+            inner = "".join(f"{self._text(item)}, " for item in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        return self._bound(value)
+
+    def _bound(self, value: Any) -> str:
+        try:
+            key: Any = (type(value), value)
+            hash(key)
+        except TypeError:
+            key = id(value)
+        if key not in self._names:
+            self._names[key] = f"k{len(self._names)}"
+            self.scope[self._names[key]] = value
+        return self._names[key]

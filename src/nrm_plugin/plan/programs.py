@@ -1,0 +1,128 @@
+"""The programs of one form of calls."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..recording.passes import Cost
+from .program import Program, ValuesDiffer
+from .trace import Tracer
+
+MOST = 32
+"""Largest number of programs of one form of calls."""
+FAILURES = 3
+"""Number of times that a model may read other values before it is recorded for every input."""
+
+
+@dataclass
+class QueryProgram:
+    """The program of one query.
+
+    Attributes:
+        program: The program.
+        form: How its results are nested in the answer.
+        cost: The cost of the query.
+    """
+
+    program: Program
+    form: TreeSpec
+    cost: Cost
+
+    def answer(self, results: Sequence[Tensor]) -> Any:
+        """Returns the answer of the query."""
+        return tree_unflatten(results, self.form)
+
+
+class Programs:
+    """The programs of one form of calls, by query.
+
+    Attributes:
+        avoided: The shortcuts whose conditions did not hold for some inputs.
+        obstacle: Why calls of this form are recorded every time; empty if they are not.
+        answers: Answers that do not depend on values, such as names and shapes.
+        latest: The program that was used last, which the next measure is expected to use.
+    """
+
+    def __init__(self) -> None:
+        self.avoided: frozenset[str] = frozenset()
+        self.obstacle = ""
+        self.answers: dict[Hashable, Any] = {}
+        self.latest: QueryProgram | None = None
+        self.lock = threading.RLock()
+        self._programs: OrderedDict[Hashable, QueryProgram] = OrderedDict()
+        self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, str] = {}
+        self._failures = 0
+
+    def find(self, key: Hashable) -> QueryProgram | None:
+        """Returns the program of a query."""
+        with self.lock:
+            found = self._programs.get(key)
+            if found is not None:
+                self._programs.move_to_end(key)
+                self.latest = found
+            return found
+
+    def is_worth(self, key: Hashable, is_certain: bool) -> bool:
+        """Whether a query is to be traced: at once if it will be asked of other inputs, else when it is repeated."""
+        with self.lock:
+            worth = (is_certain or key in self._seen) and key not in self._recorded
+            self._seen.add(key)
+            return worth and not self.obstacle
+
+    def add(
+        self,
+        key: Hashable,
+        tracer: Tracer,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        start: int,
+        answer: Any,
+        cost: Cost,
+    ) -> None:
+        """Makes the program of a query from its trace."""
+        leaves, form = tree_flatten(answer)
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            return
+        if tracer.trace.obstacles:
+            self._seen.discard(key)
+            self._recorded[key] = tracer.trace.obstacles[0]
+            return
+        program = Program(tracer.trace, inputs, outputs, start, [tracer.number(leaf) for leaf in leaves])
+        with self.lock:
+            if program.obstacle:
+                self.obstacle = program.obstacle
+                return
+            self.latest = self._programs[key] = QueryProgram(program, form, cost)
+            while len(self._programs) > MOST:
+                self._programs.popitem(last=False)
+
+    def reject(self, error: ValuesDiffer) -> None:
+        """Drops the programs after the values that they depend on were different."""
+        with self.lock:
+            names = frozenset(read for read in error.reads if " in " in read)
+            self.avoided |= names
+            if not names:
+                self._failures += 1
+            if self._failures >= FAILURES:
+                self.obstacle = f"the model or a rule reads values: {error.reads[0]}"
+            self._programs.clear()
+            self.latest = None
+
+    def lines(self) -> list[str]:
+        """Returns one line for each program."""
+        with self.lock:
+            recorded = [f"{key[0]}: recorded every time: {why}" for key, why in self._recorded.items()]  # type: ignore[index]
+            return recorded + [
+                f"{key[0]}: {len(one.program.operations)} operations" for key, one in self._programs.items()
+            ]  # type: ignore[index]
+
+    def __len__(self) -> int:
+        return len(self._programs)

@@ -1,0 +1,158 @@
+"""Removal of views that do not move data, such as the leading dimension of a single relevance vector."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .trace import Operation, Trace, Value, mapped
+
+aten = torch.ops.aten
+ELEMENTWISE = frozenset(
+    getattr(aten, name)
+    for name in """
+    mul add sub div neg abs sign copysign reciprocal maximum minimum nan_to_num clamp clamp_min clamp_max relu where
+    sqrt square addcmul addcdiv ne eq ge gt le lt logical_and logical_or bitwise_not bitwise_and zeros_like ones_like
+    mul_ add_ sub_ div_ neg_ abs_ reciprocal_ nan_to_num_ clamp_ clamp_min_ relu_ addcmul_ masked_fill masked_fill_
+    """.split()
+)
+"""Operations that compute each entry from the entries of their arguments at the same place."""
+
+
+class ViewRemover:
+    """Rewrites operations so that tensors are read in the shape in which they were made.
+
+    Args:
+        trace: The trace; tensors that are made in a new shape get new numbers.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._root: dict[int, int] = {}
+        self._made: set[int] = set()
+        self._written: list[Operation] = []
+
+    def rewritten(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
+        """Returns equivalent operations, and the numbers of the results."""
+        for one in operations:
+            source = self._source(one)
+            if source is not None and one.results[0] is not None:
+                self._root[one.results[0]] = self._root.get(source, source)
+                continue
+            stripped = self._stripped(one)
+            self._written.append(self._with_views(one) if stripped is None else stripped)
+        renamed = [self._made_view(number) for number in results]
+        return self._written, renamed
+
+    # -- views ----------------------------------------------------------------------------------------------------
+
+    def _source(self, one: Operation) -> int | None:
+        """Returns the tensor of which an operation returns a view of all entries in their order in memory."""
+        if len(one.results) != 1 or one.results[0] is None or one.writes or one.shapes is not None:
+            return None
+        number = one.results[0]
+        if number in self._root or number not in self.trace.aliases:
+            return None
+        memory = self.trace.memory(number)
+        source = next((other for other in one.reads if self.trace.memory(other) == memory), None)
+        if source is None:
+            return None
+        new, old = self.trace.forms[number], self.trace.forms[source]
+        is_same = new[2:] == old[2:] and math.prod(new[0]) == math.prod(old[0]) > 0
+        return source if is_same and _is_contiguous(new) and _is_contiguous(old) else None
+
+    def _made_view(self, number: int) -> int:
+        """Returns the number of a tensor in its own shape, and makes the view if there is none."""
+        root = self._root.get(number)
+        if root is None:
+            return number
+        if self.trace.forms[root][0] == self.trace.forms[number][0]:
+            return root
+        if number not in self._made:
+            self._made.add(number)
+            shape = list(self.trace.forms[number][0])
+            self._written.append(Operation(aten.view.default, (Value(root), shape), {}, (number,)))
+        return number
+
+    def _with_views(self, one: Operation) -> Operation:
+        def made(value: Any) -> Any:
+            return Value(self._made_view(value.number)) if isinstance(value, Value) else value
+
+        args, kwargs = mapped(made, (one.args, one.kwargs))
+        # An operation that writes may return its argument.
+        results = tuple(None if n is None else self._made_view(n) if n in one.writes else n for n in one.results)
+        writes = tuple(self._made_view(number) for number in one.writes)
+        return replace(one, args=args, kwargs=kwargs, results=results, writes=writes)
+
+    # -- leading dimensions of size one ---------------------------------------------------------------------------
+
+    def _stripped(self, one: Operation) -> Operation | None:
+        """Returns an elementwise operation on tensors without their leading dimension, if they were made without."""
+        if one.function.overloadpacket not in ELEMENTWISE or len(one.results) != 1 or one.shapes is not None:
+            return None
+        number = one.results[0]
+        if number is None or len(one.writes) > 1 or (one.writes and one.writes[0] != number):
+            return None
+        form = self.trace.forms[number]
+        if len(form[0]) < 2 or form[0][0] != 1 or not _is_contiguous(form):
+            return None
+        read = list(dict.fromkeys(one.reads))
+        without = {n: self._without(n, len(form[0])) for n in read}
+        if any(new is None for new in without.values()) or not any(new != n for n, new in without.items()):
+            return None
+
+        def renamed(value: Any) -> Any:
+            return Value(without[value.number]) if isinstance(value, Value) else value  # type: ignore[arg-type]
+
+        args, kwargs = mapped(renamed, (one.args, one.kwargs))
+        if one.writes:
+            made = without[number]
+            assert made is not None
+        else:
+            made = self._new(number)
+        return replace(
+            one,
+            args=args,
+            kwargs=kwargs,
+            results=(made,),
+            writes=(made,) if one.writes else (),
+        )
+
+    def _without(self, number: int, ndim: int) -> int | None:
+        """Returns a tensor without its leading dimension, if it has as many as the result; None if there is none."""
+        form = self.trace.forms[number]
+        if len(form[0]) < ndim:
+            return self._made_view(number)
+        if form[0][0] != 1:
+            return None
+        root = self._root.get(number, number)
+        return root if self.trace.forms[root][0] == form[0][1:] else None
+
+    def _new(self, number: int) -> int:
+        """Makes the number of a tensor that is the given one without its leading dimension."""
+        trace = self.trace
+        made, trace.count = trace.count, trace.count + 1
+        shape, stride, *rest = trace.forms[number]
+        trace.forms[made] = (shape[1:], stride[1:], *rest)
+        trace.aliases[number] = made
+        self._root[number] = made
+        return made
+
+
+def _is_contiguous(form: Any) -> bool:
+    shape, stride, *_ = form
+    if stride is None:
+        return False
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
+__all__ = ["ELEMENTWISE", "ViewRemover"]

@@ -1,0 +1,127 @@
+"""Simplification of traces: what is computed from constants is computed once, and what nobody reads is not computed.
+
+A trace may overwrite tensors. Tensors that share memory form a group. Operations keep their order, and an operation on
+a group is merged with another one only if the group was not overwritten in between.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fused_norms import fused
+from .merging import Merger
+from .reshapes import ViewRemover
+from .trace import Operation, Trace, Value, mapped
+
+aten = torch.ops.aten
+FILLED = frozenset(
+    getattr(aten, name) for name in "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
+)
+"""Operations that read only the shape of their argument."""
+STORED = 1 << 14
+"""Largest number of entries of a filled tensor that is stored, rather than made in each run."""
+
+
+class Simplifier:
+    """The operations of a trace that some results depend on, simplified.
+
+    Args:
+        trace: The trace.
+        results: The numbers of the tensors that are wanted.
+
+    Attributes:
+        trace: A copy of the trace, in which the simplified operations number further tensors.
+        operations: The remaining operations, in order.
+        constants: The constants that they read, by number.
+        results: The numbers of the wanted tensors.
+    """
+
+    def __init__(self, trace: Trace, results: list[int]) -> None:
+        self.trace = replace(trace, forms=dict(trace.forms), aliases=dict(trace.aliases))
+        self.constants: dict[int, Tensor] = dict(trace.constants)
+        operations = self._folded(self._live(trace.operations, results))
+        operations, self.results = self._merged(operations, results)
+        operations, self.results = ViewRemover(self.trace).rewritten(operations, self.results)
+        operations, self.results = self._merged(operations, self.results)
+        operations = fused(operations, self.trace, self.constants, self.results)
+        self.operations, self.results = self._merged(operations, self.results)
+        read = {number for one in self.operations for number in one.reads} | set(self.results)
+        self.constants = {number: value for number, value in self.constants.items() if number in read}
+
+    def _merged(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
+        merger = Merger(self.trace, self.constants, results)
+        operations, results = merger.merged(operations)
+        return self._live(operations, results), results
+
+    def _live(self, operations: list[Operation], results: list[int]) -> list[Operation]:
+        """Returns the operations on which the results or a number that the computation read depend."""
+        memory = self.trace.memory
+        live = {memory(number) for number in results}
+        kept: list[Operation] = []
+        for one in reversed(operations):
+            made = {memory(number) for number in (*one.results, *one.writes) if number is not None}
+            if one.expected is not None or one.shapes is not None or made & live:
+                kept.append(one)
+                live.update(memory(number) for number in one.reads)
+        return kept[::-1]
+
+    # -- constants ------------------------------------------------------------------------------------------------
+
+    def _folded(self, operations: list[Operation]) -> list[Operation]:
+        """Computes what depends on constants only."""
+        memory = self.trace.memory
+        varying = {memory(number) for number in self.trace.placeholders}
+        marked = [False] * len(operations)
+        is_changed = True
+        while is_changed:  # an overwritten group varies as a whole, also before it is overwritten
+            is_changed = False
+            for index, one in enumerate(operations):
+                read = () if one.function.overloadpacket in FILLED else one.reads
+                results = [memory(number) for number in one.results if number is not None]
+                if marked[index] or not (any(memory(n) in varying for n in read) or any(m in varying for m in results)):
+                    continue
+                marked[index] = True
+                before = len(varying)
+                varying.update(results)
+                varying.update(memory(number) for number in one.writes)
+                is_changed = is_changed or len(varying) > before
+        written = {memory(number) for one in operations for number in one.writes}
+        rest = []
+        for varies, one in zip(marked, operations, strict=True):
+            if varies or self._is_made_each_time(one, written):
+                rest.append(one)
+            else:
+                self._compute(one)
+        return rest
+
+    def _is_made_each_time(self, one: Operation, written: set[int]) -> bool:
+        number = one.results[0] if len(one.results) == 1 else None
+        if one.function.overloadpacket not in FILLED or number is None or self.trace.memory(number) in written:
+            return False
+        return math.prod(self.trace.forms[number][0]) > STORED
+
+    def _compute(self, one: Operation) -> None:
+        def stored(value: Any) -> Any:
+            return self._stored(value.number) if isinstance(value, Value) else value
+
+        args, kwargs = mapped(stored, (one.args, one.kwargs))
+        with torch.no_grad():
+            result = one.function(*args, **kwargs)
+        for number, item in zip(one.results, result if one.is_sequence else [result], strict=True):
+            if number is not None:
+                self.constants[number] = item
+
+    def _stored(self, number: int) -> Tensor:
+        """Returns a constant; for a tensor that varies, a tensor of the same shape without memory."""
+        if number in self.constants:
+            return self.constants[number]
+        shape, _, _, dtype, device = self.trace.forms[number]
+        return torch.empty((), dtype=dtype, device=device).expand(shape)
+
+
+__all__ = ["Simplifier"]
