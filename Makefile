@@ -97,8 +97,10 @@ lint: .venv/.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: .venv/.stamp .venv/hosts/crp.stamp
+# make bench ARGS="--nets VGG16* --quick"; LXT brings the transformers that it supports.
+bench: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp .venv/hosts/timm.stamp
 	PYTHONPATH=.venv/hosts/crp .venv/bin/python -m benchmarks.speed
+	PYTHONPATH=.venv/hosts/lxt:.venv/hosts/timm .venv/bin/python -m benchmarks.cost $(ARGS)
 
 special-cases: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp
 	PYTHONPATH=.venv/hosts/crp:.venv/hosts/lxt .venv/bin/python -m benchmarks.special_cases

@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from zennit.composites import EpsilonPlusFlat
@@ -141,6 +142,7 @@ def run(package: str, name: str, case: Case) -> Iterator[dict[str, Any]]:
     }
     try:
         torch.manual_seed(SEED)
+        np.random.seed(SEED)
         model = build().eval().requires_grad_(False)
         draw_zeros(model)
         settle(model, drawn(shapes, STATISTICS, SEED))

@@ -69,6 +69,8 @@ class Kind:
         composite: Its rules.
         x: Input tensor.
         tap: The tap that is compared.
+        errors_of: The class of the error of single entry points, whose question has no answer.
+        is_one: The entry points for which the batch is one sample, since a context has no samples.
     """
 
     net: Callable[[], nn.Module]
@@ -77,6 +79,8 @@ class Kind:
     composite: Callable[[], Composite] = EpsilonPlus
     x: Tensor = field(default_factory=lambda: torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
     tap: str = "input"
+    errors_of: dict[str, type[errors.NRMError]] = field(default_factory=dict)
+    is_one: tuple[str, ...] = ()
 
 
 class Scaled(torch.autograd.Function):
@@ -195,13 +199,25 @@ class Encoder(nn.Module):
 class Words(nn.Module):
     """A mean of embeddings."""
 
-    def __init__(self, change: Callable[[Tensor], Tensor], dim: int) -> None:
+    def __init__(self, change: Callable[[Tensor], Tensor], dim: int, **options: float) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.e, self.b, self.change, self.dim = nn.Embedding(12, 6), nn.Linear(6, 2), change, dim
+        self.e, self.b, self.change, self.dim = nn.Embedding(12, 6, **options), nn.Linear(6, 2), change, dim
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.b(self.e(self.change(ids)).mean(self.dim))
+
+
+def renormalized() -> nn.Module:
+    net = Words(lambda ids: ids, 1)
+    net.e.weight.data = torch.renorm(net.e.weight.data, 2, 0, 0.5)
+    return net
+
+
+def gated_by_a_hook() -> nn.Module:
+    net = Calls(plain)
+    net.a.register_forward_hook(lambda module, args, output: output * (output > output.detach().mean(0)))
+    return net
 
 
 def largest(h: Tensor) -> Tensor:
@@ -251,12 +267,29 @@ KINDS: dict[str, Kind] = {
         lambda: Calls(lambda s, x: s.b(s.a(x).relu() + torch.full((6,), 2.0).requires_grad_())),
         lambda: Calls(through(lambda h: h + torch.full((6,), 2.0))),
     ),
-    "samples that mix": Kind(lambda: Calls(through(lambda h: h - h.mean(0))), None, errors.FoldingError),
+    "samples that mix": Kind(
+        lambda: Calls(through(lambda h: h - h.mean(0))), None, errors.FoldingError, is_one=("by_context",)
+    ),
+    "samples that mix by a threshold": Kind(
+        lambda: Calls(through(lambda h: h * (h > h.median(0).values))),
+        None,
+        errors.FoldingError,
+        is_one=("by_context",),
+    ),
+    "samples that mix by a hook of the user": Kind(gated_by_a_hook, None, errors.FoldingError, is_one=("by_context",)),
     "ids transformed before the lookup": Kind(
         lambda: Words(lambda ids: (ids + 1).t(), 0),
         lambda: Words(lambda ids: ids + 1, 1),
         x=torch.tensor([[0, 3, 1, 10], [7, 7, 2, 5], [9, 0, 4, 4]]),
         tap="e",
+        errors_of={"by_inputs": errors.InputError, "by_neuron": errors.InputError},  # relevance of integers
+    ),
+    "embedding with max_norm": Kind(
+        lambda: Words(lambda ids: ids, 1, max_norm=0.5),
+        renormalized,
+        x=torch.tensor([[0, 3, 1, 10], [7, 7, 2, 5], [9, 0, 4, 4]]),
+        tap="e",
+        errors_of={"by_inputs": errors.InputError, "by_neuron": errors.InputError},
     ),
     "largest of a scatter, with ties": Kind(lambda: Calls(through(largest)), lambda: Calls(through(largest_of_rows))),
     "promotion to double": Kind(
@@ -300,9 +333,18 @@ def by_attributor(kind: Kind, folder: Path) -> Tensor:
 
 
 def by_context(kind: Kind, folder: Path) -> Tensor:
-    x = kind.x.clone().requires_grad_()
-    with Normalized(kind.composite()).context(kind.net().eval()) as net:
-        return torch.autograd.grad(net(x)[:, TARGET].sum(), x)[0]
+    net, x = kind.net().eval(), kind.x.clone()
+    ends = [x.requires_grad_()] if x.is_floating_point() else []
+    with Normalized(kind.composite()).context(net):
+        if not ends:  # walks end where the user makes a leaf
+
+            def end(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+                ends.append(output.detach().requires_grad_())
+                return ends[0]
+
+            net.get_submodule(kind.tap).register_forward_hook(end)
+        relevance = torch.autograd.grad(net(x)[:, TARGET].sum(), ends)[0]
+    return relevance if len(relevance) == len(x) else relevance.transpose(0, 1)
 
 
 def by_sweep(kind: Kind, folder: Path) -> Tensor:
@@ -327,35 +369,36 @@ def by_command(kind: Kind, folder: Path) -> Tensor:
             by_measure(kind, folder)
         assert str(caught.value).partition("(")[0] in errors_of_command.getvalue()  # without the place in the source
         raise caught.value
-    rows = (
-        Sweep.open(folder / "swept")
-        .rows(f"marginal({kind.tap})")
-        .sort_by([("sample", "ascending"), ("group", "ascending")])
-    )
+    rows = Sweep.open(folder / "swept").rows(f"marginal({kind.tap})")
+    rows = rows.sort_by([("sample", "ascending"), ("group", "ascending")])
     return torch.tensor(rows["value"].to_pylist())
 
 
 ENTRIES = [by_measure, by_inputs, by_layer, by_neuron, by_joint, by_attributor, by_context, by_sweep, by_command]
-LEFT_OUT = {
-    "samples that mix": [by_context],  # a context does not know which entries of a tensor are of one sample
-    "ids transformed before the lookup": [by_inputs, by_neuron, by_context, by_command],  # ids are not differentiable
-}
-"""Entry points that cannot answer a kind."""
-ROWS = [(kind, entry) for kind in KINDS for entry in ENTRIES if entry not in LEFT_OUT.get(kind, ())]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize(("kind", "entry"), ROWS)
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_entry_point_gives_the_same_answer(kind, entry, tmp_path):
-    case = KINDS[kind]
-    if case.error is not None:
-        with pytest.raises(case.error) as caught:
+    case, name = KINDS[kind], entry.__name__
+    error = None if name in case.is_one else case.errors_of.get(name, case.error)
+    if error is not None:
+        with pytest.raises(error) as caught:
             entry(case, tmp_path)
-        assert type(caught.value) is case.error
+        assert type(caught.value) is error
         return
-    twin = case.twin().eval()
-    rows = [RelevanceMeasure(twin, row[None], TARGET, composite=EpsilonPlus()).marginal(case.tap) for row in case.x]
-    expected = torch.cat(rows)
+    rules = case.composite()
+    if name in case.is_one:  # relevance 1 starts at each sample
+        start = torch.eye(2)[[TARGET] * len(case.x)]
+        mu = RelevanceMeasure(case.net().eval(), case.x, composite=rules, start=start, batched=False)
+        expected = mu.marginal(case.tap)[0] * len(case.x)
+    else:
+        twin = case.twin().eval()
+        rows = [RelevanceMeasure(twin, row[None], TARGET, composite=EpsilonPlus()).marginal(case.tap) for row in case.x]
+        expected = torch.cat(rows)
+    if entry is by_command and expected.ndim > 2:  # rows are those of channels
+        expected = expected.sum(1)
     torch.testing.assert_close(entry(case, tmp_path).view_as(expected), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -9,12 +9,13 @@ import copy
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlusFlat, GuidedBackprop
@@ -23,6 +24,7 @@ from zennit.layer import Sum
 from nrm_plugin import ABSORBED, NRM, LayerNRM, Normalized, NRMAbsolute, RelevanceMeasure, at
 from nrm_plugin.errors import (
     CancellationError,
+    FoldingError,
     NonlinearRuleError,
     NRMError,
     NullEventError,
@@ -536,3 +538,52 @@ def test_a_model_of_torchvision_is_left_unchanged():
         mu = RelevanceMeasure(net, x, 1)
         mu.marginal("input")
         mu(at("layer3")[0] & at("layer1")[1])
+
+
+# -- buffers that the model writes in place ------------------------------------------------------------------------
+
+
+class Averaging(nn.Module):
+    """Multiplies by a running average of products of its features, which it updates in place in each call."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.write = nn.Linear(4, 6), nn.Linear(6, 3), write
+        self.register_buffer("average", torch.rand(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x).relu()
+        self.write(self.average, products(hidden))
+        return self.b((hidden @ self.average).mean(1))
+
+
+def products(hidden: Tensor) -> Tensor:
+    rows = hidden.detach().flatten(0, 1)
+    return rows.T @ rows
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "in place": lambda average, new: average.mul_(0.5).add_(new * 0.5),
+    "copy": lambda average, new: average.copy_(new),
+    "by an index": lambda average, new: average.__setitem__(slice(0, 3), new[:3]),
+    "through data": lambda average, new: average.data.mul_(0.5).add_(new * 0.5),
+    "out": lambda average, new: torch.add(average, new, out=average),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_buffers_that_the_model_writes_in_place_are_restored(name):
+    x = torch.rand(1, 5, 4, generator=torch.Generator().manual_seed(1))
+    net, twin = Averaging(WRITES[name]).eval(), Averaging(lambda average, new: None).eval()
+    WRITES[name](twin.average, products(twin.a(x).relu()))
+    before = net.average.clone()
+    mu = RelevanceMeasure(net, x, 1)
+    assert torch.equal(net.average, before)
+    expected = RelevanceMeasure(twin, x, 1)  # the values that the buffer had in the forward pass
+    torch.testing.assert_close(mu.output, expected.output)
+    torch.testing.assert_close(mu.marginal("a"), expected.marginal("a"))
+    assert torch.equal(net.average, before)
+    with pytest.raises(FoldingError):
+        RelevanceMeasure(net, x.repeat(3, 1, 1) * torch.arange(1, 4)[:, None, None], 1)
+    assert torch.equal(net.average, before)

@@ -55,7 +55,8 @@ class Normalized(Composite):
     ``UnsupportedOperationError``, as does relevance at an operation without a kernel. In a measure, only the inputs
     receive relevance, and all other tensors are constants. In a context, leaves that require a gradient and existed
     before the call receive relevance as well, except for parameters; leaves that the model creates are constants if an
-    input requires a gradient.
+    input requires a gradient. A context has no samples: if the samples of a batch depend on each other, relevance is
+    that of the whole batch, as with ``batched=False`` in a measure.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.
@@ -141,8 +142,9 @@ class Normalized(Composite):
         """
         self.remove()
         check_unpatched()
-        check_hookable(module)
-        check_unhooked(module, "Leave the context of that composite first, or call its remove().")
+        modules = dict(module.named_modules())
+        check_hookable(modules)
+        check_unhooked(modules, "Leave the context of that composite first, or call its remove().")
         try:
             super().register(module)
             self.handles.append(Uncompiled(module))

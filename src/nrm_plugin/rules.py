@@ -214,6 +214,12 @@ def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
     return even
 
 
+def mean_sizes(weight: Tensor) -> Tensor:
+    """Returns the mean absolute weight of each output channel, ``(out,)``, of a layer that is not transposed."""
+    even: Tensor = _evened(0)(weight, "weight")
+    return even.as_strided((len(even),), (even.stride(0),))
+
+
 def _least(source: Tensor, floor: float) -> Tensor:
     """Returns the floor of each sample, ``(N, 1, …)``, which is always positive."""
     size = source.abs()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -385,3 +386,19 @@ def test_a_table_of_columns_has_one_tap_for_each_embedding() -> None:
         assert torch.allclose(mu.marginal(f"kinds.{k}"), part, atol=1e-12)
         assert LayerNRM(net, net.kinds[k]).attribute((IDS, x), target=1).shape == (3, 2)
     assert torch.allclose(mu.marginal(at("input")), expected[:, 8:], atol=1e-12)
+
+
+IN_PYTHON: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tolist": lambda t, w: torch.stack([w[row] for row in t.tolist()]),
+    "numpy": lambda t, w: w[torch.from_numpy(t.numpy())],
+    "array": lambda t, w: w[torch.from_numpy(np.asarray(t) + 1)],
+    "item": lambda t, w: torch.stack([torch.stack([w[one.item()] for one in row]) for row in t]),
+    "int": lambda t, w: torch.stack([torch.stack([w[int(one)] for one in row]) for row in t]),
+    "tensor of a list": lambda t, w: functional.embedding(torch.tensor((t + 1).tolist()), w),
+}
+
+
+@pytest.mark.parametrize("name", IN_PYTHON)
+def test_ids_that_are_read_as_numbers_of_python_raise_and_name_the_line(name: str) -> None:
+    with pytest.raises(InputError, match=r"Python or numpy numbers, by '\w+' .*test_ids.py.*Look up the tensor itself"):
+        RelevanceMeasure(Model(IN_PYTHON[name]).eval(), IDS, 1)

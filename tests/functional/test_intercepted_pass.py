@@ -5,11 +5,14 @@ Covers: nrm_plugin.model.routing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from nrm_plugin import RelevanceMeasure
 from nrm_plugin.errors import UnsupportedOperationError
 from tests.functional.kernel_matrices import A, B, K, Op, check, columns, draw, measure, routed
 
@@ -158,3 +161,68 @@ def test_entries_off_the_diagonal_are_constants():
     matrix = torch.zeros(9, 3, dtype=torch.float64)
     matrix[[0, 4, 8], [0, 1, 2]] = 1
     check(columns(lambda x: torch.diag_embed(x), [x]), [matrix])
+
+
+# -- constants that the model overwrites after a function has read them -------------------------------------------
+
+VECTOR = torch.linspace(-1, 2, 3, dtype=torch.float64)
+MATRIX = torch.randn(3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+READERS: dict[str, tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]] = {
+    "product": (VECTOR, lambda h, c: h * c),
+    "matrix product": (MATRIX, lambda h, c: h @ c),
+    "view": (MATRIX, lambda h, c: (h[:, None] @ c.expand(len(h), 3, 3))[:, 0]),
+    "layer": (MATRIX, F.linear),
+    "bias": (VECTOR, lambda h, c: F.linear(h, MATRIX, c)),
+    "keyword": (VECTOR, lambda h, c: F.linear(h, MATRIX, bias=c)),
+    "convolution": (MATRIX[None, :1], lambda h, c: F.conv1d(h[:, None], c, padding=1)[:, 0]),
+    "einsum": (MATRIX, lambda h, c: torch.einsum("ni,ij->nj", h, c)),
+    "addmm": (MATRIX, lambda h, c: torch.addmm(VECTOR, h, c)),
+    "index": (torch.tensor([0, 0, 1]), lambda h, c: torch.zeros_like(h).index_add(1, c, h)),
+}
+WRITERS: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda c: c.mul_(-3).add_(1).clamp_(0),
+    "set": lambda c: c.__setitem__(..., 1),
+    "view": lambda c: c.view(-1)[1:].fill_(2),
+    "out": lambda c: torch.add(c, 1, out=c).clamp_(0, 2),
+}
+
+
+class Reading(nn.Module):
+    def __init__(self, read: Callable[[Tensor, Tensor], Tensor], constant: Tensor, write: Callable[[Tensor], object]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 3).double(), nn.Linear(3, 2).double()
+        self.read, self.constant, self.write = read, constant, write
+
+    def forward(self, x: Tensor) -> Tensor:
+        constant = self.constant.clone()
+        hidden = self.read(self.a(x).relu(), constant)
+        self.write(constant)
+        return self.b(hidden)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("reader", READERS)
+def test_constants_keep_the_values_that_a_function_has_read(reader: str, writer: str) -> None:
+    constant, read = READERS[reader]
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    nets = [Reading(read, constant, write).eval() for write in (WRITERS[writer], lambda c: None)]
+    found, expected = (RelevanceMeasure(net, x, 1).marginal(["input", "a"]) for net in nets)
+    for layer, mass in expected.items():
+        torch.testing.assert_close(found[layer], mass)
+
+
+MASKED: dict[str, tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]] = {
+    "where": (VECTOR > 0, lambda h, c: torch.where(c, h, 0.1 * h)),
+    "masked_fill": (VECTOR > 0, lambda h, c: h.masked_fill(c, 0.0)),
+    "gather": (torch.tensor([[0, 0, 1]]), lambda h, c: h.gather(1, c.expand(len(h), 3))),
+    "index": (torch.tensor([0, 0, 1]), lambda h, c: h[:, c]),
+}
+
+
+@pytest.mark.parametrize("reader", MASKED)
+def test_masks_that_are_overwritten_raise(reader: str) -> None:
+    constant, read = MASKED[reader]
+    net = Reading(read, constant, lambda c: c.logical_not_() if c.dtype is torch.bool else c.add_(1)).eval()
+    with pytest.raises(UnsupportedOperationError, match="overwrites an index or a mask .*Write to a copy"):
+        RelevanceMeasure(net, torch.rand(3, 4, dtype=torch.float64), 1).marginal("input")

@@ -15,8 +15,20 @@ from nrm_plugin import Absolute, ConservingEpsilon
 from nrm_plugin.kernels.cache_blocks import Block
 from nrm_plugin.kernels.gradient_mapper import applied_mapper
 from nrm_plugin.kernels.mapper_closed_forms import closed_mapper
+from nrm_plugin.rules import Relative
 
-RULES = [Epsilon(), Norm(), WSquare(), Flat(), ZPlus(), ZBox(-1, 1), AlphaBeta(), Gamma(), ConservingEpsilon()]
+RULES = [
+    Epsilon(),
+    Norm(),
+    WSquare(),
+    Flat(),
+    ZPlus(),
+    ZBox(-1, 1),
+    AlphaBeta(),
+    Gamma(),
+    ConservingEpsilon(),
+    Absolute(),
+]
 
 
 def outputs_of(rule: BasicHook) -> list[Tensor]:
@@ -46,7 +58,7 @@ def test_a_known_rule_has_a_closed_form_with_the_same_factors(rule: BasicHook) -
 
 @pytest.mark.parametrize(
     "rule",
-    [Epsilon(Stabilizer(0.1, clip=True)), ZPlus(lambda z: z + 1), Absolute()],
+    [Epsilon(Stabilizer(0.1, clip=True)), ZPlus(lambda z: z + 1), Relative()],
     ids=lambda rule: type(rule).__name__,
 )
 def test_other_rules_and_stabilizers_have_none(rule: BasicHook) -> None:

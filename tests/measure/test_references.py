@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
 from zennit.rules import Epsilon
 
-from nrm_plugin import ABSORBED, LayerNRM, NRMAbsolute, RelevanceMeasure, at
-from nrm_plugin.errors import DifferenceError, NullEventError, TargetError
+from nrm_plugin import ABSORBED, NRM, JointNRM, LayerNRM, NeuronNRM, NRMAbsolute, RelevanceMeasure, at
+from nrm_plugin.errors import DifferenceError, InputError, NullEventError, TargetError, UnsupportedOperationError
 from tests.differences import draw, layer_norm, multipliers, slope, softmax
 
 TIGHT = {"rtol": 0.0, "atol": 1e-12}
@@ -399,6 +399,57 @@ def test_layers_of_captum_take_baselines():
     torch.testing.assert_close(relevance, expected.marginal("1") * expected.output[:, None], **TIGHT)
     torch.testing.assert_close(delta, torch.zeros(3).double(), **TIGHT)
     torch.testing.assert_close(sink, torch.zeros(3).double(), **TIGHT)
+
+
+def test_other_classes_of_captum_take_baselines():
+    net = convolutional()
+    x, x0 = draw(3, 2, 8, 8, seed=3), draw(3, 2, 8, 8, seed=4)
+    expected = RelevanceMeasure(net, x, 1, reference=x0)
+    relevance, delta = NRM(net).attribute(x, 1, baselines=x0, return_convergence_delta=True)
+    torch.testing.assert_close(relevance.flatten(1).sum(1), (net(x) - net(x0))[:, 1].detach(), **TIGHT)
+    torch.testing.assert_close(delta, torch.zeros(3).double(), **TIGHT)
+    torch.testing.assert_close(
+        NRM(net).attribute((x,), 1, baselines=(0.5,))[0], NRM(net).attribute(x, 1, baselines=x * 0 + 0.5), **TIGHT
+    )
+    joint = JointNRM(net, "4", "0").attribute(x, 1, baselines=x0, unit="measure")
+    torch.testing.assert_close(joint, expected.joint("4", "0"), **TIGHT)
+    change = (net[:5](x) - net[:5](x0)).detach()
+    for selector, total in ((2, 0, 1), change[:, 2, 0, 1]), ((slice(1, 3), 0, 0), change[:, 1:3, 0, 0].sum(1)):
+        neuron = NeuronNRM(net, net[4]).attribute(x, selector, baselines=x0)
+        torch.testing.assert_close(neuron.flatten(1).sum(1), total, **TIGHT)
+    ruled = NRM(net, NRMAbsolute()).attribute(x, 1, baselines=x0)
+    rules = RelevanceMeasure(net, x, 1, reference=x0, composite=NRMAbsolute())
+    torch.testing.assert_close(ruled, rules.marginal("input") * rules.output.reshape(3, 1, 1, 1), **TIGHT)
+    with pytest.raises(InputError, match="2 entries for 1 inputs"):
+        NRM(net).attribute(x, 1, baselines=(x0, x0))
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, above):
+        return 3 * ctx.saved_tensors[0] ** 2 * above
+
+
+class Cubed(nn.Module):
+    def forward(self, x):
+        return Cube.apply(x)
+
+
+def test_a_function_with_its_own_backward_takes_part_in_a_module_of_its_own():
+    net = nn.Sequential(nn.Linear(4, 4), Cubed(), nn.Linear(4, 1)).double()
+    mu = RelevanceMeasure(net, X, reference=X0)
+    slopes = [layer.weight.detach() for layer in (net[0], net[2])]
+    z, z0 = net[0](X).detach(), net[0](X0).detach()
+    multiplier = slopes[1] * (z**2 + z * z0 + z0**2)
+    expected = (X - X0) * (multiplier @ slopes[0]) / mu.output[:, None]
+    torch.testing.assert_close(mu.marginal("input"), expected, **TIGHT)
+    with pytest.raises(UnsupportedOperationError, match="'Cube'"):
+        RelevanceMeasure(Branches(lambda h: Cube.apply(h)), X, reference=X0).marginal("input")
 
 
 def test_several_references_are_a_mixture():

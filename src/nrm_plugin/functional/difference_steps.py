@@ -19,6 +19,7 @@ from . import secant_maxima, secant_products  # noqa: F401  (register what they 
 from .differences import SECANTS, DifferenceCall, SecantFactory
 from .function_call import Slot
 from .function_kernels import BroadcastKernel
+from .gates import GATE_FUNCTIONS, PRESERVING
 from .intercepted_pass import InterceptedPass, written
 from .observed_call import ObservedCall
 from .registry import KERNELS, KERNELS_BY_FUNCTION, KernelFactory
@@ -116,7 +117,8 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
     if any(output.data_ptr() == value.data_ptr() for value in call.values):
         output = output.clone()
     linked = forward_pass.linked_difference(reference, call, output, factory, observed.inputs)
-    forward_pass.gates.tag_result(call.name, observed.inputs, linked, observed.has_constants)  # for events of heads
+    if call.name in GATE_FUNCTIONS or call.name in PRESERVING:  # for events of heads
+        forward_pass.gates.tag_result(call.name, observed.inputs, linked, observed.has_constants)
     if isinstance(returned, tuple):
         return type(returned)((linked, *returned[1:]))
     return written(observed, linked)

@@ -20,21 +20,9 @@ from torch import Tensor
 
 from ..kernels.base import Kernel
 from ..kernels.forward_state import Saved
+from ..kernels.reference_pass import ReferencePass
 from ..model.autocast import working_dtype
 from .function_call import FunctionCall
-
-LEAST = {torch.float32: 1e-18, torch.float64: 1e-100}
-"""The replacement of a difference that is zero."""
-
-
-def difference(value: Tensor, reference: Tensor) -> Tensor:
-    """``δ``, the difference of a tensor between input and reference, nowhere zero; infinite entries are masked."""
-    dtype = working_dtype(value.dtype)
-    delta = value.to(dtype) - reference.to(dtype)
-    least = LEAST[dtype]
-    if not bool((delta.abs() >= least).all()):  # also for nan, the difference of equal infinities
-        delta = torch.where(delta.abs() >= least, delta, torch.full_like(delta, least).copysign(delta))
-    return delta
 
 
 @dataclass(frozen=True)
@@ -45,15 +33,20 @@ class DifferenceCall:
         call: The call at the input.
         output: Its output.
         references: The inputs and the output of the same call at the reference.
-        is_tangent: Whether slopes are derivatives at the input instead of secants.
+        passes: The pass of the reference.
         has_rules: Whether layers have rules on differences, which may leave relevance where the difference is zero.
     """
 
     call: FunctionCall
     output: Saved
     references: tuple[Saved, ...]
-    is_tangent: bool = False
+    passes: ReferencePass
     has_rules: bool = False
+
+    @property
+    def is_tangent(self) -> bool:
+        """Whether slopes are derivatives at the input instead of secants."""
+        return self.passes.is_tangent
 
     @property
     def is_exact(self) -> bool:
@@ -91,12 +84,12 @@ class DifferenceCall:
     def before(self) -> list[Tensor]:
         """``δ`` of each input."""
         pairs = zip(self.call.values, self.references[:-1], strict=True)
-        return [difference(value, saved.tensor) for value, saved in pairs]
+        return [self.passes.difference(value, saved.tensor) for value, saved in pairs]
 
     @cached_property
     def after(self) -> Tensor:
         """``δ`` of the output."""
-        return difference(self.output.tensor, self.references[-1].tensor)
+        return self.passes.difference(self.output.tensor, self.references[-1].tensor)
 
 
 def _working(value: Tensor) -> Tensor:
@@ -118,4 +111,4 @@ def secant_of(*names: str) -> Callable[[SecantFactory], SecantFactory]:
     return decorate
 
 
-__all__ = ["SECANTS", "DifferenceCall", "SecantFactory", "difference", "secant_of"]
+__all__ = ["SECANTS", "DifferenceCall", "SecantFactory", "secant_of"]

@@ -15,7 +15,7 @@ from zennit.rules import Pass
 from ..kernels.base import Kernel
 from ..kernels.step import step_of
 from .function_call import CallInput, FunctionCall
-from .function_kernels import SplitKernel, total_of
+from .function_kernels import HalvesKernel, SplitKernel, total_of
 from .registry import kernel_of
 
 STABILIZER = 1e-12
@@ -82,7 +82,7 @@ def addition(call: FunctionCall) -> Kernel:
         return call.identity()
     alpha = float(call.kwargs.get("alpha", call.args[2] if len(call.args) > 2 else 1))
     factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.name]
-    summands = [factor * value for factor, value in zip(factors, call.values, strict=True)]
+    summands = [value if factor == 1 else factor * value for factor, value in zip(factors, call.values, strict=True)]
     return _signed_sum(call, summands) if call.settings.sums == "signed" else _absolute_sum(call, summands)
 
 
@@ -91,12 +91,12 @@ def _signed_sum(call: FunctionCall, summands: list[Tensor]) -> SplitKernel:
     return SplitKernel([summand / total for summand in summands], call.shapes, None, False)
 
 
-def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> SplitKernel:
-    sizes = [_magnitude(summand, item) for summand, item in zip(summands, call.inputs, strict=True)]
-    # If all summands are zero, the shares are equal; a search for zeros would dominate the run time.
-    raised = [size + 1e-30 for size in sizes]
-    factor = total_of(raised).reciprocal()
-    return SplitKernel([size * factor for size in raised], call.shapes, total_of(sizes), True)
+def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> HalvesKernel:
+    def sizes() -> tuple[Tensor, Tensor]:
+        first, second = (_magnitude(one, item) for one, item in zip(summands, call.inputs, strict=True))
+        return first, second
+
+    return HalvesKernel(sizes, call.shapes)
 
 
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
@@ -106,9 +106,9 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
     """
     step = step_of(item.producer)
     if step is not None and step.uses <= 1 and step.rule == "sum":
-        inner = step.kernel.magnitude if isinstance(step.kernel, SplitKernel) else None
-        if inner is not None and inner.shape == summand.shape:
-            return inner
+        kernel = step.kernel
+        if isinstance(kernel, HalvesKernel) and kernel.magnitude.shape == summand.shape:
+            return kernel.magnitude
     return summand.abs()
 
 

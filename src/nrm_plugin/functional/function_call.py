@@ -16,6 +16,7 @@ from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import read_rule_at
 from ..model.affine_layers import Weightless
+from ..model.value_reads import holds
 from .composite_rules import NoRules, RuleLookup
 from .function_kernels import BroadcastKernel, RouteKernel, SingleInputKernel, SplitKernel, total_of
 
@@ -144,7 +145,8 @@ class FunctionCall:
         tensors = [torch.as_tensor(q, dtype=v.dtype, device=v.device) for q, v in zip(shares, self.values, strict=True)]
         total = total_of(tensors)
         tolerance = 16 * torch.finfo(total.dtype).eps
-        return SplitKernel(tensors, self.shapes, None, bool(((total - 1).abs() <= tolerance).all()))
+        is_stochastic = holds("shares that sum to one", lambda: ((total - 1).abs() <= tolerance).all())
+        return SplitKernel(tensors, self.shapes, None, is_stochastic)
 
     def route(self) -> Kernel:
         """Returns a kernel that passes relevance to the copied entries by the gradient; for gathers and permutations.

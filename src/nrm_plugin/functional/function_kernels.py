@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from ..kernels.base import Kernel
 from ..kernels.vjp_kernel import VjpKernel
+
+_SMALLEST = 1e-30
+"""Added to magnitudes, so that the shares of zeros are equal."""
 
 
 class BroadcastKernel(Kernel):
@@ -55,6 +59,36 @@ class SplitKernel(Kernel):
 
     def column_sum(self, like: Tensor) -> Tensor:
         return torch.stack([share.expand_as(like) for share in self.shares]).sum(0)
+
+
+class HalvesKernel(Kernel):
+    r"""Kernel of a sum of two tensors, :math:`T_a = |a| / (|a| + |b|)`; the other input receives the rest.
+
+    Args:
+        sizes: Function that returns the magnitude of each summand.
+        shapes: Shape of each input.
+    """
+
+    is_stochastic = True
+
+    def __init__(self, sizes: Callable[[], tuple[Tensor, Tensor]], shapes: list[torch.Size]) -> None:
+        self._sizes, self.shapes = sizes, shapes
+        first, second = sizes()
+        # If both summands are zero, the shares are equal; a search for zeros would dominate the run time.
+        raised = first + _SMALLEST
+        self.share = raised / (second + _SMALLEST + raised)
+
+    @functools.cached_property
+    def magnitude(self) -> Tensor:
+        """Sum of the magnitudes of the summands, for a sum that contains this sum."""
+        first, second = self._sizes()
+        return first + second
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        part = relevance * self.share
+        return sum_to_shape(part, self.shapes[0]), sum_to_shape(relevance - part, self.shapes[1])
+
+    pull_absolute = pull
 
 
 class SingleInputKernel(Kernel):

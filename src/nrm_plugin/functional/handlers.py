@@ -24,8 +24,6 @@ from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, w
 from .weighted_functions import LAYERS
 
 NOT_HANDLED: Final = object()
-_LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
-"""Functions that return values of a tensor as Python objects."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
 
 
@@ -59,7 +57,7 @@ def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
     """Returns whether a function of computed values returned values that autograd does not track."""
     items = result if isinstance(result, (list, tuple)) else (result,)
     if not all(isinstance(item, Tensor) for item in items):
-        return call.name.base in _LEAVING
+        return call.leaves(result)
     return not all(item.requires_grad for item in items)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.forward_state import listener, note_untracked
 from ..kernels.step import FunctionStep
 from ..model.routing import is_route_node
-from .observed_call import ObservedCall
+from .observed_call import ObservedCall, source_line
 
 
 class Kind(enum.IntEnum):
@@ -37,6 +38,13 @@ _STRUCTURAL = frozenset(
     "index_put index_fill index_reduce".split()
 )
 """Functions of integers that return positions or counts."""
+_JOINING = frozenset(
+    "max min amax amin aminmax sum mean prod any all median nanmedian mode std var norm unique unique_consecutive "
+    "bincount histc count_nonzero nonzero argmax argmin argsort sort topk kthvalue cumsum cumprod cummax cummin diff "
+    "quantile scatter_add index_add scatter_reduce".split()
+)
+"""Functions that may join numbers of several samples."""
+_PLACE_OF_DIM = {"topk": 2, "kthvalue": 2, "quantile": 2, "norm": 2}
 _OF_FIRST = frozenset("expand_as view_as reshape_as type_as to resize_as".split())
 """Functions that use only the shape or type of their other arguments."""
 _CONVERSIONS = frozenset("long int short to type".split())
@@ -54,7 +62,9 @@ class Ids:
     def __init__(self, given: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
         # The tensor is stored as well, since the identity of a freed tensor may be reused.
         self._marked: dict[int, tuple[Tensor, Kind]] = {}
+        given, inputs = list(given), list(inputs)
         self._inputs = {id(leaf) for leaf in inputs}
+        self._count = next((tensor.shape[0] for tensor in (*given, *inputs) if tensor.ndim), None)
         for tensor in given:
             self._mark(tensor, Kind.IDS)
 
@@ -84,6 +94,11 @@ class Ids:
         kind = self._kind_of_arguments(call)
         if kind is None:
             return result
+        if self._may_join(call, result):
+            note_untracked()
+        listening = listener()
+        if kind is Kind.IDS and call.leaves(result) and listening is not None:
+            listening.on_read(f"{call.name.base!r} in {call.path or 'the model'!r} ({source_line()})")
         if call.name.base == "setitem":
             value = call.args[2]
             kind = self.kind(value) if isinstance(value, Tensor) else None
@@ -95,6 +110,20 @@ class Ids:
             is_same = all(new is old for new, old in zip(items, result, strict=True))
             return result if is_same else type(result)(items)
         return self._followed(call, kind, result, looked_up)
+
+    def _may_join(self, call: ObservedCall, result: Any) -> bool:
+        """Whether a function of ids returns values that may belong to several samples, or Python objects."""
+        if call.leaves(result):
+            return True
+        if call.name.base not in _JOINING:
+            return False
+        first, found = call.args[0] if call.args else None, next(tensors_in(result), None)
+        dim = call.argument(_PLACE_OF_DIM.get(call.name.base, 1), "dim")
+        if dim is None and call.name.base in ("sort", "argsort", "topk"):
+            dim = -1
+        if not isinstance(first, Tensor) or not first.ndim or found is None or not isinstance(dim, int):
+            return True
+        return dim % first.ndim == 0 or first.shape[0] != self._count or self._count in first.shape[1:]
 
     def _followed(self, call: ObservedCall, kind: Kind, item: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
         if not isinstance(item, Tensor) or item.is_complex() or item.requires_grad:

@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
-from ..kernels.forward_state import RUNNING, Saved, is_in_module_step, is_inside_step, listener, not_recorded, write
+from ..kernels.forward_state import (
+    RUNNING,
+    Saved,
+    is_in_module_step,
+    is_inside_step,
+    listener,
+    not_recorded,
+    protect_weights,
+    protected,
+    write,
+)
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
 from ..kernels.reference_pass import ReferencePass
-from ..kernels.step import FunctionStep, Step, link
+from ..kernels.step import FunctionStep, Step, link, step_of
 from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import layout
@@ -99,11 +109,14 @@ class InterceptedPass:
     def function_call(self, observed: ObservedCall) -> FunctionCall:
         """Returns an observed call with its inputs saved."""
         function, keyword_slots = observed.out_of_place()
+        name = observed.name.base
+        knows_gates = RUNNING.reference is None or name in ("matmul", "einsum")  # which have heads as events
         inputs = tuple(
-            CallInput(Saved(tensor), self.gates.holds(tensor), source_of(tensor.grad_fn)) for tensor in observed.inputs
+            CallInput(Saved(tensor), knows_gates and self.gates.holds(tensor), source_of(tensor.grad_fn))
+            for tensor in observed.inputs
         )
-        name, path = observed.name.base, self.path
-        return FunctionCall(name, function, path, observed.slots, keyword_slots, inputs, self.settings)
+        slots, keywords = protected(observed.slots), {key: protected(value) for key, value in keyword_slots.items()}
+        return FunctionCall(name, function, self.path, slots, keywords, inputs, self.settings)
 
     def _check_covered(self, observed: ObservedCall) -> None:
         """Raises unless the composite has a rule for a layer that is called as a function."""
@@ -133,6 +146,7 @@ class InterceptedPass:
         if layer is None:
             step = FunctionStep(path, output, build, normalization, rule)
         else:
+            protect_weights(layer.module)
             step = LayerStep(layer, output, normalization, path, rule)
         step.call, step.attention, step.keeps_rows = number, layout(call, output), rows
         if isinstance(step, LayerStep) and self.settings.fuse is not None:
@@ -157,7 +171,7 @@ class InterceptedPass:
         """Returns the output of a call as the output of a step of the difference to a reference."""
         others = reference.meet(call.name, call.path, [*call.values, output])
         has_rules = has_any_rule(self.settings.rules)
-        both = DifferenceCall(call, Saved(output), others, reference.is_tangent, has_rules)
+        both = DifferenceCall(call, Saved(output), others, reference, has_rules)
         rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
@@ -272,10 +286,10 @@ class InterceptedPass:
 
         Examples are activations in TorchScript or with their own ``autograd.Function``.
         """
-        if is_inside_step():
+        if is_inside_step() or not isinstance(output, Tensor) or output.grad_fn is None or step_of(output.grad_fn):
             return None
         observed = ObservedCall.of(module.forward, args, kwargs, self.path)
-        if len(observed.inputs) != 1 or not isinstance(output, Tensor) or output.grad_fn is None:
+        if len(observed.inputs) != 1:
             return None
         source = observed.inputs[0]
         if output.shape != source.shape or output.data_ptr() == source.data_ptr():

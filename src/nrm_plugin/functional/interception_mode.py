@@ -23,6 +23,7 @@ from ..kernels.forward_state import (
     note_leaves,
     note_untracked,
 )
+from ..model.renormalization import Tables
 from .function_call import Settings
 from .handlers import handle
 from .intercepted_pass import InterceptedPass
@@ -40,15 +41,17 @@ class InterceptionMode(TorchFunctionMode):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.forward_pass = InterceptedPass(settings, self)
+        self._tables = Tables()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if RUNNING.made is None:
-            return self._result(func, args, kwargs or {})
-        known = known_leaves(args)
-        result = self._result(func, args, kwargs or {})
-        note_leaves((result, *args[:1]), known)
+        args, kwargs = self._tables.passed(func, args, kwargs or {})
+        known = None if RUNNING.made is None else known_leaves(args)
+        result = self._result(func, args, kwargs)
+        if known is not None:
+            note_leaves((result, *args[:1]), known)
+        self._tables.check(args, kwargs, result)
         return result
 
     def _result(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,6 +63,8 @@ class InterceptionMode(TorchFunctionMode):
             if not forward_pass.follows_ids:
                 return result
             return forward_pass.with_ids(ObservedCall.of(func, args, kwargs, forward_pass.path), result)
+        if _reads_no_values(func):
+            return func(*args, **kwargs)
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
             kwargs = {key: constants_detached(value) for key, value in kwargs.items()}
@@ -77,6 +82,21 @@ class InterceptionMode(TorchFunctionMode):
         name = name_of(func)
         if args and isinstance(args[0], Tensor) and (name.in_place or name.base == "setitem"):
             before_writing(args[0])
+
+
+_FORMS = frozenset("dim size stride numel nelement element_size is_floating_point is_complex".split())
+"""Methods of a tensor that read its form."""
+_ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".split())
+"""Attributes of a tensor that depend only on its form and place."""
+
+
+def _reads_no_values(func: Callable[..., Any]) -> bool:
+    """Whether a function of torch returns neither a tensor nor values of one, so that there is nothing to observe."""
+    name = getattr(func, "__name__", "")
+    owner = getattr(func, "__self__" if name == "__get__" else "__objclass__", None)
+    if name == "__get__":
+        return getattr(owner, "__name__", "") in _ATTRIBUTES
+    return name in _FORMS and owner is torch._C.TensorBase
 
 
 __all__ = ["InterceptionMode"]

@@ -13,6 +13,8 @@ from torch import Tensor
 from .function_call import Slot
 from .registry import FunctionName, name_of
 
+_LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
+"""Functions that return values of a tensor as Python objects."""
 WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
 """Functions that write to their first argument or to a copy of it, which autograd records."""
 
@@ -53,6 +55,11 @@ class ObservedCall:
     def run(self) -> Any:
         """Runs the function and returns its result."""
         return self.function(*self.args, **self.kwargs)
+
+    def leaves(self, result: Any) -> bool:
+        """Whether the result holds values of a tensor as Python objects; ``x.int()`` has the name of ``int(x)``."""
+        items = result if isinstance(result, (list, tuple)) else (result,)
+        return self.name.base in _LEAVING and not all(isinstance(item, Tensor) for item in items)
 
     def argument(self, position: int, keyword: str) -> Any:
         """Returns an argument by position or keyword; None if it is not given."""

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..kernels.base import Kernel
 from ..kernels.forward_state import Saved
 from ..kernels.layer_call import LayerCall
+from ..kernels.reference_pass import LEAST
 from ..kernels.rule_reader import read_rule
 from .averaging import POOLS
 from .composite_rules import RuleLookup
-from .differences import LEAST, DifferenceCall
+from .differences import DifferenceCall
 from .function_call import FunctionCall, Slot
 from .registry import KERNELS, KernelFactory
 from .weighted_functions import LAYERS, layer_call

@@ -5,8 +5,11 @@ Source: docs/differences.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property, partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.base import Kernel
 from ..model.linear_maps import LinearMap, explicit_maps
@@ -23,12 +26,17 @@ class LinearKernel(MultiplierKernel):
     Args:
         call: The call.
         maps: The maps of the layer.
-        absolute: The maps of the layer with absolute weights.
+        absolute: Function that returns the maps of the layer with absolute weights.
     """
 
-    def __init__(self, call: DifferenceCall, maps: LinearMap, absolute: LinearMap) -> None:
+    def __init__(self, call: DifferenceCall, maps: LinearMap, absolute: Callable[[], LinearMap]) -> None:
         super().__init__(call)
-        self.maps, self.absolute = maps, absolute
+        self.maps, self._absolute = maps, absolute
+
+    @cached_property
+    def absolute(self) -> LinearMap:
+        """The maps of the layer with absolute weights."""
+        return self._absolute()
 
     def multipliers(self, above: Tensor) -> Multipliers:
         return (self.maps.down(above),)
@@ -54,10 +62,16 @@ def layer(call: DifferenceCall) -> Kernel:
     if len(call.values) == 1 and isinstance(weight, Tensor):
         weight = weight.detach().to(call.values[0].dtype)
         twin = twin_of_call(call.call, LAYERS[call.name]())
-        maps = [explicit_maps(twin, one, call.values[0]) for one in (weight, weight.abs())]
-        if maps[0] is not None and maps[1] is not None:
-            return LinearKernel(call, maps[0], maps[1])
+        maps = explicit_maps(twin, weight, call.values[0])
+        if maps is not None:
+            return LinearKernel(call, maps, partial(_absolute_maps, twin, weight, call.values[0]))
     return product(call)
+
+
+def _absolute_maps(twin: nn.Module, weight: Tensor, values: Tensor) -> LinearMap:
+    maps = explicit_maps(twin, weight.abs(), values)
+    assert maps is not None, "known for the weight itself"
+    return maps
 
 
 @secant_of("matmul", "einsum", "tensordot")

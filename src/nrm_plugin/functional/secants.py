@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.base import Kernel
+from ..kernels.reference_pass import LEAST
 from .differences import DifferenceCall, secant_of
 from .elementwise import ACTIVATIONS, ELEMENTWISE
 from .function_kernels import SplitKernel
@@ -75,11 +76,27 @@ def elementwise(call: DifferenceCall) -> Kernel:
     """Returns the kernel of an elementwise function of one or several tensors; with rules, the identity for one."""
     if call.has_rules and call.shapes == [call.after.shape]:
         return call.call.identity()
-    if len(call.values) == 1:
-        shape = call.after.shape
-        pair = call.values[0].expand(shape), call.reference_values[0].expand(shape)
-        return by_slopes(call, [secant(call.call.run, pair, call.outputs)])
-    return by_slopes(call, averaged_slopes(call))
+    if len(call.values) > 1:
+        return by_slopes(call, averaged_slopes(call))
+    if call.is_tangent:
+        return by_slopes(call, [derivative(call.call.run, call.values[0].expand(call.after.shape))])
+    return SplitKernel([_passed_share(call)], call.shapes, None, call.is_exact)
+
+
+def _passed_share(call: DifferenceCall) -> Tensor:
+    """Returns the share of relevance that a function of one number passes on.
+
+    It is 1 where there is a difference, since the slope is the quotient of both; elsewhere, the derivative remains.
+    """
+    value, before, least = call.values[0], call.before[0], LEAST[call.after.dtype]
+    changes = (call.after.abs() > least).to(call.after.dtype)
+    floor = torch.finfo(before.dtype).eps ** CLOSE
+    is_close = before.abs() <= (value.abs() * floor).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=least)
+    if not bool(is_close.any()):
+        return changes
+    middle = value.expand(call.after.shape) - (before / 2).nan_to_num(0.0, 0.0, 0.0)
+    slope = derivative(call.call.run, middle.nan_to_num(0.0, 0.0, 0.0))
+    return torch.where(is_close, slope * before / call.after, changes)
 
 
 secant_of("logaddexp", "logaddexp2")(elementwise)

@@ -13,8 +13,10 @@ from zennit.rules import Pass
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
+from ..kernels.known_rules import own_copy
 from ..kernels.layer_call import LayerCall, forward
 from ..model.affine_layers import Weighted
+from ..model.shallow_copies import shared_copy
 from .function_call import FunctionCall, Slot, fill
 from .products import constants_of, contraction, kernel_of_layer, matrix_of
 from .registry import kernel_of
@@ -64,7 +66,7 @@ def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
         call.name.startswith("conv_transpose"),
         twin=twin_of_call(call, like),
     )
-    return LayerCall.of(rule.copy(), shell, forward, call.inputs[0].saved, output, call.path)
+    return LayerCall.of(own_copy(rule), shell, forward, call.inputs[0].saved, output, call.path)
 
 
 def twin_of_call(call: FunctionCall, like: nn.Module) -> nn.Module:
@@ -90,6 +92,10 @@ def _repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
+_NORM = nn.BatchNorm2d(1, device="meta").eval()
+"""The layer of which functional batch normalizations are copies, which is faster than to make a module for each."""
+
+
 def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
     """Returns ``F.batch_norm`` as a call of ``nn.BatchNorm2d``; None if it uses the statistics of the batch."""
     # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
@@ -99,13 +105,15 @@ def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
     if mean is None or var is None or call.argument(5, "training", False):
         return None
     weight, bias = call.argument(weight_at, "weight"), call.argument(weight_at + 1, "bias")
-    twin = nn.BatchNorm2d(len(mean), eps=call.argument(7, "eps", 1e-5)).eval()
-    twin.running_mean, twin.running_var = mean.detach(), var.detach()
+    twin = shared_copy(_NORM)
+    assert isinstance(twin, nn.BatchNorm2d)
+    twin.num_features, twin.eps = len(mean), call.argument(7, "eps", 1e-5)
+    twin._buffers.update(running_mean=mean.detach(), running_var=var.detach())
     ones = torch.ones_like(mean)
-    twin.weight = nn.Parameter(ones if weight is None else weight.detach(), requires_grad=False)
-    twin.bias = nn.Parameter(torch.zeros_like(ones) if bias is None else bias.detach(), requires_grad=False)
+    twin._parameters["weight"] = nn.Parameter(ones if weight is None else weight.detach(), requires_grad=False)
+    twin._parameters["bias"] = nn.Parameter(torch.zeros_like(ones) if bias is None else bias.detach(), False)
     rule = call.settings.rules.of_module(twin)
-    own = Pass() if rule is None else rule.copy()
+    own = Pass() if rule is None else own_copy(rule)
     return LayerCall.of(own, twin, _batch_norm, call.inputs[0].saved, output, call.path)
 
 

@@ -56,6 +56,7 @@ def fuse(step: LayerStep, source: Tensor) -> None:
     elif _is_weighted(step):
         lower = _producer(_input_node(source_of(source.grad_fn))) if _is_relu(below) else below
         if isinstance(lower, LayerStep) and _affine(lower) is not None:
+            lower.feeds_fold = True
             step.folds.append(_later(functools.partial(_fold_input, clipped=lower is not below), step, lower))
 
 

@@ -23,6 +23,11 @@ def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
             yield (slice(sample, sample + step), slice(first, first + width))
 
 
+def blocks_for(like: Tensor) -> Iterator[Block]:
+    """Splits a tensor for elementwise operations: by :func:`blocks` on a CPU, not at all on other devices."""
+    return blocks(like) if like.device.type == "cpu" else iter([whole(like)])
+
+
 def whole(like: Tensor) -> Block:
     """Returns a single block that covers all entries."""
     return tuple(slice(None) for _ in like.shape)

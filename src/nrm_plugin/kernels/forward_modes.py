@@ -88,9 +88,13 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, n
 
 def is_torch_activation(module: nn.Module) -> bool:
     """Returns whether a module is a torch activation with an unmodified forward."""
-    return any(type(module).forward is kind.forward for kind in _ACTIVATIONS) and "forward" not in module.__dict__
+    if not isinstance(module, _ACTIVATIONS) or "forward" in module.__dict__:
+        return False
+    return any(type(module).forward is kind.forward for kind in _ACTIVATIONS)
 
 
 def writes_in_place(module: nn.Module) -> bool:
-    """Returns whether a module may write to its input; affine layers and modules with ``inplace=False`` do not."""
-    return not is_affine(module) and getattr(module, "inplace", True) is not False
+    """Whether a module may write to its input, as all but torch's affine layers and modules with ``inplace=False``."""
+    # Not by getattr alone, which formats an error message for every module without the attribute.
+    inplace = module.__dict__.get("inplace", getattr(type(module), "inplace", True))
+    return inplace is not False and not is_affine(module)

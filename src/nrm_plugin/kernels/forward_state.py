@@ -27,10 +27,29 @@ class Saved:
     def __init__(self, tensor: Tensor, values: bool = True) -> None:
         self.tensor = tensor.detach()
         if values:
-            self._register(tensor)
+            _protect(tensor, self)
 
-    def _register(self, tensor: Tensor) -> None:
-        RUNNING.saved.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(self))
+
+def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
+    RUNNING.saved.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(holder))
+
+
+def protected(value: Any) -> Any:
+    """Returns an argument of a step, with its constants as own tensors that later in-place operations do not change.
+
+    Parameters are returned unchanged; they keep their values while a model runs.
+    """
+    if type(value) is Tensor and value.layout == torch.strided:
+        own = value.detach()
+        _protect(own, own)
+        return own
+    return type(value)(map(protected, value)) if type(value) in (list, tuple) else value
+
+
+def protect_weights(module: nn.Module) -> None:
+    """Protects the weights of a module that a step has made from later in-place operations on the same memory."""
+    for weight in module.parameters():
+        _protect(weight, weight)
 
 
 def is_saved(tensor: Tensor) -> bool:
@@ -42,7 +61,9 @@ def before_writing(tensor: Tensor) -> None:
     """Copies the tensor for each step that saved its memory; to be called before an in-place operation."""
     for reference in RUNNING.saved.pop(tensor.untyped_storage().data_ptr(), ()):
         saved = reference()
-        if saved is not None:
+        if isinstance(saved, Tensor):
+            saved.data = saved.detach().clone()
+        elif saved is not None:
             saved.tensor = saved.tensor.clone()
 
 
@@ -92,7 +113,7 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.modules: list[RunningModule] = []
         self.pauses = 0
-        self.saved: dict[int, list[weakref.ref[Saved]]] = {}
+        self.saved: dict[int, list[weakref.ref[Saved | Tensor]]] = {}
         self.listener: Listener | None = None
         self.weights: tuple[Tensor, ...] = ()
         self.first_node: int | None = None
@@ -125,6 +146,9 @@ class Listener(Protocol):
     def on_untracked(self) -> None:
         """Called when values, such as an order, depend on the inputs but are not tracked by autograd."""
 
+    def on_read(self, where: str) -> None:
+        """Called when the model converts ids to Python or numpy numbers; ``where`` describes the call."""
+
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""
 
@@ -142,13 +166,15 @@ def is_in_module_step() -> bool:
     return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
-@contextmanager
-def not_recorded() -> Iterator[None]:
-    """Operations inside this context are not recorded."""
-    RUNNING.pauses += 1
-    try:
-        yield
-    finally:
+class not_recorded:  # noqa: N801  # a class, since a generator takes three times as long to enter
+    """Context in which operations are not recorded."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        RUNNING.pauses += 1
+
+    def __exit__(self, *error: object) -> None:
         RUNNING.pauses -= 1
 
 
@@ -164,7 +190,7 @@ def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(hook)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if any(_is_subclass(value) for value in args):
+        if any(map(_is_subclass, args)):
             return hook(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             return hook(*args, **kwargs)
@@ -172,11 +198,13 @@ def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _is_subclass(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return type(value) is not Tensor and type(value) is not nn.Parameter
-    items = value if type(value) in (list, tuple) else value.values() if type(value) is dict else ()
-    return any(_is_subclass(item) for item in items)  # type: ignore[attr-defined]
+def _is_subclass(value: Any) -> bool:
+    kind = type(value)
+    if kind is Tensor or kind is nn.Parameter:
+        return False
+    if kind is dict or kind is tuple or kind is list:
+        return any(map(_is_subclass, value.values() if kind is dict else value))
+    return isinstance(value, Tensor)
 
 
 def listener() -> Listener | None:

@@ -37,7 +37,7 @@ from .forward_state import (
     without_torch_function,
     write,
 )
-from .known_rules import is_known_linear
+from .known_rules import is_known_linear, own_copy
 from .layer_call import LayerCall, Run, forward
 from .layer_step import Fuse, LayerStep
 from .normalization import Normalization
@@ -233,7 +233,7 @@ class StepHook(Hook):
     @without_torch_function
     def _step(self, call: OpenCall, shell: nn.Module, run: Run, output: Tensor) -> LayerStep:
         output, image = output.detach(), seen_image(call.mode, self.rule)
-        layer_call = LayerCall.of(self.rule.copy(), shell, run, call.saved_input, output, self.name, image)
+        layer_call = LayerCall.of(own_copy(self.rule), shell, run, call.saved_input, output, self.name, image)
         return LayerStep(layer_call, output, self.normalization)
 
     def _check_rule(self, step: LayerStep) -> None:
@@ -272,11 +272,13 @@ def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
 
 def _has_backward_hooks(module: nn.Module) -> bool:
     """Returns whether the user's full backward hooks receive relevance: in a context, but not in a measure."""
+    if listener() is not None:
+        return False
     every = nn.modules.module
     hooks = module._backward_hooks or module._backward_pre_hooks
     every_hooks = every._global_backward_hooks or every._global_backward_pre_hooks
     keeps_input = is_torch_activation(module) or type(module).forward.__module__.startswith("torch.nn.")
-    return listener() is None and bool(hooks or every_hooks) and keeps_input
+    return bool(hooks or every_hooks) and keeps_input
 
 
 def _is_free(tensor: Tensor) -> bool:

@@ -21,6 +21,11 @@ def is_known_linear(hook: Hook) -> bool:
     return type(hook) in LINEAR_RULES or type(hook).__module__ == "nrm_plugin.rules"
 
 
+def own_copy(hook: Hook) -> Hook:
+    """Returns a rule for one call: a copy, since a rule may keep state, but known rules are written without any."""
+    return hook if is_known_linear(hook) else hook.copy()
+
+
 def overrides(hook: Hook, method: str, base: type = Hook) -> bool:
     """Returns whether a rule overrides a method of a base class."""
     return getattr(type(hook), method) is not getattr(base, method)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,11 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
     return result
 
 
+def without_values(call: LayerCall) -> LayerCall:
+    """Returns the record of a call that holds no tensor of its size, for a kernel that reads none."""
+    return replace(call, saved_input=Saved(shape_like(call.input), values=False), saved_output=None, run=forward)
+
+
 def shape_like(tensor: Tensor) -> Tensor:
     """Returns a tensor without memory, with the same shape and device and the dtype of relevance at this tensor."""
-    return tensor.detach().new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)
+    return tensor.new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import BatchNormWarning
 from ..model.autocast import is_short
-from .base import Kernel
+from .base import IdentityKernel, Kernel
 from .forward_state import Saved
-from .layer_call import Image, LayerCall
+from .layer_call import Image, LayerCall, without_values
 from .normalization import Normalization, Scaling
 from .rule_reader import read_rule
 from .step import Step
@@ -34,6 +34,7 @@ class LayerStep(Step):
         folds: Functions by which fusion changes the call before the kernel is built.
         norms: The batch normalization layers that read the output of the layer.
         layer_below: For a batch normalization, the step of the layer whose output it reads.
+        feeds_fold: Whether the fold of a layer above may read the input of this step.
         has_dense_norm: Whether a dense layer and a batch normalization were fused in this step.
     """
 
@@ -51,6 +52,7 @@ class LayerStep(Step):
         self.folds: list[Callable[[], None]] = []
         self.norms: list[LayerStep] = []
         self.layer_below: LayerStep | None = None
+        self.feeds_fold = False
         self.has_dense_norm = False
 
     def _build(self) -> Kernel:
@@ -58,7 +60,10 @@ class LayerStep(Step):
             self.folds.pop(0)()
         call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # needed once
         # The column sums of a dense layer with a batch normalization are checked, so its kernel must have them.
-        return read_rule(call, None if self.has_dense_norm else self._normalization)
+        kernel = read_rule(call, None if self.has_dense_norm else self._normalization)
+        if isinstance(kernel, IdentityKernel) and (self.is_identity or not self.feeds_fold):
+            self.layer_call = without_values(self.layer_call)
+        return kernel
 
     @property
     def is_identity(self) -> bool:
@@ -88,7 +93,7 @@ class LayerStep(Step):
         self.layer_call = replace(self.layer_call, saved_input=Saved(source, values=False))
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
-        if self.has_dense_norm and float((column_sum < 0.5).double().mean()) > 0.5:
+        if self.has_dense_norm and bool((column_sum < 0.5).double().mean() > 0.5):
             warnings.warn(
                 f"batch normalization was fused with the dense layer {self.name!r}, and its bias takes most of the "
                 "relevance of most of its neurons. Heat maps through such a pair say little about the inputs "

@@ -17,7 +17,7 @@ from torch import Tensor
 from zennit.core import BasicHook, Stabilizer
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, WSquare, ZBox, ZPlus
 
-from ..rules import ConservingEpsilon
+from ..rules import Absolute, ConservingEpsilon
 from .gradient_mapper import Factors, Mapper, mapped
 
 _LEADERS: dict[type, tuple[int, ...]] = {
@@ -30,6 +30,7 @@ _LEADERS: dict[type, tuple[int, ...]] = {
     AlphaBeta: (0, 0, 2, 2),
     Gamma: (0, 0, 2, 2),
     ConservingEpsilon: (0, 1),
+    Absolute: (0,),
 }
 
 _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
@@ -61,13 +62,30 @@ def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
     return all(torch.allclose(one, other, rtol=1e-12, atol=0, equal_nan=True) for one, other in pairs)
 
 
-def _factors(rule: BasicHook) -> Factors | None:
-    known = inspect.getclosurevars(rule.gradient_mapper).nonlocals
-    inverse = _inverse(known.get("stabilizer_fn", known.get("stabilize")))
-    if inverse is None:
+def stabilizer_of(rule: BasicHook) -> float | None:
+    """The number that a rule of a known class adds to the size of a denominator; None if it is not a constant."""
+    stabilizer = _nonlocals(rule).get("stabilizer_fn", _nonlocals(rule).get("stabilize"))
+    if not isinstance(stabilizer, Stabilizer) or stabilizer.clip or stabilizer.norm_scale or stabilizer.epsilon < 0:
         return None
+    return float(stabilizer.epsilon)
+
+
+def conserved_share(rule: ConservingEpsilon) -> float:
+    """The parameter ε of the rule."""
+    return float(_nonlocals(rule)["epsilon"])
+
+
+def _nonlocals(rule: BasicHook) -> dict[str, Any]:
+    return dict(inspect.getclosurevars(rule.gradient_mapper).nonlocals)
+
+
+def _factors(rule: BasicHook) -> Factors | None:
+    epsilon = stabilizer_of(rule)
+    if epsilon is None:
+        return None
+    inverse = inverse_by(epsilon)
     if isinstance(rule, ConservingEpsilon):
-        return _conserving(float(known["epsilon"]), inverse)
+        return _conserving(conserved_share(rule), inverse)
     kind = type(rule)
 
     def factors(outputs: list[Tensor], wanted: tuple[int, ...]) -> dict[int, Tensor]:
@@ -100,11 +118,8 @@ def _conserving(epsilon: float, inverse: Callable[[Tensor], Tensor]) -> Factors:
     return factors
 
 
-def _inverse(stabilizer: object) -> Callable[[Tensor], Tensor] | None:
-    """Returns ``1 / stabilizer(z)``; None unless the stabilizer adds a constant to ``|z|``."""
-    if not isinstance(stabilizer, Stabilizer) or stabilizer.clip or stabilizer.norm_scale or stabilizer.epsilon < 0:
-        return None
-    epsilon = float(stabilizer.epsilon)
+def inverse_by(epsilon: float) -> Callable[[Tensor], Tensor]:
+    """Returns the function ``1 / (z + sign(z) epsilon)``."""
 
     def inverse(z: Tensor) -> Tensor:
         raised = z + 0.0  # negative zero counts as positive, as in Zennit

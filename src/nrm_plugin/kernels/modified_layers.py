@@ -67,7 +67,7 @@ def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: floa
         source: The modified input, ``(N, *in)``.
         sign: Sign of the branch; if 0, only the output is needed.
     """
-    if _is_by_blocks(call, modify):
+    if is_by_blocks(call, modify):
         return _by_blocks(call, modify, source)
     with modify(call.module) as modified:
         return _modified(call, modified, source, sign)
@@ -114,8 +114,8 @@ def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
     return call.precision if source.dtype == torch.float32 else None
 
 
-def _is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
-    """Returns whether to run in blocks: for a large linear layer and a built-in rule that changes its weight."""
+def is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
+    """Returns whether this is a large linear layer and a built-in rule that changes its weight."""
     weight = call.module._parameters.get("weight")
     if weight is None or weight.numel() < LARGE or type(twin_of(call.module)).forward is not nn.Linear.forward:
         return False

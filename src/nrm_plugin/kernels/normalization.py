@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import brief
 from ..model.value_reads import holds
-from .cache_blocks import blocks
+from .cache_blocks import Block, blocks
 
 Residual = Literal["redistribute", "sink"]
 RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
@@ -45,7 +45,12 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
     if not math.isfinite(limit):
         return restored.masked_fill_(column_sum < least_restored(column_sum.dtype, limit), 1)
     # The gain is the minimum of both lines, which is cheaper than a comparison and a selection.
-    return torch.minimum(restored, column_sum.clamp(min=0).mul_((limit - 1) * limit).add_(1), out=restored)
+    return torch.minimum(restored, _line(column_sum, limit), out=restored)
+
+
+def _line(column_sum: Tensor, limit: float) -> Tensor:
+    """``1 + (G - 1) G c``, and 1 for negative ``c``: the gain of columns that are not restored."""
+    return torch.rsub(column_sum.clamp(min=0), 1, alpha=(1 - limit) * limit)
 
 
 def least_restored(dtype: torch.dtype, limit: float) -> float:
@@ -54,9 +59,16 @@ def least_restored(dtype: torch.dtype, limit: float) -> float:
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """Returns ``1 - g c``, the share of a column that the sink absorbs; exactly 0 where the gain makes the sum 1."""
-    share = 1 - factor * column_sum
-    return share.mul_(column_sum < least_restored(column_sum.dtype, limit))
+    """Returns ``1 - g c``, the share that the sink absorbs; exactly 0 where the gain raises the column sum to one."""
+    if not math.isfinite(limit):
+        return (1 - factor * column_sum).mul_(column_sum < least_restored(column_sum.dtype, limit))
+    # On the line the share falls to zero exactly where the gain restores the column; a comparison takes longer.
+    return torch.addcmul(column_sum.new_ones(()), column_sum, _line(column_sum, limit), value=-1).clamp_(min=0)
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Returns whether to branch on the values of a tensor to save work; on other devices a read synchronizes."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0
 
 
 @dataclass(frozen=True)
@@ -99,15 +111,18 @@ class Normalization:
         if self.residual == "sink":
             return Scaling(deficit=1 - column_sum)
         limit = float(self.gain_limit)
-        # On a CPU only, since reading the smallest sum would synchronize with other devices.
-        if (
-            column_sum.device.type == "cpu"
-            and column_sum.numel()
-            and holds("large column sums", lambda: column_sum.amin() >= least_restored(column_sum.dtype, limit))
-        ):
+        least = least_restored(column_sum.dtype, limit)
+        if may_read(column_sum) and holds("large column sums", lambda: column_sum.amin() >= least):
             return Scaling(column_sum.reciprocal())
         factor = gain(column_sum, limit)
         return Scaling(factor, deficit(column_sum, factor, limit))
+
+    def restores(self, image: Tensor, added: Tensor | float) -> bool:
+        """Returns whether the gain makes all columns ``image / (image + added)`` to one; both terms are nonnegative."""
+        limit = float(self.gain_limit)
+        if self.residual == "sink" or not 1 < limit < math.inf or not may_read(image):
+            return False
+        return holds("restored columns", lambda: torch.sub(image, added, alpha=1 / (limit - 1)).amin() >= 0)
 
     def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
         """Returns the gain and the deficit as in :meth:`scaling`, computed block by block on a CPU."""
@@ -171,3 +186,47 @@ class Deficit(Columns):
 
     def sums(self, like: Tensor) -> Tensor:
         return torch.ones_like(like) if self.share is None else 1 - self.share
+
+
+class ColumnWriter:
+    """Collects the columns of a kernel block by block, and returns the gain of each block.
+
+    Args:
+        like: A tensor in the shape of the output.
+        normalization: The normalization of the kernel; None for a kernel before normalization.
+    """
+
+    def __init__(self, like: Tensor, normalization: Normalization | None) -> None:
+        self._like, self._normalization = like, normalization
+        self._values: Tensor | None = None
+
+    def gain(self, at: Block, column_sum: Tensor | None) -> Tensor | None:
+        """Returns the gain of the columns of one block; None if all gains are one.
+
+        Args:
+            at: The block.
+            column_sum: ``c`` in the block; None for sums of one.
+        """
+        if self._normalization is None:
+            self._write(at, 1.0 if column_sum is None else column_sum)
+            return None
+        if column_sum is None:
+            return None
+        scaling = self._normalization.scaling(column_sum)
+        if scaling.deficit is not None:
+            self._write(at, scaling.deficit)
+        return scaling.gain
+
+    def _write(self, at: Block, values: Tensor | float) -> None:
+        if isinstance(values, Tensor) and values.shape == self._like.shape:
+            self._values = values
+            return
+        if self._values is None:
+            self._values = torch.zeros_like(self._like)
+        self._values[at] = values
+
+    def columns(self) -> ColumnSums | Deficit:
+        """The columns of all blocks."""
+        if self._normalization is not None:
+            return Deficit(self._values)
+        return ColumnSums(torch.zeros_like(self._like) if self._values is None else self._values)

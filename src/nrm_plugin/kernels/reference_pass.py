@@ -13,7 +13,21 @@ import torch
 from torch import Tensor
 
 from ..errors import DifferenceError
+from ..model.autocast import working_dtype
 from .forward_state import Saved
+
+LEAST = {torch.float32: 1e-18, torch.float64: 1e-100}
+"""The replacement of a difference that is zero."""
+
+
+def difference(value: Tensor, reference: Tensor) -> Tensor:
+    """``δ``, the difference of a tensor between input and reference, nowhere zero; infinite entries are masked."""
+    dtype = working_dtype(value.dtype)
+    delta = value.to(dtype) - reference.to(dtype)
+    is_small = ~(delta.abs() >= LEAST[dtype])  # also nan, the difference of equal infinities
+    if bool(is_small.any()):
+        delta = torch.where(is_small, torch.full_like(delta, LEAST[dtype]).copysign(delta), delta)
+    return delta
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,14 @@ class ReferencePass:
         self._calls: list[ReferenceCall] = []
         self._number = 0
         self._is_replayed = False
+        self._deltas: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def difference(self, value: Tensor, other: Tensor) -> Tensor:
+        """Returns the difference of a tensor between input and reference, computed once for all steps that use it."""
+        key = (value.data_ptr(), other.data_ptr(), value.shape, value.stride())
+        if key not in self._deltas:
+            self._deltas[key] = (value, other, difference(value, other))  # the memory must not be used again
+        return self._deltas[key][2]
 
     def replay(self) -> None:
         """Starts the pass of the inputs."""
@@ -148,4 +170,4 @@ _CONSTANTS = (
     "the output without reference=."
 )
 
-__all__ = ["ReferencePass"]
+__all__ = ["LEAST", "ReferencePass", "difference"]

@@ -17,18 +17,25 @@ class Branch:
     r"""One branch ``k`` of a rule at one call.
 
     Attributes:
-        input: ``in_k``, ``(N, *in)``.
+        source: ``in_k``, ``(N, *in)``, or the input from which it is computed.
         factor: ``m_k(1)``, ``(N, *out)``, multiplied by the gain in a normalized kernel.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         maps: :math:`J_k` and its transpose.
         modified: Function that computes the modified weight; None for a module without weights.
+        modify_input: Function that computes ``in_k``, if it is not kept since it is large; else None.
     """
 
-    input: Tensor
+    source: Tensor
     factor: Tensor
     sign: float
     maps: LinearMap
     modified: Callable[[], Tensor] | None = None
+    modify_input: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def input(self) -> Tensor:
+        """``in_k``, ``(N, *in)``."""
+        return self.source if self.modify_input is None else self.modify_input(self.source)
 
     @property
     def weight(self) -> Tensor:

@@ -11,13 +11,14 @@ from zennit.core import BasicHook, ParamMod
 from zennit.rules import Gamma
 
 from ..model.affine_layers import WEIGHTED, is_affine
-from .cache_blocks import Block, blocks, whole
+from .cache_blocks import Block, blocks_for, whole
+from .closed_branches import closed_branches
 from .gradient_mapper import Mapper, applied_mapper
 from .layer_call import LayerCall
 from .mapper_closed_forms import closed_mapper
 from .modified_layers import ModifiedLayer, modified_layer, rerun_without_bias
 from .modifier_probes import modified_inputs, signs_of
-from .normalization import Columns, ColumnSums, Deficit, Normalization
+from .normalization import Columns, ColumnWriter, Normalization
 from .rule_branch import Branch, WeightedLayer
 from .rule_branch_kernel import BranchKernel, ReadBranches
 
@@ -35,6 +36,9 @@ def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization
     """
     if not is_affine(call.module):
         return None
+    closed = closed_branches(call, rule, normalization)
+    if closed is not None:
+        return BranchKernel(closed, call.input, _weighted_layer(call))
     sources = modified_inputs(rule, call.input)
     signs = signs_of(rule, sources)
     if signs is None:
@@ -140,7 +144,7 @@ class _BranchReader:
         output = self.call.output
         distinct = tuple(dict.fromkeys(leaders.values()))
         wanted = tuple(mapper.leaders[k] for k in distinct)
-        for at in blocks(output) if mapper.is_local and output.device.type == "cpu" else [whole(output)]:
+        for at in blocks_for(output) if mapper.is_local else [whole(output)]:
             mapped = mapper.factors(outputs(at), wanted)
             factors = {k: torch.nan_to_num(mapped[mapper.leaders[k]], 0, 0, 0) for k in distinct}
             terms = [(factors[leader], layers[k].image[at], self.signs[k]) for k, leader in leaders.items()]
@@ -151,9 +155,12 @@ class _BranchReader:
 
         Factors reuse the memory of the images: each block is read before it is overwritten.
         """
-        if self.normalization is None:
-            return _write_plain(factors, read, self.call.output)
-        return _write_normalized(factors, read, self.call.output, self.normalization)
+        writer = ColumnWriter(self.call.like, self.normalization)
+        for block in read:
+            gain = writer.gain(block.at, block.column_sum)
+            for k, factor in factors.items():
+                factor[block.at] = block.factors[k] if gain is None else block.factors[k].mul_(gain)
+        return writer.columns()
 
 
 @dataclass(frozen=True)
@@ -187,27 +194,3 @@ def _signed_sum(terms: list[tuple[Tensor, Tensor, float]], like: Tensor) -> Tens
     for factor, image, sign in others:
         total.addcmul_(factor, image, value=sign)
     return total
-
-
-def _write_plain(factors: dict[int, Tensor], read: Iterator[_ColumnBlock], like: Tensor) -> ColumnSums:
-    sums = torch.zeros_like(like)
-    for block in read:
-        for k, factor in factors.items():
-            factor[block.at] = block.factors[k]
-        sums[block.at] = block.column_sum
-    return ColumnSums(sums)
-
-
-def _write_normalized(
-    factors: dict[int, Tensor], read: Iterator[_ColumnBlock], like: Tensor, normalization: Normalization
-) -> Deficit:
-    deficit: Tensor | None = None
-    for block in read:
-        scaling = normalization.scaling(block.column_sum)
-        for k, factor in factors.items():
-            part = block.factors[k]
-            factor[block.at] = part if scaling.gain is None else part.mul_(scaling.gain)
-        if scaling.deficit is not None:
-            deficit = torch.zeros_like(like) if deficit is None else deficit
-            deficit[block.at] = scaling.deficit
-    return Deficit(deficit)

@@ -15,10 +15,11 @@ from zennit.core import BasicHook, Hook, ParamMod
 from zennit.rules import Pass
 
 from ..errors import NonlinearRuleError, UnsupportedRuleError
+from ..model.value_reads import audit
 from .base import IdentityKernel, Kernel
 from .forward_state import Saved
 from .gradient_mapper import mapped
-from .known_rules import is_by_modifiers, overrides
+from .known_rules import is_by_modifiers, overrides, own_copy
 from .layer_call import LayerCall, forward, shape_like
 from .normalization import Normalization
 from .rule_branch_reader import branch_kernel
@@ -69,7 +70,7 @@ def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Ke
         Saved(inputs, values=False),
         Saved(output, values=False),
     )  # no forward pass is running that could write to them
-    return read_rule(LayerCall(rule.copy(), module, forward, saved[0], shape_like(output), name, saved[1]))
+    return read_rule(LayerCall(own_copy(rule), module, forward, saved[0], shape_like(output), name, saved[1]))
 
 
 def check_linear(kernel: Kernel, call: LayerCall) -> None:
@@ -92,15 +93,15 @@ def is_linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
     noise = torch.randn((2, *like.shape), generator=generator, dtype=like.dtype).to(like.device)
     first, second = noise[:1], noise[1:]
     kernel.complete_for(None)
-    with torch.no_grad():
+    with torch.no_grad(), audit():
         combined = kernel.pull(first - 2 * second)
         apart = [one - 2 * two for one, two in zip(kernel.pull(first), kernel.pull(second), strict=True)]
-    tolerance = math.sqrt(torch.finfo(like.dtype).eps)
-    return all(
-        bool((left - right).abs().max() <= tolerance * max(1e-30, float(right.abs().max())))
-        for left, right in zip(combined, apart, strict=True)
-        if left.numel()
-    )
+        tolerance = math.sqrt(torch.finfo(like.dtype).eps)
+        return all(
+            bool((left - right).abs().max() <= tolerance * max(1e-30, float(right.abs().max())))
+            for left, right in zip(combined, apart, strict=True)
+            if left.numel()
+        )
 
 
 def _identity(call: LayerCall) -> IdentityKernel:

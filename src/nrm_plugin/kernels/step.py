@@ -5,7 +5,6 @@ The gradient that ``torch.autograd`` computes is then the relevance.
 
 from __future__ import annotations
 
-import functools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOperationError
-from ..model.autocast import InFloat32, exact, is_short
+from ..model.autocast import InFloat32, exact, is_short, working_dtype
 from ..model.value_reads import repeated
 from .base import Kernel
 from .forward_state import RUNNING, listener, not_recorded
-from .layer_call import shape_like
 from .normalization import Deficit, Normalization, Scaling
 from .rule_branch_kernel import BranchKernel
 
@@ -37,6 +35,7 @@ class Step(ABC):
     Attributes:
         call: Number of the call of the module or function.
         dtype: The dtype of relevance at the output.
+        device: The device of the output.
         is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
         uses: Number of known readers of the output.
         attention: Layout of heads and tokens, if the step multiplies attention weights and values.
@@ -51,47 +50,54 @@ class Step(ABC):
         self.attention: Any = None
         self.keeps_rows = False
         self.shape = output.shape
-        self._like = shape_like(output)
-        self.dtype = self._like.dtype
+        self.dtype, self.device = working_dtype(output.dtype), output.device
         self.is_short = is_short(output)
         self._normalization = normalization
+        self._kernel: Kernel | None = None
+        self._scaling: Scaling | None = None
         self._lock = threading.RLock()
 
     @abstractmethod
     def _build(self) -> Kernel:
         """Builds the kernel, when relevance first arrives."""
 
-    @functools.cached_property
+    @property
     def kernel(self) -> Kernel:
         """The kernel of the rule, already normalized if its columns are a :class:`Deficit`."""
-        with self._lock, torch.inference_mode(False), not_recorded(), repeated(f"{self.name}:{self.call}"), self._arithmetic():
-            return self.__dict__["kernel"] if "kernel" in self.__dict__ else self._build()
+        if self._kernel is not None:
+            return self._kernel
+        with self._lock, torch.inference_mode(False), not_recorded(), self._arithmetic():
+            return self._built()
+
+    def _built(self) -> Kernel:
+        """Builds the kernel unless it is built already; to be called in the contexts of the step."""
+        if self._kernel is None:
+            with repeated(f"{self.name}:{self.call}"):
+                self._kernel = self._build()
+        return self._kernel
 
     def forget_kernel(self) -> None:
         """Drops the kernel, which fusion may have invalidated."""
-        self.__dict__.pop("kernel", None)
-        self.__dict__.pop("_scaling", None)
+        self._kernel = self._scaling = None
 
-    @functools.cached_property
-    def _scaling(self) -> Scaling:
-        """Gain and deficit of the columns of the kernel."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            kernel = self.kernel
-            if kernel.is_stochastic:
-                return Scaling()
-            if isinstance(kernel, BranchKernel) and isinstance(kernel.columns, Deficit):
-                return Scaling(deficit=kernel.columns.share)
-            return self._scaling_of(kernel.column_sum(self._like).detach())
+    def _scaling_by(self, kernel: Kernel) -> Scaling:
+        """Computes gain and deficit of the columns of the kernel."""
+        if kernel.is_stochastic:
+            return Scaling()
+        if isinstance(kernel, BranchKernel) and isinstance(kernel.columns, Deficit):
+            return Scaling(deficit=kernel.columns.share)
+        like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+        return self._scaling_of(kernel.column_sum(like).detach())
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
         return self._normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
         """Returns gain and deficit at all entries where this relevance is not zero; None stands for any relevance."""
-        kernel = self.kernel
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
-            if kernel.complete_for(relevance):
-                self.__dict__.pop("_scaling", None)
+            kernel = self._built()
+            if kernel.complete_for(relevance) or self._scaling is None:
+                self._scaling = self._scaling_by(kernel)
             return self._scaling
 
     def gain_for(self, relevance: Tensor) -> Tensor | None:
@@ -170,11 +176,14 @@ class FunctionStep(Step):
         self, name: str, output: Tensor, build: Callable[[], Kernel], normalization: Normalization, rule: str = ""
     ) -> None:
         super().__init__(name, output, normalization, rule)
-        self._build_kernel = build
+        self._build_kernel: Callable[[], Kernel] | None = build
         self.unsupported_call: Any = None
 
     def _build(self) -> Kernel:
-        return self._build_kernel()
+        assert self._build_kernel is not None, "the kernel of a function is built once"
+        kernel = self._build_kernel()
+        self._build_kernel = None  # it holds the inputs of the function
+        return kernel
 
 
 class Link(torch.autograd.Function):

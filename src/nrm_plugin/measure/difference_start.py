@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TargetError, samples
-from ..functional.differences import LEAST
+from ..kernels.reference_pass import LEAST
 from ..model.targets import MIN_TOTAL, sample_sums
 from ..recording.recording import Recording
 

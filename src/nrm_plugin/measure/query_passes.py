@@ -39,7 +39,7 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         args[0]._check_fresh()  # type: ignore[attr-defined]
         with torch.inference_mode(False), torch.no_grad(), exact(args[0]._start.device):  # type: ignore[attr-defined]
-            return args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined]
+            return args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined, no-any-return]
 
     return wrapped
 

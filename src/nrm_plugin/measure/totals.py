@@ -61,7 +61,7 @@ class Totals:
         for vector in vectors.values():
             self._enter(edge, vector)
             if len(self.recording.graph.vertices[edge.vertex].edges) > 1:
-                self.branches[edge] = self._sum(vector, edge)
+                self.branches[edge] = self.mass[edge] if edge in self.mass else self._sum(vector, edge)
         return vectors
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:

@@ -88,6 +88,9 @@ WEIGHTLESS = (
 )
 
 
+_AFFINE = (*WEIGHTED, *WEIGHTLESS)
+
+
 def twin_of(module: nn.Module) -> nn.Module:
     """Returns the torch layer that is equivalent to a functional layer; any other module is returned unchanged."""
     return module.__dict__.get("twin") or module
@@ -101,9 +104,9 @@ def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def is_affine(module: nn.Module) -> bool:
     """Returns whether a module is a torch affine layer, with a forward that no subclass or canonizer overrides."""
-    if "forward" in module.__dict__ or module._modules:
+    if not isinstance(module, _AFFINE) or "forward" in module.__dict__ or module._modules:
         return False
-    kinds = [kind for kind in (*WEIGHTED, *WEIGHTLESS) if isinstance(module, kind)]
+    kinds = [kind for kind in _AFFINE if isinstance(module, kind)]
     return any(type(module).forward is kind.forward for kind in kinds) and (
         not isinstance(module, WEIGHTED) or module._parameters.get("weight") is not None
     )

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from zennit.core import BasicHook, Hook
 
 from ..errors import GradModeError, InputError, ModelStateError, UnsupportedRuleError
+from .guard import named_tensors
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
 """Layers that are random in training mode, by package, with the attribute that holds the drop rate."""
@@ -45,13 +46,16 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
         ModelStateError: If the model is in training mode, hooked by a composite, compiled, or has invalid weights.
     """
     check_untransformed(tensors)
-    check_hookable(model)
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    check_hookable(modules)
+    for name, module in modules.items():
         _check_mode(name, module)
-    check_unhooked(model, "Construct the measure outside `composite.context(model)`, and pass `composite=`.")
-    for name, parameter in model.named_parameters():
-        _check_parameter(name, parameter)
-    floating = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    check_unhooked(modules, "Construct the measure outside `composite.context(model)`, and pass `composite=`.")
+    own = named_tensors(model)
+    for name, parameter in own:
+        if isinstance(parameter, nn.Parameter):
+            _check_parameter(name, parameter)
+    floating = [tensor for _, tensor in own if tensor.is_floating_point()]
     for tensor in tensors:
         if floating and tensor.device not in {parameter.device for parameter in floating}:
             raise InputError(
@@ -83,9 +87,9 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def check_unhooked(model: nn.Module, remedy: str) -> None:
+def check_unhooked(modules: Mapping[str, nn.Module], remedy: str) -> None:
     """Raises :class:`ModelStateError` if a layer has hooks of a composite, since two composites would interfere."""
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(getattr(hook, "__self__", None), Hook):
                 raise ModelStateError(f"{_layer(name, module)} has hooks of a Zennit composite already. {remedy}")
@@ -125,9 +129,9 @@ def _layer(name: str, module: nn.Module) -> str:
     return f"layer {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
 
 
-def check_hookable(model: nn.Module) -> None:
+def check_hookable(modules: Mapping[str, nn.Module]) -> None:
     """Raises :class:`ModelStateError` for modules that run without the hooks of their layers."""
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         _check_kind(name, module)
 
 
@@ -205,8 +209,7 @@ def _check_mode(name: str, module: nn.Module) -> None:
             f"{_layer(name, module)} {why}, so it mixes the samples of a batch, and samples have no measures of "
             f"their own. {remedy}"
         )
-    amount = _randomness(module)
-    if module.training and amount > 0:
+    if module.training and (amount := _randomness(module)) > 0:
         raise ModelStateError(
             f"{_layer(name, module)} is in training mode and random (p={amount}), so the measure "
             "would be that of a random network. Call `model.eval()`."

@@ -19,20 +19,29 @@ def preserved(model: nn.Module) -> Iterator[None]:
     buffers, training mode and random state. State that has not changed is not written.
     """
     modules = [(module, _state(module)) for module in model.modules()]
-    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
-    buffers = [(b, b.data, b.requires_grad) for b in model.buffers()]
+    tensors = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in named_tensors(model)]
     random = torch.get_rng_state()
     try:
         yield
     finally:
         for module, state in modules:
             _restore(module, state)
-        for tensor, data, requires_grad in parameters + buffers:
+        for tensor, data, requires_grad in tensors:
             if tensor.shape != data.shape or _address(tensor) != _address(data):
                 tensor.data = data
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
         torch.set_rng_state(random)
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Returns all parameters and buffers by name, each once, in one walk over the modules."""
+    names: dict[Tensor, str] = {}  # tensors are hashed by identity
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                names.setdefault(tensor, f"{path}.{name}" if path else name)
+    return [(name, tensor) for tensor, name in names.items()]
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
@@ -89,15 +98,14 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
-        self._seen: list[tuple[str, Tensor, tuple[int, int], Tensor, Tensor]] = []
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        self._seen: list[tuple[str, Tensor, tuple[int, int], Tensor | None, Tensor]] = []
+        for name, tensor in named_tensors(model):
+            address = _address(tensor)
             flat = _stored(tensor.detach()).flatten()
-            entry = flat[:: max(1, -(-flat.numel() // entries))]
-            is_view = flat.data_ptr() == _address(tensor) and flat.numel() > 0
-            sample = entry.clone()
+            place = flat[:: max(1, -(-flat.numel() // entries))] if flat.numel() > entries else flat
             # Flattening a non-contiguous tensor returns a copy, in which later changes are not visible.
-            place = entry if is_view and not bool((sample != sample).any()) else torch.empty(0)
-            self._seen.append((name, tensor, (tensor._version, _address(tensor)), place, sample))
+            is_view = flat.data_ptr() == address and flat.numel() > 0
+            self._seen.append((name, tensor, (tensor._version, address), place if is_view else None, place.clone()))
         self._entries = entries
 
     def changed(self) -> list[str]:
@@ -106,7 +114,7 @@ class Fingerprint:
             name
             for name, tensor, state, place, sample in self._seen
             if (tensor._version, _address(tensor)) != state
-            or not torch.equal(*((place, sample) if place.numel() else self._finite(tensor, sample)))
+            or not ((place is not None and torch.equal(place, sample)) or torch.equal(*self._finite(tensor, sample)))
         ]
 
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:

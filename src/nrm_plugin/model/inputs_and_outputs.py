@@ -118,22 +118,28 @@ class Call:
         return call
 
     @contextmanager
-    def checked_ids(self, are_looked_up: Callable[[], bool]) -> Iterator[None]:
+    def checked_ids(self, are_looked_up: Callable[[], bool], read: Callable[[], str | None]) -> Iterator[None]:
         """Context for a run of the model; raises :class:`InputError` if the model looks up none of the integer inputs.
 
         Args:
             are_looked_up: A function that returns, after the run, whether integers were looked up.
+            read: A function that returns where the model converted them to Python or numpy numbers.
         """
         try:
             yield
         except RuntimeError as error:  # raised by a layer that multiplies integers
             if self.indices and not isinstance(error, NRMError) and not are_looked_up():
-                raise self._not_looked_up() from error
+                raise self._not_looked_up(read()) from error
             raise
         if self.indices and not are_looked_up():
-            raise self._not_looked_up()
+            raise self._not_looked_up(read())
 
-    def _not_looked_up(self) -> InputError:
+    def _not_looked_up(self, read: str | None) -> InputError:
+        if read is not None:
+            return InputError(
+                f"the model reads integers of its inputs as Python or numpy numbers, by {read}, so that the rows that "
+                "they select are not known. Look up the tensor itself: `embedding(ids)`, `weight[ids]`."
+            )
         if self._keywords is not None:
             return InputError(_none_floating(self.indices))
         item, tensor = next(iter(self.indices.items()))

@@ -88,6 +88,46 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
     return _convolution_maps(weight, options, inputs.shape[1:])
 
 
+def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
+    """Returns the maps of a layer with weights of one, whose outputs are the same in all channels.
+
+    ``up`` returns one channel, which broadcasts. Returns None for groups, transposed layers, and other layers than
+    :func:`explicit_maps` takes.
+
+    Args:
+        module: As in :func:`explicit_maps`.
+        weight: The weight of the layer, of which only shape, dtype and device matter.
+        inputs: As in :func:`explicit_maps`.
+    """
+    plain = explicit_maps(module, weight, inputs)
+    if plain is None:
+        return None
+    if plain.convolution is None:
+        return _sums_over(-1, inputs.shape[-1], plain)
+    _, options, shape = plain.convolution
+    stride, padding, _, transposed, _, groups = options
+    if transposed or groups > 1:
+        return None
+    if weight[0, 0].numel() == 1 and set(stride) == {1} and set(padding) == {0}:
+        return _sums_over(2, shape[0], plain)
+    sums = _convolution_maps(weight.new_ones(1, 1, *weight.shape[2:]), options, torch.Size((1, *shape[1:])))
+
+    def down(relevance: Tensor) -> Tensor:
+        return sums.down(relevance.sum(2, keepdim=True)).expand(*relevance.shape[:2], *shape)
+
+    return LinearMap(down, lambda values: sums.up(values.sum(2, keepdim=True)), plain.weight_gradient)
+
+
+def _sums_over(dim: int, width: int, plain: LinearMap) -> LinearMap:
+    """Maps of a layer with weights of one whose windows are single entries."""
+
+    def down(relevance: Tensor) -> Tensor:
+        single = relevance.sum(dim, keepdim=True)
+        return single.expand(*single.shape[:dim], width, *single.shape[dim:][1:])
+
+    return LinearMap(down, lambda values: values.sum(dim, keepdim=True), plain.weight_gradient)
+
+
 def _is_even(weight: Tensor) -> bool:
     """Returns whether all weights of an output channel are the same stored value."""
     inner = [stride for stride, size in zip(weight.stride()[1:], weight.shape[1:], strict=True) if size > 1]
@@ -240,4 +280,4 @@ def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
     return LinearMap(down, up), image.detach()
 
 
-__all__ = ["LinearMap", "Map", "blocked_maps", "explicit_maps", "recorded_maps", "side_by_side"]
+__all__ = ["LinearMap", "Map", "blocked_maps", "explicit_maps", "recorded_maps", "side_by_side", "window_maps"]

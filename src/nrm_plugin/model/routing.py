@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -86,7 +87,13 @@ def operation(node: Node) -> str:
     if isinstance(node, BackwardCFunction):
         kind = type(node)._forward_cls
         return "BackwardHookFunction" if kind is BackwardHookFunction else f"autograd.Function {kind.__name__}"
-    name = node.name().rsplit("::", 1)[-1]
+    return _operation(node.name())
+
+
+@functools.cache
+def _operation(name: str) -> str:
+    """The operation in the name of a node of torch, of which there are a few hundred."""
+    name = name.rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name
 

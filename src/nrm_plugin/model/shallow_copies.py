@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -28,10 +29,10 @@ def shared_copy(module: nn.Module) -> nn.Module:
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
     copy: nn.Module = kind.__new__(kind)
     copy.__dict__ = dict(module.__dict__)
-    for key in _HOOK_DICTS:
-        if key in copy.__dict__:
-            copy.__dict__[key] = OrderedDict()
-    copy._parameters = {name: _shared(parameter) for name, parameter in module._parameters.items()}
+    none: OrderedDict[int, object] = OrderedDict()  # one for all kinds, since nobody registers hooks on a copy
+    copy.__dict__.update({key: none for key in _HOOK_DICTS if key in copy.__dict__})
+    with torch._C.DisableTorchFunction():
+        copy._parameters = {name: _shared(parameter) for name, parameter in module._parameters.items()}
     copy._buffers = dict(module._buffers)
     copy._modules = {name: child and shared_copy(child) for name, child in module._modules.items()}
     _compute_parametrized(copy, module)

@@ -16,7 +16,9 @@ CLOSE = 1e-5
 """Largest relative difference of weights that are considered to be the same, computed in different order."""
 
 
-def fused(operations: list[Operation], trace: Trace, constants: dict[int, Tensor], results: list[int]) -> list[Operation]:
+def fused(
+    operations: list[Operation], trace: Trace, constants: dict[int, Tensor], results: list[int]
+) -> list[Operation]:
     """Returns the operations with each batch normalization fused with the convolution that only it reads.
 
     Args:
@@ -57,7 +59,9 @@ def fused(operations: list[Operation], trace: Trace, constants: dict[int, Tensor
 
 def _folded(values: list[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
     weight, bias, gamma, beta, mean, variance = values
-    assert weight is not None and mean is not None and variance is not None
+    assert weight is not None
+    assert mean is not None
+    assert variance is not None
     scale = torch.rsqrt(variance + eps)
     scale = scale if gamma is None else scale * gamma
     shift = (-mean if bias is None else bias - mean) * scale

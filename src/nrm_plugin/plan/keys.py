@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -51,6 +51,6 @@ def frozen(value: Any) -> Hashable:
         return ("dict", *((frozen(key), frozen(item)) for key, item in value.items()))
     if isinstance(value, Tensor) and value.numel() <= _LARGEST and value.layout == torch.strided:
         return ("tensor", value.shape, value.dtype, value.device, value.detach().cpu().numpy().tobytes())
-    if isinstance(value, (torch.dtype, torch.device, type)) or isinstance(value, Callable):  # type: ignore[arg-type]
+    if isinstance(value, (torch.dtype, torch.device)) or callable(value):
         return value  # type: ignore[no-any-return]
     raise TypeError(f"{type(value).__name__} cannot be compared")

@@ -133,7 +133,12 @@ class Merger:
             return False
         memory = self.trace.memory
         at = memory(target.number)
-        if at in self._given or at != target.number or memory(source.number) in self._given or source.number in self.constants:
+        if (
+            at in self._given
+            or at != target.number
+            or memory(source.number) in self._given
+            or source.number in self.constants
+        ):
             return False
         if self.trace.forms[target.number][3:] != self.trace.forms[source.number][3:] or self._sizes[at] > 1:
             return False
@@ -152,9 +157,10 @@ class Merger:
         memory = self.trace.memory
         if one.writes or one.shapes is not None:
             return None
-        if any(self._writes[memory(number)] and number not in one.reads for number in one.results if number is not None):
-            if not any(memory(number) == memory(source) for number in one.results if number is not None for source in one.reads):
-                return None
+        read = {memory(number) for number in one.reads}
+        made = {memory(number) for number in one.results if number is not None}
+        if any(self._writes[number] for number in made - read):  # new memory that is overwritten later
+            return None
         versions = tuple(self._versions[memory(number)] for number in one.reads)
         try:
             key = (one.function, _frozen(one.args), _frozen(one.kwargs), versions)

@@ -91,8 +91,11 @@ class Plan:
         """Takes the measure of some inputs. Inputs of a new shape, or a model that has changed, are planned anew.
 
         Args:
-            inputs, target, start, additional_forward_args, additional_forward_kwargs: As in
-                :class:`~nrm_plugin.RelevanceMeasure`.
+            inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
+            target: As in :class:`~nrm_plugin.RelevanceMeasure`.
+            start: As in :class:`~nrm_plugin.RelevanceMeasure`.
+            additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
+            additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
         Returns:
             A measure that answers every query.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +21,8 @@ from ..recording.passes import Cost
 from ..recording.recording import Recording
 from .keys import frozen
 from .model_state import ModelState
-from .program import ValuesDiffer
-from .programs import Programs, QueryProgram
+from .program import ChangedValueError
+from .programs import Key, Programs, QueryProgram
 from .trace import Tracer
 
 
@@ -143,7 +143,7 @@ class PlannedMeasure(RelevanceMeasure):
         if self._recorded is None and latest is not None:
             try:
                 outputs, state = latest.program.forward(self._tensors)
-            except ValuesDiffer as error:
+            except ChangedValueError as error:
                 self._programs.reject(error)
             else:
                 self._state = (latest, state)
@@ -168,14 +168,14 @@ class PlannedMeasure(RelevanceMeasure):
         if self._is_answering:
             return method(self, *args, **kwargs)
         try:
-            key: Hashable = (method.__name__, frozen(args), frozen(kwargs))
+            key: Key = (method.__name__, frozen(args), frozen(kwargs))
         except TypeError:
             return self._computed(method, args, kwargs)
         program = self._programs.find(key)
         if program is not None:
             try:
                 return self._run(program)
-            except ValuesDiffer as error:
+            except ChangedValueError as error:
                 self._programs.reject(error)
                 self._recorded = None  # its trace may have taken the same shortcuts
         is_certain = not any(isinstance(value, (list, tuple)) and _names_events(value) for value in _values(key))
@@ -194,7 +194,7 @@ class PlannedMeasure(RelevanceMeasure):
         self.cost = query.cost
         return query.answer(results)
 
-    def _traced(self, key: Hashable, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Answers a query from a traced recording, and makes its program."""
         self._check_inputs()
         if self._recorded is None:
@@ -225,8 +225,9 @@ class PlannedMeasure(RelevanceMeasure):
         """Returns an answer that does not depend on values, from the recording of any call of this form."""
         key = (name, frozen(args))
         if key not in self._programs.answers:
-            found = getattr(RelevanceMeasure, name)
-            self._programs.answers[key] = found.fget(self) if isinstance(found, property) else found(self, *args)
+            plain = super()
+            found = getattr(plain, name)
+            self._programs.answers[key] = found(*args) if callable(found) else found
         return self._programs.answers[key]
 
     @property

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..recording.passes import Cost
-from .program import Program, ValuesDiffer
+from .program import ChangedValueError, Program
 from .trace import Tracer
 
+Key = tuple[Hashable, ...]
+"""A query: the name of its method, and its arguments."""
 MOST = 32
 """Largest number of programs of one form of calls."""
 FAILURES = 3
@@ -56,12 +58,12 @@ class Programs:
         self.answers: dict[Hashable, Any] = {}
         self.latest: QueryProgram | None = None
         self.lock = threading.RLock()
-        self._programs: OrderedDict[Hashable, QueryProgram] = OrderedDict()
-        self._seen: set[Hashable] = set()
-        self._recorded: dict[Hashable, str] = {}
+        self._programs: OrderedDict[Key, QueryProgram] = OrderedDict()
+        self._seen: set[Key] = set()
+        self._recorded: dict[Key, str] = {}
         self._failures = 0
 
-    def find(self, key: Hashable) -> QueryProgram | None:
+    def find(self, key: Key) -> QueryProgram | None:
         """Returns the program of a query."""
         with self.lock:
             found = self._programs.get(key)
@@ -70,7 +72,7 @@ class Programs:
                 self.latest = found
             return found
 
-    def is_worth(self, key: Hashable, is_certain: bool) -> bool:
+    def is_worth(self, key: Key, is_certain: bool) -> bool:
         """Whether a query is to be traced: at once if it will be asked of other inputs, else when it is repeated."""
         with self.lock:
             worth = (is_certain or key in self._seen) and key not in self._recorded
@@ -79,7 +81,7 @@ class Programs:
 
     def add(
         self,
-        key: Hashable,
+        key: Key,
         tracer: Tracer,
         inputs: Sequence[int],
         outputs: Sequence[int],
@@ -104,7 +106,7 @@ class Programs:
             while len(self._programs) > MOST:
                 self._programs.popitem(last=False)
 
-    def reject(self, error: ValuesDiffer) -> None:
+    def reject(self, error: ChangedValueError) -> None:
         """Drops the programs after the values that they depend on were different."""
         with self.lock:
             names = frozenset(read for read in error.reads if " in " in read)
@@ -119,10 +121,10 @@ class Programs:
     def lines(self) -> list[str]:
         """Returns one line for each program."""
         with self.lock:
-            recorded = [f"{key[0]}: recorded every time: {why}" for key, why in self._recorded.items()]  # type: ignore[index]
+            recorded = [f"{key[0]}: recorded every time: {why}" for key, why in self._recorded.items()]
             return recorded + [
                 f"{key[0]}: {len(one.program.operations)} operations" for key, one in self._programs.items()
-            ]  # type: ignore[index]
+            ]
 
     def __len__(self) -> int:
         return len(self._programs)

@@ -20,7 +20,8 @@ from .trace import Operation, Trace, Value, mapped
 
 aten = torch.ops.aten
 FILLED = frozenset(
-    getattr(aten, name) for name in "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
+    getattr(aten, name)
+    for name in "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
 )
 """Operations that read only the shape of their argument."""
 STORED = 1 << 14
@@ -103,7 +104,7 @@ class Simplifier:
         number = one.results[0] if len(one.results) == 1 else None
         if one.function.overloadpacket not in FILLED or number is None or self.trace.memory(number) in written:
             return False
-        return math.prod(self.trace.forms[number][0]) > STORED
+        return bool(math.prod(self.trace.forms[number][0]) > STORED)
 
     def _compute(self, one: Operation) -> None:
         def stored(value: Any) -> Any:

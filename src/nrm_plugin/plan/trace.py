@@ -6,7 +6,7 @@ A trace is taken below autograd, by a ``TorchDispatchMode``, so that hooks, kern
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +119,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.trace = Trace()
         self._numbers: Any = WeakTensorKeyDictionary()
         self._varying: set[int] = set()
@@ -130,12 +130,12 @@ class Tracer(TorchDispatchMode):
     def __enter__(self) -> Any:
         self._outer = ACTIVE.tracer
         ACTIVE.tracer = self
-        self._watch.__enter__()
-        return super().__enter__()
+        self._watch.__enter__()  # type: ignore[no-untyped-call, unused-ignore]
+        return super().__enter__()  # type: ignore[no-untyped-call, unused-ignore]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._watch.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call, unused-ignore]
+        self._watch.__exit__(*error)  # type: ignore[no-untyped-call, unused-ignore]
         ACTIVE.tracer = self._outer
 
     def placeholder(self, tensor: Tensor) -> int:
@@ -185,7 +185,7 @@ class Tracer(TorchDispatchMode):
         memory = _memory(tensor)
         if memory is not None:
             if memory not in self._memories:
-                self._memories[memory] = (StorageWeakRef(tensor.untyped_storage()), [])
+                self._memories[memory] = (StorageWeakRef(tensor.untyped_storage()), [])  # type: ignore[no-untyped-call, unused-ignore]
             self._memories[memory][1].append((number, _form(tensor)))
         return number
 
@@ -302,7 +302,7 @@ class EscapeWatch(TorchFunctionMode):
     """Notes where values leave torch, so that what is computed from them later is not in the trace."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self._tracer = tracer
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

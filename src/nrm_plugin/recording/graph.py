@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedOperationError
 from ..kernels.step import Step, step_of
 from ..model.autocast import SHORT, working_dtype
 from ..model.routing import is_whole, operation, written
@@ -145,7 +146,15 @@ class Vertex:
         return indexed_route(self._route, seeds, [edge is not None for edge in self.edges])
 
     def _route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
-        parts = self.node(*relevance)
+        try:
+            parts = self.node(*relevance)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise UnsupportedOperationError(
+                f"the model overwrites an index or a mask of {operation(self.node)!r} in place after the call, so that its "
+                "values are lost to autograd. Write to a copy, `mask = mask & other` instead of `mask &= other`."
+            ) from error
         return list(parts) if isinstance(parts, (tuple, list)) else [parts]
 
     @property
@@ -174,8 +183,8 @@ class Vertex:
                     else [torch.zeros_like(seed) for seed in seeds]
                 )
             shares = tuple(1 - column.detach() for column in columns)
-            is_free = all(holds("no constants", lambda share=share: ~share.any()) for share in shares)
-            self._constant_share = () if is_free else shares
+            held = torch.stack([share.any() for share in shares])
+            self._constant_share = () if holds("no constants", lambda: ~held.any()) else shares
         return self._constant_share or None
 
 
@@ -202,9 +211,10 @@ class Graph:
 
     def __init__(self, output: Tensor, leaves: Sequence[Tensor]) -> None:
         root, number = written(output.grad_fn, output.output_nr)
-        self.nodes = _depending(_in_walk_order(root), leaves)
+        edges = _edges_in_walk_order(root)
+        self.nodes = _depending(edges, leaves)
         position = {node: index for index, node in enumerate(self.nodes)}
-        self.vertices = [_vertex(node, position) for node in self.nodes]
+        self.vertices = [_vertex(node, edges[node], position) for node in self.nodes]
         self.position = position
         self._count_uses()
         self.output = Buffer(0, number)
@@ -259,32 +269,37 @@ def _columns(rows: list[Any]) -> list[Tensor | None]:
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-def _in_walk_order(root: Any) -> list[Any]:
+_Edges = dict[Any, list[tuple[Any, int]]]
+"""The nodes that each node reads, each with the number of the output; writes to whole tensors are not vertices."""
+
+
+def _edges_in_walk_order(root: Any) -> _Edges:
     """Sorts nodes so that each node precedes the nodes to which it propagates relevance (depth first, no recursion)."""
+    edges: _Edges = {root: _edges(root)}
     order: list[Any] = []
-    seen = {root}
-    stack = [(root, iter(_edges(root)))]
+    stack = [(root, iter(edges[root]))]
     while stack:
         node, rest = stack[-1]
         for below, _ in rest:
-            if below is not None and below not in seen:
-                seen.add(below)
-                stack.append((below, iter(_edges(below))))
+            if below is not None and below not in edges:
+                edges[below] = _edges(below)
+                stack.append((below, iter(edges[below])))
                 break
         else:
             order.append(node)
             stack.pop()
-    return order[::-1]
+    return {node: edges[node] for node in reversed(order)}
 
 
-def _depending(nodes: list[Any], leaves: Sequence[Tensor]) -> list[Any]:
+def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
     """Returns the nodes that depend on at least one of the leaves, and always the first node."""
     inputs = {id(leaf) for leaf in leaves}
     depending: set[Any] = set()
-    for node in reversed(nodes):
-        if id(getattr(node, "variable", None)) in inputs or any(below in depending for below, _ in _edges(node)):
+    for node, read in reversed(edges.items()):
+        if id(getattr(node, "variable", None)) in inputs or any(below in depending for below, _ in read):
             depending.add(node)
-    return nodes[:1] + [node for node in nodes[1:] if node in depending]
+    first, *others = edges
+    return [first, *(node for node in others if node in depending)]
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
@@ -292,13 +307,13 @@ def _edges(node: Any) -> list[tuple[Any, int]]:
     return [written(below, number) for below, number in node.next_functions]
 
 
-def _vertex(node: Any, position: dict[Any, int]) -> Vertex:
-    edges = tuple(Buffer(position[below], number) if below in position else None for below, number in _edges(node))
+def _vertex(node: Any, read: list[tuple[Any, int]], position: dict[Any, int]) -> Vertex:
+    edges = tuple(Buffer(position[below], number) if below in position else None for below, number in read)
     step = step_of(node)
     leaf = getattr(node, "variable", None)
     outputs = node._input_metadata if step is None else node._input_metadata[:1]  # a Function uses only the first
     shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in outputs), strict=True)
-    below = [lower._input_metadata[number].dtype if lower in position else None for lower, number in _edges(node)]
+    below = [lower._input_metadata[number].dtype if lower in position else None for lower, number in read]
     return Vertex(
         node,
         step,

@@ -2,7 +2,7 @@
 
 If the operations do not prove independence, it is tested. The relevance of single samples is tracked through the graph,
 and the model runs again with some samples changed. The change must affect neither the outputs of the other samples nor,
-if a rule is unknown, their relevance.
+if a rule is unknown, their relevance. If values outside of the graph may join samples, single samples run as well.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ TOLERANCE_OF_RULES = 1e-3
 """Tolerance for the relevance of the inputs."""
 
 
+ALONE = 16
+"""Largest number of samples on which the model runs alone."""
+SUSPECTS = 4
+"""Largest number of samples with other outputs alone that are tested by exchanges."""
+
+
 class Exchange(Enum):
     """Replacement values for the inputs of chosen samples."""
 
@@ -38,6 +44,7 @@ class Exchange(Enum):
     OPPOSITE = "large values of the opposite sign"
     LARGEST = "the largest value of all samples, which remains a valid id"
     SMALLEST = "the smallest value of all samples"
+    COPIES = "the values of the first other sample"
 
 
 SCALES = {Exchange.OTHERS: 0.75, Exchange.FAR: 16.0, Exchange.OPPOSITE: -16.0}
@@ -59,7 +66,14 @@ class Rerun(Protocol):
     """Interface for running the model again on changed inputs."""
 
     def recording(self, change: Change) -> Run: ...
-    def outputs(self, change: Change) -> Tensor: ...
+    def outputs(self, change: Change, others: Change = ...) -> Tensor: ...
+    @property
+    def has_hooks(self) -> bool: ...
+    def with_hooks(self) -> Rerun: ...
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
@@ -81,11 +95,14 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
             if not _is_followed(recording.samples, noise):
                 return  # a query of anything below raises the same error
     _check_rows_of_inputs(recording.samples)
+    rerun = _with_needed_hooks(recording, rerun)
     are_known = rules_are_known(recording.graph)
     for chosen, exchange in _exchanges(recording):
         _check_outputs(recording, chosen, exchange, rerun)
         if not are_known:
             _check_relevance(recording, noise, chosen, rerun)
+    if recording.samples.may_mix:
+        _check_alone(recording, rerun)
 
 
 def _is_followed(samples: Samples, noise: Tensor) -> bool:
@@ -106,13 +123,30 @@ def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
     looks up ids, values stay in range, since an index out of range crashes the process on some devices.
     """
     count = recording.samples.count
-    ends = {number for number, vertex in enumerate(recording.graph.vertices) if vertex.leaf is not None}
-    are_free = ends <= recording.samples.inputs
+    first, second = _extremes(recording)
     numbers = torch.arange(count)
     yield numbers % 2 == 0, Exchange.OTHERS
     yield numbers % 2 == 1, Exchange.OTHERS
-    yield numbers < (count + 1) // 2, Exchange.FAR if are_free else Exchange.LARGEST
-    yield numbers >= (count + 1) // 2, Exchange.OPPOSITE if are_free else Exchange.SMALLEST
+    yield numbers < (count + 1) // 2, first
+    yield numbers >= (count + 1) // 2, second
+
+
+def _extremes(recording: Run) -> tuple[Exchange, Exchange]:
+    ends = {number for number, vertex in enumerate(recording.graph.vertices) if vertex.leaf is not None}
+    are_free = ends <= recording.samples.inputs
+    return (Exchange.FAR, Exchange.OPPOSITE) if are_free else (Exchange.LARGEST, Exchange.SMALLEST)
+
+
+def _with_needed_hooks(recording: Run, rerun: Rerun) -> Rerun:
+    """Further runs that call the user's hooks only if the output depends on the hooks."""
+    if not rerun.has_hooks:
+        return rerun
+    try:
+        output = rerun.outputs(_unchanged)
+    except Exception:
+        return rerun.with_hooks()
+    every = torch.ones(recording.samples.count, dtype=torch.bool)
+    return rerun.with_hooks() if _has_changed(recording, recording.output, output, every) else rerun
 
 
 def _check_rows_of_inputs(samples: Samples) -> None:
@@ -129,9 +163,61 @@ def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Re
         other = _outputs(chosen, Exchange.OTHERS, rerun)
     if other is None or not _has_changed(recording, recording.output, other, ~chosen):
         return
-    first, second = (rerun.outputs(lambda tensor: tensor) for _ in range(2))
+    first, second = (rerun.outputs(_unchanged) for _ in range(2))
     if _has_changed(recording, first, other, ~chosen) and not _has_changed(recording, first, second, ~chosen):
         raise recording.samples.error("the output, which changes with the inputs of other samples,")
+
+
+def _check_alone(recording: Run, rerun: Rerun) -> None:
+    """Raises if the output of a sample changes without the other samples, since a threshold may join all samples.
+
+    A model may also distinguish samples by their position in the batch: then the outputs do not follow samples that
+    change places, and only an exchange shows whether the other samples matter.
+    """
+    numbers, suspects = torch.arange(recording.samples.count), 0
+    for number in range(0, len(numbers), -(-len(numbers) // ALONE)):
+        if not _differs(recording, slice(number, number + 1), rerun):
+            continue
+        if not suspects and not _is_ordered(recording, rerun):
+            raise recording.samples.error("the output, which changes without the other samples,")
+        suspects += 1
+        for exchange in (Exchange.COPIES, *_extremes(recording)):
+            _check_outputs(recording, numbers != number, exchange, rerun)
+        if suspects == SUSPECTS:
+            return
+
+
+def _is_ordered(recording: Run, rerun: Rerun) -> bool:
+    """Whether the model draws at random, or its outputs do not follow samples that change places."""
+    count = recording.samples.count
+    return any(_differs(recording, rows, rerun) for rows in (torch.arange(count), torch.arange(count).roll(1)))
+
+
+def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
+    """Whether outputs are different if the model runs on the chosen rows of its inputs.
+
+    Further arguments of the model are passed unchanged, or with their chosen rows.
+    """
+    count, layout = recording.samples.count, recording.samples.layout(recording.graph.output)
+    expected = layout.unfold(recording.output.detach())[rows]
+    differs = False
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor.detach()[rows]
+
+    def chosen_of_others(tensor: Tensor) -> Tensor:
+        return chosen(tensor) if tensor.shape[:1] == (count,) else tensor
+
+    for others in (_unchanged, chosen_of_others):
+        try:
+            output = rerun.outputs(chosen, others)
+        except Exception:  # a model may not accept one sample
+            continue
+        if output.shape == expected.shape:
+            if _is_close(output, expected, recording.output):
+                return False
+            differs = True
+    return differs
 
 
 def _outputs(chosen: Tensor, exchange: Exchange, rerun: Rerun) -> Tensor | None:
@@ -149,9 +235,13 @@ def _has_changed(recording: Run, output: Tensor, other: Tensor, rows: Tensor) ->
         return True
     rows = rows.to(output.device)
     one, two = layout.unfold(output.detach())[rows], layout.unfold(other.detach())[rows]
-    return not bool(
-        ((one - two).abs() <= TOLERANCE.get(output.dtype, TOLERANCE_OF_SHORT) * output.detach().abs().max()).all()
-    )
+    return not _is_close(one, two, output)
+
+
+def _is_close(one: Tensor, two: Tensor, output: Tensor) -> bool:
+    """Whether rows of outputs agree, relative to the largest output."""
+    tolerance = TOLERANCE.get(output.dtype, TOLERANCE_OF_SHORT) * output.detach().abs().max()
+    return bool(((one - two).abs() <= tolerance).all())
 
 
 def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun) -> None:
@@ -177,7 +267,9 @@ def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun
 def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS) -> Tensor:
     """Replaces the inputs of the chosen samples with the values of an exchange."""
     plain, inner = tensor.detach(), list(range(1, tensor.ndim))
-    if exchange is Exchange.LARGEST or exchange is Exchange.SMALLEST:
+    if exchange is Exchange.COPIES:
+        other = plain[~chosen.to(tensor.device)][:1]
+    elif exchange is Exchange.LARGEST or exchange is Exchange.SMALLEST:
         other = plain.amax(0, keepdim=True) if exchange is Exchange.LARGEST else plain.amin(0, keepdim=True)
     else:
         other = plain.roll(1, 0).flip(inner) if inner else plain.roll(1, 0)

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import EventError, UnknownLayerError, unknown_layer
 from ..events.event import Atom
@@ -23,12 +24,11 @@ class Observer:
     """Hooks around the hooks of the composite, and the tensors that they collect.
 
     Args:
-        model: The model.
         indices: Integer inputs; relevance ends at the rows that an integer input selects.
         wanted: The tap inside the model at which the measure is to start; None for the output of the model.
 
     Attributes:
-        modules: Name of each module.
+        modules: Name of each module, once the observer watches a model.
         containers: Names of modules with children that have a rule themselves.
         observed: Every labelled tensor that depends on the inputs.
         leaves: The tensors at which relevance ends.
@@ -36,15 +36,17 @@ class Observer:
         inputs: The leaves of the floating-point inputs.
         has_lookups: Whether ids were looked up.
         has_untracked: Whether some values depend on the inputs but are not tracked by autograd.
+        read: Where the model first converted ids to Python or numpy numbers; None if it did not.
     """
 
-    def __init__(self, model: nn.Module, indices: list[Tensor], wanted: Atom | None) -> None:
-        self.modules: Mapping[nn.Module, str] = module_names(model)
+    def __init__(self, indices: list[Tensor], wanted: Atom | None) -> None:
+        self.modules: Mapping[nn.Module, str] = {}
         self.containers: list[str] = []
         self.observed: list[Observed] = []
         self.leaves: list[Tensor] = []
         self._leaves: set[int] = set()
         self.has_lookups = self.has_untracked = False
+        self.read: str | None = None
         self.indices, self.inputs = indices, list[Tensor]()
         self._wanted = wanted
         self._calls: dict[nn.Module, int] = {}
@@ -58,11 +60,13 @@ class Observer:
             stack: The stack that removes the hooks.
         """
         self.modules = module_names(model)
+        handles: list[RemovableHandle] = []
+        stack.callback(_remove, handles)
         for module, name in self.modules.items():
-            if _step_hook(module) is not None and module._modules:
+            if module._modules and _step_hook(module) is not None:
                 self.containers.append(name)
-            stack.callback(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(self._leave).remove)
+            handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave))
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
         """Creates a leaf with the values of an input, and returns the tensor that replaces the input in the call."""
@@ -121,6 +125,10 @@ class Observer:
         """Records that there are untracked values, which may depend on several samples."""
         self.has_untracked = True
 
+    def on_read(self, where: str) -> None:
+        """Stores where the model converted ids to numbers that are not tensors."""
+        self.read = self.read or where
+
     @without_torch_function
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Turns the rows that ids select into a leaf, where relevance ends as at any other input."""
@@ -167,6 +175,11 @@ class Observer:
         if (wanted.call or 0) == label.call and wanted.item in (None, label.item) and self._started is None:
             with not_recorded():
                 self._started = tensor.clone()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _own_view(value: Any) -> Any:

@@ -70,7 +70,7 @@ def pull(
     waiting: list[dict[int, Vectors[Key]]] = [{} for _ in graph.vertices]
     for buffer, vectors in start:
         _add(waiting[buffer.vertex].setdefault(buffer.number, {}), vectors)
-    cost = Cost()
+    steps = vectors_of_steps = 0
     for index, vertex in enumerate(graph.vertices):
         arrived = {number: visitor.at_buffer(Buffer(index, number), v) for number, v in waiting[index].items()}
         waiting[index] = {}
@@ -79,7 +79,8 @@ def pull(
             continue
         stacked = [_stack(arrived.get(number, {}), keys) for number in range(len(vertex.shapes))]
         parts, share = vertex.pull(stacked, absolute)
-        cost += Cost(1, len(keys)) if vertex.step is not None else Cost()
+        if vertex.step is not None:
+            steps, vectors_of_steps = steps + 1, vectors_of_steps + len(keys)
         if share is not None:
             visitor.at_sink(Sink(index), 0, "residual", arrived[0], share)
         _absorb_constants(vertex, Sink(index), stacked, keys, visitor)
@@ -87,14 +88,21 @@ def pull(
             if part is None or edge is None:
                 continue
             shape = graph.shape(edge)
-            rows = {key: row.sum_to_size(shape) for key, row in zip(keys, part, strict=True)}
+            rows = {key: _of_shape(row, shape) for key, row in zip(keys, part.unbind(), strict=True)}
             _add(waiting[edge.vertex].setdefault(edge.number, {}), visitor.at_edge(Edge(index, number), rows))
-    return cost
+    return Cost(steps, vectors_of_steps)
+
+
+def _of_shape(row: Tensor, shape: torch.Size) -> Tensor:
+    """Sums over the dimensions in which the tensor at an edge was broadcast."""
+    return row if row.shape == shape else row.sum_to_size(shape)
 
 
 def _absorb_constants(
     vertex: Vertex, sink: Sink, stacked: list[Tensor | None], keys: list[Key], visitor: Visitor[Key]
 ) -> None:
+    if not vertex.may_hold_constants:
+        return
     like = next(item for item in stacked if item is not None)
     shares = vertex.constant_share(like)
     if shares is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..composites import Normalized
 from ..events.event import Atom
-from ..functional.differences import LEAST, difference
-from ..kernels.forward_state import forward_pass
-from ..kernels.reference_pass import ReferencePass
+from ..kernels.forward_state import before_writing, forward_pass
+from ..kernels.reference_pass import LEAST, ReferencePass, difference
 from ..model.autocast import asked_for, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
-from ..model.guard import Fingerprint, preserved
+from ..model.guard import Fingerprint, named_tensors, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
+from ..model.renormalization import TablesUnwritten
 from ..model.value_reads import audit, untraced
 from .graph import Graph
 from .independence import find_samples
@@ -28,6 +28,8 @@ from .structure import Structure
 from .taps import OUTPUT, Label, Taps
 
 _RECORDING = threading.RLock()
+LARGEST_BUFFER = 1 << 16
+"""Number of entries of the largest buffer that is restored after a run that wrote to the buffer."""
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ def _run(
     """Runs the model under the hooks of the composite; returns the explained output and what was observed."""
     indices = list(call.indices.values())
     inner = output if isinstance(output, Atom) else None
-    observer = Observer(model, indices, inner)
+    observer = Observer(indices, inner)
     with ExitStack() as around:
         around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
         check_model(model, call.tensors)
@@ -154,19 +156,20 @@ def _run(
         for block in (
             preserved(model),
             forward_pass(observer, reference),
+            _buffers_kept(model),
             torch.enable_grad(),
             _precision(device),
             check_drawn(model, device),
         ):
             around.enter_context(block)
-        for tensor in (*model.parameters(), *model.buffers()):
+        for _, tensor in named_tensors(model):
             if tensor.is_leaf:  # a computed buffer is a constant by its history
                 tensor.requires_grad_(False)
-        passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
         with ExitStack() as stack:
             stack.enter_context(composite.context(model))
             observer.watch(model, stack)
-            with call.checked_ids(lambda: observer.has_lookups):
+            passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
+            with call.checked_ids(lambda: observer.has_lookups, lambda: observer.read):
                 returned = call.run(model, passed)
         if reference is not None:
             reference.finish()
@@ -194,10 +197,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Runs the model of a recording again, without hooks, to test how the model treats samples.
+    """Runs the model of a recording again, to test how the model treats samples.
 
     Attributes:
         model, call, composite, output, reference: As in :class:`Recording`.
+        calls_hooks: Whether the user's hooks are called.
     """
 
     model: nn.Module
@@ -205,27 +209,39 @@ class Rerun:
     composite: Normalized
     output: Output | Atom | None
     reference: Reference | None = None
+    calls_hooks: bool = False
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether the model has hooks of the user that may change its output."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
+
+    def with_hooks(self) -> Rerun:
+        """Returns the same runs with the user's hooks."""
+        return replace(self, calls_hooks=True)
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Returns a recording on changed inputs."""
-        with untraced(), _without_hooks(self.model), torch.inference_mode(False), torch.enable_grad():
+        with untraced(), self._hooks(), torch.inference_mode(False), torch.enable_grad():
             call = self.call.changed(change, others)
             return Recording(self.model, call, self.composite, self.output, self._changed_reference(change, others))
 
-    def outputs(self, change: Change) -> Tensor:
+    def outputs(self, change: Change, others: Change = _unchanged) -> Tensor:
         """Returns the output on changed inputs."""
         if isinstance(self.output, Atom):
-            return self.recording(change).output.detach()
-        call = self.call.changed(change)
+            return self.recording(change, others).output.detach()
+        call = self.call.changed(change, others)
         with ExitStack() as around:
             around.enter_context(_RECORDING)
             device = (*call.tensors, *call.indices.values())[0].device
             for block in (
                 untraced(),
-                _without_hooks(self.model),
+                self._hooks(),
                 forward_pass(None),
+                _buffers_kept(self.model),
                 torch.no_grad(),
                 _precision(device),
+                TablesUnwritten(),
             ):
                 around.enter_context(block)
             output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
@@ -236,6 +252,9 @@ class Rerun:
         if self.reference is None:
             return None
         return replace(self.reference, call=self.reference.call.changed(change, others))
+
+    def _hooks(self) -> AbstractContextManager[None]:
+        return preserved(self.model) if self.calls_hooks else _without_hooks(self.model)
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
         """Returns the shapes of labelled tensors for two copies of the sample; empty if the model rejects two."""
@@ -260,6 +279,30 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         yield
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Context that restores buffers that the model writes in place, such as running averages; large ones are caches."""
+    with untraced():
+        buffers = [buffer for module in model.modules() if not _is_norm(module) for buffer in module._buffers.values()]
+        written = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
+        kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in written.values()]
+    try:
+        yield
+    finally:
+        with untraced(), torch.no_grad():
+            for buffer, version, values in kept:
+                # A write through ``.data`` changes no version; on other devices a comparison would wait for the device.
+                is_written = buffer._version != version or (buffer.is_cpu and not torch.equal(buffer, values))
+                if is_written and buffer.shape == values.shape:
+                    before_writing(buffer)
+                    buffer.copy_(values)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization layer of torch, which does not write its statistics in evaluation mode."""
+    return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
         return _signed(node._saved_dims[0]) % dims == 0
     if name == "constantpadnd":
         return len(node._saved_pad) < 2 * dims or not any(node._saved_pad[-2:])
-    return name == "index" and _is_index_of_rows(node._saved_indices)
+    return name == "index" and _is_index_of_rows(node)
 
 
 def _are_inner(saved: Any, dims: int) -> bool:
@@ -138,9 +138,12 @@ def _are_inner(saved: Any, dims: int) -> bool:
     return bool(stored) and all(_signed(dim) % dims != 0 for dim in stored)
 
 
-def _is_index_of_rows(indices: Sequence[Tensor | None]) -> bool:
+def _is_index_of_rows(node: Any) -> bool:
     """Returns whether an index keeps all rows of the first dimension in order."""
-    used = [number for number, index in enumerate(indices) if index is not None]
+    try:
+        used = [number for number, index in enumerate(node._saved_indices) if index is not None]
+    except RuntimeError:  # an index was overwritten, so that relevance raises where it arrives
+        return False
     return bool(used) and used[0] > 0 and used[-1] - used[0] == len(used) - 1
 
 

@@ -49,6 +49,7 @@ class Samples:
         inputs: The vertices of the inputs of the model, which have samples as rows.
         labels: The labels of each tensor.
         rows: For a single sample, the vertices that are proven to have samples as rows.
+        may_mix: Whether values outside of the graph may join the samples.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Samples:
         self.output_has_rows = True
         self.inputs: set[int] = set()
         self.rows: set[int] = set()
+        self.may_mix = False
         self._plain, self._whole = Layout(0, count), Layout(None, 1)
         self.labels: dict[Buffer, list[Hashable]] = {}
         self._run_two = shapes_of_two if batched and count == 1 and not is_plain else dict

@@ -48,6 +48,7 @@ class Structure:
         looked_up = [leaf for leaf in observer.leaves if id(leaf) not in inputs]
         is_plain = batched and not may_mix and all_keep_rows(self.graph, count, looked_up)
         self.samples = Samples(self.graph, count, batched, is_plain, shapes_of_two)
+        self.samples.may_mix = may_mix
         if not is_plain:
             leaves = {n: vertex.leaf for n, vertex in enumerate(self.graph.vertices) if vertex.leaf is not None}
             self.samples.inputs = {number for number, leaf in leaves.items() if id(leaf) in inputs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import HookedContainerError, UnknownLayerError, brief, unknown_layer
-from .graph import Graph
+from .graph import Graph, Marks
 from .layout import Layout
 from .places import Buffer, Edge, Place
 from .samples import Samples
@@ -123,7 +124,6 @@ class Taps:
     Attributes:
         all: All taps.
         index: Position in ``all``, by place.
-        marks: The taps below each vertex and edge, as bit sets; bit ``k`` stands for tap ``k``.
     """
 
     def __init__(
@@ -137,15 +137,24 @@ class Taps:
         self.graph, self.modules, self._containers, self._samples = graph, modules, containers, samples
         self._labelled: dict[Label, Tap] = {}
         self.all = self._collected(observed)
-        for label, tap in self._labelled.items():
+        for label, tap in self._labelled.items() if not samples.is_plain else ():
             samples.labels.setdefault(samples.buffer(tap.place), []).append(label)
         self._items_of: dict[tuple[str, str], dict[int, list[Item | None]]] = {}
         for label in self._labelled:
             self._items_of.setdefault((label.name, label.side), {}).setdefault(label.call, []).append(label.item)
         self.index: dict[Place, int] = {tap.place: number for number, tap in enumerate(self.all)}
-        self._sinks = {(v.step.name, v.step.call): n for n, v in enumerate(graph.vertices) if v.step is not None}
         _infer_channels(self.all, 1 if samples.batched else -1)
-        self.marks = graph.marks_below({place: 1 << number for place, number in self.index.items()})
+
+    @functools.cached_property
+    def marks(self) -> Marks:
+        """The taps below each vertex and edge, as bit sets; bit ``k`` stands for tap ``k``."""
+        return self.graph.marks_below({place: 1 << number for place, number in self.index.items()})
+
+    @functools.cached_property
+    def _sinks(self) -> dict[tuple[str, int], int]:
+        """The vertex of each step, by name and number of the call."""
+        steps = ((number, vertex.step) for number, vertex in enumerate(self.graph.vertices))
+        return {(step.name, step.call): number for number, step in steps if step is not None}
 
     def __iter__(self) -> Iterator[Tap]:
         return iter(self.all)

@@ -1,0 +1,282 @@
+"""Time and memory of a measure as multiples of one plain input gradient, next to Zennit and Captum, with targets.
+
+``python -m benchmarks.cost`` measures every net, stores the results as JSON with the environment, writes the tables of
+docs/cost.md and prints them as measured / target; ``make bench`` installs timm and transformers and runs it. Nets whose
+package is not installed are skipped. ``--nets`` selects nets and leaves the other results unchanged; ``--quick``
+measures times with one thread only; ``--timm`` measures one small model of each module of timm instead; ``--print`` and
+``--render`` only print and only write the stored results.
+
+Each net and number of threads is measured in its own process. Results are compared first: a plan with a recorded
+measure at every tap, and Zennit's relevance with ``residual="sink"`` where every operation is a module with a rule.
+Computations alternate within each round; times are processor times, ratios refer to the plain gradient of the same
+round, and medians and ranges are stored. Peak memory is that of one process for each computation and batch size.
+
+``--profile NET`` prints the operators with the largest own time, and the share outside of operators.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import gc
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cost import page, timm_models
+from benchmarks.cost.nets import NETS, Net
+from benchmarks.cost.timing import RETURNING, alternated, forked, profile, reset, resident, round_to, summary, threads
+from benchmarks.cost.ways import (
+    COMPOSITES,
+    FIRST,
+    PLAIN,
+    PLANNED,
+    RECORDED,
+    TARGET,
+    ZENNIT_FIRST,
+    Ways,
+    check,
+    differences,
+    faults,
+    message,
+    planned,
+    recorded,
+    without_rule,
+)
+from benchmarks.speed import environment
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results/cost.json"
+WAYS = [PLAIN, ZENNIT_FIRST, *(f"{way}, {name}" for way in (RECORDED, PLANNED) for name in COMPOSITES)]
+"""The computations whose peak memory is measured."""
+
+
+def net_of(name: str) -> Net:
+    """A net of the table, or a model of timm."""
+    return NETS[name] if name in NETS else timm_models.net(name.removeprefix("timm/"))
+
+
+# -- in a process of its own ------------------------------------------------------------------------------------------
+
+
+def one(name: str, count: int, rounds: int) -> dict[str, Any]:
+    """Compares and times all computations of one net with this many threads."""
+    torch.set_num_threads(count)
+    row: dict[str, Any] = {"net": name, "threads": count}
+    net = net_of(name)
+    model, x = net.made(), net.inputs()
+    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    row["without rule"] = without_rule(model)
+    row["differences"] = differences(net, model, x)
+    row["faults"] = faults(row["differences"])
+    if row["faults"]:  # times of different results are not comparable
+        return row
+    ways = Ways(net, model, x)
+    work, row["failed"] = ways.runnable(list(COMPOSITES))
+    explained = {name: plan.explain() for name, plan in ways.plans.items()}
+    row["not planned"] = {name: text for name, text in explained.items() if text.startswith("recorded every time")}
+    row |= summary(alternated(work, rounds))
+    row["load"] = round_to(os.getloadavg()[0], 2)
+    if count == 1:
+        row["profiles"] = {name: profile(work[f"{PLANNED}, {name}"]) for name in COMPOSITES if page.missed(row, name)}
+    return row
+
+
+def peaks_of(name: str) -> dict[str, Any]:
+    """Peak memory in addition to the net, in MiB, of a marginal at the input, by batch size and computation.
+
+    Each is measured in a process of its own, which is forked before any computation.
+    """
+    torch.set_num_threads(1)
+    net = net_of(name)
+    model = net.made()
+    rows = []
+    for batch in (1, 8) if net.is_batched else (1,):
+        row: dict[str, Any] = {"net": name, "batch": batch, "MiB": {}, "failed": {}}
+        for way in WAYS:
+            try:
+                row["MiB"] |= forked(peak, net, model, way, batch)
+            except RuntimeError as error:
+                row["failed"][way] = str(error)
+        rows.append(row)
+    return {"rows": rows}
+
+
+def peak(net: Net, model: nn.Module, way: str, batch: int) -> dict[str, float]:
+    """Peak of one computation; for a plan, of its first and of its second call.
+
+    A copy of the net runs first with one sample, so that imports and initializations are not counted.
+    """
+    once(net, copy.deepcopy(model), net.inputs(), way)
+    x = net.inputs(batch)
+    gc.collect()
+    before = resident()[0]
+    reset()
+    if not way.startswith(PLANNED):
+        once(net, model, x, way)
+        return {way: round_to(resident()[1] - before)}
+    composite = way.removeprefix(f"{PLANNED}, ")
+    plan = planned(net, model, x, COMPOSITES[composite]())
+    plan(x, TARGET).marginal("input")
+    first = resident()[1] - before
+    x = x.clone()
+    reset()
+    plan(x, TARGET).marginal("input")
+    return {f"{FIRST}, {composite}": round_to(first), way: round_to(resident()[1] - before)}
+
+
+def once(net: Net, model: nn.Module, x: Tensor, way: str) -> None:
+    """One marginal at the input."""
+    if way in (PLAIN, ZENNIT_FIRST):
+        check(Ways(net, model, x).others()[way]())
+        return
+    kind, _, composite = way.partition(", ")
+    if kind == RECORDED:
+        recorded(net, model, x, COMPOSITES[composite]()).marginal("input")
+    else:
+        planned(net, model, x, COMPOSITES[composite]())(x, TARGET).marginal("input")
+
+
+def spawned(*options: object, seconds: float = 3600, **variables: str) -> dict[str, Any]:
+    """Runs this module in another process and parses its last line."""
+    command = [sys.executable, "-m", "benchmarks.cost", *map(str, options)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables}, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed run": f"more than {seconds:.0f} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"failed run": message(RuntimeError(lines[-1])).removeprefix("RuntimeError: ")}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def chosen(patterns: list[str], names: list[str]) -> Iterator[str]:
+    """The installed nets among those selected."""
+    for name in names:
+        if any(fnmatch.fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns):
+            if net_of(name).is_installed:
+                yield name
+            else:
+                print(f"{name}: skipped, because {net_of(name).package} is not installed", flush=True)
+
+
+def measured(names: list[str], counts: list[int], rounds: int, key: str, out: Path, limit: float = 3600) -> None:
+    """Times of all nets, stored one by one."""
+    for count in counts:
+        for name in names:
+            row = {"net": name, "threads": count}
+            row |= spawned("--one", name, count, "--rounds", rounds, seconds=limit)
+            store(out, key, [row], ("net", "threads"))
+            print(page.line(row), flush=True)
+
+
+def peaks(names: list[str], out: Path) -> None:
+    """Peak memory of all nets."""
+    for name in names:
+        found = spawned("--peak", name, **RETURNING)
+        for row in found.get("rows", []):
+            store(out, "peaks", [row], ("net", "batch"))
+        print(name, found.get("failed run") or [row["MiB"] for row in found["rows"]], flush=True)
+
+
+def store(path: Path, key: str, rows: list[dict[str, Any]], by: tuple[str, ...]) -> None:
+    """Replaces the rows of the same nets and settings; the environment is that of the last run."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    merged = {tuple(row[name] for name in by): row for row in [*results.get(key, []), *rows]}
+    results[key] = list(merged.values())
+    results["environment"] = {**environment(), **packages(), "dtype": "float32"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lists = {name: rows for name, rows in results.items() if name != "environment"}
+    parts = [f'"environment": {json.dumps(results["environment"])}']
+    for name, entries in lists.items():
+        parts.append(f'"{name}": [\n' + ",\n".join(json.dumps(row, ensure_ascii=False) for row in entries) + "\n]")
+    path.write_text("{" + ",\n".join(parts) + "}\n")
+
+
+def packages() -> dict[str, str]:
+    """Versions of the installed packages that models are taken from."""
+    found = {}
+    for name in ("nrm-plugin", "timm", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def profiled(name: str, count: int) -> None:
+    """Prints the profile of a net, next to that of the plain gradient."""
+    torch.set_num_threads(count)
+    net = net_of(name)
+    ways = Ways(net, net.made(), net.inputs())
+    plain = ways.others()[PLAIN]
+    works = {PLAIN: plain, **{way: run for composite in COMPOSITES for way, run in ways.ours(composite).items()}}
+    for way, run in works.items():
+        print(page.profile_text(way, profile(run)), end="\n\n", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=["*"], help="names or patterns (default: all)")
+    parser.add_argument("--threads", nargs="+", type=int, default=threads(), help="(default: 1 and all)")
+    parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="three rounds with one thread, no peak memory")
+    parser.add_argument("--timm", action="store_true", help="one small model of each module of timm")
+    parser.add_argument("--peaks", action="store_true", help="only peak memory")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write or to read")
+    parser.add_argument("--print", action="store_true", help="only print the stored results")
+    parser.add_argument("--render", action="store_true", help="only write the tables of docs/cost.md")
+    parser.add_argument("--profile", metavar="NET", help="print the profile of one net")
+    parser.add_argument("--one", nargs=2, metavar=("NET", "THREADS"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", metavar="NET", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.one:
+        print(json.dumps(one(args.one[0], int(args.one[1]), args.rounds)))
+    elif args.peak:
+        print(json.dumps(peaks_of(args.peak)))
+    elif args.profile:
+        profiled(args.profile, args.threads[0])
+    else:
+        if not args.print and not args.render:
+            run(args)
+        results = json.loads(args.out.read_text())
+        if args.out == RESULTS and not args.print:
+            page.write(results)
+        if not args.render:
+            print(page.tables(results))
+
+
+def run(args: argparse.Namespace) -> None:
+    """The measurements that the options select."""
+    if args.timm:
+        names = list(chosen(args.nets, [f"timm/{name}" for name in timm_models.NAMES]))
+        return measured(names, [1], min(args.rounds, 3), "timm", args.out, limit=900)
+    names = list(chosen(args.nets, list(NETS)))
+    if not args.peaks:
+        counts, rounds = ([1], 3) if args.quick else (args.threads, args.rounds)
+        measured(names, counts, rounds, "rows", args.out)
+    if args.peaks or not args.quick:
+        peaks(names, args.out)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Tables of docs/cost.md: measured / target, and the profile of every row that exceeds a target."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cost.ways import AGAIN, CAPTUM, COMPOSITES, FIRST, LXT, PLAIN, PLANNED, RECORDED, ZENNIT, ZENNIT_FIRST
+from benchmarks.tables import grid
+
+PAGE = Path(__file__).parents[2] / "docs/cost.md"
+Row = dict[str, Any]
+
+LIGHT = ("MobileNetV2", "MobileNetV3-small", "EfficientNet-B0", "ConvNeXt-atto", "GhostNetV3-0.5")
+SEQUENCES = ("BERT-base, 128 tokens", "decoder, 512 tokens", "LSTM, 100 steps", "GCN, 10,000 nodes")
+TARGETS: dict[str, tuple[float, float | None]] = {
+    "VGG16 224": (1.6, 2.0),
+    "ResNet-50 224": (1.6, 3.0),
+    "ResNet-50 64": (1.6, 4.0),
+    "ResNet-50 32": (2.0, 5.0),
+    **dict.fromkeys(("ResNet-18 224", "ViT-B/16", "DeiT-tiny", "Swin-T"), (1.7, 3.0)),
+    **dict.fromkeys(LIGHT, (1.8, 4.0)),
+    **dict.fromkeys(SEQUENCES, (2.0, 4.0)),
+    "500 tiny layers": (3.0, None),
+}
+"""Most of a plan's call with all marginals, and of the first call, in plain gradients."""
+OF_ZENNIT, FIRST_OF_ZENNIT, OF_OTHERS = 0.7, 1.0, 1.0
+PEAK, FIRST_PEAK, PEAK_OF_ZENNIT = 2.0, 2.5, 1.0
+TIMM_MEDIAN, TIMM_WORST, TIMM_FIRST = 1.8, 4.0, 4.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number and its target."""
+
+    value: float | None
+    target: float | None = None
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether the target is exceeded, or the number is not finite."""
+        return self.value is not None and self.target is not None and not self.value <= self.target
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return ""
+        target = "" if self.target is None else f" / {self.target:g}"
+        return f"{self.value:.3g}{target}{' ✗' if self.is_missed else ''}"
+
+
+def ratio(row: Row, way: str, reference: str = PLAIN) -> float | None:
+    """Median time of a computation as a multiple of another's; none if one of them is missing."""
+    ratios = row.get("ratios", {})
+    if way not in ratios or reference not in ratios:
+        return None
+    value: float = ratios[way][0] / ratios[reference][0]
+    return value
+
+
+def figures(row: Row, composite: str) -> dict[str, Figure]:
+    """The numbers of one net, number of threads and composite, by column."""
+    plan, first = TARGETS.get(row["net"], (None, None))
+    planned, called = f"{PLANNED}, {composite}", f"{FIRST}, {composite}"
+    of_zennit, first_of_zennit = (None, None) if row.get("without rule") else (OF_ZENNIT, FIRST_OF_ZENNIT)
+    return {
+        "plan": Figure(ratio(row, planned), plan),
+        "first call": Figure(ratio(row, called), first),
+        "recorded": Figure(ratio(row, f"{RECORDED}, {composite}")),
+        "marginals again": Figure(ratio(row, f"{AGAIN}, {composite}")),
+        "Zennit": Figure(ratio(row, ZENNIT)),
+        "plan : Zennit": Figure(ratio(row, planned, ZENNIT), of_zennit),
+        "first call : Zennit": Figure(ratio(row, called, ZENNIT_FIRST), first_of_zennit),
+        "plan : Captum": Figure(ratio(row, planned, CAPTUM), OF_OTHERS),
+        "plan : LXT": Figure(ratio(row, planned, LXT), OF_OTHERS),
+    }
+
+
+def missed(row: Row, composite: str) -> dict[str, Figure]:
+    """The numbers that exceed their targets."""
+    return {name: figure for name, figure in figures(row, composite).items() if figure.is_missed}
+
+
+def memory(row: Row, composite: str) -> dict[str, Figure]:
+    """Peaks of one net, batch size and composite, by column."""
+    found = row["MiB"]
+
+    def factor(way: str, reference: str = PLAIN) -> float | None:
+        return found[way] / found[reference] if way in found and found.get(reference, 0) > 0 else None
+
+    planned, called = f"{PLANNED}, {composite}", f"{FIRST}, {composite}"
+    return {
+        "gradient, MiB": Figure(found.get(PLAIN)),
+        "Zennit": Figure(factor(ZENNIT_FIRST)),
+        "plan": Figure(factor(planned), PEAK),
+        "first call": Figure(factor(called), FIRST_PEAK),
+        "plan : Zennit": Figure(factor(planned, ZENNIT_FIRST), PEAK_OF_ZENNIT),
+    }
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row], of: Callable[[Row, str], dict[str, Figure]], names: str, first: Callable[[Row], str]) -> str:
+    """Two lines for each row, one for each composite."""
+    lines, heads = [], list[str]()
+    for row in rows:
+        for composite in COMPOSITES:
+            columns = of(row, composite)
+            heads = list(columns)
+            lines.append([first(row), composite, *columns.values()])
+    return grid("| " + " | ".join([*names.split("|"), "composite", *heads]) + " |", lines)
+
+
+def usable(rows: list[Row]) -> list[Row]:
+    """Rows with times, in the order of the targets."""
+    order = list(TARGETS)
+    return sorted((row for row in rows if "ratios" in row), key=lambda row: order.index(row["net"]))
+
+
+def tables(results: dict[str, Any]) -> str:
+    """All tables and the environment, as Markdown."""
+    place = results["environment"]
+    rows, parts = results.get("rows", []), list[str]()
+    parts.append(", ".join(f"{key} {value}" for key, value in place.items()) + ". ✗: target missed.")
+    for count in sorted({row["threads"] for row in rows}):
+        of_count = [row for row in usable(rows) if row["threads"] == count]
+        parts.append(f"### Time, {count} thread{'s' * (count > 1)}")
+        parts.append(table(of_count, figures, "net", lambda row: row["net"]))
+    if "peaks" in results:
+        order = list(TARGETS)
+        sorted_rows = sorted(results["peaks"], key=lambda row: (order.index(row["net"]), row["batch"]))
+        parts += [
+            "### Peak memory",
+            table(sorted_rows, memory, "net|batch", lambda row: f"{row['net']} | {row['batch']}"),
+        ]
+    if "timm" in results:
+        parts += ["### timm", timm_table(results["timm"])]
+    notes = [*failures(rows), *failures(results.get("timm", []))]
+    parts += ["### Targets missed", "\n".join(f"- {text}" for text in misses(results)) or "None."]
+    parts += ["### Not measured", "\n".join(f"- {text}" for text in notes) or "Nothing."]
+    if rows or "timm" in results:
+        parts += ["### Agreement before timing", agreement([*rows, *results.get("timm", [])])]
+    return "\n\n".join(parts)
+
+
+def timm_table(rows: list[Row]) -> str:
+    """Medians and worst figures over the models of timm."""
+    targets = {"plan": (TIMM_MEDIAN, TIMM_WORST), "first call": (TIMM_FIRST, None), "recorded": (None, None)}
+    targets |= {"marginals again": (None, None), "Zennit": (None, None), "plan : Zennit": (OF_ZENNIT, 1.0)}
+    lines = []
+    for composite in COMPOSITES:
+        for column, (median, worst) in targets.items():
+            values = {row["net"].removeprefix("timm/"): figures(row, composite)[column].value for row in rows}
+            found = {name: value for name, value in values.items() if value is not None}
+            if found:
+                largest = max(found, key=lambda name: found[name])
+                middle = Figure(statistics.median(found.values()), median)
+                lines.append([composite, column, len(found), middle, f"{Figure(found[largest], worst)} ({largest})"])
+    return grid("| composite | figure | models | median | worst |", lines)
+
+
+def failures(rows: list[Row]) -> Iterator[str]:
+    """Rows without times, or without a plan."""
+    for row in rows:
+        if "failed run" in row:
+            yield f"{row['net']}, {row['threads']} threads: {row['failed run']}"
+        for fault in row.get("faults", []):
+            yield f"{row['net']}: {fault}"
+        for composite, text in row.get("not planned", {}).items():
+            yield f"{row['net']}, {composite}, no plan: {text}"
+
+
+def agreement(rows: list[Row]) -> str:
+    """The largest differences of all rows."""
+    largest: dict[str, tuple[float, str]] = {}
+    for row in rows:
+        for name, off in row.get("differences", {}).items():
+            for kind, value in off.items():
+                key = f"{name}, {'one neuron' if kind == 'neuron' else 'sum over neurons'}"
+                largest[key] = max(largest.get(key, (0.0, "")), (value, row["net"]))
+    lines = [[name, f"{value:.0e}", net] for name, (value, net) in largest.items()]
+    return grid("| compared with | largest difference / V | net |", lines)
+
+
+def misses(results: dict[str, Any]) -> Iterator[str]:
+    """Every exceeded target: by how much, and where the time goes."""
+    for row in usable(results.get("rows", [])):
+        for composite in COMPOSITES:
+            if exceeded := missed(row, composite):
+                label = f"{row['net']}, {composite}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+                yield f"**{label}**: {listed(exceeded)}.{reason(row.get('profiles', {}).get(composite))}"
+    for row in results.get("peaks", []):
+        for composite in COMPOSITES:
+            exceeded = {name: figure for name, figure in memory(row, composite).items() if figure.is_missed}
+            if exceeded:
+                yield f"**{row['net']}, {composite}, batch {row['batch']}, peak memory**: {listed(exceeded)}."
+
+
+def listed(figures: dict[str, Figure]) -> str:
+    """Figures with their names."""
+    return ", ".join(f"{name} {figure}" for name, figure in figures.items())
+
+
+def reason(profile: Row | None, top: int = 4) -> str:
+    """The profile in a sentence."""
+    if profile is None:
+        return ""
+    operators = list(profile["operators"].items())[:top]
+    shares = ", ".join(f"`{short(name)}` {share:.0%} ({calls} calls)" for name, (share, calls) in operators)
+    return f" Outside of operators {profile['outside operators']:.0%}; {shares}."
+
+
+def short(operator: str) -> str:
+    """The name without its namespace."""
+    return operator.rpartition("::")[2]
+
+
+def profile_text(way: str, profile: Row) -> str:
+    """A profile for the terminal."""
+    lines = [
+        f"{way}: {1e3 * profile['seconds']:.1f} ms, {profile['calls']} operator calls",
+        f"{profile['outside operators']:7.1%}  outside of operators (Python, autograd's engine, dispatch)",
+    ]
+    lines += [f"{share:7.1%}  {name}, {calls} calls" for name, (share, calls) in profile["operators"].items()]
+    return "\n".join(lines)
+
+
+def line(row: Row) -> str:
+    """One row for the terminal, while others are measured."""
+    label = f"{row['net']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+    if "ratios" not in row:
+        return f"{label}: {row.get('failed run') or '; '.join(row['faults'])}"
+    shown = {name: f"{value[0]:.2f} ({value[1]:.2f}–{value[2]:.2f})" for name, value in row["ratios"].items()}
+    plain = row["seconds"][PLAIN][0]
+    return "\n".join(
+        [f"{label}: plain gradient {1e3 * plain:.1f} ms, {row['rounds']} rounds"]
+        + [f"    {cell}  {name}" for name, cell in shown.items() if name != PLAIN]
+        + [f"    no {name}: {text}" for name, text in row["failed"].items()]
+    )
+
+
+def write(results: dict[str, Any]) -> None:
+    """Writes the tables of the page."""
+    PAGE.write_text(rendered(results, PAGE.read_text()))
+
+
+def rendered(results: dict[str, Any], page: str) -> str:
+    """The page with the tables of these results."""
+    head, rest = page.split("<!-- measured -->")
+    return f"{head}<!-- measured -->\n{tables(results)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"

@@ -1,0 +1,211 @@
+"""The computations that are timed side by side, and the comparison of their results before that."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from captum.attr import LRP
+from torch import Tensor, nn
+from zennit.composites import EpsilonPlusFlat
+from zennit.core import Composite
+from zennit.types import Convolution, Linear
+
+from benchmarks.cost import lxt_way
+from benchmarks.cost.nets import Net, double
+from nrm_plugin import NRMDefault, Plan, RelevanceMeasure
+
+COMPOSITES: dict[str, Callable[..., Composite]] = {"EpsilonPlusFlat": EpsilonPlusFlat, "NRMDefault": NRMDefault}
+TARGET = 3
+
+PLAIN, ZENNIT, ZENNIT_FIRST, CAPTUM, LXT = ("plain gradient", "zennit", "zennit, context included", "captum LRP", "LXT")
+RECORDED, PLANNED, FIRST, AGAIN = "recorded", "plan", "first call", "marginals again"
+TOLERANCE = 1e-6
+OTHER = 2
+"""Seed of the inputs that a plan is made for, so that nothing of them can serve the inputs that are measured."""
+
+Work = dict[str, Callable[[], object]]
+
+
+def gradient(model: nn.Module, x: Tensor) -> Tensor:
+    """Input gradient of one logit of each sample."""
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(model(leaf)[:, TARGET].sum(), leaf)[0]
+
+
+def explained(model: nn.Module, x: Tensor) -> Tensor:
+    """Zennit's relevance at the input, of a model in a composite's context."""
+    leaf = x.clone().requires_grad_()
+    output = model(leaf)
+    start = torch.zeros_like(output)
+    start[:, TARGET] = 1
+    return torch.autograd.grad(output, leaf, start)[0]
+
+
+def with_context(model: nn.Module, x: Tensor, composite: Composite) -> Tensor:
+    """The same, context included."""
+    with composite.context(model):
+        return explained(model, x)
+
+
+def recorded(net: Net, model: nn.Module, x: Tensor, composite: Composite, **options: Any) -> RelevanceMeasure:
+    """A measure that is recorded for these inputs."""
+    return RelevanceMeasure(model, x, TARGET, composite=composite, batched=net.is_batched, **options)
+
+
+def planned(net: Net, model: nn.Module, x: Tensor, composite: Composite) -> Plan:
+    """A plan for inputs of this shape."""
+    return Plan(model, x, composite=composite, batched=net.is_batched)
+
+
+def prepared(net: Net, model: nn.Module, other: Tensor, composite: Composite) -> Plan:
+    """A plan that has answered the query for these inputs, so that nothing is found anew for others."""
+    plan = planned(net, model, other, composite)
+    all_marginals(plan(other, TARGET))
+    return plan
+
+
+def all_marginals(mu: RelevanceMeasure) -> dict[str, Tensor]:
+    """Marginals of all taps."""
+    marginals: dict[str, Tensor] = mu.marginal(mu.layers)
+    return marginals
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The computations for one net and its inputs."""
+
+    net: Net
+    model: nn.Module
+    x: Tensor
+    plans: dict[str, Plan] = field(default_factory=dict)
+
+    def ours(self, name: str) -> Work:
+        """Measures with one composite."""
+        net, model, x, make = self.net, self.model, self.x, COMPOSITES[name]
+        existing = recorded(net, model, x, make())
+        all_marginals(existing)
+        self.plans[name] = plan = prepared(net, model, net.inputs(seed=OTHER), make())
+        return {
+            f"{PLANNED}, {name}": lambda: all_marginals(plan(x.clone(), TARGET)),
+            f"{FIRST}, {name}": lambda: all_marginals(planned(net, model, x, make())(x, TARGET)),
+            f"{RECORDED}, {name}": lambda: all_marginals(recorded(net, model, x, make())),
+            f"{AGAIN}, {name}": lambda: all_marginals(existing),
+        }
+
+    def others(self) -> Work:
+        """The plain gradient and other packages. A model whose context remains open is a copy."""
+        net, model, x = self.net, self.model, self.x
+        zennit = EpsilonPlusFlat(canonizers=[net.canonizer()])
+
+        def opened() -> nn.Module:
+            inside = copy.deepcopy(model)
+            zennit.context(inside).__enter__()
+            return inside
+
+        return {
+            PLAIN: lambda: gradient(model, x),
+            ZENNIT: _once(opened, lambda inside: explained(inside, x)),
+            ZENNIT_FIRST: lambda: with_context(model, x, EpsilonPlusFlat(canonizers=[net.canonizer()])),
+            CAPTUM: _once(lambda: copy.deepcopy(model), lambda own: LRP(own).attribute(x.clone(), target=TARGET)),
+            LXT: lxt_way.way(model, x, TARGET),
+        }
+
+    def runnable(self, names: list[str]) -> tuple[Work, dict[str, str]]:
+        """The computations that run on this net, and why the others fail."""
+        works, failed = self.others(), dict[str, str]()
+        for name in list(works):
+            try:
+                check(works[name]())
+            except Exception as error:
+                failed[name] = message(error)
+                del works[name]
+        for name in names:
+            works |= self.ours(name)
+        return works, failed
+
+
+def _once(prepare: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> Callable[[], object]:
+    """Prepares a model at the first call."""
+    models: list[nn.Module] = []
+
+    def work() -> object:
+        if not models:
+            models.append(prepare())
+        return run(models[0])
+
+    return work
+
+
+def without_rule(model: nn.Module) -> list[str]:
+    """Types of the modules with parameters of their own that Zennit's composite has no rule for, such as an LSTM.
+
+    Zennit's pass through them is a gradient, so that its time is shown, but is not a target. Batch normalization is
+    left to the canonizer.
+    """
+    known = (Linear, Convolution, nn.modules.batchnorm._BatchNorm)
+    lacking = {type(module) for module in model.modules() if module._parameters and not isinstance(module, known)}
+    return sorted(kind.__name__ for kind in lacking)
+
+
+def check(relevance: object) -> None:
+    """Rejects relevance that is not finite or zero everywhere."""
+    values = relevance if isinstance(relevance, Tensor) else relevance[0]  # type: ignore[index]
+    if not values.isfinite().all():
+        raise ArithmeticError("the relevance is not finite")
+    if not values.any():
+        raise ArithmeticError("the relevance is zero everywhere")
+
+
+def message(error: Exception) -> str:
+    """The error as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+# -- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
+    """Largest differences over the taps, relative to the tap variation V: of one neuron, and summed over all.
+
+    The measures of samples are compared separately.
+    """
+    if list(one) != list(other):
+        raise ValueError(f"different taps: {sorted(set(one) ^ set(other))[:5]}")
+    largest = {"neuron": 0.0, "sum": 0.0}
+    for tap, values in one.items():
+        of = (values.flatten(1), other[tap].flatten(1)) if values.ndim > 1 else (values[None], other[tap][None])
+        variation = of[1].abs().sum(1)
+        off = (of[0] - of[1]).abs()
+        scale = torch.where(variation > 0, variation, 1.0)
+        largest["neuron"] = max(largest["neuron"], float((off.amax(1) / scale).max()))
+        largest["sum"] = max(largest["sum"], float((off.sum(1) / scale).max()))
+    return largest
+
+
+def differences(net: Net, model: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
+    """Differences between ways to take the same measure, before they are timed."""
+    found: dict[str, dict[str, float]] = {}
+    exact, x64 = double(model), x.double()
+    for name, make in COMPOSITES.items():
+        for precision, twin, values in (("float64", exact, x64), ("float32", model, x)):
+            plan = prepared(net, twin, net.inputs(seed=OTHER).to(values.dtype), make())
+            of_plan = all_marginals(plan(values, TARGET))
+            found[f"{PLANNED}, {name}, {precision}"] = apart(
+                of_plan, all_marginals(recorded(net, twin, values, make()))
+            )
+    if net.all_rules:
+        composite = EpsilonPlusFlat(canonizers=[net.canonizer()])
+        ours = recorded(net, exact, x64, composite, residual="sink").marginal("input")
+        theirs = with_context(exact, x64, EpsilonPlusFlat(canonizers=[net.canonizer()]))
+        found["zennit, float64"] = apart({"input": ours}, {"input": theirs})
+    return found
+
+
+def faults(found: dict[str, dict[str, float]]) -> list[str]:
+    """The differences above the tolerance: of the sum in float64, of one neuron in float32."""
+    figures = {name: off["sum" if name.endswith("float64") else "neuron"] for name, off in found.items()}
+    return [f"{name} differs by {value:.1e} V" for name, value in figures.items() if not value <= TOLERANCE]

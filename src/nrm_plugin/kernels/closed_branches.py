@@ -1,0 +1,215 @@
+"""Branches of common rules on layers of torch, read with few operations.
+
+The factors of these rules are known functions of one or two images of the layer, so neither the parameters of the layer
+are exchanged nor the mapper of the rule is applied.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from zennit.core import BasicHook, ParamMod
+from zennit.rules import Epsilon, ZPlus
+
+from ..model.affine_layers import broadcast, twin_of
+from ..model.linear_maps import LinearMap, explicit_maps, window_maps
+from ..model.value_reads import holds
+from ..rules import ConservingEpsilon, mean_sizes
+from .cache_blocks import Block, blocks_for
+from .layer_call import LayerCall
+from .mapper_closed_forms import inverse_by
+from .modified_layers import is_by_blocks
+from .normalization import Columns, ColumnWriter, Normalization, may_read
+from .rule_branch import Branch
+from .rule_forms import RuleForm, form_of, modified_bias
+
+KEPT = 1 << 16
+"""Largest number of entries up to which a modified input is kept, not computed anew."""
+
+_FORMATS = (torch.float32, torch.float64)
+
+
+def closed_branches(
+    call: LayerCall, rule: BasicHook, normalization: Normalization | None
+) -> tuple[list[Branch], Columns] | None:
+    """Reads a common rule on a linear or convolutional layer; None for other rules and layers.
+
+    Args:
+        call: The call of the layer.
+        rule: The rule.
+        normalization: The normalization if the factors should include the gain, else None.
+    """
+    form = form_of(rule)
+    weight = call.module._parameters.get("weight")
+    if form is None or weight is None or call.precision is not None or call.input.dtype not in _FORMATS:
+        return None
+    if any(is_by_blocks(call, ParamMod.ensure(modify)) for modify in rule.param_modifiers):
+        return None
+    reader = _Reader(call, rule, form, weight.detach(), ColumnWriter(call.like, normalization), normalization)
+    with torch.no_grad():
+        return reader.conserving() if isinstance(rule, ConservingEpsilon) else reader.single()
+
+
+@dataclass(frozen=True)
+class _Image:
+    """The image of one branch.
+
+    Attributes:
+        values: The output without bias, ``(N, *out)``.
+        source, weight, maps: The modified input and weight, and the maps of the layer with this weight.
+        is_own: Whether nothing else reads the values.
+    """
+
+    values: Tensor
+    source: Tensor
+    weight: Tensor
+    maps: LinearMap
+    is_own: bool = True
+
+    def memory(self) -> Tensor:
+        """Memory for a factor: the memory of the image, if nothing else reads it."""
+        return self.values if self.is_own else torch.empty_like(self.values)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one rule at one call.
+
+    Attributes:
+        call, rule, normalization: As in :func:`closed_branches`.
+        form: The form of the rule.
+        weight: The weight of the layer.
+        writer: Collects the columns.
+    """
+
+    call: LayerCall
+    rule: BasicHook
+    form: RuleForm
+    weight: Tensor
+    writer: ColumnWriter
+    normalization: Normalization | None
+
+    def single(self) -> tuple[list[Branch], Columns] | None:
+        """Reads a rule whose branches have the same factor, ``1 / (z + bias)`` with a stabilizer."""
+        images = self._images()
+        if images is None:
+            return None
+        total = functools.reduce(torch.add, (image.values for image in images))
+        first = images[0] if len(images) == 1 else None
+        bias = self._bias()
+        memory = total if first is None else first.memory()
+        write = self._signed if isinstance(self.rule, Epsilon) else self._positive
+        for at in blocks_for(self.call.like):
+            write(at, total[at], None if bias is None else bias[at], memory[at])
+        pairs = zip(images, self.rule.input_modifiers, strict=False)
+        return [
+            self._branch(image.source, memory, image.maps, image.weight, modify) for image, modify in pairs
+        ], self.writer.columns()
+
+    def _branch(
+        self, source: Tensor, factor: Tensor, maps: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
+    ) -> Branch:
+        """Returns a branch, which computes its modified input anew each time if the input is large."""
+        is_kept = source is self.call.input or source.numel() <= KEPT
+        return Branch(
+            source if is_kept else self.call.input,
+            factor,
+            1.0,
+            maps,
+            lambda: weight,
+            None if is_kept else lambda values: modify(values).detach(),
+        )
+
+    def _images(self) -> list[_Image] | None:
+        images: list[_Image] = []
+        for modify_input, modify in zip(self.rule.input_modifiers, self.rule.param_modifiers, strict=True):
+            is_all = isinstance(self.rule, ZPlus) and not images and _is_positive(self.call.input)
+            source = self.call.input if is_all else modify_input(self.call.input).detach()
+            image = self._image(source, modify.modifier(self.weight, "weight"))
+            if image is None:
+                return None
+            images.append(image)
+            if is_all:
+                break
+        return images
+
+    def _image(self, source: Tensor, weight: Tensor) -> _Image | None:
+        maps = explicit_maps(twin_of(self.call.module), weight, source)
+        if maps is None:
+            return None
+        seen = self.call.image
+        if seen is not None and source is self.call.input and weight.data_ptr() == seen.weight.data_ptr():
+            # Without a bias the image is the output of the layer, which others read.
+            is_own = self.call.module._parameters.get("bias") is not None
+            return _Image(seen.saved.tensor, source, weight, maps, is_own)
+        return _Image(maps.up(source.unsqueeze(0)).squeeze(0), source, weight, maps)
+
+    def _bias(self) -> Tensor | None:
+        """The modified bias in the shape of the output; None for zero."""
+        bias = modified_bias(self.rule.param_modifiers[0], self.call.module._parameters.get("bias"))
+        return None if bias is None else broadcast(bias, self.call.module, self.call.like).expand(self.call.like.shape)
+
+    def _positive(self, at: Block, image: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Writes the factors of a block in which image and bias are not negative."""
+        added = self.form.epsilon if bias is None else bias + self.form.epsilon
+        if self.normalization is not None and self.normalization.restores(image, added):
+            torch.reciprocal(image, out=out)  # the factor times the gain
+            return
+        factor = (image + added).reciprocal_()
+        gain = self.writer.gain(at, factor * image)
+        out.copy_(factor if gain is None else factor.mul_(gain))
+
+    def _signed(self, at: Block, image: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        factor = inverse_by(self.form.epsilon)(image if bias is None else image + bias)
+        gain = self.writer.gain(at, factor * image)
+        out.copy_(factor if gain is None else factor.mul_(gain))
+
+    def conserving(self) -> tuple[list[Branch], Columns] | None:
+        r"""Reads :class:`~nrm_plugin.rules.ConservingEpsilon`.
+
+        The mean weight of a channel cancels in the second branch, which needs sums of its inputs only.
+        """
+        same, size = (modify(self.call.input).detach() for modify in self.rule.input_modifiers)
+        windows = window_maps(twin_of(self.call.module), self.weight, size)
+        image = None if windows is None else self._image(same, self.weight)
+        if windows is None or image is None:
+            return None
+        like = self.call.like
+        sums = windows.up(size.unsqueeze(0)).squeeze(0)
+        inverse = sums.clamp(min=torch.finfo(sums.dtype).tiny).reciprocal_().expand(like.shape)
+        means = broadcast(mean_sizes(self.weight) * self.form.share, self.call.module, like).expand(like.shape)
+        sums = sums.expand(like.shape)
+        factor, other = image.memory(), torch.empty_like(image.values)
+        for at in blocks_for(like):
+            self._conserve(at, image.values[at], sums[at] * means[at], inverse[at], (factor[at], other[at]))
+        ones = self.weight.new_ones(()).expand(self.weight.shape)
+        first, second = self.rule.input_modifiers
+        return [
+            self._branch(same, factor, image.maps, self.weight, first),
+            self._branch(size, other, windows, ones, second),
+        ], self.writer.columns()
+
+    def _conserve(self, at: Block, image: Tensor, least: Tensor, inverse: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        size = image.abs()
+        total = torch.maximum(least, size, out=least)
+        taken = torch.sub(total, size, out=size)
+        eps = self.form.epsilon
+        least_total = eps / torch.finfo(total.dtype).eps
+        if may_read(total) and holds("sums of one", lambda: total.amin() >= least_total):
+            self.writer.gain(at, None)
+            scaled = total.reciprocal_()
+        else:
+            scaled = (total + eps).reciprocal_()
+            gain = self.writer.gain(at, total.mul_(scaled))
+            scaled = scaled if gain is None else scaled.mul_(gain)
+        torch.sign(image, out=out[0]).mul_(scaled)
+        torch.mul(taken.mul_(scaled), inverse, out=out[1])
+
+
+def _is_positive(source: Tensor) -> bool:
+    """Returns whether no entry is negative, so that the other branch of a rule is zero."""
+    return source.numel() == 0 or holds("no negative input", lambda: source.amin() >= 0)

@@ -1,0 +1,106 @@
+"""Common rules in a known form: a rule is compared once with its definition and is not probed again at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from zennit.core import BasicHook, ParamMod
+from zennit.rules import Epsilon, ZPlus
+
+from ..rules import Absolute, ConservingEpsilon, EvenMod
+from .mapper_closed_forms import closed_mapper, conserved_share, stabilizer_of
+
+COMMON = (Absolute, ConservingEpsilon, Epsilon, ZPlus)
+"""Rules on positive denominators or on the unmodified layer, which few operations read."""
+
+
+NEGLIGIBLE = 1e-20
+"""Largest stabilizer of ConservingEpsilon whose form neglects it next to mean outputs."""
+
+
+@dataclass(frozen=True)
+class RuleForm:
+    """A common rule whose mapper and modifiers are those of its class.
+
+    Attributes:
+        epsilon: The positive number that stabilizes denominators.
+        share: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`; 0 for other rules.
+    """
+
+    epsilon: float
+    share: float = 0.0
+
+
+_KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | None]] = WeakKeyDictionary()
+"""Modifiers and form by the rule's gradient mapper, which all copies share; modifiers may be replaced later."""
+
+
+def form_of(rule: BasicHook) -> RuleForm | None:
+    """Returns the form of a common rule; None for other rules and for rules changed by the user."""
+    if type(rule) not in COMMON:
+        return None
+    own, modifiers = rule.gradient_mapper, _modifiers(rule)
+    known = _KNOWN.get(own)
+    if known is None or not _same_objects(known[0], modifiers):
+        known = _KNOWN[own] = modifiers, _read(rule)
+    return known[1]
+
+
+def _modifiers(rule: BasicHook) -> tuple[Any, ...]:
+    return (*rule.input_modifiers, *rule.param_modifiers, *rule.output_modifiers, rule.reducer)
+
+
+def _same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
+def _read(rule: BasicHook) -> RuleForm | None:
+    """Compares a rule with its class, by its mapper and by its modifiers at a few numbers."""
+    epsilon = stabilizer_of(rule)
+    if not epsilon or closed_mapper(rule) is None:
+        return None
+    if (
+        isinstance(rule, ConservingEpsilon) and epsilon > NEGLIGIBLE
+    ):  # it also stabilizes the shares of its second branch
+        return None
+    own = type(rule)()
+    probe = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 3.0]], dtype=torch.float64)
+    sources = [modify(probe) for modify in own.input_modifiers]
+    pairs = [(rule.reducer(sources, sources[::-1]), own.reducer(sources, sources[::-1]))]
+    if type(rule) in (Epsilon, ZPlus):  # the others have a floor, and only the sign of their input matters
+        pairs += [
+            (one(probe), other(probe)) for one, other in zip(rule.input_modifiers, own.input_modifiers, strict=True)
+        ]
+    pairs += [(modify(probe), probe) for modify in rule.output_modifiers]
+    for modify, expected in zip(rule.param_modifiers, own.param_modifiers, strict=True):
+        if not _keeps_weight(modify) or type(modify) is not type(expected):
+            return None
+        if not isinstance(modify, EvenMod):
+            pairs.append((modify.modifier(probe, "weight"), expected.modifier(probe, "weight")))
+    if not all(torch.equal(one, other) for one, other in pairs):
+        return None
+    return RuleForm(epsilon, conserved_share(rule) if isinstance(rule, ConservingEpsilon) else 0.0)
+
+
+def _keeps_weight(modify: Any) -> bool:
+    is_plain = isinstance(modify, ParamMod) and modify.param_keys is None
+    return is_plain and "weight" not in zeros_of(modify)
+
+
+def zeros_of(modify: ParamMod) -> tuple[str, ...]:
+    """Names of the parameters that a modifier sets to zero."""
+    zeros = modify.zero_params or ()
+    return (zeros,) if isinstance(zeros, str) else tuple(zeros)
+
+
+def modified_bias(modify: ParamMod, bias: Tensor | None) -> Tensor | None:
+    """Returns the bias as modified; None for zero."""
+    if bias is None or "bias" in zeros_of(modify):
+        return None
+    result: Tensor = modify.modifier(bias.detach(), "bias")
+    return result

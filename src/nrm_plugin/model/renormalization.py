@@ -1,0 +1,92 @@
+"""Embeddings with ``max_norm``, which torch renormalizes in the table itself: here, a copy of the table is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+
+from ..errors import ModelStateError
+
+_EMBEDDINGS: tuple[Callable[..., Any], ...] = (F.embedding, F.embedding_bag)
+_NAMES = ("input", "weight", None, "max_norm", "norm_type")
+"""Names of the first arguments of both functions."""
+
+
+class Tables:
+    """The tables of one forward pass that torch would renormalize."""
+
+    def __init__(self) -> None:
+        self._changed: dict[int, Tensor] = {}
+
+    def passed(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments of a function with a renormalized copy of a table, instead of a table to write into.
+
+        Args:
+            function: Any function; only the arguments of embeddings with ``max_norm`` are replaced.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+        """
+        if function in _EMBEDDINGS:
+            given = {**{name: value for name, value in zip(_NAMES, args, strict=False) if name}, **kwargs}
+            if given.get("max_norm") is not None and given["weight"].grad_fn is None:  # a computed table is no weight
+                new = {"weight": self._copy(given), "max_norm": None}
+                first = tuple(new.get(name or "", value) for name, value in zip(_NAMES, args, strict=False))
+                return (*first, *args[len(first) :]), {key: new.get(key, value) for key, value in kwargs.items()}
+        return args, kwargs
+
+    def _copy(self, given: dict[str, Any]) -> Tensor:
+        table, ids = given["weight"], given["input"]
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            copy: Tensor = table.detach().clone()
+            norms = float(given["max_norm"]), float(given.get("norm_type", 2.0))
+            torch.embedding_renorm_(copy, ids.detach().reshape(-1), *norms)
+            if not torch.allclose(copy, table):
+                self._changed[id(table)] = table  # stored, since the identity of a freed tensor may be reused
+        return copy
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Checks that no table that torch would have changed in this pass was used to compute a tensor.
+
+        Args:
+            args: Positional arguments of a function.
+            kwargs: Keyword arguments.
+            result: Its result.
+
+        Raises:
+            ModelStateError: If a table was used.
+        """
+        if not self._changed or not isinstance(result, Tensor) or id(result) in self._changed:
+            return
+        values = (*args, *kwargs.values())
+        items = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
+        if not any(id(item) in self._changed for item in items):
+            return
+        raise ModelStateError(
+            "the model uses the table of an embedding with max_norm once more, as the weight of another layer, so that "
+            "torch would change this layer in the forward pass. Call `model(inputs)` once before: it renormalizes the "
+            "rows that these inputs select."
+        )
+
+
+class TablesUnwritten(TorchFunctionMode):
+    """A mode in which a model runs without changing the tables of its embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tables = Tables()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, keywords = self._tables.passed(func, args, kwargs or {})
+        return func(*args, **keywords)
+
+
+__all__ = ["Tables", "TablesUnwritten"]

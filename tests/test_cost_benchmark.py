@@ -1,0 +1,370 @@
+"""The benchmark of time and memory with targets: its arithmetic, its comparisons, and its tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.cost import __main__ as command
+from benchmarks.cost import lxt_way, page, timing, timm_models, ways
+from benchmarks.cost.nets import NETS, Graph, Net, Recurrent, draw_zeros, settle, tiny
+from benchmarks.cost.page import Figure
+from nrm_plugin import RelevanceMeasure
+
+PLAIN, ZENNIT, RECORDED, PLANNED = ways.PLAIN, ways.ZENNIT, ways.RECORDED, ways.PLANNED
+SMALL = Net(partial(tiny, 4), (16,), all_rules=True)
+
+
+def row_of(net="VGG16 224", threads=1, **ratios):
+    """A row with the same times in every round."""
+    given = {PLAIN: 1.0, **{name.replace("_", ", "): value for name, value in ratios.items()}}
+    spreads = {name: [value] * 3 for name, value in given.items()}
+    return {"net": net, "threads": threads, "rounds": 3, "seconds": spreads, "ratios": spreads, "failed": {}}
+
+
+# -- times ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    """A collection before each run takes long in a process that has imported all tests."""
+    monkeypatch.setattr(timing.gc, "collect", lambda: 0)
+
+
+def test_computations_alternate_within_a_round_and_the_first_round_is_not_counted():
+    order = []
+    work = {name: partial(order.append, name) for name in "ab"}
+    clocks = timing.alternated(work, 3, seconds=0)
+    assert order == list("ab" * 4)
+    assert {name: len(runs) for name, runs in clocks.items()} == {"a": 3, "b": 3}
+
+
+def test_short_computations_run_more_often():
+    clocks = timing.alternated({"a": lambda: None}, 2, seconds=60)
+    assert len(clocks["a"]) == 8
+
+
+def test_processor_time_does_not_count_waiting():
+    processor, wall = timing.clocked(lambda: __import__("time").sleep(0.05))
+    assert processor < 0.04 <= wall
+
+
+def test_ratios_refer_to_the_plain_gradient_of_the_same_round():
+    clocks = {PLAIN: [(1.0, 2.0), (2.0, 2.0), (4.0, 2.0)], "ours": [(2.0, 2.0), (6.0, 4.0), (4.0, 8.0)]}
+    found = timing.summary(clocks)
+    assert found["seconds"]["ours"] == [4.0, 2.0, 6.0]
+    assert found["ratios"]["ours"] == [2.0, 1.0, 3.0]  # 2, 3, 1
+    assert found["wall ratios"]["ours"] == [2.0, 1.0, 4.0]
+    assert found["ratios"][PLAIN] == [1.0, 1.0, 1.0]
+
+
+def test_shares_of_a_profile():
+    events = [
+        ("aten::mul", 300_000.0, 4),
+        ("aten::add", 500_000.0, 2),
+        ("MulBackward0", 9e5, 9),
+        ("autograd::engine", 9e5, 9),
+    ]
+    found = timing.shares(events, took=2.0, repeats=2, top=1)
+    assert found == {"seconds": 1.0, "outside operators": 0.6, "calls": 3, "operators": {"aten::add": [0.25, 1]}}
+
+
+def test_a_profile_counts_the_operators_of_one_run():
+    x = torch.randn(300, 300)
+    found = timing.profile(lambda: x @ x @ x, seconds=0.01)
+    assert found["operators"]["aten::mm"][1] == 2
+    assert 0 <= found["outside operators"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_computation_returns_its_result_or_raises_its_error():
+    assert timing.forked(lambda x: 2 * x, 4) == 8
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        timing.forked(lambda: 1 // 0)
+
+
+def test_peak_memory_is_that_since_the_reset():
+    torch.zeros(30 << 18)
+    timing.reset()
+    before, _ = timing.resident()
+    held = torch.ones(40 << 18)  # 40 MiB
+    _, peak = timing.resident()
+    assert peak - before == pytest.approx(40, abs=8)
+    del held
+
+
+# -- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_relative_to_the_variation_of_each_sample():
+    one = {"a": torch.tensor([[1.0, -3.0], [10.0, 10.0]])}
+    other = {"a": torch.tensor([[1.0, -1.0], [10.0, 11.0]])}
+    assert ways.apart(other, one) == {"neuron": 0.5, "sum": 0.5}
+    assert ways.apart(one, {"a": one["a"] + 1}) == {"neuron": 0.25, "sum": 0.5}
+    assert ways.apart(one, one) == {"neuron": 0.0, "sum": 0.0}
+    with pytest.raises(ValueError, match="different taps"):
+        ways.apart(one, {"b": one["a"]})
+
+
+def test_the_sum_is_compared_in_float64_and_single_neurons_in_float32():
+    found = {"plan, X, float64": {"neuron": 0.0, "sum": 2e-6}, "plan, X, float32": {"neuron": 1e-7, "sum": 1.0}}
+    assert ways.faults(found) == ["plan, X, float64 differs by 2.0e-06 V"]
+    assert ways.faults({"plan, X, float32": {"neuron": math.nan, "sum": 0.0}})
+
+
+def test_a_measure_is_compared_with_zennit(monkeypatch):
+    model, x = SMALL.made(), SMALL.inputs()
+    found = ways.differences(SMALL, model, x)
+    assert found["zennit, float64"]["sum"] <= 1e-12
+    assert not ways.faults(found)
+    monkeypatch.setattr(ways, "with_context", lambda model, x, composite: 1.00001 * torch.ones_like(x))
+    assert ways.faults(ways.differences(SMALL, model, x))
+
+
+def test_relevance_of_another_package_must_be_finite_and_not_zero():
+    ways.check(torch.ones(2))
+    ways.check((torch.ones(2), None))
+    with pytest.raises(ArithmeticError, match="not finite"):
+        ways.check(torch.tensor([math.nan, 1.0]))
+    with pytest.raises(ArithmeticError, match="zero"):
+        ways.check(torch.zeros(2))
+
+
+def test_every_computation_runs_and_those_that_cannot_are_reported(monkeypatch):
+    monkeypatch.setitem(NETS, "small", SMALL)
+    monkeypatch.setattr(command, "profile", lambda run: run() and "profiled")
+    monkeypatch.setattr(command, "alternated", partial(timing.alternated, seconds=0))
+    row = command.one("small", 1, 1)
+    assert not row["faults"]
+    assert not row["not planned"]
+    assert set(row["profiles"].values()) <= {"profiled"}
+    ours = {f"{way}, {name}" for way in (PLANNED, ways.FIRST, RECORDED, ways.AGAIN) for name in ways.COMPOSITES}
+    assert set(row["ratios"]) >= {PLAIN, ZENNIT, ways.ZENNIT_FIRST, ways.CAPTUM} | ours
+    assert row["failed"].keys() == {ways.LXT}
+    assert json.dumps(row)
+    assert all(low <= middle <= high for middle, low, high in row["ratios"].values())
+
+
+def test_results_that_differ_are_not_timed(monkeypatch):
+    monkeypatch.setitem(NETS, "small", SMALL)
+    monkeypatch.setattr(command, "differences", lambda *of: {"plan, float64": {"neuron": 1.0, "sum": 1.0}})
+    row = command.one("small", 1, 1)
+    assert row["faults"]
+    assert "ratios" not in row
+    assert "differs by 1.0e+00 V" in page.line(row)
+
+
+class StubPlan:
+    """What the benchmark calls of a plan; ``factor`` makes its measures wrong."""
+
+    factor = 1.0
+
+    def __init__(self, model, inputs, *, composite, batched):
+        self.model, self.composite = model, composite
+        self.asked = []
+
+    def __call__(self, inputs, target):
+        self.asked.append(inputs)
+        mu = RelevanceMeasure(self.model, inputs, target, composite=self.composite)
+        marginal = mu.marginal
+
+        def scaled(layer):
+            found = marginal(layer)
+            return {k: v * self.factor for k, v in found.items()} if isinstance(found, dict) else found * self.factor
+
+        mu.marginal = scaled
+        return mu
+
+    def explain(self):
+        return "recorded every time: a stub"
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    monkeypatch.setattr(ways, "Plan", StubPlan)
+    monkeypatch.setattr(command, "profile", lambda run: None)
+    monkeypatch.setattr(command, "alternated", partial(timing.alternated, seconds=0))
+    monkeypatch.setitem(NETS, "small", SMALL)
+    return monkeypatch
+
+
+def test_a_plan_is_compared_and_timed(plan):
+    row = command.one("small", 1, 1)
+    assert not row["faults"]
+    assert {f"{PLANNED}, {name}, float{bits}" for name in ways.COMPOSITES for bits in (32, 64)} < set(
+        row["differences"]
+    )
+    assert set(row["not planned"]) == set(ways.COMPOSITES)
+    assert "- small, NRMDefault, no plan: recorded every time: a stub" in "- " + "\n- ".join(page.failures([row]))
+
+
+def test_a_plan_has_answered_for_other_inputs_before_it_is_timed(plan):
+    x = SMALL.inputs()
+    made = ways.Ways(SMALL, SMALL.made(), x)
+    made.ours("NRMDefault")
+    (asked,) = made.plans["NRMDefault"].asked
+    assert asked.shape == x.shape
+    assert not (asked == x).any()
+
+
+def test_a_plan_that_differs_by_more_than_a_millionth_is_not_timed(plan):
+    plan.setattr(StubPlan, "factor", 1 + 3e-6)
+    row = command.one("small", 1, 1)
+    assert "plan, NRMDefault, float64 differs by 3.0e-06 V" in row["faults"]
+    assert "ratios" not in row
+
+
+def test_the_peak_of_a_plan_is_that_of_its_first_and_of_its_second_call(plan):
+    found = command.peak(SMALL, SMALL.made(), "plan, NRMDefault", 2)
+    assert found.keys() == {"first call, NRMDefault", "plan, NRMDefault"}
+    assert all(0 <= peak < 50 for peak in found.values())
+    for way in (PLAIN, ways.ZENNIT_FIRST, "recorded, NRMDefault"):
+        assert command.peak(SMALL, SMALL.made(), way, 2).keys() == {way}
+
+
+def test_methods_that_lxt_replaces_are_restored():
+    class Layer(nn.Module):
+        def forward(self, x):
+            return x
+
+    def patch(kind):
+        kind.original_forward = kind.forward
+        kind.forward = lambda self, x: 2 * x
+
+    before = Layer.forward
+    with lxt_way.patched({Layer: patch}):
+        assert Layer()(3) == 6
+    assert Layer.forward is before
+    assert not hasattr(Layer, "original_forward")
+
+
+# -- nets -------------------------------------------------------------------------------------------------------------
+
+
+def test_batch_normalization_has_statistics_of_one_batch_and_no_weight_is_zero():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(1), nn.LazyLinear(2))
+    model(torch.randn(1, 3, 8, 8))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[4].weight)
+    draw_zeros(model)
+    settle(model, (3, 8, 8))
+    assert model[1].weight.all()
+    assert model[4].weight.all()
+    assert model[1].running_mean.any()
+    assert model[1].momentum == 0.1
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "net", [Net(partial(Graph, 20, 3, 5), (20, 5), is_batched=False), Net(Recurrent, (3, 64)), SMALL]
+)
+def test_relevance_reaches_the_inputs_of_own_nets(net):
+    model, x = net.made(), net.inputs()
+    assert torch.equal(net.made()(x), model(x))
+    mu = ways.recorded(net, model, x, ways.NRMDefault())
+    assert float(mu.marginal("input").abs().sum()) > 0.2
+    gradient = ways.gradient(model, x)
+    assert gradient.any()
+
+
+def test_all_nets_have_targets():
+    assert list(page.TARGETS) == list(NETS)
+    assert len(timm_models.NAMES) == len(set(timm_models.NAMES)) > 90
+
+
+def test_nets_of_missing_packages_are_skipped_with_a_message(monkeypatch, capsys):
+    monkeypatch.setitem(NETS, "absent", Net(nn.Identity, (1,), package="no_such_package"))
+    assert list(command.chosen(["abs*", "vgg*"], list(NETS))) == ["VGG16 224"]
+    assert "absent: skipped, because no_such_package is not installed" in capsys.readouterr().out
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_shows_measured_target_and_miss():
+    assert str(Figure(1.234, 1.6)) == "1.23 / 1.6"
+    assert str(Figure(1.61, 1.6)) == "1.61 / 1.6 ✗"
+    assert str(Figure(math.nan, 1.6)).endswith("✗")
+    assert str(Figure(2.0)) == "2"
+    assert str(Figure(None, 1.6)) == ""
+
+
+def test_a_plan_is_compared_with_the_target_and_with_other_packages():
+    row = row_of(zennit=4.0, recorded_NRMDefault=3.0, plan_NRMDefault=1.5)
+    found = page.figures(row, "NRMDefault")
+    assert str(found["plan"]) == "1.5 / 1.6"
+    assert str(found["recorded"]) == "3"
+    assert str(found["plan : Zennit"]) == "0.375 / 0.7"
+    assert str(found["plan : Captum"]) == ""
+
+
+def test_there_is_no_target_relative_to_zennit_where_it_has_no_rule():
+    assert ways.without_rule(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU(), nn.Linear(1, 1))) == []
+    assert ways.without_rule(nn.Sequential(nn.LSTM(1, 1), nn.LayerNorm(1), nn.Linear(1, 1))) == ["LSTM", "LayerNorm"]
+    row = {**row_of(zennit=1.0, plan_NRMDefault=3.0), "without rule": ["LSTM"]}
+    assert str(page.figures(row, "NRMDefault")["plan : Zennit"]) == "3"
+
+
+def test_memory_is_relative_to_the_plain_gradient_and_to_zennit():
+    mib = {PLAIN: 10.0, ways.ZENNIT_FIRST: 16.0, "plan, NRMDefault": 18.0, "first call, NRMDefault": 30.0}
+    found = page.memory({"net": "VGG16 224", "batch": 1, "MiB": mib}, "NRMDefault")
+    assert [str(found[name]) for name in ("plan", "first call", "plan : Zennit")] == [
+        "1.8 / 2",
+        "3 / 2.5 ✗",
+        "1.12 / 1 ✗",
+    ]
+
+
+def test_the_tables_list_targets_missed_with_a_profile_and_rows_that_failed():
+    slow = row_of(zennit=4.0, plan_NRMDefault=3.0, plan_EpsilonPlusFlat=1.5)
+    slow["profiles"] = {"NRMDefault": {"seconds": 1, "outside operators": 0.3, "operators": {"aten::mul": [0.2, 7]}}}
+    failed = {"net": "Swin-T", "threads": 1, "failed run": "exit status 3"}
+    peaks = {"net": "VGG16 224", "batch": 8, "MiB": {PLAIN: 10.0, "plan, NRMDefault": 21.0}, "failed": {}}
+    timm = [row_of(f"timm/net{i}", plan_NRMDefault=float(i)) for i in (1, 2, 6)]
+    results = {"environment": {"torch": "2"}, "rows": [failed, slow], "peaks": [peaks], "timm": timm}
+    text = page.tables(results)
+    assert "| VGG16 224 | EpsilonPlusFlat | 1.5 / 1.6 |" in text
+    assert "| VGG16 224 | NRMDefault | 3 / 1.6 ✗ |" in text
+    missed = "plan 3 / 1.6 ✗, plan : Zennit 0.75 / 0.7 ✗"
+    assert f"- **VGG16 224, NRMDefault, 1 thread**: {missed}. Outside of operators 30%; `mul` 20% (7 calls)." in text
+    assert "- **VGG16 224, NRMDefault, batch 8, peak memory**: plan 2.1 / 2 ✗." in text
+    assert "- Swin-T, 1 threads: exit status 3" in text
+    assert "| NRMDefault | plan | 3 | 2 / 1.8 ✗ | 6 / 4 ✗ (net6) |" in text
+
+
+def test_results_replace_those_of_the_same_net_and_keep_the_others(tmp_path):
+    path = tmp_path / "cost.json"
+    command.store(path, "rows", [{"net": "a", "threads": 1, "x": 1}, {"net": "a", "threads": 2}], ("net", "threads"))
+    command.store(path, "peaks", [{"net": "a", "batch": 1}], ("net", "batch"))
+    command.store(path, "rows", [{"net": "a", "threads": 1, "x": 2}], ("net", "threads"))
+    stored = json.loads(path.read_text())
+    assert stored["rows"] == [{"net": "a", "threads": 1, "x": 2}, {"net": "a", "threads": 2}]
+    assert stored["peaks"] == [{"net": "a", "batch": 1}]
+    assert {"torch", "zennit", "captum", "processor", "cores"} <= stored["environment"].keys()
+
+
+def test_the_options_select_what_is_measured(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(command, "measured", lambda names, counts, rounds, *_: calls.append((names, counts, rounds)))
+    monkeypatch.setattr(command, "peaks", lambda names, out: calls.append((names, "peaks")))
+    options = {"nets": ["vgg16*"], "threads": [1, 2], "rounds": 7, "out": tmp_path / "x.json", "timm": False}
+    command.run(argparse.Namespace(**options, quick=False, peaks=False))
+    command.run(argparse.Namespace(**options, quick=True, peaks=False))
+    command.run(argparse.Namespace(**options, quick=False, peaks=True))
+    name = ["VGG16 224"]
+    assert calls == [(name, [1, 2], 7), (name, "peaks"), (name, [1], 3), (name, "peaks")]
+
+
+def test_the_page_shows_the_committed_results():
+    text = page.PAGE.read_text()
+    if command.RESULTS.exists():
+        assert page.rendered(json.loads(command.RESULTS.read_text()), text) == text
+    else:
+        assert "Not measured yet." in text
+    assert "x 1" in page.rendered({"environment": {"x": 1}}, text)
