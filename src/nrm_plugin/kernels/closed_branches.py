@@ -23,6 +23,7 @@ from .cache_blocks import Block, blocks_for
 from .layer_call import LayerCall
 from .mapper_closed_forms import inverse_by
 from .modified_layers import is_by_blocks
+from .modifier_probes import is_positive
 from .normalization import Columns, ColumnWriter, Normalization, may_read
 from .rule_branch import Branch
 from .rule_forms import RuleForm, form_of, modified_bias
@@ -127,7 +128,7 @@ class _Reader:
     def _images(self) -> list[_Image] | None:
         images: list[_Image] = []
         for modify_input, modify in zip(self.rule.input_modifiers, self.rule.param_modifiers, strict=True):
-            is_all = isinstance(self.rule, ZPlus) and not images and _is_positive(self.call.input)
+            is_all = isinstance(self.rule, ZPlus) and not images and is_positive(self.call.input)
             source = self.call.input if is_all else modify_input(self.call.input).detach()
             image = self._image(source, modify.modifier(self.weight, "weight"))
             if image is None:
@@ -208,8 +209,3 @@ class _Reader:
             scaled = scaled if gain is None else scaled.mul_(gain)
         torch.sign(image, out=out[0]).mul_(scaled)
         torch.mul(taken.mul_(scaled), inverse, out=out[1])
-
-
-def _is_positive(source: Tensor) -> bool:
-    """Returns whether no entry is negative, so that the other branch of a rule is zero."""
-    return source.numel() == 0 or holds("no negative input", lambda: source.amin() >= 0)

@@ -20,7 +20,7 @@ def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
     """Returns the modified inputs; equal inputs share memory, such as an input after a ReLU and its positive part."""
     known, sources = [inputs], []
     # The bounds of ZBox may have the shape of an image, unlike any probe, and are not parts of the input.
-    positive = is_known_linear(rule) and not isinstance(rule, ZBox) and _is_positive(inputs)
+    positive = is_known_linear(rule) and not isinstance(rule, ZBox) and is_positive(inputs)
     for modifier in rule.input_modifiers:
         part = _part(modifier, inputs) if positive else ""
         if part:
@@ -44,7 +44,7 @@ def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
     return "negative" if modified.equal(probe.clamp(max=0)) else ""
 
 
-def _is_positive(source: Tensor) -> bool:
+def is_positive(source: Tensor) -> bool:
     """Returns whether all entries are nonnegative; a minimum is faster than comparing all entries."""
     return source.numel() == 0 or holds("no negative input", lambda: source.amin() >= 0)
 

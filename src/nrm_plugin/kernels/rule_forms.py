@@ -12,6 +12,7 @@ from torch import Tensor
 from zennit.core import BasicHook, ParamMod
 from zennit.rules import Epsilon, ZPlus
 
+from ..model.value_reads import audit, untraced
 from ..rules import Absolute, ConservingEpsilon, EvenMod
 from .mapper_closed_forms import closed_mapper, conserved_share, stabilizer_of
 
@@ -47,7 +48,8 @@ def form_of(rule: BasicHook) -> RuleForm | None:
     own, modifiers = rule.gradient_mapper, _modifiers(rule)
     known = _KNOWN.get(own)
     if known is None or not _same_objects(known[0], modifiers):
-        known = _KNOWN[own] = modifiers, _read(rule)
+        with untraced(), audit():
+            known = _KNOWN[own] = modifiers, _read(rule)
     return known[1]
 
 

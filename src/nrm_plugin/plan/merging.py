@@ -108,7 +108,7 @@ class Merger:
         number = one.results[0] if len(one.results) == 1 else None
         if number is None or one.writes or one.shapes is not None:
             return False
-        source = next(one.reads, None)
+        source = next(iter(one.reads), None)
         if source is None or not self._is_unchanged(one, source, number):
             return False
         self._same[number] = source

@@ -92,12 +92,14 @@ class Simplifier:
                 varying.update(memory(number) for number in one.writes)
                 is_changed = is_changed or len(varying) > before
         written = {memory(number) for one in operations for number in one.writes}
-        rest = []
+        rest, made = [], set()
         for varies, one in zip(marked, operations, strict=True):
+            if not varies:
+                self._compute(one)
             if varies or self._is_made_each_time(one, written):
                 rest.append(one)
-            else:
-                self._compute(one)
+                made.update(one.results)
+        self.constants = {number: value for number, value in self.constants.items() if number not in made}
         return rest
 
     def _is_made_each_time(self, one: Operation, written: set[int]) -> bool:
@@ -118,7 +120,7 @@ class Simplifier:
                 self.constants[number] = item
 
     def _stored(self, number: int) -> Tensor:
-        """Returns a constant; for a tensor that varies, a tensor of the same shape without memory."""
+        """Returns a constant; for a tensor that varies, of which only the shape is read, one without memory."""
         if number in self.constants:
             return self.constants[number]
         shape, _, _, dtype, device = self.trace.forms[number]

@@ -5,8 +5,9 @@ A trace is taken below autograd, by a ``TorchDispatchMode``, so that hooks, kern
 
 from __future__ import annotations
 
+import functools
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..model.value_reads import ACTIVE
@@ -42,6 +42,7 @@ class Operation:
             returned tensors.
         shapes: The shapes of its results, if they depend on values; else None.
         origin: For such a value, the shortcut that was taken, or the line of code that read the value.
+        reads: Numbers of the tensors among the arguments.
     """
 
     function: Any
@@ -53,23 +54,19 @@ class Operation:
     expected: Any = None
     shapes: tuple[torch.Size, ...] | None = None
     origin: str = ""
+    reads: tuple[int, ...] = field(init=False)
 
-    @property
-    def reads(self) -> Iterator[int]:
-        """The numbers of the tensors among the arguments."""
-        return numbers_in((self.args, self.kwargs))
+    def __post_init__(self) -> None:
+        self.reads = tuple(numbers_in((*self.args, *self.kwargs.values())))
 
 
-def numbers_in(value: Any) -> Iterator[int]:
+def numbers_in(values: Iterable[Any]) -> Iterator[int]:
     """Yields the numbers of all values in nested arguments."""
-    if isinstance(value, Value):
-        yield value.number
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from numbers_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from numbers_in(item)
+    for value in values:
+        if value.__class__ is Value:
+            yield value.number
+        elif isinstance(value, (tuple, list)):
+            yield from numbers_in(value)
 
 
 def mapped(change: Callable[[Any], Any], value: Any) -> Any:
@@ -191,7 +188,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        named_args, named_kwargs = tree_map(self._named, (tuple(args), kwargs))
+        named_args, named_kwargs = mapped(self._named, tuple(args)), mapped(self._named, kwargs)
         writes = tuple(dict.fromkeys(self._written(function, args, kwargs)))
         result = function(*args, **kwargs)
         self._append(function, named_args, named_kwargs, result, writes, (args, kwargs))
@@ -201,16 +198,15 @@ class Tracer(TorchDispatchMode):
         return Value(self.number(value)) if isinstance(value, Tensor) else value
 
     def _written(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[int]:
-        for position, argument in enumerate(function._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[position] if position < len(args) else kwargs.get(argument.name)
-                for item in value if isinstance(value, (list, tuple)) else [value]:
-                    if isinstance(item, Tensor):
-                        yield self.number(item)
+        for position, name in _written_arguments(function):
+            value = args[position] if position < len(args) else kwargs.get(name)
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, Tensor):
+                    yield self.number(item)
 
     def _append(self, function: Any, args: Any, kwargs: Any, result: Any, writes: tuple[int, ...], given: Any) -> None:
         trace = self.trace
-        read = list(numbers_in((args, kwargs)))
+        read = list(numbers_in((*args, *kwargs.values())))
         varies = any(number in self._varying for number in read)
         if isinstance(result, (tuple, list)):
             outputs, is_sequence = tuple(result), True
@@ -248,7 +244,7 @@ class Tracer(TorchDispatchMode):
 
     def _source(self, function: Any, read: list[int], item: Tensor, given: Any) -> int | None:
         """Returns the argument whose memory a result shares, if any."""
-        if not any(r.alias_info is not None for r in function._schema.returns) and function not in _MAY_ALIAS:
+        if not _may_share_memory(function):
             return None
         memory = item.untyped_storage()._cdata
         for value in _tensors(given):
@@ -269,6 +265,18 @@ def _line() -> str:
         if not any(part in frame.filename for part in ("/torch/", "plan/trace"))
     ]
     return " < ".join(f"{f.filename.rpartition('/nrm_plugin/')[2]}:{f.lineno}" for f in frames[::-1][:4])
+
+
+@functools.cache
+def _written_arguments(function: Any) -> list[tuple[int, str]]:
+    """Returns position and name of the arguments that an operation overwrites."""
+    arguments = enumerate(function._schema.arguments)
+    return [(number, one.name) for number, one in arguments if one.alias_info is not None and one.alias_info.is_write]
+
+
+@functools.cache
+def _may_share_memory(function: Any) -> bool:
+    return function in _MAY_ALIAS or any(one.alias_info is not None for one in function._schema.returns)
 
 
 def _memory(tensor: Tensor) -> int | None:
