@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+import torchvision
 from captum.attr import DeepLift
 from torch import Tensor, nn
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
@@ -195,6 +196,10 @@ def test_a_start_vector_may_sum_to_zero():
     each = [RelevanceMeasure(net, X, target, reference=X0) for target in (0, 1)]
     torch.testing.assert_close(mu.output, each[0].output - each[1].output, **TIGHT)
     parts = [one.marginal("1") * one.output[:, None] for one in each]
+    against = RelevanceMeasure(net, X, 0, against=1, reference=X0)
+    torch.testing.assert_close(against.marginal("1"), mu.marginal("1"), **TIGHT)
+    rest = RelevanceMeasure(net, X, 0, against="rest", reference=[X0, X0 + 1])
+    torch.testing.assert_close(rest.marginal("input").sum(1), torch.ones(3).double(), **TIGHT)
     torch.testing.assert_close(mu.marginal("1") * mu.output[:, None], parts[0] - parts[1], **TIGHT)
 
 
@@ -500,3 +505,24 @@ def test_a_mixture_repeats_the_further_arguments_of_samples():
     expected = 2 * net(X * mask) - net(X0 * mask) - net((X0 + 1) * mask)
     torch.testing.assert_close(mu.output, expected[:, 1].detach(), **TIGHT)
     torch.testing.assert_close(mu.marginal("input").sum(1), torch.ones(3).double(), rtol=0, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", torchvision.models.list_models(torchvision.models))
+def test_every_classifier_of_torchvision_sums_to_one(name):
+    torch.manual_seed(0)
+    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    net = torchvision.models.get_model(name, weights=None, **options).eval().double()
+    for parameter in net.parameters():
+        if not bool(parameter.any()) and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)  # such as the last layer of a vision transformer
+    size = 299 if name == "inception_v3" else 224 if name.startswith(("vit", "maxvit")) else 96
+    x = torch.randn(1, 3, getattr(net, "image_size", size), getattr(net, "image_size", size)).double()
+    x0 = x.clone()
+    x0[:, :, size // 2 :] = torch.randn_like(x0[:, :, size // 2 :]) / 4
+    mu = RelevanceMeasure(net, x, 1, reference=x0)
+    relevance, size = mu.marginal("input"), float(mu.variation("input"))
+    torch.testing.assert_close(mu.output, (net(x) - net(x0))[:, 1].detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(relevance.flatten(1).sum(1), torch.ones(1).double(), rtol=0, atol=1e-12 * max(100, size))
+    assert float(mu(ABSORBED).abs()) < 1e-10
+    assert not bool((relevance[x == x0].abs() > 1e-60).any())

@@ -73,6 +73,7 @@ class LayerNRM(NRM, LayerAttribution):
         attribute_to_layer_input: bool = False,
         verbose: bool = False,
         *,
+        against: Any = None,
         given: Event | None = None,
         joint: Event | None = None,
         unit: Unit = "output",
@@ -92,6 +93,7 @@ class LayerNRM(NRM, LayerAttribution):
             return_convergence_delta: Whether to also return the convergence delta of each layer, ``(N,)``.
             attribute_to_layer_input: Whether to return the relevance of the inputs of the layers instead of outputs.
             verbose: Whether to print the rule of every step.
+            against: The output or the outputs to compare with; see :meth:`NRM.attribute`.
             given: Event on which relevance is conditioned.
             joint: Event for joint relevance.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
@@ -113,7 +115,7 @@ class LayerNRM(NRM, LayerAttribution):
         """
         formatted, _ = as_tuple(inputs)
         self._report(formatted, additional_forward_args, verbose)
-        measure = self.measure(formatted, target, additional_forward_args, baselines)
+        measure = self.measure(formatted, target, additional_forward_args, against, baselines)
         layers = measure.layers if self.layer is None else self.layer
         side: Side = "input" if attribute_to_layer_input else "output"
         several, is_one = layer_list(layers)

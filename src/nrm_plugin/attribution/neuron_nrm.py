@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,7 @@ class NeuronNRM(NRM, NeuronAttribution):
         attribute_to_neuron_input: bool = False,
         verbose: bool = False,
         *,
+        against: Any = None,
         given: Event | None = None,
         joint: Event | None = None,
         unit: Unit = "output",
@@ -78,6 +80,7 @@ class NeuronNRM(NRM, NeuronAttribution):
             additional_forward_args: Further arguments of the model.
             attribute_to_neuron_input: Whether to select among the inputs of the layer instead of its outputs.
             verbose: Whether to print the rule of every step.
+            against: A second selector, to explain the difference of the selected activations.
             given: Event on which relevance is conditioned.
             joint: Event for joint relevance.
             unit: ``"output"`` if relevance, sink and bypass sum to the activation of the neurons, ``"measure"`` if
@@ -108,11 +111,14 @@ class NeuronNRM(NRM, NeuronAttribution):
         side: Side = "input" if attribute_to_neuron_input else "output"
         layer = self._layer(self.layer)
         neurons = Neurons(neuron_selector)
+        start: dict[str, Any] = {"start": neurons if baselines is None else neurons.slope}
+        if against is not None:
+            start = {"against": functools.partial(_difference, neurons, Neurons(against))}
         with torch.enable_grad():
             measure = RelevanceMeasure(
                 unwrapped(self.model),
                 formatted,
-                start=neurons if baselines is None else neurons.slope,
+                **start,
                 output=layer if isinstance(layer, Atom) else at(layer, side=side),
                 composite=self._composite_for(baselines),
                 reference=reference_of(baselines, formatted),
@@ -120,5 +126,10 @@ class NeuronNRM(NRM, NeuronAttribution):
                 batched=self.batched,
             )
         request = Request(given, joint, unit, return_convergence_delta, return_sink)
-        activation = neurons.activation if baselines is None else measure.output
-        return self._in_form(measure, activation, formatted, was_tuple, request)
+        explained = neurons.activation if against is None and baselines is None else measure.output
+        return self._in_form(measure, explained, formatted, was_tuple, request)
+
+
+def _difference(neurons: Neurons, others: Neurons, values: Tensor) -> Tensor:
+    """Returns the weights of the activations in the difference of two sums."""
+    return neurons.slope(values) - others.slope(values)

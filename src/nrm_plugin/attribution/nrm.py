@@ -84,6 +84,7 @@ class NRM(GradientAttribution):
         return_convergence_delta: Literal[False] = False,
         verbose: bool = False,
         *,
+        against: Any = None,
         given: Event | None = None,
         joint: Event | None = None,
         unit: Unit = "output",
@@ -99,6 +100,7 @@ class NRM(GradientAttribution):
         return_convergence_delta: bool = False,
         verbose: bool = False,
         *,
+        against: Any = None,
         given: Event | None = None,
         joint: Event | None = None,
         unit: Unit = "output",
@@ -114,6 +116,7 @@ class NRM(GradientAttribution):
         return_convergence_delta: bool = False,
         verbose: bool = False,
         *,
+        against: Any = None,
         given: Event | None = None,
         joint: Event | None = None,
         unit: Unit = "output",
@@ -131,6 +134,9 @@ class NRM(GradientAttribution):
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
                 attributions, sink and bypass, which is 0 up to rounding.
             verbose: Whether to print the rule of every step.
+            against: Explain the difference of the target from another output, or from ``"rest"``, the other classes;
+                see :class:`~nrm_plugin.RelevanceMeasure`. In the unit ``"output"``, relevance sums to the difference,
+                which may be negative.
             given: Event on which relevance is conditioned.
             joint: Event for joint relevance.
             unit: ``"output"`` if relevance, sink and bypass of a sample sum to the explained output, ``"measure"`` if
@@ -154,7 +160,7 @@ class NRM(GradientAttribution):
         formatted, was_tuple = as_tuple(inputs)
         check_floating(formatted)
         self._report(formatted, additional_forward_args, verbose)
-        measure = self.measure(formatted, target, additional_forward_args, baselines)
+        measure = self.measure(formatted, target, additional_forward_args, against, baselines)
         request = Request(given, joint, unit, return_convergence_delta, return_sink)
         return self._in_form(measure, measure.output, formatted, was_tuple, request)
 
@@ -163,6 +169,7 @@ class NRM(GradientAttribution):
         inputs: Tensor | tuple[Tensor, ...],
         target: Any = None,
         additional_forward_args: Any = None,
+        against: Any = None,
         baselines: Any = None,
     ) -> RelevanceMeasure:
         """Returns the measure behind the attributions, for queries of sinks, joint relevance and conditional relevance.
@@ -171,6 +178,7 @@ class NRM(GradientAttribution):
             inputs: As in :meth:`attribute`.
             target: As in :meth:`attribute`.
             additional_forward_args: As in :meth:`attribute`.
+            against: As in :meth:`attribute`.
             baselines: As in :meth:`attribute`.
 
         Examples:
@@ -183,6 +191,7 @@ class NRM(GradientAttribution):
                 unwrapped(self.model),
                 inputs,
                 target,
+                against=against,
                 composite=self._composite_for(baselines),
                 reference=reference_of(baselines, as_tuple(inputs)[0]),
                 additional_forward_args=additional_forward_args,

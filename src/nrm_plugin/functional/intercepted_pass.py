@@ -22,6 +22,7 @@ from ..kernels.forward_state import (
     not_recorded,
     protect_weights,
     protected,
+    without_torch_function,
     write,
 )
 from ..kernels.layer_call import LayerCall
@@ -281,12 +282,15 @@ class InterceptedPass:
 
     # -- modules ----------------------------------------------------------------------------------------------------
 
+    @without_torch_function
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Returns the output of an elementwise module as a step, if no mode observes its functions; None otherwise.
 
         Examples are activations in TorchScript or with their own ``autograd.Function``.
         """
-        if is_inside_step() or not isinstance(output, Tensor) or output.grad_fn is None or step_of(output.grad_fn):
+        if is_inside_step() or not isinstance(output, Tensor):
+            return None
+        if output.grad_fn is None or step_of(output.grad_fn) is not None:
             return None
         observed = ObservedCall.of(module.forward, args, kwargs, self.path)
         if len(observed.inputs) != 1:

@@ -51,6 +51,10 @@ class RelevanceMeasure(Recorded):
         residual: Treatment of relevance that a rule does not propagate: ``"redistribute"`` (the default) or ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
         start: Signed vector over the outputs, instead of a target, or a function that returns it for the outputs.
+        against: Explain the difference of the target from another output: ``"rest"`` for the other classes, weighted
+            by their softmax; another target; or a function of the outputs that returns a target, or the weights of all
+            outputs. The weighted outputs form one number :math:`\sum_k s_k f_k`, which may be negative, fused with the
+            last layer; the tap ``"output"`` is this number, ``(N, 1)``.
         reference: Explain the difference :math:`\sum_k s_k (f_k(x) - f_k(x^0))` to this reference, in the form of the
             inputs, or one for all samples. Without a composite, every operation has the slope between reference and
             input, and nothing is absorbed; the rules of a composite apply to differences. A start vector may sum to 0.
@@ -94,6 +98,7 @@ class RelevanceMeasure(Recorded):
         residual: Residual | None = None,
         gain_limit: float | None = None,
         start: Any = None,
+        against: Any = None,
         reference: Any = None,
         slopes: Slopes = "secant",
         additional_forward_args: Any = None,
@@ -108,7 +113,8 @@ class RelevanceMeasure(Recorded):
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
         call, recorded = reference_of(call, reference, slopes)
         self._recording = Recording(model, call, self.composite, output, recorded)
-        self._start, self._output = start_of(self._recording, target, start)
+        self._start, self._output = start_of(self._recording, target, start, against)
+        self._is_difference = against is not None or reference is not None
         self.cost = Cost()
 
     @overload
@@ -338,6 +344,8 @@ class RelevanceMeasure(Recorded):
         sample: int | None = None,
     ) -> FlowGraph:
         """Returns the flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
+
+        All masses are multiplied by :attr:`sign`, which matters if a difference of outputs is negative.
 
         Args:
             layers: The layers, in any order; of each two, one must be below the other.

@@ -20,6 +20,7 @@ class Recorded(QueryPasses):
 
     composite: Normalized
     _output: Tensor
+    _is_difference = False
 
     @property
     def layers(self) -> list[str]:
@@ -45,11 +46,40 @@ class Recorded(QueryPasses):
     def output(self) -> Tensor:
         r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``; the measure times this value is the usual LRP score.
 
+        With ``against``, :math:`g = \sum_k s_k f_k`, which is negative if the compared outputs are ahead. The measure
+        is normalized to 1 all the same, so that relevance above 0 is then evidence against the target.
+
         Examples:
             >>> mu.output.shape
             torch.Size([5])
         """
         return self._output.clone()
+
+    @property
+    def explains_difference(self) -> bool:
+        """Whether the measure explains a difference of outputs, with ``against``.
+
+        Examples:
+            >>> mu.explains_difference
+            False
+        """
+        return self._is_difference
+
+    @property
+    def sign(self) -> Tensor:
+        """The sign of the explained difference with ``against``, ``(N,)``, else 1.
+
+        A measure times its sign is evidence for the target, also if the compared outputs are ahead. Multiply maps by
+        it before they are drawn or added; flows, sweeps and the commands do.
+
+        Examples:
+            >>> mu.sign
+            tensor([1., 1., 1., 1., 1.])
+            >>> difference = RelevanceMeasure(net, torch.randn(5, 3), target=1, against=0)
+            >>> torch.equal(difference.sign, difference.output.sign())
+            True
+        """
+        return self._output.sign() if self.explains_difference else torch.ones_like(self._output)
 
     @property
     def batch(self) -> int:

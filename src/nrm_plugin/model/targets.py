@@ -94,8 +94,8 @@ def normalized(start: Tensor) -> Tensor:
     bad = total.abs() <= MIN_TOTAL * absolute
     if bool(bad.any()):
         raise TargetError(
-            f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. A difference of "
-            "outputs has no measure: construct a measure of each output and subtract the results."
+            f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. For a difference of "
+            "outputs, give the compared output by against=: RelevanceMeasure(model, inputs, target, against=other)."
         )
     return start / total.reshape(-1, *(1,) * (start.ndim - 1))
 
@@ -125,7 +125,7 @@ class Neurons:
         return torch.where(silent, slope, start)
 
     def slope(self, values: Tensor) -> Tensor:
-        """Returns the weight of each neuron in the sum of activations."""
+        """Returns the weight of each neuron in the sum of activations, ``(N, …)``."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()

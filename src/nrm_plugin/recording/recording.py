@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -20,8 +21,10 @@ from ..model.guard import Fingerprint, named_tensors, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from ..model.renormalization import TablesUnwritten
 from ..model.value_reads import audit, untraced
+from .contrast_step import contrast_top
 from .graph import Graph
 from .independence import find_samples
+from .layout import Layout
 from .observer import Observer
 from .samples import Samples
 from .structure import Structure
@@ -82,26 +85,53 @@ class Recording:
         self.fingerprint = Fingerprint(model)
         two = self._rerun.shapes_of_two
         has_rows = not isinstance(output, Atom)
-        self.structure = Structure(observer, self.output, call.batch, call.batched, two, has_rows)
+        self._restructured = functools.partial(
+            Structure, observer, self.output, call.batch, call.batched, two, has_rows
+        )
+        self.structure = self._restructured()
 
-    def started(self, relevance: Tensor) -> Tensor:
-        """Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
+    def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
+        r"""Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
 
         The method also locates the samples in each tensor, unless they are known to be its rows or there is only one.
+
+        Args:
+            relevance: The relevance, ``(N, …)``.
+            contrast: The weights ``s`` of the outputs, ``(N, …)``, if the measure starts at one number on top of the
+                outputs, :math:`\sum_k s_k f_k`. The relevance is then that of the outputs of interest.
 
         Raises:
             FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
         """
-        start = self.samples.layout(self.graph.output).fold(relevance)
+        start = self._layout.fold(relevance)
         if self.samples.count > 1 and not self.samples.is_plain:
             with audit():
                 find_samples(self, start, self._rerun)
-        del self._rerun
+        if contrast is not None:
+            start = self._contrasted(contrast)
+        del self._rerun, self._restructured
         return start
+
+    def _contrasted(self, contrast: Tensor) -> Tensor:
+        """Puts one number on top of the outputs, and returns its relevance."""
+        top = contrast_top(self.graph, self.samples, self.output, contrast)
+        names = self.taps.output_names()
+        self.structure = self._restructured(top)
+        self.taps.fused = names - self.taps.output_names()
+        start = torch.ones(top.shape, dtype=top.dtype, device=top.device)
+        if self.samples.count > 1 and not self.samples.is_plain:
+            with torch.inference_mode(False), torch.no_grad():
+                self.samples.find(start)
+        return start
+
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        """The layout of the output."""
+        return self.samples.layout(self.graph.output)
 
     def unfolded(self) -> Tensor:
         """Returns the output in the form ``(N, …)``, detached."""
-        return self.samples.layout(self.graph.output).unfold(self.output.detach())
+        return self._layout.unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
         """Returns a copy of the output in the form ``(N, …)``; with ``batched=False``, in the model's own shape."""
