@@ -213,9 +213,7 @@ class StepHook(Hook):
             return None
         step = self._step(call, *_shell(module, call), output)
         self._check_rule(step)
-        if self.fuse is not None:
-            with not_recorded():
-                self.fuse(step, call.source)
+        self._fuse(step, call.source)
         if (observer := listener()) is not None:
             observer.on_step(module, step)
         return self._linked(call, step, output)
@@ -235,6 +233,12 @@ class StepHook(Hook):
         output, image = output.detach(), seen_image(call.mode, self.rule)
         layer_call = LayerCall.of(own_copy(self.rule), shell, run, call.saved_input, output, self.name, image)
         return LayerStep(layer_call, output, self.normalization)
+
+    @without_torch_function
+    def _fuse(self, step: LayerStep, source: Tensor) -> None:
+        if self.fuse is not None:
+            with not_recorded():
+                self.fuse(step, source)
 
     def _check_rule(self, step: LayerStep) -> None:
         """Raises unless the rule is linear; an unknown rule is tested at its first call."""
