@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -50,6 +51,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """Runs a test by plans, if it is asked for."""
     if not pyfuncitem.config.getoption("--planned"):
         return (yield)
+    kept = getattr(pyfuncitem.obj, "_hypothesis_internal_use_settings", None)
+    if kept is not None:  # each example makes plans, and programs of all its queries
+        fewer = hypothesis.settings(kept, max_examples=3, phases=[hypothesis.Phase.generate])
+        getattr(pyfuncitem.obj, "__func__", pyfuncitem.obj)._hypothesis_internal_use_settings = fewer
     ours = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "tests"]
     with planned.measures_are_planned([pyfuncitem.module, *ours]):
         return (yield)
