@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zennit.core import Composite
 
+from ..composites import Normalized, normalize
 from ..errors import HookedContainerError, NRMError, UncoveredLayerError
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
+from ..plan.reuse import measures_of
 from .composite_names import composite_of
 from .event_syntax import Condition
 from .failures import is_out_of_memory
@@ -202,23 +203,25 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
         index = explained_class(loaded, request.target, outputs)
         return index if outputs.ndim == 2 else None
 
-    composite: Composite = composite_of(request.composite, loaded.preprocessing.bounds(inputs))
+    rules = _rules(loaded, inputs, request)
     try:
         with failures_of_the_model(loaded, inputs):
-            return RelevanceMeasure(
-                loaded.model,
-                inputs,
-                target,
-                composite=composite,
-                residual=request.residual,
-                gain_limit=request.gain_limit,
-            )
+            return measures_of(rules)(loaded.model, inputs, target, composite=rules)
     except UncoveredLayerError as error:
         layer = str(error).partition(" has no rule")[0]
         raise RequestError(
             f"--composite {request.composite} has no rule for {layer}, whose gradient alone does not conserve "
             "relevance. Choose another composite, such as nrm_default or epsilon_plus_flat."
         ) from error
+
+
+def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized:
+    """Returns the rules of a request: the same object for all images, so that measures can be planned."""
+    key = (request.composite, request.residual, request.gain_limit, inputs.device)
+    if key not in loaded.rules:
+        composite = composite_of(request.composite, loaded.preprocessing.bounds(inputs))
+        loaded.rules[key] = normalize(composite, request.residual, request.gain_limit, None)
+    return loaded.rules[key]
 
 
 def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]) -> None:

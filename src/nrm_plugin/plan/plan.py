@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
@@ -23,6 +24,8 @@ from .programs import Programs
 
 MOST = 8
 """Largest number of forms of calls for which programs are stored."""
+IDLE = 8
+"""Number of successive recordings after which a plan is of no use for a form of calls."""
 
 
 class Plan:
@@ -104,7 +107,7 @@ class Plan:
             InputError, ModelStateError, TargetError, UnsupportedOperationError: As in
                 :class:`~nrm_plugin.RelevanceMeasure`.
         """
-        if self._settings.state.changed() or settings(self._composite) != self._composite_state:
+        if self.has_changed():
             self._renew()
         key, tensors, call = self._form(inputs, additional_forward_args, additional_forward_kwargs)
         recorded, self._first = self._first, None
@@ -122,6 +125,28 @@ class Plan:
             else:
                 lines += [str(line) for line in programs.lines()]
         return "\n".join(lines) or "nothing is planned yet"
+
+    def has_changed(self) -> bool:
+        """Whether the model or the composite has changed, so that the next call is planned anew."""
+        return bool(self._settings.state.changed()) or settings(self._composite) != self._composite_state
+
+    def is_useful(self, form: Hashable) -> bool:
+        """Whether calls of a form have no obstacle, and their queries are not new each time."""
+        programs = self._forms.get(form)
+        return programs is None or not (programs.obstacle or programs.recordings > IDLE)
+
+    @property
+    def count(self) -> int:
+        """Number of programs."""
+        return sum(map(len, self._forms.values()))
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the constants of all programs, without tensors of the model."""
+        own = self._settings.state.memories()
+        held = [constant for programs in self._forms.values() for constant in programs.constants()]
+        storages = {one.data_ptr(): one.nbytes() for one in map(Tensor.untyped_storage, filter(_is_dense, held))}
+        return sum(size for address, size in storages.items() if address not in own)
 
     def _renew(self) -> None:
         state = ModelState(self.model)
@@ -151,6 +176,10 @@ class Plan:
             StorageError: Always.
         """
         raise StorageError("a plan cannot be copied or stored: it belongs to one model in the memory of this process.")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided
 
 
 def _identities(tensors: list[Tensor]) -> list[tuple[int, int]]:
