@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,11 +41,19 @@ class ModelState:
                 return "a weight"
         return ""
 
+    def memories(self) -> set[int]:
+        """Returns the addresses of the memory of parameters and buffers."""
+        dense = (tensor for _, tensor in self._tensors if tensor.layout == torch.strided)
+        return {tensor.untyped_storage().data_ptr() for tensor in dense}
+
+
+_DICTS = (dict, OrderedDict)
+
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
     """Identities of the attributes of a module, and of the contents of containers among them."""
     held = module.__dict__
-    contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ is dict and value]
+    contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
     lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]
     return (tuple(map(id, held.values())), *contents, *lists)
 
