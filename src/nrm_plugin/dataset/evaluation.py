@@ -17,7 +17,6 @@ from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
 from ..model.inputs_and_outputs import Output
 from ..model.targets import chosen_target
-from ..plan.reuse import measures_of
 from ..recording.module_outputs import module_outputs
 from .batched_queries import QueryResults, Requirements
 from .queries import Query
@@ -92,9 +91,10 @@ class Evaluation:
         target = batch_target(self.target, labels, batch)
         modules = {str(atom.layer) for atom in self.needed.activations} - {"input", "output"}
         with torch.inference_mode(False), torch.enable_grad(), module_outputs(self.model, modules) as outputs:
-            take = RelevanceMeasure if modules else measures_of(self)  # a plan does not run modules
-            settings = {"composite": self.composite, "output": self.output, "against": self.against}
-            mu = take(self.model, inputs, target, **settings)
+            # Not by a plan, whose results differ by rounding: a sweep that is resumed has the same bits.
+            mu = RelevanceMeasure(
+                self.model, inputs, target, composite=self.composite, output=self.output, against=self.against
+            )
         if mu.batch != len(sample):
             raise SweepError(
                 f"a batch of {len(sample)} samples has inputs of {mu.batch}; the first dimension must be the batch."
