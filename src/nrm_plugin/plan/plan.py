@@ -118,7 +118,7 @@ class Plan:
             InputError, ModelStateError, TargetError, UnsupportedOperationError: As in
                 :class:`~nrm_plugin.RelevanceMeasure`.
         """
-        if self.has_changed():
+        if self._has_changed():
             self._renew()
         form = self._form(inputs, additional_forward_args, additional_forward_kwargs, reference)
         recorded, self._first = self._first, None
@@ -130,7 +130,13 @@ class Plan:
         return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
-        """Says for each form of calls which queries have programs, or why calls are recorded every time."""
+        """Says for each form of calls which queries have programs, or why calls are recorded every time.
+
+        Examples:
+            >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
+            >>> plan.explain()
+            'nothing is planned yet'
+        """
         lines = []
         for programs in self._forms.values():
             if programs.obstacle:
@@ -139,23 +145,29 @@ class Plan:
                 lines += [str(line) for line in programs.lines()]
         return "\n".join(lines) or "nothing is planned yet"
 
-    def has_changed(self) -> bool:
-        """Whether the model or the composite has changed, so that the next call is planned anew."""
+    def _has_changed(self) -> bool:
+        """Returns whether the model or the composite has changed, so that the next call is planned anew."""
         return bool(self._state.changed()) or settings(self._rules[0]) != self._rules_state
 
-    def is_useful(self, form: Hashable) -> bool:
-        """Whether calls of a form have no obstacle, and their queries are not new each time."""
+    def _is_useful(self, form: Hashable) -> bool:
+        """Returns whether calls of a form have no obstacle, and their queries are not new each time."""
         known = [programs for (key, _), programs in self._forms.items() if key == form]
         return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
 
     @property
-    def count(self) -> int:
+    def _count(self) -> int:
         """Number of programs."""
         return sum(map(len, self._forms.values()))
 
     @property
     def memory(self) -> int:
-        """Bytes of the constants of all programs, without tensors of the model."""
+        """Bytes of the constants of all programs, without tensors of the model.
+
+        Examples:
+            >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
+            >>> plan.memory
+            0
+        """
         own = self._state.memories()
         held = [constant for programs in self._forms.values() for constant in programs.constants()]
         storages = {one.data_ptr(): one.nbytes() for one in map(Tensor.untyped_storage, filter(_is_dense, held))}
