@@ -16,7 +16,7 @@ from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
 from ..measure.start import start_of
 from ..model.inputs_and_outputs import Call, Output
-from ..model.value_reads import avoiding
+from ..model.value_reads import ACTIVE, avoiding
 from ..recording.passes import Cost
 from ..recording.recording import Recording, Reference
 from .keys import frozen
@@ -240,7 +240,7 @@ class PlannedMeasure(RelevanceMeasure):
     def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Answers a query from a traced recording, and makes its program."""
         self._check_inputs()
-        if self._recorded is None:
+        if self._recorded is None or self._recorded.tracer is None:
             self._recorded = self._record()
         recorded = self._recorded
         if recorded.start is None:
@@ -249,8 +249,7 @@ class PlannedMeasure(RelevanceMeasure):
             self._programs.obstacle = recorded.obstacle
             return self._computed(method, args, kwargs)
         before = 0 if recorded.tracer is None else len(recorded.tracer.trace.obstacles)
-        with recorded.traced():
-            answer = self._computed(method, args, kwargs)
+        answer = self._computed(method, args, kwargs)
         if recorded.tracer is not None:
             outputs = [recorded.tracer.number(tensor) for tensor in recorded.outputs]
             self._programs.add(
@@ -266,9 +265,11 @@ class PlannedMeasure(RelevanceMeasure):
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Answers a query from the recording, under its trace if it has one: later queries reuse its kernels."""
         self._is_answering = True
         try:
-            return method(self, *args, **kwargs)
+            with nullcontext() if self._recorded is None else self._recorded.traced():
+                return method(self, *args, **kwargs)
         finally:
             self._is_answering = False
 
@@ -277,8 +278,9 @@ class PlannedMeasure(RelevanceMeasure):
         key = (name, frozen(args))
         if key not in self._programs.answers:
             plain = super()
-            found = getattr(plain, name)
-            self._programs.answers[key] = found(*args) if callable(found) else found
+            with nullcontext() if self._recorded is None else self._recorded.traced():
+                found = getattr(plain, name)
+                self._programs.answers[key] = found(*args) if callable(found) else found
         return self._programs.answers[key]
 
     @property
@@ -314,6 +316,8 @@ class PlannedMeasure(RelevanceMeasure):
             self._recorded = self._record(is_traced=False)
         if self._recorded.start is None:
             self._recorded.begin(self._planned.start)
+        if self._recorded.tracer is not ACTIVE.tracer:
+            self._recorded.tracer = None  # kernels that are built outside of the trace are not constants
         return self._recorded.recording
 
     @property
