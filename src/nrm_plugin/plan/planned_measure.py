@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,13 +108,14 @@ class TracedRecording:
         self.tracer = None if avoided is None else Tracer()
         self._avoided = avoided or frozenset()
         self.inputs = [] if self.tracer is None else [self.tracer.placeholder(tensor) for tensor in tensors]
+        drawn = _random_states()
         with self.traced():
             made, reference = call()
             self.recording = Recording(settings.model, made, settings.composite, settings.output, reference)
             self.outputs = [self.recording.unfolded(), self.recording.outputs()]
             if reference is not None:
                 self.outputs.append(self.recording.differences())
-        self.obstacle = ""
+        self.obstacle = "" if _random_states() == drawn else "the model draws random numbers of Python or NumPy"
         self.start: Tensor | None = None
         self.start_numbers: list[int] = []
 
@@ -128,6 +131,12 @@ class TracedRecording:
             self.start = self.recording.started(*start)
         if self.tracer is not None and self.tracer.trace.obstacles:
             self.obstacle = self.tracer.trace.obstacles[0]
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Random states that are not of torch, whose draws are in no trace."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, bytes(keys), *rest  # type: ignore[arg-type]
 
 
 class _Traced:
@@ -187,6 +196,7 @@ class PlannedMeasure(RelevanceMeasure):
             try:
                 outputs, state = latest.program.forward(self._tensors)
             except ChangedValueError as error:
+                self._call()  # raises if the inputs are not valid, which is no reason to drop a program
                 self._programs.reject(error)
             else:
                 self._state = (latest, state)
@@ -227,11 +237,11 @@ class PlannedMeasure(RelevanceMeasure):
         return self._computed(method, args, kwargs)
 
     def _run(self, query: QueryProgram) -> Any:
+        self._check_inputs()
         state = None
         if self._state is not None and self._state[0] is query and self._state[1]:
             state = self._state[1]
         if state is None:
-            self._check_inputs()
             _, state = query.program.forward(self._tensors)
         results = query.program.relevance(state, self._planned.start)
         self.cost = query.cost
