@@ -14,6 +14,7 @@ from ..events.event import Atom
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.inputs_and_outputs import Output
+from ..plan.reuse import measures_of
 
 
 class NRMAttributor(Attributor):
@@ -77,7 +78,7 @@ class NRMAttributor(Attributor):
             >>> torch.allclose(mu.output, output.mean(1))
             True
         """
-        measure = RelevanceMeasure(
+        measure = measures_of(self)(
             self.model,
             input,
             start=attr_output_fn,

@@ -102,7 +102,7 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
 
 def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
     """Returns relevance ``(N, …)``, without the batch dimension if the inputs have none."""
-    return values if measure._recording.samples.batched else values.squeeze(0)
+    return values if measure._is_batched else values.squeeze(0)
 
 
 def input_taps(measure: RelevanceMeasure) -> list[Atom]:

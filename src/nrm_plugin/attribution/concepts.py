@@ -15,8 +15,8 @@ from ..composites import Uncovered, normalize
 from ..errors import EventError, brief
 from ..events.event import Atom, Event, at
 from ..kernels.normalization import Residual
-from ..measure.measure import RelevanceMeasure
 from ..model.inputs_and_outputs import Output
+from ..plan.reuse import measures_of
 from .base import Layer, Unit, in_unit, unwrapped
 
 Condition = Mapping[str, Any]
@@ -127,7 +127,7 @@ class ConceptNRM:
         relevance: dict[int, Tensor] = {}
         for chosen, numbers in groups.items():
             with torch.enable_grad():
-                measure = RelevanceMeasure(
+                measure = measures_of(self)(
                     self.model,
                     inputs,
                     composite=self.composite,

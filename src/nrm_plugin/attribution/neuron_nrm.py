@@ -14,8 +14,8 @@ from zennit.core import Composite
 from ..composites import Uncovered
 from ..events.event import Atom, Event, Side, at
 from ..kernels.normalization import Residual
-from ..measure.measure import RelevanceMeasure
 from ..model.targets import Neurons
+from ..plan.reuse import measures_of
 from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage, reference_of, unwrapped
 from .nrm import NRM
 
@@ -115,7 +115,7 @@ class NeuronNRM(NRM, NeuronAttribution):
         if against is not None:
             start = {"against": functools.partial(_difference, neurons, Neurons(against))}
         with torch.enable_grad():
-            measure = RelevanceMeasure(
+            measure = measures_of(self)(
                 unwrapped(self.model),
                 formatted,
                 **start,

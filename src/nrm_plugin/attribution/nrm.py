@@ -16,6 +16,7 @@ from ..measure.measure import RelevanceMeasure
 from ..model.checks import check_module
 from ..model.inputs_and_outputs import Output, check_batched
 from ..model.targets import sample_sums
+from ..plan.reuse import measures_of
 from ..recording.coverage import coverage
 from .base import (
     WRAPPERS,
@@ -187,7 +188,7 @@ class NRM(GradientAttribution):
             torch.Size([5, 4])
         """
         with torch.enable_grad():  # Captum's metrics call attribute under no_grad
-            return RelevanceMeasure(
+            return measures_of(self)(
                 unwrapped(self.model),
                 inputs,
                 target,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..composites import Normalized
 from ..dataset.preprocessing import Preprocessing, preprocessing
 from .own_models import own_model
 from .torchvision_models import DEFAULT, torchvision_model
@@ -24,6 +26,7 @@ class LoadedModel:
         preprocessing: The conversion of images to inputs.
         categories: Class names; empty if unknown.
         notes: Messages to the user.
+        rules: The rules of all requests so far, by the settings of a request.
     """
 
     name: str
@@ -32,6 +35,7 @@ class LoadedModel:
     preprocessing: Preprocessing
     categories: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    rules: dict[Any, Normalized] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def parameter(self) -> Tensor:

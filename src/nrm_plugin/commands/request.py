@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zennit.core import Composite
 
+from ..composites import Normalized, normalize
 from ..errors import HookedContainerError, NRMError, TargetError, UncoveredLayerError
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.contrast import REST
+from ..plan.reuse import measures_of
 from .composite_names import composite_of
 from .event_syntax import Condition
 from .failures import is_out_of_memory
@@ -243,18 +244,11 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
         return compared
 
     is_alone = request.against == NONE or (request.against is None and not _has_classes(loaded, inputs))
-    composite: Composite = composite_of(request.composite, loaded.preprocessing.bounds(inputs))
+    rules = _rules(loaded, inputs, request)
     try:
         with failures_of_the_model(loaded, inputs):
-            return RelevanceMeasure(
-                loaded.model,
-                inputs,
-                target,
-                against=None if is_alone else against,
-                composite=composite,
-                residual=request.residual,
-                gain_limit=request.gain_limit,
-            )
+            compared = None if is_alone else against
+            return measures_of(rules)(loaded.model, inputs, target, against=compared, composite=rules)
     except TargetError as error:
         remedy = "" if is_alone else " In a command: --against none explains the output of the class alone."
         raise TargetError(f"{error}{remedy}") from error
@@ -270,6 +264,15 @@ def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
     """Whether there are several classes; the model is run only if their names are not known."""
     count = len(loaded.categories) or output_count(loaded, inputs) or 1
     return count > 1
+
+
+def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized:
+    """Returns the rules of a request: the same object for all images, so that measures can be planned."""
+    key = (request.composite, request.residual, request.gain_limit, inputs.device)
+    if key not in loaded.rules:
+        composite = composite_of(request.composite, loaded.preprocessing.bounds(inputs))
+        loaded.rules[key] = normalize(composite, request.residual, request.gain_limit, None)
+    return loaded.rules[key]
 
 
 def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]) -> None:

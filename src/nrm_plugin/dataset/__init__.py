@@ -1,6 +1,6 @@
 """The measure of data sets: stored sweeps, statistics, reference examples, glocal flows and prototypes.
 
-Imports: errors, imports, events, model, kernels, composites, recording, measure, plots.
+Imports: errors, imports, events, model, kernels, composites, recording, measure, plan, plots.
 """
 
 from .queries import Activation, Bypass, Conditional, EventMass, Joint, Maps, Marginal, Peak, Query, Sink, Variation

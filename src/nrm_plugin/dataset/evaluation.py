@@ -91,6 +91,7 @@ class Evaluation:
         target = batch_target(self.target, labels, batch)
         modules = {str(atom.layer) for atom in self.needed.activations} - {"input", "output"}
         with torch.inference_mode(False), torch.enable_grad(), module_outputs(self.model, modules) as outputs:
+            # Not by a plan, whose results differ by rounding: a sweep that is resumed has the same bits.
             mu = RelevanceMeasure(
                 self.model, inputs, target, composite=self.composite, output=self.output, against=self.against
             )

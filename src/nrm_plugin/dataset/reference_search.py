@@ -18,6 +18,7 @@ from ..errors import InputError, TargetError
 from ..events.event import Event
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
+from ..plan.reuse import Measures
 from ..recording.module_outputs import module_outputs
 from .activations import single_activations
 from .evaluation import device_of, predicted_classes
@@ -99,10 +100,11 @@ def find_references(
     search = _Search(list(layers), k, tuple(by), dict(events or {}), unit, reduce, per_target)
     rules = normalize(composite, residual, gain_limit, uncovered)
     device = device_of(model) if device is None else device
+    take = RelevanceMeasure if search.active else Measures()  # a plan does not run modules
     with module_outputs(model, search.active) as outputs:
         for inputs, labels in tqdm(_batches(data, batch_size), disable=not show_progress, unit="batch"):
             classes = partial(_explained_classes, target, labels)
-            mu = RelevanceMeasure(model, inputs.to(device), classes, composite=rules, against=against)
+            mu = take(model, inputs.to(device), classes, composite=rules, against=against)
             search.add(mu, classes(mu.outputs).int(), single_activations(outputs))
     return search.references()
 

@@ -69,6 +69,11 @@ class QueryPasses:
             "inputs and the target. For a data set, nrm_plugin.dataset.sweep stores answers."
         )
 
+    @property
+    def _is_batched(self) -> bool:
+        """Whether the first dimension of the inputs indexes samples."""
+        return self._recording.samples.batched
+
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers a query by the given method of this class."""
         return method(self, *args, **kwargs)

@@ -1,5 +1,5 @@
 """Plans: the tensor operations of a measure and its queries, found once and repeated for other inputs.
 
 Contents: traces of computations, their simplification, programs, and the measures that programs answer.
-Imports: errors, events, model, composites, recording, measure.
+Imports: errors, events, model, kernels, composites, recording, measure.
 """

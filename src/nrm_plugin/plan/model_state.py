@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,14 @@ class ModelState:
                 return "a weight"
         return ""
 
+    def memories(self) -> set[int]:
+        """Returns the addresses of the memory of parameters and buffers."""
+        dense = (tensor for _, tensor in self._tensors if tensor.layout == torch.strided)
+        return {tensor.untyped_storage().data_ptr() for tensor in dense}
+
+
+_DICTS = (dict, OrderedDict)
+
 
 def hooked(model: nn.Module) -> str:
     """Returns what has hooks of the user, which act at every run of the model; or an empty string.
@@ -78,7 +87,7 @@ def _common_hooks() -> tuple[int, ...]:
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
     """Identities of the attributes of a module, and of the contents of containers among them."""
     held = module.__dict__
-    contents = [tuple(map(id, value.values())) for value in held.values() if isinstance(value, dict) and value]
+    contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
     lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]
     return (tuple(map(id, held.values())), *contents, *lists)
 
@@ -86,7 +95,7 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 def _held(module: nn.Module) -> list[Any]:
     """The attributes themselves, so that no other object takes their identity."""
     values = list(module.__dict__.values())
-    return [values, *(list(value.values()) for value in values if isinstance(value, dict))]
+    return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 
 
 def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:

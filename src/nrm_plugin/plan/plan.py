@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
@@ -26,6 +27,8 @@ from .programs import Programs
 
 MOST = 8
 """Largest number of forms of calls for which programs are stored."""
+IDLE = 8
+"""Number of successive recordings after which a plan is of no use for a form of calls."""
 
 
 class Plan:
@@ -115,7 +118,7 @@ class Plan:
             InputError, ModelStateError, TargetError, UnsupportedOperationError: As in
                 :class:`~nrm_plugin.RelevanceMeasure`.
         """
-        if self._state.changed() or settings(self._rules[0]) != self._rules_state:
+        if self.has_changed():
             self._renew()
         form = self._form(inputs, additional_forward_args, additional_forward_kwargs, reference)
         recorded, self._first = self._first, None
@@ -136,11 +139,33 @@ class Plan:
                 lines += [str(line) for line in programs.lines()]
         return "\n".join(lines) or "nothing is planned yet"
 
+    def has_changed(self) -> bool:
+        """Whether the model or the composite has changed, so that the next call is planned anew."""
+        return bool(self._state.changed()) or settings(self._rules[0]) != self._rules_state
+
+    def is_useful(self, form: Hashable) -> bool:
+        """Whether calls of a form have no obstacle, and their queries are not new each time."""
+        known = [programs for (key, _), programs in self._forms.items() if key == form]
+        return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
+
+    @property
+    def count(self) -> int:
+        """Number of programs."""
+        return sum(map(len, self._forms.values()))
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the constants of all programs, without tensors of the model."""
+        own = self._state.memories()
+        held = [constant for programs in self._forms.values() for constant in programs.constants()]
+        storages = {one.data_ptr(): one.nbytes() for one in map(Tensor.untyped_storage, filter(_is_dense, held))}
+        return sum(size for address, size in storages.items() if address not in own)
+
     def _renew(self) -> None:
         self._state = ModelState(self.model)
         self._rules_state = settings(self._rules[0])
         self._composites.clear()
-        self._forms: dict[Hashable, Programs] = {}
+        self._forms: dict[tuple[Hashable, bool], Programs] = {}
         self._first = None
 
     def _form(self, inputs: Any, args: Any, kwargs: Any, reference: Any) -> _Form:
@@ -200,6 +225,10 @@ class _Form:
     tensors: list[Tensor]
     call: Callable[[], tuple[Call, Reference | None]]
     settings: Settings
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided
 
 
 def _identities(tensors: list[Tensor]) -> list[tuple[int, int]]:

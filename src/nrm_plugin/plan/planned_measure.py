@@ -207,6 +207,7 @@ class PlannedMeasure(RelevanceMeasure):
 
     def _record(self, is_traced: bool = True) -> TracedRecording:
         programs = self._programs
+        programs.recordings += 1
         avoided = programs.avoided if is_traced and not programs.obstacle else None
         with torch.enable_grad():
             return TracedRecording(self._settings, self._call, self._tensors, avoided)
@@ -245,6 +246,7 @@ class PlannedMeasure(RelevanceMeasure):
             _, state = query.program.forward(self._tensors)
         results = query.program.relevance(state, self._planned.start)
         self.cost = query.cost
+        self._programs.recordings = 0
         return query.answer(results)
 
     def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -302,7 +304,7 @@ class PlannedMeasure(RelevanceMeasure):
         return int(self._known("batch"))
 
     @property
-    def is_batched(self) -> bool:
+    def _is_batched(self) -> bool:
         return self._settings.batched
 
     def shape(self, layer: Any) -> torch.Size:

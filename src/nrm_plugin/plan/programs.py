@@ -49,6 +49,7 @@ class Programs:
         avoided: The shortcuts whose conditions did not hold for some inputs.
         obstacle: Why calls of this form are recorded every time; empty if they are not.
         answers: Answers that do not depend on values, such as names and shapes.
+        recordings: Number of calls recorded since a program last answered a query.
         latest: The program that was used last, which the next measure is expected to use.
     """
 
@@ -56,6 +57,7 @@ class Programs:
         self.avoided: frozenset[str] = frozenset()
         self.obstacle = ""
         self.answers: dict[Hashable, Any] = {}
+        self.recordings = 0
         self.latest: QueryProgram | None = None
         self.lock = threading.RLock()
         self._programs: OrderedDict[Key, QueryProgram] = OrderedDict()
@@ -117,6 +119,11 @@ class Programs:
                 self.obstacle = f"the model or a rule reads values: {error.reads[0]}"
             self._programs.clear()
             self.latest = None
+
+    def constants(self) -> list[Tensor]:
+        """Returns the constants of all programs."""
+        with self.lock:
+            return [value for one in self._programs.values() for value in one.program.constants.values()]
 
     def lines(self) -> list[str]:
         """Returns one line for each program."""
