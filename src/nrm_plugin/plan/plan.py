@@ -21,7 +21,7 @@ from ..model.checks import check_module
 from ..model.inputs_and_outputs import Call, Inputs, Output
 from ..recording.recording import Reference
 from .keys import call_key
-from .model_state import ModelState, settings
+from .model_state import ModelState, hooked, settings
 from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .programs import Programs
 
@@ -203,6 +203,7 @@ class Plan:
         key = (form.key, is_contrast)
         if key not in self._forms:
             self._forms[key] = Programs()
+            self._forms[key].obstacle = hooked(self.model)
             if not form.tensors:
                 self._forms[key].obstacle = "an argument of the model cannot be compared"
             while len(self._forms) > MOST:
