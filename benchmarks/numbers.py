@@ -178,6 +178,13 @@ def recovered(one: str, other: str) -> Callable[[Results], str]:
     return figure
 
 
+def distance(score: str) -> Callable[[Results], str]:
+    """Circuit-model distance of a score, by network."""
+    return lambda results: "; ".join(
+        f"{name}: {net['scores'][score]['CMD'][0]:.3f}" for name, net in results["nets"].items()
+    )
+
+
 PLAIN = "plain gradient"
 CLAIMS = [
     Claim("All marginals of VGG16 with EpsilonPlus, relative to a plain gradient", "speed",
@@ -229,6 +236,10 @@ CLAIMS = [
           "faithfulness", recovered("μ(A & B), NRMDefault", "μ(A) μ(B), NRMDefault"), "faithfulness.md"),
     Claim("the same with LRP-0: joint relevance, gradient × activation of both ends", "faithfulness",
           recovered("μ(A & B), LRP-0", "gradient × activation, product"), "faithfulness.md"),
+    Claim("Distance of circuits from the network (CMD), reference measure, one backward pass", "circuits",
+          distance("reference measure"), "circuits.md"),
+    Claim("the same, EAP-IG, eight backward passes", "circuits", distance("EAP-IG, 8 steps"), "circuits.md"),
+    Claim("the same, EAP, one backward pass", "circuits", distance("EAP"), "circuits.md"),
 ]  # fmt: skip
 
 

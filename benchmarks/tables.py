@@ -128,6 +128,32 @@ def selection(results: Results) -> dict[str, str]:
     return tables
 
 
+def circuits(results: Results) -> dict[str, str]:
+    """Differences from the reference measure, and scores of edges by net."""
+    head = "| score | CMD ↓ | CPR ↑ | CMD, one circuit ↓ | edges ↑ | nodes ↑ | passes | time | of edges |"
+    tables = {}
+    for name, net in results["nets"].items():
+        rows = []
+        for score, row in net["scores"].items():
+            cells = ["{:.3f} ({:.3f}–{:.3f})".format(*row[key]) for key in ("CMD", "CPR")]
+            cells += [f"{row[key][0]:.3f}" for key in ("CMD, one circuit", "single edges", "single nodes")]
+            forward, backward = results["passes"][score]
+            rows.append([score, *cells, f"{forward} + {backward}", *(f"{time:.1f}" for time in net["time"][score])])
+        tables[name] = grid(head, rows)
+    nets, key = results["nets"].values(), "CMD minus that of the reference measure"
+    rows = [
+        [score, *("{:+.3f} ({:+.3f} to {:+.3f})".format(*net["scores"][score][key]) for net in nets)]
+        for score in results["passes"]
+        if any(net["scores"][score][key][0] for net in nets)
+    ]
+    kinds = (f"{name}, {net['edges']:,} edges" for name, net in results["nets"].items())
+    tables["differences"] = grid(f"| CMD minus that of the reference measure | {' | '.join(kinds)} |", rows)
+    if "cost" in results:
+        costs = ([job, *(f"{net[job]:.1f}" for net in results["cost"].values())] for job in results["cost"]["vgg16"])
+        tables["cost"] = grid(f"| passes of | {' | '.join(results['cost'])} |", costs)
+    return tables
+
+
 def flow(results: Results) -> dict[str, str]:
     """A sentence."""
     factor = min(results["seconds"]["flow"]) / min(results["seconds"]["marginals"])
@@ -169,6 +195,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "hugging_face": ("attention.md", hugging_face),
     "recurrent_and_graphs": ("recurrent-and-graphs.md", recurrent_and_graphs),
     "relative": ("relative.md", relative),
+    "circuits": ("circuits.md", circuits),
     "flow": ("flow.md", flow),
     "top_walks": ("critical-paths.md", top_walks),
     "selection": ("critical-paths.md", selection),

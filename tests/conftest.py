@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from zennit.types import Activation, AvgPool, BatchNorm, Linear
 
 import nrm_plugin  # registers its composites
 from nrm_plugin.functional import registry
+from tests import planned
 
 NONLINEAR = ("deconvnet", "guided_backprop")
 ARGUMENTS: dict[str, dict[str, float]] = {"epsilon_gamma_box": {"low": -3.0, "high": 3.0}}
@@ -37,6 +40,24 @@ def pytest_runtest_setup() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--planned", action="store_true", help="answer every test by plans made on other values")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Runs a test by plans, if it is asked for."""
+    if not pyfuncitem.config.getoption("--planned"):
+        return (yield)
+    kept = getattr(pyfuncitem.obj, "_hypothesis_internal_use_settings", None)
+    if kept is not None:  # each example makes plans, and programs of all its queries
+        fewer = hypothesis.settings(kept, max_examples=3, phases=[hypothesis.Phase.generate])
+        getattr(pyfuncitem.obj, "__func__", pyfuncitem.obj)._hypothesis_internal_use_settings = fewer
+    ours = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "tests"]
+    with planned.measures_are_planned([pyfuncitem.module, *ours]):
+        return (yield)
 
 
 def slow_but(values: Iterable[Any], *fast: Any) -> list[Any]:
@@ -151,6 +172,10 @@ def worst(record_property: Callable[[str, object], None]) -> Callable[[str, floa
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if planned.ANSWERS:
+        terminalreporter.section("answers of plans")
+        for reason, count in planned.ANSWERS.most_common():
+            terminalreporter.write_line(f"{count:7}  {reason}")
     errors: dict[str, float] = {}
     for status in ("passed", "failed"):
         for report in terminalreporter.stats.get(status, ()):

@@ -37,6 +37,49 @@ class Two(nn.Module):
         return self.head(torch.relu(self.left(left) + self.right(right))) * factor
 
 
+# -- differences of outputs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("against", [4, "rest", [5, 0]])
+def test_relevance_of_a_difference_sums_to_the_difference(against):
+    """Whether the compared outputs are ahead or not."""
+    net = build()
+    for target in (2, [1, 3]):
+        mu = RelevanceMeasure(net, X, target, against=against)
+        relevance, delta, sink = NRM(net).attribute(
+            X, target, return_convergence_delta=True, return_sink=True, against=against
+        )
+        torch.testing.assert_close(relevance.flatten(1).sum(1) + sink, mu.output)
+        torch.testing.assert_close(relevance, mu.output.reshape(-1, 1, 1, 1) * mu.marginal("input"))
+        assert float(delta.abs().max()) < 1e-9
+        layer = LayerNRM(net, "2").attribute(X, target, against=against)
+        torch.testing.assert_close(layer, mu.output.reshape(-1, 1, 1, 1) * mu.marginal("2"))
+        joint = JointNRM(net, "2", "0").attribute(X, target, against=against)
+        torch.testing.assert_close(joint, mu.output.reshape(-1, 1, 1) * mu.joint("2", "0"))
+        share = NRM(net).attribute(X, target, unit="measure", against=against)
+        torch.testing.assert_close(share, mu.marginal("input"))
+
+
+def test_the_opposite_difference_has_the_opposite_relevance():
+    """In units of the output; the measures themselves are equal."""
+    net = build()
+    one, other = NRM(net).attribute(X, 2, against=4), NRM(net).attribute(X, 4, against=2)
+    torch.testing.assert_close(one, -other)
+    assert torch.equal(RelevanceMeasure(net, X, 2, against=4).sign, -RelevanceMeasure(net, X, 4, against=2).sign)
+
+
+def test_two_selections_of_neurons_are_compared():
+    """The oracle is a layer with the difference of two rows."""
+    torch.manual_seed(0)
+    first, second, x = nn.Linear(3, 4).double(), nn.Linear(4, 5).double(), X.flatten(1)[:, :3]
+    net, twin = nn.Sequential(first, nn.ReLU(), second, nn.ReLU()), nn.Linear(4, 1).double()
+    with torch.no_grad():
+        twin.weight.copy_(second.weight[1:2] - second.weight[3:4])
+        twin.bias.copy_(second.bias[1:2] - second.bias[3:4])
+    relevance = NeuronNRM(net, net[2]).attribute(x, 1, against=3)
+    torch.testing.assert_close(relevance, NRM(nn.Sequential(first, nn.ReLU(), twin)).attribute(x))
+
+
 # -- neurons ------------------------------------------------------------------------------------------------------
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 
 from nrm_plugin import ABSORBED, RelevanceMeasure, at
+from nrm_plugin.functional.interception_mode import InterceptionMode
+from nrm_plugin.functional.registry import name_of
+from nrm_plugin.kernels import forward_state
 from nrm_plugin.kernels.step import Step
 
 DEPTH, WIDTH = 20, 12
@@ -185,3 +190,61 @@ def test_explain_reports_the_cost_of_a_query(mu, runs):
     assert runs["kernels"] == 0
     cost = measured(mu, runs, lambda: mu(event))
     assert f"one pass over {cost.steps} of {ONE_PASS} steps" in text
+
+
+# -- what a measure does once per module, function and step -----------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    """A module without a rule, which reads the form of its input and adds it to itself."""
+
+    def forward(self, x):
+        return x + x if x.shape[1] == WIDTH and x.dim() == 2 and x.requires_grad else x
+
+
+def nested(depth):
+    """A net in containers, with layers, batch normalization as a function, and modules without a rule."""
+    torch.manual_seed(0)
+    layers = [Doubled(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Identity()]
+    net = nn.Sequential(*layers, nn.Sequential(nn.BatchNorm1d(WIDTH)))
+    return nn.Sequential(net, *([nested(depth - 1)] if depth else []))
+
+
+def test_the_hooks_of_a_measure_pass_no_functions_of_their_own_through_the_mode(monkeypatch):
+    """The mode observes the functions that the model calls, and of modules with a rule the functions inside."""
+    observed = []
+    own = InterceptionMode._result
+
+    def result(self, function, args, kwargs):
+        observed.append(function)
+        return own(self, function, args, kwargs)
+
+    monkeypatch.setattr(InterceptionMode, "_result", result)
+    RelevanceMeasure(nested(1).eval(), torch.randn(2, WIDTH), 1)
+    names = Counter(name_of(function).base for function in observed)
+    # "get" are shape and requires_grad of both inputs, and two reads of the output; each of six steps reads its type.
+    assert names == {"get": 4 + 2, "dim": 2 + 2, "add": 2, "relu": 2, "batch_norm": 2, "is_floating_point": 6}
+
+
+def test_a_measure_walks_over_the_modules_of_a_model_as_often_for_any_size(monkeypatch):
+    walks = []
+    own = nn.Module.named_modules
+    for net in (nested(0).eval(), nested(3).eval()):
+        count = [0]
+
+        def named_modules(self, *args, net=net, count=count, **options):
+            count[0] += self is net
+            return own(self, *args, **options)
+
+        monkeypatch.setattr(nn.Module, "named_modules", named_modules)
+        RelevanceMeasure(net, torch.randn(2, WIDTH), 1)
+        walks.append(count[0])
+    assert walks[0] == walks[1] <= 15
+
+
+def test_a_kernel_and_its_columns_are_computed_in_one_visit_of_a_step(monkeypatch, mu):
+    entered = []
+    own = forward_state.not_recorded.__enter__
+    monkeypatch.setattr(forward_state.not_recorded, "__enter__", lambda self: entered.append(1) or own(self))
+    mu.marginal(mu.layers)
+    assert len(entered) == ONE_PASS

@@ -26,7 +26,8 @@ def documented():
         item = getattr(nrm_plugin, name)
         yield name, item
         if inspect.isclass(item):
-            for key, member in vars(item).items():
+            inherited = [base for base in item.__mro__ if base.__name__ == "Recorded"]
+            for key, member in [pair for kind in (*inherited, item) for pair in vars(kind).items()]:
                 target = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
                 if not key.startswith("_") and key not in OF_ZENNIT and inspect.isfunction(target) and target.__doc__:
                     yield f"{name}.{key}", target

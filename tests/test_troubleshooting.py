@@ -147,6 +147,7 @@ def biased_norm() -> None:
 
 CAUSES: dict[str, Callable[..., object]] = {
     "InputError": lambda: RelevanceMeasure(chain(), X * float("nan"), 1),
+    "DifferenceError": lambda: RelevanceMeasure(chain(), X, 1, reference=X),
     "TargetError": lambda: RelevanceMeasure(chain(), X, 7),
     "FoldingError": mixing,
     "GradModeError": without_gradients,

@@ -33,6 +33,7 @@ from nrm_plugin.errors import (
     UncoveredLayerError,
     UnknownLayerError,
 )
+from nrm_plugin.model.guard import Fingerprint, named_tensors
 from tests.conftest import images, slow_but, state_of, untouched
 
 
@@ -538,6 +539,30 @@ def test_a_model_of_torchvision_is_left_unchanged():
         mu = RelevanceMeasure(net, x, 1)
         mu.marginal("input")
         mu(at("layer3")[0] & at("layer1")[1])
+
+
+# -- tensors of a model ------------------------------------------------------------------------------------------------
+
+
+def test_the_tensors_of_a_model_are_its_parameters_and_buffers_each_once(net):
+    net.tied = nn.Linear(16, 5)
+    net.tied.weight = net.head.weight
+    net.also = net.stem[1]
+    expected = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    named = named_tensors(net)
+    assert len(named) == len(expected)
+    assert all(expected[name] is tensor for name, tensor in named)
+
+
+@pytest.mark.parametrize("width", [3, 5000])
+def test_nan_in_a_buffer_neither_hides_nor_feigns_a_change(width):
+    net = nn.Module()
+    net.register_buffer("note", torch.full((2, width), float("nan")))
+    net.note[0, ::2] = 1.0
+    fingerprint = Fingerprint(net)
+    assert fingerprint.changed() == []
+    net.note.data[0] = 2.0  # does not change the version
+    assert fingerprint.changed() == ["note"]
 
 
 # -- buffers that the model writes in place ------------------------------------------------------------------------

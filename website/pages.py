@@ -68,7 +68,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
     "errors": (
         "Errors and warnings",
         {
-            "errors": """NRMError InputError TargetError GradModeError ModelStateError UnknownLayerError
+            "errors": """NRMError InputError DifferenceError TargetError GradModeError ModelStateError UnknownLayerError
             HookedContainerError StorageError EventError NullEventError CancellationError StaleMeasureError
             UnsupportedRuleError NonlinearRuleError UnsupportedOperationError UncoveredLayerError
             FoldingError MissingExtraError BatchNormWarning MemoryBudgetWarning"""
@@ -86,9 +86,9 @@ NAVIGATION = {
         docs/data-sets docs/references docs/batch-norm docs/relative docs/own-kernel docs/drop-in
         docs/troubleshooting""".split(),
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
-    "Mathematics": "docs/measure docs/special-cases".split(),
-    "Numbers": """docs/numbers docs/cost docs/speed docs/default-composite docs/faithfulness docs/architectures
-        docs/other-packages docs/mutants""".split(),
+    "Mathematics": "docs/measure docs/differences docs/special-cases".split(),
+    "Numbers": """docs/numbers docs/cost docs/speed docs/default-composite docs/faithfulness docs/circuits
+        docs/architectures docs/other-packages docs/mutants""".split(),
     "Reference": [f"reference/{page}" for page in REFERENCE],
     "Project": "docs/design docs/claims docs/stability docs/coverage CONTRIBUTING CHANGELOG".split(),
 }

@@ -17,6 +17,10 @@ class InputError(NRMError, ValueError):
     """Raised if inputs are invalid: empty, non-finite, or of a wrong type, dtype or device."""
 
 
+class DifferenceError(InputError):
+    """Raised if a reference does not match the inputs, or the model takes another path for it."""
+
+
 class TargetError(NRMError, ValueError):
     """Raised if a target or start vector does not match the output of the model."""
 

@@ -74,7 +74,7 @@ def test_bypass_is_a_column_if_there_is_any(tmp_path: Path, monkeypatch: pytest.
     report = Report(
         [Sample("1", 0, 1, 1)], 1.0, rows, [tmp_path / f"{name}.png" for name in "abc"], [tmp_path / "flow.png"]
     )
-    monkeypatch.setattr("nrm_plugin.commands.demo_report.demo_report", lambda kinds, out: report)
+    monkeypatch.setattr("nrm_plugin.commands.demo_report.demo_report", lambda kinds, out, against: report)
     assert main(["demo", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^layer +0\.500 +0\.600 +0\.100 +0\.300 +1\.000$", text, re.MULTILINE)
@@ -96,14 +96,14 @@ def test_the_files_are_listed(printed: str, folder: Path):
 def test_defaults_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     calls = []
 
-    def record(kinds, out):
-        calls.append((list(kinds), out))
+    def record(kinds, out, against):
+        calls.append((list(kinds), out, against))
         raise DemoError("enough")
 
     monkeypatch.setattr("nrm_plugin.commands.demo_report.demo_report", record)
     monkeypatch.chdir(tmp_path)
     assert main(["demo"]) == 2
-    assert calls == [(["6", "3", "9", "misread"], Path("nrm-demo"))]
+    assert calls == [(["6", "3", "9", "misread"], Path("nrm-demo"), "rest")]
     assert (tmp_path / "nrm-demo").is_dir()
 
 

@@ -60,11 +60,12 @@ def test_numbers_are_those_of_the_measure(name: str, residual: str, fast: Path):
     tensors, metadata = result("nrm-explained/china-relevance.safetensors")
     net, inputs = own_net(), prepared(PHOTO)
     limit = {"gain_limit": 3.0} if residual == "redistribute" else {}
-    mu = RelevanceMeasure(net, inputs, 2, composite=COMPOSITE[name](), residual=residual, **limit)
+    mu = RelevanceMeasure(net, inputs, 2, against="rest", composite=COMPOSITE[name](), residual=residual, **limit)
+    sign = float(mu.sign)
     close = {"rtol": 1e-3, "atol": 1e-6}  # Pillow resizes bytes, so inputs differ by rounding
     torch.testing.assert_close(tensors["outputs"], net(inputs)[0], rtol=1e-3, atol=2e-3)
     scale = float(mu.marginal("input").abs().max())
-    assert float((tensors["relevance"] - mu.marginal("input")[0]).abs().max()) < 0.02 * scale
+    assert float((tensors["relevance"] - sign * mu.marginal("input")[0]).abs().max()) < 0.02 * scale
     for key, expected in {
         "sink": mu.sink("input")[0],
         "layer/3/sink": mu.sink("3")[0],
@@ -73,11 +74,12 @@ def test_numbers_are_those_of_the_measure(name: str, residual: str, fast: Path):
         "given/2/mass": mu(~at("0")[2])[0],
     }.items():
         torch.testing.assert_close(
-            tensors[key], expected, rtol=2e-2, atol=2e-3, msg=lambda text, key=key: f"{key}: {text}"
+            tensors[key], sign * expected, rtol=2e-2, atol=2e-3, msg=lambda text, key=key: f"{key}: {text}"
         )
-    conditional = mu.marginal("input", given=at("3").channel([1, 4, 5]))[0]
+    conditional = mu.marginal("input", given=at("3").channel([1, 4, 5]))[0] * tensors["given/1/mass"].sign()
     assert float((tensors["given/1/relevance"] - conditional).abs().max()) < 0.02 * float(conditional.abs().max())
-    torch.testing.assert_close(tensors["relevance"].sum() + tensors["sink"], torch.tensor(1.0), **close)
+    torch.testing.assert_close(tensors["relevance"].sum() + tensors["sink"], torch.tensor(sign), **close)
+    torch.testing.assert_close(tensors["difference"], mu.output[0], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(tensors["layer/3/relevance"].sum((1, 2)), tensors["layer/3/channels"], **close)
     assert (metadata["composite"], metadata["residual"], metadata["target"]) == (name, residual, "2")
 
@@ -93,10 +95,12 @@ def test_numbers_are_exact_without_resizing(fast: Path):
     )[None]
     net = own_net()
     target = int(net(inputs).argmax())
-    mu = RelevanceMeasure(net, inputs, target)
+    mu = RelevanceMeasure(net, inputs, target, against="rest")
+    assert mu.sign == 1
     torch.testing.assert_close(tensors["relevance"], mu.marginal("input")[0])
     torch.testing.assert_close(tensors["layer/3/relevance"], mu.marginal("3")[0])
-    torch.testing.assert_close(tensors["given/1/relevance"], mu.marginal("input", given=at("3")[2])[0])
+    conditional = mu(at("3")[2]).sign() * mu.marginal("input", given=at("3")[2])[0]
+    torch.testing.assert_close(tensors["given/1/relevance"], conditional)
     assert (
         tensors["layer/3/top"].tolist()
         == mu.marginal("3", over="channel")[0].abs().argsort(descending=True)[:7].tolist()
@@ -292,7 +296,8 @@ GREY_NET = ("--model", "own_nets:Cancelling", "--size", "4", "--mean", "0", "--s
 
 def test_a_condition_that_cancels_omits_only_its_own_heat_map(here: Path, capsys: pytest.CaptureFixture[str]):
     Image.new("L", (8, 8), 200).save("even.png")
-    explain("even.png", *GREY_NET, "--given", "conv[0]", "--given", "conv[2]", "--given", "conv[1]", code=1)
+    conditions = ["--given", "conv[0]", "--given", "conv[2]", "--given", "conv[1]"]
+    explain("even.png", *GREY_NET, "--against", "none", *conditions, code=1)
     printed = capsys.readouterr()
     tensors, _ = result("nrm-explained/even-relevance.safetensors")
     assert {key for key in tensors if key.startswith("given")} == {
@@ -385,13 +390,72 @@ def test_the_calls_of_a_layer_are_listed(fast: Path, capsys: pytest.CaptureFixtu
     assert main([*argv, "--layer", "act:1", "--given", "a:0"]) == 0
 
 
+def explained(*requested: str) -> dict[str, torch.Tensor]:
+    """The numbers of a call, in a folder of its own."""
+    out = f"out-{'-'.join(requested)}".replace("--", "")
+    explain("china.png", *OWN, *requested, "--layer", "3", "--given", "3[4]", "--out", out)
+    return result(f"{out}/china-relevance.safetensors")[0]
+
+
+def test_the_opposite_comparison_has_the_opposite_colours(fast: Path, capsys: pytest.CaptureFixture[str]):
+    """All maps that are drawn, and all masses that are printed."""
+    one, other = explained("--target", "1", "--against", "3"), explained("--target", "3", "--against", "1")
+    for key in ("relevance", "difference", "sink", "layer/3/relevance", "layer/3/channels", "layer/3/maps",
+                "given/1/mass", "given/1/relevance"):  # fmt: skip
+        torch.testing.assert_close(one[key], -other[key])
+    ahead = 1 if float(one["outputs"][1] - one["outputs"][3]) > 0 else -1
+    torch.testing.assert_close((one["relevance"].sum() + one["sink"]).sign(), torch.tensor(float(ahead)))
+    text = capsys.readouterr().out
+    behind = "class 3" if ahead > 0 else "class 1"
+    assert text.count(f"as {behind} is behind; positive relevance is evidence for {behind} all the same") == 1
+    assert "explained: class 1 rather than class 3, a difference of " in text
+    assert text.count("<- compared with") == 2
+
+
+def test_the_class_alone_is_explained_on_request(fast: Path, capsys: pytest.CaptureFixture[str]):
+    net, inputs = own_net(), prepared(PHOTO)
+    alone = explained("--target", "2", "--against", "none")
+    wanted = RelevanceMeasure(net, inputs, 2).marginal("input")[0]
+    assert float((alone["relevance"] - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
+    assert "difference" not in alone
+    assert "rather than" not in capsys.readouterr().out
+
+
+def test_comparisons_are_settings(fast: Path):
+    """Results of another comparison are not overwritten."""
+    for against in ("rest", "none", "3", "rest"):
+        explain("china.png", *OWN, "--target", "1", "--against", against)
+    stored = {name: result(f"nrm-explained/china{name}-relevance.safetensors")[1] for name in ("", "-2", "-3")}
+    assert [metadata.get("against") for metadata in stored.values()] == ["rest", "none", "3"]
+    assert not Path("nrm-explained/china-4-relevance.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("requested", "words"),
+    [
+        (["--target", "1", "--against", "1"], "--against 1: this is the explained class"),
+        (["--against", "4"], "--against 4 is out of range: the model has 4 classes, 0 to 3"),
+        (["--against", "cat"], "--against 'cat' is a name"),
+        (["--layer", "7"], "the output of '7' is fused with the contrast"),
+    ],
+)
+def test_an_invalid_comparison_is_an_error(fast: Path, capsys, requested: list[str], words: str):
+    assert words in fails(capsys, "explain", "china.png", *OWN, *requested)
+
+
+def test_equal_outputs_name_the_remedy(here: Path, capsys: pytest.CaptureFixture[str]):
+    Image.new("L", (8, 8), 200).save("even.png")
+    explain("even.png", *GREY_NET, code=1)
+    assert "--against none explains the output of the class alone" in capsys.readouterr().err
+
+
 def test_the_examples_of_the_help_parse(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
         main(["explain", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     examples = [line.strip() for line in text.splitlines() if line.startswith("  nrm-plugin ")]
-    assert len(examples) == 7
+    assert len(examples) == 8
     for line in examples:
         parser().parse_args(shlex.split(line)[1:])
 

@@ -75,7 +75,7 @@ def test_the_files_have_the_values_of_the_measure(here, capsys):
     loaded = load("flow_nets:Branches", size=16)
     inputs = loaded.preprocessing(load_image(Path("noise.png")).image)
     target = int(loaded.model(inputs).argmax())
-    mu = RelevanceMeasure(loaded.model, inputs, target, composite=EpsilonPlus())
+    mu = RelevanceMeasure(loaded.model, inputs, target, against="rest", composite=EpsilonPlus())
     expected = mu.flow(["output", "a", "stem", "input"], over={"input": patches((16, 16), 2)}, top=3)
     assert [layer.groups for layer in graph.layers] == [layer.groups for layer in expected.layers]
     for one, other in zip(graph.joints, expected.joints, strict=True):
@@ -84,7 +84,7 @@ def test_the_files_have_the_values_of_the_measure(here, capsys):
     assert f"{100 * expected.layers[1].bypass:.2f} % around it" in printed
     stored = json.loads(Path("nrm-flow/noise-flow.json").read_text())
     assert (stored["settings"]["target"], stored["settings"]["composite"]) == (target, "epsilon_plus")
-    leaky = RelevanceMeasure(loaded.model, inputs, target, composite=EpsilonPlus(), residual="sink")
+    leaky = RelevanceMeasure(loaded.model, inputs, target, against="rest", composite=EpsilonPlus(), residual="sink")
     plain = {row["layer"]: row["plain"] for row in stored["profile"]}
     assert plain == {name: pytest.approx(float(leaky.marginal(name).sum()), abs=1e-6) for name in plain}
     # The same query replaces its files; another one has its own.
@@ -92,6 +92,40 @@ def test_the_files_have_the_values_of_the_measure(here, capsys):
     assert len(list(Path("nrm-flow").iterdir())) == len(written)
     assert run(*options, "--dark", "--target", "fish") == 0
     assert {"noise-2-flow.png", "noise-2-flow.json"} <= {path.name for path in Path("nrm-flow").iterdir()}
+
+
+def test_the_opposite_comparison_has_the_opposite_colours(here, capsys, monkeypatch):
+    """Nodes, ribbons and heat maps of the nodes."""
+    drawn = []
+    monkeypatch.setattr(
+        "nrm_plugin.commands.image_flow.flow_figure", lambda graph, heading, dark, maps: drawn.append((heading, maps))
+    )
+    monkeypatch.setattr("nrm_plugin.commands.image_flow.save_figure", lambda *_: None)
+    graphs = []
+    for target, other in (("cat", "fish"), ("fish", "cat")):
+        options = ["--classes", "names.txt", "--target", target, "--against", other, "--out", target]
+        assert run("noise.png", *OWN, "--layers", "output", "a", "input", *options) == 0
+        graphs.append(FlowGraph.from_json(Path(target, "noise-flow.json")))
+    assert [graph.layers[0].labels for graph in graphs] == [("cat",), ("fish",)]
+    assert sorted(graph.layers[0].masses[0] for graph in graphs) == [-1, 1]
+    for one, other in zip(*(graph.joints for graph in graphs), strict=True):
+        np.testing.assert_allclose(one, -other, atol=1e-6)
+    assert [heading.partition("for ")[2] for heading, _ in drawn] == [
+        "“cat” rather than “fish”",
+        "“fish” rather than “cat”",
+    ]
+    first, second = (maps for _, maps in drawn)
+    for key, values in first.items():
+        np.testing.assert_allclose(values, -second[key], atol=1e-6)
+    assert "the output of 'head' is fused" not in capsys.readouterr().err
+    assert run("noise.png", *OWN, "--layers", "head", "a") == 2
+    assert "the output of 'head' is fused" in capsys.readouterr().err
+
+
+def test_the_class_alone_has_a_node_for_each_class(here):
+    assert run("noise.png", *OWN, "--layers", "output", "a", "--against", "none") == 0
+    graph = FlowGraph.from_json(Path("nrm-flow/noise-flow.json"))
+    assert len(graph.layers[0].groups) + graph.layers[0].others == 4
 
 
 @pytest.mark.parametrize(

@@ -369,7 +369,7 @@ def test_explain_and_sweep_read_hostile_files_alike(photos):
         other, options = make(image)
         Path("hostile").mkdir(exist_ok=True)
         other.save(f"hostile/{name}", **options)
-    assert run("--heat-maps", data="hostile") == 0
+    assert run("--heat-maps", "--against", "rest", data="hostile") == 0
     listed = [row["file"] for row in csv.DictReader(Path("swept/samples.csv").read_text().splitlines())]
     assert sorted(listed) == sorted(HOSTILE)
     maps = Sweep.open("swept").maps("maps(input, over=position)", range(len(listed)))

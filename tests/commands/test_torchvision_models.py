@@ -44,8 +44,8 @@ def test_weights_of_a_file_are_loaded(form: str, fast: Path, capsys: pytest.Capt
     tensors, metadata = result("nrm-explained/china-relevance.safetensors")
     inputs = get_model_weights("squeezenet1_1").DEFAULT.transforms()(PHOTO)[None]
     torch.testing.assert_close(tensors["outputs"], net(inputs)[0], rtol=1e-4, atol=1e-4)
-    mu = RelevanceMeasure(net, inputs, 3)
-    torch.testing.assert_close(tensors["relevance"], mu.marginal("input")[0], rtol=1e-3, atol=1e-7)
+    mu = RelevanceMeasure(net, inputs, 3, against="rest")
+    torch.testing.assert_close(tensors["relevance"], mu.sign * mu.marginal("input")[0], rtol=1e-3, atol=1e-7)
     assert metadata["weights"] == file
     assert capsys.readouterr().err == ""
 

@@ -89,6 +89,41 @@ def test_a_result_equals_that_of_the_measure(results, name):
     torch.testing.assert_close(values[is_defined], wanted[is_defined], rtol=1e-7, atol=1e-9)
 
 
+SIGNED = {"channels", "joint", "joint event", "mass", "sink", "bypass", "maps"}
+UNSIGNED = {"given", "mass given", "conditional", "variation", "largest activation", "maps given"}
+
+
+@pytest.mark.parametrize("name", sorted(SIGNED | UNSIGNED))
+def test_masses_of_a_negative_difference_change_their_sign(name, tmp_path):
+    """So that positive values are evidence for the target in every sample; quotients and activations remain."""
+    model, x = net().double(), Data(10).x.double()
+    mu = RelevanceMeasure(model, x, 0, against="rest")
+    assert (mu.sign < 0).any()
+    query = EVERY_QUERY[name]
+    stored = sweep(model, TensorDataset(x), query, tmp_path, **{**OPTIONS, "target": 0, "against": "rest"})
+    values = as_tensor(stored, query)
+    ours = {
+        "channels": lambda: mu.marginal("4", "channel"),
+        "joint": lambda: mu.joint("4", "2"),
+        "joint event": lambda: mu.marginal("input", "channel", joint=EVENT & ~at("4").channel(3)),
+        "mass": lambda: mu(at("2")[MASK]),
+        "sink": lambda: mu.sink("4"),
+        "bypass": lambda: mu.bypass("4"),
+        "maps": lambda: mu.marginal("input"),
+        "given": lambda: mu.marginal("4", "channel", given=EVENT, min_ratio=0),
+        "mass given": lambda: mu(at("4").channel(3), given=EVENT, min_ratio=0),
+        "conditional": lambda: mu.joint("4", "input")[:, :, 0] / mu.marginal("4", "channel"),
+        "variation": lambda: mu.variation("2"),
+        "largest activation": lambda: activations(model, x, ["4"])["4"].flatten(2).amax(2),
+        "maps given": lambda: mu.marginal("2", given=EVENT, min_ratio=0).sum(1),
+    }[name]()
+    signs = mu.sign if name in SIGNED else torch.ones(10)
+    expected = ours * signs.reshape(-1, *(1,) * (ours.ndim - 1)).to(ours)
+    is_defined = ~values.isnan()
+    assert is_defined.any()
+    torch.testing.assert_close(values[is_defined], expected.to(values)[is_defined], rtol=1e-7, atol=1e-9)
+
+
 def test_the_model_runs_once_for_each_batch(results):
     assert results[2] == [4, 4, 2]
 

@@ -88,3 +88,18 @@ def test_the_mask_follows_the_smoothed_heat_map():
     gauss = torch.exp(-((rows - 20) ** 2 + (columns - 30) ** 2) / (2 * sigma**2))
     assert torch.equal(mask, gauss >= 0.2)
     assert relevance_mask(-heat, 0.2).all()
+
+
+def test_references_of_a_difference_are_evidence_for_the_target(net, data):
+    """The largest values are those of μ times the sign of the difference, and so are the heat maps."""
+    inputs = torch.stack([data[number][0] for number in range(len(data))])
+    mu = RelevanceMeasure(net, inputs, 1, against="rest")
+    assert (mu.sign < 0).any()
+    found = find_references(net, data, ["2"], 3, target=1, against="rest", by=["relevance"]).of("2")
+    values = mu.sign[:, None] * mu.marginal("2", "channel")
+    torch.testing.assert_close(found.values, values.topk(3, 0).values.T.to(found.values), rtol=1e-4, atol=1e-6)
+    samples = [int(number) for number in found.samples[2]]
+    heat = mu.marginal("input", joint=at("2").channel(2)).sum(1) * mu.sign[:, None, None]
+    for crop in crops(net, data, found, [2], whole=True, against="rest")[2]:
+        torch.testing.assert_close(crop.heat, heat[crop.sample], rtol=1e-4, atol=1e-6)
+        assert crop.sample in samples

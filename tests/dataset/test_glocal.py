@@ -20,6 +20,8 @@ from nrm_plugin.errors import InputError, NRMError
 from nrm_plugin.measure.flow_graph import FlowError, FlowGraph
 from nrm_plugin.plots.flow import flow_figure
 from tests.conftest import untouched
+from tests.dataset import sweep_nets
+from tests.dataset.sweep_nets import OPTIONS, Data
 
 
 class Skip(nn.Module):
@@ -209,3 +211,28 @@ def test_missing_queries_and_samples_raise(net, data, stored, tmp_path):
     sweep(net, data, other, tmp_path / "other", batch_size=7, progress=False)
     with pytest.raises(FlowError, match="with the same groups"):
         flow_of_sweep(tmp_path / "other", ["body.0", "input"])
+
+
+def test_flows_of_differences_are_added_with_their_signs(tmp_path):
+    """By hand: the mean of μ times the sign of each difference; stored and computed at once."""
+    model, x = sweep_nets.net().double(), Data(10).x.double()
+    mu = RelevanceMeasure(model, x, 0, against="rest")
+    assert 0 < (mu.sign > 0).sum() < 10
+    layers = ["output", "4", "2"]
+    stored = sweep(model, TensorDataset(x), flow_queries(layers), tmp_path, target=0, against="rest", **OPTIONS)
+    for graph in (mean_flow(mu, layers, top=None), flow_of_sweep(stored, layers, top=None)):
+        expected = (mu.sign[:, None] * mu.marginal("4", "channel")).mean(0)
+        np.testing.assert_allclose(graph.layers[1].masses, expected, atol=1e-9)
+        joint = (mu.sign[:, None, None] * mu.joint("4", "2")).mean(0)
+        np.testing.assert_allclose(graph.joints[1][:-2, :-2], joint, atol=1e-9)
+        assert graph.layers[0].masses == pytest.approx([float(mu.sign.mean())], abs=1e-9)
+
+
+def test_the_flow_of_a_negative_difference_has_negative_masses():
+    model, x = sweep_nets.net().double(), Data(10).x.double()
+    mu = RelevanceMeasure(model, x, 0, against="rest")
+    sample = int((mu.sign < 0).nonzero()[0])
+    graph = mu.flow(["output", "4"], top=None, sample=sample)
+    assert graph.layers[0].masses == (-1.0,)
+    np.testing.assert_allclose(graph.layers[1].masses, -mu.marginal("4", "channel")[sample], atol=1e-9)
+    assert graph.carried == pytest.approx(-1)

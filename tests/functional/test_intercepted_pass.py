@@ -224,5 +224,5 @@ MASKED: dict[str, tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]] = {
 def test_masks_that_are_overwritten_raise(reader: str) -> None:
     constant, read = MASKED[reader]
     net = Reading(read, constant, lambda c: c.logical_not_() if c.dtype is torch.bool else c.add_(1)).eval()
-    with pytest.raises(UnsupportedOperationError, match="overwrites an index or a mask .*Write to a copy"):
+    with pytest.raises(UnsupportedOperationError, match=r"overwrites an index or a mask .*Write to a copy"):
         RelevanceMeasure(net, torch.rand(3, 4, dtype=torch.float64), 1).marginal("input")

@@ -22,10 +22,10 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 HEALTH = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
-    "health_check_timeout_ms": 500,
+    "health_check_timeout_ms": 5000,
     "health_check_failure_threshold": 3,
 }
-"""A node that is gone is noticed after seconds instead of half a minute."""
+"""A node that is gone is noticed after seconds instead of half a minute, and a slow node is not taken for one."""
 COUNT = 60
 
 

@@ -97,7 +97,7 @@ def test_a_node_that_is_killed_or_added_changes_no_rows(nodes, change, tmp_path)
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(root / "tests/hosts/ray_nodes.py"), str(tmp_path / "nodes"), str(nodes), change]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     printed = next(line for line in done.stdout.splitlines() if line.startswith("{"))  # Ray prints lines of its own
     assert len(json.loads(printed)["before"]) < 30

@@ -76,6 +76,19 @@ def check_floating(inputs: tuple[Tensor, ...]) -> None:
         )
 
 
+def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
+    """Returns Captum's baselines, which may be numbers, as the reference of a measure; None for none."""
+    if baselines is None:
+        return None
+    given = tuple(baselines) if isinstance(baselines, (tuple, list)) else (baselines,)
+    if len(given) != len(inputs):
+        raise InputError(f"baselines= has {len(given)} entries for {len(inputs)} inputs; give one for each.")
+    pairs = zip(given, inputs, strict=True)
+    return tuple(
+        torch.full_like(tensor, value) if isinstance(value, (int, float)) else value for value, tensor in pairs
+    )
+
+
 def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
     """Converts relevance ``(N, …)`` to units of the explained output ``(N,)``, or of the measure.
 

@@ -53,6 +53,9 @@ class JointNRM:
         additional_forward_args: Any = None,
         over: str = "channel",
         unit: Unit = "output",
+        *,
+        against: Any = None,
+        baselines: Any = None,
     ) -> Tensor:
         """Computes the joint relevance of each pair of channels or neurons.
 
@@ -62,6 +65,8 @@ class JointNRM:
             additional_forward_args: Further arguments of the model.
             over: ``"channel"`` or ``"neuron"``.
             unit: ``"output"`` to multiply by the explained output, or ``"measure"``.
+            against: The output or the outputs to compare with; see :meth:`NRM.attribute`.
+            baselines: Explain the difference of the output to that of these baselines; see :meth:`NRM.attribute`.
 
         Returns:
             Joint relevance ``(N, upper, lower)``, with ``N = 1`` for ``batched=False``.
@@ -73,6 +78,7 @@ class JointNRM:
             >>> torch.allclose(joint.sum(1), LayerNRM(net, "0").attribute(x, target=1), atol=1e-6)
             True
         """
-        measure = self._inputs.measure(as_tuple(inputs)[0], target, additional_forward_args)
+        start = as_tuple(inputs)[0], target, additional_forward_args
+        measure = self._inputs.measure(*start, against=against, baselines=baselines)
         upper, lower = self._inputs._layer(self.upper), self._inputs._layer(self.lower)
         return in_unit(measure.joint(upper, lower, over), measure.output, unit)

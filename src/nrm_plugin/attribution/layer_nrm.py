@@ -73,10 +73,12 @@ class LayerNRM(NRM, LayerAttribution):
         attribute_to_layer_input: bool = False,
         verbose: bool = False,
         *,
+        against: Any = None,
         given: Event | None = None,
         joint: Event | None = None,
         unit: Unit = "output",
         return_sink: bool = False,
+        baselines: Any = None,
     ) -> Any:
         """Computes the relevance of each neuron of the layers.
 
@@ -91,10 +93,12 @@ class LayerNRM(NRM, LayerAttribution):
             return_convergence_delta: Whether to also return the convergence delta of each layer, ``(N,)``.
             attribute_to_layer_input: Whether to return the relevance of the inputs of the layers instead of outputs.
             verbose: Whether to print the rule of every step.
+            against: The output or the outputs to compare with; see :meth:`NRM.attribute`.
             given: Event on which relevance is conditioned.
             joint: Event for joint relevance.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
             return_sink: Whether to also return the relevance absorbed above each layer, ``(N,)``.
+            baselines: Explain the difference of the output to that of these baselines; see :meth:`NRM.attribute`.
 
         Returns:
             A tensor for a single layer (a tuple if the layer returns several), or a list for several layers; if
@@ -111,7 +115,7 @@ class LayerNRM(NRM, LayerAttribution):
         """
         formatted, _ = as_tuple(inputs)
         self._report(formatted, additional_forward_args, verbose)
-        measure = self.measure(formatted, target, additional_forward_args)
+        measure = self.measure(formatted, target, additional_forward_args, against, baselines)
         layers = measure.layers if self.layer is None else self.layer
         side: Side = "input" if attribute_to_layer_input else "output"
         several, is_one = layer_list(layers)

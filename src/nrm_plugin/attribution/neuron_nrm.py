@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..events.event import Atom, Event, Side, at
 from ..kernels.normalization import Residual
 from ..model.targets import Neurons
 from ..plan.reuse import measures_of
-from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage, unwrapped
+from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage, reference_of, unwrapped
 from .nrm import NRM
 
 
@@ -62,11 +63,13 @@ class NeuronNRM(NRM, NeuronAttribution):
         attribute_to_neuron_input: bool = False,
         verbose: bool = False,
         *,
+        against: Any = None,
         given: Event | None = None,
         joint: Event | None = None,
         unit: Unit = "output",
         return_convergence_delta: bool = False,
         return_sink: bool = False,
+        baselines: Any = None,
     ) -> Any:
         """Computes the relevance of each input entry for the selected neurons.
 
@@ -77,12 +80,14 @@ class NeuronNRM(NRM, NeuronAttribution):
             additional_forward_args: Further arguments of the model.
             attribute_to_neuron_input: Whether to select among the inputs of the layer instead of its outputs.
             verbose: Whether to print the rule of every step.
+            against: A second selector, to explain the difference of the selected activations.
             given: Event on which relevance is conditioned.
             joint: Event for joint relevance.
             unit: ``"output"`` if relevance, sink and bypass sum to the activation of the neurons, ``"measure"`` if
                 they sum to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``.
+            baselines: Explain the difference of the activations to those at these baselines; see :meth:`NRM.attribute`.
 
         Returns:
             Attributions in the form of the inputs; if requested, in a tuple with the delta and the sink.
@@ -106,15 +111,25 @@ class NeuronNRM(NRM, NeuronAttribution):
         side: Side = "input" if attribute_to_neuron_input else "output"
         layer = self._layer(self.layer)
         neurons = Neurons(neuron_selector)
+        start: dict[str, Any] = {"start": neurons if baselines is None else neurons.slope}
+        if against is not None:
+            start = {"against": functools.partial(_difference, neurons, Neurons(against))}
         with torch.enable_grad():
             measure = measures_of(self)(
                 unwrapped(self.model),
                 formatted,
-                start=neurons,
+                **start,
                 output=layer if isinstance(layer, Atom) else at(layer, side=side),
-                composite=self.composite,
+                composite=self._composite_for(baselines),
+                reference=reference_of(baselines, formatted),
                 additional_forward_args=additional_forward_args,
                 batched=self.batched,
             )
         request = Request(given, joint, unit, return_convergence_delta, return_sink)
-        return self._in_form(measure, neurons.activation, formatted, was_tuple, request)
+        explained = neurons.activation if against is None and baselines is None else measure.output
+        return self._in_form(measure, explained, formatted, was_tuple, request)
+
+
+def _difference(neurons: Neurons, others: Neurons, values: Tensor) -> Tensor:
+    """Returns the weights of the activations in the difference of two sums."""
+    return neurons.slope(values) - others.slope(values)

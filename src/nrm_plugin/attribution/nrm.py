@@ -30,6 +30,7 @@ from .base import (
     input_relevance,
     input_taps,
     log_usage,
+    reference_of,
     unwrapped,
     with_optional,
 )
@@ -73,6 +74,7 @@ class NRM(GradientAttribution):
         super().__init__(model)
         self.model, self.output, self.batched = model, output, batched
         self.composite = normalize(composite, residual, gain_limit, uncovered)
+        self._has_rules = composite is not None
 
     @overload
     def attribute(
@@ -83,10 +85,12 @@ class NRM(GradientAttribution):
         return_convergence_delta: Literal[False] = False,
         verbose: bool = False,
         *,
+        against: Any = None,
         given: Event | None = None,
         joint: Event | None = None,
         unit: Unit = "output",
         return_sink: Literal[False] = False,
+        baselines: Any = None,
     ) -> T: ...
     @overload
     def attribute(
@@ -97,10 +101,12 @@ class NRM(GradientAttribution):
         return_convergence_delta: bool = False,
         verbose: bool = False,
         *,
+        against: Any = None,
         given: Event | None = None,
         joint: Event | None = None,
         unit: Unit = "output",
         return_sink: bool = False,
+        baselines: Any = None,
     ) -> Any: ...
     @log_usage()
     def attribute(
@@ -111,10 +117,12 @@ class NRM(GradientAttribution):
         return_convergence_delta: bool = False,
         verbose: bool = False,
         *,
+        against: Any = None,
         given: Event | None = None,
         joint: Event | None = None,
         unit: Unit = "output",
         return_sink: bool = False,
+        baselines: Any = None,
     ) -> Any:
         """Computes the relevance of each input entry.
 
@@ -127,11 +135,17 @@ class NRM(GradientAttribution):
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
                 attributions, sink and bypass, which is 0 up to rounding.
             verbose: Whether to print the rule of every step.
+            against: Explain the difference of the target from another output, or from ``"rest"``, the other classes;
+                see :class:`~nrm_plugin.RelevanceMeasure`. In the unit ``"output"``, relevance sums to the difference,
+                which may be negative.
             given: Event on which relevance is conditioned.
             joint: Event for joint relevance.
             unit: ``"output"`` if relevance, sink and bypass of a sample sum to the explained output, ``"measure"`` if
                 they sum to 1.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.
+            baselines: Explain the difference of the output to that of these baselines, in Captum's forms: a tensor or
+                number for each input; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`. Without a composite,
+                nothing is absorbed.
 
         Returns:
             Attributions in the form of the inputs; if requested, in a tuple with the delta and the sink.
@@ -147,12 +161,17 @@ class NRM(GradientAttribution):
         formatted, was_tuple = as_tuple(inputs)
         check_floating(formatted)
         self._report(formatted, additional_forward_args, verbose)
-        measure = self.measure(formatted, target, additional_forward_args)
+        measure = self.measure(formatted, target, additional_forward_args, against, baselines)
         request = Request(given, joint, unit, return_convergence_delta, return_sink)
         return self._in_form(measure, measure.output, formatted, was_tuple, request)
 
     def measure(
-        self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        against: Any = None,
+        baselines: Any = None,
     ) -> RelevanceMeasure:
         """Returns the measure behind the attributions, for queries of sinks, joint relevance and conditional relevance.
 
@@ -160,6 +179,8 @@ class NRM(GradientAttribution):
             inputs: As in :meth:`attribute`.
             target: As in :meth:`attribute`.
             additional_forward_args: As in :meth:`attribute`.
+            against: As in :meth:`attribute`.
+            baselines: As in :meth:`attribute`.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -171,7 +192,9 @@ class NRM(GradientAttribution):
                 unwrapped(self.model),
                 inputs,
                 target,
-                composite=self.composite,
+                against=against,
+                composite=self._composite_for(baselines),
+                reference=reference_of(baselines, as_tuple(inputs)[0]),
                 additional_forward_args=additional_forward_args,
                 output=self.output,
                 batched=self.batched,
@@ -227,6 +250,10 @@ class NRM(GradientAttribution):
         return output.flatten() - accounted - torch.stack(sums).sum(0)
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def _composite_for(self, baselines: Any) -> Composite | None:
+        """Returns the composite; None for the secant slopes to baselines, if no composite was given."""
+        return self.composite if baselines is None or self._has_rules else None
 
     def _layer(self, layer: Any) -> Any:
         """Translates a layer of the given model to a layer of the model without its ``DataParallel`` wrapper."""

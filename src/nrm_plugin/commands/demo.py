@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--digits", nargs="+", type=_digit, default=DIGITS, metavar="N",
                         help=f"0 to 9, or '{MISCLASSIFIED}' for a misclassified digit; of each kind the digit with the "
                         f"most confident prediction, then the next one (default: {' '.join(DIGITS)})")  # fmt: skip
+    parser.add_argument("--against", choices=("rest", "none"), default="rest",
+                        help="the figures explain the difference of the predicted digit from the other digits (rest), "
+                        "or its output alone (default: %(default)s)")  # fmt: skip
     add_out(parser, "nrm-demo")
 
 
@@ -54,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     from .output_files import check_folder
 
     check_folder(options.out)
-    report = demo_report(options.digits, options.out)
+    report = demo_report(options.digits, options.out, options.against)
     for line in (*_table(report), "", *_legend(report), "", *_files(report, options.out)):
         print(line)
     print(f"Took {time.perf_counter() - started:.1f} s.")
@@ -69,7 +72,7 @@ def _table(report: Report) -> Iterator[str]:
     yield f"A small VGG classifies {report.accuracy:.1%} of the held-out digits correctly. Explained here:"
     yield from (f"  {sample}" for sample in report.samples)
     yield ""
-    yield f"Relevance of each layer with {report.composite}, output first{mean}"
+    yield f"Relevance of each layer for the output of the digit with {report.composite}, output first{mean}"
     yield f"{'layer':14}" + "".join(f"{name:>11}" for name in names)
     for row in report.rows:
         yield f"{row.layer:14}" + "".join(f"{_mean(row, name):11.3f}" for name in names)
@@ -96,7 +99,8 @@ def _files(report: Report, out: Path) -> Iterator[str]:
     first = report.samples[0]
     files = [*report.figures, *report.flow]
     pages = sum(path.suffix == ".html" for path in files)
-    yield f"{len(files) - pages} figures{' and a page' if pages else ''} are in {out}. Start with:"
+    explained = "the output of a digit alone" if report.against == "none" else "a digit rather than the other digits"
+    yield f"{len(files) - pages} figures{' and a page' if pages else ''} are in {out}, of {explained}. Start with:"
     for path, content in (
         (report.figures[0], f"the pairs of channels with the largest joint relevance for {first.predicted}"),
         (report.figures[2], "heat maps of the most relevant channels"),

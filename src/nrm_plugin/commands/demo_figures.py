@@ -12,6 +12,7 @@ from ..events.event import at
 from ..measure.flow_heat_maps import flow_maps
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, patches
+from ..model.contrast import REST
 from ..plots.flow import flow_figure
 from ..plots.flow_html import save_sankey
 from ..plots.heatmaps import Budget, budgets, heat_maps, image_and_heat_map
@@ -25,7 +26,7 @@ UPPER, LOWER = "features.12", "features.7"
 CHANNELS, CONDITIONS, PATCHES = 6, 7, 4
 
 
-def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> list[Path]:
+def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, against: str = REST) -> list[Path]:
     """Writes three figures of one digit: joint relevance of two layers, pixels, channels.
 
     Args:
@@ -33,15 +34,17 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> l
         sample: The digit.
         image: ``(1, 16, 16)``.
         out: Folder.
+        against: ``"rest"`` to compare the digit with the other digits, or ``"none"``.
     """
-    mu = RelevanceMeasure(model, image[None], sample.predicted)
+    mu = _measure(model, image[None], sample, against)
     relevance = mu.marginal("input")[0].sum(0)
     title = str(sample).capitalize()
     joint = joint_relevance(mu, [UPPER, LOWER], CHANNELS)
-    heading = f"{title}. Which pairs of channels carry relevance for {sample.predicted}?"
+    explained = _explained(sample, against)
+    heading = f"{title}. Which pairs of channels carry relevance for {explained}?"
     figures = {
         "joint": joint_figure(mu, image, relevance, joint, heading=heading),
-        "pixels": image_and_heat_map(image, relevance, ("image", f"relevance for “{sample.predicted}”"), title),
+        "pixels": image_and_heat_map(image, relevance, ("image", f"relevance for {explained}"), title),
         "channels": _channels(mu, image, f"{title}. Relevance given a channel of {UPPER}"),
     }
     files = {out / f"{sample.name}-{kind}.png": figure for kind, figure in figures.items()}
@@ -50,11 +53,22 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> l
     return list(files)
 
 
+def _measure(model: nn.Module, images: Tensor, sample: Sample, against: str) -> RelevanceMeasure:
+    """The predicted class has the largest output, so that the difference from the others is positive."""
+    return RelevanceMeasure(model, images, sample.predicted, against=REST if against == REST else None)
+
+
+def _explained(sample: Sample, against: str) -> str:
+    return f"“{sample.predicted}”" + (" rather than the other digits" if against == REST else "")
+
+
 def _channels(mu: RelevanceMeasure, image: Tensor, heading: str) -> Figure:
     """Draws conditional heat maps of the most relevant channels."""
     mass = mu.marginal(UPPER, over="channel")[0]
     top = mass.abs().argsort(descending=True, stable=True)[:CONDITIONS].tolist()
     maps = mu.marginal("input", given=[at(UPPER).channel(channel) for channel in top])[:, 0].sum(1)
+    if mu.explains_difference:
+        maps = maps * mass[top].sign().reshape(-1, 1, 1)
     titles = [f"channel {channel}  ({percent(float(mass[channel]))})" for channel in top]
     return heat_maps(list(maps), titles, heading, image)
 
@@ -95,7 +109,7 @@ def _classified(sample: Sample) -> str:
     return predicted if sample.predicted == sample.label else f"{sample.label} classified as {predicted}"
 
 
-def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> list[Path]:
+def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, against: str = REST) -> list[Path]:
     """Writes the flow of one digit from image patches to the predicted class; also a page if plotly is installed.
 
     Args:
@@ -103,13 +117,16 @@ def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path) -> lis
         sample: The digit.
         image: ``(1, 1, 16, 16)``.
         out: Folder.
+        against: As in :func:`save_sample`.
     """
-    mu = RelevanceMeasure(model, image, sample.predicted)
+    mu = _measure(model, image, sample, against)
     over = {"input": patches(image.shape[2:], PATCHES)}
     names: dict[str, Names] = {"input": patch_names(PATCHES), "output": [f"“{digit}”" for digit in range(10)]}
+    if against == REST:
+        names["output"] = [f"“{sample.predicted}”"]
     graph = mu.flow(["input", LOWER, UPPER, "output"], over, top=CHANNELS, names=names)
     maps = flow_maps(mu, graph, over)
-    heading = f"{str(sample).capitalize()}. How relevance flows"
+    heading = f"{str(sample).capitalize()}. How relevance flows to {_explained(sample, against)}"
     files = [out / f"{sample.name}-flow.{kind}" for kind in ("png", *(["html"] if has_page() else []))]
     save_figure(flow_figure(graph, heading, maps=maps), files[0])
     for path in files[1:]:

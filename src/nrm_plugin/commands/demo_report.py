@@ -25,6 +25,7 @@ class Report:
         rows: One row per layer of :data:`~nrm_plugin.commands.demo_values.LAYERS`.
         figures: Files of figures: three per digit, then the budgets of all digits.
         flow: Figure of the flow of the first digit, and its page if plotly is installed.
+        against: ``"rest"`` if the figures compare the digit with the other digits, else ``"none"``.
         composite: Name of the composite of the rows.
     """
 
@@ -33,15 +34,17 @@ class Report:
     rows: list[Row]
     figures: list[Path]
     flow: list[Path]
+    against: str = "rest"
     composite: str = TABLE_COMPOSITE.__name__
 
 
-def demo_report(kinds: Sequence[str], out: Path) -> Report:
+def demo_report(kinds: Sequence[str], out: Path, against: str = "rest") -> Report:
     """Explains held-out digits and writes figures.
 
     Args:
         kinds: ``"0"`` to ``"9"``, or ``"misread"``; a repeated kind selects further digits.
         out: An existing folder.
+        against: ``"rest"`` or ``"none"``.
 
     Raises:
         DemoError: If no kind is given, or more digits of a kind are requested than exist.
@@ -55,9 +58,10 @@ def demo_report(kinds: Sequence[str], out: Path) -> Report:
         figures = []
         pairs = list(zip(samples, chosen, strict=True))
         for sample, image in tqdm(pairs, desc="figures", unit="digit", delay=2, disable=None, leave=False):
-            figures += save_sample(model, sample, image, out)
+            figures += save_sample(model, sample, image, out, against)
         figures.append(save_budgets(rows, samples, chosen, TABLE_COMPOSITE.__name__, out))
-        return Report(samples, accuracy, rows, figures, save_flow(model, samples[0], chosen[:1], out))
+        flow = save_flow(model, samples[0], chosen[:1], out, against)
+        return Report(samples, accuracy, rows, figures, flow, against)
 
 
 @contextmanager

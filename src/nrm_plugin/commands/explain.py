@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import CHANNELS, add_computation, add_model, add_out, add_target, whole_number
+from .options import CHANNELS, add_against, add_computation, add_model, add_out, add_target, whole_number
 
 if TYPE_CHECKING:
     from ..dataset.images import LoadedImage
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Which pixels are evidence for a class? Explains images with a torchvision classifier or your own model by the
-normalized relevance measure: the total relevance is 1, red pixels are positive evidence, blue pixels negative."""
+normalized relevance measure: the total relevance is 1, red pixels are positive evidence, blue pixels negative. What is
+explained is the difference of the class from the other classes, unless --against says otherwise."""
 
 EXAMPLES = """\
 examples:
@@ -24,6 +25,8 @@ examples:
       the predicted class and its heat map; the weights are downloaded once
   nrm-plugin explain *.jpg --model resnet50 --target "tiger cat" --out cats
       one class, by name or index, in many images
+  nrm-plugin explain cat.jpg --model vgg16 --target tabby --against "tiger cat"
+      what makes it one class rather than another; --against none explains the output of the class alone
   nrm-plugin explain cat.jpg --model vgg16 --weights vgg16-397923af.pth
       without a connection: a state dict or safetensors file; --weights none tries the command with random weights
   nrm-plugin layers --model vgg16
@@ -51,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     query = parser.add_argument_group("query")
     add_target(query)
+    add_against(query, "rest, if there are several classes")
     query.add_argument("--layer", action="append", default=[], metavar="LAYER", dest="layers",
                        help="list the most relevant channels of this layer; may be repeated")  # fmt: skip
     query.add_argument("--given", action="append", default=[], metavar="EVENT",

@@ -12,12 +12,12 @@ from ..events.event import at
 from ..measure.measure import RelevanceMeasure
 from .event_syntax import Condition
 from .model_loading import LoadedModel
-from .request import Request, RequestError, check_layers, explained_class, measure_of
+from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Relevance at one tap; mass, sink and bypass sum to 1.
+    """Relevance at one tap; mass, sink and bypass sum to 1, or to -1 for a negative difference.
 
     Attributes:
         mass, sink, bypass, variation: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -57,7 +57,8 @@ class ConditionalExplanation:
     Attributes:
         condition: The condition.
         mass: Mass of the event.
-        relevance: Relevance of the inputs given the event, ``(C, H, W)``; None if the mass is zero or nearly cancels.
+        relevance: Relevance of the inputs given the event, ``(C, H, W)``, with the sign of the mass if the class is
+            compared with others; None if the mass is zero or nearly cancels.
         problem: The reason why the relevance is undefined.
     """
 
@@ -76,7 +77,10 @@ class Explanation:
         image: The preprocessed image, ``(3, S, S)`` in [0, 1].
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
-        relevance: Relevance of the inputs, ``(C, S, S)``.
+        against: What the class is compared with.
+        difference: The explained difference of outputs; None if the class is compared with nothing.
+        relevance: Relevance of the inputs, ``(C, S, S)``. As that of the layers and the totals, it is multiplied by the
+            sign of the difference, so that positive relevance is evidence for the class.
         totals: Totals at the inputs.
         layers: The requested layers.
         given: The requested conditions.
@@ -86,6 +90,8 @@ class Explanation:
     image: Tensor
     outputs: Tensor
     target: int
+    against: Against
+    difference: float | None
     relevance: Tensor
     totals: Totals
     layers: list[LayerExplanation]
@@ -107,39 +113,46 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
     inputs = loaded.preprocessing(source.image).to(request.device)
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, [*request.layers, *(name for given in request.given for name in given.layers)])
-    relevance = mu.marginal("input")[0]
+    relevance = float(mu.sign) * mu.marginal("input")[0]
+    against = compared_with(loaded, request, mu.outputs)
     return Explanation(
         source,
         loaded.preprocessing.inverse(inputs).cpu(),
         mu.outputs.flatten().cpu(),
         explained_class(loaded, request.target, mu.outputs),
+        against,
+        None if against is None else float(mu.output),
         relevance.cpu(),
         _totals(mu, "input", relevance),
         [_layer(mu, name, request.channels) for name in request.layers],
-        [_conditional(mu, condition) for condition in request.given],
+        [_conditional(mu, condition, against) for condition in request.given],
     )
 
 
 def _totals(mu: RelevanceMeasure, layer: str, relevance: Tensor) -> Totals:
-    numbers = (relevance.sum(), mu.sink(layer), mu.bypass(layer), mu.variation(layer))
+    numbers = (relevance.sum(), mu.sign * mu.sink(layer), mu.sign * mu.bypass(layer), mu.variation(layer))
     return Totals(*(float(number) for number in numbers))
 
 
 def _layer(mu: RelevanceMeasure, name: str, channels: int) -> LayerExplanation:
-    relevance = mu.marginal(name)
-    mass = mu.marginal(name, over="channel")[0].flatten()
+    sign = float(mu.sign)
+    relevance = sign * mu.marginal(name)
+    mass = sign * mu.marginal(name, over="channel")[0].flatten()
     order = mass.abs().argsort(descending=True, stable=True)[:channels].tolist()
     top = [index for index in order if mass[index] != 0]
-    heat_maps = mu.marginal("input", joint=[at(name).channel(channel) for channel in top])[:, 0].sum(1)
+    heat_maps = sign * mu.marginal("input", joint=[at(name).channel(channel) for channel in top])[:, 0].sum(1)
     totals = _totals(mu, name, relevance[0])
     return LayerExplanation(name, relevance[0].cpu(), mass.cpu(), totals, top, heat_maps.cpu())
 
 
-def _conditional(mu: RelevanceMeasure, condition: Condition) -> ConditionalExplanation:
+def _conditional(mu: RelevanceMeasure, condition: Condition, against: Against) -> ConditionalExplanation:
     mass = 0.0
     try:
-        mass = float(mu(condition.event))
-        return ConditionalExplanation(condition, mass, mu.marginal("input", given=condition.event)[0].cpu())
+        mass = float(mu.sign * mu(condition.event))
+        relevance = mu.marginal("input", given=condition.event)[0].cpu()
+        # Evidence for the class is positive, also if the difference, or the condition, is negative.
+        is_against = against is not None and mass < 0
+        return ConditionalExplanation(condition, mass, -relevance if is_against else relevance)
     except NullEventError:
         return ConditionalExplanation(condition, mass, None, "no relevance passes through these walks")
     except CancellationError:

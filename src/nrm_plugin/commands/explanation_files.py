@@ -17,13 +17,13 @@ from ..plots.ribbons import percent
 from .explanation import ConditionalExplanation, Explanation, LayerExplanation
 from .model_loading import LoadedModel
 from .output_files import (
+    explained_title,
     free_stem,
     heading_lines,
     image_settings,
     name_part,
     save_figure,
     short,
-    target_title,
     versions,
     weights_title,
     wrapped,
@@ -82,7 +82,7 @@ def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
 
 def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict[str, str]:
     """Returns all settings that affect the numbers, as metadata for the file; lists and dictionaries become JSON."""
-    about = image_settings(loaded, request, result.source.path, result.source.digest, result.target)
+    about = image_settings(loaded, request, result.source.path, result.source.digest, result.target, result.against)
     about["given"] = [condition.text for condition in request.given]
     return {key: json.dumps(value) if isinstance(value, list | dict) else str(value) for key, value in about.items()}
 
@@ -96,6 +96,7 @@ def tensors(result: Explanation) -> dict[str, Tensor]:
         "relevance": result.relevance,
         "sink": number(result.totals.sink),
         "bypass": number(result.totals.bypass),
+        **({} if result.difference is None else {"difference": number(result.difference)}),
     }
     for layer in result.layers:
         named[f"layer/{layer.name}/relevance"] = layer.relevance
@@ -157,14 +158,18 @@ def _overview(loaded: LoadedModel, result: Explanation) -> Figure:
         numbers += f", bypass {percent(totals.bypass)}"
     left = f"{short(result.source.path.name)}\n{short(loaded.name)}"
     left += ", random weights" if weights_title(loaded) else ""
-    right = f"relevance for {target_title(loaded, result.target)}\n{numbers}"
+    explained = _explained(loaded, result).replace(" rather than ", "\nrather than ")
+    right = f"relevance for {explained}\n{numbers}"
     pixels = result.relevance.sum(0)
     return image_and_heat_map(result.image, pixels, (left, right), limit=color_limit([pixels]))
 
 
 def _title(loaded: LoadedModel, result: Explanation) -> str:
-    target = target_title(loaded, result.target)
-    return f"{short(result.source.path.name)}: relevance for {target}{weights_title(loaded)}"
+    return f"{short(result.source.path.name)}: relevance for {_explained(loaded, result)}{weights_title(loaded)}"
+
+
+def _explained(loaded: LoadedModel, result: Explanation) -> str:
+    return explained_title(loaded, result.target, result.against)
 
 
 def _channels(loaded: LoadedModel, result: Explanation, layer: LayerExplanation) -> Figure:
@@ -179,7 +184,7 @@ def _conditionals(loaded: LoadedModel, result: Explanation, drawn: Sequence[Cond
     titles = [f"given {wrapped(given.condition.text)}\nmass {percent(given.mass)}" for given in drawn]
     limit = color_limit(maps)
     if len(maps) == 1:
-        left = _title(loaded, result).replace(": ", ":\n", 1)
+        left = _title(loaded, result).replace(": ", ":\n", 1).replace(" rather than ", "\nrather than ")
         return image_and_heat_map(result.image, maps[0], (left, titles[0]), limit=limit)
     heading = heading_lines([_title(loaded, result)], len(maps))
     return heat_maps(maps, titles, heading, result.image, limit=limit)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_computation, add_model, add_out, add_target, fraction, whole_number
+from .options import add_against, add_computation, add_model, add_out, add_target, fraction, whole_number
 
 MOST_CHANNELS = 40
 """Largest number of channels of a layer in a figure; equal to :data:`nrm_plugin.plots.flow.MAX_GROUPS`."""
 
 DESCRIPTION = """\
 How does relevance flow between channels? Plots the joint relevance of the channels of several layers as a flow from
-the pixels to the class. Channels that are not shown are merged, so that each layer has all relevance, 100 %."""
+the pixels to the class, compared with the other classes unless --against says otherwise. Channels that are not shown
+are merged, so that each layer has all relevance, 100 %."""
 
 EXAMPLES = """\
 examples:
@@ -40,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query = parser.add_argument_group("query")
     query.add_argument("--layers", nargs="+", required=True, metavar="LAYER",
                        help="layers in any order, each above or below the others; input is divided into patches, "
-                       "output has the classes")  # fmt: skip
+                       "output has the class")  # fmt: skip
     add_target(query)
+    add_against(query, "rest, if there are several classes")
     query.add_argument("--top", type=whole_number(MOST_CHANNELS), default=8, metavar="N",
                        help="maximum number of channels of a layer (default: %(default)s)")  # fmt: skip
     query.add_argument("--coverage", type=fraction, metavar="FRACTION",

@@ -24,18 +24,18 @@ from . import messages
 from .model_loading import LoadedModel
 from .output_files import (
     class_name,
+    explained_title,
     image_settings,
     json_stem,
     save_figure,
     short,
-    target_title,
     versions,
     weights_title,
     write_json,
     writing,
 )
 from .per_image import Printed
-from .request import Request, RequestError, check_layers, explained_class, measure_of
+from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 
 def has_page() -> bool:
@@ -75,6 +75,8 @@ class ImageFlow:
     Attributes:
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
+        against: What the class is compared with.
+        difference: The explained difference of outputs; None if the class is compared with nothing.
         graph: The flow.
         heat_maps: Heat maps of the nodes.
         profile: Profile of the layers, compared with plain LRP.
@@ -82,6 +84,8 @@ class ImageFlow:
 
     outputs: Tensor
     target: int
+    against: Against
+    difference: float | None
     graph: FlowGraph
     heat_maps: NodeMaps
     profile: Sequence[ProfileRow]
@@ -108,7 +112,8 @@ def explain_flow(
     flow = image_flow(loaded, image, request, options)
     files = _write(flow, loaded, image, request, options, out, taken)
     lines = [
-        *messages.image(loaded, image, flow.outputs, flow.target),
+        *messages.image(loaded, image, flow.outputs, flow.target, flow.against),
+        *messages.difference(loaded, flow.target, flow.against, flow.difference),
         *messages.layers(flow.graph),
         *messages.files(files),
     ]
@@ -125,7 +130,11 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     if request.residual != "sink":
         plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None))
     target = explained_class(loaded, request.target, mu.outputs)
-    return ImageFlow(mu.outputs.flatten(), target, graph, heat_maps, profile(mu, request.layers, plain))
+    against = compared_with(loaded, request, mu.outputs)
+    difference = None if against is None else float(mu.output)
+    return ImageFlow(
+        mu.outputs.flatten(), target, against, difference, graph, heat_maps, profile(mu, request.layers, plain)
+    )
 
 
 def _graph(
@@ -138,7 +147,11 @@ def _graph(
     over = {"input": patches((height, width), count)}
     classes = {number: class_name(loaded, number) for number in range(len(loaded.categories))}
     names: dict[str, Mapping[int, str]] = {"input": patch_names(count)}
-    names |= {"output": classes} if any(classes.values()) else {}
+    target, against = explained_class(loaded, request.target, mu.outputs), compared_with(loaded, request, mu.outputs)
+    if against is not None:  # the output is one number
+        names["output"] = {0: class_name(loaded, target) or f"class {target}"}
+    elif any(classes.values()):
+        names["output"] = classes
     try:
         graph = mu.flow(request.layers, over, top=options.top, coverage=options.coverage, names=names)
         return graph, flow_maps(mu, graph, over)
@@ -161,12 +174,12 @@ def _write(
     taken: set[str],
 ) -> list[Path]:
     """Writes figure, numbers, profile and page."""
-    settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target)
+    settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
     ends = ["flow.json", "flow.png", "layers.png", *(["flow.html"] if has_page() else [])]
     stem = json_stem(out, image.path.stem, ends, taken, settings)
     numbers, figure, layers, *page = [out / f"{stem}-{end}" for end in ends]
-    target = f"{target_title(loaded, flow.target)}{weights_title(loaded)}"
+    target = f"{explained_title(loaded, flow.target, flow.against)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     save_figure(flow_figure(flow.graph, heading, options.dark, flow.heat_maps), figure, options.dark)
     profile_heading = f"{short(image.path.name)}: layers for {target}"

@@ -13,7 +13,7 @@ from ..measure.flow_graph import FlowGraph
 from .explanation import Explanation, Totals
 from .model_loading import LoadedModel
 from .output_files import class_name
-from .request import Request
+from .request import Against, Request
 
 BEST = 5
 """Number of listed classes."""
@@ -26,16 +26,17 @@ def heading(loaded: LoadedModel, request: Request) -> str:
     return f"{model} by {request.composite}, residual {request.residual}{limit}, on {request.device}"
 
 
-def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int) -> Iterator[str]:
+def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
     """Yields the lines about an image and its classes."""
     yield shown(source.path)
     yield from (f"  note: it {note}" for note in source.notes)
-    yield from classes(loaded, outputs, target)
+    yield from classes(loaded, outputs, target, against)
 
 
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:
     """Yields the lines about one explanation."""
-    yield from image(loaded, result.source, result.outputs, result.target)
+    yield from image(loaded, result.source, result.outputs, result.target, result.against)
+    yield from difference(loaded, result.target, result.against, result.difference)
     yield f"  relevance {_totals(result.totals, 'at the pixels')}"
     for layer in result.layers:
         yield f"  {layer.name}: {_totals(layer.totals, 'crosses it')}, variation {layer.totals.variation:.3g}"
@@ -74,15 +75,29 @@ def layers(graph: FlowGraph) -> Iterator[str]:
         yield f"  through the shown groups of all layers: {_percent(graph.carried).strip()}"
 
 
-def classes(loaded: LoadedModel, outputs: Tensor, target: int) -> Iterator[str]:
-    """Yields the lines about the classes with the largest outputs and the explained class."""
+def difference(loaded: LoadedModel, target: int, against: Against, value: float | None) -> Iterator[str]:
+    """Yields a line about the explained difference of outputs, if there is one."""
+    if against is None or value is None:
+        return
+    name = _name(loaded, target)
+    others = "the other classes" if isinstance(against, str) else _name(loaded, against)
+    ahead = "" if value > 0 else f", as {name} is behind; positive relevance is evidence for {name} all the same"
+    yield f"  explained: {name} rather than {others}, a difference of {value:.4g}{ahead}"
+
+
+def _name(loaded: LoadedModel, index: int) -> str:
+    return class_name(loaded, index) or f"class {index}"
+
+
+def classes(loaded: LoadedModel, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
+    """Yields the lines about the classes with the largest outputs, the explained and the compared class."""
     softmax = torch.softmax(outputs.double(), 0)
     best = outputs.argsort(descending=True, stable=True)[:BEST].tolist()
-    listed = best if target in best else [*best, target]
+    listed = list(dict.fromkeys([*best, target, *([against] if isinstance(against, int) else [])]))
     names = {index: class_name(loaded, index) for index in listed}
     width = max(len(name) for name in names.values())
     for index in listed:
-        mark = "  <- explained" if index == target else ""
+        mark = "  <- explained" if index == target else "  <- compared with" if index == against else ""
         is_single = len(outputs) == 1
         number = f"output {float(outputs[index]):.4g}" if is_single else f"{100 * float(softmax[index]):6.2f} %"
         yield f"  {index:4} {names[index]:{width}}{'  ' if width else ' '}{number}{mark}"

@@ -44,6 +44,14 @@ def add_target(group: Any) -> None:
                        help="index or name of the class to explain (default: the predicted class)")  # fmt: skip
 
 
+def add_against(group: Any, default: str) -> None:
+    """Adds the option for the classes to compare with; ``default`` describes the default."""
+    group.add_argument("--against", metavar="rest|none|CLASS",
+                       help="explain the difference of the class from the other classes, weighted by their softmax "
+                       "(rest), or from one class; none: the output of the class alone (default: "
+                       f"{default})")  # fmt: skip
+
+
 def add_composite(parser: Any) -> None:
     """Adds the option for the rules."""
     parser.add_argument("--composite", default="nrm_default", metavar="RULES",

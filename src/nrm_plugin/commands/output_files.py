@@ -26,7 +26,7 @@ from ..plots.fonts import use_installed_fonts
 from ..plots.heatmaps import save
 from ..plots.ribbons import DARK, LIGHT
 from .model_loading import LoadedModel
-from .request import Request
+from .request import Against, Request
 from .weight_files import NONE
 
 PACKAGES = ("nrm-plugin", "torch", "torchvision", "zennit", "captum")
@@ -100,7 +100,9 @@ def name_part(layer: str) -> str:
 # -- settings -------------------------------------------------------------------------------------------------------
 
 
-def image_settings(loaded: LoadedModel, request: Request, path: Path, digest: str, target: int) -> dict[str, Any]:
+def image_settings(
+    loaded: LoadedModel, request: Request, path: Path, digest: str, target: int, against: Against
+) -> dict[str, Any]:
     """Returns all settings of image, model and rules that affect the numbers."""
     return {
         "image": shown(path.name),
@@ -109,6 +111,7 @@ def image_settings(loaded: LoadedModel, request: Request, path: Path, digest: st
         "weights": loaded.weights,
         "target": target,
         "target_name": class_name(loaded, target),
+        "against": NONE if against is None else against,
         "composite": request.composite,
         "residual": request.residual,
         "gain_limit": "inf" if request.gain_limit == math.inf else request.gain_limit,
@@ -134,6 +137,15 @@ def target_title(loaded: LoadedModel, index: int) -> str:
     """Returns the text of a class for the heading of a figure."""
     name = class_name(loaded, index)
     return f"“{short(name)}”" if name else f"class {index}"
+
+
+def explained_title(loaded: LoadedModel, index: int, against: Against) -> str:
+    """Returns the text of a class, and of what it is compared with, for the heading of a figure."""
+    target = target_title(loaded, index)
+    if against is None:
+        return target
+    others = "the other classes" if isinstance(against, str) else target_title(loaded, against)
+    return f"{target} rather than {others}"
 
 
 def weights_title(loaded: LoadedModel) -> str:

@@ -164,6 +164,7 @@ def _crops(options: argparse.Namespace, listing: Listing, loaded: LoadedModel, r
         listing.groups,
         options.k,
         layer=query.layers[0],
+        against=listing.sweep.manifest.settings.get("against"),
         whole=options.whole,
         to_image=lambda image: loaded.preprocessing.inverse(image[None]),
         composite=normalized,

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..composites import Normalized, normalize
-from ..errors import HookedContainerError, NRMError, UncoveredLayerError
+from ..errors import HookedContainerError, NRMError, TargetError, UncoveredLayerError
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
+from ..model.contrast import REST
 from ..plan.reuse import measures_of
 from .composite_names import composite_of
 from .event_syntax import Condition
@@ -24,6 +25,10 @@ from .options import CHANNELS
 
 MOST_CLASSES = 2**31
 """Indices of classes are stored in 32 bits."""
+NONE = "none"
+"""The output of the class alone is explained."""
+Against = int | str | None
+"""What a class is compared with: another class, :data:`~nrm_plugin.model.contrast.REST`, or nothing."""
 INDEX = re.compile(r"\s*[+-]?[0-9]{1,4000}\s*")
 """The index of a class, as opposed to a name."""
 
@@ -38,6 +43,8 @@ class Request:
 
     Attributes:
         target: Index or name of the class to explain; None for the predicted class.
+        against: ``"rest"``, ``"none"``, or index or name of the class to compare with; None for ``"rest"`` if there are
+            several classes.
         layers: Layers for which channels are listed.
         given: Conditions, with one heat map each.
         composite: Name of the composite in Zennit's registry.
@@ -47,6 +54,7 @@ class Request:
     """
 
     target: str | None = None
+    against: str | None = None
     layers: tuple[str, ...] = ()
     given: tuple[Condition, ...] = ()
     composite: str = "nrm_default"
@@ -96,6 +104,32 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
     return int(outputs.argmax()) if requested is None else target_of(requested, loaded.categories, outputs.numel())
 
 
+def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Against:
+    """Returns what the explained class is compared with for one image.
+
+    Args:
+        loaded: The model.
+        request: The request.
+        outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
+
+    Raises:
+        RequestError: If the class to compare with is unknown, or is the explained class.
+    """
+    count = outputs.numel()
+    if request.against == NONE or (request.against is None and count == 1):
+        return None
+    if request.against in (None, REST):
+        return REST
+    assert request.against is not None
+    index = target_of(request.against, loaded.categories, count, "--against")
+    if index == explained_class(loaded, request.target, outputs):
+        raise RequestError(
+            f"--against {request.against}: this is the explained class. Give another class, rest or none, or another "
+            "--target."
+        )
+    return index
+
+
 def check_class_names(loaded: LoadedModel, count: int) -> None:
     """Raises :class:`RequestError` if the number of class names, if any, differs from the number of outputs."""
     if len(loaded.categories) not in (0, count):
@@ -123,13 +157,14 @@ def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
         return None
 
 
-def target_of(requested: str, categories: Sequence[str], count: int | None) -> int:
+def target_of(requested: str, categories: Sequence[str], count: int | None, option: str = "--target") -> int:
     """Returns the index of a class.
 
     Args:
         requested: An index, or a name in upper or lower case.
         categories: Class names; empty if unknown.
         count: Number of classes; None if unknown.
+        option: The option of the class, for messages.
 
     Raises:
         RequestError: If the class is unknown; the message lists similar names.
@@ -139,23 +174,23 @@ def target_of(requested: str, categories: Sequence[str], count: int | None) -> i
         index = int(requested)
         if not 0 <= index < (MOST_CLASSES if count is None else count):
             raise RequestError(
-                f"--target {index} is out of range: the indices of classes start at 0."
+                f"{option} {index} is out of range: the indices of classes start at 0."
                 if count is None
-                else f"--target {index} is out of range: the model has {count} classes{indices}."
+                else f"{option} {index} is out of range: the model has {count} classes{indices}."
             )
         return index
     if not categories:
         raise RequestError(
-            f"--target {requested!r} is a name, but the class names of these weights are not known. Give the "
+            f"{option} {requested!r} is a name, but the class names of these weights are not known. Give the "
             f"index{indices}, or a file with the names, one on each line: --classes FILE."
         )
     folded = [name.casefold() for name in categories]
     key = " ".join(requested.casefold().split())
     matches = [index for index, name in enumerate(folded) if name == key]
     if len(matches) > 1:
-        raise RequestError(f"--target {requested!r} is the name of {len(matches)} classes. Give the index: {matches}.")
+        raise RequestError(f"{option} {requested!r} is the name of {len(matches)} classes. Give the index: {matches}.")
     if matches and count is not None and matches[0] >= count:
-        raise RequestError(f"--target {requested!r} is class {matches[0]}, but the model has only {count} classes.")
+        raise RequestError(f"{option} {requested!r} is class {matches[0]}, but the model has only {count} classes.")
     if matches:
         return matches[0]
     near = _similar_classes(key, folded, categories)
@@ -203,16 +238,32 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
         index = explained_class(loaded, request.target, outputs)
         return index if outputs.ndim == 2 else None
 
+    def against(outputs: Tensor) -> int | str:
+        compared = compared_with(loaded, request, outputs)
+        assert compared is not None
+        return compared
+
+    is_alone = request.against == NONE or (request.against is None and not _has_classes(loaded, inputs))
     rules = _rules(loaded, inputs, request)
     try:
         with failures_of_the_model(loaded, inputs):
-            return measures_of(rules)(loaded.model, inputs, target, composite=rules)
+            compared = None if is_alone else against
+            return measures_of(rules)(loaded.model, inputs, target, against=compared, composite=rules)
+    except TargetError as error:
+        remedy = "" if is_alone else " In a command: --against none explains the output of the class alone."
+        raise TargetError(f"{error}{remedy}") from error
     except UncoveredLayerError as error:
         layer = str(error).partition(" has no rule")[0]
         raise RequestError(
             f"--composite {request.composite} has no rule for {layer}, whose gradient alone does not conserve "
             "relevance. Choose another composite, such as nrm_default or epsilon_plus_flat."
         ) from error
+
+
+def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
+    """Whether there are several classes; the model is run only if their names are not known."""
+    count = len(loaded.categories) or output_count(loaded, inputs) or 1
+    return count > 1
 
 
 def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized:
@@ -236,7 +287,9 @@ def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]
             mu.shape(name)
         except HookedContainerError as error:
             raise RequestError(str(error)) from error
-        except NRMError:
+        except NRMError as error:
+            if name in mu._recording.taps.fused:
+                raise RequestError(f"{error} Or explain the output of the class alone: --against none.") from error
             # A block that returns the output of its last layer is listed among the taps by the name of that layer.
             modules = [module for module, _ in loaded.model.named_modules() if module]
             near = difflib.get_close_matches(name, dict.fromkeys([*mu.layers, *modules]), n=5, cutoff=0.4)

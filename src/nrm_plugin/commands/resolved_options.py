@@ -30,6 +30,7 @@ def request_of(options: argparse.Namespace) -> Request:
         raise RequestError("--gain-limit has no meaning with --residual sink, which redistributes nothing.")
     return Request(
         target=options.target,
+        against=getattr(options, "against", None),
         layers=tuple(dict.fromkeys(options.layers)),
         given=tuple(dict.fromkeys(parse(text) for text in getattr(options, "given", ()))),
         composite=options.composite,

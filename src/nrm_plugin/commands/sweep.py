@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_computation, add_model, add_out, whole_number
+from .options import add_against, add_computation, add_model, add_out, whole_number
 
 DESCRIPTION = """\
 Queries every image of a folder for the relevance of the channels of several layers and stores the results as Parquet.
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="mass of an event, such as 'features.28[3,7]'; may be repeated")  # fmt: skip
     query.add_argument("--target", default="prediction", metavar="CLASS",
                        help="prediction, label, or the index or name of one class (default: %(default)s)")  # fmt: skip
+    add_against(query, "none")
     add_computation(parser)
     add_execution(parser)
     add_out(parser, "nrm-swept")

@@ -65,13 +65,15 @@ def print_mean_flow(options: argparse.Namespace) -> int:
     given = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if value]
     if given:
         raise RequestError(f"--from reads a sweep and takes no {' and no '.join(given)}.")
+    if options.against is not None:
+        raise RequestError("--from reads a sweep, whose classes were compared by the --against of nrm-plugin sweep.")
     if options.minus is not None and options.target is None:
         raise RequestError("--minus compares two classes: give the other one by --target.")
     sweep = Sweep.open(options.sweep)
     classes = Classes.of(options)
     _check_names(sweep, classes.categories)
     graph = mean_flow(sweep, options.layers, classes, options.top, options.coverage)
-    print(f"{shown(sweep.path)}: mean flow{classes.title('of')}")
+    print(f"{shown(sweep.path)}: mean flow{classes.title('of')}{_compared(sweep, classes)}")
     for line in messages.layers(graph):
         print(shown(line))
     for line in messages.files(_write(options, sweep, graph, classes)):
@@ -104,6 +106,8 @@ def mean_flow(
 
 def _mean(sweep: Sweep, layers: Sequence[str], target: int | None, classes: Classes, **limits: Any) -> FlowGraph:
     names = {"output": classes.categories} if classes.categories else None
+    if "against" in sweep.manifest.settings:
+        names = {"output": ["class" if target is None else classes.name(target)]}
     stored = [query.layers for query in sweep.queries.values() if query.kind == "Joint"]
     is_upwards = len(layers) > 1 and (layers[1], layers[0]) in stored
     downwards = list(layers)[::-1] if is_upwards else list(layers)
@@ -112,6 +116,14 @@ def _mean(sweep: Sweep, layers: Sequence[str], target: int | None, classes: Clas
     except FlowError as error:
         command = f" Or: nrm-plugin sweep --joint --layers {' '.join(downwards)}"
         raise FlowError(f"{error}{command if 'flow_queries' in str(error) else ''}") from error
+
+
+def _compared(sweep: Sweep, classes: Classes) -> str:
+    """Returns what the classes of a sweep are compared with, for a heading."""
+    against = sweep.manifest.settings.get("against")
+    if against is None:
+        return ""
+    return f" rather than {f'class {classes.name(against)}' if isinstance(against, int) else 'the other classes'}"
 
 
 def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes: Classes) -> list[Path]:
@@ -124,7 +136,7 @@ def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes:
     ends = ["flow.json", "flow.png", *(["flow.html"] if has_page() else [])]
     stem = json_stem(options.out, name, ends, set(), settings)
     numbers, figure, *page = [options.out / f"{stem}-{end}" for end in ends]
-    heading = f"{short(name)}: mean flow of relevance{classes.title('for')}"
+    heading = f"{short(name)}: mean flow of relevance{classes.title('for')}{_compared(sweep, classes)}"
     title = short(name) + heading.removeprefix(short(name)).replace("$", r"\$")
     if classes.target is None or classes.minus is None:
         drawn = flow_figure(graph, title, options.dark)

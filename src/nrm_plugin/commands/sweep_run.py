@@ -18,12 +18,13 @@ from ..dataset.runner import sweep
 from ..dataset.stored_sweep import Sweep
 from ..dataset.sweep_layout import Manifest, SettingsError, arrow
 from ..errors import EventError, NRMError, UnknownLayerError
+from ..model.contrast import REST
 from . import messages
 from .composite_names import composite_of
 from .event_syntax import parse
 from .failures import FAILED, INTERRUPTED, errors, line
 from .model_loading import LoadedModel
-from .request import Request, check_class_names, check_device, output_count, target_of
+from .request import NONE, Against, Request, RequestError, check_class_names, check_device, output_count, target_of
 from .resolved_options import model_of, one_line_warnings, request_of
 from .sweep_data import SAMPLES, data_of
 
@@ -48,9 +49,10 @@ def sweep_data(options: argparse.Namespace) -> int:
         data = data_of(options.data, loaded)
         loaded.model.to(device)
         target = _target(options.target, loaded, data)
+        against = _against(options, loaded, data)
         print(messages.heading(loaded, request), flush=True)
         try:
-            stored = _swept(options, loaded, request, data, queries, target)
+            stored = _swept(options, loaded, request, data, queries, target, against)
         except (SettingsError, UnknownLayerError, EventError):
             raise  # caused by the options
         except (NRMError, OSError) as error:
@@ -93,6 +95,23 @@ def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
     return target_of(text, loaded.categories, known) if is_class else cast(Target, text)
 
 
+def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Against:
+    """Returns what each class is compared with.
+
+    Raises:
+        RequestError: If the class does not exist, or is explained itself.
+    """
+    if options.against in (None, NONE):
+        return None
+    if options.against == REST:
+        return REST
+    count = output_count(loaded, _first_inputs(data))
+    index = target_of(options.against, loaded.categories, count or len(loaded.categories) or None, "--against")
+    if options.target == str(index):
+        raise RequestError(f"--against {options.against} is the explained class. Give another class, or rest.")
+    return index
+
+
 def _first_inputs(data: Any) -> Any:
     """Returns the inputs of the first sample of the user's data set; None for a folder of images."""
     if isinstance(data, PreprocessedImageFolder) or not hasattr(data, "__getitem__"):
@@ -105,7 +124,13 @@ def _first_inputs(data: Any) -> Any:
 
 
 def _swept(
-    options: argparse.Namespace, loaded: LoadedModel, request: Request, data: Any, queries: list[Query], target: Target
+    options: argparse.Namespace,
+    loaded: LoadedModel,
+    request: Request,
+    data: Any,
+    queries: list[Query],
+    target: Target,
+    against: Against,
 ) -> Sweep:
     """Runs the sweep; the list of sample files is written even if the sweep fails."""
     on_ray = {"concurrency": options.concurrency, "num_gpus": options.gpus} if options.engine == "ray" else None
@@ -116,6 +141,7 @@ def _swept(
             queries,
             options.out,
             target=target,
+            against=against,
             composite=composite_of(request.composite, loaded.bounds),
             residual=request.residual,
             gain_limit=request.gain_limit,

@@ -80,7 +80,7 @@ class Requirements:
 
 
 class QueryResults:
-    """The results of queries for one measure.
+    """The results of queries for one measure, multiplied by its sign, so that the results of samples can be added.
 
     Args:
         mu: The measure.
@@ -89,23 +89,23 @@ class QueryResults:
     """
 
     def __init__(self, mu: RelevanceMeasure, needed: Requirements, activations: Mapping[Atom, Tensor]) -> None:
-        self.mu, self.activations = mu, activations
+        self.mu, self.activations, self._signs = mu, activations, mu.sign
         self.relevance: dict[tuple[Atom, Event | None], Tensor] = {}
         if needed.marginals:
             marginals = mu.marginal(list(needed.marginals))
-            self.relevance |= {(layer, None): values for layer, values in marginals.items()}
+            self.relevance |= {(layer, None): self._signed(values) for layer, values in marginals.items()}
         for layers, events in _events_by_taps(needed.joint_marginals).items():
             marginals = mu.marginal(list(layers), joint=events)
             self.relevance |= {
-                (layer, event): marginals[layer][k] for layer in layers for k, event in enumerate(events)
+                (layer, event): self._signed(marginals[layer][k]) for layer in layers for k, event in enumerate(events)
             }
-        masses = mu(list(needed.masses)) if needed.masses else ()
+        masses = mu(list(needed.masses)) * self._signs if needed.masses else ()
         self.masses: dict[Event, Tensor] = dict(zip(needed.masses, masses, strict=True))
         self.joint_matrices: dict[tuple[Atom, Atom, Any], Tensor] = {}
         for chain, over in _chains(needed.joint_matrices):
             joints = mu.joints(chain, over) if len(chain) > 2 else [mu.joint(chain[0], chain[1], _with_tensors(over))]
             for k, joint in enumerate(joints):
-                self.joint_matrices[chain[k], chain[k + 1], over] = joint
+                self.joint_matrices[chain[k], chain[k + 1], over] = self._signed(joint)
 
     def of(self, query: Query) -> Tensor:
         """Returns the result of one query, ``(N, *groups)``; NaN where a quotient is undefined."""
@@ -148,10 +148,10 @@ class QueryResults:
         return _quotient(joint, mass, mass.abs() <= query.min_ratio * absolute)
 
     def _sink(self, query: Sink) -> Tensor:
-        return self.mu.sink(query.layer)
+        return self._signed(self.mu.sink(query.layer))
 
     def _bypass(self, query: Bypass) -> Tensor:
-        return self.mu.bypass(query.layer)
+        return self._signed(self.mu.bypass(query.layer))
 
     def _variation(self, query: Variation) -> Tensor:
         return self.mu.variation(query.layer)
@@ -167,6 +167,12 @@ class QueryResults:
         values = self.relevance[layer, None] if query.of == "relevance" else self.activations[layer]
         peaks = self._by_channel(values, layer).argmax(2)
         return peaks.to(values.dtype if values.dtype == torch.float64 else torch.float32)
+
+    def _signed(self, values: Tensor) -> Tensor:
+        """Multiplies values ``(N, …)`` by the sign of each sample."""
+        if not bool((self._signs < 0).any()):
+            return values
+        return values * self._signs.reshape(-1, *(1,) * (values.ndim - 1))
 
     # -- groups -------------------------------------------------------------------------------------------------------
 

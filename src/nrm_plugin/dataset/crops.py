@@ -71,6 +71,7 @@ def crops(
     *,
     events: Mapping[str, Event] | None = None,
     layer: str | None = None,
+    against: Any = None,
     whole: bool = False,
     to_image: Callable[[Tensor], Tensor] | None = None,
     composite: Composite | None = None,
@@ -93,6 +94,7 @@ def crops(
         k: Number of crops per group; by default all.
         events: The events, for references of events.
         layer: The layer of the channels, if the references use a different name.
+        against: As in the search for the references.
         whole: Whether to return whole images. This skips receptive fields, which take most of the time for large
             networks: about thirty runs of the network in double precision for each distinct position.
         to_image: A function from an input of the model to an image in [0, 1], such as the inverse normalization.
@@ -131,8 +133,9 @@ def crops(
         event = _event(group, events, layer)
         images = torch.stack([_image(data, sample) for sample in samples]).to(device_of(model))
         targets = references.targets[row, : len(samples)]
-        mu = RelevanceMeasure(model, images, targets.tolist() if bool((targets >= 0).all()) else None, composite=rules)
-        heat = mu.marginal("input", joint=event).sum(1).cpu()
+        target = targets.tolist() if bool((targets >= 0).all()) else None
+        mu = RelevanceMeasure(model, images, target, composite=rules, against=against)
+        heat = (mu.sign.reshape(-1, 1, 1) * mu.marginal("input", joint=event).sum(1)).cpu()
         positions = references.positions[row, : len(samples)]
         if bool((positions < 0).any()) and not fields.whole and isinstance(group, int):
             positions = _peaks(mu, layer, group)
@@ -162,8 +165,8 @@ def _image(data: IndexableDataset, index: int) -> Tensor:
 
 def _peaks(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
     """Returns the position of the largest relevance of a channel, ``(N,)``."""
-    values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group]
-    return values.reshape(len(values), -1).argmax(1).cpu()
+    values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group].reshape(mu.batch, -1)
+    return (mu.sign.unsqueeze(1) * values).argmax(1).cpu()
 
 
 def _crop(sample: int, value: float, target: int, box: Box, image: Tensor, heat: Tensor) -> Crop:

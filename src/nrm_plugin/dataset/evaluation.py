@@ -17,7 +17,6 @@ from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
 from ..model.inputs_and_outputs import Output
 from ..model.targets import chosen_target
-from ..plan.reuse import measures_of
 from ..recording.module_outputs import module_outputs
 from .batched_queries import QueryResults, Requirements
 from .queries import Query
@@ -58,6 +57,7 @@ class Evaluation:
             model with a single output.
         unpack: Returns inputs and labels of a batch; by default :func:`unpacked`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        against: As in :class:`~nrm_plugin.RelevanceMeasure`.
     """
 
     def __init__(
@@ -68,10 +68,11 @@ class Evaluation:
         target: Target = "prediction",
         unpack: Unpack | None = None,
         output: Output | Atom | None = None,
+        against: Any = None,
     ) -> None:
         check_target(target)
         self.model, self.queries, self.composite = model, tuple(queries), composite
-        self.target, self.unpack, self.output = target, unpack or unpacked, output
+        self.target, self.unpack, self.output, self.against = target, unpack or unpacked, output, against
         self.needed = Requirements(self.queries)
         self.is_double = dtype_of(model) == torch.float64
 
@@ -90,8 +91,10 @@ class Evaluation:
         target = batch_target(self.target, labels, batch)
         modules = {str(atom.layer) for atom in self.needed.activations} - {"input", "output"}
         with torch.inference_mode(False), torch.enable_grad(), module_outputs(self.model, modules) as outputs:
-            take = RelevanceMeasure if modules else measures_of(self)  # a plan does not run modules
-            mu = take(self.model, inputs, target, composite=self.composite, output=self.output)
+            # Not by a plan, whose results differ by rounding: a sweep that is resumed has the same bits.
+            mu = RelevanceMeasure(
+                self.model, inputs, target, composite=self.composite, output=self.output, against=self.against
+            )
         if mu.batch != len(sample):
             raise SweepError(
                 f"a batch of {len(sample)} samples has inputs of {mu.batch}; the first dimension must be the batch."

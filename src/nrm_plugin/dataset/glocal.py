@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -123,9 +124,11 @@ class _MeanMeasure:
     """
 
     batch = 1
+    sign = torch.ones(1)
 
     def __init__(self, mu: RelevanceMeasure) -> None:
         self.mu = mu
+        self._signs = mu.sign.double()
 
     def __call__(self, event: Event) -> Tensor:
         return self._mean(self.mu(event))
@@ -145,9 +148,9 @@ class _MeanMeasure:
     def bypass(self, layer: Any) -> Tensor:
         return self._mean(self.mu.bypass(layer))
 
-    @staticmethod
-    def _mean(values: Tensor) -> Tensor:
-        return values.double().mean(0, keepdim=True)
+    def _mean(self, values: Tensor) -> Tensor:
+        signs = self._signs.reshape(-1, *(1,) * (values.ndim - 1))
+        return (values.double() * signs).mean(0, keepdim=True)
 
 
 def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:

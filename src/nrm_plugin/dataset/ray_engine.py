@@ -41,6 +41,7 @@ class SweepBatches:
         residual: As in :func:`~nrm_plugin.dataset.sweep`.
         gain_limit: As in :func:`~nrm_plugin.dataset.sweep`.
         output: As in :func:`~nrm_plugin.dataset.sweep`.
+        against: As in :func:`~nrm_plugin.dataset.sweep`.
         unpack: A function from a batch of columns to ``(inputs, labels)``; by default the columns ``inputs`` and
         ``label``.
         device: The device; by default the device of the model.
@@ -59,6 +60,7 @@ class SweepBatches:
         residual: Residual | None = None,
         gain_limit: float | None = None,
         output: Output | Atom | None = None,
+        against: Any = None,
         unpack: Unpack | None = None,
         device: str | None = None,
     ) -> None:
@@ -71,7 +73,7 @@ class SweepBatches:
         network = network if device is None else network.to(device)
         rules = normalize(composite, residual, gain_limit, None)
         columns = partial(_columns, dtype=dtype_of(network))
-        self.evaluation = Evaluation(network, checked, rules, target, unpack or columns, output)
+        self.evaluation = Evaluation(network, checked, rules, target, unpack or columns, output, against)
 
     def __call__(self, batch: Mapping[str, Any], indices: Sequence[int] | None = None) -> dict[str, Any]:
         """Evaluates a batch.

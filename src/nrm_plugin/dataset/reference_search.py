@@ -38,6 +38,7 @@ def find_references(
     by: Sequence[By] = ("relevance", "activation"),
     events: Mapping[str, Event] | None = None,
     target: Literal["label", "prediction"] | int = "label",
+    against: Any = None,
     unit: Unit = "measure",
     reduce: Reduce = "sum",
     per_target: bool = True,
@@ -63,6 +64,8 @@ def find_references(
         by: ``"relevance"``, ``"activation"`` or both; activations are outputs of modules.
         events: Events by name; samples are ranked by the mass of each event.
         target: The explained target: the label, the predicted class, or one class for all samples.
+        against: As in :class:`~nrm_plugin.RelevanceMeasure`, such as ``"rest"``. Relevance is then multiplied by the
+            sign of the difference, so that large values are evidence for the target.
         unit: ``"measure"`` for shares of the total relevance, ``μ``; ``"output"`` for the usual LRP score, ``μ`` times
             the explained output; ``"layer"`` for the LRP score divided by the sum of the absolute scores of all
             channels of the layer, and activations divided in the same way, as is the default of zennit-crp.
@@ -101,7 +104,7 @@ def find_references(
     with module_outputs(model, search.active) as outputs:
         for inputs, labels in tqdm(_batches(data, batch_size), disable=not show_progress, unit="batch"):
             classes = partial(_explained_classes, target, labels)
-            mu = take(model, inputs.to(device), classes, composite=rules)
+            mu = take(model, inputs.to(device), classes, composite=rules, against=against)
             search.add(mu, classes(mu.outputs).int(), single_activations(outputs))
     return search.references()
 
@@ -172,11 +175,11 @@ class _Search:
 
     def add(self, mu: RelevanceMeasure, targets: Tensor, activations: Mapping[str, Tensor]) -> None:
         samples = torch.arange(self.count, self.count + mu.batch)
-        scale = mu.output if self.unit != "measure" else torch.ones_like(mu.output)
+        scale = mu.sign if self.unit == "measure" else mu.output
         relevance = mu.marginal(self.layers) if self.layers else {}
         for layer, values in relevance.items():
             # Values are scaled before the maximum over positions, because a negative output reverses the order.
-            scaled = values if self.unit == "measure" else values * scale.view(-1, *(1,) * (values.ndim - 1))
+            scaled = values * scale.view(-1, *(1,) * (values.ndim - 1))
             self._rank(layer, "relevance", *self._scores(scaled, mu.channel_dim(layer)), samples, targets)
         for layer, values in activations.items():
             self._rank(

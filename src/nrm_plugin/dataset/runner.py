@@ -53,6 +53,7 @@ def sweep(
     residual: Residual | None = None,
     gain_limit: float | None = None,
     output: Output | Atom | None = None,
+    against: Any = None,
     unpack: Unpack | None = None,
     batch_size: int | None = None,
     num_workers: int | None = None,
@@ -86,6 +87,8 @@ def sweep(
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        against: As in :class:`~nrm_plugin.RelevanceMeasure`. All masses are multiplied by the sign of the difference,
+            so that positive values are evidence for the target in every sample.
         unpack: A function from a batch to inputs and labels; by default a batch is inputs, ``(inputs, labels)``, or a
             mapping with ``"label"`` or ``"labels"``.
         batch_size: Number of samples per batch; by default the batch size of the loader, or 16. A sweep can be resumed
@@ -115,7 +118,7 @@ def sweep(
     arrow()
     _check_options(engine, on_error, shard, target)
     rules = normalize(composite, residual, gain_limit, None)
-    evaluation = Evaluation(model, check_queries(queries), rules, target, unpack, output)
+    evaluation = Evaluation(model, check_queries(queries), rules, target, unpack, output, against)
     source = data_source(data, batch_size, num_workers)
     options = engine_options or {}
     shard_batches = max(1, -(-shard // max(1, source.batch_size)))

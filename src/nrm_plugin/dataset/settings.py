@@ -53,6 +53,7 @@ def settings_of(
         device: Type of the device; by default the device of the model.
     """
     model, composite, target = evaluation.model, evaluation.composite, evaluation.target
+    against = evaluation.against
     rules, fingerprint = composite.normalization, getattr(source.data, "fingerprint", None)
     return {
         "recorded": RECORDED,
@@ -63,6 +64,8 @@ def settings_of(
         "gain_limit": "inf" if math.isinf(rules.gain_limit) else rules.gain_limit,
         "normalization": {key: getattr(composite, key) for key in ("uncovered", "sums", "attention")},
         "target": target if isinstance(target, (str, int, type(None))) else described(target),
+        # The key is absent without a comparison, as in sweeps of former versions.
+        **({} if against is None else {"against": against if isinstance(against, (str, int)) else described(against)}),
         "unpack": described(unpack),
         "output": described(evaluation.output),
         "collate": None if source.collate is default_collate else described(source.collate),

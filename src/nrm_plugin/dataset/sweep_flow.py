@@ -89,7 +89,8 @@ def flow_of_sweep(
     if not sums.count or (selected is not None and target is None and sums.count < len(selected)):
         suffix = "" if target is None else f" with target {target}"
         raise FlowError(f"the sweep has {sums.count} of the requested samples{suffix}.")
-    flow_layers = [_layer(layer, sums, queries[layer], (names or {}).get(layer)) for layer in layers]
+    total = sums.total(queries[layers[0]]) if "against" in sweep.manifest.settings else 1.0
+    flow_layers = [_layer(layer, sums, queries[layer], (names or {}).get(layer), total) for layer in layers]
     joints = tuple(
         _joint(upper, lower, sums.mean(queries[upper.name, lower.name][0].name))
         for upper, lower in pairwise(flow_layers)
@@ -165,14 +166,18 @@ class _Sums:
         mean: Array = self._totals[name] / self.count
         return mean
 
+    def total(self, queries: Sequence[QueryInfo]) -> float:
+        """Returns the sum of the means of some queries."""
+        return sum(float(self.mean(info.name).sum()) for info in queries)
 
-def _layer(name: str, sums: _Sums, queries: Sequence[QueryInfo], names: Names | None) -> FlowLayer:
+
+def _layer(name: str, sums: _Sums, queries: Sequence[QueryInfo], names: Names | None, expected: float) -> FlowLayer:
     masses, sink, bypass = (sums.mean(info.name) for info in queries)
-    total = float(masses.sum() + sink + bypass)
-    if not abs(total - 1) < TOLERANCE:
+    total = sums.total(queries)
+    if not (abs(total - expected) < TOLERANCE and abs(total) < 1 + TOLERANCE):
         raise FlowError(
-            f"mass, sink and bypass of {name!r} sum to {total:.6f} instead of 1: its groups in the sweep are not a "
-            "partition of its neurons."
+            f"mass, sink and bypass of {name!r} sum to {total:.6f} instead of {expected:.6g}: its groups in the sweep "
+            "are not a partition of its neurons."
         )
     given = dict(enumerate(names)) if names is not None and not isinstance(names, Mapping) else names or {}
     labels = tuple(given.get(group, str(group)) for group in range(len(masses)))

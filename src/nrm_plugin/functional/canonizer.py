@@ -11,7 +11,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from ..errors import ModelStateError, brief
-from ..kernels.forward_state import RUNNING, leave_mode, listener, next_node, without_torch_function
+from ..kernels.forward_state import RUNNING, leave_mode, listener, next_node
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
@@ -134,7 +134,6 @@ class Interception(Canonizer):
         return enter
 
     def _leave_hook(self) -> Callable[..., Any]:
-        @without_torch_function
         def leave(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             if not self._modes or not self._modes[-1].forward_pass.module_paths:
                 return None

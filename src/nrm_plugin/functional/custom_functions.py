@@ -198,6 +198,8 @@ def _like(node: Any, number: int) -> Tensor:
 def _kernel_of(node: Any, calls: CustomCalls) -> Kernel:
     shapes = [_shape_below(*edge) for edge in node.next_functions]
     live = [number for number, edge in enumerate(node.next_functions) if _carries(edge[0])]
+    if RUNNING.reference is not None:
+        return UnknownKernel(UnsupportedOperationError(_OF_DIFFERENCES.format(name=_name_of(node))), shapes)
     fault = _signature_fault(node, shapes, live) or _mixing_fault(node, live[0], calls.of(node))
     if not fault:
         return BroadcastKernel(shapes, live[0])
@@ -205,7 +207,11 @@ def _kernel_of(node: Any, calls: CustomCalls) -> Kernel:
 
 
 def _error(node: Any, fault: str) -> UnsupportedOperationError:
-    return UnsupportedOperationError(_ERROR.format(name=type(node)._forward_cls.__qualname__, fault=fault))
+    return UnsupportedOperationError(_ERROR.format(name=_name_of(node), fault=fault))
+
+
+def _name_of(node: Any) -> str:
+    return str(type(node)._forward_cls.__qualname__)
 
 
 def _shape_below(node: Any, number: int) -> torch.Size:
@@ -293,6 +299,11 @@ def _forward_fault(node: Any, call: CustomCall) -> str:
     return "" if is_diagonal else "mixes elements: what it returns at one of them changes with another"
 
 
+_OF_DIFFERENCES = (
+    "relevance of a difference arrived at the autograd.Function {name!r}, whose values at the reference are not known. "
+    "Call it in a module of its own, whose forward is `return {name}.apply(x)`, or explain the output without "
+    "reference=."
+)
 _ERROR = (
     "relevance arrived at the autograd.Function {name!r}, which has no kernel: it {fault}. Call it in a module of its "
     "own, whose forward is `return {name}.apply(x)`, and give that module a rule in the composite's layer_map: "

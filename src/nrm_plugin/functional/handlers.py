@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.forward_state import before_writing, note_untracked, write
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
+from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass
 from .intercepted_pass import InterceptedPass, written
 from .observed_call import WRITERS, ObservedCall
 from .recurrent import RECURRENCES, Context
@@ -64,6 +65,21 @@ def _metadata(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     return call.run() if call.name.base in METADATA else NOT_HANDLED
 
 
+def _same_as_reference(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    reference = reference_pass()
+    if reference is not None and call.inputs:
+        check_constants(reference, call)
+    return NOT_HANDLED
+
+
+def _difference(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
+    reference = reference_pass()
+    if reference is None:
+        return NOT_HANDLED
+    result = difference_step(call, forward_pass, reference)
+    return NOT_HANDLED if result is NO_KERNEL else result
+
+
 def _copy_before_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     if call.overwritten is not None:
         before_writing(call.overwritten)
@@ -95,7 +111,9 @@ def _constants(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _attention(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    if call.name.base != FUSED or not is_decomposed(forward_pass.settings.attention, call.argument(2, "value")):
+    if call.name.base != FUSED:
+        return NOT_HANDLED
+    if reference_pass() is None and not is_decomposed(forward_pass.settings.attention, call.argument(2, "value")):
         return NOT_HANDLED
     with forward_pass.intercepting:
         return decomposed_attention(*call.args, **call.kwargs)
@@ -119,7 +137,7 @@ def _computed_layer(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _kernel(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    factory = kernel_factory_of(call.function, call.name)
+    factory = None if reference_pass() is not None else kernel_factory_of(call.function, call.name)
     return NOT_HANDLED if factory is None else forward_pass.step(call, factory)
 
 
@@ -158,11 +176,17 @@ def _in_place(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _route_or_unknown(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    return forward_pass.route_or_unknown(call)
+    result, reference = forward_pass.route_or_unknown(call), reference_pass()
+    if reference is not None:
+        check_route(reference, call, result)
+    return result
 
 
 HANDLERS: tuple[Handler, ...] = (
     Handler("metadata", "no values are computed", _metadata),
+    Handler(
+        "same as reference", "masks and indices of a difference are the same; the call is passed on", _same_as_reference
+    ),
     Handler(
         "copy before write",
         "steps that saved this memory need its earlier values; the call is passed on",
@@ -177,6 +201,7 @@ HANDLERS: tuple[Handler, ...] = (
         "attention", "the weights also receive relevance: decomposed into matrix products and a softmax", _attention
     ),
     Handler("sparse product", "the matrix is an adjacency matrix: messages are summed into nodes", _sparse_product),
+    Handler("difference", "relevance of a difference: the call becomes a step with secant slopes", _difference),
     Handler("computed layer", "the weight or bias is computed: decomposed into a product and a sum", _computed_layer),
     Handler("kernel", "the registry has a kernel: the call becomes a step", _kernel),
     Handler("recurrence", "torch runs all time steps as one function: replaced by a loop over time", _recurrence),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
 from ..kernels.forward_state import (
+    RUNNING,
     Saved,
     is_in_module_step,
     is_inside_step,
@@ -21,10 +22,12 @@ from ..kernels.forward_state import (
     not_recorded,
     protect_weights,
     protected,
+    without_torch_function,
     write,
 )
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
+from ..kernels.reference_pass import ReferencePass
 from ..kernels.step import FunctionStep, Step, link, step_of
 from ..model.checks import check_function
 from ..model.routing import source_of
@@ -32,6 +35,7 @@ from .attention import layout
 from .complex_kernels import complex_kernel
 from .complex_tensors import ComplexTensors, Expression, map_items
 from .custom_functions import CustomCalls
+from .differences import DifferenceCall, SecantFactory
 from .function_call import CallInput, FunctionCall, Settings, Slot
 from .function_kernels import BroadcastKernel
 from .gates import Gates
@@ -39,6 +43,9 @@ from .ids import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
 from .row_functions import keeps_rows
+from .rules_on_differences import has_any_rule
+from .secant_maps import polynomial
+from .secants import elementwise
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
 from .weighted_functions import LAYERS, channel_dim, layer_call
 
@@ -86,7 +93,7 @@ class InterceptedPass:
         self._check_covered(observed)
         if listener() is not None:  # a context of the composite may run in any mode, a measure may not
             check_function(observed.name.base, observed.args, observed.kwargs, self.path)
-        call = self._function_call(observed)
+        call = self.function_call(observed)
         output = call.run(*call.values)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return self.complex_step(observed)
@@ -96,18 +103,21 @@ class InterceptedPass:
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
         rule = "sum" if call.name in ("add", "sub", "rsub") and len(call.inputs) > 1 else call.name
         rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
-        linked = self._linked(call, output, lambda: factory(call), rule, observed.inputs, layer, rows)
+        linked = self.linked(call, output, lambda: factory(call), rule, observed.inputs, layer, rows)
         self.gates.tag_result(call.name, observed.inputs, linked, observed.has_constants)
         return written(observed, linked)
 
-    def _function_call(self, observed: ObservedCall) -> FunctionCall:
+    def function_call(self, observed: ObservedCall) -> FunctionCall:
+        """Returns an observed call with its inputs saved."""
         function, keyword_slots = observed.out_of_place()
+        name = observed.name.base
+        knows_gates = RUNNING.reference is None or name in ("matmul", "einsum")  # which have heads as events
         inputs = tuple(
-            CallInput(Saved(tensor), self.gates.holds(tensor), source_of(tensor.grad_fn)) for tensor in observed.inputs
+            CallInput(Saved(tensor), knows_gates and self.gates.holds(tensor), source_of(tensor.grad_fn))
+            for tensor in observed.inputs
         )
-        name, path = observed.name.base, self.path
         slots, keywords = protected(observed.slots), {key: protected(value) for key, value in keyword_slots.items()}
-        return FunctionCall(name, function, path, slots, keywords, inputs, self.settings)
+        return FunctionCall(name, function, self.path, slots, keywords, inputs, self.settings)
 
     def _check_covered(self, observed: ObservedCall) -> None:
         """Raises unless the composite has a rule for a layer that is called as a function."""
@@ -120,7 +130,7 @@ class InterceptedPass:
         if self.settings.rules.of_weight(weight, like) is None:
             raise uncovered_layer_error(self.path, like, observed.name.base)
 
-    def _linked(
+    def linked(
         self,
         call: FunctionCall,
         output: Tensor,
@@ -150,6 +160,21 @@ class InterceptedPass:
         if listening is not None:
             listening.on_function(path, number, linked, channel_dim(call))
         return linked
+
+    def linked_difference(
+        self,
+        reference: ReferencePass,
+        call: FunctionCall,
+        output: Tensor,
+        factory: SecantFactory,
+        inputs: Sequence[Tensor],
+    ) -> Tensor:
+        """Returns the output of a call as the output of a step of the difference to a reference."""
+        others = reference.meet(call.name, call.path, [*call.values, output])
+        has_rules = has_any_rule(self.settings.rules)
+        both = DifferenceCall(call, Saved(output), others, reference, has_rules)
+        rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
+        return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
     def _numbered(self, name: str) -> tuple[str, int]:
         """Returns the path of a function in the running module, and the number of the call."""
@@ -208,7 +233,9 @@ class InterceptedPass:
         function = _on_values(expression)
         call = FunctionCall(expression.name, function, self.path, slots, {}, inputs, self.settings)
         tensors = [source.tensor for source in expression.sources]
-        return self._linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
+        if RUNNING.reference is not None:
+            return self.linked_difference(RUNNING.reference, call, output.detach().clone(), polynomial, tensors)
+        return self.linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
 
     def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor]) -> Any:
         """Returns one output of a function without a kernel as a step that raises when relevance arrives."""
@@ -222,7 +249,7 @@ class InterceptedPass:
             )
         error = UnsupportedOperationError(f"relevance arrived at {where}, which has no kernel. {_advice(call)}")
         shapes = [tensor.shape for tensor in inputs]
-        linked = self._linked(call, output.detach(), lambda: UnknownKernel(error, shapes), call.name, inputs)
+        linked = self.linked(call, output.detach(), lambda: UnknownKernel(error, shapes), call.name, inputs)
         linked.grad_fn.step.unsupported_call = call  # type: ignore[union-attr]  # a Link
         return linked
 
@@ -255,12 +282,15 @@ class InterceptedPass:
 
     # -- modules ----------------------------------------------------------------------------------------------------
 
+    @without_torch_function
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Returns the output of an elementwise module as a step, if no mode observes its functions; None otherwise.
 
         Examples are activations in TorchScript or with their own ``autograd.Function``.
         """
-        if is_inside_step() or not isinstance(output, Tensor) or output.grad_fn is None or step_of(output.grad_fn):
+        if is_inside_step() or not isinstance(output, Tensor):
+            return None
+        if output.grad_fn is None or step_of(output.grad_fn) is not None:
             return None
         observed = ObservedCall.of(module.forward, args, kwargs, self.path)
         if len(observed.inputs) != 1:
@@ -270,14 +300,16 @@ class InterceptedPass:
             return None
         if consists_of_routes(output, observed.inputs):
             return None
-        inputs = (CallInput(Saved(source, values=False)),)
+        inputs = (CallInput(Saved(source, values=RUNNING.reference is not None)),)
         name = type(module).__name__
         call = FunctionCall(name, module.forward, self.path, observed.slots, observed.keyword_slots, inputs)
         with not_recorded(), torch.no_grad():
             if not is_elementwise(call.run, source.detach(), output.detach()):
                 return None
         shapes = [output.shape]
-        return self._linked(call, output.detach().clone(), lambda: BroadcastKernel(shapes), "elementwise", (source,))
+        if RUNNING.reference is not None:
+            return self.linked_difference(RUNNING.reference, call, output.detach().clone(), elementwise, (source,))
+        return self.linked(call, output.detach().clone(), lambda: BroadcastKernel(shapes), "elementwise", (source,))
 
 
 def written(observed: ObservedCall, result: Any) -> Any:

@@ -41,7 +41,8 @@ class InterceptionMode(TorchFunctionMode):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.forward_pass = InterceptedPass(settings, self)
-        self._tables = Tables()
+        RUNNING.renormalized = {}
+        self._tables = Tables(RUNNING.renormalized)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,8 +57,9 @@ class InterceptionMode(TorchFunctionMode):
 
     def _result(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward_pass = self.forward_pass
-        if is_inside_step() or not torch.is_grad_enabled():
-            if not is_inside_step():
+        is_inside = is_inside_step()
+        if is_inside or not torch.is_grad_enabled():
+            if not is_inside:
                 self._before_untracked(func, args)
             result = func(*args, **kwargs)
             if not forward_pass.follows_ids:

@@ -82,7 +82,7 @@ def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kerne
     """Returns the kernel of one factor of a product, with the other factors as constants."""
     values = call.values
     if isinstance(rule, Absolute):  # by the magnitude of each product, including its constant factors
-        values, call = [value.abs() for value in values], _changed(call, constants_of(call), Tensor.abs)
+        values, call = [value.abs() for value in values], changed_constants(call, constants_of(call), Tensor.abs)
 
     def run(source: Tensor) -> Tensor:
         return call.run(*[source if other == number else value for other, value in enumerate(values)])  # type: ignore[no-any-return]
@@ -120,7 +120,7 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
     matrix = matrix_of(call, constant)
 
     def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _changed(call, [constant], lambda _: matrix.restore(weight)).run(source)  # type: ignore[no-any-return]
+        return changed_constants(call, [constant], lambda _: matrix.restore(weight)).run(source)  # type: ignore[no-any-return]
 
     like = nn.Linear(1, 1, device="meta")
     if matrix.is_layer:
@@ -143,7 +143,7 @@ def _with_one_constant(call: FunctionCall) -> FunctionCall:
     return dataclasses.replace(call, args=merged.arguments, kwargs={})
 
 
-def _changed(call: FunctionCall, constants: list[Tensor], change: Callable[[Tensor], Tensor]) -> FunctionCall:
+def changed_constants(call: FunctionCall, constants: list[Tensor], change: Callable[[Tensor], Tensor]) -> FunctionCall:
     """Returns a call with some of its constants changed."""
     for constant in constants:
         factor = change(constant)
@@ -217,4 +217,4 @@ def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     return value
 
 
-__all__ = ["constants_of", "kernel_of_layer", "matrix_of"]
+__all__ = ["changed_constants", "constants_of", "kernel_of_layer", "matrix_of"]

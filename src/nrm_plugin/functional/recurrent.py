@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import PackedSequence
 
-from ..kernels.forward_state import listener
+from ..kernels.forward_state import RUNNING, listener
 
 Weights = Sequence[Tensor]
 State = tuple[Tensor | None, ...]
@@ -117,7 +117,8 @@ def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State
 
     .. math:: h' = (1 - \sigma(z)) \odot \tanh(n_x + \sigma(r) \odot n_h) + \sigma(z) \odot h
 
-    A gate times a constant is a constant, so without a hidden state :math:`\sigma(r) \odot b_{hn}` is a bias.
+    A gate times a constant is a constant, so without a hidden state :math:`\sigma(r) \odot b_{hn}` is a bias; it
+    has a difference to a reference.
     """
     (h,) = state
     r_x, z_x, n_x = _from_input(x, weights).chunk(3, -1)
@@ -126,7 +127,8 @@ def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State
     r_b, z_b, n_b = (None, None, None) if bias is None else bias.chunk(3, -1)
     r, z = _sum(r_x, r_h, r_b).sigmoid(), _sum(z_x, z_h, z_b).sigmoid()
     n = n_x if n_h is None else n_x + r * n_h
-    n = (n if n_b is None else n + r.detach() * n_b).tanh()
+    gate = r.detach() if RUNNING.reference is None else r
+    n = (n if n_b is None else n + gate * n_b).tanh()
     signal = (1 - z) * n
     return (signal if h is None else signal + z * h,)
 

@@ -12,7 +12,7 @@ from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
 from .function_call import FunctionCall
 from .function_kernels import SplitKernel
-from .registry import kernel_of
+from .registry import decomposition_of, kernel_of
 from .unsupported import UnknownKernel
 
 
@@ -75,6 +75,22 @@ def vector_norm(call: FunctionCall) -> Kernel:
     if not float(order) > 0:
         return UnknownKernel(UnsupportedOperationError(_ORDER.format(order=order)), call.shapes)
     return _proportional((size / size.max().clamp(min=1e-30)) ** float(order), dims)
+
+
+@decomposition_of("vector_norm")
+def _vector_norm(
+    x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """Computes a norm by powers and a sum, for differences to a reference."""
+    dims = tuple(range(x.ndim)) if dim is None else dim
+    order, size = float(ord), (x if dtype is None else x.to(dtype)).abs()
+    if abs(order) == math.inf:
+        return size.amax(dims, keepdim) if order > 0 else size.amin(dims, keepdim)
+    if not order > 0:
+        return NotImplemented
+    if order == 2:
+        return size.square().sum(dims, keepdim).sqrt()
+    return size.sum(dims, keepdim) if order == 1 else (size**order).sum(dims, keepdim) ** (1 / order)
 
 
 _ORDER = (

@@ -19,7 +19,14 @@ _ELEMENTWISE = frozenset([*ACTIVATIONS, *ELEMENTWISE, "div", "add", "sub", "rsub
     "maximum",
     "minimum",
     "logaddexp2",
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16"),
 }
+_OF_SAMPLES = {"linear": 2, "group_norm": 2, "instance_norm": 3} | {
+    f"{kind}{dims}d": dims + 2
+    for kind in ("conv", "conv_transpose", "max_pool", "adaptive_max_pool", "fractional_max_pool")
+    for dims in (1, 2, 3)
+}
+"""Functions that map each sample of a batch with at least this number of dimensions."""
 _POOLS = frozenset(POOLS) - {*_ALONG, "grid_sample", "roi_align", "fold", "col2im"}
 
 
@@ -35,6 +42,10 @@ def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
         return terms is not None and terms[0][:1] == terms[1][:1] == terms[2][:1] != ""
     if name in _ALONG:
         return len(values) == 1 and _is_inner(call.argument(_ALONG[name], "dim"), values[0].ndim)
+    if name in ("max", "min", "amax", "amin"):
+        return _is_inner(call.argument(1, "dim"), values[0].ndim)
+    if name in _OF_SAMPLES:
+        return len(values) == 1 and isinstance(call.argument(0, "input"), Slot) and output.ndim >= _OF_SAMPLES[name]
     if any(value.ndim != output.ndim for value in values):
         return False  # broadcast, so that rows of the input are another dimension of the output
     if name == FUSED:

@@ -64,12 +64,12 @@ def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
         dim,
         groups,
         call.name.startswith("conv_transpose"),
-        twin=_twin(call, like),
+        twin=twin_of_call(call, like),
     )
     return LayerCall.of(own_copy(rule), shell, forward, call.inputs[0].saved, output, call.path)
 
 
-def _twin(call: FunctionCall, like: nn.Module) -> nn.Module:
+def twin_of_call(call: FunctionCall, like: nn.Module) -> nn.Module:
     """Returns a torch layer with the options of the call."""
     if isinstance(like, nn.modules.conv._ConvNd):
         dims = len(like.kernel_size)
@@ -159,4 +159,4 @@ def channel_dim(call: FunctionCall) -> int | None:
     return -1 if call.name == "scaled_dot_product_attention" else None
 
 
-__all__ = ["LAYERS", "channel_dim", "layer_call"]
+__all__ = ["LAYERS", "channel_dim", "layer_call", "twin_of_call"]

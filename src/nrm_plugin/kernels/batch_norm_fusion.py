@@ -47,7 +47,7 @@ def fuse(step: LayerStep, source: Tensor) -> None:
     below = _producer(source.grad_fn)
     if below is None:
         return
-    if _affine(step) is not None:
+    if _norm(step) is not None:
         if isinstance(below, LayerStep) and _fits_output(step, below):
             step.layer_below = below
             below.norms.append(weakref.proxy(step))
@@ -55,7 +55,7 @@ def fuse(step: LayerStep, source: Tensor) -> None:
             below.forget_kernel()
     elif _is_weighted(step):
         lower = _producer(_input_node(source_of(source.grad_fn))) if _is_relu(below) else below
-        if isinstance(lower, LayerStep) and _affine(lower) is not None:
+        if isinstance(lower, LayerStep) and _norm(lower) is not None:
             lower.feeds_fold = True
             step.folds.append(_later(functools.partial(_fold_input, clipped=lower is not below), step, lower))
 
@@ -81,12 +81,18 @@ def _input_node(node: Any) -> Any:
     return node.next_functions[0][0] if node is not None and node.next_functions else None
 
 
-def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
-    """Returns ``(g, h)`` of a batch normalization in evaluation mode with the rule Pass; None for other steps."""
+def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
+    """Returns the batch normalization in evaluation mode with the rule Pass of a step; None for other steps."""
     norm = step.layer_call.module
     if type(step.layer_call.rule) is not Pass or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return None
-    if norm.running_mean is None or norm.running_var is None:
+    return None if norm.running_mean is None or norm.running_var is None else norm
+
+
+def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
+    """Returns ``(g, h)`` of a batch normalization in evaluation mode with the rule Pass; None for other steps."""
+    norm = _norm(step)
+    if norm is None or norm.running_mean is None or norm.running_var is None:
         return None
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.affine:
@@ -115,17 +121,17 @@ def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
 
 def _fits_output(norm: LayerStep, layer: LayerStep) -> bool:
     """Returns whether a batch normalization has one entry per output channel of a layer."""
-    affine = _affine(norm)
-    if affine is None or not _is_weighted(layer) or len(layer.shape) < 2:
+    module = _norm(norm)
+    if module is None or module.running_mean is None or not _is_weighted(layer) or len(layer.shape) < 2:
         return False
     _, _, dense = _geometry(layer.layer_call.module)
-    return layer.shape[1] == len(affine[0]) and not (dense and len(layer.shape) != 2)
+    return layer.shape[1] == len(module.running_mean) and not (dense and len(layer.shape) != 2)
 
 
 def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
     """Fuses layer → BN."""
-    affine = _affine(norm)
-    if affine is None or not norm.is_identity:
+    affine = _affine(norm) if norm.is_identity else None
+    if affine is None:
         return
     scale, shift = affine
     module = layer.layer_call.module
@@ -143,8 +149,8 @@ def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
 
 def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
     """Fuses BN → layer, or BN → ReLU → layer; the layer then reads the input of the batch normalization."""
-    affine = _affine(norm)
-    if affine is None or norm.is_identity:
+    affine = None if norm.is_identity else _affine(norm)
+    if affine is None:
         return
     scale = affine[0]
     call = layer.layer_call

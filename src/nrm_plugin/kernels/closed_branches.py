@@ -129,7 +129,7 @@ class _Reader:
         images: list[_Image] = []
         for modify_input, modify in zip(self.rule.input_modifiers, self.rule.param_modifiers, strict=True):
             is_all = isinstance(self.rule, ZPlus) and not images and is_positive(self.call.input)
-            source = self.call.input if is_all else modify_input(self.call.input).detach()
+            source = self.call.input if is_all else self._source(modify_input)
             image = self._image(source, modify.modifier(self.weight, "weight"))
             if image is None:
                 return None
@@ -137,6 +137,11 @@ class _Reader:
             if is_all:
                 break
         return images
+
+    def _source(self, modify: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the modified input; the input itself if the rule does not modify it, since its image is known."""
+        source = modify(self.call.input)
+        return source if source is self.call.input else source.detach()
 
     def _image(self, source: Tensor, weight: Tensor) -> _Image | None:
         maps = explicit_maps(twin_of(self.call.module), weight, source)
@@ -174,7 +179,7 @@ class _Reader:
 
         The mean weight of a channel cancels in the second branch, which needs sums of its inputs only.
         """
-        same, size = (modify(self.call.input).detach() for modify in self.rule.input_modifiers)
+        same, size = (self._source(modify) for modify in self.rule.input_modifiers)
         windows = window_maps(twin_of(self.call.module), self.weight, size)
         image = None if windows is None else self._image(same, self.weight)
         if windows is None or image is None:

@@ -13,7 +13,7 @@ from zennit.core import Hook
 from ..model.affine_layers import WEIGHTED, broadcast, is_affine
 from ..model.autocast import current
 from ..model.custom_layers import WeightRecorder, is_own_layer
-from .forward_state import Saved
+from .forward_state import Saved, without_torch_function
 from .known_rules import is_by_modifiers
 from .layer_call import Image, reads_image
 
@@ -40,8 +40,14 @@ class SeparateBias(TorchFunctionMode):
         kwargs = kwargs or {}
         if len(args) < 3 or args[1] is not self.weight or args[2] is not self.bias or self.weight is None:
             return func(*args, **kwargs)
-        image = self._run(func, args[0].detach(), self.weight.detach(), args[3:], kwargs)
-        self.image = (image, self.weight.detach())
+        return self._separated(func, args[0], self.weight, args[3:], kwargs)
+
+    @without_torch_function
+    def _separated(
+        self, func: Callable[..., Any], source: Tensor, weight: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        image = self._run(func, source.detach(), weight.detach(), rest, kwargs)
+        self.image = (image, weight.detach())
         return image if self.bias is None else image + broadcast(self.bias.detach(), self.layer, image)
 
     def _run(

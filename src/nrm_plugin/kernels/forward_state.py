@@ -107,6 +107,8 @@ class _Running(threading.local):
         given: Identities of the parameters among the inputs of the model, without a listener.
         made: Leaves that the model created, by identity; None if such leaves carry relevance.
         depending: For each autograd node seen in this pass, whether it depends on an input of the model.
+        renormalized: The tables of embeddings that torch would have renormalized in this pass, by identity.
+        reference: The pass of the reference, if relevance is of a difference; else None.
     """
 
     def __init__(self) -> None:
@@ -119,6 +121,8 @@ class _Running(threading.local):
         self.given: frozenset[int] = frozenset()
         self.made: dict[int, Tensor] | None = None
         self.depending: dict[Any, bool] = {}
+        self.renormalized: dict[int, Tensor] = {}
+        self.reference: Any = None
 
 
 class Listener(Protocol):
@@ -291,19 +295,20 @@ def next_node() -> int:
 
 
 @contextmanager
-def forward_pass(listener: Listener | None) -> Iterator[None]:
+def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[None]:
     """Provides a fresh state for one forward pass, so that a pass that raises leaves nothing behind.
 
     Args:
         listener: The object notified of every step; the model must be called with copies of its inputs made inside this
             context. None for a pass without recording.
+        reference: A :class:`~nrm_plugin.kernels.reference_pass.ReferencePass`, if relevance is of a difference.
     """
     outer = dict(RUNNING.__dict__)
     first_node = None
     if listener is not None:
         first_node = next_node()
     RUNNING.__dict__.update(modules=[], pauses=0, saved={}, listener=listener, weights=(), made=None)
-    RUNNING.__dict__.update(first_node=first_node, depending={})
+    RUNNING.__dict__.update(first_node=first_node, depending={}, reference=reference)
     try:
         yield
     finally:

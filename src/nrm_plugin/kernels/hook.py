@@ -21,6 +21,7 @@ from zennit.rules import Pass
 from ..errors import InputError, UnsupportedRuleError, autocast_outside
 from ..model.autocast import asked_for
 from ..model.custom_layers import WeightRecorder, is_own_layer
+from ..model.renormalization import check_unused
 from ..model.shallow_copies import shared_copy
 from .forward_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 from .forward_state import (
@@ -151,6 +152,8 @@ class StepHook(Hook):
                 "the model's input. As in Zennit, its rule propagates all relevance to the first of them.",
                 stacklevel=2,
             )
+        if RUNNING.renormalized:
+            check_unused(RUNNING.renormalized, module._parameters.values())
         passed = {key: _detached(module, tensor) for key, tensor in computed.items()}
         if _has_backward_hooks(module):  # the input keeps its history, so that the hooks receive its relevance
             passed = {key: tensor if key == 0 else passed[key] for key, tensor in computed.items()}
@@ -213,9 +216,7 @@ class StepHook(Hook):
             return None
         step = self._step(call, *_shell(module, call), output)
         self._check_rule(step)
-        if self.fuse is not None:
-            with not_recorded():
-                self.fuse(step, call.source)
+        self._fuse(step, call.source)
         if (observer := listener()) is not None:
             observer.on_step(module, step)
         return self._linked(call, step, output)
@@ -235,6 +236,12 @@ class StepHook(Hook):
         output, image = output.detach(), seen_image(call.mode, self.rule)
         layer_call = LayerCall.of(own_copy(self.rule), shell, run, call.saved_input, output, self.name, image)
         return LayerStep(layer_call, output, self.normalization)
+
+    @without_torch_function
+    def _fuse(self, step: LayerStep, source: Tensor) -> None:
+        if self.fuse is not None:
+            with not_recorded():
+                self.fuse(step, source)
 
     def _check_rule(self, step: LayerStep) -> None:
         """Raises unless the rule is linear; an unknown rule is tested at its first call."""

@@ -55,12 +55,16 @@ class LayerStep(Step):
         self.feeds_fold = False
         self.has_dense_norm = False
 
-    def _build(self) -> Kernel:
+    def fold(self) -> None:
+        """Fuses the layer with its batch normalization, so that the call is final."""
         while self.folds:
             self.folds.pop(0)()
+
+    def _build(self) -> Kernel:
+        self.fold()
         call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # needed once
         # The column sums of a dense layer with a batch normalization are checked, so its kernel must have them.
-        kernel = read_rule(call, None if self.has_dense_norm else self._normalization)
+        kernel = read_rule(call, None if self.has_dense_norm else self.normalization)
         if isinstance(kernel, IdentityKernel) and (self.is_identity or not self.feeds_fold):
             self.layer_call = without_values(self.layer_call)
         return kernel

@@ -33,6 +33,7 @@ class Step(ABC):
         rule: Name of the rule or operation.
 
     Attributes:
+        normalization: The normalization of columns.
         call: Number of the call of the module or function.
         dtype: The dtype of relevance at the output.
         device: The device of the output.
@@ -52,7 +53,7 @@ class Step(ABC):
         self.shape = output.shape
         self.dtype, self.device = working_dtype(output.dtype), output.device
         self.is_short = is_short(output)
-        self._normalization = normalization
+        self.normalization = normalization
         self._kernel: Kernel | None = None
         self._scaling: Scaling | None = None
         self._lock = threading.RLock()
@@ -90,7 +91,7 @@ class Step(ABC):
         return self._scaling_of(kernel.column_sum(like).detach())
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
-        return self._normalization.scaling_by_blocks(column_sum)
+        return self.normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
         """Returns gain and deficit at all entries where this relevance is not zero; None stands for any relevance."""

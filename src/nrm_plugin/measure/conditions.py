@@ -48,7 +48,7 @@ def event_list(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
     return events, False
 
 
-def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: float | None) -> None:
+def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: float | None, least: float = 0.0) -> None:
     """Raises where ``μ(· | event)`` is not defined or not stable.
 
     Args:
@@ -56,6 +56,7 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
         mass: Mass of the event, ``(N,)``.
         variation: Variation of the event, ``(N,)``.
         min_ratio: Smallest ``|mass|`` relative to the variation; None for the default of the dtype.
+        least: The largest variation that counts as zero.
 
     Raises:
         NullEventError: If the variation of a sample is zero.
@@ -65,7 +66,7 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
     ratio = MIN_RATIO[mass.dtype] if min_ratio is None else min_ratio
     if not isinstance(ratio, numbers.Real) or not float(ratio) >= 0:
         raise ValueError(f"min_ratio={brief(min_ratio)} is unknown; give a number of at least 0, or None.")
-    null = variation == 0
+    null = variation <= least
     if bool(null.any()):
         is_null = null.tolist()
         raise NullEventError(

@@ -37,6 +37,8 @@ class Measure(Protocol):
 
     @property
     def batch(self) -> int: ...
+    @property
+    def sign(self) -> Tensor: ...
     def __call__(self, event: Any) -> Tensor: ...
     def marginal(self, layer: Any, over: Any = ..., *, joint: Any = ...) -> Any: ...
     def joints(self, layers: Any, over: Any = ...) -> list[Tensor]: ...
@@ -114,7 +116,9 @@ def flow_graph(
     carried = shown[0].event
     for one in shown[1:]:
         carried = carried & one.event
-    return FlowGraph(tuple(one.layer for one in shown), joints, float(mu(carried)[number]))
+    graph = FlowGraph(tuple(one.layer for one in shown), joints, float(mu(carried)[number]))
+    sign = float(mu.sign[number])
+    return graph if sign == 1 else graph.times(sign)
 
 
 def ordered_taps(mu: Any, layers: Sequence[Any]) -> list[tuple[Any, Tap]]:

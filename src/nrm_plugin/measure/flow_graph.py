@@ -110,6 +110,19 @@ class FlowGraph:
         joints = tuple(up @ joint @ down.T for joint, (up, down) in zip(self.joints, pairwise(sums), strict=True))
         return FlowGraph(layers, joints, self.carried if layers == self.layers else None)
 
+    def times(self, factor: float) -> FlowGraph:
+        """Returns the graph with all masses multiplied by a factor, such as the explained output.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> graph = RelevanceMeasure(net, torch.randn(1, 3), 1).flow(["1", "input"]).times(-1)
+            >>> round(sum(node.mass for node in graph.nodes if node.layer == "1"), 5)
+            -1.0
+        """
+        carried = None if self.carried is None else factor * self.carried
+        joints = tuple(factor * joint for joint in self.joints)
+        return FlowGraph(tuple(layer.times(factor) for layer in self.layers), joints, carried)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the graph as nested dictionaries and lists of numbers and strings.
 

@@ -38,7 +38,8 @@ def flow_maps(
 
     Returns:
         The heat maps, ``(H, W)``, by the key of the node. Each sums to the share of the group's walks that reach the
-        input.
+        input. If the measure explains a difference of outputs, each map has the sign of its node, so that positive
+        values are evidence for the target.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -50,7 +51,7 @@ def flow_maps(
     tap = mu._tap(lowest)
     if len(tap.shape) < 3:
         return {}
-    keys, events = [], []
+    keys, events, signs = [], [], []
     for layer in graph.layers:
         if layer.name == lowest or not layer.groups:
             continue
@@ -60,11 +61,13 @@ def flow_maps(
             if node.kind == "group":
                 keys.append(node.key)
                 events.append(at(layer.name)[labels == node.group])
+                signs.append(-1 if mu.explains_difference and node.mass < 0 else 1)
     if not events:
         return {}
     conditionals = mu.marginal(lowest, given=events, min_ratio=0)[:, sample]
     channel = tap.channel_dim % len(tap.shape) - 1
-    return {key: _heat_map(values, channel) for key, values in zip(keys, conditionals, strict=True)}
+    rows = zip(keys, conditionals, signs, strict=True)
+    return {key: _heat_map(sign * values, channel) for key, values, sign in rows}
 
 
 def _heat_map(values: Tensor, channel: int) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ class FlowError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class FlowLayer:
-    """One layer of a flow graph; ``sum(masses) + rest + sink + bypass == 1``.
+    """One layer of a flow graph; ``sum(masses) + rest + sink + bypass`` is 1, or -1 for a negative difference.
 
     Attributes:
         name: Name of the tap.
@@ -52,6 +52,12 @@ class FlowLayer:
             FlowNode(self.name, "rest", None, f"{self.others} others", self.rest),
             FlowNode(self.name, "off", None, _off_label(self.sink, self.bypass), self.sink + self.bypass),
         ]
+
+    def times(self, factor: float) -> FlowLayer:
+        """Returns the layer with all masses multiplied by a factor."""
+        masses = tuple(factor * mass for mass in self.masses)
+        rest, sink, bypass = (factor * mass for mass in (self.rest, self.sink, self.bypass))
+        return replace(self, masses=masses, rest=rest, sink=sink, bypass=bypass)
 
 
 def _off_label(sink: float, bypass: float) -> str:

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Unpack, overload
 
-import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from ..composites import Uncovered, normalize
-from ..events.event import Atom, Event, Side
+from ..composites import Uncovered
+from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..model.inputs_and_outputs import Call, Inputs, Output
-from ..model.targets import chosen_target, normalized, sample_sums, start_vector
 from ..recording.passes import Cost
 from ..recording.recording import Recording
 from . import conservation
@@ -24,14 +22,17 @@ from .description import explanation
 from .flow import flow_graph, ordered_taps
 from .flow_graph import TOP, FlowGraph
 from .groups import Over, over_each
-from .layer_taps import Layer, layer_list, several_layers, taps_of
+from .layer_taps import Layer, layer_list, several_layers
 from .memory import check_memory
 from .partitions import Names
-from .query_passes import QueryPasses, query
+from .query_passes import query
+from .recorded import Recorded
+from .references import Slopes, composite_of, reference_of
+from .start import start_of
 from .totals import pass_totals
 
 
-class RelevanceMeasure(QueryPasses):
+class RelevanceMeasure(Recorded):
     r"""Relevance as a normalized signed measure over the walks of a network, one measure per sample.
 
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
@@ -50,6 +51,15 @@ class RelevanceMeasure(QueryPasses):
         residual: Treatment of relevance that a rule does not propagate: ``"redistribute"`` (the default) or ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
         start: Signed vector over the outputs, instead of a target, or a function that returns it for the outputs.
+        against: Explain the difference of the target from another output: ``"rest"`` for the other classes, weighted
+            by their softmax; another target; or a function of the outputs that returns a target, or the weights of all
+            outputs. The weighted outputs form one number :math:`\sum_k s_k f_k`, which may be negative, fused with the
+            last layer; the tap ``"output"`` is this number, ``(N, 1)``.
+        reference: Explain the difference :math:`\sum_k s_k (f_k(x) - f_k(x^0))` to this reference, in the form of the
+            inputs, or one for all samples. Without a composite, every operation has the slope between reference and
+            input, and nothing is absorbed; the rules of a composite apply to differences. A start vector may sum to 0.
+            A list of references is the mixture :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
+        slopes: ``"secant"``, or ``"tangent"`` for derivatives at the input, whose error is absorbed.
         additional_forward_args: Further positional arguments of the model; a tuple, or a single argument.
         additional_forward_kwargs: Further keyword arguments.
         output: The tensor to explain if the model returns several: a key, a position, or a function of the returned
@@ -88,6 +98,9 @@ class RelevanceMeasure(QueryPasses):
         residual: Residual | None = None,
         gain_limit: float | None = None,
         start: Any = None,
+        against: Any = None,
+        reference: Any = None,
+        slopes: Slopes = "secant",
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
         output: Output | Atom | None = None,
@@ -96,95 +109,13 @@ class RelevanceMeasure(QueryPasses):
         max_memory: float | None = None,
     ) -> None:
         self._max_memory = check_memory(max_memory)
-        self.composite = normalize(composite, residual, gain_limit, uncovered)
+        self.composite = composite_of(composite, residual, gain_limit, uncovered, reference)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
-        self._recording = Recording(model, call, self.composite, output)
-        outputs = self._recording.unfolded()
-        vector = start_vector(outputs, chosen_target(target, self.outputs, batched), start)
-        self._start = self._recording.started(normalized(vector))
-        self._output = sample_sums(vector * outputs) / sample_sums(vector)
+        call, recorded = reference_of(call, reference, slopes)
+        self._recording = Recording(model, call, self.composite, output, recorded)
+        self._start, self._output = start_of(self._recording, target, start, against)
+        self._is_difference = against is not None or reference is not None
         self.cost = Cost()
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the taps, in execution order.
-
-        Examples:
-            >>> mu.layers
-            ['input', '0', '1', '2', 'output']
-        """
-        return self._recording.taps.layers
-
-    @property
-    def outputs(self) -> Tensor:
-        """The explained outputs as the model returned them, detached, ``(N, …)``.
-
-        Examples:
-            >>> torch.equal(mu.outputs[:, 1], mu.output)
-            True
-        """
-        return self._recording.outputs()
-
-    @property
-    def output(self) -> Tensor:
-        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``; the measure times this value is the usual LRP score.
-
-        Examples:
-            >>> mu.output.shape
-            torch.Size([5])
-        """
-        return self._output.clone()
-
-    @property
-    def batch(self) -> int:
-        """Number of samples.
-
-        Examples:
-            >>> mu.batch
-            5
-        """
-        return self._recording.samples.count
-
-    def shape(self, layer: Layer) -> torch.Size:
-        """Returns the shape of a tap: ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
-
-        Examples:
-            >>> mu.shape("1")
-            torch.Size([5, 4])
-        """
-        return self._tap(layer).shape
-
-    def channel_dim(self, layer: Layer) -> int:
-        """Returns the channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.
-
-        Raises:
-            UnknownLayerError: If no tap has this name; the message lists similar names.
-
-        Examples:
-            >>> mu.channel_dim("1")
-            1
-        """
-        tap = self._tap(layer)
-        return tap.channel_dim % len(tap.shape)
-
-    def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
-        """Returns the taps of a layer: one, or one per tensor of a tuple.
-
-        Raises:
-            UnknownLayerError: If no tap has this name.
-
-        Examples:
-            >>> mu.taps_of("1")
-            [at('1')]
-        """
-        return taps_of(self._recording, layer, side)
-
-    def __repr__(self) -> str:
-        rules, settings = type(self.composite.composite).__name__, self.composite.normalization
-        return (
-            f"RelevanceMeasure({self.batch} samples, {len(self._recording.taps)} taps, {rules}, "
-            f"residual={settings.residual!r}, gain_limit={settings.gain_limit})"
-        )
 
     @overload
     def marginal(self, layer: Layer, over: Over | None = ..., **of: Unpack[Condition]) -> Tensor: ...
@@ -248,7 +179,7 @@ class RelevanceMeasure(QueryPasses):
             >>> torch.allclose(total, torch.ones(5), atol=1e-5)
             True
         """
-        return conservation.absorbed(self._totals, [self._tap(layer)], kind)
+        return self._mixed(conservation.absorbed(self._totals, [self._tap(layer)], kind))
 
     @query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
@@ -258,7 +189,7 @@ class RelevanceMeasure(QueryPasses):
             >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))
             True
         """
-        return conservation.absorbed(self._totals, [self._tap(tap) for tap in taps])
+        return self._mixed(conservation.absorbed(self._totals, [self._tap(tap) for tap in taps]))
 
     @query
     def bypass(self, layer: Layer) -> Tensor:
@@ -268,7 +199,7 @@ class RelevanceMeasure(QueryPasses):
             >>> mu.bypass("1")
             tensor([0., 0., 0., 0., 0.])
         """
-        return conservation.bypassing(self._totals, self._tap(layer))
+        return self._mixed(conservation.bypassing(self._totals, self._tap(layer)))
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
@@ -279,7 +210,7 @@ class RelevanceMeasure(QueryPasses):
             >>> sorted(leaky.sinks())
             ['0', '2']
         """
-        return conservation.step_sinks(self._totals, kind)
+        return {name: self._mixed(mass) for name, mass in conservation.step_sinks(self._totals, kind).items()}
 
     @query
     def variation(self, layer: Layer) -> Tensor:
@@ -291,7 +222,7 @@ class RelevanceMeasure(QueryPasses):
             >>> bool((mu.variation("1") >= 0.999).all())
             True
         """
-        return conservation.tap_variation(self._totals, self._tap(layer))
+        return self._mixed(conservation.tap_variation(self._totals, self._tap(layer)))
 
     @query
     def walk_variation(self, surviving: bool = False) -> Tensor:
@@ -309,7 +240,7 @@ class RelevanceMeasure(QueryPasses):
         """
         totals = pass_totals(self._recording, self._start.abs(), absolute=True)
         self.cost = totals.cost
-        return conservation.walk_variation(totals, self._totals if surviving else None)
+        return self._mixed(conservation.walk_variation(totals, self._totals if surviving else None))
 
     @query
     def __call__(
@@ -413,6 +344,8 @@ class RelevanceMeasure(QueryPasses):
         sample: int | None = None,
     ) -> FlowGraph:
         """Returns the flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
+
+        All masses are multiplied by :attr:`sign`, which matters if a difference of outputs is negative.
 
         Args:
             layers: The layers, in any order; of each two, one must be below the other.

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import EventError, StaleMeasureError, StorageError, brief
+from ..errors import DifferenceError, EventError, StaleMeasureError, StorageError, brief
 from ..events.event import Event
 from ..model.autocast import exact
 from ..recording.passes import Cost
@@ -106,7 +106,7 @@ class QueryPasses:
         if given is not None and joint is not None:
             raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
         if given is None and joint is None:
-            maps = separate_maps(self._pass(taps), taps)
+            maps = [self._mixed(values) for values in separate_maps(self._pass(taps), taps)]
         else:
             maps = self._event_maps(taps, joint if given is None else given, given is not None, min_ratio)
         return maps if over is None else [summed(values, tap, over) for values, tap in zip(maps, taps, strict=True)]
@@ -116,19 +116,27 @@ class QueryPasses:
         results = self._results(events, taps)
         if is_given:
             for one, result in zip(events, results, strict=True):
-                check_condition(one, result.mass, result.variation, min_ratio)
+                check_condition(one, result.mass, result.variation, min_ratio, self._recording.least)
         maps = event_maps(self._recording, results, taps, is_given)
         return [values[0] for values in maps] if is_single else maps
 
     def _results(self, events: Sequence[Event], taps: Sequence[Tap] = ()) -> list[EventResult]:
         places = [tap.place for tap in taps]
         results, self.cost = event_results(self._recording, self._start, events, places, self._max_memory)
-        return results
+        if self._recording.references == 1:
+            return results
+        mixed = self._mixed
+        return [EventResult(mixed(one.mass), mixed(one.variation), [mixed(m) for m in one.maps]) for one in results]
+
+    def _mixed(self, values: Tensor) -> Tensor:
+        """Sums ``(N · references, …)`` over the references of each sample, if there are several."""
+        count = self._recording.references
+        return values if count == 1 else values.reshape(-1, count, *values.shape[1:]).sum(1)
 
     def _masses(self, events: Sequence[Event], given: Event | None, min_ratio: float | None) -> Tensor:
         """Returns the masses of the events, ``(E, N)``."""
         if not events:
-            return self._start.new_zeros((0, self._recording.samples.count))
+            return self._start.new_zeros((0, self._recording.samples.count // self._recording.references))
         if given is not None:
             check_event(given, "given= takes one event; for several conditions, make one query for each. ")
             events = [*(item & given for item in events), given]
@@ -136,7 +144,7 @@ class QueryPasses:
         mass = torch.stack([result.mass for result in results])
         if given is None:
             return mass
-        check_condition(given, mass[-1], results[-1].variation, min_ratio)
+        check_condition(given, mass[-1], results[-1].variation, min_ratio, self._recording.least)
         return mass[:-1] / mass[-1]
 
     def _conditionals(self, event: Event, layer: Layer | None) -> dict[str, Tensor]:
@@ -144,6 +152,11 @@ class QueryPasses:
         names = {name: name for name in self._recording.taps.layers} if layer is None else {"": layer}
         taps = {name: self._tap(one) for name, one in names.items()}
         check_event(event)
+        if self._recording.references > 1:
+            raise DifferenceError(
+                "conditional(event, layer) has no value for several references, whose mixture is no product measure. "
+                "Ask mu(event, given=at(layer)[…]), or take the measure of each reference."
+            )
         diagram = DecisionDiagram(self._recording, [event])
         if layer is not None:
             check_below(diagram, taps[""], event, layer)
@@ -162,7 +175,7 @@ class QueryPasses:
                 raise EventError(f"{brief(lower)} is not below {brief(upper)}; {remedy}.")
         totals = self._pass([above for above, _ in pairs])
         matrices, self.cost = joint_matrices(totals, pairs, groups, self._max_memory)
-        return matrices
+        return [self._mixed(matrix) for matrix in matrices]
 
     def _check_fresh(self) -> None:
         changed = self._recording.fingerprint.changed()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +18,14 @@ _NAMES = ("input", "weight", None, "max_norm", "norm_type")
 
 
 class Tables:
-    """The tables of one forward pass that torch would renormalize."""
+    """The tables of one forward pass that torch would renormalize.
 
-    def __init__(self) -> None:
-        self._changed: dict[int, Tensor] = {}
+    Args:
+        changed: The tables that torch would have changed so far, by identity.
+    """
+
+    def __init__(self, changed: dict[int, Tensor]) -> None:
+        self._changed = changed
 
     def passed(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -65,9 +69,15 @@ class Tables:
         if not self._changed or not isinstance(result, Tensor) or id(result) in self._changed:
             return
         values = (*args, *kwargs.values())
-        items = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
-        if not any(id(item) in self._changed for item in items):
-            return
+        check_unused(self._changed, values)
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                check_unused(self._changed, value)
+
+
+def check_unused(changed: Mapping[int, Tensor], values: Iterable[Any]) -> None:
+    """Raises :class:`ModelStateError` if a table that torch would have changed is among the given values."""
+    if any(id(value) in changed for value in values):
         raise ModelStateError(
             "the model uses the table of an embedding with max_norm once more, as the weight of another layer, so that "
             "torch would change this layer in the forward pass. Call `model(inputs)` once before: it renormalizes the "
@@ -80,7 +90,7 @@ class TablesUnwritten(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._tables = Tables()
+        self._tables = Tables({})
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,4 +99,4 @@ class TablesUnwritten(TorchFunctionMode):
         return func(*args, **keywords)
 
 
-__all__ = ["Tables", "TablesUnwritten"]
+__all__ = ["Tables", "TablesUnwritten", "check_unused"]

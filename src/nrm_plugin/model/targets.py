@@ -94,8 +94,8 @@ def normalized(start: Tensor) -> Tensor:
     bad = total.abs() <= MIN_TOTAL * absolute
     if bool(bad.any()):
         raise TargetError(
-            f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. A difference of "
-            "outputs has no measure: construct a measure of each output and subtract the results."
+            f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. For a difference of "
+            "outputs, give the compared output by against=: RelevanceMeasure(model, inputs, target, against=other)."
         )
     return start / total.reshape(-1, *(1,) * (start.ndim - 1))
 
@@ -116,7 +116,7 @@ class Neurons:
 
     def __call__(self, values: Tensor) -> Tensor:
         """Returns the start vector for the outputs ``(N, …)`` of a layer."""
-        slope = self._slope(values)
+        slope = self.slope(values)
         self.activation = (slope * values).flatten(1).sum(1)
         if bool((slope != 0).flatten(1).sum(1).le(1).all()):
             return slope  # a single neuron starts with all mass, even if it is not active
@@ -124,8 +124,8 @@ class Neurons:
         silent = (start == 0).flatten(1).all(1).reshape(-1, *(1,) * (values.ndim - 1))
         return torch.where(silent, slope, start)
 
-    def _slope(self, values: Tensor) -> Tensor:
-        """Returns the weight of each neuron in the sum of activations."""
+    def slope(self, values: Tensor) -> Tensor:
+        """Returns the weight of each neuron in the sum of activations, ``(N, …)``."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()

@@ -13,6 +13,7 @@ from ..errors import InputError, UnsupportedOperationError
 from ..measure.layer_taps import Layer
 from ..model.autocast import working_dtype
 from ..model.inputs_and_outputs import Call
+from ..recording.recording import Reference
 from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .program import Program
 from .programs import Programs
@@ -35,8 +36,11 @@ class EveryShortcut(frozenset[str]):
 
 
 def explained_model(
-    settings: Settings, call: Callable[[], Call], tensors: list[Tensor], layers: Sequence[Layer]
-) -> ExplainedModel:
+    settings: Settings,
+    call: Callable[[], tuple[Call, Reference | None]],
+    tensors: list[Tensor],
+    layers: Sequence[Layer],
+) -> tuple[ExplainedModel, list[Tensor]]:
     """Traces a model and the marginals of some layers, without shortcuts that depend on values.
 
     Args:
@@ -45,6 +49,9 @@ def explained_model(
         tensors: The tensors of the call.
         layers: The layers.
 
+    Returns:
+        The module, and example arguments.
+
     Raises:
         UnsupportedOperationError: If the computation cannot be repeated for other inputs.
     """
@@ -52,7 +59,7 @@ def explained_model(
     programs.avoided = EveryShortcut()
     with torch.enable_grad():
         recorded = TracedRecording(settings, call, tensors, programs.avoided)
-    mu = PlannedMeasure(settings, programs, call, tensors, None, _predicted, recorded)
+    mu = PlannedMeasure(settings, programs, call, tensors, None, _predicted, None, recorded)
     mu.marginal(list(layers))
     if programs.latest is None:
         why = programs.obstacle or "; ".join(programs.lines()) or "the query was not traced"
@@ -60,7 +67,8 @@ def explained_model(
             f"the plan cannot be exported: {why}. Rewrite this part of the model, or take measures in Python."
         )
     names = [layer if isinstance(layer, str) else str(layer) for layer in layers]
-    return ExplainedModel(programs.latest.program, names, recorded.outputs[0])
+    module = ExplainedModel(programs.latest.program, names, recorded.outputs[0])
+    return module, [*tensors, torch.full((len(recorded.outputs[0]),), -1, device=recorded.outputs[0].device)]
 
 
 def _predicted(outputs: Tensor) -> Tensor:
@@ -88,7 +96,7 @@ class ExplainedModel(nn.Module):
                 f"the explained outputs have shape {tuple(outputs.shape)}, but an exported program takes one class for "
                 "each sample, so the outputs must be (N, K) or (N,). Select such outputs by Plan(…, output=…)."
             )
-        self.layers, self.example = list(layers), outputs.detach()
+        self.layers = list(layers)
         self._program, self._dtype = program, working_dtype(outputs.dtype)
         self._permutations: dict[int, list[int]] = {}
         used: set[int] = set()
@@ -117,7 +125,7 @@ class ExplainedModel(nn.Module):
         scores = unfolded.reshape(len(unfolded), -1)
         target = torch.where(target < 0, scores.argmax(1), target)
         start = target[:, None] == torch.arange(scores.shape[1], device=scores.device)
-        values[program.start] = start.to(self._dtype).reshape(unfolded.shape)
+        values[program.start[0]] = start.to(self._dtype).reshape(unfolded.shape)
         self._run(program.operations[program.until :], values, checks)
         relevance = {layer: values[number].clone() for layer, number in zip(self.layers, program.results, strict=True)}
         is_valid = target < scores.shape[1]

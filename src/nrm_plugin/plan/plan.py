@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from ..composites import Uncovered, normalize
+from ..composites import Normalized, Uncovered
 from ..errors import InputError, StorageError
 from ..events.event import Atom
 from ..kernels.normalization import Residual
 from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
 from ..measure.memory import check_memory
+from ..measure.references import Slopes, composite_of, reference_of
 from ..model.checks import check_module
 from ..model.inputs_and_outputs import Call, Inputs, Output
+from ..recording.recording import Reference
 from .export import explained_model, save
 from .keys import call_key
 from .model_state import ModelState, settings
@@ -41,7 +44,7 @@ class Plan:
     Args:
         model: Any module, in evaluation mode.
         inputs: Inputs like those of later calls, ``(N, …)``.
-        composite, residual, gain_limit, output, batched, uncovered, max_memory: As in
+        composite, residual, gain_limit, output, batched, uncovered, reference, slopes, max_memory: As in
             :class:`~nrm_plugin.RelevanceMeasure`.
         additional_forward_args, additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
@@ -72,18 +75,22 @@ class Plan:
         output: Output | Atom | None = None,
         batched: bool = True,
         uncovered: Uncovered | None = None,
+        reference: Any = None,
+        slopes: Slopes = "secant",
         max_memory: float | None = None,
     ) -> None:
         check_module(model)
         self.model = model
-        self._composite = normalize(composite, residual, gain_limit, uncovered)
+        self._rules: _Rules = (composite, residual, gain_limit, uncovered)
         self._output, self._batched, self._max_memory = output, batched, check_memory(max_memory)
-        self._renew()
+        self._slopes: Slopes = slopes
+        self._composites: dict[bool, Normalized] = {}
         self._first: tuple[Hashable, list[tuple[int, int]], TracedRecording] | None = None
-        key, tensors, call = self._form(inputs, additional_forward_args, additional_forward_kwargs)
-        programs = self._forms[key]
-        avoided = None if programs.obstacle else programs.avoided
-        self._first = (key, _identities(tensors), TracedRecording(self._settings, call, tensors, avoided))
+        self._renew()
+        form = self._form(inputs, additional_forward_args, additional_forward_kwargs, reference)
+        avoided: frozenset[str] | None = frozenset() if form.tensors else None
+        recorded = TracedRecording(form.settings, form.call, form.tensors, avoided)
+        self._first = (form.key, _identities(form.tensors), recorded)
 
     def __call__(
         self,
@@ -91,6 +98,8 @@ class Plan:
         target: Any = None,
         *,
         start: Any = None,
+        against: Any = None,
+        reference: Any = None,
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> RelevanceMeasure:
@@ -100,6 +109,8 @@ class Plan:
             inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
             target: As in :class:`~nrm_plugin.RelevanceMeasure`.
             start: As in :class:`~nrm_plugin.RelevanceMeasure`.
+            against: As in :class:`~nrm_plugin.RelevanceMeasure`.
+            reference: As in :class:`~nrm_plugin.RelevanceMeasure`.
             additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
             additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
@@ -112,12 +123,14 @@ class Plan:
         """
         if self.has_changed():
             self._renew()
-        key, tensors, call = self._form(inputs, additional_forward_args, additional_forward_kwargs)
+        form = self._form(inputs, additional_forward_args, additional_forward_kwargs, reference)
         recorded, self._first = self._first, None
-        if recorded is not None and recorded[:2] != (key, _identities(tensors)):
+        if recorded is not None and recorded[:2] != (form.key, _identities(form.tensors)):
             recorded = None
         first = None if recorded is None else recorded[2]
-        return PlannedMeasure(self._settings, self._forms[key], call, tensors, target, start, first)
+        # Compared outputs without a reference are one number on top of the outputs, with taps of its own.
+        programs = self._programs(form, against is not None and reference is None)
+        return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
         """Says for each form of calls which queries have programs, or why calls are recorded every time."""
@@ -140,9 +153,9 @@ class Plan:
     ) -> None:
         """Writes a program that returns outputs and their relevance, and that needs only PyTorch.
 
-        The program is loaded by ``torch.export.load(path).module()``. Its arguments are the tensors of a call, in order,
-        of the same shapes as ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the
-        class of the largest output. It returns a dictionary:
+        The program is loaded by ``torch.export.load(path).module()``. Its arguments are the tensors of a call in
+        order, of the same shapes as ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the class
+        of the largest output. It returns a dictionary:
 
         - ``"outputs"``: the outputs of the model;
         - ``"target"``: the explained class of each sample, ``(N,)``;
@@ -175,24 +188,21 @@ class Plan:
         """
         if self.has_changed():
             self._renew()
-        _, tensors, call = self._form(inputs, additional_forward_args, additional_forward_kwargs)
-        if not tensors:
+        form = self._form(inputs, additional_forward_args, additional_forward_kwargs, None)
+        if not form.tensors:
             raise InputError(
                 "an argument of the model cannot be compared, so that a program cannot be exported for it."
             )
-        module = explained_model(self._settings, call, tensors, layers)
-        save(
-            module, [*tensors, torch.zeros(len(module.example), dtype=torch.long, device=tensors[0].device)], Path(path)
-        )
+        save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
 
     def has_changed(self) -> bool:
         """Whether the model or the composite has changed, so that the next call is planned anew."""
-        return bool(self._settings.state.changed()) or settings(self._composite) != self._composite_state
+        return bool(self._state.changed()) or settings(self._rules[0]) != self._rules_state
 
     def is_useful(self, form: Hashable) -> bool:
         """Whether calls of a form have no obstacle, and their queries are not new each time."""
-        programs = self._forms.get(form)
-        return programs is None or not (programs.obstacle or programs.recordings > IDLE)
+        known = [programs for (key, _), programs in self._forms.items() if key == form]
+        return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
 
     @property
     def count(self) -> int:
@@ -202,31 +212,46 @@ class Plan:
     @property
     def memory(self) -> int:
         """Bytes of the constants of all programs, without tensors of the model."""
-        own = self._settings.state.memories()
+        own = self._state.memories()
         held = [constant for programs in self._forms.values() for constant in programs.constants()]
         storages = {one.data_ptr(): one.nbytes() for one in map(Tensor.untyped_storage, filter(_is_dense, held))}
         return sum(size for address, size in storages.items() if address not in own)
 
     def _renew(self) -> None:
-        state = ModelState(self.model)
-        self._composite_state = settings(self._composite)
-        self._settings = Settings(self.model, self._composite, self._output, self._batched, self._max_memory, state)
-        self._forms: dict[Hashable, Programs] = {}
+        self._state = ModelState(self.model)
+        self._rules_state = settings(self._rules[0])
+        self._composites.clear()
+        self._forms: dict[tuple[Hashable, bool], Programs] = {}
         self._first = None
 
-    def _form(self, inputs: Any, args: Any, kwargs: Any) -> tuple[Hashable, list[Tensor], Any]:
-        """Returns the form of a call, its tensors, and a function that makes the call."""
+    def _form(self, inputs: Any, args: Any, kwargs: Any, reference: Any) -> _Form:
+        def call() -> tuple[Call, Reference | None]:
+            return reference_of(Call(inputs, args, kwargs, self._batched), reference, self._slopes)
+
         try:
-            key, tensors = call_key((inputs, args, None if kwargs is None else dict(kwargs)))
+            key, tensors = call_key((inputs, args, None if kwargs is None else dict(kwargs), reference))
         except (TypeError, ValueError):
             key, tensors = object(), []
+        return _Form(key, tensors, call, self._settings_for(reference))
+
+    def _settings_for(self, reference: Any) -> Settings:
+        has_reference = reference is not None
+        if has_reference not in self._composites:
+            self._composites[has_reference] = composite_of(*self._rules, reference)
+        references = len(reference) if isinstance(reference, list) else 1 if has_reference else None
+        composite = self._composites[has_reference]
+        return Settings(self.model, composite, self._output, self._batched, references, self._max_memory, self._state)
+
+    def _programs(self, form: _Form, is_contrast: bool) -> Programs:
+        """Returns the programs for calls of a form."""
+        key = (form.key, is_contrast)
         if key not in self._forms:
             self._forms[key] = Programs()
-            if not tensors:
+            if not form.tensors:
                 self._forms[key].obstacle = "an argument of the model cannot be compared"
             while len(self._forms) > MOST:
                 self._forms.pop(next(iter(self._forms)))
-        return key, tensors, lambda: Call(inputs, args, kwargs, self._batched)
+        return self._forms[key]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raises an error for copy, pickle and multiprocessing.
@@ -235,6 +260,26 @@ class Plan:
             StorageError: Always.
         """
         raise StorageError("a plan cannot be copied or stored: it belongs to one model in the memory of this process.")
+
+
+_Rules = tuple[Composite | None, Residual | None, float | None, Uncovered | None]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A call of the model.
+
+    Attributes:
+        key: What calls of the same form have in common.
+        tensors: The tensors among the arguments.
+        call: Function that makes the call.
+        settings: The settings of its measure.
+    """
+
+    key: Hashable
+    tensors: list[Tensor]
+    call: Callable[[], tuple[Call, Reference | None]]
+    settings: Settings
 
 
 def _is_dense(tensor: Tensor) -> bool:

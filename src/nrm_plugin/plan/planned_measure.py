@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,11 @@ from ..composites import Normalized
 from ..errors import StaleMeasureError
 from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
+from ..measure.start import start_of
 from ..model.inputs_and_outputs import Call, Output
-from ..model.targets import chosen_target, normalized, sample_sums, start_vector
 from ..model.value_reads import avoiding
 from ..recording.passes import Cost
-from ..recording.recording import Recording
+from ..recording.recording import Recording, Reference
 from .keys import frozen
 from .model_state import ModelState
 from .program import ChangedValueError
@@ -32,6 +32,7 @@ class Settings:
 
     Attributes:
         model, composite, output, batched, max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        references: Number of references of each sample; None for a measure of outputs.
         state: The state of the model.
     """
 
@@ -39,8 +40,41 @@ class Settings:
     composite: Normalized
     output: Output | Atom | None
     batched: bool
+    references: int | None
     max_memory: int | None
     state: ModelState
+
+
+class PlannedOutputs:
+    """The outputs from which a measure starts, without a recording.
+
+    Args:
+        values: The outputs in the form ``(N, …)``, as the model returned them, and their differences to the reference,
+            if there is one.
+        is_batched: Whether the inputs have a dimension of samples.
+        references: Number of references of each sample.
+
+    Attributes:
+        start: The start in the form ``(N, …)``, and the weights of compared outputs, as given to :meth:`started`.
+    """
+
+    def __init__(self, values: Sequence[Tensor], is_batched: bool, references: int) -> None:
+        self._values, self.is_batched, self.references = values, is_batched, references
+        self.has_reference = len(values) > 2
+        self.start: list[Tensor] = []
+
+    def unfolded(self) -> Tensor:
+        return self._values[0]
+
+    def outputs(self) -> Tensor:
+        return self._values[1].clone()
+
+    def differences(self) -> Tensor:
+        return self._values[2]
+
+    def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
+        self.start = [relevance] if contrast is None else [relevance, contrast]
+        return relevance
 
 
 class TracedRecording:
@@ -55,34 +89,43 @@ class TracedRecording:
     Attributes:
         tracer: The trace; None without one.
         recording: The recording.
-        outputs: Its outputs in the form ``(N, …)``, and as the model returned them.
+        outputs: Its outputs in the form ``(N, …)``, as the model returned them, and their differences to a reference.
+        obstacle: Why the trace cannot be repeated for other inputs; empty if it can.
+        inputs: Numbers of the inputs in the trace.
         start: Relevance of the outputs in their own layout, once the recording has started.
-        numbers: The numbers of inputs, outputs and start in the trace.
+        start_numbers: Numbers of the tensors with which the measure started.
     """
 
     def __init__(
-        self, settings: Settings, call: Callable[[], Call], tensors: list[Tensor], avoided: frozenset[str] | None
+        self,
+        settings: Settings,
+        call: Callable[[], tuple[Call, Reference | None]],
+        tensors: list[Tensor],
+        avoided: frozenset[str] | None,
     ) -> None:
         self.tracer = None if avoided is None else Tracer()
         self._avoided = avoided or frozenset()
         self.inputs = [] if self.tracer is None else [self.tracer.placeholder(tensor) for tensor in tensors]
         with self.traced():
-            self.recording = Recording(settings.model, call(), settings.composite, settings.output)
-            self.outputs = (self.recording.unfolded(), self.recording.outputs())
+            made, reference = call()
+            self.recording = Recording(settings.model, made, settings.composite, settings.output, reference)
+            self.outputs = [self.recording.unfolded(), self.recording.outputs()]
+            if reference is not None:
+                self.outputs.append(self.recording.differences())
         self.obstacle = ""
         self.start: Tensor | None = None
-        self.start_number = -1
+        self.start_numbers: list[int] = []
 
     def traced(self) -> AbstractContextManager[Any]:
         """Context in which operations are appended to the trace."""
         return nullcontext() if self.tracer is None else _Traced(self.tracer, self._avoided)
 
-    def begin(self, start: Tensor) -> None:
-        """Starts the measure with relevance of the outputs, ``(N, …)``."""
+    def begin(self, start: Sequence[Tensor]) -> None:
+        """Starts the measure with relevance of the outputs, ``(N, …)``, and the weights of compared outputs."""
         if self.tracer is not None:
-            self.start_number = self.tracer.placeholder(start)
+            self.start_numbers = [self.tracer.placeholder(tensor) for tensor in start]
         with self.traced():
-            self.start = self.recording.started(start)
+            self.start = self.recording.started(*start)
         if self.tracer is not None and self.tracer.trace.obstacles:
             self.obstacle = self.tracer.trace.obstacles[0]
 
@@ -108,7 +151,7 @@ class PlannedMeasure(RelevanceMeasure):
         programs: The programs for calls of this form.
         call: Function that makes the call of the model.
         tensors: The tensors of the call.
-        target, start: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        target, start, against: As in :class:`~nrm_plugin.RelevanceMeasure`.
         recorded: A recording of this call, if there is one.
     """
 
@@ -116,10 +159,11 @@ class PlannedMeasure(RelevanceMeasure):
         self,
         settings: Settings,
         programs: Programs,
-        call: Callable[[], Call],
+        call: Callable[[], tuple[Call, Reference | None]],
         tensors: list[Tensor],
         target: Any,
         start: Any,
+        against: Any = None,
         recorded: TracedRecording | None = None,
     ) -> None:
         self._settings, self._programs, self._call, self._tensors = settings, programs, call, tensors
@@ -130,15 +174,14 @@ class PlannedMeasure(RelevanceMeasure):
         self._recorded = recorded
         self._is_answering = False
         self._state: tuple[QueryProgram, list[Any]] | None = None
-        outputs, self._returned = self._forward()
-        vector = start_vector(outputs, chosen_target(target, self.outputs, settings.batched), start)
-        self._unfolded_start = normalized(vector)
-        self._output = sample_sums(vector * outputs) / sample_sums(vector)
+        self._planned = PlannedOutputs(self._forward(), settings.batched, settings.references or 1)
+        _, self._output = start_of(self._planned, target, start, against)
+        self._is_difference = against is not None or settings.references is not None
 
     # -- the forward pass -----------------------------------------------------------------------------------------
 
-    def _forward(self) -> tuple[Tensor, Tensor]:
-        """Returns the outputs in the form ``(N, …)`` and as the model returned them."""
+    def _forward(self) -> Sequence[Tensor]:
+        """Returns the outputs, as in :class:`PlannedOutputs`."""
         latest = self._programs.latest
         if self._recorded is None and latest is not None:
             try:
@@ -147,7 +190,7 @@ class PlannedMeasure(RelevanceMeasure):
                 self._programs.reject(error)
             else:
                 self._state = (latest, state)
-                return outputs[0], outputs[1]
+                return outputs
         if self._recorded is None:
             self._recorded = self._record()
         return self._recorded.outputs
@@ -161,7 +204,7 @@ class PlannedMeasure(RelevanceMeasure):
 
     @property
     def outputs(self) -> Tensor:
-        return self._returned.clone()
+        return self._planned.outputs()[:: self._planned.references]
 
     # -- queries --------------------------------------------------------------------------------------------------
 
@@ -191,7 +234,7 @@ class PlannedMeasure(RelevanceMeasure):
         if state is None:
             self._check_inputs()
             _, state = query.program.forward(self._tensors)
-        results = query.program.relevance(state, self._unfolded_start)
+        results = query.program.relevance(state, self._planned.start)
         self.cost = query.cost
         self._programs.recordings = 0
         return query.answer(results)
@@ -203,7 +246,7 @@ class PlannedMeasure(RelevanceMeasure):
             self._recorded = self._record()
         recorded = self._recorded
         if recorded.start is None:
-            recorded.begin(self._unfolded_start)
+            recorded.begin(self._planned.start)
         if recorded.obstacle:
             self._programs.obstacle = recorded.obstacle
             return self._computed(method, args, kwargs)
@@ -212,7 +255,15 @@ class PlannedMeasure(RelevanceMeasure):
             answer = self._computed(method, args, kwargs)
         if recorded.tracer is not None:
             outputs = [recorded.tracer.number(tensor) for tensor in recorded.outputs]
-            self._programs.add(key, recorded.tracer, recorded.inputs, outputs, recorded.start_number, answer, self.cost)
+            self._programs.add(
+                key,
+                recorded.tracer,
+                recorded.inputs,
+                outputs,
+                recorded.start_numbers,
+                answer,
+                self.cost,
+            )
             del recorded.tracer.trace.obstacles[before:]
         return answer
 
@@ -264,13 +315,13 @@ class PlannedMeasure(RelevanceMeasure):
             self._check_inputs()
             self._recorded = self._record(is_traced=False)
         if self._recorded.start is None:
-            self._recorded.begin(self._unfolded_start)
+            self._recorded.begin(self._planned.start)
         return self._recorded.recording
 
     @property
     def _start(self) -> Tensor:  # type: ignore[override]
         recorded = self._recorded
-        return self._unfolded_start if recorded is None or recorded.start is None else recorded.start
+        return self._planned.start[0] if recorded is None or recorded.start is None else recorded.start
 
     def _check_inputs(self) -> None:
         """Raises :class:`StaleMeasureError` if the inputs were overwritten, which the program needs once more."""

@@ -37,7 +37,7 @@ class Program:
         trace: The trace of both stages.
         inputs: Numbers of the inputs.
         outputs: Numbers of the tensors that the first stage returns.
-        start: Number of the relevance of the outputs, with which the second stage begins.
+        start: Numbers of the tensors with which the second stage begins, such as relevance of the outputs.
         results: Numbers of the tensors that the second stage returns.
 
     Attributes:
@@ -48,7 +48,7 @@ class Program:
     """
 
     def __init__(
-        self, trace: Trace, inputs: Sequence[int], outputs: Sequence[int], start: int, results: Sequence[int]
+        self, trace: Trace, inputs: Sequence[int], outputs: Sequence[int], start: Sequence[int], results: Sequence[int]
     ) -> None:
         simple = Simplifier(trace, [*outputs, *results])
         renamed = simple.results
@@ -73,10 +73,10 @@ class Program:
         _check(checks)
         return outputs, list(state)
 
-    def relevance(self, state: list[Any], start: Tensor) -> list[Tensor]:
+    def relevance(self, state: list[Any], start: Sequence[Tensor]) -> list[Tensor]:
         """Runs the second stage and empties the state."""
-        with _plain(start.device):
-            results, checks = self._relevance(state, start)
+        with _plain(start[0].device):
+            results, checks = self._relevance(state, *start)
         _check(checks)
         return list(results)
 
@@ -180,7 +180,7 @@ class _Writer:
         self._names: dict[Any, str] = {}
 
     def written(
-        self, inputs: list[int], outputs: list[int], start: int, results: list[int]
+        self, inputs: list[int], outputs: list[int], start: Sequence[int], results: list[int]
     ) -> tuple[str, dict[str, Any]]:
         first, second = self.operations[: self.until], self.operations[self.until :]
         needed = {number for one in second for number in one.reads} | set(results)
@@ -189,17 +189,17 @@ class _Writer:
         lines = [f"def forward({', '.join(f'v{number}' for number in inputs)}):", "    checks = []"]
         lines += self._body(first, {*outputs, *passed})
         lines.append(f"    return ({self._tuple(outputs)}), ({self._tuple(passed)}), checks")
-        lines += [f"def relevance(state, v{start}):", "    checks = []"]
+        lines += [f"def relevance(state, {', '.join(f'v{number}' for number in start)}):", "    checks = []"]
         if passed:
             lines.append(f"    {self._tuple(passed)} = state")
         lines.append("    state.clear()")
-        lines += self._body(second, set(results), set(passed) | {start})
+        lines += self._body(second, set(results), set(passed) | set(start))
         lines.append(f"    return ({self._separate(results, start)}), checks")
         return "\n".join(lines), self.scope
 
-    def _separate(self, numbers: Sequence[int], start: int) -> str:
+    def _separate(self, numbers: Sequence[int], start: Sequence[int]) -> str:
         """Writes results, each in its own memory."""
-        used = {self.memory(start)}
+        used = {self.memory(number) for number in start}
         parts = []
         for number in numbers:
             text = self._text(Value(number))

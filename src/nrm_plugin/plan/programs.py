@@ -87,7 +87,7 @@ class Programs:
         tracer: Tracer,
         inputs: Sequence[int],
         outputs: Sequence[int],
-        start: int,
+        start: Sequence[int],
         answer: Any,
         cost: Cost,
     ) -> None:

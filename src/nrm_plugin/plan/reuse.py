@@ -52,8 +52,10 @@ class Measures:
         inputs: Inputs,
         target: Any = None,
         *,
-        composite: Normalized,
+        composite: Normalized | None,
         start: Any = None,
+        against: Any = None,
+        reference: Any = None,
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
         output: Output | Atom | None = None,
@@ -67,6 +69,8 @@ class Measures:
             target: As in :class:`~nrm_plugin.RelevanceMeasure`.
             composite: The rules and their normalization.
             start: As in :class:`~nrm_plugin.RelevanceMeasure`.
+            against: As in :class:`~nrm_plugin.RelevanceMeasure`.
+            reference: As in :class:`~nrm_plugin.RelevanceMeasure`.
             additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
             additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
             output: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -75,17 +79,18 @@ class Measures:
         Raises:
             NRMError: As in :class:`~nrm_plugin.RelevanceMeasure`.
         """
-        values = (inputs, additional_forward_args, additional_forward_kwargs)
+        values = (inputs, additional_forward_args, additional_forward_kwargs, reference)
         settings: dict[str, Any] = {"composite": composite, "output": output, "batched": batched}
         arguments: dict[str, Any] = {
             "additional_forward_args": additional_forward_args,
             "additional_forward_kwargs": additional_forward_kwargs,
+            "reference": reference,
         }
         with self._lock:
             plan = self._plan_for(model, values, settings, arguments)
         if plan is None:
-            return RelevanceMeasure(model, inputs, target, start=start, **settings, **arguments)
-        return plan(inputs, target, start=start, **arguments)
+            return RelevanceMeasure(model, inputs, target, start=start, against=against, **settings, **arguments)
+        return plan(inputs, target, start=start, against=against, **arguments)
 
     @property
     def plan(self) -> Plan | None:

@@ -92,12 +92,15 @@ class Simplifier:
                 varying.update(memory(number) for number in one.writes)
                 is_changed = is_changed or len(varying) > before
         written = {memory(number) for one in operations for number in one.writes}
-        rest = []
+        rest: list[Operation] = []
+        made: set[int | None] = set()
         for varies, one in zip(marked, operations, strict=True):
+            if not varies:
+                self._compute(one)
             if varies or self._is_made_each_time(one, written):
                 rest.append(one)
-            else:
-                self._compute(one)
+                made.update(one.results)
+        self.constants = {number: value for number, value in self.constants.items() if number not in made}
         return rest
 
     def _is_made_each_time(self, one: Operation, written: set[int]) -> bool:
@@ -108,7 +111,7 @@ class Simplifier:
 
     def _compute(self, one: Operation) -> None:
         def stored(value: Any) -> Any:
-            return self._stored(value.number) if isinstance(value, Value) else value
+            return self._stored(value.number, one) if isinstance(value, Value) else value
 
         args, kwargs = mapped(stored, (one.args, one.kwargs))
         with torch.no_grad():
@@ -117,10 +120,11 @@ class Simplifier:
             if number is not None:
                 self.constants[number] = item
 
-    def _stored(self, number: int) -> Tensor:
-        """Returns a constant; for a tensor that varies, a tensor of the same shape without memory."""
+    def _stored(self, number: int, one: Operation) -> Tensor:
+        """Returns a constant; for a tensor that varies, of which only the shape is read, one without memory."""
         if number in self.constants:
             return self.constants[number]
+        assert one.function.overloadpacket in FILLED, f"{one.function} reads a tensor that is not constant"
         shape, _, _, dtype, device = self.trace.forms[number]
         return torch.empty((), dtype=dtype, device=device).expand(shape)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,8 @@ THUMBNAILS_PER_ROW, MAX_THUMBNAILS = 4, 12
 """Number of thumbnails of one layer per row, and in total."""
 THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH = 0.72, 0.22
 """Height of a row of thumbnails in inches, and width of a thumbnail as a fraction of the distance between layers."""
+LETTERS = 9.5
+"""Letters of a heading per inch of a figure."""
 NEGLIGIBLE = 1e-6
 """Relevance below which edges, rest nodes and off nodes are not drawn, since it is rounding error."""
 KINDS = {"group": "", "rest": "other", "off": "off"}
@@ -83,12 +86,12 @@ def flow_figure(graph: FlowGraph, heading: str = "", dark: bool = False, maps: N
     thumbnails = [_most_relevant_maps(drawn, maps or {}) for drawn in nodes]
     rows = max(math.ceil(len(column) / THUMBNAILS_PER_ROW) for column in thumbnails)
     height = 5.0 / scale
-    figure = Figure(
-        figsize=(2.6 + 2.4 * max(len(columns) - 1, 1), height + THUMBNAIL_HEIGHT * rows), layout="constrained"
-    )
+    width = 2.6 + 2.4 * max(len(columns) - 1, 1)
+    figure = Figure(figsize=(width, height + THUMBNAIL_HEIGHT * rows), layout="constrained")
     figure.set_facecolor(palette.paper)
     if heading:
-        figure.suptitle(heading, fontsize=12.5, color=palette.ink)
+        lines = [textwrap.fill(line, int(LETTERS * width), break_long_words=False) for line in heading.split("\n")]
+        figure.suptitle("\n".join(lines), fontsize=12.5, color=palette.ink)
     axes = figure.add_subplot()
     draw_flow(axes, columns, ribbons, palette, scale)
     low, high = axes.get_ylim()

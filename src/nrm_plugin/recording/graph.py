@@ -152,8 +152,8 @@ class Vertex:
             if "modified by an inplace operation" not in str(error):
                 raise
             raise UnsupportedOperationError(
-                f"the model overwrites an index or a mask of {operation(self.node)!r} in place after the call, so that its "
-                "values are lost to autograd. Write to a copy, `mask = mask & other` instead of `mask &= other`."
+                f"the model overwrites an index or a mask of {operation(self.node)!r} in place after the call, so that "
+                "its values are lost to autograd. Write to a copy, `mask = mask & other` instead of `mask &= other`."
             ) from error
         return list(parts) if isinstance(parts, (tuple, list)) else [parts]
 
@@ -207,10 +207,11 @@ class Graph:
     Args:
         output: The output tensor; it must have a history.
         leaves: The inputs, at which relevance ends. A tensor that depends on none of them is a constant.
+        top: A node on top of the output, at which the graph starts instead.
     """
 
-    def __init__(self, output: Tensor, leaves: Sequence[Tensor]) -> None:
-        root, number = written(output.grad_fn, output.output_nr)
+    def __init__(self, output: Tensor, leaves: Sequence[Tensor], top: Any = None) -> None:
+        root, number = written(output.grad_fn, output.output_nr) if top is None else (top, 0)
         edges = _edges_in_walk_order(root)
         self.nodes = _depending(edges, leaves)
         position = {node: index for index, node in enumerate(self.nodes)}

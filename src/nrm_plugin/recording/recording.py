@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -13,14 +14,17 @@ from torch import Tensor, nn
 from ..composites import Normalized
 from ..events.event import Atom
 from ..kernels.forward_state import before_writing, forward_pass
-from ..model.autocast import asked_for, exact, layers_in
+from ..kernels.reference_pass import LEAST, ReferencePass, difference
+from ..model.autocast import asked_for, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, named_tensors, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from ..model.renormalization import TablesUnwritten
 from ..model.value_reads import audit, untraced
+from .contrast_step import contrast_top
 from .graph import Graph
 from .independence import find_samples
+from .layout import Layout
 from .observer import Observer
 from .samples import Samples
 from .structure import Structure
@@ -43,11 +47,13 @@ class Recording:
         call: The call of the model.
         composite: Rules and normalization.
         output: The output at which the measure starts, if there are several; or a tap inside the model.
+        reference: The reference, for a measure of the difference of outputs.
 
     Attributes:
         structure: Graph, taps and samples, which do not depend on values.
         output: The output, with its history.
         fingerprint: State of the weights during the forward pass.
+        references: Number of references of each sample, each of which is a sample of the recording.
 
     Raises:
         InputError: If a measure cannot start at this output.
@@ -63,64 +69,93 @@ class Recording:
         call: Call,
         composite: Normalized,
         output: Output | Atom | None = None,
+        reference: Reference | None = None,
     ) -> None:
         check_module(model)
-        self._rerun = Rerun(model, call, composite, output)
-        indices = list(call.indices.values())
-        inner = output if isinstance(output, Atom) else None
-        observer = Observer(indices, inner)
-        with ExitStack() as around:
-            around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
-            check_model(model, call.tensors)
-            device = (*call.tensors, *indices)[0].device
-            for block in (
-                preserved(model),
-                forward_pass(observer),
-                _buffers_kept(model),
-                torch.enable_grad(),
-                _precision(device),
-                check_drawn(model, device),
-            ):
-                around.enter_context(block)
-            for _, tensor in named_tensors(model):
-                if tensor.is_leaf:  # a computed buffer is a constant by its history
-                    tensor.requires_grad_(False)
-            with ExitStack() as stack:
-                stack.enter_context(composite.context(model))
-                observer.watch(model, stack)
-                passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
-                with call.checked_ids(lambda: observer.has_lookups, lambda: observer.read):
-                    returned = call.run(model, passed)
+        self._rerun = Rerun(model, call, composite, output, reference)
+        self._other: Tensor | None = None
+        self.references = 1 if reference is None else reference.count
+        followed = None
+        if reference is not None:
+            followed = ReferencePass(reference.is_tangent)
+            other, _ = _run(model, reference.call, composite, output, followed)
+            self._other = other.detach()
+            followed.replay()
+        self.output, observer = _run(model, call, composite, output, followed)
         self.fingerprint = Fingerprint(model)
-        if isinstance(output, Atom):
-            returned, output = observer.inner_output(output), None
-        self.output: Tensor = explained_output(returned, output, call.batch, call.batched and inner is None)
-        observer.see(Label(OUTPUT, "output", 0, None), self.output)
         two = self._rerun.shapes_of_two
-        self.structure = Structure(observer, self.output, call.batch, call.batched, two, inner is None)
+        has_rows = not isinstance(output, Atom)
+        self._restructured = functools.partial(
+            Structure, observer, self.output, call.batch, call.batched, two, has_rows
+        )
+        self.structure = self._restructured()
 
-    def started(self, relevance: Tensor) -> Tensor:
-        """Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
+    def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
+        r"""Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
 
         The method also locates the samples in each tensor, unless they are known to be its rows or there is only one.
+
+        Args:
+            relevance: The relevance, ``(N, …)``.
+            contrast: The weights ``s`` of the outputs, ``(N, …)``, if the measure starts at one number on top of the
+                outputs, :math:`\sum_k s_k f_k`. The relevance is then that of the outputs of interest.
 
         Raises:
             FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
         """
-        start = self.samples.layout(self.graph.output).fold(relevance)
+        start = self._layout.fold(relevance)
         if self.samples.count > 1 and not self.samples.is_plain:
             with audit():
                 find_samples(self, start, self._rerun)
-        del self._rerun
+        if contrast is not None:
+            start = self._contrasted(contrast)
+        del self._rerun, self._restructured
         return start
+
+    def _contrasted(self, contrast: Tensor) -> Tensor:
+        """Puts one number on top of the outputs, and returns its relevance."""
+        top = contrast_top(self.graph, self.samples, self.output, contrast)
+        names = self.taps.output_names()
+        self.structure = self._restructured(top)
+        self.taps.fused = names - self.taps.output_names()
+        start = torch.ones(top.shape, dtype=top.dtype, device=top.device)
+        if self.samples.count > 1 and not self.samples.is_plain:
+            with torch.inference_mode(False), torch.no_grad(), audit():
+                self.samples.find(start)
+        return start
+
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        """The layout of the output."""
+        return self.samples.layout(self.graph.output)
 
     def unfolded(self) -> Tensor:
         """Returns the output in the form ``(N, …)``, detached."""
-        return self.samples.layout(self.graph.output).unfold(self.output.detach())
+        return self._layout.unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
         """Returns a copy of the output in the form ``(N, …)``; with ``batched=False``, in the model's own shape."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the measure is of differences."""
+        return self._other is not None
+
+    @property
+    def least(self) -> float:
+        """The largest mass that counts as zero: that of neurons without a difference to the reference."""
+        return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
+
+    def differences(self) -> Tensor:
+        """The difference of the output to that of the reference, nowhere zero, in the form ``(N, …)``."""
+        assert self._other is not None
+        return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other))
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the inputs have a dimension of samples."""
+        return self.samples.batched
 
     @property
     def graph(self) -> Graph:
@@ -138,12 +173,69 @@ class Recording:
         return self.structure.samples
 
 
+def _run(
+    model: nn.Module,
+    call: Call,
+    composite: Normalized,
+    output: Output | Atom | None,
+    reference: ReferencePass | None,
+) -> tuple[Tensor, Observer]:
+    """Runs the model under the hooks of the composite; returns the explained output and what was observed."""
+    indices = list(call.indices.values())
+    inner = output if isinstance(output, Atom) else None
+    observer = Observer(indices, inner)
+    with ExitStack() as around:
+        around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
+        check_model(model, call.tensors)
+        device = (*call.tensors, *indices)[0].device
+        for block in (
+            preserved(model),
+            forward_pass(observer, reference),
+            _buffers_kept(model),
+            torch.enable_grad(),
+            _precision(device),
+            check_drawn(model, device),
+        ):
+            around.enter_context(block)
+        for _, tensor in named_tensors(model):
+            if tensor.is_leaf:  # a computed buffer is a constant by its history
+                tensor.requires_grad_(False)
+        with ExitStack() as stack:
+            stack.enter_context(composite.context(model))
+            observer.watch(model, stack)
+            passed = [observer.input(tensor, item) for item, tensor in zip(call.items, call.tensors, strict=True)]
+            with call.checked_ids(lambda: observer.has_lookups, lambda: observer.read):
+                returned = call.run(model, passed)
+        if reference is not None:
+            reference.finish()
+    if isinstance(output, Atom):
+        returned, output = observer.inner_output(output), None
+    explained: Tensor = explained_output(returned, output, call.batch, call.batched and inner is None)
+    observer.see(Label(OUTPUT, "output", 0, None), explained)
+    return explained, observer
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference of a measure of differences.
+
+    Attributes:
+        call: The call of the model with the reference as inputs.
+        is_tangent: Whether slopes are derivatives at the input instead of secants.
+        count: Number of references of each sample; the call has this many rows in a row for each.
+    """
+
+    call: Call
+    is_tangent: bool = False
+    count: int = 1
+
+
 @dataclass(frozen=True)
 class Rerun:
     """Runs the model of a recording again, to test how the model treats samples.
 
     Attributes:
-        model, call, composite, output: As in :class:`Recording`.
+        model, call, composite, output, reference: As in :class:`Recording`.
         calls_hooks: Whether the user's hooks are called.
     """
 
@@ -151,6 +243,7 @@ class Rerun:
     call: Call
     composite: Normalized
     output: Output | Atom | None
+    reference: Reference | None = None
     calls_hooks: bool = False
 
     @property
@@ -165,7 +258,8 @@ class Rerun:
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Returns a recording on changed inputs."""
         with untraced(), self._hooks(), torch.inference_mode(False), torch.enable_grad():
-            return Recording(self.model, self.call.changed(change, others), self.composite, self.output)
+            call = self.call.changed(change, others)
+            return Recording(self.model, call, self.composite, self.output, self._changed_reference(change, others))
 
     def outputs(self, change: Change, others: Change = _unchanged) -> Tensor:
         """Returns the output on changed inputs."""
@@ -187,6 +281,12 @@ class Rerun:
                 around.enter_context(block)
             output: Tensor = chosen_output(call.run(self.model, call.tensors), self.output)
             return output
+
+    def _changed_reference(self, change: Change, others: Change) -> Reference | None:
+        """Returns the reference with the same change, so that it has the shape of the changed inputs."""
+        if self.reference is None:
+            return None
+        return replace(self.reference, call=self.reference.call.changed(change, others))
 
     def _hooks(self) -> AbstractContextManager[None]:
         return preserved(self.model) if self.calls_hooks else _without_hooks(self.model)
@@ -221,8 +321,9 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Context that restores buffers that the model writes in place, such as running averages; large ones are caches."""
     with untraced():
         buffers = [buffer for module in model.modules() if not _is_norm(module) for buffer in module._buffers.values()]
-        written = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
-        kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in written.values()]
+        small = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
+        dense = [buffer for buffer in small.values() if buffer.layout == torch.strided]
+        kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in dense]
     try:
         yield
     finally:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .audit import check_joined, check_known
+from .contrast_step import Top
 from .graph import Graph
 from .observer import Observer
 from .sample_rows import all_keep_rows, vertices_of_rows
 from .samples import Samples
-from .taps import Taps
+from .taps import OUTPUT, Label, Observed, Taps
 
 
 class Structure:
@@ -25,6 +26,7 @@ class Structure:
         batched: Whether the inputs have a sample dimension.
         shapes_of_two: As in :class:`~nrm_plugin.recording.samples.Samples`.
         output_has_rows: As in :class:`~nrm_plugin.recording.samples.Samples`.
+        top: The node of a contrast, at which the measure starts instead.
 
     Raises:
         InputError: If the output depends on none of the inputs.
@@ -39,8 +41,9 @@ class Structure:
         batched: bool,
         shapes_of_two: Callable[[], Mapping[Hashable, torch.Size]],
         output_has_rows: bool,
+        top: Top | None = None,
     ) -> None:
-        self.graph = Graph(output, observer.leaves)
+        self.graph = Graph(output, observer.leaves, top)
         check_joined(self.graph, observer.leaves)
         check_known(self.graph, observer.observed)
         may_mix = observer.has_untracked and count > 1
@@ -52,10 +55,17 @@ class Structure:
         if not is_plain:
             leaves = {n: vertex.leaf for n, vertex in enumerate(self.graph.vertices) if vertex.leaf is not None}
             self.samples.inputs = {number for number, leaf in leaves.items() if id(leaf) in inputs}
-            self.samples.output_has_rows = output_has_rows
+            self.samples.output_has_rows = output_has_rows = output_has_rows or top is not None
             ends = self.samples.inputs | ({self.graph.output.vertex} if output_has_rows else set())
             self.samples.rows = vertices_of_rows(self.graph, count, ends) if count == 1 else set()
-        self.taps = Taps(self.graph, observer.observed, observer.modules, observer.containers, self.samples)
+        observed = observer.observed if top is None else _with_top(observer.observed, top)
+        self.taps = Taps(self.graph, observed, observer.modules, observer.containers, self.samples)
+
+
+def _with_top(observed: Sequence[Observed], top: Top) -> list[Observed]:
+    """Replaces the output of the model by the explained number."""
+    others = [seen for seen in observed if seen.label.name != OUTPUT]
+    return [*others, Observed(Label(OUTPUT, "output", 0, None), top, 0, top.shape, None)]
 
 
 __all__ = ["Structure"]

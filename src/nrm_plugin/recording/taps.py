@@ -124,6 +124,7 @@ class Taps:
     Attributes:
         all: All taps.
         index: Position in ``all``, by place.
+        fused: Names of the layers whose output is fused with a contrast.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Taps:
         samples: Samples,
     ) -> None:
         self.graph, self.modules, self._containers, self._samples = graph, modules, containers, samples
+        self.fused: set[str] = set()
         self._labelled: dict[Label, Tap] = {}
         self.all = self._collected(observed)
         for label, tap in self._labelled.items() if not samples.is_plain else ():
@@ -192,6 +194,10 @@ class Taps:
         if channel_dim is not None:
             tap.tensor_channel_dim = channel_dim
         self._labelled.setdefault(label, tap)
+
+    def output_names(self) -> set[str]:
+        """Returns the names of all taps that are outputs of layers."""
+        return {label.name for label in self._labelled if label.side == "output"}
 
     def tensor_shapes(self) -> dict[Hashable, torch.Size]:
         """Returns the shape of each labelled tensor in the model."""
@@ -340,6 +346,11 @@ class Taps:
                     "that it is a single step without taps inside. Ask for its input or output, or map rules to the "
                     "modules inside it."
                 )
+        if name in self.fused and side == "output":
+            raise UnknownLayerError(
+                f"the output of {name!r} is fused with the contrast of against=, whose number is the tap 'output'. Ask "
+                f"for 'output', or for the input of the layer, at({name!r}, side='input')."
+            )
         known = [label.name for label in self._labelled if label.side == side]
         return UnknownLayerError(unknown_layer(name, dict.fromkeys([*self.layers, *known])))
 

@@ -1,0 +1,1 @@
+"""Edge scores compared as circuits, by MIB's metrics: ``python -m benchmarks.circuits``."""

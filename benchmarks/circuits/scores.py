@@ -1,0 +1,180 @@
+"""Scores of edges: ``⟨multiplier of z_r, W_rs ∗ change of a_s⟩``, in plain PyTorch, and joint relevance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from zennit.composites import LayerMapComposite
+from zennit.rules import Epsilon, Norm, Pass
+from zennit.types import Activation, AvgPool, Linear
+
+from benchmarks.circuits.circuit import Edges, Task, Trace, masked, metric, trace
+from benchmarks.circuits.nets import TANGENTS
+from benchmarks.circuits.slopes import RelP, Secants, Tangents
+from nrm_plugin import Normalized, RelevanceMeasure
+
+STEPS = 8
+Multipliers = dict[str, Tensor]
+
+
+def products(task: Task, multipliers: Multipliers, change: dict[str, Tensor]) -> Edges:
+    """Score of every edge, from the multipliers of what the steps write and a change of what they read."""
+    scores = {}
+    for name, step in task.steps:
+        edges = torch.ones(len(change[name]), *step.weight.shape[:2], dtype=change[name].dtype, requires_grad=True)
+        total = (masked(step, change[name].detach(), edges) * multipliers[name]).sum()
+        (scores[name],) = torch.autograd.grad(total, edges)
+    return scores
+
+
+def gradients(task: Task, h: Tensor, slopes: Tangents = TANGENTS) -> tuple[Trace, Multipliers]:
+    """One forward and one backward pass of the pairs' metric from the input node ``h``."""
+    run = trace(task.net, h.detach().requires_grad_(), slopes)
+    multipliers = torch.autograd.grad(
+        metric(run.outputs[: len(task.whole)], task.pairs).sum(), list(run.written.values())
+    )
+    return run, dict(zip(run.written, multipliers, strict=True))
+
+
+def difference(one: Trace, other: Trace) -> dict[str, Tensor]:
+    return {name: a.detach() - other.read[name].detach() for name, a in one.read.items()}
+
+
+def embedded(task: Task) -> tuple[Tensor, Tensor]:
+    clean, corrupted = task.pairs[:2]
+    return task.net.embed(clean), task.net.embed(corrupted)
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """What the passes of a score yield: multipliers of what the steps write, and changes of what they read."""
+
+    multipliers: Multipliers
+    change: dict[str, Tensor]
+
+    def edges(self, task: Task) -> Edges:
+        return products(task, self.multipliers, self.change)
+
+
+def attribution_patching(task: Task, slopes: Tangents = TANGENTS) -> Slopes:
+    """EAP: derivatives at the clean input; with the slopes of RelP, RelP."""
+    clean, corrupted = embedded(task)
+    run, multipliers = gradients(task, clean, slopes)
+    with torch.no_grad():
+        return Slopes(multipliers, difference(run, trace(task.net, corrupted)))
+
+
+def integrated_gradients(task: Task, offset: float = 1.0) -> Slopes:
+    """EAP-IG: mean derivatives at ``STEPS`` inputs on the line from clean to corrupted.
+
+    Source: arXiv 2403.17806; its code has steps 1 … m of m, ``offset=1``; ``offset=0.5`` is the midpoint rule.
+    """
+    clean, corrupted = embedded(task)
+    with torch.no_grad():
+        change = difference(trace(task.net, clean), trace(task.net, corrupted))
+    total: Multipliers = {}
+    for step in range(STEPS):
+        _, multipliers = gradients(task, clean + (step + offset) / STEPS * (corrupted - clean))
+        total = {name: total.get(name, 0) + one / STEPS for name, one in multipliers.items()}
+    return Slopes(total, change)
+
+
+def secants(task: Task) -> Slopes:
+    """The measure against a reference, by plain code: one backward pass with secants."""
+    run, multipliers = gradients(task, torch.cat(embedded(task)), Secants())
+    halves = {name: a.detach().chunk(2) for name, a in run.read.items()}
+    first = {name: one.chunk(2)[0] for name, one in multipliers.items()}
+    return Slopes(first, {name: x - x0 for name, (x, x0) in halves.items()})
+
+
+def gradient_times_activation(task: Task) -> Slopes:
+    """Derivatives and activations at the clean input."""
+    run, multipliers = gradients(task, embedded(task)[0])
+    return Slopes(multipliers, run.read)
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Normal noise."""
+
+    def edges(self, task: Task) -> Edges:
+        draw = torch.Generator().manual_seed(0)
+        return {name: torch.randn(one.shape, generator=draw, dtype=one.dtype) for name, one in task.edges(0.0).items()}
+
+
+# -- joint relevance of this package --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joints:
+    """A measure with the marginals of all taps, and the number that it explains."""
+
+    mu: RelevanceMeasure
+    explained: Tensor
+
+    def edges(self, task: Task) -> Edges:
+        scale = self.explained[:, None, None]
+        return {name: scale * self.mu.joint(f"steps.{name}", f"read.{name}") for name, _ in task.steps}
+
+
+def contrast(task: Task) -> Tensor:
+    """1 for the clean answer, -1 for the corrupted one, ``(N, outputs)``."""
+    _, _, t, u = task.pairs
+    vector = torch.zeros_like(task.corrupted.outputs)
+    return vector.scatter(1, t[:, None], 1.0).scatter(1, u[:, None], -1.0)
+
+
+def reference_measure(task: Task) -> Joints:
+    """The measure against the corrupted input."""
+    clean, corrupted = task.pairs[:2]
+    mu = RelevanceMeasure(task.net, clean, start=contrast(task), reference=corrupted)
+    mu.marginal(mu.layers)
+    return Joints(mu, task.whole - task.empty)
+
+
+def lrp_0(task: Task) -> Joints:
+    """LRP-0 at the clean input; the difference of two logits starts with the value of each."""
+    rules = LayerMapComposite([(Activation, Pass()), (AvgPool, Norm()), (Linear, Epsilon(1e-9))])
+    signs = contrast(task)
+    mu = RelevanceMeasure(
+        task.net, task.pairs[0], start=lambda outputs: signs * outputs, composite=Normalized(rules, residual="sink")
+    )
+    mu.marginal(mu.layers)
+    return Joints(mu, task.whole)
+
+
+class Passed(Protocol):
+    """The result of the passes, from which the score of every edge follows."""
+
+    def edges(self, task: Task) -> Edges: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score with the forward and backward passes that it takes for each pair."""
+
+    passes: Callable[[Task], Passed]
+    forward: int
+    backward: int
+
+    def of(self, task: Task) -> Edges:
+        return self.passes(task).edges(task)
+
+
+REFERENCE, PLAIN = "reference measure", "the same, plain code"
+SCORES = {
+    REFERENCE: Score(reference_measure, 2, 1),
+    PLAIN: Score(secants, 2, 1),
+    "EAP": Score(attribution_patching, 2, 1),
+    "EAP-IG, 8 steps": Score(integrated_gradients, 2 + STEPS, STEPS),
+    "EAP-IG, 8 midpoints": Score(lambda task: integrated_gradients(task, 0.5), 2 + STEPS, STEPS),
+    "RelP": Score(lambda task: attribution_patching(task, RelP()), 2, 1),
+    "RelP, AH-rule": Score(lambda task: attribution_patching(task, RelP(is_frozen=True)), 2, 1),
+    "gradient × activation": Score(gradient_times_activation, 1, 1),
+    "LRP-0": Score(lrp_0, 1, 1),
+    "random": Score(lambda task: Chance(), 0, 0),
+}

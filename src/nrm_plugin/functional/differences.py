@@ -1,0 +1,114 @@
+r"""Calls of functions at an input and at a reference, and the registry of their kernels.
+
+.. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
+
+Relevance is multiplier times difference. Where a difference is zero, so is the relevance, but the walks through the
+neuron have masses that only cancel. Hence differences are replaced by a tiny number there, in all kernels alike: the
+relevance is then below every rounding error, and the next kernel divides it by the same number.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..kernels.base import Kernel
+from ..kernels.forward_state import Saved
+from ..kernels.reference_pass import ReferencePass
+from ..model.autocast import working_dtype
+from .function_call import FunctionCall
+
+
+@dataclass(frozen=True)
+class DifferenceCall:
+    """A call of a function at an input and at a reference.
+
+    Attributes:
+        call: The call at the input.
+        output: Its output.
+        references: The inputs and the output of the same call at the reference.
+        passes: The pass of the reference.
+        has_rules: Whether layers have rules on differences, which may leave relevance where the difference is zero.
+    """
+
+    call: FunctionCall
+    output: Saved
+    references: tuple[Saved, ...]
+    passes: ReferencePass
+    has_rules: bool = False
+
+    @property
+    def is_tangent(self) -> bool:
+        """Whether slopes are derivatives at the input instead of secants."""
+        return self.passes.is_tangent
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every column of a secant sums to one, so that no column sum is needed."""
+        return not self.is_tangent and not self.has_rules
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The inputs."""
+        return [_working(value) for value in self.call.values]
+
+    @property
+    def reference_values(self) -> list[Tensor]:
+        """The inputs at the reference."""
+        values = [_working(saved.tensor) for saved in self.references[:-1]]
+        return self.values if self.is_tangent else values
+
+    @property
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """The output at the input and at the reference."""
+        both = _working(self.output.tensor), _working(self.references[-1].tensor)
+        return (both[0], both[0]) if self.is_tangent else both
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shape of each input."""
+        return self.call.shapes
+
+    @property
+    def name(self) -> str:
+        """Name of the function."""
+        return self.call.name
+
+    @cached_property
+    def before(self) -> list[Tensor]:
+        """``δ`` of each input."""
+        pairs = zip(self.call.values, self.references[:-1], strict=True)
+        return [self.passes.difference(value, saved.tensor) for value, saved in pairs]
+
+    @cached_property
+    def after(self) -> Tensor:
+        """``δ`` of the output."""
+        return self.passes.difference(self.output.tensor, self.references[-1].tensor)
+
+
+def _working(value: Tensor) -> Tensor:
+    return value.to(working_dtype(value.dtype))
+
+
+SecantFactory = Callable[[DifferenceCall], Kernel]
+SECANTS: dict[str, SecantFactory] = {}
+
+
+def secant_of(*names: str) -> Callable[[SecantFactory], SecantFactory]:
+    """Registers the kernel of differences of functions by name."""
+
+    def decorate(factory: SecantFactory) -> SecantFactory:
+        assert not SECANTS.keys() & set(names), "the later of two modules that are imported would win"
+        SECANTS.update(dict.fromkeys(names, factory))
+        return factory
+
+    return decorate
+
+
+__all__ = ["SECANTS", "DifferenceCall", "SecantFactory", "secant_of"]

@@ -1,0 +1,77 @@
+r"""Rules of a composite applied to differences: :math:`a \to \Delta a`, :math:`z \to \Delta z`, without biases.
+
+They apply to layers with weights, to sums and to averages; all other operations have secant slopes.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from ..kernels.base import Kernel
+from ..kernels.forward_state import Saved
+from ..kernels.layer_call import LayerCall
+from ..kernels.reference_pass import LEAST
+from ..kernels.rule_reader import read_rule
+from .averaging import POOLS
+from .composite_rules import RuleLookup
+from .differences import DifferenceCall
+from .function_call import FunctionCall, Slot
+from .registry import KERNELS, KernelFactory
+from .weighted_functions import LAYERS, layer_call
+
+_SUMS = ("add", "sub", "rsub")
+_PRODUCTS = ("matmul", "einsum", "tensordot")
+
+
+def on_differences(both: DifferenceCall) -> FunctionCall:
+    """Returns a call with the differences of its inputs as values."""
+    deltas = [delta.masked_fill(delta.abs() <= LEAST[delta.dtype], 0.0) for delta in both.before]
+    pairs = zip(both.call.inputs, deltas, strict=True)
+    return replace(both.call, inputs=tuple(replace(item, saved=Saved(delta, values=False)) for item, delta in pairs))
+
+
+def has_rule(call: FunctionCall) -> bool:
+    """Whether the composite has a rule for a function: of a layer, a product with a constant, a sum or an average."""
+    rules = call.settings.rules
+    if call.name in LAYERS:
+        weight = call.argument(1, "weight")
+        is_layer = len(call.inputs) == 1 and isinstance(weight, Tensor) and isinstance(call.argument(0, "input"), Slot)
+        return is_layer and rules.of_weight(weight, LAYERS[call.name]()) is not None
+    if call.name in _PRODUCTS:
+        return len(call.inputs) == 1 and has_any_rule(rules)
+    if call.name in _SUMS:
+        return len(call.inputs) > 1 and has_any_rule(rules)
+    return call.name in POOLS and len(call.inputs) == 1 and rules.of_module(nn.AvgPool2d(1)) is not None
+
+
+def has_any_rule(rules: RuleLookup) -> bool:
+    """Whether a composite has a rule for linear layers or convolutions."""
+    layers = (LAYERS["linear"](), LAYERS["conv2d"]())
+    return any(rules.of_module(layer) is not None for layer in layers)
+
+
+def ruled(both: DifferenceCall) -> Kernel:
+    """Returns the kernel of the composite's rule on differences."""
+    call = on_differences(both)
+    if call.name in LAYERS:
+        layer = layer_call(_without_bias(call), both.after)
+        assert isinstance(layer, LayerCall)
+        return read_rule(layer, None)
+    return of_own(KERNELS[call.name], both)
+
+
+def _without_bias(call: FunctionCall) -> FunctionCall:
+    args = tuple(None if number == 2 else value for number, value in enumerate(call.args))
+    return replace(call, args=args, kwargs={key: value for key, value in call.kwargs.items() if key != "bias"})
+
+
+def of_own(factory: KernelFactory, both: DifferenceCall) -> Kernel:
+    """Returns the kernel of a factory, for the differences as values."""
+    return factory(on_differences(both))
+
+
+__all__ = ["has_any_rule", "has_rule", "of_own", "on_differences", "ruled"]

@@ -1,0 +1,328 @@
+r"""Secants of linear and multilinear functions, of softmax and of normalization layers, as functions of multipliers.
+
+.. math:: m_i = \sum_j \mathrm{slope}_{ij} m_j, \qquad R = \delta m
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedOperationError
+from ..kernels.absolute_kernels import dense_absolute
+from ..kernels.base import Kernel, vjp
+from .averaging import POOLS
+from .differences import DifferenceCall, secant_of
+from .function_call import FunctionCall, Slot
+from .unsupported import UnknownKernel
+
+Multipliers = tuple[Tensor, ...]
+
+
+class MultiplierKernel(Kernel):
+    """A kernel that propagates multipliers.
+
+    Args:
+        call: The call.
+    """
+
+    def __init__(self, call: DifferenceCall) -> None:
+        self.before, self.after = call.before, call.after
+        self.is_stochastic = call.is_exact
+
+    @abstractmethod
+    def multipliers(self, above: Tensor) -> Multipliers:
+        """Propagates multipliers ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
+
+    def absolute_multipliers(self, above: Tensor) -> Multipliers | None:
+        """Propagates multipliers by absolute slopes; None if they are only known as a dense matrix."""
+        return None
+
+    def pull(self, relevance: Tensor) -> Multipliers:
+        below = self.multipliers(relevance / self.after)
+        return tuple(part * delta for part, delta in zip(below, self.before, strict=True))
+
+    def pull_absolute(self, relevance: Tensor) -> Multipliers:
+        below = self.absolute_multipliers(relevance / self.after.abs())
+        if below is None:
+            return dense_absolute(self, relevance)
+        return tuple(part * delta.abs() for part, delta in zip(below, self.before, strict=True))
+
+
+# -- linear and multilinear functions ---------------------------------------------------------------------------------
+
+
+class PathKernel(MultiplierKernel):
+    """Kernel of a function that is a polynomial of its inputs: its mean Jacobian on the line between both points.
+
+    The mean is exact by Gauss-Legendre quadrature, with one point for products of two inputs.
+
+    Args:
+        call: The call.
+        absolute: Function that returns the call with non-negative coefficients, whose slopes are then the absolute
+            ones; None if such a call is not known.
+    """
+
+    def __init__(self, call: DifferenceCall, absolute: Callable[[FunctionCall], FunctionCall] | None = None) -> None:
+        super().__init__(call)
+        self.call, self.absolute = call, absolute
+        self._images = self._jacobians(call.call, lambda value: value)
+
+    def _jacobians(
+        self, call: FunctionCall, change: Callable[[Tensor], Tensor]
+    ) -> list[tuple[float, Tensor, list[Tensor]]]:
+        """Returns weight, output and inputs of the function at each point of the quadrature."""
+        values, references = self.call.values, self.call.reference_values
+        images = []
+        for place, weight in _QUADRATURE[1 if len(values) < 3 else 2]:
+            pairs = zip(values, references, strict=True)
+            with torch.enable_grad():
+                leaves = [change(two + place * (one - two)).detach().requires_grad_() for one, two in pairs]
+                images.append((weight, call.run(*leaves), leaves))
+        return images
+
+    def multipliers(self, above: Tensor) -> Multipliers:
+        return _averaged(self._images, above)
+
+    def absolute_multipliers(self, above: Tensor) -> Multipliers | None:
+        if self.absolute is None:
+            return None
+        return _averaged(self._jacobians(self.absolute(self.call.call), Tensor.abs), above)
+
+
+_QUADRATURE = {1: [(0.5, 1.0)], 2: [(0.5 - math.sqrt(3) / 6, 0.5), (0.5 + math.sqrt(3) / 6, 0.5)]}
+"""Places and weights of the Gauss-Legendre quadrature."""
+
+
+def _averaged(images: list[tuple[float, Tensor, list[Tensor]]], above: Tensor) -> Multipliers:
+    total: Multipliers | None = None
+    for weight, output, leaves in images:
+        parts = tuple(part * weight for part in vjp([output], leaves, [above.to(output.dtype)]))
+        total = parts if total is None else tuple(old + new for old, new in zip(total, parts, strict=True))
+    assert total is not None
+    return total
+
+
+def polynomial(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of a function of complex numbers, which must be linear, or a product of two inputs."""
+    kernel = PathKernel(call)
+    columns = kernel.column_sum(call.after)
+    scale = torch.finfo(call.after.dtype).eps ** 0.5 * call.outputs[0].abs().amax()
+    if bool(((columns - 1) * call.after).abs().gt(scale).any()) and call.is_exact:
+        return UnknownKernel(UnsupportedOperationError(_NOT_LINEAR.format(name=call.name)), call.shapes)
+    return kernel
+
+
+_NOT_LINEAR = (
+    "relevance of a difference arrived at {name!r}, a function of complex numbers that is neither linear nor a product "
+    "of two inputs, and has no kernel of differences. Explain the output without reference=."
+)
+
+
+def _unchanged(call: FunctionCall) -> FunctionCall:
+    return call
+
+
+@secant_of(*(name for name in POOLS if name not in ("grid_sample", "roi_align", "lp_pool2d")), "index_add")
+def average(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of a sum, an average or an interpolation."""
+    mode = call.call.argument(3, "mode", "nearest") if call.name in ("interpolate", "upsample") else ""
+    return PathKernel(call, None if mode == "bicubic" or call.name == "index_add" else _unchanged)
+
+
+secant_of("scatter_add")(lambda call: PathKernel(call))
+
+
+@secant_of("grid_sample", "roi_align", "deform_conv2d")
+def sampling(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of sampling at constant places, which is linear in the first input."""
+    if len(call.values) == 1 and isinstance(call.call.args[0] if call.call.args else None, Slot):
+        return PathKernel(call)
+    return UnknownKernel(UnsupportedOperationError(_PLACES.format(name=call.name)), call.shapes)
+
+
+_PLACES = (
+    "relevance of a difference arrived at {name!r} at places that the model computes, which has no kernel of "
+    "differences. Explain the output without reference=, or decorate a function with nrm_plugin.register_kernel."
+)
+
+
+# -- softmax ----------------------------------------------------------------------------------------------------------
+
+
+def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
+    """Returns ``(a - b) / (log a - log b)`` of non-negative numbers, between them; zero if one is zero."""
+    high, low = torch.maximum(one, two), torch.minimum(one, two)
+    is_positive = high > 0
+    gap = torch.where(is_positive, (high - low) / torch.where(is_positive, high, 1.0), 0.0)
+    # log1p is exact where the numbers are close, log where they are far apart.
+    log = -torch.where(gap < 0.5, torch.log1p(-gap), (low / torch.where(is_positive, high, 1.0)).log())
+    return high * torch.where(gap > 0, gap / torch.where(gap > 0, log, 1.0), 1.0)
+
+
+class SoftmaxKernel(MultiplierKernel):
+    r"""Kernel of softmax as :math:`p = e^{z - \log \sum e^z}`, by the secants of both exponentials and the logarithm.
+
+    .. math:: \mathrm{slope}_{ij} = \ell_i (\delta_{ij} - w_j), \qquad
+              \ell = \mathcal L(p, p^0), \quad w_j = \frac{\mathcal L(e^{z_j}, e^{z^0_j})}{\mathcal L(S, S^0)}
+
+    with the logarithmic mean :math:`\mathcal L`. All slopes are at most one; :math:`\sum_j w_j \leq 1`.
+
+    Args:
+        call: The call.
+        dim: Dimension along which softmax sums to one.
+        sign: -1 for softmin.
+        is_log: Whether the function is the logarithm of softmax.
+    """
+
+    def __init__(self, call: DifferenceCall, dim: int, sign: float = 1.0, is_log: bool = False) -> None:
+        super().__init__(call)
+        one, two = call.values[0] * sign, call.reference_values[0] * sign
+        self.dim, self.sign = dim % max(1, one.ndim) + 1, sign
+        self.share = exponential_shares(one, two, dim)
+        probabilities = one.softmax(dim).nan_to_num(0.0), two.softmax(dim).nan_to_num(0.0)
+        self.slope = torch.ones_like(one) if is_log else logarithmic_mean(*probabilities)
+
+    def multipliers(self, above: Tensor) -> Multipliers:
+        own = above * self.slope
+        return (self.sign * (own - self.share * own.sum(self.dim, keepdim=True)),)
+
+    def absolute_multipliers(self, above: Tensor) -> Multipliers:
+        own = above * self.slope
+        rest = own.sum(self.dim, keepdim=True) - own
+        return (own * (1 - self.share).abs() + self.share * rest,)
+
+
+def exponential_shares(one: Tensor, two: Tensor, dim: int | list[int]) -> Tensor:
+    """Returns the slopes of log-sum-exp along dimensions; they are positive and sum to at most one."""
+    totals = torch.logsumexp(one, dim, keepdim=True), torch.logsumexp(two, dim, keepdim=True)
+    shift = torch.maximum(*totals)
+    shift = torch.where(shift.isfinite(), shift, torch.zeros_like(shift))
+    entries = logarithmic_mean((one - shift).exp(), (two - shift).exp())
+    mean = logarithmic_mean((totals[0] - shift).exp(), (totals[1] - shift).exp())
+    return entries / torch.where(mean > 0, mean, 1.0)
+
+
+@secant_of("softmax", "log_softmax", "softmin")
+def softmax(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of softmax, of its logarithm, or of softmin."""
+    dim = call.call.argument(1, "dim")
+    if dim is None:  # the deprecated default of torch
+        dim = 0 if call.values[0].ndim in (0, 1, 3) else 1
+    return SoftmaxKernel(call, int(dim), -1.0 if call.name == "softmin" else 1.0, call.name == "log_softmax")
+
+
+class LogSumExpKernel(MultiplierKernel):
+    """Kernel of log-sum-exp, with the slopes of :func:`exponential_shares`."""
+
+    def __init__(self, call: DifferenceCall) -> None:
+        super().__init__(call)
+        value, dims = call.values[0], call.call.argument(1, "dim")
+        dims = [dims] if isinstance(dims, int) else list(dims)
+        self.share = exponential_shares(value, call.reference_values[0], dims)
+        self.reduced = torch.Size(1 if d in [i % value.ndim for i in dims] else n for d, n in enumerate(value.shape))
+
+    def multipliers(self, above: Tensor) -> Multipliers:
+        return (above.reshape(len(above), *self.reduced) * self.share,)
+
+    absolute_multipliers = multipliers
+
+
+secant_of("logsumexp")(LogSumExpKernel)
+
+
+# -- normalization layers ---------------------------------------------------------------------------------------------
+
+
+class NormKernel(MultiplierKernel):
+    r"""Kernel of layers that divide by a standard deviation: mean, difference, square, mean, rsqrt and product.
+
+    .. math:: \Delta y = \gamma \left( \frac{\rho + \rho^0}{2} \Delta c
+              - \frac{c + c^0}{2} \frac{(\rho \rho^0)^2}{\rho + \rho^0} \Delta v \right), \qquad
+              \Delta v = \frac{1}{n} \sum (c + c^0) \Delta c
+
+    Args:
+        call: The call.
+        group: The shape ``(N, groups, entries)`` in which the last dimension is normalized.
+        weight: ``γ``, which broadcasts to the input; None for ones.
+        eps: The number added to the variance.
+        is_centred: Whether the mean is subtracted.
+    """
+
+    def __init__(
+        self, call: DifferenceCall, group: Sequence[int], weight: Tensor | None, eps: float, is_centred: bool = True
+    ) -> None:
+        super().__init__(call)
+        self.group, self.weight, self.is_centred = list(group), weight, is_centred
+        centred = [self._centred(value.reshape(self.group)) for value in (call.values[0], call.reference_values[0])]
+        first, second = ((c.square().mean(-1, keepdim=True) + eps).rsqrt() for c in centred)
+        self.middle, self.scale = (centred[0] + centred[1]) / 2, (first + second) / 2
+        self.curve = -(first * second).square() / (first + second)
+
+    def _centred(self, values: Tensor) -> Tensor:
+        return values - values.mean(-1, keepdim=True) if self.is_centred else values
+
+    def multipliers(self, above: Tensor) -> Multipliers:
+        weighted = above if self.weight is None else above * self.weight
+        grouped = weighted.reshape(len(above), *self.group)
+        through = (grouped * self.middle).sum(-1, keepdim=True) * self.curve
+        below = grouped * self.scale + through * 2 * self.middle / self.group[-1]
+        return (self._centred(below).reshape(above.shape),)
+
+
+@secant_of("layer_norm", "native_layer_norm", "rms_norm")
+def layer_norm(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of normalization over the last dimensions."""
+    shape = list(call.call.argument(1, "normalized_shape"))
+    weight = call.call.argument(2, "weight")
+    is_centred = call.name != "rms_norm"
+    eps = call.call.argument(4 if is_centred else 3, "eps")
+    if eps is None:
+        eps = torch.finfo(call.call.values[0].dtype).eps
+    return _norm(call, [-1, math.prod(shape)], weight, float(eps), is_centred)
+
+
+def _norm(call: DifferenceCall, group: Sequence[int], weight: object, eps: float, is_centred: bool = True) -> Kernel:
+    if len(call.values) > 1 or isinstance(weight, Slot):
+        return UnknownKernel(UnsupportedOperationError(_COMPUTED.format(name=call.name)), call.shapes)
+    assert weight is None or isinstance(weight, Tensor)
+    return NormKernel(call, group, weight, eps, is_centred)
+
+
+_COMPUTED = (
+    "relevance of a difference arrived at {name!r} with a weight or bias that the model computes, which has no kernel "
+    "of differences. Multiply and add after a normalization without weights."
+)
+
+
+@secant_of("group_norm")
+def group_norm(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of normalization over groups of channels."""
+    value = call.values[0]
+    groups, eps = int(call.call.argument(1, "num_groups")), float(call.call.argument(4, "eps", 1e-5))
+    weight = _per_channel(call.call.argument(2, "weight"), value)
+    return _norm(call, [len(value), groups, value[0].numel() // groups], weight, eps)
+
+
+@secant_of("instance_norm")
+def instance_norm(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of normalization over the positions of each channel."""
+    value, options = call.values[0], call.call
+    if not options.argument(5, "use_input_stats", True):  # elementwise, by constant statistics
+        return PathKernel(call)
+    weight = _per_channel(options.argument(3, "weight"), value)
+    eps = float(options.argument(7, "eps", 1e-5))
+    return _norm(call, [*value.shape[:2], value[0, 0].numel()], weight, eps)
+
+
+def _per_channel(weight: object, value: Tensor) -> object:
+    return weight.reshape(-1, *(1,) * (value.ndim - 2)) if isinstance(weight, Tensor) else weight
+
+
+__all__ = ["MultiplierKernel", "PathKernel", "exponential_shares", "logarithmic_mean", "polynomial"]

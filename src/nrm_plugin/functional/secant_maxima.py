@@ -1,0 +1,163 @@
+r"""Secants of maxima and of max pooling.
+
+With the arguments :math:`m` at the input and :math:`m^0` at the reference, the difference of the maxima is divided
+between both entries by the mean over both orders of switching them from the reference to the input. If entry ``m``
+switches first, it receives
+
+.. math:: \max(a_m, a^0_{m^0}) - a^0_{m^0}
+
+and ``m⁰`` the rest; if ``m⁰`` switches first, it receives :math:`\max(a^0_m, a_{m^0}) - a^0_{m^0}`, and ``m`` the rest.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.base import Kernel
+from .differences import DifferenceCall, secant_of
+from .function_kernels import sum_to_shape
+from .secant_maps import MultiplierKernel, Multipliers
+
+
+class MaximumKernel(MultiplierKernel):
+    """Kernel of maxima over groups of entries.
+
+    Args:
+        call: The call.
+        pair: The entries at input and reference, ``(*in)``.
+        places: The argument of each maximum at input and reference, ``(*out)``, as indices of the flattened entries.
+        sign: -1 for minima.
+    """
+
+    def __init__(
+        self, call: DifferenceCall, pair: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor], sign: float = 1.0
+    ) -> None:
+        super().__init__(call)
+        self.shape, self.places = pair[0].shape, places
+        self.slopes = _slopes(sign * pair[0].flatten(), sign * pair[1].flatten(), *places)
+
+    def multipliers(self, above: Tensor) -> Multipliers:
+        below = above.new_zeros(len(above), self.shape.numel())
+        for place, slope in zip(self.places, self.slopes, strict=True):
+            parts = (above * slope).reshape(len(above), -1)
+            below = below.index_add(1, place.flatten(), parts)
+        return self.spread(below.reshape(len(above), *self.shape))
+
+    absolute_multipliers = multipliers  # slopes are in [0, 1]
+
+    def spread(self, below: Tensor) -> Multipliers:
+        """Returns the multipliers of each input, given those of all entries."""
+        return (below,)
+
+
+class StackedKernel(MaximumKernel):
+    """Kernel of the maximum of two tensors, which broadcast."""
+
+    def spread(self, below: Tensor) -> Multipliers:
+        shapes = (delta.shape for delta in self.before)
+        return tuple(sum_to_shape(below[:, number], shape) for number, shape in enumerate(shapes))
+
+
+def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the slopes at the argument of the input and at that of the reference; both in [0, 1]."""
+    at_first, at_second = (one[first], two[first]), (one[second], two[second])
+    gain_first = (torch.maximum(at_first[0], at_second[1]) - at_second[1]).nan_to_num(0.0)
+    gain_second = (torch.maximum(at_first[1], at_second[0]) - at_second[1]).nan_to_num(0.0)
+    total = (at_first[0] - at_second[1]).nan_to_num(0.0)
+    parts = (gain_first + total - gain_second) / 2, (gain_second + total - gain_first) / 2
+    runs = (at_first[0] - at_first[1]), (at_second[0] - at_second[1])
+    slopes = [
+        torch.where(run == 0, torch.zeros_like(run), part / torch.where(run == 0, 1.0, run))
+        for part, run in zip(parts, runs, strict=True)
+    ]
+    is_same = first == second
+    return torch.where(is_same, 1.0, slopes[0]), torch.where(is_same, 0.0, slopes[1])
+
+
+@secant_of("maximum", "minimum")
+def extremum(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of the maximum (minimum) of two tensors, one of which may be constant."""
+    sign = 1.0 if call.name == "maximum" else -1.0
+    if len(call.values) == 1:
+        return _of_one(call)
+    shape = call.after.shape
+    pair = tuple(
+        torch.stack([value.expand(shape) for value in values]) for values in (call.values, call.reference_values)
+    )
+    places = tuple(_flat_places((sign * stack).argmax(0, keepdim=True), stack.shape, 0)[0] for stack in pair)
+    return StackedKernel(call, (pair[0], pair[1]), (places[0], places[1]), sign)
+
+
+def _of_one(call: DifferenceCall) -> Kernel:
+    from .secants import elementwise
+
+    return elementwise(call)
+
+
+def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    """Converts indices along a dimension, which is kept, to indices of the flattened tensor."""
+    numbers = torch.arange(shape.numel(), device=index.device).reshape(shape)
+    return numbers.gather(dim, index)
+
+
+# -- along dimensions -------------------------------------------------------------------------------------------------
+
+
+@secant_of("max", "min", "amax", "amin")
+def along_dimensions(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of the largest (smallest) entry along dimensions."""
+    sign = 1.0 if call.name.endswith("max") else -1.0
+    value, dims = call.values[0], call.call.argument(1, "dim")
+    dims = list(range(value.ndim)) if dims is None or dims == () else [dims] if isinstance(dims, int) else list(dims)
+    dims = [dim % max(1, value.ndim) for dim in dims]
+    pair = value, call.reference_values[0]
+    places = tuple(_argmax(sign * one, dims).reshape(call.after.shape) for one in pair)
+    return MaximumKernel(call, pair, (places[0], places[1]), sign)
+
+
+def _argmax(values: Tensor, dims: list[int]) -> Tensor:
+    """Returns the flat index of the largest entry along dimensions, in the shape of the other dimensions."""
+    kept = [dim for dim in range(values.ndim) if dim not in dims]
+    numbers = torch.arange(values.numel(), device=values.device).reshape(values.shape)
+    rows = values.permute(*kept, *dims).flatten(len(kept)) if dims else values.unsqueeze(-1)
+    all_numbers = numbers.permute(*kept, *dims).flatten(len(kept)) if dims else numbers.unsqueeze(-1)
+    return all_numbers.gather(-1, rows.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+# -- pooling ----------------------------------------------------------------------------------------------------------
+
+_POOLS: dict[str, tuple[Any, int]] = {
+    "max_pool1d": (nn.functional.max_pool1d, 1),
+    "max_pool2d": (nn.functional.max_pool2d, 2),
+    "max_pool3d": (nn.functional.max_pool3d, 3),
+    "adaptive_max_pool1d": (nn.functional.adaptive_max_pool1d, 1),
+    "adaptive_max_pool2d": (nn.functional.adaptive_max_pool2d, 2),
+    "adaptive_max_pool3d": (nn.functional.adaptive_max_pool3d, 3),
+    "fractional_max_pool2d": (nn.functional.fractional_max_pool2d, 2),
+    "fractional_max_pool3d": (nn.functional.fractional_max_pool3d, 3),
+}
+
+
+@secant_of(*_POOLS, *(f"{name}_with_indices" for name in _POOLS))
+def pooling(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of max pooling."""
+    function, dims = _POOLS[call.name.removesuffix("_with_indices")]
+    pair = call.values[0], call.reference_values[0]
+    options = {key: value for key, value in call.call.kwargs.items() if key not in ("input", "self", "return_indices")}
+    places = []
+    for value in pair:
+        given = call.call.args[1 : 2 if "adaptive" in call.name else 4 if "fractional" in call.name else 6]
+        _, index = function(value, *given, **options, return_indices=True)
+        planes = value.shape[value.ndim - dims :].numel()
+        number = torch.arange(value.numel() // planes, device=value.device)
+        offset = number.reshape(*value.shape[: value.ndim - dims], *(1,) * dims) * planes
+        places.append(index + offset)
+    return MaximumKernel(call, pair, (places[0], places[1]))
+
+
+__all__ = ["MaximumKernel"]

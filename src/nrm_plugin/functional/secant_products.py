@@ -1,0 +1,87 @@
+"""Secants of layers with weights and of products of tensors.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.base import Kernel
+from ..model.linear_maps import LinearMap, explicit_maps
+from .differences import DifferenceCall, secant_of
+from .function_call import FunctionCall
+from .products import changed_constants, constants_of
+from .secant_maps import MultiplierKernel, Multipliers, PathKernel
+from .weighted_functions import LAYERS, twin_of_call
+
+
+class LinearKernel(MultiplierKernel):
+    """Kernel of a layer with a constant weight, by its transposed map.
+
+    Args:
+        call: The call.
+        maps: The maps of the layer.
+        absolute: Function that returns the maps of the layer with absolute weights.
+    """
+
+    def __init__(self, call: DifferenceCall, maps: LinearMap, absolute: Callable[[], LinearMap]) -> None:
+        super().__init__(call)
+        self.maps, self._absolute = maps, absolute
+
+    @cached_property
+    def absolute(self) -> LinearMap:
+        """The maps of the layer with absolute weights."""
+        return self._absolute()
+
+    def multipliers(self, above: Tensor) -> Multipliers:
+        return (self.maps.down(above),)
+
+    def absolute_multipliers(self, above: Tensor) -> Multipliers:
+        return (self.absolute.down(above),)
+
+    def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        (value,) = values
+        assert value is not None
+        return self.maps.up(value * self.before[0]) / self.after
+
+    def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        (value,) = values
+        assert value is not None
+        return self.absolute.up(value * self.before[0].abs()) / self.after.abs()
+
+
+@secant_of(*LAYERS)
+def layer(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of a layer; of a product, if its weight is computed."""
+    weight = call.call.argument(1, "weight")
+    if len(call.values) == 1 and isinstance(weight, Tensor):
+        weight = weight.detach().to(call.values[0].dtype)
+        twin = twin_of_call(call.call, LAYERS[call.name]())
+        maps = explicit_maps(twin, weight, call.values[0])
+        if maps is not None:
+            return LinearKernel(call, maps, partial(_absolute_maps, twin, weight, call.values[0]))
+    return product(call)
+
+
+def _absolute_maps(twin: nn.Module, weight: Tensor, values: Tensor) -> LinearMap:
+    maps = explicit_maps(twin, weight.abs(), values)
+    assert maps is not None, "known for the weight itself"
+    return maps
+
+
+@secant_of("matmul", "einsum", "tensordot")
+def product(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of a product of tensors, of which some are constant."""
+    return PathKernel(call, _with_absolute_constants)
+
+
+def _with_absolute_constants(call: FunctionCall) -> FunctionCall:
+    return changed_constants(call, constants_of(call), Tensor.abs)
+
+
+__all__ = ["LinearKernel"]

@@ -1,0 +1,156 @@
+r"""Secants of elementwise functions, sums and products.
+
+.. math:: \frac{\varphi(z) - \varphi(z^0)}{z - z^0}, \qquad
+    ab - a^0 b^0 = \frac{b + b^0}{2} (a - a^0) + \frac{a + a^0}{2} (b - b^0)
+
+A function of several tensors is changed one input at a time, and the slopes are averaged over all orders.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.base import Kernel
+from ..kernels.reference_pass import LEAST
+from .differences import DifferenceCall, secant_of
+from .elementwise import ACTIVATIONS, ELEMENTWISE
+from .function_kernels import SplitKernel
+
+NOT_ELEMENTWISE = frozenset(
+    "log_softmax softmin layer_norm native_layer_norm group_norm rms_norm instance_norm local_response_norm "
+    "normalize renorm".split()
+)
+CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
+"""Functions that convert their first argument to another format."""
+CLOSE = 0.7
+"""Differences below ``ε ** CLOSE`` times the value have the derivative as slope, with ε the rounding of the format."""
+
+
+def secant(
+    function: Callable[[Tensor], Tensor], pair: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Returns the slope of an elementwise function between two points, or its derivative where they are close.
+
+    Args:
+        function: The function.
+        pair: The two points, which broadcast to the shape of the output.
+        outputs: The values of the function at these points, if known.
+    """
+    one, two = (function(point) for point in pair) if outputs is None else outputs
+    run = pair[0] - pair[1]
+    scale = torch.maximum(pair[0].abs(), pair[1].abs())
+    is_far = run.abs() > torch.finfo(run.dtype).eps ** CLOSE * scale
+    is_far &= run.isfinite()
+    if bool(is_far.all()):
+        return (one - two) / run
+    slope = derivative(function, torch.where(run.isfinite(), pair[0] - run / 2, torch.zeros_like(run)))
+    return torch.where(is_far, (one - two) / torch.where(is_far, run, torch.ones_like(run)), slope)
+
+
+def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
+    """Returns the derivative of an elementwise function; zero where it is infinite, or the function is constant."""
+    with torch.enable_grad():
+        leaf = point.detach().requires_grad_()
+        output = function(leaf)
+        if not output.requires_grad:
+            return torch.zeros_like(output)
+        (slope,) = torch.autograd.grad(output.sum(), leaf)
+    return slope.nan_to_num(0.0, 0.0, 0.0)
+
+
+def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
+    """Returns the kernel of an elementwise function with the given slopes, which broadcast to the output."""
+    after = call.after.reciprocal()
+    shares = [slope * before * after for slope, before in zip(slopes, call.before, strict=True)]
+    return SplitKernel(shares, call.shapes, None, call.is_exact)
+
+
+@secant_of(*ACTIVATIONS, *(name for name in ELEMENTWISE if name not in NOT_ELEMENTWISE), "div", "hypot")
+def elementwise(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of an elementwise function of one or several tensors; with rules, the identity for one."""
+    if call.has_rules and call.shapes == [call.after.shape]:
+        return call.call.identity()
+    if len(call.values) > 1:
+        return by_slopes(call, averaged_slopes(call))
+    if call.is_tangent:
+        return by_slopes(call, [derivative(call.call.run, call.values[0].expand(call.after.shape))])
+    return SplitKernel([_passed_share(call)], call.shapes, None, call.is_exact)
+
+
+def _passed_share(call: DifferenceCall) -> Tensor:
+    """Returns the share of relevance that a function of one number passes on.
+
+    It is 1 where there is a difference, since the slope is the quotient of both; elsewhere, the derivative remains.
+    """
+    value, before, least = call.values[0], call.before[0], LEAST[call.after.dtype]
+    changes = (call.after.abs() > least).to(call.after.dtype)
+    floor = torch.finfo(before.dtype).eps ** CLOSE
+    is_close = before.abs() <= (value.abs() * floor).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=least)
+    if not bool(is_close.any()):
+        return changes
+    middle = value.expand(call.after.shape) - (before / 2).nan_to_num(0.0, 0.0, 0.0)
+    slope = derivative(call.call.run, middle.nan_to_num(0.0, 0.0, 0.0))
+    return torch.where(is_close, slope * before / call.after, changes)
+
+
+secant_of("logaddexp", "logaddexp2")(elementwise)
+
+
+def averaged_slopes(call: DifferenceCall) -> list[Tensor]:
+    """Returns slopes by changing one input at a time from the reference, averaged over all orders."""
+    numbers = range(len(call.values))
+    totals: list[Tensor | None] = [None for _ in numbers]
+    orders = list(itertools.permutations(numbers))
+    for order in orders:
+        point = list(call.reference_values)
+        for number in order:
+            slope = _slope_of_one(call, point, number) / len(orders)
+            total = totals[number]
+            totals[number] = slope if total is None else total + slope
+            point[number] = call.values[number]
+    return [total for total in totals if total is not None]
+
+
+def _slope_of_one(call: DifferenceCall, point: list[Tensor], number: int) -> Tensor:
+    shape = call.after.shape
+
+    def function(value: Tensor) -> Tensor:
+        return call.call.run(*point[:number], value, *point[number + 1 :])  # type: ignore[no-any-return]
+
+    return secant(function, (call.values[number].expand(shape), call.reference_values[number].expand(shape)))
+
+
+@secant_of("add", "sub", "rsub")
+def addition(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of a sum or difference; a constant summand has no difference."""
+    options = call.call
+    alpha = float(options.kwargs.get("alpha", options.args[2] if len(options.args) > 2 else 1))
+    factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.name]
+    if len(call.values) == 1:
+        return elementwise(call)
+    return by_slopes(call, [call.after.new_tensor(factor) for factor in factors])
+
+
+@secant_of("mul")
+def product(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of a product, with the mean of the other factor as slope."""
+    if len(call.values) == 1:
+        return elementwise(call)
+    first, second = ((one + two) / 2 for one, two in zip(call.values, call.reference_values, strict=True))
+    return by_slopes(call, [second, first])
+
+
+@secant_of(*CONVERSIONS)
+def conversion(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of a conversion between formats; the sink absorbs what it rounds."""
+    shares = [call.before[0] / call.after, *(torch.zeros_like(call.after) for _ in call.shapes[1:])]
+    return SplitKernel(shares, call.shapes, None, False)
+
+
+__all__ = ["CONVERSIONS", "averaged_slopes", "by_slopes", "derivative", "secant"]

@@ -1,0 +1,173 @@
+"""The forward pass of a reference, which the forward pass of the inputs follows call by call.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DifferenceError
+from ..model.autocast import working_dtype
+from .forward_state import Saved
+
+LEAST = {torch.float32: 1e-18, torch.float64: 1e-100}
+"""The replacement of a difference that is zero."""
+
+
+def difference(value: Tensor, reference: Tensor) -> Tensor:
+    """``δ``, the difference of a tensor between input and reference, nowhere zero; infinite entries are masked."""
+    dtype = working_dtype(value.dtype)
+    delta = value.to(dtype) - reference.to(dtype)
+    is_small = ~(delta.abs() >= LEAST[dtype])  # also nan, the difference of equal infinities
+    if bool(is_small.any()):
+        delta = torch.where(is_small, torch.full_like(delta, LEAST[dtype]).copysign(delta), delta)
+    return delta
+
+
+@dataclass(frozen=True)
+class ReferenceCall:
+    """One call of a function in the forward pass of the reference.
+
+    Attributes:
+        name: Name of the function.
+        where: Path of the module that called it.
+        tensors: The tensors that depend on the reference: inputs and output of a step.
+        constants: All other arguments, with tensors as :class:`Saved`.
+    """
+
+    name: str
+    where: str
+    tensors: tuple[Saved, ...]
+    constants: Any
+
+
+class ReferencePass:
+    """The calls of functions in the forward pass of the reference, in order.
+
+    First, the pass of the reference stores its calls; after :meth:`replay`, the pass of the inputs reads them, and
+    raises where it differs.
+
+    Args:
+        is_tangent: Whether slopes are derivatives at the input instead of secants.
+    """
+
+    def __init__(self, is_tangent: bool = False) -> None:
+        self.is_tangent = is_tangent
+        self._calls: list[ReferenceCall] = []
+        self._number = 0
+        self._is_replayed = False
+        self._deltas: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def difference(self, value: Tensor, other: Tensor) -> Tensor:
+        """Returns the difference of a tensor between input and reference, computed once for all steps that use it."""
+        key = (value.data_ptr(), other.data_ptr(), value.shape, value.stride())
+        if key not in self._deltas:
+            self._deltas[key] = (value, other, difference(value, other))  # the memory must not be used again
+        return self._deltas[key][2]
+
+    def replay(self) -> None:
+        """Starts the pass of the inputs."""
+        self._is_replayed = True
+
+    def meet(self, name: str, where: str, tensors: Sequence[Tensor], constants: Any = ()) -> tuple[Saved, ...]:
+        """Stores a call, or returns the tensors of the same call in the pass of the reference.
+
+        Args:
+            name: Name of the function.
+            where: Path of the module that called it.
+            tensors: The tensors that depend on the inputs.
+            constants: All other arguments.
+
+        Raises:
+            DifferenceError: If the call, a shape, or a constant differs between the two passes.
+        """
+        if not self._is_replayed:
+            self._calls.append(ReferenceCall(name, where, tuple(Saved(tensor) for tensor in tensors), _kept(constants)))
+            return self._calls[-1].tensors
+        other = self._calls[self._number] if self._number < len(self._calls) else None
+        self._number += 1
+        if other is None or (other.name, other.where) != (name, where):
+            found = "nothing further" if other is None else f"{other.name!r} in {other.where or 'the model'!r}"
+            raise DifferenceError(_CONTROL.format(name=name, where=where or "the model", found=found))
+        shapes = [tuple(tensor.shape) for tensor in tensors], [tuple(saved.tensor.shape) for saved in other.tensors]
+        if shapes[0] != shapes[1]:
+            raise DifferenceError(_SHAPES.format(name=name, where=where or "the model", one=shapes[0], two=shapes[1]))
+        difference = _difference(_kept(constants), other.constants)
+        if difference:
+            raise DifferenceError(_CONSTANTS.format(name=name, where=where or "the model", what=difference))
+        return other.tensors
+
+    def finish(self) -> None:
+        """Raises :class:`DifferenceError` if the pass of the reference called further functions."""
+        if not self._is_replayed:
+            return
+        if self._number < len(self._calls):
+            other = self._calls[self._number]
+            found = f"{other.name!r} in {other.where or 'the model'!r}"
+            raise DifferenceError(_CONTROL.format(name="nothing further", where="the model", found=found))
+        self._calls.clear()
+
+
+def _kept(value: Any) -> Any:
+    """Replaces tensors in nested arguments by :class:`Saved`."""
+    if isinstance(value, Tensor):
+        return Saved(value)
+    if isinstance(value, (list, tuple)):
+        return [_kept(item) for item in value]
+    if isinstance(value, dict):
+        return [[key, _kept(item)] for key, item in value.items()]
+    if isinstance(value, slice):
+        return [_kept(value.start), _kept(value.stop), _kept(value.step)]
+    return value
+
+
+def _difference(one: Any, two: Any) -> str:
+    """Returns the first difference between the constants of two calls as text; empty if there is none."""
+    if isinstance(one, Saved) and isinstance(two, Saved):
+        return _difference_of_tensors(one.tensor, two.tensor)
+    if isinstance(one, list) and isinstance(two, list):
+        if len(one) != len(two):
+            return f"a list of {len(one)} entries and of {len(two)}"
+        return next(filter(None, (_difference(*pair) for pair in zip(one, two, strict=True))), "")
+    if isinstance(one, (bool, int, float, str)) and isinstance(two, (bool, int, float, str)):
+        return "" if one == two or one != one else f"{one!r} and {two!r}"
+    return "" if type(one) is type(two) else f"{type(one).__name__} and {type(two).__name__}"
+
+
+def _difference_of_tensors(one: Tensor, two: Tensor) -> str:
+    if one.layout != torch.strided or two.layout != torch.strided:
+        return "" if one.layout == two.layout and one.shape == two.shape else "sparse tensors"
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return f"{one.dtype} of shape {tuple(one.shape)} and {two.dtype} of shape {tuple(two.shape)}"
+    is_same_memory = one.data_ptr() == two.data_ptr() and one.stride() == two.stride()
+    if is_same_memory or torch.equal(one, two):
+        return ""
+    if one.is_floating_point() and torch.equal(one.nan_to_num(), two.nan_to_num()):
+        return ""
+    kind = "a mask" if one.dtype == torch.bool else "numbers" if one.is_floating_point() else "indices"
+    return f"{kind} of shape {tuple(one.shape)} with {int((one != two).sum())} different entries"
+
+
+_CONTROL = (
+    "the model takes another path for the reference than for the inputs: it calls {name!r} in {where!r} for the "
+    "inputs, but {found} for the reference. A difference needs the same operations at both. Choose a "
+    "reference on the same path, or explain the output without reference=."
+)
+_SHAPES = (
+    "{name!r} in {where!r} has tensors of shape {one} for the inputs, but {two} for the reference. A difference needs "
+    "the same operations at both. Choose another reference, or explain the output without reference=."
+)
+_CONSTANTS = (
+    "{name!r} in {where!r} depends on values that differ between inputs and reference but carry no relevance: {what}. "
+    "No relevance passes through indices, masks and detached values, so the difference of the outputs would not be "
+    "explained completely. Choose a reference with the same ones (the same padding mask, the same order), or explain "
+    "the output without reference=."
+)
+
+__all__ = ["LEAST", "ReferencePass", "difference"]

@@ -1,0 +1,57 @@
+r"""The start of a measure of differences, :math:`\mu(n_L = k) = s_k \Delta f_k / \sum_k s_k \Delta f_k`.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TargetError, samples
+from ..kernels.reference_pass import LEAST
+from ..model.targets import MIN_TOTAL, sample_sums
+
+ROUNDING = 16
+"""Number of rounding errors of the outputs that a difference of outputs must exceed."""
+
+
+def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Starts a measure of differences.
+
+    Args:
+        recording: A recording with a reference, or with several of each sample.
+        vector: The weights ``s`` of the outputs, ``(N, …)``; they may sum to zero.
+
+    Returns:
+        The start vector in the layout of the output, and :math:`\sum_k s_k \Delta f_k`, ``(N,)``,
+        the mean over several references.
+
+    Raises:
+        TargetError: If the weighted differences of a sample are zero, or cancel.
+        FoldingError: If a sample depends on other samples.
+    """
+    count = recording.references
+    outputs, vector = recording.unfolded(), vector.repeat_interleave(count, 0)
+    parts = vector * recording.differences()
+    form = (len(parts) // count, -1)
+    total = sample_sums(parts.reshape(form))
+    _check_different(total, *(values.reshape(form) for values in (parts, vector, outputs)))
+    shape = (-1, *(1,) * (parts.ndim - 1))
+    return recording.started(parts / total.repeat_interleave(count).reshape(shape)), total / count
+
+
+def _check_different(total: Tensor, parts: Tensor, vector: Tensor, outputs: Tensor) -> None:
+    rounding = ROUNDING * torch.finfo(outputs.dtype).eps * sample_sums((vector * outputs).abs())
+    least = 2 * LEAST[total.dtype] * sample_sums(vector.abs())
+    bad = total.abs() <= MIN_TOTAL * sample_sums(parts.abs()) + rounding.to(total.dtype) + least
+    if bool(bad.any()):
+        raise TargetError(
+            f"the outputs of input and reference do not differ in what is explained ({samples(bad.tolist())}): the "
+            "weighted differences are 0, or cancel, so nothing can be normalized. Choose another reference or target."
+        )
+
+
+__all__ = ["difference_start"]

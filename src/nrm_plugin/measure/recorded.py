@@ -1,0 +1,134 @@
+"""What a measure states without a pass: its taps and their shapes, the outputs, and the explained number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..composites import Normalized
+from ..events.event import Atom, Side
+from .layer_taps import Layer, taps_of
+from .query_passes import QueryPasses
+
+
+class Recorded(QueryPasses):
+    """Base class of the measure, which states what is recorded.
+
+    Attributes:
+        composite: Rules and normalization.
+    """
+
+    composite: Normalized
+    _output: Tensor
+    _is_difference = False
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the taps, in execution order.
+
+        Examples:
+            >>> mu.layers
+            ['input', '0', '1', '2', 'output']
+        """
+        return self._recording.taps.layers
+
+    @property
+    def outputs(self) -> Tensor:
+        """The explained outputs as the model returned them, detached, ``(N, …)``.
+
+        Examples:
+            >>> torch.equal(mu.outputs[:, 1], mu.output)
+            True
+        """
+        return self._recording.outputs()[:: self._recording.references]
+
+    @property
+    def output(self) -> Tensor:
+        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``; the measure times this value is the usual LRP score.
+
+        With ``against``, :math:`g = \sum_k s_k f_k`, which is negative if the compared outputs are ahead. The measure
+        is normalized to 1 all the same, so that relevance above 0 is then evidence against the target.
+
+        Examples:
+            >>> mu.output.shape
+            torch.Size([5])
+        """
+        return self._output.clone()
+
+    @property
+    def explains_difference(self) -> bool:
+        """Whether the measure explains a difference of outputs, with ``against``.
+
+        Examples:
+            >>> mu.explains_difference
+            False
+        """
+        return self._is_difference
+
+    @property
+    def sign(self) -> Tensor:
+        """The sign of the explained difference with ``against``, ``(N,)``, else 1.
+
+        A measure times its sign is evidence for the target, also if the compared outputs are ahead. Multiply maps by
+        it before they are drawn or added; flows, sweeps and the commands do.
+
+        Examples:
+            >>> mu.sign
+            tensor([1., 1., 1., 1., 1.])
+            >>> difference = RelevanceMeasure(net, torch.randn(5, 3), target=1, against=0)
+            >>> torch.equal(difference.sign, difference.output.sign())
+            True
+        """
+        return self._output.sign() if self.explains_difference else torch.ones_like(self._output)
+
+    @property
+    def batch(self) -> int:
+        """Number of samples.
+
+        Examples:
+            >>> mu.batch
+            5
+        """
+        return self._recording.samples.count // self._recording.references
+
+    def shape(self, layer: Layer) -> torch.Size:
+        """Returns the shape of a tap: ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
+
+        Examples:
+            >>> mu.shape("1")
+            torch.Size([5, 4])
+        """
+        count, *inner = self._tap(layer).shape
+        return torch.Size((count // self._recording.references, *inner))
+
+    def channel_dim(self, layer: Layer) -> int:
+        """Returns the channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.
+
+        Raises:
+            UnknownLayerError: If no tap has this name; the message lists similar names.
+
+        Examples:
+            >>> mu.channel_dim("1")
+            1
+        """
+        tap = self._tap(layer)
+        return tap.channel_dim % len(tap.shape)
+
+    def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
+        """Returns the taps of a layer: one, or one per tensor of a tuple.
+
+        Raises:
+            UnknownLayerError: If no tap has this name.
+
+        Examples:
+            >>> mu.taps_of("1")
+            [at('1')]
+        """
+        return taps_of(self._recording, layer, side)
+
+    def __repr__(self) -> str:
+        rules, settings = type(self.composite.composite).__name__, self.composite.normalization
+        return (
+            f"RelevanceMeasure({self.batch} samples, {len(self._recording.taps)} taps, {rules}, "
+            f"residual={settings.residual!r}, gain_limit={settings.gain_limit})"
+        )

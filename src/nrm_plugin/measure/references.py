@@ -1,0 +1,69 @@
+"""The reference of a measure of differences, and the composite that applies to it.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from zennit.core import Composite
+
+from ..composites import Normalized, Uncovered, normalize
+from ..errors import DifferenceError, brief
+from ..kernels.normalization import Residual
+from ..model.inputs_and_outputs import Call
+from ..model.references import reference_call, repeated, several_calls
+from ..recording.recording import Reference
+from ..secants import OnDifferences
+
+Slopes = Literal["secant", "tangent"]
+
+
+def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Reference | None]:
+    """Returns the call to record, and its reference; None for a measure of outputs.
+
+    A list of references is a mixture, of which each is a sample of its own.
+
+    Raises:
+        DifferenceError: If the reference does not fit the inputs.
+        ValueError: If ``slopes`` is unknown, or given without a reference.
+    """
+    if slopes not in ("secant", "tangent"):
+        raise ValueError(f"slopes={brief(slopes)} is unknown; choose 'secant' or 'tangent'.")
+    if reference is None:
+        if slopes != "secant":
+            raise ValueError("slopes= belongs to reference=: without one, relevance is of an output, by rules.")
+        return call, None
+    is_tangent = slopes == "tangent"
+    if not isinstance(reference, list):
+        return call, Reference(reference_call(call, reference), is_tangent)
+    if not reference:
+        raise DifferenceError("reference=[] is a mixture of no references; give at least one.")
+    count = len(reference)
+    return repeated(call, count), Reference(several_calls(call, reference), is_tangent, count)
+
+
+def composite_of(
+    composite: Composite | None,
+    residual: Residual | None,
+    gain_limit: float | None,
+    uncovered: Uncovered | None,
+    reference: Any,
+) -> Normalized:
+    """Returns the composite of a measure: the secants if there is a reference and no other composite."""
+    if reference is None:
+        return normalize(composite, residual, gain_limit, uncovered)
+    if composite is not None:
+        return OnDifferences(normalize(composite, residual, gain_limit, uncovered))
+    given = {"residual": residual, "gain_limit": gain_limit, "uncovered": uncovered}
+    unused = [name for name, value in given.items() if value is not None]
+    if unused:
+        raise TypeError(
+            f"{unused[0]}= belongs to the rules of a composite; the slopes to a reference absorb nothing. Leave it "
+            "out, or give composite= for rules on differences."
+        )
+    return OnDifferences()
+
+
+__all__ = ["Slopes", "composite_of", "reference_of"]

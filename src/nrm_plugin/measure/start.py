@@ -1,0 +1,76 @@
+"""Where a measure starts: at weighted outputs, at one number that compares outputs, or at weighted differences."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..errors import TargetError
+from ..model.contrast import contrast_vector, explained_number
+from ..model.targets import chosen_target, normalized, sample_sums, start_vector
+from .difference_start import difference_start
+
+
+class Outputs(Protocol):
+    """The outputs of a recording, as far as a start depends on them."""
+
+    references: int
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the inputs have a dimension of samples."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the measure is of differences to a reference."""
+
+    def unfolded(self) -> Tensor:
+        """Returns the outputs in the form ``(N, …)``."""
+
+    def outputs(self) -> Tensor:
+        """Returns the outputs in the shape that the model returned."""
+
+    def differences(self) -> Tensor:
+        """Returns the differences of the outputs to those of the reference, ``(N, …)``."""
+
+    def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
+        """Starts the measure, as :meth:`~nrm_plugin.recording.recording.Recording.started`."""
+
+
+def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple[Tensor, Tensor]:
+    """Starts a measure.
+
+    Args:
+        recording: The recording.
+        target: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        start: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        against: As in :class:`~nrm_plugin.RelevanceMeasure`.
+
+    Returns:
+        The start vector, in the layout of the tensor where the measure starts, and the explained number, ``(N,)``.
+
+    Raises:
+        TargetError: If an argument does not fit the outputs.
+        FoldingError: If a sample depends on other samples.
+    """
+    if start is not None and against is not None:
+        raise TargetError(
+            "give start= or against=, not both: against= makes a start vector of target= and the compared outputs. A "
+            "function given as against= may return the weights of all outputs."
+        )
+    batched, every = recording.is_batched, recording.references
+    outputs = recording.unfolded()[::every]
+    if against is None:
+        vector = start_vector(outputs, chosen_target(target, recording.outputs()[::every], batched), start)
+    else:
+        vector = contrast_vector(outputs, target, against, batched)
+    if recording.has_reference:
+        return difference_start(recording, vector)
+    if against is None:
+        return recording.started(normalized(vector)), sample_sums(vector * outputs) / sample_sums(vector)
+    number = explained_number(outputs, vector)
+    return recording.started(normalized(vector.abs()), vector), number
+
+
+__all__ = ["start_of"]

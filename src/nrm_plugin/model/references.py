@@ -1,0 +1,116 @@
+"""References: the call of a model with a reference in place of the inputs.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DifferenceError, brief, samples
+from .inputs_and_outputs import Call, is_index
+
+
+def repeated(call: Call, count: int) -> Call:
+    """Returns a call with every sample several times, once for each reference; also in the further arguments."""
+    if not call.batched:
+        raise DifferenceError("several references need samples, but batched=False takes all inputs as one sample.")
+    size = call.batch
+
+    def repeat(value: Tensor) -> Tensor:
+        return value.repeat_interleave(count, 0) if value.ndim and len(value) == size else value
+
+    return call.changed(repeat, repeat)
+
+
+def several_calls(call: Call, references: Sequence[Any]) -> Call:
+    """Returns one call for several references of each sample, in the order of :func:`repeated`."""
+    calls = [reference_call(call, reference) for reference in references]
+    first = repeated(calls[0], len(calls))
+    together = [*first.tensors, *first.indices.values()]
+    rows = zip(*([*one.tensors, *one.indices.values()] for one in calls), strict=True)
+    joined = {id(old): torch.stack(new, 1).flatten(0, 1) for old, new in zip(together, rows, strict=True)}
+    return first.changed(lambda tensor: joined[id(tensor)])
+
+
+def reference_call(call: Call, reference: Any) -> Call:
+    """Returns the same call with a reference in place of the inputs.
+
+    Args:
+        call: The call at the inputs.
+        reference: In the form of the inputs: a tensor, a tuple of tensors, or a mapping; each of the shape of the input
+            or without the samples, or with one sample, which then holds for all. A mapping may leave out inputs that
+            carry no relevance, such as masks.
+
+    Raises:
+        DifferenceError: If the reference does not fit the inputs, or equals them.
+    """
+    inputs = dict(zip(call.items, call.tensors, strict=True)) | call.indices
+    given = _by_item(reference, inputs)
+    fitted = {item: _fitted(given[item], tensor, item, call.batched) for item, tensor in inputs.items()}
+    _check_apart(inputs, fitted, call.batched)
+    by_identity = {id(tensor): fitted[item] for item, tensor in inputs.items()}
+    return call.changed(lambda tensor: by_identity[id(tensor)])
+
+
+def _by_item(reference: Any, inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
+    """Returns the reference of each input."""
+    if isinstance(reference, Mapping):
+        given = dict(reference)
+    elif isinstance(reference, (tuple, list)):
+        given = dict(enumerate(reference)) if len(inputs) > 1 else dict(zip(inputs, reference, strict=False))
+    else:
+        given = {next(iter(inputs)): reference}
+    missing = [item for item in inputs if item not in given]
+    if missing:
+        raise DifferenceError(
+            f"reference= is {brief(reference)} and has no value for the input {missing[0]!r}. Give it in the form of "
+            "the inputs: a tensor, a tuple of tensors, or a mapping with the same keys."
+        )
+    return given
+
+
+def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
+    """Returns the reference of one input in its shape."""
+    what = "reference=" if item is None else f"reference= of the input {item!r}"
+    if not isinstance(value, Tensor):
+        raise DifferenceError(f"{what} is {brief(value)}, expected a tensor of shape {tuple(tensor.shape)}.")
+    if is_index(tensor) != is_index(value):
+        raise DifferenceError(
+            f"{what} has dtype {value.dtype}, the input {tensor.dtype}: ids have a reference of ids, embeddings one of "
+            "embeddings. Convert one of them by the model's embedding."
+        )
+    if value.dtype != tensor.dtype or value.device != tensor.device:
+        raise DifferenceError(
+            f"{what} has dtype {value.dtype} on {value.device}, the input {tensor.dtype} on {tensor.device}. Convert "
+            "it: `reference.to(inputs)`."
+        )
+    if batched and value.shape in (tensor.shape[1:], (1, *tensor.shape[1:])):
+        value = value.expand(tensor.shape)
+    if value.shape != tensor.shape:
+        one = f", or {tuple(tensor.shape[1:])} for one reference of all samples" if batched else ""
+        raise DifferenceError(f"{what} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)}{one}.")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise DifferenceError(f"{what} has nan or inf entries; a difference to it is not a number.")
+    fitted: Tensor = value.detach().clone()
+    return fitted
+
+
+def _check_apart(inputs: Mapping[Any, Tensor], references: Mapping[Any, Tensor], batched: bool) -> None:
+    """Raises :class:`DifferenceError` if the reference of a sample equals the sample."""
+    count = len(next(iter(inputs.values()))) if batched else 1
+    same = torch.ones(count, dtype=torch.bool)
+    for item, tensor in inputs.items():
+        same &= (tensor == references[item]).reshape(count, -1).all(1).cpu()
+    if bool(same.any()):
+        raise DifferenceError(
+            f"reference= equals the input ({samples(same.tolist())}), so that there is no difference to explain. "
+            "Choose a reference that lacks what is to be explained, or leave these samples out."
+        )
+
+
+__all__ = ["reference_call", "repeated", "several_calls"]

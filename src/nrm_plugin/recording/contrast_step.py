@@ -1,0 +1,321 @@
+r"""The step of a contrast: one number on top of the outputs, fused with the linear layer that computes them.
+
+With :math:`f = W a + b` and weights ``s`` of the outputs, :math:`g = \sum_k s_k f_k` is a layer with one output per
+sample, the weight :math:`\sum_k s_k w_k` and the bias :math:`\sum_k s_k b_k`; the rule of the layer reads these. If the
+outputs do not come from a layer with weights, relevance is distributed by :math:`s_k f_k / g`.
+
+Source: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from zennit.rules import Pass
+
+from ..errors import UnsupportedRuleError
+from ..kernels.base import Kernel
+from ..kernels.forward_state import Saved, not_recorded
+from ..kernels.known_rules import is_by_modifiers, is_known_linear
+from ..kernels.layer_call import LayerCall, forward, shape_like
+from ..kernels.layer_step import LayerStep
+from ..kernels.modified_layers import rerun_without_bias
+from ..kernels.normalization import Normalization
+from ..kernels.rule_reader import PlainGradient, read_rule
+from ..kernels.step import Step
+from ..model.affine_layers import WEIGHTED, Weighted, broadcast, is_affine
+from ..model.autocast import InFloat32
+from ..model.routing import operation
+from ..model.targets import sample_sums
+from .graph import Graph, Vertex
+from .layout import Layout
+from .places import Buffer, Edge
+from .samples import Samples
+
+NAME = "contrast"
+"""Name of the step if it is not fused with a layer."""
+_VIEWS = frozenset(
+    """
+    alias view reshapealias unsafeview transpose permute t squeeze unsqueeze select slice index indexselect gather
+    asstrided clone tocopy contiguous narrow movedim swapaxes diagonal flip unbind split splitwithsizes chunk
+    """.split()
+)
+"""Routes that only select and reorder entries, so that the layer below them computes the outputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Top:
+    """A node on top of a graph of autograd, with the attributes of a node that the graph of a recording reads.
+
+    Attributes:
+        step: The step.
+        next_functions: The node that the step reads, and the number of its output.
+        shape, dtype, device: Those of the explained number.
+    """
+
+    step: Step
+    next_functions: tuple[tuple[Any, int], ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def _input_metadata(self) -> list[Top]:
+        return [self]
+
+    def name(self) -> str:
+        """The name of the operation."""
+        return NAME
+
+
+class ColumnKernel(Kernel):
+    """The kernel of a step with one output per sample, as its only column.
+
+    Args:
+        column: The relevance of each input for the relevance 1, in the layout of the input.
+        layout: The layout of the input.
+        is_stochastic: Whether the column of each sample sums to one.
+    """
+
+    def __init__(self, column: Tensor, layout: Layout, is_stochastic: bool = False) -> None:
+        self.column, self.layout, self.is_stochastic = column, layout, is_stochastic
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return (self._times(relevance, self.column),)
+
+    def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return (self._times(relevance, self.column.abs()),)
+
+    def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        return self._summed(values, self.column, shape)
+
+    def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+        return self._summed(values, self.column.abs(), shape)
+
+    def column_sum(self, like: Tensor) -> Tensor:
+        return _sample_sums(self.column, self.layout).reshape(like.shape)
+
+    def _times(self, relevance: Tensor, column: Tensor) -> Tensor:
+        form = self.layout.shape(column.shape)
+        rows = relevance.reshape(len(relevance), form[0], *(1,) * (len(form) - 1)).expand(-1, *form)
+        return self.layout.fold(rows, 1) * column
+
+    def _summed(self, values: tuple[Tensor | None, ...], column: Tensor, shape: torch.Size) -> Tensor:
+        (value,) = values
+        assert value is not None
+        return self.layout.unfold(value * column, 1).flatten(2).sum(2).reshape(len(value), *shape)
+
+
+class ContrastStep(Step):
+    """The step of a contrast.
+
+    Args:
+        name, output, normalization, rule: As in :class:`~nrm_plugin.kernels.step.Step`.
+        read: Function that computes the kernel.
+        keeps_rows: Whether the samples are the rows of all tensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        output: Tensor,
+        normalization: Normalization,
+        rule: str,
+        read: Callable[[], Kernel],
+        keeps_rows: bool,
+    ) -> None:
+        super().__init__(name, output, normalization, rule)
+        self._read = read
+        self.keeps_rows = keeps_rows
+
+    def _build(self) -> Kernel:
+        return self._read()
+
+
+def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> Top:
+    """Returns the node of a contrast.
+
+    Args:
+        graph: The graph of a recording.
+        samples: The samples of its tensors.
+        output: The output of the model.
+        vector: The weights ``s``, in the form ``(N, …)``.
+
+    Raises:
+        UnsupportedRuleError: If the rule of the layer is not written with Zennit's modifiers.
+        FoldingError: If no dimension of a tensor holds the samples.
+    """
+    layout = samples.layout(graph.output)
+    weights, outputs = layout.fold(vector), output.detach().to(vector.dtype)
+    number = _sample_sums(weights * outputs, layout)
+    number = number.reshape(-1, 1) if samples.batched else number
+    with torch.inference_mode(False), not_recorded():
+        layer = _layer_of_outputs(graph, weights)
+        if layer is None:
+            place = graph.output
+            step = _step_of_shares(weights * outputs, layout, number, samples.is_plain)
+        else:
+            place = layer.source
+            step = _fused_step(layer, number, samples)
+    below = (graph.nodes[place.vertex], place.number)
+    return Top(step, (below,), number.shape, number.dtype, number.device)
+
+
+def _step_of_shares(parts: Tensor, layout: Layout, number: Tensor, keeps_rows: bool) -> ContrastStep:
+    r"""Returns the step with the shares :math:`s_k f_k / g`."""
+
+    def read() -> Kernel:
+        form = layout.shape(parts.shape)
+        total = number.reshape(-1, *(1,) * (len(form) - 1)).expand(form)
+        return ColumnKernel(parts / layout.fold(total), layout, is_stochastic=True)
+
+    return ContrastStep(NAME, number, Normalization(), "shares", read, keeps_rows)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The layer with weights that computes the outputs.
+
+    Attributes:
+        step: The step.
+        vertex: Its vertex.
+        source: The tensor that the layer reads.
+        weights: The weights ``s`` of the entries of its output.
+    """
+
+    step: LayerStep
+    vertex: int
+    source: Buffer
+    weights: Tensor
+
+
+def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
+    """Returns the layer with weights that computes the outputs; None if another operation does."""
+    buffer = graph.output
+    while True:
+        vertex = graph.vertices[buffer.vertex]
+        edges = [edge for edge in vertex.edges if edge is not None]
+        if len(edges) != 1:
+            return None
+        if isinstance(vertex.step, LayerStep):
+            vertex.step.fold()
+            if not vertex.step.is_identity:  # else a batch normalization that is fused with the layer below
+                return _Layer(vertex.step, buffer.vertex, edges[0], weights) if _is_weighted(vertex.step) else None
+        else:
+            passed = _below_view(vertex, buffer.number, weights)
+            if passed is None:
+                return None
+            weights = passed.sum_to_size(graph.shape(edges[0]))
+        buffer = edges[0]
+
+
+def _below_view(vertex: Vertex, number: int, weights: Tensor) -> Tensor | None:
+    """Returns the weights of the entries that a view reads; None for other operations."""
+    if vertex.step is not None or operation(vertex.node).lower() not in _VIEWS:
+        return None
+    parts, _ = vertex.pull([weights.unsqueeze(0) if k == number else None for k in range(len(vertex.shapes))])
+    part = next((part for part, edge in zip(parts, vertex.edges, strict=True) if edge is not None), None)
+    return None if part is None else part.squeeze(0)
+
+
+def _is_weighted(step: LayerStep) -> bool:
+    call = step.layer_call
+    return isinstance(call.module, WEIGHTED) and is_affine(call.module) and type(call.rule) is not Pass
+
+
+def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep:
+    """Returns the step with the rule of the layer on the weighted sum of its rows."""
+    step, call = layer.step, layer.step.layer_call
+    if not is_by_modifiers(call.rule) and type(call.rule) is not PlainGradient:
+        raise UnsupportedRuleError(
+            f"the rule {type(call.rule).__name__} of layer {call.name!r} has its own backward, so that it cannot be "
+            "applied to a contrast of the outputs of this layer. Write the rule with BasicHook's modifiers, or map "
+            "the last layer to another rule."
+        )
+    layout = samples.layout(Edge(layer.vertex, 0))
+    with InFloat32() if step.is_short else nullcontext():
+        fused = _fused_layer(call, layer.weights, number, layout, samples.layout(Buffer(layer.vertex, 0)))
+    own = replace(
+        call,
+        rule=call.rule.copy(),
+        module=fused,
+        run=forward,
+        like=shape_like(number),
+        saved_output=Saved(number, values=False),
+        image=None,
+    )
+
+    def read() -> Kernel:
+        kernel, ones = read_rule(own), torch.ones_like(number).unsqueeze(0)
+        kernel.complete_for(ones)
+        with torch.no_grad():
+            (column,) = kernel.pull(ones)
+        return ColumnKernel(column.squeeze(0), layout)
+
+    keeps_rows = samples.is_plain and is_known_linear(call.rule)
+    result = ContrastStep(step.name, number, step.normalization, step.rule, read, keeps_rows)
+    result.call = step.call
+    result.is_short = step.is_short
+    return result
+
+
+def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layout, output_layout: Layout) -> Weighted:
+    r"""Returns the layer with one output per sample, :math:`\sum_k s_k w_k \cdot a + \sum_k s_k b_k`.
+
+    The layer reads the entries that are connected with an explained output, since rules such as Flat replace weights.
+
+    Args:
+        call: The call of the layer.
+        weights: The weights ``s``, in the layout of the output of the layer.
+        number: The explained number.
+        layout: The layout of its input.
+        output_layout: The layout of its output.
+    """
+    weight, bias = call.module._parameters["weight"], call.module._parameters["bias"]
+    assert weight is not None
+    rerun = rerun_without_bias(call.module, call.run)
+    leaf = call.input.detach().to(weights.dtype).requires_grad_()
+
+    def rows(values: Tensor, matrix: Tensor) -> Tensor:
+        with torch.enable_grad():
+            image = rerun(leaf, matrix)
+        (part,) = torch.autograd.grad(image, leaf, values.to(image.dtype))
+        return layout.unfold(part).reshape(layout.count, -1)
+
+    fused, index = rows(weights, weight.detach()), None
+    connected = rows((weights != 0).to(weights.dtype), torch.ones_like(weight)) != 0
+    if not bool(connected.all()):
+        index = _connected(connected)
+        fused = _chosen(fused, index)
+    added = None if bias is None else weights * broadcast(bias.detach(), call.module, call.like).to(weights.dtype)
+    constant = None if added is None else _sample_sums(added, output_layout).reshape(number.shape)
+
+    def function(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        read = _chosen(layout.unfold(source).reshape(layout.count, -1), index)
+        image = (read * weight).sum(1).reshape(number.shape)
+        return image if bias is None else image + bias
+
+    return Weighted(function, fused, constant, -1)
+
+
+def _connected(mask: Tensor) -> Tensor:
+    """Returns the indices of the marked entries of each row, filled up with the number of columns."""
+    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+    return torch.where(mask.gather(1, order), order, mask.shape[1])
+
+
+def _chosen(rows: Tensor, index: Tensor | None) -> Tensor:
+    """Returns the entries of rows ``(N, D)`` at indices; 0 at the index ``D``."""
+    return rows if index is None else torch.nn.functional.pad(rows, (0, 1)).gather(1, index)
+
+
+def _sample_sums(tensor: Tensor, layout: Layout) -> Tensor:
+    return sample_sums(layout.unfold(tensor))
+
+
+__all__ = ["NAME", "ColumnKernel", "ContrastStep", "Top", "contrast_top"]

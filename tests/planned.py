@@ -1,0 +1,130 @@
+"""Measures of plans that were made on other values, in place of measures of recordings.
+
+A test that runs with these measures tests programs: every query is first asked of a measure at other values, whose trace
+becomes the program that answers the test.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nrm_plugin
+from nrm_plugin.measure.measure import RelevanceMeasure
+from nrm_plugin.plan.plan import Plan
+from nrm_plugin.plan.planned_measure import PlannedMeasure
+
+PLAN_SETTINGS = ("composite", "residual", "gain_limit", "output", "batched", "uncovered", "max_memory")
+ARGUMENTS = ("additional_forward_args", "additional_forward_kwargs")
+
+ANSWERS: Counter[str] = Counter()
+"""Number of queries that programs answered, and that recordings answered, by reason."""
+
+
+def other_values(inputs: Any) -> Any:
+    """The entries of each tensor in another order; tensors that are passed twice stay the same tensor."""
+    known: dict[int, Tensor] = {}
+
+    def changed(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.numel() == 0 or not isinstance(value.shape, torch.Size):
+            return value
+        if id(value) not in known:
+            draw = torch.Generator().manual_seed(value.numel())
+            order = torch.randperm(value.numel(), generator=draw)
+            other = value.detach().clone()
+            if other.stride() == value.stride():
+                with torch.no_grad():
+                    other.copy_(value.detach().reshape(-1)[order].reshape(value.shape))
+                    if value.is_floating_point():
+                        other *= 0.9
+                known[id(value)] = other.requires_grad_(value.requires_grad)
+            else:  # an expanded tensor
+                known[id(value)] = value
+        return known[id(value)]
+
+    if isinstance(inputs, Mapping):
+        return {key: changed(value) if key != "mask" else value for key, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)([changed(value) for value in inputs])
+    return changed(inputs)
+
+
+class CheckedMeasure(PlannedMeasure):
+    """A planned measure that first asks every query of a measure at other values."""
+
+    other: PlannedMeasure | None = None
+
+    def _answer(self, method: Any, args: Any, kwargs: Any) -> Any:
+        if self._is_answering:
+            return super()._answer(method, args, kwargs)
+        self._ran = False
+        for _ in range(2 if self.other is not None else 0):  # a query with events is traced when it is repeated
+            try:
+                getattr(self.other, method.__name__)(*args, **kwargs)
+            except Exception:  # the test decides whether the query itself fails
+                break
+        answer = super()._answer(method, args, kwargs)
+        ANSWERS["program" if self._ran else self._reason(method.__name__)] += 1
+        return answer
+
+    def _run(self, query: Any) -> Any:
+        before = self._returned
+        answer = super()._run(query)
+        self._ran = True
+        outputs, _ = query.program.forward(self._tensors)
+        torch.testing.assert_close(outputs[1], before, equal_nan=True)
+        return answer
+
+    def _reason(self, name: str) -> str:
+        if self._programs.obstacle:
+            return f"recorded: {self._programs.obstacle}"
+        return f"recorded: {name}, avoided {sorted(self._programs.avoided)}, {self._programs._recorded}"
+
+
+def planned(model: Any, inputs: Any, target: Any = None, **keywords: Any) -> RelevanceMeasure:
+    """Takes a measure by a plan that was made on other values, in place of :class:`RelevanceMeasure`."""
+    settings = {key: keywords[key] for key in PLAN_SETTINGS if key in keywords}
+    arguments = {key: keywords[key] for key in ARGUMENTS if key in keywords}
+    rest = {key: value for key, value in keywords.items() if key not in settings and key not in arguments}
+    others = other_values(inputs)
+    try:
+        plan = Plan(model, others, **settings, **arguments)
+        other = plan(others, target, **rest, **arguments)
+    except Exception:  # the other values may not be valid
+        plan, other = Plan(model, inputs, **settings, **arguments), None
+    measure = plan(inputs, target, **rest, **arguments)
+    measure.__class__, measure.other = CheckedMeasure, other  # type: ignore[attr-defined]
+    return measure
+
+
+class _AlsoPlanned(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> RelevanceMeasure:
+        return planned(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, RelevanceMeasure)
+
+
+class Planned(RelevanceMeasure, metaclass=_AlsoPlanned):
+    """Stands for :class:`RelevanceMeasure` in a test module."""
+
+
+@contextmanager
+def measures_are_planned(modules: list[Any]) -> Iterator[None]:
+    """Context in which the name ``RelevanceMeasure`` of some modules stands for measures of plans."""
+    changed = [module for module in (*modules, nrm_plugin) if vars(module).get("RelevanceMeasure") is RelevanceMeasure]
+    for module in changed:
+        module.RelevanceMeasure = Planned
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.RelevanceMeasure = RelevanceMeasure
+
+
+__all__ = ["ANSWERS", "CheckedMeasure", "measures_are_planned", "other_values", "planned"]
