@@ -144,14 +144,14 @@ class Branching(nn.Module):
         self.small, self.large = nn.Linear(3, 2), nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.large(x) if x.sum() > 0 else self.small(x)
+        return self.large(x) if x.shape[1] == 3 and bool((x > 0).all()) else self.small(x)
 
 
 def test_another_branch_of_the_model_is_marked(tmp_path):
-    program = exported(Branching(), torch.ones(2, 3), tmp_path / "branch.pt2")
-    target = torch.zeros(2, dtype=torch.long)
-    assert program(torch.rand(2, 3), target)["is_valid"].all()
-    assert not program(-torch.rand(2, 3), target)["is_valid"].any()
+    program = exported(Branching().eval(), torch.ones(1, 3), tmp_path / "branch.pt2")
+    target = torch.zeros(1, dtype=torch.long)
+    assert program(torch.rand(1, 3) + 0.1, target)["is_valid"].all()
+    assert not program(-torch.rand(1, 3) - 0.1, target)["is_valid"].any()
 
 
 class Counting(nn.Module):
@@ -171,7 +171,7 @@ class Noisy(Counting):
 @pytest.mark.parametrize("make", [Counting, Noisy])
 def test_a_model_that_a_program_cannot_repeat_is_rejected(make, tmp_path):
     with pytest.raises(UnsupportedOperationError, match="the plan cannot be exported"):
-        Plan(make(), torch.ones(2, 3)).export(tmp_path / "none.pt2", torch.ones(2, 3))
+        Plan(make().eval(), torch.ones(2, 3)).export(tmp_path / "none.pt2", torch.ones(2, 3))
     assert not (tmp_path / "none.pt2").exists()
 
 
@@ -195,3 +195,14 @@ def test_onnx_is_written(tmp_path):
     pytest.importorskip("onnxscript")
     Plan(nn.Linear(3, 4), torch.rand(2, 3)).export(tmp_path / "linear.onnx", torch.rand(2, 3))
     assert (tmp_path / "linear.onnx").exists()
+
+
+def test_random_numbers_that_do_not_depend_on_inputs_are_no_constants():
+    plan = Plan(Noisy().eval(), torch.ones(2, 3))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        mu = plan(torch.ones(2, 3), 1)
+        mu.marginal("input")
+        torch.manual_seed(seed)
+        torch.testing.assert_close(mu.outputs, RelevanceMeasure(plan.model, torch.ones(2, 3), 1).outputs)
+    assert "random" in plan.explain()

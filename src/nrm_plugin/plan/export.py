@@ -63,7 +63,7 @@ def explained_model(
     mu = PlannedMeasure(settings, programs, call, tensors, None, _predicted, None, recorded)
     mu.marginal(list(layers))
     if programs.latest is None:
-        why = programs.obstacle or "; ".join(programs.lines()) or "the query was not traced"
+        why = programs.obstacle or "; ".join(programs.lines(())) or "the query was not traced"
         raise UnsupportedOperationError(
             f"the plan cannot be exported: {why}. Rewrite this part of the model, or take measures in Python."
         )
