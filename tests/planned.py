@@ -73,7 +73,7 @@ class CheckedMeasure(PlannedMeasure):
         return answer
 
     def _run(self, query: Any) -> Any:
-        before = self._returned
+        before = self.outputs
         answer = super()._run(query)
         self._ran = True
         outputs, _ = query.program.forward(self._tensors)

@@ -16,7 +16,7 @@ from notebooks.run import as_markdown, notebooks
 ROOT = Path(__file__).parents[1]
 
 REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
-    "measure": ("The measure and its events", {"": "RelevanceMeasure at Event ABSORBED coverage Coverage"}),
+    "measure": ("The measure and its events", {"": "RelevanceMeasure at Event ABSORBED Plan coverage Coverage"}),
     "composites": (
         "Composites and rules",
         {

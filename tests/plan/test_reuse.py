@@ -25,12 +25,9 @@ from nrm_plugin import (
     NeuronNRM,
     Normalized,
     NRMAttributor,
-    NRMDefault,
     RelevanceMeasure,
     at,
 )
-from nrm_plugin.dataset.evaluation import Evaluation
-from nrm_plugin.dataset.queries import Marginal
 from nrm_plugin.dataset.reference_search import find_references
 from nrm_plugin.plan import reuse
 from nrm_plugin.plan.planned_measure import PlannedMeasure
@@ -111,16 +108,6 @@ def attributor(net: nn.Module) -> Callable[[Tensor], Tensor]:
     return attribute
 
 
-def evaluation(net: nn.Module) -> Callable[[Tensor], Tensor]:
-    run = Evaluation(net, [Marginal("input", "neuron", name="x")], Normalized(NRMDefault()), target=1)
-
-    def attribute(x: Tensor) -> Tensor:
-        values = torch.as_tensor(run(range(len(x)), x).values["x"]).reshape(x.shape)
-        return values * net(x)[:, 1].detach().reshape(-1, 1, 1, 1)
-
-    return attribute
-
-
 def joint_expected(net: nn.Module, x: Tensor) -> Tensor:
     measures = [RelevanceMeasure(net, x[n : n + 1], 1) for n in range(len(x))]
     return torch.cat([mu.joint("2", "0") * mu.output.reshape(-1, 1, 1) for mu in measures])
@@ -134,7 +121,6 @@ INTERFACES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     "ConceptNRM": (concept_nrm, expected),
     "DataLoaderNRM": (data_loader_nrm, expected),
     "NRMAttributor": (attributor, expected),
-    "Evaluation": (evaluation, expected),
 }
 
 

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
+
+from ..recording.recording import _RECORDING
 
 _ENTRIES = 64
 """Number of entries of each tensor that are compared by value, as writes through ``.data`` change no version."""
@@ -21,8 +24,13 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        with _RECORDING:
+            self._take(model)
+
+    def _take(self, model: nn.Module) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._modules = [(module, _attributes(module), _held(module)) for module in model.modules()]
+        self._common = _common_hooks()
         self._tensors = [*model.named_parameters(), *model.named_buffers()]
         self._versions = [(tensor._version, tensor.data_ptr()) for _, tensor in self._tensors]
         self._entries = _entries([tensor for _, tensor in self._tensors])
@@ -30,6 +38,14 @@ class ModelState:
 
     def changed(self) -> str:
         """Returns what has changed, or an empty string."""
+        if not self._changed():
+            return ""
+        with _RECORDING:  # the changes may be hooks that another thread removes after its recording
+            return self._changed()
+
+    def _changed(self) -> str:
+        if _common_hooks() != self._common:
+            return "the hooks of all modules"
         for module, attributes, _ in self._modules:
             if _attributes(module) != attributes:
                 return f"module {self._names[id(module)]!r}" if self._names[id(module)] else "the model"
@@ -50,6 +66,25 @@ class ModelState:
 _DICTS = (dict, OrderedDict)
 
 
+def hooked(model: nn.Module) -> str:
+    """Returns what has hooks of the user, which act at every run of the model; or an empty string.
+
+    Hooks of PyTorch itself, such as those of weight norms, only compute tensors.
+    """
+    if _common_hooks():
+        return "all modules have hooks"
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks):
+            return f"module {name!r} has hooks" if name else "the model has hooks"
+    return ""
+
+
+def _common_hooks() -> tuple[int, ...]:
+    tables = (all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks)
+    return tuple(id(hook) for table in tables for hook in table.values())
+
+
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
     """Identities of the attributes of a module, and of the contents of containers among them."""
     held = module.__dict__
@@ -61,7 +96,7 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 def _held(module: nn.Module) -> list[Any]:
     """The attributes themselves, so that no other object takes their identity."""
     values = list(module.__dict__.values())
-    return [values, *(list(value.values()) for value in values if value.__class__ is dict)]
+    return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 
 
 def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
@@ -100,4 +135,4 @@ def _own(value: Any) -> Iterator[tuple[str, Any]]:
 _RUNNING = frozenset(["handles", "hook_refs", "stored_tensors", "tensor_handles", "active", "_checked"])
 """Attributes of composites and hooks that a run of the model changes."""
 
-__all__ = ["ModelState", "settings"]
+__all__ = ["ModelState", "hooked", "settings"]

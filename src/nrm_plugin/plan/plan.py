@@ -23,7 +23,7 @@ from ..model.inputs_and_outputs import Call, Inputs, Output
 from ..recording.recording import Reference
 from .export import explained_model, save
 from .keys import call_key, shapes_of
-from .model_state import ModelState, settings
+from .model_state import ModelState, hooked, settings
 from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .programs import Programs, memory_of
 
@@ -120,7 +120,7 @@ class Plan:
             InputError, ModelStateError, TargetError, UnsupportedOperationError: As in
                 :class:`~nrm_plugin.RelevanceMeasure`.
         """
-        if self.has_changed():
+        if self._has_changed():
             self._renew()
         form = self._form(inputs, additional_forward_args, additional_forward_kwargs, reference)
         recorded, self._first = self._first, None
@@ -137,6 +137,11 @@ class Plan:
         Returns:
             For each form, the shapes of its tensors; for each query, the number of operations, the memory of constants
             that are not tensors of the model, and the values that are compared in each run.
+
+        Examples:
+            >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
+            >>> plan.explain()
+            'nothing is planned yet'
         """
         own, lines = self._state.memories(), []
         for (form, _), programs in self._forms.items():
@@ -188,7 +193,7 @@ class Plan:
             >>> program(x, torch.full((5,), 1))["relevance"]["input"].shape
             torch.Size([5, 3])
         """
-        if self.has_changed():
+        if self._has_changed():
             self._renew()
         form = self._form(inputs, additional_forward_args, additional_forward_kwargs, None)
         if not form.tensors:
@@ -197,23 +202,29 @@ class Plan:
             )
         save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
 
-    def has_changed(self) -> bool:
-        """Whether the model or the composite has changed, so that the next call is planned anew."""
+    def _has_changed(self) -> bool:
+        """Returns whether the model or the composite has changed, so that the next call is planned anew."""
         return bool(self._state.changed()) or settings(self._rules[0]) != self._rules_state
 
-    def is_useful(self, form: Hashable) -> bool:
-        """Whether calls of a form have no obstacle, and their queries are not new each time."""
+    def _is_useful(self, form: Hashable) -> bool:
+        """Returns whether calls of a form have no obstacle, and their queries are not new each time."""
         known = [programs for (key, _), programs in self._forms.items() if key == form]
         return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
 
     @property
-    def count(self) -> int:
+    def _count(self) -> int:
         """Number of programs."""
         return sum(map(len, self._forms.values()))
 
     @property
     def memory(self) -> int:
-        """Bytes of the constants of all programs, without tensors of the model."""
+        """Bytes of the constants of all programs, without tensors of the model.
+
+        Examples:
+            >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
+            >>> plan.memory
+            0
+        """
         held = [constant for programs in self._forms.values() for constant in programs.constants()]
         return memory_of(held, self._state.memories())
 
@@ -247,6 +258,7 @@ class Plan:
         key = (form.key, is_contrast)
         if key not in self._forms:
             self._forms[key] = Programs()
+            self._forms[key].obstacle = hooked(self.model)
             if not form.tensors:
                 self._forms[key].obstacle = "an argument of the model cannot be compared"
             while len(self._forms) > MOST:

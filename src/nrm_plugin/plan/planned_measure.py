@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
 from ..measure.start import start_of
 from ..model.inputs_and_outputs import Call, Output
-from ..model.value_reads import avoiding
+from ..model.value_reads import ACTIVE, avoiding
 from ..recording.passes import Cost
 from ..recording.recording import Recording, Reference
 from .keys import frozen
@@ -106,13 +108,14 @@ class TracedRecording:
         self.tracer = None if avoided is None else Tracer()
         self._avoided = avoided or frozenset()
         self.inputs = [] if self.tracer is None else [self.tracer.placeholder(tensor) for tensor in tensors]
+        drawn = _random_states()
         with self.traced():
             made, reference = call()
             self.recording = Recording(settings.model, made, settings.composite, settings.output, reference)
             self.outputs = [self.recording.unfolded(), self.recording.outputs()]
             if reference is not None:
                 self.outputs.append(self.recording.differences())
-        self.obstacle = ""
+        self.obstacle = "" if _random_states() == drawn else "the model draws random numbers of Python or NumPy"
         self.start: Tensor | None = None
         self.start_numbers: list[int] = []
 
@@ -128,6 +131,12 @@ class TracedRecording:
             self.start = self.recording.started(*start)
         if self.tracer is not None and self.tracer.trace.obstacles:
             self.obstacle = self.tracer.trace.obstacles[0]
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Random states that are not of torch, whose draws are in no trace."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, bytes(keys), *rest  # type: ignore[arg-type]
 
 
 class _Traced:
@@ -187,6 +196,7 @@ class PlannedMeasure(RelevanceMeasure):
             try:
                 outputs, state = latest.program.forward(self._tensors)
             except ChangedValueError as error:
+                self._call()  # raises if the inputs are not valid, which is no reason to drop a program
                 self._programs.reject(error)
             else:
                 self._state = (latest, state)
@@ -228,11 +238,11 @@ class PlannedMeasure(RelevanceMeasure):
         return self._computed(method, args, kwargs)
 
     def _run(self, query: QueryProgram) -> Any:
+        self._check_inputs()
         state = None
         if self._state is not None and self._state[0] is query and self._state[1]:
             state = self._state[1]
         if state is None:
-            self._check_inputs()
             _, state = query.program.forward(self._tensors)
         results = query.program.relevance(state, self._planned.start)
         self.cost = query.cost
@@ -242,7 +252,7 @@ class PlannedMeasure(RelevanceMeasure):
     def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Answers a query from a traced recording, and makes its program."""
         self._check_inputs()
-        if self._recorded is None:
+        if self._recorded is None or self._recorded.tracer is None:
             self._recorded = self._record()
         recorded = self._recorded
         if recorded.start is None:
@@ -251,8 +261,7 @@ class PlannedMeasure(RelevanceMeasure):
             self._programs.obstacle = recorded.obstacle
             return self._computed(method, args, kwargs)
         before = 0 if recorded.tracer is None else len(recorded.tracer.trace.obstacles)
-        with recorded.traced():
-            answer = self._computed(method, args, kwargs)
+        answer = self._computed(method, args, kwargs)
         if recorded.tracer is not None:
             outputs = [recorded.tracer.number(tensor) for tensor in recorded.outputs]
             self._programs.add(
@@ -268,9 +277,11 @@ class PlannedMeasure(RelevanceMeasure):
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Answers a query from the recording, under its trace if it has one: later queries reuse its kernels."""
         self._is_answering = True
         try:
-            return method(self, *args, **kwargs)
+            with nullcontext() if self._recorded is None else self._recorded.traced():
+                return method(self, *args, **kwargs)
         finally:
             self._is_answering = False
 
@@ -279,8 +290,9 @@ class PlannedMeasure(RelevanceMeasure):
         key = (name, frozen(args))
         if key not in self._programs.answers:
             plain = super()
-            found = getattr(plain, name)
-            self._programs.answers[key] = found(*args) if callable(found) else found
+            with nullcontext() if self._recorded is None else self._recorded.traced():
+                found = getattr(plain, name)
+                self._programs.answers[key] = found(*args) if callable(found) else found
         return self._programs.answers[key]
 
     @property
@@ -316,6 +328,8 @@ class PlannedMeasure(RelevanceMeasure):
             self._recorded = self._record(is_traced=False)
         if self._recorded.start is None:
             self._recorded.begin(self._planned.start)
+        if self._recorded.tracer is not ACTIVE.tracer:
+            self._recorded.tracer = None  # kernels that are built outside of the trace are not constants
         return self._recorded.recording
 
     @property

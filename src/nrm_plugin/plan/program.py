@@ -13,7 +13,7 @@ from torch import Tensor
 from ..measure.marginals import copied
 from ..model.autocast import exact
 from .simplify import Simplifier
-from .trace import Operation, Trace, Value
+from .trace import Operation, Trace, Value, is_drawn
 
 aten = torch.ops.aten
 
@@ -69,16 +69,26 @@ class Program:
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
         """Runs the first stage; returns the outputs, and the tensors that the second stage needs."""
         with _plain(inputs[0].device):
-            outputs, state, checks = self._forward(*inputs)
+            outputs, state, checks = _run(self._forward, *inputs)
         _check(checks)
         return outputs, list(state)
 
     def relevance(self, state: list[Any], start: Sequence[Tensor]) -> list[Tensor]:
         """Runs the second stage and empties the state."""
         with _plain(start[0].device):
-            results, checks = self._relevance(state, *start)
+            results, checks = _run(self._relevance, state, *start)
         _check(checks)
         return list(results)
+
+
+def _run(stage: Callable[..., Any], *args: Any) -> Any:
+    """Runs a stage; shapes that depend on values may fail before they are compared."""
+    try:
+        return stage(*args)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise ChangedValueError([f"an operation failed: {error}"]) from error
 
 
 @contextmanager
@@ -96,16 +106,12 @@ def _plain(device: torch.device) -> Iterator[None]:
 
 def _obstacle(one: Operation, trace: Trace) -> str:
     """Returns why an operation may not be repeated."""
-    if torch.Tag.nondeterministic_seeded in one.function.tags and not str(one.function).startswith(_DETERMINISTIC):
+    if is_drawn(one):
         return f"the model draws random numbers ({one.function})"
     given = {*trace.constants, *trace.placeholders}
     if any(trace.memory(number) in given for number in one.writes):
         return f"the model overwrites one of its inputs or weights ({one.function})"
     return ""
-
-
-_DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
-"""Operations that draw numbers only in training mode, in which no measure is taken."""
 
 
 _DIRECT: dict[Any, Any] = {

@@ -16,7 +16,7 @@ from torch import Tensor
 from .fused_norms import fused
 from .merging import Merger
 from .reshapes import ViewRemover
-from .trace import Operation, Trace, Value, mapped
+from .trace import Operation, Trace, Value, is_drawn, mapped
 
 aten = torch.ops.aten
 FILLED = frozenset(
@@ -84,7 +84,10 @@ class Simplifier:
             for index, one in enumerate(operations):
                 read = () if one.function.overloadpacket in FILLED else one.reads
                 results = [memory(number) for number in one.results if number is not None]
-                if marked[index] or not (any(memory(n) in varying for n in read) or any(m in varying for m in results)):
+                if marked[index]:
+                    continue
+                varies = any(memory(n) in varying for n in read) or any(m in varying for m in results)
+                if not varies and not is_drawn(one):
                     continue
                 marked[index] = True
                 before = len(varying)

@@ -300,6 +300,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
+def is_drawn(one: Operation) -> bool:
+    """Whether an operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in one.function.tags and not str(one.function).startswith(_DETERMINISTIC)
+
+
+_DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
+"""Operations that draw numbers only in training mode, in which no measure is taken."""
 _SHAPED_BY_VALUES = {torch.Tag.dynamic_output_shape}
 _MAY_ALIAS = frozenset(
     [torch.ops.aten._reshape_alias.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default]
@@ -315,15 +322,22 @@ class EscapeWatch(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if (
-            name in _ESCAPES
-            and not ACTIVE.audits
-            and args
-            and isinstance(args[0], Tensor)
-            and self._tracer.varies(args[0])
-        ):
-            self._tracer.trace.obstacles.append(f"values read by Tensor.{name}()")
+        if name in _ESCAPES:
+            self._note(f"values read by Tensor.{name}()", args[:1])
+        elif name in _CONVERSIONS:
+            self._note("values of tensors in a list, which became a tensor", _listed(args))
         return function(*args, **(kwargs or {}))
 
+    def _note(self, obstacle: str, values: Any) -> None:
+        if not ACTIVE.audits and any(self._tracer.varies(tensor) for tensor in _tensors(values)):
+            self._tracer.trace.obstacles.append(obstacle)
 
+
+def _listed(args: Any) -> list[Any]:
+    """Returns the lists among the arguments; torch reads the numbers in them without a dispatch."""
+    nested = [item for value in args if isinstance(value, tuple) for item in value]
+    return [value for value in (*args, *nested) if isinstance(value, list)]
+
+
+_CONVERSIONS = frozenset(["tensor", "as_tensor", "asarray", "new_tensor", "__getitem__", "__setitem__"])
 _ESCAPES = frozenset(["tolist", "numpy", "__array__", "__dlpack__", "apply_", "map_", "map2_"])
