@@ -186,7 +186,7 @@ class Plan:
 
         Examples:
             >>> import tempfile
-            >>> x, path = torch.randn(5, 3), Path(tempfile.mkdtemp()) / "relevance.pt2"
+            >>> x, path = torch.randn(5, 3), tempfile.mkdtemp() + "/relevance.pt2"
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
             >>> Plan(net, x).export(path, x, ["input"])
             >>> program = torch.export.load(path).module()
