@@ -169,11 +169,13 @@ def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
 
 
 def _is_value(expected: Any, tensor: Tensor) -> Tensor:
-    return torch.eq(tensor.reshape(()), expected)
+    found: Tensor = tensor.reshape(()) == expected
+    return found
 
 
 def _are_equal(expected: Any, one: Tensor, other: Tensor) -> Tensor:
-    return torch.eq((one == other).all(), expected)
+    found: Tensor = (one == other).all() == expected
+    return found
 
 
 _CHECKS: dict[Any, Any] = {

@@ -185,8 +185,8 @@ class Plan:
             MissingExtraError: If onnx or onnxscript is needed and not installed.
 
         Examples:
-            >>> import tempfile
-            >>> x, path = torch.randn(5, 3), tempfile.mkdtemp() + "/relevance.pt2"
+            >>> import os, tempfile
+            >>> x, path = torch.randn(5, 3), os.path.join(tempfile.mkdtemp(), "relevance.pt2")
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
             >>> Plan(net, x).export(path, x, ["input"])
             >>> program = torch.export.load(path).module()
