@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from nrm_plugin import (
     NeuronNRM,
     Normalized,
     NRMAttributor,
+    Plan,
     RelevanceMeasure,
     at,
 )
@@ -317,3 +319,18 @@ def test_the_plan_is_dropped_with_its_owner():
     del found
     gc.collect()
     assert plan() is None
+
+
+def test_a_plan_explains_shapes_operations_memory_and_reasons():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    plan = Plan(net, torch.rand(2, 3, 6, 6))
+    assert plan.explain() == "nothing is planned yet"
+    plan(torch.rand(2, 3, 6, 6), 1).marginal("input")
+    plan(torch.rand(1, 3, 6, 6), 1).sink("input")
+    text = plan.explain()
+    for part in (
+        r"inputs \(2, 3, 6, 6\):\n  marginal: \d+ operations, \d+\.\d MiB of constants",
+        "no negative input in",
+    ):
+        assert re.search(part, text), text
+    assert re.search(r"inputs \(1, 3, 6, 6\):\n  sink: ", text), text

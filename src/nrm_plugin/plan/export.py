@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, UnsupportedOperationError
+from ..errors import InputError, MissingExtraError, UnsupportedOperationError
 from ..measure.layer_taps import Layer
 from ..model.autocast import working_dtype
 from ..model.inputs_and_outputs import Call
@@ -62,7 +63,7 @@ def explained_model(
     mu = PlannedMeasure(settings, programs, call, tensors, None, _predicted, None, recorded)
     mu.marginal(list(layers))
     if programs.latest is None:
-        why = programs.obstacle or "; ".join(programs.lines()) or "the query was not traced"
+        why = programs.obstacle or "; ".join(programs.lines(())) or "the query was not traced"
         raise UnsupportedOperationError(
             f"the plan cannot be exported: {why}. Rewrite this part of the model, or take measures in Python."
         )
@@ -202,11 +203,14 @@ def save(module: ExplainedModel, tensors: Sequence[Tensor], path: Path) -> None:
         path: The file.
 
     Raises:
-        ImportError: If the path ends in ``.onnx`` and onnxscript is not installed.
+        MissingExtraError: If the path ends in ``.onnx`` and onnx or onnxscript is not installed.
     """
+    is_onnx = path.suffix == ".onnx"
+    if is_onnx and None in (importlib.util.find_spec("onnx"), importlib.util.find_spec("onnxscript")):
+        raise MissingExtraError("an ONNX file needs PyTorch's exporter: pip install onnx onnxscript.")
     with torch.no_grad():
         program = torch.export.export(module, tuple(tensors), strict=False)
-    if path.suffix == ".onnx":
+    if is_onnx:
         torch.onnx.export(program, (), path, dynamo=True)
     else:
         torch.export.save(program, path)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
@@ -23,10 +22,10 @@ from ..model.checks import check_module
 from ..model.inputs_and_outputs import Call, Inputs, Output
 from ..recording.recording import Reference
 from .export import explained_model, save
-from .keys import call_key
+from .keys import call_key, shapes_of
 from .model_state import ModelState, hooked, settings
 from .planned_measure import PlannedMeasure, Settings, TracedRecording
-from .programs import Programs
+from .programs import Programs, memory_of
 
 MOST = 8
 """Largest number of forms of calls for which programs are stored."""
@@ -133,19 +132,21 @@ class Plan:
         return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
-        """Says for each form of calls which queries have programs, or why calls are recorded every time.
+        """Says for each form of calls which queries have programs, and why others are recorded every time.
+
+        Returns:
+            For each form, the shapes of its tensors; for each query, the number of operations, the memory of constants
+            that are not tensors of the model, and the values that are compared in each run.
 
         Examples:
             >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
             >>> plan.explain()
             'nothing is planned yet'
         """
-        lines = []
-        for programs in self._forms.values():
-            if programs.obstacle:
-                lines.append(f"recorded every time: {programs.obstacle}")
-            else:
-                lines += [str(line) for line in programs.lines()]
+        own, lines = self._state.memories(), []
+        for (form, _), programs in self._forms.items():
+            lines.append(f"inputs {shapes_of(form)}:")
+            lines += [f"  {line}" for line in programs.lines(own)]
         return "\n".join(lines) or "nothing is planned yet"
 
     def export(
@@ -224,10 +225,8 @@ class Plan:
             >>> plan.memory
             0
         """
-        own = self._state.memories()
         held = [constant for programs in self._forms.values() for constant in programs.constants()]
-        storages = {one.data_ptr(): one.nbytes() for one in map(Tensor.untyped_storage, filter(_is_dense, held))}
-        return sum(size for address, size in storages.items() if address not in own)
+        return memory_of(held, self._state.memories())
 
     def _renew(self) -> None:
         self._state = ModelState(self.model)
@@ -293,10 +292,6 @@ class _Form:
     tensors: list[Tensor]
     call: Callable[[], tuple[Call, Reference | None]]
     settings: Settings
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided
 
 
 def _identities(tensors: list[Tensor]) -> list[tuple[int, int]]:

@@ -170,6 +170,8 @@ def _form(values: Any) -> Hashable | None:
     """Returns the form of a call; None for calls that are recorded in any case."""
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return None  # a mode of the caller may change what the model computes
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None  # inside a transform of torch.func, which a measure rejects
     try:
         key, tensors = call_key(values)
     except (TypeError, ValueError, RuntimeError):
