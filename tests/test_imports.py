@@ -1,6 +1,6 @@
 """Importing the package: lazily, by deprecated paths with a warning, and with its composites in Zennit's registry.
 
-Covers: nrm_plugin.
+Covers: nrm_plugin.imports.
 """
 
 from __future__ import annotations
