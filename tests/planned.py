@@ -1,7 +1,7 @@
 """Measures of plans that were made on other values, in place of measures of recordings.
 
-A test that runs with these measures tests programs: every query is first asked of a measure at other values, whose trace
-becomes the program that answers the test.
+A test that runs with these measures tests programs: every query is first asked of a measure at other values, whose
+trace becomes the program that answers the test.
 """
 
 from __future__ import annotations

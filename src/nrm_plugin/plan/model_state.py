@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
+
 from ..recording.recording import _RECORDING
 
 _ENTRIES = 64

@@ -16,7 +16,7 @@ from torch import Tensor
 from .fused_norms import fused
 from .merging import Merger
 from .reshapes import ViewRemover
-from .trace import Operation, Trace, Value, mapped, is_drawn
+from .trace import Operation, Trace, Value, is_drawn, mapped
 
 aten = torch.ops.aten
 FILLED = frozenset(

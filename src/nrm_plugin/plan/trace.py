@@ -328,7 +328,6 @@ class EscapeWatch(TorchFunctionMode):
             self._note("values of tensors in a list, which became a tensor", _listed(args))
         return function(*args, **(kwargs or {}))
 
-
     def _note(self, obstacle: str, values: Any) -> None:
         if not ACTIVE.audits and any(self._tracer.varies(tensor) for tensor in _tensors(values)):
             self._tracer.trace.obstacles.append(obstacle)
