@@ -136,7 +136,7 @@ clean:
 	rm -rf .venv .venv-zennit0 .venv-zennit1 .venv-oldest .venv-newest build dist nrm-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.stamp: pyproject.toml constraints.txt src/nrm_plugin/version.py
+.venv/.stamp: pyproject.toml constraints.txt src/nrm_plugin/__init__.py
 	$(call install,$(PYTHON),-e ".[test$(comma)dev]")
 
 .venv/.%.stamp: .venv/.stamp

@@ -30,7 +30,7 @@ from benchmarks.architectures import (
     target_of,
 )
 from nrm_plugin import Absolute, RelevanceMeasure
-from nrm_plugin.functional.function_kernels import SplitKernel, sum_to_shape
+from nrm_plugin.functional.function_kernels import HalvesKernel, SplitKernel, sum_to_shape
 from tests.conftest import slow_but
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -113,6 +113,9 @@ def test_relevance_duplicated_at_a_sum_is_detected(monkeypatch):
     """Autograd alone passes it to both branches, which a module hook on the block does not reveal."""
     monkeypatch.setattr(
         SplitKernel, "pull", lambda self, relevance: tuple(sum_to_shape(relevance, shape) for shape in self.shapes)
+    )
+    monkeypatch.setattr(
+        HalvesKernel, "pull", lambda self, relevance: tuple(sum_to_shape(relevance, shape) for shape in self.shapes)
     )
     row = row_of("resnet18", "NRMAbsolute")
     assert row["error_taps"] > 0.1

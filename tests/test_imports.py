@@ -1,6 +1,6 @@
 """Importing the package: lazily, by deprecated paths with a warning, and with its composites in Zennit's registry.
 
-Covers: nrm_plugin.version.
+Covers: nrm_plugin.
 """
 
 from __future__ import annotations

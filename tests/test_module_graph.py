@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/nrm_plugin"
 PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
-MOST_AT_THE_TOP = 19
+MOST_AT_THE_TOP = 18
 MOST_LINES = 450
 
 

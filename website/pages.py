@@ -16,7 +16,7 @@ from notebooks.run import as_markdown, notebooks
 ROOT = Path(__file__).parents[1]
 
 REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
-    "measure": ("The measure and its events", {"": "RelevanceMeasure at Event ABSORBED coverage Coverage"}),
+    "measure": ("The measure and its events", {"": "RelevanceMeasure at Event ABSORBED Plan coverage Coverage"}),
     "composites": (
         "Composites and rules",
         {
@@ -83,7 +83,7 @@ INTRODUCTIONS = {"errors": "Remedies are listed in :doc:`troubleshooting </docs/
 NAVIGATION = {
     "Tutorial": [f"notebooks/{path.stem}" for path in notebooks()],
     "How to": """docs/explain docs/flow docs/critical-paths docs/subspaces docs/attention docs/recurrent-and-graphs
-        docs/data-sets docs/references docs/batch-norm docs/relative docs/own-kernel docs/drop-in
+        docs/data-sets docs/references docs/plans docs/batch-norm docs/relative docs/own-kernel docs/drop-in
         docs/troubleshooting""".split(),
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
     "Mathematics": "docs/measure docs/differences docs/special-cases".split(),

@@ -6,7 +6,8 @@ The public names are listed in ``__init__.pyi`` and imported when they are first
 import lazy_loader
 
 from .imports import install
-from .version import __version__ as __version__
+
+__version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 install()

@@ -41,7 +41,14 @@ REGISTERED = {
         "attention": 2,
     },
     "kernels by function": {"scatter": 3},
-    "decompositions": {"decompositions": 21, "distances": 9, "linear_algebra": 17, "scatter": 17, "sequences": 6},
+    "decompositions": {
+        "decompositions": 21,
+        "distances": 9,
+        "linear_algebra": 17,
+        "reductions": 1,
+        "scatter": 17,
+        "sequences": 6,
+    },
     "recurrences": {"recurrent": 10},
 }
 """Number of names that each module registers; update it together with the module."""

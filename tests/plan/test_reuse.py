@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,12 +26,10 @@ from nrm_plugin import (
     NeuronNRM,
     Normalized,
     NRMAttributor,
-    NRMDefault,
+    Plan,
     RelevanceMeasure,
     at,
 )
-from nrm_plugin.dataset.evaluation import Evaluation
-from nrm_plugin.dataset.queries import Marginal
 from nrm_plugin.dataset.reference_search import find_references
 from nrm_plugin.plan import reuse
 from nrm_plugin.plan.planned_measure import PlannedMeasure
@@ -111,16 +110,6 @@ def attributor(net: nn.Module) -> Callable[[Tensor], Tensor]:
     return attribute
 
 
-def evaluation(net: nn.Module) -> Callable[[Tensor], Tensor]:
-    run = Evaluation(net, [Marginal("input", "neuron", name="x")], Normalized(NRMDefault()), target=1)
-
-    def attribute(x: Tensor) -> Tensor:
-        values = torch.as_tensor(run(range(len(x)), x).values["x"]).reshape(x.shape)
-        return values * net(x)[:, 1].detach().reshape(-1, 1, 1, 1)
-
-    return attribute
-
-
 def joint_expected(net: nn.Module, x: Tensor) -> Tensor:
     measures = [RelevanceMeasure(net, x[n : n + 1], 1) for n in range(len(x))]
     return torch.cat([mu.joint("2", "0") * mu.output.reshape(-1, 1, 1) for mu in measures])
@@ -134,7 +123,6 @@ INTERFACES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     "ConceptNRM": (concept_nrm, expected),
     "DataLoaderNRM": (data_loader_nrm, expected),
     "NRMAttributor": (attributor, expected),
-    "Evaluation": (evaluation, expected),
 }
 
 
@@ -331,3 +319,18 @@ def test_the_plan_is_dropped_with_its_owner():
     del found
     gc.collect()
     assert plan() is None
+
+
+def test_a_plan_explains_shapes_operations_memory_and_reasons():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    plan = Plan(net, torch.rand(2, 3, 6, 6))
+    assert plan.explain() == "nothing is planned yet"
+    plan(torch.rand(2, 3, 6, 6), 1).marginal("input")
+    plan(torch.rand(1, 3, 6, 6), 1).sink("input")
+    text = plan.explain()
+    for part in (
+        r"inputs \(2, 3, 6, 6\):\n  marginal: \d+ operations, \d+\.\d MiB of constants",
+        "no negative input in",
+    ):
+        assert re.search(part, text), text
+    assert re.search(r"inputs \(1, 3, 6, 6\):\n  sink: ", text), text

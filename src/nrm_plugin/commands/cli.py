@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import NRMError
-from ..version import __version__
 from .failures import FAILED, INTERRUPTED, is_out_of_memory, line, quiet, remembered_interrupts
 from .options import joined
 
@@ -66,7 +65,8 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """Returns the parser of all commands."""
     root = Parser(prog="nrm-plugin", description="The normalized relevance measure of neural networks.", epilog=EPILOG)
-    root.add_argument("--version", action="version", version=f"nrm-plugin {__version__}")
+    version = importlib.import_module("nrm_plugin").__version__
+    root.add_argument("--version", action="version", version=f"nrm-plugin {version}")
     commands = root.add_subparsers(dest="name", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, command=name)

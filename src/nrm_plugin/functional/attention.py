@@ -93,7 +93,7 @@ def decomposed_attention(
 
 @kernel_of("softmax")
 def softmax(call: FunctionCall) -> Kernel:
-    """Returns the kernel of softmax: the identity per element, or the rule of AttnLRP with ``attention="halves"``."""
+    """Returns the kernel of softmax: the elementwise identity, or the AttnLRP rule if ``attention="halves"``."""
     if call.settings.attention != "halves":
         return call.identity()
     dim = call.argument(1, "dim")

@@ -328,7 +328,7 @@ class _Packing:
         self.lengths = (sizes.unsqueeze(0) > order.unsqueeze(1)).sum(1)
 
     def rows(self, data: Tensor) -> list[Tensor]:
-        """Converts ``(entries, …)`` to ``(N, …)`` for each time; a sample that has ended repeats its last entry."""
+        """Unpacks ``(entries, …)`` to ``(N, …)`` per time step; ended sequences are padded with their last entry."""
         times = [torch.minimum(self.lengths - 1, torch.full_like(self.lengths, t)) for t in range(len(self.offsets))]
         return [data.index_select(0, self.offsets[time] + self.order) for time in times]
 

@@ -81,7 +81,7 @@ def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 @secant_of("maximum", "minimum")
 def extremum(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of the maximum (minimum) of two tensors, one of which may be constant."""
+    """Returns the kernel of the elementwise maximum or minimum of two tensors, one of which may be constant."""
     sign = 1.0 if call.name == "maximum" else -1.0
     if len(call.values) == 1:
         return _of_one(call)

@@ -1,6 +1,6 @@
 """The measure: marginals, joint relevance, events, conditioning and flows, answered from a recording.
 
-Imports: errors, imports, events, model, kernels, functional, composites, secants, recording.
+Imports: errors, imports, events, model, kernels, functional, composites, recording.
 """
 
 from .flow_graph import FlowGraph

@@ -206,7 +206,8 @@ class RelevanceMeasure(Recorded):
         """Returns the mass absorbed in each step that absorbs relevance, ``(N,)``, by the name of the step.
 
         Examples:
-            >>> leaky = RelevanceMeasure(net, torch.randn(5, 3), 1, residual="sink")
+            >>> from zennit.composites import EpsilonPlus
+            >>> leaky = RelevanceMeasure(net, torch.randn(5, 3), 1, composite=EpsilonPlus(), residual="sink")
             >>> sorted(leaky.sinks())
             ['0', '2']
         """

@@ -15,7 +15,7 @@ from ..kernels.normalization import Residual
 from ..model.inputs_and_outputs import Call
 from ..model.references import reference_call, repeated, several_calls
 from ..recording.recording import Reference
-from ..secants import OnDifferences
+from .secant_composite import OnDifferences
 
 Slopes = Literal["secant", "tangent"]
 

@@ -19,7 +19,7 @@ class Outputs(Protocol):
 
     @property
     def is_batched(self) -> bool:
-        """Whether the inputs have a dimension of samples."""
+        """Whether the inputs have a sample dimension."""
 
     @property
     def has_reference(self) -> bool:

@@ -172,7 +172,7 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
     if batched and tensor.ndim == 0:
         raise InputError(
             f"the model returned one number for {batch} samples; its output must have the shape (N,) or (N, …), here "
-            f"({batch}, …), since every sample has its own measure. Keep the dimension of samples in the output: "
+            f"({batch}, …), since every sample has its own measure. Keep the sample dimension in the output: "
             "`output.sum(1)` instead of `output.sum()`, `output.reshape(len(x))`. A loss over a batch has no measure."
         )
     if batched and len(tensor) != batch:

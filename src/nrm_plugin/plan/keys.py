@@ -37,6 +37,13 @@ def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
     return (form, tuple(key), modes, torch.get_default_dtype()), tensors
 
 
+def shapes_of(key: Any) -> str:
+    """Returns the shapes of the tensors in the form of a call, for people."""
+    leaves = key[1] if isinstance(key, tuple) else ()
+    shapes = [str(tuple(leaf[1])) for leaf in leaves if isinstance(leaf[1], torch.Size)]
+    return ", ".join(shapes) or "that are not tensors"
+
+
 def frozen(value: Any) -> Hashable:
     """Returns a hashable equivalent of an argument.
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
 from ..composites import Normalized, Uncovered
-from ..errors import StorageError
+from ..errors import InputError, StorageError
 from ..events.event import Atom
 from ..kernels.normalization import Residual
+from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
 from ..measure.memory import check_memory
 from ..measure.references import Slopes, composite_of, reference_of
 from ..model.checks import check_module
 from ..model.inputs_and_outputs import Call, Inputs, Output
 from ..recording.recording import Reference
-from .keys import call_key
+from .export import explained_model, save
+from .keys import call_key, shapes_of
 from .model_state import ModelState, hooked, settings
 from .planned_measure import PlannedMeasure, Settings, TracedRecording
-from .programs import Programs
+from .programs import Programs, memory_of
 
 MOST = 8
 """Largest number of forms of calls for which programs are stored."""
@@ -118,7 +120,7 @@ class Plan:
             InputError, ModelStateError, TargetError, UnsupportedOperationError: As in
                 :class:`~nrm_plugin.RelevanceMeasure`.
         """
-        if self.has_changed():
+        if self._has_changed():
             self._renew()
         form = self._form(inputs, additional_forward_args, additional_forward_kwargs, reference)
         recorded, self._first = self._first, None
@@ -130,36 +132,101 @@ class Plan:
         return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
-        """Says for each form of calls which queries have programs, or why calls are recorded every time."""
-        lines = []
-        for programs in self._forms.values():
-            if programs.obstacle:
-                lines.append(f"recorded every time: {programs.obstacle}")
-            else:
-                lines += [str(line) for line in programs.lines()]
+        """Says for each form of calls which queries have programs, and why others are recorded every time.
+
+        Returns:
+            For each form, the shapes of its tensors; for each query, the number of operations, the memory of constants
+            that are not tensors of the model, and the values that are compared in each run.
+
+        Examples:
+            >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
+            >>> plan.explain()
+            'nothing is planned yet'
+        """
+        own, lines = self._state.memories(), []
+        for (form, _), programs in self._forms.items():
+            lines.append(f"inputs {shapes_of(form)}:")
+            lines += [f"  {line}" for line in programs.lines(own)]
         return "\n".join(lines) or "nothing is planned yet"
 
-    def has_changed(self) -> bool:
-        """Whether the model or the composite has changed, so that the next call is planned anew."""
+    def export(
+        self,
+        path: str | Path,
+        inputs: Inputs,
+        layers: Sequence[Layer] = ("input",),
+        *,
+        additional_forward_args: Any = None,
+        additional_forward_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes a program that returns outputs and their relevance, and that needs only PyTorch.
+
+        The program is loaded by ``torch.export.load(path).module()``. Its arguments are the tensors of a call in
+        order, of the same shapes as ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the class
+        of the largest output. It returns a dictionary:
+
+        - ``"outputs"``: the outputs of the model;
+        - ``"target"``: the explained class of each sample, ``(N,)``;
+        - ``"relevance"``: the marginal of each layer, ``(N, *shape)``, by the name of the layer;
+        - ``"is_valid"``: ``(N,)``, False where the target is not a class, relevance is not finite, or a value on which
+          the model branches differs from ``inputs``. Relevance of such a sample must not be used.
+
+        Args:
+            path: The file, which by convention ends in ``.pt2``. A path that ends in ``.onnx`` is written by PyTorch's
+                ONNX exporter, which needs the packages onnx and onnxscript.
+            inputs: Inputs of the shapes of later inputs.
+            layers: Names of the layers, or ``at(…)``.
+            additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
+            additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
+
+        Raises:
+            InputError: If the outputs are not ``(N, K)`` or ``(N,)``.
+            UnknownLayerError: If no tap has one of the names.
+            UnsupportedOperationError: If shapes or random numbers in the model depend on the inputs.
+            MissingExtraError: If onnx or onnxscript is needed and not installed.
+
+        Examples:
+            >>> import os, tempfile
+            >>> x, path = torch.randn(5, 3), os.path.join(tempfile.mkdtemp(), "relevance.pt2")
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> Plan(net, x).export(path, x, ["input"])
+            >>> program = torch.export.load(path).module()
+            >>> program(x, torch.full((5,), 1))["relevance"]["input"].shape
+            torch.Size([5, 3])
+        """
+        if self._has_changed():
+            self._renew()
+        form = self._form(inputs, additional_forward_args, additional_forward_kwargs, None)
+        if not form.tensors:
+            raise InputError(
+                "an argument of the model cannot be compared, so that a program cannot be exported for it."
+            )
+        save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
+
+    def _has_changed(self) -> bool:
+        """Returns whether the model or the composite has changed, so that the next call is planned anew."""
         return bool(self._state.changed()) or settings(self._rules[0]) != self._rules_state
 
-    def is_useful(self, form: Hashable) -> bool:
-        """Whether calls of a form have no obstacle, and their queries are not new each time."""
+    def _is_useful(self, form: Hashable) -> bool:
+        """Returns whether calls of a form have no obstacle, and their queries are not new each time."""
         known = [programs for (key, _), programs in self._forms.items() if key == form]
         return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
 
     @property
-    def count(self) -> int:
+    def _count(self) -> int:
         """Number of programs."""
         return sum(map(len, self._forms.values()))
 
     @property
     def memory(self) -> int:
-        """Bytes of the constants of all programs, without tensors of the model."""
-        own = self._state.memories()
+        """Bytes of the constants of all programs, without tensors of the model.
+
+        Examples:
+            >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
+            >>> plan.memory
+            0
+        """
         held = [constant for programs in self._forms.values() for constant in programs.constants()]
-        storages = {one.data_ptr(): one.nbytes() for one in map(Tensor.untyped_storage, filter(_is_dense, held))}
-        return sum(size for address, size in storages.items() if address not in own)
+        return memory_of(held, self._state.memories())
 
     def _renew(self) -> None:
         self._state = ModelState(self.model)
@@ -225,10 +292,6 @@ class _Form:
     tensors: list[Tensor]
     call: Callable[[], tuple[Call, Reference | None]]
     settings: Settings
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided
 
 
 def _identities(tensors: list[Tensor]) -> list[tuple[int, int]]:

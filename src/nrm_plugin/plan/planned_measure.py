@@ -52,16 +52,16 @@ LONGEST = 5
 
 
 class PlannedOutputs:
-    """The outputs from which a measure starts, without a recording.
+    """The outputs from which a planned measure starts, when there is no recording.
 
     Args:
-        values: The outputs in the form ``(N, …)``, as the model returned them, and their differences to the reference,
-            if there is one.
-        is_batched: Whether the inputs have a dimension of samples.
-        references: Number of references of each sample.
+        values: The outputs of shape ``(N, …)``, the outputs as the model returned them, and, if there is a reference,
+            their differences from its outputs.
+        is_batched: Whether the inputs have a sample dimension.
+        references: Number of references per sample.
 
     Attributes:
-        start: The start in the form ``(N, …)``, and the weights of compared outputs, as given to :meth:`started`.
+        start: The relevance of the outputs, of shape ``(N, …)``; with ``against``, also the weights of the outputs.
     """
 
     def __init__(self, values: Sequence[Tensor], is_batched: bool, references: int) -> None:

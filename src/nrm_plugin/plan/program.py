@@ -39,6 +39,12 @@ class Program:
         outputs: Numbers of the tensors that the first stage returns.
         start: Numbers of the tensors with which the second stage begins, such as relevance of the outputs.
         results: Numbers of the tensors that the second stage returns.
+
+    Attributes:
+        operations, constants: The simplified operations, and the tensors that they read, by number.
+        until: Number of operations of the first stage.
+        inputs, outputs, start, results: As in the arguments, by numbers of the simplified operations.
+        obstacle: Why the operations may not be repeated; empty if they may.
     """
 
     def __init__(
@@ -57,6 +63,8 @@ class Program:
         )
         self.source, scope = writer.written(list(inputs), outputs, start, results)
         exec(compile(self.source, "<plan>", "exec"), scope)
+        self.inputs, self.outputs, self.start, self.results = list(inputs), outputs, start, results
+        self.until = until
         self._forward, self._relevance = scope["forward"], scope["relevance"]
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:

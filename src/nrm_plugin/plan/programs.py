@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -125,13 +126,31 @@ class Programs:
         with self.lock:
             return [value for one in self._programs.values() for value in one.program.constants.values()]
 
-    def lines(self) -> list[str]:
-        """Returns one line for each program."""
+    def lines(self, own: Container[int]) -> list[str]:
+        """Returns one line for each query.
+
+        Args:
+            own: Addresses of the memory of the model.
+        """
         with self.lock:
+            if self.obstacle:
+                return [f"recorded every time: {self.obstacle}"]
             recorded = [f"{key[0]}: recorded every time: {why}" for key, why in self._recorded.items()]
-            return recorded + [
-                f"{key[0]}: {len(one.program.operations)} operations" for key, one in self._programs.items()
-            ]
+            return recorded + [f"{key[0]}: {_described(one.program, own)}" for key, one in self._programs.items()]
 
     def __len__(self) -> int:
         return len(self._programs)
+
+
+def _described(program: Program, own: Container[int]) -> str:
+    size = memory_of(program.constants.values(), own) / 2**20
+    origins = dict.fromkeys(one.origin for one in program.operations if one.expected is not None or one.shapes)
+    checked = f", if as planned: {'; '.join(origins)}" if origins else ""
+    return f"{len(program.operations)} operations, {size:.1f} MiB of constants{checked}"
+
+
+def memory_of(tensors: Iterable[Tensor], own: Container[int]) -> int:
+    """Returns the bytes of some tensors, without those at given addresses."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
+    sizes = {one.data_ptr(): one.nbytes() for one in storages}
+    return sum(size for address, size in sizes.items() if address not in own)

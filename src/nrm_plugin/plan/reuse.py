@@ -100,7 +100,7 @@ class Measures:
     def _plan_for(self, model: nn.Module, values: Any, settings: dict[str, Any], arguments: Any) -> Plan | None:
         """Returns the plan for a call, or None if the call is recorded."""
         given = (model, *settings.values())
-        if not _are_same(given, self._settings) or (self._plan is not None and self._plan.has_changed()):
+        if not _are_same(given, self._settings) or (self._plan is not None and self._plan._has_changed()):
             self._drop()
             self._settings = given
         form = _form(values)
@@ -108,16 +108,16 @@ class Measures:
             return None
         if self._plan is None:
             self._plan = Plan(model, values[0], **settings, **arguments)
-        elif not self._plan.is_useful(form) or self._is_too_large(self._plan):
+        elif not self._plan._is_useful(form) or self._is_too_large(self._plan):
             return None
         self._answered += 1
         return self._plan
 
     def _is_too_large(self, plan: Plan) -> bool:
         """Drops a plan that needs too much memory, and makes no other until a setting changes."""
-        if plan.count == self._measured:
+        if plan._count == self._measured:
             return False
-        self._measured = plan.count
+        self._measured = plan._count
         is_too_large = plan.memory > MEMORY
         if is_too_large:
             self._drop()
@@ -170,6 +170,8 @@ def _form(values: Any) -> Hashable | None:
     """Returns the form of a call; None for calls that are recorded in any case."""
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return None  # a mode of the caller may change what the model computes
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None  # inside a transform of torch.func, which a measure rejects
     try:
         key, tensors = call_key(values)
     except (TypeError, ValueError, RuntimeError):

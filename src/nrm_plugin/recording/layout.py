@@ -50,7 +50,7 @@ class Layout:
             return dim
         dim %= max(ndim, 1)
         if dim == self.dim and self.parts == 1:
-            return -1  # the dimension of the samples, not of channels
+            return -1  # the sample dimension, not of channels
         return dim + 1 if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
     def inner_of_parts(self, inner: torch.Size) -> torch.Size:

@@ -154,7 +154,7 @@ class Recording:
 
     @property
     def is_batched(self) -> bool:
-        """Whether the inputs have a dimension of samples."""
+        """Whether the inputs have a sample dimension."""
         return self.samples.batched
 
     @property

@@ -17,20 +17,20 @@ from .taps import OUTPUT, Label, Observed, Taps
 
 
 class Structure:
-    """The audited graph, taps and samples of one forward pass.
+    """The graph of one forward pass, after its audit, with its taps and sample dimensions.
 
     Args:
-        observer: The observer of the forward pass.
+        observer: The object that observed the forward pass.
         output: The tensor at which the measure starts.
         count: Number of samples.
         batched: Whether the inputs have a sample dimension.
         shapes_of_two: As in :class:`~nrm_plugin.recording.samples.Samples`.
         output_has_rows: As in :class:`~nrm_plugin.recording.samples.Samples`.
-        top: The node of a contrast, at which the measure starts instead.
+        top: The graph node of a difference of outputs, if the measure starts there and not at ``output``.
 
     Raises:
         InputError: If the output depends on none of the inputs.
-        UnsupportedOperationError: If an operation between inputs and output has no kernel.
+        UnsupportedOperationError: If an operation between the inputs and the output has no kernel.
     """
 
     def __init__(

@@ -11,9 +11,9 @@ from torch import nn
 from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
-from .composites import Normalized
-from .functional import Interception
-from .kernels.hook import StepHook
+from ..composites import Normalized
+from ..functional import Interception
+from ..kernels.hook import StepHook
 
 
 class OnDifferences(Normalized):

@@ -1,0 +1,219 @@
+"""Export of a plan: the outputs of a model and their relevance as one program that needs only PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, MissingExtraError, UnsupportedOperationError
+from ..measure.layer_taps import Layer
+from ..model.autocast import working_dtype
+from ..model.inputs_and_outputs import Call
+from ..recording.recording import Reference
+from .planned_measure import PlannedMeasure, Settings, TracedRecording
+from .program import Program
+from .programs import Programs
+from .trace import Operation, Value, mapped
+
+aten = torch.ops.aten
+
+
+class EveryShortcut(frozenset[str]):
+    """The set of all shortcuts, for a program that is valid for all values."""
+
+    def __contains__(self, shortcut: object) -> bool:
+        return True
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __or__(self, other: Any) -> EveryShortcut:
+        return self
+
+
+def explained_model(
+    settings: Settings,
+    call: Callable[[], tuple[Call, Reference | None]],
+    tensors: list[Tensor],
+    layers: Sequence[Layer],
+) -> tuple[ExplainedModel, list[Tensor]]:
+    """Traces a model and the marginals of some layers, without shortcuts that depend on values.
+
+    Args:
+        settings: The settings of the plan.
+        call: Function that makes the call of the model.
+        tensors: The tensors of the call.
+        layers: The layers.
+
+    Returns:
+        The module, and example arguments.
+
+    Raises:
+        UnsupportedOperationError: If the computation cannot be repeated for other inputs.
+    """
+    programs = Programs()
+    programs.avoided = EveryShortcut()
+    with torch.enable_grad():
+        recorded = TracedRecording(settings, call, tensors, programs.avoided)
+    mu = PlannedMeasure(settings, programs, call, tensors, None, _predicted, None, recorded)
+    mu.marginal(list(layers))
+    if programs.latest is None:
+        why = programs.obstacle or "; ".join(programs.lines(())) or "the query was not traced"
+        raise UnsupportedOperationError(
+            f"the plan cannot be exported: {why}. Rewrite this part of the model, or take measures in Python."
+        )
+    names = [layer if isinstance(layer, str) else str(layer) for layer in layers]
+    module = ExplainedModel(programs.latest.program, names, recorded.outputs[0])
+    return module, [*tensors, torch.full((len(recorded.outputs[0]),), -1, device=recorded.outputs[0].device)]
+
+
+def _predicted(outputs: Tensor) -> Tensor:
+    """Returns the start vector of the class of the largest output of each sample."""
+    scores = outputs.reshape(len(outputs), -1)
+    return torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1).reshape(outputs.shape)
+
+
+class ExplainedModel(nn.Module):
+    """A program for outputs and relevance as a module without Python state.
+
+    Args:
+        program: The program, without shortcuts.
+        layers: Names of the results.
+
+    Raises:
+        InputError: If the outputs are not ``(N, K)`` or ``(N,)``.
+        UnsupportedOperationError: If the operations depend on values in a way that a program cannot verify.
+    """
+
+    def __init__(self, program: Program, layers: Sequence[str], outputs: Tensor) -> None:
+        super().__init__()
+        if outputs.ndim > 2:
+            raise InputError(
+                f"the explained outputs have shape {tuple(outputs.shape)}, but an exported program takes one class for "
+                "each sample, so the outputs must be (N, K) or (N,). Select such outputs by Plan(…, output=…)."
+            )
+        self.layers = list(layers)
+        self._program, self._dtype = program, working_dtype(outputs.dtype)
+        self._permutations: dict[int, list[int]] = {}
+        used: set[int] = set()
+        for number, constant in program.constants.items():
+            stored, self._permutations[number] = _stored(constant, used)
+            self.register_buffer(f"c{number}", stored)
+        for one in program.operations:
+            _check_exportable(one)
+
+    def forward(self, *tensors: Tensor) -> dict[str, Any]:
+        """Returns outputs, targets, relevance by layer, and whether the relevance is valid.
+
+        Args:
+            tensors: The tensors of a call of the model, and the target of each sample, ``(N,)``, int64; a negative
+                target is replaced by the class of the largest output.
+        """
+        *inputs, target = tensors
+        program = self._program
+        values: dict[int, Tensor] = {
+            number: getattr(self, f"c{number}").permute(dims) for number, dims in self._permutations.items()
+        }
+        values.update(zip(program.inputs, inputs, strict=True))
+        checks: list[Tensor] = []
+        self._run(program.operations[: program.until], values, checks)
+        unfolded, outputs = (values[number] for number in program.outputs)
+        scores = unfolded.reshape(len(unfolded), -1)
+        target = torch.where(target < 0, scores.argmax(1), target)
+        start = target[:, None] == torch.arange(scores.shape[1], device=scores.device)
+        values[program.start[0]] = start.to(self._dtype).reshape(unfolded.shape)
+        self._run(program.operations[program.until :], values, checks)
+        relevance = {layer: values[number].clone() for layer, number in zip(self.layers, program.results, strict=True)}
+        is_valid = target < scores.shape[1]
+        for part in relevance.values():
+            is_valid = is_valid & part.isfinite().flatten(1).all(1)
+        for check in checks:
+            is_valid = is_valid & check
+        return {"outputs": outputs.clone(), "target": target, "relevance": relevance, "is_valid": is_valid}
+
+    def _run(self, operations: Sequence[Operation], values: dict[int, Tensor], checks: list[Tensor]) -> None:
+        def read(value: Any) -> Any:
+            return values[value.number] if isinstance(value, Value) else value
+
+        for one in operations:
+            args, kwargs = mapped(read, (one.args, one.kwargs))
+            if one.expected is not None:
+                checks.append(_CHECKS[one.function](one.expected, *args))
+                continue
+            result = one.function(*args, **kwargs)
+            for number, item in zip(one.results, result if one.is_sequence else [result], strict=True):
+                if number is not None:
+                    values[number] = item
+
+
+def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
+    """Returns a constant as a contiguous tensor in its own memory, and the permutation that restores its strides.
+
+    ``torch.export.save`` stores each memory once, as one contiguous tensor.
+    """
+    order = sorted(range(constant.ndim), key=constant.stride, reverse=True)
+    base = constant.detach().permute(order)
+    if not base.is_contiguous():
+        order = list(range(constant.ndim))
+        base = constant.detach().contiguous()
+    storage = base.untyped_storage()
+    if storage.data_ptr() in used or storage.nbytes() != base.numel() * base.element_size():
+        base = base.clone()
+    used.add(base.untyped_storage().data_ptr())
+    return base, [order.index(dim) for dim in range(constant.ndim)]
+
+
+def _is_value(expected: Any, tensor: Tensor) -> Tensor:
+    found: Tensor = tensor.reshape(()) == expected
+    return found
+
+
+def _are_equal(expected: Any, one: Tensor, other: Tensor) -> Tensor:
+    found: Tensor = (one == other).all() == expected
+    return found
+
+
+_CHECKS: dict[Any, Any] = {
+    aten._local_scalar_dense.default: _is_value,
+    aten.is_nonzero.default: lambda expected, tensor: (tensor.reshape(()) != 0) == expected,
+    aten.equal.default: _are_equal,
+}
+"""Comparisons of a value that a computation has read with the value on which it depends."""
+
+
+def _check_exportable(one: Operation) -> None:
+    if one.shapes is not None or (one.expected is not None and one.function not in _CHECKS):
+        raise UnsupportedOperationError(
+            f"the plan cannot be exported: shapes or values depend on the inputs ({one.function}, {one.origin}), and a "
+            "program of tensor operations is fixed. Rewrite this part of the model without the dependence."
+        )
+
+
+def save(module: ExplainedModel, tensors: Sequence[Tensor], path: Path) -> None:
+    """Writes a module as a program of ``torch.export``, or as an ONNX file if the path ends in ``.onnx``.
+
+    Args:
+        module: The module.
+        tensors: Example tensors of a call, and targets.
+        path: The file.
+
+    Raises:
+        MissingExtraError: If the path ends in ``.onnx`` and onnx or onnxscript is not installed.
+    """
+    is_onnx = path.suffix == ".onnx"
+    if is_onnx and None in (importlib.util.find_spec("onnx"), importlib.util.find_spec("onnxscript")):
+        raise MissingExtraError("an ONNX file needs PyTorch's exporter: pip install onnx onnxscript.")
+    with torch.no_grad():
+        program = torch.export.export(module, tuple(tensors), strict=False)
+    if is_onnx:
+        torch.onnx.export(program, (), path, dynamo=True)
+    else:
+        torch.export.save(program, path)
+
+
+__all__ = ["EveryShortcut", "ExplainedModel", "save"]
