@@ -170,7 +170,7 @@ def test_hooks_of_the_user_run_for_every_input():
     for x in INPUTS:
         plan(x, 0).marginal("input")
     assert len(seen) >= len(INPUTS)
-    assert plan.explain() == "recorded every time: module 'a' has hooks"
+    assert "recorded every time: module 'a' has hooks" in plan.explain()
 
 
 def test_hooks_of_all_modules_run_for_every_input():
