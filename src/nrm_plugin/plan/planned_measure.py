@@ -47,6 +47,10 @@ class Settings:
     state: ModelState
 
 
+LONGEST = 5
+"""Length of the trace of a recording and its queries, as a multiple of the recording's, before the next begins."""
+
+
 class PlannedOutputs:
     """The outputs from which a planned measure starts, when there is no recording.
 
@@ -116,8 +120,14 @@ class TracedRecording:
             if reference is not None:
                 self.outputs.append(self.recording.differences())
         self.obstacle = "" if _random_states() == drawn else "the model draws random numbers of Python or NumPy"
+        self._length = 0
         self.start: Tensor | None = None
         self.start_numbers: list[int] = []
+
+    @property
+    def is_traceable(self) -> bool:
+        """Whether a program can be made of the trace; of a trace of many queries, that takes long."""
+        return self.tracer is not None and len(self.tracer.trace.operations) <= LONGEST * max(self._length, 1000)
 
     def traced(self) -> AbstractContextManager[Any]:
         """Context in which operations are appended to the trace."""
@@ -129,6 +139,8 @@ class TracedRecording:
             self.start_numbers = [self.tracer.placeholder(tensor) for tensor in start]
         with self.traced():
             self.start = self.recording.started(*start)
+        if self.tracer is not None:
+            self._length = len(self.tracer.trace.operations)
         if self.tracer is not None and self.tracer.trace.obstacles:
             self.obstacle = self.tracer.trace.obstacles[0]
 
@@ -208,6 +220,7 @@ class PlannedMeasure(RelevanceMeasure):
     def _record(self, is_traced: bool = True) -> TracedRecording:
         programs = self._programs
         programs.recordings += 1
+        self._totals_once = None  # of another recording, and so a constant for the trace of this one
         avoided = programs.avoided if is_traced and not programs.obstacle else None
         with torch.enable_grad():
             return TracedRecording(self._settings, self._call, self._tensors, avoided)
@@ -252,7 +265,7 @@ class PlannedMeasure(RelevanceMeasure):
     def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Answers a query from a traced recording, and makes its program."""
         self._check_inputs()
-        if self._recorded is None or self._recorded.tracer is None:
+        if self._recorded is None or not self._recorded.is_traceable:
             self._recorded = self._record()
         recorded = self._recorded
         if recorded.start is None:

@@ -55,7 +55,8 @@ class Program:
         self.operations, self.constants = simple.operations, simple.constants
         outputs, results = renamed[: len(outputs)], renamed[len(outputs) :]
         self.obstacle = next((reason for one in self.operations if (reason := _obstacle(one, simple.trace))), "")
-        made = {number: index for index, one in enumerate(self.operations) for number in one.results}
+        self.operations = _early(self.operations, outputs)
+        made = _makers(self.operations)
         until = max((made[number] + 1 for number in outputs if number in made), default=0)
         writer = _Writer(
             self.operations, self.constants, until, simple.trace.memory, {*trace.constants, *trace.placeholders}
@@ -79,6 +80,26 @@ class Program:
             results, checks = _run(self._relevance, state, *start)
         _check(checks)
         return list(results)
+
+
+def _makers(operations: Sequence[Operation]) -> dict[int | None, int]:
+    return {number: index for index, one in enumerate(operations) for number in one.results}
+
+
+def _early(operations: list[Operation], outputs: Sequence[int]) -> list[Operation]:
+    """Moves the operations that return the outputs to the first place where they can run.
+
+    The simplification restores the shapes of all results at the end, after operations of the second stage.
+    """
+    for number in dict.fromkeys(outputs):
+        made = _makers(operations)
+        if number in made and not operations[made[number]].writes:
+            one = operations[made[number]]
+            first = max((made[read] + 1 for read in one.reads if read in made), default=0)
+            if first < made[number]:  # otherwise its argument is overwritten later
+                rest = [other for other in operations if other is not one]
+                operations = [*rest[:first], one, *rest[first:]]
+    return operations
 
 
 def _run(stage: Callable[..., Any], *args: Any) -> Any:
