@@ -78,3 +78,10 @@ def test_without_a_trace_a_condition_is_read_once():
     calls = []
     assert holds("any", lambda: calls.append(1) is None)
     assert calls == [1]
+
+
+def test_a_trace_that_is_entered_twice_ends_with_the_outer_context(traced):
+    tracer, _ = traced
+    with tracer, tracer:
+        assert is_traced()
+    assert not is_traced()

@@ -28,12 +28,12 @@ def program_of(first: Stage, second: Callable[..., tuple[Tensor, ...]], shape: t
     starts = [tracer.placeholder(start)]
     with torch.no_grad(), tracer:
         results = second(state, start)
-    return Program(
-        tracer.trace, inputs, [tracer.number(output)], starts, [tracer.number(result) for result in results]
-    )
+    return Program(tracer.trace, inputs, [tracer.number(output)], starts, [tracer.number(result) for result in results])
 
 
-def check(first: Stage, second: Callable[..., tuple[Tensor, ...]], shape: tuple[int, ...], atol: float = 0.0) -> Program:
+def check(
+    first: Stage, second: Callable[..., tuple[Tensor, ...]], shape: tuple[int, ...], atol: float = 0.0
+) -> Program:
     """Compares a program with the plain computation at three other inputs."""
     torch.manual_seed(0)
     program = program_of(first, second, shape)

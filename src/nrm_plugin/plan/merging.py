@@ -64,7 +64,7 @@ class Merger:
                 self._same |= {
                     new: first
                     for new, first in zip(one.results, earlier.results, strict=True)
-                    if new is not None and first is not None
+                    if new is not None and first is not None and new != first
                 }
                 continue
             if key is not None:
@@ -111,7 +111,8 @@ class Merger:
         source = next(iter(one.reads), None)
         if source is None or not self._is_unchanged(one, source, number):
             return False
-        self._same[number] = source
+        if number != source:
+            self._same[number] = source
         return True
 
     def _is_unchanged(self, one: Operation, source: int, number: int) -> bool:
@@ -129,6 +130,8 @@ class Merger:
     def _is_moved(self, one: Operation) -> bool:
         """Replaces a tensor that is completely overwritten by the tensor that is copied to it."""
         target, source = one.args[0], one.args[1]
+        if target == source:
+            return True  # a tensor that was copied from this one, and replaced by it
         if not isinstance(source, Value) or self.trace.forms[target.number][:2] != self.trace.forms[source.number][:2]:
             return False
         memory = self.trace.memory

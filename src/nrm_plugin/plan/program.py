@@ -58,6 +58,7 @@ class Program:
         self.operations = _early(self.operations, outputs)
         made = _makers(self.operations)
         until = max((made[number] + 1 for number in outputs if number in made), default=0)
+        until = max(until, _last_check(self.operations, set(start)) + 1)
         writer = _Writer(
             self.operations, self.constants, until, simple.trace.memory, {*trace.constants, *trace.placeholders}
         )
@@ -100,6 +101,13 @@ def _early(operations: list[Operation], outputs: Sequence[int]) -> list[Operatio
                 rest = [other for other in operations if other is not one]
                 operations = [*rest[:first], one, *rest[first:]]
     return operations
+
+
+def _last_check(operations: list[Operation], start: set[int]) -> int:
+    """Returns the last comparison before an operation reads the start, since the outputs may depend on its value."""
+    begin = next((index for index, one in enumerate(operations) if start & set(one.reads)), len(operations))
+    checks = [i for i, one in enumerate(operations[:begin]) if one.expected is not None or one.shapes is not None]
+    return max(checks, default=-1)
 
 
 def _run(stage: Callable[..., Any], *args: Any) -> Any:

@@ -122,18 +122,21 @@ class Tracer(TorchDispatchMode):
         self._varying: set[int] = set()
         self._memories: dict[Any, tuple[StorageWeakRef, list[tuple[int, Any]]]] = {}
         self._watch = EscapeWatch(self)
+        self._outer: list[Any] = []
         self.shortcut = ""
 
     def __enter__(self) -> Any:
-        self._outer = ACTIVE.tracer
+        self._outer.append(ACTIVE.tracer)  # a query may ask other queries, each of which enters the trace
         ACTIVE.tracer = self
         self._watch.__enter__()  # type: ignore[no-untyped-call, unused-ignore]
         return super().__enter__()  # type: ignore[no-untyped-call, unused-ignore]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call, unused-ignore]
-        self._watch.__exit__(*error)  # type: ignore[no-untyped-call, unused-ignore]
-        ACTIVE.tracer = self._outer
+        try:
+            super().__exit__(*error)  # type: ignore[no-untyped-call, unused-ignore]
+            self._watch.__exit__(*error)  # type: ignore[no-untyped-call, unused-ignore]
+        finally:
+            ACTIVE.tracer = self._outer.pop()
 
     def placeholder(self, tensor: Tensor) -> int:
         """Declares a tensor that differs from run to run."""
