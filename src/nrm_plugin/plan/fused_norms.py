@@ -58,14 +58,17 @@ def fused(
 
 
 def _folded(values: list[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
-    weight, bias, gamma, beta, mean, variance = values
+    """Returns weight and bias of the fused layer, computed in float64 since they are rounded only once."""
+    like = next(value for value in values if value is not None)
+    weight, bias, gamma, beta, mean, variance = (None if value is None else value.double() for value in values)
     assert weight is not None
     assert mean is not None
     assert variance is not None
     scale = torch.rsqrt(variance + eps)
     scale = scale if gamma is None else scale * gamma
     shift = (-mean if bias is None else bias - mean) * scale
-    return weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), shift if beta is None else shift + beta
+    shift = shift if beta is None else shift + beta
+    return (weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))).to(like.dtype), shift.to(like.dtype)
 
 
 def _images(operations: list[Operation], constants: dict[int, Tensor]) -> dict[Any, list[Operation]]:
