@@ -88,7 +88,7 @@ def test_the_files_are_listed(printed: str, folder: Path):
     assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in named)
     page = folder / "4-flow.html"
     assert page.is_file() == bool(find_spec("plotly"))
-    assert f"8 figures{' and a page' if page.is_file() else ''} are in {folder}." in printed
+    assert f"8 figures{' and a page' if page.is_file() else ''} are in {folder}, of " in printed
     assert len(list(folder.glob("*.png"))) == 8
     assert str(page if page.is_file() else folder / "4-flow.png") in printed
 

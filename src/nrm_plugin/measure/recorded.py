@@ -9,6 +9,7 @@ from ..composites import Normalized
 from ..events.event import Atom, Side
 from .layer_taps import Layer, taps_of
 from .query_passes import QueryPasses
+from .start import every_one
 
 
 class Recorded(QueryPasses):
@@ -40,7 +41,7 @@ class Recorded(QueryPasses):
             >>> torch.equal(mu.outputs[:, 1], mu.output)
             True
         """
-        return self._recording.outputs()[:: self._recording.references]
+        return every_one(self._recording.outputs(), self._recording.references)
 
     @property
     def output(self) -> Tensor:

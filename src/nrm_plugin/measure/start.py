@@ -38,6 +38,11 @@ class Outputs(Protocol):
         """Starts the measure, as :meth:`~nrm_plugin.recording.recording.Recording.started`."""
 
 
+def every_one(outputs: Tensor, references: int) -> Tensor:
+    """Returns the outputs of each sample once, where each of several references is a sample of the recording."""
+    return outputs if references == 1 else outputs[::references]
+
+
 def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple[Tensor, Tensor]:
     """Starts a measure.
 
@@ -62,7 +67,7 @@ def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple
     batched, every = recording.is_batched, recording.references
     outputs = recording.unfolded()[::every]
     if against is None:
-        vector = start_vector(outputs, chosen_target(target, recording.outputs()[::every], batched), start)
+        vector = start_vector(outputs, chosen_target(target, every_one(recording.outputs(), every), batched), start)
     else:
         vector = contrast_vector(outputs, target, against, batched)
     if recording.has_reference:
@@ -73,4 +78,4 @@ def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple
     return recording.started(normalized(vector.abs()), vector), number
 
 
-__all__ = ["start_of"]
+__all__ = ["every_one", "start_of"]

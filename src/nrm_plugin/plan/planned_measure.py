@@ -16,7 +16,7 @@ from ..composites import Normalized
 from ..errors import StaleMeasureError
 from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
-from ..measure.start import start_of
+from ..measure.start import every_one, start_of
 from ..model.inputs_and_outputs import Call, Output
 from ..model.value_reads import ACTIVE, avoiding
 from ..recording.passes import Cost
@@ -227,7 +227,7 @@ class PlannedMeasure(RelevanceMeasure):
 
     @property
     def outputs(self) -> Tensor:
-        return self._planned.outputs()[:: self._planned.references]
+        return every_one(self._planned.outputs(), self._planned.references)
 
     # -- queries --------------------------------------------------------------------------------------------------
 
