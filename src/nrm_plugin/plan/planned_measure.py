@@ -245,8 +245,7 @@ class PlannedMeasure(RelevanceMeasure):
             except ChangedValueError as error:
                 self._programs.reject(error)
                 self._recorded = None  # its trace may have taken the same shortcuts
-        is_certain = not any(isinstance(value, (list, tuple)) and _names_events(value) for value in _values(key))
-        if self._programs.is_worth(key, is_certain and not _names_events(key)):
+        if self._programs.is_worth(key, not _names_events(key)):
             return self._traced(key, method, args, kwargs)
         return self._computed(method, args, kwargs)
 
@@ -365,10 +364,6 @@ class PlannedMeasure(RelevanceMeasure):
                 f"{changed} changed since the measure was taken, and the measure shares its memory. Take the measure "
                 "again."
             )
-
-
-def _values(key: Any) -> Any:
-    return key if isinstance(key, tuple) else ()
 
 
 def _names_events(key: Any) -> bool:

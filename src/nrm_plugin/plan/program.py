@@ -54,14 +54,13 @@ class Program:
         renamed = simple.results
         self.operations, self.constants = simple.operations, simple.constants
         outputs, results = renamed[: len(outputs)], renamed[len(outputs) :]
-        self.obstacle = next((reason for one in self.operations if (reason := _obstacle(one, simple.trace))), "")
+        memory, given = simple.trace.memory, {*trace.constants, *trace.placeholders}
+        self.obstacle = next((reason for one in self.operations if (reason := _obstacle(one, memory, given))), "")
         self.operations = _early(self.operations, outputs)
         made = _makers(self.operations)
         until = max((made[number] + 1 for number in outputs if number in made), default=0)
         until = max(until, _last_check(self.operations, set(start)) + 1)
-        writer = _Writer(
-            self.operations, self.constants, until, simple.trace.memory, {*trace.constants, *trace.placeholders}
-        )
+        writer = _Writer(self.operations, self.constants, until, memory, given)
         self.source, scope = writer.written(list(inputs), outputs, start, results)
         exec(compile(self.source, "<plan>", "exec"), scope)
         self.inputs, self.outputs, self.start, self.results = list(inputs), outputs, start, results
@@ -133,12 +132,11 @@ def _plain(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _obstacle(one: Operation, trace: Trace) -> str:
+def _obstacle(one: Operation, memory: Callable[[int], int], given: set[int]) -> str:
     """Returns why an operation may not be repeated."""
     if is_drawn(one):
         return f"the model draws random numbers ({one.function})"
-    given = {*trace.constants, *trace.placeholders}
-    if any(trace.memory(number) in given for number in one.writes):
+    if any(memory(number) in given for number in one.writes):
         return f"the model overwrites one of its inputs or weights ({one.function})"
     return ""
 
