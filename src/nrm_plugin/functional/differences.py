@@ -3,8 +3,9 @@ r"""Calls of functions at an input and at a reference, and the registry of their
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 
 Relevance is multiplier times difference. Where a difference is zero, so is the relevance, but the walks through the
-neuron have masses that only cancel. Hence differences are replaced by a tiny number there, in all kernels alike: the
-relevance is then below every rounding error, and the next kernel divides it by the same number.
+neuron have masses that only cancel. Every kernel therefore replaces a
+zero difference by the same tiny number: the relevance is then smaller than any rounding error, and the next kernel
+divides it by this number.
 
 Source: docs/differences.md.
 """

@@ -70,7 +70,7 @@ def _without_bias(call: FunctionCall) -> FunctionCall:
 
 
 def of_own(factory: KernelFactory, both: DifferenceCall) -> Kernel:
-    """Returns the kernel of a factory, for the differences as values."""
+    """Returns the kernel that a factory builds when the differences are passed as values."""
     return factory(on_differences(both))
 
 

@@ -84,7 +84,7 @@ def elementwise(call: DifferenceCall) -> Kernel:
 
 
 def _passed_share(call: DifferenceCall) -> Tensor:
-    """Returns the share of relevance that a function of one number passes on.
+    """Returns the share of relevance that a function of one tensor propagates.
 
     It is 1 where there is a difference, since the slope is the quotient of both; elsewhere, the derivative remains.
     """
@@ -148,7 +148,7 @@ def product(call: DifferenceCall) -> Kernel:
 
 @secant_of(*CONVERSIONS)
 def conversion(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a conversion between formats; the sink absorbs what it rounds."""
+    """Returns the kernel of a dtype conversion; the rounding error goes to the sink."""
     shares = [call.before[0] / call.after, *(torch.zeros_like(call.after) for _ in call.shapes[1:])]
     return SplitKernel(shares, call.shapes, None, False)
 
