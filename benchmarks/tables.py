@@ -190,17 +190,43 @@ def sweep(results: Results) -> dict[str, str]:
     return {"measured": grid("| | measured | target |", rows)}
 
 
+def differences(results: Results) -> dict[str, str]:
+    """Measures against a reference, by family."""
+    rows = []
+    for family, models in results["families"].items():
+        held = [row for row in models if "failed" not in row]
+        if not held:
+            continue
+        worst = max(held, key=lambda row: row["error"])
+        sink = max(abs(row[kind]) for row in held for kind in ("residual", "constants"))
+        failed = ", ".join(row["model"] for row in models if "failed" in row) or "none"
+        variation = sorted(row["variation at the input"] for row in held)[len(held) // 2]
+        exact = max(row["error, float64"] for row in held if "error, float64" in row)
+        cells = f"{worst['error']:.0e} ({worst['model']})", f"{exact:.0e}", f"{sink:.0e}", f"{variation:.2g}"
+        rows.append([family, len(held), sum(row["taps"] for row in held), *cells, failed])
+    head = "| networks | measured | taps | largest error | in float64 | largest sink | median V | raise an error |"
+    return {"families": grid(head, rows)}
+
+
 PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "attention": ("attention.md", attention),
     "hugging_face": ("attention.md", hugging_face),
     "recurrent_and_graphs": ("recurrent-and-graphs.md", recurrent_and_graphs),
     "relative": ("relative.md", relative),
     "circuits": ("circuits.md", circuits),
+    "differences": ("differences.md", differences),
     "flow": ("flow.md", flow),
     "top_walks": ("critical-paths.md", top_walks),
     "selection": ("critical-paths.md", selection),
     "sweep": ("data-sets.md", sweep),
 }
+
+
+def stored(source: str) -> Results:
+    """The committed results; empty if there are none."""
+    path = RESULTS / f"{source}.json"
+    results: Results = json.loads(path.read_text()) if path.exists() else {}
+    return results
 
 
 def rendered(source: str, page: str) -> str:
