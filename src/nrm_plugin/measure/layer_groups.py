@@ -84,7 +84,8 @@ class Groups:
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-            >>> round(find_groups(RelevanceMeasure(net, torch.rand(1, 3), 1), ["1", "input"], k=4).kappa, 5)
+            >>> mu = RelevanceMeasure(net, torch.randn(9, 3), 1)
+            >>> round(find_groups(mu, ["1", "input"], k=4).kappa, 5)  # no more than 4 members
             1.0
         """
         shares = [share for share in self.kappas if not math.isnan(share)]
@@ -113,7 +114,7 @@ class Groups:
         if members is None or int(members.max()) + 1 != len(labels):
             raise InputError(
                 f"the groups of {layer!r} are of {len(labels)} members, which a tap of shape {tuple(tap.shape[1:])} "
-                "does not have. Groups apply to inputs with the same members; those of positions need inputs of one size."
+                "does not have. Groups apply to inputs with the same members; positions need inputs of one size."
             )
         return labels[members]
 
