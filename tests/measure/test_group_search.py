@@ -149,8 +149,8 @@ def test_a_difference_with_a_negative_sign_has_the_groups_of_its_masses():
 def test_bad_arguments_are_named(mu, groups):
     with pytest.raises(InputError, match="k=0 must be a whole number of at least 1"):
         find_groups(mu, ["5", "3"], 0)
-    with pytest.raises(InputError, match="restarts=0 must be"):
-        find_groups(mu, ["5", "3"], restarts=0)
+    with pytest.raises(InputError, match="restarts=-1 must be"):
+        find_groups(mu, ["5", "3"], restarts=-1)
     with pytest.raises(InputError, match="need at least one measure"):
         find_groups([], ["5", "3"])
     with pytest.raises(EventError, match="is not below"):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ Labels = NDArray[np.int64]
 
 SWEEPS = 30
 """Largest number of times that each member is considered for a move."""
+SHAKEN = 0.3
+"""Share of the members of a layer that are in random groups at a further start."""
 LLOYD = 12
 """Iterations of k-means for the start."""
 CANCELLED = 1e-3
@@ -67,28 +69,28 @@ def find_partitions(
     """Returns partitions of all layers that keep much of the dependence of each pair of consecutive layers.
 
     From a k-means start, single members are moved to the group that raises the sum of κ over the pairs most, until no
-    move raises it. Of all restarts, the best result is returned.
+    move raises it. The search then starts again from the best partitions found so far, with a part of the members of
+    one layer in random groups.
 
     Args:
         dependences: The dependence of each pair of consecutive layers, ``(members, members below)``.
         counts: Largest number of groups of each layer.
-        restarts: Number of starts.
+        restarts: Number of further starts.
         seed: Seed of the starts and of the order of moves.
         fixed: Partitions of layers that are given; None for the others.
 
     Returns:
         The group of each member, for each layer.
     """
+    random = np.random.default_rng(seed)
     pairs = [part / (np.abs(part).sum() or 1.0) for part in dependences]
-    best: _Search | None = None
-    for restart in range(restarts):
-        search = _Search.started(pairs, counts, np.random.default_rng([seed, restart]), fixed)
+    best = _Search.started(pairs, counts, random, fixed)
+    best.run()
+    for _ in range(restarts if best.free else 0):
+        search = best.shaken()
         search.run()
-        if best is None or search.kept() > best.kept():
+        if search.kept() > best.kept():
             best = search
-        if all(labels is not None for labels in fixed):
-            break
-    assert best is not None
     return best.labels
 
 
@@ -123,6 +125,15 @@ class _Search:
             for layer, given in enumerate(fixed)
         ]
         return cls(pairs, counts, labels, [layer for layer, given in enumerate(fixed) if given is None], random)
+
+    def shaken(self) -> _Search:
+        """Returns partitions in which a part of the members of one layer are in random groups."""
+        labels = [own.copy() for own in self.labels]
+        layer = self.free[self.random.integers(len(self.free))]
+        own = labels[layer]
+        moved = self.random.random(len(own)) < SHAKEN
+        own[moved] = self.random.integers(self.counts[layer], size=int(moved.sum()))
+        return replace(self, labels=labels)
 
     def kept(self) -> float:
         """Returns the sum of κ over all pairs with dependence."""

@@ -21,8 +21,8 @@ from .partitions import Names
 
 K = 8
 """Default number of groups of a layer."""
-RESTARTS = 4
-"""Default number of starts of the search."""
+RESTARTS = 30
+"""Default number of further starts of the search."""
 
 
 @runtime_checkable
@@ -63,11 +63,11 @@ def find_groups(
             boolean masks by name. For the input by default its positions, in at most 16 × 16 cells.
         names: Names of members, by layer, such as ``{"output": classes}``. A group is called by its member with the
             largest mass.
-        restarts: Number of starts of the search, of which the best is taken.
+        restarts: Number of further starts of the search, from the best groups so far with some members in other groups.
         seed: Seed of the search.
 
     Raises:
-        InputError: If ``k`` or ``restarts`` is below 1, or there is no measure.
+        InputError: If ``k`` is below 1 or ``restarts`` below 0, or there is no measure.
         EventError: If a layer is not below the previous one.
 
     Examples:
@@ -81,8 +81,8 @@ def find_groups(
     chosen = several_layers(layers)
     found = _joints(measures, chosen, members)
     counts = [_count(k, layer) for layer in found.layers]
-    if restarts < 1:
-        raise InputError(f"restarts={brief(restarts)} must be a whole number of at least 1.")
+    if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
+        raise InputError(f"restarts={brief(restarts)} must be a whole number of at least 0.")
     parts = [dependence(joint) for joint in found.joints]
     fixed = [_apart(each, count) for each, count in zip(found.masses, counts, strict=True)]
     sizes = [count or 0 if given is None else int(given.max()) + 1 for count, given in zip(counts, fixed, strict=True)]
