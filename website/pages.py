@@ -40,8 +40,8 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
     "figures": (
         "Figures and pages",
         {
-            "plots": """heat_map image_and_heat_map heat_maps joint budgets save flow_figure profile_figure sankey
-            save_sankey text_figure text_html""",
+            "plots": """heat_map image_and_heat_map heat_maps joint budgets save flow_figure flow_caption Photo
+            cell_sums profile_figure sankey save_sankey text_figure text_html""",
             "measure": "profile flow_maps",
         },
     ),

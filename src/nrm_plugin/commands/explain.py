@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import CHANNELS, add_against, add_computation, add_model, add_out, add_target, whole_number
+from .options import CHANNELS, add_against, add_computation, add_fit, add_model, add_out, add_target, whole_number
 
 if TYPE_CHECKING:
     from ..dataset.images import LoadedImage
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, TIFF, GIF, …")
     add_model(parser)
+    add_fit(parser)
     query = parser.add_argument_group("query")
     add_target(query)
     add_against(query, "rest, if there are several classes")

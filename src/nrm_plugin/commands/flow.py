@@ -5,10 +5,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_against, add_computation, add_model, add_out, add_target, fraction, whole_number
+from .options import (
+    add_against,
+    add_computation,
+    add_fit,
+    add_model,
+    add_out,
+    add_target,
+    fraction,
+    inches,
+    whole_number,
+)
 
 MOST_CHANNELS = 40
-"""Largest number of channels of a layer in a figure; equal to :data:`nrm_plugin.plots.flow.MAX_GROUPS`."""
+"""Largest number of channels of a layer in a figure; equal to :data:`nrm_plugin.plots.flow_scene.MAX_GROUPS`."""
 
 DESCRIPTION = """\
 How does relevance flow between channels? Plots the joint relevance of the channels of several layers as a flow from
@@ -25,10 +35,10 @@ examples:
       layer names
 
 files for each image NAME
-  NAME-flow.png      the flow
-  NAME-flow.html     an interactive page in one file that needs no network; with pip install 'nrm-plugin[html]'
+  NAME-flow.png      the flow, or .svg or .pdf
+  NAME-flow.html     an interactive page in one file that needs no network
   NAME-flow.json     the numbers, with all settings; FlowGraph.from_json reads them
-  NAME-layers.png    mass, sink and bypass of each layer, compared with plain LRP
+  NAME-layers.png    mass, sink and bypass of each layer, compared with plain LRP, if a layer loses relevance
 Results of other settings or another image are never overwritten: the new files are named NAME-2-...
 
 exit status: 0; 1 if some images could not be explained; 2 if none can be explained because of the options"""
@@ -38,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="an image, as for explain")
     add_model(parser, required=False)
+    add_fit(parser)
     query = parser.add_argument_group("query")
     query.add_argument("--layers", nargs="+", required=True, metavar="LAYER",
                        help="layers in any order, each above or below the others; input is divided into patches, "
@@ -57,7 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="folder of nrm-plugin sweep --joint with these --layers; needs no model")  # fmt: skip
     sweep.add_argument("--minus", metavar="CLASS",
                        help="subtract the flow of this class from that of --target")  # fmt: skip
-    parser.add_argument("--dark", action="store_true", help="figures for a dark background")
+    figure = parser.add_argument_group("figure")
+    figure.add_argument("--width", type=inches, metavar="INCHES",
+                        help="width of the figure, such as 3.3 for a paper's column (default: from 7.2)")  # fmt: skip
+    figure.add_argument("--format", choices=("png", "svg", "pdf"), default="png", dest="kind",
+                        help="file type of the figure (default: %(default)s)")  # fmt: skip
+    figure.add_argument("--dark", action="store_true", help="figures for a dark background")
     add_out(parser, "nrm-flow")
 
 
@@ -70,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _of_images(options: argparse.Namespace) -> int:
-    from .image_flow import FlowOptions, explain_flow, print_missing_page
+    from .image_flow import FlowOptions, explain_flow
     from .per_image import explain_each
     from .request import RequestError
 
@@ -79,9 +95,7 @@ def _of_images(options: argparse.Namespace) -> int:
     missing = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if not value]
     if missing:
         raise RequestError(f"the following arguments are required: {', '.join(missing)}")
-    what = FlowOptions(options.top, options.coverage, options.patches, options.dark)
-    status = explain_each(
+    what = FlowOptions(options.top, options.coverage, options.patches, options.dark, options.width, options.kind)
+    return explain_each(
         options, lambda loaded, image, request, out, taken: explain_flow(loaded, image, request, what, out, taken)
     )
-    print_missing_page()
-    return status

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,15 @@ from torch import Tensor
 from ..dataset.images import LoadedImage, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
-from ..measure.flow_heat_maps import NodeMaps, flow_maps
+from ..measure.flow_heat_maps import NodeMaps, flow_maps_and_pairs
 from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import patches
-from ..plots.flow import flow_figure, profile_figure
-from ..plots.flow_html import save_sankey
+from ..plots.flow import flow_figure
+from ..plots.flow_caption import flow_caption
+from ..plots.flow_html import Pairs, save_sankey
+from ..plots.flow_pictures import Photo
+from ..plots.layer_profile import profile_figure
 from . import messages
 from .model_loading import LoadedModel
 from .output_files import (
@@ -35,20 +36,11 @@ from .output_files import (
     writing,
 )
 from .per_image import Printed
+from .photos import photo, unseen
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
-
-def has_page() -> bool:
-    """Returns whether an interactive page can be written."""
-    return find_spec("plotly") is not None
-
-
-def print_missing_page() -> None:
-    """Prints to stderr the reason why no interactive page was written."""
-    if not has_page():
-        print(
-            "nrm-plugin: note: no HTML page: plotly is not installed (pip install 'nrm-plugin[html]')", file=sys.stderr
-        )
+LEAST_PROFILE = 0.01
+"""Relevance that a layer must lose for a figure of all layers."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +52,16 @@ class FlowOptions:
         coverage: Fraction of the absolute mass of each layer that the shown channels must cover; None for no limit.
         patches: Patches of the image along each side.
         dark: Whether figures are for a dark background.
+        width: Width of the figure in inches; None for the default.
+        kind: File type of the figure.
     """
 
     top: int = 8
     coverage: float | None = None
     patches: int = 4
     dark: bool = False
+    width: float | None = None
+    kind: str = "png"
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,8 @@ class ImageFlow:
         difference: The explained difference of outputs; None if the class is compared with nothing.
         graph: The flow.
         heat_maps: Heat maps of the nodes.
+        pairs: Joint relevance of nodes in layers that are not neighbours.
+        photo: The image, with the patches of the nodes.
         profile: Profile of the layers, compared with plain LRP.
     """
 
@@ -88,6 +86,8 @@ class ImageFlow:
     difference: float | None
     graph: FlowGraph
     heat_maps: NodeMaps
+    pairs: Pairs
+    photo: Photo
     profile: Sequence[ProfileRow]
 
 
@@ -125,21 +125,28 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     inputs = loaded.preprocessing(image.image).to(request.device)
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, request.layers)
-    graph, heat_maps = _graph(mu, loaded, request, options)
+    graph, over = _graph(mu, loaded, request, options)
+    heat_maps, pairs = flow_maps_and_pairs(mu, graph, over)
     plain = mu
     if request.residual != "sink":
         plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None))
     target = explained_class(loaded, request.target, mu.outputs)
     against = compared_with(loaded, request, mu.outputs)
     difference = None if against is None else float(mu.output)
+    shown_image = photo(loaded, image, inputs)
+    patched = [node for node in graph.nodes if node.layer == "input" and node.kind == "group"]
+    regions = {node.key: (over["input"] == node.group).numpy() for node in patched}
     return ImageFlow(
-        mu.outputs.flatten(), target, against, difference, graph, heat_maps, profile(mu, request.layers, plain)
-    )
+        mu.outputs.flatten(), target, against, difference, graph, heat_maps, pairs,
+        replace(shown_image, regions=regions),
+        profile(mu, request.layers, plain),
+    )  # fmt: skip
 
 
 def _graph(
     mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions
-) -> tuple[FlowGraph, NodeMaps]:
+) -> tuple[FlowGraph, dict[str, Tensor]]:
+    """Returns the flow, and the groups of each layer that are not its channels."""
     height, width = mu.shape("input")[-2:]
     count = options.patches
     if count > min(height, width):
@@ -153,15 +160,15 @@ def _graph(
     elif any(classes.values()):
         names["output"] = classes
     try:
-        graph = mu.flow(request.layers, over, top=options.top, coverage=options.coverage, names=names)
-        return graph, flow_maps(mu, graph, over)
+        return mu.flow(request.layers, over, top=options.top, coverage=options.coverage, names=names), over
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(shown, request.layers))}: {error}") from error
 
 
 def patch_names(count: int) -> dict[int, str]:
-    """Returns names of ``count`` × ``count`` patches by row and column."""
-    return {number: "row {}, col {}".format(*divmod(number, count)) for number in range(count**2)}
+    """Returns names of ``count`` × ``count`` patches as on a map: letters count columns, numbers count rows, from 1."""
+    letters = [chr(65 + column % 26) * (1 + column // 26) for column in range(count)]
+    return {number: f"{letters[number % count]}{number // count + 1}" for number in range(count**2)}
 
 
 def _write(
@@ -176,17 +183,31 @@ def _write(
     """Writes figure, numbers, profile and page."""
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
-    ends = ["flow.json", "flow.png", "layers.png", *(["flow.html"] if has_page() else [])]
+    is_plain = all(_is_whole(row) for row in flow.profile)
+    ends = ["flow.json", f"flow.{options.kind}", "flow.html", *([] if is_plain else ["layers.png"])]
     stem = json_stem(out, image.path.stem, ends, taken, settings)
-    numbers, figure, layers, *page = [out / f"{stem}-{end}" for end in ends]
+    numbers, figure, page, *layers = [out / f"{stem}-{end}" for end in ends]
     target = f"{explained_title(loaded, flow.target, flow.against)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
-    save_figure(flow_figure(flow.graph, heading, options.dark, flow.heat_maps), figure, options.dark)
-    profile_heading = f"{short(image.path.name)}: layers for {target}"
-    save_figure(profile_figure(flow.profile, profile_heading, options.dark), layers, options.dark)
-    more = {"settings": settings, "device": request.device, "versions": versions()}
+    parts = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
+    drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
+    save_figure(drawn, figure, options.dark)
+    for path in layers:
+        profile_heading = f"{short(image.path.name)}: layers for {target}"
+        save_figure(profile_figure(flow.profile, profile_heading, options.dark), path, options.dark)
+    more = {"settings": settings, "device": request.device, "versions": versions(), "caption": caption(flow)}
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
-    for path in page:
-        with writing(path) as temporary:
-            save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), flow.heat_maps)
-    return [figure, numbers, layers, *page]
+    with writing(page) as temporary:
+        save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, **parts)
+    return [figure, numbers, page, *layers]
+
+
+def caption(flow: ImageFlow) -> str:
+    """Describes a flow, and what the model did not see of the image."""
+    return f"{flow_caption(flow.graph)} {unseen(flow.photo)}".strip()
+
+
+def _is_whole(row: ProfileRow) -> bool:
+    """Returns whether nothing is absorbed above a layer or bypasses it, in plain LRP neither."""
+    parts = (row.sink, row.bypass, abs(row.mass) - 1, abs(row.plain or row.mass) - 1)
+    return max(map(abs, parts)) < LEAST_PROFILE

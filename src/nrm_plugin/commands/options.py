@@ -38,6 +38,13 @@ def add_model(parser: argparse.ArgumentParser, weights: str = DOWNLOADED, requir
                        help="divides the pixel values after the mean is subtracted")  # fmt: skip
 
 
+def add_fit(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for images that are not square."""
+    parser.add_argument("--fit", choices=("crop", "pad", "squeeze"), default="crop",
+                        help="of an image that is not square, the model sees the centre (crop), all with a margin in "
+                        "the mean colour (pad), or all in another shape (squeeze) (default: %(default)s)")  # fmt: skip
+
+
 def add_target(group: Any) -> None:
     """Adds the option for the class to explain."""
     group.add_argument("--target", metavar="CLASS",
@@ -96,6 +103,14 @@ def fraction(text: str) -> float:
     value = _real(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction above 0 and up to 1, such as 0.9")
+    return value
+
+
+def inches(text: str) -> float:
+    """Parses the width of a figure, from 2 to 40 inches."""
+    value = _real(text)
+    if not 2 <= value <= 40:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width from 2 to 40 inches, such as 3.3")
     return value
 
 

@@ -44,7 +44,9 @@ def request_of(options: argparse.Namespace) -> Request:
 def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:
     """Loads the model with its weights, and prints notes about the model if ``notes``."""
     categories = class_names(options.classes) if options.classes else ()
-    loaded = load(options.model, weights, options.size, options.mean, options.std, categories)
+    loaded = load(
+        options.model, weights, options.size, options.mean, options.std, categories, getattr(options, "fit", "crop")
+    )
     for note in loaded.notes if notes else ():
         print(f"nrm-plugin: warning: {note}", file=sys.stderr)
     return loaded
