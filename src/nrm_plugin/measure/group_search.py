@@ -1,0 +1,176 @@
+"""Search for groups of the members of several layers that keep most of the dependence between the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, brief
+from .dependence import Array, Labels, dependence, find_partitions, group_sums, kept
+from .flow_thresholds import NEGLIGIBLE
+from .groups import Over
+from .layer_groups import Groups
+from .layer_taps import several_layers
+from .mean_joints import MeanJoints, Measure, Members, mean_joints
+from .partitions import Names
+
+K = 8
+"""Default number of groups of a layer."""
+RESTARTS = 30
+"""Default number of further starts of the search."""
+
+
+@runtime_checkable
+class JointSource(Protocol):
+    """Stored joint relevance, such as a sweep."""
+
+    def mean_joints(self, layers: Sequence[str]) -> MeanJoints: ...
+
+
+def find_groups(
+    measures: Measure | Iterable[Measure] | MeanJoints | JointSource,
+    layers: Sequence[Any],
+    k: int | Mapping[str, int | None] = K,
+    members: Members | None = None,
+    *,
+    names: Mapping[str, Names] | None = None,
+    restarts: int = RESTARTS,
+    seed: int = 0,
+) -> Groups:
+    r"""Finds groups of the members of all layers at once, which keep most of the dependence between the layers.
+
+    For the mean joint relevance ``J`` of two layers with row sums ``r``, column sums ``c`` and total ``Z``, the search
+    looks for partitions with a large share of the dependence :math:`D = J - r c^\top / Z`,
+
+    .. math:: \kappa = \sum_{gh} \Bigl|\sum_{i \in g, j \in h} D_{ij}\Bigr| \Big/ \sum_{ij} |D_{ij}|
+
+    and raises the sum of κ over pairs of consecutive layers. Single members are moved from a k-means start to the
+    group that raises it most, until no move does. Layers in which at most ``k`` members carry mass, such as the output,
+    keep these members apart. Groups are numbered by absolute mass, and the same seed gives the same groups.
+
+    Args:
+        measures: A measure of one or more samples, several measures, or a sweep with the joint relevance of these
+            layers.
+        layers: Two or more layers, each below the previous one.
+        k: Largest number of groups of a layer; or by the name of the layer, where None keeps the members apart.
+        members: What is grouped, by the name of the layer: ``"channel"`` (the default), ``"position"``, ``"neuron"``,
+            an integer label for every neuron, such as heads ``torch.arange(768) // 64`` or segments of an image, or
+            boolean masks by name. For the input by default its positions, in at most 16 × 16 cells.
+        names: Names of members, by layer, such as ``{"output": classes}``. A group is called by its member with the
+            largest mass.
+        restarts: Number of further starts of the search, from the best groups so far with some members in other groups.
+        seed: Seed of the search.
+
+    Raises:
+        InputError: If ``k`` is below 1 or ``restarts`` below 0, or there is no measure.
+        EventError: If a layer is not below the previous one.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
+        >>> mu = RelevanceMeasure(net, torch.rand(5, 3), 1)
+        >>> find_groups(mu, ["output", "1", "input"], k=2)
+        Groups(output: 2, 1: 2, input: 2; κ=...)
+
+    Source: docs/groups.md (ours).
+    """
+    chosen = several_layers(layers)
+    found = _joints(measures, chosen, members)
+    counts = [_count(k, layer) for layer in found.layers]
+    if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
+        raise InputError(f"restarts={brief(restarts)} must be a whole number of at least 0.")
+    parts = [dependence(joint) for joint in found.joints]
+    fixed = [_apart(each, count) for each, count in zip(found.masses, counts, strict=True)]
+    sizes = [count or 0 if given is None else int(given.max()) + 1 for count, given in zip(counts, fixed, strict=True)]
+    labels = find_partitions(parts, sizes, restarts, seed, fixed)
+    return _groups(found, parts, labels, names or {})
+
+
+def _joints(source: Any, layers: Sequence[Any], members: Members | None) -> MeanJoints:
+    if isinstance(source, MeanJoints):
+        return source
+    if isinstance(source, JointSource):
+        return source.mean_joints(layers)
+    measures = iter([source] if hasattr(source, "joints") else source)
+    first = next(measures, None)
+    if first is None:
+        raise InputError("groups need at least one measure, got none.")
+    return mean_joints(chain([first], measures), [(layer_name(first, layer), layer) for layer in layers], members)
+
+
+def layer_name(mu: Any, layer: Any) -> str:
+    """Returns the name of a layer of a measure."""
+    if isinstance(layer, str):
+        return layer
+    names = mu._tap(layer).names
+    return names[0] if names else str(layer)
+
+
+def _count(k: int | Mapping[str, int | None], layer: str) -> int | None:
+    count = k.get(layer, K) if isinstance(k, Mapping) else k
+    if count is None:
+        return None
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(f"k={brief(count)} must be a whole number of at least 1: the number of groups of {layer!r}.")
+    return count
+
+
+def _apart(masses: Array, count: int | None) -> Labels | None:
+    """Returns the partition into the members with mass, and all others, if at most ``count`` have mass."""
+    if count is None:
+        return np.arange(masses.shape[1], dtype=np.int64)
+    carriers = np.flatnonzero(np.abs(masses).max(0) > NEGLIGIBLE)
+    if len(carriers) > count:
+        return None
+    labels = np.full(masses.shape[1], len(carriers), dtype=np.int64)
+    labels[carriers] = np.arange(len(carriers))
+    return labels
+
+
+def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels], names: Mapping[str, Names]) -> Groups:
+    """Returns found partitions with their groups numbered by absolute mass."""
+    ordered = [_by_mass(each, own) for each, own in zip(found.masses, labels, strict=True)]
+    sums = [group_sums(each.T, own).T for each, own in zip(found.masses, ordered, strict=True)]
+    kappas = [kept(part, *ordered[above : above + 2]) for above, part in enumerate(parts)]
+    called = [
+        _names(each.mean(0), own, kind, names.get(layer))
+        for layer, each, own, kind in zip(found.layers, found.masses, ordered, found.members, strict=True)
+    ]
+    return Groups(
+        layers=found.layers,
+        labels=tuple(torch.from_numpy(own) for own in ordered),
+        members=found.members,
+        names=tuple(called),
+        masses=tuple(tuple(each.mean(0).tolist()) for each in sums),
+        kappas=tuple(kappas),
+        examples=tuple(tuple(np.abs(each).argmax(0).tolist()) for each in sums),
+        samples=found.samples,
+    )
+
+
+def _by_mass(masses: Array, labels: Labels) -> Labels:
+    """Numbers groups by absolute mean mass, and leaves out numbers without a member."""
+    used, labels = np.unique(labels, return_inverse=True)
+    sums = np.abs(group_sums(masses.mean(0)[:, None], labels, len(used))[:, 0])
+    places = np.empty(len(used), dtype=np.int64)
+    places[np.argsort(-sums, kind="stable")] = np.arange(len(used))
+    return places[labels]
+
+
+def _names(masses: Array, labels: Labels, kind: Over, names: Names | None) -> tuple[str, ...]:
+    """Returns the name of each group: its member with the largest mass, and the number of other members."""
+    given = dict(enumerate(names)) if names is not None and not isinstance(names, Mapping) else names or {}
+    called = []
+    for group in range(int(labels.max()) + 1):
+        members = np.flatnonzero(labels == group)
+        largest = int(members[np.abs(masses[members]).argmax()])
+        word = "member" if isinstance(kind, Tensor) else kind
+        name = given.get(largest, f"{word} {largest}")
+        others = len(members) - 1
+        is_empty = not np.abs(masses[members]).any()
+        called.append("others" if is_empty and others else f"{name} + {others}" if others else name)
+    return tuple(called)
