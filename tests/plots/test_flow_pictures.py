@@ -11,14 +11,14 @@ from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.plots.flow_pictures import (
     Photo,
-    cell_sums,
     crop,
     node_pictures,
     painted,
     photo_pixels,
     region_places,
     smoothed,
-)  # fmt: skip
+)
+from nrm_plugin.plots.heatmaps import cell_sums
 from nrm_plugin.plots.ribbons import DARK, LIGHT
 
 

@@ -19,7 +19,7 @@ from ..plots.flow_pictures import Photo
 from ..plots.heatmaps import Budget, budgets, heat_maps, image_and_heat_map
 from ..plots.ribbons import percent
 from .demo_values import Row, Sample
-from .image_flow import patch_names
+from .flow_groups import patch_names
 from .joint_relevance import joint_figure, joint_relevance
 from .output_files import save_figure, writing
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,15 @@ from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps, flow_maps_and_pairs
 from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
-from ..measure.partitions import patches
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import flow_caption
 from ..plots.flow_html import Pairs, save_sankey
 from ..plots.flow_pictures import Photo
 from ..plots.layer_profile import profile_figure
 from . import messages
+from .flow_groups import FlowOptions, groups_of
 from .model_loading import LoadedModel
 from .output_files import (
-    class_name,
     explained_title,
     image_settings,
     json_stem,
@@ -41,27 +40,6 @@ from .request import Against, Request, RequestError, check_layers, compared_with
 
 LEAST_PROFILE = 0.01
 """Relevance that a layer must lose for a figure of all layers."""
-
-
-@dataclass(frozen=True)
-class FlowOptions:
-    """Options of a flow figure.
-
-    Attributes:
-        top: Maximum number of channels of a layer.
-        coverage: Fraction of the absolute mass of each layer that the shown channels must cover; None for no limit.
-        patches: Patches of the image along each side.
-        dark: Whether figures are for a dark background.
-        width: Width of the figure in inches; None for the default.
-        kind: File type of the figure.
-    """
-
-    top: int = 8
-    coverage: float | None = None
-    patches: int = 4
-    dark: bool = False
-    width: float | None = None
-    kind: str = "png"
 
 
 @dataclass(frozen=True)
@@ -113,6 +91,7 @@ def explain_flow(
     files = _write(flow, loaded, image, request, options, out, taken)
     lines = [
         *messages.image(loaded, image, flow.outputs, flow.target, flow.against),
+        *messages.unseen(flow.photo),
         *messages.difference(loaded, flow.target, flow.against, flow.difference),
         *messages.layers(flow.graph),
         *messages.files(files),
@@ -127,8 +106,8 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     check_layers(mu, loaded, request.layers)
     graph, over = _graph(mu, loaded, request, options)
     heat_maps, pairs = flow_maps_and_pairs(mu, graph, over)
-    plain = mu
-    if request.residual != "sink":
+    plain = mu if request.reference is None else None
+    if plain is not None and request.residual != "sink":
         plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None))
     target = explained_class(loaded, request.target, mu.outputs)
     against = compared_with(loaded, request, mu.outputs)
@@ -145,30 +124,16 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
 
 def _graph(
     mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions
-) -> tuple[FlowGraph, dict[str, Tensor]]:
-    """Returns the flow, and the groups of each layer that are not its channels."""
-    height, width = mu.shape("input")[-2:]
-    count = options.patches
-    if count > min(height, width):
-        raise RequestError(f"--patches {count} is more than the {height}×{width} pixels of the model's input.")
-    over = {"input": patches((height, width), count)}
-    classes = {number: class_name(loaded, number) for number in range(len(loaded.categories))}
-    names: dict[str, Mapping[int, str]] = {"input": patch_names(count)}
-    target, against = explained_class(loaded, request.target, mu.outputs), compared_with(loaded, request, mu.outputs)
-    if against is not None:  # the output is one number
-        names["output"] = {0: class_name(loaded, target) or f"class {target}"}
-    elif any(classes.values()):
-        names["output"] = classes
+) -> tuple[FlowGraph, dict[str, Any]]:
+    """Returns the flow, and what the neurons of each layer are summed over."""
     try:
-        return mu.flow(request.layers, over, top=options.top, coverage=options.coverage, names=names), over
+        over, names = groups_of(loaded, mu, request, options)
+        top = max(options.top, options.count)
+        return mu.flow(request.layers, over, top=top, coverage=options.coverage, names=names), over
+    except RequestError:
+        raise
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(shown, request.layers))}: {error}") from error
-
-
-def patch_names(count: int) -> dict[int, str]:
-    """Returns names of ``count`` × ``count`` patches as on a map: letters count columns, numbers count rows, from 1."""
-    letters = [chr(65 + column % 26) * (1 + column // 26) for column in range(count)]
-    return {number: f"{letters[number % count]}{number // count + 1}" for number in range(count**2)}
 
 
 def _write(
@@ -183,11 +148,12 @@ def _write(
     """Writes figure, numbers, profile and page."""
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
+    settings |= {} if options.groups is None else {"groups": str(options.groups)}
     is_plain = all(_is_whole(row) for row in flow.profile)
     ends = ["flow.json", f"flow.{options.kind}", "flow.html", *([] if is_plain else ["layers.png"])]
     stem = json_stem(out, image.path.stem, ends, taken, settings)
     numbers, figure, page, *layers = [out / f"{stem}-{end}" for end in ends]
-    target = f"{explained_title(loaded, flow.target, flow.against)}{weights_title(loaded)}"
+    target = f"{explained_title(loaded, flow.target, flow.against, request.reference)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     parts = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)

@@ -44,6 +44,23 @@ def flow_caption(graph: FlowGraph, target: str = "") -> str:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
+def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
+    """Describes the difference of two flows by the nodes in which they differ most.
+
+    Args:
+        graph: The first flow minus the second.
+        first: Name of the first flow, whose excess is red.
+        second: Name of the second flow, whose excess is blue.
+    """
+    nodes = [node for layer in graph.layers if layer.name != "output" for node in layer.nodes if node.kind == "group"]
+    sentences = ["Red is more for the first, blue more for the second, in points of relevance."]
+    for name, sign in ((first, 1), (second, -1)):
+        most = sorted((node for node in nodes if sign * node.mass >= WORTH_SAYING), key=lambda node: -sign * node.mass)
+        parts = [f"{named(node, graph)} ({percent(abs(node.mass))})" for node in most[:NAMED]]
+        sentences += [f"More for {name}: {_listed(parts)}."] if parts else []
+    return " ".join(sentences)
+
+
 def key_text(has_pictures: bool, has_off: bool) -> str:
     """Returns the legend of a flow."""
     return " ".join([KEY, *([OFF] if has_off else []), *([PICTURES] if has_pictures else [])])
@@ -146,4 +163,4 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-__all__ = ["flow_caption"]
+__all__ = ["difference_caption", "flow_caption", "key_text"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
+from .heatmaps import cell_sums
 from .ribbons import LIGHT, Palette
 
 Array = NDArray[np.float64]
@@ -183,22 +184,6 @@ def faded(grey: Array, palette: Palette = LIGHT) -> Array:
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def cell_sums(values: Array, cells: int | Sequence[int]) -> Array:
-    """Sums a heat map ``(H, W)`` over at most ``cells`` cells along each side; the total remains.
-
-    Args:
-        values: The heat map.
-        cells: Number of cells along both sides, or along each side.
-    """
-    wanted = [cells, cells] if isinstance(cells, int) else list(cells)
-    result = np.asarray(values, dtype=float)
-    for axis, count in enumerate(wanted):
-        length = result.shape[axis]
-        starts = np.unique(np.arange(min(count, length)) * length // min(count, length))
-        result = np.add.reduceat(result, starts, axis)
-    return result
-
-
 def smoothed(values: Array) -> Array:
     """Returns a heat map at the size of a picture, summed over cells; small maps keep their pixels."""
     cells = cell_sums(values, CELLS)
@@ -304,4 +289,4 @@ def _grey(photo: Photo, box: Box, shape: tuple[int, ...]) -> Array:
     return np.asarray(sharp, dtype=float) / 255
 
 
-__all__ = ["NodePictures", "Photo", "cell_sums", "node_pictures", "painted", "photo_pixels", "region_places"]
+__all__ = ["NodePictures", "Photo", "node_pictures", "painted", "photo_pixels", "region_places"]
