@@ -36,7 +36,7 @@ from .output_files import (
 )
 from .per_image import Printed
 from .photos import photo
-from .request import Request, RequestError, check_layers, compared_with, explained_class, measure_of
+from .request import NONE, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 CHANNELS = 16
 """Number of channels of a layer, those that differ most, for which both flows are computed."""
@@ -64,7 +64,13 @@ class Side:
 def explain_difference(
     loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions, out: Path, taken: set[str]
 ) -> Printed:
-    """Writes the difference of two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`."""
+    """Writes the difference of two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
+
+    Two classes of an image are compared by their outputs alone, unless requested otherwise, so that both flows are
+    shares of a positive whole.
+    """
+    if request.against is None and not Path(options.minus or "").is_file():
+        request = replace(request, against=NONE)
     first, second = sides(loaded, image, request, options.minus or "")
     graph, maps = flow_difference(loaded, first, second, options)
     settings: dict[str, Any] = image_settings(
@@ -81,6 +87,7 @@ def explain_difference(
         "maps": maps,
         "image": photo(loaded, image, inputs) if is_one_image else None,
         "caption": difference_caption(graph, first.name, second.name),
+        "signs": (f"more for {first.name}", f"more for {second.name}"),
     }
     save_figure(flow_figure(graph, heading, options.dark, width=options.width, **parts), figure, options.dark)
     write_json(numbers, graph.to_dict() | {"settings": settings, "versions": versions(), "caption": parts["caption"]})
@@ -150,13 +157,23 @@ def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: Flo
     names = {layer: given for layer, given in names.items() if not isinstance(over.get(layer), Mapping)}
     try:
         graphs = [side.mu.flow(layers, over, top=None, names=names) for side in (first, second)]
-        graph = difference(*graphs).smaller(top=max(options.top, options.count))
+        graph = _counted(difference(*graphs), first.mu, over).smaller(top=max(options.top, options.count))
         pairs = zip((first, second), graphs, strict=True)
         joints = [_joint_maps(side.mu, flow, over) for side, flow in pairs]
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(shown, layers))}: {error}") from error
     keys = {node.key for node in graph.nodes if node.kind == "group"} & joints[0].keys() & joints[1].keys()
     return graph, {key: joints[0][key] - joints[1][key] for key in keys}
+
+
+def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) -> FlowGraph:
+    """Returns a graph in which the channels of no group count as others."""
+    layers = []
+    for layer in graph.layers:
+        kind = over.get(layer.name)
+        more = partition(mu._tap(layer.name), "channel", None).count - len(kind) if isinstance(kind, Mapping) else 0
+        layers.append(replace(layer, others=layer.others + more))
+    return replace(graph, layers=tuple(layers))
 
 
 def _joint_maps(mu: RelevanceMeasure, graph: FlowGraph, over: Mapping[str, Any]) -> dict[str, np.ndarray]:

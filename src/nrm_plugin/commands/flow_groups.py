@@ -78,11 +78,12 @@ def patch_names(count: int) -> dict[int, str]:
 
 
 def _class_names(loaded: LoadedModel, mu: RelevanceMeasure, request: Request) -> dict[str, Names]:
-    classes = {number: class_name(loaded, number) for number in range(len(loaded.categories))}
-    if compared_with(loaded, request, mu.outputs) is not None:  # the output is one number
+    """Returns the names of the classes; a fused difference of classes is one number, named by the explained class."""
+    count = mu.shape("output")[1:].numel()
+    if count == 1 and compared_with(loaded, request, mu.outputs) is not None:
         target = explained_class(loaded, request.target, mu.outputs)
         return {"output": {0: class_name(loaded, target) or f"class {target}"}}
-    return {"output": classes} if any(classes.values()) else {}
+    return {"output": {number: class_name(loaded, number) or f"class {number}" for number in range(count)}}
 
 
 def _stored(path: Path) -> Groups:

@@ -141,7 +141,7 @@ def inches(text: str) -> float:
 
 def cells(text: str) -> int | str:
     """Parses a resolution of heat maps."""
-    if text in (PIXELS, LAYER_CELLS):
+    if text in (AUTO, PIXELS, LAYER_CELLS):
         return text
     if text.isascii() and text.isdecimal() and 1 <= int(text) <= 8192:
         return int(text)

@@ -34,7 +34,8 @@ def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = 
     Raises:
         FlowError: If a layer has too many groups.
     """
-    return flow_figure(graph, heading, dark, caption=difference_caption(graph, first, second))
+    return flow_figure(graph, heading, dark, caption=difference_caption(graph, first, second),
+                       signs=(f"more for {first}", f"more for {second}"))  # fmt: skip
 
 
 @renamed_arguments(found="prototypes", pictures="images")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
-from .flow_caption import flow_caption, key_text
+from .flow_caption import SIGNS, flow_caption, key_text
 from .flow_pictures import NodePictures, Photo, node_pictures, painted, photo_pixels, region_places
 from .flow_scene import Band, Box, DrawnNode, Label, Scene, drawn_nodes, flow_scene, has_off, layer_note, node_name
 from .layer_profile import profile_figure
@@ -32,6 +32,7 @@ def flow_figure(
     image: Photo | Tensor | None = None,
     caption: str | None = None,
     width: float | None = None,
+    signs: tuple[str, str] = SIGNS,
 ) -> Figure:
     """Draws a flow graph as ribbons between its nodes, with the input on the left; heights are relevance.
 
@@ -48,6 +49,7 @@ def flow_figure(
             caption, and in grey beneath the pictures.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
+        signs: What positive and negative relevance mean, for the key.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -61,7 +63,7 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     pictures = node_pictures(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, pictures, photo, width)
+    scene = scene_of(graph, heading, caption, pictures, photo, width, signs)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -87,6 +89,7 @@ def scene_of(
     pictures: NodePictures | None,
     photo: Photo | None,
     width: float | None = None,
+    signs: tuple[str, str] = SIGNS,
 ) -> Scene:
     """Returns the layout of a flow with its caption and key."""
     shown: Mapping[str, object] = pictures.values if pictures else {}
@@ -94,7 +97,7 @@ def scene_of(
         graph,
         heading.replace(r"\$", "$"),
         flow_caption(graph) if caption is None else caption.replace(r"\$", "$"),
-        key_text(bool(shown), has_off(graph)),
+        key_text(bool(shown), has_off(graph), signs),
         width,
         shown,
         pictures.ratio if pictures else 1.0,

@@ -1,4 +1,4 @@
-"""Pictures of the nodes of a flow: heat maps summed over cells, on one scale per layer, over the photograph."""
+"""Pictures of the nodes of a flow: blurred heat maps, on one scale per layer, over the photograph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
-from .heatmaps import cell_sums
 from .ribbons import LIGHT, Palette
 
 Array = NDArray[np.float64]
@@ -23,7 +22,7 @@ Box = tuple[int, int, int, int]
 """Top, left, bottom and right of a part of an image."""
 
 CELLS = 32
-"""Largest number of cells of a picture along each side: about what the eye resolves in a thumbnail."""
+"""Number of blurred cells of a picture along its longer side: about what the eye resolves in a thumbnail."""
 PIXELS = 120
 """Side of a picture in pixels."""
 SHARP = 40
@@ -185,17 +184,14 @@ def faded(grey: Array, palette: Palette = LIGHT) -> Array:
 
 
 def smoothed(values: Array) -> Array:
-    """Returns a heat map at the size of a picture, summed over cells; small maps keep their pixels."""
-    cells = cell_sums(values, CELLS)
+    """Returns a heat map at the size of a picture, blurred to the size of a cell; small maps keep their pixels."""
     height, width = values.shape
     scale = PIXELS / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    drawn = Image.fromarray(cells.astype(np.float32))
-    if max(values.shape) <= SHARP:
-        return np.asarray(drawn.resize(size, Image.Resampling.NEAREST), dtype=float)
-    spread = 0.45 * max(size) / max(cells.shape)
-    large = np.asarray(drawn.resize(size, Image.Resampling.BILINEAR), dtype=float)
-    return _blurred(large, spread)
+    kind = Image.Resampling.NEAREST
+    if max(height, width) > SHARP:
+        values, kind = _blurred(values, 0.6 * max(height, width) / CELLS), Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, kind), dtype=float)
 
 
 def crop(weights: Array) -> Box:
