@@ -13,7 +13,7 @@ All functions are free of side effects and work on NumPy arrays. The search is o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -158,6 +158,27 @@ class _Search:
         if layer < len(self.pairs):
             sides.append(group_sums(self.pairs[layer].T, self.labels[layer + 1], self.counts[layer + 1]).T)
         return np.concatenate(sides, 1)
+
+
+def refined(
+    labels: Sequence[Labels], counts: Sequence[int], free: Sequence[int], grouped: Callable[[int, list[Labels]], Array]
+) -> list[Labels]:
+    """Returns partitions in which single members of each layer in turn are moved until no move raises the sum of κ.
+
+    Args:
+        labels: The group of each member, for each layer.
+        counts: Number of groups of each layer.
+        free: The layers whose members are moved.
+        grouped: Returns the dependence of each member of a layer on the groups beside, as ``(members, groups beside)``.
+    """
+    better = [own.copy() for own in labels]
+    random = np.random.default_rng(0)
+    for layer in free:
+        values = grouped(layer, better)
+        for _ in range(SWEEPS):
+            if not move_members(values, better[layer], counts[layer], random.permutation(len(values))):
+                break
+    return better
 
 
 def move_members(values: Array, labels: Labels, count: int, order: Labels) -> int:

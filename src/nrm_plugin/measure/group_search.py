@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,16 +13,19 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, brief
-from .dependence import Array, Labels, dependence, find_partitions, group_sums, kept
+from .dependence import Array, Labels, dependence, find_partitions, group_sums, kept, refined
 from .flow_thresholds import NEGLIGIBLE
 from .groups import Over
+from .joint_sketches import PairJoints
 from .layer_groups import Groups
 from .layer_taps import several_layers
-from .mean_joints import MeanJoints, Measure, Members, mean_joints
+from .mean_joints import MeanJoints, Measure, Members, mean_joints, signed_sum
 from .partitions import Names
 
 K = 8
 """Default number of groups of a layer."""
+ROUNDS = 2
+"""Number of times that the groups of each layer are moved by exact joint relevance if the search had a sketch of it."""
 RESTARTS = 30
 """Default number of further starts of the search."""
 
@@ -53,6 +58,9 @@ def find_groups(
     group that raises it most, until no move does. Layers in which at most ``k`` members carry mass, such as the output,
     keep these members apart. Groups are numbered by absolute mass, and the same seed gives the same groups.
 
+    The joint relevance of distant layers with more than 64 members each takes a pass for each member. The search then
+    starts from a sketch of rank 16, and moves members by exact joint relevance with groups; κ is not known (nan).
+
     Args:
         measures: A measure of one or more samples, several measures, or a sweep with the joint relevance of these
             layers.
@@ -79,7 +87,11 @@ def find_groups(
     Source: docs/groups.md (ours).
     """
     chosen = several_layers(layers)
-    found = _joints(measures, chosen, members)
+    if len(chosen) < 2:
+        raise InputError(
+            "groups are found by the dependence between layers, and one layer was given: name two or more."
+        )
+    found, source = _joints(measures, chosen, members)
     counts = [_count(k, layer) for layer in found.layers]
     if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
         raise InputError(f"restarts={brief(restarts)} must be a whole number of at least 0.")
@@ -87,14 +99,57 @@ def find_groups(
     fixed = [_apart(each, count) for each, count in zip(found.masses, counts, strict=True)]
     sizes = [count or 0 if given is None else int(given.max()) + 1 for count, given in zip(counts, fixed, strict=True)]
     labels = find_partitions(parts, sizes, restarts, seed, fixed)
+    if source is not None and not all(found.are_exact):
+        free = [layer for layer, given in enumerate(fixed) if given is None]
+        sides = _Sides(found, source, parts)
+        for _ in range(ROUNDS):
+            labels = refined(labels, sizes, free, sides)
     return _groups(found, parts, labels, names or {})
 
 
-def _joints(source: Any, layers: Sequence[Any], members: Members | None) -> MeanJoints:
+@dataclass(frozen=True)
+class _Sides:
+    """The dependence of the members of a layer on the groups of the layers beside, exact.
+
+    Attributes:
+        found: Joint relevance of all members, exact or not.
+        source: Exact joint relevance of groups.
+        parts: The dependence of all members of each pair.
+    """
+
+    found: MeanJoints
+    source: PairJoints
+    parts: Sequence[Array]
+
+    def __call__(self, layer: int, labels: list[Labels]) -> Array:
+        sides = [self._above(layer - 1, labels)] if layer > 0 else []
+        sides += [self._below(layer, labels)] if layer < len(self.parts) else []
+        return np.concatenate(sides, 1)
+
+    def _above(self, pair: int, labels: list[Labels]) -> Array:
+        size = np.abs(self.parts[pair]).sum() or 1.0
+        if self.found.are_exact[pair]:
+            return group_sums(self.parts[pair], labels[pair]).T / size
+        groups = self.source.labels(pair, torch.from_numpy(labels[pair]))
+        return self._dependence(pair, groups, self.source.kinds[pair + 1]).T / size
+
+    def _below(self, pair: int, labels: list[Labels]) -> Array:
+        size = np.abs(self.parts[pair]).sum() or 1.0
+        if self.found.are_exact[pair]:
+            return group_sums(self.parts[pair].T, labels[pair + 1]).T / size
+        groups = self.source.labels(pair + 1, torch.from_numpy(labels[pair + 1]))
+        return self._dependence(pair, self.source.kinds[pair], groups) / size
+
+    def _dependence(self, pair: int, above: Over, below: Over) -> Array:
+        matrix = self.source.of_groups(pair, above, below)
+        return dependence(signed_sum(self.source.mu, matrix) / self.found.samples)
+
+
+def _joints(source: Any, layers: Sequence[Any], members: Members | None) -> tuple[MeanJoints, PairJoints | None]:
     if isinstance(source, MeanJoints):
-        return source
+        return source, None
     if isinstance(source, JointSource):
-        return source.mean_joints(layers)
+        return source.mean_joints(layers), None
     measures = iter([source] if hasattr(source, "joints") else source)
     first = next(measures, None)
     if first is None:
@@ -135,7 +190,8 @@ def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels],
     """Returns found partitions with their groups numbered by absolute mass."""
     ordered = [_by_mass(each, own) for each, own in zip(found.masses, labels, strict=True)]
     sums = [group_sums(each.T, own).T for each, own in zip(found.masses, ordered, strict=True)]
-    kappas = [kept(part, *ordered[above : above + 2]) for above, part in enumerate(parts)]
+    exact = found.are_exact or (True,) * len(parts)
+    kappas = [kept(part, *ordered[n : n + 2]) if exact[n] else math.nan for n, part in enumerate(parts)]
     called = [
         _names(each.mean(0), own, kind, names.get(layer))
         for layer, each, own, kind in zip(found.layers, found.masses, ordered, found.members, strict=True)

@@ -42,7 +42,7 @@ class Groups:
         names: For each layer, the name of each group.
         masses: For each layer, the mean mass of each group on the inputs on which the groups were found.
         kappas: For each pair of consecutive layers, the share of the dependence that the groups keep; nan for layers
-            that are independent.
+            that are independent, and where the joint relevance of all members was not computed.
         examples: For each layer and group, the number of the sample in which the group has the largest absolute mass.
         samples: Number of samples on which the groups were found.
 

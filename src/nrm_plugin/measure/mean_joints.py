@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..recording.taps import Tap
-from .groups import Over, labels_of
+from .groups import Over
+from .joint_sketches import PairJoints
 from .partitions import partition, patches
 
 Array = NDArray[np.float64]
@@ -27,12 +28,11 @@ CELLS = 16
 
 
 class Measure(Protocol):
-    """The queries of a :class:`~nrm_plugin.RelevanceMeasure` that its mean joint relevance needs."""
+    """A :class:`~nrm_plugin.RelevanceMeasure`."""
 
     @property
     def sign(self) -> Tensor: ...
     def joints(self, layers: Any, over: Any = ...) -> list[Tensor]: ...
-    def marginal(self, layer: Any, over: Any = ...) -> Any: ...
     def _tap(self, layer: Any) -> Tap: ...
 
 
@@ -47,6 +47,7 @@ class MeanJoints:
         masses: For each layer the mass of each member, ``(samples, members)``, or ``(1, members)`` if only the mean is
             known.
         samples: Number of samples.
+        are_exact: For each pair, whether the joint relevance is exact; else it is of low rank.
     """
 
     layers: tuple[str, ...]
@@ -54,12 +55,15 @@ class MeanJoints:
     joints: tuple[Array, ...]
     masses: tuple[Array, ...]
     samples: int
+    are_exact: tuple[bool, ...] = ()
 
 
 def mean_joints(
     measures: Iterable[Measure], layers: Sequence[tuple[str, Any]], members: Members | None = None
-) -> MeanJoints:
+) -> tuple[MeanJoints, PairJoints | None]:
     """Computes the mean joint relevance of consecutive layers over all samples of measures.
+
+    Also returned is the joint relevance of the measure, if there is one only.
 
     Args:
         measures: Measures of one or more samples.
@@ -71,33 +75,33 @@ def mean_joints(
     """
     kinds: list[Over] = []
     totals: list[Array] = []
+    exact = [True] * (len(layers) - 1)
     masses: list[list[Array]] = [[] for _ in layers]
-    for mu in measures:
+    source: PairJoints | None = None
+    for number, mu in enumerate(measures):
         if not kinds:
             kinds = [_members(mu._tap(layer), name, members) for name, layer in layers]
-        sums, batch = _of_batch(mu, [layer for _, layer in layers], kinds)
+        joints = PairJoints(mu, [layer for _, layer in layers], kinds)
+        source = None if number else joints
+        parts = [joints.of_members(pair) for pair in range(len(layers) - 1)]
+        sums = [signed_sum(mu, matrix) for matrix, _ in parts]
+        exact = [before and now for before, (_, now) in zip(exact, parts, strict=True)]
         totals = sums if not totals else [total + more for total, more in zip(totals, sums, strict=True)]
-        for known, more in zip(masses, batch, strict=True):
-            known.append(more)
+        signs = mu.sign.double().cpu()[:, None]
+        for place, known in enumerate(masses):
+            known.append(_array(joints.masses(place).double().cpu() * signs))
     if not kinds:
         raise InputError("groups need at least one measure; the iterable is empty.")
     each = tuple(np.concatenate(parts) for parts in masses)
     count = len(each[0])
-    return MeanJoints(tuple(n for n, _ in layers), tuple(kinds), tuple(t / count for t in totals), each, count)
+    means = tuple(total / count for total in totals)
+    found = MeanJoints(tuple(name for name, _ in layers), tuple(kinds), means, each, count, tuple(exact))
+    return found, source
 
 
-def _of_batch(mu: Measure, layers: Sequence[Any], kinds: Sequence[Over]) -> tuple[list[Array], list[Array]]:
-    """Returns the sums of the joint relevance over samples, and the mass of each member of each layer."""
-    signs = mu.sign.double().cpu()
-    matrices = mu.joints(layers, list(kinds)) if len(layers) > 1 else []
-    sums = [_array(torch.einsum("n,nij->ij", signs, matrix.double().cpu())) for matrix in matrices]
-    maps = mu.marginal(list(layers))
-    masses = []
-    for layer, kind in zip(layers, kinds, strict=True):
-        labels = labels_of(mu._tap(layer), kind).reshape(-1)
-        values = maps[layer].double().cpu().flatten(1) * signs[:, None]
-        masses.append(_array(values.new_zeros(len(values), int(labels.max()) + 1).index_add_(1, labels, values)))
-    return sums, masses
+def signed_sum(mu: Measure, matrix: Tensor) -> Array:
+    """Returns the sum over samples of joint relevance ``(N, upper, lower)`` times the sign of each sample."""
+    return _array(torch.einsum("n,nij->ij", mu.sign.double().cpu(), matrix.double().cpu()))
 
 
 def _array(values: Tensor) -> Array:
