@@ -1,6 +1,6 @@
 """The command `flow` for images.
 
-Covers: nrm_plugin.commands.image_flow.
+Covers: nrm_plugin.commands.image_flow, nrm_plugin.commands.flow_groups, nrm_plugin.commands.photos.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from zennit.composites import EpsilonPlus
 
-from nrm_plugin import FlowGraph, RelevanceMeasure, patches
+from nrm_plugin import FlowGraph, RelevanceMeasure, find_groups, patches
 from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.model_loading import load
 from nrm_plugin.dataset.images import load_image
@@ -134,6 +134,17 @@ def test_the_class_alone_has_a_node_for_each_class(here):
         (["--layers", "a", "b"], "--layers a b: "),
         (["--layers", "input", "output", "--top", "41"], "'41' is not a number from 1 to 40"),
         (["--layers", "input", "output", "--coverage", "90"], "'90' is not a fraction above 0"),
+        (["--layers", "input", "output", "--width", "1"], "'1' is not a width from 2 to 40 inches"),
+        (["--layers", "input", "output", "--groups", "1"], "'1' is not a number from 2 to 40"),
+        (
+            ["--layers", "input", "output", "--reference", "dark"],
+            "--reference dark is neither blur, mean, black, white",
+        ),
+        (
+            ["--layers", "input", "output", "--reference", "blur", "--residual", "sink"],
+            "the slopes to a reference absorb",
+        ),
+        (["--layers", "input", "output", "--target", "1", "--minus", "1"], "--minus 1: this is the explained class"),
         (["--layers", "input", "output", "--patches", "17"], "--patches 17 is more than the 16×16 pixels"),
         ([], "--layers"),
     ],
@@ -159,3 +170,50 @@ def test_a_bad_image_does_not_stop_the_others(here, capsys):
 def test_an_infinite_gain_limit_is_stored(here):
     assert run("noise.png", *OWN, "--layers", "a", "input", "--gain-limit", "inf") == 0
     assert json.loads(Path("nrm-flow/noise-flow.json").read_text())["settings"]["gain_limit"] == "inf"
+
+
+def test_groups_carry_all_of_the_relevance(here):
+    assert run("noise.png", *OWN, "--layers", "a", "stem", "input", "--groups", "2", "--patches", "2") == 0
+    graph = FlowGraph.from_json(Path("nrm-flow/noise-flow.json"))
+    assert [(len(layer.groups), layer.others) for layer in graph.layers] == [(2, 0), (2, 0), (2, 2)]
+    assert graph.layers[1].rest == pytest.approx(0, abs=1e-6)
+    assert json.loads(Path("nrm-flow/noise-flow.json").read_text())["settings"]["groups"] == "2"
+
+
+def test_stored_groups_are_those_of_the_file(here, capsys):
+    loaded = load("flow_nets:Branches", size=16)
+    mu = RelevanceMeasure(loaded.model, loaded.preprocessing(load_image(Path("noise.png")).image), 1, against="rest")
+    groups = find_groups(mu, ["a", "stem"], k=3).named({"a": ["wing", "head", "sky"]})
+    groups.save("groups.safetensors")
+    assert run("noise.png", *OWN, "--layers", "a", "stem", "--groups", "groups.safetensors", "--target", "1") == 0
+    graph = FlowGraph.from_json(Path("nrm-flow/noise-flow.json"))
+    expected = mu.flow(["a", "stem"], groups=groups)
+    assert set(graph.layers[0].labels) <= {"wing", "head", "sky"}
+    np.testing.assert_allclose(graph.joints[0], expected.joints[0], atol=1e-6)
+    assert run("noise.png", *OWN, "--layers", "a", "stem", "--groups", "gone.safetensors") == 2
+    assert "gone.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["svg", "pdf"])
+def test_figures_for_papers(here, kind):
+    assert run("noise.png", *OWN, "--layers", "a", "input", "--width", "3.3", "--format", kind) == 0
+    start = Path(f"nrm-flow/noise-flow.{kind}").read_bytes()[:400]
+    assert (b"237.6pt" in start) if kind == "svg" else start.startswith(b"%PDF")
+
+
+def test_what_the_model_did_not_see_is_said_and_fit_shows_it(here, capsys):
+    Image.open("noise.png").resize((60, 20)).save("wide.png")
+    assert run("wide.png", *OWN, "--layers", "a", "input") == 0
+    said = "did not see 67% of the image"
+    assert said in capsys.readouterr().out
+    assert said in json.loads(Path("nrm-flow/wide-flow.json").read_text())["caption"]
+    for fit in ("pad", "squeeze"):
+        assert run("wide.png", *OWN, "--layers", "a", "input", "--fit", fit, "--out", fit) == 0
+        assert "did not see" not in capsys.readouterr().out
+        stored = json.loads(Path(fit, "wide-flow.json").read_text())
+        assert stored["settings"]["preparation"]["fit"] == fit
+
+
+def test_layers_that_lose_nothing_have_no_figure_of_their_own(here):
+    assert run("noise.png", *OWN, "--layers", "a", "input", "--reference", "black") == 0
+    assert not Path("nrm-flow/noise-layers.png").exists()

@@ -1,6 +1,6 @@
 """Figures of flow graphs.
 
-Covers: plots/flow.py plots/flow_scene.py plots/layer_profile.py
+Covers: nrm_plugin.plots.flow_scene, nrm_plugin.plots.layer_profile.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ ENOUGH = 0.6
 WORTH_SAYING = 0.01
 """Relevance below which nothing is said."""
 KEY = (
-    "The input is on the left. Heights are relevance, on one scale for all layers; red is {}, blue {}, grey the rest of "
-    "a layer."
+    "The input is on the left. Heights are relevance, on one scale for all layers; red is {}, blue {}, grey the rest "
+    "of a layer."
 )
 SIGNS = ("evidence for", "evidence against")
 OFF = (
