@@ -178,6 +178,12 @@ def test_groups_carry_all_of_the_relevance(here):
     assert [(len(layer.groups), layer.others) for layer in graph.layers] == [(2, 0), (2, 0), (2, 2)]
     assert graph.layers[1].rest == pytest.approx(0, abs=1e-6)
     assert json.loads(Path("nrm-flow/noise-flow.json").read_text())["settings"]["groups"] == "2"
+    assert set(graph.layers[0].labels) == {"group 1", "group 2"}
+    members = json.loads(Path("nrm-flow/noise-flow.json").read_text())["members"]
+    assert sorted(members) == ["a", "stem"]
+    assert all(
+        sorted(channel for group in groups for channel in group) == list(range(6)) for groups in members.values()
+    )
 
 
 def test_stored_groups_are_those_of_the_file(here, capsys):

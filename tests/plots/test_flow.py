@@ -1,6 +1,7 @@
 """Figures of flow graphs.
 
-Covers: nrm_plugin.plots.flow_scene, nrm_plugin.plots.layer_profile.
+Covers: nrm_plugin.plots.flow_scene, nrm_plugin.plots.flow_columns, nrm_plugin.plots.flow_parts,
+nrm_plugin.plots.layer_profile.
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ def run(options: argparse.Namespace) -> int:
     """Explains the images; returns the exit status."""
     from .per_image import explain_each
 
-    return explain_each(options, lambda *of_image: _explain(*of_image, options.cells))
+    return explain_each(
+        options, lambda loaded, image, request, out, taken: _explain(loaded, image, request, out, taken, options.cells)
+    )
 
 
 def _explain(

@@ -83,7 +83,7 @@ def explain_difference(
     heading = f"{short(image.path.name)}: flow of relevance for {short(first.name)} minus that for {short(second.name)}"
     is_one_image = first.image is second.image
     inputs = loaded.preprocessing(image.image)
-    parts = {
+    parts: dict[str, Any] = {
         "maps": maps,
         "image": photo(loaded, image, inputs) if is_one_image else None,
         "caption": difference_caption(graph, first.name, second.name),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..dataset.images import shown
 from ..measure.flow import GROUPS, ordered_taps, with_groups
@@ -15,6 +19,9 @@ from ..measure.partitions import Names, patches
 from .model_loading import LoadedModel
 from .output_files import class_name
 from .request import Request, RequestError, compared_with, explained_class
+
+LISTED = re.compile(r"channel \d+( \+ \d+)?")
+"""A name of a group that lists its largest channel, and the number of the others."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,30 @@ def groups_of(
         over |= {layer: GROUPS for layer in request.layers if layer not in ("input", "output")}
     groups = _stored(options.groups) if isinstance(options.groups, Path) else None
     found, words = with_groups(mu, ordered_taps(mu, request.layers), over, names, options.count, groups)
-    return dict(found), words or {}
+    grouped = [layer for layer in found if layer not in ("input", "output") and not isinstance(found[layer], str)]
+    return dict(found), dict(words or {}) | {layer: _short_names((words or {})[layer]) for layer in grouped}
+
+
+def members_of(found: Mapping[str, Any]) -> dict[str, list[list[int]]]:
+    """Returns the channels of each group, for each layer that is summed over groups of channels.
+
+    Args:
+        found: What the neurons of each layer are summed over, of :func:`groups_of`.
+    """
+    members = {}
+    for layer, labels in found.items():
+        if layer != "input" and isinstance(labels, Tensor):
+            channels = labels.flatten(1)[:, 0] if labels.ndim > 1 else labels
+            members[layer] = [
+                torch.nonzero(channels == group).flatten().tolist() for group in range(int(labels.max()) + 1)
+            ]
+    return members
+
+
+def _short_names(names: Names) -> dict[int, str]:
+    """Returns numbers in place of names that list channels, which would not fit below a picture."""
+    given = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
+    return {number: f"group {number + 1}" if LISTED.fullmatch(name) else name for number, name in given.items()}
 
 
 def patch_names(count: int) -> dict[int, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..plots.flow_html import Pairs, save_sankey
 from ..plots.flow_pictures import Photo
 from ..plots.layer_profile import profile_figure
 from . import messages
-from .flow_groups import FlowOptions, groups_of
+from .flow_groups import FlowOptions, groups_of, members_of
 from .model_loading import LoadedModel
 from .output_files import (
     explained_title,
@@ -55,6 +55,7 @@ class ImageFlow:
         heat_maps: Heat maps of the nodes.
         pairs: Joint relevance of nodes in layers that are not neighbours.
         photo: The image, with the patches of the nodes.
+        members: The channels of each group, for each layer with groups.
         profile: Profile of the layers, compared with plain LRP.
     """
 
@@ -66,6 +67,7 @@ class ImageFlow:
     heat_maps: NodeMaps
     pairs: Pairs
     photo: Photo
+    members: Mapping[str, list[list[int]]]
     profile: Sequence[ProfileRow]
 
 
@@ -117,7 +119,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     regions = {node.key: (over["input"] == node.group).numpy() for node in patched}
     return ImageFlow(
         mu.outputs.flatten(), target, against, difference, graph, heat_maps, pairs,
-        replace(shown_image, regions=regions),
+        replace(shown_image, regions=regions), members_of(over),
         profile(mu, request.layers, plain),
     )  # fmt: skip
 
@@ -155,13 +157,14 @@ def _write(
     numbers, figure, page, *layers = [out / f"{stem}-{end}" for end in ends]
     target = f"{explained_title(loaded, flow.target, flow.against, request.reference)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
-    parts = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
+    parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark)
     for path in layers:
         profile_heading = f"{short(image.path.name)}: layers for {target}"
         save_figure(profile_figure(flow.profile, profile_heading, options.dark), path, options.dark)
     more = {"settings": settings, "device": request.device, "versions": versions(), "caption": caption(flow)}
+    more |= {"members": flow.members} if flow.members else {}
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
     with writing(page) as temporary:
         save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, **parts)

@@ -40,7 +40,8 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
     if name == "blur":
         deviation = BLUR * inputs.shape[-1]
         side = 2 * min(round(3 * deviation), inputs.shape[-1] - 1) + 1
-        return gaussian_blur(inputs, [side, side], [deviation, deviation])
+        blurred: Tensor = gaussian_blur(inputs, [side, side], [deviation, deviation])
+        return blurred
     if name == "mean":
         return inputs.mean((2, 3), keepdim=True).expand_as(inputs).contiguous()
     if name in ("black", "white"):

@@ -15,8 +15,10 @@ from torch import Tensor
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
 from .flow_caption import SIGNS, flow_caption, key_text
+from .flow_columns import has_off, node_name
+from .flow_parts import Band, Box, DrawnNode, Label, Scene
 from .flow_pictures import NodePictures, Photo, node_pictures, painted, photo_pixels, region_places
-from .flow_scene import Band, Box, DrawnNode, Label, Scene, drawn_nodes, flow_scene, has_off, layer_note, node_name
+from .flow_scene import flow_scene
 from .layer_profile import profile_figure
 from .ribbons import DARK, LIGHT, Palette
 
@@ -169,4 +171,4 @@ def _draw_label(axes: Axes, label: Label, palette: Palette) -> None:
     )  # fmt: skip
 
 
-__all__ = ["drawn_nodes", "flow_figure", "layer_note", "profile_figure"]
+__all__ = ["flow_figure", "profile_figure"]

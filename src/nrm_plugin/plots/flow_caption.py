@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
-from .flow_scene import node_name
+from .flow_columns import node_name
 from .ribbons import percent
 
 NAMED = 3

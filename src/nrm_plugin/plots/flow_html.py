@@ -19,8 +19,9 @@ from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
 from .flow import curve, scene_of
 from .flow_caption import SIGNS, flow_caption
+from .flow_columns import node_name
+from .flow_parts import Band, DrawnNode, Label, Scene
 from .flow_pictures import NodePictures, Photo, Pixels, node_pictures, painted, photo_pixels, region_places
-from .flow_scene import Band, DrawnNode, Label, Scene, node_name
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Pairs = Mapping[tuple[str, str], float]

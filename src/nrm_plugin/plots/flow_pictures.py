@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from ..measure.flow_graph import FlowGraph
@@ -76,7 +76,7 @@ class NodePictures:
     values: Mapping[str, Array]
     grey: Array | None
     size: tuple[int, int]
-    edges: Mapping[str, Array]
+    edges: Mapping[str, NDArray[np.bool_]]
 
     @property
     def ratio(self) -> float:
@@ -98,7 +98,7 @@ def node_pictures(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) 
     weights = {node.key: abs(node.mass) for node in nodes}
     box = crop(sum((weights[key] * _share(values) for key, values in maps.items()), np.zeros(size)))
     smooth = {key: smoothed(_share(values)[box[0] : box[2], box[1] : box[3]]) for key, values in maps.items()}
-    values = {}
+    values: dict[str, Array] = {}
     for layer in graph.layers:
         keys = [node.key for node in layer.nodes if node.key in smooth]
         limit = _median([float(np.abs(smooth[key]).max()) for key in keys])
@@ -279,7 +279,7 @@ def _colors(image: Tensor | Array) -> Array:
 def _grey(photo: Photo, box: Box, shape: tuple[int, ...]) -> Array:
     top, left, bottom, right = box
     colors = photo.colors[top:bottom, left:right] @ np.array([0.299, 0.587, 0.114])
-    drawn = Image.fromarray((255 * colors).round().astype(np.uint8))
+    drawn = ImageOps.autocontrast(Image.fromarray((255 * colors).round().astype(np.uint8)), cutoff=0.5)
     kind = Image.Resampling.NEAREST if max(colors.shape) <= SHARP else Image.Resampling.LANCZOS
     sharp = drawn.resize((shape[1], shape[0]), kind).filter(ImageFilter.UnsharpMask(1, 60, 0))
     return np.asarray(sharp, dtype=float) / 255
