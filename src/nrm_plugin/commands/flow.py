@@ -31,6 +31,8 @@ examples:
       the patches, the 8 most relevant channels of two layers, and the class
   nrm-plugin flow cat.jpg --model resnet50 --layers input layer3 layer4 --coverage 0.5 --top 20 --dark
       the fewest channels of each layer that hold half of its relevance, at most 20; for a dark background
+  nrm-plugin flow cat.jpg --model vgg16 --layers input features.21 features.28 output --groups 8
+      all relevance in at most 8 groups of channels of a layer, and 8 parts of the image
   nrm-plugin layers --model vgg16
       layer names
 
@@ -39,6 +41,7 @@ files for each image NAME
   NAME-flow.html     an interactive page in one file that needs no network
   NAME-flow.json     the numbers, with all settings; FlowGraph.from_json reads them
   NAME-layers.png    mass, sink and bypass of each layer, compared with plain LRP, if a layer loses relevance
+  NAME-groups.safetensors  the groups, if --groups found them, for --groups of other images
 Results of other settings or another image are never overwritten: the new files are named NAME-2-...
 
 exit status: 0; 1 if some images could not be explained; 2 if none can be explained because of the options"""
@@ -62,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "such as 0.9 (default: no such limit)")  # fmt: skip
     query.add_argument("--patches", type=whole_number(64), default=4, metavar="N",
                        help="patches of the image along each side (default: %(default)s)")  # fmt: skip
+    query.add_argument("--groups", type=groups, metavar="N|FILE",
+                       help="divide the channels of each layer, and the image, into at most N groups that keep most of "
+                       "the dependence between the layers; or apply the file of groups of an earlier flow")  # fmt: skip
     add_computation(parser)
     sweep = parser.add_argument_group("mean flow over a data set, instead of images")
     sweep.add_argument("--from", type=Path, metavar="SWEEP", dest="sweep",
@@ -75,6 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="file type of the figure (default: %(default)s)")  # fmt: skip
     figure.add_argument("--dark", action="store_true", help="figures for a dark background")
     add_out(parser, "nrm-flow")
+
+
+def groups(text: str) -> int | Path:
+    """Parses a number of groups, or the file of groups."""
+    if not text.isdigit():
+        return Path(text)
+    number: int = whole_number(MOST_CHANNELS)(text)
+    return number
 
 
 def run(options: argparse.Namespace) -> int:
@@ -95,7 +109,9 @@ def _of_images(options: argparse.Namespace) -> int:
     missing = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if not value]
     if missing:
         raise RequestError(f"the following arguments are required: {', '.join(missing)}")
-    what = FlowOptions(options.top, options.coverage, options.patches, options.dark, options.width, options.kind)
+    what = FlowOptions(
+        options.top, options.coverage, options.patches, options.dark, options.width, options.kind, options.groups
+    )
     return explain_each(
         options, lambda loaded, image, request, out, taken: explain_flow(loaded, image, request, what, out, taken)
     )

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dataset.images import LoadedImage, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps, flow_maps_and_pairs
+from ..measure.layer_groups import Groups
 from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import patches
@@ -22,6 +24,7 @@ from ..plots.flow_html import Pairs, save_sankey
 from ..plots.flow_pictures import Photo
 from ..plots.layer_profile import profile_figure
 from . import messages
+from .flow_groups import groups_of, labels_of_groups
 from .model_loading import LoadedModel
 from .output_files import (
     class_name,
@@ -54,6 +57,7 @@ class FlowOptions:
         dark: Whether figures are for a dark background.
         width: Width of the figure in inches; None for the default.
         kind: File type of the figure.
+        groups: Number of groups of a layer, or a file of groups; None for single channels and patches.
     """
 
     top: int = 8
@@ -62,6 +66,7 @@ class FlowOptions:
     dark: bool = False
     width: float | None = None
     kind: str = "png"
+    groups: int | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class ImageFlow:
         pairs: Joint relevance of nodes in layers that are not neighbours.
         photo: The image, with the patches of the nodes.
         profile: Profile of the layers, compared with plain LRP.
+        groups: The groups that were found for this image.
     """
 
     outputs: Tensor
@@ -89,6 +95,7 @@ class ImageFlow:
     pairs: Pairs
     photo: Photo
     profile: Sequence[ProfileRow]
+    groups: Groups | None = None
 
 
 def explain_flow(
@@ -125,7 +132,8 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     inputs = loaded.preprocessing(image.image).to(request.device)
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, request.layers)
-    graph, over = _graph(mu, loaded, request, options)
+    shown_image = photo(loaded, image, inputs)
+    graph, over, groups = _graph(mu, loaded, request, options, torch.as_tensor(shown_image.image))
     heat_maps, pairs = flow_maps_and_pairs(mu, graph, over)
     plain = mu
     if request.residual != "sink":
@@ -133,25 +141,25 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     target = explained_class(loaded, request.target, mu.outputs)
     against = compared_with(loaded, request, mu.outputs)
     difference = None if against is None else float(mu.output)
-    shown_image = photo(loaded, image, inputs)
     patched = [node for node in graph.nodes if node.layer == "input" and node.kind == "group"]
     regions = {node.key: (over["input"] == node.group).numpy() for node in patched}
     return ImageFlow(
         mu.outputs.flatten(), target, against, difference, graph, heat_maps, pairs,
         replace(shown_image, regions=regions),
         profile(mu, request.layers, plain),
+        groups,
     )  # fmt: skip
 
 
 def _graph(
-    mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions
-) -> tuple[FlowGraph, dict[str, Tensor]]:
-    """Returns the flow, and the groups of each layer that are not its channels."""
+    mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Tensor
+) -> tuple[FlowGraph, dict[str, Tensor], Groups | None]:
+    """Returns the flow, the groups of each layer that are not its channels, and the groups that were found."""
     height, width = mu.shape("input")[-2:]
     count = options.patches
     if count > min(height, width):
         raise RequestError(f"--patches {count} is more than the {height}×{width} pixels of the model's input.")
-    over = {"input": patches((height, width), count)}
+    over: dict[str, Tensor] = {"input": patches((height, width), count)}
     classes = {number: class_name(loaded, number) for number in range(len(loaded.categories))}
     names: dict[str, Mapping[int, str]] = {"input": patch_names(count)}
     target, against = explained_class(loaded, request.target, mu.outputs), compared_with(loaded, request, mu.outputs)
@@ -159,8 +167,14 @@ def _graph(
         names["output"] = {0: class_name(loaded, target) or f"class {target}"}
     elif any(classes.values()):
         names["output"] = classes
+    groups: Groups | None = None
     try:
-        return mu.flow(request.layers, over, top=options.top, coverage=options.coverage, names=names), over
+        if options.groups is not None:
+            names = {key: value for key, value in names.items() if key != "input"}
+            groups = groups_of(mu, request.layers, options.groups, image, names)
+            over |= labels_of_groups(mu, request.layers, groups)
+        graph = mu.flow(request.layers, over, top=options.top, coverage=options.coverage, names=names, groups=groups)
+        return graph, over, groups
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(shown, request.layers))}: {error}") from error
 
@@ -183,10 +197,15 @@ def _write(
     """Writes figure, numbers, profile and page."""
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
+    is_found = isinstance(options.groups, int)
+    if options.groups is not None:
+        settings["groups"] = options.groups if is_found else shown(options.groups)
     is_plain = all(_is_whole(row) for row in flow.profile)
     ends = ["flow.json", f"flow.{options.kind}", "flow.html", *([] if is_plain else ["layers.png"])]
+    ends += ["groups.safetensors"] if is_found else []
     stem = json_stem(out, image.path.stem, ends, taken, settings)
     numbers, figure, page, *layers = [out / f"{stem}-{end}" for end in ends]
+    stored = [layers.pop()] if is_found else []
     target = f"{explained_title(loaded, flow.target, flow.against)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     parts = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
@@ -199,7 +218,11 @@ def _write(
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
     with writing(page) as temporary:
         save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, **parts)
-    return [figure, numbers, page, *layers]
+    for path in stored:
+        assert flow.groups is not None
+        with writing(path) as temporary:
+            flow.groups.save(temporary)
+    return [figure, numbers, page, *layers, *stored]
 
 
 def caption(flow: ImageFlow) -> str:
