@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from zennit.composites import EpsilonPlus
 
-from nrm_plugin import FlowGraph, RelevanceMeasure, find_groups, patches
+from nrm_plugin import FlowGraph, RelevanceMeasure, patches
 from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.model_loading import load
 from nrm_plugin.dataset.images import load_image
@@ -172,34 +172,6 @@ def test_an_infinite_gain_limit_is_stored(here):
     assert json.loads(Path("nrm-flow/noise-flow.json").read_text())["settings"]["gain_limit"] == "inf"
 
 
-def test_groups_carry_all_of_the_relevance(here):
-    assert run("noise.png", *OWN, "--layers", "a", "stem", "input", "--groups", "2", "--patches", "2") == 0
-    graph = FlowGraph.from_json(Path("nrm-flow/noise-flow.json"))
-    assert [(len(layer.groups), layer.others) for layer in graph.layers] == [(2, 0), (2, 0), (2, 2)]
-    assert graph.layers[1].rest == pytest.approx(0, abs=1e-6)
-    assert json.loads(Path("nrm-flow/noise-flow.json").read_text())["settings"]["groups"] == "2"
-    assert set(graph.layers[0].labels) == {"group 1", "group 2"}
-    members = json.loads(Path("nrm-flow/noise-flow.json").read_text())["members"]
-    assert sorted(members) == ["a", "stem"]
-    assert all(
-        sorted(channel for group in groups for channel in group) == list(range(6)) for groups in members.values()
-    )
-
-
-def test_stored_groups_are_those_of_the_file(here, capsys):
-    loaded = load("flow_nets:Branches", size=16)
-    mu = RelevanceMeasure(loaded.model, loaded.preprocessing(load_image(Path("noise.png")).image), 1, against="rest")
-    groups = find_groups(mu, ["a", "stem"], k=3).named({"a": ["wing", "head", "sky"]})
-    groups.save("groups.safetensors")
-    assert run("noise.png", *OWN, "--layers", "a", "stem", "--groups", "groups.safetensors", "--target", "1") == 0
-    graph = FlowGraph.from_json(Path("nrm-flow/noise-flow.json"))
-    expected = mu.flow(["a", "stem"], groups=groups)
-    assert set(graph.layers[0].labels) <= {"wing", "head", "sky"}
-    np.testing.assert_allclose(graph.joints[0], expected.joints[0], atol=1e-6)
-    assert run("noise.png", *OWN, "--layers", "a", "stem", "--groups", "gone.safetensors") == 2
-    assert "gone.safetensors" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", ["svg", "pdf"])
 def test_figures_for_papers(here, kind):
     assert run("noise.png", *OWN, "--layers", "a", "input", "--width", "3.3", "--format", kind) == 0
@@ -218,8 +190,3 @@ def test_what_the_model_did_not_see_is_said_and_fit_shows_it(here, capsys):
         assert "did not see" not in capsys.readouterr().out
         stored = json.loads(Path(fit, "wide-flow.json").read_text())
         assert stored["settings"]["preparation"]["fit"] == fit
-
-
-def test_layers_that_lose_nothing_have_no_figure_of_their_own(here):
-    assert run("noise.png", *OWN, "--layers", "a", "input", "--reference", "black") == 0
-    assert not Path("nrm-flow/noise-layers.png").exists()

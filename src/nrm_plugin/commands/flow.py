@@ -34,7 +34,7 @@ examples:
   nrm-plugin flow cat.jpg --model resnet50 --layers input layer3 layer4 --coverage 0.5 --top 20 --dark
       the fewest channels of each layer that hold half of its relevance, at most 20; for a dark background
   nrm-plugin flow cat.jpg --model vgg16 --layers input features.21 features.28 output --groups 6
-      six groups of channels in each layer, which carry all of the relevance
+      all relevance in six groups of channels of each layer, and six parts of the image
   nrm-plugin flow cat.jpg --model vgg16 --layers input features.28 output --target tabby --minus "tiger cat"
       where the flows of two classes differ; an image in place of the class compares two images
   nrm-plugin layers --model vgg16
@@ -45,6 +45,7 @@ files for each image NAME
   NAME-flow.html     an interactive page in one file that needs no network
   NAME-flow.json     the numbers, with all settings; FlowGraph.from_json reads them
   NAME-layers.png    mass, sink and bypass of each layer, compared with plain LRP, if a layer loses relevance
+  NAME-groups.safetensors  the groups, if --groups found them, for --groups of other images
 with --minus, NAME-difference.png, .html and .json
 Results of other settings or another image are never overwritten: the new files are named NAME-2-...
 
@@ -69,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="show only the fewest channels of each layer that hold this fraction of its relevance, "
                        "such as 0.9 (default: no such limit)")  # fmt: skip
     query.add_argument("--groups", type=groups, metavar="N|FILE",
-                       help="divide the channels of each layer into N groups that keep most of the dependence between "
-                       "layers, so that all relevance is shown; or the groups in a file of Groups.save")  # fmt: skip
+                       help="divide the channels of each layer, and the image, into at most N groups that keep most of "
+                       "the dependence between layers; or apply the file of groups of an earlier flow")  # fmt: skip
     query.add_argument("--patches", type=whole_number(64), default=4, metavar="N",
                        help="patches of the image along each side (default: %(default)s)")  # fmt: skip
     add_computation(parser, None)

@@ -16,12 +16,13 @@ from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps, flow_maps
 from ..measure.measure import RelevanceMeasure
-from ..measure.partitions import partition
+from ..measure.layer_groups import Groups
+from ..measure.partitions import Names, partition
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import difference_caption
 from ..plots.flow_html import save_sankey
 from . import messages
-from .flow_groups import FlowOptions, groups_of
+from .flow_groups import FlowOptions, division
 from .model_loading import LoadedModel
 from .output_files import (
     class_name,
@@ -150,11 +151,16 @@ def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: Flo
         RequestError: If the layers or the patches do not fit the model.
     """
     layers = first.request.layers
-    over, names = groups_of(loaded, first.mu, first.request, options)
+    inputs = loaded.preprocessing(first.image.image)
+    divided = division(loaded, first.mu, first.request, options, loaded.preprocessing.inverse(inputs))
+    over = dict(divided.over)
     for layer in layers:
-        if isinstance(over.get(layer, "channel"), str) and layer != "output":
-            over = over | {layer: _differing(first.mu, second.mu, layer)}
-    names = {layer: given for layer, given in names.items() if not isinstance(over.get(layer), Mapping)}
+        if layer not in over and layer != "output":
+            over[layer] = _differing(first.mu, second.mu, layer)
+    if first.mu.shape("output")[1:].numel() > 1:
+        over["output"] = _classes(loaded, first.mu, {first.target, second.target})
+    names = {} if divided.groups is None else _group_names(divided.groups)
+    names = {layer: given for layer, given in {**divided.names, **names}.items() if not isinstance(over.get(layer), dict)}
     try:
         graphs = [side.mu.flow(layers, over, top=None, names=names) for side in (first, second)]
         graph = _counted(difference(*graphs), first.mu, over).smaller(top=max(options.top, options.count))
@@ -164,6 +170,16 @@ def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: Flo
         raise RequestError(f"--layers {' '.join(map(shown, layers))}: {error}") from error
     keys = {node.key for node in graph.nodes if node.kind == "group"} & joints[0].keys() & joints[1].keys()
     return graph, {key: joints[0][key] - joints[1][key] for key in keys}
+
+
+def _classes(loaded: LoadedModel, mu: RelevanceMeasure, targets: set[int]) -> dict[str, torch.Tensor]:
+    """Returns the outputs of some classes, as masks by name."""
+    labels = torch.arange(mu.shape("output")[1:].numel()).reshape(mu.shape("output")[1:])
+    return {class_name(loaded, target) or f"class {target}": labels == target for target in sorted(targets)}
+
+
+def _group_names(groups: Groups) -> dict[str, Names]:
+    return {layer: list(names) for layer, names in zip(groups.layers, groups.names, strict=True)}
 
 
 def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) -> FlowGraph:

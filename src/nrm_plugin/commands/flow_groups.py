@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..dataset.images import shown
-from ..measure.flow import GROUPS, ordered_taps, with_groups
+from ..measure.flow import ordered_taps
+from ..measure.group_search import find_groups
 from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
-from ..measure.partitions import Names, patches
+from ..measure.partitions import Names, patches, segments
 from .model_loading import LoadedModel
 from .output_files import class_name
 from .request import Request, RequestError, compared_with, explained_class
 
+INPUT = "input"
+MOST_PATCHES = 16
+"""Patches of the image along each side that are grouped if scikit-image is not installed."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
 """A name of a group that lists its largest channel, and the number of the others."""
 
@@ -54,51 +58,97 @@ class FlowOptions:
         return self.groups if isinstance(self.groups, int) else 0
 
 
-def groups_of(
-    loaded: LoadedModel, mu: RelevanceMeasure, request: Request, options: FlowOptions
-) -> tuple[dict[str, Any], Mapping[str, Names]]:
-    """Returns what the neurons of each layer are summed over, and the names of the groups.
+@dataclass(frozen=True)
+class Division:
+    """What the neurons of the layers of a flow are summed over.
 
-    Raises:
-        RequestError: If there are more patches than pixels, or the file holds no groups.
-        NRMError: If groups do not fit the model.
+    Attributes:
+        over: By layer, groups of neurons; layers without an entry have channels.
+        names: Names of the groups, by layer.
+        groups: The groups, if they were requested.
     """
-    height, width = mu.shape("input")[-2:]
-    count = options.patches
-    if count > min(height, width):
-        raise RequestError(f"--patches {count} is more than the {height}×{width} pixels of the model's input.")
-    over: dict[str, Any] = {"input": patches((height, width), count)}
-    names: dict[str, Names] = {"input": patch_names(count), **_class_names(loaded, mu, request)}
-    if options.groups is None:
-        return over, names
-    if isinstance(options.groups, int):
-        over |= {layer: GROUPS for layer in request.layers if layer not in ("input", "output")}
-    groups = _stored(options.groups) if isinstance(options.groups, Path) else None
-    found, words = with_groups(mu, ordered_taps(mu, request.layers), over, names, options.count, groups)
-    grouped = [layer for layer in found if layer not in ("input", "output") and not isinstance(found[layer], str)]
-    return dict(found), dict(words or {}) | {layer: _short_names((words or {})[layer]) for layer in grouped}
+
+    over: Mapping[str, Any]
+    names: Mapping[str, Names]
+    groups: Groups | None = None
 
 
-def members_of(found: Mapping[str, Any]) -> dict[str, list[list[int]]]:
-    """Returns the channels of each group, for each layer that is summed over groups of channels.
+def division(loaded: LoadedModel, mu: RelevanceMeasure, request: Request, options: FlowOptions, image: Tensor) -> Division:
+    """Returns what the neurons of the layers of a flow are summed over.
 
     Args:
-        found: What the neurons of each layer are summed over, of :func:`groups_of`.
+        loaded: The model.
+        mu: The measure.
+        request: The request, with the layers.
+        options: The options.
+        image: The image, ``(C, H, W)`` in [0, 1].
+
+    Raises:
+        RequestError: If there are more patches than pixels, or the file of groups cannot be read.
+        InputError: If the file holds no groups, or groups do not fit the model.
     """
-    members = {}
-    for layer, labels in found.items():
-        if layer != "input" and isinstance(labels, Tensor):
-            channels = labels.flatten(1)[:, 0] if labels.ndim > 1 else labels
-            members[layer] = [
-                torch.nonzero(channels == group).flatten().tolist() for group in range(int(labels.max()) + 1)
-            ]
-    return members
+    height, width = mu.shape(INPUT)[-2:]
+    if options.patches > min(height, width):
+        raise RequestError(
+            f"--patches {options.patches} is more than the {height}×{width} pixels of the model's input."
+        )
+    over: dict[str, Any] = {INPUT: patches((height, width), options.patches)}
+    names = _class_names(loaded, mu, request)
+    if options.groups is None:
+        return Division(over, {INPUT: patch_names(options.patches), **names})
+    groups = groups_of(mu, request.layers, options.groups, image, names)
+    return Division(over | labels_of_groups(mu, request.layers, groups), names, groups)
 
 
-def _short_names(names: Names) -> dict[int, str]:
-    """Returns numbers in place of names that list channels, which would not fit below a picture."""
-    given = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
-    return {number: f"group {number + 1}" if LISTED.fullmatch(name) else name for number, name in given.items()}
+def groups_of(
+    mu: RelevanceMeasure, layers: Sequence[str], wanted: int | Path, image: Tensor, names: Mapping[str, Names]
+) -> Groups:
+    """Returns the groups of the layers of a flow; those of the input consist of superpixels, or of patches.
+
+    Args:
+        mu: The measure.
+        layers: The layers, in any order.
+        wanted: The number of groups of a layer, or the file of groups.
+        image: The image, ``(C, H, W)`` in [0, 1].
+        names: Names of members, by layer.
+
+    Raises:
+        RequestError: If the file cannot be read.
+        InputError: If the file holds no groups, or they do not fit.
+    """
+    if isinstance(wanted, Path):
+        return _with_short_names(_stored(wanted))
+    ordered = [layer for layer, _ in ordered_taps(mu, layers)]
+    members = {INPUT: _members_of_the_input(image)} if INPUT in ordered else None
+    groups = _with_short_names(find_groups(mu, ordered, wanted, members, names=names))
+    if INPUT not in ordered:
+        return groups
+    count = len(groups.names[groups.layers.index(INPUT)])
+    return groups.named({INPUT: [f"part {number}" for number in range(1, count + 1)]})
+
+
+def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups) -> dict[str, Tensor]:
+    """Returns the group of each neuron of each layer that has groups; for the input, of each pixel, ``(H, W)``."""
+    labels = {layer: groups.over(mu, layer) for layer in layers if layer in groups.layers}
+    if INPUT in labels and labels[INPUT].ndim > 2:
+        labels[INPUT] = labels[INPUT].select(mu.channel_dim(INPUT) - 1, 0)
+    return labels
+
+
+def _members_of_the_input(image: Tensor) -> Tensor:
+    if find_spec("skimage") is not None:
+        return segments(image)
+    size = image.shape[-2:]
+    return patches(size, min(MOST_PATCHES, *size))
+
+
+def _with_short_names(groups: Groups) -> Groups:
+    """Returns groups with numbers in place of names that list channels, which would not fit below a picture."""
+    short = {
+        layer: {number: f"group {number + 1}" for number, name in enumerate(names) if LISTED.fullmatch(name)}
+        for layer, names in zip(groups.layers, groups.names, strict=True)
+    }
+    return groups.named({layer: names for layer, names in short.items() if names})
 
 
 def patch_names(count: int) -> dict[int, str]:

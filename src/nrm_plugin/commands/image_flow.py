@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dataset.images import LoadedImage, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps, flow_maps_and_pairs
+from ..measure.layer_groups import Groups
 from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
 from ..plots.flow import flow_figure
@@ -21,7 +23,7 @@ from ..plots.flow_html import Pairs, save_sankey
 from ..plots.flow_pictures import Photo
 from ..plots.layer_profile import profile_figure
 from . import messages
-from .flow_groups import FlowOptions, groups_of, members_of
+from .flow_groups import Division, FlowOptions, division
 from .model_loading import LoadedModel
 from .output_files import (
     explained_title,
@@ -55,7 +57,7 @@ class ImageFlow:
         heat_maps: Heat maps of the nodes.
         pairs: Joint relevance of nodes in layers that are not neighbours.
         photo: The image, with the patches of the nodes.
-        members: The channels of each group, for each layer with groups.
+        groups: The groups, if they were requested.
         profile: Profile of the layers, compared with plain LRP.
     """
 
@@ -67,7 +69,7 @@ class ImageFlow:
     heat_maps: NodeMaps
     pairs: Pairs
     photo: Photo
-    members: Mapping[str, list[list[int]]]
+    groups: Groups | None
     profile: Sequence[ProfileRow]
 
 
@@ -106,32 +108,35 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     inputs = loaded.preprocessing(image.image).to(request.device)
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, request.layers)
-    graph, over = _graph(mu, loaded, request, options)
-    heat_maps, pairs = flow_maps_and_pairs(mu, graph, over)
+    shown_image = photo(loaded, image, inputs)
+    graph, divided = _graph(mu, loaded, request, options, shown_image)
+    heat_maps, pairs = flow_maps_and_pairs(mu, graph, divided.over)
     plain = mu if request.reference is None else None
     if plain is not None and request.residual != "sink":
         plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None))
     target = explained_class(loaded, request.target, mu.outputs)
     against = compared_with(loaded, request, mu.outputs)
     difference = None if against is None else float(mu.output)
-    shown_image = photo(loaded, image, inputs)
     patched = [node for node in graph.nodes if node.layer == "input" and node.kind == "group"]
-    regions = {node.key: (over["input"] == node.group).numpy() for node in patched}
+    regions = {node.key: (divided.over["input"] == node.group).numpy() for node in patched}
     return ImageFlow(
         mu.outputs.flatten(), target, against, difference, graph, heat_maps, pairs,
-        replace(shown_image, regions=regions), members_of(over),
+        replace(shown_image, regions=regions), divided.groups,
         profile(mu, request.layers, plain),
     )  # fmt: skip
 
 
 def _graph(
-    mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions
-) -> tuple[FlowGraph, dict[str, Any]]:
+    mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Photo
+) -> tuple[FlowGraph, Division]:
     """Returns the flow, and what the neurons of each layer are summed over."""
     try:
-        over, names = groups_of(loaded, mu, request, options)
-        top = max(options.top, options.count)
-        return mu.flow(request.layers, over, top=top, coverage=options.coverage, names=names), over
+        divided = division(loaded, mu, request, options, torch.as_tensor(image.image))
+        graph = mu.flow(
+            request.layers, divided.over, top=options.top, coverage=options.coverage, names=divided.names,
+            groups=divided.groups,
+        )  # fmt: skip
+        return graph, divided
     except RequestError:
         raise
     except NRMError as error:
@@ -150,11 +155,13 @@ def _write(
     """Writes figure, numbers, profile and page."""
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
-    settings |= {} if options.groups is None else {"groups": str(options.groups)}
+    settings |= {} if options.groups is None else {"groups": shown(options.groups)}
     is_plain = all(_is_whole(row) for row in flow.profile)
     ends = ["flow.json", f"flow.{options.kind}", "flow.html", *([] if is_plain else ["layers.png"])]
+    ends += ["groups.safetensors"] if isinstance(options.groups, int) else []
     stem = json_stem(out, image.path.stem, ends, taken, settings)
     numbers, figure, page, *layers = [out / f"{stem}-{end}" for end in ends]
+    stored = [layers.pop()] if isinstance(options.groups, int) else []
     target = f"{explained_title(loaded, flow.target, flow.against, request.reference)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
@@ -164,11 +171,14 @@ def _write(
         profile_heading = f"{short(image.path.name)}: layers for {target}"
         save_figure(profile_figure(flow.profile, profile_heading, options.dark), path, options.dark)
     more = {"settings": settings, "device": request.device, "versions": versions(), "caption": caption(flow)}
-    more |= {"members": flow.members} if flow.members else {}
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
     with writing(page) as temporary:
         save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, **parts)
-    return [figure, numbers, page, *layers]
+    for path in stored:
+        assert flow.groups is not None
+        with writing(path) as temporary:
+            flow.groups.save(temporary)
+    return [figure, numbers, page, *layers, *stored]
 
 
 def caption(flow: ImageFlow) -> str:
