@@ -71,4 +71,5 @@ def test_two_images_are_compared_for_the_same_class(here):  # noqa: F811
 def test_groups_of_both_flows_are_the_same(here):  # noqa: F811
     graph = difference("--target", "1", "--minus", "2", "--groups", "2")
     assert [(len(layer.groups), layer.others) for layer in graph.layers[1:3]] == [(2, 0), (2, 0)]
-    assert sum(graph.layers[1].masses) == pytest.approx(0, abs=1e-5)
+    for layer in graph.layers:
+        assert sum(layer.masses) + layer.rest + layer.sink + layer.bypass == pytest.approx(0, abs=1e-5)

@@ -15,8 +15,8 @@ from ..dataset.images import LoadedImage, load_image, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps, flow_maps
-from ..measure.measure import RelevanceMeasure
 from ..measure.layer_groups import Groups
+from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, partition
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import difference_caption
@@ -67,10 +67,10 @@ def explain_difference(
 ) -> Printed:
     """Writes the difference of two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
 
-    Two classes of an image are compared by their outputs alone, unless requested otherwise, so that both flows are
-    shares of a positive whole.
+    Outputs alone are explained, unless requested otherwise, so that both flows are shares of the same whole; the
+    difference of a class from the others is negative where the class is behind.
     """
-    if request.against is None and not Path(options.minus or "").is_file():
+    if request.against is None:
         request = replace(request, against=NONE)
     first, second = sides(loaded, image, request, options.minus or "")
     graph, maps = flow_difference(loaded, first, second, options)
@@ -90,7 +90,8 @@ def explain_difference(
         "caption": difference_caption(graph, first.name, second.name),
         "signs": (f"more for {first.name}", f"more for {second.name}"),
     }
-    save_figure(flow_figure(graph, heading, options.dark, width=options.width, **parts), figure, options.dark)
+    drawn = flow_figure(graph, heading, options.dark, width=options.width, **parts)
+    save_figure(drawn, figure, options.dark, options.dpi)
     write_json(numbers, graph.to_dict() | {"settings": settings, "versions": versions(), "caption": parts["caption"]})
     with writing(page) as temporary:
         save_sankey(graph, temporary, heading.replace(r"\$", "$"), **parts)
@@ -160,7 +161,9 @@ def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: Flo
     if first.mu.shape("output")[1:].numel() > 1:
         over["output"] = _classes(loaded, first.mu, {first.target, second.target})
     names = {} if divided.groups is None else _group_names(divided.groups)
-    names = {layer: given for layer, given in {**divided.names, **names}.items() if not isinstance(over.get(layer), dict)}
+    names = {
+        layer: given for layer, given in {**divided.names, **names}.items() if not isinstance(over.get(layer), dict)
+    }
     try:
         graphs = [side.mu.flow(layers, over, top=None, names=names) for side in (first, second)]
         graph = _counted(difference(*graphs), first.mu, over).smaller(top=max(options.top, options.count))

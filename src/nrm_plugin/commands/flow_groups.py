@@ -17,11 +17,14 @@ from ..measure.group_search import find_groups
 from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, patches, segments
+from ..plots.heatmaps import DPI
 from .model_loading import LoadedModel
 from .output_files import class_name
 from .request import Request, RequestError, compared_with, explained_class
 
 INPUT = "input"
+NARROW = 5.0
+"""Width of a figure in inches below which it is drawn with more dots per inch."""
 MOST_PATCHES = 16
 """Patches of the image along each side that are grouped if scikit-image is not installed."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
@@ -53,6 +56,11 @@ class FlowOptions:
     minus: str | None = None
 
     @property
+    def dpi(self) -> int:
+        """Dots per inch: more for the small letters of a narrow figure."""
+        return 2 * DPI if self.width is not None and self.width < NARROW else DPI
+
+    @property
     def count(self) -> int:
         """Number of groups to find."""
         return self.groups if isinstance(self.groups, int) else 0
@@ -73,7 +81,9 @@ class Division:
     groups: Groups | None = None
 
 
-def division(loaded: LoadedModel, mu: RelevanceMeasure, request: Request, options: FlowOptions, image: Tensor) -> Division:
+def division(
+    loaded: LoadedModel, mu: RelevanceMeasure, request: Request, options: FlowOptions, image: Tensor
+) -> Division:
     """Returns what the neurons of the layers of a flow are summed over.
 
     Args:

@@ -166,7 +166,7 @@ def _write(
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
-    save_figure(drawn, figure, options.dark)
+    save_figure(drawn, figure, options.dark, options.dpi)
     for path in layers:
         profile_heading = f"{short(image.path.name)}: layers for {target}"
         save_figure(profile_figure(flow.profile, profile_heading, options.dark), path, options.dark)

@@ -23,7 +23,7 @@ from ..dataset.atomic_files import AtomicFile
 from ..dataset.images import shown
 from ..errors import NRMError
 from ..plots.fonts import use_installed_fonts
-from ..plots.heatmaps import save
+from ..plots.heatmaps import DPI, save
 from ..plots.ribbons import DARK, LIGHT
 from .image_references import reference_words
 from .model_loading import LoadedModel
@@ -203,7 +203,7 @@ def writing(path: Path) -> Iterator[Path]:
 # -- figures --------------------------------------------------------------------------------------------------------
 
 
-def save_figure(figure: Figure, path: Path, dark: bool = False) -> None:
+def save_figure(figure: Figure, path: Path, dark: bool = False, dpi: int = DPI) -> None:
     """Writes a figure, and prints a note if letters become boxes because no installed font has them."""
     missing = {letter for letter in use_installed_fonts(figure) if letter not in _noted}
     if missing:
@@ -215,7 +215,7 @@ def save_figure(figure: Figure, path: Path, dark: bool = False) -> None:
         )
     with writing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        save(figure, temporary, (DARK if dark else LIGHT).paper, path.suffix.removeprefix("."))
+        save(figure, temporary, (DARK if dark else LIGHT).paper, path.suffix.removeprefix("."), dpi)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
 from .flow_caption import SIGNS, flow_caption, key_text
-from .flow_columns import has_off, node_name
+from .flow_columns import has_off, region_name
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
 from .flow_pictures import NodePictures, Photo, node_pictures, painted, photo_pixels, region_places
 from .flow_scene import flow_scene
@@ -148,7 +148,7 @@ def _draw_node(axes: Axes, node: DrawnNode, pictures: NodePictures | None, palet
 
 def _draw_regions(axes: Axes, box: Box, photo: Photo, graph: FlowGraph) -> None:
     """Writes the names of the nodes of the input into their regions."""
-    names = {node.key: node_name(node) for node in graph.nodes}
+    names = {node.key: region_name(node) for node in graph.nodes}
     for key, (x, y) in region_places(photo).items():
         axes.text(
             box.x + x * box.width, box.y + y * box.height, names.get(key, ""), color="white",

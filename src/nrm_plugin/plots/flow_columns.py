@@ -77,4 +77,9 @@ def node_name(node: FlowNode) -> str:
     return f"{NUMBERED.get(node.layer, 'channel')} {node.label}"
 
 
-__all__ = ["MAX_GROUPS", "drawn_columns", "drawn_nodes", "has_off", "node_name", "tone_of"]
+def region_name(node: FlowNode) -> str:
+    """Returns the name of a part of the input for the photograph, where a number is enough."""
+    return node_name(node).removeprefix("part ").removeprefix("group ")
+
+
+__all__ = ["MAX_GROUPS", "drawn_columns", "drawn_nodes", "has_off", "node_name", "region_name", "tone_of"]

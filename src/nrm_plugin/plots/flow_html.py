@@ -19,7 +19,7 @@ from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
 from .flow import curve, scene_of
 from .flow_caption import SIGNS, flow_caption
-from .flow_columns import node_name
+from .flow_columns import node_name, region_name
 from .flow_parts import Band, DrawnNode, Label, Scene
 from .flow_pictures import NodePictures, Photo, Pixels, node_pictures, painted, photo_pixels, region_places
 from .ribbons import DARK, LIGHT, Palette, percent
@@ -143,7 +143,7 @@ def _photograph(photo: Photo, pictures: NodePictures | None, graph: FlowGraph) -
     """Returns the photograph with the names of the nodes of the input in their regions."""
     pixels = photo_pixels(photo, pictures)
     height, width = pixels.shape[:2]
-    names = {node.key: escape(node_name(node)) for node in graph.nodes}
+    names = {node.key: escape(region_name(node)) for node in graph.nodes}
     marks = [
         f'<text x="{x * width:.1f}" y="{y * height:.1f}" font-size="{0.055 * width:.1f}">{names.get(key, "")}</text>'
         for key, (x, y) in region_places(photo).items()

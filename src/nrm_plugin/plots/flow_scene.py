@@ -133,7 +133,7 @@ def layer_note(layer: FlowLayer) -> str:
     """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%``."""
     if not layer.groups:
         return "no relevance crosses it"
-    return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(sum(layer.masses))}"
+    return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(round(sum(layer.masses), 5))}"
 
 
 # -- places ---------------------------------------------------------------------------------------------------------

@@ -52,19 +52,20 @@ class Budget:
     image: Values | None = None
 
 
-def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None) -> Path:
-    """Writes a figure at 150 dots per inch on a background colour, and returns the path.
+def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None, dpi: int = DPI) -> Path:
+    """Writes a figure on a background colour, and returns the path.
 
     Args:
         figure: The figure.
         path: The file.
         paper: The background.
         kind: Format, such as ``"png"``; by default the suffix of the file.
+        dpi: Dots per inch.
 
     Raises:
         OSError: If the file cannot be written.
     """
-    figure.savefig(path, dpi=DPI, facecolor=paper, format=kind)
+    figure.savefig(path, dpi=dpi, facecolor=paper, format=kind)
     return path
 
 
