@@ -32,9 +32,9 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
     "walks": (
         "Walks, flows, selections and subspaces",
         {
-            "": """FlowGraph patches find_groups Groups top_walks TopWalks GroupWalk top_sets TopSets best_walk NeuronWalk
-            restriction Restriction select_neurons Selection CurvePoint ablation activations mse smape prca drsa with_subspaces
-            Subspaces reconstruct Reconstruction"""
+            "": """FlowGraph patches find_groups Groups top_walks TopWalks GroupWalk top_sets TopSets best_walk
+            NeuronWalk restriction Restriction select_neurons Selection CurvePoint ablation activations mse
+            smape prca drsa with_subspaces Subspaces reconstruct Reconstruction"""
         },
     ),
     "figures": (
