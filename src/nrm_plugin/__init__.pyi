@@ -22,6 +22,8 @@ from .events.event import ABSORBED, Event, at
 from .functional.canonizer import Interception
 from .functional.registry import register_kernel
 from .measure.flow_graph import FlowGraph
+from .measure.group_search import find_groups
+from .measure.layer_groups import Groups
 from .measure.measure import RelevanceMeasure
 from .measure.partitions import patches
 from .measure.reconstruction import Reconstruction, reconstruct
@@ -50,6 +52,7 @@ __all__ = [
     "FlowGraph",
     "FuseBatchNorm",
     "GroupWalk",
+    "Groups",
     "Interception",
     "JointNRM",
     "LayerNRM",
@@ -82,6 +85,7 @@ __all__ = [
     "condition_event",
     "coverage",
     "drsa",
+    "find_groups",
     "mse",
     "patches",
     "prca",

@@ -1,15 +1,21 @@
-"""Figures of flow graphs."""
+"""Figures of flow graphs.
+
+Covers: nrm_plugin.plots.flow_scene, nrm_plugin.plots.flow_columns, nrm_plugin.plots.flow_parts,
+nrm_plugin.plots.layer_profile.
+"""
 
 from __future__ import annotations
 
 import itertools
-from importlib.util import find_spec
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import nn
 from zennit.composites import EpsilonPlus
@@ -17,12 +23,14 @@ from zennit.composites import EpsilonPlus
 from nrm_plugin import FlowGraph, RelevanceMeasure, at, patches
 from nrm_plugin.measure.flow_graph import FlowError
 from nrm_plugin.measure.flow_heat_maps import flow_maps
+from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.measure.layer_profile import profile
 from nrm_plugin.plots.flow import flow_figure, profile_figure
-from nrm_plugin.plots.flow_html import sankey_figure
-from nrm_plugin.plots.ribbons import DARK, LIGHT
+from nrm_plugin.plots.flow_pictures import Photo
+from nrm_plugin.plots.flow_scene import HAIRLINE, flow_scene
+from nrm_plugin.plots.ribbons import DARK, LIGHT, percent
 from tests.conftest import slow_but
-from tests.flows import X, drawn, full_graph, measure, net
+from tests.flows import X, full_graph, measure, net
 
 
 @pytest.fixture(scope="module")
@@ -35,62 +43,134 @@ def full() -> FlowGraph:
     return full_graph()
 
 
-def texts(figure) -> list[str]:
+def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
-def shapes(figure, kind) -> list:
+def shapes(figure: Figure, kind) -> list:
     return [patch for axes in figure.axes for patch in axes.patches if isinstance(patch, kind)]
 
 
+def made_graph(counts: list[int], seed: int = 0, label: str = "a part of it") -> FlowGraph:
+    """A graph with the given numbers of groups, signed joints of which every row and column sums to its node."""
+    rng = np.random.default_rng(seed)
+    joints = [rng.dirichlet(np.ones((a + 2) * (b + 2))).reshape(a + 2, b + 2) for a, b in itertools.pairwise(counts)]
+    joints = [joint * np.where(rng.random(joint.shape) < 0.2, -1, 1) for joint in joints]
+    joints = [joint / joint.sum() for joint in joints]
+    layers = []
+    for number, count in enumerate(counts):
+        masses = joints[number].sum(1) if number < len(joints) else joints[-1].sum(0)
+        labels = tuple(f"{label} {group}" for group in range(count))
+        name = f"a.layer.with.a.long.name.{number}"
+        layers.append(FlowLayer(name, tuple(range(count)), labels, tuple(masses[:count]), float(masses[-2]), 5,
+                                float(masses[-1]), 0.0))  # fmt: skip
+    return FlowGraph(tuple(layers), tuple(joints))
+
+
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_figure_has_a_bar_for_each_node_and_a_ribbon_for_each_edge(full, dark, tmp_path):
+def test_widths_of_ribbons_and_heights_of_bars_are_relevance_on_one_scale(full, dark, tmp_path):
     graph = full.smaller(top=3)
     figure = flow_figure(graph, "heading", dark=dark)
-    nodes = [node for node in graph.nodes if node.kind == "group" or abs(node.mass) > 1e-6]
-    bars, ribbons = shapes(figure, Rectangle), shapes(figure, PathPatch)
-    assert (len(bars), len(ribbons)) == (len(nodes), len(drawn(graph)))
-    written = texts(figure)
-    assert {"input", "0", "2", "output", *(node.label for node in nodes)} <= set(written)
-    # One scale for all: the height of a ribbon where it starts is the size of its joint relevance.
-    heights = sorted(float(v[0] - v[7]) for v in (ribbon.get_path().vertices[:, 1] for ribbon in ribbons))
-    largest = max(abs(mass) for mass in drawn(graph))
-    expected = sorted(max(abs(mass) / largest * heights[-1], 0.0015) for mass in drawn(graph))
-    np.testing.assert_allclose(heights, expected, rtol=1e-6)
+    scene = flow_scene(graph, "heading")
+    edges = {(edge.lower.key, edge.upper.key): edge.mass for edge in graph.edges}
+    assert all(band.value == pytest.approx(edges[band.lower, band.upper], abs=1e-12) for band in scene.bands)
+    heights = sorted(float(v[7] - v[0]) for v in (one.get_path().vertices[:, 1] for one in shapes(figure, PathPatch)))
+    unit = heights[-1] / max(abs(band.value) for band in scene.bands)
+    np.testing.assert_allclose(heights, sorted(abs(band.value) * unit for band in scene.bands), rtol=1e-6)
+    # All edges between drawn nodes are ribbons, except hairlines, which the key sums up.
+    places = {node.node.key for node in scene.nodes}
+    left = {pair: mass for pair, mass in edges.items() if pair not in {(b.lower, b.upper) for b in scene.bands}}
+    assert all(abs(mass) * scene.unit < HAIRLINE for pair, mass in left.items() if set(pair) <= places)
+    assert scene.omitted == pytest.approx(sum(map(abs, left.values())), abs=1e-9)
+    written = " ".join(texts(figure))
+    for node in scene.nodes:
+        assert percent(node.node.mass) in written
+    assert "channel" in written
     palette = DARK if dark else LIGHT
-    colors = {to_hex(bar.get_facecolor()) for bar in bars}
+    colors = {
+        to_hex(bar.get_edgecolor() if bar.get_hatch() else bar.get_facecolor()) for bar in shapes(figure, Rectangle)
+    }
     assert colors == {palette.positive, palette.negative, palette.other, palette.off}
     figure.savefig(tmp_path / "flow.png", facecolor=figure.get_facecolor())
     with Image.open(tmp_path / "flow.png") as image:
         assert image.convert("RGB").getpixel((2, 2)) == tuple(int(palette.paper[at : at + 2], 16) for at in (1, 3, 5))
 
 
-def test_labels_of_long_columns_do_not_overlap():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 2)).eval()
-    figure = flow_figure(RelevanceMeasure(model, torch.randn(1, 30), 0).flow(["1", "input"], top=None))
+def test_ribbons_of_a_node_fill_its_bars_and_negative_ones_are_below(full):
+    scene = flow_scene(full.smaller(top=3))
+    for node in scene.nodes:
+        for x, end in ((node.box.x, "end"), (node.box.right, "start")):
+            mine = [
+                band for band in scene.bands if getattr(band, end)[0] == x and node.node.key in (band.lower, band.upper)
+            ]
+            spans = sorted(
+                (getattr(band, end)[1] - band.width / 2, getattr(band, end)[1] + band.width / 2) for band in mine
+            )
+            assert all(low[1] <= high[0] + 1e-6 + HAIRLINE for low, high in itertools.pairwise(spans))
+            bars = [box for box, _ in node.bars if box.x == pytest.approx(x - (x == node.box.right) * 4.5)]
+            if mine:
+                assert spans[0][0] >= min(box.y for box in bars) - 1e-6
+                assert spans[-1][1] <= max(box.bottom for box in bars) + 1e-6
+            signs = [band.value > 0 for band in sorted(mine, key=lambda band: getattr(band, end)[1])]
+            assert signs == sorted(signs, reverse=True)
+
+
+GRAPHS = [[1, 12, 12], [1, 8, 8, 8, 12], [1, 6, 6, 6, 6, 12], [12, 12], [3], [1, 40, 40]]
+
+
+@pytest.mark.parametrize("width", [None, 3.3])
+@pytest.mark.parametrize("counts", GRAPHS, ids=str)
+def test_nothing_overlaps_and_nothing_is_cut_off(counts, width):
+    graph = made_graph(counts) if len(counts) > 1 else made_graph([*counts, 2]).smaller(top=3)
+    maps = {node.key: np.random.default_rng(1).standard_normal((60, 60)) for node in graph.nodes if node.kind != "off"}
+    figure = flow_figure(graph, "A heading that is long enough to be broken into several lines " * 2, maps=maps,
+                         image=Photo(np.random.default_rng(2).random((3, 60, 60))), width=width)  # fmt: skip
     figure.canvas.draw()
-    labels = [text for text in figure.axes[0].texts if text.get_text().isdecimal() and text.get_ha() == "right"]
-    boxes = sorted((text.get_window_extent() for text in labels), key=lambda box: box.y0)
-    assert len(boxes) == 30
-    assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
+    page = figure.bbox
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
+    small = [Bbox.from_extents(box.x0 + 1, box.y0 + 1.5, box.x1 - 1, box.y1 - 1.5) for box in boxes]
+    assert not [1 for one, other in itertools.combinations(small, 2) if one.overlaps(other)]
+    images = [image.get_window_extent() for image in figure.axes[0].images]
+    assert len(images) == len([key for key in maps if key in {n.node.key for n in flow_scene(graph).nodes}]) + 1
+    inner = [Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1) for box in images]
+    assert not [1 for one, other in itertools.combinations(inner, 2) if one.overlaps(other)]
+    assert not [1 for one in small for other in inner if one.overlaps(other)]
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_each_group_has_its_conditional_heat_map_below_its_layer(mu, full, dark):
+def test_every_node_but_off_has_its_conditional_heat_map(mu, full, dark):
     graph = full.smaller(top=2)
     maps = flow_maps(mu, graph, sample=1)
-    shown = {node.key: node for node in graph.nodes if node.kind == "group" and node.layer != "input"}
-    assert set(maps) == set(shown)
+    others = {layer.name: layer.others for layer in graph.layers}
+    nodes = {
+        node.key: node for node in graph.nodes if node.kind == "group" or (node.kind == "rest" and others[node.layer])
+    }
+    assert set(maps) == set(nodes)
     for key, values in maps.items():
-        expected = mu.marginal("input", given=at(shown[key].layer).channel(shown[key].group), min_ratio=0)[1].sum(0)
+        layer, kind = nodes[key].layer, nodes[key].kind
+        groups = next(one.groups for one in graph.layers if one.name == layer)
+        count = mu.shape(layer)[1]
+        members = [nodes[key].group] if kind == "group" else [one for one in range(count) if one not in groups]
+        event = at(layer).channel(members)
+        joint, mass = mu.marginal("input", joint=event)[1].sum(0), float(mu(event)[1])
+        expected = joint / mass if mass else joint
         np.testing.assert_allclose(values, expected, atol=1e-12)
-    panels = [axes for axes in flow_figure(graph, dark=dark, maps=maps).axes[0].child_axes if axes.images]
-    drawn_maps = {axes.get_title(): np.asarray(axes.images[0].get_array()) for axes in panels}
-    assert len(panels) == len(maps)
-    np.testing.assert_allclose(drawn_maps["2"], maps["output/2"], atol=1e-12)
-    places = [axes.get_position() for axes in panels]
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
+    figure = flow_figure(graph, dark=dark, maps=maps)
+    drawn = {node.node.key for node in flow_scene(graph).nodes}
+    assert len(figure.axes[0].images) == len(drawn & set(maps))
+
+
+def test_small_rest_and_off_nodes_are_not_drawn():
+    graph = made_graph([1, 4, 3])
+    tiny = tuple(joint * np.where(np.arange(joint.shape[1]) == joint.shape[1] - 1, 1e-6, 1.0) for joint in graph.joints)
+    tiny = tuple(joint * np.where(np.arange(len(joint)) == len(joint) - 1, 1e-6, 1.0)[:, None] for joint in tiny)
+    layers = tuple(
+        FlowLayer(one.name, one.groups, one.labels, one.masses, one.rest, one.others, 1e-5, 0.0) for one in graph.layers
+    )
+    scene = flow_scene(FlowGraph(layers, tiny))
+    assert Counter(node.node.kind for node in scene.nodes) == {"group": 8, "rest": 3}
+    assert Counter(node.node.kind for node in flow_scene(graph).nodes)["off"] == 3
 
 
 SHAPES = [(1, 12, 12), (3, 12, 12), (1, 6, 6, 6), (2, 24), (20,)]
@@ -117,9 +197,6 @@ def test_flows_to_inputs_of_every_shape_are_plotted(shape, kind, tmp_path):
     figure = flow_figure(graph, "any", maps=maps)
     figure.savefig(tmp_path / "any.png")
     assert ("no relevance crosses it" in texts(figure)) == (kind == "black")
-    if find_spec("plotly"):
-        assert len(sankey_figure(graph, "any", maps).layout.images) == len(maps)
-        assert FlowGraph.from_json(graph.to_json()) == graph
     profile_figure(profile(mu)).savefig(tmp_path / "layers.png")
 
 
@@ -132,4 +209,4 @@ def test_layers_without_relevance_are_plotted_and_too_wide_ones_raise():
     graph = RelevanceMeasure(wide, torch.randn(1, 8), 0).flow(["0", "input"], top=None)
     with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a figure has room for 40\. Show fewer"):
         flow_figure(graph)
-    assert len(shapes(flow_figure(graph.smaller(top=5)), Rectangle)) == 6 + 6
+    assert len([node for node in flow_scene(graph.smaller(top=5)).nodes if node.node.kind == "group"]) == 5 + 5

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..events.event import at
-from ..measure.flow_heat_maps import flow_maps
+from ..measure.flow_heat_maps import flow_maps_and_pairs
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, patches
 from ..model.contrast import REST
 from ..plots.flow import flow_figure
 from ..plots.flow_html import save_sankey
+from ..plots.flow_pictures import Photo
 from ..plots.heatmaps import Budget, budgets, heat_maps, image_and_heat_map
 from ..plots.ribbons import percent
 from .demo_values import Row, Sample
-from .image_flow import has_page, patch_names
+from .flow_groups import patch_names
 from .joint_relevance import joint_figure, joint_relevance
 from .output_files import save_figure, writing
 
@@ -110,7 +112,7 @@ def _classified(sample: Sample) -> str:
 
 
 def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, against: str = REST) -> list[Path]:
-    """Writes the flow of one digit from image patches to the predicted class; also a page if plotly is installed.
+    """Writes the flow of one digit from image patches to the predicted class, and its page.
 
     Args:
         model: The network.
@@ -125,11 +127,13 @@ def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, agains
     if against == REST:
         names["output"] = [f"“{sample.predicted}”"]
     graph = mu.flow(["input", LOWER, UPPER, "output"], over, top=CHANNELS, names=names)
-    maps = flow_maps(mu, graph, over)
+    maps, pairs = flow_maps_and_pairs(mu, graph, over)
     heading = f"{str(sample).capitalize()}. How relevance flows to {_explained(sample, against)}"
-    files = [out / f"{sample.name}-flow.{kind}" for kind in ("png", *(["html"] if has_page() else []))]
-    save_figure(flow_figure(graph, heading, maps=maps), files[0])
-    for path in files[1:]:
-        with writing(path) as temporary:
-            save_sankey(graph, temporary, heading, maps)
+    files = [out / f"{sample.name}-flow.{kind}" for kind in ("png", "html")]
+    shown = [node for node in graph.layers[-1].nodes if node.group is not None]
+    regions = {node.key: torch.eq(over["input"], node.group or 0).numpy() for node in shown}
+    photo = Photo(image[0], regions=regions)
+    save_figure(flow_figure(graph, heading, maps=maps, image=photo), files[0])
+    with writing(files[1]) as temporary:
+        save_sankey(graph, temporary, heading, maps, image=photo, pairs=pairs)
     return files

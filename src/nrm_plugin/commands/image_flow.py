@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dataset.images import LoadedImage, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
-from ..measure.flow_heat_maps import NodeMaps, flow_maps
+from ..measure.flow_heat_maps import NodeMaps, flow_maps_and_pairs
+from ..measure.layer_groups import Groups
 from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
-from ..measure.partitions import patches
-from ..plots.flow import flow_figure, profile_figure
-from ..plots.flow_html import save_sankey
+from ..plots.flow import flow_figure
+from ..plots.flow_caption import flow_caption
+from ..plots.flow_html import Pairs, save_sankey
+from ..plots.flow_pictures import Photo
+from ..plots.layer_profile import profile_figure
 from . import messages
+from .flow_groups import Division, FlowOptions, division
 from .model_loading import LoadedModel
 from .output_files import (
-    class_name,
     explained_title,
     image_settings,
     json_stem,
@@ -35,37 +37,11 @@ from .output_files import (
     writing,
 )
 from .per_image import Printed
+from .photos import photo, unseen
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
-
-def has_page() -> bool:
-    """Returns whether an interactive page can be written."""
-    return find_spec("plotly") is not None
-
-
-def print_missing_page() -> None:
-    """Prints to stderr the reason why no interactive page was written."""
-    if not has_page():
-        print(
-            "nrm-plugin: note: no HTML page: plotly is not installed (pip install 'nrm-plugin[html]')", file=sys.stderr
-        )
-
-
-@dataclass(frozen=True)
-class FlowOptions:
-    """Options of a flow figure.
-
-    Attributes:
-        top: Maximum number of channels of a layer.
-        coverage: Fraction of the absolute mass of each layer that the shown channels must cover; None for no limit.
-        patches: Patches of the image along each side.
-        dark: Whether figures are for a dark background.
-    """
-
-    top: int = 8
-    coverage: float | None = None
-    patches: int = 4
-    dark: bool = False
+LEAST_PROFILE = 0.01
+"""Relevance that a layer must lose for a figure of all layers."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +55,9 @@ class ImageFlow:
         difference: The explained difference of outputs; None if the class is compared with nothing.
         graph: The flow.
         heat_maps: Heat maps of the nodes.
+        pairs: Joint relevance of nodes in layers that are not neighbours.
+        photo: The image, with the patches of the nodes.
+        groups: The groups, if they were requested.
         profile: Profile of the layers, compared with plain LRP.
     """
 
@@ -88,6 +67,9 @@ class ImageFlow:
     difference: float | None
     graph: FlowGraph
     heat_maps: NodeMaps
+    pairs: Pairs
+    photo: Photo
+    groups: Groups | None
     profile: Sequence[ProfileRow]
 
 
@@ -113,6 +95,7 @@ def explain_flow(
     files = _write(flow, loaded, image, request, options, out, taken)
     lines = [
         *messages.image(loaded, image, flow.outputs, flow.target, flow.against),
+        *messages.unseen(flow.photo),
         *messages.difference(loaded, flow.target, flow.against, flow.difference),
         *messages.layers(flow.graph),
         *messages.files(files),
@@ -125,43 +108,39 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     inputs = loaded.preprocessing(image.image).to(request.device)
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, request.layers)
-    graph, heat_maps = _graph(mu, loaded, request, options)
-    plain = mu
-    if request.residual != "sink":
+    shown_image = photo(loaded, image, inputs)
+    graph, divided = _graph(mu, loaded, request, options, shown_image)
+    heat_maps, pairs = flow_maps_and_pairs(mu, graph, divided.over)
+    plain = mu if request.reference is None else None
+    if plain is not None and request.residual != "sink":
         plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None))
     target = explained_class(loaded, request.target, mu.outputs)
     against = compared_with(loaded, request, mu.outputs)
     difference = None if against is None else float(mu.output)
+    patched = [node for node in graph.nodes if node.layer == "input" and node.kind == "group"]
+    regions = {node.key: (divided.over["input"] == node.group).numpy() for node in patched}
     return ImageFlow(
-        mu.outputs.flatten(), target, against, difference, graph, heat_maps, profile(mu, request.layers, plain)
-    )
+        mu.outputs.flatten(), target, against, difference, graph, heat_maps, pairs,
+        replace(shown_image, regions=regions), divided.groups,
+        profile(mu, request.layers, plain),
+    )  # fmt: skip
 
 
 def _graph(
-    mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions
-) -> tuple[FlowGraph, NodeMaps]:
-    height, width = mu.shape("input")[-2:]
-    count = options.patches
-    if count > min(height, width):
-        raise RequestError(f"--patches {count} is more than the {height}×{width} pixels of the model's input.")
-    over = {"input": patches((height, width), count)}
-    classes = {number: class_name(loaded, number) for number in range(len(loaded.categories))}
-    names: dict[str, Mapping[int, str]] = {"input": patch_names(count)}
-    target, against = explained_class(loaded, request.target, mu.outputs), compared_with(loaded, request, mu.outputs)
-    if against is not None:  # the output is one number
-        names["output"] = {0: class_name(loaded, target) or f"class {target}"}
-    elif any(classes.values()):
-        names["output"] = classes
+    mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Photo
+) -> tuple[FlowGraph, Division]:
+    """Returns the flow, and what the neurons of each layer are summed over."""
     try:
-        graph = mu.flow(request.layers, over, top=options.top, coverage=options.coverage, names=names)
-        return graph, flow_maps(mu, graph, over)
+        divided = division(loaded, mu, request, options, torch.as_tensor(image.image))
+        graph = mu.flow(
+            request.layers, divided.over, top=options.top, coverage=options.coverage, names=divided.names,
+            groups=divided.groups,
+        )  # fmt: skip
+        return graph, divided
+    except RequestError:
+        raise
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(shown, request.layers))}: {error}") from error
-
-
-def patch_names(count: int) -> dict[int, str]:
-    """Returns names of ``count`` × ``count`` patches by row and column."""
-    return {number: "row {}, col {}".format(*divmod(number, count)) for number in range(count**2)}
 
 
 def _write(
@@ -176,17 +155,38 @@ def _write(
     """Writes figure, numbers, profile and page."""
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
-    ends = ["flow.json", "flow.png", "layers.png", *(["flow.html"] if has_page() else [])]
+    settings |= {} if options.groups is None else {"groups": shown(options.groups)}
+    is_plain = all(_is_whole(row) for row in flow.profile)
+    ends = ["flow.json", f"flow.{options.kind}", "flow.html", *([] if is_plain else ["layers.png"])]
+    ends += ["groups.safetensors"] if isinstance(options.groups, int) else []
     stem = json_stem(out, image.path.stem, ends, taken, settings)
-    numbers, figure, layers, *page = [out / f"{stem}-{end}" for end in ends]
-    target = f"{explained_title(loaded, flow.target, flow.against)}{weights_title(loaded)}"
+    numbers, figure, page, *layers = [out / f"{stem}-{end}" for end in ends]
+    stored = [layers.pop()] if isinstance(options.groups, int) else []
+    target = f"{explained_title(loaded, flow.target, flow.against, request.reference)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
-    save_figure(flow_figure(flow.graph, heading, options.dark, flow.heat_maps), figure, options.dark)
-    profile_heading = f"{short(image.path.name)}: layers for {target}"
-    save_figure(profile_figure(flow.profile, profile_heading, options.dark), layers, options.dark)
-    more = {"settings": settings, "device": request.device, "versions": versions()}
+    parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
+    drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
+    save_figure(drawn, figure, options.dark, options.dpi)
+    for path in layers:
+        profile_heading = f"{short(image.path.name)}: layers for {target}"
+        save_figure(profile_figure(flow.profile, profile_heading, options.dark), path, options.dark)
+    more = {"settings": settings, "device": request.device, "versions": versions(), "caption": caption(flow)}
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
-    for path in page:
+    with writing(page) as temporary:
+        save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, **parts)
+    for path in stored:
+        assert flow.groups is not None
         with writing(path) as temporary:
-            save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), flow.heat_maps)
-    return [figure, numbers, layers, *page]
+            flow.groups.save(temporary)
+    return [figure, numbers, page, *layers, *stored]
+
+
+def caption(flow: ImageFlow) -> str:
+    """Describes a flow, and what the model did not see of the image."""
+    return f"{flow_caption(flow.graph)} {unseen(flow.photo)}".strip()
+
+
+def _is_whole(row: ProfileRow) -> bool:
+    """Returns whether nothing is absorbed above a layer or bypasses it, in plain LRP neither."""
+    parts = (row.sink, row.bypass, abs(row.mass) - 1, abs(row.plain or row.mass) - 1)
+    return max(map(abs, parts)) < LEAST_PROFILE

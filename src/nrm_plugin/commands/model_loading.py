@@ -55,6 +55,7 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     categories: Sequence[str] = (),
+    fit: str = "crop",
 ) -> LoadedModel:
     """Loads a model by name.
 
@@ -66,6 +67,7 @@ def load(
         mean: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         std: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         categories: Class names, in place of the class names of the weights.
+        fit: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
 
     Raises:
         ModelError: If the model does not exist, is not a classifier, or cannot be built.
@@ -80,7 +82,7 @@ def load(
         name,
         built.weights,
         built.model.eval().float(),
-        preprocessing(built.transforms, size, mean, std),
+        preprocessing(built.transforms, size, mean, std, fit),
         tuple(categories or built.categories),
         built.notes,
     )

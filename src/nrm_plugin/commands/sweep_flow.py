@@ -16,7 +16,6 @@ from ..measure.flow_graph import FlowError, FlowGraph
 from ..plots.flow import flow_figure
 from ..plots.flow_html import save_sankey
 from . import messages
-from .image_flow import has_page, print_missing_page
 from .output_files import json_stem, save_figure, short, versions, write_json, writing
 from .request import RequestError, target_of
 from .resolved_options import class_names
@@ -78,7 +77,6 @@ def print_mean_flow(options: argparse.Namespace) -> int:
         print(shown(line))
     for line in messages.files(_write(options, sweep, graph, classes)):
         print(line)
-    print_missing_page()
     return 0
 
 
@@ -133,19 +131,18 @@ def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes:
         **({"classes": list(classes.categories)} if classes.categories else {}),
     }  # fmt: skip
     name = sweep.path.resolve().name
-    ends = ["flow.json", "flow.png", *(["flow.html"] if has_page() else [])]
+    ends = ["flow.json", f"flow.{options.kind}", "flow.html"]
     stem = json_stem(options.out, name, ends, set(), settings)
-    numbers, figure, *page = [options.out / f"{stem}-{end}" for end in ends]
+    numbers, figure, page = [options.out / f"{stem}-{end}" for end in ends]
     heading = f"{short(name)}: mean flow of relevance{classes.title('for')}{_compared(sweep, classes)}"
     title = short(name) + heading.removeprefix(short(name)).replace("$", r"\$")
     if classes.target is None or classes.minus is None:
-        drawn = flow_figure(graph, title, options.dark)
+        drawn = flow_figure(graph, title, options.dark, width=options.width)
     else:
         both = (classes.name(classes.target), classes.name(classes.minus))
         drawn = difference_figure(graph, *both, title, options.dark)
     save_figure(drawn, figure, options.dark)
     write_json(numbers, graph.to_dict() | {"settings": settings, "versions": versions()})
-    for path in page:
-        with writing(path) as temporary:
-            save_sankey(graph, temporary, heading.replace(r"\$", "$"))
-    return [figure, numbers, *page]
+    with writing(page) as temporary:
+        save_sankey(graph, temporary, heading.replace(r"\$", "$"))
+    return [figure, numbers, page]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,12 @@ class Preprocessing:
 
     Attributes:
         transform: torchvision's preset: resize, center crop, scale to [0, 1], normalize by mean and standard deviation.
+        fit: ``"crop"`` for the centre square as in the preset, ``"pad"`` for all of the image with a margin of the mean
+            colour, or ``"squeeze"`` for all of the image in another aspect ratio.
     """
 
     transform: Any
+    fit: str = "crop"
 
     @property
     def mean(self) -> list[float]:
@@ -54,12 +58,37 @@ class Preprocessing:
             "mean": self.mean,
             "std": self.std,
             "interpolation": self.transform.interpolation.value,
+            **({} if self.fit == "crop" else {"fit": self.fit}),
         }
+
+    def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Returns the part of an image that the model sees: left, top, right, bottom, in [0, 1].
+
+        Args:
+            size: Width and height of the image.
+        """
+        if self.fit != "crop":
+            return (0.0, 0.0, 1.0, 1.0)
+        shorter = int(self.transform.resize_size[0])
+        halves = [min(1.0, self.size / shorter * min(size) / length) / 2 for length in size]
+        return (0.5 - halves[0], 0.5 - halves[1], 0.5 + halves[0], 0.5 + halves[1])
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Converts an image in mode RGB to an input ``(1, C, S, S)``."""
+        image = image if self.fit == "crop" else self._fitted(image)
         tensor: Tensor = self.transform(image if len(self.mean) == 3 else image.convert("L"))[None]
         return tensor
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """Returns a square image with the whole image in the part that the crop keeps."""
+        inner = self.size if self.fit == "squeeze" else max(image.size)
+        whole = image.resize((inner, inner), Image.Resampling.BICUBIC) if self.fit == "squeeze" else image
+        side = math.ceil(inner * int(self.transform.resize_size[0]) / self.size)
+        mean = self.mean if len(self.mean) == 3 else self.mean * 3
+        red, green, blue = (round(255 * value) for value in mean)
+        square = Image.new("RGB", (side, side), (red, green, blue))
+        square.paste(whole, ((side - whole.width) // 2, (side - whole.height) // 2))
+        return square
 
     def inverse(self, inputs: Tensor) -> Tensor:
         """Converts an input ``(1, C, S, S)`` to an image ``(3, S, S)`` in [0, 1]."""
@@ -77,6 +106,7 @@ def preprocessing(
     size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    fit: str = "crop",
 ) -> Preprocessing:
     """Returns the preprocessing of torchvision weights, with changes.
 
@@ -86,6 +116,7 @@ def preprocessing(
             of the weights.
         mean: Mean of each channel: three for RGB, one for greyscale; None for the value of the weights.
         std: Standard deviation of each channel, in the same form.
+        fit: As in :class:`Preprocessing`.
 
     Raises:
         PreprocessingError: If mean and standard deviation do not both have one or three channels, or a deviation is not
@@ -105,7 +136,7 @@ def preprocessing(
         changes["mean"] = tuple(mean)
     if std is not None:
         changes["std"] = tuple(std)
-    return Preprocessing(make(**changes))
+    return Preprocessing(make(**changes), fit)
 
 
 __all__ = ["STANDARD", "Preprocessing", "PreprocessingError", "preprocessing"]

@@ -27,9 +27,14 @@ from ..recording.taps import Tap
 from .flow_graph import FlowGraph
 from .flow_nodes import Array, FlowError, FlowLayer
 from .flow_thresholds import TOP, Thresholds
+from .group_search import find_groups, layer_name
 from .groups import summed
+from .layer_groups import Groups
 from .layer_taps import atom_of, several_layers
 from .partitions import Names, Partition, partition
+
+GROUPS = "groups"
+"""What a layer is summed over if its channels are divided into groups that keep the dependence between layers."""
 
 
 class Measure(Protocol):
@@ -127,6 +132,42 @@ def ordered_taps(mu: Any, layers: Sequence[Any]) -> list[tuple[Any, Tap]]:
     if all(isinstance(layer, str) and layer in order for layer in chosen):
         chosen.sort(key=lambda layer: -order[layer])
     return [(layer, mu._tap(layer)) for layer in chosen]
+
+
+def with_groups(
+    mu: Any,
+    layers: Sequence[tuple[Any, Tap]],
+    over: Any,
+    names: Mapping[str, Names] | None,
+    k: int,
+    groups: Groups | None,
+) -> tuple[Any, Mapping[str, Names] | None]:
+    """Returns what the neurons of each layer are summed over, and the names, with groups where they are asked for.
+
+    Args:
+        mu: The measure.
+        layers: Layers and their taps.
+        over: What the neurons are summed over; ``"groups"`` for groups that are found here, unless they are given.
+        names: Names of the members of each layer.
+        k: Number of groups of a layer.
+        groups: Given groups; they apply to all of their layers.
+    """
+    kinds = {layer: _for_layer(over, layer, "channel") for layer, _ in layers}
+    called = {layer: layer_name(mu, layer) for layer in kinds}
+    asked = [layer for layer, kind in kinds.items() if isinstance(kind, str) and kind == GROUPS]
+    if groups is None and not asked:
+        return over, names
+    if groups is None:
+        apart: dict[str, int | None] = {called[layer]: None for layer in kinds if layer not in asked}
+        members = {called[layer]: kind for layer, kind in kinds.items() if layer not in asked}
+        counts = {called[layer]: k for layer in asked}
+        groups = find_groups(mu, list(kinds), counts | apart, members, names=names)
+        grouped = asked
+    else:
+        grouped = [layer for layer in kinds if layer in asked or called[layer] in groups.layers]
+    found = {layer: groups.over(mu, called[layer]) for layer in grouped}
+    words = {layer: groups.names[groups.layers.index(called[layer])] for layer in grouped}
+    return kinds | found, dict(names or {}) | words
 
 
 def _sample_number(mu: Measure, sample: int | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,22 +12,24 @@ from torch import Tensor
 
 from ..events.event import at
 from .flow_graph import FlowGraph
+from .flow_nodes import FlowLayer, FlowNode
 from .measure import RelevanceMeasure
 from .partitions import partition
 
 NodeMaps = Mapping[str, NDArray[np.float64]]
 """Heat maps, ``(H, W)``, by the key of a node."""
-SIDE = 96
-"""Largest side of a thumbnail in pixels."""
+Member = tuple[FlowNode, Tensor]
+"""A node with the mask of its neurons."""
 
 
 def flow_maps(
     mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = "input"
 ) -> dict[str, NDArray[np.float64]]:
-    r"""Returns the conditional heat maps of the groups of a flow graph, :math:`\mu(\text{pixel} \mid \text{group})`.
+    r"""Returns the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
-    Heat maps are summed over colours and over the slices of a volume; a signal is an image of one row. Inputs without
-    positions and the groups of the input itself have no heat maps.
+    Heat maps are summed over colours and over the slices of a volume; a signal is an image of one row. The heat map of
+    a group of the input is the relevance of its own pixels. Inputs without positions have no heat maps, nor do the
+    walks that do not cross a layer.
 
     Args:
         mu: The measure of the graph.
@@ -48,26 +50,97 @@ def flow_maps(
         >>> sorted({shape.shape for shape in maps.values()})
         [(4, 4)]
     """
+    return flow_maps_and_pairs(mu, graph, over, sample, lowest)[0]
+
+
+def flow_maps_and_pairs(
+    mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = "input"
+) -> tuple[dict[str, NDArray[np.float64]], dict[tuple[str, str], float]]:
+    r"""Returns the heat maps of :func:`flow_maps`, and the joint relevance of nodes in layers that are not neighbours.
+
+    Both come from the same passes, one for each layer, with one vector for each node.
+
+    Args:
+        mu: As in :func:`flow_maps`.
+        graph: As in :func:`flow_maps`.
+        over: As in :func:`flow_maps`.
+        sample: As in :func:`flow_maps`.
+        lowest: As in :func:`flow_maps`.
+
+    Returns:
+        The heat maps, and :math:`\mu(A \cap B)` by the keys of the nodes of A and B, the upper one first.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> mu = RelevanceMeasure(net, torch.randn(1, 3), 1)
+        >>> maps, pairs = flow_maps_and_pairs(mu, mu.flow(["output", "1", "input"], top=None))
+        >>> ("output/1", "input/0") in pairs
+        True
+    """
+    members = [_members(mu, layer, over) for layer in graph.layers]
+    maps: dict[str, NDArray[np.float64]] = {}
+    pairs: dict[tuple[str, str], float] = {}
+    for number, (layer, nodes) in enumerate(zip(graph.layers, members, strict=True)):
+        below = range(number + 2, len(graph.layers))
+        joints = _joints(mu, layer, nodes, [graph.layers[lower].name for lower in below], lowest, sample)
+        if lowest in joints and len(mu._tap(lowest).shape) > 2:
+            rows = zip(nodes, joints[lowest], strict=True)
+            maps |= {node.key: _conditional_map(mu, node, joint, lowest) for (node, _), joint in rows}
+        for lower in below:
+            pairs |= _pairs(layer, nodes, graph.layers[lower], members[lower], joints.get(graph.layers[lower].name))
+    return maps, pairs
+
+
+def _joints(
+    mu: RelevanceMeasure, layer: FlowLayer, nodes: Sequence[Member], below: Sequence[str], lowest: str, sample: int
+) -> dict[str, Tensor]:
+    """Returns the joint relevance of each node of a layer with all neurons of some lower layers, from one pass."""
+    sign = mu.sign[sample]
+    if not nodes:
+        return {}
+    if layer.name == lowest:
+        own = mu.marginal(lowest)[sample]
+        return {lowest: sign * torch.stack([own * mask.to(own.device) for _, mask in nodes])}
+    names = list(dict.fromkeys([*below, lowest]))
+    joints = mu.marginal(names, joint=[at(layer.name)[mask] for _, mask in nodes])
+    return {name: sign * values[:, sample] for name, values in joints.items()}
+
+
+def _pairs(
+    upper: FlowLayer, nodes: Sequence[Member], lower: FlowLayer, others: Sequence[Member], joint: Tensor | None
+) -> dict[tuple[str, str], float]:
+    """Returns the joint relevance of the nodes of two layers.
+
+    The walks of a node that cross no neuron of the other layer are off that layer.
+    """
+    masks = [mask for _, mask in others]
+    values = np.zeros((len(nodes), len(others)))
+    for row in range(len(nodes) if joint is not None else 0):
+        neurons = joint[row].double().cpu() if joint is not None else torch.empty(0)
+        values[row] = [float(neurons[mask].sum()) for mask in masks]
+    above, below = [node for node, _ in nodes], [node for node, _ in others]
+    off = {"above": upper.nodes[-1], "below": lower.nodes[-1]}
+    leaving = np.array([node.mass for node in above]) - values.sum(1)
+    joining = np.array([node.mass for node in below]) - values.sum(0)
+    full = np.block([[values, leaving[:, None]], [joining[None, :], off["below"].mass - leaving.sum()]])
+    keys = [[node.key for node in [*side, off[name]]] for side, name in ((above, "above"), (below, "below"))]
+    return {(one, other): float(full[a, b]) for a, one in enumerate(keys[0]) for b, other in enumerate(keys[1])}
+
+
+def _members(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> list[Member]:
+    """Returns the groups of a layer, and its rest if it has neurons, each with the mask of its neurons."""
+    kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
+    labels = partition(mu._tap(layer.name), kind, None).labels
+    masks = [labels == group for group in layer.groups]
+    masks.append(~torch.isin(labels, torch.tensor(layer.groups, dtype=labels.dtype)))
+    return [(node, mask) for node, mask in zip(layer.nodes, masks, strict=False) if mask.any()]
+
+
+def _conditional_map(mu: RelevanceMeasure, node: FlowNode, joint: Tensor, lowest: str) -> NDArray[np.float64]:
+    """Returns the heat map of a node given its joint relevance with the input; zero if the node has no mass."""
     tap = mu._tap(lowest)
-    if len(tap.shape) < 3:
-        return {}
-    keys, events, signs = [], [], []
-    for layer in graph.layers:
-        if layer.name == lowest or not layer.groups:
-            continue
-        kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
-        labels = partition(mu._tap(layer.name), kind, None).labels
-        for node in layer.nodes:
-            if node.kind == "group":
-                keys.append(node.key)
-                events.append(at(layer.name)[labels == node.group])
-                signs.append(-1 if mu.explains_difference and node.mass < 0 else 1)
-    if not events:
-        return {}
-    conditionals = mu.marginal(lowest, given=events, min_ratio=0)[:, sample]
-    channel = tap.channel_dim % len(tap.shape) - 1
-    rows = zip(keys, conditionals, signs, strict=True)
-    return {key: _heat_map(sign * values, channel) for key, values, sign in rows}
+    mass = abs(node.mass) if mu.explains_difference else node.mass
+    return _heat_map(joint / mass if mass else 0 * joint, tap.channel_dim % len(tap.shape) - 1)
 
 
 def _heat_map(values: Tensor, channel: int) -> NDArray[np.float64]:
@@ -80,13 +153,4 @@ def _heat_map(values: Tensor, channel: int) -> NDArray[np.float64]:
     return heat_map
 
 
-def thumbnail(values: NDArray[np.float64], side: int = SIDE) -> NDArray[np.float64]:
-    """Reduces a heat map to at most ``side`` pixels along each side by summing blocks of pixels."""
-    size = [min(length, side) for length in values.shape]
-    labels = [torch.arange(length) * small // length for length, small in zip(values.shape, size, strict=True)]
-    sums = np.zeros(size)
-    np.add.at(sums, np.ix_(labels[0].numpy(), labels[1].numpy()), values)
-    return sums
-
-
-__all__ = ["NodeMaps", "flow_maps", "thumbnail"]
+__all__ = ["NodeMaps", "flow_maps", "flow_maps_and_pairs"]

@@ -19,9 +19,11 @@ from . import conservation
 from .conditions import Condition, event_list
 from .conservation import Kind
 from .description import explanation
-from .flow import flow_graph, ordered_taps
+from .flow import flow_graph, ordered_taps, with_groups
 from .flow_graph import TOP, FlowGraph
+from .group_search import K
 from .groups import Over, over_each
+from .layer_groups import Groups
 from .layer_taps import Layer, layer_list, several_layers
 from .memory import check_memory
 from .partitions import Names
@@ -343,6 +345,8 @@ class RelevanceMeasure(Recorded):
         coverage: float | None = None,
         names: Mapping[str, Names] | None = None,
         sample: int | None = None,
+        k: int = K,
+        groups: Groups | None = None,
     ) -> FlowGraph:
         """Returns the flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
 
@@ -352,12 +356,16 @@ class RelevanceMeasure(Recorded):
             layers: The layers, in any order; of each two, one must be below the other.
             over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or
                 a dictionary of these by the name of the layer; layers that are not in the dictionary have channels.
+                ``"groups"`` divides the channels of a layer into ``k`` groups that keep most of the dependence between
+                layers (:func:`~nrm_plugin.find_groups`), so that no rest is left.
             top: Number of shown groups per layer, by absolute mass; None for no limit. The other neurons
                 form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
             coverage: Show the fewest groups of each layer that hold this share of its absolute mass, such as 0.9.
             names: Names of the groups, as a list or dictionary for each layer, such as ``{"output": classes}``.
             sample: Index of the sample; required if the measure has several.
+            k: Number of groups of a layer for ``over="groups"``.
+            groups: Groups of :func:`~nrm_plugin.find_groups`, for all of their layers.
 
         Raises:
             FlowError, InputError: If a threshold is out of range or the sample does not exist.
@@ -370,7 +378,11 @@ class RelevanceMeasure(Recorded):
 
         Source: docs/flow.md.
         """
-        return flow_graph(self, ordered_taps(self, layers), over, top, min_mass, coverage, names, sample)
+        taps = ordered_taps(self, layers)
+        divided, names = with_groups(self, taps, over, names, k, groups)
+        if top is not None and divided is not over:  # all groups are shown
+            top = max(top, k, *(len(each) for each in (groups.names if groups else ())))
+        return flow_graph(self, taps, divided, top, min_mass, coverage, names, sample)
 
     def explain(self, event: Event, given: Event | None = None) -> str:
         """Describes a query as a formula and in words, with its cost.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import EventError, InputError, brief
+from ..errors import EventError, InputError, brief, extra
 from ..recording.taps import Tap
 from .groups import Over, check_over, labels_of
 
@@ -123,4 +123,29 @@ def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
     return labels
 
 
-__all__ = ["Names", "Partition", "Regions", "partition", "patches"]
+def segments(image: Tensor, count: int = 64, compactness: float = 10.0) -> Tensor:
+    """Returns the labels of superpixels of an image, for ``over=`` and ``members=``; requires scikit-image.
+
+    Args:
+        image: ``(C, H, W)`` with values in [0, 1].
+        count: Approximate number of superpixels.
+        compactness: Weight of proximity against similar colour; larger values give squarer superpixels.
+
+    Returns:
+        Integers ``(H, W)``, from 0.
+
+    Raises:
+        InputError: If the image has another shape.
+        MissingExtraError: If scikit-image is not installed.
+
+    Source: SLIC, Achanta et al., IEEE TPAMI 2012.
+    """
+    if image.ndim != 3:
+        raise InputError(f"superpixels are of one image (C, H, W), got shape {tuple(image.shape)}.")
+    pixels = image.detach().cpu().double().clamp(0, 1).movedim(0, -1).numpy()
+    slic = extra("skimage.segmentation", "segments").slic
+    labels = slic(pixels, n_segments=count, compactness=compactness, start_label=0, convert2lab=pixels.shape[-1] == 3)
+    return torch.from_numpy(np.unique(labels, return_inverse=True)[1].reshape(labels.shape)).long()
+
+
+__all__ = ["Names", "Partition", "Regions", "partition", "patches", "segments"]

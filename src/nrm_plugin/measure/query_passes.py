@@ -169,13 +169,18 @@ class QueryPasses:
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
         """Returns the joint relevance of all pairs of consecutive layers, ``(N, K_upper, K_lower)`` each."""
         groups = [pair_of(over) for over in overs]
+        pairs = self._pairs(layers, remedy)
+        totals = self._pass([above for above, _ in pairs])
+        matrices, self.cost = joint_matrices(totals, pairs, groups, self._max_memory)
+        return [self._mixed(matrix) for matrix in matrices]
+
+    def _pairs(self, layers: Sequence[Layer], remedy: str) -> list[tuple[Tap, Tap]]:
+        """Returns the taps of each pair of consecutive layers, of which the second must be below the first."""
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):
             if not self._is_below(below.place, above):
                 raise EventError(f"{brief(lower)} is not below {brief(upper)}; {remedy}.")
-        totals = self._pass([above for above, _ in pairs])
-        matrices, self.cost = joint_matrices(totals, pairs, groups, self._max_memory)
-        return [self._mixed(matrix) for matrix in matrices]
+        return pairs
 
     def _check_fresh(self) -> None:
         changed = self._recording.fingerprint.changed()

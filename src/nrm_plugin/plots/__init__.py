@@ -3,13 +3,19 @@
 Imports: errors, measure.
 """
 
-from .flow import flow_figure, profile_figure
+from .flow import flow_figure
+from .flow_caption import flow_caption
 from .flow_html import sankey, save_sankey
-from .heatmaps import budgets, heat_map, heat_maps, image_and_heat_map, joint, save
+from .flow_pictures import Photo
+from .heatmaps import budgets, cell_sums, heat_map, heat_maps, image_and_heat_map, joint, save
+from .layer_profile import profile_figure
 from .text import text_figure, text_html
 
 __all__ = [
+    "Photo",
     "budgets",
+    "cell_sums",
+    "flow_caption",
     "flow_figure",
     "heat_map",
     "heat_maps",

@@ -1,212 +1,275 @@
-"""Flow graphs as plotly figures, and as self-contained HTML files that include plotly's script."""
+"""Flow graphs as HTML pages: one file of SVG with a small script, which needs no network and no other package."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterator, Sequence
+import base64
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from ..errors import extra
-from ..measure.flow_graph import FlowEdge, FlowGraph, FlowNode
-from ..measure.flow_heat_maps import NodeMaps, thumbnail
-from .flow import KINDS, NEGLIGIBLE, drawn_nodes, layer_note
-from .heatmaps import DIVERGING
-from .ribbons import DARK, Palette, percent
+from ..measure.flow_graph import FlowGraph
+from ..measure.flow_heat_maps import NodeMaps
+from .flow import curve, scene_of
+from .flow_caption import SIGNS, flow_caption
+from .flow_columns import node_name, region_name
+from .flow_parts import Band, DrawnNode, Label, Scene
+from .flow_pictures import NodePictures, Photo, Pixels, node_pictures, painted, photo_pixels, region_places
+from .ribbons import DARK, LIGHT, Palette, percent
 
-BOTH = Palette(positive="#d6453d", negative="#3d8bd4")
-"""Colours that are visible on light and on dark backgrounds."""
-MARGIN = 0.02
-"""Fraction of the width that is left free on each side, since plotly moves nodes at 0 and 1."""
-NODE, PAD, THUMBNAIL = 32, 14, 56
-"""Average height of a node, distance between two nodes, and size of a thumbnail (added to the distance), in pixels."""
-EDGES = {"l": 20, "r": 20, "t": 170, "b": 20}
-"""Margins around the drawing, in pixels."""
-HELP = (
-    "The input is on the left. The height of a node is its relevance, the width of a ribbon the joint relevance of its "
-    "two nodes.<br>Red is positive, blue negative; grey is the rest of a layer, orange the relevance that does not "
-    "cross it: absorbed above, or bypass."
-)
-SCRIPT = """const plot = document.getElementById("{plot_id}"), {title, dark} = plot.layout.meta;
-document.title = title;
-if (matchMedia("(prefers-color-scheme: dark)").matches) {
-  document.body.style.background = dark.paper_bgcolor;
-  Plotly.relayout(plot, dark);
-}"""
+Pairs = Mapping[tuple[str, str], float]
+"""Joint relevance of two nodes of any two layers, by their keys, the upper one first."""
+WIDTH = 12.0
+"""Width of the drawing in inches, for which the sizes of letters are chosen; the page scales it to the window."""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""Content security policy: the browser itself blocks every request of the page."""
 
 
-def sankey(graph: FlowGraph, heading: str = "Flow of relevance", maps: NodeMaps | None = None) -> str:
-    """Returns an HTML page. Hovering over a node shows its mass; over a ribbon, its joint and conditional relevance.
+def sankey(
+    graph: FlowGraph,
+    heading: str = "Flow of relevance",
+    maps: NodeMaps | None = None,
+    *,
+    image: Photo | Tensor | None = None,
+    caption: str | None = None,
+    pairs: Pairs | None = None,
+    signs: tuple[str, str] = SIGNS,
+) -> str:
+    """Returns an HTML page, in one file without requests, for light and dark backgrounds.
+
+    Hovering over a node or a ribbon shows its numbers. A click on a node, or Enter, conditions on it: every node that
+    shares a layer pair with it in the graph, or in ``pairs``, then shows its relevance given this node. Arrow keys move
+    between nodes, Escape returns, ``/`` searches. A table holds all numbers for screen readers.
 
     Args:
         graph: The graph.
         heading: Title of the page.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails next to the nodes.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as their pictures.
+        image: As in :func:`~nrm_plugin.plots.flow_figure`.
+        caption: As in :func:`~nrm_plugin.plots.flow_figure`.
+        pairs: Joint relevance of nodes in layers that are not neighbours, from
+            :func:`~nrm_plugin.measure.flow_heat_maps.flow_maps_and_pairs`.
+        signs: As in :func:`~nrm_plugin.plots.flow_figure`.
 
     Raises:
-        MissingExtraError: If plotly is not installed.
         FlowError: If a layer has too many groups for a figure.
     """
-    config = {"displayModeBar": False, "responsive": True}
-    page: str = sankey_figure(graph, heading, maps).to_html(config, include_plotlyjs=True, post_script=SCRIPT)
-    return page
+    photo = image if isinstance(image, Photo) or image is None else Photo(image)
+    pictures = node_pictures(graph, maps or {}, photo)
+    width = max(WIDTH, 2.4 * len(graph.layers))
+    scene = scene_of(graph, "", "", pictures, None, width, signs)
+    said = flow_caption(graph) if caption is None else caption
+    data = json.dumps(_data(graph, scene, pairs or {}), allow_nan=False).replace("<", "\\u003c")
+    names = {node.node.key: node for node in scene.nodes}
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(heading)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n<header>",
+        _photograph(photo, pictures, graph) if photo else "",
+        f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>\n{CONTROLS}\n</div>\n</header>",
+        f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.height:.1f}" role="group" aria-label="flow">',
+        DEFINITIONS,
+        *(_text(label) for label in scene.labels),
+        '<g class="bands">',
+        *(_band(number, band, names) for number, band in enumerate(scene.bands)),
+        "</g>",
+        *(_node(node, pictures) for node in scene.nodes),
+        f"</svg>\n{_table(graph)}\n</main>",
+        '<div id="tip" hidden></div>',
+        f'<script type="application/json" id="data">{data}</script>',
+        f"<script>\n{_resource('flow_page.js')}</script>\n</body>\n</html>\n",
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def save_sankey(
-    graph: FlowGraph, path: str | Path, heading: str = "Flow of relevance", maps: NodeMaps | None = None
+    graph: FlowGraph,
+    path: str | Path,
+    heading: str = "Flow of relevance",
+    maps: NodeMaps | None = None,
+    *,
+    image: Photo | Tensor | None = None,
+    caption: str | None = None,
+    pairs: Pairs | None = None,
+    signs: tuple[str, str] = SIGNS,
 ) -> Path:
     """Writes the page of :func:`sankey` to a file, and returns its path."""
     path = Path(path)
-    path.write_text(sankey(graph, heading, maps), encoding="utf-8")
+    path.write_text(
+        sankey(graph, heading, maps, image=image, caption=caption, pairs=pairs, signs=signs), encoding="utf-8"
+    )
     return path
 
 
-def sankey_figure(graph: FlowGraph, heading: str = "Flow of relevance", maps: NodeMaps | None = None) -> Any:
-    """Returns the plotly figure of :func:`sankey`."""
-    objects = extra("plotly.graph_objects", "html")
-    maps = maps or {}
-    columns = [[node for _, node in drawn_nodes(layer)] for layer in graph.layers[::-1]]
-    nodes = [node for column in columns for node in column]
-    links = list(_links(graph, nodes))
-    pad = PAD + THUMBNAIL * bool(maps)
-    height = (NODE + pad) * max(map(len, columns))
-    places = _places(columns, _sizes(links, len(nodes)), height, pad)
-    drawn = objects.Sankey(
-        arrangement="snap",
-        node={
-            "label": [_escaped(node.label) for node in nodes],
-            "color": [_color(node.mass, 1, node) for node in nodes],
-            "x": [x for x, _ in places],
-            "y": [y for _, y in places],
-            "customdata": [f"{_name(node)}<br>mass {percent(node.mass)}" for node in nodes],
-            "hovertemplate": "%{customdata}<extra></extra>",
-            "pad": pad,
-            "thickness": 16,
-            "line": {"width": 0},
-        },
-        link={key: [link[key] for link in links] for key in ("source", "target", "value", "color", "customdata")}
-        | {"hovertemplate": "%{customdata}<extra></extra>"},
+CONTROLS = (
+    '<p class="controls"><label>Search <input type="search" id="search" placeholder="name or layer"></label> '
+    '<button type="button" id="all" hidden>Show the whole flow</button> '
+    '<span id="status" role="status">Click a node to condition on it.</span></p>'
+)
+DEFINITIONS = (
+    '<defs><pattern id="sink" width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<rect width="1.6" height="4"/></pattern><pattern id="bypass" width="4" height="4" patternUnits="userSpaceOnUse">'
+    '<circle cx="2" cy="2" r="1.1"/></pattern></defs>'
+)
+
+
+def _resource(name: str) -> str:
+    return files("nrm_plugin.plots").joinpath(name).read_text(encoding="utf-8")
+
+
+def _style() -> str:
+    """Returns the style sheet, with the colours of both palettes."""
+
+    def colors(palette: Palette) -> str:
+        named = {"positive": palette.positive, "negative": palette.negative, "ink": palette.ink, "pale": palette.pale,
+                 "paper": palette.paper, "rest": palette.other, "off": palette.off}  # fmt: skip
+        return "".join(f"--{name}: {color}; " for name, color in named.items())
+
+    return (
+        f":root {{ color-scheme: light dark; {colors(LIGHT)}}}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {colors(DARK)}}} }}\n{_resource('flow_page.css')}"
     )
-    sides = THUMBNAIL * bool(maps)
-    return objects.Figure(drawn).update_layout(
-        title={"text": _title(graph, heading, maps), "x": 0, "xref": "paper", "y": 1, "yref": "container",
-               "yanchor": "top", "pad": {"t": 16}, "font": {"size": 13}},
-        height=height + EDGES["t"] + EDGES["b"],
-        margin=EDGES | {"l": EDGES["l"] + sides, "r": EDGES["r"] + sides},
-        font={"size": 13, "color": BOTH.ink},
-        annotations=[_layer_heading(graph, column) for column in range(len(columns))],
-        images=[
-            _thumbnail(maps[node.key], place, THUMBNAIL / height)
-            for node, place in zip(nodes, places, strict=True)
-            if node.key in maps
+
+
+def _photograph(photo: Photo, pictures: NodePictures | None, graph: FlowGraph) -> str:
+    """Returns the photograph with the names of the nodes of the input in their regions."""
+    pixels = photo_pixels(photo, pictures)
+    height, width = pixels.shape[:2]
+    names = {node.key: escape(region_name(node)) for node in graph.nodes}
+    marks = [
+        f'<text x="{x * width:.1f}" y="{y * height:.1f}" font-size="{0.055 * width:.1f}">{names.get(key, "")}</text>'
+        for key, (x, y) in region_places(photo).items()
+    ]
+    image = f'<image width="{width}" height="{height}" href="{_encoded(pixels)}"/>'
+    return (
+        f'<svg class="photo" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(_photo_text(photo))}">'
+        f"{image}{''.join(marks)}</svg>"
+    )
+
+
+def _photo_text(photo: Photo) -> str:
+    left, top, right, bottom = photo.seen
+    unseen = 1 - (right - left) * (bottom - top)
+    note = f"; the model did not see {percent(unseen)} of it, outside of the frame" if unseen > 1e-3 else ""
+    return f"the explained image{note}"
+
+
+# -- drawing --------------------------------------------------------------------------------------------------------
+
+
+def _text(label: Label) -> str:
+    weight = " b" if label.is_bold else ""
+    return (
+        f'<text class="{label.tone}{weight}" x="{label.x:.1f}" y="{label.y:.1f}" font-size="{label.size:.2f}" '
+        f'text-anchor="{label.anchor}">{escape(label.text)}</text>'
+    )
+
+
+def _band(number: int, band: Band, nodes: Mapping[str, DrawnNode]) -> str:
+    points = [f"{x:.1f},{y:.2f}" for x, y in curve(band)]
+    path = f"M{points[0]}C{' '.join(points[1:4])}L{points[4]}C{' '.join(points[5:8])}Z"
+    return f'<path class="band {band.tone}" data-band="{number}" d="{path}" opacity="{band.strength}"/>'
+
+
+def _node(node: DrawnNode, pictures: NodePictures | None) -> str:
+    box = node.box
+    name = f"{node.node.layer}, {node_name(node.node)}: {percent(node.node.mass)}"
+    parts = [
+        f'<g class="node" role="button" tabindex="-1" aria-pressed="false" aria-label="{escape(name)}" '
+        f'data-key="{escape(node.node.key)}">',
+        f'<rect class="hit" x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}"/>',
+    ]
+    if node.picture is not None and pictures is not None:
+        place = " ".join(f'{side}="{getattr(node.picture, side):.1f}"' for side in ("x", "y", "width", "height"))
+        for kind, palette in (("light", LIGHT), ("dark", DARK)):
+            href = _encoded(painted(pictures, node.node.key, palette))
+            parts.append(f'<image class="{kind}" {place} preserveAspectRatio="none" href="{href}"/>')
+    for bar, tone in node.bars:
+        fill = f' fill="url(#{tone})"' if tone in ("sink", "bypass") else ""
+        parts.append(
+            f'<rect class="bar {tone}"{fill} x="{bar.x:.1f}" y="{bar.y:.2f}" width="{bar.width:.1f}" '
+            f'height="{max(bar.height, 0.6):.2f}"/>'
+        )
+    return "".join([*parts, *(_text(label) for label in node.labels), "</g>"])
+
+
+def _encoded(pixels: Pixels) -> str:
+    """Returns an image as a data URL: PNG or JPEG, whichever is shorter."""
+    image, kinds = Image.fromarray(pixels), {}
+    for kind in ("png", "jpeg"):
+        file = io.BytesIO()
+        image.save(file, kind, **({"optimize": True} if kind == "png" else {"quality": 88, "subsampling": 0}))
+        kinds[kind] = file.getvalue()
+    kind = min(kinds, key=lambda name: len(kinds[name]))
+    return f"data:image/{kind};base64,{base64.b64encode(kinds[kind]).decode()}"
+
+
+# -- numbers --------------------------------------------------------------------------------------------------------
+
+
+def _data(graph: FlowGraph, scene: Scene, pairs: Pairs) -> dict[str, Any]:
+    """Returns the numbers of the page: nodes with their places, ribbons, and joint relevance of pairs of nodes."""
+    keys = [node.node.key for node in scene.nodes]
+    place = {key: number for number, key in enumerate(keys)}
+    joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges} | dict(pairs)
+    return {
+        "nodes": [
+            {"key": node.node.key, "name": node_name(node.node), "layer": node.node.layer, "column": node.column,
+             "mass": node.node.mass, "bars": len(node.bars)}
+            for node in scene.nodes
         ],
-        meta={"title": heading, "dark": {"paper_bgcolor": DARK.paper, "font.color": DARK.ink}},
-    )  # fmt: skip
+        "bands": [
+            {"lower": place[band.lower], "upper": place[band.upper], "mass": band.value}
+            for band in scene.bands
+        ],
+        "pairs": [
+            [place[upper], place[lower], _rounded(mass)]
+            for (upper, lower), mass in joint.items()
+            if upper in place and lower in place
+        ],
+        "known": sorted({(_column(scene, place, upper), _column(scene, place, lower))
+                         for upper, lower in joint if upper in place and lower in place}),
+    }  # fmt: skip
 
 
-def _links(graph: FlowGraph, nodes: Sequence[FlowNode]) -> Iterator[dict[str, Any]]:
-    numbers = {node.key: number for number, node in enumerate(nodes)}
-    for edge in graph.edges:
-        ends = edge.lower, edge.upper
-        if abs(edge.mass) > NEGLIGIBLE and all(node.key in numbers for node in ends):
-            source, target = (numbers[node.key] for node in ends)
-            color, text = _color(edge.mass, 0.45, *ends), _hover_text(edge)
-            yield {"source": source, "target": target, "value": abs(edge.mass), "color": color, "customdata": text}
+def _column(scene: Scene, place: Mapping[str, int], key: str) -> int:
+    return scene.nodes[place[key]].column
 
 
-def _sizes(links: Sequence[dict[str, Any]], count: int) -> NDArray[np.float64]:
-    """Returns the relevance that plotly draws for each node: the larger of the sums of widths on both sides."""
-    sides = np.zeros((2, count))
-    for link in links:
-        sides[0, link["source"]] += link["value"]
-        sides[1, link["target"]] += link["value"]
-    sizes: NDArray[np.float64] = sides.max(0)
-    return sizes
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
-def _places(
-    columns: Sequence[Sequence[FlowNode]], sizes: NDArray[np.float64], height: float, pad: float
-) -> list[tuple[float, float]]:
-    """Computes the centres of the nodes as fractions of the drawing, from the left and the top; columns are centred.
-
-    Plotly scales the heights of nodes such that the fullest column fits.
-    """
-    parts = np.split(sizes, np.cumsum([len(column) for column in columns])[:-1])
-    unit = min((height - pad * (len(part) - 1)) / max(part.sum(), 1e-12) for part in parts if len(part))
-    places = []
-    for column, part in enumerate(parts):
-        bottoms = np.cumsum(part * unit + pad)  # bottoms of the nodes, each with the distance to the next
-        top = (height - bottoms[-1] + pad) / 2 if len(part) else 0
-        centres = (top + bottoms - pad - part * unit / 2) / height
-        places += [(_x(column, len(columns)), float(y)) for y in centres.clip(0.001, 0.999)]
-    return places
-
-
-def _x(column: int, count: int) -> float:
-    return MARGIN + (1 - 2 * MARGIN) * column / max(count - 1, 1)
+def _table(graph: FlowGraph) -> str:
+    """Returns all nodes and the largest edges as tables, for screen readers and to copy."""
+    nodes = [(node.layer, node_name(node), percent(node.mass)) for node in graph.nodes if np.isfinite(node.mass)]
+    edges = sorted(graph.edges, key=lambda edge: -abs(edge.mass))[:200]
+    rows = [
+        (f"{edge.lower.layer}, {node_name(edge.lower)}", f"{edge.upper.layer}, {node_name(edge.upper)}",
+         percent(edge.mass), percent(edge.given_upper) if edge.upper.mass else "")
+        for edge in edges
+    ]  # fmt: skip
+    return (
+        "<details><summary>All numbers</summary>"
+        + "".join(_rows(nodes, ("layer", "node", "relevance")))
+        + "".join(_rows(rows, ("from", "to", "joint relevance", "share of the upper node")))
+        + "</details>"
+    )
 
 
-def _title(graph: FlowGraph, heading: str, maps: NodeMaps) -> str:
-    lines = [f"<b style='font-size:20px'>{_escaped(heading)}</b>", HELP]
-    if graph.carried is not None and len(graph.layers) > 1:
-        lines.append(f"Relevance through shown groups in all layers: {percent(graph.carried)}.")
-    if maps:
-        lines.append("Heat maps: relevance of the input given the node, each on its own scale.")
-    return "<br>".join(lines)
+def _rows(rows: Sequence[Sequence[str]], head: Sequence[str]) -> Iterator[str]:
+    yield f"<table><tr>{''.join(f'<th scope=col>{escape(cell)}</th>' for cell in head)}</tr>"
+    for row in rows:
+        yield f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+    yield "</table>"
 
 
-def _layer_heading(graph: FlowGraph, column: int) -> dict[str, Any]:
-    layer, x = graph.layers[::-1][column], _x(column, len(graph.layers))
-    anchor = "left" if x <= MARGIN else "right" if x >= 1 - MARGIN else "center"
-    text = f"<b>{_escaped(layer.name)}</b><br><span style='font-size:11px'>{layer_note(layer)}</span>"
-    return {"x": x, "y": 1, "yshift": 48, "xref": "paper", "yref": "paper", "text": text, "showarrow": False,
-            "xanchor": anchor, "align": anchor, "yanchor": "top"}  # fmt: skip
-
-
-def _thumbnail(values: NDArray[np.float64], place: tuple[float, float], size: float) -> dict[str, Any]:
-    """Returns an image to the left of a node; in the last column, to the right, outside the drawing."""
-    small = thumbnail(values)
-    limit = float(np.abs(small).max()) or 1.0
-    colors = matplotlib.colormaps[DIVERGING](0.5 + 0.5 * small / limit, bytes=True)[..., :3]
-    factor = max(1, 2 * THUMBNAIL // max(small.shape))  # browsers would interpolate
-    is_last = place[0] >= 1 - MARGIN
-    return {"source": Image.fromarray(colors.repeat(factor, 0).repeat(factor, 1)), "xref": "paper", "yref": "paper",
-            "x": place[0] + (0.01 if is_last else -0.01), "y": 1 - place[1], "sizex": 1, "sizey": size,
-            "xanchor": "left" if is_last else "right", "yanchor": "middle"}  # fmt: skip
-
-
-def _color(value: float, opacity: float, *nodes: FlowNode) -> str:
-    kinds = {KINDS[node.kind] for node in nodes}
-    hue = BOTH.off if "off" in kinds else BOTH.other if "other" in kinds else BOTH.of(value)
-    if kinds != {""} and opacity < 1:
-        opacity = 0.3
-    red, green, blue = (int(hue[at : at + 2], 16) for at in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"
-
-
-def _escaped(text: str) -> str:
-    # Quotation marks stay: no text is inside an attribute, and plotly does not know the entity of one.
-    return html.escape(text, quote=False)
-
-
-def _name(node: FlowNode) -> str:
-    return f"{_escaped(node.layer)} <b>{_escaped(node.label)}</b>"
-
-
-def _hover_text(edge: FlowEdge) -> str:
-    """Returns the text about joint relevance, and conditional relevance given each node with sufficient mass."""
-    upper, lower = _name(edge.upper), _name(edge.lower)
-    lines = [f"{upper} → {lower}", f"joint relevance {percent(edge.mass)}"]
-    if abs(edge.upper.mass) > NEGLIGIBLE:
-        lines.append(f"{lower} given {upper}: {percent(edge.given_upper)}")
-    if abs(edge.lower.mass) > NEGLIGIBLE:
-        lines.append(f"{upper} given {lower}: {percent(edge.given_lower)}")
-    return "<br>".join(lines)
-
-
-__all__ = ["sankey", "sankey_figure", "save_sankey"]
+__all__ = ["sankey", "save_sankey"]

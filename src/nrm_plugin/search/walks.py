@@ -12,16 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import brief
 from ..events.event import Atom, Event, at
+from ..measure.group_search import find_groups, layer_name
 from ..measure.groups import Over
+from ..measure.layer_groups import Groups
 from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
 from .best_first import BestFirstSearch
 from .bounds import now
+from .group_walks import group_walks
 from .layer_chain import LayerChain, check_count, check_one_sample, intersection
 from .max_product import MaxProduct
 
@@ -56,6 +60,7 @@ class TopWalks:
         missed: Upper bound on the absolute mass of every walk that is not in ``walks``.
         expanded: Number of prefixes that were propagated to the next layer.
         seconds: Duration of the search, in seconds.
+        names: For ``over="groups"``, the names of the groups of each layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -72,6 +77,7 @@ class TopWalks:
     seconds: float
     _atoms: tuple[Atom, ...] = field(default=(), repr=False, compare=False)
     _labels: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+    names: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
 
     @property
     def certified(self) -> int:
@@ -125,6 +131,7 @@ def top_walks(
     over: Over | Sequence[Over] = "channel",
     budget: float = 60.0,
     expansions: int | None = None,
+    groups: Groups | None = None,
 ) -> TopWalks:
     r"""Returns the ``k`` group walks with the largest absolute mass, and a bound on all other walks.
 
@@ -152,10 +159,12 @@ def top_walks(
         mu: A measure of one sample.
         layers: One or more taps, each below the previous one; None, with ``over="neuron"``, for all taps.
         k: Number of walks.
-        over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer.
+        over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; ``"groups"`` for
+            groups that keep most of the dependence between the layers, whose walks are all computed.
         budget: Seconds after which the search stops; ``math.inf`` for a proven answer. The passes that compute the
             bounds may take longer; without ``layers`` they are always completed.
         expansions: Number of prefixes after which the search stops, for a reproducible result.
+        groups: For ``over="groups"``, the groups; by default they are found on this measure.
 
     Raises:
         ValueError: If the measure contains several samples, no layer is given, ``k`` is below 1, or ``layers`` is None
@@ -179,6 +188,8 @@ def top_walks(
     check_one_sample(mu)
     mu._check_fresh()
     begin = now()
+    if isinstance(over, str) and over == "groups" and layers is not None:
+        return _walks_over_groups(mu, layers, k, groups, begin)
     with torch.inference_mode(False), torch.no_grad():
         if layers is None:
             return _neuron_walks(mu, k, over, begin, budget, expansions)
@@ -189,6 +200,22 @@ def top_walks(
     return TopWalks(
         chain.names, tuple(walks), search.missed, search.expanded, now() - begin, chain.atoms, chain.shaped_labels()
     )
+
+
+def _walks_over_groups(
+    mu: RelevanceMeasure, layers: Sequence[Layer], k: int, groups: Groups | None, begin: float
+) -> TopWalks:
+    names = [layer_name(mu, layer) for layer in layers]
+    groups = groups or find_groups(mu, names)
+    every = group_walks(mu, names, groups)
+    order = np.argsort(-np.abs(every.masses), axis=None, kind="stable")
+    places = np.stack(np.unravel_index(order, every.masses.shape), 1).tolist()
+    masses = every.masses.flatten()[order] * float(mu.sign[0])
+    walks = [GroupWalk(tuple(place), float(mass), True) for place, mass in zip(places[:k], masses[:k], strict=True)]
+    missed = float(abs(masses[k])) if len(masses) > k else 0.0
+    labels = tuple(groups.over(mu, name) for name in every.layers)
+    atoms = tuple(at(name) for name in every.layers)
+    return TopWalks(every.layers, tuple(walks), missed, 0, now() - begin, atoms, labels, every.names)
 
 
 def _neuron_walks(

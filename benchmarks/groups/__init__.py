@@ -1,0 +1,1 @@
+"""How much dependence groups of channels keep, and whether their masses predict ablations."""

@@ -1,0 +1,137 @@
+"""Measures how much dependence groups keep on trained networks: ``python -m benchmarks.groups``; renders with --render.
+
+Joint relevance of every input is stored under --store, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.real import packages
+from nrm_plugin import find_groups
+from nrm_plugin.measure.dependence import dependence, kept
+
+from .joints import COMPOSITES, Arrays, K, mean_of, of_input
+from .nets import CASES
+
+RESULTS = Path(__file__).parents[1] / "results" / "groups.json"
+COUNT = 24
+SPLITS = 5
+
+
+def kappas(parts: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[float]:
+    """κ of each pair of layers."""
+    return [kept(part, *labels[above : above + 2]) for above, part in enumerate(parts)]
+
+
+def baselines(arrays: Arrays, layers: Sequence[str], seed: int) -> dict[str, list[np.ndarray]]:
+    """Partitions of the channels of each layer by other means than the dependence between layers."""
+    from sklearn.cluster import KMeans
+
+    found: dict[str, list[np.ndarray]] = {"strongest and rest": [], "k-means of activations": [], "random": []}
+    random = np.random.default_rng(seed)
+    for place, _ in enumerate(layers):
+        mass, activation = arrays[f"mass {place}"], arrays[f"activation {place}"]
+        strongest = np.full(len(mass), K - 1)
+        strongest[np.argsort(-np.abs(mass))[: K - 1]] = np.arange(K - 1)
+        found["strongest and rest"].append(strongest)
+        found["k-means of activations"].append(KMeans(K, n_init=3, random_state=seed).fit_predict(activation))
+        found["random"].append(random.integers(K, size=len(mass)))
+    return found
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean and 95 % bootstrap interval over inputs."""
+    known = np.array([value for value in values if not math.isnan(value)])
+    draws = np.random.default_rng(0).choice(known, (2000, len(known))).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {"mean": float(known.mean()), "low": float(low), "high": float(high), "inputs": len(known)}
+
+
+def of_case(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
+    """All figures of one network and composite."""
+    rows: dict[str, list[float]] = {}
+    ratios = []
+    for number, arrays in enumerate(tqdm(parts, desc="groups")):
+        means = mean_of([arrays], layers)
+        dependences = [dependence(joint) for joint in means.joints]
+        own = float(np.mean(find_groups(means, layers, K).kappas))
+        rows.setdefault("groups", []).append(own)
+        others = {
+            name: float(np.mean(kappas(dependences, labels)))
+            for name, labels in baselines(arrays, layers, number).items()
+        }
+        for name, value in others.items():
+            rows.setdefault(name, []).append(value)
+        ratios.append(own / max(others.values()))
+    return {
+        "kappa": {name: interval(values) for name, values in rows.items()},
+        "times the best other": {**interval(ratios), "least": min(ratios)},
+        "ablation": ablation(parts, layers),
+        "halves": halves(parts, layers),
+    }
+
+
+def ablation(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
+    """Correlation over sets of the mass with the relative change of the output, and the mean absolute difference."""
+    found: dict[str, Any] = {}
+    for name in ("groups", "alone", "random"):
+        pairs = [
+            (part[f"{name} {place} mass"], part[f"{name} {place} change"])
+            for part in parts for place, _ in enumerate(layers)
+        ]  # fmt: skip
+        each = [np.corrcoef(mass, change)[0, 1] for mass, change in pairs]
+        by_input = np.array(each).reshape(len(parts), len(layers)).mean(1)
+        differences = np.array([np.abs(mass - change).mean() for mass, change in pairs])
+        found[name] = {
+            "correlation": interval(by_input.tolist()),
+            "difference": interval(differences.reshape(len(parts), len(layers)).mean(1).tolist()),
+        }
+    return found
+
+
+def halves(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, float]:
+    """κ on one half of the inputs of groups of the same half, and of the other half."""
+    own, other = [], []
+    for seed in range(SPLITS):
+        order = np.random.default_rng(seed).permutation(len(parts))
+        sides = [mean_of([parts[i] for i in side], layers) for side in np.array_split(order, 2)]
+        found = [find_groups(side, layers, K) for side in sides]
+        for here, there in ((0, 1), (1, 0)):
+            dependences = [dependence(joint) for joint in sides[here].joints]
+            for values, groups in ((own, found[here]), (other, found[there])):
+                values.append(float(np.mean(kappas(dependences, [labels.numpy() for labels in groups.labels]))))
+    return {"own": float(np.mean(own)), "other": float(np.mean(other)), "kept": float(np.mean(other) / np.mean(own))}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nets", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--count", type=int, default=COUNT, help="inputs of each network")
+    parser.add_argument("--store", type=Path, default=packages.cache() / "groups")
+    parser.add_argument("--composites", nargs="+", default=list(COMPOSITES), choices=list(COMPOSITES))
+    options = parser.parse_args(arguments)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in options.nets:
+        case = CASES[name](options.count)
+        for composite in options.composites:
+            parts = [
+                of_input(case, number, composite, options.store / name / composite / f"{number}.npz")
+                for number in tqdm(range(options.count), desc=f"{name}, {composite}")
+            ]
+            results.setdefault(name, {})[composite] = of_case(parts, case.layers) | {"layers": list(case.layers)}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            print(name, composite, json.dumps(results[name][composite]["kappa"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Joint relevance and ablations of every input of a case, stored so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from zennit.core import Composite
+
+from nrm_plugin import NRMAbsolute, NRMDefault, RelevanceMeasure, find_groups
+from nrm_plugin.measure.mean_joints import MeanJoints
+
+from .nets import Case
+
+COMPOSITES: dict[str, Callable[[], Composite]] = {"default": NRMDefault, "NRMAbsolute": NRMAbsolute}
+K = 8
+Arrays = dict[str, np.ndarray]
+
+
+def of_input(case: Case, number: int, composite: str, file: Path) -> Arrays:
+    """Joints, masses, activations and ablations of one input; read from the file if it exists."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        arrays = _measured(case, number, composite)
+        partial = file.with_suffix(".part.npz")
+        np.savez_compressed(partial, **arrays)
+        partial.replace(file)
+    with np.load(file) as stored:
+        return dict(stored)
+
+
+def _measured(case: Case, number: int, composite: str) -> Arrays:
+    x = case.inputs[number : number + 1]
+    with torch.no_grad():
+        outputs = case.model(x)
+    target = int(outputs.argmax())
+    mu = RelevanceMeasure(case.model, x, target, composite=COMPOSITES[composite]())
+    joints = mu.joints(list(case.layers))
+    arrays = {f"joint {pair}": joint[0].numpy() for pair, joint in enumerate(joints)}
+    masses = mu.marginal(list(case.layers))
+    means = MeanJoints(
+        case.layers, ("channel",) * len(case.layers), tuple(joint[0].double().numpy() for joint in joints),
+        tuple(_by_channel(mu, masses[layer], layer).sum(2).double().numpy() for layer in case.layers), 1,
+    )  # fmt: skip
+    groups = find_groups(means, list(case.layers), K)
+    for place, layer in enumerate(case.layers):
+        mass = torch.from_numpy(means.masses[place][0])
+        arrays[f"mass {place}"] = mass.numpy()
+        arrays[f"activation {place}"] = _by_channel(mu, _activation(case, layer, x), layer)[0].numpy()
+        labels = {"groups": groups.labels[place], **_sets_alone(mass, groups.labels[place])}
+        for name, own in labels.items():
+            count = int(own.max()) + 1
+            inside = torch.nn.functional.one_hot(own, count).T  # (sets, channels)
+            shape = [1] * len(mu.shape(layer))
+            shape[0], shape[mu.channel_dim(layer) % len(shape)] = count, len(own)
+            ablated = case.ablated(layer, x, 1 - inside.reshape(shape).float())[:, target]
+            arrays[f"{name} {place} mass"] = (inside.double() @ mass).numpy()
+            arrays[f"{name} {place} change"] = ((outputs[0, target] - ablated) / outputs[0, target]).numpy()
+    return arrays
+
+
+def _sets_alone(mass: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sets of as many channels as each group has: in order of the channels' own masses, and at random."""
+    sizes = torch.bincount(labels)
+    ranks = mass.abs().argsort(descending=True)
+    by_rank = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    alone, chance = torch.empty_like(labels), torch.empty_like(labels)
+    alone[ranks] = by_rank
+    chance[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))] = by_rank
+    return {"alone": alone, "random": chance}
+
+
+def _activation(case: Case, layer: str, x: torch.Tensor) -> torch.Tensor:
+    kept: list[torch.Tensor] = []
+    handle = case.model.get_submodule(layer).register_forward_hook(lambda module, args, output: kept.append(output))
+    with torch.no_grad():
+        case.model(x)
+    handle.remove()
+    return kept[0]
+
+
+def _by_channel(mu: RelevanceMeasure, values: torch.Tensor, layer: str) -> torch.Tensor:
+    """``(N, channels, positions)``."""
+    return values.movedim(mu.channel_dim(layer), 1).flatten(2) if values.ndim > 2 else values[:, :, None]
+
+
+def mean_of(parts: list[Arrays], layers: tuple[str, ...]) -> MeanJoints:
+    """The mean joint relevance of several inputs."""
+    pairs = [
+        np.mean([part[f"joint {pair}"] for part in parts], 0).astype(float) for pair, _ in enumerate(pairwise(layers))
+    ]
+    masses = [np.stack([part[f"mass {place}"] for part in parts]) for place, _ in enumerate(layers)]
+    return MeanJoints(layers, ("channel",) * len(layers), tuple(pairs), tuple(masses), len(parts))

@@ -1,0 +1,44 @@
+"""The photograph in figures, with the part that the model did not see."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from ..dataset.images import LoadedImage
+from ..plots.flow_pictures import Photo
+from ..plots.ribbons import percent
+from .model_loading import LoadedModel
+
+LARGEST = 640
+"""Largest side of the photograph in figures, in pixels."""
+LEAST = 0.01
+"""Share of an image that the model did not see, from which a note is worth while."""
+
+
+def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:
+    """Returns an image for figures.
+
+    Args:
+        loaded: The model.
+        source: The image file.
+        inputs: The preprocessed image, ``(1, C, S, S)``.
+    """
+    seen = loaded.preprocessing.seen(source.image.size)
+    image = loaded.preprocessing.inverse(inputs).cpu()
+    if len(loaded.preprocessing.mean) == 1:
+        image = image[:1]
+    if seen == (0.0, 0.0, 1.0, 1.0):
+        return Photo(image)
+    small = source.image.copy()
+    small.thumbnail((LARGEST, LARGEST))
+    return Photo(image, np.moveaxis(np.asarray(small, dtype=float) / 255, -1, 0), seen)
+
+
+def unseen(shown: Photo) -> str:
+    """Says how much of an image the model did not see; empty if it saw all of it."""
+    left, top, right, bottom = shown.seen
+    share = 1 - (right - left) * (bottom - top)
+    if share < LEAST:
+        return ""
+    return f"The model did not see {percent(share)} of the image, outside of the frame; --fit pad shows it all of it."

@@ -1,0 +1,245 @@
+r"""Partitions of the members of several layers that keep most of the dependence between layers.
+
+For the joint relevance ``J`` of the members (channels, positions, neurons) of two layers, with row sums ``r``, column
+sums ``c`` and total ``Z`` (1 if every walk crosses both layers), the dependence and the share of it that two partitions
+keep are
+
+.. math:: D = J - \frac{r c^\top}{Z}, \qquad
+          \kappa = \frac{\sum_{gh} |\sum_{i \in g, j \in h} D_{ij}|}{\sum_{ij} |D_{ij}|} \in [0, 1]
+
+All functions are free of side effects and work on NumPy arrays. The search is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+SWEEPS = 30
+"""Largest number of times that each member is considered for a move."""
+SHAKEN = 0.3
+"""Share of the members of a layer that are in random groups at a further start."""
+LLOYD = 12
+"""Iterations of k-means for the start."""
+CANCELLED = 1e-3
+"""Share of the absolute joint relevance below which its sum is no divisor."""
+INDEPENDENT = 1e-5
+"""Share of the absolute joint relevance up to which dependence is rounding of float32."""
+STILL = 1e-12
+"""Gains up to this share of the objective are rounding errors."""
+
+
+def dependence(joint: Array) -> Array:
+    """Returns the dependence of two layers, ``(members, members)``; each row and column sums to 0.
+
+    Args:
+        joint: Joint relevance. If its sum cancels, the joint relevance itself is returned; zeros if the layers are
+            independent up to rounding, as the output and any layer are where one class is explained.
+    """
+    total, size = joint.sum(), np.abs(joint).sum()
+    if abs(total) <= CANCELLED * size:
+        return joint
+    values: Array = joint - np.outer(joint.sum(1), joint.sum(0) / total)
+    return values if np.abs(values).sum() > INDEPENDENT * size else np.zeros_like(values)
+
+
+def kept(dependence: Array, rows: Labels, columns: Labels) -> float:
+    """Returns the share κ of the dependence that partitions keep, between 0 and 1; nan where there is none."""
+    size = np.abs(dependence).sum()
+    return float(np.abs(group_sums(group_sums(dependence, rows).T, columns)).sum() / size) if size else math.nan
+
+
+def group_sums(values: Array, labels: Labels, count: int | None = None) -> Array:
+    """Sums the rows of values ``(members, n)`` over each group, to ``(groups, n)``."""
+    members = np.zeros((int(labels.max()) + 1 if count is None else count, len(labels)))
+    members[labels, np.arange(len(labels))] = 1
+    return members @ values
+
+
+def find_partitions(
+    dependences: Sequence[Array], counts: Sequence[int], restarts: int, seed: int, fixed: Sequence[Labels | None]
+) -> list[Labels]:
+    """Returns partitions of all layers that keep much of the dependence of each pair of consecutive layers.
+
+    From a k-means start, single members are moved to the group that raises the sum of κ over the pairs most, until no
+    move raises it. The search then starts again from the best partitions found so far, with a part of the members of
+    one layer in random groups.
+
+    Args:
+        dependences: The dependence of each pair of consecutive layers, ``(members, members below)``.
+        counts: Largest number of groups of each layer.
+        restarts: Number of further starts.
+        seed: Seed of the starts and of the order of moves.
+        fixed: Partitions of layers that are given; None for the others.
+
+    Returns:
+        The group of each member, for each layer.
+    """
+    random = np.random.default_rng(seed)
+    pairs = [part / (np.abs(part).sum() or 1.0) for part in dependences]
+    best = _Search.started(pairs, counts, random, fixed)
+    best.run()
+    for _ in range(restarts if best.free else 0):
+        search = best.shaken()
+        search.run()
+        if search.kept() > best.kept():
+            best = search
+    return best.labels
+
+
+@dataclass
+class _Search:
+    """Partitions that are improved in place.
+
+    Attributes:
+        pairs: The dependence of each pair of consecutive layers, of absolute sum 1.
+        counts: Number of groups of each layer.
+        labels: Group of each member, for each layer.
+        free: The layers whose partition is searched.
+        random: Source of random numbers.
+    """
+
+    pairs: list[Array]
+    counts: Sequence[int]
+    labels: list[Labels]
+    free: list[int]
+    random: np.random.Generator
+
+    @classmethod
+    def started(
+        cls,
+        pairs: list[Array],
+        counts: Sequence[int],
+        random: np.random.Generator,
+        fixed: Sequence[Labels | None],
+    ) -> _Search:
+        labels = [
+            _k_means(_profiles(pairs, layer), counts[layer], random) if given is None else given
+            for layer, given in enumerate(fixed)
+        ]
+        return cls(pairs, counts, labels, [layer for layer, given in enumerate(fixed) if given is None], random)
+
+    def shaken(self) -> _Search:
+        """Returns partitions in which a part of the members of one layer are in random groups."""
+        labels = [own.copy() for own in self.labels]
+        layer = self.free[self.random.integers(len(self.free))]
+        own = labels[layer]
+        moved = self.random.random(len(own)) < SHAKEN
+        own[moved] = self.random.integers(self.counts[layer], size=int(moved.sum()))
+        return replace(self, labels=labels)
+
+    def kept(self) -> float:
+        """Returns the sum of κ over all pairs with dependence."""
+        each = (kept(pair, *self.labels[above : above + 2]) for above, pair in enumerate(self.pairs))
+        return sum(share for share in each if not math.isnan(share))
+
+    def run(self) -> None:
+        for _ in range(SWEEPS):
+            if not sum(self._sweep(layer) for layer in self.free):
+                return
+
+    def _sweep(self, layer: int) -> int:
+        """Moves each member of a layer once, in random order; returns the number of moves."""
+        order = self.random.permutation(len(self.labels[layer]))
+        return move_members(self._grouped(layer), self.labels[layer], self.counts[layer], order)
+
+    def _grouped(self, layer: int) -> Array:
+        """Returns the dependence of each member on the groups of the layers beside, ``(members, groups beside)``."""
+        sides = []
+        if layer > 0:
+            sides.append(group_sums(self.pairs[layer - 1], self.labels[layer - 1], self.counts[layer - 1]).T)
+        if layer < len(self.pairs):
+            sides.append(group_sums(self.pairs[layer].T, self.labels[layer + 1], self.counts[layer + 1]).T)
+        return np.concatenate(sides, 1)
+
+
+def refined(
+    labels: Sequence[Labels], counts: Sequence[int], free: Sequence[int], grouped: Callable[[int, list[Labels]], Array]
+) -> list[Labels]:
+    """Returns partitions in which single members of each layer in turn are moved until no move raises the sum of κ.
+
+    Args:
+        labels: The group of each member, for each layer.
+        counts: Number of groups of each layer.
+        free: The layers whose members are moved.
+        grouped: Returns the dependence of each member of a layer on the groups beside, as ``(members, groups beside)``.
+    """
+    better = [own.copy() for own in labels]
+    random = np.random.default_rng(0)
+    for layer in free:
+        values = grouped(layer, better)
+        for _ in range(SWEEPS):
+            if not move_members(values, better[layer], counts[layer], random.permutation(len(values))):
+                break
+    return better
+
+
+def move_members(values: Array, labels: Labels, count: int, order: Labels) -> int:
+    r"""Moves single members to the group that raises :math:`\sum_g \|\sum_{i \in g} v_i\|_1` most; changes ``labels``.
+
+    Args:
+        values: A vector for each member, ``(members, n)``.
+        labels: Group of each member.
+        count: Number of groups.
+        order: The order in which members are considered.
+
+    Returns:
+        The number of moves.
+    """
+    sums = group_sums(values, labels, count)
+    sizes = np.abs(sums).sum(1)
+    least = STILL * np.abs(values).sum()
+    moves = 0
+    for member in order:
+        own, value = labels[member], values[member]
+        without = sums[own] - value
+        size = np.abs(without).sum()
+        joined = np.abs(sums + value).sum(1)
+        gains = joined - sizes
+        gains[own] = sizes[own] - size
+        group = int(gains.argmax())
+        if gains[group] - gains[own] <= least:
+            continue
+        sums[own], sizes[own] = without, size
+        sums[group] += value
+        sizes[group] = joined[group]
+        labels[member] = group
+        moves += 1
+    return moves
+
+
+def _profiles(pairs: Sequence[Array], layer: int) -> Array:
+    """Returns the dependence of each member on all members beside, ``(members, members beside)``."""
+    sides = [*(pair.T for pair in pairs[max(0, layer - 1) : layer]), *pairs[layer : layer + 1]]
+    return np.concatenate(sides, 1)
+
+
+def _k_means(points: Array, count: int, random: np.random.Generator) -> Labels:
+    """Returns the clusters of Lloyd's algorithm from a k-means++ start, ``(points,)``."""
+    squares = (points**2).sum(1)
+    centres = np.empty((min(count, len(points)), points.shape[1]))
+    distances = np.ones(len(points))
+    for number in range(len(centres)):
+        total = distances.sum()
+        chosen = random.choice(len(points), p=distances / total) if total > 0 else random.integers(len(points))
+        centres[number] = points[chosen]
+        distances = np.minimum(
+            distances if number else np.inf, (squares - 2 * points @ centres[number] + squares[chosen]).clip(0)
+        )
+    labels: Labels = np.zeros(len(points), dtype=np.int64)
+    for _ in range(LLOYD):
+        nearest = (squares[:, None] - 2 * points @ centres.T + (centres**2).sum(1)).argmin(1).astype(np.int64)
+        if (nearest == labels).all():
+            break
+        labels = nearest
+        sizes = np.bincount(labels, minlength=len(centres))
+        sums = group_sums(points, labels, len(centres))
+        centres[sizes > 0] = sums[sizes > 0] / sizes[sizes > 0, None]
+    return labels

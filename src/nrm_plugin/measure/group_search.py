@@ -1,0 +1,232 @@
+"""Search for groups of the members of several layers that keep most of the dependence between the layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, brief
+from .dependence import Array, Labels, dependence, find_partitions, group_sums, kept, refined
+from .flow_thresholds import NEGLIGIBLE
+from .groups import Over
+from .joint_sketches import PairJoints
+from .layer_groups import Groups
+from .layer_taps import several_layers
+from .mean_joints import MeanJoints, Measure, Members, mean_joints, signed_sum
+from .partitions import Names
+
+K = 8
+"""Default number of groups of a layer."""
+ROUNDS = 2
+"""Number of times that the groups of each layer are moved by exact joint relevance if the search had a sketch of it."""
+RESTARTS = 30
+"""Default number of further starts of the search."""
+
+
+@runtime_checkable
+class JointSource(Protocol):
+    """Stored joint relevance, such as a sweep."""
+
+    def mean_joints(self, layers: Sequence[str]) -> MeanJoints: ...
+
+
+def find_groups(
+    measures: Measure | Iterable[Measure] | MeanJoints | JointSource,
+    layers: Sequence[Any],
+    k: int | Mapping[str, int | None] = K,
+    members: Members | None = None,
+    *,
+    names: Mapping[str, Names] | None = None,
+    restarts: int = RESTARTS,
+    seed: int = 0,
+) -> Groups:
+    r"""Finds groups of the members of all layers at once, which keep most of the dependence between the layers.
+
+    For the mean joint relevance ``J`` of two layers with row sums ``r``, column sums ``c`` and total ``Z``, the search
+    looks for partitions with a large share of the dependence :math:`D = J - r c^\top / Z`,
+
+    .. math:: \kappa = \sum_{gh} \Bigl|\sum_{i \in g, j \in h} D_{ij}\Bigr| \Big/ \sum_{ij} |D_{ij}|
+
+    and raises the sum of κ over pairs of consecutive layers. Single members are moved from a k-means start to the
+    group that raises it most, until no move does. Layers in which at most ``k`` members carry mass, such as the output,
+    keep these members apart. Groups are numbered by absolute mass, and the same seed gives the same groups.
+
+    The joint relevance of distant layers with more than 64 members each takes a pass for each member. The search then
+    starts from a sketch of rank 16, and moves members by exact joint relevance with groups; κ is not known (nan).
+
+    Args:
+        measures: A measure of one or more samples, several measures, or a sweep with the joint relevance of these
+            layers.
+        layers: Two or more layers, each below the previous one.
+        k: Largest number of groups of a layer; or by the name of the layer, where None keeps the members apart.
+        members: What is grouped, by the name of the layer: ``"channel"`` (the default), ``"position"``, ``"neuron"``,
+            an integer label for every neuron, such as heads ``torch.arange(768) // 64`` or segments of an image, or
+            boolean masks by name. For the input by default its positions, in at most 16 × 16 cells.
+        names: Names of members, by layer, such as ``{"output": classes}``. A group is called by its member with the
+            largest mass.
+        restarts: Number of further starts of the search, from the best groups so far with some members in other groups.
+        seed: Seed of the search.
+
+    Raises:
+        InputError: If ``k`` is below 1 or ``restarts`` below 0, or there is no measure.
+        EventError: If a layer is not below the previous one.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
+        >>> mu = RelevanceMeasure(net, torch.rand(5, 3), 1)
+        >>> find_groups(mu, ["output", "1", "input"], k=2)
+        Groups(output: 2, 1: 2, input: 2; κ=...)
+
+    Source: docs/groups.md (ours).
+    """
+    chosen = several_layers(layers)
+    if len(chosen) < 2:
+        raise InputError(
+            "groups are found by the dependence between layers, and one layer was given: name two or more."
+        )
+    found, source = _joints(measures, chosen, members)
+    counts = [_count(k, layer) for layer in found.layers]
+    if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
+        raise InputError(f"restarts={brief(restarts)} must be a whole number of at least 0.")
+    parts = [dependence(joint) for joint in found.joints]
+    fixed = [_apart(each, count) for each, count in zip(found.masses, counts, strict=True)]
+    sizes = [count or 0 if given is None else int(given.max()) + 1 for count, given in zip(counts, fixed, strict=True)]
+    labels = find_partitions(parts, sizes, restarts, seed, fixed)
+    if source is not None and not all(found.are_exact):
+        free = [layer for layer, given in enumerate(fixed) if given is None]
+        sides = _Sides(found, source, parts)
+        for _ in range(ROUNDS):
+            labels = refined(labels, sizes, free, sides)
+    return _groups(found, parts, labels, names or {})
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """The dependence of the members of a layer on the groups of the layers beside, exact.
+
+    Attributes:
+        found: Joint relevance of all members, exact or not.
+        source: Exact joint relevance of groups.
+        parts: The dependence of all members of each pair.
+    """
+
+    found: MeanJoints
+    source: PairJoints
+    parts: Sequence[Array]
+
+    def __call__(self, layer: int, labels: list[Labels]) -> Array:
+        sides = [self._above(layer - 1, labels)] if layer > 0 else []
+        sides += [self._below(layer, labels)] if layer < len(self.parts) else []
+        return np.concatenate(sides, 1)
+
+    def _above(self, pair: int, labels: list[Labels]) -> Array:
+        size = np.abs(self.parts[pair]).sum() or 1.0
+        if self.found.are_exact[pair]:
+            return group_sums(self.parts[pair], labels[pair]).T / size
+        groups = self.source.labels(pair, torch.from_numpy(labels[pair]))
+        return self._dependence(pair, groups, self.source.kinds[pair + 1]).T / size
+
+    def _below(self, pair: int, labels: list[Labels]) -> Array:
+        size = np.abs(self.parts[pair]).sum() or 1.0
+        if self.found.are_exact[pair]:
+            return group_sums(self.parts[pair].T, labels[pair + 1]).T / size
+        groups = self.source.labels(pair + 1, torch.from_numpy(labels[pair + 1]))
+        return self._dependence(pair, self.source.kinds[pair], groups) / size
+
+    def _dependence(self, pair: int, above: Over, below: Over) -> Array:
+        matrix = self.source.of_groups(pair, above, below)
+        return dependence(signed_sum(self.source.mu, matrix) / self.found.samples)
+
+
+def _joints(source: Any, layers: Sequence[Any], members: Members | None) -> tuple[MeanJoints, PairJoints | None]:
+    if isinstance(source, MeanJoints):
+        return source, None
+    if isinstance(source, JointSource):
+        return source.mean_joints(layers), None
+    measures = iter([source] if hasattr(source, "joints") else source)
+    first = next(measures, None)
+    if first is None:
+        raise InputError("groups need at least one measure, got none.")
+    return mean_joints(chain([first], measures), [(layer_name(first, layer), layer) for layer in layers], members)
+
+
+def layer_name(mu: Any, layer: Any) -> str:
+    """Returns the name of a layer of a measure."""
+    if isinstance(layer, str):
+        return layer
+    names = mu._tap(layer).names
+    return names[0] if names else str(layer)
+
+
+def _count(k: int | Mapping[str, int | None], layer: str) -> int | None:
+    count = k.get(layer, K) if isinstance(k, Mapping) else k
+    if count is None:
+        return None
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(f"k={brief(count)} must be a whole number of at least 1: the number of groups of {layer!r}.")
+    return count
+
+
+def _apart(masses: Array, count: int | None) -> Labels | None:
+    """Returns the partition into the members with mass, and all others, if at most ``count`` have mass."""
+    if count is None:
+        return np.arange(masses.shape[1], dtype=np.int64)
+    carriers = np.flatnonzero(np.abs(masses).max(0) > NEGLIGIBLE)
+    if len(carriers) > count:
+        return None
+    labels = np.full(masses.shape[1], len(carriers), dtype=np.int64)
+    labels[carriers] = np.arange(len(carriers))
+    return labels
+
+
+def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels], names: Mapping[str, Names]) -> Groups:
+    """Returns found partitions with their groups numbered by absolute mass."""
+    ordered = [_by_mass(each, own) for each, own in zip(found.masses, labels, strict=True)]
+    sums = [group_sums(each.T, own).T for each, own in zip(found.masses, ordered, strict=True)]
+    exact = found.are_exact or (True,) * len(parts)
+    kappas = [kept(part, *ordered[n : n + 2]) if exact[n] else math.nan for n, part in enumerate(parts)]
+    called = [
+        _names(each.mean(0), own, kind, names.get(layer))
+        for layer, each, own, kind in zip(found.layers, found.masses, ordered, found.members, strict=True)
+    ]
+    return Groups(
+        layers=found.layers,
+        labels=tuple(torch.from_numpy(own) for own in ordered),
+        members=found.members,
+        names=tuple(called),
+        masses=tuple(tuple(each.mean(0).tolist()) for each in sums),
+        kappas=tuple(kappas),
+        examples=tuple(tuple(np.abs(each).argmax(0).tolist()) for each in sums),
+        samples=found.samples,
+    )
+
+
+def _by_mass(masses: Array, labels: Labels) -> Labels:
+    """Numbers groups by absolute mean mass, and leaves out numbers without a member."""
+    used, labels = np.unique(labels, return_inverse=True)
+    sums = np.abs(group_sums(masses.mean(0)[:, None], labels, len(used))[:, 0])
+    places = np.empty(len(used), dtype=np.int64)
+    places[np.argsort(-sums, kind="stable")] = np.arange(len(used))
+    return places[labels]
+
+
+def _names(masses: Array, labels: Labels, kind: Over, names: Names | None) -> tuple[str, ...]:
+    """Returns the name of each group: its member with the largest mass, and the number of other members."""
+    given = dict(enumerate(names)) if names is not None and not isinstance(names, Mapping) else names or {}
+    called = []
+    for group in range(int(labels.max()) + 1):
+        members = np.flatnonzero(labels == group)
+        largest = int(members[np.abs(masses[members]).argmax()])
+        word = "member" if isinstance(kind, Tensor) else kind
+        name = given.get(largest, f"{word} {largest}")
+        others = len(members) - 1
+        is_empty = not np.abs(masses[members]).any()
+        called.append("others" if is_empty and others else f"{name} + {others}" if others else name)
+    return tuple(called)

@@ -1,0 +1,124 @@
+"""The mean joint relevance of the members of consecutive layers, over the samples of measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InputError
+from ..recording.taps import Tap
+from .groups import Over
+from .joint_sketches import PairJoints
+from .partitions import partition, patches
+
+Array = NDArray[np.float64]
+Members = Mapping[str, Any]
+"""The members of layers by name: ``"channel"``, ``"position"``, ``"neuron"``, an integer label for every neuron, or
+boolean masks by name."""
+
+CELLS = 16
+"""Cells along each side into which positions are divided where there are more, so that few members are left."""
+
+
+class Measure(Protocol):
+    """A :class:`~nrm_plugin.RelevanceMeasure`."""
+
+    @property
+    def sign(self) -> Tensor: ...
+    def joints(self, layers: Any, over: Any = ...) -> list[Tensor]: ...
+    def _tap(self, layer: Any) -> Tap: ...
+
+
+@dataclass(frozen=True, eq=False)
+class MeanJoints:
+    """Mean joint relevance of the members of consecutive layers.
+
+    Attributes:
+        layers: Names of the layers, from the output to the input.
+        members: The members of each layer: a kind of group, or an integer label for every neuron.
+        joints: For each pair of consecutive layers, ``(members, members below)``.
+        masses: For each layer the mass of each member, ``(samples, members)``, or ``(1, members)`` if only the mean is
+            known.
+        samples: Number of samples.
+        are_exact: For each pair, whether the joint relevance is exact; else it is of low rank.
+    """
+
+    layers: tuple[str, ...]
+    members: tuple[Over, ...]
+    joints: tuple[Array, ...]
+    masses: tuple[Array, ...]
+    samples: int
+    are_exact: tuple[bool, ...] = ()
+
+
+def mean_joints(
+    measures: Iterable[Measure], layers: Sequence[tuple[str, Any]], members: Members | None = None
+) -> tuple[MeanJoints, PairJoints | None]:
+    """Computes the mean joint relevance of consecutive layers over all samples of measures.
+
+    Also returned is the joint relevance of the measure, if there is one only.
+
+    Args:
+        measures: Measures of one or more samples.
+        layers: Names of the layers, from the output to the input, and how the measures call them.
+        members: The members of layers; by default channels, and cells of an image for the input.
+
+    Raises:
+        InputError: If there is no measure.
+    """
+    kinds: list[Over] = []
+    totals: list[Array] = []
+    exact = [True] * (len(layers) - 1)
+    masses: list[list[Array]] = [[] for _ in layers]
+    source: PairJoints | None = None
+    for number, mu in enumerate(measures):
+        if not kinds:
+            kinds = [_members(mu._tap(layer), name, members) for name, layer in layers]
+        joints = PairJoints(mu, [layer for _, layer in layers], kinds)
+        source = None if number else joints
+        parts = [joints.of_members(pair) for pair in range(len(layers) - 1)]
+        sums = [signed_sum(mu, matrix) for matrix, _ in parts]
+        exact = [before and now for before, (_, now) in zip(exact, parts, strict=True)]
+        totals = sums if not totals else [total + more for total, more in zip(totals, sums, strict=True)]
+        signs = mu.sign.double().cpu()[:, None]
+        for place, known in enumerate(masses):
+            known.append(_array(joints.masses(place).double().cpu() * signs))
+    if not kinds:
+        raise InputError("groups need at least one measure; the iterable is empty.")
+    each = tuple(np.concatenate(parts) for parts in masses)
+    count = len(each[0])
+    means = tuple(total / count for total in totals)
+    found = MeanJoints(tuple(name for name, _ in layers), tuple(kinds), means, each, count, tuple(exact))
+    return found, source
+
+
+def signed_sum(mu: Measure, matrix: Tensor) -> Array:
+    """Returns the sum over samples of joint relevance ``(N, upper, lower)`` times the sign of each sample."""
+    return _array(torch.einsum("n,nij->ij", mu.sign.double().cpu(), matrix.double().cpu()))
+
+
+def _array(values: Tensor) -> Array:
+    array: Array = values.numpy()
+    return array
+
+
+def _members(tap: Tap, name: str, members: Members | None) -> Over:
+    """Returns the members of a layer."""
+    given = (members or {}).get(name)
+    if given is not None:
+        return given if isinstance(given, str) else partition(tap, given, None).labels
+    if name != "input" or len(tap.shape) < 3:
+        return "channel"
+    positions = list(tap.shape[1:])
+    channel = positions.pop(tap.channel_dim % len(tap.shape) - 1)
+    if math.prod(positions) <= CELLS**2:
+        return "position"
+    cells = patches(positions, [min(CELLS, size) for size in positions])
+    return cells.unsqueeze(tap.channel_dim % len(tap.shape) - 1).expand(tap.shape[1:]) if channel else cells

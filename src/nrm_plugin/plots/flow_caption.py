@@ -1,0 +1,167 @@
+"""What a flow says, in sentences made of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
+from .flow_columns import node_name
+from .ribbons import percent
+
+NAMED = 3
+"""Largest number of nodes in a list."""
+ENOUGH = 0.6
+"""Share of the positive relevance of a node that the listed nodes below it hold together."""
+WORTH_SAYING = 0.01
+"""Relevance below which nothing is said."""
+KEY = (
+    "The input is on the left. Heights are relevance, on one scale for all layers; red is {}, blue {}, grey the rest "
+    "of a layer."
+)
+SIGNS = ("evidence for", "evidence against")
+OFF = (
+    "Orange is relevance that does not cross a layer: hatched if it is absorbed above, dotted if it bypasses the layer."
+)
+PICTURES = "Pictures show where the relevance of a node lies, on one colour scale per layer."
+
+
+def flow_caption(graph: FlowGraph, target: str = "") -> str:
+    """Describes a flow by its largest numbers: where the relevance comes from, by which way, and what is against it.
+
+    Args:
+        graph: The graph.
+        target: What is explained; by default the name of the only node of the output.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> graph = RelevanceMeasure(net, torch.tensor([[1.0, 2.0, 3.0]]), 1).flow(["output", "1", "input"])
+        >>> "% of “1”" in flow_caption(graph)
+        True
+    """
+    target = target or _target(graph)
+    sentences = [_origin(graph, target), *_ways(graph), _against(graph, target), *_elsewhere(graph)]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
+    """Describes the difference of two flows by the nodes in which they differ most.
+
+    Args:
+        graph: The first flow minus the second.
+        first: Name of the first flow, whose excess is red.
+        second: Name of the second flow, whose excess is blue.
+    """
+    nodes = [node for layer in graph.layers if layer.name != "output" for node in layer.nodes if node.kind == "group"]
+    sentences = []
+    for name, sign in ((first, 1), (second, -1)):
+        most = sorted((node for node in nodes if sign * node.mass >= WORTH_SAYING), key=lambda node: -sign * node.mass)
+        parts = [f"{named(node, graph)} ({percent(abs(node.mass)).removesuffix('%')} points)" for node in most[:NAMED]]
+        sentences += [f"More for {name}: {_listed(parts)}."] if parts else []
+    return " ".join(sentences) or "The flows hardly differ."
+
+
+def key_text(has_pictures: bool, has_off: bool, signs: tuple[str, str] = SIGNS) -> str:
+    """Returns the legend of a flow; ``signs`` says what positive and negative relevance mean."""
+    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([PICTURES] if has_pictures else [])])
+
+
+def named(node: FlowNode, graph: FlowGraph) -> str:
+    """Returns the name of a node in a sentence, with its layer unless that is the input or the output."""
+    name = node_name(node)
+    return name if node.layer in ("input", "output") else f"{name} of {node.layer}"
+
+
+def _target(graph: FlowGraph) -> str:
+    groups = [node for node in graph.layers[0].nodes if node.kind == "group"] if graph.layers else []
+    if graph.layers and graph.layers[0].name == "output" and groups:
+        label = max(groups, key=lambda node: abs(node.mass)).label
+        return label if label.startswith(("“", "class ")) else f"“{label}”"
+    return "all relevance"
+
+
+def _origin(graph: FlowGraph, target: str) -> str:
+    """Says which nodes of the lowest layer the strongest node above them gets its relevance from."""
+    if len(graph.layers) < 2:
+        strongest = _strongest(graph.layers[-1]) if graph.layers else None
+        return f"{percent(strongest.mass)} of {target} passes through {named(strongest, graph)}." if strongest else ""
+    upper, lower = graph.layers[-2:]
+    above = _strongest(upper)
+    if above is None:
+        return ""
+    row = graph.joints[-1][upper.nodes.index(above)][: len(lower.groups)]
+    chosen = _leading(row)
+    if not chosen:
+        return ""
+    total = percent(float(row[chosen].sum()))
+    sources = _listed([named(lower.nodes[place], graph) for place in chosen])
+    way = "" if upper.name == "output" else f" by way of {named(above, graph)}"
+    return f"{total} of {target} comes from {sources}{way}."
+
+
+def _leading(values: np.ndarray) -> list[int]:
+    """Returns the largest positive values that hold enough of all positive ones, at most a few."""
+    order = np.argsort(-values)
+    total = values.clip(min=0).sum()
+    chosen: list[int] = []
+    for place in order[:NAMED]:
+        if values[place] < WORTH_SAYING or values[chosen].sum() >= ENOUGH * total:
+            break
+        chosen.append(int(place))
+    return chosen
+
+
+def _ways(graph: FlowGraph) -> list[str]:
+    """Says, for every two hidden layers, which ribbon is the widest."""
+    sentences = []
+    for number, joint in enumerate(graph.joints):
+        upper, lower = graph.layers[number : number + 2]
+        groups = joint[: len(upper.groups), : len(lower.groups)]
+        if upper.name == "output" or lower is graph.layers[-1] or not groups.size:
+            continue
+        above, below = np.unravel_index(int(groups.argmax()), groups.shape)
+        if groups[above, below] >= WORTH_SAYING:
+            one, other = upper.nodes[above], lower.nodes[below]
+            share = percent(float(groups[above, below]))
+            sentences.append(f"The widest way up is {named(other, graph)} → {named(one, graph)}: {share}.")
+    return sentences
+
+
+def _against(graph: FlowGraph, target: str) -> str:
+    groups = [node for layer in graph.layers[1:] for node in layer.nodes if node.kind == "group"]
+    worst = min(groups, key=lambda node: node.mass, default=None)
+    if worst is None or worst.mass > -WORTH_SAYING:
+        return ""
+    return f"Against it: {named(worst, graph)} with {percent(worst.mass)}."
+
+
+def _elsewhere(graph: FlowGraph) -> list[str]:
+    """Says how much passes through the rest of a layer, is absorbed, or bypasses a layer."""
+    sentences = []
+    rest = max(graph.layers, key=lambda layer: abs(layer.rest), default=None)
+    if rest is not None and rest.others and abs(rest.rest) >= 0.1:
+        sentences.append(f"The other {rest.others} of {rest.name} hold {percent(rest.rest)}.")
+    lowest = graph.layers[-1] if graph.layers else None
+    if lowest is not None and abs(lowest.sink) >= WORTH_SAYING:
+        sentences.append(f"Biases and stabilizers absorb {percent(lowest.sink)} above {_layer_text(lowest)}.")
+    around = max(graph.layers, key=lambda layer: abs(layer.bypass), default=None)
+    if around is not None and abs(around.bypass) >= WORTH_SAYING:
+        sentences.append(f"{percent(around.bypass)} bypasses {_layer_text(around)}.")
+    return sentences
+
+
+def _layer_text(layer: FlowLayer) -> str:
+    return f"the {layer.name}" if layer.name in ("input", "output") else layer.name
+
+
+def _strongest(layer: FlowLayer) -> FlowNode | None:
+    groups = [node for node in layer.nodes if node.kind == "group"]
+    return max(groups, key=lambda node: node.mass, default=None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+__all__ = ["SIGNS", "difference_caption", "flow_caption", "key_text"]

@@ -1,0 +1,293 @@
+"""Pictures of the nodes of a flow: blurred heat maps, on one scale per layer, over the photograph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from matplotlib.colors import to_rgb
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+
+from ..measure.flow_graph import FlowGraph
+from ..measure.flow_heat_maps import NodeMaps
+from .ribbons import LIGHT, Palette
+
+Array = NDArray[np.float64]
+Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]
+"""Top, left, bottom and right of a part of an image."""
+
+CELLS = 32
+"""Number of blurred cells of a picture along its longer side: about what the eye resolves in a thumbnail."""
+PIXELS = 120
+"""Side of a picture in pixels."""
+SHARP = 40
+"""Images of at most this many pixels along each side keep their pixels visible."""
+INSIDE = 0.97
+"""Share of the absolute relevance that the crop of the pictures contains along each axis."""
+LEAST = 0.35
+"""Smallest side of the crop as a fraction of the side of the image."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """The explained image, with the part of the file that the model did not see.
+
+    Attributes:
+        image: The input of the model as an image, ``(C, H, W)`` in [0, 1], with one or three channels.
+        whole: The image of the file, ``(3, H, W)`` in [0, 1]; None if the model saw all of it.
+        seen: The part of the file that the model saw: left, top, right and bottom as fractions.
+        regions: Boolean masks of the groups of the input, ``(H, W)``, by the keys of their nodes; drawn as outlines.
+    """
+
+    image: Tensor | Array
+    whole: Tensor | Array | None = None
+    seen: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    regions: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def colors(self) -> Array:
+        """The input of the model, ``(H, W, 3)``."""
+        return _colors(self.image)
+
+    @property
+    def file(self) -> Array:
+        """The image of the file, ``(H, W, 3)``."""
+        return _colors(self.image if self.whole is None else self.whole)
+
+
+@dataclass(frozen=True)
+class NodePictures:
+    """Heat maps of the nodes, ready to be drawn.
+
+    Attributes:
+        box: The part of the input in all pictures.
+        values: By the key of a node, colours between -1 and 1, ``(H, W)``; 1 is the darkest colour of the layer.
+        grey: The photograph in the same part, ``(H, W)`` in [0, 1]; None without a photograph.
+        size: Height and width of the input in pixels.
+        edges: By the key of a node of the input, the pixels of the outline of its region, ``(H, W)``.
+    """
+
+    box: Box
+    values: Mapping[str, Array]
+    grey: Array | None
+    size: tuple[int, int]
+    edges: Mapping[str, NDArray[np.bool_]]
+
+    @property
+    def ratio(self) -> float:
+        """Height of a picture, divided by its width."""
+        top, left, bottom, right = self.box
+        return (bottom - top) / max(right - left, 1)
+
+
+def node_pictures(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodePictures | None:
+    """Returns the pictures of the nodes of a graph that have heat maps; None if there are none.
+
+    Each map is divided by its total absolute relevance, and all maps of a layer share one scale: its median maximum.
+    """
+    nodes = [node for node in graph.nodes if node.key in maps]
+    maps = {node.key: np.asarray(maps[node.key], dtype=float) for node in nodes}
+    if not maps or min(next(iter(maps.values())).shape) < 2:
+        return None
+    size = next(iter(maps.values())).shape
+    weights = {node.key: abs(node.mass) for node in nodes}
+    box = crop(sum((weights[key] * _share(values) for key, values in maps.items()), np.zeros(size)))
+    smooth = {key: smoothed(_share(values)[box[0] : box[2], box[1] : box[3]]) for key, values in maps.items()}
+    values: dict[str, Array] = {}
+    for layer in graph.layers:
+        keys = [node.key for node in layer.nodes if node.key in smooth]
+        limit = _median([float(np.abs(smooth[key]).max()) for key in keys])
+        values |= {key: (smooth[key] / (limit or 1.0)).clip(-1, 1) for key in keys}
+    shape = next(iter(values.values())).shape
+    grey = None if photo is None or photo.colors.shape[:2] != size else _grey(photo, box, shape)
+    regions = {} if photo is None else {key: mask for key, mask in photo.regions.items() if key in values}
+    edges = {key: _edge(np.asarray(mask)[box[0] : box[2], box[1] : box[3]], shape) for key, mask in regions.items()}
+    return NodePictures(box, values, grey, (size[0], size[1]), edges)
+
+
+def painted(pictures: NodePictures, key: str, palette: Palette = LIGHT) -> Pixels:
+    """Paints the picture of a node over the photograph, ``(H, W, 3)``, on the paper of a palette."""
+    values = pictures.values[key]
+    paper = np.array(to_rgb(palette.paper))
+    ground = np.broadcast_to(paper, (*values.shape, 3)) if pictures.grey is None else faded(pictures.grey, palette)
+    alpha = opacity(values)[..., None]
+    signs = np.where(values[..., None] >= 0, to_rgb(palette.positive), to_rgb(palette.negative))
+    colors = ground * (1 - alpha) + signs * alpha
+    if key in pictures.edges:
+        colors = np.where(pictures.edges[key][..., None], to_rgb(palette.ink), colors)
+    result: Pixels = (255 * colors).round().astype(np.uint8)
+    return result
+
+
+def photo_pixels(photo: Photo, pictures: NodePictures | None = None) -> Pixels:
+    """Returns the photograph of the file, ``(H, W, 3)``; what the model did not see is dimmed outside of a frame.
+
+    A thin line shows the part that the pictures of the nodes show, if that is smaller.
+    """
+    colors = _resized(photo.file, 3 * PIXELS)
+    height, width = colors.shape[:2]
+    left, top, right, bottom = (
+        round(end * side) for end, side in zip(photo.seen, (width, height, width, height), strict=True)
+    )
+    inside = np.zeros((height, width), bool)
+    inside[top:bottom, left:right] = True
+    colors = np.where(inside[..., None], colors, 0.35 * colors + 0.55)
+    if not inside.all():
+        colors = np.where(_border(inside, 3)[..., None], (0.9, 0.62, 0.0), colors)
+    if pictures is not None and pictures.box != (0, 0, *pictures.size):
+        rows = [top + round(end * (bottom - top) / pictures.size[0]) for end in pictures.box[::2]]
+        places = [left + round(end * (right - left) / pictures.size[1]) for end in pictures.box[1::2]]
+        part = np.zeros((height, width), bool)
+        part[rows[0] : rows[1], places[0] : places[1]] = True
+        colors = np.where(_border(part, 2)[..., None], 1.0, colors)
+    for mask in photo.regions.values():
+        part = np.zeros((height, width), bool)
+        part[top:bottom, left:right] = _nearest(np.asarray(mask), (bottom - top, right - left))
+        colors = np.where(_border(part, 1)[..., None], 1.0, colors)
+    result: Pixels = (255 * colors.clip(0, 1)).round().astype(np.uint8)
+    return result
+
+
+def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
+    """Returns a place inside each region, far from its border, in the image of the file.
+
+    Places are fractions from the left and the top.
+    """
+    left, top, right, bottom = photo.seen
+    places = {}
+    for key, mask in photo.regions.items():
+        inside = np.asarray(mask, dtype=float)
+        if inside.any():
+            depth = _blurred(np.pad(inside, 1), 0.08 * max(inside.shape))[1:-1, 1:-1] * inside
+            row, column = np.unravel_index(int(depth.argmax()), inside.shape)
+            y, x = (row + 0.5) / inside.shape[0], (column + 0.5) / inside.shape[1]
+            places[key] = (left + float(x) * (right - left), top + float(y) * (bottom - top))
+    return places
+
+
+def opacity(values: Array) -> Array:
+    """Returns the opacity of the colours of a heat map with values between -1 and 1."""
+    result: Array = 0.9 * np.abs(values) ** 1.1
+    return result
+
+
+def faded(grey: Array, palette: Palette = LIGHT) -> Array:
+    """Returns a grey photograph without strong contrast, near to the paper of a palette, ``(H, W, 3)``."""
+    paper = np.array(to_rgb(palette.paper))
+    ink = np.array(to_rgb(palette.ink))
+    share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.33 * grey)[..., None]
+    result: Array = paper * (1 - share) + ink * share
+    return result
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def smoothed(values: Array) -> Array:
+    """Returns a heat map at the size of a picture, blurred to the size of a cell; small maps keep their pixels."""
+    height, width = values.shape
+    scale = PIXELS / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    kind = Image.Resampling.NEAREST
+    if max(height, width) > SHARP:
+        values, kind = _blurred(values, 0.6 * max(height, width) / CELLS), Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, kind), dtype=float)
+
+
+def crop(weights: Array) -> Box:
+    """Returns the part of an image that holds most of some non-negative weights, in the aspect ratio of the image."""
+    height, width = weights.shape
+    if max(height, width) <= SHARP or not weights.any():
+        return (0, 0, height, width)
+    spans = [_span(weights.sum(1 - axis)) for axis in (0, 1)]
+    side = max(max((end - start) / length for (start, end), length in zip(spans, weights.shape, strict=True)), LEAST)
+    if side > 0.85:
+        return (0, 0, height, width)
+    ends = []
+    for (start, end), length in zip(spans, weights.shape, strict=True):
+        part = min(length, math.ceil(side * length))
+        first = min(max(0, (start + end - part) // 2), length - part)
+        ends.append((first, first + part))
+    return (ends[0][0], ends[1][0], ends[0][1], ends[1][1])
+
+
+def _span(weights: Array) -> tuple[int, int]:
+    """Returns the range that holds the inner share of some weights, with a margin."""
+    shares = np.cumsum(weights) / weights.sum()
+    outside = (1 - INSIDE) / 2
+    start, end = int(np.searchsorted(shares, outside)), int(np.searchsorted(shares, 1 - outside)) + 1
+    margin = round(0.05 * len(weights))
+    return max(0, start - margin), min(len(weights), end + margin)
+
+
+def _share(values: Array) -> Array:
+    total = float(np.abs(values).sum())
+    return values / total if total > 0 else values
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = [value for value in values if value > 0]
+    return float(np.median(ordered)) if ordered else 0.0
+
+
+def _blurred(values: Array, radius: float) -> Array:
+    # Pillow blurs bytes only, which would lose small values: a separable kernel is as short.
+    reach = max(1, math.ceil(2.5 * radius))
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(radius, 1e-6)) ** 2)
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        padded = np.pad(values, [(reach, reach) if axis == at else (0, 0) for at in (0, 1)], mode="edge")
+        values = np.apply_along_axis(np.convolve, axis, padded, kernel, mode="valid")
+    return values
+
+
+def _border(mask: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
+    """Returns the pixels of a region that are near to its border or to the border of the image."""
+    inner = np.pad(mask, thickness)
+    for axis in (0, 1):
+        inner = np.logical_and.reduce([np.roll(inner, step, axis) for step in range(-thickness, thickness + 1)])
+    result: NDArray[np.bool_] = mask & ~inner[thickness:-thickness, thickness:-thickness]
+    return result
+
+
+def _edge(mask: Array, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    return _border(_nearest(mask, shape), 2)
+
+
+def _nearest(mask: Array, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Returns a mask at another size."""
+    drawn = Image.fromarray(mask.astype(np.uint8) * 255).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
+    result: NDArray[np.bool_] = np.asarray(drawn) > 127
+    return result
+
+
+def _resized(colors: Array, side: int) -> Array:
+    drawn = Image.fromarray((255 * colors).round().astype(np.uint8))
+    scale = side / max(drawn.size)
+    size = (max(1, round(drawn.width * scale)), max(1, round(drawn.height * scale)))
+    kind = Image.Resampling.NEAREST if max(drawn.size) <= SHARP else Image.Resampling.LANCZOS
+    return np.asarray(drawn.resize(size, kind), dtype=float) / 255
+
+
+def _colors(image: Tensor | Array) -> Array:
+    pixels = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image, dtype=float)
+    pixels = np.repeat(1 - pixels, 3, 0) if len(pixels) == 1 else pixels  # dark on light, as in all heat maps
+    result: Array = np.moveaxis(pixels, 0, -1).clip(0, 1)
+    return result
+
+
+def _grey(photo: Photo, box: Box, shape: tuple[int, ...]) -> Array:
+    top, left, bottom, right = box
+    colors = photo.colors[top:bottom, left:right] @ np.array([0.299, 0.587, 0.114])
+    drawn = ImageOps.autocontrast(Image.fromarray((255 * colors).round().astype(np.uint8)), cutoff=0.5)
+    kind = Image.Resampling.NEAREST if max(colors.shape) <= SHARP else Image.Resampling.LANCZOS
+    sharp = drawn.resize((shape[1], shape[0]), kind).filter(ImageFilter.UnsharpMask(1, 60, 0))
+    return np.asarray(sharp, dtype=float) / 255
+
+
+__all__ = ["NodePictures", "Photo", "node_pictures", "painted", "photo_pixels", "region_places"]

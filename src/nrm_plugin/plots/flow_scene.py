@@ -1,0 +1,343 @@
+"""The layout of a flow: places of nodes, ribbons, pictures and text, in points, from the upper left corner.
+
+The figure and the HTML page draw the same scene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
+from .flow_columns import drawn_columns, node_name, tone_of
+from .flow_parts import BAR, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
+from .flow_text import cut, text_width, wrapped_lines
+from .ribbons import percent
+
+Array = NDArray[np.float64]
+HAIRLINE = 0.3
+"""Width of the thinnest ribbon that is drawn, in points."""
+GAP = 6.0
+"""Space between two nodes, in points."""
+
+
+# -- the scene ------------------------------------------------------------------------------------------------------
+
+
+def flow_scene(
+    graph: FlowGraph,
+    heading: str = "",
+    caption: str = "",
+    key: str = "",
+    width: float | None = None,
+    pictures: Mapping[str, object] | None = None,
+    ratio: float = 1.0,
+    photo_ratio: float | None = None,
+) -> Scene:
+    """Lays out a flow.
+
+    Args:
+        graph: The graph.
+        heading: The title.
+        caption: Sentences below the title.
+        key: The legend below the flow; a note on the ribbons that are not drawn is appended.
+        width: Width in inches; by default 7.2, and more for more than four layers.
+        pictures: The nodes with a picture, by key.
+        ratio: Height of a picture, divided by its width.
+        photo_ratio: The same for the photograph next to the caption; None without one.
+
+    Raises:
+        FlowError: If a layer has too many groups for a figure.
+    """
+    pictures = pictures or {}
+    columns = drawn_columns(graph)
+    sizes = _sizes(columns, width, ratio if pictures else 0.0)
+    photo, labels, top = _header(sizes, heading, caption, photo_ratio)
+    labels += _column_headings(graph, sizes, top)
+    top += 2 * LINE * sizes.letters + 8
+    stacks = _stacks(graph, columns)
+    heights = [[_rows(sizes, number, node, pictures) for _, node in column] for number, column in enumerate(columns)]
+    unit, room = _unit(stacks, heights, sizes)
+    nodes = [
+        node
+        for number, column in enumerate(columns)
+        for node in _placed(graph, number, column, stacks[number], heights[number], unit, room, top, sizes, pictures)
+    ]
+    bands, omitted = _bands(graph, columns, nodes, unit)
+    bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
+    note = f"Ribbons thinner than a hairline, together {percent(omitted)}, are not drawn." if omitted > 1e-3 else ""
+    for line in wrapped_lines(f"{key} {note}".strip(), sizes.width - 2 * MARGIN, 0.9 * sizes.letters):
+        labels.append(Label(MARGIN, bottom + 5, line, 0.9 * sizes.letters, "start", "pale"))
+        bottom += LINE * 0.9 * sizes.letters
+    return Scene(sizes.width, bottom + MARGIN, photo, tuple(labels), tuple(nodes), tuple(bands), unit, omitted)
+
+
+def _sizes(columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | None, ratio: float) -> Sizes:
+    count, longest = max(len(columns), 1), max((len(column) for column in columns), default=1)
+    points = 72 * (max(7.2, 1.9 * count, 0.8 * longest) if width is None else width)
+    letters = float(np.clip(points / (14.5 * count), 5.0, 7.2))
+    sides, lines = [], []
+    for column in columns:  # a long column has smaller pictures
+        widest = max((text_width(_one_line(node), letters) for _, node in column), default=0.0)
+        largest = float(np.clip(0.44 * points / count, 20, 84))
+        longer = 1.1 * points / max(len(column), 1) - 2 * LINE * letters - GAP
+        sides.append(max(min(largest, longer / ratio), min(0.6 * largest, 44)) if ratio else 0.6 * largest)
+        lines.append(1 if widest < 0.8 * sides[-1] else 2)
+    return Sizes(points, letters, ratio, tuple(sides), tuple(lines))
+
+
+def _header(
+    sizes: Sizes, heading: str, caption: str, photo_ratio: float | None
+) -> tuple[Box | None, list[Label], float]:
+    """Returns the place of the photograph, the lines of title and caption, and the height of both."""
+    labels: list[Label] = []
+    photo = None
+    left, y = MARGIN, MARGIN
+    if photo_ratio is not None:
+        side = float(np.clip(0.16 * sizes.width, 52, 96))
+        long = side / max(1.0, photo_ratio)
+        photo = Box(MARGIN, MARGIN, long, long * photo_ratio)
+        left = photo.right + 10
+    big, small = min(10.5, 1.4 * sizes.letters + 0.5), 1.08 * sizes.letters
+    for text, size, is_bold in ((heading, big, True), (caption, small, False)):
+        for line in wrapped_lines(text, sizes.width - left - MARGIN, size, is_bold):
+            tone = "ink"
+            labels.append(Label(left, y + 0.5 * LINE * size, line, size, "start", tone, is_bold))
+            y += LINE * size
+        y += 3 if text else 0
+    bottom = max(y, photo.bottom if photo else 0.0)
+    return photo, labels, bottom + 10 if labels or photo else MARGIN
+
+
+def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
+    labels = []
+    layers = graph.layers[::-1]
+    for number, layer in enumerate(layers):
+        x, anchor = sizes.x(number) + sizes.node(number) / 2, "middle"
+        room = sizes.node(number) + sizes.gap / 2 - 4 if len(layers) > 1 else sizes.width - 2 * MARGIN
+        if number == 0:
+            x, anchor = MARGIN, "start"
+        elif number == len(layers) - 1:
+            x, anchor = sizes.width - MARGIN, "end"
+        size = 1.1 * sizes.letters
+        labels.append(Label(x, top + 4, cut(layer.name, room, size, True), size, anchor, "ink", True))
+        note = cut(layer_note(layer), room, 0.9 * sizes.letters)
+        labels.append(Label(x, top + 4 + LINE * size, note, 0.9 * sizes.letters, anchor, "pale"))
+    return labels
+
+
+def layer_note(layer: FlowLayer) -> str:
+    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%``."""
+    if not layer.groups:
+        return "no relevance crosses it"
+    return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(round(sum(layer.masses), 5))}"
+
+
+# -- places ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Ribbons at one side of a node: their positive and their negative relevance."""
+
+    positive: float
+    negative: float
+
+    @property
+    def total(self) -> float:
+        """The absolute relevance."""
+        return self.positive + self.negative
+
+
+def _stacks(graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]]) -> list[list[tuple[Stack, Stack]]]:
+    """Returns the stacks at the left and at the right side of each node, of all ribbons to drawn nodes."""
+    joints = [joint.T for joint in graph.joints[::-1]]
+    result = []
+    for number, column in enumerate(columns):
+        rows = []
+        for row, node in column:
+            left = _signed(node, joints[number - 1][:, row], columns[number - 1]) if number else Stack(0, 0)
+            right = _signed(node, joints[number][row], columns[number + 1]) if number < len(joints) else Stack(0, 0)
+            alone = Stack(max(node.mass, 0.0), max(-node.mass, 0.0))
+            rows.append((left, right) if graph.joints else (alone, alone))
+        result.append(rows)
+    return result
+
+
+def _signed(node: FlowNode, values: Array, column: Sequence[tuple[int, FlowNode]]) -> Stack:
+    shown = values[[row for row, _ in column]]
+    return Stack(float(shown.clip(min=0).sum()), float(-shown.clip(max=0).sum()))
+
+
+def _rows(sizes: Sizes, column: int, node: FlowNode, pictures: Mapping[str, object]) -> float:
+    """Returns the height of the picture of a node with its text."""
+    return (sizes.sides[column] * sizes.ratio if node.key in pictures else 0.0) + sizes.text(column)
+
+
+def _unit(
+    stacks: Sequence[Sequence[tuple[Stack, Stack]]], heights: Sequence[Sequence[float]], sizes: Sizes
+) -> tuple[float, float]:
+    """Returns the points per unit of relevance, and the height of the flow."""
+
+    def filled(column: int, unit: float) -> float:
+        both = zip(stacks[column], heights[column], strict=True)
+        return sum(max(unit * max(left.total, right.total), least) + GAP for (left, right), least in both)
+
+    columns = range(len(stacks))
+    room = max([filled(column, 0.0) for column in columns] + [0.42 * sizes.width]) * 1.12
+    low, high = 0.0, room / 0.05
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if max(filled(column, middle) for column in columns) <= room else (low, middle)
+    return low, room
+
+
+def _placed(
+    graph: FlowGraph,
+    number: int,
+    column: Sequence[tuple[int, FlowNode]],
+    stacks: Sequence[tuple[Stack, Stack]],
+    heights: Sequence[float],
+    unit: float,
+    room: float,
+    top: float,
+    sizes: Sizes,
+    pictures: Mapping[str, object],
+) -> list[DrawnNode]:
+    """Returns the nodes of a column, spread over the height of the flow."""
+    own = [
+        max(unit * max(left.total, right.total), least) for (left, right), least in zip(stacks, heights, strict=True)
+    ]
+    space = (room - sum(own) - len(own) * GAP) / max(len(own), 1)
+    space = min(space, 2.5 * sizes.letters)
+    y = top + (room - sum(own) - len(own) * (GAP + space)) / 2 + space / 2
+    layer = graph.layers[::-1][number]
+    nodes = []
+    for (_, node), sides, least, height in zip(column, stacks, heights, own, strict=True):
+        box = Box(sizes.x(number), y, sizes.node(number), height)
+        middle = y + height / 2
+        inner = Box(box.x + BAR, middle - least / 2, sizes.sides[number], least - sizes.text(number))
+        bars = _bars(layer, node, sides, number, len(graph.layers), box, middle, unit)
+        picture = inner if node.key in pictures else None
+        is_between = any(bar.bottom > inner.bottom for bar, _ in bars)
+        labels = _labels(graph, number, node, box, inner.bottom + 1, sizes, is_between)
+        nodes.append(DrawnNode(node, number, box, picture, bars, labels))
+        y += height + GAP + space
+    return nodes
+
+
+def _bars(
+    layer: FlowLayer,
+    node: FlowNode,
+    sides: tuple[Stack, Stack],
+    number: int,
+    count: int,
+    box: Box,
+    middle: float,
+    unit: float,
+) -> tuple[tuple[Box, str], ...]:
+    bars = []
+    for stack, x, is_there in (
+        (sides[0], box.x, number > 0 or count == 1),
+        (sides[1], box.right - BAR, number < count - 1),
+    ):
+        y = middle - unit * stack.total / 2
+        for value, sign in ((stack.positive, 1.0), (stack.negative, -1.0)):
+            if is_there and value * unit > 0.02:
+                tone = tone_of(node, layer, sign)
+                bars.append((Box(x, y, BAR, value * unit), tone))
+            y += value * unit
+    return tuple(bars)
+
+
+def _labels(
+    graph: FlowGraph, number: int, node: FlowNode, box: Box, y: float, sizes: Sizes, is_between: bool
+) -> tuple[Label, ...]:
+    """Returns the name and the mass of a node, below its picture; ``is_between`` its bars if these are long."""
+    last = len(graph.layers) - 1
+    room = sizes.node(number) + 0.5 * sizes.gap if last else sizes.width
+    x, anchor, size = box.x + box.width / 2, "middle", sizes.letters
+    if is_between:
+        room = sizes.sides[number] - 1
+        text = _one_line(node) if sizes.lines[number] == 1 else node_name(node)
+        size *= float(np.clip(room / max(text_width(text, size), 1e-6), 0.75, 1.0))
+    elif number in (0, last) and text_width(node_name(node), size) / 2 > sizes.node(number) / 2 + MARGIN - 2:
+        x, anchor = (box.x, "start") if number == 0 else (box.right, "end")
+    tone = "ink" if node.kind != "group" or node.mass >= 0 else "negative"
+    if sizes.lines[number] == 1:
+        return (Label(x, y + 0.5 * LINE * size, _one_line(node), size, anchor, tone, True),)
+    return (
+        Label(x, y + 0.5 * LINE * size, cut(node_name(node), room, size), size, anchor),
+        Label(x, y + 1.5 * LINE * size, percent(node.mass), size, anchor, tone, True),
+    )
+
+
+def _one_line(node: FlowNode) -> str:
+    return f"{node_name(node)}  {percent(node.mass)}"
+
+
+# -- ribbons --------------------------------------------------------------------------------------------------------
+
+
+def _bands(
+    graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]], nodes: Sequence[DrawnNode], unit: float
+) -> tuple[list[Band], float]:
+    """Returns the ribbons, positive ones above negative ones at each node, and the relevance that is not drawn."""
+    places = {node.node.key: node for node in nodes}
+    bands: list[Band] = []
+    omitted = 0.0
+    layers = graph.layers[::-1]
+    for number, joint in enumerate(joint.T for joint in graph.joints[::-1]):
+        left, right = columns[number], columns[number + 1]
+        values = joint[np.ix_([row for row, _ in left], [row for row, _ in right])]
+        starts, ends = _tops(values, unit), _tops(values.T, unit).T
+        widest = float(np.abs(values).max(initial=0.0)) or 1.0
+        omitted += float(np.abs(joint).sum() - np.abs(values).sum())
+        for (a, (_, lower)), (b, (_, upper)) in ((a, b) for a in enumerate(left) for b in enumerate(right)):
+            value, width = float(values[a, b]), abs(float(values[a, b])) * unit
+            if width < HAIRLINE:
+                omitted += abs(value)
+                continue
+            one, other = places[lower.key], places[upper.key]
+            start = (one.box.right, _middle(one, 1) + starts[a, b] + width / 2)
+            end = (other.box.x, _middle(other, 0) + ends[a, b] + width / 2)
+            kinds = {lower.kind, upper.kind}
+            kind = lower if lower.kind == "off" else upper if upper.kind == "off" else None
+            tone = tone_of(kind, layers[number + (kind is upper)], value) if kind else _tone(kinds, value)
+            strength = (
+                0.16 if kinds == {"off"} else 0.3 if kind or "rest" in kinds else 0.28 + 0.42 * abs(value) / widest
+            )
+            bands.append(Band(lower.key, upper.key, value, start, end, width, tone, round(strength, 3)))
+    return bands, omitted
+
+
+def _tone(kinds: Collection[str], value: float) -> str:
+    return "rest" if "rest" in kinds else "positive" if value >= 0 else "negative"
+
+
+def _tops(values: Array, unit: float) -> Array:
+    """Returns the upper ends of the ribbons at the nodes of one side, relative to the middle of the node.
+
+    The ribbons of a node are stacked in the order of the other ends, the positive ones above the negative ones.
+    """
+    positive, negative = values.clip(min=0), -values.clip(max=0)
+    before = np.cumsum(positive, 1) - positive
+    after = positive.sum(1, keepdims=True) + np.cumsum(negative, 1) - negative
+    half = np.abs(values).sum(1, keepdims=True) / 2
+    tops: Array = unit * (np.where(values >= 0, before, after) - half)
+    return tops
+
+
+def _middle(node: DrawnNode, side: int) -> float:
+    """Returns the height of the middle of the bars of a node."""
+    x = node.box.right - BAR if side else node.box.x
+    parts = [box for box, _ in node.bars if abs(box.x - x) < 1e-6]
+    if not parts:
+        return node.box.y
+    return (min(box.y for box in parts) + max(box.bottom for box in parts)) / 2
+
+
+__all__ = ["HAIRLINE", "flow_scene", "layer_note"]

@@ -1,0 +1,49 @@
+"""The command `flow` with groups."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from nrm_plugin import FlowGraph, Groups
+from nrm_plugin.commands import flow_groups
+from nrm_plugin.commands.cli import main
+from tests.commands.test_flow import OWN, here  # noqa: F401
+
+LAYERS = ("--layers", "input", "a", "stem", "output")
+
+
+def run(*argv: str) -> int:
+    return main(["flow", "noise.png", *OWN, "--out", "out", *argv])
+
+
+def test_a_number_of_groups_shows_all_relevance_and_stores_the_groups(here, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(flow_groups, "find_spec", lambda name: None)  # without scikit-image, patches are grouped
+    assert run(*LAYERS, "--groups", "3") == 0
+    graph = FlowGraph.from_json((here / "out/noise-flow.json").read_text())
+    assert [len(layer.groups) for layer in graph.layers] == [1, 3, 3, 3]
+    for layer in graph.layers:
+        assert layer.rest == pytest.approx(0, abs=1e-5)
+        assert sum(layer.masses) + layer.sink + layer.bypass == pytest.approx(1, abs=1e-4)
+    assert sorted(graph.layers[-1].labels) == ["part 1", "part 2", "part 3"]
+    groups = Groups.load(here / "out/noise-groups.safetensors")
+    assert groups.layers == ("output", "a", "stem", "input")
+    assert "noise-groups.safetensors" in capsys.readouterr().out
+
+
+def test_stored_groups_are_applied_and_wrong_files_are_named(here, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(flow_groups, "find_spec", lambda name: None)
+    assert run(*LAYERS, "--groups", "2") == 0
+    first = FlowGraph.from_json((here / "out/noise-flow.json").read_text())
+    assert run(*LAYERS, "--groups", "out/noise-groups.safetensors", "--target", "1") == 0
+    again = FlowGraph.from_json((here / "out/noise-2-flow.json").read_text())
+    assert again.layers[1].rest == pytest.approx(0, abs=1e-5)
+    assert {*again.layers[1].labels} == {*first.layers[1].labels}
+    assert not (here / "out/noise-2-groups.safetensors").exists()
+    assert json.loads((here / "out/noise-2-flow.json").read_text())["settings"]["groups"].endswith("groups.safetensors")
+    assert run(*LAYERS, "--groups", "flow_nets.py") != 0
+    assert "is no file of Groups.save()" in capsys.readouterr().err
+    assert run(*LAYERS, "--groups", "nothing.safetensors") != 0
+    sys.modules.pop("flow_nets", None)

@@ -1,0 +1,64 @@
+"""Sentences about a flow."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from nrm_plugin.measure.flow_graph import FlowGraph
+from nrm_plugin.measure.flow_nodes import FlowLayer
+from nrm_plugin.plots.flow_caption import flow_caption, key_text
+
+
+def layer(name: str, labels: tuple[str, ...], masses: tuple[float, ...], rest=0.0, sink=0.0, bypass=0.0) -> FlowLayer:
+    return FlowLayer(name, tuple(range(len(labels))), labels, masses, rest, 7 if rest else 0, sink, bypass)
+
+
+TOP = layer("output", ("zebra",), (1.0,))
+MIDDLE = layer("conv", ("group 1", "group 2"), (0.8, -0.1), rest=0.3)
+LOWEST = layer("input", ("legs", "head", "sky"), (0.5, 0.3, -0.05), rest=0.15, sink=0.1)
+JOINTS = (
+    np.array([[0.8, -0.1, 0.3, 0.0], [0, 0, 0, 0], [0, 0, 0, 0]]),
+    np.array([[0.4, 0.25, 0.05, 0.1, 0.0], [0.0, 0.0, -0.1, 0.0, 0.0], [0.1, 0.05, 0.0, 0.05, 0.1], [0, 0, 0, 0, 0]]),
+)
+
+
+def test_the_caption_says_the_largest_numbers():
+    said = flow_caption(FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
+    assert said == (
+        "65% of “zebra” comes from legs and head by way of group 1 of conv. Against it: group 2 of conv with −10%. "
+        "The other 7 of conv hold 30%. Biases and stabilizers absorb 10% above the input."
+    )
+
+
+def test_two_layers_name_the_source_without_a_way():
+    joint = np.array([[0.7, 0.2, 0.05, 0.05, 0.0], [0.0] * 5, [0.0] * 5])
+    graph = FlowGraph((TOP, LOWEST), (joint,))
+    assert flow_caption(graph).startswith("70% of “zebra” comes from legs.")
+
+
+def test_hidden_layers_name_the_widest_way_and_bypass():
+    upper = layer("block", ("group 3", "group 4"), (0.6, 0.4), bypass=0.2)
+    middle = JOINTS[0][[0, 1, 2, 2]] * 0
+    middle[0, 0] = 0.55
+    graph = FlowGraph((TOP, upper, MIDDLE, LOWEST), (np.array([[0.6, 0.4, 0, 0]] + [[0.0] * 4] * 2), middle, JOINTS[1]))
+    said = flow_caption(graph)
+    assert "The widest way up is group 1 of conv → group 3 of block: 55%." in said
+    assert "20% bypasses block." in said
+
+
+def test_every_number_of_a_caption_is_one_of_the_graph():
+    said = flow_caption(FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
+    assert re.findall(r"[−\d]+%", said) == ["65%", "−10%", "30%", "10%"]
+
+
+def test_a_graph_without_relevance_has_no_caption():
+    nothing = FlowLayer("input", (), (), (), 0.0, 0, 1.0, 0.0)
+    assert flow_caption(FlowGraph((nothing,), ())) == "Biases and stabilizers absorb 100% above the input."
+
+
+def test_the_key_explains_what_is_drawn():
+    assert "hatched" in key_text(False, True)
+    assert "hatched" not in key_text(True, False)
+    assert "Pictures" in key_text(True, False)
