@@ -126,11 +126,11 @@ def test_invalid_json_of_a_flow_graph_raises(net: nn.Module):
         FlowGraph.from_json(str(serialized).replace("'", '"').replace("None", "null"))
 
 
-def test_a_flow_graph_of_the_input_alone_has_no_heat_maps():
+def test_a_flow_graph_of_the_input_alone_has_its_own_heat_map():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)).eval()
     mu = RelevanceMeasure(model, torch.rand(1, 1, 4, 4), 1)
-    assert flow_maps(mu, mu.flow(["input"])) == {}
-    assert set(flow_maps(mu, mu.flow(["0", "input"]))) == {"0/0", "0/1"}
+    assert set(flow_maps(mu, mu.flow(["input"]))) == {"input/0"}
+    assert set(flow_maps(mu, mu.flow(["0", "input"]))) == {"0/0", "0/1", "input/0"}
 
 
 # -- images and models on the command line ----------------------------------------------------------------------------

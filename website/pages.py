@@ -32,9 +32,9 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
     "walks": (
         "Walks, flows, selections and subspaces",
         {
-            "": """FlowGraph patches top_walks TopWalks GroupWalk top_sets TopSets best_walk NeuronWalk restriction
-            Restriction select_neurons Selection CurvePoint ablation activations mse smape prca drsa with_subspaces
-            Subspaces reconstruct Reconstruction"""
+            "": """FlowGraph patches find_groups Groups top_walks TopWalks GroupWalk top_sets TopSets best_walk
+            NeuronWalk restriction Restriction select_neurons Selection CurvePoint ablation activations mse
+            smape prca drsa with_subspaces Subspaces reconstruct Reconstruction"""
         },
     ),
     "figures": (
@@ -43,6 +43,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
             "plots": """heat_map image_and_heat_map heat_maps joint budgets save flow_figure flow_caption Photo
             cell_sums profile_figure sankey save_sankey text_figure text_html""",
             "measure": "profile flow_maps",
+            "measure.flow_heat_maps": "flow_maps_and_pairs",
         },
     ),
     "data-sets": (

@@ -231,7 +231,7 @@ def _stored(name: str, fit: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
     file = packages.cache() / "trained" / f"{name}.safetensors"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
-        weights = fit()
+        weights = {key: values.contiguous() for key, values in fit().items()}
         partial = file.with_suffix(".part")
         save_file(weights, partial)
         partial.replace(file)

@@ -1,13 +1,12 @@
 """The command `flow` for images.
 
-Covers: nrm_plugin.commands.image_flow.
+Covers: nrm_plugin.commands.image_flow, nrm_plugin.commands.flow_groups, nrm_plugin.commands.photos.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +64,12 @@ def test_the_files_have_the_values_of_the_measure(here, capsys):
     assert run(*options) == 0
     printed = capsys.readouterr().out
     written = sorted(path.name for path in Path("nrm-flow").iterdir())
-    page = ["noise-flow.html"] if find_spec("plotly") else []
-    assert written == [*page, "noise-flow.json", "noise-flow.png", "noise-layers.png"]
+    assert written == ["noise-flow.html", "noise-flow.json", "noise-flow.png", "noise-layers.png"]
     assert all(f"-> nrm-flow/{name}" in printed for name in written)
     graph = FlowGraph.from_json(Path("nrm-flow/noise-flow.json"))
     assert [layer.name for layer in graph.layers] == ["output", "a", "stem", "input"]
     assert graph.layers[0].labels[0] in ("cat", "dog", "bird", "fish")
-    assert graph.layers[3].labels[0].startswith("row ")
+    assert graph.layers[3].labels[0] in ("A1", "B1", "A2", "B2")
     loaded = load("flow_nets:Branches", size=16)
     inputs = loaded.preprocessing(load_image(Path("noise.png")).image)
     target = int(loaded.model(inputs).argmax())
@@ -98,7 +96,8 @@ def test_the_opposite_comparison_has_the_opposite_colours(here, capsys, monkeypa
     """Nodes, ribbons and heat maps of the nodes."""
     drawn = []
     monkeypatch.setattr(
-        "nrm_plugin.commands.image_flow.flow_figure", lambda graph, heading, dark, maps: drawn.append((heading, maps))
+        "nrm_plugin.commands.image_flow.flow_figure",
+        lambda graph, heading, dark, maps, **_: drawn.append((heading, maps)),
     )
     monkeypatch.setattr("nrm_plugin.commands.image_flow.save_figure", lambda *_: None)
     graphs = []
@@ -135,6 +134,17 @@ def test_the_class_alone_has_a_node_for_each_class(here):
         (["--layers", "a", "b"], "--layers a b: "),
         (["--layers", "input", "output", "--top", "41"], "'41' is not a number from 1 to 40"),
         (["--layers", "input", "output", "--coverage", "90"], "'90' is not a fraction above 0"),
+        (["--layers", "input", "output", "--width", "1"], "'1' is not a width from 2 to 40 inches"),
+        (["--layers", "input", "output", "--groups", "1"], "'1' is not a number from 2 to 40"),
+        (
+            ["--layers", "input", "output", "--reference", "dark"],
+            "--reference dark is neither blur, mean, black, white",
+        ),
+        (
+            ["--layers", "input", "output", "--reference", "blur", "--residual", "sink"],
+            "the slopes to a reference absorb",
+        ),
+        (["--layers", "input", "output", "--target", "1", "--minus", "1"], "--minus 1: this is the explained class"),
         (["--layers", "input", "output", "--patches", "17"], "--patches 17 is more than the 16×16 pixels"),
         ([], "--layers"),
     ],
@@ -157,13 +167,26 @@ def test_a_bad_image_does_not_stop_the_others(here, capsys):
     assert Path("nrm-flow/noise-flow.png").exists()
 
 
-def test_without_plotly_a_note_is_printed(here, capsys, monkeypatch):
-    monkeypatch.setattr("nrm_plugin.commands.image_flow.find_spec", lambda name: None)
-    assert run("noise.png", *OWN, "--layers", "input", "output") == 0
-    assert "pip install 'nrm-plugin[html]'" in capsys.readouterr().err
-    assert not Path("nrm-flow/noise-flow.html").exists()
-
-
 def test_an_infinite_gain_limit_is_stored(here):
     assert run("noise.png", *OWN, "--layers", "a", "input", "--gain-limit", "inf") == 0
     assert json.loads(Path("nrm-flow/noise-flow.json").read_text())["settings"]["gain_limit"] == "inf"
+
+
+@pytest.mark.parametrize("kind", ["svg", "pdf"])
+def test_figures_for_papers(here, kind):
+    assert run("noise.png", *OWN, "--layers", "a", "input", "--width", "3.3", "--format", kind) == 0
+    start = Path(f"nrm-flow/noise-flow.{kind}").read_bytes()[:400]
+    assert (b"237.6pt" in start) if kind == "svg" else start.startswith(b"%PDF")
+
+
+def test_what_the_model_did_not_see_is_said_and_fit_shows_it(here, capsys):
+    Image.open("noise.png").resize((60, 20)).save("wide.png")
+    assert run("wide.png", *OWN, "--layers", "a", "input") == 0
+    said = "did not see 67% of the image"
+    assert said in capsys.readouterr().out
+    assert said in json.loads(Path("nrm-flow/wide-flow.json").read_text())["caption"]
+    for fit in ("pad", "squeeze"):
+        assert run("wide.png", *OWN, "--layers", "a", "input", "--fit", fit, "--out", fit) == 0
+        assert "did not see" not in capsys.readouterr().out
+        stored = json.loads(Path(fit, "wide-flow.json").read_text())
+        assert stored["settings"]["preparation"]["fit"] == fit

@@ -20,7 +20,7 @@ def run(*argv: str) -> int:
 
 
 def test_a_number_of_groups_shows_all_relevance_and_stores_the_groups(here, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(flow_groups, "find_spec", lambda name: None)  # without scikit-image
+    monkeypatch.setattr(flow_groups, "find_spec", lambda name: None)  # without scikit-image, patches are grouped
     assert run(*LAYERS, "--groups", "3") == 0
     graph = FlowGraph.from_json((here / "out/noise-flow.json").read_text())
     assert [len(layer.groups) for layer in graph.layers] == [1, 3, 3, 3]

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from nrm_plugin import FlowGraph, RelevanceMeasure
-from nrm_plugin.errors import MissingExtraError
+from nrm_plugin import FlowGraph, RelevanceMeasure, at
 from nrm_plugin.measure.flow_graph import FlowError
-from nrm_plugin.measure.flow_heat_maps import flow_maps
-from nrm_plugin.plots import flow_html
-from nrm_plugin.plots.flow import drawn_nodes
-from nrm_plugin.plots.flow_html import sankey, sankey_figure, save_sankey
+from nrm_plugin.measure.flow_heat_maps import flow_maps_and_pairs
+from nrm_plugin.plots.flow_html import sankey, save_sankey
+from nrm_plugin.plots.flow_scene import flow_scene
 from nrm_plugin.plots.ribbons import percent
-from tests.flows import drawn, full_graph, measure
+from tests.flows import X, full_graph, measure
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +38,47 @@ def full() -> FlowGraph:
 
 @pytest.fixture(scope="module")
 def page(mu: RelevanceMeasure, full: FlowGraph, tmp_path_factory: pytest.TempPathFactory):
-    pytest.importorskip("plotly")
     graph = full.smaller(top=3)
-    maps = flow_maps(mu, graph, sample=1)
+    maps, pairs = flow_maps_and_pairs(mu, graph, sample=1)
     path = tmp_path_factory.mktemp("page") / "flow.html"
-    return graph, save_sankey(graph, path, "A <b>bold</b> & odd title", maps)
+    image = X[1].sigmoid()
+    return graph, save_sankey(graph, path, "A <b>bold</b> & odd title", maps, image=image, pairs=pairs)
 
 
-def test_the_page_is_one_file_without_external_resources(page):
+def stored(path: Path) -> dict:
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_the_page_is_one_small_file_without_external_resources(page):
     _, path = page
     text = path.read_text(encoding="utf-8")
-    assert path.stat().st_size < 6_000_000
-    assert "A &lt;b&gt;bold&lt;\\u002fb&gt; &amp; odd title" in text
-    assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=(?!\"data:)", text)
+    assert path.stat().st_size < 3_000_000
+    assert "<title>A &lt;b&gt;bold&lt;/b&gt; &amp; odd title</title>" in text
+    assert not re.search(r"<(script|link|img|iframe|image)[^>]*(src|href)=(?!\"data:)", text)
+    assert "default-src 'none'" in text.replace("&#x27;", "'")
     assert "prefers-color-scheme: dark" in text
+    assert "eval(" not in text
+
+
+def test_joint_relevance_of_all_pairs_of_nodes_is_that_of_their_events(mu, page):
+    graph, path = page
+    data = stored(path)
+    layers = {layer.name: layer for layer in graph.layers}
+
+    def event(number: int):
+        layer, _, group = data["nodes"][number]["key"].rpartition("/")
+        if group == "off":
+            return ~at(layer)
+        shown = layers[layer].groups
+        others = [channel for channel in range(mu.shape(layer)[1]) if channel not in shown]
+        return at(layer).channel(others if group == "rest" else int(group))
+
+    assert len(data["known"]) == 6
+    for upper, lower, mass in data["pairs"]:
+        assert mass == pytest.approx(float(mu(event(upper) & event(lower))[1]), abs=1e-6)
+    for node in data["nodes"]:
+        assert node["mass"] == pytest.approx(float(mu(event(data["nodes"].index(node)))[1]), abs=1e-9)
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -85,7 +107,7 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.call("Network.enable")
         self.call("Page.navigate", url=url)
-        self.wait("document.querySelector('.sankey-link') && document.title")
+        self.wait("document.readyState === 'complete' && document.querySelector('.node')")
 
     def call(self, method: str, **parameters):
         self.number += 1
@@ -115,15 +137,28 @@ class Browser:
             assert time.monotonic() < end, f"waited in vain for {script}"
             time.sleep(0.05)
 
+    def mouse(self, kind: str, place: list[float]) -> None:
+        pressed = {"button": "left", "clickCount": 1} if kind != "mouseMoved" else {}
+        self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], **pressed)
+
     def hover(self, script: str) -> str:
-        """Moves the mouse to a place ``[x, y]`` and returns what the label says, line by line."""
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
-        self.wait("!document.querySelector('.hoverlayer .hovertext')")
-        x, y = self.ask(script)
-        for step in (1, 0):
-            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + step, y=y)
-        self.wait("document.querySelector('.hoverlayer .hovertext')")
-        return self.ask(LABEL)
+        """Moves the mouse to a place ``[x, y]``, and returns the text that appears."""
+        self.mouse("mouseMoved", [2, 2])
+        self.wait("document.getElementById('tip').hidden")
+        self.mouse("mouseMoved", self.ask(script))
+        self.wait("!document.getElementById('tip').hidden")
+        return self.ask("document.getElementById('tip').innerText").strip()
+
+    def click(self, script: str) -> None:
+        for kind in ("mousePressed", "mouseReleased"):
+            self.mouse(kind, self.ask(script))
+
+    def press(self, key: str, text: str = "") -> None:
+        codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9}
+        code = codes.get(key, ord(key.upper()) if len(key) == 1 else 0)
+        for kind in ("keyDown", "keyUp"):
+            typed = {"text": text} if text and kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **typed)
 
     def close(self) -> None:
         self.process.terminate()
@@ -132,63 +167,99 @@ class Browser:
         self.read.close()
 
 
-LABEL = """[...document.querySelectorAll('.hoverlayer .hovertext text')].map(text => {
-  const lines = [...text.querySelectorAll('tspan.line')];
-  return (lines.length ? lines : [text]).map(line => line.textContent).join('\\n');
-}).join('\\n')"""
-
-
-NODE = """(() => {{ const box = document.querySelectorAll('.sankey-node .node-rect')[{number}].getBoundingClientRect();
+NODE = """(() => {{ const node = document.querySelectorAll('.node')[{number}];
+  node.scrollIntoView({{block: 'center'}}); const box = node.querySelector('.hit').getBoundingClientRect();
   return [box.x + box.width / 2, box.y + box.height / 2]; }})()"""
 
 
-LINK = """(() => {{ const path = document.querySelectorAll('.sankey-link')[{number}];
-  const box = path.getBoundingClientRect();
-  const inside = (x, y) => document.elementFromPoint(x, y) === path;
-  for (let i = 1; i < 200; i++) for (let j = 1; j < 60; j++) {{
-    const x = box.x + box.width * i / 200, y = box.y + box.height * j / 60;
-    if (inside(x, y) && inside(x + 1, y)) return [x, y];
+BAND = """(() => {{ const path = document.querySelectorAll('.band')[{number}];
+  path.scrollIntoView({{block: 'center'}}); const box = path.getBoundingClientRect();
+  for (let i = 1; i < 100; i++) for (let j = 1; j < 60; j++) {{
+    const x = box.x + box.width * i / 100, y = box.y + box.height * j / 60;
+    if (document.elementFromPoint(x, y) === path) return [x, y];
   }} return null; }})()"""
+
+SHARES = "[...document.querySelectorAll('.node')].map(node => node.dataset.share ?? '')"
+VISIBLE = """[...document.querySelectorAll('.node image')]
+  .filter(one => getComputedStyle(one).display !== 'none').map(one => one.getAttribute('class'))"""
+FOCUSED = "document.activeElement.dataset.key ?? ''"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("dark", [False, True])
-def test_hover_labels_in_a_browser_without_a_network(page, tmp_path, dark):
+def test_the_page_in_a_browser_without_a_network(page, mu, tmp_path, dark):
     graph, path = page
+    data = stored(path)
+    nodes, bands = data["nodes"], data["bands"]
     browser = Browser(tmp_path / "profile", path.as_uri(), dark)
     try:
-        nodes = [node for node in graph.nodes if node.kind == "group" or abs(node.mass) > 1e-6]
-        assert browser.ask("document.querySelectorAll('.sankey-link').length") == len(drawn(graph))
-        assert browser.ask("document.querySelectorAll('.sankey-node').length") == len(nodes)
-        browser.wait("document.querySelector('.main-svg').style.background")
-        paper = browser.ask("getComputedStyle(document.querySelector('.main-svg')).backgroundColor")
+        assert browser.ask("document.querySelectorAll('.node').length") == len(flow_scene(graph).nodes) == len(nodes)
+        assert browser.ask("document.querySelectorAll('.band').length") == len(bands)
+        paper = browser.ask("getComputedStyle(document.body).backgroundColor")
         assert paper == ("rgb(22, 24, 28)" if dark else "rgb(255, 255, 255)")
-        by_label = {f"{node.layer} {node.label}": node for node in nodes}
-        seen = set()
-        for number in range(len(nodes)):
-            first, mass = browser.hover(NODE.format(number=number)).split("\n")
-            node = by_label[first]
-            assert mass == f"mass {percent(node.mass)}"
-
-            seen.add(node.key)
-        assert seen == {node.key for node in nodes}
-        edges = {(f"{e.upper.layer} {e.upper.label} → {e.lower.layer} {e.lower.label}"): e for e in graph.edges}
-        hovered = set()
-        for number in range(0, len(drawn(graph)), 4):
-            if browser.ask(LINK.format(number=number)) is None:
+        visible = (
+            "[...document.querySelectorAll('.node image')].filter(one => getComputedStyle(one).display !== 'none')"
+        )
+        assert set(browser.ask(f"{visible}.map(one => one.getAttribute('class'))")) == {"dark" if dark else "light"}
+        for number, node in enumerate(nodes):  # hover
+            first, second, *_ = browser.hover(NODE.format(number=number)).split("\n")
+            assert (first, second) == (f"{node['layer']}, {node['name']}", f"relevance {percent(node['mass'])}")
+        seen = 0
+        for number, band in enumerate(bands[::3]):
+            if browser.ask(BAND.format(number=3 * number)) is None:
                 continue  # hidden by others
-            name, joint, *given = browser.hover(LINK.format(number=number)).split("\n")
-            edge = edges[name]
-            assert joint == f"joint relevance {percent(edge.mass)}"
-            for line, condition in zip(given, (edge.given_upper, edge.given_lower), strict=False):
-                assert line.rpartition(": ")[2] == percent(condition)
-            hovered.add(name)
-        assert len(hovered) > 3
+            lines = browser.hover(BAND.format(number=3 * number)).split("\n")
+            lower, upper = nodes[band["lower"]], nodes[band["upper"]]
+            assert lines[0] == f"{lower['layer']}, {lower['name']} → {upper['layer']}, {upper['name']}"
+            assert lines[1] == f"joint relevance {percent(band['mass'])}"
+            assert lines[2].endswith(percent(band["mass"] / upper["mass"]))
+            seen += 1
+        assert seen > 3
+        keys = [node["key"] for node in nodes]  # click to condition
+        number = next(
+            at for at, node in enumerate(nodes) if node["key"].startswith("2/") and node["key"][2:].isdecimal()
+        )
+        browser.click(NODE.format(number=number))
+        browser.wait("!document.getElementById('all').hidden")
+        given = at("2").channel(int(keys[number][2:]))
+        for key, share in zip(keys, browser.ask(SHARES), strict=True):
+            layer, _, group = key.rpartition("/")
+            if group.isdecimal():
+                expected = float(mu(at(layer).channel(int(group)), given=given, min_ratio=0)[1])
+                assert share == percent(float(f"{expected:.6g}")) or (share == "0%" and abs(expected) < 1e-6)
+        assert browser.ask("document.querySelectorAll('.node[aria-pressed=true]').length") == 1
+        assert f"Relevance given {nodes[number]['layer']}" in browser.ask(
+            "document.getElementById('status').textContent"
+        )
+        assert browser.ask(f"document.querySelectorAll('.node')[{number}].getAttribute('aria-label')").endswith(
+            f"100% given {nodes[number]['name']}"
+        )
+        browser.press("Escape")
+        browser.wait("document.getElementById('all').hidden")
+        assert browser.ask(SHARES) == [percent(node["mass"]) for node in nodes]
+        # Keyboard alone.
+        browser.press("/", "/")
+        assert browser.ask("document.activeElement.id") == "search"
+        for letter in "input":
+            browser.press(letter, letter)
+        matches = sum(node["layer"] == "input" for node in nodes)
+        assert browser.ask("document.querySelectorAll('.node:not(.unmatched)').length") == matches
+        browser.press("Enter", "\r")
+        assert browser.ask(FOCUSED).startswith("input/")
+        browser.press("ArrowRight")
+        assert browser.ask(FOCUSED).startswith("0/")
+        column = [node["key"] for node in nodes if node["layer"] == "0"]
+        for step in ("ArrowUp",) * len(column) + ("ArrowDown",):
+            browser.press(step)
+        assert browser.ask(FOCUSED) == column[1]
+        browser.press("Enter", "\r")
+        browser.wait("!document.getElementById('all').hidden")
+        assert browser.ask("document.querySelector('.node[aria-pressed=true]').dataset.key") == column[1]
         assert [url for url in browser.asked if not url.startswith(("file:", "data:", "blob:", "about:"))] == []
-        shown = [node for node in nodes if node.kind == "group" and node.layer != "input"]
-        assert browser.ask("document.querySelectorAll('.layer-above image').length") == len(shown)
         assert browser.ask("document.title") == "A <b>bold</b> & odd title"
+        rows = browser.ask("document.querySelectorAll('details tr').length")
+        assert rows >= len(nodes) + 2
         screenshot = base64.b64decode(browser.call("Page.captureScreenshot")["data"])
     finally:
         browser.close()
@@ -196,43 +267,22 @@ def test_hover_labels_in_a_browser_without_a_network(page, tmp_path, dark):
         assert len(image.convert("RGB").resize((200, 150)).getcolors(30_000)) > 100
 
 
-def test_nodes_fit_into_the_figure_where_signs_cancel(full):
-    pytest.importorskip("plotly")
-    for graph in (full, full.smaller(top=1), full.smaller(top=3)):
-        figure = sankey_figure(graph)
-        nodes = [node for layer in graph.layers[::-1] for _, node in drawn_nodes(layer)]
-        (drawn_,) = figure.data
-        inner = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
-        sizes = np.zeros((2, len(nodes)))
-        for side, ends in enumerate((drawn_.link.source, drawn_.link.target)):
-            np.add.at(sizes[side], list(ends), list(drawn_.link.value))
-        heights, y = sizes.max(0), np.array(drawn_.node.y)
-        columns = [[n for n, node in enumerate(nodes) if node.layer == layer.name] for layer in graph.layers]
-        pad = drawn_.node.pad
-        unit = min((inner - pad * (len(column) - 1)) / heights[column].sum() for column in columns)
-        for column in columns:
-            ends = [(y[n] * inner - heights[n] * unit / 2, y[n] * inner + heights[n] * unit / 2) for n in column]
-            assert all(low[1] + pad <= high[0] + 0.5 for low, high in itertools.pairwise(ends))
-            assert ends[0][0] >= -0.5
-            assert ends[-1][1] <= inner + 0.5
-
-
-def test_without_plotly_the_extra_is_named(full, monkeypatch):
-    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'nrm-plugin\[html\]'"):
-        sankey(full.smaller(top=2))
-
-
 def test_pages_of_too_wide_layers_raise():
-    pytest.importorskip("plotly")
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 3)).eval()
     graph = RelevanceMeasure(wide, torch.randn(1, 8), 0).flow(["0", "input"], top=None)
     with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a figure has room for 40\. Show fewer"):
         sankey(graph)
-    assert len(sankey(graph.smaller(top=5))) < 6_000_000
+    assert len(sankey(graph.smaller(top=5))) < 100_000
 
 
-def test_quotation_marks_stay_as_they_are():
-    """plotly decodes &amp;, &lt; and &gt;, but would show the entity of a quotation mark."""
-    assert flow_html._escaped('"it\'s" <b> & 猫') == '"it\'s" &lt;b&gt; &amp; 猫'
+def test_a_page_of_many_pictures_stays_below_three_megabytes():
+    rng = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 5, 2), nn.ReLU(), nn.Conv2d(12, 12, 5, 2), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(12 * 13 * 13, 3)).eval()  # fmt: skip
+    image = torch.rand(3, 64, 64, generator=rng)
+    mu = RelevanceMeasure(net, image[None], 1)
+    graph = mu.flow(["output", "2", "1", "0"], top=12)
+    maps, pairs = flow_maps_and_pairs(mu, graph)
+    assert len(maps) >= 25
+    assert len(sankey(graph, "many", maps, image=image, pairs=pairs)) < 3_000_000

@@ -11,14 +11,14 @@ from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.plots.flow_pictures import (
     Photo,
-    cell_sums,
     crop,
     node_pictures,
     painted,
     photo_pixels,
     region_places,
     smoothed,
-)  # fmt: skip
+)
+from nrm_plugin.plots.heatmaps import cell_sums
 from nrm_plugin.plots.ribbons import DARK, LIGHT
 
 
@@ -108,7 +108,9 @@ def test_regions_are_outlined_and_placed_in_the_file():
     mask = np.zeros((50, 50), bool)
     mask[:10, 40:] = True
     photo = Photo(torch.ones(3, 50, 50), torch.ones(3, 100, 200), (0.25, 0.0, 0.75, 1.0), {"a/0": mask})
-    assert region_places(photo)["a/0"] == pytest.approx((0.25 + 0.9 * 0.5, 0.1), abs=0.01)
+    x, y = region_places(photo)["a/0"]
+    assert 0.25 + 0.5 * 0.8 < x < 0.75
+    assert 0 < y < 0.2
     pictures = node_pictures(graph(0.5), {"a/0": mask.astype(float)}, photo)
     assert pictures is not None
     assert 0 < pictures.edges["a/0"].sum() < 0.2 * pictures.edges["a/0"].size

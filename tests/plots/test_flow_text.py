@@ -14,7 +14,7 @@ def test_a_drawn_text_is_not_wider_than_computed():
         text = figure.text(0, 0.5, words, fontsize=size, weight="bold" if bold else "normal", parse_math=False)
         figure.canvas.draw()
         drawn = text.get_window_extent().width * 72 / figure.dpi
-        assert 0.9 * text_width(words, size, bold) < drawn <= text_width(words, size, bold)
+        assert 0.85 * text_width(words, size, bold) < drawn <= text_width(words, size, bold)
 
 
 def test_long_texts_are_cut_in_the_middle_and_lines_are_broken():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from ..plots.flow_pictures import Photo
 from ..plots.heatmaps import Budget, budgets, heat_maps, image_and_heat_map
 from ..plots.ribbons import percent
 from .demo_values import Row, Sample
-from .image_flow import patch_names
+from .flow_groups import patch_names
 from .joint_relevance import joint_figure, joint_relevance
 from .output_files import save_figure, writing
 
@@ -129,9 +130,8 @@ def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, agains
     maps, pairs = flow_maps_and_pairs(mu, graph, over)
     heading = f"{str(sample).capitalize()}. How relevance flows to {_explained(sample, against)}"
     files = [out / f"{sample.name}-flow.{kind}" for kind in ("png", "html")]
-    regions = {
-        node.key: (over["input"] == node.group).numpy() for node in graph.layers[-1].nodes if node.kind == "group"
-    }
+    shown = [node for node in graph.layers[-1].nodes if node.group is not None]
+    regions = {node.key: torch.eq(over["input"], node.group or 0).numpy() for node in shown}
     photo = Photo(image[0], regions=regions)
     save_figure(flow_figure(graph, heading, maps=maps, image=photo), files[0])
     with writing(files[1]) as temporary:

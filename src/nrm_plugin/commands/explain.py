@@ -6,7 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import CHANNELS, add_against, add_computation, add_fit, add_model, add_out, add_target, whole_number
+from .options import (
+    CHANNELS,
+    add_against,
+    add_cells,
+    add_computation,
+    add_fit,
+    add_model,
+    add_out,
+    add_reference,
+    add_target,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from ..dataset.images import LoadedImage
@@ -56,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query = parser.add_argument_group("query")
     add_target(query)
     add_against(query, "rest, if there are several classes")
+    add_reference(query)
     query.add_argument("--layer", action="append", default=[], metavar="LAYER", dest="layers",
                        help="list the most relevant channels of this layer; may be repeated")  # fmt: skip
     query.add_argument("--given", action="append", default=[], metavar="EVENT",
@@ -63,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "may be repeated")  # fmt: skip
     query.add_argument("--channels", type=whole_number(64), default=CHANNELS, metavar="N",
                        help="number of channels of a layer to plot (default: %(default)s)")  # fmt: skip
-    add_computation(parser)
+    add_computation(parser, None)
+    add_cells(parser)
     add_out(parser, "nrm-explained")
 
 
@@ -71,10 +84,14 @@ def run(options: argparse.Namespace) -> int:
     """Explains the images; returns the exit status."""
     from .per_image import explain_each
 
-    return explain_each(options, _explain)
+    return explain_each(
+        options, lambda loaded, image, request, out, taken: _explain(loaded, image, request, out, taken, options.cells)
+    )
 
 
-def _explain(loaded: LoadedModel, image: LoadedImage, request: Request, out: Path, taken: set[str]) -> Printed:
+def _explain(
+    loaded: LoadedModel, image: LoadedImage, request: Request, out: Path, taken: set[str], cells: int | str
+) -> Printed:
     from ..dataset.images import shown
     from . import messages
     from .explanation import explanation
@@ -82,7 +99,7 @@ def _explain(loaded: LoadedModel, image: LoadedImage, request: Request, out: Pat
     from .per_image import Printed
 
     result = explanation(loaded, image, request)
-    files = write(loaded, request, result, out, taken)
+    files = write(loaded, request, result, out, taken, cells)
     problems = [
         f"{shown(image.path)}, --given {given.condition.text!r}: {given.problem}"
         for given in result.given

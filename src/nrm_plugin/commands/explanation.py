@@ -10,8 +10,10 @@ from ..dataset.images import LoadedImage
 from ..errors import CancellationError, NRMError, NullEventError
 from ..events.event import at
 from ..measure.measure import RelevanceMeasure
+from ..plots.flow_pictures import Photo
 from .event_syntax import Condition
 from .model_loading import LoadedModel
+from .photos import photo
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 
@@ -84,6 +86,8 @@ class Explanation:
         totals: Totals at the inputs.
         layers: The requested layers.
         given: The requested conditions.
+        photo: The image for figures, with the part that the model did not see.
+        reference: Name or file of the reference image; None without one.
     """
 
     source: LoadedImage
@@ -96,6 +100,8 @@ class Explanation:
     totals: Totals
     layers: list[LayerExplanation]
     given: list[ConditionalExplanation]
+    photo: Photo
+    reference: str | None = None
 
 
 def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> Explanation:
@@ -126,6 +132,8 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         _totals(mu, "input", relevance),
         [_layer(mu, name, request.channels) for name in request.layers],
         [_conditional(mu, condition, against) for condition in request.given],
+        photo(loaded, source, inputs),
+        request.reference,
     )
 
 

@@ -7,15 +7,18 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..plots.heatmaps import heat_maps, image_and_heat_map
+from ..plots.flow_pictures import photo_pixels
+from ..plots.heatmaps import Values, cell_sums, heat_maps, image_and_heat_map
 from ..plots.ribbons import percent
-from .explanation import ConditionalExplanation, Explanation, LayerExplanation
+from .explanation import ConditionalExplanation, Explanation, LayerExplanation, Totals
 from .model_loading import LoadedModel
+from .options import AUTO, LAYER_CELLS, MOST_CELLS, PIXELS
 from .output_files import (
     explained_title,
     free_stem,
@@ -33,12 +36,16 @@ from .request import Request
 
 CLIPPED = 400
 """One in this number of pixels may exceed the colour scale."""
+LEAST_LOST = 0.005
+"""Relevance that does not reach the pixels, from which a title says so."""
 LONGEST_HEADER = 10**8
 """Largest header size of a safetensors file, in bytes."""
 HEAT_MAP, NUMBERS, GIVEN = "relevance.png", "relevance.safetensors", "given.png"
 
 
-def write(loaded: LoadedModel, request: Request, result: Explanation, out: Path, taken: set[str]) -> list[Path]:
+def write(
+    loaded: LoadedModel, request: Request, result: Explanation, out: Path, taken: set[str], cells: int | str = AUTO
+) -> list[Path]:
     """Writes the files of one image.
 
     Args:
@@ -47,6 +54,7 @@ def write(loaded: LoadedModel, request: Request, result: Explanation, out: Path,
         result: The explanation.
         out: Folder.
         taken: Used file names, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
+        cells: Resolution of the heat maps; see :func:`cells_of`.
 
     Returns:
         The files, with the heat map first.
@@ -60,15 +68,15 @@ def write(loaded: LoadedModel, request: Request, result: Explanation, out: Path,
     ends = [NUMBERS, HEAT_MAP, *of_layers, *([GIVEN] if conditionals else [])]
     stem = free_stem(out, result.source.path.stem, ends, taken, lambda path: _is_same(path, about))
     numbers, heat_map, *others = [out / f"{stem}-{end}" for end in ends]
-    save_figure(_overview(loaded, result), heat_map)
+    save_figure(_overview(loaded, result, cells), heat_map)
     _save_tensors(tensors(result), numbers, {**about, "device": request.device, "versions": json.dumps(versions())})
     for layer in result.layers:
         start = out / f"{stem}-{name_part(layer.name)}"
         if layer.top:
-            save_figure(_channels(loaded, result, layer), Path(f"{start}.png"))
+            save_figure(_channels(loaded, result, layer, cells), Path(f"{start}.png"))
         _save_table(layer, Path(f"{start}.csv"))
     if conditionals:
-        save_figure(_conditionals(loaded, result, conditionals), others[-1])
+        save_figure(_conditionals(loaded, result, conditionals, cells), others[-1])
     return [heat_map, numbers, *others]
 
 
@@ -141,27 +149,52 @@ def _save_table(layer: LayerExplanation, path: Path) -> None:
 # -- figures --------------------------------------------------------------------------------------------------------
 
 
-def color_limit(maps: Sequence[Tensor]) -> float | None:
+def color_limit(maps: Sequence[Values]) -> float | None:
     """Chooses the value of the darkest colour for heat maps ``(H, W)``, so that extreme pixels do not hide all others.
 
     At most one in :data:`CLIPPED` pixels exceeds this value. Returns None if the value is zero.
     """
-    values = torch.stack(list(maps)).abs().flatten() if maps else torch.zeros(1)
+    values = torch.stack([torch.as_tensor(one) for one in maps]).abs().flatten() if maps else torch.zeros(1)
     inside = values.sort().values[: max(1, len(values) - len(values) // CLIPPED)]
     return float(inside[-1]) or None
 
 
-def _overview(loaded: LoadedModel, result: Explanation) -> Figure:
-    totals = result.totals
-    numbers = f"mass {percent(totals.mass)}, sink {percent(totals.sink)}"
-    if totals.bypass:
-        numbers += f", bypass {percent(totals.bypass)}"
+def _overview(loaded: LoadedModel, result: Explanation, cells: int | str) -> Figure:
     left = f"{short(result.source.path.name)}\n{short(loaded.name)}"
     left += ", random weights" if weights_title(loaded) else ""
+    left += "\n(the model saw the frame)" if result.photo.whole is not None else ""
     explained = _explained(loaded, result).replace(" rather than ", "\nrather than ")
-    right = f"relevance for {explained}\n{numbers}"
-    pixels = result.relevance.sum(0)
-    return image_and_heat_map(result.image, pixels, (left, right), limit=color_limit([pixels]))
+    explained = explained.replace(", compared with ", ",\ncompared with ")
+    sums = cell_sums(result.relevance.sum(0), cells_of(cells, result.relevance.shape[1:]))
+    right = f"relevance for {explained}\n{totals_text(result.totals)}"
+    shown = np.moveaxis(photo_pixels(result.photo), -1, 0) / 255 if result.photo.whole is not None else None
+    return image_and_heat_map(result.image, sums, (left, right), limit=color_limit([sums]), shown=shown)
+
+
+def totals_text(totals: Totals) -> str:
+    """Says in words how much relevance reaches the pixels."""
+    lost = ((totals.sink, "is absorbed on the way"), (totals.bypass, "bypasses them"))
+    parts = [f"{percent(value)} {words}" for value, words in lost if abs(value) >= LEAST_LOST]
+    reached = percent(totals.mass) if parts else "all of it" if totals.mass > 0 else "all of it, against the class,"
+    return ", ".join([f"{reached} reaches the pixels", *parts])
+
+
+def cells_of(cells: int | str, size: Sequence[int], layer: Sequence[int] | None = None) -> list[int]:
+    """Returns the number of cells of a heat map along each side.
+
+    Args:
+        cells: The option: a number, or one of :data:`~nrm_plugin.commands.options.AUTO` and others.
+        size: Size of the map in pixels.
+        layer: Size of the layer of the map; None for the input.
+    """
+    if isinstance(cells, int):
+        return [cells] * len(size)
+    if cells == PIXELS:
+        return list(size)
+    if layer is not None and len(layer) == len(size):
+        least = 1 if cells == LAYER_CELLS else MOST_CELLS // 2
+        return [max(least, length) for length in layer]
+    return [MOST_CELLS] * len(size)
 
 
 def _title(loaded: LoadedModel, result: Explanation) -> str:
@@ -169,18 +202,22 @@ def _title(loaded: LoadedModel, result: Explanation) -> str:
 
 
 def _explained(loaded: LoadedModel, result: Explanation) -> str:
-    return explained_title(loaded, result.target, result.against)
+    return explained_title(loaded, result.target, result.against, result.reference)
 
 
-def _channels(loaded: LoadedModel, result: Explanation, layer: LayerExplanation) -> Figure:
+def _channels(loaded: LoadedModel, result: Explanation, layer: LayerExplanation, cells: int | str) -> Figure:
     titles = [f"channel {channel}  ({percent(float(layer.mass[channel]))})" for channel in layer.top]
     lines = [_title(loaded, result), f"joint relevance of the channels of {short(layer.name, 60)} with the pixels"]
-    maps = list(layer.heat_maps)
+    size = cells_of(cells, layer.heat_maps.shape[1:], layer.relevance.shape[1:])
+    maps = [cell_sums(values, size) for values in layer.heat_maps]
     return heat_maps(maps, titles, heading_lines(lines, len(maps)), result.image, limit=color_limit(maps))
 
 
-def _conditionals(loaded: LoadedModel, result: Explanation, drawn: Sequence[ConditionalExplanation]) -> Figure:
-    maps = [given.relevance.sum(0) for given in drawn if given.relevance is not None]
+def _conditionals(
+    loaded: LoadedModel, result: Explanation, drawn: Sequence[ConditionalExplanation], cells: int | str
+) -> Figure:
+    pixels = [given.relevance.sum(0) for given in drawn if given.relevance is not None]
+    maps = [cell_sums(values, cells_of(cells, values.shape)) for values in pixels]
     titles = [f"given {wrapped(given.condition.text)}\nmass {percent(given.mass)}" for given in drawn]
     limit = color_limit(maps)
     if len(maps) == 1:

@@ -11,14 +11,16 @@ from .options import (
     add_fit,
     add_model,
     add_out,
+    add_reference,
     add_target,
     fraction,
+    groups,
     inches,
     whole_number,
 )
 
 MOST_CHANNELS = 40
-"""Largest number of channels of a layer in a figure; equal to :data:`nrm_plugin.plots.flow_scene.MAX_GROUPS`."""
+"""Largest number of channels of a layer in a figure; equal to :data:`nrm_plugin.plots.flow_columns.MAX_GROUPS`."""
 
 DESCRIPTION = """\
 How does relevance flow between channels? Plots the joint relevance of the channels of several layers as a flow from
@@ -31,8 +33,10 @@ examples:
       the patches, the 8 most relevant channels of two layers, and the class
   nrm-plugin flow cat.jpg --model resnet50 --layers input layer3 layer4 --coverage 0.5 --top 20 --dark
       the fewest channels of each layer that hold half of its relevance, at most 20; for a dark background
-  nrm-plugin flow cat.jpg --model vgg16 --layers input features.21 features.28 output --groups 8
-      all relevance in at most 8 groups of channels of a layer, and 8 parts of the image
+  nrm-plugin flow cat.jpg --model vgg16 --layers input features.21 features.28 output --groups 6
+      all relevance in six groups of channels of each layer, and six parts of the image
+  nrm-plugin flow cat.jpg --model vgg16 --layers input features.28 output --target tabby --minus "tiger cat"
+      where the flows of two classes differ; an image in place of the class compares two images
   nrm-plugin layers --model vgg16
       layer names
 
@@ -42,6 +46,7 @@ files for each image NAME
   NAME-flow.json     the numbers, with all settings; FlowGraph.from_json reads them
   NAME-layers.png    mass, sink and bypass of each layer, compared with plain LRP, if a layer loses relevance
   NAME-groups.safetensors  the groups, if --groups found them, for --groups of other images
+with --minus, NAME-difference.png, .html and .json
 Results of other settings or another image are never overwritten: the new files are named NAME-2-...
 
 exit status: 0; 1 if some images could not be explained; 2 if none can be explained because of the options"""
@@ -58,22 +63,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "output has the class")  # fmt: skip
     add_target(query)
     add_against(query, "rest, if there are several classes")
+    add_reference(query)
     query.add_argument("--top", type=whole_number(MOST_CHANNELS), default=8, metavar="N",
                        help="maximum number of channels of a layer (default: %(default)s)")  # fmt: skip
     query.add_argument("--coverage", type=fraction, metavar="FRACTION",
                        help="show only the fewest channels of each layer that hold this fraction of its relevance, "
                        "such as 0.9 (default: no such limit)")  # fmt: skip
-    query.add_argument("--patches", type=whole_number(64), default=4, metavar="N",
-                       help="patches of the image along each side (default: %(default)s)")  # fmt: skip
     query.add_argument("--groups", type=groups, metavar="N|FILE",
                        help="divide the channels of each layer, and the image, into at most N groups that keep most of "
-                       "the dependence between the layers; or apply the file of groups of an earlier flow")  # fmt: skip
-    add_computation(parser)
+                       "the dependence between layers; or apply the file of groups of an earlier flow")  # fmt: skip
+    query.add_argument("--patches", type=whole_number(64), default=4, metavar="N",
+                       help="patches of the image along each side (default: %(default)s)")  # fmt: skip
+    add_computation(parser, None)
     sweep = parser.add_argument_group("mean flow over a data set, instead of images")
     sweep.add_argument("--from", type=Path, metavar="SWEEP", dest="sweep",
                        help="folder of nrm-plugin sweep --joint with these --layers; needs no model")  # fmt: skip
-    sweep.add_argument("--minus", metavar="CLASS",
-                       help="subtract the flow of this class from that of --target")  # fmt: skip
+    parser.add_argument("--minus", metavar="CLASS|IMAGE",
+                        help="subtract the flow of another class, or that of the same class in another image; with "
+                        "--from, the mean flow of another class")  # fmt: skip
     figure = parser.add_argument_group("figure")
     figure.add_argument("--width", type=inches, metavar="INCHES",
                         help="width of the figure, such as 3.3 for a paper's column (default: from 7.2)")  # fmt: skip
@@ -81,14 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="file type of the figure (default: %(default)s)")  # fmt: skip
     figure.add_argument("--dark", action="store_true", help="figures for a dark background")
     add_out(parser, "nrm-flow")
-
-
-def groups(text: str) -> int | Path:
-    """Parses a number of groups, or the file of groups."""
-    if not text.isdigit():
-        return Path(text)
-    number: int = whole_number(MOST_CHANNELS)(text)
-    return number
 
 
 def run(options: argparse.Namespace) -> int:
@@ -100,18 +99,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _of_images(options: argparse.Namespace) -> int:
-    from .image_flow import FlowOptions, explain_flow
+    from .flow_difference import explain_difference
+    from .flow_groups import FlowOptions
+    from .image_flow import explain_flow
     from .per_image import explain_each
     from .request import RequestError
 
-    if options.minus is not None:
-        raise RequestError("--minus compares classes of a sweep: give the sweep by --from SWEEP.")
     missing = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if not value]
     if missing:
         raise RequestError(f"the following arguments are required: {', '.join(missing)}")
     what = FlowOptions(
-        options.top, options.coverage, options.patches, options.dark, options.width, options.kind, options.groups
-    )
-    return explain_each(
-        options, lambda loaded, image, request, out, taken: explain_flow(loaded, image, request, what, out, taken)
-    )
+        options.top, options.coverage, options.patches, options.dark, options.width, options.kind, options.groups,
+        options.minus,
+    )  # fmt: skip
+    explain = explain_flow if options.minus is None else explain_difference
+    return explain_each(options, lambda loaded, image, request, *files: explain(loaded, image, request, what, *files))

@@ -1,26 +1,119 @@
-"""The groups of a flow: found for one image, or read from a file."""
+"""The options of a flow, and what the neurons of each layer are summed over."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from ..dataset.images import shown
 from ..measure.flow import ordered_taps
 from ..measure.group_search import find_groups
 from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
-from ..measure.partitions import Names, segments
+from ..measure.partitions import Names, patches, segments
+from ..plots.heatmaps import DPI
+from .model_loading import LoadedModel
+from .output_files import class_name
+from .request import Request, RequestError, compared_with, explained_class
 
 INPUT = "input"
+NARROW = 5.0
+"""Width of a figure in inches below which it is drawn with more dots per inch."""
+MOST_PATCHES = 16
+"""Patches of the image along each side that are grouped if scikit-image is not installed."""
+LISTED = re.compile(r"channel \d+( \+ \d+)?")
+"""A name of a group that lists its largest channel, and the number of the others."""
+
+
+@dataclass(frozen=True)
+class FlowOptions:
+    """Options of a flow figure.
+
+    Attributes:
+        top: Maximum number of channels of a layer.
+        coverage: Fraction of the absolute mass of each layer that the shown channels must cover; None for no limit.
+        patches: Patches of the image along each side.
+        dark: Whether figures are for a dark background.
+        width: Width of the figure in inches; None for the default.
+        kind: File type of the figure.
+        groups: Number of groups of channels of a layer, or a file of groups; None for single channels.
+        minus: Class or image file of a second flow, to subtract; None for one flow.
+    """
+
+    top: int = 8
+    coverage: float | None = None
+    patches: int = 4
+    dark: bool = False
+    width: float | None = None
+    kind: str = "png"
+    groups: int | Path | None = None
+    minus: str | None = None
+
+    @property
+    def dpi(self) -> int:
+        """Dots per inch: more for the small letters of a narrow figure."""
+        return 2 * DPI if self.width is not None and self.width < NARROW else DPI
+
+    @property
+    def count(self) -> int:
+        """Number of groups to find."""
+        return self.groups if isinstance(self.groups, int) else 0
+
+
+@dataclass(frozen=True)
+class Division:
+    """What the neurons of the layers of a flow are summed over.
+
+    Attributes:
+        over: By layer, groups of neurons; layers without an entry have channels.
+        names: Names of the groups, by layer.
+        groups: The groups, if they were requested.
+    """
+
+    over: Mapping[str, Any]
+    names: Mapping[str, Names]
+    groups: Groups | None = None
+
+
+def division(
+    loaded: LoadedModel, mu: RelevanceMeasure, request: Request, options: FlowOptions, image: Tensor
+) -> Division:
+    """Returns what the neurons of the layers of a flow are summed over.
+
+    Args:
+        loaded: The model.
+        mu: The measure.
+        request: The request, with the layers.
+        options: The options.
+        image: The image, ``(C, H, W)`` in [0, 1].
+
+    Raises:
+        RequestError: If there are more patches than pixels, or the file of groups cannot be read.
+        InputError: If the file holds no groups, or groups do not fit the model.
+    """
+    height, width = mu.shape(INPUT)[-2:]
+    if options.patches > min(height, width):
+        raise RequestError(
+            f"--patches {options.patches} is more than the {height}×{width} pixels of the model's input."
+        )
+    over: dict[str, Any] = {INPUT: patches((height, width), options.patches)}
+    names = _class_names(loaded, mu, request)
+    if options.groups is None:
+        return Division(over, {INPUT: patch_names(options.patches), **names})
+    groups = groups_of(mu, request.layers, options.groups, image, names)
+    return Division(over | labels_of_groups(mu, request.layers, groups), names, groups)
 
 
 def groups_of(
     mu: RelevanceMeasure, layers: Sequence[str], wanted: int | Path, image: Tensor, names: Mapping[str, Names]
 ) -> Groups:
-    """Returns the groups of the layers of a flow.
+    """Returns the groups of the layers of a flow; those of the input consist of superpixels, or of patches.
 
     Args:
         mu: The measure.
@@ -30,14 +123,14 @@ def groups_of(
         names: Names of members, by layer.
 
     Raises:
+        RequestError: If the file cannot be read.
         InputError: If the file holds no groups, or they do not fit.
     """
     if isinstance(wanted, Path):
-        return Groups.load(wanted)
+        return _with_short_names(_stored(wanted))
     ordered = [layer for layer, _ in ordered_taps(mu, layers)]
-    has_segments = INPUT in ordered and find_spec("skimage") is not None
-    members = {INPUT: segments(image)} if has_segments else None
-    groups = find_groups(mu, ordered, wanted, members, names=names)
+    members = {INPUT: _members_of_the_input(image)} if INPUT in ordered else None
+    groups = _with_short_names(find_groups(mu, ordered, wanted, members, names=names))
     if INPUT not in ordered:
         return groups
     count = len(groups.names[groups.layers.index(INPUT)])
@@ -50,3 +143,41 @@ def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups
     if INPUT in labels and labels[INPUT].ndim > 2:
         labels[INPUT] = labels[INPUT].select(mu.channel_dim(INPUT) - 1, 0)
     return labels
+
+
+def _members_of_the_input(image: Tensor) -> Tensor:
+    if find_spec("skimage") is not None:
+        return segments(image)
+    size = image.shape[-2:]
+    return patches(size, min(MOST_PATCHES, *size))
+
+
+def _with_short_names(groups: Groups) -> Groups:
+    """Returns groups with numbers in place of names that list channels, which would not fit below a picture."""
+    short = {
+        layer: {number: f"group {number + 1}" for number, name in enumerate(names) if LISTED.fullmatch(name)}
+        for layer, names in zip(groups.layers, groups.names, strict=True)
+    }
+    return groups.named({layer: names for layer, names in short.items() if names})
+
+
+def patch_names(count: int) -> dict[int, str]:
+    """Returns names of ``count`` × ``count`` patches as on a map: letters count columns, numbers count rows, from 1."""
+    letters = [chr(65 + column % 26) * (1 + column // 26) for column in range(count)]
+    return {number: f"{letters[number % count]}{number // count + 1}" for number in range(count**2)}
+
+
+def _class_names(loaded: LoadedModel, mu: RelevanceMeasure, request: Request) -> dict[str, Names]:
+    """Returns the names of the classes; a fused difference of classes is one number, named by the explained class."""
+    count = mu.shape("output")[1:].numel()
+    if count == 1 and compared_with(loaded, request, mu.outputs) is not None:
+        target = explained_class(loaded, request.target, mu.outputs)
+        return {"output": {0: class_name(loaded, target) or f"class {target}"}}
+    return {"output": {number: class_name(loaded, number) or f"class {number}" for number in range(count)}}
+
+
+def _stored(path: Path) -> Groups:
+    try:
+        return Groups.load(path)
+    except OSError as error:
+        raise RequestError(f"cannot read --groups {shown(path)}: {error.strerror or error}.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,15 @@ from ..measure.flow_heat_maps import NodeMaps, flow_maps_and_pairs
 from ..measure.layer_groups import Groups
 from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
-from ..measure.partitions import patches
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import flow_caption
 from ..plots.flow_html import Pairs, save_sankey
 from ..plots.flow_pictures import Photo
 from ..plots.layer_profile import profile_figure
 from . import messages
-from .flow_groups import groups_of, labels_of_groups
+from .flow_groups import Division, FlowOptions, division
 from .model_loading import LoadedModel
 from .output_files import (
-    class_name,
     explained_title,
     image_settings,
     json_stem,
@@ -47,29 +45,6 @@ LEAST_PROFILE = 0.01
 
 
 @dataclass(frozen=True)
-class FlowOptions:
-    """Options of a flow figure.
-
-    Attributes:
-        top: Maximum number of channels of a layer.
-        coverage: Fraction of the absolute mass of each layer that the shown channels must cover; None for no limit.
-        patches: Patches of the image along each side.
-        dark: Whether figures are for a dark background.
-        width: Width of the figure in inches; None for the default.
-        kind: File type of the figure.
-        groups: Number of groups of a layer, or a file of groups; None for single channels and patches.
-    """
-
-    top: int = 8
-    coverage: float | None = None
-    patches: int = 4
-    dark: bool = False
-    width: float | None = None
-    kind: str = "png"
-    groups: int | Path | None = None
-
-
-@dataclass(frozen=True)
 class ImageFlow:
     """The flow for one image.
 
@@ -82,8 +57,8 @@ class ImageFlow:
         heat_maps: Heat maps of the nodes.
         pairs: Joint relevance of nodes in layers that are not neighbours.
         photo: The image, with the patches of the nodes.
+        groups: The groups, if they were requested.
         profile: Profile of the layers, compared with plain LRP.
-        groups: The groups that were found for this image.
     """
 
     outputs: Tensor
@@ -94,8 +69,8 @@ class ImageFlow:
     heat_maps: NodeMaps
     pairs: Pairs
     photo: Photo
+    groups: Groups | None
     profile: Sequence[ProfileRow]
-    groups: Groups | None = None
 
 
 def explain_flow(
@@ -120,6 +95,7 @@ def explain_flow(
     files = _write(flow, loaded, image, request, options, out, taken)
     lines = [
         *messages.image(loaded, image, flow.outputs, flow.target, flow.against),
+        *messages.unseen(flow.photo),
         *messages.difference(loaded, flow.target, flow.against, flow.difference),
         *messages.layers(flow.graph),
         *messages.files(files),
@@ -133,56 +109,38 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, request.layers)
     shown_image = photo(loaded, image, inputs)
-    graph, over, groups = _graph(mu, loaded, request, options, torch.as_tensor(shown_image.image))
-    heat_maps, pairs = flow_maps_and_pairs(mu, graph, over)
-    plain = mu
-    if request.residual != "sink":
+    graph, divided = _graph(mu, loaded, request, options, shown_image)
+    heat_maps, pairs = flow_maps_and_pairs(mu, graph, divided.over)
+    plain = mu if request.reference is None else None
+    if plain is not None and request.residual != "sink":
         plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None))
     target = explained_class(loaded, request.target, mu.outputs)
     against = compared_with(loaded, request, mu.outputs)
     difference = None if against is None else float(mu.output)
     patched = [node for node in graph.nodes if node.layer == "input" and node.kind == "group"]
-    regions = {node.key: (over["input"] == node.group).numpy() for node in patched}
+    regions = {node.key: (divided.over["input"] == node.group).numpy() for node in patched}
     return ImageFlow(
         mu.outputs.flatten(), target, against, difference, graph, heat_maps, pairs,
-        replace(shown_image, regions=regions),
+        replace(shown_image, regions=regions), divided.groups,
         profile(mu, request.layers, plain),
-        groups,
     )  # fmt: skip
 
 
 def _graph(
-    mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Tensor
-) -> tuple[FlowGraph, dict[str, Tensor], Groups | None]:
-    """Returns the flow, the groups of each layer that are not its channels, and the groups that were found."""
-    height, width = mu.shape("input")[-2:]
-    count = options.patches
-    if count > min(height, width):
-        raise RequestError(f"--patches {count} is more than the {height}×{width} pixels of the model's input.")
-    over: dict[str, Tensor] = {"input": patches((height, width), count)}
-    classes = {number: class_name(loaded, number) for number in range(len(loaded.categories))}
-    names: dict[str, Mapping[int, str]] = {"input": patch_names(count)}
-    target, against = explained_class(loaded, request.target, mu.outputs), compared_with(loaded, request, mu.outputs)
-    if against is not None:  # the output is one number
-        names["output"] = {0: class_name(loaded, target) or f"class {target}"}
-    elif any(classes.values()):
-        names["output"] = classes
-    groups: Groups | None = None
+    mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Photo
+) -> tuple[FlowGraph, Division]:
+    """Returns the flow, and what the neurons of each layer are summed over."""
     try:
-        if options.groups is not None:
-            names = {key: value for key, value in names.items() if key != "input"}
-            groups = groups_of(mu, request.layers, options.groups, image, names)
-            over |= labels_of_groups(mu, request.layers, groups)
-        graph = mu.flow(request.layers, over, top=options.top, coverage=options.coverage, names=names, groups=groups)
-        return graph, over, groups
+        divided = division(loaded, mu, request, options, torch.as_tensor(image.image))
+        graph = mu.flow(
+            request.layers, divided.over, top=options.top, coverage=options.coverage, names=divided.names,
+            groups=divided.groups,
+        )  # fmt: skip
+        return graph, divided
+    except RequestError:
+        raise
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(shown, request.layers))}: {error}") from error
-
-
-def patch_names(count: int) -> dict[int, str]:
-    """Returns names of ``count`` × ``count`` patches as on a map: letters count columns, numbers count rows, from 1."""
-    letters = [chr(65 + column % 26) * (1 + column // 26) for column in range(count)]
-    return {number: f"{letters[number % count]}{number // count + 1}" for number in range(count**2)}
 
 
 def _write(
@@ -197,20 +155,18 @@ def _write(
     """Writes figure, numbers, profile and page."""
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
-    is_found = isinstance(options.groups, int)
-    if options.groups is not None:
-        settings["groups"] = options.groups if is_found else shown(options.groups)
+    settings |= {} if options.groups is None else {"groups": shown(options.groups)}
     is_plain = all(_is_whole(row) for row in flow.profile)
     ends = ["flow.json", f"flow.{options.kind}", "flow.html", *([] if is_plain else ["layers.png"])]
-    ends += ["groups.safetensors"] if is_found else []
+    ends += ["groups.safetensors"] if isinstance(options.groups, int) else []
     stem = json_stem(out, image.path.stem, ends, taken, settings)
     numbers, figure, page, *layers = [out / f"{stem}-{end}" for end in ends]
-    stored = [layers.pop()] if is_found else []
-    target = f"{explained_title(loaded, flow.target, flow.against)}{weights_title(loaded)}"
+    stored = [layers.pop()] if isinstance(options.groups, int) else []
+    target = f"{explained_title(loaded, flow.target, flow.against, request.reference)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
-    parts = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
+    parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
-    save_figure(drawn, figure, options.dark)
+    save_figure(drawn, figure, options.dark, options.dpi)
     for path in layers:
         profile_heading = f"{short(image.path.name)}: layers for {target}"
         save_figure(profile_figure(flow.profile, profile_heading, options.dark), path, options.dark)

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from ..dataset.images import LoadedImage, shown
 from ..measure.flow_graph import FlowGraph
+from ..plots.flow_pictures import Photo
+from . import photos
 from .explanation import Explanation, Totals
+from .image_references import reference_words
 from .model_loading import LoadedModel
 from .output_files import class_name
-from .request import Against, Request
+from .request import SECANTS, Against, Request
 
 BEST = 5
 """Number of listed classes."""
@@ -21,9 +24,12 @@ BEST = 5
 
 def heading(loaded: LoadedModel, request: Request) -> str:
     """Returns a line about model, rules and device, which are the same for all images of a call."""
-    limit = f", gain limit {request.gain_limit:g}" if request.residual == "redistribute" else ""
     model = f"{shown(loaded.name)} (weights: {loaded.weights})"
-    return f"{model} by {request.composite}, residual {request.residual}{limit}, on {request.device}"
+    words = reference_words(request.reference)
+    if request.composite == SECANTS:
+        return f"{model} by slopes{words}, on {request.device}"
+    limit = f", gain limit {request.gain_limit:g}" if request.residual == "redistribute" else ""
+    return f"{model} by {request.composite}{words}, residual {request.residual}{limit}, on {request.device}"
 
 
 def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
@@ -33,9 +39,17 @@ def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int
     yield from classes(loaded, outputs, target, against)
 
 
+def unseen(shown_image: Photo) -> Iterator[str]:
+    """Yields a line about what the model did not see of an image, if it did not see all of it."""
+    text = photos.unseen(shown_image)
+    if text:
+        yield f"  note: {text[0].lower()}{text[1:].removesuffix('.')}"
+
+
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:
     """Yields the lines about one explanation."""
     yield from image(loaded, result.source, result.outputs, result.target, result.against)
+    yield from unseen(result.photo)
     yield from difference(loaded, result.target, result.against, result.difference)
     yield f"  relevance {_totals(result.totals, 'at the pixels')}"
     for layer in result.layers:

@@ -10,6 +10,11 @@ from typing import Any
 
 CHANNELS = 7
 """Default number of channels of a layer that ``explain`` plots."""
+AUTO, PIXELS, LAYER_CELLS = "auto", "pixels", "layer"
+"""Resolutions of heat maps: :data:`MOST_CELLS` or the cells of a layer, single pixels, always the cells of a layer."""
+MOST_CELLS = 56
+"""Cells of a heat map along each side, unless requested otherwise: about what the eye resolves in a figure."""
+DEFAULT_RULES = "nrm_default"
 MISCLASSIFIED = "misread"
 """Name of the misclassified digits in the demo."""
 PER_CHANNEL = ("--mean", "--std")
@@ -45,6 +50,20 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
                         "the mean colour (pad), or all in another shape (squeeze) (default: %(default)s)")  # fmt: skip
 
 
+def add_cells(parser: Any) -> None:
+    """Adds the option for the resolution of heat maps."""
+    parser.add_argument("--cells", type=cells, default=AUTO, metavar="N|pixels|layer",
+                        help="draw sums over N × N cells, single pixels, or the cells of the layer of --layer; the "
+                        f"numbers are the same (default: {MOST_CELLS}, and the cells of a layer)")  # fmt: skip
+
+
+def add_reference(group: Any) -> None:
+    """Adds the option for a reference."""
+    group.add_argument("--reference", metavar="blur|mean|black|white|FILE",
+                       help="explain the difference to the blurred image, an image of its mean colour, a black or a "
+                       "white one, or another image (default: no reference)")  # fmt: skip
+
+
 def add_target(group: Any) -> None:
     """Adds the option for the class to explain."""
     group.add_argument("--target", metavar="CLASS",
@@ -59,17 +78,18 @@ def add_against(group: Any, default: str) -> None:
                        f"{default})")  # fmt: skip
 
 
-def add_composite(parser: Any) -> None:
-    """Adds the option for the rules."""
-    parser.add_argument("--composite", default="nrm_default", metavar="RULES",
+def add_composite(parser: Any, default: str | None = DEFAULT_RULES) -> None:
+    """Adds the option for the rules; without a default, they depend on the reference."""
+    parser.add_argument("--composite", default=default, metavar="RULES",
                         help="name of a composite in Zennit's registry, such as nrm_absolute, epsilon_plus_flat or "
-                        "epsilon_gamma_box; an unknown name lists them all (default: %(default)s)")  # fmt: skip
+                        f"epsilon_gamma_box; an unknown name lists them all (default: {DEFAULT_RULES}"
+                        f"{'' if default else '; with a reference, none but the slopes to it'})")  # fmt: skip
 
 
-def add_computation(parser: argparse.ArgumentParser) -> None:
+def add_computation(parser: argparse.ArgumentParser, rules: str | None = DEFAULT_RULES) -> None:
     """Adds options for the rules and the device."""
     group = parser.add_argument_group("computation")
-    add_composite(group)
+    add_composite(group, rules)
     group.add_argument("--residual", choices=("redistribute", "sink"), default="redistribute",
                        help="relevance that a rule does not propagate is redistributed, up to the gain limit, or stays "
                        "in the sink of the layer, as in Zennit's rules (default: %(default)s)")  # fmt: skip
@@ -106,12 +126,26 @@ def fraction(text: str) -> float:
     return value
 
 
+def groups(text: str) -> int | Path:
+    """Parses a number of groups, or the path of a file."""
+    return whole_number(40, least=2)(text) if text.isdecimal() else Path(text)
+
+
 def inches(text: str) -> float:
     """Parses the width of a figure, from 2 to 40 inches."""
     value = _real(text)
     if not 2 <= value <= 40:
         raise argparse.ArgumentTypeError(f"{text!r} is not a width from 2 to 40 inches, such as 3.3")
     return value
+
+
+def cells(text: str) -> int | str:
+    """Parses a resolution of heat maps."""
+    if text in (AUTO, PIXELS, LAYER_CELLS):
+        return text
+    if text.isascii() and text.isdecimal() and 1 <= int(text) <= 8192:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of cells, nor {PIXELS}, nor {LAYER_CELLS}")
 
 
 def gain_limit(text: str) -> float:

@@ -23,8 +23,9 @@ from ..dataset.atomic_files import AtomicFile
 from ..dataset.images import shown
 from ..errors import NRMError
 from ..plots.fonts import use_installed_fonts
-from ..plots.heatmaps import save
+from ..plots.heatmaps import DPI, save
 from ..plots.ribbons import DARK, LIGHT
+from .image_references import reference_words
 from .model_loading import LoadedModel
 from .request import Against, Request
 from .weight_files import NONE
@@ -117,6 +118,7 @@ def image_settings(
         "gain_limit": "inf" if request.gain_limit == math.inf else request.gain_limit,
         "layers": list(request.layers),
         "preparation": loaded.preprocessing.settings,
+        **({} if request.reference is None else {"reference": request.reference}),
     }
 
 
@@ -139,13 +141,13 @@ def target_title(loaded: LoadedModel, index: int) -> str:
     return f"“{short(name)}”" if name else f"class {index}"
 
 
-def explained_title(loaded: LoadedModel, index: int, against: Against) -> str:
+def explained_title(loaded: LoadedModel, index: int, against: Against, reference: str | None = None) -> str:
     """Returns the text of a class, and of what it is compared with, for the heading of a figure."""
-    target = target_title(loaded, index)
+    target, end = target_title(loaded, index), short(reference_words(reference), 60)
     if against is None:
-        return target
+        return f"{target}{end}"
     others = "the other classes" if isinstance(against, str) else target_title(loaded, against)
-    return f"{target} rather than {others}"
+    return f"{target} rather than {others}{end}"
 
 
 def weights_title(loaded: LoadedModel) -> str:
@@ -201,7 +203,7 @@ def writing(path: Path) -> Iterator[Path]:
 # -- figures --------------------------------------------------------------------------------------------------------
 
 
-def save_figure(figure: Figure, path: Path, dark: bool = False) -> None:
+def save_figure(figure: Figure, path: Path, dark: bool = False, dpi: int = DPI) -> None:
     """Writes a figure, and prints a note if letters become boxes because no installed font has them."""
     missing = {letter for letter in use_installed_fonts(figure) if letter not in _noted}
     if missing:
@@ -213,7 +215,7 @@ def save_figure(figure: Figure, path: Path, dark: bool = False) -> None:
         )
     with writing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        save(figure, temporary, (DARK if dark else LIGHT).paper, path.suffix.removeprefix("."))
+        save(figure, temporary, (DARK if dark else LIGHT).paper, path.suffix.removeprefix("."), dpi)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,12 +12,16 @@ from ..errors import ModelStateError, NRMError, UnsupportedOperationError, Unsup
 from . import messages
 from .composite_names import CompositeError
 from .failures import FAILED, errors
+from .image_references import ReferenceImageError
 from .model_loading import LoadedModel
 from .output_files import OutputError, check_folder
 from .request import Request, RequestError, check_device
 from .resolved_options import model_of, one_line_warnings, request_of
 
-COMMON = (OutputError, RequestError, CompositeError, ModelStateError, UnsupportedOperationError, UnsupportedRuleError)
+COMMON = (
+    OutputError, RequestError, ReferenceImageError, CompositeError, ModelStateError, UnsupportedOperationError,
+    UnsupportedRuleError,
+)  # fmt: skip
 """Errors that would occur for every other image as well, unless an image has already been explained."""
 
 

@@ -20,11 +20,14 @@ from ..plan.reuse import measures_of
 from .composite_names import composite_of
 from .event_syntax import Condition
 from .failures import is_out_of_memory
+from .image_references import reference_image
 from .model_loading import LoadedModel
 from .options import CHANNELS
 
 MOST_CLASSES = 2**31
 """Indices of classes are stored in 32 bits."""
+SECANTS = "secants"
+"""In place of a composite: the slopes between an image and its reference."""
 NONE = "none"
 """The output of the class alone is explained."""
 Against = int | str | None
@@ -47,10 +50,11 @@ class Request:
             several classes.
         layers: Layers for which channels are listed.
         given: Conditions, with one heat map each.
-        composite: Name of the composite in Zennit's registry.
+        composite: Name of the composite in Zennit's registry, or :data:`SECANTS`.
         residual, gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         device: The device of the computation.
         channels: Number of channels per layer for which heat maps are drawn.
+        reference: Name or file of the reference image; None without one.
     """
 
     target: str | None = None
@@ -62,6 +66,7 @@ class Request:
     gain_limit: float | None = 2.0
     device: str = "cpu"
     channels: int = CHANNELS
+    reference: str | None = None
 
 
 def check_device(name: str) -> torch.device:
@@ -248,6 +253,11 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
     try:
         with failures_of_the_model(loaded, inputs):
             compared = None if is_alone else against
+            if request.reference is not None:
+                reference = reference_image(loaded, inputs, request.reference)
+                return RelevanceMeasure(
+                    loaded.model, inputs, target, against=compared, composite=rules, reference=reference
+                )
             return measures_of(rules)(loaded.model, inputs, target, against=compared, composite=rules)
     except TargetError as error:
         remedy = "" if is_alone else " In a command: --against none explains the output of the class alone."
@@ -266,8 +276,13 @@ def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
     return count > 1
 
 
-def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized:
-    """Returns the rules of a request: the same object for all images, so that measures can be planned."""
+def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized | None:
+    """Returns the rules of a request: the same object for all images, so that measures can be planned.
+
+    The slopes to a reference are no rules: None.
+    """
+    if request.composite == SECANTS:
+        return None
     key = (request.composite, request.residual, request.gain_limit, inputs.device)
     if key not in loaded.rules:
         composite = composite_of(request.composite, loaded.preprocessing.bounds(inputs))

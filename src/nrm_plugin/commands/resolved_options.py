@@ -13,8 +13,8 @@ from ..dataset.images import shown
 from .composite_names import check_composite_name
 from .event_syntax import parse
 from .model_loading import LoadedModel, load
-from .options import CHANNELS
-from .request import Request, RequestError
+from .options import CHANNELS, DEFAULT_RULES
+from .request import SECANTS, Request, RequestError
 
 
 def request_of(options: argparse.Namespace) -> Request:
@@ -25,7 +25,12 @@ def request_of(options: argparse.Namespace) -> Request:
         CompositeError: If no composite has this name.
         ConditionError: If an event does not follow the grammar.
     """
-    check_composite_name(options.composite)
+    reference = getattr(options, "reference", None)
+    composite = options.composite or (SECANTS if reference else DEFAULT_RULES)
+    if composite == SECANTS:
+        _check_no_rules(options)
+    else:
+        check_composite_name(composite)
     if options.gain_limit is not None and options.residual == "sink":
         raise RequestError("--gain-limit has no meaning with --residual sink, which redistributes nothing.")
     return Request(
@@ -33,12 +38,23 @@ def request_of(options: argparse.Namespace) -> Request:
         against=getattr(options, "against", None),
         layers=tuple(dict.fromkeys(options.layers)),
         given=tuple(dict.fromkeys(parse(text) for text in getattr(options, "given", ()))),
-        composite=options.composite,
+        composite=composite,
         residual=options.residual,
         gain_limit=2.0 if options.gain_limit is None else options.gain_limit,
         device=options.device,
         channels=getattr(options, "channels", CHANNELS),
+        reference=reference,
     )
+
+
+def _check_no_rules(options: argparse.Namespace) -> None:
+    """Raises :class:`RequestError` if options of rules are given without rules."""
+    given = {"--gain-limit": options.gain_limit is not None, "--residual sink": options.residual == "sink"}
+    for name in (name for name, is_given in given.items() if is_given):
+        raise RequestError(
+            f"{name} belongs to the rules of a composite; the slopes to a reference absorb nothing. Leave it out, or "
+            "give --composite for rules on differences."
+        )
 
 
 def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..imports import renamed_arguments
 from ..measure.flow_graph import FlowGraph
 from ..plots.flow import flow_figure
+from ..plots.flow_caption import difference_caption
 from ..plots.heatmaps import Values, draw_image
 from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .prototypes import Prototypes
@@ -33,8 +34,8 @@ def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = 
     Raises:
         FlowError: If a layer has too many groups.
     """
-    legend = f"red: more for {first}, blue: more for {second}".replace("$", r"\$")
-    return flow_figure(graph, f"{heading}\n{legend}" if heading else legend, dark)
+    return flow_figure(graph, heading, dark, caption=difference_caption(graph, first, second),
+                       signs=(f"more for {first}", f"more for {second}"))  # fmt: skip
 
 
 @renamed_arguments(found="prototypes", pictures="images")

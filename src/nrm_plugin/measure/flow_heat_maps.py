@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from .partitions import partition
 
 NodeMaps = Mapping[str, NDArray[np.float64]]
 """Heat maps, ``(H, W)``, by the key of a node."""
+Member = tuple[FlowNode, Tensor]
+"""A node with the mask of its neurons."""
 
 
 def flow_maps(
@@ -75,34 +77,57 @@ def flow_maps_and_pairs(
         >>> ("output/1", "input/0") in pairs
         True
     """
-    sign = float(mu.sign[sample])
     members = [_members(mu, layer, over) for layer in graph.layers]
-    has_maps = len(mu._tap(lowest).shape) > 2
     maps: dict[str, NDArray[np.float64]] = {}
     pairs: dict[tuple[str, str], float] = {}
     for number, (layer, nodes) in enumerate(zip(graph.layers, members, strict=True)):
-        below = graph.layers[number + 2 :]
-        if layer.name == lowest:
-            own = mu.marginal(lowest)[sample]
-            joints = {lowest: torch.stack([own * mask.to(own.device) for _, mask in nodes])} if nodes else {}
-        else:
-            names = list(dict.fromkeys([*(one.name for one in below), *([lowest] if has_maps else [])]))
-            events = [at(layer.name)[mask] for _, mask in nodes]
-            joints = (
-                {key: value[:, sample] for key, value in mu.marginal(names, joint=events).items()}
-                if events and names
-                else {}
-            )
-        for place, (node, _) in enumerate(nodes):
-            if has_maps and joints:
-                maps[node.key] = _conditional_map(mu, node, sign * joints[lowest][place], lowest)
-            for lower, others in zip(below, members[number + 2 :], strict=True):
-                values = sign * joints[lower.name][place].double().cpu()
-                pairs |= {(node.key, other.key): float(values[mask].sum()) for other, mask in others}
+        below = range(number + 2, len(graph.layers))
+        joints = _joints(mu, layer, nodes, [graph.layers[lower].name for lower in below], lowest, sample)
+        if lowest in joints and len(mu._tap(lowest).shape) > 2:
+            rows = zip(nodes, joints[lowest], strict=True)
+            maps |= {node.key: _conditional_map(mu, node, joint, lowest) for (node, _), joint in rows}
+        for lower in below:
+            pairs |= _pairs(layer, nodes, graph.layers[lower], members[lower], joints.get(graph.layers[lower].name))
     return maps, pairs
 
 
-def _members(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> list[tuple[FlowNode, Tensor]]:
+def _joints(
+    mu: RelevanceMeasure, layer: FlowLayer, nodes: Sequence[Member], below: Sequence[str], lowest: str, sample: int
+) -> dict[str, Tensor]:
+    """Returns the joint relevance of each node of a layer with all neurons of some lower layers, from one pass."""
+    sign = mu.sign[sample]
+    if not nodes:
+        return {}
+    if layer.name == lowest:
+        own = mu.marginal(lowest)[sample]
+        return {lowest: sign * torch.stack([own * mask.to(own.device) for _, mask in nodes])}
+    names = list(dict.fromkeys([*below, lowest]))
+    joints = mu.marginal(names, joint=[at(layer.name)[mask] for _, mask in nodes])
+    return {name: sign * values[:, sample] for name, values in joints.items()}
+
+
+def _pairs(
+    upper: FlowLayer, nodes: Sequence[Member], lower: FlowLayer, others: Sequence[Member], joint: Tensor | None
+) -> dict[tuple[str, str], float]:
+    """Returns the joint relevance of the nodes of two layers.
+
+    The walks of a node that cross no neuron of the other layer are off that layer.
+    """
+    masks = [mask for _, mask in others]
+    values = np.zeros((len(nodes), len(others)))
+    for row in range(len(nodes) if joint is not None else 0):
+        neurons = joint[row].double().cpu() if joint is not None else torch.empty(0)
+        values[row] = [float(neurons[mask].sum()) for mask in masks]
+    above, below = [node for node, _ in nodes], [node for node, _ in others]
+    off = {"above": upper.nodes[-1], "below": lower.nodes[-1]}
+    leaving = np.array([node.mass for node in above]) - values.sum(1)
+    joining = np.array([node.mass for node in below]) - values.sum(0)
+    full = np.block([[values, leaving[:, None]], [joining[None, :], off["below"].mass - leaving.sum()]])
+    keys = [[node.key for node in [*side, off[name]]] for side, name in ((above, "above"), (below, "below"))]
+    return {(one, other): float(full[a, b]) for a, one in enumerate(keys[0]) for b, other in enumerate(keys[1])}
+
+
+def _members(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> list[Member]:
     """Returns the groups of a layer, and its rest if it has neurons, each with the mask of its neurons."""
     kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
     labels = partition(mu._tap(layer.name), kind, None).labels

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
-from .flow_caption import flow_caption, key_text
+from .flow_caption import SIGNS, flow_caption, key_text
+from .flow_columns import has_off, region_name
+from .flow_parts import Band, Box, DrawnNode, Label, Scene
 from .flow_pictures import NodePictures, Photo, node_pictures, painted, photo_pixels, region_places
-from .flow_scene import Band, Box, DrawnNode, Label, Scene, drawn_nodes, flow_scene, has_off, layer_note, node_name
+from .flow_scene import flow_scene
 from .layer_profile import profile_figure
 from .ribbons import DARK, LIGHT, Palette
 
@@ -32,6 +34,7 @@ def flow_figure(
     image: Photo | Tensor | None = None,
     caption: str | None = None,
     width: float | None = None,
+    signs: tuple[str, str] = SIGNS,
 ) -> Figure:
     """Draws a flow graph as ribbons between its nodes, with the input on the left; heights are relevance.
 
@@ -48,6 +51,7 @@ def flow_figure(
             caption, and in grey beneath the pictures.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
+        signs: What positive and negative relevance mean, for the key.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -61,7 +65,7 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     pictures = node_pictures(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, pictures, photo, width)
+    scene = scene_of(graph, heading, caption, pictures, photo, width, signs)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -87,6 +91,7 @@ def scene_of(
     pictures: NodePictures | None,
     photo: Photo | None,
     width: float | None = None,
+    signs: tuple[str, str] = SIGNS,
 ) -> Scene:
     """Returns the layout of a flow with its caption and key."""
     shown: Mapping[str, object] = pictures.values if pictures else {}
@@ -94,7 +99,7 @@ def scene_of(
         graph,
         heading.replace(r"\$", "$"),
         flow_caption(graph) if caption is None else caption.replace(r"\$", "$"),
-        key_text(bool(shown), has_off(graph)),
+        key_text(bool(shown), has_off(graph), signs),
         width,
         shown,
         pictures.ratio if pictures else 1.0,
@@ -143,7 +148,7 @@ def _draw_node(axes: Axes, node: DrawnNode, pictures: NodePictures | None, palet
 
 def _draw_regions(axes: Axes, box: Box, photo: Photo, graph: FlowGraph) -> None:
     """Writes the names of the nodes of the input into their regions."""
-    names = {node.key: node_name(node) for node in graph.nodes}
+    names = {node.key: region_name(node) for node in graph.nodes}
     for key, (x, y) in region_places(photo).items():
         axes.text(
             box.x + x * box.width, box.y + y * box.height, names.get(key, ""), color="white",
@@ -166,4 +171,4 @@ def _draw_label(axes: Axes, label: Label, palette: Palette) -> None:
     )  # fmt: skip
 
 
-__all__ = ["drawn_nodes", "flow_figure", "layer_note", "profile_figure"]
+__all__ = ["flow_figure", "profile_figure"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
-from .flow_scene import node_name
+from .flow_columns import node_name
 from .ribbons import percent
 
 NAMED = 3
@@ -17,9 +17,10 @@ ENOUGH = 0.6
 WORTH_SAYING = 0.01
 """Relevance below which nothing is said."""
 KEY = (
-    "The input is on the left. Heights are relevance, on one scale for all layers; red is evidence for, blue evidence "
-    "against, grey the rest of a layer."
+    "The input is on the left. Heights are relevance, on one scale for all layers; red is {}, blue {}, grey the rest "
+    "of a layer."
 )
+SIGNS = ("evidence for", "evidence against")
 OFF = (
     "Orange is relevance that does not cross a layer: hatched if it is absorbed above, dotted if it bypasses the layer."
 )
@@ -44,9 +45,26 @@ def flow_caption(graph: FlowGraph, target: str = "") -> str:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def key_text(has_pictures: bool, has_off: bool) -> str:
-    """Returns the legend of a flow."""
-    return " ".join([KEY, *([OFF] if has_off else []), *([PICTURES] if has_pictures else [])])
+def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
+    """Describes the difference of two flows by the nodes in which they differ most.
+
+    Args:
+        graph: The first flow minus the second.
+        first: Name of the first flow, whose excess is red.
+        second: Name of the second flow, whose excess is blue.
+    """
+    nodes = [node for layer in graph.layers if layer.name != "output" for node in layer.nodes if node.kind == "group"]
+    sentences = []
+    for name, sign in ((first, 1), (second, -1)):
+        most = sorted((node for node in nodes if sign * node.mass >= WORTH_SAYING), key=lambda node: -sign * node.mass)
+        parts = [f"{named(node, graph)} ({percent(abs(node.mass)).removesuffix('%')} points)" for node in most[:NAMED]]
+        sentences += [f"More for {name}: {_listed(parts)}."] if parts else []
+    return " ".join(sentences) or "The flows hardly differ."
+
+
+def key_text(has_pictures: bool, has_off: bool, signs: tuple[str, str] = SIGNS) -> str:
+    """Returns the legend of a flow; ``signs`` says what positive and negative relevance mean."""
+    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([PICTURES] if has_pictures else [])])
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
@@ -146,4 +164,4 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-__all__ = ["flow_caption"]
+__all__ = ["SIGNS", "difference_caption", "flow_caption", "key_text"]

@@ -18,9 +18,10 @@ from torch import Tensor
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
 from .flow import curve, scene_of
-from .flow_caption import flow_caption
+from .flow_caption import SIGNS, flow_caption
+from .flow_columns import node_name, region_name
+from .flow_parts import Band, DrawnNode, Label, Scene
 from .flow_pictures import NodePictures, Photo, Pixels, node_pictures, painted, photo_pixels, region_places
-from .flow_scene import Band, DrawnNode, Label, Scene, node_name
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Pairs = Mapping[tuple[str, str], float]
@@ -39,6 +40,7 @@ def sankey(
     image: Photo | Tensor | None = None,
     caption: str | None = None,
     pairs: Pairs | None = None,
+    signs: tuple[str, str] = SIGNS,
 ) -> str:
     """Returns an HTML page, in one file without requests, for light and dark backgrounds.
 
@@ -53,7 +55,8 @@ def sankey(
         image: As in :func:`~nrm_plugin.plots.flow_figure`.
         caption: As in :func:`~nrm_plugin.plots.flow_figure`.
         pairs: Joint relevance of nodes in layers that are not neighbours, from
-            :func:`~nrm_plugin.measure.flow_heat_maps.flow_pairs`.
+            :func:`~nrm_plugin.measure.flow_heat_maps.flow_maps_and_pairs`.
+        signs: As in :func:`~nrm_plugin.plots.flow_figure`.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -61,7 +64,7 @@ def sankey(
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     pictures = node_pictures(graph, maps or {}, photo)
     width = max(WIDTH, 2.4 * len(graph.layers))
-    scene = scene_of(graph, "", "", pictures, None, width)
+    scene = scene_of(graph, "", "", pictures, None, width, signs)
     said = flow_caption(graph) if caption is None else caption
     data = json.dumps(_data(graph, scene, pairs or {}), allow_nan=False).replace("<", "\\u003c")
     names = {node.node.key: node for node in scene.nodes}
@@ -96,10 +99,13 @@ def save_sankey(
     image: Photo | Tensor | None = None,
     caption: str | None = None,
     pairs: Pairs | None = None,
+    signs: tuple[str, str] = SIGNS,
 ) -> Path:
     """Writes the page of :func:`sankey` to a file, and returns its path."""
     path = Path(path)
-    path.write_text(sankey(graph, heading, maps, image=image, caption=caption, pairs=pairs), encoding="utf-8")
+    path.write_text(
+        sankey(graph, heading, maps, image=image, caption=caption, pairs=pairs, signs=signs), encoding="utf-8"
+    )
     return path
 
 
@@ -137,7 +143,7 @@ def _photograph(photo: Photo, pictures: NodePictures | None, graph: FlowGraph) -
     """Returns the photograph with the names of the nodes of the input in their regions."""
     pixels = photo_pixels(photo, pictures)
     height, width = pixels.shape[:2]
-    names = {node.key: escape(node_name(node)) for node in graph.nodes}
+    names = {node.key: escape(region_name(node)) for node in graph.nodes}
     marks = [
         f'<text x="{x * width:.1f}" y="{y * height:.1f}" font-size="{0.055 * width:.1f}">{names.get(key, "")}</text>'
         for key, (x, y) in region_places(photo).items()

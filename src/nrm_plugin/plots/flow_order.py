@@ -8,6 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Order = NDArray[np.int64]
+ROUNDS = 2
+"""Number of times that the neighbours of all columns are swapped."""
+STARTS, SMALL = 6, 16
+"""Number of further random starts, if no column has more nodes than this."""
 SWEEPS = 12
 """Number of sweeps over the columns, alternately from the left and from the right."""
 
@@ -23,10 +28,24 @@ def column_orders(weights: Sequence[Array], free: Sequence[int]) -> list[list[in
         free: For each column, the number of nodes that may be moved; all further nodes stay last.
     """
     widths = [np.asarray(weight, dtype=float) for weight in weights]
-    counts = [width.shape[0] for width in widths] + [widths[-1].shape[1]] if widths else [len(free) and free[0]]
-    orders = [np.arange(count) for count in counts]
+    counts = [width.shape[0] for width in widths] + [widths[-1].shape[1]] if widths else [free[0]]
+    given = [np.arange(count) for count in counts]
+    if not widths:
+        return [order.tolist() for order in given]
+    shuffled = np.random.default_rng(0)
+    starts = [given]
+    for _ in range(STARTS if max(counts) <= SMALL else 0):
+        starts.append([_shuffled(order, movable, shuffled) for order, movable in zip(given, free, strict=True)])
+    found = [given, *(_improved(widths, start, free) for start in starts)]
+    best = min(found, key=lambda orders: total_crossings(widths, orders))
+    return [order.tolist() for order in best]
+
+
+def _improved(widths: Sequence[Array], start: Sequence[Order], free: Sequence[int]) -> list[Order]:
+    """Returns the best orders of all sweeps from some orders, with swaps of neighbours."""
+    orders = [order.copy() for order in start]
     best, least = [order.copy() for order in orders], total_crossings(widths, orders)
-    for sweep in range(SWEEPS if widths else 0):
+    for sweep in range(SWEEPS):
         columns = range(len(orders)) if sweep % 2 == 0 else reversed(range(len(orders)))
         for column in columns:
             orders[column] = _by_barycentre(widths, orders, column, free[column], sweep % 2 == 0)
@@ -34,10 +53,14 @@ def column_orders(weights: Sequence[Array], free: Sequence[int]) -> list[list[in
         if found < least * (1 - 1e-9):
             best, least = [order.copy() for order in orders], found
     _swap(widths, best, free)
-    return [order.tolist() for order in best]
+    return best
 
 
-def total_crossings(widths: Sequence[Array], orders: Sequence[NDArray[np.int64]]) -> float:
+def _shuffled(order: Order, free: int, generator: np.random.Generator) -> Order:
+    return np.concatenate([generator.permutation(order[:free]), order[free:]])
+
+
+def total_crossings(widths: Sequence[Array], orders: Sequence[Order]) -> float:
     """Returns the sum over all pairs of crossing ribbons of the product of their widths."""
     pairs = zip(widths, orders, orders[1:], strict=False)
     return sum(crossings(width[np.ix_(left, right)]) for width, left, right in pairs)
@@ -53,8 +76,8 @@ def crossings(widths: Array) -> float:
 
 
 def _by_barycentre(
-    widths: Sequence[Array], orders: Sequence[NDArray[np.int64]], column: int, free: int, is_rightward: bool
-) -> NDArray[np.int64]:
+    widths: Sequence[Array], orders: Sequence[Order], column: int, free: int, is_rightward: bool
+) -> Order:
     """Returns the order of a column by the mean place of the neighbours in the column that is already sorted."""
     places, total = np.zeros(len(orders[column])), np.zeros(len(orders[column]))
     sides = [(column - 1, 1), (column, 0)] if is_rightward else [(column, 0), (column - 1, 1)]
@@ -71,9 +94,9 @@ def _by_barycentre(
     return np.array([*moved, *(node for node in order if node >= free)], dtype=np.int64)
 
 
-def _swap(widths: Sequence[Array], orders: list[NDArray[np.int64]], free: Sequence[int]) -> None:
-    """Swaps neighbours in a column while the number of crossings falls."""
-    for column, order in enumerate(orders):
+def _swap(widths: Sequence[Array], orders: list[Order], free: Sequence[int]) -> None:
+    """Swaps neighbours in the columns while the number of crossings falls."""
+    for column, order in [*enumerate(orders)] * ROUNDS:
         for _ in range(free[column]):
             gains = [_gain(widths, orders, column, place) for place in range(min(free[column], len(order)) - 1)]
             if not gains or max(gains) <= 1e-12:
@@ -82,7 +105,7 @@ def _swap(widths: Sequence[Array], orders: list[NDArray[np.int64]], free: Sequen
             order[[place, place + 1]] = order[[place + 1, place]]
 
 
-def _gain(widths: Sequence[Array], orders: Sequence[NDArray[np.int64]], column: int, place: int) -> float:
+def _gain(widths: Sequence[Array], orders: Sequence[Order], column: int, place: int) -> float:
     """Returns the crossings that disappear if the nodes at a place and at the next one are swapped."""
     first, second = orders[column][place : place + 2]
     gain = 0.0

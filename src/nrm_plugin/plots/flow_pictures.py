@@ -1,15 +1,15 @@
-"""Pictures of the nodes of a flow: heat maps summed over cells, on one scale per layer, over the photograph."""
+"""Pictures of the nodes of a flow: blurred heat maps, on one scale per layer, over the photograph."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from ..measure.flow_graph import FlowGraph
@@ -22,7 +22,7 @@ Box = tuple[int, int, int, int]
 """Top, left, bottom and right of a part of an image."""
 
 CELLS = 32
-"""Largest number of cells of a picture along each side: about what the eye resolves in a thumbnail."""
+"""Number of blurred cells of a picture along its longer side: about what the eye resolves in a thumbnail."""
 PIXELS = 120
 """Side of a picture in pixels."""
 SHARP = 40
@@ -76,7 +76,7 @@ class NodePictures:
     values: Mapping[str, Array]
     grey: Array | None
     size: tuple[int, int]
-    edges: Mapping[str, Array]
+    edges: Mapping[str, NDArray[np.bool_]]
 
     @property
     def ratio(self) -> float:
@@ -98,7 +98,7 @@ def node_pictures(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) 
     weights = {node.key: abs(node.mass) for node in nodes}
     box = crop(sum((weights[key] * _share(values) for key, values in maps.items()), np.zeros(size)))
     smooth = {key: smoothed(_share(values)[box[0] : box[2], box[1] : box[3]]) for key, values in maps.items()}
-    values = {}
+    values: dict[str, Array] = {}
     for layer in graph.layers:
         keys = [node.key for node in layer.nodes if node.key in smooth]
         limit = _median([float(np.abs(smooth[key]).max()) for key in keys])
@@ -154,14 +154,19 @@ def photo_pixels(photo: Photo, pictures: NodePictures | None = None) -> Pixels:
 
 
 def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
-    """Returns the centre of each region in the image of the file, as fractions from the left and the top."""
+    """Returns a place inside each region, far from its border, in the image of the file.
+
+    Places are fractions from the left and the top.
+    """
     left, top, right, bottom = photo.seen
     places = {}
     for key, mask in photo.regions.items():
-        rows, columns = np.nonzero(np.asarray(mask))
-        if len(rows):
-            y, x = (rows.mean() + 0.5) / mask.shape[0], (columns.mean() + 0.5) / mask.shape[1]
-            places[key] = (left + x * (right - left), top + y * (bottom - top))
+        inside = np.asarray(mask, dtype=float)
+        if inside.any():
+            depth = _blurred(np.pad(inside, 1), 0.08 * max(inside.shape))[1:-1, 1:-1] * inside
+            row, column = np.unravel_index(int(depth.argmax()), inside.shape)
+            y, x = (row + 0.5) / inside.shape[0], (column + 0.5) / inside.shape[1]
+            places[key] = (left + float(x) * (right - left), top + float(y) * (bottom - top))
     return places
 
 
@@ -183,34 +188,15 @@ def faded(grey: Array, palette: Palette = LIGHT) -> Array:
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def cell_sums(values: Array, cells: int | Sequence[int]) -> Array:
-    """Sums a heat map ``(H, W)`` over at most ``cells`` cells along each side; the total remains.
-
-    Args:
-        values: The heat map.
-        cells: Number of cells along both sides, or along each side.
-    """
-    wanted = [cells, cells] if isinstance(cells, int) else list(cells)
-    result = np.asarray(values, dtype=float)
-    for axis, count in enumerate(wanted):
-        length = result.shape[axis]
-        starts = np.unique(np.arange(min(count, length)) * length // min(count, length))
-        result = np.add.reduceat(result, starts, axis)
-    return result
-
-
 def smoothed(values: Array) -> Array:
-    """Returns a heat map at the size of a picture, summed over cells; small maps keep their pixels."""
-    cells = cell_sums(values, CELLS)
+    """Returns a heat map at the size of a picture, blurred to the size of a cell; small maps keep their pixels."""
     height, width = values.shape
     scale = PIXELS / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    drawn = Image.fromarray(cells.astype(np.float32))
-    if max(values.shape) <= SHARP:
-        return np.asarray(drawn.resize(size, Image.Resampling.NEAREST), dtype=float)
-    spread = 0.45 * max(size) / max(cells.shape)
-    large = np.asarray(drawn.resize(size, Image.Resampling.BILINEAR), dtype=float)
-    return _blurred(large, spread)
+    kind = Image.Resampling.NEAREST
+    if max(height, width) > SHARP:
+        values, kind = _blurred(values, 0.6 * max(height, width) / CELLS), Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, kind), dtype=float)
 
 
 def crop(weights: Array) -> Box:
@@ -298,10 +284,10 @@ def _colors(image: Tensor | Array) -> Array:
 def _grey(photo: Photo, box: Box, shape: tuple[int, ...]) -> Array:
     top, left, bottom, right = box
     colors = photo.colors[top:bottom, left:right] @ np.array([0.299, 0.587, 0.114])
-    drawn = Image.fromarray((255 * colors).round().astype(np.uint8))
+    drawn = ImageOps.autocontrast(Image.fromarray((255 * colors).round().astype(np.uint8)), cutoff=0.5)
     kind = Image.Resampling.NEAREST if max(colors.shape) <= SHARP else Image.Resampling.LANCZOS
     sharp = drawn.resize((shape[1], shape[0]), kind).filter(ImageFilter.UnsharpMask(1, 60, 0))
     return np.asarray(sharp, dtype=float) / 255
 
 
-__all__ = ["NodePictures", "Photo", "cell_sums", "node_pictures", "painted", "photo_pixels", "region_places"]
+__all__ = ["NodePictures", "Photo", "node_pictures", "painted", "photo_pixels", "region_places"]

@@ -5,225 +5,23 @@ The figure and the HTML page draw the same scene.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..measure.flow_graph import FlowError, FlowGraph, FlowLayer, FlowNode
-from .flow_order import column_orders
+from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
+from .flow_columns import drawn_columns, node_name, tone_of
+from .flow_parts import BAR, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
 from .ribbons import percent
 
 Array = NDArray[np.float64]
-MAX_GROUPS = 40
-"""Largest number of groups of one layer in a figure."""
-NEGLIGIBLE = 1e-6
-"""Relevance that is rounding error."""
-LEAST_OFF, LEAST_REST = 5e-3, 2e-3
-"""Relevance below which the walks off a layer, and the rest of a layer, are not drawn."""
 HAIRLINE = 0.3
 """Width of the thinnest ribbon that is drawn, in points."""
-BAR, MARGIN, GAP = 4.5, 8.0, 6.0
-"""Width of a bar, margin around the drawing, and space between two nodes, in points."""
-NUMBERED = {"input": "group", "output": "output"}
-"""What the number of a group counts, by layer; in all other layers, channels."""
-LINE = 1.22
-"""Distance of two lines of text, as a multiple of the size of the letters."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle: left, top, width and height."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-    @property
-    def right(self) -> float:
-        """The right side."""
-        return self.x + self.width
-
-    @property
-    def bottom(self) -> float:
-        """The lower side."""
-        return self.y + self.height
-
-
-@dataclass(frozen=True)
-class Label:
-    """A line of text: place of its anchor on the middle of the line, size, and role."""
-
-    x: float
-    y: float
-    text: str
-    size: float
-    anchor: str = "middle"
-    tone: str = "ink"
-    is_bold: bool = False
-
-
-@dataclass(frozen=True)
-class DrawnNode:
-    """A node of a flow.
-
-    Attributes:
-        node: The node.
-        column: Number of its column, from the left.
-        box: The rectangle of all its parts.
-        picture: The place of its picture; None without a picture.
-        bars: Stacks of ribbons at its sides, each with a tone: ``positive``, ``negative``, ``rest``, ``sink`` or
-            ``bypass``.
-        labels: Its lines of text.
-    """
-
-    node: FlowNode
-    column: int
-    box: Box
-    picture: Box | None
-    bars: tuple[tuple[Box, str], ...]
-    labels: tuple[Label, ...]
-
-
-@dataclass(frozen=True)
-class Band:
-    """A ribbon between a node on the left and a node on the right.
-
-    Attributes:
-        lower, upper: Keys of both nodes; the lower one is on the left.
-        value: Joint relevance.
-        start, end: Ends of its middle line.
-        width: Its width.
-        tone: As in :class:`DrawnNode`.
-        strength: Its opacity.
-    """
-
-    lower: str
-    upper: str
-    value: float
-    start: tuple[float, float]
-    end: tuple[float, float]
-    width: float
-    tone: str
-    strength: float
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A complete drawing.
-
-    Attributes:
-        width, height: Size.
-        photo: Place of the photograph; None without one.
-        labels: Title, caption, headings of the columns, and key.
-        nodes, bands: The flow.
-        unit: Points per unit of relevance.
-        omitted: Absolute relevance of the ribbons that are too thin to be drawn.
-    """
-
-    width: float
-    height: float
-    photo: Box | None
-    labels: tuple[Label, ...]
-    nodes: tuple[DrawnNode, ...]
-    bands: tuple[Band, ...]
-    unit: float
-    omitted: float
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the parts of a drawing, in points.
-
-    Attributes:
-        width: Width of the drawing.
-        letters: Size of the names of nodes.
-        ratio: Height of a picture, divided by its width; 0 without pictures.
-        sides: Width of the pictures of each column.
-        lines: Number of lines of text of the nodes of each column.
-    """
-
-    width: float
-    letters: float
-    ratio: float
-    sides: tuple[float, ...]
-    lines: tuple[int, ...]
-
-    @property
-    def gap(self) -> float:
-        """Width between two columns."""
-        nodes = sum(self.node(column) for column in range(len(self.sides)))
-        return (self.width - 2 * MARGIN - nodes) / max(len(self.sides) - 1, 1)
-
-    def text(self, column: int) -> float:
-        """Height of the lines of a node."""
-        return self.lines[column] * LINE * self.letters + 1
-
-    def node(self, column: int) -> float:
-        """Width of a node with its two bars."""
-        return self.sides[column] + 2 * BAR
-
-    def x(self, column: int) -> float:
-        """Left side of a column."""
-        return MARGIN + sum(self.node(before) + self.gap for before in range(column))
-
-
-# -- nodes ----------------------------------------------------------------------------------------------------------
-
-
-def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple[int, FlowNode]]:
-    """Returns the nodes of a layer to be drawn, each with its row in the joint relevance.
-
-    Args:
-        layer: The layer.
-        joint_mass: The absolute joint relevance of each node, from which small rest and off nodes are found; by default
-            the absolute masses.
-
-    Raises:
-        FlowError: If the layer has too many groups for a figure.
-    """
-    if len(layer.groups) > MAX_GROUPS:
-        raise FlowError(
-            f"{layer.name} shows {len(layer.groups)} groups, and a figure has room for {MAX_GROUPS}. Show fewer: "
-            "graph.smaller(top=8), or coverage=0.9."
-        )
-    sizes = np.array([abs(node.mass) for node in layer.nodes]) if joint_mass is None else joint_mass
-    least = {"group": -1.0, "rest": LEAST_REST, "off": LEAST_OFF}
-    return [(row, node) for row, node in enumerate(layer.nodes) if sizes[row] > least[node.kind]]
-
-
-def _columns(graph: FlowGraph) -> list[list[tuple[int, FlowNode]]]:
-    """Returns the drawn nodes of each layer, from the input to the output, in an order with few crossings."""
-    layers, joints = graph.layers[::-1], [joint.T for joint in graph.joints[::-1]]
-    columns = []
-    for number, layer in enumerate(layers):
-        sides = [np.abs(joints[number]).sum(1)] if number < len(joints) else []
-        sides += [np.abs(joints[number - 1]).sum(0)] if number else []
-        masses = np.array([abs(node.mass) for node in layer.nodes])
-        columns.append(drawn_nodes(layer, np.max([masses, *sides], axis=0)))
-    widths = [
-        joint[np.ix_([row for row, _ in left], [row for row, _ in right])]
-        for joint, (left, right) in zip(joints, pairwise(columns), strict=True)
-    ]
-    free = [sum(node.kind == "group" for _, node in column) for column in columns]
-    orders = column_orders(widths, free)
-    return [[column[place] for place in order] for column, order in zip(columns, orders, strict=True)]
-
-
-def has_off(graph: FlowGraph) -> bool:
-    """Returns whether walks off a layer are drawn."""
-    return any(node.kind == "off" for column in _columns(graph) for _, node in column)
-
-
-def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
-    """Returns the tone of a node: its sign, or its kind."""
-    if node.kind == "off":
-        return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
-    return "rest" if node.kind == "rest" else "positive" if value >= 0 else "negative"
+GAP = 6.0
+"""Space between two nodes, in points."""
 
 
 # -- the scene ------------------------------------------------------------------------------------------------------
@@ -255,7 +53,7 @@ def flow_scene(
         FlowError: If a layer has too many groups for a figure.
     """
     pictures = pictures or {}
-    columns = _columns(graph)
+    columns = drawn_columns(graph)
     sizes = _sizes(columns, width, ratio if pictures else 0.0)
     photo, labels, top = _header(sizes, heading, caption, photo_ratio)
     labels += _column_headings(graph, sizes, top)
@@ -335,7 +133,7 @@ def layer_note(layer: FlowLayer) -> str:
     """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%``."""
     if not layer.groups:
         return "no relevance crosses it"
-    return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(sum(layer.masses))}"
+    return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(round(sum(layer.masses), 5))}"
 
 
 # -- places ---------------------------------------------------------------------------------------------------------
@@ -481,13 +279,6 @@ def _one_line(node: FlowNode) -> str:
     return f"{node_name(node)}  {percent(node.mass)}"
 
 
-def node_name(node: FlowNode) -> str:
-    """Returns the name of a node for a reader; a number alone says of what it is the number."""
-    if node.kind != "group" or not node.label.isdecimal():
-        return node.label
-    return f"{NUMBERED.get(node.layer, 'channel')} {node.label}"
-
-
 # -- ribbons --------------------------------------------------------------------------------------------------------
 
 
@@ -523,7 +314,7 @@ def _bands(
     return bands, omitted
 
 
-def _tone(kinds: set[str], value: float) -> str:
+def _tone(kinds: Collection[str], value: float) -> str:
     return "rest" if "rest" in kinds else "positive" if value >= 0 else "negative"
 
 
@@ -549,16 +340,4 @@ def _middle(node: DrawnNode, side: int) -> float:
     return (min(box.y for box in parts) + max(box.bottom for box in parts)) / 2
 
 
-__all__ = [
-    "MAX_GROUPS",
-    "NEGLIGIBLE",
-    "Band",
-    "Box",
-    "DrawnNode",
-    "Label",
-    "Scene",
-    "drawn_nodes",
-    "flow_scene",
-    "has_off",
-    "node_name",
-]
+__all__ = ["HAIRLINE", "flow_scene", "layer_note"]

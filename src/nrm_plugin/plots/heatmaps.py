@@ -52,26 +52,33 @@ class Budget:
     image: Values | None = None
 
 
-def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None) -> Path:
-    """Writes a figure at 150 dots per inch on a background colour, and returns the path.
+def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None, dpi: int = DPI) -> Path:
+    """Writes a figure on a background colour, and returns the path.
 
     Args:
         figure: The figure.
         path: The file.
         paper: The background.
         kind: Format, such as ``"png"``; by default the suffix of the file.
+        dpi: Dots per inch.
 
     Raises:
         OSError: If the file cannot be written.
     """
-    figure.savefig(path, dpi=DPI, facecolor=paper, format=kind)
+    figure.savefig(path, dpi=dpi, facecolor=paper, format=kind)
     return path
 
 
 # -- figures --------------------------------------------------------------------------------------------------------
 
 
-def heat_map(values: Values, title: str = "", image: Values | None = None, limit: float | None = None) -> Figure:
+def heat_map(
+    values: Values,
+    title: str = "",
+    image: Values | None = None,
+    limit: float | None = None,
+    cells: int | Sequence[int] | None = None,
+) -> Figure:
     """Draws a signed heat map with a colour bar.
 
     Args:
@@ -79,7 +86,10 @@ def heat_map(values: Values, title: str = "", image: Values | None = None, limit
         title: Title of the heat map.
         image: Image ``(C, H, W)``, shown faintly behind the map for orientation.
         limit: Absolute value of the darkest colours; by default the largest absolute value.
+        cells: Draw the sums over at most this many cells along each side, such as the resolution of a layer, whose
+            total is that of the pixels; by default the pixels.
     """
+    values = _summed(values, cells)
     figure = _figure(4.3, 3.6)
     axes = figure.add_subplot()
     drawn = draw_heat_map(axes, values, image, limit)
@@ -94,6 +104,8 @@ def image_and_heat_map(
     titles: tuple[str, str] = ("image", "relevance"),
     heading: str = "",
     limit: float | None = None,
+    cells: int | Sequence[int] | None = None,
+    shown: Values | None = None,
 ) -> Figure:
     """Draws an image and its signed heat map, side by side.
 
@@ -103,11 +115,14 @@ def image_and_heat_map(
         titles: Titles of the image and of the heat map.
         heading: Title of the figure.
         limit: Absolute value of the darkest colours; by default the largest absolute value.
+        cells: As in :func:`heat_map`.
+        shown: Image on the left, in place of the image beneath the heat map.
     """
+    values = _summed(values, cells)
     figure = _figure(7.2, 3.6 + 0.3 * bool(heading))
     _heading(figure, heading)
     left, right = figure.subplots(1, 2)
-    draw_image(left, image)
+    draw_image(left, image if shown is None else shown)
     drawn = draw_heat_map(right, values, image, limit)
     _title(left, titles[0], 11)
     _title(right, titles[1], 11)
@@ -122,6 +137,7 @@ def heat_maps(
     image: Values | None = None,
     columns: int = 4,
     limit: float | None = None,
+    cells: int | Sequence[int] | None = None,
 ) -> Figure:
     """Draws a grid of signed heat maps on a common colour scale.
 
@@ -132,7 +148,9 @@ def heat_maps(
         image: Image ``(C, H, W)``, shown before the maps, and faintly behind each map.
         columns: Number of columns.
         limit: Absolute value of the darkest colours; by default the largest absolute value of all maps.
+        cells: As in :func:`heat_map`.
     """
+    maps = [_summed(values, cells) for values in maps]
     count = len(maps) + (image is not None)
     rows, across = math.ceil(count / columns), min(columns, count)
     figure = _figure(2.1 * across + 0.8, 2.35 * rows + 0.45 * bool(heading))
@@ -245,9 +263,10 @@ def draw_heat_map(axes: Axes, values: Values, image: Values | None = None, limit
             _outline(axes, _array(image)[0])
         return drawn
     grey = _array(image).mean(0)
+    extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
     axes.imshow(0.55 + 0.45 * grey, cmap="gray", vmin=0, vmax=1)
     strength = np.sqrt(np.abs(pixels / bound).clip(0, 1))
-    return axes.imshow(pixels, cmap=DIVERGING, vmin=-bound, vmax=bound, alpha=strength)
+    return axes.imshow(pixels, cmap=DIVERGING, vmin=-bound, vmax=bound, alpha=strength, extent=extent)
 
 
 def draw_grid(
@@ -322,6 +341,26 @@ def _title(axes: Axes, text: str, size: float = 10) -> None:
     axes.set_title(text, fontsize=size, color=INK)
 
 
+def cell_sums(values: Values, cells: int | Sequence[int]) -> Array:
+    """Sums a heat map ``(H, W)`` over at most ``cells`` cells along each side; the total remains.
+
+    Args:
+        values: The heat map.
+        cells: Number of cells along both sides, or along each side.
+    """
+    wanted = [cells, cells] if isinstance(cells, int) else list(cells)
+    result = _array(values)
+    for axis, count in enumerate(wanted):
+        length = result.shape[axis]
+        starts = np.arange(min(count, length)) * length // min(count, length)
+        result = np.add.reduceat(result, starts, axis)
+    return result
+
+
+def _summed(values: Values, cells: int | Sequence[int] | None) -> Values:
+    return values if cells is None else cell_sums(values, cells)
+
+
 def _array(values: Values) -> Array:
     return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
 
@@ -365,11 +404,14 @@ def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: b
     bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=28, extend=extend, extendfrac=0.03)
     bar.outline.set_visible(False)  # type: ignore[operator, unused-ignore]
     bar.ax.tick_params(length=0, labelsize=8.5, colors=INK)
-    exponent = math.floor(math.log10(100 * limit))
-    scale = 10.0**exponent if exponent < -2 else 1.0
-    if scale < 1:
-        bar.ax.set_title(f"$10^{{{exponent}}}$ %", fontsize=8.5, color=INK)
     # Values are rounded first, since the tick at zero may be 1e-19.
-    unit = "" if scale < 1 else "%"
-    bar.formatter = FuncFormatter(lambda value, _: f"{round(100 * value / scale, 6):g}{unit}".replace("-", "−"))
+    digits = 3 - math.floor(math.log10(100 * limit))
+    bar.locator = MaxNLocator(nbins=5, steps=[1, 2, 5, 10])
+    bar.formatter = FuncFormatter(lambda value, _: _points(round(100 * value, digits)))
     bar.update_ticks()
+
+
+def _points(value: float) -> str:
+    """Returns a percentage without trailing zeros, and never in powers of ten."""
+    text = np.format_float_positional(value, trim="-")
+    return f"{text}%".replace("-", "−")

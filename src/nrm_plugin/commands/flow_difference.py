@@ -1,0 +1,209 @@
+"""The difference of two flows: of two classes of an image, or of one class in two images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..dataset.glocal import difference
+from ..dataset.images import LoadedImage, load_image, shown
+from ..errors import NRMError
+from ..measure.flow_graph import FlowGraph
+from ..measure.flow_heat_maps import NodeMaps, flow_maps
+from ..measure.layer_groups import Groups
+from ..measure.measure import RelevanceMeasure
+from ..measure.partitions import Names, partition
+from ..plots.flow import flow_figure
+from ..plots.flow_caption import difference_caption
+from ..plots.flow_html import save_sankey
+from . import messages
+from .flow_groups import FlowOptions, division
+from .model_loading import LoadedModel
+from .output_files import (
+    class_name,
+    explained_title,
+    image_settings,
+    json_stem,
+    save_figure,
+    short,
+    versions,
+    write_json,
+    writing,
+)
+from .per_image import Printed
+from .photos import photo
+from .request import NONE, Request, RequestError, check_layers, compared_with, explained_class, measure_of
+
+CHANNELS = 16
+"""Number of channels of a layer, those that differ most, for which both flows are computed."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two flows.
+
+    Attributes:
+        image: The image.
+        request: The request, with the class.
+        mu: The measure.
+        target: The explained class.
+        name: What distinguishes this flow from the other one.
+    """
+
+    image: LoadedImage
+    request: Request
+    mu: RelevanceMeasure
+    target: int
+    name: str
+
+
+def explain_difference(
+    loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions, out: Path, taken: set[str]
+) -> Printed:
+    """Writes the difference of two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
+
+    Outputs alone are explained, unless requested otherwise, so that both flows are shares of the same whole; the
+    difference of a class from the others is negative where the class is behind.
+    """
+    if request.against is None:
+        request = replace(request, against=NONE)
+    first, second = sides(loaded, image, request, options.minus or "")
+    graph, maps = flow_difference(loaded, first, second, options)
+    settings: dict[str, Any] = image_settings(
+        loaded, request, image.path, image.digest, first.target, compared_with(loaded, request, first.mu.outputs)
+    )
+    settings |= {"top": options.top, "patches": options.patches, "minus": second.name}
+    ends = ["difference.json", f"difference.{options.kind}", "difference.html"]
+    stem = json_stem(out, image.path.stem, ends, taken, settings)
+    numbers, figure, page = [out / f"{stem}-{end}" for end in ends]
+    heading = f"{short(image.path.name)}: flow of relevance for {short(first.name)} minus that for {short(second.name)}"
+    is_one_image = first.image is second.image
+    inputs = loaded.preprocessing(image.image)
+    parts: dict[str, Any] = {
+        "maps": maps,
+        "image": photo(loaded, image, inputs) if is_one_image else None,
+        "caption": difference_caption(graph, first.name, second.name),
+        "signs": (f"more for {first.name}", f"more for {second.name}"),
+    }
+    drawn = flow_figure(graph, heading, options.dark, width=options.width, **parts)
+    save_figure(drawn, figure, options.dark, options.dpi)
+    write_json(numbers, graph.to_dict() | {"settings": settings, "versions": versions(), "caption": parts["caption"]})
+    with writing(page) as temporary:
+        save_sankey(graph, temporary, heading.replace(r"\$", "$"), **parts)
+    outputs, compared = first.mu.outputs.flatten(), compared_with(loaded, request, first.mu.outputs)
+    lines = [
+        *messages.image(loaded, image, outputs, first.target, compared),
+        f"  flow of {first.name} minus flow of {second.name}: {parts['caption']}",
+        *messages.files([figure, numbers, page]),
+    ]
+    return Printed([shown(line) for line in lines])
+
+
+def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str) -> tuple[Side, Side]:
+    """Returns both flows to compare: ``minus`` is an image file, or a class of the same image.
+
+    Raises:
+        RequestError: If both flows are the same, or ``minus`` is neither an image nor a class.
+    """
+    other = load_image(Path(minus)) if Path(minus).is_file() else None
+    mu, target = _measured(loaded, image, request)
+    if other is not None:
+        name = explained_title(loaded, target, None)
+        pair = (f"{shown(image.path.name)}", f"{shown(other.path.name)}")
+        requests = (request, replace(request, target=str(target)))
+        mus = (mu, _measured(loaded, other, requests[1])[0])
+        images = (image, other)
+        return _sides(images, requests, mus, (target, target), tuple(f"{one} ({name})" for one in pair))
+    second = replace(request, target=minus)
+    against, counter = _measured(loaded, image, second)
+    if counter == target:
+        raise RequestError(f"--minus {minus}: this is the explained class. Give another class, or an image.")
+    names = tuple(class_name(loaded, one) or f"class {one}" for one in (target, counter))
+    return _sides((image, image), (request, second), (mu, against), (target, counter), names)
+
+
+def _sides(
+    images: Sequence[LoadedImage],
+    requests: Sequence[Request],
+    mus: Sequence[RelevanceMeasure],
+    targets: Sequence[int],
+    names: Sequence[str],
+) -> tuple[Side, Side]:
+    first, second = (Side(*one) for one in zip(images, requests, mus, targets, names, strict=True))
+    return first, second
+
+
+def _measured(loaded: LoadedModel, image: LoadedImage, request: Request) -> tuple[RelevanceMeasure, int]:
+    inputs = loaded.preprocessing(image.image).to(request.device)
+    mu = measure_of(loaded, inputs, request)
+    check_layers(mu, loaded, request.layers)
+    return mu, explained_class(loaded, request.target, mu.outputs)
+
+
+def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: FlowOptions) -> tuple[FlowGraph, NodeMaps]:
+    """Returns the difference of two flows over the same groups, and that of their joint heat maps.
+
+    Raises:
+        RequestError: If the layers or the patches do not fit the model.
+    """
+    layers = first.request.layers
+    inputs = loaded.preprocessing(first.image.image)
+    divided = division(loaded, first.mu, first.request, options, loaded.preprocessing.inverse(inputs))
+    over = dict(divided.over)
+    for layer in layers:
+        if layer not in over and layer != "output":
+            over[layer] = _differing(first.mu, second.mu, layer)
+    if first.mu.shape("output")[1:].numel() > 1:
+        over["output"] = _classes(loaded, first.mu, {first.target, second.target})
+    names = {} if divided.groups is None else _group_names(divided.groups)
+    names = {
+        layer: given for layer, given in {**divided.names, **names}.items() if not isinstance(over.get(layer), dict)
+    }
+    try:
+        graphs = [side.mu.flow(layers, over, top=None, names=names) for side in (first, second)]
+        graph = _counted(difference(*graphs), first.mu, over).smaller(top=max(options.top, options.count))
+        pairs = zip((first, second), graphs, strict=True)
+        joints = [_joint_maps(side.mu, flow, over) for side, flow in pairs]
+    except NRMError as error:
+        raise RequestError(f"--layers {' '.join(map(shown, layers))}: {error}") from error
+    keys = {node.key for node in graph.nodes if node.kind == "group"} & joints[0].keys() & joints[1].keys()
+    return graph, {key: joints[0][key] - joints[1][key] for key in keys}
+
+
+def _classes(loaded: LoadedModel, mu: RelevanceMeasure, targets: set[int]) -> dict[str, torch.Tensor]:
+    """Returns the outputs of some classes, as masks by name."""
+    labels = torch.arange(mu.shape("output")[1:].numel()).reshape(mu.shape("output")[1:])
+    return {class_name(loaded, target) or f"class {target}": labels == target for target in sorted(targets)}
+
+
+def _group_names(groups: Groups) -> dict[str, Names]:
+    return {layer: list(names) for layer, names in zip(groups.layers, groups.names, strict=True)}
+
+
+def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) -> FlowGraph:
+    """Returns a graph in which the channels of no group count as others."""
+    layers = []
+    for layer in graph.layers:
+        kind = over.get(layer.name)
+        more = partition(mu._tap(layer.name), "channel", None).count - len(kind) if isinstance(kind, Mapping) else 0
+        layers.append(replace(layer, others=layer.others + more))
+    return replace(graph, layers=tuple(layers))
+
+
+def _joint_maps(mu: RelevanceMeasure, graph: FlowGraph, over: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the joint relevance of each node with the pixels."""
+    masses = {node.key: abs(node.mass) if mu.explains_difference else node.mass for node in graph.nodes}
+    return {key: masses[key] * values for key, values in flow_maps(mu, graph, over).items()}
+
+
+def _differing(first: RelevanceMeasure, second: RelevanceMeasure, layer: str) -> dict[str, torch.Tensor]:
+    """Returns the channels whose relevance differs most, as masks by name."""
+    masses = [float(mu.sign) * mu.marginal(layer, over="channel")[0].flatten() for mu in (first, second)]
+    order = (masses[0] - masses[1]).abs().argsort(descending=True, stable=True)[:CHANNELS].tolist()
+    labels = partition(first._tap(layer), "channel", None).labels
+    return {f"channel {channel}": labels == channel for channel in sorted(order)}

@@ -1,0 +1,59 @@
+"""The reference image of a request: what the explained image is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from ..dataset.images import ImageError, load_image, shown
+from ..errors import NRMError
+from .model_loading import LoadedModel
+
+NAMES = {
+    "blur": "the blurred image",
+    "mean": "its mean colour",
+    "black": "a black image",
+    "white": "a white image",
+}
+"""The words for each reference that is no file."""
+BLUR = 0.05
+"""Deviation of the blur as a fraction of the side of the image."""
+
+
+class ReferenceImageError(NRMError, ValueError):
+    """Raised if a reference is neither a name nor an image file."""
+
+
+def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
+    """Returns the reference of a preprocessed image, in the form of the inputs.
+
+    Args:
+        loaded: The model.
+        inputs: The preprocessed image, ``(1, C, S, S)``.
+        name: One of :data:`NAMES`, or an image file.
+
+    Raises:
+        ReferenceImageError: If the name is neither.
+    """
+    if name == "blur":
+        deviation = BLUR * inputs.shape[-1]
+        side = 2 * min(round(3 * deviation), inputs.shape[-1] - 1) + 1
+        blurred: Tensor = gaussian_blur(inputs, [side, side], [deviation, deviation])
+        return blurred
+    if name == "mean":
+        return inputs.mean((2, 3), keepdim=True).expand_as(inputs).contiguous()
+    if name in ("black", "white"):
+        return loaded.preprocessing.bounds(inputs)[name == "white"].expand_as(inputs).contiguous()
+    try:
+        return loaded.preprocessing(load_image(Path(name)).image).to(inputs)
+    except ImageError as error:
+        raise ReferenceImageError(
+            f"--reference {shown(name)} is neither {', '.join(NAMES)} nor an image that can be read: {error}"
+        ) from error
+
+
+def reference_words(name: str | None) -> str:
+    """Returns the words for a reference in a title; empty without one."""
+    return "" if name is None else f", compared with {NAMES.get(name) or shown(Path(name).name)}"

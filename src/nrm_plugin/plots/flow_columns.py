@@ -1,0 +1,85 @@
+"""The nodes of a flow that are drawn, in an order with few crossings, with their names and tones."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..measure.flow_graph import FlowError, FlowGraph, FlowLayer, FlowNode
+from .flow_order import column_orders
+
+Array = NDArray[np.float64]
+MAX_GROUPS = 40
+"""Largest number of groups of one layer in a figure."""
+LEAST_OFF, LEAST_REST = 5e-3, 2e-3
+"""Relevance below which the walks off a layer, and the rest of a layer, are not drawn."""
+NUMBERED = {"input": "group", "output": "output"}
+"""What the number of a group counts, by layer; in all other layers, channels."""
+
+
+def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple[int, FlowNode]]:
+    """Returns the nodes of a layer to be drawn, each with its row in the joint relevance.
+
+    Args:
+        layer: The layer.
+        joint_mass: The absolute joint relevance of each node, from which small rest and off nodes are found; by default
+            the absolute masses.
+
+    Raises:
+        FlowError: If the layer has too many groups for a figure.
+    """
+    if len(layer.groups) > MAX_GROUPS:
+        raise FlowError(
+            f"{layer.name} shows {len(layer.groups)} groups, and a figure has room for {MAX_GROUPS}. Show fewer: "
+            "graph.smaller(top=8), or coverage=0.9."
+        )
+    sizes = np.array([abs(node.mass) for node in layer.nodes]) if joint_mass is None else joint_mass
+    least = {"group": -1.0, "rest": LEAST_REST, "off": LEAST_OFF}
+    return [(row, node) for row, node in enumerate(layer.nodes) if sizes[row] > least[node.kind]]
+
+
+def drawn_columns(graph: FlowGraph) -> list[list[tuple[int, FlowNode]]]:
+    """Returns the drawn nodes of each layer, from the input to the output, in an order with few crossings."""
+    layers, joints = graph.layers[::-1], [joint.T for joint in graph.joints[::-1]]
+    columns = []
+    for number, layer in enumerate(layers):
+        sides = [np.abs(joints[number]).sum(1)] if number < len(joints) else []
+        sides += [np.abs(joints[number - 1]).sum(0)] if number else []
+        masses = np.array([abs(node.mass) for node in layer.nodes])
+        columns.append(drawn_nodes(layer, np.max([masses, *sides], axis=0)))
+    widths = [
+        joint[np.ix_([row for row, _ in left], [row for row, _ in right])]
+        for joint, (left, right) in zip(joints, pairwise(columns), strict=True)
+    ]
+    free = [sum(node.kind == "group" for _, node in column) for column in columns]
+    orders = column_orders(widths, free)
+    return [[column[place] for place in order] for column, order in zip(columns, orders, strict=True)]
+
+
+def has_off(graph: FlowGraph) -> bool:
+    """Returns whether walks off a layer are drawn."""
+    return any(node.kind == "off" for column in drawn_columns(graph) for _, node in column)
+
+
+def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
+    """Returns the tone of a node: its sign, or its kind."""
+    if node.kind == "off":
+        return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
+    return "rest" if node.kind == "rest" else "positive" if value >= 0 else "negative"
+
+
+def node_name(node: FlowNode) -> str:
+    """Returns the name of a node for a reader; a number alone says of what it is the number."""
+    if node.kind != "group" or not node.label.isdecimal():
+        return node.label
+    return f"{NUMBERED.get(node.layer, 'channel')} {node.label}"
+
+
+def region_name(node: FlowNode) -> str:
+    """Returns the name of a part of the input for the photograph, where a number is enough."""
+    return node_name(node).removeprefix("part ").removeprefix("group ")
+
+
+__all__ = ["MAX_GROUPS", "drawn_columns", "drawn_nodes", "has_off", "node_name", "region_name", "tone_of"]

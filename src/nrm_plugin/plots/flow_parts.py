@@ -1,0 +1,153 @@
+"""Parts of the drawing of a flow: places in points, from the upper left corner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..measure.flow_graph import FlowNode
+
+BAR, MARGIN = 4.5, 8.0
+"""Width of a bar, and margin around the drawing, in points."""
+LINE = 1.22
+"""Distance of two lines of text, as a multiple of the size of the letters."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle: left, top, width and height."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @property
+    def right(self) -> float:
+        """The right side."""
+        return self.x + self.width
+
+    @property
+    def bottom(self) -> float:
+        """The lower side."""
+        return self.y + self.height
+
+
+@dataclass(frozen=True)
+class Label:
+    """A line of text: place of its anchor on the middle of the line, size, and role."""
+
+    x: float
+    y: float
+    text: str
+    size: float
+    anchor: str = "middle"
+    tone: str = "ink"
+    is_bold: bool = False
+
+
+@dataclass(frozen=True)
+class DrawnNode:
+    """A node of a flow.
+
+    Attributes:
+        node: The node.
+        column: Number of its column, from the left.
+        box: The rectangle of all its parts.
+        picture: The place of its picture; None without a picture.
+        bars: Stacks of ribbons at its sides, each with a tone: ``positive``, ``negative``, ``rest``, ``sink`` or
+            ``bypass``.
+        labels: Its lines of text.
+    """
+
+    node: FlowNode
+    column: int
+    box: Box
+    picture: Box | None
+    bars: tuple[tuple[Box, str], ...]
+    labels: tuple[Label, ...]
+
+
+@dataclass(frozen=True)
+class Band:
+    """A ribbon between a node on the left and a node on the right.
+
+    Attributes:
+        lower, upper: Keys of both nodes; the lower one is on the left.
+        value: Joint relevance.
+        start, end: Ends of its middle line.
+        width: Its width.
+        tone: As in :class:`DrawnNode`.
+        strength: Its opacity.
+    """
+
+    lower: str
+    upper: str
+    value: float
+    start: tuple[float, float]
+    end: tuple[float, float]
+    width: float
+    tone: str
+    strength: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A complete drawing.
+
+    Attributes:
+        width, height: Size.
+        photo: Place of the photograph; None without one.
+        labels: Title, caption, headings of the columns, and key.
+        nodes, bands: The flow.
+        unit: Points per unit of relevance.
+        omitted: Absolute relevance of the ribbons that are too thin to be drawn.
+    """
+
+    width: float
+    height: float
+    photo: Box | None
+    labels: tuple[Label, ...]
+    nodes: tuple[DrawnNode, ...]
+    bands: tuple[Band, ...]
+    unit: float
+    omitted: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the parts of a drawing, in points.
+
+    Attributes:
+        width: Width of the drawing.
+        letters: Size of the names of nodes.
+        ratio: Height of a picture, divided by its width; 0 without pictures.
+        sides: Width of the pictures of each column.
+        lines: Number of lines of text of the nodes of each column.
+    """
+
+    width: float
+    letters: float
+    ratio: float
+    sides: tuple[float, ...]
+    lines: tuple[int, ...]
+
+    @property
+    def gap(self) -> float:
+        """Width between two columns."""
+        nodes = sum(self.node(column) for column in range(len(self.sides)))
+        return (self.width - 2 * MARGIN - nodes) / max(len(self.sides) - 1, 1)
+
+    def text(self, column: int) -> float:
+        """Height of the lines of a node."""
+        return self.lines[column] * LINE * self.letters + 1
+
+    def node(self, column: int) -> float:
+        """Width of a node with its two bars."""
+        return self.sides[column] + 2 * BAR
+
+    def x(self, column: int) -> float:
+        """Left side of a column."""
+        return MARGIN + sum(self.node(before) + self.gap for before in range(column))
+
+
+__all__ = ["Band", "Box", "DrawnNode", "Label", "Scene", "Sizes"]

@@ -1,0 +1,75 @@
+"""The difference of two flows in the shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nrm_plugin import FlowGraph, RelevanceMeasure, at
+from nrm_plugin.commands.cli import main
+from nrm_plugin.commands.model_loading import load
+from nrm_plugin.dataset.images import load_image
+from tests.commands.test_flow import OWN, here  # noqa: F401  (a fixture)
+
+LAYERS = ("--layers", "output", "a", "stem", "input", "--patches", "2")
+
+
+def measure(path: str, target: int, **more) -> RelevanceMeasure:
+    loaded = load("flow_nets:Branches", size=16)
+    return RelevanceMeasure(loaded.model, loaded.preprocessing(load_image(Path(path)).image), target, **more)
+
+
+def difference(*options: str) -> FlowGraph:
+    assert main(["flow", "noise.png", *OWN, *LAYERS, *options]) == 0
+    return FlowGraph.from_json(Path("nrm-flow/noise-difference.json"))
+
+
+def check(graph: FlowGraph, first: RelevanceMeasure, second: RelevanceMeasure) -> None:
+    """Compares nodes and edges between channels with events of both measures."""
+    for layer in graph.layers:
+        total = sum(layer.masses) + layer.rest + layer.sink + layer.bypass
+        assert total == pytest.approx(float(first.sign - second.sign), abs=1e-5)
+    events = {}
+    for layer in graph.layers[1:3]:
+        for node in layer.nodes:
+            if node.kind == "group":
+                events[node.key] = at(layer.name).channel(int(node.label.removeprefix("channel ")))
+    for node in (node for layer in graph.layers[1:3] for node in layer.nodes if node.key in events):
+        expected = first.sign * first(events[node.key]) - second.sign * second(events[node.key])
+        assert node.mass == pytest.approx(float(expected), abs=1e-5)
+    edges = [edge for edge in graph.edges if edge.upper.key in events and edge.lower.key in events]
+    for edge in edges:
+        both = events[edge.upper.key] & events[edge.lower.key]
+        assert edge.mass == pytest.approx(float(first.sign * first(both) - second.sign * second(both)), abs=1e-5)
+    assert len(edges) >= 4
+
+
+@pytest.mark.slow
+def test_two_classes_are_compared_by_their_outputs_alone(here):  # noqa: F811
+    graph = difference("--target", "1", "--minus", "2")
+    check(graph, measure("noise.png", 1), measure("noise.png", 2))
+    assert set(graph.layers[0].labels) == {"class 1", "class 2"}
+    assert [layer.others for layer in graph.layers[1:3]] == [3, 3]
+    stored = json.loads(Path("nrm-flow/noise-difference.json").read_text())
+    assert "More for class 1: " in stored["caption"]
+    assert stored["settings"]["minus"] == "class 2"
+    assert {path.suffix for path in Path("nrm-flow").iterdir()} == {".json", ".png", ".html"}
+
+
+@pytest.mark.slow
+def test_two_images_are_compared_for_the_same_class(here):  # noqa: F811
+    draw = np.random.default_rng(5)
+    Image.fromarray(draw.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save("other.png")
+    graph = difference("--target", "1", "--minus", "other.png", "--against", "3")
+    check(graph, measure("noise.png", 1, against=3), measure("other.png", 1, against=3))
+
+
+def test_groups_of_both_flows_are_the_same(here):  # noqa: F811
+    graph = difference("--target", "1", "--minus", "2", "--groups", "2")
+    assert [(len(layer.groups), layer.others) for layer in graph.layers[1:3]] == [(2, 0), (2, 0)]
+    for layer in graph.layers:
+        assert sum(layer.masses) + layer.rest + layer.sink + layer.bypass == pytest.approx(0, abs=1e-5)
