@@ -199,6 +199,7 @@ def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels],
         _names(each.mean(0), own, kind, names.get(layer))
         for layer, each, own, kind in zip(found.layers, found.masses, ordered, found.members, strict=True)
     ]
+    is_known = len(found.masses[0]) == found.samples
     return Groups(
         layers=found.layers,
         labels=tuple(torch.from_numpy(own) for own in ordered),
@@ -206,7 +207,7 @@ def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels],
         names=tuple(called),
         masses=tuple(tuple(each.mean(0).tolist()) for each in sums),
         kappas=tuple(kappas),
-        examples=tuple(tuple(np.abs(each).argmax(0).tolist()) for each in sums),
+        examples=tuple(tuple(np.abs(each).argmax(0).tolist() if is_known else ()) for each in sums),
         samples=found.samples,
     )
 
