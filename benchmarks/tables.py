@@ -222,7 +222,7 @@ def groups(results: Results) -> dict[str, str]:
     )
     return {
         "kept": grid(
-            "| network, composite | groups | strongest, rest | k-means of activations | random | times the best other |",
+            "| network, composite | groups | strongest, rest | k-means of activations | random | times best other |",
             kept,
         ),
         "ablated": grid(

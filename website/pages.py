@@ -34,7 +34,9 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         {
             "": """FlowGraph patches find_groups Groups top_walks TopWalks GroupWalk top_sets TopSets best_walk
             NeuronWalk restriction Restriction select_neurons Selection CurvePoint ablation activations mse
-            smape prca drsa with_subspaces Subspaces reconstruct Reconstruction"""
+            smape prca drsa with_subspaces Subspaces reconstruct Reconstruction""",
+            "search.group_walks": "group_walks GroupWalks",
+            "measure.partitions": "segments",
         },
     ),
     "figures": (
