@@ -208,6 +208,51 @@ def differences(results: Results) -> dict[str, str]:
     return {"families": grid(head, rows)}
 
 
+def groups(results: Results) -> dict[str, str]:
+    """Dependence kept by groups, ablations, and groups of one half of the inputs on the other half."""
+
+    def share(figure: Results) -> str:
+        return f"{figure['mean']:.2f} ({figure['low']:.2f}–{figure['high']:.2f})"
+
+    rows = [(f"{net}, {name}", figures) for net, both in results["nets"].items() for name, figures in both.items()]
+    others = ("strongest and rest", "k-means of activations", "random")
+    kept = (
+        (label, f"**{share(figures['kappa']['groups'])}**", *(share(figures["kappa"][other]) for other in others),
+         share(figures["times the best other"]))
+        for label, figures in rows
+    )  # fmt: skip
+    sets = ("groups", "alone", "random")
+    ablated = (
+        (label, *(share(figures["ablation"][name]["correlation"]) for name in sets),
+         *(f"{figures['ablation'][name]['difference']['mean']:.2f}" for name in sets))
+        for label, figures in rows
+    )  # fmt: skip
+    split = (
+        (
+            label,
+            figures["kappa"]["groups"]["inputs"] // 2,
+            f"{half['own']:.2f}",
+            f"{half['other']:.2f}",
+            f"{half['kept']:.2f}",
+        )
+        for label, figures in rows
+        for half in [figures["halves"]]
+    )
+    return {
+        "kept": grid(
+            "| network, composite | groups | strongest, rest | k-means of activations | random | times best other |",
+            kept,
+        ),
+        "ablated": grid(
+            "| network, composite | r: groups | r: alone | r: random | Δ: groups | Δ: alone | Δ: random |",
+            ablated,
+        ),
+        "halves": grid(
+            "| network, composite | inputs of a half | κ of own groups | κ of the other half's groups | ratio |", split
+        ),
+    }
+
+
 PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "attention": ("attention.md", attention),
     "hugging_face": ("attention.md", hugging_face),
@@ -216,6 +261,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "circuits": ("circuits.md", circuits),
     "differences": ("differences.md", differences),
     "flow": ("flow.md", flow),
+    "groups": ("groups.md", groups),
     "top_walks": ("critical-paths.md", top_walks),
     "selection": ("critical-paths.md", selection),
     "sweep": ("data-sets.md", sweep),

@@ -34,7 +34,9 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         {
             "": """FlowGraph patches find_groups Groups top_walks TopWalks GroupWalk top_sets TopSets best_walk
             NeuronWalk restriction Restriction select_neurons Selection CurvePoint ablation activations mse
-            smape prca drsa with_subspaces Subspaces reconstruct Reconstruction"""
+            smape prca drsa with_subspaces Subspaces reconstruct Reconstruction""",
+            "search.group_walks": "group_walks GroupWalks",
+            "measure.partitions": "segments",
         },
     ),
     "figures": (
@@ -83,7 +85,8 @@ INTRODUCTIONS = {"errors": "Remedies are listed in :doc:`troubleshooting </docs/
 
 NAVIGATION = {
     "Tutorial": [f"notebooks/{path.stem}" for path in notebooks()],
-    "How to": """docs/explain docs/flow docs/critical-paths docs/subspaces docs/attention docs/recurrent-and-graphs
+    "How to": """docs/explain docs/flow docs/groups docs/critical-paths docs/subspaces docs/attention
+        docs/recurrent-and-graphs
         docs/data-sets docs/references docs/plans docs/batch-norm docs/relative docs/own-kernel docs/drop-in
         docs/troubleshooting""".split(),
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),

@@ -1,4 +1,5 @@
-"""Measures how much dependence groups keep on trained networks: ``python -m benchmarks.groups``; renders with --render.
+"""Measures how much dependence groups keep on trained networks: ``python -m benchmarks.groups``. ``python -m
+benchmarks.tables`` renders docs/groups.md.
 
 Joint relevance of every input is stored under --store, so that an interrupted run goes on where it stopped.
 """
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import tables
 from benchmarks.real import packages
+from benchmarks.speed import environment
 from nrm_plugin import find_groups
 from nrm_plugin.measure.dependence import dependence, kept
 
@@ -23,7 +26,8 @@ from .joints import COMPOSITES, Arrays, K, mean_of, of_input
 from .nets import CASES
 
 RESULTS = Path(__file__).parents[1] / "results" / "groups.json"
-COUNT = 24
+COUNTS = {"VGG16": 24, "EfficientNet-Lite0": 24, "residual": 96, "transformer": 96}
+"""Inputs of each network."""
 SPLITS = 5
 
 
@@ -116,21 +120,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nets", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--count", type=int, default=COUNT, help="inputs of each network")
+    parser.add_argument("--count", type=int, help="inputs of each network (default: 24 photographs, 96 small images)")
     parser.add_argument("--store", type=Path, default=packages.cache() / "groups")
     parser.add_argument("--composites", nargs="+", default=list(COMPOSITES), choices=list(COMPOSITES))
     options = parser.parse_args(arguments)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in options.nets:
-        case = CASES[name](options.count)
+        count = options.count or COUNTS[name]
+        case = CASES[name](count)
         for composite in options.composites:
             parts = [
                 of_input(case, number, composite, options.store / name / composite / f"{number}.npz")
-                for number in tqdm(range(options.count), desc=f"{name}, {composite}")
+                for number in tqdm(range(count), desc=f"{name}, {composite}")
             ]
-            results.setdefault(name, {})[composite] = of_case(parts, case.layers) | {"layers": list(case.layers)}
+            figures = of_case(parts, case.layers) | {"layers": list(case.layers)}
+            print(name, composite, json.dumps(figures["kappa"]))
+            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # another process may have written
+            results["environment"] = environment()
+            results.setdefault("nets", {}).setdefault(name, {})[composite] = figures
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            print(name, composite, json.dumps(results[name][composite]["kappa"]))
+    tables.write("groups")
 
 
 if __name__ == "__main__":

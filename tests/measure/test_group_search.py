@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nrm_plugin import Groups, RelevanceMeasure, find_groups, patches
+from nrm_plugin.dataset.glocal import difference, mean_flow
 from nrm_plugin.errors import EventError, InputError
 from nrm_plugin.measure.flow_graph import FlowError
 
@@ -166,3 +167,16 @@ def test_bad_arguments_are_named(mu, groups):
         small.flow(LAYERS, groups=groups)
     with pytest.raises(FlowError, match="say which by sample="):
         mu.flow(LAYERS, over="groups")
+
+
+def test_flows_over_the_same_groups_compare_and_average(mu, groups):
+    one, two = (mu.flow(LAYERS, groups=groups, top=None, sample=sample) for sample in (0, 1))
+    compared = difference(one, two)
+    for layer, name in zip(compared.layers, LAYERS, strict=True):
+        assert sum(layer.masses) + layer.sink + layer.bypass == pytest.approx(0, abs=1e-10)
+        for group, mass in zip(layer.groups, layer.masses, strict=True):
+            first, second, _ = mu(groups.event(mu, name, group)).tolist()
+            assert mass == pytest.approx(first - second, abs=1e-12)
+    mean = mean_flow(mu, LAYERS, groups=groups, top=None)
+    assert list(mean.layers[1].masses) == pytest.approx(list(groups.masses[1]))
+    assert mean.layers[1].labels == groups.names[1]

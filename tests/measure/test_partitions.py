@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from nrm_plugin import RelevanceMeasure, at, patches
-from nrm_plugin.errors import EventError, InputError
+from nrm_plugin.errors import EventError, InputError, MissingExtraError
+from nrm_plugin.measure.partitions import segments
 from tests.flows import measure
 
 
@@ -68,3 +71,24 @@ def test_volumes_have_patches_too():
     corner = at("0")[1] & at("input")[:, :2, 2:, :2]
     assert graph.joints[0][1, 2] == pytest.approx(float(mu(corner)))
     assert graph.layers[1].groups == tuple(range(8))
+
+
+def test_superpixels_follow_the_colours_of_an_image():
+    pytest.importorskip("skimage")
+    image = torch.zeros(3, 20, 24)
+    image[0, :, :12], image[1, :, 12:] = 0.9, 0.8
+    labels = segments(image, 8)
+    assert labels.shape == (20, 24)
+    assert labels.unique().tolist() == list(range(int(labels.max()) + 1))
+    assert not {*labels[:, :12].flatten().tolist()} & {*labels[:, 12:].flatten().tolist()}
+    assert segments(image[:1], 4).shape == (20, 24)
+    mu = measure()
+    assert mu.marginal("input", over=segments(torch.rand(1, 6, 6), 4)).ndim == 2
+    with pytest.raises(InputError, match="superpixels are of one image"):
+        segments(image[None])
+
+
+def test_superpixels_without_scikit_image_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
+    with pytest.raises(MissingExtraError, match=r"nrm-plugin\[segments\]"):
+        segments(torch.zeros(3, 8, 8))

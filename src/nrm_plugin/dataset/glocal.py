@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..events.event import Event
-from ..measure.flow import flow_graph
+from ..measure.flow import flow_graph, with_groups
 from ..measure.flow_graph import TOP, FlowError, FlowGraph, FlowLayer, check_thresholds
+from ..measure.group_search import K
+from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, Partition, partition
 from .sweep_flow import flow_of_sweep, flow_queries, reduced
@@ -35,7 +37,7 @@ def mean_flow(
     layers: Sequence[str],
     over: Any = "channel",
     *,
-    groups: GroupSelection | None = None,
+    groups: GroupSelection | Groups | None = None,
     top: int | None = TOP,
     min_mass: float | None = None,
     coverage: float | None = None,
@@ -47,7 +49,8 @@ def mean_flow(
         measures: A measure, or an iterable of measures of batches.
         layers: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
-        groups: Selected groups by layer name; all other groups form the rest. The joint matrix of two wide layers that
+        groups: Groups of :func:`~nrm_plugin.find_groups`, for all of their layers; or selected numbers of groups by
+            layer name, of which all others form the rest. The joint matrix of two wide layers that
             are far apart takes one pass per group.
         top: Largest number of groups of a layer, by absolute mean mass; None for all. All groups are computed, because
             the selection depends on the mean.
@@ -83,12 +86,19 @@ def mean_flow(
 
 
 def _batch_flow(
-    mu: RelevanceMeasure, layers: Sequence[str], over: Any, groups: GroupSelection, names: Mapping[str, Names] | None
+    mu: RelevanceMeasure,
+    layers: Sequence[str],
+    over: Any,
+    groups: GroupSelection | Groups,
+    names: Mapping[str, Names] | None,
 ) -> FlowGraph:
     order = {name: index for index, name in enumerate(mu.layers)}
     if all(layer in order for layer in layers):
         layers = sorted(layers, key=lambda layer: -order[layer])
     taps = [(layer, mu._tap(layer)) for layer in layers]
+    if isinstance(groups, Groups):
+        over, names, _ = with_groups(mu, taps, over, names, K, groups)
+        return flow_graph(_MeanMeasure(mu), taps, over, top=None, names=names)
     regions: dict[str, Any] = {}
     partitions: dict[str, Partition] = {}
     for layer, tap in taps:

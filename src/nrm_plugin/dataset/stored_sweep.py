@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import extra
+from ..measure.mean_joints import MeanJoints
 from .checksums import Segments, read_sums
 from .shard_file import Shard, shards_in
 from .sweep_layout import (
@@ -31,6 +32,7 @@ from .sweep_layout import (
     path_inside,
     schema,
 )
+from .sweep_sums import joints_of_sweep
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -136,6 +138,19 @@ class Sweep:
         if name not in self.queries:
             raise SweepError(f"{self.path} has no query {name!r}. It has {', '.join(map(repr, self.queries))}.")
         return self.queries[name]
+
+    def mean_joints(self, layers: Sequence[str], target: int | None = None) -> MeanJoints:
+        """Returns the mean joint relevance of consecutive layers, for :func:`~nrm_plugin.find_groups`.
+
+        Args:
+            layers: The layers, from the output to the input, with the queries of
+                :func:`~nrm_plugin.dataset.glocal.flow_queries`.
+            target: Restriction to explanations of this class.
+
+        Raises:
+            FlowError: If a query is missing, or there is no sample.
+        """
+        return joints_of_sweep(self, layers, target)
 
     def rows(
         self, query: str | None = None, group: int | None = None, columns: Sequence[str] | None = None

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InputError
+from ..measure.dependence import group_sums
 from ..measure.flow_graph import TOP, FlowError, FlowGraph, FlowLayer, check_thresholds
+from ..measure.layer_groups import Groups
 from ..measure.partitions import Names
-from .queries import Bypass, Joint, Marginal, Query, Sink, from_json
-from .shard_file import Shard
+from .queries import Bypass, Joint, Marginal, Query, Sink
 from .stored_sweep import Sweep
-from .sweep_layout import QueryInfo, ShardError
+from .sweep_layout import QueryInfo
+from .sweep_sums import Sums, flow_queries_of, sums_of
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-3
@@ -52,6 +56,7 @@ def flow_of_sweep(
     min_mass: float | None = None,
     coverage: float | None = None,
     names: Mapping[str, Names] | None = None,
+    groups: Groups | None = None,
 ) -> FlowGraph:
     """Computes the mean flow of samples of a sweep, without the model.
 
@@ -68,8 +73,10 @@ def flow_of_sweep(
         min_mass: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         coverage: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         names: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
+        groups: Groups of :func:`~nrm_plugin.find_groups` of the stored channels, for all of their layers.
 
     Raises:
+        InputError: If groups have other members than the sweep.
         FlowError: If a query or sample is missing, or a cut does not sum to 1.
         SweepError: If the folder holds no sweep, or a file is damaged.
     """
@@ -77,15 +84,9 @@ def flow_of_sweep(
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     if not layers or len(set(layers)) < len(layers):
         raise FlowError(f"a flow needs distinct layers, from the output to the input; got {list(layers)}.")
-    queries = _flow_queries_of(sweep, layers)
+    queries = flow_queries_of(sweep, layers)
     selected = None if samples is None else np.unique(np.fromiter(samples, np.int64))
-    sums = _Sums({info.name: info.groups or () for infos in queries.values() for info in infos})
-    for shard in sweep.shards:
-        try:
-            sums.add(shard, target, selected)
-        except ShardError:
-            if sweep.on_error == "raise":
-                raise
+    sums = sums_of(sweep, [info for infos in queries.values() for info in infos], target, selected)
     if not sums.count or (selected is not None and target is None and sums.count < len(selected)):
         suffix = "" if target is None else f" with target {target}"
         raise FlowError(f"the sweep has {sums.count} of the requested samples{suffix}.")
@@ -95,7 +96,36 @@ def flow_of_sweep(
         _joint(upper, lower, sums.mean(queries[upper.name, lower.name][0].name))
         for upper, lower in pairwise(flow_layers)
     )
-    return reduced(FlowGraph(tuple(flow_layers), joints), top, min_mass, coverage)
+    graph = FlowGraph(tuple(flow_layers), joints)
+    return reduced(graph if groups is None else grouped(graph, groups), top, min_mass, coverage)
+
+
+def grouped(graph: FlowGraph, groups: Groups) -> FlowGraph:
+    """Returns a flow of all members of its layers as a flow of groups of them.
+
+    Raises:
+        InputError: If groups have other members than the layer has nodes.
+    """
+    layers, sums = [], []
+    for layer in graph.layers:
+        count = len(layer.groups)
+        if layer.name not in groups.layers:
+            layers.append(layer)
+            sums.append(np.eye(count + 2))
+            continue
+        place = groups.layers.index(layer.name)
+        labels, names = groups.labels[place].numpy(), groups.names[place]
+        if len(labels) != count:
+            raise InputError(
+                f"the groups of {layer.name!r} are of {len(labels)} members, and the sweep stores {count} for it."
+            )
+        ends = np.array([len(names), len(names) + 1])
+        members = group_sums(np.eye(count + 2), np.concatenate([labels, ends]))
+        masses = tuple((members[:-2, :-2] @ np.array(layer.masses)).tolist())
+        layers.append(replace(layer, groups=tuple(range(len(names))), labels=names, masses=masses))
+        sums.append(members)
+    pairs = zip(graph.joints, pairwise(sums), strict=True)
+    return FlowGraph(tuple(layers), tuple(up @ joint @ down.T for joint, (up, down) in pairs))
 
 
 def reduced(graph: FlowGraph, top: int | None, min_mass: float | None, coverage: float | None) -> FlowGraph:
@@ -103,75 +133,7 @@ def reduced(graph: FlowGraph, top: int | None, min_mass: float | None, coverage:
     return graph if top is min_mass is coverage is None else graph.smaller(top, min_mass, coverage)
 
 
-def _flow_queries_of(sweep: Sweep, layers: Sequence[str]) -> dict[Any, list[QueryInfo]]:
-    """Returns the queries of each layer, and of each pair of consecutive layers."""
-    queries: dict[Any, list[QueryInfo]] = {}
-    missing: list[str] = []
-
-    def matching(kind: str, names: tuple[str, ...], over: Any = None) -> list[QueryInfo]:
-        for info in sweep.queries.values():
-            is_plain = info.groups is not None and not info.has_event
-            if (info.kind, info.layers) == (kind, names) and is_plain and (over is None or over == _over(info)):
-                return [info]
-        missing.append(f"{kind}({', '.join(map(repr, names))})")
-        return []
-
-    for layer in layers:
-        queries[layer] = [info for kind in ("Marginal", "Sink", "Bypass") for info in matching(kind, (layer,))]
-    for pair in pairwise(layers) if not missing else ():
-        queries[pair] = matching("Joint", pair, tuple(_over(queries[layer][0])[0] for layer in pair))
-    if missing:
-        raise FlowError(
-            f"the sweep has no {' and no '.join(missing)}, with the same groups. Sweep with "
-            f"queries=flow_queries({list(layers)!r}), the layers from the output to the input."
-        )
-    return queries
-
-
-def _over(info: QueryInfo) -> tuple[Any, ...]:
-    over = getattr(from_json(info.spec), "over")  # noqa: B009  (marginals and joints have it, queries need not)
-    return over if isinstance(over, tuple) else (over,) * len(info.layers)
-
-
-class _Sums:
-    """Sums over samples of the values of queries, shard by shard.
-
-    Args:
-        groups: Shape of each query, by name.
-    """
-
-    def __init__(self, groups: Mapping[str, tuple[int, ...]]) -> None:
-        self._totals = {name: np.zeros(shape) for name, shape in groups.items()}
-        self.count = 0
-
-    def add(self, shard: Shard, target: int | None, selected: NDArray[np.int64] | None) -> None:
-        counts, parts = set(), {}
-        for name, total in self._totals.items():
-            rows = shard.rows(name, columns=["sample", "target", "group", "lower", "value"])
-            sample, targets, group, lower, value = (rows[key].to_numpy() for key in rows.column_names)
-            keep = np.ones(len(value), bool) if target is None else targets == target
-            if selected is not None:
-                keep &= np.isin(sample, selected)
-            width = total.shape[1] if total.ndim == 2 else 1
-            key = group[keep].astype(np.int64).clip(0) * width + lower[keep].clip(0)
-            parts[name] = np.bincount(key, value[keep].astype(float), total.size).reshape(total.shape)
-            counts.add(int(keep.sum()) // total.size)
-        if len(counts) != 1:
-            raise ShardError(f"{shard.path} has rows of different samples for different queries.")
-        for name, part in parts.items():
-            self._totals[name] += part
-        self.count += counts.pop()
-
-    def mean(self, name: str) -> Array:
-        mean: Array = self._totals[name] / self.count
-        return mean
-
-    def total(self, queries: Sequence[QueryInfo]) -> float:
-        """Returns the sum of the means of some queries."""
-        return sum(float(self.mean(info.name).sum()) for info in queries)
-
-
-def _layer(name: str, sums: _Sums, queries: Sequence[QueryInfo], names: Names | None, expected: float) -> FlowLayer:
+def _layer(name: str, sums: Sums, queries: Sequence[QueryInfo], names: Names | None, expected: float) -> FlowLayer:
     masses, sink, bypass = (sums.mean(info.name) for info in queries)
     total = sums.total(queries)
     if not (abs(total - expected) < TOLERANCE and abs(total) < 1 + TOLERANCE):

@@ -141,8 +141,10 @@ def with_groups(
     names: Mapping[str, Names] | None,
     k: int,
     groups: Groups | None,
-) -> tuple[Any, Mapping[str, Names] | None]:
+) -> tuple[Any, Mapping[str, Names] | None, int]:
     """Returns what the neurons of each layer are summed over, and the names, with groups where they are asked for.
+
+    The last result is the largest number of groups of a layer, all of which are shown; 0 without groups.
 
     Args:
         mu: The measure.
@@ -156,7 +158,7 @@ def with_groups(
     called = {layer: layer_name(mu, layer) for layer in kinds}
     asked = [layer for layer, kind in kinds.items() if isinstance(kind, str) and kind == GROUPS]
     if groups is None and not asked:
-        return over, names
+        return over, names, 0
     if groups is None:
         apart: dict[str, int | None] = {called[layer]: None for layer in kinds if layer not in asked}
         members = {called[layer]: kind for layer, kind in kinds.items() if layer not in asked}
@@ -167,7 +169,7 @@ def with_groups(
         grouped = [layer for layer in kinds if layer in asked or called[layer] in groups.layers]
     found = {layer: groups.over(mu, called[layer]) for layer in grouped}
     words = {layer: groups.names[groups.layers.index(called[layer])] for layer in grouped}
-    return kinds | found, dict(names or {}) | words
+    return kinds | found, dict(names or {}) | words, max((len(each) for each in words.values()), default=0)
 
 
 def _sample_number(mu: Measure, sample: int | None) -> int:

@@ -26,6 +26,8 @@ K = 8
 """Default number of groups of a layer."""
 ROUNDS = 2
 """Number of times that the groups of each layer are moved by exact joint relevance if the search had a sketch of it."""
+FEW_RESTARTS = 8
+"""Most further starts on a sketch, which is not worth more."""
 RESTARTS = 30
 """Default number of further starts of the search."""
 
@@ -59,7 +61,7 @@ def find_groups(
     keep these members apart. Groups are numbered by absolute mass, and the same seed gives the same groups.
 
     The joint relevance of distant layers with more than 64 members each takes a pass for each member. The search then
-    starts from a sketch of rank 16, and moves members by exact joint relevance with groups; κ is not known (nan).
+    starts from a sketch of rank 8, and moves members by exact joint relevance with groups; κ is not known (nan).
 
     Args:
         measures: A measure of one or more samples, several measures, or a sweep with the joint relevance of these
@@ -98,8 +100,9 @@ def find_groups(
     parts = [dependence(joint) for joint in found.joints]
     fixed = [_apart(each, count) for each, count in zip(found.masses, counts, strict=True)]
     sizes = [count or 0 if given is None else int(given.max()) + 1 for count, given in zip(counts, fixed, strict=True)]
-    labels = find_partitions(parts, sizes, restarts, seed, fixed)
-    if source is not None and not all(found.are_exact):
+    is_exact = all(found.are_exact)
+    labels = find_partitions(parts, sizes, restarts if is_exact else min(restarts, FEW_RESTARTS), seed, fixed)
+    if source is not None and not is_exact:
         free = [layer for layer, given in enumerate(fixed) if given is None]
         sides = _Sides(found, source, parts)
         for _ in range(ROUNDS):
@@ -196,6 +199,7 @@ def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels],
         _names(each.mean(0), own, kind, names.get(layer))
         for layer, each, own, kind in zip(found.layers, found.masses, ordered, found.members, strict=True)
     ]
+    is_known = len(found.masses[0]) == found.samples
     return Groups(
         layers=found.layers,
         labels=tuple(torch.from_numpy(own) for own in ordered),
@@ -203,7 +207,7 @@ def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels],
         names=tuple(called),
         masses=tuple(tuple(each.mean(0).tolist()) for each in sums),
         kappas=tuple(kappas),
-        examples=tuple(tuple(np.abs(each).argmax(0).tolist()) for each in sums),
+        examples=tuple(tuple(np.abs(each).argmax(0).tolist() if is_known else ()) for each in sums),
         samples=found.samples,
     )
 

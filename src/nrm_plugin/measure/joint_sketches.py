@@ -25,7 +25,7 @@ from .memory import in_chunks, width_of
 
 FEW = 64
 """Members up to which joint relevance is computed by a pass for each."""
-RANK = 16
+RANK = 8
 """Rank of the joint relevance of layers with more members."""
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InputError, brief
+from ..errors import EventError, InputError, brief
 from ..events.event import Event, at
 from ..recording.taps import Tap
 from .groups import Over, labels_of
@@ -43,7 +43,8 @@ class Groups:
         masses: For each layer, the mean mass of each group on the inputs on which the groups were found.
         kappas: For each pair of consecutive layers, the share of the dependence that the groups keep; nan for layers
             that are independent, and where the joint relevance of all members was not computed.
-        examples: For each layer and group, the number of the sample in which the group has the largest absolute mass.
+        examples: For each layer and group, the number of the sample in which the group has the largest absolute mass;
+            empty if only means are known, as in a sweep.
         samples: Number of samples on which the groups were found.
 
     Examples:
@@ -109,8 +110,10 @@ class Groups:
             torch.Size([5, 2])
         """
         tap, kind, labels = mu._tap(layer), self.members[self._number(layer)], self.labels[self._number(layer)]
-        fits = not isinstance(kind, Tensor) or kind.shape == tap.shape[1:]
-        members = labels_of(tap, kind) if fits else None
+        try:
+            members = labels_of(tap, kind)
+        except EventError:
+            members = None
         if members is None or int(members.max()) + 1 != len(labels):
             raise InputError(
                 f"the groups of {layer!r} are of {len(labels)} members, which a tap of shape {tuple(tap.shape[1:])} "

@@ -379,10 +379,11 @@ class RelevanceMeasure(Recorded):
         Source: docs/flow.md.
         """
         taps = ordered_taps(self, layers)
-        divided, names = with_groups(self, taps, over, names, k, groups)
-        if top is not None and divided is not over:  # all groups are shown
-            top = max(top, k, *(len(each) for each in (groups.names if groups else ())))
-        return flow_graph(self, taps, divided, top, min_mass, coverage, names, sample)
+        over, names, shown = with_groups(self, taps, over, names, k, groups)
+        if shown and top is not None:
+            top = max(top, shown)
+        with self._sharing([layer for layer, _ in taps]):
+            return flow_graph(self, taps, over, top, min_mass, coverage, names, sample)
 
     def explain(self, event: Event, given: Event | None = None) -> str:
         """Describes a query as a formula and in words, with its cost.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ParamSpec, TypeVar
@@ -15,7 +16,7 @@ from ..errors import DifferenceError, EventError, StaleMeasureError, StorageErro
 from ..events.event import Event
 from ..model.autocast import exact
 from ..recording.passes import Cost
-from ..recording.places import Buffer, Edge, Sink
+from ..recording.places import Buffer, Edge, Place, Sink
 from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .conditionals import Conditionals, are_below, check_below
@@ -56,6 +57,7 @@ class QueryPasses:
     _start: Tensor
     _max_memory: int | None
     _totals_once: Totals | None = None
+    _shared: tuple[Totals | None, frozenset[Place]] | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raises an error for copy, pickle, torch.save and multiprocessing.
@@ -90,10 +92,27 @@ class QueryPasses:
 
     def _pass(self, stored: Sequence[Tap] = ()) -> Totals:
         """Returns a pass that stores the relevance of some taps; its sums answer all later queries for totals."""
-        totals = pass_totals(self._recording, self._start, [tap.place for tap in stored])
+        places = frozenset(tap.place for tap in stored)
+        if self._shared is not None:
+            known, wanted = self._shared
+            if known is not None and places <= known.stored:
+                return known
+            places |= wanted
+        totals = pass_totals(self._recording, self._start, places)
+        if self._shared is not None:
+            self._shared = (totals, places)
         self._totals_once = self._totals_once or replace(totals, maps={})
         self.cost = totals.cost
         return totals
+
+    @contextmanager
+    def _sharing(self, layers: Sequence[Layer]) -> Iterator[None]:
+        """Lets the queries of a block share one pass that stores the relevance of some layers."""
+        self._shared = (None, frozenset(self._tap(layer).place for layer in layers))
+        try:
+            yield
+        finally:
+            self._shared = None
 
     @property
     def _totals(self) -> Totals:

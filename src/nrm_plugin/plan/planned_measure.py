@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,6 +248,11 @@ class PlannedMeasure(RelevanceMeasure):
         if self._programs.is_worth(key, not _names_events(key)):
             return self._traced(key, method, args, kwargs)
         return self._computed(method, args, kwargs)
+
+    @contextmanager
+    def _sharing(self, layers: Any) -> Iterator[None]:
+        """Does nothing, since programs do not share passes."""
+        yield
 
     def _run(self, query: QueryProgram) -> Any:
         self._check_inputs()
