@@ -11,6 +11,7 @@ from ..events.index import Index, show
 from ..functional.attention import Layout
 from ..kernels.step import Step
 from ..recording.recording import Recording
+from ..recording.sites import PART
 from ..recording.taps import OUTPUT
 
 
@@ -24,10 +25,22 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
         EventError: If the layer does not compute exactly one attention, or the head or token does not exist.
         UnknownLayerError: If no layer has this name.
     """
+    if isinstance(atom, Atom):
+        atom = _part(atom, recording)
     if not isinstance(atom, Attended):
         return atom
     events = [_event(atom, step, recording) for step in _steps_of(atom, recording)]
     return events[0] if len(events) == 1 else Any_(tuple(events))
+
+
+def _part(atom: Atom, recording: Recording) -> Atom | Attended:
+    """Returns one head or one neuron of a site, named as ``blocks.1.attn.head.3`` or ``blocks.1.mlp.neuron.17``."""
+    found = PART.fullmatch(atom.layer) if isinstance(atom.layer, str) and atom.index is None else None
+    if found is None or recording.taps.site(found["site"] or found["layer"], atom.side) is None:
+        return atom
+    if found["site"]:
+        return at(found["site"]).head(int(found["head"]))
+    return at(found["layer"]).channel(int(found["neuron"]))
 
 
 def _event(atom: Attended, step: Step, recording: Recording) -> Event:
