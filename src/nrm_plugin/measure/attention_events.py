@@ -33,6 +33,19 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
     return events[0] if len(events) == 1 else Any_(tuple(events))
 
 
+def head_count(recording: Recording, layer: str) -> int | None:
+    """Returns the number of heads of an attention call, named by its site or its tap; None for any other layer."""
+    name, calls = recording.taps.called(layer, "output", None)
+    steps = [vertex.step for vertex in recording.graph.vertices if vertex.step is not None]
+    step = next((s for s in steps if s.name == name and s.call in calls and s.attention is not None), None)
+    if step is None:
+        return None
+    shared = step.attention.shared
+    if len(shared) > 1 or (shared and not recording.samples.batched):
+        return int(step.shape[shared[-1]])
+    return _count_of_heads(step, step.shape[shared[0]] if shared else 1, recording)
+
+
 def _part(atom: Atom, recording: Recording) -> Atom | Attended:
     """Returns one head or one neuron of a site, named as ``blocks.1.attn.head.3`` or ``blocks.1.mlp.neuron.17``."""
     found = PART.fullmatch(atom.layer) if isinstance(atom.layer, str) and atom.index is None else None
@@ -146,4 +159,4 @@ def _owner(step: Step) -> str:
     return step.name.rpartition(".")[0]
 
 
-__all__ = ["plain"]
+__all__ = ["head_count", "plain"]

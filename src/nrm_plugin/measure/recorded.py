@@ -34,6 +34,16 @@ class Recorded(QueryPasses):
         return self._recording.taps.layers
 
     @property
+    def ends(self) -> list[str]:
+        """Names of the taps at which walks end: the inputs, or the rows that ids select.
+
+        Examples:
+            >>> mu.ends
+            ['input']
+        """
+        return self._recording.taps.ends
+
+    @property
     def sites(self) -> list[str]:
         """Names of the sites of a transformer, such as ``blocks.1.attn.v``, each of which is the name of a tap.
 

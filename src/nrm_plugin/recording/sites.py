@@ -89,7 +89,7 @@ class Structure:
             for edge in graph.vertices[number].edges:
                 if edge is not None:
                     self.below[number] |= self.below[edge.vertex] | 1 << edge.vertex
-                    self._readers[edge.vertex] |= 1 << number
+                    self._readers[self.source(edge).vertex] |= 0 if self._is_view(number) else 1 << number
         self.leaves = sum(1 << number for number, vertex in enumerate(graph.vertices) if vertex.leaf is not None)
         candidates: dict[int, Branch] = {}
         for number in range(count - 1, -1, -1):
@@ -106,13 +106,17 @@ class Structure:
     def source(self, buffer: Buffer) -> Buffer:
         """Follows views, and other routes that read a single tensor, to the tensor that they show."""
         while True:
-            vertex = self.graph.vertices[buffer.vertex]
-            edges = [edge for edge in vertex.edges if edge is not None]
-            if (vertex.step is not None and not _is_idle(vertex.step)) or len(edges) != 1 or len(vertex.shapes) > 1:
+            if not self._is_view(buffer.vertex):
                 return buffer
-            if self.graph.vertices[edges[0].vertex].leaf is not None:
-                return buffer  # the copy that the model reads, which has a name
-            (buffer,) = edges
+            (buffer,) = (edge for edge in self.graph.vertices[buffer.vertex].edges if edge is not None)
+
+    def _is_view(self, number: int) -> bool:
+        """Returns whether a vertex shows another tensor; the copy of an input that the model reads does not."""
+        vertex = self.graph.vertices[number]
+        edges = [edge for edge in vertex.edges if edge is not None]
+        if (vertex.step is not None and not _is_idle(vertex.step)) or len(edges) != 1 or len(vertex.shapes) > 1:
+            return False
+        return self.graph.vertices[edges[0].vertex].leaf is None
 
     def undivided(self, buffer: Buffer) -> Buffer:
         """Follows :meth:`source`, and parts of a tensor to the whole of it."""
@@ -203,14 +207,17 @@ class Structure:
         if step is None or step.attention is not None or sum(edge is not None for edge in edges) != 1:
             return False
         if isinstance(step, LayerStep):
-            weight = getattr(step.layer_call.module, "weight", None)
-            return isinstance(weight, Tensor) and weight.ndim > 1
+            return len(_weight_shape(step)) > 1
         return PRODUCTS.search(step.rule) is not None
 
     def is_mixer(self, branch: Branch) -> bool:
         """Returns whether a branch without attention joins tokens, by a convolution, a scan or products of tensors."""
         for vertex in branch.inner:
             step, node = self.step(vertex), self.graph.vertices[vertex].node
+            if isinstance(step, LayerStep) and _weight_shape(step):
+                if any(size > 1 for size in _weight_shape(step)[2:]):
+                    return True
+                continue
             joins = sum(edge is not None for edge in self.graph.vertices[vertex].edges) > 1
             name = operation(node).lower() if step is None else f"{step.rule} {step.name.rpartition('.')[2]}"
             if MIXING.search(name) and (joins or not PRODUCTS.search(name)):
@@ -223,6 +230,12 @@ def _bits(number: int) -> Iterator[int]:
         low = number & -number
         yield low.bit_length() - 1
         number ^= low
+
+
+def _weight_shape(step: LayerStep) -> tuple[int, ...]:
+    """Returns the shape of the weights of a layer; empty without weights."""
+    weight = getattr(step.layer_call.module, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
 def _is_idle(step: Step) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import HookedContainerError, UnknownLayerError, brief, unknown_layer
-from .graph import Graph, Marks
+from .graph import Graph, Marks, Vertex
 from .layout import Layout
 from .places import Buffer, Edge, Place
 from .samples import Samples
@@ -237,6 +237,16 @@ class Taps:
         """Names of the output taps, in execution order."""
         return [name for tap in reversed(self.all) for name in self._names_of(tap)]
 
+    @property
+    def ends(self) -> list[str]:
+        """Names of the output taps at which walks end, one for each, in execution order."""
+        vertices = self.graph.vertices
+        ends = [
+            tap for tap in reversed(self.all) if any(_is_leaf(vertices, e) for e in vertices[tap.place.vertex].edges)
+        ]
+        names = [next(self._names_of(tap), None) for tap in ends if isinstance(tap.place, Buffer)]
+        return [name for name in names if name is not None]
+
     def _names_of(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):
             if any(name.startswith(f"{other.removeprefix('.')}.") for other in tap.names):
@@ -388,6 +398,10 @@ class Taps:
             )
         known = [label.name for label in self._labelled if label.side == side]
         return UnknownLayerError(unknown_layer(name, dict.fromkeys([*self.layers, *known])))
+
+
+def _is_leaf(vertices: Sequence[Vertex], buffer: Buffer | None) -> bool:
+    return buffer is not None and vertices[buffer.vertex].leaf is not None
 
 
 def _selected(name: str, calls: list[int], call: Any) -> list[int]:
