@@ -73,6 +73,8 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
         tokenizer = _loaded(
             name, "tokenizer", lambda: library.AutoTokenizer.from_pretrained(name, local_files_only=is_local)
         )
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made of the configuration alone
+        raise TextModelError(f"{shown(name)} holds no tokenizer. Save it there: tokenizer.save_pretrained(folder).")
     missing = sorted(info.get("missing_keys", ()))
     notes = [f"these weights are not in {shown(name)} and are random: {', '.join(missing[:5])}"] if missing else []
     return TextModel(name, model.float().to(device).eval(), tokenizer, tuple(notes))
