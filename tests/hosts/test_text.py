@@ -233,4 +233,4 @@ def test_ids_and_pixels_both_receive_relevance(make, prefixes, worst):
         model, inputs, target, additional_forward_kwargs=others, reference={"pixel_values": 0 * inputs["pixel_values"]}
     )
     assert float(swapped.marginal(words).abs().max()) < 1e-9  # differences of 0 count as 1e-18
-    assert float(swapped.marginal(pixels).sum()) == pytest.approx(1, abs=1e-4)
+    assert float(swapped.marginal(pixels).sum()) == pytest.approx(1, abs=1e-3)
