@@ -228,6 +228,23 @@ def test_the_name_of_a_layer_comes_before_that_of_a_site():
     assert float(mu(at("blocks.0.attn.z"))) != pytest.approx(1)
 
 
+def test_a_head_of_an_attention_module_has_the_name_of_the_site():
+    torch.manual_seed(0)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True)})])
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head((x + self.blocks[0]["attn"](x, x, x)[0]).mean(1))
+
+    mu = measured(Named().double().eval())
+    torch.testing.assert_close(mu(at("blocks.0.attn.head.1")), mu(at("blocks.0.attn.z").head(1)))
+    assert 0 < abs(float(mu(at("blocks.0.attn.head.1")))) < 1
+
+
 def test_parts_of_a_site_that_do_not_exist_raise():
     torch.manual_seed(0)
     mu = measured(drawn(Block(True)))

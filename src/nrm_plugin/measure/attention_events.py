@@ -49,7 +49,10 @@ def head_count(recording: Recording, layer: str) -> int | None:
 def _part(atom: Atom, recording: Recording) -> Atom | Attended:
     """Returns one head or one neuron of a site, named as ``blocks.1.attn.head.3`` or ``blocks.1.mlp.neuron.17``."""
     found = PART.fullmatch(atom.layer) if isinstance(atom.layer, str) and atom.index is None else None
-    if found is None or recording.taps.site(found["site"] or found["layer"], atom.side) is None:
+    if found is None or atom.side != "output" or recording.taps.calls_of(found[0]):
+        return atom
+    whole = found["site"] or found["layer"]
+    if recording.taps.site(whole) is None and not (found["site"] and recording.taps.calls_of(whole)):
         return atom
     if found["site"]:
         return at(found["site"]).head(int(found["head"]))

@@ -47,7 +47,7 @@ def _section(explanation: TextExplanation) -> Iterator[str]:
     yield f"<p class=note>predicted {escape(KINDS[explanation.kind])}: {predicted}; {number}</p>"
     yield _colored(explanation, [("", explanation.words)])
     start = f"start of the decoder {percent(explanation.decoder)}, " if explanation.decoder else ""
-    parts = f"{start}absorbed {100 * explanation.absorbed + 0.0:.1f}%, variation {explanation.variation:.3g}"
+    parts = f"{start}absorbed {round(100 * explanation.absorbed, 1) + 0.0:.1f}%, variation {explanation.variation:.3g}"
     yield f"<p class=note>{parts}</p>"
     for layer, rows in explanation.layers.items():
         titles = [(f"{row.title}, {percent(row.mass)}", row.relevance) for row in rows]
