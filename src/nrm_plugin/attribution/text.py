@@ -63,6 +63,11 @@ class TextExplanation:
         layers: For each layer, its most relevant units.
         given: One row for each condition.
         measure: The measure, for further queries.
+
+    Examples:
+        >>> explanation = explain_text(model, tokenizer, "a dull film", "negative")
+        >>> explanation.words.shape, round(abs(float(explanation.words.sum())), 4)
+        (torch.Size([5]), 1.0)
     """
 
     text: Tokens
@@ -81,7 +86,12 @@ class TextExplanation:
     measure: RelevanceMeasure | None = field(default=None, repr=False, compare=False)
 
     def lines(self, width: int = 80, color: bool = False) -> list[str]:
-        """Returns the explanation as lines for a terminal of the given width, with colours if ``color``."""
+        """Returns the explanation as lines for a terminal of the given width, with colours if ``color``.
+
+        Examples:
+            >>> max(map(len, explanation.lines(width=60))) <= 60
+            True
+        """
         return lines(self, width, color)
 
     def __str__(self) -> str:
@@ -131,8 +141,9 @@ def explain_text(
         UnknownLayerError: If a layer is unknown.
 
     Examples:
-        >>> explanation = explain_text(model, tokenizer, "never boring , never long")  # doctest: +SKIP
-        >>> print(explanation)  # doctest: +SKIP
+        >>> explanation = explain_text(model, tokenizer, "a dull film", "negative")
+        >>> [word.text for word in explanation.text.words]
+        ['[CLS]', 'a', 'dull', 'film', '[SEP]']
 
     Source: docs/text.md.
     """
