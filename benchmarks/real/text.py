@@ -160,7 +160,7 @@ def scores(question: Question, relevance: Tensor) -> list[float]:
     """SRG, the area between both curves of the difference of logits, and ABPC, the same for the probability."""
     ordered = sorted(question.words, key=lambda position: float(relevance[position]))
     least, most = curve(question, ordered), curve(question, ordered[::-1])
-    return [float(upper.mean() - lower.mean()) for upper, lower in zip(least, most, strict=True)]
+    return [round(float(upper.mean() - lower.mean()), 4) for upper, lower in zip(least, most, strict=True)]
 
 
 def chosen_reviews(tokenizer: Any) -> list[Review]:
