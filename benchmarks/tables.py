@@ -253,6 +253,17 @@ def groups(results: Results) -> dict[str, str]:
     }
 
 
+def real_text(results: Results) -> dict[str, str]:
+    """Explanations of a text classifier."""
+
+    def cell(values: list[float]) -> str:
+        return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
+
+    keys = ("SRG", "SRG, difference", "ABPC", "ABPC, difference")
+    cells = ([row["method"], *(cell(row[key]) for key in keys)] for row in results["rows"])
+    return {"films": grid("| method | SRG | SRG, minus NRMDefault | ABPC | ABPC, minus NRMDefault |", cells)}
+
+
 PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "attention": ("attention.md", attention),
     "hugging_face": ("attention.md", hugging_face),
@@ -265,6 +276,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "top_walks": ("critical-paths.md", top_walks),
     "selection": ("critical-paths.md", selection),
     "sweep": ("data-sets.md", sweep),
+    "real_text": ("text.md", real_text),
 }
 
 

@@ -12,6 +12,7 @@ import zennit.rules
 
 import nrm_plugin
 from nrm_plugin.composites import Named
+from tests.text_nets import StubTokenizer, text_net
 
 OF_ZENNIT = ("apply", "copy", "register", "remove")
 """Methods that Zennit calls and documents."""
@@ -42,6 +43,8 @@ def names():
         "torch": torch,
         "nn": torch.nn,
         "zennit": zennit,
+        "model": text_net("class"),
+        "tokenizer": StubTokenizer(),
         **{name: getattr(nrm_plugin, name) for name in nrm_plugin.__all__},
     }
 

@@ -29,6 +29,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         "Classes for Captum and Zennit",
         {"": "NRM LayerNRM NeuronNRM JointNRM NRMAttributor DataLoaderNRM ConceptNRM condition_event"},
     ),
+    "text": ("Text models", {"": "explain_text TextExplanation"}),
     "walks": (
         "Walks, flows, selections and subspaces",
         {
@@ -43,7 +44,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         "Figures and pages",
         {
             "plots": """heat_map image_and_heat_map heat_maps joint budgets save flow_figure flow_caption Photo
-            cell_sums profile_figure sankey save_sankey text_figure text_html""",
+            cell_sums profile_figure sankey save_sankey text_figure text_html text_page""",
             "measure": "profile flow_maps",
             "measure.flow_heat_maps": "flow_maps_and_pairs",
         },
@@ -85,9 +86,8 @@ INTRODUCTIONS = {"errors": "Remedies are listed in :doc:`troubleshooting </docs/
 
 NAVIGATION = {
     "Tutorial": [f"notebooks/{path.stem}" for path in notebooks()],
-    "How to": """docs/explain docs/flow docs/groups docs/critical-paths docs/subspaces docs/attention
-        docs/recurrent-and-graphs
-        docs/data-sets docs/references docs/plans docs/batch-norm docs/relative docs/own-kernel docs/drop-in
+    "How to": """docs/explain docs/flow docs/groups docs/critical-paths docs/subspaces docs/text docs/attention
+        docs/recurrent-and-graphs docs/data-sets docs/references docs/plans docs/batch-norm docs/relative docs/own-kernel docs/drop-in
         docs/troubleshooting""".split(),
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
     "Mathematics": "docs/measure docs/differences docs/special-cases".split(),

@@ -5,6 +5,7 @@ from .attribution.joint_nrm import JointNRM
 from .attribution.layer_nrm import LayerNRM
 from .attribution.neuron_nrm import NeuronNRM
 from .attribution.nrm import NRM
+from .attribution.text import TextExplanation, explain_text
 from .canonizers import FuseBatchNorm
 from .composites import (
     Normalized,
@@ -76,6 +77,7 @@ __all__ = [
     "Restriction",
     "Selection",
     "Subspaces",
+    "TextExplanation",
     "TopSets",
     "TopWalks",
     "ablation",
@@ -85,6 +87,7 @@ __all__ = [
     "condition_event",
     "coverage",
     "drsa",
+    "explain_text",
     "find_groups",
     "mse",
     "patches",

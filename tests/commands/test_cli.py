@@ -64,7 +64,7 @@ def test_help_and_version_do_not_import_torch(argv: list[str]):
 
 def test_every_command_has_a_module():
     for name in COMMANDS:
-        module = importlib.import_module(f"nrm_plugin.commands.{name}")
+        module = importlib.import_module(f"nrm_plugin.commands.{name.replace('-', '_')}")
         assert module.DESCRIPTION
         assert "nrm-plugin" in module.EXAMPLES
         assert callable(module.add_arguments)

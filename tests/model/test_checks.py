@@ -15,6 +15,7 @@ from zennit.composites import EpsilonPlus
 
 from nrm_plugin import NRM, Normalized, RelevanceMeasure, at, coverage
 from nrm_plugin.errors import InputError, ModelStateError, UnknownLayerError
+from nrm_plugin.model.checks import unwrapped
 from tests.error_cases import Calls, MeasuredNet, Net, build, error_cases, through
 
 
@@ -208,3 +209,16 @@ def test_a_model_with_hooks_of_a_composite_raises(measured):
             RelevanceMeasure(measured.net, measured.x, 1)
     with measured.raises(UnknownLayerError, "'con'"):
         measured.mu.marginal("con")
+
+
+def test_a_module_inside_a_wrapper_is_measured():
+    class Wrapper:
+        def __init__(self, module: nn.Module) -> None:
+            self._module = module
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(2, 3)
+    expected = RelevanceMeasure(net, x, 1).marginal("input")
+    torch.testing.assert_close(RelevanceMeasure(Wrapper(net), x, 1).marginal("input"), expected)
+    assert unwrapped(net) is net
+    assert unwrapped(Wrapper) is Wrapper

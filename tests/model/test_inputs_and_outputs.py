@@ -323,3 +323,51 @@ def test_a_scalar_output_needs_no_target_and_no_second_dimension(measured):
         RelevanceMeasure(model, measured.x, 0)
     with measured.raises(EventError, "no channels", model=model):
         mu(at("output").channel(0))
+
+
+class Captioned(nn.Module):
+    """Ids and pixels, by keyword; lengths are integers that are not looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.pixels, self.head = nn.Embedding(9, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, ids, pixels, lengths=None):
+        joined = torch.cat([self.embedding(ids), self.pixels(pixels)], 1)
+        scale = 1.0 if lengths is None else lengths.reshape(-1, 1).float()
+        return self.head(torch.relu(joined).mean(1)) * scale
+
+
+def test_ids_beside_pixels_end_walks_and_other_integers_do_not():
+    torch.manual_seed(0)
+    model = Captioned().eval()
+    ids, pixels = torch.tensor([[1, 2, 5], [3, 3, 0]]), torch.randn(2, 4, 3)
+    mu = RelevanceMeasure(model, {"ids": ids, "pixels": pixels, "lengths": torch.tensor([2, 3])}, 1)
+    assert mu.ends == ["embedding", "input"]
+
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, rows, pixels):
+            joined = torch.cat([rows, self.model.pixels(pixels)], 1)
+            return self.model.head(torch.relu(joined).mean(1))
+
+    twin = RelevanceMeasure(Embedded().eval(), (model.embedding(ids).detach(), pixels), 1)
+    torch.testing.assert_close(mu.marginal("embedding"), twin.marginal("input[0]"))
+    torch.testing.assert_close(mu.marginal("input"), twin.marginal("input[1]"))
+    # A reference of the pixels alone leaves the words as they are.
+    nu = RelevanceMeasure(model, {"ids": ids, "pixels": pixels}, 1, reference={"pixels": 0 * pixels})
+    assert float(nu.marginal("embedding").abs().max()) < 1e-9  # differences of 0 count as 1e-18
+    torch.testing.assert_close(nu.marginal("input").sum((1, 2)), torch.ones(2))
+
+    # Integers that are not a batch, such as edges, are no ids, and need no lookup.
+    class Edges(nn.Module):
+        def forward(self, x, edges):
+            return x[edges[0]] @ torch.ones(3, 1) + x[edges[1]] @ torch.ones(3, 1)
+
+    graph = RelevanceMeasure(
+        Edges(), {"x": pixels[0], "edges": torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])}, batched=False, target=(1, 0)
+    )
+    assert float(graph.marginal("input").sum()) == pytest.approx(1, abs=1e-5)

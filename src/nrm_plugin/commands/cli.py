@@ -23,13 +23,14 @@ from .options import joined
 COMMANDS = {
     "demo": "explain held-out digits with an embedded network",
     "explain": "explain images with a torchvision classifier or your own model",
+    "explain-text": "explain texts with a model of transformers in a folder",
     "flow": "plot how relevance flows through several layers",
     "layers": "list the layers of a model, for --layer and --given",
     "sweep": "query every image of a folder or a data set and store the results",
     "references": "list the images of a sweep in which a channel has the most relevance",
 }
-"""One line of help for each command. The module of the same name in this package has its ``DESCRIPTION``, its
-``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
+"""One line of help for each command. The module of the same name in this package, with ``_`` for ``-``, has its
+``DESCRIPTION``, its ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
 
 EPILOG = "nrm-plugin COMMAND --help describes the options of a command, with examples. Start with: nrm-plugin demo"
 UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Adds the arguments of the command and parses them; called by the parser of all commands."""
         if self._command:
-            module: Any = importlib.import_module(f".{self._command}", __package__)
+            module: Any = importlib.import_module(f".{self._command.replace('-', '_')}", __package__)
             self.description, self.epilog, self._command = module.DESCRIPTION, module.EXAMPLES, ""
             module.add_arguments(self)
             self.set_defaults(run=module.run)

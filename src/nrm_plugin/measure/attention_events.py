@@ -11,6 +11,7 @@ from ..events.index import Index, show
 from ..functional.attention import Layout
 from ..kernels.step import Step
 from ..recording.recording import Recording
+from ..recording.sites import PART
 from ..recording.taps import OUTPUT
 
 
@@ -24,10 +25,38 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
         EventError: If the layer does not compute exactly one attention, or the head or token does not exist.
         UnknownLayerError: If no layer has this name.
     """
+    if isinstance(atom, Atom):
+        atom = _part(atom, recording)
     if not isinstance(atom, Attended):
         return atom
     events = [_event(atom, step, recording) for step in _steps_of(atom, recording)]
     return events[0] if len(events) == 1 else Any_(tuple(events))
+
+
+def head_count(recording: Recording, layer: str) -> int | None:
+    """Returns the number of heads of an attention call, named by its site or its tap; None for any other layer."""
+    name, calls = recording.taps.called(layer, "output", None)
+    steps = [vertex.step for vertex in recording.graph.vertices if vertex.step is not None]
+    step = next((s for s in steps if s.name == name and s.call in calls and s.attention is not None), None)
+    if step is None:
+        return None
+    shared = step.attention.shared
+    if len(shared) > 1 or (shared and not recording.samples.batched):
+        return int(step.shape[shared[-1]])
+    return _count_of_heads(step, step.shape[shared[0]] if shared else 1, recording)
+
+
+def _part(atom: Atom, recording: Recording) -> Atom | Attended:
+    """Returns one head or one neuron of a site, named as ``blocks.1.attn.head.3`` or ``blocks.1.mlp.neuron.17``."""
+    found = PART.fullmatch(atom.layer) if isinstance(atom.layer, str) and atom.index is None else None
+    if found is None or atom.side != "output" or recording.taps.calls_of(found[0]):
+        return atom
+    whole = found["site"] or found["layer"]
+    if recording.taps.site(whole) is None and not (found["site"] and recording.taps.calls_of(whole)):
+        return atom
+    if found["site"]:
+        return at(found["site"]).head(int(found["head"]))
+    return at(found["layer"]).channel(int(found["neuron"]))
 
 
 def _event(atom: Attended, step: Step, recording: Recording) -> Event:
@@ -133,4 +162,4 @@ def _owner(step: Step) -> str:
     return step.name.rpartition(".")[0]
 
 
-__all__ = ["plain"]
+__all__ = ["head_count", "plain"]

@@ -63,8 +63,10 @@ class Locator:
     def _looked_up(self, atom: Event) -> Event:
         if isinstance(atom, Absorbed):
             return atom
-        if isinstance(atom, Attended):
-            return self(plain(atom, self._recording))
+        assert isinstance(atom, (Atom, Attended))
+        event = plain(atom, self._recording)
+        if event is not atom:
+            return self(event)
         assert isinstance(atom, Atom)
         parts = []
         for place, shape, dim in self._places(atom):

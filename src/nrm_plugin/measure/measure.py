@@ -12,6 +12,7 @@ from zennit.core import Composite
 from ..composites import Uncovered
 from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
+from ..model.checks import unwrapped
 from ..model.inputs_and_outputs import Call, Inputs, Output
 from ..recording.passes import Cost
 from ..recording.recording import Recording
@@ -114,7 +115,7 @@ class RelevanceMeasure(Recorded):
         self.composite = composite_of(composite, residual, gain_limit, uncovered, reference)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
         call, recorded = reference_of(call, reference, slopes)
-        self._recording = Recording(model, call, self.composite, output, recorded)
+        self._recording = Recording(unwrapped(model), call, self.composite, output, recorded)
         self._start, self._output = start_of(self._recording, target, start, against)
         self._is_difference = against is not None or reference is not None
         self.cost = Cost()

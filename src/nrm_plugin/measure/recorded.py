@@ -34,6 +34,29 @@ class Recorded(QueryPasses):
         return self._recording.taps.layers
 
     @property
+    def ends(self) -> list[str]:
+        """Names of the taps at which walks end: the inputs, or the rows that ids select.
+
+        Examples:
+            >>> mu.ends
+            ['input']
+        """
+        return self._recording.taps.ends
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites of a transformer, such as ``blocks.1.attn.v``, each of which is the name of a tap.
+
+        ``blocks.1.attn.head.3`` is one head of ``blocks.1.attn``, and ``blocks.1.mlp.neuron.17`` one neuron: events.
+        The names are derived from the recording, and are empty for a model without residual connections.
+
+        Examples:
+            >>> mu.sites
+            []
+        """
+        return list(self._recording.taps.sites)
+
+    @property
     def outputs(self) -> Tensor:
         """The explained outputs as the model returned them, detached, ``(N, …)``.
 

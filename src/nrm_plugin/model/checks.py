@@ -28,6 +28,12 @@ MODES = {
 """Functions that are random or mix samples in training mode, with the position of the argument ``training``."""
 
 
+def unwrapped(model: Any) -> Any:
+    """Returns the module inside a wrapper that is not a module itself, such as that of nnsight; else the model."""
+    inner = None if isinstance(model, (nn.Module, type)) else getattr(model, "_module", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def check_module(model: Any) -> None:
     """Raises :class:`InputError` unless the model is a module with layers that can be hooked."""
     if isinstance(model, nn.Module):

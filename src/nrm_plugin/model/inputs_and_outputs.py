@@ -71,7 +71,11 @@ class Call:
         self.items: list[str] | list[int] | list[None]
         if isinstance(inputs, Mapping):
             given = {key: value for key, value in inputs.items() if _is_explained(value)}
-            self.indices = {} if given else {key: value.clone() for key, value in inputs.items() if _is_id(key, value)}
+            # Beside floating point inputs, integers may be anything, such as edges; those that are looked up are ids.
+            count = len(next(iter(given.values()))) if given and batched else None
+            are_ids = {key: value for key, value in inputs.items() if _is_id(key, value)}
+            fit = {key: value for key, value in are_ids.items() if count is None or value.shape[:1] == (count,)}
+            self.indices = {key: value.clone() for key, value in fit.items()}
             if not given and not self.indices:
                 raise InputError(_none_floating(inputs))
             doubled = inputs.keys() & self._kwargs.keys()
@@ -128,11 +132,16 @@ class Call:
         try:
             yield
         except RuntimeError as error:  # raised by a layer that multiplies integers
-            if self.indices and not isinstance(error, NRMError) and not are_looked_up():
+            if self._needs_lookup and not isinstance(error, NRMError) and not are_looked_up():
                 raise self._not_looked_up(read()) from error
             raise
-        if self.indices and not are_looked_up():
+        if self._needs_lookup and not are_looked_up():
             raise self._not_looked_up(read())
+
+    @property
+    def _needs_lookup(self) -> bool:
+        """Whether integers that the model does not look up are an error."""
+        return bool(self.indices) and not (self._keywords is not None and self.tensors)
 
     def _not_looked_up(self, read: str | None) -> InputError:
         if read is not None:

@@ -50,7 +50,8 @@ def reference_call(call: Call, reference: Any) -> Call:
         DifferenceError: If the reference does not fit the inputs, or equals them.
     """
     inputs = dict(zip(call.items, call.tensors, strict=True)) | call.indices
-    given = _by_item(reference, inputs)
+    same = call.indices if call.tensors and isinstance(reference, Mapping) else {}
+    given = {**same, **_by_item(reference, {item: value for item, value in inputs.items() if item not in same})}
     fitted = {item: _fitted(given[item], tensor, item, call.batched) for item, tensor in inputs.items()}
     _check_apart(inputs, fitted, call.batched)
     by_identity = {id(tensor): fitted[item] for item, tensor in inputs.items()}

@@ -1,6 +1,6 @@
 """Plots of heat maps, flows, layer profiles and coloured text. This package computes no relevance.
 
-Imports: errors, measure.
+Imports: errors, measure, attribution.
 """
 
 from .flow import flow_figure
@@ -10,6 +10,7 @@ from .flow_pictures import Photo
 from .heatmaps import budgets, cell_sums, heat_map, heat_maps, image_and_heat_map, joint, save
 from .layer_profile import profile_figure
 from .text import text_figure, text_html
+from .text_page import text_page
 
 __all__ = [
     "Photo",
@@ -27,4 +28,5 @@ __all__ = [
     "save_sankey",
     "text_figure",
     "text_html",
+    "text_page",
 ]

@@ -131,6 +131,27 @@ def text_html(
         (True, False)
     """
     maps, bound, is_cut = _checked(tokens, values, titles, special, limit)
+    return words_html(maps, titles, bound, is_cut, heading)
+
+
+def words_html(
+    maps: Sequence[Sequence[Word]],
+    titles: Sequence[str],
+    bound: float,
+    is_cut: bool = False,
+    heading: str = "",
+    whole: str = "of all relevance",
+) -> str:
+    """Returns words that are ready to be shown as an HTML fragment; see :func:`text_html`.
+
+    Args:
+        maps: The words of each map, with their values.
+        titles: One title per map.
+        bound: Absolute relevance of the strongest colours.
+        is_cut: Whether a value exceeds it.
+        heading: A heading.
+        whole: What the shares are shares of.
+    """
     parts = [f"<style>{_style()}</style>", '<div class="nrm-text">']
     parts += [f"<h4>{escape(heading)}</h4>"] if heading else []
     for words, title in zip(maps, titles, strict=True):
@@ -138,7 +159,7 @@ def text_html(
         parts.append(f"<p>{''.join(_span(word, bound) for word in words)}</p>")
     least, most = ("≤ ", "≥ ") if is_cut else ("", "")
     ends = f"<b>{least}{percent(-bound)}</b><i></i><b>{most}{percent(bound)}</b>"
-    parts.append(f'<div class="nrm-bar">{ends}<span>of all relevance</span></div></div>')
+    parts.append(f'<div class="nrm-bar">{ends}<span>{escape(whole)}</span></div></div>')
     return "\n".join(parts)
 
 

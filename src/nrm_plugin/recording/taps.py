@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ..errors import HookedContainerError, UnknownLayerError, brief, unknown_layer
-from .graph import Graph, Marks
+from .graph import Graph, Marks, Vertex
 from .layout import Layout
 from .places import Buffer, Edge, Place
 from .samples import Samples
+from .sites import SYNONYMS, sites
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
@@ -153,6 +154,32 @@ class Taps:
         return self.graph.marks_below({place: 1 << number for place, number in self.index.items()})
 
     @functools.cached_property
+    def sites(self) -> dict[str, Tap]:
+        """The tap of each site of a transformer by its name, in the order of the forward pass."""
+        return {name: self.at(place) for name, place in sites(self.graph).items() if place in self.index}
+
+    @functools.cached_property
+    def _labels(self) -> dict[int, Label]:
+        """One label for each tap."""
+        return {id(tap): label for label, tap in reversed(self._labelled.items())}
+
+    def site(self, layer: Any, side: str = "output") -> Label | None:
+        """Returns the tap of a site as a label; None for any other name, and for the name of a layer.
+
+        Names of hooks of TransformerLens, such as ``blocks.1.attn.hook_v``, are names of sites.
+        """
+        if not isinstance(layer, str) or side != "output" or "blocks." not in layer:
+            return None
+        if self.calls_of(layer.partition(":")[0].partition("[")[0]):
+            return None
+        name = layer.replace("hook_", "")
+        for spelling, known in SYNONYMS.items():
+            if name.endswith(f".{spelling}"):
+                name = name.removesuffix(spelling) + known
+        tap = self.sites.get(name)
+        return None if tap is None else self._labels[id(tap)]
+
+    @functools.cached_property
     def _sinks(self) -> dict[tuple[str, int], int]:
         """The vertex of each step, by name and number of the call."""
         steps = ((number, vertex.step) for number, vertex in enumerate(self.graph.vertices))
@@ -210,6 +237,16 @@ class Taps:
         """Names of the output taps, in execution order."""
         return [name for tap in reversed(self.all) for name in self._names_of(tap)]
 
+    @property
+    def ends(self) -> list[str]:
+        """Names of the output taps at which walks end, one for each, in execution order."""
+        vertices = self.graph.vertices
+        ends = [
+            tap for tap in reversed(self.all) if any(_is_leaf(vertices, e) for e in vertices[tap.place.vertex].edges)
+        ]
+        names = [next(self._names_of(tap), None) for tap in ends if isinstance(tap.place, Buffer)]
+        return [name for name in names if name is not None]
+
     def _names_of(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):
             if any(name.startswith(f"{other.removeprefix('.')}.") for other in tap.names):
@@ -253,6 +290,9 @@ class Taps:
         Raises:
             UnknownLayerError: If no tap fits; the message lists similar names.
         """
+        site = self.site(layer, side)
+        if site is not None:
+            return [self._labelled[site]]
         if isinstance(layer, str):
             layer, own = self._split_item(layer, side)
             item = own if item is None else item
@@ -261,6 +301,8 @@ class Taps:
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
         """Returns the items of inputs or outputs of a layer, except nested items; ``[None]`` for a single tensor."""
+        if self.site(layer, side) is not None:
+            return [None]
         if isinstance(layer, str):
             layer, item = self._split_item(layer, side)
             if item is not None:
@@ -290,6 +332,9 @@ class Taps:
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
         """Returns the name of a layer, and the calls of the layer that ``call`` selects."""
+        site = self.site(layer, side)
+        if site is not None:
+            return site.name, [site.call]
         name = self.name_of(layer)
         if call is None:
             name, call = self._split_call(name, side)
@@ -353,6 +398,10 @@ class Taps:
             )
         known = [label.name for label in self._labelled if label.side == side]
         return UnknownLayerError(unknown_layer(name, dict.fromkeys([*self.layers, *known])))
+
+
+def _is_leaf(vertices: Sequence[Vertex], buffer: Buffer | None) -> bool:
+    return buffer is not None and vertices[buffer.vertex].leaf is not None
 
 
 def _selected(name: str, calls: list[int], call: Any) -> list[int]:

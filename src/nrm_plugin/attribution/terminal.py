@@ -1,0 +1,159 @@
+"""Explanations of texts as lines for a terminal, with or without colours."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .words import Tokens, Word
+
+LISTED = 12
+"""Number of words in the table."""
+SHADES = {1: (217, 173, 167, 131, 124), -1: (189, 152, 110, 67, 25)}
+"""Background colours of a terminal with 256 colours for positive and negative relevance, from weak to strong."""
+REST = "the rest"
+"""What a target is compared with unless one output is named."""
+KINDS = {"class": "class", "mask": "token behind the mask", "next": "next token", "token": "class of the token"}
+
+
+def lines(explanation: Any, width: int = 80, color: bool = False) -> list[str]:
+    """Returns an explanation as lines of at most ``width`` columns, besides the codes of colours."""
+    return [line.rstrip() if not color else line for line in _lines(explanation, max(width, 40), color)]
+
+
+def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
+    yield from _wrapped([f"{_quoted(name)} {100 * share:.1f} %" for name, share in explanation.predictions],
+                        width, f"predicted {KINDS[explanation.kind]}: ")  # fmt: skip
+    others = f" rather than {_other(explanation.against)}" if explanation.against else ""
+    number = f"{'difference' if others else 'output'} {explanation.output:.4g}"
+    yield from _wrapped([f"explained: {_quoted(explanation.target)}{others}", number], width)
+    if explanation.against and explanation.output < 0:
+        yield "  it is behind; + is evidence for it"
+    yield ""
+    words = explanation.text.words
+    yield from (f"  {line}" for line in colored(explanation.text, explanation.words, width - 2, color))
+    yield ""
+    yield from _table(words, explanation.words, width)
+    special = float(sum(explanation.words[n] for n, word in enumerate(words) if word.is_special))
+    parts = [f"special tokens {_percent(special)}"] if any(word.is_special for word in words) else []
+    parts += [f"start of the decoder {_percent(explanation.decoder)}"] if explanation.decoder else []
+    yield from _wrapped([*parts, f"absorbed {_percent(explanation.absorbed)}",
+                         f"variation {explanation.variation:.3g}"], width, "  ")  # fmt: skip
+    for layer, rows in explanation.layers.items():
+        yield ""
+        yield from _wrapped([f"{layer}: most relevant units", "with the words that they use"], width)
+        for row in rows:
+            yield f"  {row.title} {_percent(row.mass)}"
+            yield from (f"    {line}" for line in _used(explanation.text, row.relevance, width - 4, color))
+        if not rows:
+            yield "  no relevance passes through it"
+    for row in explanation.given:
+        yield ""
+        yield from _wrapped([f"given {row.title}", f"{_percent(row.mass)} of all relevance"], width)
+        if row.relevance is None:
+            yield f"  {row.problem}"
+        else:
+            yield from (f"  {line}" for line in _used(explanation.text, row.relevance, width - 2, color))
+
+
+def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str]:
+    """Yields the text in lines, with words coloured by their relevance if ``color``."""
+    largest = text.largest(values)
+    line, at = "", 0
+    for word, value in zip(text.words, values.tolist(), strict=True):
+        pieces = _pieces(_printable(word.text), width)
+        for number, piece in enumerate(pieces):
+            space = bool(line) and number == 0 and word.is_spaced
+            if line and at + _cells(piece) + space > width:
+                yield line
+                line, at, space = "", 0, False
+            line += " " * space + (_painted(piece, value / largest) if color else piece)
+            at += _cells(piece) + space
+    if line:
+        yield line
+
+
+def _used(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str]:
+    """Yields the text in colours, or else the strongest words with their relevance."""
+    if color:
+        yield from colored(text, values, width, True)
+        return
+    order = values.abs().argsort(descending=True, stable=True)[:LISTED].tolist()
+    best = [(_shortened(_printable(text.words[n].text), width // 3), float(values[n])) for n in order]
+    yield from _wrapped([f"{word} {_percent(value)}" for word, value in best if round(value, 4)], width)
+
+
+def _table(words: Sequence[Word], values: Tensor, width: int) -> Iterator[str]:
+    order = values.abs().argsort(descending=True, stable=True).tolist()
+    chosen = [n for n in order if not words[n].is_special and round(float(values[n]), 4)][:LISTED]
+    names = {n: _shortened(_printable(words[n].text), max(8, width // 3)) for n in chosen}
+    column = max((_cells(name) for name in names.values()), default=0)
+    largest = max((abs(float(values[n])) for n in chosen), default=1.0)
+    room = width - column - 14
+    for n in chosen:
+        value = float(values[n])
+        bar = ("+" if value > 0 else "-") * max(1, round(room * abs(value) / largest))
+        yield f"  {names[n]}{' ' * (column - _cells(names[n]))} {_percent(value):>9}  {bar}"
+
+
+def _painted(text: str, value: float) -> str:
+    shades = SHADES[1 if value > 0 else -1]
+    step = round(min(abs(value), 1) * len(shades)) - 1
+    if step < 0:
+        return text
+    ink = 231 if step >= len(shades) - 2 else 16
+    return f"\x1b[48;5;{shades[step]}m\x1b[38;5;{ink}m{text}\x1b[0m"
+
+
+def _wrapped(parts: Sequence[str], width: int, head: str = "") -> Iterator[str]:
+    """Joins parts by commas, in lines that are indented after the first one."""
+    line = head
+    for number, part in enumerate(parts):
+        text = _shortened(part, width - 5) + ("," if number < len(parts) - 1 else "")
+        if line.strip() and _cells(line) + _cells(text) > width:
+            yield line.rstrip()
+            line = "    "
+        line += f"{text} "
+    yield line.rstrip()
+
+
+def _pieces(text: str, width: int) -> list[str]:
+    most = max(1, width // 2 if _cells(text) > len(text) else width)
+    return [text[start : start + most] for start in range(0, len(text), most)] or [""]
+
+
+def _shortened(text: str, width: int) -> str:
+    while _cells(text) > width:
+        text = f"{text[:-2]}…"
+    return text
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _cells(text: str) -> int:
+    """Returns the number of columns of a text; East Asian wide letters take two."""
+    return sum(
+        0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        for letter in text
+    )
+
+
+def _other(text: str) -> str:
+    return text if text == REST else _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    return f'"{_printable(text)}"'
+
+
+def _percent(value: float) -> str:
+    return f"{round(100 * value, 1) + 0.0:+.1f} %"
+
+
+__all__ = ["colored", "lines"]

@@ -1,0 +1,228 @@
+"""What a text model of transformers predicts: one class of a text, a masked token, or the next token."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, TargetError, brief
+from .words import Tokens, merged
+
+Kind = Literal["class", "mask", "next", "token"]
+MOST_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """A text, and what the model predicts for it.
+
+    Attributes:
+        kind: ``"class"`` of the text, ``"mask"``: the token behind a mask, ``"next"`` token, or the class of a
+            ``"token"``.
+        text: The text.
+        inputs: Ids that the measure ends at, by the keyword of the model.
+        others: Further arguments of the model.
+        position: The token whose prediction is explained; None for the class of a text.
+        logits: The logits of this prediction, ``(K,)``.
+        labels: Names of the classes; empty if the classes are the tokens of the tokenizer.
+        tokenizer: The tokenizer.
+    """
+
+    kind: Kind
+    text: Tokens
+    inputs: dict[str, Tensor]
+    others: dict[str, Any]
+    position: int | None
+    logits: Tensor
+    labels: tuple[str, ...]
+    tokenizer: Any
+
+    def output(self, returned: Any) -> Tensor:
+        """Returns the logits of the prediction, ``(1, K)``, from what the model returned."""
+        logits: Tensor = returned["logits"] if isinstance(returned, dict) else returned
+        return logits if self.position is None else logits[:, self.position]
+
+    def name(self, index: int) -> str:
+        """Returns the name of a class, or of a token as it reads."""
+        if self.labels:
+            return self.labels[index]
+        token = str(self.tokenizer.convert_ids_to_tokens(index))
+        decoded = str(self.tokenizer.decode([index]))
+        return decoded if decoded.strip() and "\ufffd" not in decoded else token
+
+    def index(self, wanted: Any, argument: str) -> int:
+        """Returns the class or token that the user names.
+
+        Args:
+            wanted: A name, or an index.
+            argument: The name of the argument, for messages.
+
+        Raises:
+            TargetError: If there is no such class, or the word is not one token.
+        """
+        count = len(self.logits)
+        if isinstance(wanted, str) and self.labels and wanted.strip().isdecimal() and wanted not in self.labels:
+            wanted = int(wanted)
+        if isinstance(wanted, int) and not isinstance(wanted, bool):
+            if not 0 <= wanted < count:
+                raise TargetError(
+                    f"{argument}={wanted} is out of range: the model has {count} outputs, 0 to {count - 1}."
+                )
+            return wanted
+        if not isinstance(wanted, str):
+            raise TargetError(f"{argument}={brief(wanted)} is neither a name nor an index of an output.")
+        return self._label(wanted, argument) if self.labels else self._token(wanted, argument)
+
+    def _label(self, wanted: str, argument: str) -> int:
+        folded = [label.casefold() for label in self.labels]
+        if wanted.casefold() in folded:
+            return folded.index(wanted.casefold())
+        near = difflib.get_close_matches(wanted.casefold(), folded, n=3, cutoff=0.4) or folded[:8]
+        listed = ", ".join(repr(self.labels[folded.index(name)]) for name in near)
+        raise TargetError(
+            f"{argument}={wanted!r} is not a class of the model. Its classes: {listed}; or give an index."
+        )
+
+    def _token(self, wanted: str, argument: str) -> int:
+        """Returns the id of a word as the model would continue the text: after a space, if the tokenizer has one."""
+        known = self.tokenizer.get_vocab()
+        for spelling in (f"Ġ{wanted}", f"▁{wanted}", wanted):
+            if spelling in known and not wanted.startswith((" ", "Ġ", "▁")):
+                return int(known[spelling])
+        ids = self.tokenizer.encode(wanted, add_special_tokens=False)
+        if len(ids) == 1 and (ids[0] != self.tokenizer.unk_token_id or wanted == self.tokenizer.unk_token):
+            return int(ids[0])
+        if not ids or self.tokenizer.unk_token_id in ids:
+            raise TargetError(
+                f"{argument}={wanted!r} is not in the vocabulary. Give another word, or the id of a token."
+            )
+        parts = self.tokenizer.convert_ids_to_tokens(ids)
+        raise TargetError(
+            f"{argument}={wanted!r} is {len(ids)} tokens, {', '.join(map(repr, parts))}, but the model predicts one "
+            f"token at a time. Give one of them, such as {argument}={parts[0]!r}, or a word of one token."
+        )
+
+
+def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -> Task:
+    """Reads a text, and finds out what the model predicts for it by running the model once.
+
+    Raises:
+        InputError: If the model does not return logits of a class or of tokens, or the position is missing.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    tokens, others = tokenized(tokenizer, text, device)
+    inputs, config = {"input_ids": tokens.ids}, getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and not _is_classifier(model):
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is None:
+            raise InputError(
+                f"{type(model).__name__} has no decoder_start_token_id in its config, where decoding starts."
+            )
+        inputs["decoder_input_ids"] = torch.tensor([[start]], device=device)
+    logits = _logits(model, inputs, others)
+    labels = _labels(config, logits.shape[-1])
+    if logits.ndim == 2:
+        if position is not None:
+            raise InputError(
+                f"position={position} is for models that predict tokens; this one predicts one class per text."
+            )
+        return Task("class", tokens, inputs, others, None, logits[0], labels, tokenizer)
+    if "decoder_input_ids" in inputs:
+        return Task("next", tokens, inputs, others, 0, logits[0, 0], (), tokenizer)
+    is_vocabulary = logits.shape[-1] >= len(tokenizer) or logits.shape[-1] == getattr(config, "vocab_size", None)
+    masks = (tokens.ids[0] == (-1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id)).nonzero().flatten()
+    kind: Kind
+    if not is_vocabulary:
+        kind, place = "token", _place(position, tokens, "the class of each token")
+    elif len(masks) and position is None:
+        if len(masks) > 1:
+            raise InputError(f"the text has {len(masks)} masks; say which by position=, one of {masks.tolist()}.")
+        kind, place = "mask", int(masks[0])
+    elif _looks_ahead(model, inputs, others, logits):
+        mask = tokenizer.mask_token or "a mask"
+        hint = f"the tokens behind masks. Put {mask} into the text, or give position="
+        kind, place = "mask", _place(position, tokens, hint)
+    else:
+        kind, place = "next", -1 % tokens.ids.shape[1] if position is None else _place(position, tokens, "")
+    return Task(kind, tokens, inputs, others, place, logits[0, place], () if is_vocabulary else labels, tokenizer)
+
+
+def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, dict[str, Tensor]]:
+    """Returns a text as tokens, and the other inputs that the tokenizer makes, such as masks.
+
+    Raises:
+        InputError: If the text has no tokens.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"text is {brief(text)}, expected a string.")
+    encoded = tokenizer(text, return_tensors="pt")
+    ids = encoded["input_ids"].to(device)
+    if not ids.numel():
+        raise InputError(f"the text {text!r} has no tokens. Give at least one word.")
+    longest = int(getattr(tokenizer, "model_max_length", MOST_TOKENS))
+    if ids.shape[1] > longest:
+        raise InputError(f"the text has {ids.shape[1]} tokens, and the model takes {longest}. Shorten the text.")
+    listed: list[int] = ids[0].tolist()
+    fast = encoded.encodings[0] if getattr(encoded, "encodings", None) else None
+    names = tuple(str(token) for token in tokenizer.convert_ids_to_tokens(listed))
+    words = merged(text, listed, names, set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}, fast)
+    others = {key: value.to(device) for key, value in encoded.items() if key != "input_ids"}
+    return Tokens(text, ids, names, words), others
+
+
+def _logits(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        returned = model(**inputs, **others)
+    logits = returned.get("logits") if isinstance(returned, dict) else returned
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3) or len(logits) != 1:
+        keys = f" with {', '.join(returned)}" if isinstance(returned, dict) else ""
+        raise InputError(
+            f"{type(model).__name__} returned {type(returned).__name__}{keys}, but logits of a class, (1, K), or of "
+            "tokens, (1, T, K), are needed. Load the model with its head, such as AutoModelForSequenceClassification."
+        )
+    return logits
+
+
+def _is_classifier(model: nn.Module) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _labels(config: Any, count: int) -> tuple[str, ...]:
+    known = getattr(config, "id2label", None) or {}
+    return tuple(str(known.get(index, known.get(str(index), f"class {index}"))) for index in range(count))
+
+
+def _looks_ahead(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, Any], logits: Tensor) -> bool:
+    """Returns whether the prediction at the first token depends on the last one, as in masked language models."""
+    ids = inputs["input_ids"]
+    if ids.shape[1] < 2:
+        return False
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % max(2, logits.shape[-1])
+    other = _logits(model, {**inputs, "input_ids": changed}, others)
+    return not torch.allclose(other[0, 0], logits[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def _place(position: int | None, tokens: Tokens, predicted: str) -> int:
+    count = len(tokens.tokens)
+    if position is None:
+        listed = _listed(tokens.tokens)
+        raise InputError(
+            f"this model predicts {predicted}{'' if predicted.endswith('=') else ': give position='}, one of {listed}."
+        )
+    if not -count <= position < count:
+        raise InputError(f"position={position} is out of range: the text has {count} tokens, {_listed(tokens.tokens)}.")
+    return position % count
+
+
+def _listed(tokens: Sequence[str], most: int = 30) -> str:
+    text = ", ".join(f"{number} {token!r}" for number, token in enumerate(tokens[:most]))
+    return text + (", …" if len(tokens) > most else "")
+
+
+__all__ = ["Kind", "Task", "task_of", "tokenized"]

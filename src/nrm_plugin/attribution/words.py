@@ -1,0 +1,115 @@
+"""Tokens of a tokenizer merged to the words of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+CONTINUED = "##"
+OPENING = ("Ġ", "▁")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a text, or a special token.
+
+    Attributes:
+        text: The letters as in the text; the token itself if it is special.
+        tokens: Positions of its tokens.
+        is_spaced: Whether a space precedes the word.
+        is_special: Whether the tokenizer added the token, or it is a mask.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    is_spaced: bool = True
+    is_special: bool = False
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text as tokens and as words.
+
+    Attributes:
+        text: The text.
+        ids: The ids, ``(1, T)``.
+        tokens: The tokens.
+        words: The words, in order; each token belongs to one of them.
+    """
+
+    text: str
+    ids: Tensor
+    tokens: tuple[str, ...]
+    words: tuple[Word, ...]
+
+    def largest(self, values: Tensor) -> float:
+        """Returns the largest absolute value ``(…, words)`` of a word, which sets the scale of colours; 1 for zeros.
+
+        Special tokens count only if all words are zero: a class token often has most of the relevance.
+        """
+        texts = [number for number, word in enumerate(self.words) if not word.is_special]
+        own = float(values[..., texts].abs().max()) if texts else 0.0
+        return own or float(values.abs().max()) or 1.0
+
+    def of_words(self, values: Tensor) -> Tensor:
+        """Sums values of tokens ``(…, T)`` over the tokens of each word, ``(…, words)``."""
+        result = values.new_zeros(*values.shape[:-1], len(self.words))
+        for number, word in enumerate(self.words):
+            result[..., number] = values[..., list(word.tokens)].sum(-1)
+        return result
+
+
+def merged(text: str, ids: Sequence[int], tokens: Sequence[str], special: set[int], encoding: Any) -> tuple[Word, ...]:
+    """Returns the words of a text.
+
+    Args:
+        text: The text.
+        ids: The ids of the tokens.
+        tokens: The tokens.
+        special: Ids of special tokens.
+        encoding: The encoding of a fast tokenizer, with ``word_ids`` and ``offsets``; None for other tokenizers, whose
+            tokens say by ``##``, ``Ġ`` or ``▁`` which of them belong together.
+    """
+    are_special = [number in special for number in ids]
+    if encoding is None:
+        return _by_prefixes(tokens, are_special)
+    words: list[Word] = []
+    known: int | None = None
+    end = opened = 0
+    for position, (word, (start, stop)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
+        if are_special[position] or word is None:
+            words.append(Word(tokens[position], (position,), bool(words), True))
+            known, end = None, max(end, stop)
+            continue
+        if word == known and words:
+            before = words[-1]
+            letters = text[opened:stop].strip()
+            words[-1] = Word(letters or "␣", (*before.tokens, position), before.is_spaced)
+        else:
+            opened, letters = start, text[start:stop].strip()
+            leading = text[end:start] + text[start:stop].removesuffix(text[start:stop].lstrip())
+            is_spaced = not words or words[-1].is_special or any(map(str.isspace, leading))
+            words.append(Word(letters or "␣", (position,), is_spaced))
+        known, end = word, max(end, stop)
+    return tuple(words)
+
+
+def _by_prefixes(tokens: Sequence[str], are_special: Sequence[bool]) -> tuple[Word, ...]:
+    is_opened = any(token.startswith(OPENING) for token in tokens)
+    is_continued = any(token.startswith(CONTINUED) for token in tokens)
+    words: list[Word] = []
+    for position, (token, is_special) in enumerate(zip(tokens, are_special, strict=True)):
+        joins = token.startswith(CONTINUED) or (is_opened and not is_continued and not token.startswith(OPENING))
+        letters = token.removeprefix(CONTINUED).lstrip("".join(OPENING))
+        if joins and words and not is_special and not words[-1].is_special:
+            before = words[-1]
+            words[-1] = Word(before.text + letters, (*before.tokens, position), before.is_spaced)
+        else:
+            words.append(Word(token if is_special else letters or "␣", (position,), True, is_special))
+    return tuple(words)
+
+
+__all__ = ["Tokens", "Word", "merged"]

@@ -1,0 +1,141 @@
+"""The command ``explain-text``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .options import add_computation, add_out
+
+if TYPE_CHECKING:
+    from ..attribution.text import TextExplanation
+
+DESCRIPTION = """\
+Which words are evidence for what a text model predicts? Explains classifiers, masked and causal language models, and
+encoder-decoder models of transformers by the normalized relevance measure: the total relevance is 1; red words, or +,
+are positive evidence, blue words, or -, negative. What is explained is the difference of the prediction from all other
+ones, unless --against says otherwise."""
+
+EXAMPLES = """\
+examples:
+  nrm-plugin explain-text "never boring , never long" --model ./film-reviews
+      a classifier in a folder, written by save_pretrained of model and tokenizer: the predicted class
+  nrm-plugin explain-text "The capital of France is" --model ./gpt --target Paris --against Rome
+      a causal language model: what makes it say one word rather than another
+  nrm-plugin explain-text "Paris is the [MASK] of France." --model ./bert
+      a masked language model
+  nrm-plugin explain-text "a dull film" --model ./film-reviews --reference "a fine film"
+      the difference to the prediction for another text with the same number of tokens, or "[MASK]" for every word
+  nrm-plugin explain-text "a dull film" --model ./film-reviews --sites
+      the names of heads, neurons and other parts, for the next two commands
+  nrm-plugin explain-text "a dull film" --model ./film-reviews --layer blocks.5.attn
+      the most relevant heads of a layer, with the words that each uses
+  nrm-plugin explain-text "a dull film" --model ./film-reviews --given blocks.5.attn.head.3
+      only the walks through one head, or 'blocks.4.mlp.neuron[7,12] & ~blocks.5.attn'
+  nrm-plugin explain-text - --model ./film-reviews < texts.txt
+      one text on each line of the input
+
+files: texts.html, a page with all texts in colour, and texts.json with all numbers, in the folder of --out. They are
+overwritten by the next call.
+
+exit status: 0; 1 if some texts could not be explained; 2 if none can be explained because of the options"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="a text in quotes; - for one text per line of stdin")
+    parser.add_argument("--model", required=True, metavar="FOLDER|NAME",
+                        help="folder with config.json, weights and tokenizer; or a name of the hub")  # fmt: skip
+    query = parser.add_argument_group("query")
+    query.add_argument("--target", metavar="CLASS|TOKEN",
+                       help="class by name or index, or token to explain (default: the most likely one)")  # fmt: skip
+    query.add_argument("--against", default="rest", metavar="rest|none|CLASS|TOKEN",
+                       help="explain the difference from all others, weighted by their softmax (rest), or from one of "
+                       "them; none: the output alone (default: %(default)s)")  # fmt: skip
+    query.add_argument("--reference", metavar="TEXT",
+                       help="explain the difference to this text of as many tokens, or to one token for "
+                       "every word")  # fmt: skip
+    query.add_argument("--position", type=int, metavar="N",
+                       help="token whose prediction is explained, if the model predicts several")  # fmt: skip
+    query.add_argument("--layer", action="append", default=[], metavar="LAYER", dest="layers",
+                       help="list the most relevant heads or channels of this layer; may be repeated")  # fmt: skip
+    query.add_argument("--given", action="append", default=[], metavar="EVENT",
+                       help="only the walks through these heads or neurons; may be repeated")  # fmt: skip
+    query.add_argument("--sites", action="store_true",
+                       help="list the names of attention, neurons and residual stream, and stop")  # fmt: skip
+    query.add_argument("--color", choices=("auto", "always", "never"), default="auto",
+                       help="colours in the terminal (default: in a terminal, unless NO_COLOR is set)")  # fmt: skip
+    add_computation(parser)
+    add_out(parser, "nrm-explained")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Explains the texts; returns the exit status."""
+    from .output_files import check_folder
+    from .request import check_device
+    from .resolved_options import one_line_warnings, request_of
+    from .text_models import text_model
+    from .texts import Texts, texts_of, write
+
+    with one_line_warnings():
+        request = request_of(options)
+        texts = texts_of(options.texts)
+        if not options.sites:
+            check_folder(options.out)
+        loaded = text_model(options.model, check_device(options.device))
+        for note in loaded.notes:
+            print(f"nrm-plugin: warning: {note}", file=sys.stderr)
+        work = Texts(loaded, request, options)
+        if options.sites:
+            for line in work.sites(texts[0]):
+                print(line)
+            return 0
+        results: list[TextExplanation] = []
+        problems: list[str] = []
+        for text in texts:
+            _explain(work, text, results, problems, options)
+        if results:
+            for path in write(results, loaded, request, options):
+                print(f"-> {path}")
+    return _problems(problems, options)
+
+
+def _explain(work: Any, text: str, results: Any, problems: list[str], options: argparse.Namespace) -> None:
+    from ..errors import NRMError
+
+    try:
+        explanation = work.explained(text)
+    except NRMError as error:
+        if len(options.texts) == 1 and options.texts != ["-"]:
+            raise
+        problems.append(f"{text[:60]!r}: {error}")
+        return
+    columns = _columns()
+    for line in explanation.lines(columns, is_colored(options.color)):
+        print(line)
+    print(flush=True)
+    results.append(explanation)
+
+
+def _problems(problems: list[str], options: argparse.Namespace) -> int:
+    from .per_image import print_problems
+
+    return print_problems(problems, options.name)
+
+
+def _columns() -> int:
+    import shutil
+
+    return min(shutil.get_terminal_size((80, 24)).columns, 120)
+
+
+def is_colored(choice: str) -> bool:
+    """Returns whether to print colours: as asked for, else in a terminal that takes them."""
+    if choice != "auto":
+        return choice == "always"
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+__all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "is_colored", "run"]

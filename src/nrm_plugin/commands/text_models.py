@@ -1,0 +1,131 @@
+"""Models of transformers with their tokenizers, from a local folder or by name."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..dataset.images import shown
+from ..errors import NRMError, extra
+
+HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
+"""Ends of the names of ``AutoModel`` classes, in the order in which they are tried if the folder names no class."""
+
+
+class TextModelError(NRMError, OSError):
+    """Raised if a model or its tokenizer cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A text model with its tokenizer.
+
+    Attributes:
+        name: The given name or folder.
+        model: The model in evaluation mode, with its head.
+        tokenizer: The tokenizer.
+        notes: Messages to the user.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    notes: tuple[str, ...] = ()
+
+
+def text_model(name: str, device: Any = "cpu") -> TextModel:
+    """Loads a model and its tokenizer.
+
+    Args:
+        name: A folder with ``config.json``, weights and tokenizer, or a name of the hub.
+        device: The device.
+
+    Raises:
+        MissingExtraError: If transformers is not installed.
+        TextModelError: If the folder lacks a file, or the name is unknown.
+    """
+    library = extra("transformers", "text")
+    folder = Path(name)
+    is_local = folder.exists()
+    if is_local and not (folder / "config.json").is_file():
+        raise TextModelError(
+            f"{shown(name)} has no config.json, so that it is not a model that transformers has saved. Save one by "
+            "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
+        )
+    if not is_local and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise TextModelError(f"there is no folder {shown(name)}.")
+    with _quiet(library):
+        config = _loaded(
+            name, "configuration", lambda: library.AutoConfig.from_pretrained(name, local_files_only=is_local)
+        )
+        kind = _class_of(library, config, name)
+        options = {"local_files_only": is_local, "output_loading_info": True}
+        model, info = _loaded(name, "weights", lambda: kind.from_pretrained(name, **options))
+        tokenizer = _loaded(
+            name, "tokenizer", lambda: library.AutoTokenizer.from_pretrained(name, local_files_only=is_local)
+        )
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made of the configuration alone
+        raise TextModelError(f"{shown(name)} holds no tokenizer. Save it there: tokenizer.save_pretrained(folder).")
+    missing = sorted(info.get("missing_keys", ()))
+    notes = [f"these weights are not in {shown(name)} and are random: {', '.join(missing[:5])}"] if missing else []
+    return TextModel(name, model.float().to(device).eval(), tokenizer, tuple(notes))
+
+
+def _class_of(library: Any, config: Any, name: str) -> Any:
+    """Returns the class that saved the model, or the first ``AutoModel`` class that takes its configuration."""
+    for architecture in getattr(config, "architectures", None) or ():
+        kind = getattr(library, architecture, None)
+        if kind is not None:
+            if not any(part in architecture for part in ("For", "LMHead", "DoubleHeads")):
+                raise TextModelError(
+                    f"{shown(name)} holds {architecture}, which has no head and predicts nothing. Give a model that "
+                    "was saved with its head, such as AutoModelForSequenceClassification, fine-tuned."
+                )
+            return kind
+    for end in HEADS:
+        kind = getattr(library, f"AutoModel{end}")
+        if type(config) in kind._model_mapping:
+            return kind
+    raise TextModelError(
+        f"{shown(name)} is a {getattr(config, 'model_type', 'model')} of no known class with a head. Give a model of: "
+        f"{', '.join(f'AutoModel{end}' for end in HEADS)}; in Python, explain_text(model, tokenizer, text) takes any."
+    )
+
+
+def _loaded(name: str, what: str, load: Any) -> Any:
+    try:
+        return load()
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and those of the hub's client
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        hint = "" if Path(name).exists() else f" There is no folder {shown(name)} either: check the path."
+        raise TextModelError(f"cannot load the {what} of {shown(name)}: {shown(reason)}{hint}") from error
+
+
+@contextlib.contextmanager
+def _quiet(library: Any) -> Iterator[None]:
+    """Context without progress bars and advice of transformers; missing weights are reported as notes."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        library.logging.enable_progress_bar()
+
+
+__all__ = ["TextModel", "TextModelError", "text_model"]

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import re
+import unicodedata
+
+import pytest
+
+from nrm_plugin import explain_text
+from nrm_plugin.attribution.terminal import colored
+from tests.text_nets import StubTokenizer, text_net
+
+CODE = re.compile(r"\x1b\[[\d;]*m")
+TEXT = "a dull boring film , and yet fine"
+
+
+def cells(line: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in CODE.sub("", line))
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+@pytest.mark.parametrize("color", [False, True])
+def test_no_line_is_wider_than_the_terminal(width, color):
+    words = "dull 映画映画映画映画映画映画映画映画映画映画映画映画 fine " + "x" * 90
+    explanation = explain_text(
+        text_net("class"),
+        StubTokenizer(),
+        words,
+        layers=["blocks.0.attn.z", "blocks.1.up"],
+        given="blocks.0.attn.head.1",
+    )
+    lines = explanation.lines(width, color)
+    assert max(map(cells, lines)) <= width
+    assert any(CODE.search(line) for line in lines) is color
+
+
+def test_the_table_lists_the_strongest_words_with_bars_of_their_sign():
+    explanation = explain_text(text_net("class"), StubTokenizer(), TEXT)
+    rows = [line.split() for line in str(explanation).splitlines() if re.search(r" % +[+-]+$", line)]
+    words = {word.text: float(value) for word, value in zip(explanation.text.words, explanation.words, strict=True)}
+    values = [float(row[-3]) for row in rows]
+    assert [abs(value) for value in values] == sorted((abs(value) for value in values), reverse=True)
+    for row in rows:
+        assert float(row[-3]) == pytest.approx(100 * words[row[0]], abs=0.06)
+        assert set(row[-1]) == {"+" if words[row[0]] > 0 else "-"}
+
+
+def test_colours_show_the_sign_and_the_text_stays_whole():
+    explanation = explain_text(text_net("class"), StubTokenizer(), TEXT)
+    (line,) = colored(explanation.text, explanation.words, 80, True)
+    assert CODE.sub("", line) == f"[CLS] {TEXT} [SEP]"
+    strongest = max(
+        (n for n, word in enumerate(explanation.text.words) if not word.is_special),
+        key=lambda n: abs(float(explanation.words[n])),
+    )
+    shade = 124 if explanation.words[strongest] > 0 else 25
+    assert f"\x1b[48;5;{shade}m\x1b[38;5;231m{explanation.text.words[strongest].text}" in line
+
+
+def test_a_target_that_is_behind_is_marked():
+    ahead = explain_text(text_net("class"), StubTokenizer(), TEXT)
+    assert "it is behind" not in str(ahead)
+    assert "it is behind" in str(explain_text(text_net("class"), StubTokenizer(), TEXT, ahead.against))

@@ -1,0 +1,171 @@
+"""Explanations of text models.
+
+Covers: nrm_plugin.attribution.text_tasks.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nrm_plugin import RelevanceMeasure, at, explain_text
+from nrm_plugin.errors import DifferenceError, InputError, TargetError, UnknownLayerError
+from tests.text_nets import WORDS, StubTokenizer, text_net
+
+TEXT = "a dull boring film , and yet fine"
+
+
+def measured(kind: str, text: str, target: int, **options: object) -> RelevanceMeasure:
+    """The same measure without this package's reading of text: embedded ids as inputs of the part above."""
+    model, ids = text_net(kind), StubTokenizer()(text, return_tensors="pt")["input_ids"]
+
+    class Above(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            x = x + self.net.places[: x.shape[1]]
+            for block in self.net.blocks:
+                x = block(x)
+            return self.net.head(x.mean(1)) if kind == "class" else self.net.head(x[:, options["at"]])
+
+    rest = {key: value for key, value in options.items() if key != "at"}
+    return RelevanceMeasure(Above(), model.embedding(ids).detach(), target, **rest)
+
+
+def test_a_class_is_explained_by_the_rows_of_the_embedding():
+    explanation = explain_text(text_net("class"), StubTokenizer(), TEXT)
+    logits = text_net("class")(StubTokenizer()(TEXT, return_tensors="pt")["input_ids"])["logits"][0]
+    chosen = int(logits.argmax())
+    mu = measured("class", TEXT, chosen, against=1 - chosen)
+    torch.testing.assert_close(explanation.tokens, mu.marginal("input", over="position")[0])
+    assert explanation.target == ("negative", "positive")[chosen]
+    assert explanation.against == ("negative", "positive")[1 - chosen]
+    assert explanation.output == pytest.approx(float(logits.max() - logits.min()))
+    assert float(explanation.words.sum()) + explanation.absorbed == pytest.approx(1)
+    assert [word.text for word in explanation.text.words] == ["[CLS]", *TEXT.split(), "[SEP]"]
+
+
+def test_a_class_that_is_behind_has_positive_evidence_in_its_favour():
+    ahead = explain_text(text_net("class"), StubTokenizer(), TEXT)
+    behind = explain_text(text_net("class"), StubTokenizer(), TEXT, ahead.against)
+    torch.testing.assert_close(behind.words, -ahead.words)
+    assert behind.output < 0
+    assert float(behind.words.sum()) + behind.absorbed == pytest.approx(-1)
+
+
+def test_the_token_behind_a_mask_and_the_next_token_are_found_without_being_asked_for():
+    masked = explain_text(text_net("mask"), StubTokenizer(), "a [MASK] film", "dull", against="fine")
+    mu = measured("mask", "a [MASK] film", WORDS.index("dull"), against=WORDS.index("fine"), at=2)
+    torch.testing.assert_close(masked.tokens, mu.sign[0] * mu.marginal("input", over="position")[0])
+    assert (masked.kind, masked.target, masked.against) == ("mask", "dull", "fine")
+    following = explain_text(text_net("next"), StubTokenizer(has_class_token=False), "a dull", "film", against=None)
+    assert (following.kind, following.against) == ("next", "")
+    ids = torch.tensor([[WORDS.index("a"), WORDS.index("dull")]])
+    assert following.output == pytest.approx(float(text_net("next")(ids)["logits"][0, -1, WORDS.index("film")]))
+
+
+def test_the_class_of_a_token_needs_its_position():
+    model = text_net("token", 3)
+    with pytest.raises(InputError, match=r"the class of each token: give position=, one of 0 '\[CLS\]', 1 'a'"):
+        explain_text(model, StubTokenizer(), "a film")
+    explanation = explain_text(model, StubTokenizer(), "a film", position=2)
+    assert explanation.kind == "token"
+    assert explanation.target.startswith("class ")
+    with pytest.raises(InputError, match="position=9 is out of range: the text has 4 tokens"):
+        explain_text(model, StubTokenizer(), "a film", position=9)
+
+
+def test_units_and_conditions_are_those_of_the_measure():
+    explanation = explain_text(
+        text_net("class"),
+        StubTokenizer(),
+        TEXT,
+        layers=["blocks.1.attn.z", "blocks.0.up"],
+        given="blocks.1.attn.head.1",
+    )
+    mu = explanation.measure
+    assert mu is not None
+    for row in explanation.layers["blocks.1.attn.z"]:
+        head = at("blocks.1.attn.z").head(int(row.title.removeprefix("head ")))
+        assert row.mass == pytest.approx(float(mu.sign * mu(head)))
+        assert float(row.relevance.sum()) == pytest.approx(row.mass)
+    assert len(explanation.layers["blocks.0.up"]) == 5
+    assert [abs(row.mass) for row in explanation.layers["blocks.0.up"]] == sorted(
+        (abs(row.mass) for row in explanation.layers["blocks.0.up"]), reverse=True
+    )
+    (given,) = explanation.given
+    assert given.title == "blocks.1.attn.head.1"
+    assert abs(float(given.relevance.sum())) == pytest.approx(1)
+
+
+def test_a_condition_without_relevance_says_so():
+    explanation = explain_text(text_net("class"), StubTokenizer(), TEXT, given=at("blocks.1.attn.v") & ~at("output"))
+    assert explanation.given[0].relevance is None
+    assert explanation.given[0].problem == "no relevance passes through these walks"
+
+
+def test_a_reference_is_a_text_of_as_many_tokens_or_a_token_for_all():
+    model, tokenizer = text_net("class"), StubTokenizer()
+    explanation = explain_text(model, tokenizer, "a dull film", reference="a fine film")
+    assert [round(float(value), 9) != 0 for value in explanation.words] == [False, False, True, False, False]
+    first, second = (tokenizer(text, return_tensors="pt")["input_ids"] for text in ("a dull film", "a fine film"))
+    chosen = ("negative", "positive").index(explanation.target)
+    changes = (model(first)["logits"] - model(second)["logits"])[0]
+    assert abs(explanation.output) == pytest.approx(abs(float(changes[chosen] - changes[1 - chosen])))
+    masked = explain_text(model, tokenizer, "a dull film", reference="[MASK]")
+    assert [bool(value) for value in masked.words.abs() > 1e-9] == [False, True, True, True, False]
+    with pytest.raises(DifferenceError, match="has 4 tokens and the text has 5"):
+        explain_text(model, tokenizer, "a dull film", reference="a film")
+
+
+def test_unknown_classes_tokens_and_layers_are_named():
+    model, tokenizer = text_net("class"), StubTokenizer()
+    with pytest.raises(TargetError, match=r"target='nice' is not a class of the model. Its classes: 'negative'"):
+        explain_text(model, tokenizer, TEXT, "nice")
+    with pytest.raises(TargetError, match=r"against=2 is out of range: the model has 2 outputs"):
+        explain_text(model, tokenizer, TEXT, against=2)
+    with pytest.raises(TargetError, match=r"target=1.5 is neither a name nor an index"):
+        explain_text(model, tokenizer, TEXT, 1.5)
+    with pytest.raises(UnknownLayerError, match=r"no tap named 'blocks\.7\.attn'"):
+        explain_text(model, tokenizer, TEXT, layers="blocks.7.attn")
+    causal, plain = text_net("next"), StubTokenizer(has_class_token=False)
+    with pytest.raises(TargetError, match=r"target='boring' is 2 tokens, 'bor', '##ing'.*such as target='bor'"):
+        explain_text(causal, plain, TEXT, "boring")
+    with pytest.raises(TargetError, match=r"target='swift' is not in the vocabulary"):
+        explain_text(causal, plain, TEXT, "swift")
+
+
+def test_texts_and_models_that_do_not_fit_raise():
+    model, tokenizer = text_net("class"), StubTokenizer()
+    with pytest.raises(InputError, match="text is 3, expected a string"):
+        explain_text(model, tokenizer, 3)
+    with pytest.raises(InputError, match="has no tokens"):
+        explain_text(text_net("next"), StubTokenizer(has_class_token=False), "  ")
+    with pytest.raises(InputError, match="has 22 tokens, and the model takes 16"):
+        explain_text(model, tokenizer, "a " * 20)
+    with pytest.raises(InputError, match="position=1 is for models that predict tokens"):
+        explain_text(model, tokenizer, TEXT, position=1)
+    with pytest.raises(InputError, match=r"the text has 2 masks; say which by position=, one of \[1, 3\]"):
+        explain_text(text_net("mask"), tokenizer, "[MASK] film [MASK]")
+    with pytest.raises(InputError, match=r"the tokens behind masks. Put \[MASK\] into the text, or give position="):
+        explain_text(text_net("mask"), tokenizer, "a film")
+    with pytest.raises(InputError, match="Load the model with its head"):
+        explain_text(Headless(), tokenizer, "a film")
+
+
+class Headless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(WORDS), 8)
+
+    def forward(self, input_ids, attention_mask=None):
+        return {"last_hidden_state": self.embedding(input_ids)}
+
+
+def test_words_of_a_slow_tokenizer_are_the_same():
+    fast, slow = (explain_text(text_net("class"), StubTokenizer(is_fast), TEXT) for is_fast in (True, False))
+    assert [word.text for word in fast.text.words] == [word.text for word in slow.text.words]
+    torch.testing.assert_close(fast.words, slow.words)

@@ -1,0 +1,236 @@
+"""The command `explain-text` and the sites of models of transformers in folders: `make test-hosts`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("transformers is not installed; `make test-hosts` installs it", allow_module_level=True)
+
+import transformers as hf
+
+from nrm_plugin import RelevanceMeasure, at, explain_text
+from nrm_plugin.commands.cli import main
+from nrm_plugin.commands.text_models import TextModelError, text_model
+from tests.hosts.text_models import MODELS, SIZES, build, saved
+
+hf.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
+TEXT = "A dog chased the ball, unbelievably."
+TEXTS = {name: TEXT for name in MODELS} | {"masked": "A dog [MASK] the ball."}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in MODELS:
+            saved(name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_is_explained_from_the_shell_as_in_python(name, folders, tmp_path, capsys):
+    position = ["--position", "2"] if name == "tagger" else []
+    arguments = ["--model", str(folders / name), "--out", str(tmp_path), *position]
+    assert main(["explain-text", TEXTS[name], *arguments]) == 0, capsys.readouterr().err
+    (stored,) = json.loads((tmp_path / "texts.json").read_text())["texts"]
+    loaded = text_model(str(folders / name))  # training a tokenizer twice may give other tokens
+    model, tokenizer = loaded.model, loaded.tokenizer
+    explanation = explain_text(model, tokenizer, TEXTS[name], position=2 if position else None)
+    torch.testing.assert_close(torch.tensor(stored["word_relevance"]), explanation.words, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        kind = {} if name != "decoding" else {"decoder_input_ids": torch.tensor([[0]])}
+        logits = model(**tokenizer(TEXTS[name], return_tensors="pt"), **kind).logits
+    mask = tokenizer(TEXTS[name])["input_ids"].index(tokenizer.mask_token_id) if name == "masked" else -1
+    place = {"masked": mask, "tagger": 2, "decoding": 0}.get(name, -1)
+    row = logits[0] if logits.ndim == 2 else logits[0, place]
+    assert stored["predictions"][0][1] == pytest.approx(float(row.softmax(0).max()), rel=1e-4)
+    total = sum(stored["word_relevance"]) + stored["decoder"] + stored["absorbed"]
+    assert total == pytest.approx(1, abs=1e-5)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", ["causal", "llama", "decoding"])
+def test_words_are_those_of_the_text(name, folders):
+    model, tokenizer = build(name)
+    explanation = explain_text(model, tokenizer, TEXT)
+    words = [word for word in explanation.text.words if not word.is_special]
+    assert "".join(" " * (word.is_spaced and number > 0) + word.text for number, word in enumerate(words)) == TEXT
+    assert "unbelievably" in " ".join(word.text for word in words)
+
+
+def test_a_next_token_is_compared_with_another_one(folders):
+    loaded = text_model(str(folders / "causal"))
+    explanation = explain_text(loaded.model, loaded.tokenizer, "The capital of", "the", against="as")
+    assert (explanation.target, explanation.against) == (" the", " as")
+    ids = loaded.tokenizer("The capital of", return_tensors="pt")
+    with torch.no_grad():
+        logits = loaded.model(**ids).logits[0, -1]
+    first, second = (loaded.tokenizer.encode(f" {word}")[0] for word in ("the", "as"))
+    assert explanation.output == pytest.approx(float(logits[first] - logits[second]), rel=1e-4)
+
+
+def test_a_folder_without_a_head_or_a_tokenizer_says_so(folders, tmp_path):
+    model, tokenizer = build("classifier")
+    model.bert.save_pretrained(tmp_path / "trunk")
+    tokenizer.save_pretrained(tmp_path / "trunk")
+    with pytest.raises(TextModelError, match="holds BertModel, which has no head"):
+        text_model(str(tmp_path / "trunk"))
+    model.save_pretrained(tmp_path / "silent")
+    with pytest.raises(TextModelError, match="silent holds no tokenizer"):
+        text_model(str(tmp_path / "silent"))
+
+
+# -- sites ----------------------------------------------------------------------------------------------------------
+
+STANDARD = "resid_pre attn.q attn.k attn.v attn attn_out resid_mid mlp.neuron mlp_out resid_post".split()
+PARALLEL = [name for name in STANDARD if name != "resid_mid"]
+CROSS = "cross_attn.q cross_attn.k cross_attn.v cross_attn cross_attn_out resid_mid_cross".split()
+MIXER = "resid_pre mixer.neuron mixer_out resid_post".split()
+KINDS = dict.fromkeys(["Falcon", "GPT-NeoX", "GPT-J"], PARALLEL)
+KINDS |= dict.fromkeys(["Mamba", "Falcon-Mamba", "Mamba-2"], MIXER)
+FAMILIES = """BERT DistilBERT RoBERTa GPT-2 Llama Mistral Mixtral BLOOM ViT Whisper~encoder Mamba Qwen2 Qwen3 Qwen3-MoE
+Gemma~2 Gemma~3 Phi-3 Falcon OPT GPT-NeoX GPT-J Electra ALBERT DeBERTa DeBERTa-v2 XLNet ModernBERT MPNet Falcon-Mamba
+Mamba-2 DeiT BEiT DINOv2 AST Wav2Vec2 HuBERT""".replace("~", "_").split()
+
+
+def measured(name: str) -> RelevanceMeasure:
+    from tests.hosts import test_transformers as families
+    from tests.hosts.further_models import FURTHER
+
+    if name in families.MODELS:
+        return families.measure(name, families.build(name, "eager" if name in ("BLOOM", "Mamba") else "sdpa"))
+    model, inputs = families.further(name)
+    row = FURTHER[name]
+    return RelevanceMeasure(model, inputs, row.target, output=row.output)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_the_sites_of_its_blocks_and_conserves_relevance_there(name, worst):
+    mu = measured(name.replace("_", " "))
+    expected = KINDS.get(name, STANDARD)
+    assert mu.sites == [f"blocks.{number}.{site}" for number in range(2) for site in expected]
+    for site in mu.sites:
+        error = float((mu(at(site)) + mu.sink(site) + mu.bypass(site) - 1).abs() / mu.variation(site).clamp(min=1))
+        worst("conservation at sites", error)
+        assert error <= 1e-5, site
+
+
+@pytest.mark.parametrize("name", ["T5", "BART", "mBART", "Pegasus"])
+def test_encoders_and_decoders_have_their_own_blocks(name):
+    middle = STANDARD.index("mlp.neuron")
+    decoder = [*STANDARD[:middle], *CROSS, *STANDARD[middle:]]
+    mu = measured(name)
+    assert mu.sites == [
+        f"{part}.blocks.{number}.{site}"
+        for part, sites in (("encoder", STANDARD), ("decoder", decoder))
+        for number in range(2)
+        for site in sites
+    ]
+    for site in mu.sites:
+        error = float((mu(at(site)) + mu.sink(site) + mu.bypass(site) - 1).abs() / mu.variation(site).clamp(min=1))
+        assert error <= 1e-5, site
+
+
+MODULES = {
+    "BERT": {
+        "blocks.1.resid_pre": "bert.encoder.layer.0", "blocks.1.mlp_out": "bert.encoder.layer.1.output.dense",
+        "blocks.1.attn_out": "bert.encoder.layer.1.attention.output.dropout",
+        "blocks.0.mlp.neuron": "bert.encoder.layer.0.intermediate",
+    },
+    "GPT-2": {
+        "blocks.1.resid_pre": "transformer.h.0", "blocks.1.attn_out": "transformer.h.1.attn[0]",
+        "blocks.1.mlp_out": "transformer.h.1.mlp", "blocks.0.mlp.neuron": "transformer.h.0.mlp.act",
+        "blocks.1.resid_post": "transformer.h.1",
+    },
+    "Llama": {
+        "blocks.1.resid_pre": "model.layers.0", "blocks.1.attn_out": "model.layers.1.self_attn.o_proj",
+        "blocks.1.mlp_out": "model.layers.1.mlp", "blocks.1.resid_post": "model.layers.1",
+        "blocks.1.attn": "model.layers.1.self_attn.scaled_dot_product_attention",
+    },
+    "Mixtral": {"blocks.1.mlp_out": "model.layers.1.mlp", "blocks.1.resid_post": "model.layers.1"},
+    "Mamba": {"blocks.1.mixer_out": "backbone.layers.1.mixer", "blocks.1.resid_pre": "backbone.layers.0"},
+    "GPT-NeoX": {
+        "blocks.1.mlp_out": "gpt_neox.layers.1.mlp", "blocks.1.resid_post": "gpt_neox.layers.1",
+        "blocks.1.attn_out": "gpt_neox.layers.1.attention.dense",
+    },
+    "T5": {
+        "encoder.blocks.1.attn_out": "encoder.block.1.layer.0.SelfAttention.o",
+        "decoder.blocks.1.cross_attn_out": "decoder.block.1.layer.1.EncDecAttention.o",
+        "decoder.blocks.1.mlp_out": "decoder.block.1.layer.2.DenseReluDense",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_sites_are_the_tensors_of_the_modules_that_people_know(name):
+    mu = measured(name)
+    for site, layer in MODULES[name].items():
+        known = mu.marginal(layer)
+        torch.testing.assert_close(mu.marginal(site).reshape(known.shape), known, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama"])
+def test_queries_and_keys_receive_relevance_with_halves(name):
+    from nrm_plugin import Normalized, NRMDefault
+    from tests.hosts import test_transformers as families
+
+    rules = Normalized(NRMDefault(), attention="halves")
+    for attention in ("eager", "sdpa"):
+        mu = families.measure(name, families.build(name, attention), composite=rules)
+        assert mu.sites == [f"blocks.{number}.{site}" for number in range(2) for site in STANDARD]
+        for letter in "qkv":
+            assert float(mu.marginal(f"blocks.0.attn.{letter}").abs().sum()) > 1e-4
+
+
+# -- ids and pixels -------------------------------------------------------------------------------------------------
+
+
+def vilt() -> tuple[torch.nn.Module, dict[str, torch.Tensor], object, dict[str, torch.Tensor]]:
+    config = hf.ViltConfig(vocab_size=50, image_size=32, patch_size=8, num_labels=3, **SIZES)
+    inputs = {"input_ids": torch.randint(3, 50, (1, 7)), "pixel_values": torch.randn(1, 3, 32, 32)}
+    return hf.ViltForQuestionAnswering(config), inputs, 0, {"pixel_mask": torch.ones(1, 32, 32, dtype=torch.long)}
+
+
+def llava() -> tuple[torch.nn.Module, dict[str, torch.Tensor], object, dict[str, torch.Tensor]]:
+    vision = hf.CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=8, **SIZES)
+    text = hf.LlamaConfig(vocab_size=50, num_key_value_heads=2, **SIZES)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=49, vision_feature_layer=-1)
+    ids = torch.randint(3, 48, (1, 22))
+    ids[0, 2:18] = 49
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32)}
+    return hf.LlavaForConditionalGeneration(config), inputs, (21, 4), {}
+
+
+@pytest.mark.parametrize(("make", "prefixes"), [(vilt, [""]), (llava, ["encoder.", ""])])
+def test_ids_and_pixels_both_receive_relevance(make, prefixes, worst):
+    torch.manual_seed(0)
+    model, inputs, target, others = make()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    mu = RelevanceMeasure(model.eval(), inputs, target, additional_forward_kwargs=others)
+    words, pixels = mu.ends
+    assert words.endswith(("word_embeddings", "embed_tokens"))
+    assert pixels == "input"
+    assert mu.sites == [f"{p}blocks.{n}.{site}" for p in prefixes for n in range(2) for site in STANDARD]
+    masses = [float(mu.marginal(end).sum()) for end in mu.ends]
+    assert min(map(abs, masses)) > 0.01
+    assert sum(masses) + float(mu.sink_above([at(end) for end in mu.ends])) == pytest.approx(1, abs=1e-5)
+    for layer in [*mu.ends, *mu.sites]:
+        error = float((mu(at(layer)) + mu.sink(layer) + mu.bypass(layer) - 1).abs() / mu.variation(layer).clamp(min=1))
+        worst("conservation, ids and pixels", error)
+        assert error <= 1e-5, layer
+    swapped = RelevanceMeasure(
+        model, inputs, target, additional_forward_kwargs=others, reference={"pixel_values": 0 * inputs["pixel_values"]}
+    )
+    assert float(swapped.marginal(words).abs().max()) < 1e-9  # differences of 0 count as 1e-18
+    assert float(swapped.marginal(pixels).sum()) == pytest.approx(1, abs=1e-3)
