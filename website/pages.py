@@ -37,6 +37,13 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
             Subspaces reconstruct Reconstruction"""
         },
     ),
+    "features": (
+        "Learned features",
+        {
+            "": """Dictionary Crosscoder load_dictionary load_transcoders with_features feature_groups
+            reconstruction_errors replacement completeness attribution_graph AttributionGraph GraphNode influence"""
+        },
+    ),
     "figures": (
         "Figures and pages",
         {
@@ -82,9 +89,9 @@ INTRODUCTIONS = {"errors": "Remedies are listed in :doc:`troubleshooting </docs/
 
 NAVIGATION = {
     "Tutorial": [f"notebooks/{path.stem}" for path in notebooks()],
-    "How to": """docs/explain docs/flow docs/critical-paths docs/subspaces docs/attention docs/recurrent-and-graphs
-        docs/data-sets docs/references docs/plans docs/batch-norm docs/relative docs/own-kernel docs/drop-in
-        docs/troubleshooting""".split(),
+    "How to": """docs/explain docs/flow docs/critical-paths docs/subspaces docs/features docs/attention
+        docs/recurrent-and-graphs docs/data-sets docs/references docs/plans docs/batch-norm docs/relative
+        docs/own-kernel docs/drop-in docs/troubleshooting""".split(),
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
     "Mathematics": "docs/measure docs/differences docs/special-cases".split(),
     "Numbers": """docs/numbers docs/cost docs/speed docs/default-composite docs/faithfulness docs/circuits

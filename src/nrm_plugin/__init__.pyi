@@ -29,6 +29,11 @@ from .plan.plan import Plan
 from .recording.coverage import Coverage, coverage
 from .rules import Absolute, ConservingEpsilon, Relative
 from .search.ablation import ablation, activations
+from .search.attribution_graph import AttributionGraph, GraphNode, influence
+from .search.dictionaries import Crosscoder, Dictionary
+from .search.dictionary_files import load_dictionary, load_transcoders
+from .search.feature_graph import attribution_graph
+from .search.features import completeness, feature_groups, reconstruction_errors, replacement, with_features
 from .search.neuron_walks import NeuronWalk, best_walk
 from .search.selection import CurvePoint, Restriction, Selection, mse, restriction, select_neurons, smape
 from .search.sets import TopSets, top_sets
@@ -41,14 +46,18 @@ __all__ = [
     "ABSORBED",
     "NRM",
     "Absolute",
+    "AttributionGraph",
     "ConceptNRM",
     "ConservingEpsilon",
     "Coverage",
+    "Crosscoder",
     "CurvePoint",
     "DataLoaderNRM",
+    "Dictionary",
     "Event",
     "FlowGraph",
     "FuseBatchNorm",
+    "GraphNode",
     "GroupWalk",
     "Interception",
     "JointNRM",
@@ -78,19 +87,28 @@ __all__ = [
     "ablation",
     "activations",
     "at",
+    "attribution_graph",
     "best_walk",
+    "completeness",
     "condition_event",
     "coverage",
     "drsa",
+    "feature_groups",
+    "influence",
+    "load_dictionary",
+    "load_transcoders",
     "mse",
     "patches",
     "prca",
     "reconstruct",
+    "reconstruction_errors",
     "register_kernel",
+    "replacement",
     "restriction",
     "select_neurons",
     "smape",
     "top_sets",
     "top_walks",
+    "with_features",
     "with_subspaces",
 ]
