@@ -41,7 +41,8 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         "Learned features",
         {
             "": """Dictionary Crosscoder load_dictionary load_transcoders with_features feature_groups
-            reconstruction_errors replacement completeness attribution_graph AttributionGraph GraphNode influence"""
+            reconstruction_errors replacement completeness attribution_graph AttributionGraph GraphNode influence
+            attention_sinks"""
         },
     ),
     "figures": (
@@ -62,6 +63,8 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
             "dataset.crops": "crops Crop",
             "dataset.reference_plots": "reference_figure",
             "dataset.statistics": "ClasswiseRelevance JointRelevance",
+            "dataset.mean_conditionals": "MeanConditionals",
+            "dataset.relevance_matrix": "RelevanceMatrix",
             "dataset.glocal": "mean_flow flow_queries flow_of_sweep difference",
             "dataset.prototypes": "find_prototypes vectors_of_sweep Prototypes",
             "dataset.glocal_plots": "difference_figure prototypes_figure",

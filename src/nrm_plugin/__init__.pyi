@@ -21,6 +21,7 @@ from .composites import (
 from .events.event import ABSORBED, Event, at
 from .functional.canonizer import Interception
 from .functional.registry import register_kernel
+from .measure.attention_sinks import attention_sinks
 from .measure.flow_graph import FlowGraph
 from .measure.measure import RelevanceMeasure
 from .measure.partitions import patches
@@ -87,6 +88,7 @@ __all__ = [
     "ablation",
     "activations",
     "at",
+    "attention_sinks",
     "attribution_graph",
     "best_walk",
     "completeness",
