@@ -80,9 +80,7 @@ def test_columns_and_what_leaves_them_sum_to_one():
     for upper, lower in (("conv", "stem"), ("stem", "input"), ("head", "conv")):
         groups = tuple(RelevanceMeasure(net, x[:1], 1).shape(layer)[1] for layer in (upper, lower))
         metric = MeanConditionals(groups, upper, lower)
-        metric.update(
-            RelevanceMeasure(net, x, lambda outputs: outputs.argmax(1), residual="sink", composite=EpsilonPlus())
-        )
+        metric.update(RelevanceMeasure(net, x, 2, residual="sink", composite=EpsilonPlus()))
         found = metric.compute()
         seen = found.weight > 0
         torch.testing.assert_close((found.matrix.sum(0) + found.off)[seen], torch.ones(int(seen.sum())).double())

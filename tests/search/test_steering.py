@@ -51,7 +51,7 @@ def test_a_direction_is_removed_at_every_token(scale):
 
 def test_a_map_is_removed_from_each_sample(net):
     maps = torch.randn(5, 4).double()
-    hidden = torch.tanh(net[0](X))
+    hidden = torch.tanh(net[0](X)).detach()
     maps[2] = 0  # has no direction
     with steered(net, "1", maps, mode="remove"):
         found = net(X)
