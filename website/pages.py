@@ -16,7 +16,10 @@ from notebooks.run import as_markdown, notebooks
 ROOT = Path(__file__).parents[1]
 
 REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
-    "measure": ("The measure and its events", {"": "RelevanceMeasure at Event ABSORBED Plan coverage Coverage"}),
+    "measure": (
+        "The measure and its events",
+        {"": "RelevanceMeasure at Event ABSORBED Plan coverage Coverage MemoryEstimate"},
+    ),
     "composites": (
         "Composites and rules",
         {

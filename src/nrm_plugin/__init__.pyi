@@ -28,6 +28,7 @@ from .measure.partitions import patches
 from .measure.reconstruction import Reconstruction, reconstruct
 from .plan.plan import Plan
 from .recording.coverage import Coverage, coverage
+from .recording.memory_estimate import MemoryEstimate
 from .rules import Absolute, ConservingEpsilon, Relative
 from .search.ablation import ablation, activations
 from .search.attribution_graph import AttributionGraph, GraphNode, influence
@@ -64,6 +65,7 @@ __all__ = [
     "Interception",
     "JointNRM",
     "LayerNRM",
+    "MemoryEstimate",
     "NRMAbsolute",
     "NRMAttributor",
     "NRMDefault",
