@@ -155,7 +155,7 @@ clean:
 .venv-zennit0/.stamp: pyproject.toml constraints.txt
 	$(call install,.venv/bin/python,-e ".[test$(comma)dev]" "zennit<1")
 
-EXTRAS = graph,dataset,html,segments,statistics,prototypes,test
+EXTRAS = graph,dataset,html,segments,statistics,prototypes,features,test
 
 .venv-oldest/.stamp: NAMED = PYTHON_OLDEST
 .venv-oldest/.stamp: CONSTRAINTS = constraints-oldest.txt

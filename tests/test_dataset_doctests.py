@@ -10,7 +10,9 @@ import torch
 
 import nrm_plugin
 
-MODULES = ["crops", "examples", "glocal", "prototypes", "ranking", "reference_search", "statistics"]
+MODULES = """
+    crops examples glocal mean_conditionals prototypes ranking reference_search relevance_matrix statistics
+""".split()
 FINDER = doctest.DocTestFinder(recurse=True)
 FOUND = {
     test.name: test

@@ -16,7 +16,10 @@ from notebooks.run import as_markdown, notebooks
 ROOT = Path(__file__).parents[1]
 
 REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
-    "measure": ("The measure and its events", {"": "RelevanceMeasure at Event ABSORBED Plan coverage Coverage"}),
+    "measure": (
+        "The measure and its events",
+        {"": "RelevanceMeasure at Event ABSORBED Plan coverage Coverage MemoryEstimate"},
+    ),
     "composites": (
         "Composites and rules",
         {
@@ -40,6 +43,14 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
             "measure.partitions": "segments",
         },
     ),
+    "features": (
+        "Learned features",
+        {
+            "": """Dictionary Crosscoder load_dictionary load_transcoders with_features feature_groups
+            reconstruction_errors replacement completeness attribution_graph AttributionGraph GraphNode influence
+            attention_sinks steered"""
+        },
+    ),
     "figures": (
         "Figures and pages",
         {
@@ -59,6 +70,8 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
             "dataset.crops": "crops Crop",
             "dataset.reference_plots": "reference_figure",
             "dataset.statistics": "ClasswiseRelevance JointRelevance",
+            "dataset.mean_conditionals": "MeanConditionals",
+            "dataset.relevance_matrix": "RelevanceMatrix",
             "dataset.glocal": "mean_flow flow_queries flow_of_sweep difference",
             "dataset.prototypes": "find_prototypes vectors_of_sweep Prototypes",
             "dataset.glocal_plots": "difference_figure prototypes_figure",
@@ -86,9 +99,9 @@ INTRODUCTIONS = {"errors": "Remedies are listed in :doc:`troubleshooting </docs/
 
 NAVIGATION = {
     "Tutorial": [f"notebooks/{path.stem}" for path in notebooks()],
-    "How to": """docs/explain docs/flow docs/groups docs/critical-paths docs/subspaces docs/text docs/attention
-        docs/recurrent-and-graphs docs/data-sets docs/references docs/plans docs/batch-norm docs/relative docs/own-kernel docs/drop-in
-        docs/troubleshooting""".split(),
+    "How to": """docs/explain docs/flow docs/groups docs/critical-paths docs/subspaces docs/features docs/text
+        docs/attention docs/recurrent-and-graphs docs/data-sets docs/references docs/plans docs/batch-norm
+        docs/relative docs/own-kernel docs/drop-in docs/troubleshooting""".split(),
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
     "Mathematics": "docs/measure docs/differences docs/special-cases".split(),
     "Numbers": """docs/numbers docs/cost docs/speed docs/default-composite docs/faithfulness docs/circuits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from ..kernels.layer_step import LayerStep
 from ..kernels.step import FunctionStep, Step
 from ..model.affine_layers import Weighted
 from ..model.inputs_and_outputs import Call, Inputs, Output
+from .memory_estimate import MemoryEstimate, memory_estimate
 from .recording import Recording
 
 
@@ -89,6 +90,30 @@ class Coverage:
         return "\n".join(lines)
 
 
+@overload
+def coverage(
+    model: nn.Module,
+    inputs: Inputs,
+    composite: Composite | None = ...,
+    additional_forward_args: Any = ...,
+    additional_forward_kwargs: Mapping[str, Any] | None = ...,
+    output: Output | None = ...,
+    batched: bool = ...,
+    *,
+    memory: Literal[False] = ...,
+) -> Coverage: ...
+@overload
+def coverage(
+    model: nn.Module,
+    inputs: Inputs,
+    composite: Composite | None = ...,
+    additional_forward_args: Any = ...,
+    additional_forward_kwargs: Mapping[str, Any] | None = ...,
+    output: Output | None = ...,
+    batched: bool = ...,
+    *,
+    memory: Literal[True],
+) -> MemoryEstimate: ...
 def coverage(
     model: nn.Module,
     inputs: Inputs,
@@ -97,8 +122,10 @@ def coverage(
     additional_forward_kwargs: Mapping[str, Any] | None = None,
     output: Output | None = None,
     batched: bool = True,
-) -> Coverage:
-    """Runs the model once and lists the rule or kernel of every step.
+    *,
+    memory: bool = False,
+) -> Coverage | MemoryEstimate:
+    """Runs the model once and lists the rule or kernel of every step, or estimates the memory of a measure.
 
     Args:
         model: The network, in evaluation mode.
@@ -108,6 +135,8 @@ def coverage(
         additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        memory: Return an estimate of the memory and time of a measure with the default composite instead. The model is
+            not run, and nothing of its size is allocated.
 
     Raises:
         InputError, ModelStateError, GradModeError: As raised by :class:`~nrm_plugin.RelevanceMeasure` for these
@@ -120,6 +149,8 @@ def coverage(
         1     ReLU       Pass               5×4
         every step is covered
     """
+    if memory:
+        return memory_estimate(model, Call(inputs, additional_forward_args, additional_forward_kwargs, batched))
     plain = composite.composite if isinstance(composite, Normalized) else composite
     canonized = Normalized(NRMDefault() if plain is None else plain, uncovered="gradient")
     canonized.uncovered = (

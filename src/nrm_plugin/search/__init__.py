@@ -1,4 +1,4 @@
-"""Search for the walks, sets of neurons and subspaces with the most relevance; restriction, and ablation.
+"""Search for walks, sets of neurons and subspaces; restriction and ablation; learned features and their graphs.
 
-Imports: errors, imports, events, kernels, functional, recording, measure.
+Imports: errors, imports, events, model, kernels, functional, recording, measure.
 """

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..errors import InputError, UnknownLayerError, brief
+from ..errors import InputError, brief
 from ..functional import FunctionCall, register_kernel
 from ..kernels.base import Kernel
+from ..model.replaced_layers import Replacement, with_replaced
 
 FLOOR = 1e-4
 """Share of the largest activation of a sample below which a neuron has no context, since rules that assign relevance to
@@ -305,28 +306,11 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
         >>> mu.marginal("input", joint=at("1.subspaces")[0]).shape
         torch.Size([5, 3])
     """
-    known = dict(model.named_modules())
-    for name in subspaces:
-        if not name or name not in known:
-            raise UnknownLayerError(
-                f"no layer named {brief(name)} to decompose into subspaces; model.named_modules() lists them."
-            )
-        if any(other != name and other.startswith(f"{name}.") for other in subspaces):
-            raise InputError(f"{brief(name)} holds another layer with subspaces; give subspaces of one of them.")
-    return _replaced(model, subspaces, "")
 
+    def decomposed(of: Subspaces) -> Replacement:
+        return lambda layer: _WithSubspaces(layer, of)
 
-def _replaced(module: nn.Module, subspaces: Mapping[str, Subspaces], path: str) -> nn.Module:
-    """Returns a copy of the model with these layers replaced; modules that contain none of them are shared."""
-    copied = module.__class__.__new__(module.__class__)
-    copied.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
-    for name, child in module._modules.items():
-        full = f"{path}{name}"
-        if child is not None and full in subspaces:
-            copied._modules[name] = _WithSubspaces(child, subspaces[full])
-        elif child is not None and any(layer.startswith(f"{full}.") for layer in subspaces):
-            copied._modules[name] = _replaced(child, subspaces, f"{full}.")
-    return copied
+    return with_replaced(model, {name: decomposed(of) for name, of in subspaces.items()}, "subspaces")
 
 
 class _WithSubspaces(nn.Module):

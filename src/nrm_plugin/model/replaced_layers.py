@@ -1,0 +1,72 @@
+"""Models with some layers replaced, with the same weights, without a change of the given model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InputError, UnknownLayerError, brief
+
+Replacement = Callable[[nn.Module], nn.Module]
+
+
+def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], what: str) -> nn.Module:
+    """Returns a copy of a model in which some layers are replaced; all other modules and all parameters are shared.
+
+    Args:
+        model: The network.
+        replacements: Functions from a layer to its replacement, by name of the layer.
+        what: What the layers are given, for messages, such as ``"subspaces"``.
+
+    Raises:
+        UnknownLayerError: If the model does not contain a layer.
+        InputError: If one of the layers contains another.
+    """
+    known = dict(model.named_modules())
+    for name in replacements:
+        if not name or name not in known:
+            raise UnknownLayerError(
+                f"no layer named {brief(name)} to decompose into {what}; model.named_modules() lists them."
+            )
+        if any(other != name and other.startswith(f"{name}.") for other in replacements):
+            raise InputError(f"{brief(name)} holds another layer with {what}; give {what} of one of them.")
+    return _replaced(model, replacements, "")
+
+
+def _replaced(module: nn.Module, replacements: Mapping[str, Replacement], path: str) -> nn.Module:
+    copied: nn.Module = module.__class__.__new__(module.__class__)
+    copied.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
+    for name, child in module._modules.items():
+        full = f"{path}{name}"
+        if child is not None and full in replacements:
+            copied._modules[name] = replacements[full](child)
+        elif child is not None and any(layer.startswith(f"{full}.") for layer in replacements):
+            copied._modules[name] = _replaced(child, replacements, f"{full}.")
+    return copied
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """Returns the first tensor of a value, or of a tuple, list or mapping; None without a tensor."""
+    if isinstance(values, Tensor):
+        return values
+    items = values.values() if isinstance(values, Mapping) else values if isinstance(values, (tuple, list)) else ()
+    return next((item for item in items if isinstance(item, Tensor)), None)
+
+
+def with_first_tensor(values: Any, tensor: Tensor) -> Any:
+    """Returns a value, or a tuple or list, with another first tensor.
+
+    Raises:
+        InputError: If the value is of another type.
+    """
+    if isinstance(values, Tensor):
+        return tensor
+    if type(values) not in (tuple, list):
+        raise InputError(f"a layer that returns {brief(values)} has no single output; name a layer inside of it.")
+    position = next(number for number, item in enumerate(values) if isinstance(item, Tensor))
+    return type(values)([*values[:position], tensor, *values[position + 1 :]])
+
+
+__all__ = ["Replacement", "first_tensor", "with_first_tensor", "with_replaced"]

@@ -1,0 +1,253 @@
+r"""Estimates of the memory and time of a measure from the shapes of a forward pass, without running the model.
+
+The forward pass runs on tensors without values. The peak of one recording and one pass of all marginals is estimated as
+
+.. math:: \sum_k c_k \,\mathrm{bytes}_k
+
+where ``bytes_k`` are the bytes of the results of all operations of kind ``k``. The coefficients are non-negative and
+minimize the mean relative error on 37 pairs of a network and an input size, on a CPU, with no error above 15.5 %;
+docs/features.md gives the errors on other networks. The method is ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import InputError
+from ..model.guard import named_tensors
+from ..model.inputs_and_outputs import Call
+
+COEFFICIENTS = {
+    "convolution": 0.78,
+    "product": 0.94,
+    "attention": 9.31,
+    "scores": 1.38,
+    "batch_norm": 0.45,
+    "norm": 8.55,
+    "pool": 1.35,
+    "mean": 3.69,
+    "activation": 2.57,
+    "arithmetic": 1.38,
+    "other": 1.08,
+    "fused_weights": 1.05,
+    "attention_weights": 0.13,
+    "functional_weights": 0.87,
+    "largest": 2.22,
+    "input": 4.62,
+}
+"""Bytes of the peak for each byte of the results of the operations of a kind."""
+
+KINDS = {
+    "convolution": "convolution",
+    "linear": "mm addmm",
+    "product": "bmm baddbmm",
+    "scores": "_softmax _safe_softmax _log_softmax",
+    "mean": "mean sum _adaptive_avg_pool2d avg_pool2d",
+    "activation": "relu gelu silu tanh hardswish hardtanh sigmoid hardsigmoid elu leaky_relu",
+    "arithmetic": "add mul",
+}
+_KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
+PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
+"""Seconds of each operation, and time of a measure in that of a product of matrices and of a sum of tensors."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """An estimate of what a measure needs: one recording, and one pass that computes all marginals.
+
+    Attributes:
+        peak: Bytes at the peak, in addition to the model and its inputs.
+        weights: Bytes of the parameters and buffers of the model.
+        inputs: Bytes of the inputs.
+        seconds: Processor time on the device of the model; only the order of magnitude.
+        flops: Multiplications and additions of one forward pass.
+        bytes_by_kind: Bytes of the results of the operations of each kind.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> estimate = coverage(net, torch.randn(5, 3), memory=True)
+        >>> estimate.weights, estimate.inputs, estimate.flops
+        (104, 60, 200)
+    """
+
+    peak: int
+    weights: int
+    inputs: int
+    seconds: float
+    flops: int
+    bytes_by_kind: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak, with the model and its inputs.
+
+        Examples:
+            >>> estimate = coverage(nn.Linear(3, 2), torch.randn(5, 3), memory=True)
+            >>> estimate.total == estimate.peak + estimate.weights + estimate.inputs
+            True
+        """
+        return self.peak + self.weights + self.inputs
+
+    def __str__(self) -> str:
+        parts = {"measure": self.peak, "weights": self.weights, "inputs": self.inputs, "together": self.total}
+        lines = [f"{name:<9} {size / 2**20:10.1f} MiB" for name, size in parts.items()]
+        return "\n".join([*lines, f"time      {self.seconds:10.2g} s, order of magnitude"])
+
+
+def memory_estimate(model: nn.Module, call: Call) -> MemoryEstimate:
+    """Estimates the memory and time of a measure; the model runs on tensors without values.
+
+    Raises:
+        InputError: If the path or a shape of the model depends on values.
+    """
+    log, counter = _Log(), FlopCounterMode(display=False)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    shadows = call.changed(fake.from_tensor, fake.from_tensor)
+    with torch.no_grad(), _plain_attention(), _called_weights(model, log):
+        try:
+            with fake, counter, log:
+                shadows.run(model, list(shadows.tensors))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise InputError(
+                f"the memory of this model cannot be estimated, because it reads values ({error.func}), and its path "
+                "or a shape may depend on them. Measure one sample, and multiply by the number of samples."
+            ) from error
+    tensors = [*call.tensors, *call.indices.values()]
+    own = [tensor for _, tensor in named_tensors(model)]
+    sizes = log.with_weights(model, sum(_bytes(tensor) for tensor in call.tensors))
+    seconds = _seconds(own[0].device if own else tensors[0].device, counter.get_total_flops(), log, sizes)
+    peak = sum(COEFFICIENTS.get(kind, 0.0) * size for kind, size in sizes.items())
+    weights, inputs = sum(map(_size, own)), sum(map(_size, tensors))
+    return MemoryEstimate(int(peak), weights, inputs, seconds, counter.get_total_flops(), dict(sizes))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor in the format in which relevance is propagated, at least float32; 0 for integers."""
+    return tensor.numel() * max(tensor.element_size(), 4) if tensor.is_floating_point() else 0
+
+
+class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    """Adds up the bytes of the results of operations, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.sizes: Counter[str] = Counter()
+        self.operations = 0
+        self.called = 0
+        self._convolutions: dict[int, tuple[int, Tensor]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        returns = function._schema.returns
+        is_view = any(item.alias_info is not None and not item.alias_info.is_write for item in returns)
+        if isinstance(first, Tensor) and not is_view:
+            self._add(function._schema.name.partition("::")[2].rstrip("_"), args, first)
+        return result
+
+    def _add(self, name: str, args: Any, result: Tensor) -> None:
+        self.operations += 1
+        kind = _kind(name)
+        size = _bytes(args[0]) if kind == "mean" else _bytes(result)
+        self.sizes[kind] += size
+        self.sizes["largest"] = max(self.sizes["largest"], _bytes(result))
+        if kind == "attention":
+            query, key = args[0], args[1]
+            self.sizes["scores"] += query.shape[:-1].numel() * key.shape[-2] * max(query.element_size(), 4)
+        elif kind == "linear":
+            self.sizes["functional_weights"] += _bytes(args[-1])
+        elif kind == "convolution":
+            self._convolutions[id(result)] = _bytes(args[1]), result
+        elif kind == "batch_norm" and id(args[0]) in self._convolutions:
+            self.sizes["fused_weights"] += self._convolutions[id(args[0])][0]
+
+    def with_weights(self, model: nn.Module, inputs: int) -> Counter[str]:
+        """Returns all sizes, with the weights of attention and of functions apart from those of linear layers."""
+        sizes = self.sizes.copy()
+        attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+        own = [(module.in_proj_weight, module.out_proj.weight) for module in attention]
+        sizes["attention_weights"] = sum(_bytes(weight) for pair in own for weight in pair if weight is not None)
+        apart = sizes["functional_weights"] - self.called - sizes["attention_weights"]
+        sizes["functional_weights"], sizes["input"] = max(apart, 0), inputs
+        return sizes
+
+
+def _kind(name: str) -> str:
+    if "scaled_dot_product" in name:
+        return "attention"
+    if "batch_norm" in name:
+        return "batch_norm"
+    if "norm" in name:
+        return "norm"
+    return _KIND_OF.get(name, "pool" if "pool" in name else "other")
+
+
+@contextmanager
+def _called_weights(model: nn.Module, log: _Log) -> Iterator[None]:
+    """Context in which the log adds up the weights of the linear layers that are called."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        log.called += _bytes(module.weight)  # type: ignore[arg-type]
+
+    handles = [module.register_forward_hook(hook) for module in model.modules() if type(module) is nn.Linear]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Context in which torch's attention layers run as separate operations, as in a recording."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _seconds(device: torch.device, flops: int, log: _Log, sizes: Counter[str]) -> float:
+    """Returns the time of a measure, from the measured time of a product and a sum on the device."""
+    if device.type == "meta":
+        return float("nan")
+    a = torch.ones(384, 384, device=device)
+    per_flop = _timed(lambda: a @ a, device) / (2 * 384**3)
+    b = torch.ones(1 << 20, device=device)
+    per_byte = _timed(lambda: b + b, device) / (4 << 20)
+    moved = sum(size for kind, size in sizes.items() if kind != "largest")
+    return PER_OPERATION * log.operations + PER_FLOP * flops * per_flop + PER_BYTE * moved * per_byte
+
+
+def _timed(run: Any, device: torch.device, times: int = 4) -> float:
+    run()
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    _wait(device)
+    return (time.perf_counter() - start) / times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+__all__ = ["MemoryEstimate", "memory_estimate"]

@@ -1,0 +1,194 @@
+r"""Dictionaries of learned features: sparse autoencoders, transcoders and crosscoders.
+
+.. math:: z = W_E^\top x + b_E, \qquad f_k = z_k \, [z_k > \theta_k] \, [z_k \text{ among the largest}], \qquad
+          \hat y = W_D^\top f + b_D + W_S x, \qquad y = \hat y + e
+
+A sparse autoencoder reads the tensor that it reconstructs, ``x = y``. A transcoder reads the input of a layer and
+reconstructs its output. In a crosscoder, the features of one layer also take part in the reconstruction of later ones.
+
+Source: Bricken et al., Towards Monosemanticity (2023); Dunefsky et al., arXiv 2406.11944 (transcoders); Rajamanoharan
+et al., arXiv 2404.16014 and 2407.14435 (gated and JumpReLU); Gao et al., arXiv 2406.04093 (top k); Lindsey et al.,
+Sparse Crosscoders (2024); docs/features.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..errors import InputError, brief
+
+Reads = Literal["output", "input"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """A dictionary of features of one layer.
+
+    Attributes:
+        encoder: Weights ``(d_in, F)``.
+        decoder: Weights ``(F, d_out)``; a row is the direction of a feature.
+        encoder_bias: ``(F,)``; None for zeros. A bias that is subtracted from the input is folded into it.
+        decoder_bias: ``(d_out,)``; None for zeros.
+        threshold: Features below are zero: a number, or ``(F,)``. 0 is ReLU, positive values are JumpReLU, and
+            ``-math.inf`` is no threshold.
+        k: Largest number of active features at each position; None for no limit.
+        skip: Weights ``(d_out, d_in)`` of a linear path in parallel to the features; None without.
+        reads: ``"output"`` for an autoencoder of the output of a layer, ``"input"`` for a transcoder from its input.
+
+    Raises:
+        InputError: If shapes do not fit, or a weight is not finite.
+
+    Examples:
+        >>> dictionary = Dictionary(torch.eye(4)[:, :3], torch.eye(4)[:3])
+        >>> dictionary.encode(torch.tensor([[1.0, -2.0, 3.0, 4.0]]))
+        tensor([[1., 0., 3.]])
+        >>> dictionary.error(torch.tensor([[1.0, -2.0, 3.0, 4.0]]))
+        tensor([[ 0., -2.,  0.,  4.]])
+    """
+
+    encoder: Tensor
+    decoder: Tensor
+    encoder_bias: Tensor | None = None
+    decoder_bias: Tensor | None = None
+    threshold: Tensor | float = 0.0
+    k: int | None = None
+    skip: Tensor | None = None
+    reads: Reads = "output"
+
+    def __post_init__(self) -> None:
+        if self.encoder.ndim != 2 or self.decoder.ndim != 2 or self.encoder.shape[1] != self.decoder.shape[0]:
+            raise InputError(
+                f"a dictionary of F features has an encoder (d_in, F) and a decoder (F, d_out); got "
+                f"{tuple(self.encoder.shape)} and {tuple(self.decoder.shape)}."
+            )
+        d_in, count = self.encoder.shape
+        shapes = {"encoder_bias": (count,), "decoder_bias": (self.width,), "skip": (self.width, d_in)}
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise InputError(f"{name} of this dictionary must have shape {shape}, got {tuple(value.shape)}.")
+        if isinstance(self.threshold, Tensor) and self.threshold.numel() not in (1, count):
+            raise InputError(f"threshold={brief(self.threshold)}: give one number, or one for each feature.")
+        if self.k is not None and not 1 <= self.k <= count:
+            raise InputError(f"k={brief(self.k)}: give 1 to {count}, the number of features.")
+        if self.reads not in ("output", "input"):
+            raise InputError(f"reads={brief(self.reads)} is unknown; choose 'output' or 'input'.")
+        if self.reads == "output" and (d_in != self.width or self.skip is not None):
+            raise InputError(
+                f"a dictionary from {d_in} to {self.width} neurons, or with a skip path, is a transcoder: "
+                "pass reads='input'."
+            )
+        for name, value in vars(self).items():
+            if name != "threshold" and isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                raise InputError(f"{name} of this dictionary is not finite.")
+
+    def __len__(self) -> int:
+        """Returns the number of features ``F``."""
+        return int(self.encoder.shape[1])
+
+    @property
+    def width(self) -> int:
+        """Number of neurons that are reconstructed, ``d_out``.
+
+        Examples:
+            >>> Dictionary(torch.eye(4)[:, :3], torch.eye(4)[:3]).width
+            4
+        """
+        return int(self.decoder.shape[1])
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """Returns the activations of the features for the outputs ``(…, F)`` of the encoder.
+
+        Examples:
+            >>> Dictionary(torch.eye(3), torch.eye(3), threshold=1.5, k=1).activate(torch.tensor([1.0, 2.0, 3.0]))
+            tensor([0., 0., 3.])
+        """
+        threshold = self.threshold.to(pre) if isinstance(self.threshold, Tensor) else self.threshold
+        active = torch.where(pre > threshold, pre, 0.0)
+        if self.k is None:
+            return active
+        largest = torch.zeros_like(pre, dtype=torch.bool).scatter(-1, pre.topk(self.k, -1).indices, True)
+        return torch.where(largest, active, 0.0)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Returns the activations of the features, ``(…, d_in)`` to ``(…, F)``.
+
+        Examples:
+            >>> Dictionary(torch.eye(2), torch.eye(2)).encode(torch.tensor([3.0, -1.0]))
+            tensor([3., 0.])
+        """
+        bias = None if self.encoder_bias is None else self.encoder_bias.to(x)
+        return self.activate(linear(x, self.encoder.T.to(x), bias))
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Returns the reconstruction, ``(…, d_in)`` to ``(…, d_out)``, with biases and the skip path.
+
+        Examples:
+            >>> Dictionary(torch.eye(2), torch.eye(2)).reconstruct(torch.tensor([3.0, -1.0]))
+            tensor([3., 0.])
+        """
+        bias = None if self.decoder_bias is None else self.decoder_bias.to(x)
+        reconstruction = linear(self.encode(x), self.decoder.T.to(x), bias)
+        return reconstruction if self.skip is None else reconstruction + linear(x, self.skip.to(x))
+
+    def error(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Returns what the reconstruction misses of ``y``, or of ``x`` for an autoencoder.
+
+        Examples:
+            >>> Dictionary(torch.eye(2), torch.eye(2)).error(torch.tensor([3.0, -1.0]))
+            tensor([ 0., -1.])
+        """
+        return (x if y is None else y) - self.reconstruct(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Crosscoder:
+    """Dictionaries of several layers, with features that also reconstruct the outputs of later layers.
+
+    Attributes:
+        dictionaries: The dictionary of each layer, with the encoder and the decoder to this layer.
+        decoders: Weights ``(F_lower, d_upper)`` from the features of a layer to the output of a later one, by the
+            names ``(lower, upper)``.
+
+    Raises:
+        InputError: If a decoder does not fit its layers.
+
+    Examples:
+        >>> one = Dictionary(torch.eye(4), torch.eye(4), reads="input")
+        >>> Crosscoder({"0": one, "2": one}, {("0", "2"): torch.zeros(4, 4)}).lower("2")
+        ['0']
+    """
+
+    dictionaries: Mapping[str, Dictionary]
+    decoders: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for (lower, upper), weights in self.decoders.items():
+            if lower == upper or lower not in self.dictionaries or upper not in self.dictionaries:
+                raise InputError(
+                    f"the decoder from {brief(lower)} to {brief(upper)} needs two different layers with dictionaries."
+                )
+            shape = (len(self.dictionaries[lower]), self.dictionaries[upper].width)
+            if tuple(weights.shape) != shape:
+                raise InputError(
+                    f"the decoder from {brief(lower)} to {brief(upper)} must have shape {shape}, got "
+                    f"{tuple(weights.shape)}."
+                )
+
+    def lower(self, site: str) -> list[str]:
+        """Returns the layers with features that also reconstruct the output of ``site``.
+
+        Examples:
+            >>> Crosscoder({"0": Dictionary(torch.eye(2), torch.eye(2))}).lower("0")
+            []
+        """
+        return [lower for lower, upper in self.decoders if upper == site]
+
+
+__all__ = ["Crosscoder", "Dictionary", "Reads"]

@@ -1,0 +1,367 @@
+r"""Features of dictionaries as taps, with the error of the reconstruction as further neurons of the same tap.
+
+.. math:: y = W_D^\top f + b_D + e = (W_D^\top \;|\; I) \begin{pmatrix} f \\ e \end{pmatrix} + b_D
+
+The layer is replaced by this sum, which is a linear layer that every rule applies to. Features and error are the
+neurons of one tap, so that their masses sum to the mass of the layer, up to what the rule does with the bias. Relevance
+of the features continues in the encoder, relevance of the error in the layer itself. The construction is ours.
+
+Source: Marks et al., arXiv 2403.19647, for errors of autoencoders as nodes of a circuit; docs/features.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..errors import InputError, brief
+from ..events.event import ABSORBED, Event, at
+from ..functional import FunctionCall, register_kernel
+from ..functional.function_kernels import with_zeros
+from ..kernels.base import Kernel
+from ..measure.measure import RelevanceMeasure
+from ..model.replaced_layers import Replacement, first_tensor, with_first_tensor, with_replaced
+from .dictionaries import Crosscoder, Dictionary
+
+Errors = Literal["pass", "absorb"]
+
+
+def with_features(
+    model: nn.Module, dictionaries: Mapping[str, Dictionary] | Crosscoder, errors: Errors = "pass"
+) -> nn.Module:
+    """Returns a model with the same weights and outputs in which the features of some layers are taps.
+
+    A layer ``"mlp"`` is replaced by ``"mlp.layer"``, the layer itself, ``"mlp.encoder"``, ``"mlp.features"`` and
+    ``"mlp.decoder"``. The tap ``"mlp.features"``, ``(N, …, F + d)``, holds the ``F`` features, then the ``d`` neurons
+    of the error, and then ``d`` neurons of a skip path if there is one. The tap ``"mlp"`` is still the output of the
+    layer. Composites that map names to rules must use ``"mlp.layer"``. The given model is not
+    changed.
+
+    Args:
+        model: The network.
+        dictionaries: Dictionaries by name of the layer, or a crosscoder. A layer may return a tuple, of which the first
+            tensor is reconstructed; channels are in the last dimension.
+        errors: ``"pass"`` if relevance of the error continues in the layer, ``"absorb"`` if it ends there, as in
+            attribution graphs.
+
+    Raises:
+        UnknownLayerError: If the model does not contain the layer.
+        InputError: If one of the layers contains another; later, if widths do not fit.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> traced = with_features(net, {"1": Dictionary(torch.rand(4, 8), torch.rand(8, 4))})
+        >>> mu = RelevanceMeasure(traced, torch.randn(5, 3), 1)
+        >>> mu.marginal("1.features").shape
+        torch.Size([5, 12])
+        >>> masses = mu.marginal("1.features", over=feature_groups(traced, "1"))
+        >>> masses.shape, torch.allclose(masses.sum(1) + mu.sink("1.features"), torch.ones(5), atol=1e-5)
+        (torch.Size([5, 9]), True)
+        >>> mu(at("1.features")[3] & at("input")[0]).shape
+        torch.Size([5])
+    """
+    if errors not in ("pass", "absorb"):
+        raise InputError(f"errors={brief(errors)} is unknown; choose 'pass' or 'absorb'.")
+    crosscoder = dictionaries if isinstance(dictionaries, Crosscoder) else Crosscoder(dictionaries)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    board = _Board(len(crosscoder.dictionaries))
+
+    def traced(site: str) -> Replacement:
+        return lambda layer: WithFeatures(layer, site, crosscoder, board, errors, like)
+
+    return with_replaced(model, {site: traced(site) for site in crosscoder.dictionaries}, "features")
+
+
+class _Board:
+    """The features that a forward pass has computed so far, for the decoders of later layers."""
+
+    def __init__(self, sites: int) -> None:
+        self.sites, self.features = sites, dict[str, Tensor]()
+
+    def put(self, site: str, features: Tensor) -> None:
+        """Stores features until all layers have stored theirs."""
+        self.features[site] = features
+        if len(self.features) == self.sites:
+            self.features = {}
+
+    def get(self, site: str, reader: str) -> Tensor:
+        """Returns the features of an earlier layer."""
+        if site not in self.features:
+            raise InputError(
+                f"the features of {brief(site)} also reconstruct {brief(reader)}, which the model calls first. "
+                "Features can reconstruct later layers only: drop this decoder."
+            )
+        return self.features[site]
+
+
+class WithFeatures(nn.Module):
+    """A layer that computes the features and the error of a given layer's output, and returns their sum."""
+
+    def __init__(
+        self, layer: nn.Module, site: str, crosscoder: Crosscoder, board: _Board, errors: Errors, like: Tensor
+    ) -> None:
+        super().__init__()
+        self.dictionary, self.site, self.board, self.errors = crosscoder.dictionaries[site], site, board, errors
+        self.lower = crosscoder.lower(site)
+        dictionary, width = self.dictionary, self.dictionary.width
+        across = [crosscoder.decoders[lower, site] for lower in self.lower]
+        identity = torch.eye(width, dtype=dictionary.decoder.dtype, device=dictionary.decoder.device)
+        through = [identity] * (1 if dictionary.skip is None else 2)
+        self.layer, self.features = layer, _Features()
+        self.encoder = _linear(dictionary.encoder.T, dictionary.encoder_bias, like)
+        self.decoder = _linear(torch.cat([*across, dictionary.decoder, *through]).T, dictionary.decoder_bias, like)
+        self.skip = None if dictionary.skip is None else _linear(dictionary.skip, None, like)
+        self.train(layer.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        values = self._checked(output, self.dictionary.width, "returns")
+        source = values
+        if self.dictionary.reads == "input":
+            source = self._checked([*args, *kwargs.values()], len(self.dictionary.encoder), "reads")
+        active = feature_activation(self.encoder(source), self.dictionary)
+        skip = [] if self.skip is None else [self.skip(source)]
+        lower = [self.board.get(site, self.site) for site in self.lower]
+        error = reconstruction_error(values, [*lower, active], skip, self.decoder, self.errors)
+        features = self.features(active, error, *skip)
+        self.board.put(self.site, features[..., : len(self.dictionary)])
+        total = self.decoder(torch.cat([*lower, features], -1))
+        return with_first_tensor(output, without_rounding(total, values))
+
+    def _checked(self, values: Any, width: int, verb: str) -> Tensor:
+        tensor = first_tensor(values)
+        if tensor is None or not tensor.ndim or tensor.shape[-1] != width:
+            got = brief(values) if tensor is None else tuple(tensor.shape)
+            raise InputError(
+                f"layer {self.site!r} {verb} {got}, and its dictionary is of {width} neurons in the last dimension. "
+                "Attach it to the layer that it was trained on."
+            )
+        return tensor
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns attributes of the layer, which the model around it may read."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+
+class _Features(nn.Module):
+    nrm_channel_dim: ClassVar[int] = -1
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        return torch.cat(parts, -1)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().to(like).contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(like), requires_grad=False)
+    return linear
+
+
+# -- functions that the measure records as steps ----------------------------------------------------------------------
+
+
+def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
+    """Applies :meth:`Dictionary.activate`; relevance of a feature passes to its pre-activation."""
+    if has_torch_function((pre,)):
+        active: Tensor = handle_torch_function(feature_activation, (pre,), pre, dictionary)
+        return active
+    return dictionary.activate(pre)
+
+
+def reconstruction_error(
+    values: Tensor, features: Sequence[Tensor], skip: Sequence[Tensor], decoder: nn.Linear, errors: Errors
+) -> Tensor:
+    """Returns ``values`` minus their reconstruction; relevance of the error passes to ``values``, or is absorbed."""
+    relevant = (values, *features, *skip)
+    if has_torch_function(relevant):
+        error: Tensor = handle_torch_function(
+            reconstruction_error, relevant, values, list(features), list(skip), decoder, errors
+        )
+        return error
+    missed: Tensor = values - decoder(torch.cat([*features, torch.zeros_like(values), *skip], -1))
+    return missed
+
+
+def without_rounding(total: Tensor, values: Tensor) -> Tensor:
+    """Returns ``values``, which ``total`` equals up to rounding; relevance passes to ``total``.
+
+    A rule would divide by the rounding error of a sum that should be zero.
+    """
+    if has_torch_function((total, values)):
+        exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
+        return exact
+    return values.clone()
+
+
+@register_kernel(feature_activation, without_rounding)
+def _first_input_kernel(call: FunctionCall) -> Kernel:
+    return call.identity()
+
+
+@register_kernel(reconstruction_error)
+def _error_kernel(call: FunctionCall) -> Kernel:
+    return call.identity() if call.args[4] == "pass" else _AbsorbingKernel(call.shapes)
+
+
+class _AbsorbingKernel(Kernel):
+    """A kernel that propagates no relevance, so that the step absorbs all of it."""
+
+    def __init__(self, shapes: Sequence[torch.Size]) -> None:
+        self.shapes = list(shapes)
+
+    def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
+        return with_zeros({}, relevance, self.shapes)
+
+    pull_absolute = pull
+
+
+# -- groups and events ------------------------------------------------------------------------------------------------
+
+
+def feature_groups(model: nn.Module, site: str) -> Tensor:
+    """Returns the group of each neuron of the tap ``f"{site}.features"``, ``(F + d,)``, for ``over=``.
+
+    Each feature is a group, the error is group ``F``, and the skip path, if there is one, is group ``F + 1``.
+
+    Args:
+        model: The model returned by :func:`with_features`.
+        site: Name of the layer.
+
+    Raises:
+        InputError: If the model has no features there.
+
+    Examples:
+        >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
+        >>> traced = with_features(nn.Sequential(nn.Linear(3, 2)), {"0": dictionary})
+        >>> feature_groups(traced, "0")
+        tensor([0, 1, 2, 3, 4, 4])
+    """
+    dictionary = _sites(model, site)[site].dictionary
+    rest = torch.arange(1 if dictionary.skip is None else 2).repeat_interleave(dictionary.width)
+    return torch.cat([torch.arange(len(dictionary)), len(dictionary) + rest])
+
+
+def reconstruction_errors(model: nn.Module, site: str | None = None) -> Event:
+    """Returns the event that a walk crosses the error of a reconstruction, at one layer or at any of them.
+
+    Args:
+        model: The model returned by :func:`with_features`.
+        site: Name of the layer; None for all layers with features.
+
+    Raises:
+        InputError: If the model has no features there.
+
+    Examples:
+        >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
+        >>> traced = with_features(nn.Sequential(nn.Linear(3, 2)), {"0": dictionary})
+        >>> reconstruction_errors(traced)
+        at('0.features')[..., 4:6]
+    """
+    events = [_error_event(name, module.dictionary) for name, module in _sites(model, site).items()]
+    return reduce(lambda first, second: first | second, events)
+
+
+def _error_event(site: str, dictionary: Dictionary) -> Event:
+    return at(f"{site}.features")[..., len(dictionary) : len(dictionary) + dictionary.width]
+
+
+def _sites(model: nn.Module, site: str | None = None) -> dict[str, WithFeatures]:
+    sites = {module.site: module for module in model.modules() if isinstance(module, WithFeatures)}
+    if not sites or (site is not None and site not in sites):
+        raise InputError(
+            f"this model has no features{'' if site is None else f' at {brief(site)}'}; it has them at "
+            f"{brief(list(sites))}. Pass the model that with_features() returned."
+        )
+    return sites if site is None else {site: sites[site]}
+
+
+def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
+    r"""Returns the share of relevance that reaches the input without crossing an error.
+
+    .. math:: \mu(\neg E \mid E \cup \text{survived}), \qquad E = \text{the walk crosses an error}
+
+    Args:
+        mu: A measure of the model.
+        model: The model returned by :func:`with_features`.
+
+    Returns:
+        ``(N,)``. Where no mass is negative, and all features are nodes, this is the replacement score of an
+        attribution graph.
+
+    Raises:
+        CancellationError: If the mass of these walks cancels.
+
+    Examples:
+        >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
+        >>> traced = with_features(nn.Sequential(nn.Linear(3, 2)), {"0": dictionary})
+        >>> replacement(RelevanceMeasure(traced, torch.randn(5, 3), 1), traced).shape
+        torch.Size([5])
+
+    Source: Ameisen et al., Circuit Tracing (2025), for the score; the event is ours.
+    """
+    errors = reconstruction_errors(model)
+    return mu(~errors, given=errors | ~ABSORBED)
+
+
+def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
+    r"""Returns the share of steps between nodes that do not end in an error.
+
+    The nodes are the output, the features, the errors and the input. A walk ends in the first error that it crosses:
+
+    .. math:: 1 - \frac{\mu(E)}{1 + \sum_l \mu(F_l \cap \neg E_{>l}) + \mu(E) + \mu(\text{survived} \cap \neg E)}
+
+    where :math:`F_l` are the walks that cross a feature of layer ``l``, and :math:`E_{>l}` those that cross an error
+    above it.
+
+    Args:
+        mu: A measure of the model.
+        model: The model returned by :func:`with_features`.
+
+    Returns:
+        ``(N,)``. Where no mass is negative, all features are nodes and nothing is absorbed, this is the completeness
+        score of an attribution graph.
+
+    Examples:
+        >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
+        >>> traced = with_features(nn.Sequential(nn.Linear(3, 2)), {"0": dictionary})
+        >>> completeness(RelevanceMeasure(traced, torch.randn(5, 3), 1), traced).shape
+        torch.Size([5])
+
+    Source: Ameisen et al., Circuit Tracing (2025), for the score; the events are ours.
+    """
+    sites = ordered_sites(mu, model)
+    errors = reconstruction_errors(model)
+    events, above = [errors, ~ABSORBED & ~errors], list[Event]()
+    for site, module in sites.items():
+        features: Event = at(f"{site}.features")[..., : len(module.dictionary)]
+        events.append(reduce(lambda first, second: first & ~second, above, features))
+        above.append(_error_event(site, module.dictionary))
+    masses = mu(events)
+    return 1 - masses[0] / (1 + masses.sum(0))
+
+
+def ordered_sites(mu: RelevanceMeasure, model: nn.Module) -> dict[str, WithFeatures]:
+    """Returns the layers with features, from the output down."""
+    order = {name: number for number, name in enumerate(mu.layers)}
+    sites = _sites(model)
+    return {site: sites[site] for site in sorted(sites, key=lambda site: -order[f"{site}.features"])}
+
+
+__all__ = [
+    "WithFeatures",
+    "completeness",
+    "feature_groups",
+    "ordered_sites",
+    "reconstruction_errors",
+    "replacement",
+    "with_features",
+]

@@ -1,0 +1,113 @@
+r"""Steering: a vector is added to, or removed from, the activations at a layer while a model runs.
+
+.. math:: a \to a + s v \qquad \text{or} \qquad a \to a - \frac{v v^\top}{v^\top v} a
+
+The rows of a conditional are such vectors: :math:`\mu(A \mid j)` for every neuron ``j`` of a layer. They are masses per
+unit of relevance, not activations, so that their scale is a choice.
+
+Source: Turner et al., arXiv 2308.10248 (addition); Arditi et al., arXiv 2406.11717 (removal); docs/features.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, UnknownLayerError, brief
+from ..model.replaced_layers import first_tensor, with_first_tensor
+
+Mode = Literal["add", "remove"]
+
+
+@contextmanager
+def steered(
+    model: nn.Module, layer: str, vector: Tensor, scale: float = 1.0, mode: Mode = "add", dim: int = -1
+) -> Iterator[nn.Module]:
+    """Adds a vector to the output of a layer, or removes its direction, until the context ends.
+
+    The hook is the last of the layer, and it is removed at the end, also if the body raises; nothing else of the model
+    changes. A layer may return a tuple, of which the first tensor is steered.
+
+    Args:
+        model: The network.
+        layer: Name of the layer, as in ``model.named_modules()``.
+        vector: With one dimension, a direction of the channels ``(C,)`` that is applied at every position; else values
+            that broadcast to the output of the layer, of one sample ``(…)`` or of all, ``(N, …)``.
+        scale: Factor of the vector that is added; the share of the direction that is removed.
+        mode: ``"add"``, or ``"remove"`` for the projection onto the complement of the vector. With one dimension, the
+            projection is taken at each position, else over all neurons of a sample.
+        dim: Dimension of the channels in the output, for a vector ``(C,)``: -1 for tokens and vectors, 1 for images.
+
+    Yields:
+        The model.
+
+    Raises:
+        UnknownLayerError: If the model does not contain the layer.
+        InputError: If the vector is not finite, is zero and to be removed, or, when the layer runs, does not fit.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> x = torch.randn(5, 3)
+        >>> towards = RelevanceMeasure(net, x, 1).conditional(at("0")[2], "2").mean(0)
+        >>> with steered(net, "2", towards, scale=2.0):
+        ...     moved = net(x)
+        >>> torch.allclose(moved, net(x) + 2 * towards)
+        True
+    """
+    module = dict(model.named_modules()).get(layer)
+    if module is None or not layer:
+        raise UnknownLayerError(f"no layer named {brief(layer)} to steer; model.named_modules() lists them.")
+    _check(vector, mode)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        values = first_tensor(output)
+        if values is None:
+            raise InputError(f"layer {layer!r} returns {brief(output)}, which has no tensor to steer.")
+        return with_first_tensor(output, _steered(values, vector.to(values), scale, mode, dim, layer))
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield model
+    finally:
+        handle.remove()
+
+
+def _check(vector: Tensor, mode: str) -> None:
+    if mode not in ("add", "remove"):
+        raise InputError(f"mode={brief(mode)} is unknown; choose 'add' or 'remove'.")
+    if not isinstance(vector, Tensor) or not vector.is_floating_point() or not bool(vector.isfinite().all()):
+        raise InputError(f"a model is steered by a finite tensor of floating point, got {brief(vector)}.")
+    if mode == "remove" and not bool(vector.any()):
+        raise InputError("a vector of zeros has no direction to remove.")
+
+
+def _steered(values: Tensor, vector: Tensor, scale: float, mode: str, dim: int, layer: str) -> Tensor:
+    is_direction = vector.ndim == 1 and values.ndim > 1
+    if is_direction:
+        if values.shape[dim] != len(vector):
+            raise InputError(
+                f"the vector is of {len(vector)} channels, and {layer!r} returns {tuple(values.shape)} with "
+                f"{values.shape[dim]} in dimension {dim}; pass dim=."
+            )
+        view = [1] * values.ndim
+        view[dim] = -1
+        vector = vector.view(view)
+    try:
+        vector = vector.expand_as(values)
+    except RuntimeError:
+        raise InputError(
+            f"a vector of shape {tuple(vector.shape)} does not broadcast to {tuple(values.shape)}, the output of "
+            f"{layer!r}."
+        ) from None
+    if mode == "add":
+        return values + scale * vector
+    dims = [dim] if is_direction else list(range(1, values.ndim))
+    share = (values * vector).sum(dims, keepdim=True) / vector.square().sum(dims, keepdim=True)
+    return values - scale * torch.where(share.isfinite(), share, 0.0) * vector
+
+
+__all__ = ["steered"]

@@ -1,0 +1,134 @@
+"""Estimates against the allocations of a measure, as torch's profiler counts them."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from nrm_plugin import RelevanceMeasure, coverage
+from nrm_plugin.errors import InputError
+from tests.conftest import untouched
+from tests.feature_nets import Decoder
+
+
+def allocated(run) -> int:
+    """Bytes at the peak, in addition to those before."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as result:
+        run()
+    changes = [event for event in result.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def long_decoder() -> nn.Module:
+    net = Decoder(50, 96, heads=3, depth=2)
+    net.place = nn.Parameter(torch.randn(768, 96) / 4)
+    return net
+
+
+HELD_OUT = {
+    "vgg13_bn": (1, 128),
+    "vgg19": (2, 96),
+    "resnet34": (4, 128),
+    "mnasnet1_0": (2, 160),
+    "regnet_y_400mf": (2, 160),
+    "shufflenet_v2_x0_5": (8, 96),
+    "shufflenet_v2_x1_0": (4, 160),
+    "convnext_small": (1, 128),
+    "mobilenet_v3_large": (2, 160),
+    "swin_s": (1, 160),
+    "decoder": (1, 768),
+}
+"""Networks that the coefficients were not fitted on, with batch and size of the input."""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_the_peak_is_estimated_within_a_fifth(name, worst):
+    batch, size = HELD_OUT[name]
+    torch.manual_seed(0)
+    if name == "decoder":
+        net, x, tap = long_decoder().eval(), torch.randint(0, 50, (batch, size)), "embed"
+        start = {"target": 1, "output": lambda y: y[:, -1]}
+    else:
+        net, x, tap = getattr(torchvision.models, name)().eval(), torch.randn(batch, 3, size, size), "input"
+        start = {"target": 1}
+    estimate = coverage(net, x, memory=True).peak
+    peak = allocated(lambda: RelevanceMeasure(net, x, **start).marginal(tap))
+    worst("memory estimate, relative error", abs(estimate / peak - 1))
+    assert estimate == pytest.approx(peak, rel=0.2)
+
+
+def test_the_sums_of_the_estimate_are_those_of_the_network():
+    net = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 20)).eval()
+    x = torch.randn(50, 30)
+    estimate = coverage(net, x, memory=True)
+    assert estimate.weights == 4 * (30 * 40 + 40 + 40 * 20 + 20)
+    assert estimate.inputs == 4 * 50 * 30
+    assert estimate.flops == 2 * 50 * (30 * 40 + 40 * 20)
+    assert estimate.bytes_by_kind["linear"] == 4 * 50 * (40 + 20)
+    assert estimate.bytes_by_kind["activation"] == 4 * 50 * 40
+    assert 0 < estimate.seconds < 10
+    assert str(estimate).splitlines()[0].startswith("measure")
+
+
+def test_memory_grows_with_the_batch():
+    net = torchvision.models.resnet18().eval()
+    one, eight = (coverage(net, torch.empty(count, 3, 64, 64).zero_(), memory=True) for count in (1, 8))
+    per_image = (eight.peak - one.peak) / 7
+    sixteen = coverage(net, torch.zeros(16, 3, 64, 64), memory=True)
+    assert sixteen.peak == pytest.approx(one.peak + 15 * per_image, rel=1e-3)
+    assert sixteen.bytes_by_kind["fused_weights"] == one.bytes_by_kind["fused_weights"] > 4e7
+
+
+def test_the_model_is_neither_run_nor_changed():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            assert isinstance(x, torch._subclasses.FakeTensor)
+            return self.linear(x)
+
+    net, x = Counting().eval(), torch.randn(2, 4)
+    with untouched(net, x):
+        coverage(net, x, memory=True)
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert not net.linear._forward_hooks
+
+
+def test_a_mapping_and_ids_are_accepted():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 2)
+
+        def forward(self, input_ids, attention_mask, scale):
+            rows = self.embed(input_ids) * attention_mask.unsqueeze(-1)
+            return self.head(rows.mean(1)) * scale
+
+    ids = torch.randint(0, 10, (3, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones(3, 7).long()}
+    estimate = coverage(Model().eval(), inputs, additional_forward_kwargs={"scale": 2.0}, memory=True)
+    assert estimate.inputs == ids.numel() * 8
+    assert estimate.flops == 2 * 3 * 8 * 2
+
+
+def test_a_model_that_reads_values_raises():
+    class Reads(nn.Module):
+        def forward(self, x):
+            return x if bool(x.sum() > 0) else -x
+
+    with pytest.raises(InputError, match="because it reads values"):
+        coverage(Reads(), torch.randn(2, 3), memory=True)
