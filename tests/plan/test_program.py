@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from nrm_plugin.plan.program import ChangedValueError, Program
-from nrm_plugin.plan.trace import Tracer
+from nrm_plugin.plan.tracer import Tracer
 
 Stage = Callable[[Tensor], tuple[Tensor, ...]]
 

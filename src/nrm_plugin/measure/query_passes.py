@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import DifferenceError, EventError, StaleMeasureError, StorageError, brief
 from ..events.event import Event
 from ..model.autocast import exact
+from ..model.value_reads import is_traced
 from ..recording.passes import Cost
 from ..recording.places import Buffer, Edge, Sink
 from ..recording.recording import Recording
@@ -88,10 +89,11 @@ class QueryPasses:
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
         return is_below(self._recording, place, tap)
 
-    def _pass(self, stored: Sequence[Tap] = ()) -> Totals:
+    def _pass(self, stored: Sequence[Tap] = (), sums: bool = True) -> Totals:
         """Returns a pass that stores the relevance of some taps; its sums answer all later queries for totals."""
-        totals = pass_totals(self._recording, self._start, [tap.place for tap in stored])
-        self._totals_once = self._totals_once or replace(totals, maps={})
+        totals = pass_totals(self._recording, self._start, [tap.place for tap in stored], sums=sums)
+        if sums:
+            self._totals_once = self._totals_once or replace(totals, maps={})
         self.cost = totals.cost
         return totals
 
@@ -106,7 +108,8 @@ class QueryPasses:
         if given is not None and joint is not None:
             raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
         if given is None and joint is None:
-            maps = [self._mixed(values) for values in separate_maps(self._pass(taps), taps)]
+            totals = self._pass(taps, sums=not is_traced())  # a traced query is repeated alone
+            maps = [self._mixed(values) for values in separate_maps(totals, taps)]
         else:
             maps = self._event_maps(taps, joint if given is None else given, given is not None, min_ratio)
         return maps if over is None else [summed(values, tap, over) for values, tap in zip(maps, taps, strict=True)]

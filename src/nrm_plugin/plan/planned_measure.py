@@ -25,7 +25,7 @@ from .keys import frozen
 from .model_state import ModelState
 from .program import ChangedValueError
 from .programs import Key, Programs, QueryProgram
-from .trace import Tracer
+from .tracer import Tracer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..measure.marginals import copied
 from ..model.autocast import exact
 from .simplify import Simplifier
-from .trace import Operation, Trace, Value, is_drawn
+from .trace import Operation, Trace, Value
 
 aten = torch.ops.aten
 
@@ -44,18 +44,20 @@ class Program:
         operations, constants: The simplified operations, and the tensors that they read, by number.
         until: Number of operations of the first stage.
         inputs, outputs, start, results: As in the arguments, by numbers of the simplified operations.
-        obstacle: Why the operations may not be repeated; empty if they may.
+        obstacle: Why the operations may not be repeated; empty if they may. Otherwise nothing else is known.
     """
 
     def __init__(
         self, trace: Trace, inputs: Sequence[int], outputs: Sequence[int], start: Sequence[int], results: Sequence[int]
     ) -> None:
         simple = Simplifier(trace, [*outputs, *results])
+        self.obstacle = simple.obstacle
+        if self.obstacle:
+            return
         renamed = simple.results
         self.operations, self.constants = simple.operations, simple.constants
         outputs, results = renamed[: len(outputs)], renamed[len(outputs) :]
         memory, given = simple.trace.memory, {*trace.constants, *trace.placeholders}
-        self.obstacle = next((reason for one in self.operations if (reason := _obstacle(one, memory, given))), "")
         self.operations = _early(self.operations, outputs)
         made = _makers(self.operations)
         until = max((made[number] + 1 for number in outputs if number in made), default=0)
@@ -130,15 +132,6 @@ def _plain(device: torch.device) -> Iterator[None]:
         exact(device),
     ):
         yield
-
-
-def _obstacle(one: Operation, memory: Callable[[int], int], given: set[int]) -> str:
-    """Returns why an operation may not be repeated."""
-    if is_drawn(one):
-        return f"the model draws random numbers ({one.function})"
-    if any(memory(number) in given for number in one.writes):
-        return f"the model overwrites one of its inputs or weights ({one.function})"
-    return ""
 
 
 _DIRECT: dict[Any, Any] = {

@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..recording.passes import Cost
 from .program import ChangedValueError, Program
-from .trace import Tracer
+from .tracer import Tracer
 
 Key = tuple[Hashable, ...]
 """A query: the name of its method, and its arguments."""
