@@ -1,6 +1,6 @@
 """A plan is right, or records the model: control flow that reads values, and models that changed.
 
-Covers: nrm_plugin.plan.model_state, nrm_plugin.plan.trace, nrm_plugin.plan.tracer, nrm_plugin.plan.programs, nrm_plugin.plan.planned_measure.
+Covers: nrm_plugin.plan.model_state, nrm_plugin.plan.trace, nrm_plugin.plan.programs, nrm_plugin.plan.planned_measure.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 from .fused_norms import fused
 from .merging import Merger
 from .reshapes import ViewRemover
-from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped
+from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped, needed
 
 STORED = 1 << 14
 """Largest number of entries of a filled tensor that is stored, rather than made in each run."""
@@ -41,7 +41,7 @@ class Simplifier:
         self.trace = replace(trace, forms=dict(trace.forms), aliases=dict(trace.aliases))
         self.constants: dict[int, Tensor] = dict(trace.constants)
         self.results: list[int] = []
-        operations = self._live(trace.operations, results)
+        operations = needed(trace.operations, results, self.trace.memory)
         self.obstacle = next(filter(None, map(self._obstacle, operations)), "")
         if self.obstacle:
             self.operations, self.constants = [], {}
@@ -68,25 +68,7 @@ class Simplifier:
     def _merged(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
         merger = Merger(self.trace, self.constants, results)
         operations, results = merger.merged(operations)
-        return self._live(operations, results), results
-
-    def _live(self, operations: list[Operation], results: list[int]) -> list[Operation]:
-        """Returns the operations on which the results or a number that the computation read depend."""
-        memory = self.trace.memory
-        live: set[int | None] = set(results)
-        memories = {memory(number) for number in results}
-        kept: list[Operation] = []
-        for one in reversed(operations):
-            if (
-                not live.isdisjoint(one.results)
-                or one.expected is not None
-                or one.shapes is not None
-                or (one.writes and not memories.isdisjoint(map(memory, one.writes)))
-            ):
-                kept.append(one)
-                live.update(one.reads)
-                memories.update(map(memory, one.reads))
-        return kept[::-1]
+        return needed(operations, results, self.trace.memory), results
 
     # -- constants ------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +46,7 @@ class Operation:
         shapes: The shapes of its results, if they depend on values; else None.
         origin: For such a value, the shortcut that was taken, or the line of code that read the value.
         reads: Numbers of the tensors among the arguments.
+        query: Number of the query that ran it; 0 for the recording.
     """
 
     function: Any
@@ -58,6 +59,7 @@ class Operation:
     shapes: tuple[torch.Size, ...] | None = None
     origin: str = ""
     reads: tuple[int, ...] = UNKNOWN
+    query: int = 0
 
     def __post_init__(self) -> None:
         if self.reads is UNKNOWN:
@@ -76,6 +78,30 @@ class Operation:
         writes = tuple(numbers[number] for number in self.writes)
         results = tuple(numbers[n] if n in self.writes else n for n in self.results)
         return replace(self, args=args, kwargs=kwargs, writes=writes, results=results, reads=UNKNOWN)
+
+
+def needed(operations: Sequence[Operation], results: Iterable[int], memory: Callable[[int], int]) -> list[Operation]:
+    """Returns the operations on which some results depend, or a value that the computation read.
+
+    Args:
+        operations: The operations.
+        results: Numbers of the tensors that are wanted.
+        memory: Function that returns the memory of a tensor.
+    """
+    live: set[int | None] = set(results)
+    memories = {memory(number) for number in live if number is not None}
+    kept: list[Operation] = []
+    for one in reversed(operations):
+        if (
+            not live.isdisjoint(one.results)
+            or one.expected is not None
+            or one.shapes is not None
+            or (one.writes and not memories.isdisjoint(map(memory, one.writes)))
+        ):
+            kept.append(one)
+            live.update(one.reads)
+            memories.update(map(memory, one.reads))
+    return kept[::-1]
 
 
 def numbers_in(values: Iterable[Any]) -> Iterator[int]:

@@ -49,12 +49,14 @@ class Tracer(TorchDispatchMode):
     Attributes:
         trace: The trace.
         shortcut: Name of the shortcut whose condition is being read.
+        query: Number of the query that is being answered; 0 during the recording.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.trace = Trace()
         self.shortcut = ""
+        self.query = 0
         self._tensors: dict[int, tuple[weakref.ref[Tensor], Value, _Memory]] = {}
         self._varying: set[int] = set()
         self._memories: dict[int, _Memory] = {}
@@ -239,7 +241,9 @@ class Tracer(TorchDispatchMode):
             if facts.is_shaped_by_values and not ACTIVE.audits and expected is None:
                 origin, shapes = _line(), tuple(item.shape for item in outputs if isinstance(item, Tensor))
         self.trace.operations.append(
-            Operation(facts.function, args, kwargs, numbers, is_sequence, writes, expected, shapes, origin, reads)
+            Operation(
+                facts.function, args, kwargs, numbers, is_sequence, writes, expected, shapes, origin, reads, self.query
+            )
         )
 
     def _result(self, item: Any, writes: tuple[int, ...]) -> int | None:
