@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +149,21 @@ class TracedRecording:
             self.obstacle = self.tracer.trace.obstacles[0]
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Context without collection of reference cycles.
+
+    A trace makes many objects, so that the collector would walk through all objects of the process several times.
+    """
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
+
+
 def _random_states() -> tuple[Any, ...]:
     """Random states that are not of torch, whose draws are in no trace."""
     kind, keys, *rest = np.random.get_state()
@@ -225,7 +241,7 @@ class PlannedMeasure(RelevanceMeasure):
         programs.recordings += 1
         self._totals_once = None  # of another recording, and so a constant for the trace of this one
         avoided = programs.avoided if is_traced and not programs.obstacle else None
-        with torch.enable_grad():
+        with torch.enable_grad(), uncollected():
             return TracedRecording(self._settings, self._call, self._tensors, avoided)
 
     @property
@@ -249,7 +265,8 @@ class PlannedMeasure(RelevanceMeasure):
                 self._programs.reject(error)
                 self._recorded = None  # its trace may have taken the same shortcuts
         if self._programs.is_worth(key, not _names_events(key)):
-            return self._traced(key, method, args, kwargs)
+            with uncollected():
+                return self._traced(key, method, args, kwargs)
         return self._computed(method, args, kwargs)
 
     def _run(self, query: QueryProgram) -> Any:
