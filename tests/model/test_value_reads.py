@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nrm_plugin.model.value_reads import ACTIVE, audit, avoiding, holds, is_traced, repeated, untraced
-from nrm_plugin.plan.trace import Tracer
+from nrm_plugin.plan.tracer import Tracer
 
 
 def reads(tracer: Tracer) -> list[str]:

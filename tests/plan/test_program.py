@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from nrm_plugin.plan.program import ChangedValueError, Program
-from nrm_plugin.plan.trace import Tracer
+from nrm_plugin.plan.tracer import Tracer
 
 Stage = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -28,7 +28,9 @@ def program_of(first: Stage, second: Callable[..., tuple[Tensor, ...]], shape: t
     starts = [tracer.placeholder(start)]
     with torch.no_grad(), tracer:
         results = second(state, start)
-    return Program(tracer.trace, inputs, [tracer.number(output)], starts, [tracer.number(result) for result in results])
+    return Program(
+        tracer.trace, inputs, [tracer.number(output)], starts, [[tracer.number(result) for result in results]]
+    )
 
 
 def check(
@@ -195,7 +197,7 @@ def test_a_value_that_was_read_is_compared():
     starts = [tracer.placeholder(start)]
     with tracer:
         result = output * start
-    program = Program(tracer.trace, inputs, [tracer.number(output)], starts, [tracer.number(result)])
+    program = Program(tracer.trace, inputs, [tracer.number(output)], starts, [[tracer.number(result)]])
     (found,), state = program.forward([torch.full((3,), 2.0)])
     assert torch.equal(found, torch.full((3,), 3.0))
     assert torch.equal(program.relevance(state, [torch.full((3,), 2.0)])[0], torch.full((3,), 6.0))

@@ -17,7 +17,7 @@ from zennit.rules import Epsilon, ZPlus
 
 from ..model.affine_layers import broadcast, twin_of
 from ..model.linear_maps import LinearMap, explicit_maps, window_maps
-from ..model.value_reads import holds
+from ..model.value_reads import holds, without_modes
 from ..rules import ConservingEpsilon, mean_sizes
 from .cache_blocks import Block, blocks_for
 from .layer_call import LayerCall
@@ -51,7 +51,7 @@ def closed_branches(
     if any(is_by_blocks(call, ParamMod.ensure(modify)) for modify in rule.param_modifiers):
         return None
     reader = _Reader(call, rule, form, weight.detach(), ColumnWriter(call.like, normalization), normalization)
-    with torch.no_grad():
+    with torch.no_grad(), without_modes():
         return reader.conserving() if isinstance(rule, ConservingEpsilon) else reader.single()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +12,7 @@ from zennit.core import Hook
 from zennit.rules import Epsilon, Gamma
 
 from ..model.autocast import current, working_dtype
+from ..model.value_reads import untraced
 from ..rules import Absolute, ConservingEpsilon, Relative
 from .forward_state import Saved
 from .known_rules import LINEAR_RULES
@@ -113,4 +115,12 @@ def without_values(call: LayerCall) -> LayerCall:
 
 def shape_like(tensor: Tensor) -> Tensor:
     """Returns a tensor without memory, with the same shape and device and the dtype of relevance at this tensor."""
+    if type(tensor) is Tensor:
+        return _entry(working_dtype(tensor.dtype), tensor.device).expand(tensor.shape)
     return tensor.new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)
+
+
+@functools.cache
+def _entry(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), untraced():
+        return torch.zeros((), dtype=dtype, device=device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import DifferenceError, EventError, StaleMeasureError, StorageError, brief
 from ..events.event import Event
 from ..model.autocast import exact
+from ..model.value_reads import is_traced
 from ..recording.passes import Cost
 from ..recording.places import Buffer, Edge, Place, Sink
 from ..recording.recording import Recording
@@ -90,18 +91,19 @@ class QueryPasses:
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
         return is_below(self._recording, place, tap)
 
-    def _pass(self, stored: Sequence[Tap] = ()) -> Totals:
+    def _pass(self, stored: Sequence[Tap] = (), sums: bool = True) -> Totals:
         """Returns a pass that stores the relevance of some taps; its sums answer all later queries for totals."""
         places = frozenset(tap.place for tap in stored)
         if self._shared is not None:
             known, wanted = self._shared
             if known is not None and places <= known.stored:
                 return known
-            places |= wanted
-        totals = pass_totals(self._recording, self._start, places)
+            places, sums = places | wanted, True
+        totals = pass_totals(self._recording, self._start, places, sums=sums)
         if self._shared is not None:
             self._shared = (totals, places)
-        self._totals_once = self._totals_once or replace(totals, maps={})
+        if sums:
+            self._totals_once = self._totals_once or replace(totals, maps={})
         self.cost = totals.cost
         return totals
 
@@ -125,7 +127,8 @@ class QueryPasses:
         if given is not None and joint is not None:
             raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
         if given is None and joint is None:
-            maps = [self._mixed(values) for values in separate_maps(self._pass(taps), taps)]
+            totals = self._pass(taps, sums=not is_traced())  # a traced query is repeated alone
+            maps = [self._mixed(values) for values in separate_maps(totals, taps)]
         else:
             maps = self._event_maps(taps, joint if given is None else given, given is not None, min_ratio)
         return maps if over is None else [summed(values, tap, over) for values, tap in zip(maps, taps, strict=True)]

@@ -34,6 +34,7 @@ class Totals:
         branches: Relevance that a vertex with several edges propagates along each edge.
         maps: Relevance of the taps in ``stored``.
         cost: Number of kernels run and of vectors propagated.
+        has_sums: Whether masses are summed; else, relevance is stored only.
     """
 
     recording: Recording
@@ -46,6 +47,7 @@ class Totals:
     branches: dict[Edge, Tensor | None] = field(default_factory=dict)
     maps: dict[Place, Tensor] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
+    has_sums: bool = True
     _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def relevance(self, tap: Tap) -> Tensor:
@@ -60,18 +62,18 @@ class Totals:
     def at_edge(self, edge: Edge, vectors: Vectors[str]) -> Vectors[str]:
         for vector in vectors.values():
             self._enter(edge, vector)
-            if len(self.recording.graph.vertices[edge.vertex].edges) > 1:
+            if self.has_sums and len(self.recording.graph.vertices[edge.vertex].edges) > 1:
                 self.branches[edge] = self.mass[edge] if edge in self.mass else self._sum(vector, edge)
         return vectors
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
-        for vector in vectors.values():
+        for vector in vectors.values() if self.has_sums else ():
             total, absolute = self._sum_pair(vector, Buffer(sink.vertex, number), share)
             _accumulate(self.sinks, (sink.vertex, kind), total)
             _accumulate(self.absolute_sinks, (sink.vertex, kind), absolute)
 
     def _enter(self, place: Place, vector: Tensor) -> None:
-        if place in self.recording.taps.index:
+        if self.has_sums and place in self.recording.taps.index:
             self.mass[place], self.absolute[place] = self._sums(vector, place)
         if place in self.stored:
             self.maps[place] = self.recording.samples.layout(place).unfold(vector)
@@ -114,7 +116,9 @@ def _accumulate(total: dict[Key, Tensor | None], key: Key, value: Tensor | None)
     total[key] = value if key not in total else (None if old is None or value is None else old + value)
 
 
-def pass_totals(recording: Recording, start: Tensor, stored: Iterable[Place] = (), absolute: bool = False) -> Totals:
+def pass_totals(
+    recording: Recording, start: Tensor, stored: Iterable[Place] = (), absolute: bool = False, sums: bool = True
+) -> Totals:
     """Propagates all relevance once.
 
     Args:
@@ -122,7 +126,8 @@ def pass_totals(recording: Recording, start: Tensor, stored: Iterable[Place] = (
         start: The relevance of the outputs.
         stored: Taps whose relevance is stored.
         absolute: Whether to use kernels of absolute values.
+        sums: Whether to sum masses.
     """
-    result = Totals(recording, start, frozenset(stored))
+    result = Totals(recording, start, frozenset(stored), has_sums=sums)
     result.cost = pull(recording.graph, [(recording.graph.output, {"": start})], result, absolute)
     return result

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -74,6 +75,11 @@ def untraced() -> Iterator[None]:
         ACTIVE.tracer = outer
 
 
+def without_modes() -> AbstractContextManager[Any]:
+    """Context for operations of this package in a trace, which need not be watched for values that leave torch."""
+    return torch._C.DisableTorchFunction() if is_traced() else nullcontext()
+
+
 @contextmanager
 def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
     """Context in which a trace takes none of the given shortcuts."""
@@ -100,15 +106,16 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     shortcut = f"{shortcut} in {ACTIVE.place or 'the graph'}"
     if shortcut in ACTIVE.avoided:
         return False
-    with audit():
-        if not condition():
-            return False
-    ACTIVE.tracer.shortcut = shortcut
+    tracer = ACTIVE.tracer
+    before, tracer.shortcut = tracer.position(), shortcut
     try:
         with repeated():
-            return bool(condition())
+            found = bool(condition())
     finally:
-        ACTIVE.tracer.shortcut = ""
+        tracer.shortcut = ""
+    if not found:
+        tracer.forget_reads(before)
+    return found
 
 
 __all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced", "repeated", "untraced"]

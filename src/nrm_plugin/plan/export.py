@@ -68,7 +68,7 @@ def explained_model(
             f"the plan cannot be exported: {why}. Rewrite this part of the model, or take measures in Python."
         )
     names = [layer if isinstance(layer, str) else str(layer) for layer in layers]
-    module = ExplainedModel(programs.latest.program, names, recorded.outputs[0])
+    module = ExplainedModel(programs.latest, names, recorded.outputs[0])
     return module, [*tensors, torch.full((len(recorded.outputs[0]),), -1, device=recorded.outputs[0].device)]
 
 
@@ -128,7 +128,9 @@ class ExplainedModel(nn.Module):
         start = target[:, None] == torch.arange(scores.shape[1], device=scores.device)
         values[program.start[0]] = start.to(self._dtype).reshape(unfolded.shape)
         self._run(program.operations[program.until :], values, checks)
-        relevance = {layer: values[number].clone() for layer, number in zip(self.layers, program.results, strict=True)}
+        relevance = {
+            layer: values[number].clone() for layer, number in zip(self.layers, program.results[0], strict=True)
+        }
         is_valid = target < scores.shape[1]
         for part in relevance.values():
             is_valid = is_valid & part.isfinite().flatten(1).all(1)

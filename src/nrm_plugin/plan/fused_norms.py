@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .trace import Operation, Trace, Value
+from .trace import UNKNOWN, Operation, Trace, Value
 
 aten = torch.ops.aten
 CLOSE = 1e-5
@@ -107,7 +107,7 @@ def _layer(
             return [image, add]
     number = _constant(weight, trace, constants)
     args = (layer.args[0], Value(number), Value(shift), *layer.args[3:])
-    return [replace(layer, args=args, results=(output,))]
+    return [replace(layer, args=args, results=(output,), reads=UNKNOWN)]
 
 
 def _constant(value: Tensor, trace: Trace, constants: dict[int, Tensor]) -> int:

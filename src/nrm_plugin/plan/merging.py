@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .trace import Operation, Trace, Value, mapped
+from .trace import Operation, Trace, Value
 
 aten = torch.ops.aten
-_ALIASES = frozenset([aten.detach.default, aten.alias.default, aten.lift_fresh.default])
-"""Operations that return their first argument."""
-_VIEWS = frozenset(
-    [
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.expand.default,
-        aten.squeeze.dim,
-        aten.squeeze.default,
-        aten.slice.Tensor,
-    ]
-)
-"""Operations that return a view of their first argument, possibly of the same shape."""
-_COPIES = frozenset([aten.clone.default, aten._lazy_clone.default, aten.lift_fresh_copy.default, aten._to_copy.default])
-"""Operations that return a copy of their first argument, possibly in another form."""
+_FORWARDED = {
+    **dict.fromkeys(map(id, [aten.detach.default, aten.alias.default, aten.lift_fresh.default]), "alias"),
+    **dict.fromkeys(
+        map(
+            id,
+            [
+                aten.view.default,
+                aten._unsafe_view.default,
+                aten.expand.default,
+                aten.squeeze.dim,
+                aten.squeeze.default,
+                aten.slice.Tensor,
+            ],
+        ),
+        "view",
+    ),
+    **dict.fromkeys(
+        map(
+            id,
+            [aten.clone.default, aten._lazy_clone.default, aten.lift_fresh_copy.default, aten._to_copy.default],
+        ),
+        "copy",
+    ),
+    id(aten.mul.Tensor): "product",
+}
+"""Operations that may return their first argument, by identity: hashes of operations of PyTorch are slow."""
 
 
 class Merger:
@@ -55,7 +65,7 @@ class Merger:
         known: dict[Any, Operation] = {}
         rest = []
         for old in operations:
-            one = self._renamed(old)
+            one = old.renamed(self._now) if self._same else old
             if self._is_settled(one) or self._is_forwarded(one):
                 continue
             key = self._key(one)
@@ -84,15 +94,6 @@ class Merger:
             number = self._same[number]
         return number
 
-    def _renamed(self, one: Operation) -> Operation:
-        def renamed(value: Any) -> Any:
-            return Value(self._now(value.number)) if isinstance(value, Value) else value
-
-        args, kwargs = mapped(renamed, (one.args, one.kwargs))
-        writes = tuple(self._now(number) for number in one.writes)
-        results = tuple(n if n is None or n not in one.writes else self._now(n) for n in one.results)
-        return replace(one, args=args, kwargs=kwargs, writes=writes, results=results)
-
     def _is_settled(self, one: Operation) -> bool:
         """Returns whether an operation reads a value that is the same in every run."""
         if one.expected is None:
@@ -105,27 +106,28 @@ class Merger:
         """Replaces the result of an operation by its argument, if both are the same."""
         if one.function is aten.copy_.default:
             return self._is_moved(one)
+        kind = _FORWARDED.get(id(one.function))
+        if kind is None:
+            return False
         number = one.results[0] if len(one.results) == 1 else None
         if number is None or one.writes or one.shapes is not None:
             return False
         source = next(iter(one.reads), None)
-        if source is None or not self._is_unchanged(one, source, number):
+        if source is None or not self._is_unchanged(one, kind, source, number):
             return False
         if number != source:
             self._same[number] = source
         return True
 
-    def _is_unchanged(self, one: Operation, source: int, number: int) -> bool:
-        if one.function in _ALIASES:
+    def _is_unchanged(self, one: Operation, kind: str, source: int, number: int) -> bool:
+        if kind == "alias":
             return True
         if self.trace.forms[source] != self.trace.forms[number]:
             return False
-        if one.function in _VIEWS:
+        if kind == "view":
             return True
         is_free = not self._is_written_later(source) and not self._is_written_later(number)
-        if one.function in _COPIES:
-            return is_free
-        return one.function is aten.mul.Tensor and is_free and one.args[1] == 1 and not isinstance(one.args[1], Value)
+        return is_free and (kind == "copy" or (one.args[1] == 1 and not isinstance(one.args[1], Value)))
 
     def _is_moved(self, one: Operation) -> bool:
         """Replaces a tensor that is completely overwritten by the tensor that is copied to it."""
@@ -166,7 +168,7 @@ class Merger:
             return None
         versions = tuple(self._versions[memory(number)] for number in one.reads)
         try:
-            key = (one.function, _frozen(one.args), _frozen(one.kwargs), versions)
+            key = (id(one.function), _frozen(one.args), _frozen(one.kwargs) if one.kwargs else None, versions)
             hash(key)
         except TypeError:
             return None
@@ -174,11 +176,14 @@ class Merger:
 
 
 def _frozen(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return (type(value).__name__, *map(_frozen, value))
-    if isinstance(value, dict):
+    kind = value.__class__
+    if kind is Value:
+        return value
+    if kind is tuple or kind is list:
+        return (kind, *map(_frozen, value))
+    if kind is dict:
         return tuple((key, _frozen(item)) for key, item in sorted(value.items()))
-    return (type(value).__name__, value)
+    return (kind, value)
 
 
 __all__ = ["Merger"]

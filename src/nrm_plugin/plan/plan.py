@@ -24,7 +24,7 @@ from ..recording.recording import Reference
 from .export import explained_model, save
 from .keys import call_key, shapes_of
 from .model_state import ModelState, hooked, settings
-from .planned_measure import PlannedMeasure, Settings, TracedRecording
+from .planned_measure import PlannedMeasure, Settings, TracedRecording, uncollected
 from .programs import Programs, memory_of
 
 MOST = 8
@@ -88,7 +88,8 @@ class Plan:
         self._renew()
         form = self._form(inputs, additional_forward_args, additional_forward_kwargs, reference)
         avoided: frozenset[str] | None = frozenset() if form.tensors else None
-        recorded = TracedRecording(form.settings, form.call, form.tensors, avoided)
+        with uncollected():
+            recorded = TracedRecording(form.settings, form.call, form.tensors, avoided)
         self._first = (form.key, _identities(form.tensors), recorded)
 
     def __call__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,7 @@ from ..composites import Normalized
 from ..errors import StaleMeasureError
 from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
+from ..measure.memory import DEFAULT
 from ..measure.start import every_one, start_of
 from ..model.inputs_and_outputs import Call, Output
 from ..model.value_reads import ACTIVE, avoiding
@@ -23,9 +25,9 @@ from ..recording.passes import Cost
 from ..recording.recording import Recording, Reference
 from .keys import frozen
 from .model_state import ModelState
-from .program import ChangedValueError
-from .programs import Key, Programs, QueryProgram
-from .trace import Tracer
+from .program import ChangedValueError, Program
+from .programs import Key, Programs, QueryProgram, TracedQueries
+from .tracer import Tracer
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class TracedRecording:
         obstacle: Why the trace cannot be repeated for other inputs; empty if it can.
         inputs: Numbers of the inputs in the trace.
         start: Relevance of the outputs in their own layout, once the recording has started.
-        start_numbers: Numbers of the tensors with which the measure started.
+        queries: The traced queries, once the recording has started.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class TracedRecording:
         self.obstacle = "" if _random_states() == drawn else "the model draws random numbers of Python or NumPy"
         self._length = 0
         self.start: Tensor | None = None
-        self.start_numbers: list[int] = []
+        self.queries: TracedQueries | None = None
 
     @property
     def is_traceable(self) -> bool:
@@ -136,13 +138,30 @@ class TracedRecording:
     def begin(self, start: Sequence[Tensor]) -> None:
         """Starts the measure with relevance of the outputs, ``(N, …)``, and the weights of compared outputs."""
         if self.tracer is not None:
-            self.start_numbers = [self.tracer.placeholder(tensor) for tensor in start]
+            outputs = [self.tracer.number(tensor) for tensor in self.outputs]
+            numbers = [self.tracer.placeholder(tensor) for tensor in start]
+            self.queries = TracedQueries(self.tracer, self.inputs, outputs, numbers)
         with self.traced():
             self.start = self.recording.started(*start)
         if self.tracer is not None:
             self._length = len(self.tracer.trace.operations)
         if self.tracer is not None and self.tracer.trace.obstacles:
             self.obstacle = self.tracer.trace.obstacles[0]
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Context without collection of reference cycles.
+
+    A trace makes many objects, so that the collector would walk through all objects of the process several times.
+    """
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -193,8 +212,8 @@ class PlannedMeasure(RelevanceMeasure):
         self.composite = settings.composite
         self.cost = Cost()
         self._recorded = recorded
-        self._is_answering = False
-        self._state: tuple[QueryProgram, list[Any]] | None = None
+        self._is_answering = self._has_run = False
+        self._state: tuple[Program, list[Any]] | None = None
         self._planned = PlannedOutputs(self._forward(), settings.batched, settings.references or 1)
         _, self._output = start_of(self._planned, target, start, against)
         self._is_difference = against is not None or settings.references is not None
@@ -206,7 +225,7 @@ class PlannedMeasure(RelevanceMeasure):
         latest = self._programs.latest
         if self._recorded is None and latest is not None:
             try:
-                outputs, state = latest.program.forward(self._tensors)
+                outputs, state = latest.forward(self._tensors)
             except ChangedValueError as error:
                 self._call()  # raises if the inputs are not valid, which is no reason to drop a program
                 self._programs.reject(error)
@@ -222,7 +241,7 @@ class PlannedMeasure(RelevanceMeasure):
         programs.recordings += 1
         self._totals_once = None  # of another recording, and so a constant for the trace of this one
         avoided = programs.avoided if is_traced and not programs.obstacle else None
-        with torch.enable_grad():
+        with torch.enable_grad(), uncollected():
             return TracedRecording(self._settings, self._call, self._tensors, avoided)
 
     @property
@@ -246,7 +265,8 @@ class PlannedMeasure(RelevanceMeasure):
                 self._programs.reject(error)
                 self._recorded = None  # its trace may have taken the same shortcuts
         if self._programs.is_worth(key, not _names_events(key)):
-            return self._traced(key, method, args, kwargs)
+            with uncollected():
+                return self._traced(key, method, args, kwargs)
         return self._computed(method, args, kwargs)
 
     @contextmanager
@@ -256,12 +276,18 @@ class PlannedMeasure(RelevanceMeasure):
 
     def _run(self, query: QueryProgram) -> Any:
         self._check_inputs()
-        state = None
-        if self._state is not None and self._state[0] is query and self._state[1]:
-            state = self._state[1]
-        if state is None:
-            _, state = query.program.forward(self._tensors)
-        results = query.program.relevance(state, self._planned.start)
+        program, programs = query.program, self._programs
+        known, self._state = self._state, None
+        if known is not None and known[0] is program:
+            state = known[1]
+        else:
+            programs.asks_again = programs.asks_again or self._has_run
+            _, state = program.forward(self._tensors)
+        known, self._has_run = None, True
+        is_kept = programs.asks_again and program.is_shareable and program.size <= (self._max_memory or DEFAULT)
+        if is_kept:
+            self._state = program, list(state)
+        results = program.relevance(state, self._planned.start, query.number, is_kept)
         self.cost = query.cost
         self._programs.recordings = 0
         return query.answer(results)
@@ -278,18 +304,11 @@ class PlannedMeasure(RelevanceMeasure):
             self._programs.obstacle = recorded.obstacle
             return self._computed(method, args, kwargs)
         before = 0 if recorded.tracer is None else len(recorded.tracer.trace.obstacles)
+        if recorded.queries is not None:
+            recorded.queries.tracer.query = len(recorded.queries.results) + 1
         answer = self._computed(method, args, kwargs)
-        if recorded.tracer is not None:
-            outputs = [recorded.tracer.number(tensor) for tensor in recorded.outputs]
-            self._programs.add(
-                key,
-                recorded.tracer,
-                recorded.inputs,
-                outputs,
-                recorded.start_numbers,
-                answer,
-                self.cost,
-            )
+        if recorded.tracer is not None and recorded.queries is not None:
+            self._programs.add(key, recorded.queries, answer, self.cost)
             del recorded.tracer.trace.obstacles[before:]
         return answer
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from ..measure.marginals import copied
 from ..model.autocast import exact
 from .simplify import Simplifier
-from .trace import Operation, Trace, Value, is_drawn
+from .trace import Operation, Trace, Value, needed
 
 aten = torch.ops.aten
 
@@ -31,41 +33,58 @@ class ChangedValueError(Exception):
 
 
 class Program:
-    """A computation in two stages: from inputs to outputs, and from relevance of the outputs to results.
+    """A computation in two stages: from inputs to outputs, and from relevance of the outputs to results of queries.
+
+    The queries share the first stage.
 
     Args:
         trace: The trace of both stages.
         inputs: Numbers of the inputs.
         outputs: Numbers of the tensors that the first stage returns.
         start: Numbers of the tensors with which the second stage begins, such as relevance of the outputs.
-        results: Numbers of the tensors that the second stage returns.
+        results: For each query, numbers of the tensors that the second stage returns.
 
     Attributes:
         operations, constants: The simplified operations, and the tensors that they read, by number.
         until: Number of operations of the first stage.
+        is_shareable: Whether several queries may use the same state.
+        size: Bytes of the state.
         inputs, outputs, start, results: As in the arguments, by numbers of the simplified operations.
-        obstacle: Why the operations may not be repeated; empty if they may.
+        obstacle: Why the operations may not be repeated; empty if they may. Otherwise nothing else is known.
     """
 
     def __init__(
-        self, trace: Trace, inputs: Sequence[int], outputs: Sequence[int], start: Sequence[int], results: Sequence[int]
+        self,
+        trace: Trace,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        start: Sequence[int],
+        results: Sequence[Sequence[int]],
     ) -> None:
-        simple = Simplifier(trace, [*outputs, *results])
-        renamed = simple.results
+        simple = Simplifier(trace, [*outputs, *(number for some in results for number in some)])
+        self.obstacle = simple.obstacle
+        if self.obstacle:
+            return
+        renamed = iter(simple.results)
         self.operations, self.constants = simple.operations, simple.constants
-        outputs, results = renamed[: len(outputs)], renamed[len(outputs) :]
+        outputs = list(islice(renamed, len(outputs)))
+        self.results = [list(islice(renamed, len(some))) for some in results]
         memory, given = simple.trace.memory, {*trace.constants, *trace.placeholders}
-        self.obstacle = next((reason for one in self.operations if (reason := _obstacle(one, memory, given))), "")
         self.operations = _early(self.operations, outputs)
         made = _makers(self.operations)
         until = max((made[number] + 1 for number in outputs if number in made), default=0)
         until = max(until, _last_check(self.operations, set(start)) + 1)
         writer = _Writer(self.operations, self.constants, until, memory, given)
-        self.source, scope = writer.written(list(inputs), outputs, start, results)
+        self.source, scope = writer.written(list(inputs), outputs, start, self.results)
         exec(compile(self.source, "<plan>", "exec"), scope)
-        self.inputs, self.outputs, self.start, self.results = list(inputs), outputs, start, results
-        self.until = until
-        self._forward, self._relevance = scope["forward"], scope["relevance"]
+        self.inputs, self.outputs, self.start, self.until = list(inputs), outputs, start, until
+        self._forward = scope["forward"]
+        self._relevance = [scope[f"relevance{number}"] for number in range(len(results))]
+        used = [memory(number) for number in writer.passed]
+        self.size = sum(_bytes(simple.trace.forms[number]) for number in set(used))
+        self._overwritten = [{at for at, one in enumerate(used) if one in written} for written in writer.overwritten]
+        shared = {one for one, count in Counter(used).items() if count > 1}
+        self.is_shareable = not any(used[at] in shared for places in self._overwritten for at in places)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
         """Runs the first stage; returns the outputs, and the tensors that the second stage needs."""
@@ -74,12 +93,28 @@ class Program:
         _check(checks)
         return outputs, list(state)
 
-    def relevance(self, state: list[Any], start: Sequence[Tensor]) -> list[Tensor]:
-        """Runs the second stage and empties the state."""
+    def relevance(
+        self, state: list[Any], start: Sequence[Tensor], query: int = 0, is_kept: bool = False
+    ) -> list[Tensor]:
+        """Runs the second stage for one query.
+
+        Args:
+            state: The state, a list which is emptied so that memory is freed as early as possible.
+            start: The tensors with which the stage begins.
+            query: Number of the query.
+            is_kept: Whether further queries use the tensors of the state.
+        """
         with _plain(start[0].device):
-            results, checks = _run(self._relevance, state, *start)
+            for at in self._overwritten[query] if is_kept else ():
+                state[at] = copied(state[at])
+            results, checks = _run(self._relevance[query], state, *start)
         _check(checks)
         return list(results)
+
+
+def _bytes(form: Any) -> int:
+    """Returns the bytes of a tensor."""
+    return int(math.prod(form[0]) * form[3].itemsize)
 
 
 def _makers(operations: Sequence[Operation]) -> dict[int | None, int]:
@@ -130,15 +165,6 @@ def _plain(device: torch.device) -> Iterator[None]:
         exact(device),
     ):
         yield
-
-
-def _obstacle(one: Operation, memory: Callable[[int], int], given: set[int]) -> str:
-    """Returns why an operation may not be repeated."""
-    if is_drawn(one):
-        return f"the model draws random numbers ({one.function})"
-    if any(memory(number) in given for number in one.writes):
-        return f"the model overwrites one of its inputs or weights ({one.function})"
-    return ""
 
 
 _DIRECT: dict[Any, Any] = {
@@ -210,29 +236,47 @@ class _Writer:
         self.memory, self.given = memory, given
         self.operations, self.constants, self.until = operations, constants, until
         self.scope: dict[str, Any] = {f"c{number}": value for number, value in constants.items()}
+        self.passed: list[int] = []
+        self.overwritten: list[set[int]] = []
         self._names: dict[Any, str] = {}
 
     def written(
-        self, inputs: list[int], outputs: list[int], start: Sequence[int], results: list[int]
+        self, inputs: list[int], outputs: list[int], start: Sequence[int], results: list[list[int]]
     ) -> tuple[str, dict[str, Any]]:
+        """Returns the source of both stages and its names.
+
+        Args:
+            inputs: Numbers of tensors, as in :class:`Program`.
+            outputs: As in :class:`Program`.
+            start: As in :class:`Program`.
+            results: Numbers of the results of each query.
+        """
         first, second = self.operations[: self.until], self.operations[self.until :]
-        needed = {number for one in second for number in one.reads} | set(results)
+        queries = [
+            needed([one for one in second if one.query <= number], some, self.memory)
+            for number, some in enumerate(results, start=1)
+        ]
         known = set(inputs) | {number for one in first for number in one.results if number is not None}
-        passed = sorted(needed & known)
+        self.overwritten = [{self.memory(number) for one in query for number in one.writes} for query in queries]
+        read = [
+            {n for one in query for n in one.reads}.union(some) for query, some in zip(queries, results, strict=True)
+        ]
+        self.passed = sorted(known.intersection(set[int]().union(*read)))
         lines = [f"def forward({', '.join(f'v{number}' for number in inputs)}):", "    checks = []"]
-        lines += self._body(first, {*outputs, *passed})
-        lines.append(f"    return ({self._tuple(outputs)}), ({self._tuple(passed)}), checks")
-        lines += [f"def relevance(state, {', '.join(f'v{number}' for number in start)}):", "    checks = []"]
-        if passed:
-            lines.append(f"    {self._tuple(passed)} = state")
-        lines.append("    state.clear()")
-        lines += self._body(second, set(results), set(passed) | set(start))
-        lines.append(f"    return ({self._separate(results, start)}), checks")
+        lines += self._body(first, {*outputs, *self.passed})
+        lines.append(f"    return ({self._tuple(outputs)}), ({self._tuple(self.passed)}), checks")
+        for number, (query, some) in enumerate(zip(queries, results, strict=True)):
+            taken = {f"v{one}": f"state[{at}]" for at, one in enumerate(self.passed) if one in read[number]}
+            lines += [f"def relevance{number}(state, {', '.join(f'v{one}' for one in start)}):", "    checks = []"]
+            lines += [f"    {', '.join(taken)} = {', '.join(taken.values())}"] if taken else []
+            lines.append("    state.clear()")
+            lines += self._body(query, set(some), {*self.passed, *start})
+            lines.append(f"    return ({self._separate(some, start)}), checks")
         return "\n".join(lines), self.scope
 
     def _separate(self, numbers: Sequence[int], start: Sequence[int]) -> str:
         """Writes results, each in its own memory."""
-        used = {self.memory(number) for number in start}
+        used = {self.memory(number) for number in (*start, *self.passed)}
         parts = []
         for number in numbers:
             text = self._text(Value(number))

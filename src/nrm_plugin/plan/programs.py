@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Container, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..recording.passes import Cost
 from .program import ChangedValueError, Program
-from .trace import Tracer
+from .tracer import Tracer
 
 Key = tuple[Hashable, ...]
 """A query: the name of its method, and its arguments."""
@@ -29,18 +29,44 @@ class QueryProgram:
     """The program of one query.
 
     Attributes:
-        program: The program.
+        program: The program, which the queries of one recording share.
+        number: Number of the query among them.
         form: How its results are nested in the answer.
         cost: The cost of the query.
     """
 
     program: Program
+    number: int
     form: TreeSpec
     cost: Cost
 
     def answer(self, results: Sequence[Tensor]) -> Any:
         """Returns the answer of the query."""
         return tree_unflatten(results, self.form)
+
+
+@dataclass
+class TracedQueries:
+    """The queries of one recording, which share a program.
+
+    Attributes:
+        tracer: Their trace.
+        inputs, outputs, start: Numbers of tensors of the trace, as in :class:`~nrm_plugin.plan.program.Program`.
+        results: Numbers of the results of each query.
+        queries: The queries that have a program.
+    """
+
+    tracer: Tracer
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+    start: Sequence[int]
+    results: list[list[int]] = field(default_factory=list)
+    queries: list[QueryProgram] = field(default_factory=list)
+
+    def with_query(self, results: list[int]) -> Program:
+        """Returns the program of all queries and a further one."""
+        self.results.append(results)
+        return Program(self.tracer.trace, self.inputs, self.outputs, self.start, self.results)
 
 
 class Programs:
@@ -52,6 +78,7 @@ class Programs:
         answers: Answers that do not depend on values, such as names and shapes.
         recordings: Number of calls recorded since a program last answered a query.
         latest: The program that was used last, which the next measure is expected to use.
+        asks_again: Whether measures are asked several queries, so that they keep the state of the first stage.
     """
 
     def __init__(self) -> None:
@@ -59,7 +86,8 @@ class Programs:
         self.obstacle = ""
         self.answers: dict[Hashable, Any] = {}
         self.recordings = 0
-        self.latest: QueryProgram | None = None
+        self.latest: Program | None = None
+        self.asks_again = False
         self.lock = threading.RLock()
         self._programs: OrderedDict[Key, QueryProgram] = OrderedDict()
         self._seen: set[Key] = set()
@@ -72,7 +100,7 @@ class Programs:
             found = self._programs.get(key)
             if found is not None:
                 self._programs.move_to_end(key)
-                self.latest = found
+                self.latest = found.program
             return found
 
     def is_worth(self, key: Key, is_certain: bool) -> bool:
@@ -85,27 +113,29 @@ class Programs:
     def add(
         self,
         key: Key,
-        tracer: Tracer,
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        start: Sequence[int],
+        traced: TracedQueries,
         answer: Any,
         cost: Cost,
     ) -> None:
-        """Makes the program of a query from its trace."""
+        """Makes the program of a query from its trace, jointly with the earlier queries of the same recording."""
         leaves, form = tree_flatten(answer)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             return
-        if tracer.trace.obstacles:
+        if traced.tracer.trace.obstacles:
             self._seen.discard(key)
-            self._recorded[key] = tracer.trace.obstacles[0]
+            self._recorded[key] = traced.tracer.trace.obstacles[0]
             return
-        program = Program(tracer.trace, inputs, outputs, start, [tracer.number(leaf) for leaf in leaves])
+        program = traced.with_query([traced.tracer.number(leaf) for leaf in leaves])
         with self.lock:
             if program.obstacle:
                 self.obstacle = program.obstacle
                 return
-            self.latest = self._programs[key] = QueryProgram(program, form, cost)
+            query = QueryProgram(program, len(traced.queries), form, cost)
+            traced.queries.append(query)
+            for one in traced.queries:
+                one.program = program
+            self.asks_again = self.asks_again or len(traced.queries) > 1
+            self._programs[key], self.latest = query, program
             while len(self._programs) > MOST:
                 self._programs.popitem(last=False)
 
@@ -124,7 +154,8 @@ class Programs:
     def constants(self) -> list[Tensor]:
         """Returns the constants of all programs."""
         with self.lock:
-            return [value for one in self._programs.values() for value in one.program.constants.values()]
+            programs = {id(one.program): one.program for one in self._programs.values()}
+            return [value for program in programs.values() for value in program.constants.values()]
 
     def lines(self, own: Container[int]) -> list[str]:
         """Returns one line for each query.

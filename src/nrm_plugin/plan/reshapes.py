@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .trace import Operation, Trace, Value, mapped
+from .trace import UNKNOWN, Operation, Trace, Value, mapped
 
 aten = torch.ops.aten
 ELEMENTWISE = frozenset(
@@ -43,7 +43,7 @@ class ViewRemover:
                 self._root[one.results[0]] = self._root.get(source, source)
                 continue
             stripped = self._stripped(one)
-            self._written.append(self._with_views(one) if stripped is None else stripped)
+            self._written.append(one.renamed(self._made_view) if stripped is None else stripped)
         renamed = [self._made_view(number) for number in results]
         return self._written, renamed
 
@@ -77,16 +77,6 @@ class ViewRemover:
             self._written.append(Operation(aten.view.default, (Value(root), shape), {}, (number,)))
         return number
 
-    def _with_views(self, one: Operation) -> Operation:
-        def made(value: Any) -> Any:
-            return Value(self._made_view(value.number)) if isinstance(value, Value) else value
-
-        args, kwargs = mapped(made, (one.args, one.kwargs))
-        # An operation that writes may return its argument.
-        results = tuple(None if n is None else self._made_view(n) if n in one.writes else n for n in one.results)
-        writes = tuple(self._made_view(number) for number in one.writes)
-        return replace(one, args=args, kwargs=kwargs, results=results, writes=writes)
-
     # -- leading dimensions of size one ---------------------------------------------------------------------------
 
     def _stripped(self, one: Operation) -> Operation | None:
@@ -119,6 +109,7 @@ class ViewRemover:
             kwargs=kwargs,
             results=(made,),
             writes=(made,) if one.writes else (),
+            reads=UNKNOWN,
         )
 
     def _without(self, number: int, ndim: int) -> int | None:

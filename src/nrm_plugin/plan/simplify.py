@@ -16,14 +16,8 @@ from torch import Tensor
 from .fused_norms import fused
 from .merging import Merger
 from .reshapes import ViewRemover
-from .trace import Operation, Trace, Value, is_drawn, mapped
+from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped, needed
 
-aten = torch.ops.aten
-FILLED = frozenset(
-    getattr(aten, name)
-    for name in "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
-)
-"""Operations that read only the shape of their argument."""
 STORED = 1 << 14
 """Largest number of entries of a filled tensor that is stored, rather than made in each run."""
 
@@ -40,36 +34,41 @@ class Simplifier:
         operations: The remaining operations, in order.
         constants: The constants that they read, by number.
         results: The numbers of the wanted tensors.
+        obstacle: Why the operations may not be repeated; empty if they may. Otherwise there are no operations.
     """
 
     def __init__(self, trace: Trace, results: list[int]) -> None:
         self.trace = replace(trace, forms=dict(trace.forms), aliases=dict(trace.aliases))
         self.constants: dict[int, Tensor] = dict(trace.constants)
-        operations = self._folded(self._live(trace.operations, results))
+        self.results: list[int] = []
+        operations = needed(trace.operations, results, self.trace.memory)
+        self.obstacle = next(filter(None, map(self._obstacle, operations)), "")
+        if self.obstacle:
+            self.operations, self.constants = [], {}
+            return
+        operations = self._folded(operations)
         operations, self.results = self._merged(operations, results)
         operations, self.results = ViewRemover(self.trace).rewritten(operations, self.results)
         operations, self.results = self._merged(operations, self.results)
-        operations = fused(operations, self.trace, self.constants, self.results)
-        self.operations, self.results = self._merged(operations, self.results)
+        self.operations = fused(operations, self.trace, self.constants, self.results)
+        if len(self.operations) < len(operations):
+            self.operations, self.results = self._merged(self.operations, self.results)
         read = {number for one in self.operations for number in one.reads} | set(self.results)
         self.constants = {number: value for number, value in self.constants.items() if number in read}
+
+    def _obstacle(self, one: Operation) -> str:
+        """Returns why an operation may not be repeated."""
+        if is_drawn(one):
+            return f"the model draws random numbers ({one.function})"
+        given = (self.trace.memory(number) for number in one.writes)
+        if any(number in self.constants or number in self.trace.placeholders for number in given):
+            return f"the model overwrites one of its inputs or weights ({one.function})"
+        return ""
 
     def _merged(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
         merger = Merger(self.trace, self.constants, results)
         operations, results = merger.merged(operations)
-        return self._live(operations, results), results
-
-    def _live(self, operations: list[Operation], results: list[int]) -> list[Operation]:
-        """Returns the operations on which the results or a number that the computation read depend."""
-        memory = self.trace.memory
-        live = {memory(number) for number in results}
-        kept: list[Operation] = []
-        for one in reversed(operations):
-            made = {memory(number) for number in (*one.results, *one.writes) if number is not None}
-            if one.expected is not None or one.shapes is not None or made & live:
-                kept.append(one)
-                live.update(memory(number) for number in one.reads)
-        return kept[::-1]
+        return needed(operations, results, self.trace.memory), results
 
     # -- constants ------------------------------------------------------------------------------------------------
 
@@ -82,18 +81,15 @@ class Simplifier:
         while is_changed:  # an overwritten group varies as a whole, also before it is overwritten
             is_changed = False
             for index, one in enumerate(operations):
-                read = () if one.function.overloadpacket in FILLED else one.reads
-                results = [memory(number) for number in one.results if number is not None]
                 if marked[index]:
                     continue
-                varies = any(memory(n) in varying for n in read) or any(m in varying for m in results)
-                if not varies and not is_drawn(one):
+                results = [memory(number) for number in one.results if number is not None]
+                reads = () if one.function.overloadpacket in FILLED else one.reads
+                if varying.isdisjoint(results) and varying.isdisjoint(map(memory, reads)):
                     continue
                 marked[index] = True
-                before = len(varying)
-                varying.update(results)
-                varying.update(memory(number) for number in one.writes)
-                is_changed = is_changed or len(varying) > before
+                is_changed = is_changed or not varying.issuperset(map(memory, one.writes))
+                varying.update(results, map(memory, one.writes))
         written = {memory(number) for one in operations for number in one.writes}
         rest: list[Operation] = []
         made: set[int | None] = set()

@@ -1,0 +1,398 @@
+"""Tracing of a computation below autograd, so that hooks, kernels and queries need not know of it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..model.value_reads import ACTIVE
+from .trace import FILLED, Operation, Trace, Value, draws
+
+aten = torch.ops.aten
+
+
+@dataclass(slots=True, eq=False)
+class _Memory:
+    """Memory of tensors of a trace.
+
+    Attributes:
+        root: Number of its first tensor.
+        is_traced: Whether operations of the trace write it; else it is constant.
+        views: The known tensors in this memory, by form.
+        reference: A weak reference, which prevents that the identity of the memory is used again.
+        copy: Number of a flat tensor of the whole memory, which the trace made when a constant was overwritten.
+    """
+
+    root: int
+    is_traced: bool
+    views: dict[Any, Value]
+    reference: StorageWeakRef | None
+    copy: int | None = None
+
+
+class Tracer(TorchDispatchMode):
+    """Context that appends the operations of this thread to a trace; it may be entered several times.
+
+    Operations on constants are run, but not appended: their results are constants. Tensors that are made to be filled
+    are appended, since a constant is a tensor with its final values.
+
+    Attributes:
+        trace: The trace.
+        shortcut: Name of the shortcut whose condition is being read.
+        query: Number of the query that is being answered; 0 during the recording.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.trace = Trace()
+        self.shortcut = ""
+        self.query = 0
+        self._tensors: dict[int, tuple[weakref.ref[Tensor], Value, _Memory]] = {}
+        self._varying: set[int] = set()
+        self._memories: dict[int, _Memory] = {}
+        self._fresh: dict[int, StorageWeakRef] = {}
+        self._watch = EscapeWatch(self)
+        self._outer: list[Any] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise each operation passes through two further functions
+
+    def __enter__(self) -> Any:
+        self._outer.append(ACTIVE.tracer)  # a query may ask other queries, each of which enters the trace
+        ACTIVE.tracer = self
+        self._watch.__enter__()  # type: ignore[no-untyped-call, unused-ignore]
+        return super().__enter__()  # type: ignore[no-untyped-call, unused-ignore]
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)  # type: ignore[no-untyped-call, unused-ignore]
+            self._watch.__exit__(*error)  # type: ignore[no-untyped-call, unused-ignore]
+        finally:
+            ACTIVE.tracer = self._outer.pop()
+
+    # -- tensors --------------------------------------------------------------------------------------------------
+
+    def placeholder(self, tensor: Tensor) -> int:
+        """Declares a tensor that differs from run to run."""
+        number = self._new(tensor, is_traced=True).number
+        self.trace.placeholders.append(number)
+        self._vary(number)
+        return number
+
+    def number(self, tensor: Tensor) -> int:
+        """Returns the number of a tensor; one that is not known is a constant."""
+        return self._value(tensor).number
+
+    def varies(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on a placeholder."""
+        memory = self._memory_of(tensor)
+        return memory is not None and memory.root in self._varying
+
+    def _vary(self, number: int) -> None:
+        self._varying.add(self.trace.memory(number))
+
+    def _memory_of(self, tensor: Tensor) -> _Memory | None:
+        known = self._tensors.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[2]
+        return self._memories.get(_identity(tensor))
+
+    def _value(self, tensor: Tensor) -> Value:
+        return self._known(tensor) or self._constant(tensor)
+
+    def _constant(self, tensor: Tensor) -> Value:
+        value = self._new(tensor, is_traced=False)
+        self.trace.constants[value.number] = tensor.detach() if tensor.requires_grad else tensor
+        return value
+
+    def _known(self, tensor: Tensor) -> Value | None:
+        """Returns a tensor of the trace; None for a tensor that is not known."""
+        known = self._tensors.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        memory = self._memories.get(_identity(tensor))
+        if memory is None:
+            return None
+        # Some operations of PyTorch make a new object for a tensor without dispatch, such as ``nn.Parameter``.
+        found = memory.views.get(_view(tensor))
+        if found is None and memory.copy is not None:
+            found = self._view_of_copy(tensor, memory, memory.copy)
+        if found is not None:
+            self._tensors[id(tensor)] = (weakref.ref(tensor), found, memory)
+        return found
+
+    def _new(self, tensor: Tensor, is_traced: bool) -> Value:
+        """Gives a number to a tensor."""
+        trace = self.trace
+        value = Value(trace.count)
+        trace.count += 1
+        trace.forms[value.number] = _form(tensor)
+        at = _identity(tensor)
+        memory = self._memories.get(at)
+        if memory is None:
+            reference = StorageWeakRef(tensor.untyped_storage()) if at else None  # type: ignore[no-untyped-call, unused-ignore]
+            memory = _Memory(value.number, is_traced, {}, reference)
+            if at:
+                self._memories[at] = memory
+        else:
+            trace.aliases[value.number] = memory.root
+            if not is_traced and memory.is_traced:
+                trace.obstacles.append("a tensor shares memory with computed values in a way that was not traced")
+        memory.views[_view(tensor)] = value
+        self._tensors[id(tensor)] = (weakref.ref(tensor), value, memory)
+        return value
+
+    # -- values that the computation reads ------------------------------------------------------------------------
+
+    def position(self) -> int:
+        """Returns the number of operations in the trace."""
+        return len(self.trace.operations)
+
+    def forget_reads(self, position: int) -> None:
+        """Drops the values that were read since a position, on which the computation does not depend."""
+        recent = self.trace.operations[position:]
+        self.trace.operations[position:] = [one for one in recent if one.expected is None and one.shapes is None]
+
+    # -- operations -----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        facts = _facts(function)
+        if self._is_constant(facts, args, kwargs):
+            result = function(*args, **kwargs)
+            if facts.makes_memory:
+                self._note_fresh(result, (args, kwargs))
+            return result
+        written = facts.written(args, kwargs) if facts.writes else ()
+        for tensor in written:
+            self._make_writable(tensor)
+        reads: list[int] = []
+        named = tuple([self._named(value, reads) for value in args])
+        named_by_key = {key: self._named(value, reads) for key, value in kwargs.items()}
+        writes = tuple(dict.fromkeys(map(self.number, written)))
+        result = function(*args, **kwargs)
+        self._append(facts, (named, named_by_key, tuple(reads)), result, writes)
+        return result
+
+    def _is_constant(self, facts: _Facts, args: Any, kwargs: Any) -> bool:
+        """Whether an operation need not be in the trace, since no tensor of the trace depends on it but its result."""
+        if facts.is_recorded or self._reads_traced(args) or (kwargs and self._reads_traced(kwargs.values())):
+            return False
+        if not facts.writes:
+            return True
+        identities = [_identity(tensor) for tensor in facts.written(args, kwargs)]
+        return all(at in self._fresh and at not in self._memories for at in identities)
+
+    def _reads_traced(self, values: Iterable[Any]) -> bool:
+        for value in values:
+            if isinstance(value, Tensor):
+                memory = self._memory_of(value)
+                if memory is not None and memory.is_traced:
+                    return True
+            elif isinstance(value, (list, tuple)) and self._reads_traced(value):
+                return True
+        return False
+
+    def _note_fresh(self, result: Any, given: Any) -> None:
+        """Notes memory that an operation on constants has made."""
+        for tensor in _tensors_in(result):
+            at = _identity(tensor)
+            if at and at not in self._fresh and all(at != _identity(one) for one in _tensors_in(given)):
+                self._fresh[at] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call, unused-ignore]
+
+    def _named(self, value: Any, reads: list[int]) -> Any:
+        if isinstance(value, Tensor):
+            found = self._value(value)
+            reads.append(found.number)
+            return found
+        if isinstance(value, (list, tuple)):
+            return type(value)([self._named(item, reads) for item in value])
+        return value
+
+    def _append(self, facts: _Facts, given: Any, result: Any, writes: tuple[int, ...]) -> None:
+        args, kwargs, reads = given
+        memory = self.trace.memory
+        varies = any(memory(number) in self._varying for number in reads)
+        is_sequence = isinstance(result, (tuple, list))
+        outputs = result if is_sequence else (result,)
+        expected, origin, shapes = None, "", None
+        if not is_sequence and not isinstance(result, Tensor) and result is not None:
+            if not varies or ACTIVE.audits or facts.is_static:
+                return
+            expected, origin = result, self.shortcut or _line()
+        numbers = tuple([self._result(item, writes) for item in outputs])
+        if expected is None and not writes and all(number is None for number in numbers):
+            return  # views that are known already
+        if varies:
+            for number in (*numbers, *writes):
+                if number is not None:
+                    self._vary(number)
+            if facts.is_shaped_by_values and not ACTIVE.audits and expected is None:
+                origin, shapes = _line(), tuple(item.shape for item in outputs if isinstance(item, Tensor))
+        self.trace.operations.append(
+            Operation(
+                facts.function, args, kwargs, numbers, is_sequence, writes, expected, shapes, origin, reads, self.query
+            )
+        )
+
+    def _result(self, item: Any, writes: tuple[int, ...]) -> int | None:
+        """Returns the number of a result; None if it is not a tensor, or a known view that was not written."""
+        if not isinstance(item, Tensor):
+            return None
+        known = self._known(item)
+        if known is None:
+            return self._new(item, is_traced=True).number
+        return known.number if known.number in writes else None
+
+    # -- constants that are overwritten ---------------------------------------------------------------------------
+
+    def _make_writable(self, tensor: Tensor) -> None:
+        """Copies memory that the computation itself has made from constants, before values are written to it."""
+        at = _identity(tensor)
+        old = self._memories.get(at)
+        if at not in self._fresh or (old is not None and old.is_traced):
+            return
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        before = tensor.detach().as_strided((size,), (1,), 0).clone()
+        for value in [] if old is None else old.views.values():
+            shape, stride, offset, dtype, _ = self.trace.forms[value.number]
+            self.trace.constants[value.number] = before.view(dtype).as_strided(shape, stride, offset)
+        stale = [key for key, (_, _, memory) in self._tensors.items() if memory is old]
+        for key in stale if old is not None else ():
+            del self._tensors[key]
+        constant = self._constant(before)
+        copy, self.trace.count = self.trace.count, self.trace.count + 1
+        self.trace.forms[copy] = _form(before)
+        self.trace.operations.append(Operation(aten.clone.default, (constant,), {}, (copy,)))
+        self._memories[at] = _Memory(copy, True, {_view(before): Value(copy)}, self._fresh[at], copy)
+
+    def _view_of_copy(self, tensor: Tensor, memory: _Memory, copy: int) -> Value | None:
+        form = _form(tensor)
+        if form[3] != self.trace.forms[copy][3]:
+            return None
+        value = self._new(tensor, is_traced=True)
+        args = (Value(copy), list(form[0]), list(form[1]), form[2])
+        self.trace.operations.append(Operation(aten.as_strided.default, args, {}, (value.number,)))
+        return value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Facts:
+    """What a trace must know of an operation.
+
+    Attributes:
+        function: The operation.
+        writes: Position and name of the arguments that it overwrites.
+        is_recorded: Whether it is in the trace even if it reads constants only.
+        makes_memory: Whether its results may be in new memory.
+        is_static: Whether it returns numbers that do not depend on values.
+        is_shaped_by_values: Whether the shapes of its results depend on values.
+    """
+
+    function: Any
+    writes: tuple[tuple[int, str], ...]
+    is_recorded: bool
+    makes_memory: bool
+    is_static: bool
+    is_shaped_by_values: bool
+
+    def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Returns the tensors that a call overwrites."""
+        values = [args[at] if at < len(args) else kwargs.get(name) for at, name in self.writes]
+        return list(_tensors_in(values))
+
+
+@functools.cache
+def _facts(function: Any) -> _Facts:
+    schema = function._schema
+    arguments = enumerate(schema.arguments)
+    writes = [(at, one.name) for at, one in arguments if one.alias_info is not None and one.alias_info.is_write]
+    return _Facts(
+        function,
+        tuple(writes),
+        function.overloadpacket in FILLED or draws(function),
+        not writes and any(one.alias_info is None for one in schema.returns),
+        function in (aten.is_set_to.default, aten.is_same_size.default),
+        torch.Tag.dynamic_output_shape in function.tags,
+    )
+
+
+def _line() -> str:
+    """Returns the lines of code that read a value."""
+    frame, lines = sys._getframe(1), list[str]()
+    while frame is not None and len(lines) < 4:
+        name = frame.f_code.co_filename
+        if "/torch/" not in name and name != __file__:
+            lines.append(f"{name.rpartition('/nrm_plugin/')[2]}:{frame.f_lineno}")
+        frame = frame.f_back  # type: ignore[assignment]
+    return " < ".join(lines)
+
+
+def _identity(tensor: Tensor) -> int:
+    """Returns the identity of the memory of a tensor; 0 if it has none."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else 0
+
+
+def _form(tensor: Tensor) -> Any:
+    if tensor.layout is not torch.strided:
+        return tensor.shape, None, 0, tensor.dtype, tensor.device
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
+
+
+def _view(tensor: Tensor) -> Any:
+    """Returns what two tensors in the same memory have in common if they are the same."""
+    return (*_form(tensor), tensor.is_conj(), tensor.is_neg())
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+
+
+class EscapeWatch(TorchFunctionMode):
+    """Notes where values leave torch, so that what is computed from them later is not in the trace."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self._tracer = tracer
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in _ESCAPES:
+            self._note(f"values read by Tensor.{name}()", args[:1])
+        elif name in _CONVERSIONS:
+            self._note("values of tensors in a list, which became a tensor", _listed(args))
+        return function(*args, **(kwargs or {}))
+
+    def _note(self, obstacle: str, values: Any) -> None:
+        if not ACTIVE.audits and any(self._tracer.varies(tensor) for tensor in _tensors_in(values)):
+            self._tracer.trace.obstacles.append(obstacle)
+
+
+def _listed(args: Any) -> list[Any]:
+    """Returns the lists among the arguments; torch reads the numbers in them without a dispatch."""
+    nested = [item for value in args if isinstance(value, tuple) for item in value]
+    return [value for value in (*args, *nested) if isinstance(value, list)]
+
+
+_CONVERSIONS = frozenset(["tensor", "as_tensor", "asarray", "new_tensor", "__getitem__", "__setitem__"])
+_ESCAPES = frozenset(["tolist", "numpy", "__array__", "__dlpack__", "apply_", "map_", "map2_"])
+
+
+__all__ = ["Tracer"]
