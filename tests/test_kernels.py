@@ -23,6 +23,8 @@ from tests.nets import LINEAR_RULES, SUM_RULES, zennit_rule
 from tests.oracles import AbsoluteShare, Epsilon, Gamma, Route, Rule, ZPlus, normalized
 from tests.test_oracles import LINEAR_MODULES, drawn
 
+pytestmark = pytest.mark.zennit
+
 POLICIES = [("sink", 2.0), ("redistribute", 1.0), ("redistribute", 2.0), ("redistribute", math.inf)]
 CASES = [
     pytest.param(name, rule, id=f"{name}-{rule}")

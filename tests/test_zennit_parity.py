@@ -25,6 +25,8 @@ from zennit.types import Activation, Linear
 from nrm_plugin import Normalized, RelevanceMeasure, at
 from tests.conftest import LINEAR, SIZES, composite, images, slow_but, torchvision_net, untouched
 
+pytestmark = pytest.mark.zennit
+
 TARGETS = [3, 7]
 IN_DOUBLE = ("lrp_0", "nrm_default")
 

@@ -126,6 +126,7 @@ def exported(net: nn.Module, x: Tensor, path: Path, layers: tuple = ("input",)) 
     return torch.export.load(path).module()
 
 
+@pytest.mark.slow
 def test_values_on_which_a_rule_branches_do_not_matter(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double().eval()
