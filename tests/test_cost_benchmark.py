@@ -103,6 +103,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_since_the_reset():
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(40, abs=8)
