@@ -39,7 +39,7 @@ def pytest_runtest_setup() -> None:
     """Seeds every test, so that its numbers do not depend on the tests before it."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack for each kind of absent device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

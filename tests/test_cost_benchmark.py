@@ -146,6 +146,7 @@ def test_relevance_of_another_package_must_be_finite_and_not_zero():
         ways.check(torch.zeros(2))
 
 
+@pytest.mark.slow
 def test_every_computation_runs_and_those_that_cannot_are_reported(monkeypatch):
     monkeypatch.setitem(NETS, "small", SMALL)
     monkeypatch.setattr(command, "profile", lambda run: run() and "profiled")
@@ -204,6 +205,7 @@ def plan(monkeypatch):
     return monkeypatch
 
 
+@pytest.mark.slow
 def test_a_plan_is_compared_and_timed(plan):
     row = command.one("small", 1, 1)
     assert not row["faults"]

@@ -28,6 +28,7 @@ from tests.conftest import LINEAR, SIZES, composite, images, slow_but, torchvisi
 pytestmark = pytest.mark.zennit
 
 TARGETS = [3, 7]
+FAST = ("epsilon_plus_flat", "epsilon_gamma_box", "beta_smooth", "excitation_backprop")
 IN_DOUBLE = ("lrp_0", "nrm_default")
 
 
@@ -106,7 +107,7 @@ def not_in_place(model):
     return twin
 
 
-@pytest.mark.parametrize("name", [name for name in LINEAR if name not in IN_DOUBLE])
+@pytest.mark.parametrize("name", slow_but([name for name in LINEAR if name not in IN_DOUBLE], *FAST))
 @pytest.mark.parametrize("net_name", slow_but(SIZES, "alexnet"))
 def test_marginals_are_zennits_relevance_at_every_tap(net_name, name, worst):
     model, x = torchvision_net(net_name), images(SIZES[net_name])

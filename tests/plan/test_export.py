@@ -148,6 +148,7 @@ class Branching(nn.Module):
         return self.large(x) if x.shape[1] == 3 and bool((x > 0).all()) else self.small(x)
 
 
+@pytest.mark.slow
 def test_another_branch_of_the_model_is_marked(tmp_path):
     program = exported(Branching().eval(), torch.ones(1, 3), tmp_path / "branch.pt2")
     target = torch.zeros(1, dtype=torch.long)
