@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 from zennit.composites import LayerMapComposite
@@ -57,6 +56,8 @@ def simple_cnn() -> nn.Module:
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and classes for training, then held-out ones."""
+    from sklearn.datasets import load_digits  # takes long to import
+
     data = load_digits()
     x = torch.as_tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     y = torch.as_tensor(data.target)

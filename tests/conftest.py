@@ -39,22 +39,26 @@ def pytest_runtest_setup() -> None:
     """Seeds every test, so that its numbers do not depend on the tests before it."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack for each kind of absent device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--planned", action="store_true", help="answer every test by plans made on other values")
+    parser.addoption("--examples", type=int, help="at most so many examples of each property")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """Runs a test by plans, if it is asked for."""
-    if not pyfuncitem.config.getoption("--planned"):
-        return (yield)
+    """Draws fewer examples or runs a test by plans, if it is asked for."""
+    planned_too = pyfuncitem.config.getoption("--planned")
+    most = 3 if planned_too else pyfuncitem.config.getoption("--examples")  # a plan makes programs of all its queries
     kept = getattr(pyfuncitem.obj, "_hypothesis_internal_use_settings", None)
-    if kept is not None:  # each example makes plans, and programs of all its queries
-        fewer = hypothesis.settings(kept, max_examples=3, phases=[hypothesis.Phase.generate])
+    if kept is not None and most is not None:
+        phases = [hypothesis.Phase.generate] if planned_too else kept.phases
+        fewer = hypothesis.settings(kept, max_examples=min(most, kept.max_examples), phases=phases)
         getattr(pyfuncitem.obj, "__func__", pyfuncitem.obj)._hypothesis_internal_use_settings = fewer
+    if not planned_too:
+        return (yield)
     ours = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "tests"]
     with planned.measures_are_planned([pyfuncitem.module, *ours]):
         return (yield)
@@ -63,6 +67,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 def slow_but(values: Iterable[Any], *fast: Any) -> list[Any]:
     """Parameters of a test, all marked slow but the ``fast`` ones, which represent them in `make test-fast`."""
     return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def in_turn(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
+    """All pairs for a test of two parameters, slow but for enough of them to contain each value."""
+    left, right = list(rows), list(columns)
+    period = min(len(left), len(right))
+    places = itertools.product(range(len(left)), range(len(right)))
+    marks = {True: (), False: pytest.mark.slow}
+    return [pytest.param(left[i], right[j], marks=marks[(i - j) % period == 0]) for i, j in places]
 
 
 def lrp_0(canonizers: list[Any] | None = None) -> Composite:

@@ -14,7 +14,7 @@ from zennit.layer import Sum
 
 from nrm_plugin import RelevanceMeasure
 from nrm_plugin.composites import Normalized
-from tests.conftest import untouched
+from tests.conftest import slow_but, untouched
 
 torchvision = pytest.importorskip("torchvision")
 canonizers = pytest.importorskip("zennit.torchvision")
@@ -116,7 +116,7 @@ RESIDUAL = {
 }
 
 
-@pytest.mark.parametrize("stack", RESIDUAL)
+@pytest.mark.parametrize("stack", slow_but(RESIDUAL, "named"))
 def test_resnet_canonizers_give_the_relevance_of_zennit(stack):
     image = torch.randn((1, 3, 32, 32), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     net = resnet("resnet18")

@@ -32,6 +32,8 @@ from nrm_plugin.composites import register
 from nrm_plugin.errors import ModelStateError, NRMError, TargetError
 from tests.conftest import NORMALIZED, slow_but, state_of, untouched
 
+pytestmark = pytest.mark.zennit
+
 SETTINGS = [
     {},
     {"residual": "sink"},

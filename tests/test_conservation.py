@@ -14,6 +14,7 @@ from nrm_plugin.errors import NonlinearRuleError
 from tests.conftest import LINEAR, NONLINEAR, SIZES, UNCOVERED, composite, images, slow_but, torchvision_net, untouched
 
 RESIDUALS = ("sink", "redistribute")
+FAST = ("epsilon_plus_flat", "epsilon_gamma_box", "lrp_0")
 
 
 def measure(net, x, name, residual, canonizers=None):
@@ -38,7 +39,7 @@ def largest_error(mu, of="the tap"):
     return float(torch.stack(errors).max())
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", slow_but(LINEAR, *FAST))
 @pytest.mark.parametrize("net", slow_but(SIZES, "alexnet"))
 def test_mass_sink_and_bypass_sum_to_one_at_every_tap(net, name, worst):
     model, x = torchvision_net(net), images(SIZES[net])
@@ -75,7 +76,7 @@ def test_the_parts_sum_to_one_on_images_of_full_size(net, name, worst):
         assert error <= 1e-5
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", slow_but(LINEAR, *FAST))
 @pytest.mark.parametrize("residual", slow_but(RESIDUALS, "redistribute"))
 def test_the_three_parts_are_accumulated_separately(name, residual):
     """A part computed as 1 minus the others would balance exactly; sums in float32 never do at all taps."""

@@ -103,6 +103,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_since_the_reset():
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(40, abs=8)
@@ -145,6 +146,7 @@ def test_relevance_of_another_package_must_be_finite_and_not_zero():
         ways.check(torch.zeros(2))
 
 
+@pytest.mark.slow
 def test_every_computation_runs_and_those_that_cannot_are_reported(monkeypatch):
     monkeypatch.setitem(NETS, "small", SMALL)
     monkeypatch.setattr(command, "profile", lambda run: run() and "profiled")
@@ -203,6 +205,7 @@ def plan(monkeypatch):
     return monkeypatch
 
 
+@pytest.mark.slow
 def test_a_plan_is_compared_and_timed(plan):
     row = command.one("small", 1, 1)
     assert not row["faults"]

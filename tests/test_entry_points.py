@@ -7,6 +7,7 @@ point is a function from a kind to the mass of each input neuron.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import sys
 from collections.abc import Callable
@@ -377,6 +378,15 @@ def by_command(kind: Kind, folder: Path) -> Tensor:
 ENTRIES = [by_measure, by_inputs, by_layer, by_neuron, by_joint, by_attributor, by_context, by_sweep, by_command]
 
 
+@functools.cache
+def of_twin(kind: str) -> Tensor:
+    """Relevance of each sample alone in the twin of a kind."""
+    case = KINDS[kind]
+    twin = case.twin().eval()
+    rows = [RelevanceMeasure(twin, row[None], TARGET, composite=EpsilonPlus()).marginal(case.tap) for row in case.x]
+    return torch.cat(rows)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -394,9 +404,7 @@ def test_every_entry_point_gives_the_same_answer(kind, entry, tmp_path):
         mu = RelevanceMeasure(case.net().eval(), case.x, composite=rules, start=start, batched=False)
         expected = mu.marginal(case.tap)[0] * len(case.x)
     else:
-        twin = case.twin().eval()
-        rows = [RelevanceMeasure(twin, row[None], TARGET, composite=EpsilonPlus()).marginal(case.tap) for row in case.x]
-        expected = torch.cat(rows)
+        expected = of_twin(kind)
     if entry is by_command and expected.ndim > 2:  # rows are those of channels
         expected = expected.sum(1)
     torch.testing.assert_close(entry(case, tmp_path).view_as(expected), expected, rtol=1e-4, atol=1e-5)

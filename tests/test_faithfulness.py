@@ -12,7 +12,6 @@ import pytest
 import torch
 from captum.attr import InternalInfluence, LayerConductance
 from PIL import Image
-from sklearn.metrics import average_precision_score
 from torch import nn
 
 from benchmarks.default_composite import Net, resamples
@@ -78,6 +77,8 @@ def test_the_area_is_the_mean_height():
 def test_average_precision_equals_that_of_scikit_learn():
     scores, truth = torch.randn(20, 30), torch.rand(20, 30) < 0.3
     truth[:, 0] = True
+    from sklearn.metrics import average_precision_score  # takes long to import
+
     expected = [average_precision_score(t, s) for t, s in zip(truth.numpy(), scores.numpy(), strict=True)]
     torch.testing.assert_close(average_precision(scores, truth, draw()), torch.tensor(expected, dtype=torch.float64))
 

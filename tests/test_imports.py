@@ -17,7 +17,6 @@ import pytest
 
 import nrm_plugin
 from nrm_plugin.imports import MOVED, warn_deprecated
-from tests.conftest import slow_but
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +39,7 @@ def test_a_deprecated_path_works_and_names_the_new_one(path: str) -> None:
     assert all(getattr(old, name) is getattr(new, name) for name in names)
 
 
+@pytest.mark.slow
 def test_the_warning_points_at_the_importing_line(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("\nfrom nrm_plugin.profiles import profile\n")
@@ -73,13 +73,14 @@ def test_any_module_can_be_imported_first(module: str) -> None:
     assert printed(f"import nrm_plugin.{module}; {known}") == "True"
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(["Absolute", "at", "RelevanceMeasure", "FuseBatchNorm", "Interception"], "Absolute")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Absolute", "at", "RelevanceMeasure", "FuseBatchNorm", "Interception"])
 def test_any_name_can_be_imported_first(name: str) -> None:
     assert printed(f"from nrm_plugin import {name}; print({name}.__name__)") == name
 
 
+@pytest.mark.zennit
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["import nrm_plugin, zennit.composites", "import zennit.composites, nrm_plugin"])
 def test_zennit_registers_the_composites_once_both_are_imported(order: str) -> None:
     code = (
@@ -88,6 +89,7 @@ def test_zennit_registers_the_composites_once_both_are_imported(order: str) -> N
     assert printed(code) == "True True"
 
 
+@pytest.mark.slow
 def test_torch_is_imported_with_the_first_public_name() -> None:
     code = "import sys, nrm_plugin; print('torch' in sys.modules); nrm_plugin.at; print('torch' in sys.modules)"
     assert printed(code).split() == ["False", "True"]

@@ -19,9 +19,12 @@ from nrm_plugin import Absolute, RelevanceMeasure, at
 from nrm_plugin.kernels.rule_branch_kernel import BranchKernel
 from nrm_plugin.kernels.vjp_kernel import VjpKernel
 from nrm_plugin.measure.joints import edge_matrix
+from tests.conftest import slow_but
 from tests.nets import LINEAR_RULES, SUM_RULES, zennit_rule
 from tests.oracles import AbsoluteShare, Epsilon, Gamma, Route, Rule, ZPlus, normalized
 from tests.test_oracles import LINEAR_MODULES, drawn
+
+pytestmark = pytest.mark.zennit
 
 POLICIES = [("sink", 2.0), ("redistribute", 1.0), ("redistribute", 2.0), ("redistribute", math.inf)]
 CASES = [
@@ -43,9 +46,10 @@ def measure(module: nn.Module, a: Tensor, hook: Hook, residual: str = "sink", li
     return RelevanceMeasure(net, inputs, start=units, composite=composite, residual=residual, gain_limit=limit)
 
 
-@pytest.mark.parametrize(("residual", "limit"), POLICIES)
+@pytest.mark.parametrize("policy", slow_but(POLICIES, POLICIES[0], POLICIES[2]))
 @pytest.mark.parametrize(("name", "rule"), CASES)
-def test_columns_are_those_of_the_rule_times_the_gain(name: str, rule: Rule, residual: str, limit: float) -> None:
+def test_columns_are_those_of_the_rule_times_the_gain(name: str, rule: Rule, policy: tuple[str, float]) -> None:
+    residual, limit = policy
     module, a = drawn(name)
     expected, sink = normalized(rule(module, a), residual, limit)
     mu = measure(module, a, zennit_rule(rule), residual, limit)

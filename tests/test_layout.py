@@ -6,6 +6,7 @@ A test file that covers several modules lists them in its docstring: ``Covers: n
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ OTHER_FOLDERS = {"hosts", "pins"}
 """Tests with other packages, and recorded results."""
 
 
+@functools.cache
 def modules() -> set[str]:
     """Dotted names of all modules of the package, without ``__init__`` and ``__main__``."""
     paths = (SOURCE / "nrm_plugin").rglob("*.py")
@@ -33,6 +35,7 @@ def expected(module: str) -> Path:
     return Path("tests", *folders, f"test_{name}.py")
 
 
+@functools.cache
 def covered(text: str) -> list[str]:
     """Dotted names in the lines ``Covers: …`` of the docstring of a test file."""
     lists = re.findall(r"^Covers:\s+([\w.,\s]*?)\.$", ast.get_docstring(ast.parse(text)) or "", re.M)

@@ -134,6 +134,7 @@ def test_layers_that_are_promoted_to_double_have_the_values_of_the_samples(case)
         assert_same(ask(mu).float(), [ask(one).float() for one in alone], 1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(nets(), st.integers(0, 2))
 def test_flows_and_the_captum_classes_of_a_batch_have_the_values_of_its_samples(case, layer):

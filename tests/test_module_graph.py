@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ def _module(parts: list[str], known: dict[str, Path]) -> str:
     return "__init__"
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     known = modules()
     return {name: set(imported(name, path, known)) - {name} for name, path in known.items()}

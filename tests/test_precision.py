@@ -18,6 +18,7 @@ from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 
 from nrm_plugin import NRM, NRMAbsolute, NRMDefault, RelevanceMeasure, at
+from tests.conftest import in_turn
 
 Op = Callable[[Tensor], Tensor]
 DOUBLE = torch.float64
@@ -202,8 +203,7 @@ class Images(nn.Sequential):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("short", SHORT)
-@pytest.mark.parametrize("name", COMPOSITES)
+@pytest.mark.parametrize(("name", "short"), in_turn(COMPOSITES, SHORT))
 @pytest.mark.parametrize("kind", [Decoder, Images])
 def test_a_model_in_a_short_format_has_totals_in_float32(kind: type[nn.Module], name: str, short: torch.dtype) -> None:
     torch.manual_seed(0)

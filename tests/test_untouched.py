@@ -36,6 +36,8 @@ from nrm_plugin.errors import (
 from nrm_plugin.model.guard import Fingerprint, named_tensors
 from tests.conftest import images, slow_but, state_of, untouched
 
+pytestmark = pytest.mark.zennit
+
 
 class Net(nn.Module):
     """In-place ReLUs, batch norm, a frozen layer, a reused module, a skip connection, dropout, a further buffer."""

@@ -14,6 +14,7 @@ from zennit.composites import EpsilonPlus
 
 from nrm_plugin import FuseBatchNorm, NRMDefault, RelevanceMeasure
 from nrm_plugin.composites import Normalized
+from tests.conftest import in_turn
 
 COMPOSITES: dict[str, Callable[[], Any]] = {
     "default": NRMDefault,
@@ -102,8 +103,7 @@ PLACES: dict[str, Callable[[Net], list[nn.Module]]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("hook", ON_MODULES)
+@pytest.mark.parametrize(("hook", "place"), in_turn(ON_MODULES, PLACES))
 def test_hooks_on_modules_change_no_number(hook, place):
     net = build()
     for module in PLACES[place](net):

@@ -25,7 +25,10 @@ from zennit.types import Activation, Linear
 from nrm_plugin import Normalized, RelevanceMeasure, at
 from tests.conftest import LINEAR, SIZES, composite, images, slow_but, torchvision_net, untouched
 
+pytestmark = pytest.mark.zennit
+
 TARGETS = [3, 7]
+FAST = ("epsilon_plus_flat", "epsilon_gamma_box", "beta_smooth", "excitation_backprop")
 IN_DOUBLE = ("lrp_0", "nrm_default")
 
 
@@ -104,7 +107,7 @@ def not_in_place(model):
     return twin
 
 
-@pytest.mark.parametrize("name", [name for name in LINEAR if name not in IN_DOUBLE])
+@pytest.mark.parametrize("name", slow_but([name for name in LINEAR if name not in IN_DOUBLE], *FAST))
 @pytest.mark.parametrize("net_name", slow_but(SIZES, "alexnet"))
 def test_marginals_are_zennits_relevance_at_every_tap(net_name, name, worst):
     model, x = torchvision_net(net_name), images(SIZES[net_name])

@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -217,6 +216,8 @@ def fit(net: nn.Module, batches: Callable[[], tuple[Tensor, Tensor]], steps: int
 
 def digits_net(name: str, steps: int | None) -> tuple[CircuitNet, Callable[..., Pairs]]:
     """A net of the digits of scikit-learn; a pair consists of held-out digits of two classes."""
+    from sklearn.datasets import load_digits  # takes long to import
+
     digits = load_digits()
     x, y = torch.as_tensor(digits.images, dtype=torch.float32) / 16, torch.as_tensor(digits.target)
     x = x.flatten(1) if name == "MLP" else x.unsqueeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ import safetensors
 import safetensors.torch
 import torchvision
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from nrm_plugin.commands.cli import main
@@ -83,8 +83,9 @@ word = "text"
 
 
 def photograph(number: int = 0, side: int = 90) -> Image.Image:
-    """A photograph of scikit-learn, china or flower, resized."""
-    return Image.fromarray(load_sample_images().images[number]).resize((side * 3 // 2, side))
+    """A photograph of scikit-learn, china or flower, resized. Only its file is read, since imports take long."""
+    folder = Path(find_spec("sklearn").origin).parent / "datasets/images"
+    return Image.open(folder / ("china.jpg", "flower.jpg")[number]).resize((side * 3 // 2, side))
 
 
 PHOTO = photograph()

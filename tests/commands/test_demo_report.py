@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -58,6 +59,20 @@ def test_figures_show_the_values_of_the_measure(monkeypatch: pytest.MonkeyPatch,
     (panel,) = drawn["budgets"][1]
     assert panel.mass == pytest.approx([float(row.mass) for row in report.rows])
     assert panel.reference == pytest.approx([float(row.plain) for row in report.rows])
+
+
+@pytest.mark.slow
+def test_titles_of_heat_maps_end_before_the_color_bar(monkeypatch: pytest.MonkeyPatch, model: nn.Module):
+    drawn: dict[Path, Figure] = {}
+    monkeypatch.setattr(demo_figures, "save_figure", lambda figure, path: drawn.update({path: figure}))
+    images, labels = load_digits()
+    for sample in choose(model, images, labels, ["6", MISCLASSIFIED])[0]:
+        image = images[sample.index]
+        _, path, _ = demo_figures.save_sample(model, sample, image, Path(), "rest")
+        drawn[path].draw_without_rendering()
+        _, right, bar = drawn[path].axes
+        assert "rather than" in right.get_title()
+        assert right.title.get_window_extent().x1 < bar.get_window_extent().x0
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import pytest
 from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.options import joined
 from tests.commands.shell import OWN, PHOTO, explain, fails
+from tests.conftest import in_turn, slow_but
 
 NET = ("--model", "own_nets:make", "--size", "32")
 
@@ -73,8 +74,9 @@ def test_a_file_instead_of_a_folder_for_results(command: str, fast: Path, capsys
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
-@pytest.mark.parametrize("target", ["png", "safetensors", "csv"])
+@pytest.mark.parametrize(
+    ("target", "number"), in_turn(["png", "safetensors", "csv"], [errno.ENOSPC, errno.EACCES, errno.EROFS])
+)
 def test_a_result_that_cannot_be_written(
     target: str, number: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -120,7 +122,7 @@ def test_an_unexpected_error_is_one_line_unless_debugged(
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["explain", "flow", "layers", "demo"])
+@pytest.mark.parametrize("command", slow_but(["explain", "flow", "layers", "demo"], "explain", "flow", "layers"))
 def test_quiet_prints_nothing(command: str, fast: Path, capfd: pytest.CaptureFixture[str]):
     argv = [*USAGE.get(command, ["demo", "--digits", "3"]), "--quiet"]
     assert status(*argv) == 0

@@ -25,6 +25,7 @@ from nrm_plugin.dataset import Manifest, Sweep
 from nrm_plugin.dataset import image_folder as folders
 from nrm_plugin.dataset.image_folder import PreprocessedImageFolder
 from nrm_plugin.dataset.preprocessing import preprocessing
+from tests.conftest import slow_but
 
 NETS = """
 import torch
@@ -140,9 +141,19 @@ def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, caps
     assert Sweep.open("swept").is_complete
 
 
-@pytest.mark.parametrize(("batch", "shard"), [("2", "4"), ("3", "4"), ("32", "4"), ("1", "3"), ("4", "256")])
-def test_a_stopped_sweep_continues_with_another_batch_size(batch, shard, photos, monkeypatch):
+BATCHES = {
+    "larger": ("3", "4"),
+    "none": ("32", "4"),
+    "smaller": ("1", "3"),
+    "one shard": ("4", "256"),
+    "other": ("2", "4"),
+}
+
+
+@pytest.mark.parametrize("sizes", slow_but(BATCHES, "larger", "one shard"))
+def test_a_stopped_sweep_continues_with_another_batch_size(sizes, photos, monkeypatch):
     """Batches change float32 values by rounding only; shards keep their size, whatever the option."""
+    batch, shard = BATCHES[sizes]
     assert run("--shard-size", "4", "--joint", out="whole") == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
@@ -362,6 +373,7 @@ def _turned():
     return exif
 
 
+@pytest.mark.slow
 def test_explain_and_sweep_read_hostile_files_alike(photos):
     image = Image.effect_noise((24, 18), 90).convert("RGB")
     image.paste((255, 0, 0), (0, 0, 9, 9))

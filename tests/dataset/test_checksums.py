@@ -12,7 +12,7 @@ import pytest
 from nrm_plugin.dataset import Manifest, Sweep, SweepError, sweep
 from nrm_plugin.dataset.checksums import Segments
 from nrm_plugin.dataset.sweep_layout import MANIFEST, ManifestError, ShardError
-from tests.conftest import slow_but
+from tests.conftest import in_turn
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, contents, net
 
 KINDS = {
@@ -57,8 +57,7 @@ def flipped(path: Path, place: int, bit: int) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("seed", slow_but(range(4), 0))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "seed"), in_turn(KINDS, range(4)))
 def test_a_flipped_bit_is_never_read_as_right_and_heals(kind, seed, begun, right, tmp_path, uninterrupted):
     folder, draw = shutil.copytree(begun, tmp_path / "swept"), random.Random(f"{kind} {seed}")
     place, bit = draw.randrange(1 << 30), draw.randrange(8)

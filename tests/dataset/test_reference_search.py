@@ -60,7 +60,9 @@ def one_by_one(net, data, layer, by, unit="measure", reduce="sum", chosen=None):
     return rows
 
 
-@pytest.mark.parametrize(("unit", "reduce"), [("measure", "sum"), ("output", "max"), ("layer", "sum")])
+@pytest.mark.parametrize(
+    ("unit", "reduce"), [pytest.param("measure", "sum", marks=pytest.mark.slow), ("output", "max"), ("layer", "sum")]
+)
 @pytest.mark.parametrize("by", slow_but(["relevance", "activation"], "activation"))
 def test_references_equal_single_samples_sorted_by_hand(net, data, by, unit, reduce):
     with untouched(net):

@@ -35,6 +35,7 @@ def test_a_loader_gives_the_rows_of_its_data_set(tmp_path, uninterrupted):
         assert contents(tmp_path / name) == uninterrupted
 
 
+@pytest.mark.slow
 def test_an_iterable_data_set_is_read_again_and_resumes(tmp_path, uninterrupted):
     with pytest.raises(RuntimeError, match="connection is lost"):
         sweep(net(), Stream(stop=30), QUERIES, tmp_path, **OPTIONS)

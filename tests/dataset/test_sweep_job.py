@@ -16,6 +16,7 @@ from nrm_plugin.dataset import Maps, Marginal, Sweep, SweepError, sweep
 from nrm_plugin.dataset import sweep_layout as layout
 from nrm_plugin.dataset.sweep_layout import ShardError
 from nrm_plugin.errors import InputError
+from tests.conftest import slow_but
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, contents, net, write_sums
 
 
@@ -79,7 +80,7 @@ def damaged(path, how):
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "of another sweep"])
+@pytest.mark.parametrize("how", slow_but(["truncated", "empty", "of another sweep"], "of another sweep"))
 def test_a_damaged_shard_raises_or_is_evaluated_again(how, tmp_path, uninterrupted):
     sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS)
     damaged(tmp_path / "rows/part-0000-000002.parquet", how)

@@ -17,6 +17,7 @@ from zennit.rules import Epsilon
 from nrm_plugin import NRMAbsolute, RelevanceMeasure, at, coverage
 from nrm_plugin.errors import UnsupportedOperationError
 from nrm_plugin.functional import complex_kernels
+from tests.conftest import in_turn
 from tests.functional.kernel_matrices import Apply, Op, columns, draw, linear_rules
 
 
@@ -131,13 +132,15 @@ LINEAR: dict[str, tuple[Op, Op, tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("composite", [None, linear_rules(), EpsilonPlus()], ids=["absolute", "epsilon", "plus"])
-@pytest.mark.parametrize("name", LINEAR)
-def test_a_linear_map_through_complex_numbers_is_a_layer_with_a_real_matrix(name, composite):
+COMPOSITES = {"absolute": None, "epsilon": linear_rules(), "plus": EpsilonPlus()}
+
+
+@pytest.mark.parametrize(("name", "rules"), in_turn(LINEAR, COMPOSITES))
+def test_a_linear_map_through_complex_numbers_is_a_layer_with_a_real_matrix(name, rules):
     op, by_hand, shape = LINEAR[name]
     x = draw(*shape)
     torch.testing.assert_close(op(x[None]), by_hand(x[None]))
-    (actual,), (expected,) = columns(op, [x], composite), columns(by_hand, [x], composite)
+    (actual,), (expected,) = columns(op, [x], COMPOSITES[rules]), columns(by_hand, [x], COMPOSITES[rules])
     assert bool(expected.any())
     if name == "stft":  # its frames are steps in one map and not in the other
         actual, expected = actual.sum(1), expected.sum(1)

@@ -15,6 +15,7 @@ from zennit.rules import Epsilon, Pass
 
 from nrm_plugin import Normalized, NRMAbsolute, RelevanceMeasure, coverage
 from nrm_plugin.errors import UnsupportedOperationError
+from tests.conftest import in_turn
 from tests.functional.kernel_matrices import Apply, draw
 
 
@@ -150,8 +151,7 @@ class Shifted(nn.Module):
         return x + (self.function(x.detach().clone()) - x).detach()
 
 
-@pytest.mark.parametrize("composite", [NRMAbsolute, EpsilonPlus])
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize(("name", "composite"), in_turn(ELEMENTWISE, [NRMAbsolute, EpsilonPlus]))
 def test_an_elementwise_function_passes_relevance_as_an_activation_does(name, composite):
     function, x = ELEMENTWISE[name], draw(3, 4)
     mu = RelevanceMeasure(net(function), x, 1, composite=composite())

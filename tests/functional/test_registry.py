@@ -54,6 +54,7 @@ REGISTERED = {
 """Number of names that each module registers; update it together with the module."""
 
 
+@pytest.mark.slow
 def test_every_module_registers_its_functions_at_import():
     """Kernels register themselves, so a lost import would remove the kernels of a module without an error."""
     done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True)

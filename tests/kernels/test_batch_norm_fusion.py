@@ -21,9 +21,11 @@ from zennit.types import Activation, BatchNorm, Linear
 from nrm_plugin import FuseBatchNorm, RelevanceMeasure
 from nrm_plugin.errors import BatchNormWarning
 from nrm_plugin.kernels.layer_step import LayerStep
-from tests.conftest import slow_but, untouched
+from tests.conftest import in_turn, slow_but, untouched
 from tests.nets import zennit_rule
 from tests.oracles import AlphaBeta, Epsilon, Gamma, Rule, ZPlus, normalized
+
+pytestmark = pytest.mark.zennit
 
 RULES: tuple[Rule, ...] = (Epsilon(0.1), Epsilon(0.1, zero_params="bias"), ZPlus(), Gamma(), AlphaBeta())
 Shape = tuple[int, ...]
@@ -180,7 +182,7 @@ def test_a_layer_after_batch_norm_is_fused_with_it_at_the_borders_too(name, rule
 
 
 @pytest.mark.parametrize("dead", slow_but([False, True], True))
-@pytest.mark.parametrize(("name", "rule"), cases())
+@pytest.mark.parametrize(("name", "rule"), in_turn(LAYERS, RULES))
 def test_a_layer_after_batch_norm_and_relu_is_fused_with_both(name, rule, dead):
     r"""``ReLU(g x + h) = g (clip(x) − t)`` with ``t = −h / g``; where ``g = 0`` it is the constant ``max(h, 0)``."""
     make, shape = LAYERS[name]

@@ -22,6 +22,7 @@ from nrm_plugin.kernels.rule_branch_kernel import BranchKernel
 from nrm_plugin.kernels.rule_forms import form_of
 from nrm_plugin.kernels.rule_reader import read_rule_at
 from nrm_plugin.kernels.step import FunctionStep
+from tests.conftest import in_turn
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(5, 4), (2, 5)),
@@ -87,8 +88,7 @@ def by_columns(module: nn.Module, rule: BasicHook, x: Tensor, limit: float) -> t
     return total, share
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(("layer", "name"), in_turn(LAYERS, RULES))
 def test_the_kernel_is_the_normalized_rule(layer: str, name: str) -> None:
     for change in INPUTS.values():
         module, x = made(layer, change)

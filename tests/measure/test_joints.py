@@ -36,7 +36,7 @@ def masked(mu, upper, lower):
 
 
 @pytest.mark.parametrize("residual", slow_but(["sink", "redistribute"], "redistribute"))
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", slow_but(LINEAR, "lrp_0", "epsilon_plus_flat", "epsilon_gamma_box"))
 def test_joint_matrices_are_those_of_masked_passes(name, residual):
     mu = RelevanceMeasure(
         build(), X, 1, composite=Normalized(composite(name, []), residual=residual, uncovered="gradient")

@@ -19,6 +19,7 @@ from zennit.rules import Epsilon
 
 from nrm_plugin import ABSORBED, NRM, JointNRM, LayerNRM, NeuronNRM, NRMAbsolute, RelevanceMeasure, at
 from nrm_plugin.errors import DifferenceError, InputError, NullEventError, TargetError, UnsupportedOperationError
+from tests.conftest import slow_but
 from tests.differences import draw, layer_norm, multipliers, slope, softmax
 
 TIGHT = {"rtol": 0.0, "atol": 1e-12}
@@ -373,7 +374,7 @@ def test_samples_that_mix_have_a_measure_as_one_sample():
     torch.testing.assert_close(mu.marginal("a").sum(), torch.ones(()).double(), **TIGHT)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("kind", slow_but([nn.LSTM, nn.GRU, nn.RNN], nn.LSTM))
 def test_recurrent_nets_with_time_first_have_rows_of_samples(kind):
     torch.manual_seed(0)
     inner, out = kind(4, 5).double(), nn.Linear(5, 2).double()

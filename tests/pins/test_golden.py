@@ -9,6 +9,8 @@ import pytest
 from tests.conftest import slow_but
 from tests.pins.golden import NETS, STORED, measured
 
+pytestmark = pytest.mark.zennit
+
 RECORDED = json.loads(STORED.read_text())
 
 

@@ -126,6 +126,7 @@ def exported(net: nn.Module, x: Tensor, path: Path, layers: tuple = ("input",)) 
     return torch.export.load(path).module()
 
 
+@pytest.mark.slow
 def test_values_on_which_a_rule_branches_do_not_matter(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double().eval()
@@ -147,6 +148,7 @@ class Branching(nn.Module):
         return self.large(x) if x.shape[1] == 3 and bool((x > 0).all()) else self.small(x)
 
 
+@pytest.mark.slow
 def test_another_branch_of_the_model_is_marked(tmp_path):
     program = exported(Branching().eval(), torch.ones(1, 3), tmp_path / "branch.pt2")
     target = torch.zeros(1, dtype=torch.long)

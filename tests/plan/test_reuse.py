@@ -35,6 +35,7 @@ from nrm_plugin.plan import reuse
 from nrm_plugin.plan.planned_measure import PlannedMeasure
 from nrm_plugin.plan.programs import QueryProgram
 from nrm_plugin.plan.reuse import Measures, measures_of
+from tests.conftest import slow_but
 
 RULES = Normalized(EpsilonPlus())
 
@@ -126,7 +127,7 @@ INTERFACES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("name", INTERFACES)
+@pytest.mark.parametrize("name", slow_but(INTERFACES, "NRM", "LayerNRM", "NRMAttributor"))
 def test_an_interface_answers_by_programs_from_the_third_call_on(name, answered):
     make, oracle = INTERFACES[name]
     net = small_net()
@@ -188,7 +189,7 @@ def test_a_change_of_the_model_drops_the_plan(change):
     assert taken(measures, net, 2) == [False, False]
 
 
-@pytest.mark.parametrize("change", ["model", "composite", "output", "batched"])
+@pytest.mark.parametrize("change", slow_but(["model", "composite", "output", "batched"], "composite"))
 def test_a_change_of_a_setting_drops_the_plan(change):
     measures, net = Measures(), small_net()
     assert taken(measures, net, 4)[-1]

@@ -16,6 +16,7 @@ from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, Z
 from nrm_plugin import NRMAbsolute, RelevanceMeasure, at, top_walks
 from nrm_plugin.errors import UnknownLayerError, UnsupportedRuleError
 from nrm_plugin.rules import Absolute, Relative
+from tests.conftest import in_turn
 
 CLASSES, FEATURES = 6, 16
 
@@ -97,30 +98,29 @@ COMPOSITES = {
 }
 
 
-def answers(mu: RelevanceMeasure, number: int) -> list[torch.Tensor]:
+def answers(mu: RelevanceMeasure) -> list[torch.Tensor]:
     event = at("body.0").channel(1) & ~at("body.4")[2] | at("input")[0, 3, 3]
     rows = [mu.output, mu.walk_variation(), mu(event), mu.variation("body.4")]
     rows += [mu.marginal(layer) for layer in ("body.4", "body.0", "input")]
     rows += [mu.sink("input"), mu.joint("output", "body.0"), mu.joint("body.4", "body.0")]
-    rows += [mu.conditional(at("body.0").channel(3), layer) for layer in ("output", "body.4")]
-    return [row[number] for row in rows]
+    return rows + [mu.conditional(at("body.0").channel(3), layer) for layer in ("output", "body.4")]
 
 
 def check(net: nn.Module, twin_of, x: torch.Tensor, target, against, **settings) -> None:
     """Compares each sample with a twin whose last layer has its fused weights."""
     mu = RelevanceMeasure(net, x, target, against=against, **settings)
+    actual = answers(mu)
     outputs = net(x)[0] if isinstance(net(x), tuple) else net(x)
     targets = target if isinstance(target, list) else [target] * len(x)
     others = against if isinstance(against, list) else [against] * len(x)
     for number, (one, other) in enumerate(zip(targets, others, strict=True)):
         twin = twin_of(by_hand(outputs[number].detach(), one, other)).eval()
         expected = RelevanceMeasure(twin, x[number : number + 1], **{**settings, "output": None})
-        for ours, theirs in zip(answers(mu, number), answers(expected, 0), strict=True):
-            assert float((ours - theirs).abs().max()) <= 1e-9 * max(1.0, float(theirs.abs().max()))
+        for ours, theirs in zip(actual, answers(expected), strict=True):
+            assert float((ours[number] - theirs[0]).abs().max()) <= 1e-9 * max(1.0, float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("against", [3, "rest", [0, 5, 1]])
-@pytest.mark.parametrize("composite", COMPOSITES)
+@pytest.mark.parametrize(("composite", "against"), in_turn(COMPOSITES, [3, "rest", [0, 5, 1]]))
 def test_every_rule_reads_the_fused_weights(composite, against):
     layers, weight, bias = body(), torch.randn(CLASSES, FEATURES), torch.randn(CLASSES)
     net = Linear(layers, weight, bias).eval()
@@ -132,8 +132,9 @@ def test_every_rule_reads_the_fused_weights(composite, against):
     check(net, twin, x, target, against, composite=COMPOSITES[composite]())
 
 
-@pytest.mark.parametrize("residual", ["sink", "redistribute"])
-@pytest.mark.parametrize("spelling", ["function", "conv", "views", "two"])
+@pytest.mark.parametrize(
+    ("spelling", "residual"), in_turn(["function", "conv", "views", "two"], ["sink", "redistribute"])
+)
 def test_every_spelling_of_the_last_layer_is_fused(spelling, residual):
     layers, weight, bias = body(), torch.randn(CLASSES, FEATURES), torch.randn(CLASSES)
     net = Linear(layers, weight, bias, spelling).eval()

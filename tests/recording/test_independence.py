@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nrm_plugin import NRM, LayerNRM, RelevanceMeasure
 from nrm_plugin.errors import FoldingError
+from tests.conftest import in_turn
 
 
 class Net(nn.Module):
@@ -59,8 +60,7 @@ THRESHOLDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("count", [2, 3, 6])
-@pytest.mark.parametrize("name", THRESHOLDS)
+@pytest.mark.parametrize(("name", "count"), in_turn(THRESHOLDS, [2, 3, 6]))
 def test_a_threshold_of_the_batch_raises_or_changes_no_sample(name, count):
     for seed in range(4):
         net, x = Net(THRESHOLDS[name], seed).eval(), drawn(count, 100 + seed, (0.3, 1.0, 5.0)[seed % 3]) + seed % 2

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nrm_plugin.recording.layout import Layout, layout_of
+from nrm_plugin.recording.layout import Layout, layouts_of
 
 
 @st.composite
@@ -29,8 +29,7 @@ def test_labels_determine_the_layout(case: tuple[Tensor, Tensor, int], seed: int
     plain, other, count = case
     size = plain[0].numel()
     labels = (other - 1) // size
-    layout = layout_of(labels, count)
-    assert layout is not None
+    (layout,) = layouts_of(labels, count)
     unfolded = layout.unfold(other)
     assert unfolded.shape == layout.shape(other.shape)
     assert len(unfolded) == count
@@ -40,9 +39,7 @@ def test_labels_determine_the_layout(case: tuple[Tensor, Tensor, int], seed: int
     assert torch.equal(layout.fold(layout.unfold(other[None], 1), 1)[0], other)
     draw = torch.Generator().manual_seed(seed)
     hidden = torch.rand(labels.shape, generator=draw) < 0.3
-    known = layout_of(labels.masked_fill(hidden, -1), count)
-    if known is not None:  # the entries whose sample is known are still in the right row
-        rows = torch.arange(count).reshape(-1, *(1,) * (unfolded.ndim - 1)) if known.parts == layout.parts else None
+    for known in layouts_of(labels.masked_fill(hidden, -1), count):  # known entries are in the right row in each
         placed = known.unfold(labels.masked_fill(hidden, -1))
         rows = torch.arange(count).reshape(-1, *(1,) * (placed.ndim - 1))
         assert bool(((placed == rows) | (placed < 0)).all())
@@ -50,15 +47,23 @@ def test_labels_determine_the_layout(case: tuple[Tensor, Tensor, int], seed: int
 
 def test_rows_in_another_order_are_sorted_by_sample() -> None:
     rows = torch.tensor([2, 0, 1, 1, 0, 2])
-    layout = layout_of(rows[:, None].expand(6, 5), 3)
-    assert layout is not None
+    (layout,) = layouts_of(rows[:, None].expand(6, 5), 3)
     assert layout.unfold(rows[:, None]).flatten(1).tolist() == [[0, 0], [1, 1], [2, 2]]
     assert torch.equal(layout.fold(layout.unfold(rows)), rows)
 
 
 def test_uneven_or_mixed_samples_have_no_layout() -> None:
-    assert layout_of(torch.tensor([0, 0, 0, 1]), 2) is None
-    assert layout_of(torch.tensor([[0, 1], [1, 0]]), 2) is None
+    assert layouts_of(torch.tensor([0, 0, 0, 1]), 2) == []
+    assert layouts_of(torch.tensor([[0, 1], [1, 0]]), 2) == []
+
+
+def test_few_known_entries_fit_several_dimensions() -> None:
+    labels = torch.full((6, 4), -1)  # (N · T, C) of two samples with three steps each
+    labels[0, 0] = labels[1, 2] = 0
+    labels[4, 1] = 1
+    assert {layout.dim for layout in layouts_of(labels, 2)} == {0, 1}
+    labels[5, 2] = 1
+    assert [layout.dim for layout in layouts_of(labels, 2)] == [0]
 
 
 def test_the_channels_are_followed() -> None:

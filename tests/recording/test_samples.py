@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from zennit.composites import NameMapComposite
+from zennit.composites import EpsilonPlus, NameMapComposite
 from zennit.rules import ZPlus
 
 from nrm_plugin import ABSORBED, NRMDefault, RelevanceMeasure, at
@@ -171,3 +171,53 @@ def test_samples_are_found_where_stabilizers_absorb_nearly_all_relevance():
     for layer in ("layers.0", "layers.4", "layers.8"):
         alone = torch.cat([mu.marginal(layer) for mu in single])
         torch.testing.assert_close(batch.marginal(layer), alone, rtol=1e-4, atol=0.0)
+
+
+class Sparse(nn.Module):
+    """A layer whose ReLU passes few entries, in a layout of its own."""
+
+    def __init__(self, layout: str, is_fixed: bool = False) -> None:
+        super().__init__()
+        self.layout, self.is_fixed = layout, is_fixed
+        self.layer, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = 2 if self.is_fixed else len(x)
+        if self.layout == "folded":
+            h = self.layer(x.flatten(0, 1)).relu().view(count, 3, 4)
+        elif self.layout == "folded, time first":
+            h = self.layer(x.transpose(0, 1).flatten(0, 1)).relu().unflatten(0, (3, count)).transpose(0, 1)
+        elif self.layout == "batch in the middle":
+            h = self.layer(x.transpose(0, 1).unsqueeze(0)).relu()[0].transpose(0, 1)
+        else:
+            h = self.layer(x.transpose(0, 1)).relu().transpose(0, 1)
+        return self.head((x + h).mean(1))
+
+
+def few_entries() -> Tensor:
+    """Two samples that are positive at different channels, so that channels could be taken for samples."""
+    x = -torch.ones(2, 3, 4)
+    x[0, 0, 0], x[0, 1, 2], x[1, 1, 1] = 1.0, 2.0, 1.5
+    return x
+
+
+@pytest.mark.parametrize("composite", [NRMDefault, EpsilonPlus])
+@pytest.mark.parametrize("is_fixed", [False, True])  # a model that is written for two samples
+@pytest.mark.parametrize("layout", ["folded", "folded, time first", "batch in the middle", "time first"])
+def test_the_samples_are_known_where_relevance_reaches_few_entries(layout, is_fixed, composite):
+    torch.manual_seed(0)
+    net, x = Sparse(layout, is_fixed).eval(), few_entries()
+    mu = RelevanceMeasure(net, x, 1, composite=composite())
+    net.is_fixed = False
+    alone = [RelevanceMeasure(net, row[None], 1, composite=composite()) for row in x]
+    assert mu.shape("layer") == (2, *alone[0].shape("layer")[1:])
+    for ask in (
+        lambda mu: mu.marginal("layer"),
+        lambda mu: mu.marginal("layer", over="channel"),
+        lambda mu: mu(at("layer").channel([0, 1])),
+        lambda mu: mu.joint("layer", "input"),
+        lambda mu: mu.variation("layer"),
+    ):
+        torch.testing.assert_close(ask(mu), torch.cat([ask(one) for one in alone]))

@@ -46,7 +46,7 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
     heading = f"{title}. Which pairs of channels carry relevance for {explained}?"
     figures = {
         "joint": joint_figure(mu, image, relevance, joint, heading=heading),
-        "pixels": image_and_heat_map(image, relevance, ("image", f"relevance for {explained}"), title),
+        "pixels": image_and_heat_map(image, relevance, ("image", _two_lines(f"relevance for {explained}")), title),
         "channels": _channels(mu, image, f"{title}. Relevance given a channel of {UPPER}"),
     }
     files = {out / f"{sample.name}-{kind}.png": figure for kind, figure in figures.items()}
@@ -62,6 +62,11 @@ def _measure(model: nn.Module, images: Tensor, sample: Sample, against: str) -> 
 
 def _explained(sample: Sample, against: str) -> str:
     return f"“{sample.predicted}”" + (" rather than the other digits" if against == REST else "")
+
+
+def _two_lines(title: str) -> str:
+    """On one line the title of a heat map would run into the colour bar."""
+    return title.replace(" rather than ", "\nrather than ")
 
 
 def _channels(mu: RelevanceMeasure, image: Tensor, heading: str) -> Figure:

@@ -94,8 +94,8 @@ class Layout:
         return values if self.order is None else values.index_select(dim, self.order.argsort().to(values.device))
 
 
-def layout_of(labels: Tensor, count: int, mass: Tensor | None = None) -> Layout | None:
-    """Returns the layout of a tensor, given the sample of each entry.
+def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None) -> list[Layout]:
+    """Returns the layouts that fit a tensor, given the sample of each entry.
 
     Args:
         labels: The sample of each entry; -1 if unknown, because no relevance arrives there.
@@ -103,28 +103,30 @@ def layout_of(labels: Tensor, count: int, mass: Tensor | None = None) -> Layout 
         mass: Weight of each entry, by default equal; entries of negligible weight are ignored.
 
     Returns:
-        The layout, along the dimension with the most known slices; None if no dimension divides equally among samples.
+        The layouts, those along the dimension with the most known slices first: none if no dimension divides equally
+        among samples, and several if so few entries are known that more than one layout fits.
     """
-    exact = _best_layout(labels, count, None)
-    return exact if exact is not None or mass is None else _best_layout(labels, count, mass)
+    exact = _fitting(labels, count, None)
+    return exact if exact or mass is None else _fitting(labels, count, mass)
 
 
-def _best_layout(labels: Tensor, count: int, mass: Tensor | None) -> Layout | None:
-    best: tuple[float, Layout] | None = None
+def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
+    found: list[tuple[float, Layout]] = []
+    # Two dimensions that both divide among the samples have at most 1/N of the entries in common.
+    is_sparse = int((labels >= 0).sum()) * count <= labels.numel()
     for dim in range(labels.ndim):
         size = labels.shape[dim]
         known = _samples_of_slices(labels, dim, count, mass) if size % count == 0 else None
-        complete = None if known is None else _completed(known, count)
-        if known is None or complete is None:
+        if known is None:
             continue
         share = float((known >= 0).double().mean())
-        if best is None or share > best[0]:
+        for complete in _completed(known, count):
             order = torch.argsort(complete, stable=True)
             is_sorted = torch.equal(order, torch.arange(size, device=order.device))
-            best = share, Layout(dim, count, size // count, None if is_sorted else order)
-        if share == 1:
+            found.append((share, Layout(dim, count, size // count, None if is_sorted else order)))
+        if share == 1 and not is_sparse:
             break
-    return None if best is None else best[1]
+    return [layout for _, layout in sorted(found, key=lambda pair: -pair[0])]
 
 
 def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
@@ -161,19 +163,16 @@ def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None
     return None if bool((total - most > PURE * total).any()) else known
 
 
-def _completed(labels: Tensor, count: int) -> Tensor | None:
-    """Fills in the unknown labels of slices by the pattern that fits the known labels."""
+def _completed(labels: Tensor, count: int) -> list[Tensor]:
+    """Fills in the unknown labels of slices by each pattern that fits the known labels."""
     size = len(labels)
     parts = size // count
     if bool((labels >= 0).all()):
         is_even = torch.bincount(labels, minlength=count).tolist() == [parts] * count
-        return labels if is_even else None
+        return [labels] if is_even else []
     position = torch.arange(size, device=labels.device)
-    for inner in [inner for inner in range(parts, 0, -1) if parts % inner == 0]:
-        pattern = (position // inner) % count
-        if bool(((labels == pattern) | (labels < 0)).all()):
-            return pattern
-    return None
+    patterns = [(position // inner) % count for inner in range(parts, 0, -1) if parts % inner == 0]
+    return [pattern for pattern in patterns if bool(((labels == pattern) | (labels < 0)).all())]
 
 
-__all__ = ["Layout", "doubled", "layout_of", "unreached"]
+__all__ = ["Layout", "doubled", "layouts_of", "unreached"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import FoldingError
 from ..model.targets import sample_sums
 from .graph import Graph
-from .layout import Layout, doubled, layout_of, unreached
+from .layout import Layout, doubled, layouts_of, unreached
 from .passes import Cost, Vectors, Visitor, pull, push
 from .places import Buffer, Place, Sink
 
@@ -71,6 +71,7 @@ class Samples:
         self._run_two = shapes_of_two if batched and count == 1 and not is_plain else dict
         self._shapes_of_two: Mapping[Hashable, torch.Size] | None = None
         self._layouts: dict[Buffer, Layout | None] = {}
+        self._several: dict[Buffer, list[Layout]] = {}
         self._labels: dict[Buffer, Tensor] = {}
 
     # -- layouts ----------------------------------------------------------------------------------------------
@@ -93,7 +94,8 @@ class Samples:
     def _known(self, place: Place | Sink) -> Layout | None:
         buffer = self.buffer(place)
         if buffer not in self._layouts:
-            self._layouts[buffer] = self._looked_up(buffer)
+            fitting = self._several.get(buffer)
+            self._layouts[buffer] = self._looked_up(buffer) if fitting is None else self._chosen(buffer, fitting)
         return self._layouts[buffer]
 
     def buffer(self, place: Place | Sink) -> Buffer:
@@ -128,15 +130,39 @@ class Samples:
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
         """Returns the layout of a tensor without relevance: the layout of the nearest tensor of the same shape."""
         shape = self.graph.shape(buffer)
+        for other in [other for other in self._several if self.graph.shape(other) == shape]:
+            self._known(other)
         same = [
-            other for other, layout in self._layouts.items() if layout is not None and self.graph.shape(other) == shape
+            other
+            for other, layout in list(self._layouts.items())
+            if layout is not None and self.graph.shape(other) == shape
         ]
         if same:
             return self._layouts[min(same, key=lambda other: abs(other.vertex - buffer.vertex))]
         return unreached(shape, self.count)
 
+    def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
+        """Returns the layout of a tensor of which relevance reaches so few entries that no or several layouts fit."""
+        by_inputs = self._of_inputs(buffer)
+        if len(by_inputs) == 1 and self._holds(by_inputs[0], self._labels[buffer]):
+            return by_inputs[0]
+        return fitting[0] if fitting and fitting[0].is_plain else None
+
+    def _holds(self, layout: Layout, labels: Tensor) -> bool:
+        """Whether a layout puts each entry whose sample is known in the row of that sample."""
+        placed = layout.unfold(labels)
+        rows = torch.arange(self.count, device=labels.device).reshape(-1, *(1,) * (placed.ndim - 1))
+        return bool(((placed == rows) | (placed < 0)).all())
+
     def _of_output(self) -> Layout | None:
-        """Returns the layout of a tensor inside the model at which the measure starts, by values of the inputs."""
+        """Returns the layout of a tensor inside the model at which the measure starts."""
+        fitting = self._of_inputs(self.graph.output)
+        if not fitting:
+            self._raise_if_unsupported()
+        return fitting[0] if fitting else None
+
+    def _of_inputs(self, buffer: Buffer) -> list[Layout]:
+        """Returns the layouts that fit a tensor, by values of an input that arrive there."""
         generator = torch.Generator().manual_seed(0)
         for vertex in sorted(self.inputs):
             leaf = self.graph.vertices[vertex].leaf
@@ -144,14 +170,13 @@ class Samples:
             noise = torch.rand(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device) + 0.5
             vectors = _encoded(noise, self._plain, leaf.shape, self.count)
             with torch.inference_mode(False), torch.no_grad():
-                values, _ = push(self.graph, Buffer(vertex, 0), self.graph.output, torch.stack(list(vectors.values())))
+                values, _ = push(self.graph, Buffer(vertex, 0), buffer, torch.stack(list(vectors.values())))
             if values is None:
                 continue
             labels = _Labels.of(dict(zip(vectors, values, strict=True)), self.count)
             if labels.are_known and not labels.are_mixed:
-                return layout_of(labels.samples, self.count, labels.mass)
-        self._raise_if_unsupported()
-        return None
+                return layouts_of(labels.samples, self.count, labels.mass)
+        return []
 
     def _raise_if_unsupported(self) -> None:
         """Raises if values of the inputs do not arrive because an operation has no kernel."""
@@ -178,6 +203,7 @@ class Samples:
             return pull(self.graph, [(self.graph.output, vectors)], finder)
         finally:  # the samples above an operation without a kernel are known, even if the pass raises
             self._layouts.update(finder.layouts)
+            self._several = finder.several
             self._labels, self.leaves = finder.labels, finder.leaves
 
     # -- sums over samples ------------------------------------------------------------------------------------
@@ -196,7 +222,8 @@ class Samples:
                 return tensor.new_zeros(self.count)
             return sample_sums(self.layout(place).unfold(tensor))
         if bool(((labels < 0) & (tensor != 0)).any()):
-            return None
+            layout = self._known(place)
+            return None if layout is None else sample_sums(layout.unfold(tensor))
         total = tensor.new_zeros(self.count)
         return total.index_add_(0, labels.clamp(min=0).flatten().long(), tensor.flatten())
 
@@ -281,6 +308,7 @@ class _Finder(Visitor[int]):
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
         self.layouts: dict[Buffer, Layout | None] = {}
+        self.several: dict[Buffer, list[Layout]] = {}
         self.labels: dict[Buffer, Tensor] = {}
         self.leaves: dict[int, Tensor] = {}
         self._last: tuple[Buffer, Tensor] | None = None
@@ -297,14 +325,19 @@ class _Finder(Visitor[int]):
         if labels.are_mixed:
             raise self.samples.error(f"a tensor of shape {tuple(labels.mass.shape)}")
         if labels.are_known:
-            layout = self.layouts[buffer] = layout_of(labels.samples, self.samples.count, labels.mass)
-            if layout is None:
+            fitting = layouts_of(labels.samples, self.samples.count, labels.mass)
+            if len(fitting) == 1:
+                self.layouts[buffer] = fitting[0]
+            else:
+                self.several[buffer] = fitting
                 self.labels[buffer] = labels.samples
         return vectors
 
     def _copy(self, known: Buffer, buffer: Buffer) -> None:
         if known in self.layouts:
             self.layouts[buffer] = self.layouts[known]
+        if known in self.several:
+            self.several[buffer] = self.several[known]
         if known in self.labels:
             self.labels[buffer] = self.labels[known]
 
