@@ -154,6 +154,39 @@ def circuits(results: Results) -> dict[str, str]:
     return tables
 
 
+JOINTS = {
+    "joint, tangents": "tangents",
+    "joint, secants": "secants",
+    "joint, NRMDefault": "default",
+    "joint, EpsilonPlusFlat": "EpsilonPlusFlat",
+    "joint, NRMAbsolute": "NRMAbsolute",
+    "zennit-crp, EpsilonPlusFlat": "zennit-crp",
+}
+PATCHED = {"zero": "zero activations", "input": "reference input"}
+
+
+def path_patching(results: Results) -> dict[str, str]:
+    """Agreement with path patching, by net; the first table compares joint relevance with the best product."""
+
+    def cell(row: Results, key: str) -> str:
+        return "{:.3f} ({:.3f} to {:.3f})".format(*row[key]) if row else ""
+
+    found, first = {}, []
+    for name, net in results["nets"].items():
+        rows = []
+        for kind, one in net["kinds"].items():
+            for start, measured in one["references"].items():
+                scores, best = measured["scores"], measured["best product"]
+                shown = [scores.get(score, {}).get("correlation", [None])[0] for score in JOINTS]
+                errors = [scores[score]["error"][0] for score in JOINTS if score in scores]
+                rows.append([kind, PATCHED[start], *("" if r is None else f"{r:.3f}" for r in shown),
+                             f"{scores[best]['correlation'][0]:.3f}, {best.removeprefix('product of ')}"])
+                first.append([name, kind, PATCHED[start], *(cell(scores[f"joint, {s}"], "minus best product") for s in ("tangents", "secants", "NRMDefault"))])
+        found[name] = grid(f"| sets | reference | {' | '.join(JOINTS.values())} | best product |", rows)
+    found["differences"] = grid("| net | sets | reference | tangents | secants | default |", first)
+    return found
+
+
 def flow(results: Results) -> dict[str, str]:
     """A sentence."""
     factor = min(results["seconds"]["flow"]) / min(results["seconds"]["marginals"])
@@ -196,6 +229,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "recurrent_and_graphs": ("recurrent-and-graphs.md", recurrent_and_graphs),
     "relative": ("relative.md", relative),
     "circuits": ("circuits.md", circuits),
+    "path_patching": ("joint-relevance.md", path_patching),
     "flow": ("flow.md", flow),
     "top_walks": ("critical-paths.md", top_walks),
     "selection": ("critical-paths.md", selection),

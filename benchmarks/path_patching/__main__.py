@@ -1,0 +1,118 @@
+"""Compares joint relevance with exact path patching, and renders docs/joint-relevance.md.
+
+``python -m benchmarks.path_patching`` takes about half an hour on one thread; ``--quick`` measures a few samples and
+only prints. ``--nets`` measures only these nets and leaves the results of the others unchanged. ``--render`` rewrites
+tables and figure from the committed results. zennit-crp is measured if it is installed (``make test-hosts``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import tables
+from benchmarks.circuits.metrics import correlation
+from benchmarks.default_composite import interval, resamples
+from benchmarks.path_patching import figure
+from benchmarks.path_patching.chains import KINDS, Kind
+from benchmarks.path_patching.nets import NETS, Case
+from benchmarks.path_patching.scores import EXACT, REFERENCES, Chains, predictions
+from benchmarks.speed import environment
+
+RESULTS = Path(__file__).parents[1] / "results/path_patching.json"
+SAMPLES = 210
+"""Samples of each kind of net."""
+Values = dict[str, dict[str, Tensor]]
+"""Correlation and error of each score, by sample."""
+
+
+def chains_of(case: Case, kinds: Sequence[Kind]) -> dict[str, Chains]:
+    seen, _ = case.run(case.inputs(case.x), {})
+    shapes = [tuple(seen[site].shape[1:]) for site in case.sites]
+    found = {}
+    for kind in kinds:
+        lower, upper = kind.sets(shapes)
+        found[kind.name] = Chains(tuple(case.sites[place] for place in kind.places), lower, upper)
+    return found
+
+
+def compared(case: Case, chains: dict[str, Chains], start: str) -> dict[str, Values]:
+    """Agreement of each score with path patching, by kind of sets."""
+    results: dict[str, Values] = {}
+    for kind, score, values in predictions(case, chains, start, crp=find_spec("crp") is not None):
+        predicted = values.detach().flatten(1)
+        if score == EXACT:
+            exact = predicted
+        error = (predicted - exact).abs().sum(1) / exact.abs().sum(1)
+        results.setdefault(kind, {})[score] = {"correlation": correlation(predicted, exact).float(), "error": error.float()}
+    return results
+
+
+def measure_net(name: str, samples: int) -> dict[str, Any]:
+    """All kinds of sets in the nets of one kind, whose samples are pooled."""
+    cases = NETS[name](samples)
+    chains = chains_of(cases[0], KINDS[name])
+    net: dict[str, Any] = {"samples": sum(len(case.x) for case in cases), "kinds": {}}
+    for kind, one in chains.items():
+        net["kinds"][kind] = {"sites": list(one.sites), "chains": len(one.lower) * len(one.upper), "references": {}}
+    for start in REFERENCES:
+        parts = [compared(case, chains, start) for case in cases]
+        for kind in chains:
+            net["kinds"][kind]["references"][start] = summary([part[kind] for part in parts])
+    return net
+
+
+def summary(parts: list[Values]) -> dict[str, Any]:
+    """Means with intervals over samples, and paired differences of each joint score from the best product."""
+    pooled = {score: {key: torch.cat([part[score][key] for part in parts]) for key in parts[0][score]} for score in parts[0] if score != EXACT}
+    draw = resamples(torch.arange(len(next(iter(pooled.values()))["correlation"])))
+    rows: dict[str, Any] = {score: {key: interval(one, draw) for key, one in values.items()} for score, values in pooled.items()}
+    products = {score: rows[score]["correlation"][0] for score in rows if score.startswith("product")}
+    best = max(products, key=products.__getitem__)
+    for score in rows:
+        if score.startswith("joint"):
+            rows[score]["minus best product"] = interval(pooled[score]["correlation"] - pooled[best]["correlation"], draw)
+    tangents, secants = (pooled[f"joint, {slopes}"]["correlation"] for slopes in ("tangents", "secants"))
+    return {"best product": best, "secants minus tangents": interval(secants - tangents, draw), "scores": rows}
+
+
+def measure(nets: Sequence[str], samples: int, results: dict[str, Any]) -> dict[str, Any]:
+    for name in nets:
+        began = time.process_time()
+        net = measure_net(name, samples)
+        net["processor seconds"] = round(time.process_time() - began)
+        results.setdefault("nets", {})[name] = net
+        print(f"\n{name}\n\n{tables.path_patching(results)[name]}", flush=True)
+    results["environment"] = {**environment(), "threads": torch.get_num_threads()}
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="12 samples of each net; nothing is written")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), help="measure only these")
+    parser.add_argument("--render", action="store_true", help="rewrite page and figure only")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if options.quick:
+        measure(options.nets, 12, {})
+        return
+    if not options.render:
+        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(measure(options.nets, SAMPLES, stored), indent=1) + "\n")
+    tables.write("path_patching")
+    figure.draw(json.loads(RESULTS.read_text()))
+
+
+if __name__ == "__main__":
+    main()
