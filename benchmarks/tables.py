@@ -162,29 +162,36 @@ JOINTS = {
     "joint, NRMAbsolute": "NRMAbsolute",
     "zennit-crp, EpsilonPlusFlat": "zennit-crp",
 }
-PATCHED = {"zero": "zero activations", "input": "reference input"}
+PATCHED = {"zero": "zero", "input": "reference input"}
 
 
 def path_patching(results: Results) -> dict[str, str]:
-    """Agreement with path patching, by net; the first table compares joint relevance with the best product."""
+    """Joint relevance compared with the best product in all nets, and correlations with path patching by net."""
 
-    def cell(row: Results, key: str) -> str:
-        return "{:.3f} ({:.3f} to {:.3f})".format(*row[key]) if row else ""
+    def difference(mean: float, low: float, high: float) -> str:
+        return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
-    found, first = {}, []
+    found: dict[str, str] = {}
+    first = []
     for name, net in results["nets"].items():
-        rows = []
+        rows, errors = [], []
         for kind, one in net["kinds"].items():
             for start, measured in one["references"].items():
                 scores, best = measured["scores"], measured["best product"]
-                shown = [scores.get(score, {}).get("correlation", [None])[0] for score in JOINTS]
-                errors = [scores[score]["error"][0] for score in JOINTS if score in scores]
-                rows.append([kind, PATCHED[start], *("" if r is None else f"{r:.3f}" for r in shown),
-                             f"{scores[best]['correlation'][0]:.3f}, {best.removeprefix('product of ')}"])
-                first.append([name, kind, PATCHED[start], *(cell(scores[f"joint, {s}"], "minus best product") for s in ("tangents", "secants", "NRMDefault"))])
-        found[name] = grid(f"| sets | reference | {' | '.join(JOINTS.values())} | best product |", rows)
-    found["differences"] = grid("| net | sets | reference | tangents | secants | default |", first)
-    return found
+                about = kind, PATCHED[start]
+                shown = [scores.get(score) for score in JOINTS]
+                cells = [f"{row['correlation'][0]:.3f}" if row else "" for row in shown]
+                product = f"{scores[best]['correlation'][0]:.3f}, {best.removeprefix('product of ')}"
+                rows.append([*about, *cells, product])
+                wrong = [f"{row['error']:.2f}" if row else "" for row in (*shown, scores[best])]
+                errors.append([*about, *wrong])
+                ahead = [difference(*row["minus best product"]) for row in shown[:3] if row]
+                first.append([name, *about, *ahead, difference(*measured["secants minus tangents"])])
+        columns = f"| sets | patched with | {' | '.join(JOINTS.values())} | best product |"
+        found[name] = grid(columns, rows)
+        found[f"{name}, errors"] = grid(columns, errors)
+    head = "| network | sets | patched with | tangents | secants | default | secants minus tangents |"
+    return {"differences": grid(head, first), **found}
 
 
 def flow(results: Results) -> dict[str, str]:

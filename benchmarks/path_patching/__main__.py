@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parents[1] / "results/path_patching.json"
 SAMPLES = 210
 """Samples of each kind of net."""
 Values = dict[str, dict[str, Tensor]]
-"""Correlation and error of each score, by sample."""
+"""Of each score, by sample: correlation with path patching, and sums of absolute errors and of exact effects."""
 
 
 def chains_of(case: Case, kinds: Sequence[Kind]) -> dict[str, Chains]:
@@ -45,15 +45,18 @@ def chains_of(case: Case, kinds: Sequence[Kind]) -> dict[str, Chains]:
     return found
 
 
-def compared(case: Case, chains: dict[str, Chains], start: str) -> dict[str, Values]:
-    """Agreement of each score with path patching, by kind of sets."""
-    results: dict[str, Values] = {}
-    for kind, score, values in predictions(case, chains, start, crp=find_spec("crp") is not None):
+def compared(case: Case, chains: dict[str, Chains]) -> dict[tuple[str, str], Values]:
+    """Agreement of each score with path patching, by kind of sets and reference."""
+    results: dict[tuple[str, str], Values] = {}
+    for kind, start, score, values in predictions(case, chains, crp=find_spec("crp") is not None):
         predicted = values.detach().flatten(1)
         if score == EXACT:
             exact = predicted
-        error = (predicted - exact).abs().sum(1) / exact.abs().sum(1)
-        results.setdefault(kind, {})[score] = {"correlation": correlation(predicted, exact).float(), "error": error.float()}
+        results.setdefault((kind, start), {})[score] = {
+            "correlation": correlation(predicted.double(), exact.double()).float(),
+            "error": (predicted - exact).abs().sum(1).float(),
+            "size": exact.abs().sum(1).float(),
+        }
     return results
 
 
@@ -61,28 +64,36 @@ def measure_net(name: str, samples: int) -> dict[str, Any]:
     """All kinds of sets in the nets of one kind, whose samples are pooled."""
     cases = NETS[name](samples)
     chains = chains_of(cases[0], KINDS[name])
-    net: dict[str, Any] = {"samples": sum(len(case.x) for case in cases), "kinds": {}}
-    for kind, one in chains.items():
-        net["kinds"][kind] = {"sites": list(one.sites), "chains": len(one.lower) * len(one.upper), "references": {}}
-    for start in REFERENCES:
-        parts = [compared(case, chains, start) for case in cases]
-        for kind in chains:
-            net["kinds"][kind]["references"][start] = summary([part[kind] for part in parts])
-    return net
+    parts = [compared(case, chains) for case in cases]
+    kinds = {
+        kind: {
+            "sites": list(one.sites),
+            "chains": len(one.lower) * len(one.upper),
+            "references": {start: summary([part[kind, start] for part in parts]) for start in REFERENCES},
+        }
+        for kind, one in chains.items()
+    }
+    return {"samples": sum(len(case.x) for case in cases), "kinds": kinds}
 
 
 def summary(parts: list[Values]) -> dict[str, Any]:
     """Means with intervals over samples, and paired differences of each joint score from the best product."""
-    pooled = {score: {key: torch.cat([part[score][key] for part in parts]) for key in parts[0][score]} for score in parts[0] if score != EXACT}
-    draw = resamples(torch.arange(len(next(iter(pooled.values()))["correlation"])))
-    rows: dict[str, Any] = {score: {key: interval(one, draw) for key, one in values.items()} for score, values in pooled.items()}
-    products = {score: rows[score]["correlation"][0] for score in rows if score.startswith("product")}
-    best = max(products, key=products.__getitem__)
-    for score in rows:
-        if score.startswith("joint"):
-            rows[score]["minus best product"] = interval(pooled[score]["correlation"] - pooled[best]["correlation"], draw)
-    tangents, secants = (pooled[f"joint, {slopes}"]["correlation"] for slopes in ("tangents", "secants"))
-    return {"best product": best, "secants minus tangents": interval(secants - tangents, draw), "scores": rows}
+    pooled = {
+        score: {key: torch.cat([part[score][key] for part in parts]) for key in values}
+        for score, values in parts[0].items()
+        if score != EXACT
+    }
+    found = {score: values["correlation"] for score, values in pooled.items()}
+    draw = resamples(torch.arange(len(next(iter(found.values())))))
+    best = max((score for score in found if score.startswith("product")), key=lambda score: float(found[score].mean()))
+    rows: dict[str, Any] = {}
+    for score, values in pooled.items():
+        error = float(values["error"].sum() / values["size"].sum())
+        rows[score] = {"correlation": interval(found[score], draw), "error": round(error, 4)}
+        if not score.startswith("product"):
+            rows[score]["minus best product"] = interval(found[score] - found[best], draw)
+    change = interval(found["joint, secants"] - found["joint, tangents"], draw)
+    return {"best product": best, "secants minus tangents": change, "scores": rows}
 
 
 def measure(nets: Sequence[str], samples: int, results: dict[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,7 @@ def positions(shape: Shape, draw: torch.Generator) -> Tensor:
     mask = torch.zeros(shape, dtype=torch.bool)
     size = [max(1, length // 2) for length in shape[1:]]
     top, left = (
-        int(torch.randint(length - part + 1, (), generator=draw))
-        for length, part in zip(shape[1:], size, strict=True)
+        int(torch.randint(length - part + 1, (), generator=draw)) for length, part in zip(shape[1:], size, strict=True)
     )
     mask[:, top : top + size[0], left : left + size[1]] = True
     return mask
@@ -105,4 +104,16 @@ TRANSFORMER = [
     Kind("sets of heads, 3 layers", (0, 2, 3), half),
     Kind("positions of heads and MLP, 4 layers", (0, 1, 2, 3), tokens),
 ]
-KINDS = {"digits": CHANNELS, "residual CNN": CHANNELS, "transformer": TRANSFORMER}
+REAL = [
+    Kind("single channels, 2 layers", (0, 2), single, lower=8),
+    Kind("sets of channels, 2 layers", (0, 2), third, lower=8),
+    Kind("positions, 2 layers", (0, 2), positions, lower=8),
+    Kind("sets of channels, 3 layers", (0, 1, 2), half, lower=8),
+]
+KINDS = {
+    "digits": CHANNELS,
+    "residual CNN": CHANNELS,
+    "transformer": TRANSFORMER,
+    "VGG16": REAL,
+    "EfficientNet-Lite0": REAL,
+}

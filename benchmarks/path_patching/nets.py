@@ -57,18 +57,29 @@ class Case:
             read = self.whole.below(x.expand(len(self.x), *x.shape[1:]))
         return read if isinstance(read, tuple) else (read,)
 
-    def run(self, inputs: tuple[Tensor, ...], patched: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Activations of all sites in the order of the run, and outputs, where some sites have given activations."""
-        seen: dict[str, Tensor] = {}
+    def run(
+        self, inputs: tuple[Tensor, ...], patched: dict[str, Tensor], until: str | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Activations of the sites, and outputs, where some sites have given activations.
+
+        Args:
+            inputs: What ``rest`` reads.
+            patched: Activations by site. A chain starts at the patched site.
+            until: The last site that is needed. A chain stops there, and the outputs are not those of the net.
+        """
+        seen: dict[str, Tensor] = dict(patched)
+        rest = self.whole.rest
         with ExitStack() as stack:
             for site in self.sites:
 
                 def hook(module: object, args: object, output: Tensor, site: str = site) -> Tensor:
-                    seen[site] = patched.get(site, output)
-                    return seen[site]
+                    return seen.setdefault(site, output)
 
-                stack.callback(self.whole.rest.get_submodule(site).register_forward_hook(hook).remove)
-            outputs = self.whole.rest(*inputs)
+                stack.callback(rest.get_submodule(site).register_forward_hook(hook).remove)
+            if isinstance(rest, nn.Sequential) and len(patched) == 1:
+                ((first, value),) = patched.items()
+                rest, inputs = rest[int(first) + 1 : None if until is None else int(until) + 1], (value,)
+            outputs = rest(*inputs)
         return seen, outputs
 
 
@@ -146,7 +157,9 @@ def residual(count: int, seeds: int = 3) -> list[Case]:
         net, (x, *_), _ = trained("residual CNN", seed, count // seeds)
         twin = rolled(net)
         whole = Whole(ResidualBelow(twin), ResidualRest(twin)).eval()
-        cases.append(Case(whole, ("site", "second.0", "first.0", "first.1"), x, x.mean(0, keepdim=True), net(x).argmax(1)))
+        cases.append(
+            Case(whole, ("site", "second.0", "first.0", "first.1"), x, x.mean(0, keepdim=True), net(x).argmax(1))
+        )
     return cases
 
 
@@ -201,16 +214,66 @@ def normalized(h: Tensor) -> Tensor:
     return functional.layer_norm(h, h.shape[-1:], eps=1e-5)
 
 
+def rolled_transformer(net: CircuitNet) -> Whole:
+    """The transformer of the benchmark of circuits, with modules where heads and MLPs write."""
+    attention = [Attention(qkv, out, net.later) for qkv, out in zip(net.qkv, net.out, strict=True)]
+    whole = Whole(TransformerBelow(net, attention[0]), TransformerRest(net, attention[1:]))
+    return copy.deepcopy(whole).eval().requires_grad_(False)
+
+
 def transformer(count: int, seeds: int = 3) -> list[Case]:
     """Three layers that recall the value of a key; the reference is the sequence with two keys exchanged."""
     cases = []
     for seed in range(seeds):
         net, (clean, corrupted, t, u), _ = trained("transformer", seed, count // seeds)
-        attention = [Attention(qkv, out, net.later) for qkv, out in zip(net.qkv, net.out, strict=True)]
-        whole = Whole(TransformerBelow(net, attention[0]), TransformerRest(net, attention[1:]))
-        whole = copy.deepcopy(whole).eval().requires_grad_(False)
-        cases.append(Case(whole, ("site", "mlps.0", "heads.0", "heads.1"), clean, corrupted, t, u))
+        cases.append(Case(rolled_transformer(net), ("site", "mlps.0", "heads.0", "heads.1"), clean, corrupted, t, u))
     return cases
 
 
-NETS: dict[str, Callable[[int], list[Case]]] = {"digits": digits, "residual CNN": residual, "transformer": transformer}
+# -- photographs ------------------------------------------------------------------------------------------------------
+
+
+def photographs(name: str, count: int, batch: int = 10) -> list[Case]:
+    """A net of :mod:`benchmarks.real`, fetched on demand, and photographs of objects in front of two landscapes.
+
+    The explained class is the largest output. The reference is the mean of the images.
+    """
+    from benchmarks.real.networks import NETWORKS
+    from benchmarks.real.photos import background, placed, stamps
+
+    net = NETWORKS[name]()
+    chosen = [stamp for stamp in stamps() if len(net.classes) == 1000 or stamp.label in net.classes]
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    grounds = [background(ground, *net.size) for ground in ("flower", "china")]
+    images = [placed(chosen[k].cut_out(*net.size), grounds[n % 2])[0] for n, k in enumerate(order)]
+    x = net.normalized(torch.stack(images))
+    mean, target = x.mean(0, keepdim=True), net.logits(x).argmax(1)
+    layers, places = vgg_layers(net.model) if name == "VGG16" else efficientnet_layers(net.model)
+    whole, sites = chain(layers, places)
+    parts = zip(x.split(batch), target.split(batch), strict=True)
+    return [Case(whole.eval(), sites, images, mean, t) for images, t in parts]
+
+
+def vgg_layers(model: nn.Module) -> tuple[list[nn.Module], list[int]]:
+    """Layers of VGG16, and the ReLUs of its last two blocks that are sites."""
+    layers = [*model.features, model.avgpool, nn.Flatten(), model.classifier]
+    for layer in layers:
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False
+    return layers, [22, 25, 29]
+
+
+def efficientnet_layers(model: nn.Module) -> tuple[list[nn.Module], list[int]]:
+    """Stem, blocks, head and classifier; the last blocks of the fourth, fifth and sixth stage are sites."""
+    stem = nn.Sequential(model._conv_stem, model._bn0, model._swish)
+    head = nn.Sequential(model._conv_head, model._bn1, copy.deepcopy(model._swish))
+    return [stem, *model._blocks, head, model._avg_pooling, nn.Flatten(), model._fc], [8, 11, 15]
+
+
+NETS: dict[str, Callable[[int], list[Case]]] = {
+    "digits": digits,
+    "residual CNN": residual,
+    "transformer": transformer,
+    "VGG16": lambda count: photographs("VGG16", count),
+    "EfficientNet-Lite0": lambda count: photographs("EfficientNet-Lite0", count),
+}

@@ -32,9 +32,11 @@ class Patching:
         self.reference, _ = self.run({}, self.start)
 
     @torch.no_grad()
-    def run(self, patched: dict[str, Tensor], inputs: tuple[Tensor, ...] = ()) -> tuple[dict[str, Tensor], Tensor]:
-        """Activations of all sites, and outputs, where some sites have these activations."""
-        return self.case.run(inputs or self.inputs, patched)
+    def run(
+        self, patched: dict[str, Tensor], inputs: tuple[Tensor, ...] = (), until: str | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """See :meth:`Case.run`; by default from the clean inputs."""
+        return self.case.run(inputs or self.inputs, patched, until)
 
     def effects(self, sites: Sequence[str], lower: Sequence[Tensor], upper: Sequence[Sequence[Tensor]]) -> Tensor:
         """Decrease of the explained number for each chain of sets, ``(N, upper, lower)``.
@@ -46,18 +48,21 @@ class Patching:
         """
         columns = []
         for mask in lower:
-            first, outputs = self.patched(sites[0], mask, self.reference)
-            columns.append(torch.stack([self.decrease(sites[1:], masks, first, outputs) for masks in upper], 1))
+            values = self.patched(sites[0], mask, self.reference[sites[0]], sites[1])[0][sites[1]]
+            columns.append(torch.stack([self.decrease(sites[1:], masks, values) for masks in upper], 1))
         return torch.stack(columns, 2)
-
-    def patched(self, site: str, mask: Tensor, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        return self.run({site: torch.where(mask, values[site], self.clean[site])})
-
-    def decrease(self, sites: Sequence[str], masks: Sequence[Tensor], seen: dict[str, Tensor], outputs: Tensor) -> Tensor:
-        for site, mask in zip(sites, masks, strict=True):
-            seen, outputs = self.patched(site, mask, seen)
-        return self.value - self.case.explained(outputs)
 
     def single(self, site: str, masks: Sequence[Tensor]) -> Tensor:
         """Decrease when a set of one site takes its values of the reference run, ``(N, masks)``."""
-        return torch.stack([self.decrease([site], [mask], self.reference, self.value) for mask in masks], 1)
+        return torch.stack([self.decrease([site], [mask], self.reference[site]) for mask in masks], 1)
+
+    def decrease(self, sites: Sequence[str], masks: Sequence[Tensor], values: Tensor) -> Tensor:
+        """Decrease where the first set takes these values, and every further one those that follow from it."""
+        for number, (site, mask) in enumerate(zip(sites, masks, strict=True)):
+            above = sites[number + 1] if number + 1 < len(sites) else None
+            seen, outputs = self.patched(site, mask, values, above)
+            values = seen[above] if above else values
+        return self.value - self.case.explained(outputs)
+
+    def patched(self, site: str, mask: Tensor, values: Tensor, until: str | None) -> tuple[dict[str, Tensor], Tensor]:
+        return self.run({site: torch.where(mask, values, self.clean[site])}, until=until)

@@ -11,7 +11,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
 from zennit.rules import Epsilon, Norm, Pass
 from zennit.types import Activation, AvgPool, Linear
@@ -19,6 +19,7 @@ from zennit.types import Activation, AvgPool, Linear
 from benchmarks.path_patching.nets import Case
 from benchmarks.path_patching.patching import Patching
 from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, at
+from nrm_plugin.measure.references import Slopes
 
 LRP_0 = LayerMapComposite([(Activation, Pass()), (AvgPool, Norm()), (Linear, Epsilon(1e-9))])
 
@@ -99,17 +100,15 @@ def signed(case: Case) -> Tensor:
     return start if case.against is None else start.scatter(1, case.against[:, None], -1.0)
 
 
-def against_reference(case: Case, start: str, slopes: str) -> Measured:
+def against_reference(case: Case, start: str, slopes: Slopes) -> Measured:
     """The measure against the reference input, or of the part above the lowest site, against zero activations."""
+    s = signed(case)
     if start == "input":
         other = case.other.expand(len(case.x), *case.x.shape[1:])
-        return Measured(RelevanceMeasure(case.whole, case.x, start=signed(case), reference=other, slopes=slopes), "rest.")  # type: ignore[arg-type]
+        return Measured(RelevanceMeasure(case.whole, case.x, start=s, reference=other, slopes=slopes), "rest.")
     inputs = case.inputs(case.x)
     zero = torch.zeros_like(inputs[0]), *inputs[1:]
-    return Measured(
-        RelevanceMeasure(case.whole.rest, inputs, start=signed(case), reference=zero, slopes=slopes),  # type: ignore[arg-type]
-        "",
-    )
+    return Measured(RelevanceMeasure(case.whole.rest, inputs, start=s, reference=zero, slopes=slopes), "")
 
 
 # -- plain PyTorch ----------------------------------------------------------------------------------------------------
@@ -156,40 +155,69 @@ def chosen(mask: Tensor) -> list[int]:
 
 EXACT = "path patching"
 REFERENCES = ("zero", "input")
+SLOPES: tuple[Slopes, ...] = ("tangent", "secant")
 CRP = "zennit-crp, EpsilonPlusFlat"
 
 
-def predictions(case: Case, kinds: dict[str, Chains], start: str, crp: bool) -> Iterator[tuple[str, str, Tensor]]:
-    """Kind, score, and its value for every chain; path patching itself is the score ``EXACT``."""
-    patching = Patching(case, start)
-    measures = {
-        "joint, tangents": against_reference(case, start, "tangent"),
-        "joint, secants": against_reference(case, start, "secant"),
-        "joint, NRMDefault": leaky(case, composite=NRMDefault()),
-        "joint, EpsilonPlusFlat": leaky(case, composite=EpsilonPlusFlat()),
-        "joint, NRMAbsolute": leaky(case, composite=NRMAbsolute()),
-        "joint, LRP-0": leaky(case, composite=Normalized(LRP_0, residual="sink")),
-    }
-    values, gradients = activations_and_gradients(case)
-    total = patching.value
-    change = total - case.explained(patching.run({}, patching.start)[1])
-    for kind, chains in kinds.items():
-        yield kind, EXACT, patching.effects(chains.sites, chains.lower, chains.upper)
+@dataclass(frozen=True)
+class Scores:
+    """Everything that is measured of one case once: measures, and activations and gradients."""
+
+    case: Case
+    crp: bool
+    measures: dict[str, Measured]
+    values: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, case: Case, crp: bool) -> Scores:
+        composites = {
+            "joint, NRMDefault": NRMDefault(),
+            "joint, EpsilonPlusFlat": EpsilonPlusFlat(),
+            "joint, NRMAbsolute": NRMAbsolute(),
+            "joint, LRP-0": Normalized(LRP_0, residual="sink"),
+        }
+        measures = {name: leaky(case, composite=composite) for name, composite in composites.items()}
+        return cls(case, crp, measures, *activations_and_gradients(case))
+
+    def without_reference(self, chains: Chains) -> Iterator[tuple[str, Tensor]]:
+        """Scores that know nothing of a reference."""
+        for name, measure in self.measures.items():
+            yield name, measure.masses(chains)
+        if self.crp and is_of_channels(chains):
+            yield CRP, conditional_relevance(self.case, chains)
+        default = self.measures["joint, NRMDefault"]
+        yield "product of marginals, NRMDefault", product(default.single(chains), default.mu.output)
+        total = self.case.explained(self.case.whole(self.case.x))
+        parts = by_site(chains, lambda site: self.gradients[site] * self.values[site])
+        yield "product of gradient × activation", product(parts, total)
+
+    def against(
+        self, chains: Chains, patching: Patching, measures: dict[str, Measured]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Path patching, and scores against its reference."""
+        yield EXACT, patching.effects(chains.sites, chains.lower, chains.upper)
         for name, measure in measures.items():
-            yield kind, name, measure.masses(chains)
-        if crp and is_of_channels(chains):
-            yield kind, CRP, conditional_relevance(case, chains)
+            yield name, measure.masses(chains)
+        change = patching.value - self.case.explained(patching.run({}, patching.start)[1])
         exact = [patching.single(chains.sites[0], chains.lower).unsqueeze(1)]
         for number, site in enumerate(chains.sites[1:]):
             exact.append(patching.single(site, [masks[number] for masks in chains.upper]).unsqueeze(2))
-        yield kind, "product of exact single patches", product(exact, change)
-        for name in ("joint, NRMDefault", "joint, secants"):
-            measure = measures[name]
-            shares = measure.single(chains)
-            yield kind, f"product of marginals, {name.removeprefix('joint, ')}", product(shares, measure.mu.output)
-        taylor = by_site(chains, lambda site: gradients[site] * (values[site] - patching.reference[site]))
-        yield kind, "product of gradient × change", product(taylor, change)
-        yield kind, "product of gradient × activation", product(by_site(chains, lambda s: gradients[s] * values[s]), total)
+        yield "product of exact single patches", product(exact, change)
+        yield "product of marginals, secants", product(measures["joint, secants"].single(chains), change)
+        parts = by_site(chains, lambda site: self.gradients[site] * (self.values[site] - patching.reference[site]))
+        yield "product of gradient × change", product(parts, change)
         if len(chains.sites) > 2:
-            edges = measures["joint, tangents"].edges(chains)
-            yield kind, "product of EAP's edges", product(edges, change)
+            yield "product of EAP's edges", product(measures["joint, tangents"].edges(chains), change)
+
+
+def predictions(case: Case, kinds: dict[str, Chains], crp: bool) -> Iterator[tuple[str, str, str, Tensor]]:
+    """Kind, reference, score, and its value for every chain; path patching itself is the score ``EXACT``."""
+    scores = Scores.of(case, crp)
+    shared = {kind: list(scores.without_reference(chains)) for kind, chains in kinds.items()}
+    for start in REFERENCES:
+        patching = Patching(case, start)
+        measures = {f"joint, {slopes}s": against_reference(case, start, slopes) for slopes in SLOPES}
+        for kind, chains in kinds.items():
+            for name, values in (*scores.against(chains, patching, measures), *shared[kind]):
+                yield kind, start, name, values
