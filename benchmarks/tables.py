@@ -190,6 +190,15 @@ def path_patching(results: Results) -> dict[str, str]:
         columns = f"| sets | patched with | {' | '.join(JOINTS.values())} | best product |"
         found[name] = grid(columns, rows)
         found[f"{name}, errors"] = grid(columns, errors)
+    ranked = {name: net["channels"] for name, net in results["nets"].items() if "channels" in net}
+    figures = [(key, fill) for key in ("correlation", "SRG") for fill in PATCHED]
+    for name, fills in ranked.items():
+        cells = (
+            [score, *("{:.3f} ({:.3f}–{:.3f})".format(*fills[fill][score][key]) for key, fill in figures)]
+            for score in fills["zero"]
+        )
+        columns = " | ".join(f"{key}, {PATCHED[fill]}" for key, fill in figures)
+        found[f"{name}, channels"] = grid(f"| score | {columns} |", cells)
     head = "| network | sets | patched with | tangents | secants | default | secants minus tangents |"
     return {"differences": grid(head, first), **found}
 

@@ -24,6 +24,7 @@ from benchmarks.circuits.metrics import correlation
 from benchmarks.default_composite import interval, resamples
 from benchmarks.path_patching import figure
 from benchmarks.path_patching.chains import KINDS, Kind
+from benchmarks.path_patching.channels import ranked
 from benchmarks.path_patching.nets import NETS, Case
 from benchmarks.path_patching.scores import EXACT, REFERENCES, Chains, predictions
 from benchmarks.speed import environment
@@ -73,7 +74,22 @@ def measure_net(name: str, samples: int) -> dict[str, Any]:
         }
         for kind, one in chains.items()
     }
-    return {"samples": sum(len(case.x) for case in cases), "kinds": kinds}
+    found = {"samples": sum(len(case.x) for case in cases), "kinds": kinds}
+    return {**found, "channels": ranking(cases)} if cases[0].layers else found
+
+
+def ranking(cases: list[Case]) -> dict[str, Any]:
+    """Channels of all layers in one ranking, by fill and score."""
+    parts = [ranked(case) for case in cases]
+    draw = resamples(torch.arange(sum(len(case.x) for case in cases)))
+
+    def pooled(fill: str, score: str, key: str) -> list[float]:
+        return interval(torch.cat([part[fill][score][key] for part in parts]), draw)
+
+    return {
+        fill: {score: {key: pooled(fill, score, key) for key in keys} for score, keys in scores.items()}
+        for fill, scores in parts[0].items()
+    }
 
 
 def summary(parts: list[Values]) -> dict[str, Any]:
@@ -96,15 +112,17 @@ def summary(parts: list[Values]) -> dict[str, Any]:
     return {"best product": best, "secants minus tangents": change, "scores": rows}
 
 
-def measure(nets: Sequence[str], samples: int, results: dict[str, Any]) -> dict[str, Any]:
+def measure(nets: Sequence[str], samples: int, results: dict[str, Any], store: bool) -> None:
+    """Measures these nets; stores the results after each of them, so that a run can be continued."""
     for name in nets:
         began = time.process_time()
         net = measure_net(name, samples)
         net["processor seconds"] = round(time.process_time() - began)
         results.setdefault("nets", {})[name] = net
+        results["environment"] = {**environment(), "threads": torch.get_num_threads()}
         print(f"\n{name}\n\n{tables.path_patching(results)[name]}", flush=True)
-    results["environment"] = {**environment(), "threads": torch.get_num_threads()}
-    return results
+        if store:
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,11 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if options.quick:
-        measure(options.nets, 12, {})
+        measure(options.nets, 12, {}, store=False)
         return
     if not options.render:
         stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(measure(options.nets, SAMPLES, stored), indent=1) + "\n")
+        measure(options.nets, SAMPLES, stored, store=True)
     tables.write("path_patching")
     figure.draw(json.loads(RESULTS.read_text()))
 

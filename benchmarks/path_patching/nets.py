@@ -36,7 +36,8 @@ class Whole(nn.Module):
 class Case:
     """A net with samples, and the number that is explained: a logit, or the difference of two logits.
 
-    ``other`` is the reference input, one for all samples or one for each.
+    ``other`` is the reference input, one for all samples or one for each; ``layers`` are those of ``whole`` whose
+    channels are ranked together.
     """
 
     whole: Whole
@@ -45,6 +46,7 @@ class Case:
     other: Tensor
     target: Tensor
     against: Tensor | None = None
+    layers: tuple[str, ...] = ()
 
     def explained(self, outputs: Tensor) -> Tensor:
         """``(N,)``."""
@@ -93,6 +95,11 @@ def chain(layers: Sequence[nn.Module], sites: Sequence[int]) -> tuple[Whole, tup
     return Whole(nn.Sequential(*layers[: first + 1]), rest), tuple(str(site - first) for site in sites)
 
 
+def modules(whole: nn.Module, kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of all modules of a kind, lowest first."""
+    return tuple(name for name, module in whole.named_modules() if isinstance(module, kind))
+
+
 def digits(count: int) -> list[Case]:
     """The embedded net: ReLUs after the second convolution of each block, and of the first linear layer."""
     net, (images, _) = load_model(), load_digits()
@@ -104,7 +111,8 @@ def digits(count: int) -> list[Case]:
             layer.inplace = False
     whole, sites = chain(layers, [3, 8, 13, 17])
     x = images[:count]
-    return [Case(whole.eval(), sites, x, images.mean(0, keepdim=True), net(x).argmax(1))]
+    mean, target = images.mean(0, keepdim=True), net(x).argmax(1)
+    return [Case(whole.eval(), sites, x, mean, target, layers=modules(whole, nn.ReLU))]
 
 
 # -- residual blocks --------------------------------------------------------------------------------------------------
@@ -157,9 +165,8 @@ def residual(count: int, seeds: int = 3) -> list[Case]:
         net, (x, *_), _ = trained("residual CNN", seed, count // seeds)
         twin = rolled(net)
         whole = Whole(ResidualBelow(twin), ResidualRest(twin)).eval()
-        cases.append(
-            Case(whole, ("site", "second.0", "first.0", "first.1"), x, x.mean(0, keepdim=True), net(x).argmax(1))
-        )
+        sites, mean, target = ("site", "second.0", "first.0", "first.1"), x.mean(0, keepdim=True), net(x).argmax(1)
+        cases.append(Case(whole, sites, x, mean, target, layers=modules(whole, nn.Conv2d)[:-1]))
     return cases
 
 
