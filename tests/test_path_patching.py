@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 
 from benchmarks.circuits import nets as circuit_nets
 from benchmarks.path_patching import __main__ as command
-from benchmarks.path_patching import chains, figure, nets, scores
+from benchmarks.path_patching import chains, channels, figure, nets, scores
 from benchmarks.path_patching.patching import Patching
 
 SITES = ("site", "middle", "last")
@@ -152,7 +154,7 @@ class Hidden(nn.Module):
 
 
 @START
-def test_products_of_single_scores_are_written_out(start):
+def test_products_of_single_foundare_written_out(start):
     case = tiny(Skipping(nn.ReLU), against=False)
     found = {(name, at): values for _, at, name, values in scores.predictions(case, {"kind": CHAINS}, crp=False)}
     patching = Patching(case, start)
@@ -230,11 +232,57 @@ def test_conditions_of_channels_are_those_without_positions():
     assert scores.chosen(whole) == [1, 3]
 
 
+# -- channels of all layers -----------------------------------------------------------------------------------------
+
+LAYERS = ("rest.last", "below", "rest.middle")
+
+
+def test_in_a_linear_net_the_scores_of_all_layers_are_the_effects_of_single_channels():
+    case = replace(tiny(Skipping(), against=False), layers=LAYERS)
+    before, _ = channels.seen(case, case.other)
+    effects = channels.single_effects(case, before)
+    found = channels.against_reference(case, case.other)
+    for score in ("μ, tangents", "μ, secants", "LayerIntegratedGradients"):
+        torch.testing.assert_close(found[score], effects, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found["LayerConductance"], effects, rtol=0.02, atol=0)  # its path is a little shorter
+    zero = {layer: torch.zeros_like(one) for layer, one in before.items()}
+    shared = channels.without_reference(case)
+    effects = channels.single_effects(case, zero)
+    torch.testing.assert_close(shared["gradient × activation"], effects)
+    torch.testing.assert_close(shared["μ, LRP-0"], effects, rtol=1e-6, atol=1e-8)
+    assert effects.shape == (3, 5 + 4 + 3)
+    assert float(effects.abs().min()) > 1e-5
+
+
+def test_the_effect_of_a_channel_is_that_of_a_net_whose_weights_to_it_are_zero():
+    case = replace(tiny(Skipping(nn.ReLU)), layers=LAYERS)
+    before, _ = channels.seen(case, case.other)
+    zero = {layer: torch.zeros_like(one) for layer, one in before.items()}
+    effects = channels.single_effects(case, zero)
+    number = case.explained(case.whole(case.x))
+    for column, (layer, channel) in enumerate(
+        [*(("rest.last", n) for n in range(5)), *(("below", n) for n in range(4))]
+    ):
+        other = copy.deepcopy(case)
+        other.whole.get_submodule(layer).weight.data[channel] = 0
+        other.whole.get_submodule(layer).bias.data[channel] = 0
+        torch.testing.assert_close(effects[:, column], number - other.explained(other.whole(case.x)))
+
+
+def test_srg_is_largest_for_the_effects_themselves_in_a_linear_net():
+    case = replace(tiny(Skipping()), layers=("rest.last",))
+    before, _ = channels.seen(case, case.other)
+    effects = channels.single_effects(case, before)
+    best = channels.srg(case, effects, before)
+    torch.testing.assert_close(channels.srg(case, -effects, before), -best)
+    assert bool((best > channels.srg(case, effects.roll(1, 1), before)).all())
+
+
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
 def small_nets(count):
-    return [tiny(Skipping(nn.ReLU), samples=count)]
+    return [replace(tiny(Skipping(nn.ReLU), samples=count, against=False), layers=LAYERS)]
 
 
 def test_the_command_measures_writes_and_renders(tmp_path, monkeypatch, capsys):
@@ -254,6 +302,7 @@ def test_the_command_measures_writes_and_renders(tmp_path, monkeypatch, capsys):
     row = stored["kinds"]["sets"]["references"]["input"]
     best = row["scores"][row["best product"]]["correlation"][0]
     assert best == max(one["correlation"][0] for name, one in row["scores"].items() if name.startswith("product"))
+    assert set(stored["channels"]["input"]["μ, secants"]) == {"correlation", "SRG"}
     tangents = row["scores"]["joint, tangents"]
     assert tangents["minus best product"][0] == pytest.approx(tangents["correlation"][0] - best, abs=1e-3)
     command.RESULTS.unlink()

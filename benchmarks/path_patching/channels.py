@@ -37,7 +37,8 @@ def seen(case: Case, x: Tensor, patched: Callable[[str, Tensor], Tensor] | None 
                 return found[layer]
 
             stack.callback(case.whole.get_submodule(layer).register_forward_hook(hook).remove)
-        return found, case.whole(x)
+        outputs = case.whole(x)
+    return {layer: found[layer] for layer in case.layers}, outputs  # not in the order of the run
 
 
 def by_channel(maps: Maps) -> Tensor:
@@ -81,7 +82,7 @@ def without_reference(case: Case) -> dict[str, Tensor]:
         "μ, NRMDefault": NRMDefault(),
         "μ, EpsilonPlusFlat": EpsilonPlusFlat(),
         "μ, NRMAbsolute": NRMAbsolute(),
-        "μ, LRP-0": Normalized(LRP_0, residual="sink"),
+        "μ, LRP-0": Normalized(LRP_0, residual="sink", sums="signed"),
     }
     found = {}
     for name, composite in composites.items():

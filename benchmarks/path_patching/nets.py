@@ -146,6 +146,15 @@ class ResidualRest(nn.Module):
         return logits
 
 
+RESIDUAL = (
+    "below.stem",
+    "below.first",
+    *(f"rest.{name}.{n}" for n in range(2) for name in ("second", "first")),
+    "rest.second.2",
+)
+"""All convolutions but the last, of three blocks."""
+
+
 def rolled(net: CircuitNet) -> Rolled:
     """The residual CNN as it was trained, from its unrolled twin."""
     steps, width = net.steps, net.steps["stem"].out_channels
@@ -166,7 +175,7 @@ def residual(count: int, seeds: int = 3) -> list[Case]:
         twin = rolled(net)
         whole = Whole(ResidualBelow(twin), ResidualRest(twin)).eval()
         sites, mean, target = ("site", "second.0", "first.0", "first.1"), x.mean(0, keepdim=True), net(x).argmax(1)
-        cases.append(Case(whole, sites, x, mean, target, layers=modules(whole, nn.Conv2d)[:-1]))
+        cases.append(Case(whole, sites, x, mean, target, layers=RESIDUAL))
     return cases
 
 

@@ -175,7 +175,7 @@ class Scores:
             "joint, NRMDefault": NRMDefault(),
             "joint, EpsilonPlusFlat": EpsilonPlusFlat(),
             "joint, NRMAbsolute": NRMAbsolute(),
-            "joint, LRP-0": Normalized(LRP_0, residual="sink"),
+            "joint, LRP-0": Normalized(LRP_0, residual="sink", sums="signed"),
         }
         measures = {name: leaky(case, composite=composite) for name, composite in composites.items()}
         return cls(case, crp, measures, *activations_and_gradients(case))
