@@ -154,6 +154,55 @@ def circuits(results: Results) -> dict[str, str]:
     return tables
 
 
+JOINTS = {
+    "joint, tangents": "tangents",
+    "joint, secants": "secants",
+    "joint, NRMDefault": "default",
+    "joint, EpsilonPlusFlat": "EpsilonPlusFlat",
+    "joint, NRMAbsolute": "NRMAbsolute",
+    "zennit-crp, EpsilonPlusFlat": "zennit-crp",
+}
+PATCHED = {"zero": "zero", "input": "reference input"}
+
+
+def path_patching(results: Results) -> dict[str, str]:
+    """Joint relevance compared with the best product in all nets, and correlations with path patching by net."""
+
+    def difference(mean: float, low: float, high: float) -> str:
+        return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+    found: dict[str, str] = {}
+    first = []
+    for name, net in results["nets"].items():
+        rows, errors = [], []
+        for kind, one in net["kinds"].items():
+            for start, measured in one["references"].items():
+                scores, best = measured["scores"], measured["best product"]
+                about = kind, PATCHED[start]
+                shown = [scores.get(score) for score in JOINTS]
+                cells = [f"{row['correlation'][0]:.3f}" if row else "" for row in shown]
+                product = f"{scores[best]['correlation'][0]:.3f}, {best.removeprefix('product of ')}"
+                rows.append([*about, *cells, product])
+                wrong = [f"{row['error']:.2f}" if row else "" for row in (*shown, scores[best])]
+                errors.append([*about, *wrong])
+                ahead = [difference(*row["minus best product"]) for row in shown[:3] if row]
+                first.append([name, *about, *ahead, difference(*measured["secants minus tangents"])])
+        columns = f"| sets | patched with | {' | '.join(JOINTS.values())} | best product |"
+        found[name] = grid(columns, rows)
+        found[f"{name}, errors"] = grid(columns, errors)
+    ranked = {name: net["channels"] for name, net in results["nets"].items() if "channels" in net}
+    figures = [(key, fill) for key in ("correlation", "SRG") for fill in PATCHED]
+    for name, fills in ranked.items():
+        cells = (
+            [score, *("{:.3f} ({:.3f}–{:.3f})".format(*fills[fill][score][key]) for key, fill in figures)]
+            for score in fills["zero"]
+        )
+        columns = " | ".join(f"{key}, {PATCHED[fill]}" for key, fill in figures)
+        found[f"{name}, channels"] = grid(f"| score | {columns} |", cells)
+    head = "| network | sets | patched with | tangents | secants | default | secants minus tangents |"
+    return {"differences": grid(head, first), **found}
+
+
 def flow(results: Results) -> dict[str, str]:
     """A sentence."""
     factor = min(results["seconds"]["flow"]) / min(results["seconds"]["marginals"])
@@ -271,6 +320,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "relative": ("relative.md", relative),
     "circuits": ("circuits.md", circuits),
     "differences": ("differences.md", differences),
+    "path_patching": ("joint-relevance.md", path_patching),
     "flow": ("flow.md", flow),
     "groups": ("groups.md", groups),
     "top_walks": ("critical-paths.md", top_walks),

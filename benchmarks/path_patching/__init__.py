@@ -1,0 +1,1 @@
+"""Joint relevance compared with exact path patching, on several kinds of nets."""

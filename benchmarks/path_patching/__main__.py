@@ -1,0 +1,147 @@
+"""Compares joint relevance with exact path patching, and renders docs/joint-relevance.md.
+
+``python -m benchmarks.path_patching`` takes about half an hour on one thread; ``--quick`` measures a few samples and
+only prints. ``--nets`` measures only these nets and leaves the results of the others unchanged. ``--render`` rewrites
+tables and figure from the committed results. zennit-crp is measured if it is installed (``make test-hosts``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import tables
+from benchmarks.circuits.metrics import correlation
+from benchmarks.default_composite import interval, resamples
+from benchmarks.path_patching import figure
+from benchmarks.path_patching.chains import KINDS, Kind
+from benchmarks.path_patching.channels import ranked
+from benchmarks.path_patching.nets import NETS, Case
+from benchmarks.path_patching.scores import EXACT, REFERENCES, Chains, predictions
+from benchmarks.speed import environment
+
+RESULTS = Path(__file__).parents[1] / "results/path_patching.json"
+SAMPLES = 210
+"""Samples of each kind of net."""
+Values = dict[str, dict[str, Tensor]]
+"""Of each score, by sample: correlation with path patching, and sums of absolute errors and of exact effects."""
+
+
+def chains_of(case: Case, kinds: Sequence[Kind]) -> dict[str, Chains]:
+    seen, _ = case.run(case.inputs(case.x), {})
+    shapes = [tuple(seen[site].shape[1:]) for site in case.sites]
+    found = {}
+    for kind in kinds:
+        lower, upper = kind.sets(shapes)
+        found[kind.name] = Chains(tuple(case.sites[place] for place in kind.places), lower, upper)
+    return found
+
+
+def compared(case: Case, chains: dict[str, Chains]) -> dict[tuple[str, str], Values]:
+    """Agreement of each score with path patching, by kind of sets and reference."""
+    results: dict[tuple[str, str], Values] = {}
+    for kind, start, score, values in predictions(case, chains, crp=find_spec("crp") is not None):
+        predicted = values.detach().flatten(1)
+        if score == EXACT:
+            exact = predicted
+        results.setdefault((kind, start), {})[score] = {
+            "correlation": correlation(predicted.double(), exact.double()).float(),
+            "error": (predicted - exact).abs().sum(1).float(),
+            "size": exact.abs().sum(1).float(),
+        }
+    return results
+
+
+def measure_net(name: str, samples: int) -> dict[str, Any]:
+    """All kinds of sets in the nets of one kind, whose samples are pooled."""
+    cases = NETS[name](samples)
+    chains = chains_of(cases[0], KINDS[name])
+    parts = [compared(case, chains) for case in cases]
+    kinds = {
+        kind: {
+            "sites": list(one.sites),
+            "chains": len(one.lower) * len(one.upper),
+            "references": {start: summary([part[kind, start] for part in parts]) for start in REFERENCES},
+        }
+        for kind, one in chains.items()
+    }
+    found = {"samples": sum(len(case.x) for case in cases), "kinds": kinds}
+    return {**found, "channels": ranking(cases)} if cases[0].layers else found
+
+
+def ranking(cases: list[Case]) -> dict[str, Any]:
+    """Channels of all layers in one ranking, by fill and score."""
+    parts = [ranked(case) for case in cases]
+    draw = resamples(torch.arange(sum(len(case.x) for case in cases)))
+
+    def pooled(fill: str, score: str, key: str) -> list[float]:
+        return interval(torch.cat([part[fill][score][key] for part in parts]), draw)
+
+    return {
+        fill: {score: {key: pooled(fill, score, key) for key in keys} for score, keys in scores.items()}
+        for fill, scores in parts[0].items()
+    }
+
+
+def summary(parts: list[Values]) -> dict[str, Any]:
+    """Means with intervals over samples, and paired differences of each joint score from the best product."""
+    pooled = {
+        score: {key: torch.cat([part[score][key] for part in parts]) for key in values}
+        for score, values in parts[0].items()
+        if score != EXACT
+    }
+    found = {score: values["correlation"] for score, values in pooled.items()}
+    draw = resamples(torch.arange(len(next(iter(found.values())))))
+    best = max((score for score in found if score.startswith("product")), key=lambda score: float(found[score].mean()))
+    rows: dict[str, Any] = {}
+    for score, values in pooled.items():
+        error = float(values["error"].sum() / values["size"].sum())
+        rows[score] = {"correlation": interval(found[score], draw), "error": round(error, 4)}
+        if not score.startswith("product"):
+            rows[score]["minus best product"] = interval(found[score] - found[best], draw)
+    change = interval(found["joint, secants"] - found["joint, tangents"], draw)
+    return {"best product": best, "secants minus tangents": change, "scores": rows}
+
+
+def measure(nets: Sequence[str], samples: int, results: dict[str, Any], store: bool) -> None:
+    """Measures these nets; stores the results after each of them, so that a run can be continued."""
+    for name in nets:
+        began = time.process_time()
+        net = measure_net(name, samples)
+        net["processor seconds"] = round(time.process_time() - began)
+        results.setdefault("nets", {})[name] = net
+        results["environment"] = {**environment(), "threads": torch.get_num_threads()}
+        print(f"\n{name}\n\n{tables.path_patching(results)[name]}", flush=True)
+        if store:
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="12 samples of each net; nothing is written")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), help="measure only these")
+    parser.add_argument("--render", action="store_true", help="rewrite page and figure only")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if options.quick:
+        measure(options.nets, 12, {}, store=False)
+        return
+    if not options.render:
+        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        measure(options.nets, SAMPLES, stored, store=True)
+    tables.write("path_patching")
+    figure.draw(json.loads(RESULTS.read_text()))
+
+
+if __name__ == "__main__":
+    main()
