@@ -14,12 +14,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
 from ..kernels.rule_reader import read_rule_at
-from ..model.affine_layers import Weighted
+from ..model.affine_layers import Weighted, layer_like
 from .function_call import FunctionCall
 from .unsupported import UnknownKernel, uncovered_layer_error
 
@@ -107,7 +107,7 @@ def complex_kernel(call: FunctionCall) -> Kernel:
             return UnknownKernel(UnsupportedOperationError(_TOO_LARGE.format(where=_where(call))), call.shapes)
         weight = probe.matrix(inputs, output)
         bias = _smallest(output.fold(probe.offset.unsqueeze(0))[0])
-    like = nn.Linear(1, 1, device="meta")
+    like = layer_like("linear")
     rule = call.settings.rules.of_weight(weight, like)
     if rule is None:
         return UnknownKernel(uncovered_layer_error(call.path, like, call.name), call.shapes)

@@ -125,7 +125,7 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
 
 
 def _factory_of(observed: ObservedCall) -> SecantFactory | None:
-    """Returns the kernel of differences of a function; of an own operation, its kernel for differences as values."""
+    """Returns the kernel of a function on differences; for a custom operation, its registered kernel on differences."""
     try:
         own = KERNELS_BY_FUNCTION.get(observed.function)
     except TypeError:  # not hashable

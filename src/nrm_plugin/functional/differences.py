@@ -3,8 +3,8 @@ r"""Calls of functions at an input and at a reference, and the registry of their
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 
 Relevance is multiplier times difference. Where a difference is zero, so is the relevance, but the walks through the
-neuron have masses that only cancel. Hence differences are replaced by a tiny number there, in all kernels alike: the
-relevance is then below every rounding error, and the next kernel divides it by the same number.
+neuron have masses that only cancel. Every kernel therefore replaces a zero difference by the same
+tiny number: the relevance is then smaller than any rounding error, and the next kernel divides it by this number.
 
 Source: docs/differences.md.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels.base import Kernel
 from ..kernels.forward_state import Saved
-from ..kernels.reference_pass import ReferencePass
+from ..kernels.reference_pass import Difference, ReferencePass
 from ..model.autocast import working_dtype
 from .function_call import FunctionCall
 
@@ -80,15 +80,25 @@ class DifferenceCall:
         """Name of the function."""
         return self.call.name
 
-    @cached_property
+    @property
     def before(self) -> list[Tensor]:
         """``δ`` of each input."""
+        return [difference.delta for difference in self.differences]
+
+    @property
+    def after(self) -> Tensor:
+        """``δ`` of the output."""
+        return self.difference.delta
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """The difference of each input."""
         pairs = zip(self.call.values, self.references[:-1], strict=True)
         return [self.passes.difference(value, saved.tensor) for value, saved in pairs]
 
     @cached_property
-    def after(self) -> Tensor:
-        """``δ`` of the output."""
+    def difference(self) -> Difference:
+        """The difference of the output."""
         return self.passes.difference(self.output.tensor, self.references[-1].tensor)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.forward_state import before_writing, note_untracked, write
+from ..model.affine_layers import LAYERS
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
 from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass
@@ -21,7 +22,6 @@ from .observed_call import WRITERS, ObservedCall
 from .recurrent import RECURRENCES, Context
 from .registry import KERNELS, kernel_factory_of
 from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, write_at
-from .weighted_functions import LAYERS
 
 NOT_HANDLED: Final = object()
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())

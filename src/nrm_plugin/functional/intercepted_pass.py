@@ -29,6 +29,7 @@ from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
 from ..kernels.reference_pass import ReferencePass
 from ..kernels.step import FunctionStep, Step, link, step_of
+from ..model.affine_layers import LAYERS, layer_like
 from ..model.checks import check_function
 from ..model.routing import source_of
 from .attention import layout
@@ -47,7 +48,7 @@ from .rules_on_differences import has_any_rule
 from .secant_maps import polynomial
 from .secants import elementwise
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
-from .weighted_functions import LAYERS, channel_dim, layer_call
+from .weighted_functions import channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
 """Routes without a tap."""
@@ -126,7 +127,7 @@ class InterceptedPass:
         weight = observed.argument(1, "weight")
         if not isinstance(weight, Tensor) or weight.requires_grad:
             return
-        like = LAYERS[observed.name.base]()
+        like = layer_like(observed.name.base)
         if self.settings.rules.of_weight(weight, like) is None:
             raise uncovered_layer_error(self.path, like, observed.name.base)
 

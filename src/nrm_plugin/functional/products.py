@@ -17,7 +17,7 @@ from zennit.rules import Norm
 
 from ..kernels.base import Kernel
 from ..kernels.rule_reader import read_rule_at
-from ..model.affine_layers import Weighted, Weightless
+from ..model.affine_layers import Weighted, Weightless, layer_like
 from ..rules import Absolute
 from .averaging import pooling
 from .einsum_notation import Einsum, read_einsum
@@ -122,7 +122,7 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
     def run(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return changed_constants(call, [constant], lambda _: matrix.restore(weight)).run(source)  # type: ignore[no-any-return]
 
-    like = nn.Linear(1, 1, device="meta")
+    like = layer_like("linear")
     if matrix.is_layer:
         return kernel_of_layer(call, run, matrix.weight, None, like)
     # It is not marked as a layer, since no channel matrix can be read from weights of another layout.

@@ -16,12 +16,13 @@ from ..kernels.forward_state import Saved
 from ..kernels.layer_call import LayerCall
 from ..kernels.reference_pass import LEAST
 from ..kernels.rule_reader import read_rule
+from ..model.affine_layers import LAYERS, layer_like
 from .averaging import POOLS
 from .composite_rules import RuleLookup
 from .differences import DifferenceCall
 from .function_call import FunctionCall, Slot
 from .registry import KERNELS, KernelFactory
-from .weighted_functions import LAYERS, layer_call
+from .weighted_functions import layer_call
 
 _SUMS = ("add", "sub", "rsub")
 _PRODUCTS = ("matmul", "einsum", "tensordot")
@@ -40,7 +41,7 @@ def has_rule(call: FunctionCall) -> bool:
     if call.name in LAYERS:
         weight = call.argument(1, "weight")
         is_layer = len(call.inputs) == 1 and isinstance(weight, Tensor) and isinstance(call.argument(0, "input"), Slot)
-        return is_layer and rules.of_weight(weight, LAYERS[call.name]()) is not None
+        return is_layer and rules.of_weight(weight, layer_like(call.name)) is not None
     if call.name in _PRODUCTS:
         return len(call.inputs) == 1 and has_any_rule(rules)
     if call.name in _SUMS:
@@ -50,7 +51,7 @@ def has_rule(call: FunctionCall) -> bool:
 
 def has_any_rule(rules: RuleLookup) -> bool:
     """Whether a composite has a rule for linear layers or convolutions."""
-    layers = (LAYERS["linear"](), LAYERS["conv2d"]())
+    layers = (layer_like("linear"), layer_like("conv2d"))
     return any(rules.of_module(layer) is not None for layer in layers)
 
 
@@ -70,7 +71,7 @@ def _without_bias(call: FunctionCall) -> FunctionCall:
 
 
 def of_own(factory: KernelFactory, both: DifferenceCall) -> Kernel:
-    """Returns the kernel of a factory, for the differences as values."""
+    """Returns the kernel that a factory builds when the differences are passed as values."""
     return factory(on_differences(both))
 
 

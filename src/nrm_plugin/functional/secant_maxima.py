@@ -1,8 +1,8 @@
 r"""Secants of maxima and of max pooling.
 
-With the arguments :math:`m` at the input and :math:`m^0` at the reference, the difference of the maxima is divided
-between both entries by the mean over both orders of switching them from the reference to the input. If entry ``m``
-switches first, it receives
+Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference of the maxima is
+divided between both entries: either entry may switch from the reference to the input first, and both orders are
+averaged. If entry ``m`` switches first, it receives
 
 .. math:: \max(a_m, a^0_{m^0}) - a^0_{m^0}
 
@@ -30,7 +30,7 @@ class MaximumKernel(MultiplierKernel):
     Args:
         call: The call.
         pair: The entries at input and reference, ``(*in)``.
-        places: The argument of each maximum at input and reference, ``(*out)``, as indices of the flattened entries.
+        places: The argmax of each group at input and reference, ``(*out)``, as indices into the flattened entries.
         sign: -1 for minima.
     """
 
@@ -64,7 +64,7 @@ class StackedKernel(MaximumKernel):
 
 
 def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the slopes at the argument of the input and at that of the reference; both in [0, 1]."""
+    """Returns the slopes of the argmax at the input and of the argmax at the reference; both are in [0, 1]."""
     at_first, at_second = (one[first], two[first]), (one[second], two[second])
     gain_first = (torch.maximum(at_first[0], at_second[1]) - at_second[1]).nan_to_num(0.0)
     gain_second = (torch.maximum(at_first[1], at_second[0]) - at_second[1]).nan_to_num(0.0)

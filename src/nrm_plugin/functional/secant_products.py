@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.base import Kernel
+from ..model.affine_layers import LAYERS, layer_like
 from ..model.linear_maps import LinearMap, explicit_maps
 from .differences import DifferenceCall, secant_of
 from .function_call import FunctionCall
 from .products import changed_constants, constants_of
 from .secant_maps import MultiplierKernel, Multipliers, PathKernel
-from .weighted_functions import LAYERS, twin_of_call
+from .weighted_functions import twin_of_call
 
 
 class LinearKernel(MultiplierKernel):
@@ -61,7 +62,7 @@ def layer(call: DifferenceCall) -> Kernel:
     weight = call.call.argument(1, "weight")
     if len(call.values) == 1 and isinstance(weight, Tensor):
         weight = weight.detach().to(call.values[0].dtype)
-        twin = twin_of_call(call.call, LAYERS[call.name]())
+        twin = twin_of_call(call.call, layer_like(call.name))
         maps = explicit_maps(twin, weight, call.values[0])
         if maps is not None:
             return LinearKernel(call, maps, partial(_absolute_maps, twin, weight, call.values[0]))

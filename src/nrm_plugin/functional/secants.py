@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.base import Kernel
-from ..kernels.reference_pass import LEAST
 from .differences import DifferenceCall, secant_of
 from .elementwise import ACTIVATIONS, ELEMENTWISE
 from .function_kernels import SplitKernel
@@ -80,23 +79,24 @@ def elementwise(call: DifferenceCall) -> Kernel:
         return by_slopes(call, averaged_slopes(call))
     if call.is_tangent:
         return by_slopes(call, [derivative(call.call.run, call.values[0].expand(call.after.shape))])
-    return SplitKernel([_passed_share(call)], call.shapes, None, call.is_exact)
+    share = _propagated_share(call)
+    return call.call.identity() if share is None else SplitKernel([share], call.shapes, None, call.is_exact)
 
 
-def _passed_share(call: DifferenceCall) -> Tensor:
-    """Returns the share of relevance that a function of one number passes on.
+def _propagated_share(call: DifferenceCall) -> Tensor | None:
+    """Returns the share of relevance that a function of one tensor propagates; None for all of it.
 
-    It is 1 where there is a difference, since the slope is the quotient of both; elsewhere, the derivative remains.
+    The slope is the quotient of both differences, so the share is 1 where the output differs, and 0 where only the
+    input does. Where neither differs, the slope is the derivative.
     """
-    value, before, least = call.values[0], call.before[0], LEAST[call.after.dtype]
-    changes = (call.after.abs() > least).to(call.after.dtype)
-    floor = torch.finfo(before.dtype).eps ** CLOSE
-    is_close = before.abs() <= (value.abs() * floor).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=least)
-    if not bool(is_close.any()):
-        return changes
-    middle = value.expand(call.after.shape) - (before / 2).nan_to_num(0.0, 0.0, 0.0)
-    slope = derivative(call.call.run, middle.nan_to_num(0.0, 0.0, 0.0))
-    return torch.where(is_close, slope * before / call.after, changes)
+    is_same, is_constant = call.differences[0].is_zero, call.difference.is_zero
+    if is_constant is None:
+        return None
+    differs = (~is_constant).to(call.after.dtype)
+    if is_same is None:
+        return differs
+    slope = derivative(call.call.run, call.values[0].expand(call.after.shape).nan_to_num(0.0, 0.0, 0.0))
+    return torch.where(is_same, slope * call.before[0] / call.after, differs)
 
 
 secant_of("logaddexp", "logaddexp2")(elementwise)
@@ -148,7 +148,7 @@ def product(call: DifferenceCall) -> Kernel:
 
 @secant_of(*CONVERSIONS)
 def conversion(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a conversion between formats; the sink absorbs what it rounds."""
+    """Returns the kernel of a dtype conversion; the rounding error goes to the sink."""
     shares = [call.before[0] / call.after, *(torch.zeros_like(call.after) for _ in call.shapes[1:])]
     return SplitKernel(shares, call.shapes, None, False)
 

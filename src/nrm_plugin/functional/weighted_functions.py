@@ -5,7 +5,7 @@ Source: docs/measure.md (operations without a module).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,12 @@ from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
 from ..kernels.known_rules import own_copy
 from ..kernels.layer_call import LayerCall, forward
-from ..model.affine_layers import Weighted
+from ..model.affine_layers import LAYERS, Weighted, layer_like
 from ..model.shallow_copies import shared_copy
 from .function_call import FunctionCall, Slot, fill
 from .products import constants_of, contraction, kernel_of_layer, matrix_of
 from .registry import kernel_of
 from .unsupported import UnknownKernel
-
-LAYERS: dict[str, Callable[[], nn.Module]] = {  # on a device without values, so that no random number is drawn
-    "linear": lambda: nn.Linear(1, 1, device="meta"),
-    "conv1d": lambda: nn.Conv1d(1, 1, 1, device="meta"),
-    "conv2d": lambda: nn.Conv2d(1, 1, 1, device="meta"),
-    "conv3d": lambda: nn.Conv3d(1, 1, 1, device="meta"),
-    "conv_transpose1d": lambda: nn.ConvTranspose1d(1, 1, 1, device="meta"),
-    "conv_transpose2d": lambda: nn.ConvTranspose2d(1, 1, 1, device="meta"),
-    "conv_transpose3d": lambda: nn.ConvTranspose3d(1, 1, 1, device="meta"),
-}
 
 kernel_of(*LAYERS)(contraction)  # for computed weights; with a constant weight, layer_call creates the kernel
 
@@ -53,7 +43,7 @@ def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
         result: Tensor = call.function(source, weight, bias, *rest, **options)
         return result
 
-    like = LAYERS[call.name]()
+    like = layer_like(call.name)
     rule = call.settings.rules.of_weight(weight, like)
     assert rule is not None, "checked when the function ran"
     dim, groups = (-1, 1) if call.name == "linear" else (1, int(call.argument(6, "groups", 1)))
@@ -139,7 +129,7 @@ def deformable_convolution(call: FunctionCall) -> Kernel:
         return result
 
     # If two points lie between the same pixels, an input contributes to an output through two weights.
-    return kernel_of_layer(call, run, weight, bias, nn.Conv2d(1, 1, 1, device="meta"), 1, "computed")
+    return kernel_of_layer(call, run, weight, bias, layer_like("conv2d"), 1, "computed")
 
 
 _COMPUTED_WEIGHT = (
@@ -159,4 +149,4 @@ def channel_dim(call: FunctionCall) -> int | None:
     return -1 if call.name == "scaled_dot_product_attention" else None
 
 
-__all__ = ["LAYERS", "channel_dim", "layer_call", "twin_of_call"]
+__all__ = ["channel_dim", "layer_call", "twin_of_call"]

@@ -35,7 +35,7 @@ def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
 
 
 def protected(value: Any) -> Any:
-    """Returns an argument of a step, with its constants as own tensors that later in-place operations do not change.
+    """Returns an argument of a step, with copies of its constant tensors, which in-place operations cannot change.
 
     Parameters are returned unchanged; they keep their values while a model runs.
     """

@@ -7,27 +7,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import DifferenceError
 from ..model.autocast import working_dtype
+from ..model.value_reads import holds
 from .forward_state import Saved
 
 LEAST = {torch.float32: 1e-18, torch.float64: 1e-100}
 """The replacement of a difference that is zero."""
 
 
-def difference(value: Tensor, reference: Tensor) -> Tensor:
-    """``δ``, the difference of a tensor between input and reference, nowhere zero; infinite entries are masked."""
+class Difference(NamedTuple):
+    """The difference of a tensor between input and reference.
+
+    Attributes:
+        delta: ``δ``, nowhere zero; infinite entries are masked.
+        is_zero: Where the difference itself is zero; None for nowhere.
+    """
+
+    delta: Tensor
+    is_zero: Tensor | None
+
+
+def difference(value: Tensor, reference: Tensor) -> Difference:
+    """Computes the difference of a tensor between input and reference."""
     dtype = working_dtype(value.dtype)
     delta = value.to(dtype) - reference.to(dtype)
-    is_small = ~(delta.abs() >= LEAST[dtype])  # also nan, the difference of equal infinities
-    if bool(is_small.any()):
-        delta = torch.where(is_small, torch.full_like(delta, LEAST[dtype]).copysign(delta), delta)
-    return delta
+    differs = delta.abs() >= LEAST[dtype]  # false for nan, the difference of equal infinities
+    if holds("differences without zeros", differs.all):
+        return Difference(delta, None)
+    is_zero = ~differs
+    least = torch.full((), LEAST[dtype], dtype=dtype, device=delta.device).copysign(delta)
+    return Difference(torch.where(is_zero, least, delta), is_zero)
 
 
 @dataclass(frozen=True)
@@ -62,9 +77,9 @@ class ReferencePass:
         self._calls: list[ReferenceCall] = []
         self._number = 0
         self._is_replayed = False
-        self._deltas: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, Tensor]] = {}
+        self._deltas: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, Difference]] = {}
 
-    def difference(self, value: Tensor, other: Tensor) -> Tensor:
+    def difference(self, value: Tensor, other: Tensor) -> Difference:
         """Returns the difference of a tensor between input and reference, computed once for all steps that use it."""
         key = (value.data_ptr(), other.data_ptr(), value.shape, value.stride())
         if key not in self._deltas:
@@ -170,4 +185,4 @@ _CONSTANTS = (
     "the output without reference=."
 )
 
-__all__ = ["LEAST", "ReferencePass", "difference"]
+__all__ = ["LEAST", "Difference", "ReferencePass", "difference"]

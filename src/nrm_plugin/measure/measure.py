@@ -43,7 +43,7 @@ class RelevanceMeasure(Recorded):
     Args:
         model: The network, in evaluation mode.
         inputs: ``(N, …)``, a tuple of such tensors, or a mapping that is passed by keyword; in a mapping, only floating
-            point tensors carry relevance; for integers, the selected rows do.
+            point tensors carry relevance. If the inputs are integers, the selected embedding rows carry it.
         target: Output to explain, in Captum's forms (int, tuple, list, tensor), or a function that returns one of these
             for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``; None for a single output.
         composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` composite

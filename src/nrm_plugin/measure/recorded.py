@@ -1,4 +1,4 @@
-"""What a measure states without a pass: its taps and their shapes, the outputs, and the explained number."""
+"""Properties of a measure that need no pass: taps and their shapes, outputs, and the explained number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .start import every_one
 
 
 class Recorded(QueryPasses):
-    """Base class of the measure, which states what is recorded.
+    """Base class of the measure, with the properties of its recording.
 
     Attributes:
         composite: Rules and normalization.
@@ -48,7 +48,7 @@ class Recorded(QueryPasses):
         r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``; the measure times this value is the usual LRP score.
 
         With ``against``, :math:`g = \sum_k s_k f_k`, which is negative if the compared outputs are ahead. The measure
-        is normalized to 1 all the same, so that relevance above 0 is then evidence against the target.
+        is still normalized to 1, so positive relevance is then evidence against the target.
 
         Examples:
             >>> mu.output.shape

@@ -17,7 +17,7 @@ from ..kernels.hook import StepHook
 
 
 class OnDifferences(Normalized):
-    """A composite of which no module is a step, but each function inside, with the rule of the module on differences.
+    """A composite whose steps are the functions inside modules, with the rules of their modules applied to differences.
 
     Args:
         composite: The composite with the rules; None for the secant slopes of every operation.

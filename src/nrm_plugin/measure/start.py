@@ -13,7 +13,7 @@ from .difference_start import difference_start
 
 
 class Outputs(Protocol):
-    """The outputs of a recording, as far as a start depends on them."""
+    """The parts of a recording that determine where a measure starts."""
 
     references: int
 
@@ -39,7 +39,7 @@ class Outputs(Protocol):
 
 
 def every_one(outputs: Tensor, references: int) -> Tensor:
-    """Returns the outputs of each sample once, where each of several references is a sample of the recording."""
+    """Returns one row of outputs per sample, for a recording that repeats each sample once per reference."""
     return outputs if references == 1 else outputs[::references]
 
 

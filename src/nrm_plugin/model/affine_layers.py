@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor, nn
 from zennit.layer import Sum
+
+from .shallow_copies import shared_copy
+
+_KINDS: dict[str, tuple[type[nn.Module], int]] = {
+    "linear": (nn.Linear, 2),
+    "conv1d": (nn.Conv1d, 3),
+    "conv2d": (nn.Conv2d, 3),
+    "conv3d": (nn.Conv3d, 3),
+    "conv_transpose1d": (nn.ConvTranspose1d, 3),
+    "conv_transpose2d": (nn.ConvTranspose2d, 3),
+    "conv_transpose3d": (nn.ConvTranspose3d, 3),
+}
+LAYERS = frozenset(_KINDS)
+"""The functions of torch's layers with weights."""
+
+
+@functools.cache
+def _template(function: str) -> nn.Module:
+    """Creates a layer without storage once, since drawing its weights takes longer than copying it."""
+    kind, arguments = _KINDS[function]
+    return kind(*(1,) * arguments, device="meta")
+
+
+def layer_like(function: str) -> nn.Module:
+    """Returns a new layer of the kind of a function, without storage and with default options."""
+    return shared_copy(_template(function))
 
 
 class Weightless(nn.Module):

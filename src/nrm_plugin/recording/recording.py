@@ -150,7 +150,7 @@ class Recording:
     def differences(self) -> Tensor:
         """The difference of the output to that of the reference, nowhere zero, in the form ``(N, …)``."""
         assert self._other is not None
-        return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other))
+        return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other).delta)
 
     @property
     def is_batched(self) -> bool:
