@@ -126,7 +126,7 @@ class Measured:
         plan = self._plans[question.net.name]
         further = {} if reference is None else {"reference": reference}
         mu = plan(question.inputs, question.targets.tolist(), against=question.against, **further)
-        sign = mu.output.sign().reshape(-1, 1, 1, 1)  # a negative contrast divides by a negative number
+        sign = mu.sign.reshape(-1, 1, 1, 1)  # positive relevance is evidence for the class
         return mu.marginal("input") * sign
 
 

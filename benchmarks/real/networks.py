@@ -138,7 +138,7 @@ def _fit_folders(trunk: nn.Module) -> dict[str, Tensor]:
     print(f"VGG16, folders: {accuracy:.2f} correct in five-fold cross-validation over photos")
     fitted = regression.fit(inputs, labels)
     weight = torch.from_numpy(fitted.coef_) / scale
-    return {"weight": weight.float(), "bias": torch.from_numpy(fitted.intercept_).float()}
+    return {"weight": weight.float().contiguous(), "bias": torch.from_numpy(fitted.intercept_).float()}
 
 
 # -- Fashion-MNIST --------------------------------------------------------------------------------------------------

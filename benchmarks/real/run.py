@@ -50,7 +50,7 @@ class Size:
 
 QUICK = Size(12, 15, ("plain",))
 SIZES = {
-    "EfficientNet-Lite0": Size(24, 30, ("plain", "blur", "noise", "neighbours")),
+    "EfficientNet-Lite0": Size(24, 30, ("plain", "blur")),
     "EfficientNet-Lite1": Size(24, 30, ("plain", "blur")),
     "VGG16": Size(8, 10, ("plain",)),
     "Fashion-MNIST, VGG": Size(200, 200, ("plain", "blur", "noise", "neighbours")),
