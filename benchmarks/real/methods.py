@@ -1,0 +1,339 @@
+"""Methods that explain an output by a heat map, each with the settings that its authors recommend.
+
+Every method explains the weighted outputs ``s · f``: ``s`` is one-hot for a class, and for a class against the rest
+minus the softmax of the other classes, held constant. The contrast is thus available to every method.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from captum.attr import LRP, DeepLift, GradientShap, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
+from torch import Tensor, fx, nn
+from torchvision.transforms.functional import gaussian_blur
+from zennit.canonizers import NamedMergeBatchNorm
+from zennit.composites import EpsilonAlpha2Beta1Flat, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
+from zennit.core import Composite
+
+from nrm_plugin import ConservingEpsilon, FuseBatchNorm, NRMAbsolute, NRMDefault, Plan
+from nrm_plugin.composites import Normalized
+from nrm_plugin.model.contrast import contrast_vector
+
+from .networks import Network
+
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be explained.
+
+    Args:
+        net: The network.
+        inputs: ``(N, C, H, W)``.
+        targets: The class, ``(N,)``.
+        against: None for the output of the class, ``"rest"`` for the class against the others.
+        plain: The plain colour of references and baselines, in the units of the inputs, ``(C, 1, 1)``.
+        others: Other images, as baselines of expected gradients, ``(M, C, H, W)``.
+    """
+
+    net: Network
+    inputs: Tensor
+    targets: Tensor
+    plain: Tensor
+    others: Tensor
+    against: str | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights of the outputs, ``(N, K)``."""
+        logits = self.net.logits(self.inputs)
+        if self.against is None:
+            return nn.functional.one_hot(self.targets, logits.shape[1]).to(logits.dtype)
+        return contrast_vector(logits, self.targets, self.against)
+
+    @property
+    def gray(self) -> Tensor:
+        """A plain image for each input."""
+        return self.plain.expand_as(self.inputs).contiguous()
+
+    @property
+    def blurred(self) -> Tensor:
+        """The inputs, blurred."""
+        width = min(self.inputs.shape[2:]) // 8
+        return gaussian_blur(self.inputs, [4 * width + 1, 4 * width + 1], [float(width)])
+
+
+Explainer = Callable[[Question], Tensor]
+"""Returns relevance of the inputs, ``(N, C, H, W)`` or ``(N, H, W)``."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method in a table.
+
+    Args:
+        explain: The method.
+        against: As in :class:`Question`.
+        is_ours: Whether it is a measure of this package.
+        gradients: Number of gradients that it computes; for expensive methods, which explain fewer images.
+    """
+
+    explain: Explainer
+    against: str | None = None
+    is_ours: bool = False
+    gradients: int = 1
+
+
+def heat_map(method: Method, question: Question) -> Tensor:
+    """Heat maps ``(N, H, W)``, summed over colours."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Captum warns whenever it sets hooks
+        torch.manual_seed(0)
+        relevance = method.explain(question).detach()
+    return relevance.sum(1) if relevance.ndim == 4 else relevance
+
+
+# -- measures of this package ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measured:
+    """The measure with a composite; a plan serves all batches of one network.
+
+    Args:
+        composite: Makes the composite for a network; None for the measure of differences from a reference.
+        reference: None, ``"grey"`` or ``"blur"``.
+    """
+
+    composite: Callable[[Network], Composite] | None
+    reference: str | None = None
+    _plans: dict[str, Plan] = field(default_factory=dict)
+
+    def __call__(self, question: Question) -> Tensor:
+        reference = {None: None, "grey": question.gray, "blur": question.blurred}[self.reference]
+        if question.net.name not in self._plans:
+            composite = None if self.composite is None else self.composite(question.net)
+            settings = {} if reference is None else {"reference": reference}
+            self._plans = {
+                question.net.name: Plan(question.net.model, question.inputs, composite=composite, **settings)
+            }
+        plan = self._plans[question.net.name]
+        further = {} if reference is None else {"reference": reference}
+        mu = plan(question.inputs, question.targets.tolist(), against=question.against, **further)
+        sign = mu.sign.reshape(-1, 1, 1, 1)  # positive relevance is evidence for the class
+        return mu.marginal("input") * sign
+
+
+def gamma_box(net: Network, **settings: Any) -> EpsilonGammaBox:
+    """Zennit's EpsilonGammaBox for images in [0, 1]."""
+    low, high = net.normalized(torch.zeros_like(net.mean)), net.normalized(torch.ones_like(net.mean))
+    shape = (1, len(net.mean), 1, 1)
+    return EpsilonGammaBox(low.reshape(shape), high.reshape(shape), **settings)
+
+
+# -- other packages -------------------------------------------------------------------------------------------------
+
+
+def zennit(composite: Callable[..., Composite]) -> Explainer:
+    """A composite of Zennit, which fuses batch norms, from the weighted outputs.
+
+    Args:
+        composite: Takes canonizers, and the network if it needs the range of the inputs.
+    """
+
+    def explain(question: Question) -> Tensor:
+        x = question.inputs.clone().requires_grad_()
+        canonizers = [NamedMergeBatchNorm(_batch_norms(question.net.model))]
+        given = [question.net] if composite is gamma_box else []
+        with composite(*given, canonizers=canonizers).context(question.net.model) as model:
+            (relevance,) = torch.autograd.grad(model(x), x, question.weights * question.net.logits(question.inputs))
+        return relevance
+
+    return explain
+
+
+def _batch_norms(model: nn.Module) -> list[tuple[list[str], str]]:
+    """Names of every convolution that a batch norm follows in the same module, and of that batch norm."""
+    found = []
+    for parent, module in model.named_modules():
+        names = [f"{parent}.{name}" if parent else name for name, _ in module.named_children()]
+        children = list(module.children())
+        for place in range(len(children) - 1):
+            if isinstance(children[place], nn.Conv2d) and isinstance(children[place + 1], nn.BatchNorm2d):
+                found.append(([names[place]], names[place + 1]))
+    return found
+
+
+class Weighted(nn.Module):
+    """The weighted outputs ``(N,)`` of a network, for inputs and weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """``(N, C, H, W)`` and ``(N, K)``."""
+        total: Tensor = (self.model(x) * weights).sum(1)
+        return total
+
+
+def captum(method: Callable[[nn.Module], Any], separate: bool = False, **settings: Any) -> Explainer:
+    """A method of Captum on the weighted outputs.
+
+    Args:
+        method: Makes the method for a model.
+        separate: Whether to give every call of a module a module of its own, which DeepLift and LRP need.
+        settings: Arguments of ``attribute``; functions are called with the question.
+    """
+
+    def explain(question: Question) -> Tensor:
+        model = _separated(question.net.model) if separate else question.net.model
+        arguments = {key: value(question) if callable(value) else value for key, value in settings.items()}
+        weights = question.weights
+        result: Tensor = method(Weighted(model)).attribute(
+            question.inputs, additional_forward_args=weights, **arguments
+        )
+        return result
+
+    return explain
+
+
+def captum_lrp(question: Question) -> Tensor:
+    """Captum's LRP, which explains one output and needs a module for every call."""
+    result: Tensor = LRP(_separated(question.net.model)).attribute(question.inputs, target=question.targets)
+    return result
+
+
+def _separated(model: nn.Module) -> nn.Module:
+    """A copy in which every call has a module of its own, without operations in place."""
+    traced = fx.symbolic_trace(copy.deepcopy(model))
+    seen: set[str] = set()
+    for number, node in enumerate(traced.graph.nodes):
+        if node.op == "call_module":
+            name = f"{node.target}".replace(".", "_") + f"_call{number}"
+            if node.target in seen:
+                traced.add_submodule(name, copy.deepcopy(traced.get_submodule(node.target)))
+                node.target = name
+            seen.add(node.target)
+    for module in traced.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    traced.recompile()
+    return traced
+
+
+def cam(weigh: Callable[[Tensor, Tensor], Tensor], is_signed: bool = False) -> Explainer:
+    """A class activation map of the last convolution, interpolated to the size of the input.
+
+    Args:
+        weigh: The map ``(N, H, W)`` from activations and gradients, ``(N, K, H, W)`` each.
+        is_signed: Whether negative values are kept; the authors set them to 0.
+    """
+
+    def explain(question: Question) -> Tensor:
+        stored: list[Tensor] = []
+        module = question.net.model.get_submodule(question.net.last)
+        handle = module.register_forward_hook(lambda module, args, output: stored.append(output))
+        try:
+            outputs = question.net.model(question.inputs.clone().requires_grad_())
+        finally:
+            handle.remove()
+        (gradients,) = torch.autograd.grad((outputs * question.weights).sum(), stored[0])
+        coarse = weigh(stored[0].detach(), gradients)[:, None]
+        coarse = coarse if is_signed else coarse.clamp(min=0)
+        return nn.functional.interpolate(coarse, question.inputs.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+
+    return explain
+
+
+def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Activations weighted by the mean gradient of their channel (arXiv 1610.02391)."""
+    return (activations * gradients.mean((2, 3), keepdim=True)).sum(1)
+
+
+def hires_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Activations times gradients (arXiv 2011.08891); GradCAM if a mean and a linear layer follow."""
+    return (activations * gradients).sum(1)
+
+
+def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Activations times positive gradients (doi 10.1109/TIP.2021.3089943)."""
+    return (activations * gradients.clamp(min=0)).sum(1)
+
+
+def smooth_grad(model: nn.Module) -> NoiseTunnel:
+    """The mean gradient of noisy inputs (arXiv 1706.03825)."""
+    return NoiseTunnel(Saliency(model))
+
+
+def _noise(question: Question) -> float:
+    """15 % of the range of the inputs."""
+    return 0.15 * float(question.inputs.max() - question.inputs.min())
+
+
+def chance(question: Question) -> Tensor:
+    """Random numbers."""
+    return torch.rand(len(question.inputs), *question.inputs.shape[2:])
+
+
+def _ours(
+    composite: Callable[[Network], Composite] | None, against: str | None, reference: str | None = None
+) -> Method:
+    return Method(Measured(composite, reference), against, is_ours=True)
+
+
+OURS = {
+    "default": lambda net: NRMDefault(),
+    "default, ε = 0 in the classifier": lambda net: NRMDefault(layer_map=[(nn.Linear, ConservingEpsilon(0.0))]),
+    "EpsilonPlusFlat": lambda net: Normalized(EpsilonPlusFlat(canonizers=[FuseBatchNorm()])),
+    "EpsilonGammaBox": lambda net: Normalized(gamma_box(net, canonizers=[FuseBatchNorm()])),
+    "NRMAbsolute": lambda net: NRMAbsolute(),
+}
+METHODS: dict[str, Method] = {
+    "default, against the rest": _ours(OURS["default"], "rest"),
+    "default, ε = 0 in the classifier, against the rest": _ours(OURS["default, ε = 0 in the classifier"], "rest"),
+    "EpsilonPlusFlat, against the rest": _ours(OURS["EpsilonPlusFlat"], "rest"),
+    "EpsilonGammaBox, against the rest": _ours(OURS["EpsilonGammaBox"], "rest"),
+    "reference grey, against the rest": _ours(None, "rest", "grey"),
+    "reference blur, against the rest": _ours(None, "rest", "blur"),
+    "default": _ours(OURS["default"], None),
+    "EpsilonPlusFlat": _ours(OURS["EpsilonPlusFlat"], None),
+    "EpsilonGammaBox": _ours(OURS["EpsilonGammaBox"], None),
+    "NRMAbsolute": _ours(OURS["NRMAbsolute"], None),
+    "reference grey": _ours(None, None, "grey"),
+    "reference blur": _ours(None, None, "blur"),
+    "GradCAM": Method(cam(grad_cam)),
+    "GradCAM, against the rest": Method(cam(grad_cam), "rest"),
+    "GradCAM, signed, against the rest": Method(cam(grad_cam, is_signed=True), "rest"),
+    "HiResCAM": Method(cam(hires_cam)),
+    "LayerCAM": Method(cam(layer_cam)),
+    "Zennit EpsilonPlus": Method(zennit(EpsilonPlus)),
+    "Zennit EpsilonPlusFlat": Method(zennit(EpsilonPlusFlat)),
+    "Zennit EpsilonPlusFlat, against the rest": Method(zennit(EpsilonPlusFlat), "rest"),
+    "Zennit EpsilonGammaBox": Method(zennit(gamma_box)),
+    "Zennit EpsilonAlpha2Beta1Flat": Method(zennit(EpsilonAlpha2Beta1Flat)),
+    "Captum LRP": Method(captum_lrp),
+    "DeepLift": Method(captum(DeepLift, separate=True, baselines=lambda question: question.gray), gradients=2),
+    "InputXGradient": Method(captum(InputXGradient)),
+    "InputXGradient, against the rest": Method(captum(InputXGradient), "rest"),
+    "SmoothGrad": Method(captum(smooth_grad, nt_samples=50, nt_samples_batch_size=2, stdevs=_noise), gradients=50),
+    "IntegratedGradients, 20 steps": Method(captum(
+        IntegratedGradients, n_steps=20, internal_batch_size=BATCH, baselines=lambda question: question.gray,
+    ), gradients=20),
+    "IntegratedGradients, 20 steps, against the rest": Method(captum(
+        IntegratedGradients, n_steps=20, internal_batch_size=BATCH, baselines=lambda question: question.gray,
+    ), "rest", gradients=20),
+    "IntegratedGradients, 200 steps": Method(captum(
+        IntegratedGradients, n_steps=200, internal_batch_size=BATCH, baselines=lambda question: question.gray,
+    ), gradients=200),
+    "expected gradients": Method(captum(
+        GradientShap, n_samples=50, stdevs=0.0, baselines=lambda question: question.others,
+    ), gradients=50),
+    "chance": Method(chance),
+}  # fmt: skip
