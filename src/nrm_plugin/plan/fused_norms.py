@@ -19,13 +19,13 @@ CLOSE = 1e-5
 def fused(
     operations: list[Operation], trace: Trace, constants: dict[int, Tensor], results: list[int]
 ) -> list[Operation]:
-    """Returns the operations with each batch normalization fused with the convolution that only it reads.
+    """Returns the operations, with each batch normalization fused into a convolution that has no other reader.
 
     Args:
         operations: The operations.
-        trace: The trace, which gets numbers of new constants.
+        trace: The trace, in which new constants are numbered.
         constants: The constants, to which fused weights are added.
-        results: Numbers of the tensors that are wanted.
+        results: Numbers of the result tensors.
     """
     uses = Counter(number for one in operations for number in one.reads) + Counter(results)
     made = {number: one for one in operations for number in one.results if number is not None}
@@ -58,7 +58,7 @@ def fused(
 
 
 def _folded(values: list[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
-    """Returns weight and bias of the fused layer, computed in float64 since they are rounded only once."""
+    """Returns weight and bias of the fused layer, computed in float64, so that they are rounded only once."""
     like = next(value for value in values if value is not None)
     weight, bias, gamma, beta, mean, variance = (None if value is None else value.double() for value in values)
     assert weight is not None
@@ -72,7 +72,7 @@ def _folded(values: list[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _images(operations: list[Operation], constants: dict[int, Tensor]) -> dict[Any, list[Operation]]:
-    """Convolutions without bias by input and settings, in which the rules of a layer see it."""
+    """Returns the convolutions without bias that the rules use, by input and settings."""
     found: dict[Any, list[Operation]] = {}
     for one in operations:
         if one.function is aten.convolution.default and one.args[2] is None and one.args[1].number in constants:
@@ -94,7 +94,7 @@ def _layer(
     constants: dict[int, Tensor],
     dropped: set[int],
 ) -> list[Operation]:
-    """Returns the operations of the fused layer; it uses the image that a rule needs as well, if there is one."""
+    """Returns the operations of the fused layer, which reuses the output without bias if a rule computes it."""
     output = norm.results[0]
     shift = _constant(bias, trace, constants)
     for image in images.get(_settings(layer), ()):

@@ -19,7 +19,7 @@ def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
     """Returns the form of the arguments of a model, and the tensors among them.
 
     Raises:
-        TypeError: If an argument cannot be compared.
+        TypeError: If an argument has no hashable equivalent.
     """
     leaves, form = tree_flatten(values)
     tensors: list[Tensor] = []
@@ -38,7 +38,7 @@ def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
 
 
 def shapes_of(key: Any) -> str:
-    """Returns the shapes of the tensors in the form of a call, for people."""
+    """Returns the shapes of the tensors in a call, as readable text."""
     leaves = key[1] if isinstance(key, tuple) else ()
     shapes = [str(tuple(leaf[1])) for leaf in leaves if isinstance(leaf[1], torch.Size)]
     return ", ".join(shapes) or "that are not tensors"

@@ -1,4 +1,4 @@
-"""Merging of operations: what was computed before is not computed again, and copies are not made without need."""
+"""Merging of operations: removes repeated computations and unnecessary copies."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Merger:
     Args:
         trace: The trace.
         constants: The constants.
-        results: The numbers of the tensors that are wanted.
+        results: The numbers of the result tensors.
     """
 
     def __init__(self, trace: Trace, constants: dict[int, Tensor], results: list[int]) -> None:
@@ -85,7 +85,7 @@ class Merger:
         return rest, [self._now(number) for number in self._results]
 
     def _is_same_view(self, number: int) -> bool:
-        """Returns whether a tensor is a view of all of another one in the same shape."""
+        """Returns whether a tensor is a view of another tensor that covers it completely and has the same shape."""
         root = self.trace.memory(number)
         return root != number and self.trace.forms[root] == self.trace.forms[number]
 
@@ -103,7 +103,7 @@ class Merger:
         return all(number in self.constants for number in one.reads)
 
     def _is_forwarded(self, one: Operation) -> bool:
-        """Replaces the result of an operation by its argument, if both are the same."""
+        """Replaces the result of an operation by its argument if the two are identical."""
         if one.function is aten.copy_.default:
             return self._is_moved(one)
         kind = _FORWARDED.get(id(one.function))
@@ -130,7 +130,7 @@ class Merger:
         return is_free and (kind == "copy" or (one.args[1] == 1 and not isinstance(one.args[1], Value)))
 
     def _is_moved(self, one: Operation) -> bool:
-        """Replaces a tensor that is completely overwritten by the tensor that is copied to it."""
+        """Replaces a tensor that a copy overwrites completely by the source of the copy."""
         target, source = one.args[0], one.args[1]
         if target == source:
             return True  # a tensor that was copied from this one, and replaced by it
@@ -158,7 +158,7 @@ class Merger:
         return self._writes[memory] > self._versions[memory]
 
     def _key(self, one: Operation) -> Any:
-        """Returns what determines the results of an operation; None if it may not be merged."""
+        """Returns a key that determines the results of an operation; None if the operation must not be merged."""
         memory = self.trace.memory
         if one.writes or one.shapes is not None:
             return None

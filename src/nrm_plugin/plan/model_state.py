@@ -37,7 +37,7 @@ class ModelState:
         self._values = [torch.cat(views).clone() for views in self._entries]
 
     def changed(self) -> str:
-        """Returns what has changed, or an empty string."""
+        """Returns a description of the change; empty if nothing has changed."""
         if not self._changed():
             return ""
         with _RECORDING:  # the changes may be hooks that another thread removes after its recording
@@ -67,7 +67,7 @@ _DICTS = (dict, OrderedDict)
 
 
 def hooked(model: nn.Module) -> str:
-    """Returns what has hooks of the user, which act at every run of the model; or an empty string.
+    """Returns the names of objects with user hooks, which run in every forward pass; empty if there are none.
 
     Hooks of PyTorch itself, such as those of weight norms, only compute tensors.
     """
@@ -86,7 +86,7 @@ def _common_hooks() -> tuple[int, ...]:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Identities of the attributes of a module, and of the contents of containers among them."""
+    """Returns the identities of the attributes of a module and of the items in its containers."""
     held = module.__dict__
     contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
     lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]
@@ -94,7 +94,7 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """The attributes themselves, so that no other object takes their identity."""
+    """Returns the attributes themselves; a reference prevents that a new object reuses their identity."""
     values = list(module.__dict__.values())
     return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 

@@ -1,4 +1,4 @@
-"""The plan of a model: measures of many inputs of the same form, at the price of a gradient or two."""
+"""The plan of a model: measures of many inputs of the same shapes, at the cost of one or two gradients."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ IDLE = 8
 
 
 class Plan:
-    """Takes measures of a model by programs of tensor operations, without hooks and without autograd.
+    """Computes measures of a model by programs of tensor operations, without hooks and autograd.
 
-    What does not depend on the values of the inputs is found once: names, graph, rules, modified and fused weights, and
-    checks. The first query of each kind is recorded and traced; for other inputs of the same shapes it is repeated as a
-    flat list of operations on tensors.
+    Everything that does not depend on input values is determined once: names, graph, rules, modified and fused weights,
+    and checks. The first query of each kind is recorded and traced. For further inputs of the same shapes, the trace is
+    replayed as a flat list of tensor operations.
 
     Args:
         model: Any module, in evaluation mode.
@@ -103,7 +103,7 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> RelevanceMeasure:
-        """Takes the measure of some inputs. Inputs of a new shape, or a model that has changed, are planned anew.
+        """Returns the measure of inputs. Inputs of a new shape, or a changed model, require a new plan.
 
         Args:
             inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -133,11 +133,11 @@ class Plan:
         return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
-        """Says for each form of calls which queries have programs, and why others are recorded every time.
+        """Lists, for each form of call, the queries that have programs, and why other queries are recorded every time.
 
         Returns:
             For each form, the shapes of its tensors; for each query, the number of operations, the memory of constants
-            that are not tensors of the model, and the values that are compared in each run.
+            that are not tensors of the model, and the values that each run compares.
 
         Examples:
             >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
@@ -159,7 +159,7 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes a program that returns outputs and their relevance, and that needs only PyTorch.
+        """Writes a program that returns outputs and their relevance and requires only PyTorch.
 
         The program is loaded by ``torch.export.load(path).module()``. Its arguments are the tensors of a call in
         order, of the same shapes as ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the class
@@ -204,11 +204,11 @@ class Plan:
         save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
 
     def _has_changed(self) -> bool:
-        """Returns whether the model or the composite has changed, so that the next call is planned anew."""
+        """Returns whether the model or the composite has changed, so that the next call needs a new plan."""
         return bool(self._state.changed()) or settings(self._rules[0]) != self._rules_state
 
     def _is_useful(self, form: Hashable) -> bool:
-        """Returns whether calls of a form have no obstacle, and their queries are not new each time."""
+        """Returns whether calls of a form can be planned and repeat their queries."""
         known = [programs for (key, _), programs in self._forms.items() if key == form]
         return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
 
@@ -283,9 +283,9 @@ class _Form:
     """A call of the model.
 
     Attributes:
-        key: What calls of the same form have in common.
+        key: Key that is equal for calls of the same form.
         tensors: The tensors among the arguments.
-        call: Function that makes the call.
+        call: Function that creates the call.
         settings: The settings of its measure.
     """
 

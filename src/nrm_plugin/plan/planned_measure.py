@@ -90,7 +90,7 @@ class TracedRecording:
 
     Args:
         settings: The settings.
-        call: Function that makes the call of the model.
+        call: Function that creates the call of the model.
         tensors: The tensors of the call.
         avoided: The shortcuts that must not be taken; None for a recording without trace.
 
@@ -128,7 +128,7 @@ class TracedRecording:
 
     @property
     def is_traceable(self) -> bool:
-        """Whether a program can be made of the trace; of a trace of many queries, that takes long."""
+        """Whether the trace can become a program, which takes long for a trace of many queries."""
         return self.tracer is not None and len(self.tracer.trace.operations) <= LONGEST * max(self._length, 1000)
 
     def traced(self) -> AbstractContextManager[Any]:
@@ -151,9 +151,9 @@ class TracedRecording:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Context without collection of reference cycles.
+    """Context without garbage collection of reference cycles.
 
-    A trace makes many objects, so that the collector would walk through all objects of the process several times.
+    A trace creates many objects, so the collector would traverse all objects of the process several times.
     """
     is_enabled = gc.isenabled()
     gc.disable()
@@ -165,7 +165,7 @@ def uncollected() -> Iterator[None]:
 
 
 def _random_states() -> tuple[Any, ...]:
-    """Random states that are not of torch, whose draws are in no trace."""
+    """Returns the random states outside of torch, whose draws do not appear in a trace."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, bytes(keys), *rest  # type: ignore[arg-type]
 
@@ -189,7 +189,7 @@ class PlannedMeasure(RelevanceMeasure):
     Args:
         settings: The settings of the plan.
         programs: The programs for calls of this form.
-        call: Function that makes the call of the model.
+        call: Function that creates the call of the model.
         tensors: The tensors of the call.
         target, start, against: As in :class:`~nrm_plugin.RelevanceMeasure`.
         recorded: A recording of this call, if there is one.
@@ -293,7 +293,7 @@ class PlannedMeasure(RelevanceMeasure):
         return query.answer(results)
 
     def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Answers a query from a traced recording, and makes its program."""
+        """Answers a query from a traced recording and creates its program."""
         self._check_inputs()
         if self._recorded is None or not self._recorded.is_traceable:
             self._recorded = self._record()
@@ -313,7 +313,7 @@ class PlannedMeasure(RelevanceMeasure):
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Answers a query from the recording, under its trace if it has one: later queries reuse its kernels."""
+        """Answers a query from the recording, inside its trace if it has one, since later queries reuse its kernels."""
         self._is_answering = True
         try:
             with nullcontext() if self._recorded is None else self._recorded.traced():
@@ -374,7 +374,7 @@ class PlannedMeasure(RelevanceMeasure):
         return self._planned.start[0] if recorded is None or recorded.start is None else recorded.start
 
     def _check_inputs(self) -> None:
-        """Raises :class:`StaleMeasureError` if the inputs were overwritten, which the program needs once more."""
+        """Raises :class:`StaleMeasureError` if the inputs, which the program still needs, were overwritten."""
         if [tensor._version for tensor in self._tensors] != self._versions:
             raise StaleMeasureError(
                 "the inputs were overwritten since the measure was taken, and this query needs them. Take the measure "

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 class ChangedValueError(Exception):
-    """A value on which the traced computation depended is different for these inputs.
+    """Raised if a value on which the traced computation depended differs for these inputs.
 
     Attributes:
         reads: The lines of code that read these values.
@@ -50,7 +50,7 @@ class Program:
         is_shareable: Whether several queries may use the same state.
         size: Bytes of the state.
         inputs, outputs, start, results: As in the arguments, by numbers of the simplified operations.
-        obstacle: Why the operations may not be repeated; empty if they may. Otherwise nothing else is known.
+        obstacle: Why the operations cannot be replayed; empty if they can. If not empty, no other attribute is set.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ def _run(stage: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def _plain(device: torch.device) -> Iterator[None]:
-    """Context in which operations run as they are written in a trace, whatever modes the caller is in."""
+    """Context in which operations run exactly as traced, regardless of the modes of the caller."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -275,7 +275,7 @@ class _Writer:
         return "\n".join(lines), self.scope
 
     def _separate(self, numbers: Sequence[int], start: Sequence[int]) -> str:
-        """Writes results, each in its own memory."""
+        """Writes code that gives each result its own memory."""
         used = {self.memory(number) for number in (*start, *self.passed)}
         parts = []
         for number in numbers:

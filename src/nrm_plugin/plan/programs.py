@@ -77,8 +77,8 @@ class Programs:
         obstacle: Why calls of this form are recorded every time; empty if they are not.
         answers: Answers that do not depend on values, such as names and shapes.
         recordings: Number of calls recorded since a program last answered a query.
-        latest: The program that was used last, which the next measure is expected to use.
-        asks_again: Whether measures are asked several queries, so that they keep the state of the first stage.
+        latest: The most recently used program, which the next measure is expected to use.
+        asks_again: Whether measures answer several queries each, so that they keep the state of the first stage.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Programs:
             return found
 
     def is_worth(self, key: Key, is_certain: bool) -> bool:
-        """Whether a query is to be traced: at once if it will be asked of other inputs, else when it is repeated."""
+        """Returns whether to trace a query: at once if other inputs will need it, otherwise when it is repeated."""
         with self.lock:
             worth = (is_certain or key in self._seen) and key not in self._recorded
             self._seen.add(key)
@@ -117,7 +117,7 @@ class Programs:
         answer: Any,
         cost: Cost,
     ) -> None:
-        """Makes the program of a query from its trace, jointly with the earlier queries of the same recording."""
+        """Creates the program of a query from its trace, together with the earlier queries of the same recording."""
         leaves, form = tree_flatten(answer)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             return
@@ -140,7 +140,7 @@ class Programs:
                 self._programs.popitem(last=False)
 
     def reject(self, error: ChangedValueError) -> None:
-        """Drops the programs after the values that they depend on were different."""
+        """Drops the programs after a value on which they depend has changed."""
         with self.lock:
             names = frozenset(read for read in error.reads if " in " in read)
             self.avoided |= names
@@ -181,7 +181,7 @@ def _described(program: Program, own: Container[int]) -> str:
 
 
 def memory_of(tensors: Iterable[Tensor], own: Container[int]) -> int:
-    """Returns the bytes of some tensors, without those at given addresses."""
+    """Returns the size of tensors in bytes, without the tensors at the given addresses."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
     sizes = {one.data_ptr(): one.nbytes() for one in storages}
     return sum(size for address, size in sizes.items() if address not in own)

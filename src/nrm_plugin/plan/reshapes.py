@@ -23,10 +23,10 @@ ELEMENTWISE = frozenset(
 
 
 class ViewRemover:
-    """Rewrites operations so that tensors are read in the shape in which they were made.
+    """Rewrites operations so that they read tensors in the shape in which these were created.
 
     Args:
-        trace: The trace; tensors that are made in a new shape get new numbers.
+        trace: The trace, in which tensors created in a new shape are numbered.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -65,7 +65,7 @@ class ViewRemover:
         return source if is_same and _is_contiguous(new) and _is_contiguous(old) else None
 
     def _made_view(self, number: int) -> int:
-        """Returns the number of a tensor in its own shape, and makes the view if there is none."""
+        """Returns the number of a tensor in its original shape, and creates the view if necessary."""
         root = self._root.get(number)
         if root is None:
             return number
@@ -80,7 +80,7 @@ class ViewRemover:
     # -- leading dimensions of size one ---------------------------------------------------------------------------
 
     def _stripped(self, one: Operation) -> Operation | None:
-        """Returns an elementwise operation on tensors without their leading dimension, if they were made without."""
+        """Returns an elementwise operation without the leading dimension, if its arguments were created without it."""
         if one.function.overloadpacket not in ELEMENTWISE or len(one.results) != 1 or one.shapes is not None:
             return None
         number = one.results[0]
@@ -113,7 +113,7 @@ class ViewRemover:
         )
 
     def _without(self, number: int, ndim: int) -> int | None:
-        """Returns a tensor without its leading dimension, if it has as many as the result; None if there is none."""
+        """Returns a tensor without its leading dimension, if it has the rank of the result; None if there is no such tensor."""
         form = self.trace.forms[number]
         if len(form[0]) < ndim:
             return self._made_view(number)
@@ -123,7 +123,7 @@ class ViewRemover:
         return root if self.trace.forms[root][0] == form[0][1:] else None
 
     def _new(self, number: int) -> int:
-        """Makes the number of a tensor that is the given one without its leading dimension."""
+        """Numbers a new tensor: the given one without its leading dimension."""
         trace = self.trace
         made, trace.count = trace.count, trace.count + 1
         shape, stride, *rest = trace.forms[number]

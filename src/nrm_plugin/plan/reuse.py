@@ -1,4 +1,4 @@
-"""Measures that are taken again and again: recorded at first, and by a plan once inputs of one form return."""
+"""Repeated measures: the first ones are recorded, and a plan is used once inputs of the same form recur."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEMORY = 1 << 30
 
 
 class Measures:
-    """Takes measures with the arguments of :class:`~nrm_plugin.RelevanceMeasure`, by a plan once a form repeats.
+    """Computes measures with the arguments of :class:`~nrm_plugin.RelevanceMeasure`, by a plan once a form recurs.
 
     The first measures of inputs of one form are recorded. Further inputs of this form are planned, and the results are
     the same up to rounding. A plan is dropped if the model or another setting changes, or if its constants need too
@@ -61,7 +61,7 @@ class Measures:
         output: Output | Atom | None = None,
         batched: bool = True,
     ) -> RelevanceMeasure:
-        """Takes a measure.
+        """Computes a measure.
 
         Args:
             model: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -114,7 +114,7 @@ class Measures:
         return self._plan
 
     def _is_too_large(self, plan: Plan) -> bool:
-        """Drops a plan that needs too much memory, and makes no other until a setting changes."""
+        """Drops a plan that needs too much memory; no further plan is made until a setting changes."""
         if plan._count == self._measured:
             return False
         self._measured = plan._count
@@ -142,7 +142,7 @@ class Measures:
         self._seen.clear()
 
     def __reduce__(self) -> Any:
-        """Copies and stored objects begin anew, as a plan belongs to one model in the memory of this process."""
+        """Copies and pickled objects start without a plan, since a plan belongs to one model of this process."""
         return Measures, ()
 
 

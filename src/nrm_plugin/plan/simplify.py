@@ -1,4 +1,4 @@
-"""Simplification of traces: what is computed from constants is computed once, and what nobody reads is not computed.
+"""Simplification of traces: computations on constants run once, and results without readers are not computed.
 
 A trace may overwrite tensors. Tensors that share memory form a group. Operations keep their order, and an operation on
 a group is merged with another one only if the group was not overwritten in between.
@@ -27,14 +27,14 @@ class Simplifier:
 
     Args:
         trace: The trace.
-        results: The numbers of the tensors that are wanted.
+        results: The numbers of the result tensors.
 
     Attributes:
         trace: A copy of the trace, in which the simplified operations number further tensors.
         operations: The remaining operations, in order.
         constants: The constants that they read, by number.
-        results: The numbers of the wanted tensors.
-        obstacle: Why the operations may not be repeated; empty if they may. Otherwise there are no operations.
+        results: The numbers of the result tensors.
+        obstacle: Why the operations cannot be replayed; empty if they can. If not empty, there are no operations.
     """
 
     def __init__(self, trace: Trace, results: list[int]) -> None:
@@ -57,7 +57,7 @@ class Simplifier:
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
     def _obstacle(self, one: Operation) -> str:
-        """Returns why an operation may not be repeated."""
+        """Returns why an operation cannot be replayed."""
         if is_drawn(one):
             return f"the model draws random numbers ({one.function})"
         given = (self.trace.memory(number) for number in one.writes)
@@ -73,7 +73,7 @@ class Simplifier:
     # -- constants ------------------------------------------------------------------------------------------------
 
     def _folded(self, operations: list[Operation]) -> list[Operation]:
-        """Computes what depends on constants only."""
+        """Computes everything that depends only on constants."""
         memory = self.trace.memory
         varying = {memory(number) for number in self.trace.placeholders}
         marked = [False] * len(operations)
@@ -120,7 +120,7 @@ class Simplifier:
                 self.constants[number] = item
 
     def _stored(self, number: int, one: Operation) -> Tensor:
-        """Returns a constant; for a tensor that varies, of which only the shape is read, one without memory."""
+        """Returns a constant; a tensor without memory for a varying tensor of which only the shape is read."""
         if number in self.constants:
             return self.constants[number]
         assert one.function.overloadpacket in FILLED, f"{one.function} reads a tensor that is not constant"

@@ -85,7 +85,7 @@ def needed(operations: Sequence[Operation], results: Iterable[int], memory: Call
 
     Args:
         operations: The operations.
-        results: Numbers of the tensors that are wanted.
+        results: Numbers of the result tensors.
         memory: Function that returns the memory of a tensor.
     """
     live: set[int | None] = set(results)
