@@ -184,7 +184,7 @@ class Scores:
         """Scores that know nothing of a reference."""
         for name, measure in self.measures.items():
             yield name, measure.masses(chains)
-        if self.crp and is_of_channels(chains):
+        if self.crp and self.case.x.is_floating_point() and is_of_channels(chains):
             yield CRP, conditional_relevance(self.case, chains)
         default = self.measures["joint, NRMDefault"]
         yield "product of marginals, NRMDefault", product(default.single(chains), default.mu.output)

@@ -14,7 +14,7 @@ from nrm_plugin.commands import flow, references
 from nrm_plugin.commands.cli import COMMANDS, main, parser
 from nrm_plugin.commands.image_flow import FlowOptions
 from nrm_plugin.dataset import reference_plots
-from nrm_plugin.plots import flow as plots_flow
+from nrm_plugin.plots import flow_columns
 from tests.commands.shell import fails
 
 FLOAT = r"(-?\d+\.\d+)"
@@ -74,7 +74,7 @@ def test_every_command_has_a_module():
 def test_limits_of_options_are_those_of_the_figures():
     """They are repeated in modules that do not import torch."""
     assert references.MOST_IMAGES == reference_plots.MOST
-    assert flow.MOST_CHANNELS == plots_flow.MAX_GROUPS
+    assert flow.MOST_CHANNELS == flow_columns.MAX_GROUPS
     assert (default("flow", "--layers", "a").top, default("flow", "--layers", "a").patches) == (
         FlowOptions.top,
         FlowOptions.patches,
