@@ -1,7 +1,7 @@
 """Figures of flow graphs.
 
 Covers: nrm_plugin.plots.flow_scene, nrm_plugin.plots.flow_columns, nrm_plugin.plots.flow_parts,
-nrm_plugin.plots.layer_profile.
+nrm_plugin.plots.layer_profile, nrm_plugin.measure.flow_heat_maps.
 """
 
 from __future__ import annotations
