@@ -84,7 +84,7 @@ def save_budgets(rows: Sequence[Row], samples: Sequence[Sample], images: Tensor,
     """Writes a figure with the relevance of each layer for every digit.
 
     Args:
-        rows: The layers, ``(N,)`` each.
+        rows: Relevance of each layer, ``(N,)`` per layer.
         samples: ``N`` digits.
         images: ``(N, 1, 16, 16)``.
         composite: Name of the composite.

@@ -29,10 +29,10 @@ class ConditionError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Condition:
-    """An event, and its text.
+    """An event together with the text it was parsed from.
 
     Attributes:
-        text: The given text.
+        text: The text as given.
         event: The event.
         layers: Names of the layers of the event.
     """

@@ -34,7 +34,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     subfolder for each class, and ignores the classes of the model.
 
     Args:
-        folder: The folder.
+        folder: The folder with the files.
         preprocess: A function from images to inputs.
         categories: Class names of the model, if known.
 

@@ -56,7 +56,7 @@ class FolderLocks:
     process could then lock a file that another process has just replaced.
 
     Attributes:
-        folder: The folder.
+        folder: The folder with the files.
         process: This process.
     """
 

@@ -40,7 +40,7 @@ def closed_branches(
     """Reads a common rule on a linear or convolutional layer; None for other rules and layers.
 
     Args:
-        call: The call of the layer.
+        call: The recorded call of the layer.
         rule: The rule.
         normalization: The normalization if the factors should include the gain, else None.
     """

@@ -30,7 +30,7 @@ def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization
     """Reads a rule as a kernel of branches; None if the layer is not affine or the rule is of a different form.
 
     Args:
-        call: The call of the layer.
+        call: The recorded call of the layer.
         rule: The rule, written with modifiers.
         normalization: The normalization if the factors should include the gain, else None.
     """

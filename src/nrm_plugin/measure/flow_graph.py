@@ -1,4 +1,4 @@
-"""Flow graphs as data: the shown groups of each layer and their joint relevance, with conversion to other formats."""
+"""Flow graphs as data: the groups shown in each layer and their joint relevance, with conversion to other formats."""
 
 from __future__ import annotations
 

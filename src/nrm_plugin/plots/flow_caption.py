@@ -82,7 +82,7 @@ def _target(graph: FlowGraph) -> str:
 
 
 def _origin(graph: FlowGraph, target: str) -> str:
-    """Says which nodes of the lowest layer the strongest node above them gets its relevance from."""
+    """Describes which nodes of the lowest layer receive most of the relevance of the strongest node above them."""
     if len(graph.layers) < 2:
         strongest = _strongest(graph.layers[-1]) if graph.layers else None
         return f"{percent(strongest.mass)} of {target} passes through {named(strongest, graph)}." if strongest else ""

@@ -267,12 +267,12 @@ def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep
 def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layout, output_layout: Layout) -> Weighted:
     r"""Returns the layer with one output per sample, :math:`\sum_k s_k w_k \cdot a + \sum_k s_k b_k`.
 
-    The layer reads the entries that are connected with an explained output, since rules such as Flat replace weights.
+    The layer reads only the entries connected to an explained output, since rules such as Flat replace weights.
 
     Args:
-        call: The call of the layer.
+        call: The recorded call of the layer.
         weights: The weights ``s``, in the layout of the output of the layer.
-        number: The explained number.
+        number: The scalar to be explained.
         layout: The layout of its input.
         output_layout: The layout of its output.
     """
@@ -304,7 +304,7 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
 
 
 def _connected(mask: Tensor) -> Tensor:
-    """Returns the indices of the marked entries of each row, filled up with the number of columns."""
+    """Returns the indices of the marked entries of each row, padded with the number of columns."""
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
     return torch.where(mask.gather(1, order), order, mask.shape[1])
 

@@ -29,7 +29,7 @@ def load_dictionary(folder: str | Path) -> Dictionary:
     Standard, gated, JumpReLU and top-k autoencoders, and transcoders with or without a skip path are supported.
 
     Args:
-        folder: The folder.
+        folder: The folder with the files.
 
     Raises:
         InputError: If a file is missing, or the dictionary normalizes its input.
