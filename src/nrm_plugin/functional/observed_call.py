@@ -90,7 +90,7 @@ class ObservedCall:
         return len(self.inputs) < count or any(isinstance(value, (int, float)) for value in self.args)
 
     def out_of_place(self) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """Returns a function and keyword arguments that do not operate in place: on a copy, or with ``inplace=False``."""
+        """Returns a function that operates on a copy, or with ``inplace=False``, and its keyword arguments."""
         if self.keyword_slots.get("inplace"):
             return self.function, {**self.keyword_slots, "inplace": False}
         # This is not a method, since a step that stores it would form a reference cycle with the tensors of this call.
