@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,16 @@ class ModelState:
             if not torch.equal(torch.cat(views), values):
                 return "a weight"
         return ""
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Context of a recording, which restores the values of buffers that the model writes, in a new version."""
+        with _RECORDING:
+            was_changed = self._changed()
+            yield
+            if not was_changed:
+                pairs = zip(self._tensors, self._versions, strict=True)
+                self._versions = [(tensor._version, address) for (_, tensor), (_, address) in pairs]
 
     def memories(self) -> set[int]:
         """Returns the addresses of the memory of parameters and buffers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ class TracedRecording:
         self._avoided = avoided or frozenset()
         self.inputs = [] if self.tracer is None else [self.tracer.placeholder(tensor) for tensor in tensors]
         drawn = _random_states()
-        with self.traced():
+        self._state = settings.state
+        with self._state.recording(), self.traced():
             made, reference = call()
             self.recording = Recording(settings.model, made, settings.composite, settings.output, reference)
             self.outputs = [self.recording.unfolded(), self.recording.outputs()]
@@ -141,7 +143,7 @@ class TracedRecording:
             outputs = [self.tracer.number(tensor) for tensor in self.outputs]
             numbers = [self.tracer.placeholder(tensor) for tensor in start]
             self.queries = TracedQueries(self.tracer, self.inputs, outputs, numbers)
-        with self.traced():
+        with self._state.recording(), self.traced():
             self.start = self.recording.started(*start)
         if self.tracer is not None:
             self._length = len(self.tracer.trace.operations)
@@ -213,6 +215,7 @@ class PlannedMeasure(RelevanceMeasure):
         self.cost = Cost()
         self._recorded = recorded
         self._is_answering = self._has_run = False
+        self._lock = threading.RLock()
         self._state: tuple[Program, list[Any]] | None = None
         self._planned = PlannedOutputs(self._forward(), settings.batched, settings.references or 1)
         _, self._output = start_of(self._planned, target, start, against)
@@ -251,6 +254,10 @@ class PlannedMeasure(RelevanceMeasure):
     # -- queries --------------------------------------------------------------------------------------------------
 
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._lock:  # queries from several threads share the state of the first stage and the trace
+            return self._answered(method, args, kwargs)
+
+    def _answered(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._is_answering:
             return method(self, *args, **kwargs)
         try:
@@ -326,7 +333,8 @@ class PlannedMeasure(RelevanceMeasure):
         key = (name, frozen(args))
         if key not in self._programs.answers:
             plain = super()
-            with nullcontext() if self._recorded is None else self._recorded.traced():
+            traced = nullcontext() if self._recorded is None else self._recorded.traced()
+            with self._lock, self._settings.state.recording(), traced:
                 found = getattr(plain, name)
                 self._programs.answers[key] = found(*args) if callable(found) else found
         return self._programs.answers[key]

@@ -103,24 +103,31 @@ class Tracer(TorchDispatchMode):
         self._varying.add(self.trace.memory(number))
 
     def _memory_of(self, tensor: Tensor) -> _Memory | None:
+        known = self._by_object(tensor)
+        return self._memories.get(_identity(tensor)) if known is None else known[1]
+
+    def _by_object(self, tensor: Tensor) -> tuple[Value, _Memory] | None:
+        """Returns the number and memory of a known object, unless it got other memory since."""
         known = self._tensors.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            return known[2]
-        return self._memories.get(_identity(tensor))
+        if known is None or known[0]() is not tensor:
+            return None
+        at = _identity(tensor)
+        return known[1:] if not at or self._memories.get(at) is known[2] else None
 
     def _value(self, tensor: Tensor) -> Value:
         return self._known(tensor) or self._constant(tensor)
 
     def _constant(self, tensor: Tensor) -> Value:
         value = self._new(tensor, is_traced=False)
-        self.trace.constants[value.number] = tensor.detach() if tensor.requires_grad else tensor
+        # A tensor object may get other memory later: canonizers restore weights and buffers through ``.data``.
+        self.trace.constants[value.number] = tensor.detach()
         return value
 
     def _known(self, tensor: Tensor) -> Value | None:
         """Returns a tensor of the trace; None for a tensor that is not known."""
-        known = self._tensors.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            return known[1]
+        known = self._by_object(tensor)
+        if known is not None:
+            return known[0]
         memory = self._memories.get(_identity(tensor))
         if memory is None:
             return None
@@ -258,19 +265,18 @@ class Tracer(TorchDispatchMode):
     # -- constants that are overwritten ---------------------------------------------------------------------------
 
     def _make_writable(self, tensor: Tensor) -> None:
-        """Copies memory that the computation itself has made from constants, before values are written to it."""
+        """Copies constants before their memory is written; memory that the computation has made joins the trace."""
         at = _identity(tensor)
         old = self._memories.get(at)
-        if at not in self._fresh or (old is not None and old.is_traced):
+        if (at not in self._fresh and old is None) or (old is not None and old.is_traced):
             return
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
         before = tensor.detach().as_strided((size,), (1,), 0).clone()
         for value in [] if old is None else old.views.values():
             shape, stride, offset, dtype, _ = self.trace.forms[value.number]
             self.trace.constants[value.number] = before.view(dtype).as_strided(shape, stride, offset)
-        stale = [key for key, (_, _, memory) in self._tensors.items() if memory is old]
-        for key in stale if old is not None else ():
-            del self._tensors[key]
+        if at not in self._fresh:  # a weight or buffer: the write is an obstacle if it is read later
+            return
         constant = self._constant(before)
         copy, self.trace.count = self.trace.count, self.trace.count + 1
         self.trace.forms[copy] = _form(before)
