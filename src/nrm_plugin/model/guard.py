@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @contextmanager
@@ -20,6 +21,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     modules = [(module, _state(module)) for module in model.modules()]
     tensors = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in named_tensors(model)]
+    versions = [(tensor, tensor._version) for tensor, _, _ in tensors if isinstance(tensor, nn.Parameter)]
     random = torch.get_rng_state()
     try:
         yield
@@ -31,6 +33,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 tensor.data = data
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
+        for tensor, version in versions:
+            if tensor._version != version:  # a canonizer restores the weights that it overwrites
+                note_restored(tensor, version)
         torch.set_rng_state(random)
 
 
@@ -77,6 +82,20 @@ def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
     return len(one) == len(other) and all(a == b and value is known for (a, value), (b, known) in pairs)
 
 
+_RESTORED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Number of writes to each tensor that a recording has undone."""
+
+
+def value_version(tensor: Tensor) -> int:
+    """Returns the version of a tensor without the writes that a recording has undone."""
+    return tensor._version - int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def note_restored(tensor: Tensor, version: int) -> None:
+    """Notes that a tensor has the values again that it had at a version, as counted by torch."""
+    _RESTORED[tensor] = tensor._version - version + int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
+
+
 def _address(tensor: Tensor) -> int:
     """Returns the address of a tensor in memory; for a sparse tensor, the address of its values."""
     return _stored(tensor).data_ptr()
@@ -105,7 +124,9 @@ class Fingerprint:
             place = flat[:: max(1, -(-flat.numel() // entries))] if flat.numel() > entries else flat
             # Flattening a non-contiguous tensor returns a copy, in which later changes are not visible.
             is_view = flat.data_ptr() == address and flat.numel() > 0
-            self._seen.append((name, tensor, (tensor._version, address), place if is_view else None, place.clone()))
+            self._seen.append(
+                (name, tensor, (value_version(tensor), address), place if is_view else None, place.clone())
+            )
         self._entries = entries
 
     def changed(self) -> list[str]:
@@ -113,7 +134,7 @@ class Fingerprint:
         return [
             name
             for name, tensor, state, place, sample in self._seen
-            if (tensor._version, _address(tensor)) != state
+            if (value_version(tensor), _address(tensor)) != state
             or not ((place is not None and torch.equal(place, sample)) or torch.equal(*self._finite(tensor, sample)))
         ]
 

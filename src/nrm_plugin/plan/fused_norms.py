@@ -12,8 +12,8 @@ from torch import Tensor
 from .trace import UNKNOWN, Operation, Trace, Value
 
 aten = torch.ops.aten
-CLOSE = 1e-5
-"""Largest relative difference of weights that are considered to be the same, computed in different order."""
+CLOSE = 100
+"""Largest relative difference of weights that count as the same, computed in different order, in units of rounding."""
 
 
 def fused(
@@ -99,7 +99,7 @@ def _layer(
     shift = _constant(bias, trace, constants)
     for image in images.get(_settings(layer), ()):
         other = constants[image.args[1].number]
-        if other.shape == weight.shape and float((other - weight).abs().amax()) <= CLOSE * float(weight.abs().amax()):
+        if other.shape == weight.shape and _is_close(other, weight):
             dropped.add(id(image))
             shaped = bias.reshape(-1, *(1,) * (weight.ndim - 2))
             shift = _constant(shaped, trace, constants)
@@ -108,6 +108,11 @@ def _layer(
     number = _constant(weight, trace, constants)
     args = (layer.args[0], Value(number), Value(shift), *layer.args[3:])
     return [replace(layer, args=args, results=(output,), reads=UNKNOWN)]
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    rounding = min(torch.finfo(one.dtype).eps, torch.finfo(torch.float32).eps)
+    return float((one - other).abs().amax()) <= CLOSE * rounding * float(other.abs().amax())
 
 
 def _constant(value: Tensor, trace: Trace, constants: dict[int, Tensor]) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
 
+from ..model.guard import value_version
 from ..recording.recording import _RECORDING
 
 _ENTRIES = 64
@@ -33,7 +33,7 @@ class ModelState:
         self._modules = [(module, _attributes(module), _held(module)) for module in model.modules()]
         self._common = _common_hooks()
         self._tensors = [*model.named_parameters(), *model.named_buffers()]
-        self._versions = [(tensor._version, tensor.data_ptr()) for _, tensor in self._tensors]
+        self._versions = [(value_version(tensor), tensor.data_ptr()) for _, tensor in self._tensors]
         self._entries = _entries([tensor for _, tensor in self._tensors])
         self._values = [torch.cat(views).clone() for views in self._entries]
 
@@ -51,22 +51,12 @@ class ModelState:
             if _attributes(module) != attributes:
                 return f"module {self._names[id(module)]!r}" if self._names[id(module)] else "the model"
         for (name, tensor), state in zip(self._tensors, self._versions, strict=True):
-            if (tensor._version, tensor.data_ptr()) != state:
+            if (value_version(tensor), tensor.data_ptr()) != state:
                 return f"{name!r}"
         for views, values in zip(self._entries, self._values, strict=True):
             if not torch.equal(torch.cat(views), values):
                 return "a weight"
         return ""
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Context of a recording, which restores the values of buffers that the model writes, in a new version."""
-        with _RECORDING:
-            was_changed = self._changed()
-            yield
-            if not was_changed:
-                pairs = zip(self._tensors, self._versions, strict=True)
-                self._versions = [(tensor._version, address) for (_, tensor), (_, address) in pairs]
 
     def memories(self) -> set[int]:
         """Returns the addresses of the memory of parameters and buffers."""

@@ -116,8 +116,7 @@ class TracedRecording:
         self._avoided = avoided or frozenset()
         self.inputs = [] if self.tracer is None else [self.tracer.placeholder(tensor) for tensor in tensors]
         drawn = _random_states()
-        self._state = settings.state
-        with self._state.recording(), self.traced():
+        with self.traced():
             made, reference = call()
             self.recording = Recording(settings.model, made, settings.composite, settings.output, reference)
             self.outputs = [self.recording.unfolded(), self.recording.outputs()]
@@ -143,7 +142,7 @@ class TracedRecording:
             outputs = [self.tracer.number(tensor) for tensor in self.outputs]
             numbers = [self.tracer.placeholder(tensor) for tensor in start]
             self.queries = TracedQueries(self.tracer, self.inputs, outputs, numbers)
-        with self._state.recording(), self.traced():
+        with self.traced():
             self.start = self.recording.started(*start)
         if self.tracer is not None:
             self._length = len(self.tracer.trace.operations)
@@ -334,7 +333,7 @@ class PlannedMeasure(RelevanceMeasure):
         if key not in self._programs.answers:
             plain = super()
             traced = nullcontext() if self._recorded is None else self._recorded.traced()
-            with self._lock, self._settings.state.recording(), traced:
+            with self._lock, traced:
                 found = getattr(plain, name)
                 self._programs.answers[key] = found(*args) if callable(found) else found
         return self._programs.answers[key]

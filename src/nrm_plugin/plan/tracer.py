@@ -69,17 +69,22 @@ class Tracer(TorchDispatchMode):
         return False  # otherwise each operation passes through two further functions
 
     def __enter__(self) -> Any:
-        self._outer.append(ACTIVE.tracer)  # a query may ask other queries, each of which enters the trace
+        self._outer.append(ACTIVE.tracer)
+        if ACTIVE.tracer is self:  # a query asks another one; entered twice, the mode would append operations twice
+            return self
         ACTIVE.tracer = self
         self._watch.__enter__()  # type: ignore[no-untyped-call, unused-ignore]
         return super().__enter__()  # type: ignore[no-untyped-call, unused-ignore]
 
     def __exit__(self, *error: Any) -> None:
+        outer = self._outer.pop()
+        if outer is self:
+            return
         try:
             super().__exit__(*error)  # type: ignore[no-untyped-call, unused-ignore]
             self._watch.__exit__(*error)  # type: ignore[no-untyped-call, unused-ignore]
         finally:
-            ACTIVE.tracer = self._outer.pop()
+            ACTIVE.tracer = outer
 
     # -- tensors --------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from ..kernels.forward_state import before_writing, forward_pass
 from ..kernels.reference_pass import LEAST, ReferencePass, difference
 from ..model.autocast import asked_for, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
-from ..model.guard import Fingerprint, named_tensors, preserved
+from ..model.guard import Fingerprint, named_tensors, note_restored, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from ..model.renormalization import TablesUnwritten
 from ..model.value_reads import audit, untraced
@@ -334,6 +334,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
                 if is_written and buffer.shape == values.shape:
                     before_writing(buffer)
                     buffer.copy_(values)
+                    note_restored(buffer, version)
 
 
 def _is_norm(module: nn.Module) -> bool:
