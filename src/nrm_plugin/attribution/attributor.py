@@ -26,6 +26,9 @@ class NRMAttributor(Attributor):
         attr_output: The start of the measure, as in Zennit: a tensor in the shape of the output, or a function of the
             output; by default the output itself.
         residual, gain_limit, uncovered, output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        baseline_fn: Function from the input to a baseline, as in Zennit's ``IntegratedGradients``; the measure is then
+            that of the difference of the outputs, see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`. Without a
+            composite, every operation has the slope between baseline and input, and nothing is absorbed.
 
     Examples:
         >>> import torch
@@ -50,8 +53,10 @@ class NRMAttributor(Attributor):
         *,
         output: Output | Atom | None = None,
         batched: bool = True,
+        baseline_fn: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.output, self.batched = output, batched
+        self.output, self.batched, self.baseline_fn = output, batched, baseline_fn
+        self._has_rules = composite is not None
         super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
 
     def __enter__(self) -> NRMAttributor:
@@ -78,11 +83,13 @@ class NRMAttributor(Attributor):
             >>> torch.allclose(mu.output, output.mean(1))
             True
         """
+        reference = None if self.baseline_fn is None else self.baseline_fn(input)
         measure = measures_of(self)(
             self.model,
             input,
             start=attr_output_fn,
-            composite=self.composite,
+            reference=reference,
+            composite=self.composite if reference is None or self._has_rules else None,
             output=self.output,
             batched=self.batched,
         )

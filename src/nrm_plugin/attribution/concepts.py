@@ -17,7 +17,7 @@ from ..events.event import Atom, Event, at
 from ..kernels.normalization import Residual
 from ..model.inputs_and_outputs import Output
 from ..plan.reuse import measures_of
-from .base import Layer, Unit, in_unit, unwrapped
+from .base import Layer, Unit, as_tuple, in_unit, reference_of, unwrapped
 
 Condition = Mapping[str, Any]
 OUTPUT = "y"
@@ -77,6 +77,7 @@ class ConceptNRM:
     ) -> None:
         self.model = unwrapped(model)
         self.composite = normalize(composite, residual, gain_limit, uncovered)
+        self._has_rules = composite is not None
         self.output = output
 
     def attribute(
@@ -87,6 +88,9 @@ class ConceptNRM:
         additional_forward_args: Any = None,
         conditional: bool = False,
         unit: Unit = "output",
+        *,
+        against: Any = None,
+        baselines: Any = None,
     ) -> Tensor:
         """Computes the relevance of each neuron of a layer under each condition.
 
@@ -100,12 +104,17 @@ class ConceptNRM:
                 ``μ(j & condition)``.
             unit: ``"output"`` for units of the explained outputs, as in zennit-crp's heat maps before their sum over
                 channels; ``"measure"`` for relevance relative to the total of these outputs.
+            against: Explain the difference from another output, or from ``"rest"``, the other classes. Every condition
+                then names one output; see :class:`~nrm_plugin.RelevanceMeasure`.
+            baselines: Explain the difference of the outputs to those of these baselines, in Captum's forms; see
+                ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
 
         Returns:
             Relevance ``(conditions, N, *shape)``.
 
         Raises:
-            EventError: If no condition is given, or a condition is invalid.
+            EventError: If no condition is given, a condition is invalid, or ``against`` is given and a condition does
+                not name one output.
             UnknownLayerError: If no layer has this name.
 
         Examples:
@@ -130,12 +139,15 @@ class ConceptNRM:
                 measure = measures_of(self)(
                     self.model,
                     inputs,
-                    composite=self.composite,
+                    composite=None if baselines is not None and not self._has_rules else self.composite,
                     output=self.output,
-                    start=functools.partial(_start, chosen),
                     additional_forward_args=additional_forward_args,
+                    reference=reference_of(baselines, as_tuple(inputs)[0]),
+                    **_explanation(chosen, against),
                 )
-            total = (_mask(chosen, measure.outputs) * measure.outputs).flatten(1).sum(1)
+            total = measure.output
+            if against is None and baselines is None:
+                total = (_mask(chosen, measure.outputs) * measure.outputs).flatten(1).sum(1)
             named = [event for event in (events[number] for number in numbers) if event is not None]
             given, joint = (named, None) if conditional else (None, named)
             rows = iter(measure.marginal(layer, given=given, joint=joint) if named else ())
@@ -143,6 +155,15 @@ class ConceptNRM:
                 row = measure.marginal(layer) if events[number] is None else next(rows)
                 relevance[number] = in_unit(row, total, unit)
         return torch.stack([relevance[number] for number in range(len(events))])
+
+
+def _explanation(chosen: tuple[int, ...] | None, against: Any) -> dict[str, Any]:
+    """Returns the arguments of a measure of the chosen outputs."""
+    if against is None:
+        return {"start": functools.partial(_start, chosen)}
+    if chosen is None or len(chosen) != 1:
+        raise EventError("against= compares one output with others; every condition names it, as in {'y': [281]}.")
+    return {"target": chosen[0], "against": against}
 
 
 def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
