@@ -1,6 +1,6 @@
 """Plans of models whose weights or buffers have other values while they run.
 
-Covers: nrm_plugin.plan.model_state, nrm_plugin.plan.fused_norms
+Covers: nrm_plugin.plan.model_state
 """
 
 import threading
