@@ -50,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """Draws fewer examples or runs a test by plans, if it is asked for."""
-    planned_too = pyfuncitem.config.getoption("--planned")
+    planned_too = pyfuncitem.config.getoption("--planned") and not pyfuncitem.get_closest_marker("recorded")
     most = 3 if planned_too else pyfuncitem.config.getoption("--examples")  # a plan makes programs of all its queries
     kept = getattr(pyfuncitem.obj, "_hypothesis_internal_use_settings", None)
     if kept is not None and most is not None:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import nrm_plugin
 from nrm_plugin.measure.measure import RelevanceMeasure
+from nrm_plugin.measure.start import every_one
 from nrm_plugin.plan.plan import Plan
 from nrm_plugin.plan.planned_measure import PlannedMeasure
 
-PLAN_SETTINGS = ("composite", "residual", "gain_limit", "output", "batched", "uncovered", "max_memory")
+PLAN_SETTINGS = ("composite", "residual", "gain_limit", "output", "batched", "uncovered", "max_memory", "slopes")
 ARGUMENTS = ("additional_forward_args", "additional_forward_kwargs")
 
 ANSWERS: Counter[str] = Counter()
@@ -77,7 +78,7 @@ class CheckedMeasure(PlannedMeasure):
         answer = super()._run(query)
         self._ran = True
         outputs, _ = query.program.forward(self._tensors)
-        torch.testing.assert_close(outputs[1], before, equal_nan=True)
+        torch.testing.assert_close(every_one(outputs[1], self._planned.references), before, equal_nan=True)
         return answer
 
     def _reason(self, name: str) -> str:
@@ -92,6 +93,8 @@ def planned(model: Any, inputs: Any, target: Any = None, **keywords: Any) -> Rel
     arguments = {key: keywords[key] for key in ARGUMENTS if key in keywords}
     rest = {key: value for key, value in keywords.items() if key not in settings and key not in arguments}
     others = other_values(inputs)
+    if "reference" in rest:
+        settings["reference"] = rest["reference"]
     try:
         plan = Plan(model, others, **settings, **arguments)
         other = plan(others, target, **rest, **arguments)
@@ -99,6 +102,7 @@ def planned(model: Any, inputs: Any, target: Any = None, **keywords: Any) -> Rel
         plan, other = Plan(model, inputs, **settings, **arguments), None
     measure = plan(inputs, target, **rest, **arguments)
     measure.__class__, measure.other = CheckedMeasure, other  # type: ignore[attr-defined]
+    measure.variation("input") if "input" in measure.layers else None  # what a measure checks when it is taken
     return measure
 
 

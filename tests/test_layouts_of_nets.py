@@ -327,6 +327,7 @@ class Lookup(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.float])
+@pytest.mark.recorded
 def test_ids_remain_in_their_range_while_samples_are_exchanged(dtype):
     torch.manual_seed(0)
     net, ids = Lookup(lambda h: h.flip(0).flip(0)).eval(), torch.tensor([[0, 1], [5, 5], [2, 3]]).to(dtype)
@@ -416,6 +417,7 @@ def test_the_whole_batch_as_one_sample():
     torch.testing.assert_close(attributed.marginal("input"), mu.marginal("input"))
 
 
+@pytest.mark.recorded
 def test_hooks_see_the_inputs_of_the_user_alone():
     net, x, seen = Rows(lambda h: h.flip(0).flip(0)).eval(), torch.rand(4, 3), []
     net.first.register_forward_hook(lambda module, args, output: seen.append(args[0].detach().clone()))

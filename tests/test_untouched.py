@@ -186,6 +186,7 @@ def test_inputs_may_require_gradients_and_receive_none(net, x):
     assert_same(answers(RelevanceMeasure(net, with_history, 1)), expected)
 
 
+@pytest.mark.recorded
 def test_hooks_of_the_user_run_and_are_preserved(net, x):
     calls = []
     net.conv.register_forward_hook(lambda module, inputs, output: calls.append(output.detach().clone()))
@@ -341,6 +342,7 @@ def test_many_threads_can_query_one_measure(net, x, alone):
             assert_same(result, alone[0])
 
 
+@pytest.mark.recorded
 def test_measures_can_be_constructed_in_parallel_threads(net, x, alone):
     start = threading.Barrier(4)
 
@@ -355,6 +357,7 @@ def test_measures_can_be_constructed_in_parallel_threads(net, x, alone):
 
 
 @pytest.mark.slow
+@pytest.mark.recorded
 def test_a_measure_outlives_its_model_and_inputs(x):
     expected = answers(RelevanceMeasure(build(), x, 1))
     inputs = x.clone()
@@ -488,6 +491,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("change", "name"), CHANGES)
+@pytest.mark.recorded
 def test_changing_a_parameter_in_place_makes_the_measure_stale(net, x, change, name):
     mu = RelevanceMeasure(net, x, 1)
     answers(mu)
@@ -499,6 +503,7 @@ def test_changing_a_parameter_in_place_makes_the_measure_stale(net, x, change, n
     answers(fresh)
 
 
+@pytest.mark.recorded
 def test_replacing_parameters_does_not_affect_a_measure(net, x):
     mu = RelevanceMeasure(net, x, 1)
     expected = answers(mu)

@@ -356,6 +356,7 @@ def test_changing_the_outputs_does_not_change_the_measure(two_heads) -> None:
     assert torch.equal(mu.marginal("input"), other.marginal("input"))
 
 
+@pytest.mark.recorded
 def test_a_target_may_be_a_function_of_the_outputs(two_heads) -> None:
     net, x = two_heads
     calls = []
@@ -375,6 +376,7 @@ def test_the_function_may_return_any_target(two_heads, target) -> None:
     assert torch.equal(RelevanceMeasure(net, x, lambda outputs: target).marginal("input"), expected)
 
 
+@pytest.mark.recorded
 def test_the_function_sees_the_outputs_of_a_graph_as_the_model_returns_them() -> None:
     net = nn.Linear(3, 2).eval()
     x = torch.randn(7, 3)

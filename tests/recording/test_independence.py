@@ -73,6 +73,7 @@ def test_a_threshold_of_the_batch_raises_or_changes_no_sample(name, count):
                 entry(net, x)
 
 
+@pytest.mark.recorded
 def test_many_samples_are_not_all_run_alone():
     rows: list[int] = []
     net = Net(lambda h: rows.append(len(h)) or h * (1 + 0 * float(h.detach().sum()))).eval()
@@ -168,6 +169,7 @@ def test_hooks_that_join_samples_raise(layer, hook, entry):
         entry(net).attribute(drawn(5), 1)
 
 
+@pytest.mark.recorded
 def test_models_that_compute_only_tensors_of_the_graph_do_not_run_on_single_samples():
     rows: list[int] = []
     net = Net(lambda h: rows.append(len(h)) or h.flip(0).flip(0)).eval()

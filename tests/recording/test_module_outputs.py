@@ -33,6 +33,7 @@ def test_every_call_is_copied_before_it_is_overwritten():
     assert not any(module._forward_hooks for module in net.modules())
 
 
+@pytest.mark.recorded
 def test_a_measure_is_the_same_while_outputs_are_copied():
     torch.manual_seed(0)
     net, x = Reused().eval(), torch.randn(4, 3)

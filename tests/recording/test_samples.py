@@ -206,6 +206,7 @@ def few_entries() -> Tensor:
 @pytest.mark.parametrize("composite", [NRMDefault, EpsilonPlus])
 @pytest.mark.parametrize("is_fixed", [False, True])  # a model that is written for two samples
 @pytest.mark.parametrize("layout", ["folded", "folded, time first", "batch in the middle", "time first"])
+@pytest.mark.recorded
 def test_the_samples_are_known_where_relevance_reaches_few_entries(layout, is_fixed, composite):
     torch.manual_seed(0)
     net, x = Sparse(layout, is_fixed).eval(), few_entries()
