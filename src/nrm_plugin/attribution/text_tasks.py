@@ -22,12 +22,12 @@ class Task:
     """A text, and what the model predicts for it.
 
     Attributes:
-        kind: ``"class"`` of the text, ``"mask"``: the token behind a mask, ``"next"`` token, or the class of a
-            ``"token"``.
+        kind: ``"class"``: the class of the text; ``"mask"``: the token at a mask; ``"next"``: the next token; or
+            ``"token"``: the class of one token.
         text: The text.
-        inputs: Ids that the measure ends at, by the keyword of the model.
+        inputs: Token ids at which the measure ends, by the argument name of the model.
         others: Further arguments of the model.
-        position: The token whose prediction is explained; None for the class of a text.
+        position: Index of the token whose prediction is explained; None if the class of the text is explained.
         logits: The logits of this prediction, ``(K,)``.
         labels: Names of the classes; empty if the classes are the tokens of the tokenizer.
         tokenizer: The tokenizer.

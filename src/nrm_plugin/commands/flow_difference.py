@@ -45,14 +45,14 @@ CHANNELS = 16
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two flows.
+    """One of the two flows that are compared.
 
     Attributes:
         image: The image.
         request: The request, with the class.
         mu: The measure.
         target: The explained class.
-        name: What distinguishes this flow from the other one.
+        name: Label that distinguishes this flow from the other.
     """
 
     image: LoadedImage

@@ -98,7 +98,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
         outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: If the outputs of the model are not those of a classifier, or the class is unknown.
+        RequestError: If the model's outputs are not those of a classifier, or the class is unknown.
     """
     if outputs.ndim > 2 or outputs.numel() == 0:
         raise RequestError(

@@ -59,7 +59,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
 
     Raises:
         RequestError: If the options contradict each other, or the class is unknown.
-        FlowError: If the sweep lacks the queries of this flow.
+        FlowError: If the sweep does not contain the queries that this flow needs.
     """
     given = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if value]
     if given:

@@ -117,7 +117,7 @@ class References:
 
 
 class FoundReferences:
-    """References of several layers and events, over all samples and for each target.
+    """References of several layers and events, both over all samples and per target.
 
     Args:
         groups: The groups of each layer, by layer name.

@@ -66,7 +66,7 @@ class TopSamples:
 
 
 class Ranking:
-    """The samples with the largest values of each group, over all samples and for each target.
+    """The samples with the largest values of each group, both over all samples and per target.
 
     The ranking stores ``k`` samples per group and target.
 
@@ -144,10 +144,10 @@ class Ranking:
         return self._by_target
 
     def of(self, target: int | None) -> TopSamples:
-        """Returns the ranking of one target, or over all samples, ``(K, k)``.
+        """Returns the ranking for one target, or over all samples if the target is None, ``(K, k)``.
 
         Raises:
-            KeyError: If no sample of this target was added, or no sample at all.
+            KeyError: If no sample of this target was added, or no samples at all.
         """
         if target is not None and self._by_target is not None:
             return self._by_target[:, self._rows[target]]

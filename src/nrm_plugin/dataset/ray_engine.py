@@ -153,7 +153,7 @@ def run(
 
     Args:
         job: The sweep, in a folder that all machines can access.
-        numbers: The numbers of the shards.
+        numbers: Indices of the shards.
         on_progress: A function that is called after each shard.
         concurrency: Number of workers, or minimum and maximum; by default the number of slots.
         num_gpus: GPUs per worker, possibly a fraction.

@@ -112,7 +112,7 @@ class SweepJob:
         """Evaluates and writes shards.
 
         Args:
-            numbers: The numbers of the shards.
+            numbers: Indices of the shards.
             rank: Rank of this process.
             on_progress: A function that is called after each batch.
 

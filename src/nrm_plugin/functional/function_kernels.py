@@ -20,7 +20,7 @@ class BroadcastKernel(Kernel):
 
     Args:
         shapes: Shape of each input.
-        signal: Number of the input that receives all relevance.
+        signal: Index of the input that receives all relevance.
     """
 
     is_stochastic = True

@@ -81,12 +81,12 @@ def write(target: Tensor, result: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RunningModule:
-    """A running module that has a rule.
+    """A module with a rule whose forward pass is in progress.
 
     Attributes:
         hook: The hook of the module.
         module: The module.
-        call: The hook's record of the call; None if the call is not a step.
+        call: The hook's record of the call; None if the call is not recorded as a step.
     """
 
     hook: Hook

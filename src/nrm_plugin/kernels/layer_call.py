@@ -41,9 +41,9 @@ class LayerCall:
     Attributes:
         rule: The rule.
         module: A copy of the layer that may be modified.
-        run: Function that runs a module on a first input.
+        run: Function that runs a module, given its first input.
         saved_input: The first input, ``(N, *in)``.
-        like: A tensor without memory in the shape of the output, ``(N, *out)``.
+        like: A tensor without storage that has the shape of the output, ``(N, *out)``.
         name: Layer name, for messages.
         saved_output: The output, if the rule reads it and fusion did not change the layer; else None.
         image: The output without bias, if the hook recorded it.

@@ -124,7 +124,7 @@ _KEEPING_CHANNELS = frozenset(
 
 
 def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
-    """Returns the joint relevance of the channels of two taps around one linear step, by one weight gradient.
+    """Returns the joint relevance of the channels of two taps around one linear step, from one weight gradient.
 
     All other operations between the taps must preserve channels and propagate all relevance, so that a walk through a
     channel of the step crosses the same channel of the tap. Otherwise the result is None.

@@ -63,12 +63,12 @@ def mean_joints(
 ) -> tuple[MeanJoints, PairJoints | None]:
     """Computes the mean joint relevance of consecutive layers over all samples of measures.
 
-    Also returned is the joint relevance of the measure, if there is one only.
+    Also returns the joint relevance of the single measure, if only one is given.
 
     Args:
         measures: Measures of one or more samples.
         layers: Names of the layers, from the output to the input, and how the measures call them.
-        members: The members of layers; by default channels, and cells of an image for the input.
+        members: The members of layers; by default channels, or grid cells of the image for the input.
 
     Raises:
         InputError: If there is no measure.

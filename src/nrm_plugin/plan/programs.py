@@ -70,11 +70,11 @@ class TracedQueries:
 
 
 class Programs:
-    """The programs of one form of calls, by query.
+    """The programs for calls of one form (shapes and other arguments), by query.
 
     Attributes:
         avoided: The shortcuts whose conditions did not hold for some inputs.
-        obstacle: Why calls of this form are recorded every time; empty if they are not.
+        obstacle: Why calls of this form must be recorded every time; empty if they need not be.
         answers: Answers that do not depend on values, such as names and shapes.
         recordings: Number of calls recorded since a program last answered a query.
         latest: The most recently used program, which the next measure is expected to use.

@@ -74,10 +74,10 @@ class Top:
 
 
 class ColumnKernel(Kernel):
-    """The kernel of a step with one output per sample, as its only column.
+    """The kernel of a step with a single output per sample, stored as one column.
 
     Args:
-        column: The relevance of each input for the relevance 1, in the layout of the input.
+        column: The relevance that each input receives per unit of output relevance, in the layout of the input.
         layout: The layout of the input.
         is_stochastic: Whether the column of each sample sums to one.
     """

@@ -27,7 +27,7 @@ class TopSets:
 
     Attributes:
         layers: Names of the layers, from the output to the input.
-        groups: Sorted numbers of the chosen groups of each layer.
+        groups: Sorted indices of the chosen groups in each layer.
         mass: Joint relevance of the sets.
         event: The walks that cross a chosen group in every layer.
 
