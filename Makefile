@@ -62,7 +62,7 @@ endef
 # Packages that this one is tested with, each with the versions that its pins need, on top of .venv.
 HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric ray transformers transformers4 hooked
 
-.PHONY: demo test test-fast test-oldest test-newest test-hosts lint bench special-cases faithfulness references hugging-face graph-networks docs package \
+.PHONY: demo test test-fast test-planned test-oldest test-newest test-hosts lint bench special-cases faithfulness references hugging-face graph-networks docs package \
 	coverage clean
 
 demo: .venv/.stamp
@@ -85,6 +85,11 @@ test: lint
 
 test-fast: .venv/.stamp
 	$(call pytest,.venv) $(fast) -x -q
+
+# The tests of recordings, each answered by a plan that was made on other values; takes half an hour.
+test-planned: .venv/.stamp
+	$(call pytest,.venv) -m "not slow" -q --planned tests/test_untouched.py tests/test_conservation.py tests/test_graph_networks.py \
+		tests/test_layouts_of_nets.py tests/test_relative.py tests/measure tests/recording tests/kernels tests/events
 
 test-hosts: .venv/.stamp $(HOSTS:%=.venv/hosts/%.stamp)
 	@set -e; for host in $(HOSTS); do echo "== $$host"; file=$$host; case $$host in captum*) file=captum;; transformers*) file=transformers;; esac; \

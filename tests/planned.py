@@ -121,14 +121,15 @@ class Planned(RelevanceMeasure, metaclass=_AlsoPlanned):
 @contextmanager
 def measures_are_planned(modules: list[Any]) -> Iterator[None]:
     """Context in which the name ``RelevanceMeasure`` of some modules stands for measures of plans."""
-    changed = [module for module in (*modules, nrm_plugin) if vars(module).get("RelevanceMeasure") is RelevanceMeasure]
+    plain = RelevanceMeasure  # a local name, since this module is one of those that change
+    changed = [module for module in (*modules, nrm_plugin) if vars(module).get("RelevanceMeasure") is plain]
     for module in changed:
         module.RelevanceMeasure = Planned
     try:
         yield
     finally:
         for module in changed:
-            module.RelevanceMeasure = RelevanceMeasure
+            module.RelevanceMeasure = plain
 
 
 __all__ = ["ANSWERS", "CheckedMeasure", "measures_are_planned", "other_values", "planned"]

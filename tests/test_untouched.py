@@ -335,6 +335,7 @@ def test_queries_to_two_measures_from_two_threads_do_not_interfere(net, x, pair,
                 assert_same(result, expected)
 
 
+@pytest.mark.recorded
 def test_many_threads_can_query_one_measure(net, x, alone):
     mu = RelevanceMeasure(net, x, 1)
     with untouched(net, x), ThreadPoolExecutor(4) as threads:
