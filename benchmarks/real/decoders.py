@@ -8,6 +8,7 @@ the next character with ablation, and writes the results as JSON, the tables of 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import hashlib
 import warnings
@@ -36,10 +37,11 @@ UNKNOWN, BEGIN = "<unk>", "<s>"
 SEEN, RARE = 64, 30
 """Number of characters before the predicted one, and number of times from which a character has a token."""
 STEPS, BATCH = 1500, 32
-TEXTS, DRAWS, INTEGRATED = 200, 8, 32
+TEXTS, DRAWS, TOGETHER, INTEGRATED = 40, 2, 4, 32
+"""Number of texts, of draws of each character, of characters drawn anew at once, and of steps of the integral."""
 WIDTH, LAYERS, HEADS = 96, 3, 4
 KINDS = ("GPT-2", "Llama")
-SHOWN = 17
+SHOWN = 12
 Values = Callable[["Question"], Tensor]
 
 
@@ -147,12 +149,12 @@ class Question:
 
     def of_embeddings(self, embeddings: Tensor) -> Tensor:
         """The same, of embedded characters."""
-        return self.difference(self.model(inputs_embeds=embeddings).logits)
+        return self.difference(self.model(inputs_embeds=embeddings, logits_to_keep=1).logits)
 
     @torch.no_grad()
     def of_ids(self, ids: Tensor) -> Tensor:
         """The same, of ids ``(…, 1 + SEEN)``."""
-        return self.difference(self.model(input_ids=ids.flatten(0, -2)).logits).view(ids.shape[:-1])
+        return self.difference(self.model(input_ids=ids.flatten(0, -2), logits_to_keep=1).logits).view(ids.shape[:-1])
 
     def filled(self, token: str) -> Tensor:
         """The ids with one token in place of every character."""
@@ -160,6 +162,7 @@ class Question:
         ids[:, 1:] = alphabet().index(token)
         return ids
 
+    @functools.cached_property
     def ablation(self) -> Tensor:
         """Mean fall of the difference if one character is drawn anew, ``(1 + SEEN,)``."""
         rows = self.ids.repeat(DRAWS, 1 + SEEN, 1)
@@ -169,13 +172,13 @@ class Question:
 
     def srg(self, relevance: Tensor) -> float:
         """Mean difference with the least relevant characters drawn anew first, minus that with the most relevant."""
-        order = (relevance[1:].argsort(stable=True) + 1).tolist()
-        return self._curve(order) - self._curve(order[::-1])
+        order = relevance[1:].argsort(stable=True) + 1
+        return self._curve(order) - self._curve(order.flip(0))
 
-    def _curve(self, order: list[int]) -> float:
-        rows = self.ids.repeat(DRAWS, 1 + len(order), 1)
-        for number, place in enumerate(order):
-            rows[:, number + 1 :, place] = self.draws[:, place, None]
+    def _curve(self, order: Tensor) -> float:
+        rows = self.ids.repeat(DRAWS, 1 + len(order) // TOGETHER, 1)
+        for number, places in enumerate(order.split(TOGETHER)):
+            rows[:, number + 1 :, places] = self.draws[:, None, places]
         return float(self.of_ids(rows).mean())
 
 
@@ -231,7 +234,7 @@ METHODS: dict[str, Values] = {
     "IntegratedGradients, <unk>": integrated(UNKNOWN),
     "IntegratedGradients, spaces": integrated(" "),
     "InputXGradient": product,
-    "one character drawn anew": Question.ablation,
+    "one character drawn anew": lambda question: question.ablation,
     "random": random,
 }
 
@@ -249,7 +252,7 @@ def compared(questions: list[Question]) -> list[dict[str, Any]]:
     """SRG, correlation with ablation and share of the last eight characters of each method, the best first."""
     found: dict[str, list[list[float]]] = {name: [] for name in METHODS}
     for question in tqdm(questions, unit="text"):
-        ablated = question.ablation()[1:]
+        ablated = question.ablation[1:]
         for name, method in METHODS.items():
             values = method(question).detach()
             size = values[1:].abs()
@@ -274,7 +277,7 @@ def questions_of(model: nn.Module) -> list[Question]:
 
 def drawn(shown: dict[str, Question]) -> None:
     """The image: one held-out text, explained for both decoders."""
-    methods = ("secants to <unk>", "one character drawn anew", "InputXGradient")
+    methods = ("NRMDefault", "one character drawn anew", "InputXGradient")
     maps, titles = [], []
     for kind, question in shown.items():
         predicted = " rather than ".join(repr(alphabet()[index]) for index in (question.target, question.other))
@@ -289,21 +292,25 @@ def drawn(shown: dict[str, Question]) -> None:
     figure.savefig(tables.ROOT / "docs/images/text-characters.png", dpi=110)
 
 
+def described(kind: str) -> dict[str, Any]:
+    """All measurements of one decoder."""
+    model = trained(kind)
+    questions = questions_of(model)
+    reference = {"input_ids": questions[0].filled(" ")}
+    checks: dict[str, dict[str, Any]] = {"NRMDefault": {}, "secants to spaces": {"reference": reference}}
+    row = {"net": kind, "parameters": sum(p.numel() for p in model.parameters()), "bits": bits(model)}
+    row["totals"] = {name: totals(measured(questions[0], **options)) for name, options in checks.items()}
+    exact = Question(copy.deepcopy(model).double(), questions[0].ids, 0)
+    row["totals"]["secants to spaces, float64"] = totals(measured(exact, reference=reference))
+    return {**row, "rows": compared(questions)}
+
+
 def main() -> None:
     """Command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
-    nets, shown = [], {}
-    for kind in KINDS:
-        model = trained(kind)
-        questions = questions_of(model)
-        shown[kind] = questions[SHOWN]
-        reference = {"input_ids": questions[0].filled(UNKNOWN)}
-        checks = {"NRMDefault": {}, "secants to <unk>": {"reference": reference}}
-        row = {"net": kind, "parameters": sum(p.numel() for p in model.parameters()), "bits": bits(model)}
-        row["totals"] = {name: totals(measured(questions[0], **options)) for name, options in checks.items()}
-        print(row, flush=True)
-        nets.append({**row, "rows": compared(questions)})
+    shown = {kind: questions_of(trained(kind))[SHOWN] for kind in KINDS}
+    nets = [described(kind) for kind in KINDS]
     digest = hashlib.sha256("".join(topics()).encode()).hexdigest()
     settings = {"text": "pydoc_data.topics", "sha256": digest, "characters": len(alphabet()) - 2, "texts": TEXTS}
     store("real_decoders", {**settings, "seen": SEEN, "draws": DRAWS, "nets": nets}, "captum", "transformers")

@@ -70,7 +70,7 @@ def test_the_reference_is_named_with_the_change_from_it():
     risen, fallen = sorted(pair, key=lambda explanation: -explanation.output)
     assert risen.output == pytest.approx(-fallen.output)
     for explanation in pair:
-        assert f'change {explanation.output:.4g}, from the reference "[MASK]"' in " ".join(str(explanation).split())
+        assert f'change {explanation.output:.4g} from the reference "[MASK]"' in " ".join(str(explanation).split())
         assert "it is behind" not in str(explanation)
     assert "it is further ahead with the reference" in str(fallen)
     assert "it is further ahead" not in str(risen)

@@ -259,3 +259,26 @@ def test_ids_and_pixels_both_receive_relevance(make, prefixes, worst):
     )
     assert float(swapped.marginal(words).abs().max()) < 1e-9  # differences of 0 count as 1e-18
     assert float(swapped.marginal(pixels).sum()) == pytest.approx(1, abs=1e-3)
+
+
+# -- decoders that read characters ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
+def test_decoders_trained_on_characters_conserve_relevance_at_every_tap_and_site(kind, monkeypatch, worst):
+    from benchmarks.real import decoders
+
+    monkeypatch.setattr(decoders, "STEPS", 20)
+    model = decoders._train(kind).double().requires_grad_(False)
+    assert not model.training
+    assert decoders.bits(model) < 6  # log2 of the number of characters is 6.4
+    question = decoders.questions_of(model)[0]
+    filled = question.filled(" ")
+    for reference in (None, {"input_ids": filled}):
+        mu = decoders.measured(question, reference=reference)
+        assert mu.sites == [f"blocks.{number}.{site}" for number in range(decoders.LAYERS) for site in STANDARD]
+        found = decoders.totals(mu)
+        worst("conservation, characters", max(found["error"], found["error at sites"]))
+        assert max(found["error"], found["error at sites"]) <= 1e-5  # the norms of a Llama compute in float32
+    assert float(mu.output) == pytest.approx(float(question.of_ids(question.ids) - question.of_ids(filled)), abs=1e-4)
+    torch.testing.assert_close(decoders.integrated(" ")(question).sum(), mu.output[0], atol=0.05, rtol=0.05)

@@ -29,10 +29,8 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
     yield from _wrapped([f"{_quoted(name)} {100 * share:.1f} %" for name, share in explanation.predictions],
                         width, f"predicted {KINDS[explanation.kind]}: ")  # fmt: skip
     others = f" rather than {_other(explanation.against)}" if explanation.against else ""
-    explained = [f"explained: {_quoted(explanation.target)}{others}", number(explanation)]
-    if explanation.reference:
-        explained.append(f"from the reference {_quoted(explanation.reference)}")
-    yield from _wrapped(explained, width)
+    origin = f" from the reference {_quoted(explanation.reference)}" if explanation.reference else ""
+    yield from _wrapped([f"explained: {_quoted(explanation.target)}{others}", f"{number(explanation)}{origin}"], width)
     if explanation.reference and explanation.output < 0:
         yield "  it is further ahead with the reference; + is evidence for it"
     elif explanation.against and explanation.output < 0:
