@@ -313,6 +313,32 @@ def real_text(results: Results) -> dict[str, str]:
     return {"films": grid("| method | SRG | SRG, minus NRMDefault | ABPC | ABPC, minus NRMDefault |", cells)}
 
 
+def real_decoders(results: Results) -> dict[str, str]:
+    """Totals of two small decoders, and explanations of their next characters."""
+
+    def cell(values: list[float]) -> str:
+        return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
+
+    totals = [
+        (
+            net["net"], method, row["taps"], row["sites"], f"{row['error']:.0e}", f"{row['error at sites']:.0e}",
+            small(row["residual"], 1), small(row["constants"], 1), f"{row['variation at the input']:.2f}",
+        )
+        for net in results["nets"]
+        for method, row in net["totals"].items()
+    ]  # fmt: skip
+    keys = ("SRG", "SRG, difference", "correlation", "last eight")
+    rows = [(net["net"], row["method"], *(cell(row[key]) for key in keys)) for net in results["nets"]
+            for row in net["rows"]]  # fmt: skip
+    head = "| decoder | method | SRG | SRG, minus NRMDefault | correlation with ablation | share of the last eight |"
+    return {
+        "totals of characters": grid(
+            "| decoder | method | taps | sites | error | error at sites | residual | constants | V |", totals
+        ),
+        "characters": grid(head, rows),
+    }
+
+
 REAL = {
     "SRG, plain": "SRG, plain ↑", "SRG, blur": "SRG, blur ↑", "insertion": "insertion ↑", "deletion": "deletion ↓",
     "inside": "inside ↑", "pointing": "pointing ↑", "own": "own ↑", "wins": "wins ↑", "other class": "other class ↓",
@@ -357,6 +383,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "selection": ("critical-paths.md", selection),
     "sweep": ("data-sets.md", sweep),
     "real_text": ("text.md", real_text),
+    "real_decoders": ("text.md", real_decoders),
 }
 
 

@@ -57,6 +57,20 @@ def test_colours_show_the_sign_and_the_text_stays_whole():
 
 
 def test_a_target_that_is_behind_is_marked():
-    ahead = explain_text(text_net("class"), StubTokenizer(), TEXT)
+    ahead = explain_text(text_net("class"), StubTokenizer(), TEXT, reference=None)
+    behind = explain_text(text_net("class"), StubTokenizer(), TEXT, ahead.against, reference=None)
     assert "it is behind" not in str(ahead)
-    assert "it is behind" in str(explain_text(text_net("class"), StubTokenizer(), TEXT, ahead.against))
+    assert "it is behind; + is evidence for it" in str(behind)
+    assert f"difference {behind.output:.4g}" in str(behind)
+
+
+def test_the_reference_is_named_with_the_change_from_it():
+    text = "fine film"
+    pair = [explain_text(text_net("class"), StubTokenizer(), text, target) for target in ("negative", "positive")]
+    risen, fallen = sorted(pair, key=lambda explanation: -explanation.output)
+    assert risen.output == pytest.approx(-fallen.output)
+    for explanation in pair:
+        assert f'change {explanation.output:.4g} from the reference "[MASK]"' in " ".join(str(explanation).split())
+        assert "it is behind" not in str(explanation)
+    assert "it is further ahead with the reference" in str(fallen)
+    assert "it is further ahead" not in str(risen)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nrm_plugin import RelevanceMeasure, at, explain_text
+from nrm_plugin import NRMDefault, RelevanceMeasure, at, explain_text
 from nrm_plugin.errors import DifferenceError, InputError, TargetError, UnknownLayerError
 from tests.text_nets import WORDS, StubTokenizer, text_net
 
@@ -36,7 +36,7 @@ def measured(kind: str, text: str, target: int, **options: object) -> RelevanceM
 
 
 def test_a_class_is_explained_by_the_rows_of_the_embedding():
-    explanation = explain_text(text_net("class"), StubTokenizer(), TEXT)
+    explanation = explain_text(text_net("class"), StubTokenizer(), TEXT, reference=None)
     logits = text_net("class")(StubTokenizer()(TEXT, return_tensors="pt")["input_ids"])["logits"][0]
     chosen = int(logits.argmax())
     mu = measured("class", TEXT, chosen, against=1 - chosen)
@@ -57,11 +57,12 @@ def test_a_class_that_is_behind_has_positive_evidence_in_its_favour():
 
 
 def test_the_token_behind_a_mask_and_the_next_token_are_found_without_being_asked_for():
-    masked = explain_text(text_net("mask"), StubTokenizer(), "a [MASK] film", "dull", against="fine")
+    masked = explain_text(text_net("mask"), StubTokenizer(), "a [MASK] film", "dull", against="fine", reference=None)
     mu = measured("mask", "a [MASK] film", WORDS.index("dull"), against=WORDS.index("fine"), at=2)
     torch.testing.assert_close(masked.tokens, mu.sign[0] * mu.marginal("input", over="position")[0])
     assert (masked.kind, masked.target, masked.against) == ("mask", "dull", "fine")
-    following = explain_text(text_net("next"), StubTokenizer(has_class_token=False), "a dull", "film", against=None)
+    plain = StubTokenizer(has_class_token=False)
+    following = explain_text(text_net("next"), plain, "a dull", "film", against=None, reference=None)
     assert (following.kind, following.against) == ("next", "")
     ids = torch.tensor([[WORDS.index("a"), WORDS.index("dull")]])
     assert following.output == pytest.approx(float(text_net("next")(ids)["logits"][0, -1, WORDS.index("film")]))
@@ -103,6 +104,7 @@ def test_units_and_conditions_are_those_of_the_measure():
 
 def test_a_condition_without_relevance_says_so():
     explanation = explain_text(text_net("class"), StubTokenizer(), TEXT, given=at("blocks.1.attn.v") & ~at("output"))
+    assert explanation.reference == "[MASK]"
     assert explanation.given[0].relevance is None
     assert explanation.given[0].problem == "no relevance passes through these walks"
 
@@ -119,6 +121,78 @@ def test_a_reference_is_a_text_of_as_many_tokens_or_a_token_for_all():
     assert [bool(value) for value in masked.words.abs() > 1e-9] == [False, True, True, True, False]
     with pytest.raises(DifferenceError, match="has 4 tokens and the text has 5"):
         explain_text(model, tokenizer, "a dull film", reference="a film")
+
+
+@pytest.mark.parametrize("kind", ["class", "mask", "next"])
+def test_masks_in_place_of_the_words_are_the_reference_by_default_and_absorb_nothing(kind):
+    tokenizer, model = StubTokenizer(has_class_token=kind != "next"), text_net(kind)
+    text = "a [MASK] dull film" if kind == "mask" else TEXT
+    explanation = explain_text(model, tokenizer, text)
+    chosen = explain_text(model, tokenizer, text, reference="[MASK]")
+    torch.testing.assert_close(explanation.tokens, chosen.tokens)
+    assert explanation.reference == chosen.reference == "[MASK]"
+    special = [number for number, word in enumerate(explanation.text.words) if word.is_special]
+    assert len(special) == {"class": 2, "mask": 3, "next": 0}[kind]
+    assert float(explanation.words[special].abs().sum()) < 1e-50
+    assert float(explanation.words.sum()) == pytest.approx(1 if explanation.output > 0 else -1, abs=1e-12)
+    assert explanation.absorbed == pytest.approx(0, abs=1e-12)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    masked = torch.where(torch.isin(ids, torch.tensor(tokenizer.all_special_ids[2:])), ids, 4)
+    logits, others = (model(row)["logits"][0] for row in (ids, masked))
+    if kind != "class":
+        place = 2 if kind == "mask" else -1
+        logits, others = logits[place], others[place]
+    best = int(logits.argmax())
+    shares = logits.masked_fill(torch.arange(len(logits)) == best, -torch.inf).softmax(0)
+    change = (logits - others)[best] - (shares * (logits - others)).sum()
+    assert explanation.output == pytest.approx(float(change), rel=1e-9)
+
+
+def test_a_linear_model_has_the_share_of_each_word_in_the_change_from_masks():
+    model, tokenizer = text_net("class"), StubTokenizer()
+    model.blocks = nn.ModuleList()
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0]
+    target = int(model(ids[None])["logits"].argmax())
+    weight = model.head.weight[target] - model.head.weight[1 - target]
+    terms = (model.embedding.weight[ids] - model.embedding.weight[4]) @ weight
+    terms[[0, -1]] = 0
+    torch.testing.assert_close(explain_text(model, tokenizer, TEXT).tokens, terms / terms.sum().abs())
+
+
+def test_rules_or_no_reference_explain_the_prediction_itself():
+    model, tokenizer = text_net("class"), StubTokenizer()
+    plain = explain_text(model, tokenizer, TEXT, reference=None)
+    for options in ({"composite": NRMDefault()}, {"residual": "redistribute"}, {"gain_limit": 2.0}):
+        explanation = explain_text(model, tokenizer, TEXT, **options)
+        assert explanation.reference == ""
+        torch.testing.assert_close(explanation.words, plain.words)
+    assert explain_text(model, tokenizer, TEXT, reference="[MASK]", composite=NRMDefault()).reference == "[MASK]"
+
+
+@pytest.mark.parametrize("reason", ["no token", "no word", "no change", "another path"])
+def test_without_a_reference_that_can_be_compared_the_prediction_itself_is_explained(reason):
+    model, tokenizer, text = text_net("class"), StubTokenizer(), "a film"
+    if reason == "no token":
+        tokenizer.mask_token = None
+    if reason == "no word":
+        model, text = text_net("mask"), "[MASK]"
+    if reason == "no change":
+        model.embedding.weight[[5, 8]] = model.embedding.weight[4].clone()
+    if reason == "another path":
+        model.blocks.append(Chosen())
+    explanation = explain_text(model, tokenizer, text)
+    assert explanation.reference == ""
+    assert float(explanation.words.sum()) + explanation.absorbed == pytest.approx(1)
+    if reason == "another path":
+        with pytest.raises(DifferenceError, match="topk"):
+            explain_text(model, tokenizer, text, reference="[MASK]")
+
+
+class Chosen(nn.Module):
+    """Adds the token that has the largest first channel, as a router does."""
+
+    def forward(self, x):
+        return x + x[:, x[0, :, 0].topk(1).indices.tolist()[0]][:, None]
 
 
 def test_unknown_classes_tokens_and_layers_are_named():

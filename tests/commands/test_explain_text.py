@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nrm_plugin import explain_text
+from nrm_plugin import Normalized, NRMDefault, explain_text
 from nrm_plugin.commands import text_models
 from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.explain_text import is_colored
@@ -86,7 +86,44 @@ def test_options_reach_the_explanation(folder, monkeypatch, capsys):
     assert main(["explain-text", "a dull", "--model", "net", "--against", "none"]) == 0
     assert "rather than" not in capsys.readouterr().out
     assert main(["explain-text", "a dull", "--model", "net", "--reference", "a fine", "--target", "film"]) == 0
-    assert "%" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'from the reference "a fine"' in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "reference", "composite"),
+    [
+        ([], "[MASK]", "secants"),
+        (["--reference", "none"], None, "nrm_default"),
+        (["--composite", "nrm_default"], None, "nrm_default"),
+        (["--residual", "sink"], None, "nrm_default"),
+        (["--gain-limit", "3"], None, "nrm_default"),
+        (["--reference", "[UNK]"], "[UNK]", "secants"),
+        (["--reference", "[MASK]", "--composite", "nrm_default"], "[MASK]", "nrm_default"),
+        (["--reference", "[MASK]", "--composite", "nrm_default", "--gain-limit", "3"], "[MASK]", "nrm_default"),
+    ],
+)
+def test_masks_are_the_reference_unless_options_say_otherwise(folder, monkeypatch, options, reference, composite):
+    using(monkeypatch, StubLibrary())
+    assert main(["explain-text", TEXT, "--model", "net", *options]) == 0
+    stored = json.loads((folder / "nrm-explained/texts.json").read_text())
+    assert stored["texts"][0]["reference"] == reference
+    assert stored["settings"]["composite"] == composite
+    rules: dict[str, Any] = {"composite": NRMDefault()} if composite != "secants" else {}
+    if "sink" in options:
+        rules = {"residual": "sink"}
+    if "3" in options:
+        rules = {"composite": Normalized(NRMDefault(), gain_limit=3.0)}
+    expected = explain_text(text_net("class").float(), StubTokenizer(), TEXT, reference=reference, **rules)
+    assert stored["texts"][0]["word_relevance"] == pytest.approx(expected.words.tolist(), abs=1e-6)
+    page = (folder / "nrm-explained/texts.html").read_text()
+    assert (f"from the reference “{reference}”" in page) is (reference is not None)
+
+
+def test_rules_cannot_be_changed_where_there_are_none(folder, monkeypatch, capsys):
+    using(monkeypatch, StubLibrary())
+    assert main(["explain-text", TEXT, "--model", "net", "--reference", "[MASK]", "--gain-limit", "3"]) == 2
+    assert "--gain-limit belongs to the rules of a composite" in capsys.readouterr().err
 
 
 def test_sites_are_listed_with_shapes(folder, monkeypatch, capsys):

@@ -481,5 +481,5 @@ FURTHER: dict[str, Model] = {
     ),
 }
 
-UNSUPPORTED = {"Reformer": "_ReversibleFunction", "RecurrentGemma": "SqrtBoundDerivative", "FNet": "fft_fftn"}
+UNSUPPORTED = {"Reformer": "_ReversibleFunction"}
 """Models with an operation for which no kernel exists, and its name."""

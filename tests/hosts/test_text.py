@@ -54,7 +54,10 @@ def test_a_folder_is_explained_from_the_shell_as_in_python(name, folders, tmp_pa
     row = logits[0] if logits.ndim == 2 else logits[0, place]
     assert stored["predictions"][0][1] == pytest.approx(float(row.softmax(0).max()), rel=1e-4)
     total = sum(stored["word_relevance"]) + stored["decoder"] + stored["absorbed"]
-    assert total == pytest.approx(1, abs=1e-5)
+    assert total == pytest.approx(1 if stored["output"] > 0 else -1, abs=1e-5)
+    assert stored["reference"] == ("[MASK]" if tokenizer.mask_token else None)
+    if stored["reference"]:
+        assert stored["absorbed"] == pytest.approx(0, abs=1e-5 * max(1, stored["variation"]))
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
@@ -102,15 +105,24 @@ Gemma~2 Gemma~3 Phi-3 Falcon OPT GPT-NeoX GPT-J Electra ALBERT DeBERTa DeBERTa-v
 Mamba-2 DeiT BEiT DINOv2 AST Wav2Vec2 HuBERT""".replace("~", "_").split()
 
 
-def measured(name: str) -> RelevanceMeasure:
+def measured(name: str, is_difference: bool = False) -> RelevanceMeasure:
+    """The measure of a family; of the difference from one token in place of all, or from other pixels or sounds."""
     from tests.hosts import test_transformers as families
     from tests.hosts.further_models import FURTHER
 
     if name in families.MODELS:
-        return families.measure(name, families.build(name, "eager" if name in ("BLOOM", "Mamba") else "sdpa"))
-    model, inputs = families.further(name)
-    row = FURTHER[name]
-    return RelevanceMeasure(model, inputs, row.target, output=row.output)
+        model = families.build(name, "eager" if name in ("BLOOM", "Mamba") else "sdpa")
+        *_, make, target, output = families.MODELS[name]
+        inputs = make()
+    else:
+        model, inputs = families.further(name)
+        target, output = FURTHER[name].target, FURTHER[name].output
+    reference = None
+    if is_difference:
+        whole = inputs if isinstance(inputs, dict) else {"only": inputs}
+        other = {key: value.flip(-1) if value.is_floating_point() else 0 * value + 2 for key, value in whole.items()}
+        reference = other if isinstance(inputs, dict) else other["only"]
+    return RelevanceMeasure(model, inputs, target, output=output, reference=reference)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -121,6 +133,19 @@ def test_every_family_has_the_sites_of_its_blocks_and_conserves_relevance_there(
     for site in mu.sites:
         error = float((mu(at(site)) + mu.sink(site) + mu.bypass(site) - 1).abs() / mu.variation(site).clamp(min=1))
         worst("conservation at sites", error)
+        assert error <= 1e-5, site
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("Mixtral", "Qwen3-MoE")])
+def test_sites_of_a_difference_are_those_of_the_output_and_nothing_is_absorbed_there(name, worst):
+    mu = measured(name.replace("_", " "))
+    nu = measured(name.replace("_", " "), is_difference=True)
+    assert nu.sites == mu.sites
+    bound = max(1.0, *(float(nu.variation(site)) for site in nu.sites))
+    for site in nu.sites:
+        assert sorted(nu.shape(site)[-2:]) == sorted(mu.shape(site)[-2:])  # keys are read as the transpose
+        error = max(float(value.abs()) for value in (nu(at(site)) + nu.bypass(site) - 1, nu.sink(site))) / bound
+        worst("conservation of differences at sites", error)
         assert error <= 1e-5, site
 
 
@@ -234,3 +259,26 @@ def test_ids_and_pixels_both_receive_relevance(make, prefixes, worst):
     )
     assert float(swapped.marginal(words).abs().max()) < 1e-9  # differences of 0 count as 1e-18
     assert float(swapped.marginal(pixels).sum()) == pytest.approx(1, abs=1e-3)
+
+
+# -- decoders that read characters ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
+def test_decoders_trained_on_characters_conserve_relevance_at_every_tap_and_site(kind, monkeypatch, worst):
+    from benchmarks.real import decoders
+
+    monkeypatch.setattr(decoders, "STEPS", 20)
+    model = decoders._train(kind).double().requires_grad_(False)
+    assert not model.training
+    assert decoders.bits(model) < 6  # log2 of the number of characters is 6.4
+    question = decoders.questions_of(model)[0]
+    filled = question.filled(" ")
+    for reference in (None, {"input_ids": filled}):
+        mu = decoders.measured(question, reference=reference)
+        assert mu.sites == [f"blocks.{number}.{site}" for number in range(decoders.LAYERS) for site in STANDARD]
+        found = decoders.totals(mu)
+        worst("conservation, characters", max(found["error"], found["error at sites"]))
+        assert max(found["error"], found["error at sites"]) <= 1e-5  # the norms of a Llama compute in float32
+    assert float(mu.output) == pytest.approx(float(question.of_ids(question.ids) - question.of_ids(filled)), abs=1e-4)
+    torch.testing.assert_close(decoders.integrated(" ")(question).sum(), mu.output[0], atol=0.05, rtol=0.05)

@@ -60,8 +60,9 @@ class Written(Block):
         return self.mlp(self.two(x)) + x
 
 
-def measured(net: nn.Module, x: Tensor | None = None) -> RelevanceMeasure:
-    return RelevanceMeasure(net, torch.randn(1, 5, 8).double() if x is None else x, target=1)
+def measured(net: nn.Module, x: Tensor | None = None, is_difference: bool = False) -> RelevanceMeasure:
+    x = torch.randn(1, 5, 8).double() if x is None else x
+    return RelevanceMeasure(net, x, target=1, reference=x.flip(-1) if is_difference else None)
 
 
 def drawn(*blocks: nn.Module) -> nn.Module:
@@ -72,10 +73,11 @@ def parts(sites: list[str], prefix: str) -> list[str]:
     return [name.removeprefix(prefix) for name in sites if name.startswith(prefix)]
 
 
+@pytest.mark.parametrize("is_difference", [False, True])
 @pytest.mark.parametrize("spelling", ["matmul", "einsum", "in place", "parallel", "parallel sum"])
-def test_sites_do_not_depend_on_the_spelling(spelling):
+def test_sites_do_not_depend_on_the_spelling_or_the_reference(spelling, is_difference):
     torch.manual_seed(0)
-    mu = measured(drawn(Written(spelling), Written(spelling)))
+    mu = measured(drawn(Written(spelling), Written(spelling)), is_difference=is_difference)
     expected = PARALLEL if spelling.startswith("parallel") else STANDARD
     assert mu.sites == [f"blocks.{block}.{name}" for block, name in product(range(2), expected)]
 
@@ -100,6 +102,27 @@ def test_sites_are_the_tensors_that_the_modules_compute(is_causal):
         total = mu(at(site)) + mu.sink(site) + mu.bypass(site)
         torch.testing.assert_close(total, torch.ones(1).double(), atol=1e-10, rtol=0)
     assert mu.shape("blocks.1.attn.v") == (1, 2, 5, 4)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_sites_of_a_difference_are_the_same_tensors_and_absorb_nothing(is_causal):
+    torch.manual_seed(0)
+    mu = measured(drawn(Block(is_causal), Block(is_causal)), is_difference=True)
+    assert mu.sites == [f"blocks.{block}.{name}" for block, name in product(range(2), STANDARD)]
+    same = {
+        "blocks.0.resid_pre": "input",
+        "blocks.1.mlp.neuron": at("layers.1.down", side="input"),
+        "blocks.1.attn_out": "layers.1.out",
+        "blocks.1.resid_pre": "layers.0",
+    }
+    for site, layer in same.items():
+        torch.testing.assert_close(mu.marginal(site), mu.marginal(layer), atol=1e-12, rtol=0)
+    for site in mu.sites:
+        torch.testing.assert_close(mu(at(site)) + mu.bypass(site), torch.ones(1).double(), atol=1e-10, rtol=0)
+        assert float(mu.sink(site).abs()) < 1e-10
+    heads = torch.stack([mu(at(f"blocks.1.attn.head.{head}")) for head in range(2)])
+    torch.testing.assert_close(heads[:, 0], mu.marginal("blocks.1.attn")[0].sum((1, 2)))
+    assert bool((heads.abs() > 1e-3).all())
 
 
 def test_hooks_of_transformer_lens_are_sites_of_any_model():

@@ -29,9 +29,11 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
     yield from _wrapped([f"{_quoted(name)} {100 * share:.1f} %" for name, share in explanation.predictions],
                         width, f"predicted {KINDS[explanation.kind]}: ")  # fmt: skip
     others = f" rather than {_other(explanation.against)}" if explanation.against else ""
-    number = f"{'difference' if others else 'output'} {explanation.output:.4g}"
-    yield from _wrapped([f"explained: {_quoted(explanation.target)}{others}", number], width)
-    if explanation.against and explanation.output < 0:
+    origin = f" from the reference {_quoted(explanation.reference)}" if explanation.reference else ""
+    yield from _wrapped([f"explained: {_quoted(explanation.target)}{others}", f"{number(explanation)}{origin}"], width)
+    if explanation.reference and explanation.output < 0:
+        yield "  it is further ahead with the reference; + is evidence for it"
+    elif explanation.against and explanation.output < 0:
         yield "  it is behind; + is evidence for it"
     yield ""
     words = explanation.text.words
@@ -58,6 +60,12 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
             yield f"  {row.problem}"
         else:
             yield from (f"  {line}" for line in _used(explanation.text, row.relevance, width - 2, color))
+
+
+def number(explanation: Any) -> str:
+    """Returns the explained number, and what it is."""
+    kind = "change" if explanation.reference else "difference" if explanation.against else "output"
+    return f"{kind} {explanation.output:.4g}"
 
 
 def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str]:
@@ -156,4 +164,4 @@ def _percent(value: float) -> str:
     return f"{round(100 * value, 1) + 0.0:+.1f} %"
 
 
-__all__ = ["colored", "lines"]
+__all__ = ["colored", "lines", "number"]

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from ..errors import CancellationError, DifferenceError, InputError, NullEventError, brief
+from ..errors import (
+    CancellationError,
+    DifferenceError,
+    InputError,
+    NullEventError,
+    TargetError,
+    UnsupportedOperationError,
+    brief,
+)
 from ..events.event import Event, at
 from ..kernels.normalization import Residual
 from ..measure.attention_events import head_count
@@ -23,6 +33,8 @@ from .words import Tokens, Word
 
 BEST = 5
 """Number of predictions and of units of a layer that are kept."""
+AUTO = "auto"
+"""Mask tokens in place of the words are the reference, where the tokenizer has one and no rules are given."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +64,13 @@ class TextExplanation:
         kind: ``"class"``, ``"mask"``, ``"next"`` or ``"token"``.
         target: Name of the explained class or token.
         against: What it is compared with; empty if nothing.
-        output: The explained number: an output, or a difference of outputs.
+        reference: The text or the token in place of every word from which the difference is explained; empty if none.
+        output: The explained number: an output, a difference of outputs, or its change from the reference.
         predictions: The most likely classes or tokens, with their probabilities.
         tokens: Relevance of each token, ``(T,)``, on the CPU.
         words: Relevance of each word, ``(words,)``. Positive relevance is evidence for the target, and all relevance,
-            with the absorbed one, sums to 1, or to -1 if the target is behind what it is compared with.
+            with the absorbed one, sums to 1, or to -1 if the output is negative: if the target is behind what it is
+            compared with, or further behind than with the reference.
         decoder: Relevance of the token with which a decoder starts.
         absorbed: Relevance that ends at constants or in rules.
         variation: Sum of all absolute relevance at the tokens; rounding errors and cancellation grow with it.
@@ -74,6 +88,7 @@ class TextExplanation:
     kind: str
     target: str
     against: str
+    reference: str
     output: float
     predictions: tuple[tuple[str, float], ...]
     tokens: Tensor
@@ -105,7 +120,7 @@ def explain_text(
     target: str | int | None = None,
     *,
     against: str | int | None = REST,
-    reference: str | None = None,
+    reference: str | None = AUTO,
     position: int | None = None,
     layers: Sequence[str] | str = (),
     given: Sequence[Event | str] | Event | str = (),
@@ -125,12 +140,16 @@ def explain_text(
         target: Name or index of the class, or the token; by default the most likely one.
         against: What the target is compared with: ``"rest"`` for all others, weighted by their softmax, one of them, or
             None to explain the output alone.
-        reference: Another text with the same number of tokens, or a token that replaces every token: explain the
-            difference to the prediction there.
+        reference: Another text with the same number of tokens, or a token that replaces every word, but no special
+            token: explain the change of the prediction from there; nothing is absorbed. By default, ``"auto"``,
+            the tokenizer's mask token, if it has one, no rules are given, and both predictions can be compared, which
+            needs that they differ and that a mixture of experts takes the same path. None to explain the prediction
+            itself, by the rules of the composite.
         position: The token whose prediction is explained, where a model predicts several.
         layers: Layers or sites, such as ``blocks.1.attn``, of which the most relevant heads or channels are listed.
         given: Events or names, such as ``blocks.1.attn.head.3``: the words are shown for these walks alone.
-        composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        composite: As in :class:`~nrm_plugin.RelevanceMeasure`; like the next two, it makes None the default of
+            ``reference``.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
@@ -142,6 +161,8 @@ def explain_text(
 
     Examples:
         >>> explanation = explain_text(model, tokenizer, "a dull film", "negative")
+        >>> explanation.reference
+        '[MASK]'
         >>> [word.text for word in explanation.text.words]
         ['[CLS]', 'a', 'dull', 'film', '[SEP]']
 
@@ -152,18 +173,24 @@ def explain_text(
     compared = against if against == REST or against is None else task.index(against, "against")
     if len(task.logits) == 1:
         compared = None
-    mu = RelevanceMeasure(
+    measure = partial(
+        RelevanceMeasure,
         model,
         task.inputs,
         chosen,
         against=compared,
-        reference=None if reference is None else _reference(task, tokenizer, reference),
         composite=composite,
         residual=residual,
         gain_limit=gain_limit,
         additional_forward_kwargs=task.others,
         output=task.output,
     )
+    if reference == AUTO:
+        is_ruled = any(setting is not None for setting in (composite, residual, gain_limit))
+        mask = None if is_ruled else getattr(tokenizer, "mask_token", None)
+        reference, mu = _of_masks(measure, task, tokenizer, mask)
+    else:
+        mu = measure(reference=None if reference is None else _reference(task, tokenizer, reference))
     ends = [name for name in mu.ends if mu.shape(name)[1:2] == task.text.ids.shape[1:]]
     if not ends:
         raise InputError(
@@ -177,6 +204,7 @@ def explain_text(
         task.kind,
         task.name(chosen),
         _name(task, chosen, compared),
+        reference or "",
         float(mu.output),
         _predictions(task, chosen),
         tokens,
@@ -210,24 +238,36 @@ def _predictions(task: Task, chosen: int) -> tuple[tuple[str, float], ...]:
     return tuple((task.name(index), float(shares[index])) for index in dict.fromkeys([*best, chosen]))
 
 
+def _of_masks(
+    measure: Callable[..., RelevanceMeasure], task: Task, tokenizer: Any, mask: str | None
+) -> tuple[str | None, RelevanceMeasure]:
+    """Returns the mask and the measure of the change from a text of masks.
+
+    Without a mask token, if the prediction is the same there, or if the model takes another path, as by other experts,
+    the measure is of the prediction itself.
+    """
+    if mask:
+        with contextlib.suppress(DifferenceError, TargetError, UnsupportedOperationError):
+            return str(mask), measure(reference=_reference(task, tokenizer, str(mask)))
+    return None, measure()
+
+
 def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
     """Returns the ids of the reference: another text, or one token in place of every token that is not special."""
     ids = task.text.ids
-    other, _ = tokenized(tokenizer, reference, ids.device)
     alone = tokenizer.encode(reference, add_special_tokens=False)
+    other, _ = tokenized(tokenizer, reference, ids.device)
     if other.ids.shape == ids.shape:
         replaced = other.ids
     elif len(alone) == 1:
-        is_text = torch.ones_like(ids, dtype=torch.bool)
-        for word in task.text.words:
-            if word.is_special:
-                is_text[0, list(word.tokens)] = False
-        replaced = torch.where(is_text, torch.full_like(ids, alone[0]), ids)
+        is_special = torch.zeros_like(ids, dtype=torch.bool)
+        is_special[0, [place for word in task.text.words if word.is_special for place in word.tokens]] = True
+        replaced = torch.where(is_special, ids, alone[0])
     else:
         raise DifferenceError(
             f"reference={brief(reference)} has {other.ids.shape[1]} tokens and the text has {ids.shape[1]}: "
             f"{' '.join(other.tokens)} and {' '.join(task.text.tokens)}. Give a text with as many tokens, or one "
-            "token, such as the mask or padding token, that replaces all."
+            "token, such as the mask or unknown token, that replaces all."
         )
     return {"input_ids": replaced} | {key: value for key, value in task.inputs.items() if key != "input_ids"}
 

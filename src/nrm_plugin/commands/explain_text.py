@@ -16,7 +16,8 @@ DESCRIPTION = """\
 Which words are evidence for what a text model predicts? Explains classifiers, masked and causal language models, and
 encoder-decoder models of transformers by the normalized relevance measure: the total relevance is 1; red words, or +,
 are positive evidence, blue words, or -, negative. What is explained is the difference of the prediction from all other
-ones, unless --against says otherwise."""
+ones, unless --against says otherwise; if the tokenizer has a mask token, the change of this difference from a text
+whose words are all masked, unless --reference or --composite say otherwise."""
 
 EXAMPLES = """\
 examples:
@@ -27,7 +28,9 @@ examples:
   nrm-plugin explain-text "Paris is the [MASK] of France." --model ./bert
       a masked language model
   nrm-plugin explain-text "a dull film" --model ./film-reviews --reference "a fine film"
-      the difference to the prediction for another text with the same number of tokens, or "[MASK]" for every word
+      the change from the prediction for another text with the same number of tokens
+  nrm-plugin explain-text "a dull film" --model ./film-reviews --reference none
+      the prediction itself, by the rules of the default composite, without a reference
   nrm-plugin explain-text "a dull film" --model ./film-reviews --sites
       the names of heads, neurons and other parts, for the next two commands
   nrm-plugin explain-text "a dull film" --model ./film-reviews --layer blocks.5.attn
@@ -54,9 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--against", default="rest", metavar="rest|none|CLASS|TOKEN",
                        help="explain the difference from all others, weighted by their softmax (rest), or from one of "
                        "them; none: the output alone (default: %(default)s)")  # fmt: skip
-    query.add_argument("--reference", metavar="TEXT",
-                       help="explain the difference to this text of as many tokens, or to one token for "
-                       "every word")  # fmt: skip
+    query.add_argument("--reference", metavar="TEXT|TOKEN|none",
+                       help="explain the change from this text of as many tokens, or from one token for every word, "
+                       "special tokens kept; none: the prediction itself (default: the mask token, if the tokenizer "
+                       "has one and no --composite, --gain-limit or --residual sink is given)")  # fmt: skip
     query.add_argument("--position", type=int, metavar="N",
                        help="token whose prediction is explained, if the model predicts several")  # fmt: skip
     query.add_argument("--layer", action="append", default=[], metavar="LAYER", dest="layers",
@@ -67,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="list the names of attention, neurons and residual stream, and stop")  # fmt: skip
     query.add_argument("--color", choices=("auto", "always", "never"), default="auto",
                        help="colours in the terminal (default: in a terminal, unless NO_COLOR is set)")  # fmt: skip
-    add_computation(parser)
+    add_computation(parser, None)
     add_out(parser, "nrm-explained")
 
 
@@ -77,9 +81,10 @@ def run(options: argparse.Namespace) -> int:
     from .request import check_device
     from .resolved_options import one_line_warnings, request_of
     from .text_models import text_model
-    from .texts import Texts, texts_of, write
+    from .texts import Texts, reference_of, texts_of, write
 
     with one_line_warnings():
+        options.reference = reference_of(options)
         request = request_of(options)
         texts = texts_of(options.texts)
         if not options.sites:

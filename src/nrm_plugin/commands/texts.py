@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ..attribution.text import Row, TextExplanation, explain_text
+from ..attribution.text import AUTO, Row, TextExplanation, explain_text
 from ..dataset.images import shown
 from ..errors import UnknownLayerError
 from ..plots.text_page import text_page
 from .composite_names import composite_of
 from .output_files import versions, write_json, writing
-from .request import NONE, Request, RequestError
+from .request import NONE, SECANTS, Request, RequestError
 from .text_models import TextModel
 
 
@@ -39,15 +39,14 @@ class Texts:
     def explained(self, text: str, **changed: Any) -> TextExplanation:
         """Returns the explanation of one text."""
         request = self.request
-        reference = self.options.reference
         rules: dict[str, Any] = {"composite": None, "residual": None, "gain_limit": None}
-        if reference is None or request.composite != "nrm_default":
+        if request.composite != SECANTS:
             bounds = (torch.zeros(1), torch.ones(1))
             rules = {"composite": composite_of(request.composite, bounds), "residual": request.residual}
             rules["gain_limit"] = request.gain_limit if request.residual == "redistribute" else None
         arguments: dict[str, Any] = {
             "against": None if request.against == NONE else request.against or "rest",
-            "reference": reference,
+            "reference": request.reference,
             "position": self.options.position,
             "layers": request.layers,
             "given": [condition.event for condition in request.given],
@@ -83,6 +82,14 @@ class Texts:
             yield f"For --given, {', '.join(parts)}."
 
 
+def reference_of(options: argparse.Namespace) -> str | None:
+    """Returns the reference: as given, else masks, unless rules are given."""
+    if options.reference is None:
+        has_rules = options.composite or options.residual == "sink" or options.gain_limit is not None
+        return None if has_rules else AUTO
+    return None if options.reference == NONE else str(options.reference)
+
+
 def texts_of(given: Sequence[str]) -> list[str]:
     """Returns the texts; ``-`` stands for the lines of stdin.
 
@@ -108,7 +115,7 @@ def write(
         "composite": request.composite,
         "residual": request.residual,
         "gain_limit": "inf" if request.gain_limit == math.inf else request.gain_limit,
-        "reference": options.reference,
+        "reference": request.reference,
         "versions": versions(),
     }
     write_json(numbers, {"settings": settings, "texts": [_numbers(result) for result in results]})
@@ -120,6 +127,7 @@ def _numbers(result: TextExplanation) -> dict[str, Any]:
         "text": result.text.text,
         "target": result.target,
         "against": result.against,
+        "reference": result.reference or None,
         "output": result.output,
         "predictions": [list(pair) for pair in result.predictions],
         "tokens": list(result.text.tokens),
@@ -139,4 +147,4 @@ def _row(row: Row) -> dict[str, Any]:
     return {"title": row.title, "mass": row.mass, "word_relevance": relevance, "problem": row.problem}
 
 
-__all__ = ["Texts", "texts_of", "write"]
+__all__ = ["Texts", "reference_of", "texts_of", "write"]

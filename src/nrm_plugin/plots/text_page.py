@@ -8,7 +8,7 @@ from html import escape
 import torch
 from torch import Tensor
 
-from ..attribution.terminal import KINDS, REST
+from ..attribution.terminal import KINDS, REST, number
 from ..attribution.text import Row, TextExplanation
 from .ribbons import percent
 from .text import Word, words_html
@@ -41,10 +41,11 @@ def _section(explanation: TextExplanation) -> Iterator[str]:
     compared = explanation.against if explanation.against == REST else _quoted(explanation.against)
     others = f" rather than {compared}" if explanation.against else ""
     behind = ", which is behind" if explanation.against and explanation.output < 0 else ""
-    number = f"{'difference' if others else 'output'} {explanation.output:.4g}"
+    behind = ", further ahead with the reference" if behind and explanation.reference else behind
+    origin = f" from the reference {_quoted(explanation.reference)}" if explanation.reference else ""
     predicted = ", ".join(f"{_quoted(name)} {100 * share:.1f} %" for name, share in explanation.predictions)
     yield f"<h2>{_quoted(explanation.target)}{others}{behind}</h2>"
-    yield f"<p class=note>predicted {escape(KINDS[explanation.kind])}: {predicted}; {number}</p>"
+    yield f"<p class=note>predicted {escape(KINDS[explanation.kind])}: {predicted}; {number(explanation)}{origin}</p>"
     yield _colored(explanation, [("", explanation.words)])
     start = f"start of the decoder {percent(explanation.decoder)}, " if explanation.decoder else ""
     parts = f"{start}absorbed {round(100 * explanation.absorbed, 1) + 0.0:.1f}%, variation {explanation.variation:.3g}"

@@ -24,6 +24,9 @@ SYNONYMS = {"mlp.post": "mlp.neuron", "attn.z": "attn", "cross_attn.z": "cross_a
 PART = re.compile(r"(?P<site>.*attn)\.head\.(?P<head>\d+)|(?P<layer>.*\.neuron)\.(?P<neuron>\d+)")
 """Names of one head or one neuron of a site."""
 PRODUCTS = re.compile("matmul|mm$|bmm|einsum")
+WEIGHTED = re.compile(f"{PRODUCTS.pattern}|linear|conv")
+"""Layers as functions: every layer is one in a measure of a difference."""
+SUMS = ("sum", "add", "sub", "rsub")
 MIXING = re.compile(r"conv|pool|cumsum|cumprod|fft|lstm|gru|rnn|scan|stack|^cat|pad|roll|matmul|mm$|bmm|einsum")
 
 
@@ -136,7 +139,7 @@ class Structure:
     def _residual(self, number: int, known: Mapping[int, Branch]) -> Branch | None:
         """Returns the branch that a vertex adds to a stream, if it is a sum of two tensors."""
         step, edges = self.step(number), self.graph.vertices[number].edges
-        if step is None or step.rule != "sum" or len(edges) != 2 or None in edges:
+        if step is None or step.rule not in SUMS or len(edges) != 2 or None in edges:
             return None
         for branch, skip in ((0, 1), (1, 0)):
             top, stream = edges[branch], edges[skip]
@@ -179,7 +182,7 @@ class Structure:
             joined = [number for number, edge in enumerate(edges) if edge is not None]
             if step is not None and len(joined) == 2 and PRODUCTS.search(step.rule):
                 return Edge(place.vertex, joined[0]), Edge(place.vertex, joined[1])
-            place = edges[joined[0]] if joined and (len(joined) == 1 or step is None or step.rule == "sum") else None
+            place = edges[joined[0]] if joined and (len(joined) == 1 or step is None or step.rule in SUMS) else None
         return None
 
     def _is_cross(self, vertex: int, stream: Buffer) -> bool:
@@ -208,7 +211,7 @@ class Structure:
             return False
         if isinstance(step, LayerStep):
             return len(_weight_shape(step)) > 1
-        return PRODUCTS.search(step.rule) is not None
+        return WEIGHTED.search(step.rule) is not None
 
     def is_mixer(self, branch: Branch) -> bool:
         """Returns whether a branch without attention joins tokens, by a convolution, a scan or products of tensors."""
@@ -343,7 +346,7 @@ def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
     """Returns the edges of attention and MLP if one branch adds both."""
     for vertex in [branch.vertex, *branch.inner]:
         step, edges = structure.step(vertex), structure.graph.vertices[vertex].edges
-        if step is None or step.rule != "sum" or len(edges) != 2:
+        if step is None or step.rule not in SUMS or len(edges) != 2:
             continue
         found: dict[str, Edge] = {}
         for number, edge in enumerate(edges):

@@ -1,0 +1,322 @@
+"""Two small decoders, trained here character by character, and the characters that their predictions rest on.
+
+``python -m benchmarks.real.decoders`` trains a GPT-2 and a Llama of transformers on the language reference that Python
+ships with (``pydoc_data``), which takes minutes on two cores, checks totals, sinks and sites, compares explanations of
+the next character with ablation, and writes the results as JSON, the tables of ``docs/text.md`` and their image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from captum.attr import IntegratedGradients
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks import tables
+from benchmarks.conservation import conservation_check, store
+from benchmarks.train_demo import reproducible
+from nrm_plugin import RelevanceMeasure, at
+from nrm_plugin.plots import text_figure
+
+from . import packages
+from .text import interval
+
+UNKNOWN, BEGIN = "<unk>", "<s>"
+"""A token that training never shows, and the one before every text."""
+SEEN, RARE = 64, 30
+"""Number of characters before the predicted one, and number of times from which a character has a token."""
+STEPS, BATCH = 1500, 32
+TEXTS, DRAWS, TOGETHER, INTEGRATED = 40, 2, 4, 32
+"""Number of texts, of draws of each character, of characters drawn anew at once, and of steps of the integral."""
+WIDTH, LAYERS, HEADS = 96, 3, 4
+KINDS = ("GPT-2", "Llama")
+SHOWN = 12
+Values = Callable[["Question"], Tensor]
+
+
+@functools.cache
+def topics() -> tuple[str, str]:
+    """The language reference for training, and a tenth of its topics that is held out."""
+    from pydoc_data.topics import topics as every
+
+    named = sorted(every.items(), key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
+    held = len(named) // 10
+    return "\n\n".join(text for _, text in named[held:]), "\n\n".join(text for _, text in named[:held])
+
+
+@functools.cache
+def alphabet() -> list[str]:
+    """The tokens: the special ones, then the characters, the most frequent first."""
+    counted = Counter(topics()[0]).most_common()
+    return [UNKNOWN, BEGIN, *(letter for letter, count in counted if count >= RARE)]
+
+
+def encoded(text: str) -> Tensor:
+    """Ids of the characters; rare ones are left out."""
+    ids = {letter: number for number, letter in enumerate(alphabet())}
+    return torch.tensor([ids[letter] for letter in text if letter in ids])
+
+
+def built(kind: str) -> nn.Module:
+    """A decoder with random weights."""
+    import transformers as hf
+
+    shared: dict[str, Any] = {"vocab_size": len(alphabet()), "bos_token_id": 1, "eos_token_id": 1}
+    if kind == "GPT-2":
+        sizes = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": SEEN + 1}
+        return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **shared))
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 256, "max_position_embeddings": SEEN + 1}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **shared))
+
+
+def windows(ids: Tensor, starts: Tensor) -> Tensor:
+    """Ids from each start on, after the token of the beginning, ``(N, 1 + SEEN)``."""
+    rows = ids[starts[:, None] + torch.arange(SEEN)]
+    return torch.cat([torch.ones_like(rows[:, :1]), rows], 1)
+
+
+@torch.no_grad()
+def bits(model: nn.Module) -> float:
+    """Cross entropy per held-out character, in bits."""
+    ids = encoded(topics()[1])
+    rows = windows(ids, torch.arange(0, len(ids) - SEEN, SEEN))
+    logits = torch.cat([model(input_ids=part).logits[:, :-1] for part in rows.split(64)])
+    return float(nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())) / float(np.log(2))
+
+
+def trained(kind: str) -> nn.Module:
+    """The decoder in evaluation mode; trained and stored in the cache the first time."""
+    from transformers import AutoModelForCausalLM
+
+    folder: Path = packages.cache() / "trained" / f"characters-{kind.lower()}"
+    if not folder.is_dir():
+        folder.parent.mkdir(exist_ok=True, parents=True)
+        with packages._completed(folder) as partial:
+            _train(kind).save_pretrained(partial)
+    return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def _train(kind: str) -> nn.Module:
+    ids = encoded(topics()[0])
+    with reproducible(0):
+        model = built(kind).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=STEPS, pct_start=0.1)
+        for _ in tqdm(range(STEPS), desc=kind, unit="batch"):
+            rows = windows(ids, torch.randint(len(ids) - SEEN, (BATCH,)))
+            optimizer.zero_grad()
+            logits = model(input_ids=rows).logits[:, :-1]
+            torch.autograd.backward(nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+class Question:
+    """Why a decoder predicts one character rather than the second most likely one.
+
+    Attributes:
+        ids: The ids, ``(1, 1 + SEEN)``.
+        target, other: The two most likely characters.
+        draws: The same text with every character drawn by its frequency, several times, ``(DRAWS, 1 + SEEN)``.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, seed: int) -> None:
+        self.model, self.ids = model, ids
+        self.table = model.get_input_embeddings()
+        with torch.no_grad():
+            self.target, self.other = model(input_ids=ids).logits[0, -1].topk(2).indices.tolist()
+        source = encoded(topics()[0])
+        drawn = torch.randint(len(source), (DRAWS, SEEN), generator=torch.Generator().manual_seed(seed))
+        self.draws = torch.cat([ids[:, :1].repeat(DRAWS, 1), source[drawn]], 1)
+
+    def difference(self, logits: Tensor) -> Tensor:
+        """Difference of the two logits behind the last character, ``(N,)``."""
+        return logits[:, -1, self.target] - logits[:, -1, self.other]
+
+    def of_embeddings(self, embeddings: Tensor) -> Tensor:
+        """The same, of embedded characters."""
+        return self.difference(self.model(inputs_embeds=embeddings, logits_to_keep=1).logits)
+
+    @torch.no_grad()
+    def of_ids(self, ids: Tensor) -> Tensor:
+        """The same, of ids ``(…, 1 + SEEN)``."""
+        return self.difference(self.model(input_ids=ids.flatten(0, -2), logits_to_keep=1).logits).view(ids.shape[:-1])
+
+    def filled(self, token: str) -> Tensor:
+        """The ids with one token in place of every character."""
+        ids = self.ids.clone()
+        ids[:, 1:] = alphabet().index(token)
+        return ids
+
+    @functools.cached_property
+    def ablation(self) -> Tensor:
+        """Mean fall of the difference if one character is drawn anew, ``(1 + SEEN,)``."""
+        rows = self.ids.repeat(DRAWS, 1 + SEEN, 1)
+        for place in range(1, 1 + SEEN):
+            rows[:, place, place] = self.draws[:, place]
+        return self.of_ids(self.ids) - self.of_ids(rows).mean(0)
+
+    def srg(self, relevance: Tensor) -> float:
+        """Mean difference with the least relevant characters drawn anew first, minus that with the most relevant."""
+        order = relevance[1:].argsort(stable=True) + 1
+        return self._curve(order) - self._curve(order.flip(0))
+
+    def _curve(self, order: Tensor) -> float:
+        rows = self.ids.repeat(DRAWS, 1 + len(order) // TOGETHER, 1)
+        for number, places in enumerate(order.split(TOGETHER)):
+            rows[:, number + 1 :, places] = self.draws[:, None, places]
+        return float(self.of_ids(rows).mean())
+
+
+def measured(question: Question, **options: Any) -> RelevanceMeasure:
+    """The measure of the difference."""
+    output: Any = lambda returned: returned["logits"][:, -1]  # noqa: E731
+    target, inputs = question.target, {"input_ids": question.ids}
+    return RelevanceMeasure(question.model, inputs, target, against=question.other, output=output, **options)
+
+
+def _relevance(mu: RelevanceMeasure) -> Tensor:
+    return mu.sign[0] * mu.marginal(mu.ends[0], over="position")[0]
+
+
+def default(question: Question) -> Tensor:
+    """Relevance of the characters by the default composite."""
+    return _relevance(measured(question))
+
+
+def secants(token: str) -> Values:
+    """Relevance of the difference to a text of one token."""
+    return lambda question: _relevance(measured(question, reference={"input_ids": question.filled(token)}))
+
+
+def integrated(token: str) -> Values:
+    """Integrated gradients from a text of one token."""
+
+    def values(question: Question) -> Tensor:
+        method = IntegratedGradients(question.of_embeddings)
+        start, end = question.table(question.filled(token)), question.table(question.ids)
+        return method.attribute(end, start, n_steps=INTEGRATED).sum(-1)[0]
+
+    return values
+
+
+def product(question: Question) -> Tensor:
+    """Gradient times input."""
+    leaf = question.table(question.ids).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(question.of_embeddings(leaf).sum(), leaf)
+    return (gradient * leaf.detach()).sum(-1)[0]
+
+
+def random(question: Question) -> Tensor:
+    """Random numbers."""
+    return torch.randn(1 + SEEN, generator=torch.Generator().manual_seed(int(question.ids.sum())))
+
+
+METHODS: dict[str, Values] = {
+    "NRMDefault": default,
+    "secants to <unk>": secants(UNKNOWN),
+    "secants to <s>": secants(BEGIN),
+    "secants to spaces": secants(" "),
+    "IntegratedGradients, <unk>": integrated(UNKNOWN),
+    "IntegratedGradients, spaces": integrated(" "),
+    "InputXGradient": product,
+    "one character drawn anew": lambda question: question.ablation,
+    "random": random,
+}
+
+
+def totals(mu: RelevanceMeasure) -> dict[str, Any]:
+    """Conservation at every tap and at every site, what is absorbed, and the names of the sites."""
+    errors = [
+        float(((mu(at(site)) + mu.sink(site) + mu.bypass(site) - 1).abs() / mu.variation(site).clamp(min=1)).max())
+        for site in mu.sites
+    ]
+    return {**conservation_check(mu), "sites": len(mu.sites), "error at sites": max(errors)}
+
+
+def compared(questions: list[Question]) -> list[dict[str, Any]]:
+    """SRG, correlation with ablation and share of the last eight characters of each method, the best first."""
+    found: dict[str, list[list[float]]] = {name: [] for name in METHODS}
+    for question in tqdm(questions, unit="text"):
+        ablated = question.ablation[1:]
+        for name, method in METHODS.items():
+            values = method(question).detach()
+            size = values[1:].abs()
+            together = torch.corrcoef(torch.stack([values[1:], ablated]))[0, 1]
+            near = size[-8:].sum() / size.sum().clamp(min=1e-12)
+            found[name].append([question.srg(values), float(together), float(near)])
+    own = np.array(found["NRMDefault"])[:, 0]
+    rows = []
+    for name, values in found.items():
+        scores = np.array(values)
+        row = {"method": name, "SRG": interval(scores[:, 0]), "SRG, difference": interval(scores[:, 0] - own)}
+        rows.append({**row, "correlation": interval(scores[:, 1]), "last eight": interval(scores[:, 2])})
+    return sorted(rows, key=lambda row: -row["SRG"][0])
+
+
+def questions_of(model: nn.Module) -> list[Question]:
+    """Held-out texts at random places."""
+    ids = encoded(topics()[1])
+    starts = torch.randint(len(ids) - SEEN, (TEXTS,), generator=torch.Generator().manual_seed(0))
+    return [Question(model, row[None], number) for number, row in enumerate(windows(ids, starts))]
+
+
+def drawn(shown: dict[str, Question]) -> None:
+    """The image: one held-out text, explained for both decoders."""
+    methods = ("NRMDefault", "one character drawn anew", "InputXGradient")
+    maps, titles = [], []
+    for kind, question in shown.items():
+        predicted = " rather than ".join(repr(alphabet()[index]) for index in (question.target, question.other))
+        for method in methods:
+            values = METHODS[method](question).detach()
+            maps.append(values / values.abs().max() / 10)
+            titles.append(f"{kind}, {predicted}: {method}")
+    question = next(iter(shown.values()))
+    letters = ["␣" if letter == " " else letter for letter in (alphabet()[index] for index in question.ids[0])]
+    figure = text_figure(letters[1:], torch.stack(maps)[:, 1:], titles, limit=0.1)
+    figure.axes[-1].set_visible(False)
+    figure.savefig(tables.ROOT / "docs/images/text-characters.png", dpi=110)
+
+
+def described(kind: str) -> dict[str, Any]:
+    """All measurements of one decoder."""
+    model = trained(kind)
+    questions = questions_of(model)
+    reference = {"input_ids": questions[0].filled(" ")}
+    checks: dict[str, dict[str, Any]] = {"NRMDefault": {}, "secants to spaces": {"reference": reference}}
+    row = {"net": kind, "parameters": sum(p.numel() for p in model.parameters()), "bits": bits(model)}
+    row["totals"] = {name: totals(measured(questions[0], **options)) for name, options in checks.items()}
+    exact = Question(copy.deepcopy(model).double(), questions[0].ids, 0)
+    row["totals"]["secants to spaces, float64"] = totals(measured(exact, reference=reference))
+    return {**row, "rows": compared(questions)}
+
+
+def main() -> None:
+    """Command line."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    warnings.simplefilter("ignore")
+    shown = {kind: questions_of(trained(kind))[SHOWN] for kind in KINDS}
+    nets = [described(kind) for kind in KINDS]
+    digest = hashlib.sha256("".join(topics()).encode()).hexdigest()
+    settings = {"text": "pydoc_data.topics", "sha256": digest, "characters": len(alphabet()) - 2, "texts": TEXTS}
+    store("real_decoders", {**settings, "seen": SEEN, "draws": DRAWS, "nets": nets}, "captum", "transformers")
+    tables.write("real_decoders")
+    drawn(shown)
+
+
+if __name__ == "__main__":
+    main()
