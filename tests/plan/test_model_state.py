@@ -1,7 +1,4 @@
-"""Plans of models whose weights or buffers have other values while they run.
-
-Covers: nrm_plugin.plan.model_state
-"""
+"""Plans of models whose weights or buffers have other values while they run, and of models that change."""
 
 import threading
 
