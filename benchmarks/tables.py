@@ -364,8 +364,30 @@ def real(results: Results) -> dict[str, str]:
             if best:
                 difference = "{:+.2f} ({:+.2f} to {:+.2f})".format(*ahead[best[0]])
                 losses.append([net, REAL[key], best[0], difference, len(best)])
+    if "averaged" in results:
+        tables["averaged"] = _averaged(results["averaged"])
+    if "tried" in results:
+        cells = (
+            [row["composite"], row["layers"], f"{row['SRG']:.2f}", "{:+.2f} ± {:.2f}".format(*row["SRG minus GradCAM"]),
+             f"{row['inside']:.2f}", f"{row['own']:.3f}", f"{row['wins']:.3f}"]
+            for row in results["tried"]["rows"]
+        )  # fmt: skip
+        head = "| composite | layers averaged | SRG ↑ | SRG minus GradCAM | inside ↑ | own ↑ | wins ↑ |"
+        tables["tried"] = grid(head, cells)
     tables["losses"] = grid("| network | metric | best method | difference of the first row | methods ahead |", losses)
     return tables
+
+
+def _averaged(nets: Results) -> str:
+    """Averages over layers, and by how much the first method of each network is ahead of the others in SRG."""
+    keys = ("SRG, plain", "inside", "pointing", "own", "wins")
+    rows = []
+    for net, measured in nets.items():
+        for number, (name, row) in enumerate(measured["methods"].items()):
+            shown = ["{:.2f} ({:.2f} to {:.2f})".format(*row[key]["mean"]) for key in keys]
+            ahead = "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["SRG, plain"]["behind"]) if number else ""
+            rows.append(["" if number else net, name, *shown, ahead])
+    return grid(f"| network | method | {' | '.join(REAL[key] for key in keys)} | SRG: first row minus this row |", rows)
 
 
 PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {

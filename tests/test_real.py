@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import itertools
+import json
 import subprocess
 import tarfile
 import zipfile
@@ -15,6 +17,8 @@ from torch import nn
 
 from benchmarks.real import methods, metrics, onnx_weights, packages, run, scenes
 from benchmarks.real.networks import Network
+from nrm_plugin import RelevanceMeasure
+from nrm_plugin.measure.depths import depth_map
 
 
 @pytest.fixture(autouse=True)
@@ -316,6 +320,32 @@ def test_relevance_of_a_negative_contrast_supports_the_class():
     heat = methods.heat_map(methods.METHODS["reference grey, against the rest"], asked)
     reference = (asked.net.model(asked.gray) * asked.weights).sum(1)
     torch.testing.assert_close(heat.sum((1, 2)).sign(), (contrast - reference).sign())
+
+
+def test_a_method_that_averages_resolutions_reads_the_last_layers_of_the_coarsest_grids():
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()]
+    layers += [nn.MaxPool2d(2), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    model = nn.Sequential(*layers).eval().requires_grad_(False)
+    asked = dataclasses.replace(question("rest"), net=dataclasses.replace(toy_net(), name="pooling", model=model))
+    heat = methods.heat_map(methods.METHODS["default, last two resolutions, against the rest"], asked)
+    mu = RelevanceMeasure(model, asked.inputs, target=asked.targets.tolist(), against="rest")
+    torch.testing.assert_close(heat, depth_map(mu, ["7", "4"]), rtol=1e-4, atol=1e-7)
+
+
+def test_results_of_another_section_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SIZES", {"toy": run.Size(1, 1, ("plain",))})
+    monkeypatch.setattr(run, "measured", lambda net, size, names: iter([(name, values(size)) for name in names]))
+    out = tmp_path / "results.json"
+    out.write_text('{"nets": {"older": 1}}')
+
+    def values(size):
+        return {"own": torch.tensor([0.5, 1.0]), "seconds": torch.tensor([0.1 * len(size.fills)])}
+
+    run.run(["toy"], out, False, ["one", "two"], "averaged", ("plain", "blur"))
+    stored = json.loads(out.read_text())
+    assert stored["nets"] == {"older": 1}
+    assert list(stored["averaged"]["toy"]["methods"]) == ["one", "two"]
+    assert stored["averaged"]["toy"]["methods"]["one"]["seconds"] == 0.2
 
 
 @pytest.mark.parametrize("name", ["GradCAM", "HiResCAM", "LayerCAM"])

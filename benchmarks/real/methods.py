@@ -20,8 +20,9 @@ from zennit.canonizers import NamedMergeBatchNorm
 from zennit.composites import EpsilonAlpha2Beta1Flat, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from zennit.core import Composite
 
-from nrm_plugin import ConservingEpsilon, FuseBatchNorm, NRMAbsolute, NRMDefault, Plan
+from nrm_plugin import ConservingEpsilon, FuseBatchNorm, NRMAbsolute, NRMDefault, Plan, RelevanceMeasure
 from nrm_plugin.composites import Normalized
+from nrm_plugin.measure.depths import depth_map, grids
 from nrm_plugin.model.contrast import contrast_vector
 
 from .networks import Network
@@ -109,11 +110,15 @@ class Measured:
     Args:
         composite: Makes the composite for a network; None for the measure of differences from a reference.
         reference: None, ``"grey"`` or ``"blur"``.
+        resolutions: Number of resolutions, counted from the output, whose last layers are averaged; None for the
+            relevance of the input.
     """
 
     composite: Callable[[Network], Composite] | None
     reference: str | None = None
+    resolutions: int | None = None
     _plans: dict[str, Plan] = field(default_factory=dict)
+    _layers: dict[str, list[str]] = field(default_factory=dict)
 
     def __call__(self, question: Question) -> Tensor:
         reference = {None: None, "grey": question.gray, "blur": question.blurred}[self.reference]
@@ -126,8 +131,18 @@ class Measured:
         plan = self._plans[question.net.name]
         further = {} if reference is None else {"reference": reference}
         mu = plan(question.inputs, question.targets.tolist(), against=question.against, **further)
+        if self.resolutions is not None:
+            return depth_map(mu, self._averaged(question))
         sign = mu.sign.reshape(-1, 1, 1, 1)  # positive relevance is evidence for the class
         return mu.marginal("input") * sign
+
+    def _averaged(self, question: Question) -> list[str]:
+        """Layers whose relevance is averaged; the same for all images of a network."""
+        if question.net.name not in self._layers:
+            composite = None if self.composite is None else self.composite(question.net)
+            mu = RelevanceMeasure(question.net.model, question.inputs[:1], 0, composite=composite)
+            self._layers = {question.net.name: grids(mu)[: self.resolutions]}
+        return self._layers[question.net.name]
 
 
 def gamma_box(net: Network, **settings: Any) -> EpsilonGammaBox:
@@ -283,9 +298,12 @@ def chance(question: Question) -> Tensor:
 
 
 def _ours(
-    composite: Callable[[Network], Composite] | None, against: str | None, reference: str | None = None
+    composite: Callable[[Network], Composite] | None,
+    against: str | None,
+    reference: str | None = None,
+    resolutions: int | None = None,
 ) -> Method:
-    return Method(Measured(composite, reference), against, is_ours=True)
+    return Method(Measured(composite, reference, resolutions), against, is_ours=True)
 
 
 OURS = {
@@ -300,6 +318,10 @@ METHODS: dict[str, Method] = {
     "default, ε = 0 in the classifier, against the rest": _ours(OURS["default, ε = 0 in the classifier"], "rest"),
     "EpsilonPlusFlat, against the rest": _ours(OURS["EpsilonPlusFlat"], "rest"),
     "EpsilonGammaBox, against the rest": _ours(OURS["EpsilonGammaBox"], "rest"),
+    "default, last two resolutions, against the rest": _ours(OURS["default"], "rest", resolutions=2),
+    "EpsilonPlusFlat, last two resolutions, against the rest": _ours(
+        OURS["EpsilonPlusFlat"], "rest", resolutions=2
+    ),
     "reference grey, against the rest": _ours(None, "rest", "grey"),
     "reference blur, against the rest": _ours(None, "rest", "blur"),
     "default": _ours(OURS["default"], None),

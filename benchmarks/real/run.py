@@ -58,6 +58,14 @@ SIZES = {
 }
 
 
+AVERAGED = (
+    "EpsilonPlusFlat, last two resolutions, against the rest", "default, last two resolutions, against the rest",
+    "EpsilonPlusFlat, against the rest", "default, against the rest", "GradCAM", "GradCAM, against the rest",
+    "GradCAM, signed, against the rest",
+)  # fmt: skip
+"""Methods of the comparison of averages over layers with GradCAM."""
+
+
 class Task:
     """A network with its images.
 
@@ -179,11 +187,29 @@ def groups(key: str, count: int) -> Tensor:
     return torch.arange(count) // 2 if key in ("own", "wins") else torch.arange(count)
 
 
-def run(nets: Iterable[str], out: Path, quick: bool, only: Iterable[str] | None = None) -> dict[str, Any]:
-    """Measures networks one after another, and saves after each method."""
-    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"nets": {}}
+def run(
+    nets: Iterable[str],
+    out: Path,
+    quick: bool,
+    only: Iterable[str] | None = None,
+    section: str = "nets",
+    fills: tuple[str, ...] | None = None,
+) -> dict[str, Any]:
+    """Measures networks one after another, and saves after each method.
+
+    Args:
+        nets: The networks.
+        out: The file of the results; other sections in it are kept.
+        quick: Whether to measure few images.
+        only: The methods; the first is the one that the others are compared with.
+        section: Where the results are stored in the file.
+        fills: Fills of removed patches; by default those of the network.
+    """
+    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    stored = results.setdefault(section, {})
     for net in nets:
         size = QUICK if quick else SIZES[net]
+        size = size if fills is None else Size(size.photos, size.pairs, fills)
         by_method: dict[str, Values] = {}
         failed: dict[str, str] = {}
         for name, values in measured(net, size, only or METHODS):
@@ -195,7 +221,7 @@ def run(nets: Iterable[str], out: Path, quick: bool, only: Iterable[str] | None 
                 shown = ", ".join(f"{k} {float(v.mean()):.3f}" for k, v in values.items())
                 print(f"{net}: {name}: {shown}", file=sys.stderr, flush=True)
             if by_method:
-                results["nets"][net] = {
+                stored[net] = {
                     "methods": summary(by_method), "failed": failed,
                     "photos": size.photos, "pairs": size.pairs,
                 }  # fmt: skip

@@ -1,0 +1,81 @@
+"""A heat map over several layers: the mean of their relevance at each position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .measure import RelevanceMeasure
+
+
+def grids(mu: RelevanceMeasure) -> list[str]:
+    """Returns one layer for each resolution, from the last to the input.
+
+    A layer is included if it has positions ``(N, C, H, W)`` and no walk bypasses it. Of the layers whose grid is about
+    as large as the image divided by the same power of two, it is the last one of the smallest grid.
+
+    Args:
+        mu: The measure of images ``(N, C, H, W)``.
+
+    Raises:
+        InputError: If the inputs are not images.
+    """
+    height = _grid(mu, "input")[0]
+    chosen: dict[int, tuple[int, str]] = {}
+    for name in mu.layers:
+        shape = mu.shape(name)
+        if len(shape) != 4 or name == "output" or min(shape[2:]) < 2:
+            continue
+        octave, size = round(math.log2(height / shape[2])), math.prod(shape[2:])
+        is_smaller = octave not in chosen or size <= chosen[octave][0]
+        if name == "input" or (octave > 0 and is_smaller and not mu.bypass(name).any()):
+            chosen[octave] = size, name
+    return [chosen[octave][1] for octave in sorted(chosen, reverse=True)]
+
+
+def depth_map(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> Tensor:
+    r"""Returns the relevance of each position of an image, averaged over layers.
+
+    .. math:: \frac{1}{L} \sum_l \frac{\mathrm{up}(\mu_l)}{\sum_p |\mu_l(p)|}
+
+    The measure of every layer is normalized, so that layers are comparable and may be averaged. Late layers, as in
+    GradCAM, locate the evidence; early layers show its outline. Maps are interpolated bilinearly, with their sum.
+
+    Args:
+        mu: The measure of images ``(N, C, H, W)``.
+        layers: Layers with positions ``(N, C, H, W)``; by default those of :func:`grids`.
+
+    Returns:
+        ``(N, H, W)``. Positive values are evidence for what is explained, also if a difference is negative.
+
+    Raises:
+        InputError: If the inputs or a layer have no positions.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+        >>> mu = RelevanceMeasure(net, torch.rand(5, 3, 8, 8), target=1)
+        >>> grids(mu), depth_map(mu).shape
+        (['1', 'input'], torch.Size([5, 8, 8]))
+    """
+    names = grids(mu) if layers is None else list(layers)
+    size = _grid(mu, "input")
+    total: Tensor | float = 0.0
+    for name, marginal in mu.marginal(names).items():
+        _grid(mu, name)
+        relevance = marginal.sum(1, keepdim=True)
+        share = relevance / relevance.abs().sum((2, 3), keepdim=True).clamp(min=torch.finfo(relevance.dtype).tiny)
+        per_pixel = relevance.shape[2] * relevance.shape[3] / math.prod(size)
+        total = total + nn.functional.interpolate(share, size, mode="bilinear", align_corners=False) * per_pixel
+    result: Tensor = mu.sign.reshape(-1, 1, 1) * total[:, 0] / len(names)  # type: ignore[index]
+    return result
+
+
+def _grid(mu: RelevanceMeasure, name: str) -> tuple[int, int]:
+    shape = mu.shape(name)
+    if len(shape) != 4:
+        raise InputError(f"the layer {name!r} has no positions (N, C, H, W), but the shape {tuple(shape)}.")
+    return shape[2], shape[3]
