@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.real import methods, metrics, onnx_weights, packages, run, scenes
 from benchmarks.real.networks import Network
 from nrm_plugin import RelevanceMeasure
-from nrm_plugin.measure.depths import depth_map
+from nrm_plugin.measure.layer_averages import layer_average
 
 
 @pytest.fixture(autouse=True)
@@ -329,7 +329,7 @@ def test_a_method_that_averages_resolutions_reads_the_last_layers_of_the_coarses
     asked = dataclasses.replace(question("rest"), net=dataclasses.replace(toy_net(), name="pooling", model=model))
     heat = methods.heat_map(methods.METHODS["default, last two resolutions, against the rest"], asked)
     mu = RelevanceMeasure(model, asked.inputs, target=asked.targets.tolist(), against="rest")
-    torch.testing.assert_close(heat, depth_map(mu, ["7", "4"]), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(heat, layer_average(mu, ["7", "4"]), rtol=1e-4, atol=1e-7)
 
 
 def test_results_of_another_section_are_kept(tmp_path, monkeypatch):

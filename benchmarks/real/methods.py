@@ -22,7 +22,7 @@ from zennit.core import Composite
 
 from nrm_plugin import ConservingEpsilon, FuseBatchNorm, NRMAbsolute, NRMDefault, Plan, RelevanceMeasure
 from nrm_plugin.composites import Normalized
-from nrm_plugin.measure.depths import depth_map, grids
+from nrm_plugin.measure.layer_averages import layer_average, layers_by_resolution
 from nrm_plugin.model.contrast import contrast_vector
 
 from .networks import Network
@@ -132,7 +132,7 @@ class Measured:
         further = {} if reference is None else {"reference": reference}
         mu = plan(question.inputs, question.targets.tolist(), against=question.against, **further)
         if self.resolutions is not None:
-            return depth_map(mu, self._averaged(question))
+            return layer_average(mu, self._averaged(question))
         sign = mu.sign.reshape(-1, 1, 1, 1)  # positive relevance is evidence for the class
         return mu.marginal("input") * sign
 
@@ -141,7 +141,7 @@ class Measured:
         if question.net.name not in self._layers:
             composite = None if self.composite is None else self.composite(question.net)
             mu = RelevanceMeasure(question.net.model, question.inputs[:1], 0, composite=composite)
-            self._layers = {question.net.name: grids(mu)[: self.resolutions]}
+            self._layers = {question.net.name: layers_by_resolution(mu)[: self.resolutions]}
         return self._layers[question.net.name]
 
 

@@ -12,7 +12,7 @@ from ..errors import InputError
 from .measure import RelevanceMeasure
 
 
-def grids(mu: RelevanceMeasure) -> list[str]:
+def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     """Returns one layer for each resolution, from the last to the input.
 
     A layer is included if it has positions ``(N, C, H, W)`` and no walk bypasses it. Of the layers whose grid is about
@@ -37,7 +37,7 @@ def grids(mu: RelevanceMeasure) -> list[str]:
     return [chosen[octave][1] for octave in sorted(chosen, reverse=True)]
 
 
-def depth_map(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> Tensor:
+def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> Tensor:
     r"""Returns the relevance of each position of an image, averaged over layers.
 
     .. math:: \frac{1}{L} \sum_l \frac{\mathrm{up}(\mu_l)}{\sum_p |\mu_l(p)|}
@@ -47,7 +47,7 @@ def depth_map(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> Tens
 
     Args:
         mu: The measure of images ``(N, C, H, W)``.
-        layers: Layers with positions ``(N, C, H, W)``; by default those of :func:`grids`.
+        layers: Layers with positions ``(N, C, H, W)``; by default those of :func:`layers_by_resolution`.
 
     Returns:
         ``(N, H, W)``. Positive values are evidence for what is explained, also if a difference is negative.
@@ -58,10 +58,10 @@ def depth_map(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> Tens
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
         >>> mu = RelevanceMeasure(net, torch.rand(5, 3, 8, 8), target=1)
-        >>> grids(mu), depth_map(mu).shape
+        >>> layers_by_resolution(mu), layer_average(mu).shape
         (['1', 'input'], torch.Size([5, 8, 8]))
     """
-    names = grids(mu) if layers is None else list(layers)
+    names = layers_by_resolution(mu) if layers is None else list(layers)
     size = _grid(mu, "input")
     total: Tensor | float = 0.0
     for name, marginal in mu.marginal(names).items():

@@ -8,7 +8,7 @@ from torch import nn
 
 from nrm_plugin import NRMAbsolute, RelevanceMeasure
 from nrm_plugin.errors import InputError
-from nrm_plugin.measure.depths import depth_map, grids
+from nrm_plugin.measure.layer_averages import layer_average, layers_by_resolution
 
 
 class Skip(nn.Module):
@@ -37,14 +37,14 @@ def measure(**settings):
 
 def test_each_resolution_has_its_last_layer_that_no_walk_bypasses():
     # 7 has the grid 2 × 2, 4 the grid 4 × 4 after the skip connection; the padded map of 5 has 6 × 6
-    assert grids(measure()) == ["7", "4", "input"]
+    assert layers_by_resolution(measure()) == ["7", "4", "input"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"against": "rest"}, {"composite": NRMAbsolute(), "against": "rest"}])
 def test_the_map_of_one_layer_has_the_sum_of_its_share(settings):
     mu = measure(**settings)
     for layer in ("7", "4", "input"):
-        heat = depth_map(mu, [layer])
+        heat = layer_average(mu, [layer])
         relevance = mu.marginal(layer).sum(1) * mu.sign.reshape(-1, 1, 1)
         share = relevance / relevance.abs().sum((1, 2), keepdim=True)
         # bilinear interpolation keeps the sum over the image
@@ -55,15 +55,15 @@ def test_the_map_of_one_layer_has_the_sum_of_its_share(settings):
 
 def test_the_mean_is_over_layers():
     mu = measure(against="rest")
-    layers = grids(mu)
-    each = torch.stack([depth_map(mu, [layer]) for layer in layers])
-    assert torch.allclose(depth_map(mu), each.mean(0))
-    assert not torch.allclose(depth_map(mu), each[-1])
+    layers = layers_by_resolution(mu)
+    each = torch.stack([layer_average(mu, [layer]) for layer in layers])
+    assert torch.allclose(layer_average(mu), each.mean(0))
+    assert not torch.allclose(layer_average(mu), each[-1])
 
 
 def test_interpolation_is_bilinear_between_the_centres_of_cells():
     mu = measure()
-    heat = depth_map(mu, ["7"])
+    heat = layer_average(mu, ["7"])
     relevance = mu.marginal("7").sum(1) * mu.sign.reshape(-1, 1, 1)
     share = relevance / relevance.abs().sum((1, 2), keepdim=True) / 16
     assert torch.allclose(heat[:, 0, 0], share[:, 0, 0])
@@ -73,6 +73,6 @@ def test_interpolation_is_bilinear_between_the_centres_of_cells():
 
 def test_layers_without_positions_are_errors():
     with pytest.raises(InputError, match="has no positions"):
-        depth_map(measure(), ["8"])
+        layer_average(measure(), ["8"])
     with pytest.raises(InputError, match="has no positions"):
-        grids(RelevanceMeasure(nn.Linear(3, 2), torch.rand(2, 3), target=0))
+        layers_by_resolution(RelevanceMeasure(nn.Linear(3, 2), torch.rand(2, 3), target=0))
