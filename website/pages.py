@@ -58,6 +58,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
             cell_sums profile_figure sankey save_sankey text_figure text_html text_page""",
             "measure": "profile flow_maps",
             "measure.flow_heat_maps": "flow_maps_and_pairs",
+            "measure.layer_averages": "layer_average layers_by_resolution",
         },
     ),
     "data-sets": (

@@ -211,7 +211,16 @@ def _unpack_wheel(file: Path, folder: Path) -> None:
 def _unpack_debian(file: Path, folder: Path) -> None:
     """Extracts the data of a Debian package: an ``ar`` archive whose member ``data.tar.*`` holds the files."""
     with tarfile.open(fileobj=io.BytesIO(_member(file.read_bytes(), b"data.tar")), mode="r:*") as archive:
-        archive.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
+            archive.extractall(folder, filter="data")
+        else:
+            archive.extractall(folder, members=[one for one in archive if _is_inside(one, folder)])
+
+
+def _is_inside(member: tarfile.TarInfo, folder: Path) -> bool:
+    """Whether a member is a file or folder inside the folder; links and devices are left out."""
+    is_plain = member.isfile() or member.isdir()
+    return is_plain and (folder / member.name).resolve().is_relative_to(folder.resolve())
 
 
 def _member(archive: bytes, name: bytes) -> bytes:
