@@ -33,9 +33,9 @@ def small_net() -> nn.Module:
     return randomized(nn.Sequential(*layers, nn.Flatten(), nn.Linear(5 * 28 * 28, 4)))
 
 
-def drawn(seed: int, count: int = 2) -> Tensor:
+def drawn(seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 32, 32, generator=draw, dtype=torch.float64)
+    return torch.randn(2, 3, 32, 32, generator=draw, dtype=torch.float64)
 
 
 class Shift(canonizers.Canonizer):
@@ -150,6 +150,42 @@ def test_models_that_write_buffers_are_measured_any_number_of_times():
         torch.testing.assert_close(plan(x, 1).marginal("input"), expected)
         once = NRM(net.net).attribute(x, target=1)
         torch.testing.assert_close(attributor.attribute(x, target=1), once)
+
+
+UPDATES = {
+    "once": lambda average, new: average.copy_(new),
+    "twice": lambda average, new: average.mul_(0.9).add_(0.1 * new),
+    "twice through data": lambda average, new: average.data.mul_(0.9).add_(0.1 * new),
+    "by an index": lambda average, new: (average.__setitem__(0, 0.0), average.__setitem__(slice(1, 3), new[1:3])),
+}
+
+
+class Averaged(nn.Module):
+    """Scales its features by a running average, which it updates afterwards."""
+
+    def __init__(self, update) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.update = nn.Linear(3, 4).double(), nn.Linear(4, 2).double(), update
+        self.register_buffer("average", torch.rand(4, dtype=torch.float64) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x).relu() * self.average
+        self.update(self.average, hidden.detach().mean(0))
+        return self.b(hidden)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_plans_read_a_buffer_as_it_was_before_the_model_updated_it(update):
+    net, twin = Averaged(UPDATES[update]).eval(), Averaged(lambda average, new: None).eval()
+    plan, attributor = Plan(net, torch.ones(5, 3, dtype=torch.float64)), NRM(net)
+    for seed in range(5):
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for _ in range(2):
+            measure, expected = plan(x, 1), RelevanceMeasure(twin, x, 1)
+            torch.testing.assert_close(measure.outputs, expected.outputs)
+            torch.testing.assert_close(measure.marginal("input"), expected.marginal("input"))
+        torch.testing.assert_close(attributor.attribute(x, target=1), NRM(twin).attribute(x, target=1))
 
 
 class Graph(nn.Module):

@@ -31,6 +31,7 @@ class _Memory:
         views: The known tensors in this memory, by form.
         reference: A weak reference, which prevents that the identity of the memory is used again.
         copy: Number of a flat tensor of the whole memory, which the trace made when a constant was overwritten.
+        is_overwritten: Whether a weight or buffer in it was overwritten; its constants are copies since then.
     """
 
     root: int
@@ -38,6 +39,7 @@ class _Memory:
     views: dict[Any, Value]
     reference: StorageWeakRef | None
     copy: int | None = None
+    is_overwritten: bool = False
 
 
 class Tracer(TorchDispatchMode):
@@ -273,14 +275,15 @@ class Tracer(TorchDispatchMode):
         """Copies constants before their memory is written; memory that the computation has made joins the trace."""
         at = _identity(tensor)
         old = self._memories.get(at)
-        if (at not in self._fresh and old is None) or (old is not None and old.is_traced):
+        if (at not in self._fresh and old is None) or (old is not None and (old.is_traced or old.is_overwritten)):
             return
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
         before = tensor.detach().as_strided((size,), (1,), 0).clone()
         for value in [] if old is None else old.views.values():
             shape, stride, offset, dtype, _ = self.trace.forms[value.number]
             self.trace.constants[value.number] = before.view(dtype).as_strided(shape, stride, offset)
-        if at not in self._fresh:  # a weight or buffer: the write is an obstacle if it is read later
+        if old is not None and at not in self._fresh:  # a weight or buffer: an obstacle if it is read later
+            old.is_overwritten = True
             return
         constant = self._constant(before)
         copy, self.trace.count = self.trace.count, self.trace.count + 1
