@@ -15,6 +15,7 @@ from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.inputs_and_outputs import Output
 from ..plan.reuse import measures_of
+from .base import rules_for
 
 
 class NRMAttributor(Attributor):
@@ -89,7 +90,7 @@ class NRMAttributor(Attributor):
             input,
             start=attr_output_fn,
             reference=reference,
-            composite=self.composite if reference is None or self._has_rules else None,
+            composite=rules_for(reference, self.composite, self._has_rules),
             output=self.output,
             batched=self.batched,
         )

@@ -16,6 +16,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from zennit.core import Composite
 
+from ..composites import Normalized
 from ..errors import InputError, UnknownLayerError, brief
 from ..events.event import Atom, Event, at
 from ..measure.measure import RelevanceMeasure
@@ -87,6 +88,11 @@ def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
     return tuple(
         torch.full_like(tensor, value) if isinstance(value, (int, float)) else value for value, tensor in pairs
     )
+
+
+def rules_for(baselines: Any, composite: Normalized, has_rules: bool) -> Normalized | None:
+    """Returns the composite; None for the secant slopes to baselines, if no composite was given."""
+    return composite if baselines is None or has_rules else None
 
 
 def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:

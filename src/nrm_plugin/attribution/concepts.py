@@ -17,7 +17,7 @@ from ..events.event import Atom, Event, at
 from ..kernels.normalization import Residual
 from ..model.inputs_and_outputs import Output
 from ..plan.reuse import measures_of
-from .base import Layer, Unit, as_tuple, in_unit, reference_of, unwrapped
+from .base import Layer, Unit, as_tuple, in_unit, reference_of, rules_for, unwrapped
 
 Condition = Mapping[str, Any]
 OUTPUT = "y"
@@ -139,7 +139,7 @@ class ConceptNRM:
                 measure = measures_of(self)(
                     self.model,
                     inputs,
-                    composite=None if baselines is not None and not self._has_rules else self.composite,
+                    composite=rules_for(baselines, self.composite, self._has_rules),
                     output=self.output,
                     additional_forward_args=additional_forward_args,
                     reference=reference_of(baselines, as_tuple(inputs)[0]),

@@ -16,7 +16,18 @@ from ..events.event import Atom, Event, Side, at
 from ..kernels.normalization import Residual
 from ..model.targets import Neurons
 from ..plan.reuse import measures_of
-from .base import Layer, Request, Unit, as_tuple, check_device_ids, check_floating, log_usage, reference_of, unwrapped
+from .base import (
+    Layer,
+    Request,
+    Unit,
+    as_tuple,
+    check_device_ids,
+    check_floating,
+    log_usage,
+    reference_of,
+    rules_for,
+    unwrapped,
+)
 from .nrm import NRM
 
 
@@ -120,7 +131,7 @@ class NeuronNRM(NRM, NeuronAttribution):
                 formatted,
                 **start,
                 output=layer if isinstance(layer, Atom) else at(layer, side=side),
-                composite=self._composite_for(baselines),
+                composite=rules_for(baselines, self.composite, self._has_rules),
                 reference=reference_of(baselines, formatted),
                 additional_forward_args=additional_forward_args,
                 batched=self.batched,

@@ -31,6 +31,7 @@ from .base import (
     input_taps,
     log_usage,
     reference_of,
+    rules_for,
     unwrapped,
     with_optional,
 )
@@ -193,7 +194,7 @@ class NRM(GradientAttribution):
                 inputs,
                 target,
                 against=against,
-                composite=self._composite_for(baselines),
+                composite=rules_for(baselines, self.composite, self._has_rules),
                 reference=reference_of(baselines, as_tuple(inputs)[0]),
                 additional_forward_args=additional_forward_args,
                 output=self.output,
@@ -250,10 +251,6 @@ class NRM(GradientAttribution):
         return output.flatten() - accounted - torch.stack(sums).sum(0)
 
     # -- inside -----------------------------------------------------------------------------------------------
-
-    def _composite_for(self, baselines: Any) -> Composite | None:
-        """Returns the composite; None for the secant slopes to baselines, if no composite was given."""
-        return self.composite if baselines is None or self._has_rules else None
 
     def _layer(self, layer: Any) -> Any:
         """Translates a layer of the given model to a layer of the model without its ``DataParallel`` wrapper."""
