@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from zennit.core import BasicHook, Hook
 
 from ..errors import GradModeError, InputError, ModelStateError, UnsupportedRuleError
-from .guard import named_tensors
+from .guard import named_tensors, values_state
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
 """Layers that are random in training mode, by package, with the attribute that holds the drop rate."""
@@ -194,7 +194,7 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"parameter {name!r} is on device meta, where tensors hold no values. Load the weights: "
             "`model.to_empty(device='cpu')`, then `model.load_state_dict(…)`."
         )
-    state = (parameter._version, parameter.data_ptr())
+    state = values_state(parameter)
     if _FINITE.get(parameter) == state:
         return
     # The sum needs one pass over the weights and no new memory; if it overflows, the entries are checked.

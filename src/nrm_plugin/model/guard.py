@@ -86,9 +86,10 @@ _RESTORED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Number of writes to each tensor that a recording has undone."""
 
 
-def value_version(tensor: Tensor) -> int:
-    """Returns the version of a tensor without the writes that a recording has undone."""
-    return tensor._version - int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
+def values_state(tensor: Tensor) -> tuple[int, int]:
+    """Returns what is the same while the values of a tensor are: version, without undone writes, and address."""
+    undone = int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
+    return tensor._version - undone, _address(tensor)
 
 
 def note_restored(tensor: Tensor, version: int) -> None:
@@ -119,14 +120,11 @@ class Fingerprint:
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
         self._seen: list[tuple[str, Tensor, tuple[int, int], Tensor | None, Tensor]] = []
         for name, tensor in named_tensors(model):
-            address = _address(tensor)
             flat = _stored(tensor.detach()).flatten()
             place = flat[:: max(1, -(-flat.numel() // entries))] if flat.numel() > entries else flat
             # Flattening a non-contiguous tensor returns a copy, in which later changes are not visible.
-            is_view = flat.data_ptr() == address and flat.numel() > 0
-            self._seen.append(
-                (name, tensor, (value_version(tensor), address), place if is_view else None, place.clone())
-            )
+            is_view = flat.data_ptr() == _address(tensor) and flat.numel() > 0
+            self._seen.append((name, tensor, values_state(tensor), place if is_view else None, place.clone()))
         self._entries = entries
 
     def changed(self) -> list[str]:
@@ -134,7 +132,7 @@ class Fingerprint:
         return [
             name
             for name, tensor, state, place, sample in self._seen
-            if (value_version(tensor), _address(tensor)) != state
+            if values_state(tensor) != state
             or not ((place is not None and torch.equal(place, sample)) or torch.equal(*self._finite(tensor, sample)))
         ]
 

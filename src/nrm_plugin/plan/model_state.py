@@ -10,7 +10,7 @@ import torch
 import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
 
-from ..model.guard import _address, value_version
+from ..model.guard import values_state
 from ..recording.recording import _RECORDING
 
 _ENTRIES = 64
@@ -33,7 +33,7 @@ class ModelState:
         self._modules = [(module, _attributes(module), _held(module)) for module in model.modules()]
         self._common = _common_hooks()
         self._tensors = [*model.named_parameters(), *model.named_buffers()]
-        self._versions = [(value_version(tensor), _address(tensor)) for _, tensor in self._tensors]
+        self._versions = [values_state(tensor) for _, tensor in self._tensors]
         self._entries = _entries([tensor for _, tensor in self._tensors])
         self._values = [torch.cat(views).clone() for views in self._entries]
 
@@ -51,7 +51,7 @@ class ModelState:
             if _attributes(module) != attributes:
                 return f"module {self._names[id(module)]!r}" if self._names[id(module)] else "the model"
         for (name, tensor), state in zip(self._tensors, self._versions, strict=True):
-            if (value_version(tensor), _address(tensor)) != state:
+            if values_state(tensor) != state:
                 return f"{name!r}"
         for views, values in zip(self._entries, self._values, strict=True):
             if not torch.equal(torch.cat(views), values):
@@ -115,7 +115,7 @@ def settings(value: Any, depth: int = 4) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, type)):
         return value
     if isinstance(value, Tensor):
-        return (id(value), value_version(value), _address(value))
+        return (id(value), *values_state(value))
     if depth == 0:
         return id(value)
     if isinstance(value, (list, tuple)):
