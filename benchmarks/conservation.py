@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,8 @@ def random_biases(model: nn.Module) -> nn.Module:
 def conservation_check(mu: RelevanceMeasure) -> dict[str, Any]:
     """Largest error of mass + sink + bypass = 1 over all taps, and what was absorbed above the lowest one."""
     mu._check_fresh = lambda: None  # type: ignore[method-assign]  # the weights do not change here
-    lowest, error, largest = mu.layers[0], 0.0, 0.0
-    for layer, mass in zip(mu.layers, mu([at(layer) for layer in mu.layers]), strict=True):
-        variation = mu.variation(layer)
-        total = mass + mu.sink(layer) + mu.bypass(layer)
-        error = max(error, float(((total - 1).abs() / variation.clamp(min=1)).max()))
-        largest = max(largest, float(variation.max()))
+    lowest = mu.layers[0]
+    error, largest = largest_error(mu, mu.layers)
     return {
         "taps": len(mu.layers),
         "error": error,
@@ -40,6 +37,17 @@ def conservation_check(mu: RelevanceMeasure) -> dict[str, Any]:
         "variation at the input": float(mu.variation(lowest).max()),
         "largest variation": largest,
     }
+
+
+def largest_error(mu: RelevanceMeasure, layers: Sequence[str]) -> tuple[float, float]:
+    """Largest error of mass + sink + bypass = 1 over some taps, relative to their variation, and largest variation."""
+    error, largest = 0.0, 0.0
+    for layer, mass in zip(layers, mu([at(layer) for layer in layers]), strict=True):
+        variation = mu.variation(layer)
+        total = mass + mu.sink(layer) + mu.bypass(layer)
+        error = max(error, float(((total - 1).abs() / variation.clamp(min=1)).max()))
+        largest = max(largest, float(variation.max()))
+    return error, largest
 
 
 def store(name: str, results: dict[str, Any], *packages: str) -> None:

@@ -102,7 +102,8 @@ def planned(model: Any, inputs: Any, target: Any = None, **keywords: Any) -> Rel
         plan, other = Plan(model, inputs, **settings, **arguments), None
     measure = plan(inputs, target, **rest, **arguments)
     measure.__class__, measure.other = CheckedMeasure, other  # type: ignore[attr-defined]
-    measure.variation("input") if "input" in measure.layers else None  # what a measure checks when it is taken
+    if "input" in measure.layers:
+        measure.variation("input")  # raises what a recorded measure raises when it is constructed
     return measure
 
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import tables
-from benchmarks.conservation import conservation_check, store
+from benchmarks.conservation import conservation_check, largest_error, store
 from benchmarks.train_demo import reproducible
-from nrm_plugin import RelevanceMeasure, at
+from nrm_plugin import RelevanceMeasure
 from nrm_plugin.plots import text_figure
 
 from . import packages
@@ -241,11 +241,7 @@ METHODS: dict[str, Values] = {
 
 def totals(mu: RelevanceMeasure) -> dict[str, Any]:
     """Conservation at every tap and at every site, what is absorbed, and the names of the sites."""
-    errors = [
-        float(((mu(at(site)) + mu.sink(site) + mu.bypass(site) - 1).abs() / mu.variation(site).clamp(min=1)).max())
-        for site in mu.sites
-    ]
-    return {**conservation_check(mu), "sites": len(mu.sites), "error at sites": max(errors)}
+    return {**conservation_check(mu), "sites": len(mu.sites), "error at sites": largest_error(mu, mu.sites)[0]}
 
 
 def compared(questions: list[Question]) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ class Measured:
     def __call__(self, question: Question) -> Tensor:
         reference = {None: None, "grey": question.gray, "blur": question.blurred}[self.reference]
         if question.net.name not in self._plans:
-            composite = None if self.composite is None else self.composite(question.net)
+            composite = self._composite_of(question.net)
             settings = {} if reference is None else {"reference": reference}
             self._plans = {
                 question.net.name: Plan(question.net.model, question.inputs, composite=composite, **settings)
@@ -136,10 +136,13 @@ class Measured:
         sign = mu.sign.reshape(-1, 1, 1, 1)  # positive relevance is evidence for the class
         return mu.marginal("input") * sign
 
+    def _composite_of(self, net: Network) -> Composite | None:
+        return None if self.composite is None else self.composite(net)
+
     def _averaged(self, question: Question) -> list[str]:
         """Layers whose relevance is averaged; the same for all images of a network."""
         if question.net.name not in self._layers:
-            composite = None if self.composite is None else self.composite(question.net)
+            composite = self._composite_of(question.net)
             mu = RelevanceMeasure(question.net.model, question.inputs[:1], 0, composite=composite)
             self._layers = {question.net.name: layers_by_resolution(mu)[: self.resolutions]}
         return self._layers[question.net.name]

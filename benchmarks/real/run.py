@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ def run(
     stored = results.setdefault(section, {})
     for net in nets:
         size = QUICK if quick else SIZES[net]
-        size = size if fills is None else Size(size.photos, size.pairs, fills)
+        size = size if fills is None else replace(size, fills=fills)
         by_method: dict[str, Values] = {}
         failed: dict[str, str] = {}
         for name, values in measured(net, size, only or METHODS):

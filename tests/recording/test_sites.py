@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,12 @@ def parts(sites: list[str], prefix: str) -> list[str]:
     return [name.removeprefix(prefix) for name in sites if name.startswith(prefix)]
 
 
+def check_layers(mu: RelevanceMeasure, same: dict[str, Any]) -> None:
+    """Checks that sites are the same tensors as layers of the model."""
+    for site, layer in same.items():
+        torch.testing.assert_close(mu.marginal(site), mu.marginal(layer), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("is_difference", [False, True])
 @pytest.mark.parametrize("spelling", ["matmul", "einsum", "in place", "parallel", "parallel sum"])
 def test_sites_do_not_depend_on_the_spelling_or_the_reference(spelling, is_difference):
@@ -96,8 +103,7 @@ def test_sites_are_the_tensors_that_the_modules_compute(is_causal):
         "blocks.1.resid_pre": "layers.0",
         "blocks.0.attn.z": "layers.0.scaled_dot_product_attention",
     } | ({"blocks.1.resid_post": "layers.1"} if is_causal else {})
-    for site, layer in same.items():
-        torch.testing.assert_close(mu.marginal(site), mu.marginal(layer), atol=1e-12, rtol=0)
+    check_layers(mu, same)
     for site in mu.sites:
         total = mu(at(site)) + mu.sink(site) + mu.bypass(site)
         torch.testing.assert_close(total, torch.ones(1).double(), atol=1e-10, rtol=0)
@@ -115,8 +121,7 @@ def test_sites_of_a_difference_are_the_same_tensors_and_absorb_nothing(is_causal
         "blocks.1.attn_out": "layers.1.out",
         "blocks.1.resid_pre": "layers.0",
     }
-    for site, layer in same.items():
-        torch.testing.assert_close(mu.marginal(site), mu.marginal(layer), atol=1e-12, rtol=0)
+    check_layers(mu, same)
     for site in mu.sites:
         torch.testing.assert_close(mu(at(site)) + mu.bypass(site), torch.ones(1).double(), atol=1e-10, rtol=0)
         assert float(mu.sink(site).abs()) < 1e-10

@@ -63,15 +63,14 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
     """
     names = layers_by_resolution(mu) if layers is None else list(layers)
     size = _grid(mu, "input")
-    total: Tensor | float = 0.0
+    maps = []
     for name, marginal in mu.marginal(names).items():
         _grid(mu, name)
         relevance = marginal.sum(1, keepdim=True)
         share = relevance / relevance.abs().sum((2, 3), keepdim=True).clamp(min=torch.finfo(relevance.dtype).tiny)
         per_pixel = relevance.shape[2] * relevance.shape[3] / math.prod(size)
-        total = total + nn.functional.interpolate(share, size, mode="bilinear", align_corners=False) * per_pixel
-    result: Tensor = mu.sign.reshape(-1, 1, 1) * total[:, 0] / len(names)  # type: ignore[index]
-    return result
+        maps.append(nn.functional.interpolate(share, size, mode="bilinear", align_corners=False)[:, 0] * per_pixel)
+    return mu.sign.reshape(-1, 1, 1) * torch.stack(maps).mean(0)
 
 
 def _grid(mu: RelevanceMeasure, name: str) -> tuple[int, int]:
