@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..events.event import Atom, Event
-from ..recording.passes import Cost, Vectors, pull
 from ..recording.places import Buffer, Edge, Place, Sink
+from ..recording.propagation import Cost, Vectors, pull
 from ..recording.recording import Recording
 from .attention_events import plain
 from .conditionals import Conditionals

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..model.autocast import exact
-from ..recording.passes import push
+from ..recording.propagation import push
 from ..recording.taps import Tap
 from .groups import Over, by_label, labels_of
 from .joints import joint_matrix, neighbour_matrix, propagated

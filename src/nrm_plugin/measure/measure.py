@@ -14,7 +14,7 @@ from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..model.checks import unwrapped
 from ..model.inputs_and_outputs import Call, Inputs, Output
-from ..recording.passes import Cost
+from ..recording.propagation import Cost
 from ..recording.recording import Recording
 from . import conservation
 from .conditions import Condition, event_list

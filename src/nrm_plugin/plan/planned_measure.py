@@ -22,7 +22,7 @@ from ..measure.memory import DEFAULT
 from ..measure.start import every_one, start_of
 from ..model.inputs_and_outputs import Call, Output
 from ..model.value_reads import ACTIVE, avoiding
-from ..recording.passes import Cost
+from ..recording.propagation import Cost
 from ..recording.recording import Recording, Reference
 from .keys import frozen
 from .model_state import ModelState

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..errors import FoldingError, NRMError
 from ..model.inputs_and_outputs import Change
 from .graph import Graph
-from .passes import Vectors, Visitor, pull
 from .places import Buffer
+from .propagation import Vectors, Visitor, pull
 from .sample_rows import rules_are_known
 from .samples import Samples
 

@@ -19,8 +19,8 @@ from ..errors import FoldingError
 from ..model.targets import sample_sums
 from .graph import Graph
 from .layout import Layout, doubled, layouts_of, unreached
-from .passes import Cost, Vectors, Visitor, pull, push
 from .places import Buffer, Place, Sink
+from .propagation import Cost, Vectors, Visitor, pull, push
 
 BITS = 4
 """Number of bits of a sample number that one relevance vector encodes, as factors of 1 to 2¹⁵."""

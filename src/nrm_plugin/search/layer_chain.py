@@ -16,7 +16,7 @@ from ..measure.joints import propagated
 from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
 from ..measure.memory import width_of
-from ..recording.passes import push
+from ..recording.propagation import push
 
 
 class LayerChain:
