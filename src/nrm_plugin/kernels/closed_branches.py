@@ -20,8 +20,8 @@ from ..model.linear_maps import LinearMap, explicit_maps, window_maps
 from ..model.value_reads import holds, without_modes
 from ..rules import ConservingEpsilon, mean_sizes
 from .cache_blocks import Block, blocks_for
+from .known_gradient_mappers import inverse_by
 from .layer_call import LayerCall
-from .mapper_closed_forms import inverse_by
 from .modified_layers import is_by_blocks
 from .modifier_probes import is_positive
 from .normalization import Columns, ColumnWriter, Normalization, may_read
