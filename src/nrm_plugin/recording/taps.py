@@ -16,7 +16,7 @@ from .graph import Graph, Marks, Vertex
 from .layout import Layout
 from .places import Buffer, Edge, Place
 from .samples import Samples
-from .sites import SYNONYMS, sites
+from .transformer_sites import SYNONYMS, sites
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
