@@ -25,8 +25,8 @@ from .layer_call import LayerCall
 from .modified_layers import is_by_blocks
 from .modifier_probes import is_positive
 from .normalization import Columns, ColumnWriter, Normalization, may_read
+from .recognized_rules import RuleForm, form_of, modified_bias
 from .rule_branch import Branch
-from .rule_forms import RuleForm, form_of, modified_bias
 
 KEPT = 1 << 16
 """Largest number of entries up to which a modified input is kept, not computed anew."""
