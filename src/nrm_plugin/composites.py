@@ -31,7 +31,7 @@ from .errors import NRMError, brief
 from .functional import Interception
 from .functional.attention import Attention
 from .kernels.batch_norm_fusion import fuse
-from .kernels.hook import StepHook
+from .kernels.module_hook import StepHook
 from .kernels.normalization import Normalization, Residual
 from .kernels.rule_reader import PlainGradient
 from .model.checks import Uncompiled, check_hookable, check_unhooked, check_unpatched
