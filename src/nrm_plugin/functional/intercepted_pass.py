@@ -40,7 +40,7 @@ from .differences import DifferenceCall, SecantFactory
 from .function_call import CallInput, FunctionCall, Settings, Slot
 from .function_kernels import BroadcastKernel
 from .gates import Gates
-from .ids import Ids
+from .integer_inputs import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
 from .row_functions import keeps_rows
