@@ -24,8 +24,8 @@ from ..kernels.forward_state import (
     note_untracked,
 )
 from ..model.renormalization import Tables
+from .call_handlers import handle
 from .function_call import Settings
-from .handlers import handle
 from .intercepted_pass import InterceptedPass
 from .observed_call import ObservedCall
 from .registry import name_of
