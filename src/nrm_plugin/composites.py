@@ -35,7 +35,7 @@ from .kernels.module_hook import StepHook
 from .kernels.normalization import Normalization, Residual
 from .kernels.rule_reader import PlainGradient
 from .model.checks import Uncompiled, check_hookable, check_unhooked, check_unpatched
-from .model.routing import is_route
+from .model.zero_one_routes import is_route
 from .rules import Absolute, ConservingEpsilon, Relative
 
 Uncovered = Literal["error", "gradient"]

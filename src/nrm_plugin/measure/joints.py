@@ -13,7 +13,7 @@ from torch import Tensor
 from ..kernels.base import IdentityKernel
 from ..kernels.channel_pairs import channel_edges
 from ..kernels.rule_branch_kernel import BranchKernel
-from ..model.routing import is_whole, operation
+from ..model.zero_one_routes import is_whole, operation
 from ..recording.graph import Vertex
 from ..recording.places import Buffer, Edge, Place
 from ..recording.propagation import Cost, Vectors, Visitor, pull, push
