@@ -17,8 +17,8 @@ from ..kernels.forward_state import before_writing, forward_pass
 from ..kernels.reference_pass import LEAST, ReferencePass, difference
 from ..model.autocast import asked_for, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
-from ..model.guard import Fingerprint, named_tensors, note_restored, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
+from ..model.model_protection import Fingerprint, named_tensors, note_restored, preserved
 from ..model.renormalization import TablesUnwritten
 from ..model.value_reads import audit, untraced
 from .contrast_step import contrast_top
