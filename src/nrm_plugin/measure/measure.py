@@ -29,7 +29,7 @@ from .layer_taps import Layer, layer_list, several_layers
 from .memory import check_memory
 from .partitions import Names
 from .query_passes import query
-from .recorded import Recorded
+from .recorded_properties import Recorded
 from .references import Slopes, composite_of, reference_of
 from .start import start_of
 from .totals import pass_totals
