@@ -16,7 +16,7 @@ from .attention_events import plain
 from .conditionals import Conditionals
 from .event_diagram import FALSE, TRUE, DecisionDiagram
 from .masked_vectors import add_to, masked
-from .memory import in_chunks, width_of
+from .memory_budget import in_chunks, width_of
 
 Pair = tuple[int, int]
 """``(event, diagram node)``."""

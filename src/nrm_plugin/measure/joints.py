@@ -20,7 +20,7 @@ from ..recording.propagation import Cost, Vectors, Visitor, pull, push
 from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .groups import Over, by_label, labels_of
-from .memory import in_chunks, width_of
+from .memory_budget import in_chunks, width_of
 from .totals import Totals
 
 

@@ -26,7 +26,7 @@ from .group_search import K
 from .groups import Over, over_each
 from .layer_groups import Groups
 from .layer_taps import Layer, layer_list, several_layers
-from .memory import check_memory
+from .memory_budget import check_memory
 from .partitions import Names
 from .query_passes import query
 from .recorded_properties import Recorded

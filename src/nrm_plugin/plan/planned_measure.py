@@ -18,7 +18,7 @@ from ..composites import Normalized
 from ..errors import StaleMeasureError
 from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
-from ..measure.memory import DEFAULT
+from ..measure.memory_budget import DEFAULT
 from ..measure.start import every_one, start_of
 from ..model.inputs_and_outputs import Call, Output
 from ..model.value_reads import ACTIVE, avoiding

@@ -15,7 +15,7 @@ from ..measure.groups import Over, check_over, labels_of
 from ..measure.joints import propagated
 from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
-from ..measure.memory import width_of
+from ..measure.memory_budget import width_of
 from ..recording.propagation import push
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import NRMError
 from ..measure.measure import RelevanceMeasure
-from ..measure.memory import width_of
+from ..measure.memory_budget import width_of
 from ..recording.places import Buffer, Place
 from ..recording.taps import Tap
 from .bounds import now
