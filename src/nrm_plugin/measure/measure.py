@@ -19,7 +19,6 @@ from ..recording.recording import Recording
 from . import conservation
 from .conditions import Condition, event_list
 from .conservation import Kind
-from .description import explanation
 from .flow import flow_graph, ordered_taps, with_groups
 from .flow_graph import TOP, FlowGraph
 from .group_search import K
@@ -28,6 +27,7 @@ from .layer_groups import Groups
 from .layer_taps import Layer, layer_list, several_layers
 from .memory_budget import check_memory
 from .partitions import Names
+from .query_description import explanation
 from .query_passes import query
 from .recorded_properties import Recorded
 from .references import Slopes, composite_of, reference_of
