@@ -33,8 +33,8 @@ from ..model.autocast import InFloat32
 from ..model.targets import sample_sums
 from ..model.zero_one_routes import operation
 from .graph import Graph, Vertex
-from .layout import Layout
 from .places import Buffer, Edge
+from .sample_layout import Layout
 from .samples import Samples
 
 NAME = "contrast"

@@ -24,8 +24,8 @@ from ..model.value_reads import audit, untraced
 from .contrast_step import contrast_top
 from .graph import Graph
 from .independence import find_samples
-from .layout import Layout
 from .observer import Observer
+from .sample_layout import Layout
 from .samples import Samples
 from .structure import Structure
 from .taps import OUTPUT, Label, Taps

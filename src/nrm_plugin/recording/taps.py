@@ -13,8 +13,8 @@ from torch import nn
 
 from ..errors import HookedContainerError, UnknownLayerError, brief, unknown_layer
 from .graph import Graph, Marks, Vertex
-from .layout import Layout
 from .places import Buffer, Edge, Place
+from .sample_layout import Layout
 from .samples import Samples
 from .transformer_sites import SYNONYMS, sites
 
