@@ -35,7 +35,7 @@ from ..model.zero_one_routes import operation
 from .graph import Graph, Vertex
 from .places import Buffer, Edge
 from .sample_layout import Layout
-from .samples import Samples
+from .sample_positions import Samples
 
 NAME = "contrast"
 """Name of the step if it is not fused with a layer."""

@@ -26,7 +26,7 @@ from .graph import Graph
 from .independence import find_samples
 from .observer import Observer
 from .sample_layout import Layout
-from .samples import Samples
+from .sample_positions import Samples
 from .structure import Structure
 from .taps import OUTPUT, Label, Taps
 

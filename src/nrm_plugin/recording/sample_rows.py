@@ -1,6 +1,6 @@
 """Operations that keep the samples in the rows of a tensor for any values.
 
-All other operations are tested on values: see :mod:`~nrm_plugin.recording.samples`.
+All other operations are tested on values: see :mod:`~nrm_plugin.recording.sample_positions`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ..errors import HookedContainerError, UnknownLayerError, brief, unknown_lay
 from .graph import Graph, Marks, Vertex
 from .places import Buffer, Edge, Place
 from .sample_layout import Layout
-from .samples import Samples
+from .sample_positions import Samples
 from .transformer_sites import SYNONYMS, sites
 
 INPUT, OUTPUT = "input", "output"
