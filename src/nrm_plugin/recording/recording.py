@@ -23,8 +23,8 @@ from ..model.renormalization import TablesUnwritten
 from ..model.value_reads import audit, untraced
 from .contrast_step import contrast_top
 from .graph import Graph
-from .independence import find_samples
 from .observer import Observer
+from .sample_independence import find_samples
 from .sample_layout import Layout
 from .sample_positions import Samples
 from .structure import Structure
