@@ -22,8 +22,8 @@ from ..model.model_protection import Fingerprint, named_tensors, note_restored, 
 from ..model.renormalization import TablesUnwritten
 from ..model.value_reads import audit, untraced
 from .contrast_step import contrast_top
+from .forward_observer import Observer
 from .graph import Graph
-from .observer import Observer
 from .sample_independence import find_samples
 from .sample_layout import Layout
 from .sample_positions import Samples

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .audit import check_joined, check_known
 from .contrast_step import Top
+from .forward_observer import Observer
 from .graph import Graph
-from .observer import Observer
 from .sample_positions import Samples
 from .sample_rows import all_keep_rows, vertices_of_rows
 from .taps import OUTPUT, Label, Observed, Taps
