@@ -27,7 +27,7 @@ from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.measure.layer_profile import profile
 from nrm_plugin.plots.flow import flow_figure, profile_figure
 from nrm_plugin.plots.flow_layout import HAIRLINE, flow_scene
-from nrm_plugin.plots.flow_pictures import Photo
+from nrm_plugin.plots.flow_thumbnails import Photo
 from nrm_plugin.plots.ribbons import DARK, LIGHT, percent
 from tests.conftest import slow_but
 from tests.flows import X, full_graph, measure, net

@@ -20,7 +20,7 @@ from ..measure.measure import RelevanceMeasure
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import flow_caption
 from ..plots.flow_html import Pairs, save_sankey
-from ..plots.flow_pictures import Photo
+from ..plots.flow_thumbnails import Photo
 from ..plots.layer_profile import profile_figure
 from . import messages
 from .flow_groups import Division, FlowOptions, division
