@@ -23,7 +23,7 @@ from ..measure.groups import Over
 from ..measure.layer_groups import Groups
 from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
-from .best_first import BestFirstSearch
+from .best_first_walks import BestFirstSearch
 from .bounds import now
 from .group_walks import group_walks
 from .layer_chain import LayerChain, check_count, check_one_sample, intersection
