@@ -27,7 +27,7 @@ from .best_first_walks import BestFirstSearch
 from .bounds import now
 from .group_walks import group_walks
 from .layer_chain import LayerChain, check_count, check_one_sample, intersection
-from .max_product import MaxProduct
+from .max_product_walks import MaxProduct
 
 
 @dataclass(frozen=True)
