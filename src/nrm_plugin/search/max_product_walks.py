@@ -16,7 +16,7 @@ from ..measure.measure import RelevanceMeasure
 from ..measure.memory_budget import width_of
 from ..recording.places import Buffer, Place
 from ..recording.taps import Tap
-from .bounds import now
+from .walk_bounds import now
 
 
 @dataclass(frozen=True)
