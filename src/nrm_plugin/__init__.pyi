@@ -39,9 +39,9 @@ from .search.dictionaries import Crosscoder, Dictionary
 from .search.dictionary_files import load_dictionary, load_transcoders
 from .search.feature_graph import attribution_graph
 from .search.features import completeness, feature_groups, reconstruction_errors, replacement, with_features
+from .search.group_sets import TopSets, top_sets
 from .search.neuron_walks import NeuronWalk, best_walk
 from .search.selection import CurvePoint, Restriction, Selection, mse, restriction, select_neurons, smape
-from .search.sets import TopSets, top_sets
 from .search.steering import steered
 from .search.subspaces import Subspaces, drsa, prca, with_subspaces
 from .search.walks import GroupWalk, TopWalks, top_walks
