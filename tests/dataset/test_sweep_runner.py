@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nrm_plugin import at
-from nrm_plugin.dataset import Activation, Marginal, Sweep, SweepError, runner, sweep
+from nrm_plugin.dataset import Activation, Marginal, Sweep, SweepError, sweep, sweep_runner
 from nrm_plugin.errors import NRMError, UnknownLayerError
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, contents, net
 
@@ -185,7 +185,7 @@ def test_rows_are_kept_if_sorting_fails(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "write_index", full)
+        patch.setattr(sweep_runner, "write_index", full)
         with pytest.raises(SweepError, match=r"sorting them failed: No space left.*index=False"):
             sweep(net(), Data(4), Marginal("4"), tmp_path, **OPTIONS)
     assert len(Sweep.open(tmp_path).rows()) == 4 * 8

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nrm_plugin.dataset import Manifest, Sweep, settings, sweep
+from nrm_plugin.dataset import Manifest, Sweep, sweep, sweep_settings
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net
 from tests.pins.record_sweep import DIGESTS, SAMPLES, STORED, composite_digest, environment
 
@@ -16,22 +16,24 @@ RECORDED: dict[str, str] = json.loads(DIGESTS.read_text())
 
 
 def test_a_stored_sweep_is_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Names of rules and canonizers are part of its settings, so a class that moves must keep its stored name."""
+    """Names of rules and canonizers are part of its sweep_settings, so a class that moves must keep its stored name."""
     folder = tmp_path / "swept"
     shutil.copytree(STORED, folder)
     stored = Manifest.read(folder).settings
     if environment() in RECORDED:
         assert composite_digest() == RECORDED[environment()]
-    monkeypatch.setattr(settings, "version", stored["versions"].get)
-    monkeypatch.setattr(settings.platform, "python_version_tuple", lambda: ("3", stored["versions"]["python"], "0"))
+    monkeypatch.setattr(sweep_settings, "version", stored["versions"].get)
+    monkeypatch.setattr(
+        sweep_settings.platform, "python_version_tuple", lambda: ("3", stored["versions"]["python"], "0")
+    )
     # The digest depends on the versions of Python and Zennit, and the one above is recorded for each.
-    digest = settings.digest
+    digest = sweep_settings.digest
     monkeypatch.setattr(
         settings, "digest", lambda value: stored["composite"]["settings"] if _is_composite(value) else digest(value)
     )
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*")}
     assert len(times) == 2
-    with pytest.warns(settings.SettingsWarning, match="begun by an earlier version"):
+    with pytest.warns(sweep_settings.SettingsWarning, match="begun by an earlier version"):
         sweep(net(), Data(SAMPLES), QUERIES, folder, **OPTIONS)
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*") if path.name in times} == times
     rows = Sweep.open(folder).rows("marginal(4)").to_pylist()

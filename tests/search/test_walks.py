@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nrm_plugin import NRMAbsolute, RelevanceMeasure, top_sets, top_walks
 from nrm_plugin.errors import EventError
-from nrm_plugin.search import bounds
+from nrm_plugin.search import walk_bounds
 from tests.search.enumerated import conv_net, enumerated, ordered, slowly
 
 
@@ -48,7 +48,7 @@ def test_the_search_is_correct_without_memory_for_tables(net, memory):
 @slowly
 @given(net=enumerated(), k=st.integers(1, 6), expansions=st.integers(0, 6))
 def test_merged_groups_are_bounded_by_their_lump(net, k, expansions):
-    with patch.object(bounds, "MIN_ROWS", 2):  # the rows computed after the deadline
+    with patch.object(walk_bounds, "MIN_ROWS", 2):  # the rows computed after the deadline
         net.check(ordered(lambda: top_walks(net.mu, net.layers, k, net.over, budget=0.0)))
     top = ordered(lambda: lumped(net, k, expansions))
     net.check(top)
@@ -56,10 +56,10 @@ def test_merged_groups_are_bounded_by_their_lump(net, k, expansions):
 
 def lumped(net, k, expansions):
     """A search with unlimited time whose bounds merge the groups into two lumps."""
-    original = bounds.CompletionBounds._lumps
+    original = walk_bounds.CompletionBounds._lumps
     with (
-        patch.object(bounds, "MIN_ROWS", 2),
-        patch.object(bounds.CompletionBounds, "_lumps", lambda self, level, rows: original(self, level, 2)),
+        patch.object(walk_bounds, "MIN_ROWS", 2),
+        patch.object(walk_bounds.CompletionBounds, "_lumps", lambda self, level, rows: original(self, level, 2)),
     ):
         return top_walks(net.mu, net.layers, k, net.over, budget=math.inf, expansions=expansions)
 

@@ -10,9 +10,9 @@ from . import (  # noqa: F401  (register what they hold)
     distances,
     elementwise,
     linear_algebra,
+    quantiles_and_integrals,
     reductions,
     scatter,
-    sequences,
 )
 from .canonizer import Interception
 from .function_call import FunctionCall

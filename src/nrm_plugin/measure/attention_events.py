@@ -41,7 +41,7 @@ def head_count(recording: Recording, layer: str) -> int | None:
     if step is None:
         return None
     shared = step.attention.shared
-    if len(shared) > 1 or (shared and not recording.sample_positions.batched):
+    if len(shared) > 1 or (shared and not recording.samples.batched):
         return int(step.shape[shared[-1]])
     return _count_of_heads(step, step.shape[shared[0]] if shared else 1, recording)
 
@@ -86,12 +86,12 @@ def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recor
     """Returns the mask of the selected heads, in their own dimension or after the samples in a shared dimension."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
-    if len(shared) > 1 or (shared and not recording.sample_positions.batched):
+    if len(shared) > 1 or (shared and not recording.samples.batched):
         return _along(shape, shared[-1], _chosen(atom, "head", index, shape[shared[-1]]))
     count = _count_of_heads(step, rows, recording)
     if count is None:
         raise EventError(
-            f"{atom}: the heads of {step.name!r} cannot be distinguished from the {recording.sample_positions.count} samples in "
+            f"{atom}: the heads of {step.name!r} cannot be distinguished from the {recording.samples.count} samples in "
             f"its dimension of {rows}. Construct a measure of one sample."
         )
     chosen = _chosen(atom, "head", index, count).repeat(rows // count)
@@ -102,7 +102,7 @@ def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
     owner = next((module for module, name in recording.taps.modules.items() if name == _owner(step)), None)
     if isinstance(owner, nn.MultiheadAttention):
         return int(owner.num_heads)
-    return rows // recording.sample_positions.count if rows % recording.sample_positions.count == 0 else None
+    return rows // recording.samples.count if rows % recording.samples.count == 0 else None
 
 
 def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:

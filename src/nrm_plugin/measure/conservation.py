@@ -36,11 +36,11 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
     bits = 0
     for tap in taps:
         bits |= 1 << recording.taps.index[tap.place]
-    total = totals.start.new_zeros(recording.sample_positions.count)
+    total = totals.start.new_zeros(recording.samples.count)
     for (vertex, its_kind), mass in (totals.absolute_sinks if absolute else totals.sinks).items():
         if kind in (None, its_kind) and recording.taps.marks.below_vertex[vertex] & bits:
             if mass is None:  # only the message needs names, and making all of them takes longer than the pass
-                raise recording.sample_positions.error(recording.taps.name_at(vertex))
+                raise recording.samples.error(recording.taps.name_at(vertex))
             total = total + mass
     return total
 
@@ -49,9 +49,9 @@ def bypassing(totals: Totals, tap: Tap) -> Tensor:
     """Returns the mass of the walks that do not cross a tap and are not absorbed above it, ``(N,)``."""
     recording = totals.recording
     if not is_reached(recording, tap):
-        return recording.sample_positions.checked_sums(totals.start, "the output", recording.graph.output)
+        return recording.samples.checked_sums(totals.start, "the output", recording.graph.output)
     bit = 1 << recording.taps.index[tap.place]
-    total = totals.start.new_zeros(recording.sample_positions.count)
+    total = totals.start.new_zeros(recording.samples.count)
     marks = recording.taps.marks
     for edge, mass in totals.branches.items():
         if marks.below_vertex[edge.vertex] & bit and not marks.below_edge[edge.vertex][edge.number] & bit:
@@ -97,7 +97,7 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
 def surviving_mass(totals: Totals) -> Tensor:
     """Returns the mass of the walks that reach an input, ``(N,)``."""
     recording = totals.recording
-    ends, total = _last_vertices(recording), totals.start.new_zeros(recording.sample_positions.count)
+    ends, total = _last_vertices(recording), totals.start.new_zeros(recording.samples.count)
     for place, mass in totals.mass.items():
         if isinstance(place, Buffer) and place.vertex in ends:
             total = total + checked(recording, mass, "the input")
@@ -122,5 +122,5 @@ def checked(recording: Recording, mass: Tensor | None, what: str) -> Tensor:
         FoldingError: If the mass is None, because the entries of the samples cannot be distinguished.
     """
     if mass is None:
-        raise recording.sample_positions.error(what)
+        raise recording.samples.error(what)
     return mass

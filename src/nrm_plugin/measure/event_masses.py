@@ -56,7 +56,7 @@ class EventPass:
         recording = diagram.recording
         self.diagram, self.recording = diagram, recording
         self.stored = frozenset(stored)
-        self.mass = start.new_zeros((len(diagram.roots), recording.sample_positions.count))
+        self.mass = start.new_zeros((len(diagram.roots), recording.samples.count))
         self.variation = torch.zeros_like(self.mass)
         self.maps: dict[tuple[Place, Pair], Tensor] = {}
         self._stored_below = recording.graph.marks_below(dict.fromkeys(self.stored, 1)).below_vertex
@@ -126,7 +126,7 @@ class EventPass:
                 self._count(event, start, self.recording.graph.output)
 
     def _count(self, event: int, vector: Tensor, place: Place) -> None:
-        sums = self.recording.sample_positions.checked_sums
+        sums = self.recording.samples.checked_sums
         self.mass[event] += sums(vector, "the tap where an event is decided", place)
         self.variation[event] += sums(vector.abs(), "the tap where an event is decided", place)
 

@@ -76,7 +76,7 @@ class Totals:
         if self.has_sums and place in self.recording.taps.index:
             self.mass[place], self.absolute[place] = self._sums(vector, place)
         if place in self.stored:
-            self.maps[place] = self.recording.sample_positions.layout(place).unfold(vector)
+            self.maps[place] = self.recording.samples.layout(place).unfold(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
         """Returns Σ and Σ|·| of a vector, computed once for all steps that do not change the vector."""
@@ -86,20 +86,20 @@ class Totals:
         return self._last[1:]
 
     def _sum(self, vector: Tensor, place: Place) -> Tensor | None:
-        return self.recording.sample_positions.sums(vector, place)
+        return self.recording.samples.sums(vector, place)
 
     def _sum_pair(
         self, vector: Tensor, place: Place, share: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Sums relevance, or a share of it, and its absolute values for each sample."""
-        if self.recording.sample_positions.count > 1 and not self.recording.sample_positions.is_plain:
+        if self.recording.samples.count > 1 and not self.recording.samples.is_plain:
             values = vector if share is None else vector * share
             return self._sum(values, place), self._sum(values.abs(), place)
         if share is None:
             return self._sum(vector, place), self._norm(vector)
-        total = vector.new_zeros(self.recording.sample_positions.count)
+        total = vector.new_zeros(self.recording.samples.count)
         absolute = torch.zeros_like(total)
-        single = self.recording.sample_positions.count == 1
+        single = self.recording.samples.count == 1
         for at in blocks(vector):  # blocks that fit into the processor's cache
             part = vector[at] * share[at]
             rows = slice(None) if single else at[0]
@@ -108,7 +108,7 @@ class Totals:
         return total, absolute
 
     def _norm(self, vector: Tensor) -> Tensor:
-        return sample_norms(vector.reshape(1, -1) if self.recording.sample_positions.count == 1 else vector)
+        return sample_norms(vector.reshape(1, -1) if self.recording.samples.count == 1 else vector)
 
 
 def _accumulate(total: dict[Key, Tensor | None], key: Key, value: Tensor | None) -> None:

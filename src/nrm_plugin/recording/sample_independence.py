@@ -90,18 +90,18 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(start.shape, generator=generator, dtype=start.dtype).to(start.device) + 0.5
     with torch.inference_mode(False), torch.no_grad():
-        if not _is_followed(recording.sample_positions, noise):
+        if not _is_followed(recording.samples, noise):
             noise = noise * (start != 0)  # the explained outputs might not depend on the operation without a kernel
-            if not _is_followed(recording.sample_positions, noise):
+            if not _is_followed(recording.samples, noise):
                 return  # a query of anything below raises the same error
-    _check_rows_of_inputs(recording.sample_positions)
+    _check_rows_of_inputs(recording.samples)
     rerun = _with_needed_hooks(recording, rerun)
     are_known = rules_are_known(recording.graph)
     for chosen, exchange in _exchanges(recording):
         _check_outputs(recording, chosen, exchange, rerun)
         if not are_known:
             _check_relevance(recording, noise, chosen, rerun)
-    if recording.sample_positions.may_mix:
+    if recording.samples.may_mix:
         _check_alone(recording, rerun)
 
 
@@ -122,7 +122,7 @@ def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
     Gates and branches may depend on other samples through thresholds, which only large changes cross. If the model
     looks up ids, values stay in range, since an index out of range crashes the process on some devices.
     """
-    count = recording.sample_positions.count
+    count = recording.samples.count
     first, second = _extremes(recording)
     numbers = torch.arange(count)
     yield numbers % 2 == 0, Exchange.OTHERS
@@ -133,7 +133,7 @@ def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
 
 def _extremes(recording: Run) -> tuple[Exchange, Exchange]:
     ends = {number for number, vertex in enumerate(recording.graph.vertices) if vertex.leaf is not None}
-    are_free = ends <= recording.sample_positions.inputs
+    are_free = ends <= recording.samples.inputs
     return (Exchange.FAR, Exchange.OPPOSITE) if are_free else (Exchange.LARGEST, Exchange.SMALLEST)
 
 
@@ -145,7 +145,7 @@ def _with_needed_hooks(recording: Run, rerun: Rerun) -> Rerun:
         output = rerun.outputs(_unchanged)
     except Exception:
         return rerun.with_hooks()
-    every = torch.ones(recording.sample_positions.count, dtype=torch.bool)
+    every = torch.ones(recording.samples.count, dtype=torch.bool)
     return rerun.with_hooks() if _has_changed(recording, recording.output, output, every) else rerun
 
 
@@ -165,7 +165,7 @@ def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Re
         return
     first, second = (rerun.outputs(_unchanged) for _ in range(2))
     if _has_changed(recording, first, other, ~chosen) and not _has_changed(recording, first, second, ~chosen):
-        raise recording.sample_positions.error("the output, which changes with the inputs of other samples,")
+        raise recording.samples.error("the output, which changes with the inputs of other samples,")
 
 
 def _check_alone(recording: Run, rerun: Rerun) -> None:
@@ -174,12 +174,12 @@ def _check_alone(recording: Run, rerun: Rerun) -> None:
     A model may also distinguish samples by their position in the batch: then the outputs do not follow samples that
     change places, and only an exchange shows whether the other samples matter.
     """
-    numbers, suspects = torch.arange(recording.sample_positions.count), 0
+    numbers, suspects = torch.arange(recording.samples.count), 0
     for number in range(0, len(numbers), -(-len(numbers) // ALONE)):
         if not _differs(recording, slice(number, number + 1), rerun):
             continue
         if not suspects and not _is_ordered(recording, rerun):
-            raise recording.sample_positions.error("the output, which changes without the other samples,")
+            raise recording.samples.error("the output, which changes without the other samples,")
         suspects += 1
         for exchange in (Exchange.COPIES, *_extremes(recording)):
             _check_outputs(recording, numbers != number, exchange, rerun)
@@ -189,7 +189,7 @@ def _check_alone(recording: Run, rerun: Rerun) -> None:
 
 def _is_ordered(recording: Run, rerun: Rerun) -> bool:
     """Whether the model draws at random, or its outputs do not follow samples that change places."""
-    count = recording.sample_positions.count
+    count = recording.samples.count
     return any(_differs(recording, rows, rerun) for rows in (torch.arange(count), torch.arange(count).roll(1)))
 
 
@@ -198,7 +198,7 @@ def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
 
     Further arguments of the model are passed unchanged, or with their chosen rows.
     """
-    count, layout = recording.sample_positions.count, recording.sample_positions.layout(recording.graph.output)
+    count, layout = recording.samples.count, recording.samples.layout(recording.graph.output)
     expected = layout.unfold(recording.output.detach())[rows]
     differs = False
 
@@ -230,7 +230,7 @@ def _outputs(chosen: Tensor, exchange: Exchange, rerun: Rerun) -> Tensor | None:
 
 
 def _has_changed(recording: Run, output: Tensor, other: Tensor, rows: Tensor) -> bool:
-    layout = recording.sample_positions.layout(recording.graph.output)
+    layout = recording.samples.layout(recording.graph.output)
     if output.shape != other.shape:
         return True
     rows = rows.to(output.device)
@@ -253,15 +253,15 @@ def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun
     rows, leaves = ~chosen, _Leaves(other.graph)
     with torch.inference_mode(False), torch.no_grad():
         pull(other.graph, [(other.graph.output, {"": start})], leaves)
-    for vertex, relevance in recording.sample_positions.leaves.items():
+    for vertex, relevance in recording.samples.leaves.items():
         changed_relevance = leaves.relevance.get(vertex)
         if changed_relevance is None or changed_relevance.shape != relevance.shape:
             continue
-        layout = recording.sample_positions.layout(Buffer(vertex, 0))
+        layout = recording.samples.layout(Buffer(vertex, 0))
         own = rows.to(relevance.device)
         one, two = layout.unfold(relevance)[own], layout.unfold(changed_relevance)[own]
         if bool(((one - two).abs() > TOLERANCE_OF_RULES * one.abs().max()).any()):
-            raise recording.sample_positions.error("the input, whose relevance changes with other samples by a rule,")
+            raise recording.samples.error("the input, whose relevance changes with other samples by a rule,")
 
 
 def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS) -> Tensor:
