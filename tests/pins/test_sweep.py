@@ -16,20 +16,21 @@ RECORDED: dict[str, str] = json.loads(DIGESTS.read_text())
 
 
 def test_a_stored_sweep_is_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Names of rules and canonizers are part of its sweep_settings, so a class that moves must keep its stored name."""
+    """Names of rules and canonizers are part of its settings, so a class that moves must keep its stored name."""
     folder = tmp_path / "swept"
     shutil.copytree(STORED, folder)
     stored = Manifest.read(folder).settings
     if environment() in RECORDED:
         assert composite_digest() == RECORDED[environment()]
+    python = ("3", stored["versions"]["python"], "0")
     monkeypatch.setattr(sweep_settings, "version", stored["versions"].get)
-    monkeypatch.setattr(
-        sweep_settings.platform, "python_version_tuple", lambda: ("3", stored["versions"]["python"], "0")
-    )
+    monkeypatch.setattr(sweep_settings.platform, "python_version_tuple", lambda: python)
     # The digest depends on the versions of Python and Zennit, and the one above is recorded for each.
     digest = sweep_settings.digest
     monkeypatch.setattr(
-        settings, "digest", lambda value: stored["composite"]["settings"] if _is_composite(value) else digest(value)
+        sweep_settings,
+        "digest",
+        lambda value: stored["composite"]["settings"] if _is_composite(value) else digest(value),
     )
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("rows/part-*")}
     assert len(times) == 2
