@@ -113,7 +113,7 @@ def test_groups_of_some_inputs_apply_to_others_and_to_a_file(groups, tmp_path):
     assert again.named({"3": {1: "legs"}}) != groups
     assert other.flow(LAYERS, groups=again.named({"3": {1: "legs"}})).layers[2].labels.count("legs") == 1
     (tmp_path / "groups.safetensors").write_bytes(b"no groups")
-    with pytest.raises(InputError, match=r"is no file of Groups.save\(\)"):
+    with pytest.raises(InputError, match=r"was not written by Groups.save\(\)"):
         Groups.load(tmp_path / "groups.safetensors")
 
 

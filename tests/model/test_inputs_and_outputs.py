@@ -71,7 +71,7 @@ def test_every_layer_of_the_measure_can_be_queried():
 
 def test_a_query_for_several_inputs_without_item_raises():
     mu = RelevanceMeasure(build(), (LEFT, RIGHT), 3)
-    with pytest.raises(UnknownLayerError, match=r"2 tensors: say which by item="):
+    with pytest.raises(UnknownLayerError, match=r"2 tensors: choose one by item="):
         mu.marginal("input")
 
 

@@ -117,7 +117,7 @@ def test_invalid_arguments_raise(net):
     ]:
         with pytest.raises(error, match=message), steered(*arguments):
             pass
-    with pytest.raises(InputError, match="the vector is of 3 channels"), steered(net, "1", one[:3]):
+    with pytest.raises(InputError, match="the vector has 3 channels"), steered(net, "1", one[:3]):
         net(X)
     with pytest.raises(InputError, match="does not broadcast"), steered(net, "1", torch.ones(2, 4).double()):
         net(X)

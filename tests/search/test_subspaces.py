@@ -275,7 +275,7 @@ def test_invalid_arguments_raise():
         prca(values, values, 5)
     with pytest.raises(InputError, match="same neurons"):
         drsa(values, values[:, :3], [1])
-    with pytest.raises(InputError, match="of 4 channels, and the layer has 2 in dimension 2"):
+    with pytest.raises(InputError, match="4 channels, but the layer has 2 in dimension 2"):
         Subspaces(torch.eye(4), (4,), dim=2).parts(values)
     net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU()))
     eye = Subspaces(torch.eye(4), (4,))

@@ -21,7 +21,7 @@ class FlowError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class FlowLayer:
-    """One layer of a flow graph; ``sum(masses) + rest + sink + bypass`` is 1, or -1 for a negative difference.
+    """One layer of a flow graph. ``sum(masses) + rest + sink + bypass`` is 1, or -1 for a negative difference.
 
     Attributes:
         name: Name of the tap.
