@@ -59,8 +59,8 @@ def test_an_invalid_call_raises(mu: RelevanceMeasure, call: Any, error: type[Exc
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
-        (at("2")[1], EventError, "is not a tap at which a measure can start at"),
-        (at("2", side="sink"), EventError, "is not a tap at which a measure can start at"),
+        (at("2")[1], EventError, "is not a tap at which a measure can start"),
+        (at("2", side="sink"), EventError, "is not a tap at which a measure can start"),
         (at("7"), UnknownLayerError, "'7'"),
     ],
 )

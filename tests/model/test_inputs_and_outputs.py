@@ -196,7 +196,7 @@ def with_entry(x, value):
 
 @error_cases(
     ("nan", lambda x: with_entry(x, math.nan), InputError, "nan or inf", "(sample 1)", "nan_to_num"),
-    ("inf", lambda x: with_entry(x, -math.inf), InputError, "nan or inf", "(sample 1)", "Leave these samples out"),
+    ("inf", lambda x: with_entry(x, -math.inf), InputError, "nan or inf", "(sample 1)", "Remove these samples"),
     ("empty batch", lambda x: x[:0], InputError, "(0, 1, 4, 4)", "no sample to explain"),
     ("empty images", lambda x: x[:, :, :0], InputError, "(2, 1, 0, 4)", "no sample to explain"),
     ("scalar", lambda x: x.sum(), InputError, "shape ()", "no sample to explain"),

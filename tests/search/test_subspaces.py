@@ -271,7 +271,7 @@ def test_invalid_arguments_raise():
         Subspaces(torch.ones(4, 2), (2,))
     with pytest.raises(InputError, match="add up"):
         Subspaces(torch.eye(4), (1, 2))
-    with pytest.raises(InputError, match="together at most 4"):
+    with pytest.raises(InputError, match="at most 4 in total"):
         prca(values, values, 5)
     with pytest.raises(InputError, match="same neurons"):
         drsa(values, values[:, :3], [1])
@@ -281,7 +281,7 @@ def test_invalid_arguments_raise():
     eye = Subspaces(torch.eye(4), (4,))
     with pytest.raises(UnknownLayerError, match="no layer named '2'"):
         with_subspaces(net, {"2": eye})
-    with pytest.raises(InputError, match="holds another layer"):
+    with pytest.raises(InputError, match="contains another layer"):
         with_subspaces(net, {"1": eye, "1.0": eye})
 
 

@@ -57,7 +57,7 @@ class ObservedCall:
         return self.function(*self.args, **self.kwargs)
 
     def leaves(self, result: Any) -> bool:
-        """Whether the result holds values of a tensor as Python objects; ``x.int()`` has the name of ``int(x)``."""
+        """Returns whether the result has tensor values as Python objects; ``x.int()`` has the name of ``int(x)``."""
         items = result if isinstance(result, (list, tuple)) else (result,)
         return self.name.base in _LEAVING and not all(isinstance(item, Tensor) for item in items)
 

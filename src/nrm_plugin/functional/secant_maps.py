@@ -59,7 +59,7 @@ class MultiplierKernel(Kernel):
 
 
 class PathKernel(MultiplierKernel):
-    """Kernel of a function that is a polynomial of its inputs: its mean Jacobian on the line between both points.
+    """Kernel of a polynomial function: its mean Jacobian on the line segment between both points.
 
     The mean is exact by Gauss-Legendre quadrature, with one point for products of two inputs.
 
@@ -97,7 +97,7 @@ class PathKernel(MultiplierKernel):
 
 
 _QUADRATURE = {1: [(0.5, 1.0)], 2: [(0.5 - math.sqrt(3) / 6, 0.5), (0.5 + math.sqrt(3) / 6, 0.5)]}
-"""Places and weights of the Gauss-Legendre quadrature."""
+"""Nodes and weights of the Gauss-Legendre quadrature."""
 
 
 def _averaged(images: list[tuple[float, Tensor, list[Tensor]]], above: Tensor) -> Multipliers:
@@ -141,14 +141,14 @@ secant_of("scatter_add")(lambda call: PathKernel(call))
 
 @secant_of("grid_sample", "roi_align", "deform_conv2d")
 def sampling(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of sampling at constant places, which is linear in the first input."""
+    """Returns the kernel of sampling at constant positions, which is linear in the first input."""
     if len(call.values) == 1 and isinstance(call.call.args[0] if call.call.args else None, Slot):
         return PathKernel(call)
     return UnknownKernel(UnsupportedOperationError(_PLACES.format(name=call.name)), call.shapes)
 
 
 _PLACES = (
-    "relevance of a difference arrived at {name!r} at places that the model computes, which has no kernel of "
+    "relevance of a difference arrived at {name!r} with positions that the model computes, which has no kernel of "
     "differences. Explain the output without reference=, or decorate a function with nrm_plugin.register_kernel."
 )
 
@@ -161,7 +161,7 @@ def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
     high, low = torch.maximum(one, two), torch.minimum(one, two)
     is_positive = high > 0
     gap = torch.where(is_positive, (high - low) / torch.where(is_positive, high, 1.0), 0.0)
-    # log1p is exact where the numbers are close, log where they are far apart.
+    # log1p is accurate where the numbers are close, log where they are far apart.
     log = -torch.where(gap < 0.5, torch.log1p(-gap), (low / torch.where(is_positive, high, 1.0)).log())
     return high * torch.where(gap > 0, gap / torch.where(gap > 0, log, 1.0), 1.0)
 
@@ -297,7 +297,7 @@ def _norm(call: DifferenceCall, group: Sequence[int], weight: object, eps: float
 
 _COMPUTED = (
     "relevance of a difference arrived at {name!r} with a weight or bias that the model computes, which has no kernel "
-    "of differences. Multiply and add after a normalization without weights."
+    "of differences. Multiply and add after a normalization without weights instead."
 )
 
 

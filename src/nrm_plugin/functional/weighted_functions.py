@@ -1,4 +1,4 @@
-"""Layers with weights that are called as functions, with the rule of the module that owns the weight.
+"""Layers with weights that are called as functions; they have the rule of the module that owns the weight.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -83,7 +83,7 @@ def _repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
 
 
 _NORM = nn.BatchNorm2d(1, device="meta").eval()
-"""The layer of which functional batch normalizations are copies, which is faster than to make a module for each."""
+"""The layer that is copied for functional batch normalizations, which is faster than constructing a new module."""
 
 
 def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
@@ -133,9 +133,8 @@ def deformable_convolution(call: FunctionCall) -> Kernel:
 
 
 _COMPUTED_WEIGHT = (
-    "relevance arrived at 'deform_conv2d' whose weight is computed by the model, which has no kernel. Define "
-    "how it propagates relevance: decorate a function with "
-    "nrm_plugin.register_kernel(torch.ops.torchvision.deform_conv2d)."
+    "relevance arrived at 'deform_conv2d' whose weight is computed by the model, which has no kernel. Register a "
+    "kernel by decorating a function with nrm_plugin.register_kernel(torch.ops.torchvision.deform_conv2d)."
 )
 
 

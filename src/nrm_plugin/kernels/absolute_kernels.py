@@ -15,7 +15,7 @@ from .base import Kernel, vjp
 from .rule_branch import Branch, WeightedLayer
 
 DENSE_LIMIT = 4096
-"""Largest number of columns for which the kernel of absolute values is formed column by column."""
+"""Largest number of columns for which the kernel of absolute values is computed column by column."""
 
 
 def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
@@ -35,9 +35,9 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
     size = math.prod(relevance.shape[2:])
     if size > DENSE_LIMIT:
         raise NRMError(
-            f"the walk variation needs |T| of a step with {size} outputs per sample, and its rule has no closed form "
-            f"for it (column by column it is formed up to {DENSE_LIMIT} outputs). Use `variation(layer)`, which is "
-            "exact for every rule, or a rule of Zennit without padding modes."
+            f"the walk variation requires |T| of a step with {size} outputs per sample, but its rule has no closed "
+            f"form for |T|, which is computed column by column only up to {DENSE_LIMIT} outputs. Use "
+            "`variation(layer)`, which is exact for every rule, or a rule of Zennit without padding modes."
         )
     kernel.complete_for(None)
     flat = relevance.flatten(2)
@@ -91,8 +91,8 @@ class _Term:
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
     r"""Returns terms such that each entry of the kernel belongs to exactly one term; None if there are no such terms.
 
-    On the positive and on the negative weights, the modified weights of a rule are multiples of the weight. Branches
-    with the same factor are added first (ZBox); the other branches must not overlap.
+    For positive and for negative weights, the modified weights of a rule are multiples of the weight. Branches with the
+    same factor are added first (ZBox); all other branches must be disjoint.
     """
     terms = []
     for sign in (None,) if layer is None else (1.0, -1.0):
@@ -144,7 +144,7 @@ def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _from_patches(branches: list[Branch], layer: WeightedLayer, relevance: Tensor) -> Tensor:
-    """Computes ``Σ_j |T_ij| R_j`` for any branches, one channel at a time, from the input patch of each output."""
+    """Computes ``Σ_j |T_ij| R_j`` for any branches from the input patch of each output, one channel at a time."""
     like, weight = branches[0].input.detach(), layer.weight
     size = weight[0].numel()
     # Used as a weight, the selection picks the entries that an output channel reads.

@@ -1,4 +1,4 @@
-"""Joint relevance of the channels on both sides of one layer, by one weight gradient instead of a pass per channel."""
+"""Joint relevance of the channels before and after a layer, from one weight gradient instead of a pass per channel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
     """
     layer = kernel.layer
     if layer is None:
-        raise NRMError("a step without weights has no channel matrix.")
+        raise NRMError("a step without weights has no matrix of channel pairs.")
     kernel.complete_for(relevance.unsqueeze(0))
     rows = []
     for sample in range(len(relevance)):

@@ -67,7 +67,7 @@ def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Returns whether to branch on the values of a tensor to save work; on other devices a read synchronizes."""
+    """Returns whether to read values of a tensor to save work; on devices other than a CPU, a read synchronizes."""
     return tensor.device.type == "cpu" and tensor.numel() > 0
 
 
@@ -118,7 +118,7 @@ class Normalization:
         return Scaling(factor, deficit(column_sum, factor, limit))
 
     def restores(self, image: Tensor, added: Tensor | float) -> bool:
-        """Returns whether the gain makes all columns ``image / (image + added)`` to one; both terms are nonnegative."""
+        """Returns whether the gain scales all columns ``image / (image + added)`` to one, for non-negative terms."""
         limit = float(self.gain_limit)
         if self.residual == "sink" or not 1 < limit < math.inf or not may_read(image):
             return False
@@ -145,7 +145,7 @@ class Columns(ABC):
 
     @abstractmethod
     def joined(self, other: Self) -> Self:
-        """Joins the columns of disjoint groups of branches; each column has branches of one group only."""
+        """Merges the columns of disjoint groups of branches; each column belongs to only one group."""
 
     @abstractmethod
     def sums(self, like: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class ColumnWriter:
         self._values[at] = values
 
     def columns(self) -> ColumnSums | Deficit:
-        """The columns of all blocks."""
+        """Returns the columns of all blocks."""
         if self._normalization is not None:
             return Deficit(self._values)
         return ColumnSums(torch.zeros_like(self._like) if self._values is None else self._values)

@@ -22,7 +22,7 @@ class Branch:
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         maps: :math:`J_k` and its transpose.
         modified: Function that computes the modified weight; None for a module without weights.
-        modify_input: Function that computes ``in_k``, if it is not kept since it is large; else None.
+        modify_input: Function that computes ``in_k``, if it is too large to be stored; else None.
     """
 
     source: Tensor
@@ -59,8 +59,8 @@ class WeightedLayer:
     Attributes:
         weight: The weight of the layer.
         rerun: Function ``(input, weight) -> output`` that runs the layer without its bias.
-        is_injective: Whether each input entry acts on each output entry through one weight only, so that absolute
-            values may be taken factor by factor; false if padding repeats entries.
+        is_injective: Whether each input entry contributes to each output entry through at most one weight, so that
+            absolute values may be taken factor by factor; false if padding repeats entries.
         groups: Number of groups of a convolution.
         is_transposed: Whether the first dimension of the weight indexes input channels.
     """

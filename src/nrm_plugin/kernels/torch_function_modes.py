@@ -1,4 +1,4 @@
-"""Torch function modes for modules with a rule; they avoid copies or record the weight, without changing the output."""
+"""Torch function modes for modules with a rule, which avoid copies or record the weight without changing the output."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def seen_image(mode: Mode | None, rule: Hook) -> Image | None:
     if not isinstance(mode, SeparateBias) or mode.image is None or not reads_image(rule):
         return None
     image, weight = mode.image
-    return Image(Saved(image), weight)  # saved, since without a bias it is the output, which the model may write to
+    return Image(Saved(image), weight)  # saved, since without a bias it is the output, to which the model may write
 
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
@@ -100,7 +100,7 @@ def is_torch_activation(module: nn.Module) -> bool:
 
 
 def writes_in_place(module: nn.Module) -> bool:
-    """Whether a module may write to its input, as all but torch's affine layers and modules with ``inplace=False``."""
+    """Returns whether a module may write to its input; affine layers and modules with ``inplace=False`` do not."""
     # Not by getattr alone, which formats an error message for every module without the attribute.
     inplace = module.__dict__.get("inplace", getattr(type(module), "inplace", True))
     return inplace is not False and not is_affine(module)

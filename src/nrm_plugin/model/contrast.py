@@ -77,7 +77,7 @@ def explained_number(outputs: Tensor, vector: Tensor) -> Tensor:
 
 
 def _is_vector(value: Any) -> bool:
-    """Returns whether a function returned the weights of the outputs (floating-point numbers), not the index of an output."""
+    """Returns whether a function returned weights of the outputs (floating-point numbers), not the index of one."""
     kind = getattr(value, "dtype", None)
     if isinstance(value, Tensor):
         return value.is_floating_point()

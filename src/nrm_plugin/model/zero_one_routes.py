@@ -128,7 +128,7 @@ def written(node: Any, number: int) -> tuple[Any, int]:
 
 
 def source_of(node: Any) -> Any:
-    """Returns the node that computed the entries of a tensor, skipping views of the whole tensor and in-place writes."""
+    """Returns the node that computed the entries of a tensor, skipping whole views and in-place writes."""
     node, _ = written(node, 0)
     while node is not None and is_whole(node):
         node, _ = written(*node.next_functions[0])

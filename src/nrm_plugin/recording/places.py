@@ -20,7 +20,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Input ``number`` of a vertex; its relevance is the part of the read tensor's relevance that comes from this vertex."""
+    """Input ``number`` of a vertex; its relevance is the part of the tensor's relevance that comes from this vertex."""
 
     vertex: int
     number: int
