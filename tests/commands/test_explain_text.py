@@ -142,7 +142,7 @@ def test_lines_of_stdin_are_texts_and_one_that_fails_does_not_stop_the_others(fo
     out, err = capsys.readouterr()
     assert out.count("predicted class") == 2
     assert "1 failed" in err
-    assert "has 32 tokens, and the model takes 16" in err
+    assert "has 32 tokens, but the model accepts at most 16" in err
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def measured():
     ("near call", lambda mu: mu.marginal("block.3"), UnknownLayerError, "'block.3'", "'block.0'", "'block.1'"),
     ("far", lambda mu: mu.sink("zzzzz"), UnknownLayerError, "'zzzzz'", "'input', 'conv'", "measure.layers"),
     ("empty", lambda mu: mu.bypass(""), UnknownLayerError, "''", "measure.layers"),
-    ("never called", lambda mu: mu.marginal("unused"), UnknownLayerError, "'unused'", "never called has no tap"),
+    ("never called", lambda mu: mu.marginal("unused"), UnknownLayerError, "'unused'", "never called have no tap"),
     ("in an event", lambda mu: mu(at("conv")[1] & ~at("bloc")), UnknownLayerError, "'bloc'", "'block'"),
     ("in a condition", lambda mu: mu(at("conv"), given=at("pol")), UnknownLayerError, "'pol'", "'pool'"),
     ("in a list", lambda mu: mu.marginal(["conv", "pol"]), UnknownLayerError, "'pol'", "'pool'"),
