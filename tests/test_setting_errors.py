@@ -69,7 +69,7 @@ def test_settings_in_addition_to_a_normalized_composite_raise(measured, setting)
         lambda: RelevanceMeasure(measured.net, measured.x, 1, composite=rules, **setting),
         lambda: NRM(measured.net, composite=rules, **setting),
     ):
-        with measured.raises(TypeError, "brings its own settings", name, f"Normalized(composite, {name}="):
+        with measured.raises(TypeError, "has its own settings", name, f"Normalized(composite, {name}="):
             make()
 
 

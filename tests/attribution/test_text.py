@@ -222,7 +222,7 @@ def test_texts_and_models_that_do_not_fit_raise():
         explain_text(model, tokenizer, "a " * 20)
     with pytest.raises(InputError, match="position=1 applies to models that predict tokens"):
         explain_text(model, tokenizer, TEXT, position=1)
-    with pytest.raises(InputError, match=r"the text has 2 masks; choose one by position=, one of \[1, 3\]"):
+    with pytest.raises(InputError, match=r"the text has 2 masks; choose one by position=, from \[1, 3\]"):
         explain_text(text_net("mask"), tokenizer, "[MASK] film [MASK]")
     with pytest.raises(InputError, match=r"the tokens behind masks. Put \[MASK\] into the text, or give position="):
         explain_text(text_net("mask"), tokenizer, "a film")

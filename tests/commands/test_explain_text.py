@@ -123,7 +123,7 @@ def test_masks_are_the_reference_unless_options_say_otherwise(folder, monkeypatc
 def test_rules_cannot_be_changed_where_there_are_none(folder, monkeypatch, capsys):
     using(monkeypatch, StubLibrary())
     assert main(["explain-text", TEXT, "--model", "net", "--reference", "[MASK]", "--gain-limit", "3"]) == 2
-    assert "--gain-limit belongs to the rules of a composite" in capsys.readouterr().err
+    assert "--gain-limit applies to the rules of a composite" in capsys.readouterr().err
 
 
 def test_sites_are_listed_with_shapes(folder, monkeypatch, capsys):

@@ -134,7 +134,7 @@ def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, caps
     with monkeypatch.context() as patch:
         stop_at(patch, 9)
         assert run() == 130
-    assert "The same command continues" in capsys.readouterr().err
+    assert "Run the same command to continue" in capsys.readouterr().err
     assert Sweep.open("swept").manifest.state == "interrupted"
     assert Path("swept/samples.csv").exists()
     assert run() == 0

@@ -56,7 +56,7 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
 
 
 def _measure(model: nn.Module, images: Tensor, sample: Sample, against: str) -> RelevanceMeasure:
-    """The predicted class has the largest output, so that the difference from the others is positive."""
+    """Returns the measure of a digit, whose difference from the others is positive, since it is predicted."""
     return RelevanceMeasure(model, images, sample.predicted, against=REST if against == REST else None)
 
 
@@ -65,7 +65,7 @@ def _explained(sample: Sample, against: str) -> str:
 
 
 def _two_lines(title: str) -> str:
-    """On one line the title of a heat map would run into the colour bar."""
+    """Breaks a title into two lines, since in one line it would overlap the colour bar."""
     return title.replace(" rather than ", "\nrather than ")
 
 

@@ -36,22 +36,23 @@ def flow_figure(
     width: float | None = None,
     signs: tuple[str, str] = SIGNS,
 ) -> Figure:
-    """Draws a flow graph as ribbons between its nodes, with the input on the left; heights are relevance.
+    """Draws a flow graph as ribbons between its nodes, with the input on the left; heights show relevance.
 
-    Red is positive and blue negative, in shades that colour-blind readers can distinguish; the negative ribbons of a
-    node are below its positive ones. Grey is the rest of a layer; hatched orange is absorbed above the layer, dotted
-    orange bypasses it. Small rest and off nodes, and hairlines, are not drawn; the key says how much.
+    Red is positive and blue is negative, in shades that colour-blind readers can distinguish; the negative ribbons of a
+    node are below its positive ribbons. Grey is the rest of a layer, hatched orange is relevance absorbed above the
+    layer, and dotted orange is relevance that bypasses it. Small rest and off nodes and very thin ribbons are not
+    drawn; the legend states their total.
 
     Args:
         graph: The graph.
         heading: Title of the figure.
         dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as their pictures.
-        image: The explained image, ``(C, H, W)`` in [0, 1], or a :class:`~nrm_plugin.plots.Photo`: drawn next to the
-            caption, and in grey beneath the pictures.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, which are drawn as thumbnails.
+        image: The explained image, ``(C, H, W)`` in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is drawn next to
+            the caption, and in grey beneath the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
-        signs: What positive and negative relevance mean, for the key.
+        signs: Descriptions of positive and negative relevance for the legend.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -93,7 +94,7 @@ def scene_of(
     width: float | None = None,
     signs: tuple[str, str] = SIGNS,
 ) -> Scene:
-    """Returns the layout of a flow with its caption and key."""
+    """Returns the layout of a flow with its caption and legend."""
     shown: Mapping[str, object] = pictures.values if pictures else {}
     return flow_scene(
         graph,

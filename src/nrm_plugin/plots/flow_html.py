@@ -1,4 +1,4 @@
-"""Flow graphs as HTML pages: one file of SVG with a small script, which needs no network and no other package."""
+"""Flow graphs as HTML pages: a single file with SVG and a small script, which requires neither network nor packages."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .flow_thumbnails import NodePictures, Photo, Pixels, node_pictures, painted
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Pairs = Mapping[tuple[str, str], float]
-"""Joint relevance of two nodes of any two layers, by their keys, the upper one first."""
+"""Joint relevance of two nodes in any two layers, by their keys, with the upper node first."""
 WIDTH = 12.0
-"""Width of the drawing in inches, for which the sizes of letters are chosen; the page scales it to the window."""
+"""Width of the drawing in inches, on which font sizes are based; the page scales it to the window."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Content security policy: the browser itself blocks every request of the page."""
 
@@ -42,19 +42,20 @@ def sankey(
     pairs: Pairs | None = None,
     signs: tuple[str, str] = SIGNS,
 ) -> str:
-    """Returns an HTML page, in one file without requests, for light and dark backgrounds.
+    """Returns a self-contained HTML page for light and dark backgrounds.
 
-    Hovering over a node or a ribbon shows its numbers. A click on a node, or Enter, conditions on it: every node that
-    shares a layer pair with it in the graph, or in ``pairs``, then shows its relevance given this node. Arrow keys move
-    between nodes, Escape returns, ``/`` searches. A table holds all numbers for screen readers.
+    Hovering over a node or a ribbon shows its numbers. Clicking on a node, or pressing Enter, conditions on this node:
+    every node whose joint relevance with it is known, from the graph or from ``pairs``, then shows its relevance given
+    this node. Arrow keys move between nodes, Escape resets the view, and ``/`` starts a search. A table contains all
+    numbers for screen readers.
 
     Args:
         graph: The graph.
         heading: Title of the page.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as their pictures.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, which are drawn as thumbnails.
         image: As in :func:`~nrm_plugin.plots.flow_figure`.
         caption: As in :func:`~nrm_plugin.plots.flow_figure`.
-        pairs: Joint relevance of nodes in layers that are not neighbours, from
+        pairs: Joint relevance of nodes in non-adjacent layers, from
             :func:`~nrm_plugin.measure.flow_heat_maps.flow_maps_and_pairs`.
         signs: As in :func:`~nrm_plugin.plots.flow_figure`.
 
@@ -216,7 +217,7 @@ def _encoded(pixels: Pixels) -> str:
 
 
 def _data(graph: FlowGraph, scene: Scene, pairs: Pairs) -> dict[str, Any]:
-    """Returns the numbers of the page: nodes with their places, ribbons, and joint relevance of pairs of nodes."""
+    """Returns the data of the page: nodes with their positions, ribbons, and joint relevance of pairs of nodes."""
     keys = [node.node.key for node in scene.nodes]
     place = {key: number for number, key in enumerate(keys)}
     joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges} | dict(pairs)
@@ -249,7 +250,7 @@ def _rounded(value: float) -> float:
 
 
 def _table(graph: FlowGraph) -> str:
-    """Returns all nodes and the largest edges as tables, for screen readers and to copy."""
+    """Returns all nodes and the largest edges as tables, for screen readers and for copying."""
     nodes = [(node.layer, node_name(node), percent(node.mass)) for node in graph.nodes if np.isfinite(node.mass)]
     edges = sorted(graph.edges, key=lambda edge: -abs(edge.mass))[:200]
     rows = [
