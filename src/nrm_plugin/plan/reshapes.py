@@ -19,7 +19,7 @@ ELEMENTWISE = frozenset(
     mul_ add_ sub_ div_ neg_ abs_ reciprocal_ nan_to_num_ clamp_ clamp_min_ relu_ addcmul_ masked_fill masked_fill_
     """.split()
 )
-"""Operations that compute each entry from the entries of their arguments at the same place."""
+"""Operations that compute each entry from the entries of their arguments at the same position."""
 
 
 class ViewRemover:

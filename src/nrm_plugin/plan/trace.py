@@ -1,4 +1,4 @@
-"""Traces: the tensor operations that a computation ran, as a flat list in which every tensor has a number."""
+"""Traces: the tensor operations of a computation, as a flat list in which every tensor has a number."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Trace:
     Attributes:
         operations: The operations, in order.
         constants: Tensors that do not depend on placeholders, by number.
-        placeholders: Numbers of the tensors that differ from run to run.
+        placeholders: Numbers of the tensors that differ between runs.
         forms: Shape, strides, offset, dtype and device of each tensor.
         aliases: For each tensor, the first tensor whose memory it may share.
         count: Number of tensors.
@@ -162,14 +162,14 @@ FILLED = frozenset(
 
 
 def is_drawn(one: Operation) -> bool:
-    """Whether an operation draws random numbers."""
+    """Returns whether an operation draws random numbers."""
     return draws(one.function)
 
 
 def draws(function: Any) -> bool:
-    """Whether a function of torch draws random numbers."""
+    """Returns whether a torch function draws random numbers."""
     return torch.Tag.nondeterministic_seeded in function.tags and not str(function).startswith(_DETERMINISTIC)
 
 
 _DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
-"""Operations that draw numbers only in training mode, in which no measure is taken."""
+"""Operations that draw numbers only in training mode, in which no measure is computed."""

@@ -255,7 +255,7 @@ def select_neurons(
         >>> bool((restriction(mu, selection.kept).smape <= 20.0).all())
         True
 
-    Source: ours.
+    Source: new in this package.
     """
     pool = _GroupPool(mu, layers, over)
     _check_limits(pool, budget, error, rounds)
