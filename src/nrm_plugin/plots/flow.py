@@ -18,7 +18,7 @@ from .flow_caption import SIGNS, flow_caption, key_text
 from .flow_columns import has_off, region_name
 from .flow_layout import flow_scene
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
-from .flow_thumbnails import NodePictures, Photo, node_pictures, painted, photo_pixels, region_places
+from .flow_thumbnails import NodeThumbnails, Photo, node_thumbnails, painted, photo_pixels, region_places
 from .layer_profile import profile_figure
 from .ribbons import DARK, LIGHT, Palette
 
@@ -65,8 +65,8 @@ def flow_figure(
     """
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
-    pictures = node_pictures(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, pictures, photo, width, signs)
+    thumbnails = node_thumbnails(graph, maps or {}, photo)
+    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -76,9 +76,9 @@ def flow_figure(
     for band in sorted(scene.bands, key=lambda band: -band.width):
         _draw_band(axes, band, palette)
     for node in scene.nodes:
-        _draw_node(axes, node, pictures, palette)
+        _draw_node(axes, node, thumbnails, palette)
     if scene.photo is not None and photo is not None:
-        _draw_pixels(axes, scene.photo, photo_pixels(photo, pictures))
+        _draw_pixels(axes, scene.photo, photo_pixels(photo, thumbnails))
         _draw_regions(axes, scene.photo, photo, graph)
     for label in scene.labels:
         _draw_label(axes, label, palette)
@@ -89,13 +89,13 @@ def scene_of(
     graph: FlowGraph,
     heading: str,
     caption: str | None,
-    pictures: NodePictures | None,
+    thumbnails: NodeThumbnails | None,
     photo: Photo | None,
     width: float | None = None,
     signs: tuple[str, str] = SIGNS,
 ) -> Scene:
     """Returns the layout of a flow with its caption and legend."""
-    shown: Mapping[str, object] = pictures.values if pictures else {}
+    shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
     return flow_scene(
         graph,
         heading.replace(r"\$", "$"),
@@ -103,7 +103,7 @@ def scene_of(
         key_text(bool(shown), has_off(graph), signs),
         width,
         shown,
-        pictures.ratio if pictures else 1.0,
+        thumbnails.ratio if thumbnails else 1.0,
         photo.file.shape[0] / photo.file.shape[1] if photo is not None else None,
     )
 
@@ -132,7 +132,7 @@ def _draw_band(axes: Axes, band: Band, palette: Palette) -> None:
     )
 
 
-def _draw_node(axes: Axes, node: DrawnNode, pictures: NodePictures | None, palette: Palette) -> None:
+def _draw_node(axes: Axes, node: DrawnNode, thumbnails: NodeThumbnails | None, palette: Palette) -> None:
     for box, tone in node.bars:
         color = color_of(tone, palette)
         hatch = HATCHES.get(tone)
@@ -141,8 +141,8 @@ def _draw_node(axes: Axes, node: DrawnNode, pictures: NodePictures | None, palet
             Rectangle((box.x, box.y), box.width, max(box.height, 0.6), facecolor=face, edgecolor=color,
                       linewidth=0.5 if hatch else 0, hatch=hatch, zorder=4)
         )  # fmt: skip
-    if node.picture is not None and pictures is not None:
-        _draw_pixels(axes, node.picture, painted(pictures, node.node.key, palette))
+    if node.thumbnail is not None and thumbnails is not None:
+        _draw_pixels(axes, node.thumbnail, painted(thumbnails, node.node.key, palette))
     for label in node.labels:
         _draw_label(axes, label, palette)
 

@@ -24,7 +24,7 @@ SIGNS = ("evidence for", "evidence against")
 OFF = (
     "Orange is relevance that does not cross a layer: hatched if it is absorbed above, dotted if it bypasses the layer."
 )
-PICTURES = "Pictures show where the relevance of a node lies, on one colour scale per layer."
+THUMBNAILS = "Thumbnails show where the relevance of a node lies, on one colour scale per layer."
 
 
 def flow_caption(graph: FlowGraph, target: str = "") -> str:
@@ -62,9 +62,9 @@ def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
     return " ".join(sentences) or "The flows hardly differ."
 
 
-def key_text(has_pictures: bool, has_off: bool, signs: tuple[str, str] = SIGNS) -> str:
+def key_text(has_thumbnails: bool, has_off: bool, signs: tuple[str, str] = SIGNS) -> str:
     """Returns the legend of a flow; ``signs`` describes positive and negative relevance."""
-    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([PICTURES] if has_pictures else [])])
+    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([THUMBNAILS] if has_thumbnails else [])])
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:

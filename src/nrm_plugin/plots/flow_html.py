@@ -21,7 +21,7 @@ from .flow import curve, scene_of
 from .flow_caption import SIGNS, flow_caption
 from .flow_columns import node_name, region_name
 from .flow_parts import Band, DrawnNode, Label, Scene
-from .flow_thumbnails import NodePictures, Photo, Pixels, node_pictures, painted, photo_pixels, region_places
+from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, painted, photo_pixels, region_places
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Pairs = Mapping[tuple[str, str], float]
@@ -63,9 +63,9 @@ def sankey(
         FlowError: If a layer has too many groups for a figure.
     """
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
-    pictures = node_pictures(graph, maps or {}, photo)
+    thumbnails = node_thumbnails(graph, maps or {}, photo)
     width = max(WIDTH, 2.4 * len(graph.layers))
-    scene = scene_of(graph, "", "", pictures, None, width, signs)
+    scene = scene_of(graph, "", "", thumbnails, None, width, signs)
     said = flow_caption(graph) if caption is None else caption
     data = json.dumps(_data(graph, scene, pairs or {}), allow_nan=False).replace("<", "\\u003c")
     names = {node.node.key: node for node in scene.nodes}
@@ -74,7 +74,7 @@ def sankey(
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(heading)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n<header>",
-        _photograph(photo, pictures, graph) if photo else "",
+        _photograph(photo, thumbnails, graph) if photo else "",
         f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>\n{CONTROLS}\n</div>\n</header>",
         f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.height:.1f}" role="group" aria-label="flow">',
         DEFINITIONS,
@@ -82,7 +82,7 @@ def sankey(
         '<g class="bands">',
         *(_band(number, band, names) for number, band in enumerate(scene.bands)),
         "</g>",
-        *(_node(node, pictures) for node in scene.nodes),
+        *(_node(node, thumbnails) for node in scene.nodes),
         f"</svg>\n{_table(graph)}\n</main>",
         '<div id="tip" hidden></div>',
         f'<script type="application/json" id="data">{data}</script>',
@@ -140,9 +140,9 @@ def _style() -> str:
     )
 
 
-def _photograph(photo: Photo, pictures: NodePictures | None, graph: FlowGraph) -> str:
+def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGraph) -> str:
     """Returns the photograph with the names of the nodes of the input in their regions."""
-    pixels = photo_pixels(photo, pictures)
+    pixels = photo_pixels(photo, thumbnails)
     height, width = pixels.shape[:2]
     names = {node.key: escape(region_name(node)) for node in graph.nodes}
     marks = [
@@ -180,7 +180,7 @@ def _band(number: int, band: Band, nodes: Mapping[str, DrawnNode]) -> str:
     return f'<path class="band {band.tone}" data-band="{number}" d="{path}" opacity="{band.strength}"/>'
 
 
-def _node(node: DrawnNode, pictures: NodePictures | None) -> str:
+def _node(node: DrawnNode, thumbnails: NodeThumbnails | None) -> str:
     box = node.box
     name = f"{node.node.layer}, {node_name(node.node)}: {percent(node.node.mass)}"
     parts = [
@@ -188,10 +188,10 @@ def _node(node: DrawnNode, pictures: NodePictures | None) -> str:
         f'data-key="{escape(node.node.key)}">',
         f'<rect class="hit" x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}"/>',
     ]
-    if node.picture is not None and pictures is not None:
-        place = " ".join(f'{side}="{getattr(node.picture, side):.1f}"' for side in ("x", "y", "width", "height"))
+    if node.thumbnail is not None and thumbnails is not None:
+        place = " ".join(f'{side}="{getattr(node.thumbnail, side):.1f}"' for side in ("x", "y", "width", "height"))
         for kind, palette in (("light", LIGHT), ("dark", DARK)):
-            href = _encoded(painted(pictures, node.node.key, palette))
+            href = _encoded(painted(thumbnails, node.node.key, palette))
             parts.append(f'<image class="{kind}" {place} preserveAspectRatio="none" href="{href}"/>')
     for bar, tone in node.bars:
         fill = f' fill="url(#{tone})"' if tone in ("sink", "bypass") else ""

@@ -33,7 +33,7 @@ def flow_scene(
     caption: str = "",
     key: str = "",
     width: float | None = None,
-    pictures: Mapping[str, object] | None = None,
+    thumbnails: Mapping[str, object] | None = None,
     ratio: float = 1.0,
     photo_ratio: float | None = None,
 ) -> Scene:
@@ -45,26 +45,26 @@ def flow_scene(
         caption: The sentences below the title.
         key: The legend below the flow; a note about ribbons that are not drawn is appended.
         width: Width in inches; by default 7.2, or more for more than four layers.
-        pictures: The keys of the nodes with a thumbnail.
+        thumbnails: The keys of the nodes with a thumbnail.
         ratio: Ratio of the height of a thumbnail to its width.
         photo_ratio: The same ratio for the photograph next to the caption; None without a photograph.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
     """
-    pictures = pictures or {}
+    thumbnails = thumbnails or {}
     columns = drawn_columns(graph)
-    sizes = _sizes(columns, width, ratio if pictures else 0.0)
+    sizes = _sizes(columns, width, ratio if thumbnails else 0.0)
     photo, labels, top = _header(sizes, heading, caption, photo_ratio)
     labels += _column_headings(graph, sizes, top)
     top += 2 * LINE * sizes.letters + 8
     stacks = _stacks(graph, columns)
-    heights = [[_rows(sizes, number, node, pictures) for _, node in column] for number, column in enumerate(columns)]
+    heights = [[_rows(sizes, number, node, thumbnails) for _, node in column] for number, column in enumerate(columns)]
     unit, room = _unit(stacks, heights, sizes)
     nodes = [
         node
         for number, column in enumerate(columns)
-        for node in _placed(graph, number, column, stacks[number], heights[number], unit, room, top, sizes, pictures)
+        for node in _placed(graph, number, column, stacks[number], heights[number], unit, room, top, sizes, thumbnails)
     ]
     bands, omitted = _bands(graph, columns, nodes, unit)
     bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
@@ -172,9 +172,9 @@ def _signed(node: FlowNode, values: Array, column: Sequence[tuple[int, FlowNode]
     return Stack(float(shown.clip(min=0).sum()), float(-shown.clip(max=0).sum()))
 
 
-def _rows(sizes: Sizes, column: int, node: FlowNode, pictures: Mapping[str, object]) -> float:
+def _rows(sizes: Sizes, column: int, node: FlowNode, thumbnails: Mapping[str, object]) -> float:
     """Returns the height of the thumbnail of a node with its text."""
-    return (sizes.sides[column] * sizes.ratio if node.key in pictures else 0.0) + sizes.text(column)
+    return (sizes.sides[column] * sizes.ratio if node.key in thumbnails else 0.0) + sizes.text(column)
 
 
 def _unit(
@@ -205,7 +205,7 @@ def _placed(
     room: float,
     top: float,
     sizes: Sizes,
-    pictures: Mapping[str, object],
+    thumbnails: Mapping[str, object],
 ) -> list[DrawnNode]:
     """Returns the nodes of a column, distributed over the height of the flow."""
     own = [
@@ -221,10 +221,10 @@ def _placed(
         middle = y + height / 2
         inner = Box(box.x + BAR, middle - least / 2, sizes.sides[number], least - sizes.text(number))
         bars = _bars(layer, node, sides, number, len(graph.layers), box, middle, unit)
-        picture = inner if node.key in pictures else None
+        thumbnail = inner if node.key in thumbnails else None
         is_between = any(bar.bottom > inner.bottom for bar, _ in bars)
         labels = _labels(graph, number, node, box, inner.bottom + 1, sizes, is_between)
-        nodes.append(DrawnNode(node, number, box, picture, bars, labels))
+        nodes.append(DrawnNode(node, number, box, thumbnail, bars, labels))
         y += height + GAP + space
     return nodes
 

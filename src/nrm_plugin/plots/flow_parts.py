@@ -53,7 +53,7 @@ class DrawnNode:
         node: The node.
         column: Number of its column, from the left.
         box: The rectangle of all its parts.
-        picture: The position of its thumbnail; None without a thumbnail.
+        thumbnail: The position of its thumbnail; None without a thumbnail.
         bars: Stacks of ribbons at its sides, each with a tone: ``positive``, ``negative``, ``rest``, ``sink`` or
             ``bypass``.
         labels: Its lines of text.
@@ -62,7 +62,7 @@ class DrawnNode:
     node: FlowNode
     column: int
     box: Box
-    picture: Box | None
+    thumbnail: Box | None
     bars: tuple[tuple[Box, str], ...]
     labels: tuple[Label, ...]
 

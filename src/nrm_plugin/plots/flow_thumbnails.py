@@ -61,7 +61,7 @@ class Photo:
 
 
 @dataclass(frozen=True)
-class NodePictures:
+class NodeThumbnails:
     """Thumbnails of the nodes, ready to be drawn.
 
     Attributes:
@@ -85,7 +85,7 @@ class NodePictures:
         return (bottom - top) / max(right - left, 1)
 
 
-def node_pictures(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodePictures | None:
+def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodeThumbnails | None:
     """Returns the thumbnails of the nodes that have heat maps; None if there are none.
 
     Each map is divided by its total absolute relevance, and all maps of a layer share one scale: its median maximum.
@@ -107,24 +107,24 @@ def node_pictures(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) 
     grey = None if photo is None or photo.colors.shape[:2] != size else _grey(photo, box, shape)
     regions = {} if photo is None else {key: mask for key, mask in photo.regions.items() if key in values}
     edges = {key: _edge(np.asarray(mask)[box[0] : box[2], box[1] : box[3]], shape) for key, mask in regions.items()}
-    return NodePictures(box, values, grey, (size[0], size[1]), edges)
+    return NodeThumbnails(box, values, grey, (size[0], size[1]), edges)
 
 
-def painted(pictures: NodePictures, key: str, palette: Palette = LIGHT) -> Pixels:
+def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> Pixels:
     """Returns the thumbnail of a node, painted over the photograph with the background of a palette, ``(H, W, 3)``."""
-    values = pictures.values[key]
+    values = thumbnails.values[key]
     paper = np.array(to_rgb(palette.paper))
-    ground = np.broadcast_to(paper, (*values.shape, 3)) if pictures.grey is None else faded(pictures.grey, palette)
+    ground = np.broadcast_to(paper, (*values.shape, 3)) if thumbnails.grey is None else faded(thumbnails.grey, palette)
     alpha = opacity(values)[..., None]
     signs = np.where(values[..., None] >= 0, to_rgb(palette.positive), to_rgb(palette.negative))
     colors = ground * (1 - alpha) + signs * alpha
-    if key in pictures.edges:
-        colors = np.where(pictures.edges[key][..., None], to_rgb(palette.ink), colors)
+    if key in thumbnails.edges:
+        colors = np.where(thumbnails.edges[key][..., None], to_rgb(palette.ink), colors)
     result: Pixels = (255 * colors).round().astype(np.uint8)
     return result
 
 
-def photo_pixels(photo: Photo, pictures: NodePictures | None = None) -> Pixels:
+def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixels:
     """Returns the photograph of the file, ``(H, W, 3)``, in which the part that the model did not see is dimmed.
 
     A thin line marks the part shown by the thumbnails of the nodes, if it is smaller.
@@ -139,9 +139,9 @@ def photo_pixels(photo: Photo, pictures: NodePictures | None = None) -> Pixels:
     colors = np.where(inside[..., None], colors, 0.35 * colors + 0.55)
     if not inside.all():
         colors = np.where(_border(inside, 3)[..., None], (0.9, 0.62, 0.0), colors)
-    if pictures is not None and pictures.box != (0, 0, *pictures.size):
-        rows = [top + round(end * (bottom - top) / pictures.size[0]) for end in pictures.box[::2]]
-        places = [left + round(end * (right - left) / pictures.size[1]) for end in pictures.box[1::2]]
+    if thumbnails is not None and thumbnails.box != (0, 0, *thumbnails.size):
+        rows = [top + round(end * (bottom - top) / thumbnails.size[0]) for end in thumbnails.box[::2]]
+        places = [left + round(end * (right - left) / thumbnails.size[1]) for end in thumbnails.box[1::2]]
         part = np.zeros((height, width), bool)
         part[rows[0] : rows[1], places[0] : places[1]] = True
         colors = np.where(_border(part, 2)[..., None], 1.0, colors)
@@ -290,4 +290,4 @@ def _grey(photo: Photo, box: Box, shape: tuple[int, ...]) -> Array:
     return np.asarray(sharp, dtype=float) / 255
 
 
-__all__ = ["NodePictures", "Photo", "node_pictures", "painted", "photo_pixels", "region_places"]
+__all__ = ["NodeThumbnails", "Photo", "node_thumbnails", "painted", "photo_pixels", "region_places"]
