@@ -182,7 +182,8 @@ def top_walks(
         >>> torch.allclose(mu(best.event(0)), torch.tensor(best.walks[0].mass), atol=1e-5)
         True
 
-    Source: docs/critical-paths.md; Xiong et al., ICML 2023, for walks of single neurons. The bound is new in this package.
+    Source: docs/critical-paths.md; Xiong et al., ICML 2023, for walks of single neurons. The bound is new in this
+    package.
     """
     check_count(k, "k")
     check_one_sample(mu)
