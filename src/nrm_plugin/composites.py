@@ -111,7 +111,7 @@ class Normalized(Composite):
         super().__init__(module_map=self.mapping, canonizers=[*kept, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
-        """Returns the hook of a module; None if the module is not a step.
+        """Returns the hook of a module, or None if the module is not a step.
 
         Examples:
             >>> from zennit.composites import EpsilonPlus
@@ -252,7 +252,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
         epsilon: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`.
         layer_map, first_map: Rules that take precedence over the rules of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
-        canonizers: As in Zennit; None for batch-norm fusion.
+        canonizers: As in Zennit, or None for batch-norm fusion.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -289,7 +289,7 @@ class NRMAbsolute(LayerMapComposite):
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
-        canonizers: As in Zennit; None for batch-norm fusion.
+        canonizers: As in Zennit, or None for batch-norm fusion.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -388,7 +388,7 @@ class NRMRelative(Normalized):
 
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
-        canonizers: As in Zennit; None for batch-norm fusion.
+        canonizers: As in Zennit, or None for batch-norm fusion.
         uncovered: As in :class:`~nrm_plugin.Normalized`.
 
     Examples:

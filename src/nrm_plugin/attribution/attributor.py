@@ -23,7 +23,7 @@ class NRMAttributor(Attributor):
 
     Args:
         model: The network, in evaluation mode.
-        composite: A Zennit composite; None for the default of this package.
+        composite: A Zennit composite, or None for the default of this package.
         attr_output: The start of the measure, as in Zennit: a tensor in the shape of the output, or a function of the
             output. The default is the output itself.
         residual, gain_limit, uncovered, output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`.

@@ -78,7 +78,7 @@ def check_floating(inputs: tuple[Tensor, ...]) -> None:
 
 
 def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
-    """Returns Captum's baselines, which may be numbers, as the reference of a measure; None without baselines."""
+    """Returns Captum's baselines, which may be numbers, as the reference of a measure, or None without baselines."""
     if baselines is None:
         return None
     given = tuple(baselines) if isinstance(baselines, (tuple, list)) else (baselines,)

@@ -32,7 +32,7 @@ def condition_event(condition: Condition) -> Event | None:
             ignored.
 
     Returns:
-        The event; None if the condition contains no layer and is therefore satisfied by all walks.
+        The event, or None if the condition contains no layer and is therefore satisfied by all walks.
 
     Raises:
         EventError: If the condition is not a mapping, or its channels are not a list of numbers.

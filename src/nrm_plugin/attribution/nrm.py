@@ -44,7 +44,7 @@ class NRM(GradientAttribution):
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped and runs on one device.
-        composite: A Zennit composite; None for the default of this package.
+        composite: A Zennit composite, or None for the default of this package.
         residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`. With ``batched=False``, attributions have the
             shape of the inputs, and deltas and sinks have one entry.
@@ -130,8 +130,8 @@ class NRM(GradientAttribution):
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             target: The output to explain, in Captum's format: an int or a tensor with one int for all samples, or a
-                list or tensor with one int per sample; for outputs with more dimensions, a tuple or a list of tuples;
-                None if each sample has a single output.
+                list or tensor with one int per sample; for outputs with more dimensions, a tuple or a list of tuples,
+                or None if each sample has a single output.
             additional_forward_args: Additional arguments of the model, as a single argument or a tuple. They receive no
                 relevance.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus

@@ -45,7 +45,7 @@ class Row:
         title: Description of what the walks cross.
         mass: Mass of these walks.
         relevance: Relevance of each word, ``(words,)``, on the CPU: joint relevance for a unit, and conditional
-            relevance, which sums to 1, for a condition; None if the mass of the condition is zero or nearly cancels.
+            relevance, which sums to 1, for a condition, or None if the mass of the condition is zero or nearly cancels.
         problem: The reason why ``relevance`` is None.
     """
 

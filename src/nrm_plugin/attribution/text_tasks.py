@@ -27,7 +27,7 @@ class Task:
         text: The text.
         inputs: Token ids at which walks end, by argument name of the model.
         others: Additional arguments of the model.
-        position: Index of the token whose prediction is explained; None if the class of the text is explained.
+        position: Index of the token whose prediction is explained, or None if the class of the text is explained.
         logits: The logits of the prediction, ``(K,)``.
         labels: Names of the classes; empty if the classes are the tokens of the tokenizer.
         tokenizer: The tokenizer.

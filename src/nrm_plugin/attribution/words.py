@@ -71,8 +71,8 @@ def merged(text: str, ids: Sequence[int], tokens: Sequence[str], special: set[in
         ids: The ids of the tokens.
         tokens: The tokens.
         special: Ids of special tokens.
-        encoding: The encoding of a fast tokenizer, with ``word_ids`` and ``offsets``; None for other tokenizers, which
-            mark by ``##``, ``Ġ`` or ``▁`` which tokens form a word.
+        encoding: The encoding of a fast tokenizer, with ``word_ids`` and ``offsets``, or None for other tokenizers,
+            which mark by ``##``, ``Ġ`` or ``▁`` which tokens form a word.
     """
     are_special = [number in special for number in ids]
     if encoding is None:

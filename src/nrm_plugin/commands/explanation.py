@@ -60,7 +60,7 @@ class ConditionalExplanation:
         condition: The condition.
         mass: Mass of the event.
         relevance: Relevance of the inputs given the event, ``(C, H, W)``, with the sign of the mass if the class is
-            compared with others; None if the mass is zero or nearly cancels.
+            compared with others, or None if the mass is zero or nearly cancels.
         problem: The reason why the relevance is undefined.
     """
 
@@ -80,14 +80,14 @@ class Explanation:
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
         against: What the class is compared with.
-        difference: The explained difference of outputs; None if the class is not compared with others.
+        difference: The explained difference of outputs, or None if the class is not compared with others.
         relevance: Relevance of the inputs, ``(C, S, S)``. Like the relevance of layers and the totals, it is multiplied
             by the sign of the difference, so that positive relevance is evidence for the class.
         totals: Totals at the inputs.
         layers: The requested layers.
         given: The requested conditions.
         photo: The image for figures, with the part that the model did not see.
-        reference: Name or file of the reference image; None without one.
+        reference: Name or file of the reference image, or None without one.
     """
 
     source: LoadedImage

@@ -185,7 +185,7 @@ def cells_of(cells: int | str, size: Sequence[int], layer: Sequence[int] | None 
     Args:
         cells: The option: a number, or one of :data:`~nrm_plugin.commands.options.AUTO` and others.
         size: Size of the map in pixels.
-        layer: Size of the layer of the map; None for the input.
+        layer: Size of the layer of the map, or None for the input.
     """
     if isinstance(cells, int):
         return [cells] * len(size)

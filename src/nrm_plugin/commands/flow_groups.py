@@ -37,13 +37,13 @@ class FlowOptions:
 
     Attributes:
         top: Maximum number of channels of a layer.
-        coverage: Fraction of the absolute mass of each layer that the shown channels must cover; None for no limit.
+        coverage: Fraction of the absolute mass of each layer that the shown channels must cover, or None for no limit.
         patches: Patches of the image along each side.
         dark: Whether figures are for a dark background.
-        width: Width of the figure in inches; None for the default.
+        width: Width of the figure in inches, or None for the default.
         kind: File type of the figure.
-        groups: Number of groups of channels of a layer, or a file of groups; None for single channels.
-        minus: Class or image file of a second flow, to subtract; None for one flow.
+        groups: Number of groups of channels of a layer, or a file of groups, or None for single channels.
+        minus: Class or image file of a second flow, to subtract, or None for one flow.
     """
 
     top: int = 8

@@ -52,7 +52,7 @@ class ImageFlow:
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
         against: What the class is compared with.
-        difference: The explained difference of outputs; None if the class is not compared with others.
+        difference: The explained difference of outputs, or None if the class is not compared with others.
         graph: The flow.
         heat_maps: Heat maps of the nodes.
         pairs: Joint relevance of nodes in non-adjacent layers.

@@ -61,8 +61,8 @@ def load(
 
     Args:
         name: Name of a torchvision classification model, or ``package.module:factory`` or ``file.py:factory``.
-        weights: Name of torchvision weights, a file, or ``"none"``; None for torchvision's default, or for the weights
-            that the user's own factory returns.
+        weights: Name of torchvision weights, a file, or ``"none"``, or None for torchvision's default, or for the
+            weights that the user's own factory returns.
         size: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         mean: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         std: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.

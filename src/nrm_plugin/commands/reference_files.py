@@ -50,7 +50,7 @@ class Listing:
     files: list[str]
 
     def file(self, sample: int) -> str | None:
-        """Returns the file name of a sample; None if unknown."""
+        """Returns the file name of a sample, or None if unknown."""
         return self.files[sample] if 0 <= sample < len(self.files) else None
 
     def entry(self, group: int | str) -> dict[str, Any]:

@@ -45,16 +45,16 @@ class Request:
     """What to compute for every image.
 
     Attributes:
-        target: Index or name of the class to explain; None for the predicted class.
-        against: ``"rest"``, ``"none"``, or index or name of the class to compare with; None for ``"rest"`` if there are
-            several classes.
+        target: Index or name of the class to explain, or None for the predicted class.
+        against: ``"rest"``, ``"none"``, or index or name of the class to compare with, or None for ``"rest"`` if there
+            are several classes.
         layers: Layers whose channels are listed.
         given: Conditions, with one heat map each.
         composite: Name of the composite in Zennit's registry, or :data:`SECANTS`.
         residual, gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         device: The device on which to compute.
         channels: Number of channels per layer for which heat maps are drawn.
-        reference: Name or file of the reference image; None without one.
+        reference: Name or file of the reference image, or None without one.
     """
 
     target: str | None = None
@@ -94,7 +94,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
 
     Args:
         loaded: The model.
-        requested: Index or name of the class; None for the predicted class.
+        requested: Index or name of the class, or None for the predicted class.
         outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
@@ -145,7 +145,7 @@ def check_class_names(loaded: LoadedModel, count: int) -> None:
 
 
 def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
-    """Returns the number of outputs for one sample; None if the model rejects the sample, or is not a classifier.
+    """Returns the number of outputs for one sample, or None if the model rejects the sample, or is not a classifier.
 
     Args:
         loaded: The model.
@@ -168,7 +168,7 @@ def target_of(requested: str, categories: Sequence[str], count: int | None, opti
     Args:
         requested: An index, or a name, regardless of case.
         categories: Class names; empty if unknown.
-        count: Number of classes; None if unknown.
+        count: Number of classes, or None if unknown.
         option: The option with the class, for messages.
 
     Raises:

@@ -26,8 +26,8 @@ class Classes:
     """The samples of a sweep that are averaged.
 
     Attributes:
-        target: The explained class of the samples; None for all samples.
-        minus: The class whose mean flow is subtracted; None for no difference.
+        target: The explained class of the samples, or None for all samples.
+        minus: The class whose mean flow is subtracted, or None for no difference.
         categories: Class names; empty if unknown.
     """
 

@@ -158,7 +158,7 @@ def without_prefixes(state: State, model: nn.Module) -> State:
 
 
 def classes_of(state: State, model: nn.Module) -> int | None:
-    """Returns the number of classes of the weights if that is the only difference from the model; None otherwise.
+    """Returns the number of classes of the weights if that is the only difference from the model, or None otherwise.
 
     Args:
         state: The weights.

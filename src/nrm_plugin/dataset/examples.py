@@ -53,7 +53,7 @@ class References:
         values: Relevance or activation, ``(K, k)``; NaN in empty entries.
         targets: Explained classes, ``(K, k)``; -1 if unknown.
         positions: Positions of the largest value in the group, as flat (row-major) indices, ``(K, k)``; -1 if unknown.
-        target: The class to which the references are restricted; None for all.
+        target: The class to which the references are restricted, or None for all.
         layer: The layer with these channels, if ``name`` is the name of a query.
     """
 
@@ -234,7 +234,7 @@ def references(
     Args:
         sweep: The sweep, or its folder.
         query: Name of a query, or of a layer with a query.
-        group: One group, or for joint relevance a pair of an upper and a lower group; None for all groups.
+        group: One group, or for joint relevance a pair of an upper and a lower group, or None for all groups.
         k: Number of samples per group.
         by: ``"activation"`` for a query of activations.
         target: Restricts the samples to explanations of this class.

@@ -53,7 +53,7 @@ def mean_flow(
         groups: Groups from :func:`~nrm_plugin.find_groups`, for all of their layers; or the numbers of the groups to
             show, by layer name, while all others form the rest. The joint matrix of two wide, non-adjacent layers
             requires one pass per group.
-        top: Largest number of groups per layer, selected by absolute mean mass; None for all. All groups have to be
+        top: Largest number of groups per layer, selected by absolute mean mass, or None for all. All groups have to be
             computed, because the selection depends on the mean.
         min_mass: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, for the mean.
         coverage: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, for the mean.

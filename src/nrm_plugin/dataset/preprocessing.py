@@ -112,9 +112,9 @@ def preprocessing(
 
     Args:
         make: The ``transforms`` of the weights.
-        size: The length to which the shorter side is resized, and the side length of the centre crop; None for the
+        size: The length to which the shorter side is resized, and the side length of the centre crop, or None for the
             value of the weights.
-        mean: Mean of each channel: three for RGB, one for greyscale; None for the value of the weights.
+        mean: Mean of each channel: three for RGB, one for greyscale, or None for the value of the weights.
         std: Standard deviation of each channel, in the same form.
         fit: As in :class:`Preprocessing`.
 

@@ -15,7 +15,7 @@ class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
     """A progress bar of samples that also shows the memory of the process and of the accelerator.
 
     Args:
-        total: Number of samples; None if unknown.
+        total: Number of samples, or None if unknown.
         done: Number of stored samples.
         is_shown: Whether the bar is shown.
         what: Description of the activity, if it is not the evaluation of samples.

@@ -47,7 +47,7 @@ class LoadedBatch:
 
     Attributes:
         samples: Indices of the samples.
-        batch: The collated samples; None if no sample could be read.
+        batch: The collated samples, or None if no sample could be read.
         failed: Samples that could not be read.
         content: Hash of each sample in the batch.
     """
@@ -78,12 +78,12 @@ class DataSource:
 
     @property
     def count(self) -> int | None:
-        """Returns the number of samples; None for an iterable data set."""
+        """Returns the number of samples, or None for an iterable data set."""
         return None if self.loader is not None else len(self.data)
 
     @property
     def preparation(self) -> Any:
-        """Returns the data set's description of its preprocessing; None if there is none."""
+        """Returns the data set's description of its preprocessing, or None if there is none."""
         preparation = getattr(self.data, "preparation", None)
         try:
             return json.loads(json.dumps(preparation))

@@ -35,7 +35,7 @@ class Shard:
         value: ``"float"`` or ``"double"``.
         content, stamps: Hash and stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`; empty
             for a sweep from an earlier version.
-        sums: Checksums of the rows; None for a sweep from an earlier version.
+        sums: Checksums of the rows, or None for a sweep from an earlier version.
         map_sums: Checksums of the maps.
     """
 

@@ -85,7 +85,7 @@ class ClasswiseRelevance(_Relevance):
 
     Args:
         groups: Number of groups ``K``, such as the channels of a layer.
-        classes: Number of classes; None for all samples together.
+        classes: Number of classes, or None for all samples together.
         layer: Name of the layer, or ``at(layer)``; only needed to update with measures.
         over: Groups of the layer, as in :meth:`~nrm_plugin.RelevanceMeasure.marginal`.
         correction: Number subtracted from the count in the denominator of the variance: 1 for the unbiased estimate, 0
@@ -145,7 +145,7 @@ class JointRelevance(_Relevance):
 
     Args:
         groups: Numbers of groups ``(K_upper, K_lower)``.
-        classes: Number of classes, with a matrix for each; None for all samples together.
+        classes: Number of classes, with a matrix for each, or None for all samples together.
         upper: Name of the layer nearer to the output, or ``at(layer)``; only needed to update with measures.
         lower: The layer nearer to the input.
         over: The groups, as in :meth:`~nrm_plugin.RelevanceMeasure.joint`.

@@ -158,9 +158,9 @@ class Sweep:
         """Reads rows in the order of the shards, sorted within each shard by query, group, lower group and sample.
 
         Args:
-            query: Name of a query; None for all.
-            group: A group of the query; None for all.
-            columns: Names of columns; None for all columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
+            query: Name of a query, or None for all.
+            group: A group of the query, or None for all.
+            columns: Names of columns, or None for all columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
         Raises:
             SweepError: If the query or column is unknown, or a shard is damaged.
@@ -211,7 +211,7 @@ class Sweep:
 
         Args:
             query: Name of a query.
-            group: The group; None for a query with one number per sample.
+            group: The group, or None for a query with one number per sample.
             k: Number of samples.
             lower: For a joint matrix, restricts the rows to this group of the lower layer.
             target: Restricts the rows to samples with this target.

@@ -39,7 +39,7 @@ class SweepJob:
     Attributes:
         evaluation: The evaluation of a batch.
         source: The data.
-        plan: The samples of each shard; None for an iterable data set.
+        plan: The samples of each shard, or None for an iterable data set.
         shard_batches: Batches per shard.
         folder: The folder of the sweep.
         fingerprint: Hash of the settings.

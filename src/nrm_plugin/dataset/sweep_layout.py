@@ -105,7 +105,7 @@ class QueryInfo:
         kind: Name of the query's class, such as ``"Marginal"``.
         layers: Names of the layers, from the upper to the lower; empty for events.
         groups: Numbers of groups: ``(C,)``, ``(upper, lower)`` for joint relevance, ``()`` for one number, or the
-            shape of a map; None until a shard is written.
+            shape of a map, or None until a shard is written.
         spec: The query as JSON, which ``dataset.queries.from_json`` reads.
     """
 
@@ -136,7 +136,7 @@ class Manifest:
         fingerprint: Hash of the settings, stored in each shard.
         queries: The queries.
         state: ``"running"`` (also if the process was killed), ``"interrupted"`` or ``"complete"``.
-        samples: Number of samples; None for an iterable data set until it ends.
+        samples: Number of samples, or None for an iterable data set until it ends.
         value: ``"float"`` or ``"double"``.
         ranks: Ranks of the processes that wrote shards.
         failed: Samples without rows, as ``{"sample": 3, "why": "…"}``.

@@ -152,7 +152,7 @@ class Layout:
 
 
 def layout(call: FunctionCall, output: Tensor) -> Layout | None:
-    """Returns the layout of the fused function or of a product with a gate; None for any other call."""
+    """Returns the layout of the fused function or of a product with a gate, or None for any other call."""
     if call.name == FUSED:
         value = call.argument(2, "value")
         if not isinstance(value, Slot) or output.ndim < 2:
@@ -190,7 +190,7 @@ def _layout_of_einsum(call: FunctionCall) -> Layout | None:
 
 
 def subscripts_of(call: FunctionCall) -> tuple[str, str, str] | None:
-    """Returns the subscripts of both operands and the output of an ``einsum``, without dots; None if implicit."""
+    """Returns the subscripts of both operands and the output of an ``einsum``, without dots, or None if implicit."""
     equation = call.args[0]
     if not isinstance(equation, str) or "->" not in equation:
         return None

@@ -32,7 +32,8 @@ class Interception(Canonizer):
     ``EpsilonPlusFlat(canonizers=[Interception()])``.
 
     Args:
-        composite: The composite with the rules of functions that have an equivalent module; None for default kernels.
+        composite: The composite with the rules of functions that have an equivalent module, or None for default
+            kernels.
         normalization: How the residual of a function's kernel is treated.
         sums: ``"absolute"`` (also called ``"ratio"``, after arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"gradient"`` for the plain gradient of layers without a rule.

@@ -126,7 +126,7 @@ def _layout(shape: torch.Size, first: list[int], pairs: list[tuple[int, int]]) -
 
 
 def _smallest(bias: Tensor) -> Tensor | None:
-    """Returns a bias without the leading dimensions along which it is constant; None if it is zero."""
+    """Returns a bias without the leading dimensions along which it is constant, or None if it is zero."""
     while bias.ndim > 1 and bool((bias == bias[:1]).all()):
         bias = bias[0]
     return bias if bool(bias.any()) else None

@@ -47,7 +47,7 @@ class Expression:
         args: Arguments, with sources and expressions in place of tensors that depend on the inputs of the model.
         kwargs: Keyword arguments, in the same form.
         sources: The real sources of all arguments, without repetition.
-        item: Index of the tensor among several outputs; None for a single output.
+        item: Index of the tensor among several outputs, or None for a single output.
         writes: Whether the function writes to its first argument, which is then the result.
     """
 

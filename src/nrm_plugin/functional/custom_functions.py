@@ -250,7 +250,7 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """Computes the diagonal of the Jacobian from a function's backward; None if the Jacobian is not diagonal.
+    """Computes the diagonal of the Jacobian from a function's backward; returns None if the Jacobian is not diagonal.
 
     The probes are positive and negative powers of two, so that products with a diagonal have no rounding error.
     """

@@ -179,7 +179,7 @@ def product_and_bias(
 
 
 def python_body(function: Any) -> Callable[..., Any] | None:
-    """Returns the Python body of a torch function, without its dispatch to modes; None for any other function."""
+    """Returns the Python body of a torch function, without its dispatch to modes, or None for any other function."""
     code = getattr(function, "__code__", None)
     checks = [word for word in code.co_names if word.startswith("has_torch_function")] if code is not None else []
     if code is None or not checks:

@@ -31,7 +31,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 def reference_pass() -> ReferencePass | None:
-    """Returns the pass of the reference if a difference is explained; else None."""
+    """Returns the pass of the reference if a difference is explained, or None otherwise."""
     reference: ReferencePass | None = RUNNING.reference
     return reference
 

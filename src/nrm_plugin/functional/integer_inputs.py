@@ -74,7 +74,7 @@ class Ids:
         return bool(self._marked)
 
     def kind(self, tensor: Tensor) -> Kind | None:
-        """Returns the kind of a tensor; None if it does not depend on ids, or carries relevance."""
+        """Returns the kind of a tensor, or None if it does not depend on ids, or carries relevance."""
         known = self._marked.get(id(tensor))
         return None if known is None else known[1]
 
@@ -84,7 +84,7 @@ class Ids:
         Args:
             call: The call of the function.
             result: The result of the call.
-            looked_up: A function that returns this tensor; None if walks cannot end there, as inside a step.
+            looked_up: A function that returns this tensor, or None if walks cannot end there, as inside a step.
         """
         if call.inputs and call.name.base in _CONVERSIONS and self._is_converted(call, result):
             self._mark(result, Kind.IDS)

@@ -286,7 +286,7 @@ class InterceptedPass:
 
     @without_torch_function
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """Returns the output of an elementwise module as a step, if no mode observes its functions; None otherwise.
+        """Returns the output of an elementwise module as a step, if no mode observes its functions, or None otherwise.
 
         Examples are activations in TorchScript or with their own ``autograd.Function``.
         """

@@ -23,7 +23,7 @@ from ..kernels.forward_state import RUNNING, listener
 
 Weights = Sequence[Tensor]
 State = tuple[Tensor | None, ...]
-"""The hidden state and, for an LSTM, the cell state; None for a zero initial state."""
+"""The hidden state and, for an LSTM, the cell state, or None for a zero initial state."""
 
 
 @dataclass
@@ -225,7 +225,7 @@ class _Layers:
             context: The place in the model.
             xs: Inputs by time, ``(N, features)`` each.
             initial: Initial states, ``(layers · directions, N, features)`` each.
-            lengths: Length of each sample; None if all samples have the length of the input.
+            lengths: Length of each sample, or None if all samples have the length of the input.
         """
         finals: list[list[Tensor]] = []
         for layer in range(self.num_layers):

@@ -96,7 +96,7 @@ def name_of(function: Any) -> FunctionName:
 
 
 def _foreign_owner(function: Any) -> str | None:
-    """Returns the namespace of a function outside torch, which may share a name with torch; None for torch."""
+    """Returns the namespace of a function outside torch, which may share a name with torch, or None for torch."""
     owner = str(getattr(function, "__module__", None) or "torch")
     if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
         space = owner.removeprefix("torch._ops.")
@@ -173,7 +173,7 @@ def _is_of_torch(function: Any) -> bool:
 
 
 def kernel_factory_of(function: Any, name: FunctionName) -> KernelFactory | None:
-    """Returns the factory of the kernel of a function; None for a function without a kernel."""
+    """Returns the factory of the kernel of a function, or None for a function without a kernel."""
     try:
         factory = KERNELS_BY_FUNCTION.get(function)
     except TypeError:  # not hashable

@@ -41,7 +41,7 @@ class MultiplierKernel(Kernel):
         """Propagates multipliers ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
 
     def absolute_multipliers(self, above: Tensor) -> Multipliers | None:
-        """Propagates multipliers by absolute slopes; None if they are only known as a dense matrix."""
+        """Propagates multipliers by absolute slopes; returns None if they are only known as a dense matrix."""
         return None
 
     def pull(self, relevance: Tensor) -> Multipliers:
@@ -66,7 +66,7 @@ class PathKernel(MultiplierKernel):
     Args:
         call: The call.
         absolute: Function that returns the call with non-negative coefficients, whose slopes are then the absolute
-            ones; None if such a call is not known.
+            ones, or None if such a call is not known.
     """
 
     def __init__(self, call: DifferenceCall, absolute: Callable[[FunctionCall], FunctionCall] | None = None) -> None:
@@ -250,7 +250,7 @@ class NormKernel(MultiplierKernel):
     Args:
         call: The call.
         group: The shape ``(N, groups, entries)`` in which the last dimension is normalized.
-        weight: ``γ``, which broadcasts to the input; None for ones.
+        weight: ``γ``, which broadcasts to the input, or None for ones.
         eps: The number added to the variance.
         is_centred: Whether the mean is subtracted.
     """

@@ -84,7 +84,7 @@ def elementwise(call: DifferenceCall) -> Kernel:
 
 
 def _propagated_share(call: DifferenceCall) -> Tensor | None:
-    """Returns the share of relevance that a function of one tensor propagates; None for all of it.
+    """Returns the share of relevance that a function of one tensor propagates, or None for all of it.
 
     The slope is the quotient of both differences, so the share is 1 where the output differs, and 0 where only the
     input does. Where neither differs, the slope is the derivative.

@@ -57,11 +57,11 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 def closed_absolute(
     branches: list[Branch], layer: WeightedLayer | None, like: Tensor, relevance: Tensor
 ) -> Tensor | None:
-    """Computes ``Σ_j |T_ij| R_j`` from the branches of a rule; None if there is no closed form.
+    """Computes ``Σ_j |T_ij| R_j`` from the branches of a rule; returns None if there is no closed form.
 
     Args:
         branches: All branches of a rule.
-        layer: The layer that the branches modify; None for a module without weights.
+        layer: The layer that the branches modify, or None for a module without weights.
         like: A tensor in the shape of the input, ``(N, *in)``.
         relevance: ``(K, N, *out)``.
 
@@ -89,7 +89,7 @@ class _Term:
 
 
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
-    r"""Returns terms such that each entry of the kernel belongs to exactly one term; None if there are no such terms.
+    r"""Returns terms such that each entry of the kernel belongs to exactly one term, or None if there are none.
 
     For positive and for negative weights, the modified weights of a rule are multiples of the weight. Branches with the
     same factor are added first (ZBox); all other branches must be disjoint.
@@ -117,7 +117,7 @@ def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: T
 
 
 def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
-    """Returns λ with ``modified = λ weight`` on the weights of one sign; None if the two are not proportional."""
+    """Returns λ with ``modified = λ weight`` on the weights of one sign, or None if the two are not proportional."""
     chosen = (weight * sign) > 0
     here, there = weight[chosen], modified[chosen]
     if here.numel() == 0:

@@ -34,7 +34,7 @@ class Kernel(ABC):
         r"""Applies the transpose, :math:`\sum_i T_{ij} v_i`.
 
         Args:
-            values: ``v`` at each input, ``(K, N, *in)``; None for zeros.
+            values: ``v`` at each input, ``(K, N, *in)``, or None for zeros.
             shape: Shape of the output, ``(N, *out)``.
 
         Returns:

@@ -83,7 +83,7 @@ def _input_node(node: Any) -> Any:
 
 
 def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
-    """Returns the batch normalization in evaluation mode with the rule Pass of a step; None for other steps."""
+    """Returns the batch normalization in evaluation mode with the rule Pass of a step, or None for other steps."""
     norm = step.layer_call.module
     if type(step.layer_call.rule) is not Pass or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return None
@@ -91,7 +91,7 @@ def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
 
 
 def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
-    """Returns ``(g, h)`` of a batch normalization in evaluation mode with the rule Pass; None for other steps."""
+    """Returns ``(g, h)`` of a batch normalization in evaluation mode with the rule Pass, or None for other steps."""
     norm = _norm(step)
     if norm is None or norm.running_mean is None or norm.running_var is None:
         return None

@@ -37,7 +37,7 @@ _FORMATS = (torch.float32, torch.float64)
 def closed_branches(
     call: LayerCall, rule: BasicHook, normalization: Normalization | None
 ) -> tuple[list[Branch], Columns] | None:
-    """Reads a common rule on a linear or convolutional layer; None for other rules and layers.
+    """Reads a common rule on a linear or convolutional layer; returns None for other rules and layers.
 
     Args:
         call: The recorded call of the layer.
@@ -155,7 +155,7 @@ class _Reader:
         return _Image(maps.up(source.unsqueeze(0)).squeeze(0), source, weight, maps)
 
     def _bias(self) -> Tensor | None:
-        """Returns the modified bias in the shape of the output; None for zero."""
+        """Returns the modified bias in the shape of the output, or None for zero."""
         bias = modified_bias(self.rule.param_modifiers[0], self.call.module._parameters.get("bias"))
         return None if bias is None else broadcast(bias, self.call.module, self.call.like).expand(self.call.like.shape)
 

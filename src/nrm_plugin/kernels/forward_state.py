@@ -86,7 +86,7 @@ class RunningModule:
     Attributes:
         hook: The hook of the module.
         module: The module.
-        call: The hook's record of the call; None if the call is not recorded as a step.
+        call: The hook's record of the call, or None if the call is not recorded as a step.
     """
 
     hook: Hook
@@ -103,12 +103,12 @@ class _Running(threading.local):
         saved: The tensors saved by steps, by memory address.
         listener: The object that is notified of every step and tap.
         weights: The parameters of the model that require gradients outside of this pass.
-        first_node: Number of the first autograd node of this pass; None without a listener.
+        first_node: Number of the first autograd node of this pass, or None without a listener.
         given: Identities of the parameters among the inputs of the model, without a listener.
-        made: Leaves that the model created, by identity; None if such leaves carry relevance.
+        made: Leaves that the model created, by identity, or None if such leaves carry relevance.
         depending: For each autograd node seen in this pass, whether it depends on an input of the model.
         renormalized: The embedding tables that torch would have renormalized in this pass, by identity.
-        reference: The pass of the reference, if a difference is explained; else None.
+        reference: The pass of the reference, if a difference is explained, or None otherwise.
     """
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ class Mapper:
 
 
 def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], like: Tensor) -> Mapper | None:
-    """Returns the mapper of any rule; None if the rule's mapper is not an elementwise product.
+    """Returns the mapper of any rule, or None if the rule's mapper is not an elementwise product.
 
     Args:
         rule: The rule.

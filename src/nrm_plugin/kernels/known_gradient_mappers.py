@@ -38,7 +38,7 @@ _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
 
 
 def closed_mapper(rule: BasicHook) -> Mapper | None:
-    """Returns a known rule's mapper in closed form, checked once against its own mapper; None for other rules."""
+    """Returns a known rule's mapper in closed form, checked once against its own mapper, or None for other rules."""
     if type(rule) not in _LEADERS:
         return None
     own = rule.gradient_mapper
@@ -63,7 +63,7 @@ def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
 
 
 def stabilizer_of(rule: BasicHook) -> float | None:
-    """Returns the number that a known rule adds to the magnitude of a denominator; None if it is not a constant."""
+    """Returns the number that a known rule adds to the magnitude of a denominator, or None if it is not a constant."""
     stabilizer = _nonlocals(rule).get("stabilizer_fn", _nonlocals(rule).get("stabilize"))
     if not isinstance(stabilizer, Stabilizer) or stabilizer.clip or stabilizer.norm_scale or stabilizer.epsilon < 0:
         return None

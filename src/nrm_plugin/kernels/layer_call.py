@@ -45,7 +45,7 @@ class LayerCall:
         saved_input: The first input, ``(N, *in)``.
         like: A tensor without storage that has the shape of the output, ``(N, *out)``.
         name: Layer name, for messages.
-        saved_output: The output, if the rule reads it and fusion did not change the layer; else None.
+        saved_output: The output, if the rule reads it and fusion did not change the layer, or None otherwise.
         image: The output without bias, if the hook recorded it.
         precision: The dtype in which the layer multiplies by its weight, if it is less precise than the input.
     """

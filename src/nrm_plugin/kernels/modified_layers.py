@@ -32,7 +32,7 @@ class ModifiedLayer:
     Attributes:
         image: The output without bias; a scalar if all entries are the same.
         bias: The bias, in a shape that broadcasts.
-        maps: The linear map; None if the input is zero or only the output is needed.
+        maps: The linear map, or None if the input is zero or only the output is needed.
         weight: Computes the modified weight.
         is_own: Whether nothing else reads the image.
     """
@@ -110,7 +110,7 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which the layer multiplies; None if it is no less precise than the inputs."""
+    """Returns the dtype in which the layer multiplies, or None if it is no less precise than the inputs."""
     return call.precision if source.dtype == torch.float32 else None
 
 

@@ -67,7 +67,7 @@ def _is_zero(source: Tensor) -> bool:
 
 
 def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
-    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k`` (``Σ ρ_k g_k`` for inputs of ones); else None."""
+    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k`` (``Σ ρ_k g_k`` for inputs of ones), else None."""
     signs = _KNOWN_SIGNS.get(type(rule))
     if signs is None:
         with audit():

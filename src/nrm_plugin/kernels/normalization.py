@@ -76,8 +76,8 @@ class Scaling:
     """Gain and deficit of columns.
 
     Attributes:
-        gain: ``g(c)``; None if all gains are one.
-        deficit: ``1 - g(c) c``; None if all deficits are zero.
+        gain: ``g(c)``, or None if all gains are one.
+        deficit: ``1 - g(c) c``, or None if all deficits are zero.
     """
 
     gain: Tensor | None = None
@@ -174,7 +174,7 @@ class Deficit(Columns):
     """Columns of a normalized kernel.
 
     Attributes:
-        share: Share of each column that the sink absorbs, ``(N, *out)``; None if all shares are zero.
+        share: Share of each column that the sink absorbs, ``(N, *out)``, or None if all shares are zero.
     """
 
     share: Tensor | None
@@ -193,7 +193,7 @@ class ColumnWriter:
 
     Args:
         like: A tensor in the shape of the output.
-        normalization: The normalization of the kernel; None for a kernel before normalization.
+        normalization: The normalization of the kernel, or None for a kernel before normalization.
     """
 
     def __init__(self, like: Tensor, normalization: Normalization | None) -> None:
@@ -201,11 +201,11 @@ class ColumnWriter:
         self._values: Tensor | None = None
 
     def gain(self, at: Block, column_sum: Tensor | None) -> Tensor | None:
-        """Returns the gain of the columns of one block; None if all gains are one.
+        """Returns the gain of the columns of one block, or None if all gains are one.
 
         Args:
             at: The block.
-            column_sum: ``c`` in the block; None for sums of one.
+            column_sum: ``c`` in the block, or None for sums of one.
         """
         if self._normalization is None:
             self._write(at, 1.0 if column_sum is None else column_sum)

@@ -42,7 +42,7 @@ _KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | Non
 
 
 def form_of(rule: BasicHook) -> RuleForm | None:
-    """Returns the form of a common rule; None for other rules and for rules changed by the user."""
+    """Returns the form of a common rule, or None for other rules and for rules changed by the user."""
     if type(rule) not in COMMON:
         return None
     own, modifiers = rule.gradient_mapper, _modifiers(rule)
@@ -101,7 +101,7 @@ def zeros_of(modify: ParamMod) -> tuple[str, ...]:
 
 
 def modified_bias(modify: ParamMod, bias: Tensor | None) -> Tensor | None:
-    """Returns the modified bias; None for zero."""
+    """Returns the modified bias, or None for zero."""
     if bias is None or "bias" in zeros_of(modify):
         return None
     result: Tensor = modify.modifier(bias.detach(), "bias")

@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
     Attributes:
         delta: ``δ``, without exact zeros; infinite entries are masked.
-        is_zero: Mask of the entries at which the difference is zero; None if there are none.
+        is_zero: Mask of the entries at which the difference is zero, or None if there are none.
     """
 
     delta: Tensor

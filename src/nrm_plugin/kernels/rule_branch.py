@@ -21,8 +21,8 @@ class Branch:
         factor: ``m_k(1)``, ``(N, *out)``, multiplied by the gain in a normalized kernel.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         maps: :math:`J_k` and its transpose.
-        modified: Function that computes the modified weight; None for a module without weights.
-        modify_input: Function that computes ``in_k``, if it is too large to be stored; else None.
+        modified: Function that computes the modified weight, or None for a module without weights.
+        modify_input: Function that computes ``in_k``, if it is too large to be stored, or None otherwise.
     """
 
     source: Tensor

@@ -28,7 +28,7 @@ class BranchKernel(Kernel):
         branches: The branches that were read, and their columns: :class:`ColumnSums`, or a :class:`Deficit` if the
             factors include the gain, so that this is the normalized kernel.
         like: A tensor in the shape of the input, ``(N, *in)``.
-        layer: The layer that the branches modify; None for a module without weights.
+        layer: The layer that the branches modify, or None for a module without weights.
         read_others: Reads the other branches, which apply only to outputs at which the factors of the first branches
             are zero (γ at negative outputs). It is called when relevance arrives at such outputs.
     """

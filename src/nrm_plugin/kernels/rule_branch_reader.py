@@ -27,7 +27,7 @@ _SEPARATE: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
 
 
 def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization | None) -> BranchKernel | None:
-    """Reads a rule as a kernel of branches; None if the layer is not affine or the rule is of a different form.
+    """Reads a rule as a kernel of branches; returns None if the layer is not affine or the rule is of a different form.
 
     Args:
         call: The recorded call of the layer.
@@ -91,7 +91,7 @@ class _BranchReader:
 
     @torch.no_grad()
     def read(self, chosen: tuple[int, ...]) -> ReadBranches | None:
-        """Reads the branches with these numbers; None if the rule is of a different form."""
+        """Reads the branches with these numbers; returns None if the rule is of a different form."""
         if not all(self._is_identity(modifier) for modifier in self.rule.output_modifiers):
             return None
         layers = self._modified_layers(chosen)

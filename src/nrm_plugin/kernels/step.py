@@ -102,7 +102,7 @@ class Step(ABC):
             return self._scaling
 
     def gain_for(self, relevance: Tensor) -> Tensor | None:
-        """Returns ``g(c)`` at all entries where relevance ``(K, N, *out)`` arrives; None if all gains are one."""
+        """Returns ``g(c)`` at all entries where relevance ``(K, N, *out)`` arrives, or None if all gains are one."""
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -127,11 +127,11 @@ class Step(ABC):
         """Applies the transpose of :meth:`pull`.
 
         Args:
-            values: Values at each input, ``(K, N, *in)``; None for zeros.
-            absorbed: Values at the sink, ``(K, N, *out)``; None for zeros.
+            values: Values at each input, ``(K, N, *in)``, or None for zeros.
+            absorbed: Values at the sink, ``(K, N, *out)``, or None for zeros.
 
         Returns:
-            Values at the output, ``(K, N, *out)``; None for zeros.
+            Values at the output, ``(K, N, *out)``, or None for zeros.
         """
         scaling = self._scaling_for(None)
         result, values = None, self._converted(values)
@@ -247,7 +247,7 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
-    """Returns the origin of a kernel computed from these inputs; None in a measure, which has no gradient."""
+    """Returns the origin of a kernel computed from these inputs, or None in a measure, which has no gradient."""
     return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 

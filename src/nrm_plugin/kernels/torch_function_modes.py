@@ -25,7 +25,7 @@ class SeparateBias(TorchFunctionMode):
         layer: One of torch's linear or convolutional layers.
 
     Attributes:
-        image: The output without bias; None until the layer has run.
+        image: The output without bias, or None until the layer has run.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -73,7 +73,7 @@ Mode = SeparateBias | OutOfPlace | WeightRecorder
 
 
 def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
-    """Returns the mode for a module with this rule; None if the module runs without a mode."""
+    """Returns the mode for a module with this rule, or None if the module runs without a mode."""
     if is_affine(module) and (reads_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
         return SeparateBias(module)
     if is_own_layer(module) and is_by_modifiers(rule):

@@ -88,7 +88,7 @@ class Conditionals:
         return [(node, None)] if level is None else self.diagram.cross(node, level)
 
     def _after(self, buffer: Buffer, node: int) -> Tensor | None:
-        """Returns the values of a node after the tap at a buffer has been crossed; None for zero."""
+        """Returns the values of a node after the tap at a buffer has been crossed, or None for zero."""
         left = self.diagram.settle(node, buffer.vertex)
         if left <= TRUE:
             return None if left == FALSE else self.like.new_ones(()).expand(self.graph.shape(buffer))

@@ -55,7 +55,7 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
         event: The condition.
         mass: Mass of the event, ``(N,)``.
         variation: Variation of the event, ``(N,)``.
-        min_ratio: Smallest accepted ``|mass|`` relative to the variation; None for the default of the dtype.
+        min_ratio: Smallest accepted ``|mass|`` relative to the variation, or None for the default of the dtype.
         least: The largest variation that is treated as zero.
 
     Raises:

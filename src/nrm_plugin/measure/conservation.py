@@ -84,7 +84,7 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
 
     Args:
         absolute: Totals of a pass with the absolute values of all kernels.
-        signed: Totals of a plain pass, for the variation of the measure conditioned on survival; None otherwise.
+        signed: Totals of a plain pass, for the variation of the measure conditioned on survival, or None otherwise.
     """
     total = surviving_mass(absolute)
     if signed is not None:

@@ -78,7 +78,7 @@ def find_partitions(
         counts: Largest number of groups of each layer.
         restarts: Number of restarts.
         seed: Random seed of the starts and of the order of moves.
-        fixed: The given partition of each layer; None for layers whose partition is searched.
+        fixed: The given partition of each layer, or None for layers whose partition is searched.
 
     Returns:
         The group of each member, for each layer.

@@ -160,7 +160,7 @@ def event_results(
         start: The relevance of the outputs.
         events: The events.
         places: Taps at which a map of each event is needed.
-        max_memory: Memory budget in bytes; None for the default of the device.
+        max_memory: Memory budget in bytes, or None for the default of the device.
     """
     costs: list[Cost] = []
 
@@ -176,7 +176,7 @@ def event_results(
 
 
 def _named_places(recording: Recording, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
-    """Returns the places to which events and queries refer; None if any place may matter, as for sinks."""
+    """Returns the places to which events and queries refer, or None if any place may matter, as for sinks."""
     parts = [part for event in events for atom in event.atoms() for part in plain(atom, recording).atoms()]
     if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
         return None

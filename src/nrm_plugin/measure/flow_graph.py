@@ -29,7 +29,7 @@ class FlowGraph:
         joints: The joint relevance of all nodes of each pair of consecutive layers, ``(K_upper + 2, K_lower + 2)``:
             first the groups, then rest and off. Each row sums to the mass of the upper node, and each column to the
             mass of the lower node.
-        carried: Mass of the walks that cross a shown group in every layer; None if unknown.
+        carried: Mass of the walks that cross a shown group in every layer, or None if unknown.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

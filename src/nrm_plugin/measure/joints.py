@@ -33,7 +33,7 @@ def joint_matrices(
         totals: A pass that stored the relevance of the upper taps.
         pairs: Upper and lower tap.
         overs: The groups of the upper and of the lower tap.
-        max_memory: Bytes; None for the default of the device.
+        max_memory: Bytes, or None for the default of the device.
     """
     recording, cost = totals.recording, totals.cost
     matrices = []

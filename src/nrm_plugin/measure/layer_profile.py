@@ -19,7 +19,7 @@ class ProfileRow:
         sink: Mass of the walks that are absorbed above the tap.
         bypass: Mass of the walks that bypass the tap.
         variation: Tap variation, at least 1; a value above 1 means that neurons of opposite sign share the tap.
-        plain: Sum of plain LRP with the same rules and an initial relevance of 1 at the output; None if it was not
+        plain: Sum of plain LRP with the same rules and an initial relevance of 1 at the output, or None if it was not
             computed.
     """
 

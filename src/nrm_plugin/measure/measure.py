@@ -51,8 +51,8 @@ class RelevanceMeasure(Recorded):
         target: The output to explain, in Captum's format (int, tuple, list or tensor), or a function that computes it
             from the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``. None if each sample has a single
             output.
-        composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` composite
-            keeps its own settings.
+        composite: A Zennit composite, or None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized``
+            composite keeps its own settings.
         residual: What happens to relevance that a rule does not propagate: ``"redistribute"`` (the default) or
             ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
@@ -291,7 +291,7 @@ class RelevanceMeasure(Recorded):
 
         Args:
             event: An event over lower taps.
-            layer: The tap; None for a dictionary with all taps above the event.
+            layer: The tap, or None for a dictionary with all taps above the event.
 
         Raises:
             EventError: If the event names a tap that is not below ``layer``.
@@ -370,8 +370,8 @@ class RelevanceMeasure(Recorded):
                 a dictionary of these by layer name, with channels as the default. ``"groups"`` divides the channels of
                 a layer into ``k`` groups that preserve most of the dependence between layers
                 (:func:`~nrm_plugin.find_groups`), so that there is no rest.
-            top: Number of groups to show per layer, the largest by absolute mass; None for no limit. The other neurons
-                form one node, the rest.
+            top: Number of groups to show per layer, the largest by absolute mass, or None for no limit. The other
+                neurons form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
             coverage: Share of the absolute mass of each layer to show, such as 0.9, with as few groups as possible.
             names: Names of the groups of each layer, as lists or dictionaries, such as ``{"output": classes}``.

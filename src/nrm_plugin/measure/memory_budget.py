@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 def check_memory(max_memory: object) -> int | None:
-    """Returns a memory budget in bytes; None for the default of the device.
+    """Returns a memory budget in bytes, or None for the default of the device.
 
     Raises:
         InputError: If ``max_memory`` is not a positive number.
@@ -44,7 +44,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
     Args:
         recording: The recording.
         max_memory: Bytes.
-        places: The places at which vectors start to differ or end, between which they are stored; None if unknown.
+        places: The places at which vectors start to differ or end, between which they are stored, or None if unknown.
     """
     vertices = [place.vertex for place in places or ()]
     first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))

@@ -21,7 +21,7 @@ Slopes = Literal["secant", "tangent"]
 
 
 def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Reference | None]:
-    """Returns the call to record and its reference; None for a measure of outputs.
+    """Returns the call to record and its reference, or None for a measure of outputs.
 
     A list of references defines a mixture: the recording then contains one sample per reference.
 

@@ -20,7 +20,7 @@ class OnDifferences(Normalized):
     """A composite whose steps are the functions inside modules, with the rules of their modules applied to differences.
 
     Args:
-        composite: The composite with the rules; None for the secant slopes of every operation.
+        composite: The composite with the rules, or None for the secant slopes of every operation.
     """
 
     def __init__(self, composite: Normalized | None = None) -> None:

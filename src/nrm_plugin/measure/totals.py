@@ -21,7 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Totals:
-    """Sums of one pass, ``(N,)`` each; None if the entries of the samples cannot be distinguished.
+    """Sums of one pass, ``(N,)`` each, or None if the entries of the samples cannot be distinguished.
 
     Attributes:
         recording: The recording.

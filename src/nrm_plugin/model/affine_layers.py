@@ -62,7 +62,7 @@ class Weighted(nn.Module):
         groups: Number of groups of a convolution.
         is_transposed: Whether the first dimension of the weight indexes input channels.
         padding_mode: Padding mode of a convolution, as in torch.
-        twin: The torch layer that is equal up to its parameters; None if there is no such layer.
+        twin: The torch layer that is equal up to its parameters, or None if there is no such layer.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ _CURRENT = _Current()
 
 
 def current() -> torch.dtype | None:
-    """Returns the current dtype for layers; None if layers run in the dtype of their inputs."""
+    """Returns the current dtype for layers, or None if layers run in the dtype of their inputs."""
     return _CURRENT.dtype
 
 
@@ -86,7 +86,7 @@ def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def asked_for(device: torch.device) -> torch.dtype | None:
-    """Returns the dtype of the surrounding ``torch.autocast``; None without autocast."""
+    """Returns the dtype of the surrounding ``torch.autocast``, or None without autocast."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     dtype = torch.get_autocast_dtype(device.type)

@@ -51,7 +51,7 @@ class WeightRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def layer(self, module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], source: Tensor) -> Weighted | None:
-        """Returns the module as a function of the recorded weight; None if the module is not affine.
+        """Returns the module as a function of the recorded weight, or None if the module is not affine.
 
         Args:
             module: A copy of the module.

@@ -48,7 +48,7 @@ class Call:
 
     Attributes:
         tensors: The tensors to which relevance is propagated, ``(N, …)`` each, or ``(…)`` if not ``batched``.
-        items: Keyword or index of each tensor; None for a single positional tensor.
+        items: Keyword or index of each tensor, or None for a single positional tensor.
         indices: Copies of integer inputs, by keyword or index (None for a single positional input). The model is
             called with these copies and may overwrite them.
 
@@ -168,7 +168,7 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
 
     Args:
         returned: The model's return value.
-        output: The choice of a tensor; None if only one tensor is returned.
+        output: The choice of a tensor, or None if only one tensor is returned.
         batch: Number of samples.
         batched: Whether the first dimension is the batch.
 

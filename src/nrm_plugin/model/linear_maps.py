@@ -21,7 +21,7 @@ class LinearMap(NamedTuple):
         down: Maps ``(K, N, *out)`` to ``(K, N, *in)``.
         up: Maps ``(K, N, *in)`` to ``(K, N, *out)``.
         weight_gradient: Maps an input ``(1, *in)`` and relevance ``(1, *out)`` to the gradient of their product with
-            respect to the weight; None without a closed form.
+            respect to the weight, or None without a closed form.
         convolution: Weight, options and input shape, if the layer is a convolution.
     """
 
@@ -66,7 +66,7 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
 
 
 def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
-    """Returns the maps of a torch layer, computed by torch's functions; None for padding modes other than zeros.
+    """Returns the maps of a torch layer, computed by torch's functions, or None for padding modes other than zeros.
 
     Args:
         module: A linear or convolutional layer with torch's own forward.

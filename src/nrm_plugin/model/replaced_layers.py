@@ -48,7 +48,7 @@ def _replaced(module: nn.Module, replacements: Mapping[str, Replacement], path: 
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """Returns the first tensor of a value, or of a tuple, list or mapping; None without a tensor."""
+    """Returns the first tensor of a value, or of a tuple, list or mapping, or None without a tensor."""
     if isinstance(values, Tensor):
         return values
     items = values.values() if isinstance(values, Mapping) else values if isinstance(values, (tuple, list)) else ()

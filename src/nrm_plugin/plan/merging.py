@@ -158,7 +158,7 @@ class Merger:
         return self._writes[memory] > self._versions[memory]
 
     def _key(self, one: Operation) -> Any:
-        """Returns a key that determines the results of an operation; None if the operation must not be merged."""
+        """Returns a key that determines the results of an operation, or None if the operation must not be merged."""
         memory = self.trace.memory
         if one.writes or one.shapes is not None:
             return None

@@ -37,7 +37,7 @@ class Settings:
 
     Attributes:
         model, composite, output, batched, max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        references: Number of references of each sample; None for a measure of outputs.
+        references: Number of references of each sample, or None for a measure of outputs.
         state: The state of the model.
     """
 
@@ -93,10 +93,10 @@ class TracedRecording:
         settings: The settings.
         call: Function that creates the call of the model.
         tensors: The tensors of the call.
-        avoided: The shortcuts that must not be taken; None for a recording without trace.
+        avoided: The shortcuts that must not be taken, or None for a recording without trace.
 
     Attributes:
-        tracer: The tracer; None without a trace.
+        tracer: The tracer, or None without a trace.
         recording: The recording.
         outputs: Its outputs in the form ``(N, …)``, as the model returned them, and their differences to a reference.
         obstacle: Why the trace cannot be repeated for other inputs; empty if it can.

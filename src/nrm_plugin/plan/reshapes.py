@@ -113,7 +113,7 @@ class ViewRemover:
         )
 
     def _without(self, number: int, ndim: int) -> int | None:
-        """Returns a tensor of the rank of the result without its leading dimension; None if there is no such tensor."""
+        """Returns a tensor of the rank of the result without its leading dimension, or None if there is none."""
         form = self.trace.forms[number]
         if len(form[0]) < ndim:
             return self._made_view(number)

@@ -167,7 +167,7 @@ def _are_same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:
 
 
 def _form(values: Any) -> Hashable | None:
-    """Returns the form of a call; None for calls that are recorded in any case."""
+    """Returns the form of a call, or None for calls that are recorded in any case."""
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return None  # a mode of the caller may change the computation of the model
     if torch._C._functorch.peek_interpreter_stack() is not None:

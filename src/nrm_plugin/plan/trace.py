@@ -41,9 +41,9 @@ class Operation:
         results: The numbers of the tensors that it returned, None in the place of other results.
         is_sequence: Whether the operation returned several tensors.
         writes: Numbers of the tensors that it overwrote.
-        expected: A number or truth value that it returned, on which the computation may have depended; None if it
+        expected: A number or truth value that it returned, on which the computation may have depended, or None if it
             returned tensors.
-        shapes: The shapes of its results, if they depend on values; else None.
+        shapes: The shapes of its results, if they depend on values, or None otherwise.
         origin: For such a value, the shortcut that was taken, or the line of code that read the value.
         reads: Numbers of the tensors among the arguments.
         query: Number of the query that ran it; 0 for the recording.

@@ -133,7 +133,7 @@ class Tracer(TorchDispatchMode):
         return value
 
     def _known(self, tensor: Tensor) -> Value | None:
-        """Returns a tensor of the trace; None for a tensor that is not known."""
+        """Returns a tensor of the trace, or None for a tensor that is not known."""
         known = self._by_object(tensor)
         if known is not None:
             return known[0]
@@ -263,7 +263,7 @@ class Tracer(TorchDispatchMode):
         )
 
     def _result(self, item: Any, writes: tuple[int, ...]) -> int | None:
-        """Returns the number of a result; None if it is not a tensor, or a known view that was not written."""
+        """Returns the number of a result, or None if it is not a tensor, or a known view that was not written."""
         if not isinstance(item, Tensor):
             return None
         known = self._known(item)

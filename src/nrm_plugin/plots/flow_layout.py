@@ -47,7 +47,7 @@ def flow_scene(
         width: Width in inches; by default 7.2, or more for more than four layers.
         thumbnails: The keys of the nodes with a thumbnail.
         ratio: Ratio of the height of a thumbnail to its width.
-        photo_ratio: The same ratio for the photograph next to the caption; None without a photograph.
+        photo_ratio: The same ratio for the photograph next to the caption, or None without a photograph.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.

@@ -53,7 +53,7 @@ class DrawnNode:
         node: The node.
         column: Number of its column, from the left.
         box: The rectangle of all its parts.
-        thumbnail: The position of its thumbnail; None without a thumbnail.
+        thumbnail: The position of its thumbnail, or None without a thumbnail.
         bars: Stacks of ribbons at its sides, each with a tone: ``positive``, ``negative``, ``rest``, ``sink`` or
             ``bypass``.
         labels: Its lines of text.
@@ -96,7 +96,7 @@ class Scene:
 
     Attributes:
         width, height: Size.
-        photo: Position of the photograph; None without a photograph.
+        photo: Position of the photograph, or None without a photograph.
         labels: Title, caption, column headings and legend.
         nodes, bands: The flow.
         unit: Points per unit of relevance.

@@ -39,7 +39,7 @@ class Photo:
 
     Attributes:
         image: The input of the model as an image, ``(C, H, W)`` in [0, 1], with one or three channels.
-        whole: The image of the file, ``(3, H, W)`` in [0, 1]; None if the model saw all of it.
+        whole: The image of the file, ``(3, H, W)`` in [0, 1], or None if the model saw all of it.
         seen: The part of the file that the model saw: left, top, right and bottom as fractions.
         regions: Boolean masks of the groups of the input, ``(H, W)``, by the keys of their nodes; drawn as outlines.
     """
@@ -67,7 +67,7 @@ class NodeThumbnails:
     Attributes:
         box: The part of the input that all thumbnails show.
         values: Colour values between -1 and 1, ``(H, W)``, by node key; 1 is the darkest colour of the layer.
-        grey: The same part of the photograph, ``(H, W)`` in [0, 1]; None without a photograph.
+        grey: The same part of the photograph, ``(H, W)`` in [0, 1], or None without a photograph.
         size: Height and width of the input in pixels.
         edges: Outline of the region of each node of the input, as pixels ``(H, W)``, by node key.
     """
@@ -86,7 +86,7 @@ class NodeThumbnails:
 
 
 def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodeThumbnails | None:
-    """Returns the thumbnails of the nodes that have heat maps; None if there are none.
+    """Returns the thumbnails of the nodes that have heat maps, or None if there are none.
 
     Each map is divided by its total absolute relevance, and all maps of a layer share one scale: its median maximum.
     """

@@ -94,7 +94,7 @@ class Ribbon:
     strength: float = 0.13
 
     def node(self, column: int) -> int | None:
-        """Returns the node that the ribbon crosses in a column; None outside its columns."""
+        """Returns the node that the ribbon crosses in a column, or None outside its columns."""
         return self.nodes[column - self.start] if 0 <= column - self.start < len(self.nodes) else None
 
 

@@ -196,7 +196,7 @@ class _Layer:
 
 
 def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
-    """Returns the layer with weights that computes the outputs; None if another operation does."""
+    """Returns the layer with weights that computes the outputs, or None if another operation does."""
     buffer = graph.output
     while True:
         vertex = graph.vertices[buffer.vertex]
@@ -216,7 +216,7 @@ def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
 
 
 def _below_view(vertex: Vertex, number: int, weights: Tensor) -> Tensor | None:
-    """Returns the weights of the entries that a view reads; None for other operations."""
+    """Returns the weights of the entries that a view reads, or None for other operations."""
     if vertex.step is not None or operation(vertex.node).lower() not in _VIEWS:
         return None
     parts, _ = vertex.pull([weights.unsqueeze(0) if k == number else None for k in range(len(vertex.shapes))])

@@ -130,7 +130,7 @@ def coverage(
     Args:
         model: The network, in evaluation mode.
         inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        composite: A Zennit composite; None for the default of this package.
+        composite: A Zennit composite, or None for the default of this package.
         additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
         additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.

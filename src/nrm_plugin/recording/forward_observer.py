@@ -25,7 +25,7 @@ class Observer:
 
     Args:
         indices: Integer inputs; relevance ends at the embedding rows that they select.
-        wanted: The tap inside the model at which the measure is to start; None for the output of the model.
+        wanted: The tap inside the model at which the measure is to start, or None for the output of the model.
 
     Attributes:
         modules: Name of each module, once the observer watches a model.
@@ -36,7 +36,7 @@ class Observer:
         inputs: The leaves of the floating-point inputs.
         has_lookups: Whether the model looked up rows by integer inputs.
         has_untracked: Whether some values depend on the inputs but are not tracked by autograd.
-        read: Where the model first converted integer inputs to Python or NumPy numbers; None if it did not.
+        read: Where the model first converted integer inputs to Python or NumPy numbers, or None if it did not.
     """
 
     def __init__(self, indices: list[Tensor], wanted: Atom | None) -> None:

@@ -58,11 +58,11 @@ class Vertex:
 
     Attributes:
         node: The autograd node.
-        step: The step; None for a route.
-        edges: The buffer that each input reads; None for a constant.
+        step: The step, or None for a route.
+        edges: The buffer that each input reads, or None for a constant.
         shapes: Shape of each output.
         dtypes: The dtype of relevance at each output.
-        arriving: The dtype of relevance at each input; None for a constant.
+        arriving: The dtype of relevance at each input, or None for a constant.
         is_short: Whether the vertex is a route from or to a tensor in a format shorter than float32.
         leaf: The leaf tensor if the graph ends at the vertex, and None otherwise.
     """
@@ -164,7 +164,7 @@ class Vertex:
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self, like: Tensor) -> tuple[Tensor, ...] | None:
-        """Returns, for each output, 1 at the entries that are constants and 0 elsewhere; None without constants."""
+        """Returns, for each output, 1 at the entries that are constants and 0 elsewhere, or None without constants."""
         if not self.may_hold_constants:
             return None
         if self.index is not None:

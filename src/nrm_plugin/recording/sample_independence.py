@@ -222,7 +222,7 @@ def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
 
 
 def _outputs(chosen: Tensor, exchange: Exchange, rerun: Rerun) -> Tensor | None:
-    """Returns the outputs after an exchange; None if the model raises, or if the large values overflow."""
+    """Returns the outputs after an exchange, or None if the model raises, or if the large values overflow."""
     try:
         outputs = rerun.outputs(lambda tensor: changed(tensor, chosen, exchange))
     except Exception:

@@ -19,10 +19,10 @@ class Layout:
     ``W = 1`` is dropped.
 
     Attributes:
-        dim: The dimension; None for a tensor that is a single sample, to which a first dimension of size 1 is added.
+        dim: The dimension, or None for a tensor that is a single sample, to which a first dimension of size 1 is added.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices of the dimension that belong to one sample.
-        order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
+        order: Indices that sort the slices by sample, ``(N · W,)``, or None if they are already sorted.
     """
 
     dim: int | None
@@ -130,7 +130,7 @@ def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
 
 
 def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
-    """Returns the layout of a tensor of one sample from its shape for two samples; None if no dimension doubles."""
+    """Returns the layout of a tensor of one sample from its shape for two samples, or None if no dimension doubles."""
     if len(shape) != len(shape_of_two):
         return None
     changed = [dim for dim, (one, two) in enumerate(zip(shape, shape_of_two, strict=True)) if one != two]
@@ -149,7 +149,7 @@ def unreached(shape: torch.Size, count: int) -> Layout | None:
 
 
 def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None) -> Tensor | None:
-    """Returns the sample of each slice along a dimension, -1 if unknown; None if a slice contains several samples."""
+    """Returns the sample of each slice along a dimension, -1 if unknown, or None if one contains several samples."""
     size = labels.shape[dim]
     flat = labels.movedim(dim, 0).reshape(size, -1)
     if mass is None:

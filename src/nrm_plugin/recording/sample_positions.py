@@ -210,7 +210,7 @@ class Samples:
     # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Sums over the entries of each sample at a place, ``(N,)``; None if the samples are unknown."""
+        """Returns the sums over the entries of each sample at a place, ``(N,)``, or None if the samples are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
         if self.is_plain:

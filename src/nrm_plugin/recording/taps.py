@@ -164,7 +164,7 @@ class Taps:
         return {id(tap): label for label, tap in reversed(self._labelled.items())}
 
     def site(self, layer: Any, side: str = "output") -> Label | None:
-        """Returns the tap of a site as a label; None for any other name, and for the name of a layer.
+        """Returns the tap of a site as a label, or None for any other name, and for the name of a layer.
 
         Hook names of TransformerLens, such as ``blocks.1.attn.hook_v``, are accepted as names of sites.
         """

@@ -103,7 +103,7 @@ class Structure:
         self.branches = {n: branch for n, branch in known.items() if known.keys().isdisjoint(branch.inner)}
 
     def step(self, vertex: int) -> Step | None:
-        """Returns the step of a vertex; None for a route."""
+        """Returns the step of a vertex, or None for a route."""
         return self.graph.vertices[vertex].step
 
     def source(self, buffer: Buffer) -> Buffer:

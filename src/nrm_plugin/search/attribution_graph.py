@@ -41,7 +41,7 @@ class GraphNode:
         layer: Index of the layer with features, counted from the input; -1 for inputs, and the number of layers for
             outputs.
         position: Index of the token; 0 without tokens.
-        unit: Index of the feature, or of the output at its position; None for errors and inputs.
+        unit: Index of the feature, or of the output at its position, or None for errors and inputs.
         label: Name of the node.
 
     Examples:

@@ -33,12 +33,12 @@ class Dictionary:
     Attributes:
         encoder: Weights ``(d_in, F)``.
         decoder: Weights ``(F, d_out)``; a row is the direction of a feature.
-        encoder_bias: ``(F,)``; None for zeros. A bias that is subtracted from the input must be folded into it.
-        decoder_bias: ``(d_out,)``; None for zeros.
+        encoder_bias: ``(F,)``, or None for zeros. A bias that is subtracted from the input must be folded into it.
+        decoder_bias: ``(d_out,)``, or None for zeros.
         threshold: Pre-activations below the threshold are set to zero: a number, or ``(F,)``. 0 gives ReLU, positive
             values give JumpReLU, and ``-math.inf`` disables the threshold.
-        k: Largest number of active features at each position; None for no limit.
-        skip: Weights ``(d_out, d_in)`` of a linear path in parallel to the features; None if there is no such path.
+        k: Largest number of active features at each position, or None for no limit.
+        skip: Weights ``(d_out, d_in)`` of a linear path in parallel to the features, or None if there is no such path.
         reads: ``"output"`` for an autoencoder of the output of a layer, ``"input"`` for a transcoder from its input.
 
     Raises:

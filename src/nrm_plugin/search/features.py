@@ -255,7 +255,7 @@ def reconstruction_errors(model: nn.Module, site: str | None = None) -> Event:
 
     Args:
         model: The model returned by :func:`with_features`.
-        site: Name of the layer; None for all layers with features.
+        site: Name of the layer, or None for all layers with features.
 
     Raises:
         InputError: If the layer has no features.

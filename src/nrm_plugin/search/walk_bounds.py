@@ -52,10 +52,10 @@ class CompletionBounds:
         deadline: Time of :func:`now` after which the coarsest bounds are used.
 
     Attributes:
-        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the layer above it, ``(groups, n)``; None if
-            time or memory was not sufficient.
+        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the layer above it, ``(groups, n)``, or None
+            if time or memory was not sufficient.
         completions: :math:`h_m` for each layer, ``(n_m,)``.
-        tables: The sums before the maximum, ``(groups, n_m)``; None if time or memory was not sufficient.
+        tables: The sums before the maximum, ``(groups, n_m)``, or None if time or memory was not sufficient.
     """
 
     def __init__(self, chain: LayerChain, deadline: float) -> None:

@@ -35,7 +35,7 @@ class GroupWalk:
     """One group in each layer, and the mass of the walks through all of these groups.
 
     Attributes:
-        groups: Index of the channel (position, neuron, label) in each layer, from the output to the input; None for
+        groups: Index of the channel (position, neuron, label) in each layer, from the output to the input, or None for
             layers that a walk of single neurons does not cross.
         mass: Joint relevance, signed.
         certified: Whether every walk that is not returned provably has at most the same absolute mass.
