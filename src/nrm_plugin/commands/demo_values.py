@@ -102,7 +102,7 @@ def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[
 
     Args:
         model: The network.
-        images: ``(N, 1, 16, 16)``.
+        images: The images of the digits, ``(N, 1, 16, 16)``.
         target: Class to explain, one for each image.
     """
     mu = RelevanceMeasure(model, images, list(target), composite=TABLE_COMPOSITE())
@@ -121,7 +121,7 @@ def plain_sums(
 
     Args:
         model: The network.
-        images: ``(N, …)``.
+        images: Inputs, ``(N, …)``.
         target: Class to explain, one for each image.
         composite: The composite.
         layers: Names of modules, and ``"input"``.

@@ -52,7 +52,7 @@ def write(
         loaded: The model.
         request: The request.
         result: The explanation.
-        out: Folder.
+        out: Folder of the output files.
         taken: Used file names, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
         cells: Resolution of the heat maps; see :func:`cells_of`.
 

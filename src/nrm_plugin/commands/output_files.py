@@ -66,7 +66,7 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
     """Returns a prefix for file names such that only results of the same query are overwritten.
 
     Args:
-        out: Folder.
+        out: Folder of the output files.
         stem: Preferred prefix, such as the name of the image.
         ends: The remaining parts of the file names; the first one belongs to the file with the settings.
         taken: Stems used in this call; the new stem is added.

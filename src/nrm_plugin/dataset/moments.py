@@ -26,7 +26,7 @@ class Moments(NamedTuple):
 
     Attributes:
         samples: Numbers of samples, ``(classes,)``; a scalar without classes.
-        mean: ``(classes, *groups)``, dimensionless; NaN for a class without samples.
+        mean: Mean relevance, ``(classes, *groups)``, dimensionless; NaN for a class without samples.
         variance: Variance, of the same shape; NaN for a class with too few samples.
     """
 

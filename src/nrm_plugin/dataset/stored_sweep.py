@@ -57,7 +57,7 @@ class Sweep:
         """Opens the sweep in a folder.
 
         Args:
-            path: The folder.
+            path: The folder of the sweep.
             on_error: ``"raise"``, or ``"skip"`` to skip damaged files and list them in ``bad_shards``.
 
         Raises:

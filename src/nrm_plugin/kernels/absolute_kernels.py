@@ -23,7 +23,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 
     Args:
         kernel: Any kernel that does not mix samples.
-        relevance: ``(K, N, *out)``.
+        relevance: Relevance at the output, ``(K, N, *out)``.
         chunk: Number of columns per chunk.
 
     Returns:
@@ -63,7 +63,7 @@ def closed_absolute(
         branches: All branches of a rule.
         layer: The layer that the branches modify, or None for a module without weights.
         like: A tensor in the shape of the input, ``(N, *in)``.
-        relevance: ``(K, N, *out)``.
+        relevance: Relevance at the output, ``(K, N, *out)``.
 
     Returns:
         ``(K, N, *in)``.

@@ -38,7 +38,7 @@ class Kernel(ABC):
             shape: Shape of the output, ``(N, *out)``.
 
         Returns:
-            ``(K, N, *out)``.
+            Values at the output, ``(K, N, *out)``.
         """
         first = next(value for value in values if value is not None)
         with torch.inference_mode(False), torch.enable_grad():

@@ -84,7 +84,7 @@ def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
     """Sums values ``(…, N, *shape)`` over each group.
 
     Returns:
-        ``(…, N, C)``, ``(…, N, *positions)``, or for labels ``(…, N, groups)``.
+        Sums ``(…, N, C)``, ``(…, N, *positions)``, or ``(…, N, groups)`` for labels.
     """
     check_over(over)
     lead = values.ndim - len(tap.shape)

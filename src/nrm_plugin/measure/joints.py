@@ -62,7 +62,7 @@ def joint_matrix(
         width: Number of groups per pass.
 
     Returns:
-        ``(N, K_upper, K_lower)``.
+        The joint relevance, ``(N, K_upper, K_lower)``.
     """
     rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
     relevance = upper.layout.fold(relevance)

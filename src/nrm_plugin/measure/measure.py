@@ -269,7 +269,7 @@ class RelevanceMeasure(Recorded):
                 float32 and 1e-8 in float64. With 0, every nonzero divisor is accepted.
 
         Returns:
-            ``(N,)``, or ``(E, N)`` for a list of ``E`` events.
+            The mass for each sample, ``(N,)``, or ``(E, N)`` for a list of ``E`` events.
 
         Raises:
             NullEventError: If no walk with nonzero mass satisfies the condition.

@@ -43,7 +43,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 
     Args:
         recording: The recording.
-        max_memory: Bytes.
+        max_memory: Memory budget in bytes.
         places: The places at which vectors start to differ or end, between which they are stored, or None if unknown.
     """
     vertices = [place.vertex for place in places or ()]

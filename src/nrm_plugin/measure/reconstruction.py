@@ -163,7 +163,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
 
     Args:
         model: The network.
-        images: ``(N, C, H, W)``.
+        images: Inputs, ``(N, C, H, W)``.
         layer: Name of a module.
         mask: The neurons, ``(N, *shape)``.
 

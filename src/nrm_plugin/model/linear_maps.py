@@ -48,7 +48,7 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
     layer itself.
 
     Args:
-        weight: ``(out, in)``.
+        weight: The weight, ``(out, in)``.
         modify: The elementwise modification of a rule.
         entries: Number of entries of the weight in one block.
     """

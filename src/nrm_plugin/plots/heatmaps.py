@@ -41,7 +41,7 @@ class Budget:
         sink: Mass that is absorbed above each layer.
         bypass: Mass that bypasses each layer; mass, sink and bypass sum to 1.
         reference: Additional sums to mark at each layer, such as those of plain Zennit.
-        image: ``(C, H, W)``, drawn next to the title.
+        image: Image ``(C, H, W)`` to draw next to the title.
     """
 
     title: str
@@ -82,7 +82,7 @@ def heat_map(
     """Draws a signed heat map with a colour bar.
 
     Args:
-        values: ``(H, W)``, dimensionless.
+        values: Relevance ``(H, W)``, dimensionless.
         title: Title of the heat map.
         image: Image ``(C, H, W)``, shown faintly behind the map for orientation.
         limit: Absolute value of the darkest colours; by default the largest absolute value.

@@ -33,8 +33,9 @@ class Dictionary:
     Attributes:
         encoder: Weights ``(d_in, F)``.
         decoder: Weights ``(F, d_out)``; a row is the direction of a feature.
-        encoder_bias: ``(F,)``, or None for zeros. A bias that is subtracted from the input must be folded into it.
-        decoder_bias: ``(d_out,)``, or None for zeros.
+        encoder_bias: Bias of the encoder, ``(F,)``, or None for zeros. A bias that is subtracted from the input must be
+            folded into it.
+        decoder_bias: Bias of the decoder, ``(d_out,)``, or None for zeros.
         threshold: Pre-activations below the threshold are set to zero: a number, or ``(F,)``. 0 gives ReLU, positive
             values give JumpReLU, and ``-math.inf`` disables the threshold.
         k: Largest number of active features at each position, or None for no limit.

@@ -98,7 +98,7 @@ def load_transcoders(folder: str | Path, site: str) -> dict[str, Dictionary] | C
     on.
 
     Args:
-        folder: The folder.
+        folder: The folder that contains the files.
         site: Name of the MLP of a layer, with ``{}`` in place of the layer index, such as ``"model.layers.{}.mlp"``.
 
     Returns:
