@@ -66,7 +66,7 @@ def closed_absolute(
         relevance: Relevance at the output, ``(K, N, *out)``.
 
     Returns:
-        ``(K, N, *in)``.
+        Relevance at the input, ``(K, N, *in)``.
     """
     if layer is not None and not layer.is_injective:
         return None

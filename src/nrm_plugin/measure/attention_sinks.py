@@ -28,7 +28,7 @@ def attention_sinks(mu: RelevanceMeasure, layer: str, tokens: int | None = None)
             ``layer``.
 
     Returns:
-        ``(N, tokens)``, dimensionless.
+        The shares, ``(N, tokens)``, dimensionless.
 
     Raises:
         EventError: If the layer computes no attention.

@@ -52,7 +52,8 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
         layers: Layers with positions ``(N, C, H, W)``; by default those of :func:`layers_by_resolution`.
 
     Returns:
-        ``(N, H, W)``. Positive values are evidence for the target, even if an explained difference is negative.
+        Heat maps ``(N, H, W)``. Positive values are evidence for the target, even if an explained difference is
+        negative.
 
     Raises:
         InputError: If the inputs or a layer have no positions.

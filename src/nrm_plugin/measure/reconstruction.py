@@ -168,8 +168,8 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
         mask: The neurons, ``(N, *shape)``.
 
     Returns:
-        ``(top, left, bottom, right)`` for each sample, where the last two are exclusive; zeros if no pixel influences
-        the neurons.
+        The rectangle ``(top, left, bottom, right)`` of each sample, where the last two are exclusive; zeros if no pixel
+        influences the neurons.
 
     """
     count, (height, width) = len(images), images.shape[-2:]

@@ -75,7 +75,7 @@ def influence(edges: Tensor, weights: Tensor) -> Tensor:
         weights: Weights of the outputs ``(n,)``, zero for all other nodes.
 
     Returns:
-        ``(n,)``, in double precision; an output that is not a source has influence 0.
+        The influence ``(n,)``, in double precision. An output that is not a source has influence 0.
 
     Raises:
         InputError: If shapes do not match, a value is not finite, or the graph has a cycle.

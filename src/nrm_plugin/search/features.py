@@ -294,8 +294,8 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         model: The model returned by :func:`with_features`.
 
     Returns:
-        ``(N,)``. If no mass is negative and all features are nodes, this equals the replacement score of an attribution
-        graph.
+        The share, ``(N,)``. If no mass is negative and all features are nodes, this equals the replacement score of an
+        attribution graph.
 
     Raises:
         CancellationError: If the mass of these walks cancels.
@@ -327,8 +327,8 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         model: The model returned by :func:`with_features`.
 
     Returns:
-        ``(N,)``. If no mass is negative, all features are nodes and nothing is absorbed, this equals the completeness
-        score of an attribution graph.
+        The share, ``(N,)``. If no mass is negative, all features are nodes and nothing is absorbed, this equals the
+        completeness score of an attribution graph.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
