@@ -106,10 +106,10 @@ class ConceptNRM:
                 ``μ(j & condition)``.
             unit: ``"output"`` for units of the explained outputs, as in zennit-crp's heat maps before the sum over
                 channels; ``"measure"`` for relevance as a share of the explained outputs.
-            against: Explain the difference from another output, or from all other classes (``"rest"``). Every condition
-                must then contain one output; see :class:`~nrm_plugin.RelevanceMeasure`.
-            baselines: Explain the difference from the outputs at these baselines, in Captum's format; see
-                ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
+            against: Another output, or ``"rest"`` for all other classes, from which the difference is explained. Every
+                condition must then contain one output; see :class:`~nrm_plugin.RelevanceMeasure`.
+            baselines: Baselines in Captum's format; if given, the difference from the outputs at these is explained;
+                see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
 
         Returns:
             Relevance ``(conditions, N, *shape)``.

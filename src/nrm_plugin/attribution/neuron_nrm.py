@@ -98,7 +98,7 @@ class NeuronNRM(NRM, NeuronAttribution):
                 ``"measure"`` for relevance that sums to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``.
-            baselines: Explain the difference from the activations at these baselines; see :meth:`NRM.attribute`.
+            baselines: Baselines, from whose activations the difference is explained; see :meth:`NRM.attribute`.
 
         Returns:
             Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that

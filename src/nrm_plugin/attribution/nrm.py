@@ -137,17 +137,17 @@ class NRM(GradientAttribution):
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
                 the sum of attributions, sink and bypass, which is zero up to rounding errors.
             verbose: Whether to print the rule of every step.
-            against: Explain the difference between the target and another output, or all other classes (``"rest"``);
-                see :class:`~nrm_plugin.RelevanceMeasure`. In the unit ``"output"``, relevance sums to this difference,
-                which may be negative.
+            against: Another output, or ``"rest"`` for all other classes. If given, the difference between the target
+                and these is explained; see :class:`~nrm_plugin.RelevanceMeasure`. In the unit ``"output"``, relevance
+                sums to this difference, which may be negative.
             given: The event on which relevance is conditioned.
             joint: The event with which joint relevance is computed.
             unit: ``"output"`` for relevance that sums, with sink and bypass, to the explained output of each sample;
                 ``"measure"`` for relevance that sums to 1.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.
-            baselines: Explain the difference from the output at these baselines, in Captum's format: a tensor or number
-                for each input; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`. Without a composite, nothing
-                is absorbed.
+            baselines: Baselines in Captum's format, a tensor or number for each input. If given, the difference from
+                the output at the baselines is explained; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
+                Without a composite, nothing is absorbed.
 
         Returns:
             Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that

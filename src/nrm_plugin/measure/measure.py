@@ -58,14 +58,14 @@ class RelevanceMeasure(Recorded):
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
         start: A signed vector over the outputs that replaces the target, or a function that computes it from the
             outputs.
-        against: Explain the difference between the target and other outputs: ``"rest"`` for all other classes, weighted
-            by their softmax; another target; or a function of the outputs that returns a target or the weights of all
-            outputs. The explained number is the weighted sum :math:`\sum_k s_k f_k`, which may be negative. It is fused
-            with the last layer, and becomes the tap ``"output"``, ``(N, 1)``.
-        reference: Explain the change :math:`\sum_k s_k (f_k(x) - f_k(x^0))` from this reference, which has the form of
-            the inputs, or is a single sample for all of them. Without a composite, every operation propagates by its
-            slope between reference and input, and nothing is absorbed; with a composite, its rules are applied to
-            differences. The start vector may sum to 0. A list of references gives the mixture
+        against: Outputs to compare the target with, so that their difference is explained: ``"rest"`` for all other
+            classes, weighted by their softmax; another target; or a function of the outputs that returns a target or
+            the weights of all outputs. The explained number is the weighted sum :math:`\sum_k s_k f_k`, which may be
+            negative. It is fused with the last layer, and becomes the tap ``"output"``, ``(N, 1)``.
+        reference: A reference :math:`x^0`, so that the change :math:`\sum_k s_k (f_k(x) - f_k(x^0))` is explained. It
+            has the form of the inputs, or is a single sample for all of them. Without a composite, every operation
+            propagates by its slope between reference and input, and nothing is absorbed; with a composite, its rules
+            are applied to differences. The start vector may sum to 0. A list of references gives the mixture
             :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
         slopes: ``"secant"`` for slopes between reference and input, or ``"tangent"`` for derivatives at the input,
             whose linearization error is absorbed.
