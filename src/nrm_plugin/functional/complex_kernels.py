@@ -226,7 +226,7 @@ _ADVICE = (
     "composite's layer_map: zennit.rules.Epsilon() if it is linear, Pass() if it is elementwise."
 )
 _NOT_AFFINE = (
-    "{where} and converts them to real numbers by a nonlinear function that has no kernel. "
+    "{where} and converts them to real numbers by a nonlinear function, which has no kernel. "
     "Magnitudes are supported as `z.abs()`, power spectra as `z.abs() ** 2`. " + _ADVICE
 )
 _TOO_LARGE = "{where}. The matrix of this function is too large to be stored. " + _ADVICE
