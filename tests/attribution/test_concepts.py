@@ -27,8 +27,8 @@ X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.fl
     [
         ([], "no condition was given"),
         ([[3]], r"a condition is a mapping such as .* got list"),
-        ([{"1": "3"}], r"condition on '1' is '3'; pass a list of channel numbers"),
-        ([{"1": [1.5]}], r"condition on '1' is \[1.5\]; pass a list of channel numbers"),
+        ([{"1": "3"}], r"condition on '1' is '3'; give a list of channel numbers"),
+        ([{"1": [1.5]}], r"condition on '1' is \[1.5\]; give a list of channel numbers"),
         ([{"1": True}], "condition on '1' is True; give a list"),
         ([{"y": [2]}], "'y' names output 2, but there are 2"),
         ([{"y": [0, -3]}], "'y' names output -3, but there are 2"),

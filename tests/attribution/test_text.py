@@ -197,7 +197,7 @@ class Chosen(nn.Module):
 
 def test_unknown_classes_tokens_and_layers_are_named():
     model, tokenizer = text_net("class"), StubTokenizer()
-    with pytest.raises(TargetError, match=r"target='nice' is not a class of the model. Its classes: 'negative'"):
+    with pytest.raises(TargetError, match=r"target='nice' is not a class of the model. Its classes are 'negative'"):
         explain_text(model, tokenizer, TEXT, "nice")
     with pytest.raises(TargetError, match=r"against=2 is out of range: the model has 2 outputs"):
         explain_text(model, tokenizer, TEXT, against=2)

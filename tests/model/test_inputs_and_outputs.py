@@ -137,7 +137,7 @@ def test_an_output_that_is_not_a_single_tensor_raises(pack, output, words):
 @pytest.mark.parametrize(
     ("inputs", "kwargs", "words"),
     [
-        ({"mask": MASK}, {}, r"none of the inputs is a floating point tensor.*'mask' \(int64 \(6,\)\)"),
+        ({"mask": MASK}, {}, r"none of the inputs is a floating-point tensor.*'mask' \(int64 \(6,\)\)"),
         ({}, {}, r"none of the inputs.*an empty mapping"),
         ((), {}, r"no input was given"),
         ({"left": LEFT, "right": RIGHT}, {"right": RIGHT}, r"\['right'\] are given both"),
@@ -200,9 +200,9 @@ def with_entry(x, value):
     ("empty batch", lambda x: x[:0], InputError, "(0, 1, 4, 4)", "no sample to explain"),
     ("empty images", lambda x: x[:, :, :0], InputError, "(2, 1, 0, 4)", "no sample to explain"),
     ("scalar", lambda x: x.sum(), InputError, "shape ()", "no sample to explain"),
-    ("complex", lambda x: x * 1j, InputError, "complex64", "real floating point", ".float()"),
-    ("integer", lambda x: x.long(), InputError, "int64", "real floating point", ".float()", "embedding"),
-    ("bool", lambda x: x > 0, InputError, "torch.bool", "real floating point", ".float()"),
+    ("complex", lambda x: x * 1j, InputError, "complex64", "real floating-point", ".float()"),
+    ("integer", lambda x: x.long(), InputError, "int64", "real floating-point", ".float()", "embedding"),
+    ("bool", lambda x: x > 0, InputError, "torch.bool", "real floating-point", ".float()"),
     ("half", lambda x: x.half(), InputError, "float16", "the model torch.float32", "`.float()` for both"),
     ("bfloat16", lambda x: x.bfloat16(), InputError, "bfloat16", "the model torch.float32", "`.float()` for both"),
     ("double", lambda x: x.double(), InputError, "float64", "the model torch.float32", "model.double()"),

@@ -44,7 +44,7 @@ def measured():
     ("its shape", lambda mu: mu.shape("pol"), UnknownLayerError, "'pol'", "'pool'"),
     ("another model's", lambda mu: mu.marginal(build().head), UnknownLayerError, "Linear", "not a module of the"),
     ("its event", lambda mu: mu(at(build().conv)[0]), UnknownLayerError, "Conv2d", "model.modules()", "or its name"),
-    ("number", lambda mu: mu.marginal(3), EventError, "a name", "or a module", "got int: 3. In quotes", "'3'"),
+    ("number", lambda mu: mu.marginal(3), EventError, "a name", "or a module", "got int: 3. Quote the name", "'3'"),
     ("none", lambda mu: mu.variation(None), EventError, "a name", "got NoneType"),
     ("dict", lambda mu: mu.marginal([{}]), EventError, "a name", "got dict"),
     ("list", lambda mu: mu.sink(["conv"]), EventError, "one layer is needed", "['conv']"),
@@ -98,7 +98,9 @@ def test_taps_inside_a_container_with_a_rule_raise(measured, query):
     rules = NameMapComposite([(["block", "conv", "lin", "head", "pool"], Epsilon()), (["relu"], Pass())])
     mu = RelevanceMeasure(measured.net, measured.x, 1, composite=rules)
     torch.testing.assert_close(mu(at("block")) + mu.sink("block") + mu.bypass("block"), torch.ones(2))
-    with measured.raises(HookedContainerError, "lies inside 'block'", "one rule", "input or output", "modules inside"):
+    with measured.raises(
+        HookedContainerError, "lies inside 'block'", "assigns a rule", "input or output", "modules inside"
+    ):
         query(mu)
 
 

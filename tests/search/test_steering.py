@@ -112,7 +112,7 @@ def test_invalid_arguments_raise(net):
     for arguments, error, message in [
         ((net, "9", one), UnknownLayerError, "no layer named '9' to steer"),
         ((net, "1", one, 1.0, "drop"), InputError, "mode='drop' is unknown"),
-        ((net, "1", one / 0), InputError, "finite tensor"),
+        ((net, "1", one / 0), InputError, "finite floating-point tensor"),
         ((net, "1", one * 0, 1.0, "remove"), InputError, "no direction to remove"),
     ]:
         with pytest.raises(error, match=message), steered(*arguments):

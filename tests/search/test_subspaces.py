@@ -273,7 +273,7 @@ def test_invalid_arguments_raise():
         Subspaces(torch.eye(4), (1, 2))
     with pytest.raises(InputError, match="at most 4 in total"):
         prca(values, values, 5)
-    with pytest.raises(InputError, match="same neurons"):
+    with pytest.raises(InputError, match="must have the same shape"):
         drsa(values, values[:, :3], [1])
     with pytest.raises(InputError, match="4 channels, but the layer has 2 in dimension 2"):
         Subspaces(torch.eye(4), (4,), dim=2).parts(values)

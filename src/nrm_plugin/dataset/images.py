@@ -184,7 +184,7 @@ def _deep_grey(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
     if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise ImageError(
-                f"{name} has floating point values from {values.min():.4g} to {values.max():.4g} without a defined "
+                f"{name} has floating-point values from {values.min():.4g} to {values.max():.4g} without a defined "
                 "range. Save it with 8 or 16 bits, or with values between 0 and 1."
             )
         return Image.fromarray((values * 255).round().astype(np.uint8))

@@ -101,7 +101,7 @@ def _held(module: nn.Module) -> list[Any]:
 
 
 def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Returns views of a few entries of each floating point tensor, by device and dtype."""
+    """Returns views of a few entries of each floating-point tensor, by device and dtype."""
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point() and tensor.numel():
