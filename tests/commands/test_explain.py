@@ -287,7 +287,7 @@ def test_a_full_disk_stops_the_command_and_leaves_no_file(here: Path, monkeypatc
     explain("china.png", "second.png", *OWN, code=1)
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "cannot write nrm-explained/china-relevance.png: No space left on device. Make room" in error
+    assert "cannot write nrm-explained/china-relevance.png: No space left on device. Free some space" in error
     assert list(Path("nrm-explained").iterdir()) == []
 
 
@@ -366,7 +366,7 @@ RANDOM = ("--model", "squeezenet1_1", "--weights", "none", "--size", "48")
         ([*RANDOM, "--residual", "drop"], "--residual"),
         ([*RANDOM, "--gain-limit", "0.5"], "--gain-limit"),
         ([*RANDOM, "--gain-limit", "nan"], "--gain-limit"),
-        ([*RANDOM, "--gain-limit", "2", "--residual", "sink"], "no meaning"),
+        ([*RANDOM, "--gain-limit", "2", "--residual", "sink"], "no effect"),
         ([*RANDOM, "--device", "gpu"], "--device gpu cannot be used"),
         ([*RANDOM, "--classes", "gone.txt"], "cannot read --classes gone.txt"),
         ([*RANDOM, "--classes", "china.png"], "not text in UTF-8"),

@@ -187,7 +187,7 @@ def test_a_stopped_sweep_continues_with_another_batch_size(sizes, photos, monkey
         ({"data": ""}, "the name of the folder or data set is empty"),
         ({"data": "nets.py:missing"}, "has no 'missing'"),
         ({"data": "nets.py:broken"}, "no such disk"),
-        ({"more": ["--residual", "sink", "--gain-limit", "3"]}, "no meaning"),
+        ({"more": ["--residual", "sink", "--gain-limit", "3"]}, "no effect"),
     ],
 )
 def test_options_that_do_not_fit_exit_with_2(given, says, photos, capsys):

@@ -206,7 +206,7 @@ def with_entry(x, value):
     ("half", lambda x: x.half(), InputError, "float16", "the model torch.float32", "`.float()` for both"),
     ("bfloat16", lambda x: x.bfloat16(), InputError, "bfloat16", "the model torch.float32", "`.float()` for both"),
     ("double", lambda x: x.double(), InputError, "float64", "the model torch.float32", "model.double()"),
-    ("meta", lambda x: x.to("meta"), InputError, "on device meta", "holds values"),
+    ("meta", lambda x: x.to("meta"), InputError, "on device meta", "tensor with values"),
     ("sparse", lambda x: x.to_sparse(), InputError, "sparse", "dense tensor"),
     ("numpy", lambda x: x.numpy(), InputError, "ndarray", "expected a tensor of shape (N, …)"),
     ("none", lambda x: None, InputError, "NoneType", "expected a tensor of shape (N, …)"),
@@ -319,7 +319,7 @@ def test_a_scalar_output_needs_no_target_and_no_second_dimension(measured):
     torch.testing.assert_close(mu.joint("output", "lin").shape, torch.Size([2, 1, 4]))
     torch.testing.assert_close(mu.marginal("input"), expected.marginal("input"))
     assert NRM(model).attribute(measured.x, return_convergence_delta=True)[1].abs().max() < 1e-5
-    with measured.raises(TargetError, "target 0 has 1 index", "(2,)", "leave target= out", model=model):
+    with measured.raises(TargetError, "target 0 has 1 index", "(2,)", "omit target=", model=model):
         RelevanceMeasure(model, measured.x, 0)
     with measured.raises(EventError, "no channels", model=model):
         mu(at("output").channel(0))

@@ -392,10 +392,10 @@ def test_invalid_arguments_raise(traced):
         with_features(net, {"blocks.0": one, "blocks.0.mlp": one})
     with pytest.raises(InputError, match="errors='drop' is unknown"):
         with_features(net, {"blocks.0": one}, errors="drop")
-    with pytest.raises(InputError, match=r"'head' returns \(2, 6, 11\), and its dictionary is of 8"):
+    with pytest.raises(InputError, match=r"'head' returns \(2, 6, 11\), but its dictionary is for 8"):
         with_features(net, {"head": one})(ids)
     narrow = with_features(net, {"blocks.0.mlp": Dictionary(torch.zeros(5, 3), torch.zeros(3, 8), reads="input")})
-    with pytest.raises(InputError, match=r"reads \(2, 6, 8\), and its dictionary is of 5 neurons"):
+    with pytest.raises(InputError, match=r"reads \(2, 6, 8\), but its dictionary is for 5 neurons"):
         narrow(ids)
     with pytest.raises(InputError, match="no features at 'head'"):
         feature_groups(model, "head")

@@ -87,8 +87,8 @@ def _class_of(library: Any, config: Any, name: str) -> Any:
         if kind is not None:
             if not any(part in architecture for part in ("For", "LMHead", "DoubleHeads")):
                 raise TextModelError(
-                    f"{shown(name)} holds {architecture}, which has no head and predicts nothing. Give a model that "
-                    "was saved with its head, such as AutoModelForSequenceClassification, fine-tuned."
+                    f"{shown(name)} holds {architecture}, which has no head and predicts nothing. Give a fine-tuned "
+                    "model that was saved with its head, such as AutoModelForSequenceClassification."
                 )
             return kind
     for end in HEADS:

@@ -138,9 +138,9 @@ def _state(content: Any, name: str) -> State:
         if tensors and len(tensors) == len(content):
             return tensors
         keys = ", ".join(str(key) for key in list(content)[:5])
-        raise WeightsError(f"{name} holds no state dict: its keys are {keys or 'none'}.")
+        raise WeightsError(f"{name} contains no state dict: its keys are {keys or 'none'}.")
     kind = type(content).__name__
-    raise WeightsError(f"{name} holds a {kind}, not a state dict. Save one: torch.save(model.state_dict(), FILE).")
+    raise WeightsError(f"{name} contains a {kind}, not a state dict. Save one: torch.save(model.state_dict(), FILE).")
 
 
 def without_prefixes(state: State, model: nn.Module) -> State:

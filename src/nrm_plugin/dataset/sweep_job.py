@@ -244,8 +244,8 @@ def changed_samples(folder: Path, samples: Sequence[int]) -> SettingsError:
     more = "" if len(samples) == 1 else f" and {len(samples) - 1} more"
     return SettingsError(
         f"the data changed: sample {samples[0]}{more} differs from the one whose results are in {folder}. Choose "
-        "another folder, delete this one, or restore the data. A data set that returns other values at every reading "
-        "needs a string attribute fingerprint, which is compared instead."
+        "another folder, delete this one, or restore the data. A data set whose values change with every read needs "
+        "a string attribute fingerprint, which is compared instead."
     )
 
 

@@ -48,7 +48,7 @@ def _own_labels(tap: Tap, over: Tensor) -> Tensor:
         labels = None
     if labels is None or not labels.numel() or int(labels.min()) < 0:
         raise EventError(
-            f"over= must hold a non-negative label for every neuron of {tap.names[0] if tap.names else 'the tap'!r}, "
+            f"over= must have a non-negative label for every neuron of {tap.names[0] if tap.names else 'the tap'!r}, "
             f"in a shape that broadcasts to {tuple(inner)}; got shape {tuple(over.shape)}. Give the rest its own label."
         )
     return labels

@@ -67,7 +67,7 @@ class QueryPasses:
             StorageError: Always.
         """
         raise StorageError(
-            "a measure cannot be copied or stored: it holds one run of the model in the memory of this process. "
+            "a measure cannot be copied or stored: it refers to one run of the model in the memory of this process. "
             "Store its results, as in torch.save(measure.marginal(measure.layers), path), or construct it again from "
             "the inputs. For a data set, nrm_plugin.dataset.sweep stores the results."
         )

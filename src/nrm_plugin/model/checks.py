@@ -38,7 +38,7 @@ def check_module(model: Any) -> None:
     """Raises :class:`InputError` unless the model is a module with layers that can be hooked."""
     if isinstance(model, nn.Module):
         return
-    what, remedy = f"{type(model).__name__}", "For a function, wrap it in a module that holds its layers."
+    what, remedy = f"{type(model).__name__}", "For a function, wrap it in a module that contains its layers."
     if isinstance(model, type) and issubclass(model, nn.Module):
         what, remedy = f"the class {model.__name__}", f"Pass an instance: {model.__name__}(…)."
     raise InputError(f"the model is {what}, expected a torch.nn.Module, whose layers have rules. {remedy}")
@@ -176,7 +176,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
     compiler = sys.modules.get("torch._dynamo.eval_frame")  # already imported if the model was compiled
     if compiler is not None and isinstance(module, compiler.OptimizedModule):
         raise ModelStateError(
-            f"{_layer(name, module)} was made by torch.compile, which bypasses the hooks of its layers. Pass the "
+            f"{_layer(name, module)} was created by torch.compile, which bypasses the hooks of its layers. Pass the "
             "model before compilation, `compiled._orig_mod`."
         )
     if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):

@@ -299,7 +299,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
             )
         if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta":
             kind = "nested" if tensor.is_nested else "on device meta" if tensor.device.type == "meta" else "sparse"
-            raise InputError(f"{what} is {kind}; a measure needs a dense tensor that holds values, of shape (N, …).")
+            raise InputError(f"{what} is {kind}; a measure requires a dense tensor with values, of shape (N, …).")
         if tensor.is_inference():
             raise InputError(f"{what} was created under torch.inference_mode; pass a `.clone()` created outside of it.")
         if (batched and tensor.ndim == 0) or tensor.numel() == 0:

@@ -221,7 +221,7 @@ def _one_hot(output: Tensor, target: Any) -> Tensor:
 
 
 _NEEDED = (
-    "Each sample has one output: leave target= out.",
+    "Each sample has one output: omit target=.",
     "Give one int for all samples, or a list or tensor of one int for each.",
     "Give a tuple of that many ints for all samples, or a list of such tuples, one for each.",
 )

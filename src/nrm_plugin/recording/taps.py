@@ -364,7 +364,7 @@ class Taps:
                 )
             raise self._missing(name, "output")
         if call is None and len(calls) > 1:
-            raise UnknownLayerError(f"{name!r} was called {len(calls)} times: say call=0, …, or call='any'.")
+            raise UnknownLayerError(f"{name!r} was called {len(calls)} times: use call=0, …, or call='any'.")
         return [self._sinks[name, number] for number in _selected(name, calls, call)]
 
     def _item(self, name: str, side: str, call: int, item: Item | None) -> Tap:

@@ -138,8 +138,8 @@ class WithFeatures(nn.Module):
         if tensor is None or not tensor.ndim or tensor.shape[-1] != width:
             got = brief(values) if tensor is None else tuple(tensor.shape)
             raise InputError(
-                f"layer {self.site!r} {verb} {got}, and its dictionary is of {width} neurons in the last dimension. "
-                "Attach it to the layer that it was trained on."
+                f"layer {self.site!r} {verb} {got}, but its dictionary is for {width} neurons in the last dimension. "
+                "Attach it to the layer on which it was trained."
             )
         return tensor
 

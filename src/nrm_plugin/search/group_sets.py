@@ -114,7 +114,7 @@ def _exact_sets(chain: LayerChain, sizes: list[int]) -> list[list[int] | None]:
     tries = math.prod(math.comb(n, s) for n, s in zip(chain.counts[:-1], sizes[:-1], strict=True))
     if tries > MAX_COMBINATIONS:
         raise ValueError(
-            f"{tries} sets would have to be tried, which is more than {MAX_COMBINATIONS}. Leave out exact=True."
+            f"{tries} sets would have to be tried, which is more than {MAX_COMBINATIONS}. Omit exact=True."
         )
     joint = _all_walks(chain)
     best: tuple[float, list[list[int] | None]] = (-math.inf, [])
