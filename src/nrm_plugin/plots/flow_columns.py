@@ -32,7 +32,7 @@ def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple
     """
     if len(layer.groups) > MAX_GROUPS:
         raise FlowError(
-            f"{layer.name} shows {len(layer.groups)} groups, and a figure has room for {MAX_GROUPS}. Show fewer: "
+            f"{layer.name} shows {len(layer.groups)} groups, but a figure can show {MAX_GROUPS}. Show fewer: "
             "graph.smaller(top=8), or coverage=0.9."
         )
     sizes = np.array([abs(node.mass) for node in layer.nodes]) if joint_mass is None else joint_mass
